@@ -1,0 +1,198 @@
+"""Commands. Library imports stay inside them, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DIR = click.Path(path_type=str)
+_OPTIONS = [
+    click.option("--model", metavar="M", help="mlx-lm directory, Hugging Face id or .gguf file"
+                 "  [default: the embedded SmolLM2-135M-Instruct]"),
+    click.option("--adapters", type=_DIR, metavar="DIR", help="one subdirectory per adapter, PEFT"
+                 " or MLX"),
+    click.option("--tasks", type=_DIR, metavar="DIR", help="<adapter>/probe.jsonl and test.jsonl"),
+    click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
+                 "  [default: 12.5%]"),
+    click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
+    click.option("--merge-method", metavar="NAME", help="linear or ties  [default: linear]"),
+    click.option("--density", type=float, help="share of entries that ties keeps  [default: 0.5]"),
+    click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),
+    click.option("--init", metavar="LIST", help="starts of D2C  [default: adapters,kmeans,random]"),
+    click.option("--rounds", type=int, help="most rounds of one start  [default: 10]"),
+    click.option("--restarts", type=int, help="draws per kind of start  [default: 1]"),
+    click.option("--eps", type=float, help="smallest fall of regret that moves a task"
+                 "  [default: 0.001]"),
+    click.option("--seed", type=int, help="of all random choices  [default: 0]"),
+    click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
+    click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
+    click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
+]  # fmt: skip
+_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+_QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
+
+
+def _run_options(command: F) -> F:
+    """The options of RunConfig, and the optional YAML file they override."""
+    for option in [*reversed(_OPTIONS), _QUIET, _JSON]:
+        command = option(command)
+    return click.argument("config", required=False, type=click.Path(path_type=Path))(command)
+
+
+def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Load the config (a run directory's own if no file is given), run, print."""
+    given = {name: value for name, value in options.items() if value is not None}
+    saved = Path(given.get("output", "")) / "config.yaml"
+    if config is None and "output" in given and "adapters" not in given and saved.is_file():
+        config = saved
+
+    from d2c_mlx.config import load_config
+
+    checked = load_config(config, given)
+
+    from d2c_mlx.pipeline import run as run_pipeline
+
+    workspace = run_pipeline(checked, until, quiet)
+    _show(workspace.output, until, as_json)
+
+
+_ARTIFACTS = {
+    "probe": "losses.json",
+    "cluster": "clusters.json",
+    "merge": "merges.json",
+    "pack": "pack/manifest.json",
+    "bench": "bench.json",
+    "report": "bench.json",
+}
+
+
+def _show(output: Path, stage: str, as_json: bool) -> None:
+    from d2c_mlx.report import render_table
+
+    content = json.loads((output / _ARTIFACTS[stage]).read_text(encoding="utf-8"))
+    if as_json:
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    elif stage in ("bench", "report"):
+        click.echo(render_table(content))
+        for name in ("pack", "report.html") if stage == "report" else ():
+            click.echo(f"{name:<12} {output / name}")
+    else:
+        click.echo(f"wrote {output / _ARTIFACTS[stage]}")
+
+
+def _stage_command(name: str, help: str, until: str | None = None) -> click.Command:
+    @click.command(name, help=help)
+    @_run_options
+    def command(config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+        _execute(until or name, config, quiet, as_json, **options)
+
+    return command
+
+
+_RESUME = "\n\nRuns what comes before it too, unless it is done. With only --output, the options of"
+_RESUME += " that run directory are used."
+
+run = _stage_command(
+    "run",
+    "Convert, probe, cluster, merge, pack, bench and report.\n\n\b\nExamples:\n"
+    "  d2c-mlx run --adapters loras --tasks tasks --budget 25% --output runs/first\n"
+    "  d2c-mlx run config.yaml --budget 20MB\n"
+    "  d2c-mlx run --output runs/first          # continue, or repeat what changed",
+    "report",
+)
+probe = _stage_command(
+    "probe",
+    "Loss of every adapter on every task's probe examples -> losses.json." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx probe --adapters loras --tasks tasks --output runs/first",
+)  # fmt: skip
+cluster = _stage_command(
+    "cluster",
+    "Which adapters to merge: D2C and the baselines -> clusters.json." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx cluster --output runs/first --restarts 3 --json",
+)  # fmt: skip
+merge = _stage_command(
+    "merge",
+    "One adapter per cluster -> merged/<k>/." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx merge --output runs/first --merge-method ties",
+)  # fmt: skip
+pack = _stage_command(
+    "pack",
+    "Adapters and a manifest that ship -> pack/." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx pack --output runs/first --json",
+)  # fmt: skip
+bench = _stage_command(
+    "bench",
+    "Held-out loss of every method -> bench.json." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx bench --output runs/first --test-examples 0",
+)  # fmt: skip
+report = _stage_command(
+    "report",
+    "The results for people -> report.md, report.html." + _RESUME
+    + "\n\n\b\nExample:\n  d2c-mlx report --output runs/first",
+)  # fmt: skip
+
+
+@click.command(
+    help="Convert adapters between PEFT and MLX, exactly, or say why not.\n\n\b\nExamples:\n"
+    "  d2c-mlx convert --adapters loras --output mlx-loras\n"
+    "  d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft"
+)
+@click.option("--model", metavar="M", help="the base model, to check every tensor against")
+@click.option("--adapters", required=True, type=_DIR, metavar="DIR", help="one subdirectory each")
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
+@_JSON
+def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
+    """Read every adapter, write it in the other layout."""
+    from d2c_mlx.convert import save_peft
+    from d2c_mlx.errors import ConfigError
+    from d2c_mlx.files import write_dir
+    from d2c_mlx.model import BaseModel
+    from d2c_mlx.workspace import read_adapters
+
+    if Path(output).exists() and Path(adapters).resolve().is_relative_to(Path(output).resolve()):
+        raise ConfigError(f"output: {output} would replace the input adapters; name another")
+    base = BaseModel(model)
+    found = read_adapters(Path(adapters), base)
+    with write_dir(Path(output)) as directory:
+        for adapter in found:
+            if to == "peft":
+                save_peft(adapter, directory / adapter.name)
+            else:
+                adapter.save(directory / adapter.name, base.n_layers)
+    rows = [
+        {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base} for a in found
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules")
+    click.echo(f"wrote {len(rows)} adapters to {output}")
+
+
+@click.command(help="What this machine has, and what to do about what is missing.\n\n\b\nExample:\n"
+               "  d2c-mlx doctor --json")  # fmt: skip
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Print findings; exit code 1 if one is not well."""
+    import dataclasses
+
+    from d2c_mlx.doctor import diagnose
+
+    findings = diagnose()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
+            if finding.advice:
+                click.echo(f"    {'':<12} -> {finding.advice}")
+    if not all(finding.ok for finding in findings):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,76 @@
+"""Held-out quality of every method, at the bytes it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.probe import Evaluator
+from d2c_mlx.tasks import ExampleSet
+
+__all__ = ["Method", "bench_methods", "measure"]
+
+METHODS = ("base", "individual", "merge-all", "random", "kmeans", "d2c", "pack")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What serves each task under one method: `variants` are averaged (random partitions).
+
+    Attributes:
+        nbytes: bytes of all adapter files.
+        variants: each maps task -> the adapter that serves it, or None for the bare base model.
+    """
+
+    nbytes: int
+    variants: Sequence[Mapping[str, Adapter | None]]
+
+
+def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -> np.ndarray:
+    """`(n_tasks,)` mean NLL per target token, in nats, mean over the method's variants."""
+    jobs = [(variant[test.task], [test]) for variant in method.variants for test in tests]
+    losses = np.array([loss[0] for loss in evaluator.losses(jobs)])
+    return losses.reshape(len(method.variants), len(tests)).mean(axis=0)
+
+
+def bench_methods(
+    evaluator: Evaluator, methods: Mapping[str, Method], tests: Sequence[ExampleSet]
+) -> dict[str, Any]:
+    """The `methods` part of `bench.json`.
+
+    Of a task: excess = loss - individual (nats per target token; the strict one), retention =
+    (base - loss) / (base - individual), null where the individual adapter does not beat the
+    base. Of a method: means over tasks.
+
+    Args:
+        evaluator: on the base model.
+        methods: must have "base" and "individual".
+        tests: held-out examples of every task.
+    """
+    losses = {name: measure(evaluator, method, tests) for name, method in methods.items()}
+    base, individual = losses["base"], losses["individual"]
+    gain = base - individual
+    helped = gain > 1e-6
+    result = {}
+    for name, loss in losses.items():
+        excess = loss - individual
+        retention = np.where(helped, (base - loss) / np.where(helped, gain, 1.0), np.nan)
+        result[name] = {
+            "nbytes": methods[name].nbytes,
+            "loss": float(loss.mean()),
+            "excess": float(excess.mean()),
+            "retention": float(retention[helped].mean()) if helped.any() else None,
+            "tasks": {
+                test.task: {
+                    "loss": float(loss[i]),
+                    "excess": float(excess[i]),
+                    "retention": float(retention[i]) if helped[i] else None,
+                }
+                for i, test in enumerate(tests)
+            },
+        }
+    return result

@@ -1,0 +1,61 @@
+"""A fast BLAS for MLX's CPU backend on Linux.
+
+The Linux wheel of MLX links a reference BLAS (about 6 GFLOP/s in float32). Loading OpenBLAS (or
+MKL) with global symbols before `mlx.core` makes the same wheel 15 to 30 times faster. Importing
+`d2c_mlx` does it; `D2C_MLX_BLAS=off` prevents it and `D2C_MLX_BLAS=/path/lib.so` chooses one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import os
+import sys
+
+__all__ = ["find_blas", "limit_blas_threads", "loaded_blas", "preload_blas"]
+
+_PATTERNS = (
+    "/usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3",
+    "/usr/lib64/libopenblasp.so*",
+    "/usr/lib/libopenblas.so*",
+    os.path.join(sys.prefix, "lib", "libmkl_rt.so*"),
+)
+_loaded: str | None = None
+_library: ctypes.CDLL | None = None
+
+
+def find_blas() -> str | None:
+    """Path of the fast BLAS that `preload_blas` would load here, or None."""
+    wish = os.environ.get("D2C_MLX_BLAS", "")
+    if sys.platform != "linux" or wish == "off":
+        return None
+    if wish:
+        return wish
+    return next((hit for pattern in _PATTERNS for hit in sorted(glob.glob(pattern))), None)
+
+
+def preload_blas() -> str | None:
+    """Load the fast BLAS unless MLX is already imported (then it would have no effect)."""
+    global _loaded, _library
+    path = find_blas()
+    if path and _loaded is None and "mlx.core" not in sys.modules:
+        try:
+            _library = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+        except OSError:
+            return None
+        _loaded = path
+    return _loaded
+
+
+def loaded_blas() -> str | None:
+    """Path of the BLAS that was loaded before MLX, or None."""
+    return _loaded
+
+
+def limit_blas_threads(n_threads: int) -> bool:
+    """Hold the preloaded OpenBLAS to `n_threads` per call; False if there is none to hold."""
+    setter = getattr(_library, "openblas_set_num_threads", None)
+    if setter is None:
+        return False
+    setter(n_threads)
+    return True

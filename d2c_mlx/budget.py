@@ -1,0 +1,83 @@
+"""Budgets: "12.5%" of the adapters' 16-bit bytes, "40MB", or "5" adapters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from d2c_mlx.errors import BudgetError
+
+__all__ = ["Budget", "parse_budget"]
+
+_UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be stored. Exactly one of the three is set.
+
+    Attributes:
+        text: as the user wrote it.
+        percent: of the size of all input adapters written in 16 bit in mlx-lm's layout.
+        nbytes: bytes of all adapter files together (weights and configs; 1 MB = 1,000,000).
+        n_adapters: number of adapters.
+    """
+
+    text: str
+    percent: float | None = None
+    nbytes: int | None = None
+    n_adapters: int | None = None
+
+    def allowed_bytes(self, total: int) -> int | None:
+        """Bytes that may be used, of inputs that take `total`; None if only the number counts."""
+        if self.percent is not None:
+            return int(total * self.percent / 100)
+        return self.nbytes
+
+    def allowed_adapters(self, sizes: list[int], largest: int) -> int:
+        """How many merged adapters fit, whatever the clusters.
+
+        Args:
+            sizes: bytes of each input adapter in 16 bit.
+            largest: bytes of an adapter with the largest rank and every target module, which no
+                merge exceeds.
+
+        Raises:
+            BudgetError: not even one fits.
+        """
+        if self.n_adapters is not None:
+            return min(self.n_adapters, len(sizes))
+        allowed = self.allowed_bytes(sum(sizes)) or 0
+        if allowed >= sum(sizes):
+            return len(sizes)
+        if allowed < largest:
+            raise BudgetError(
+                f"budget: {self.text} is {allowed:,} bytes, and one merged adapter takes"
+                f" {largest:,}; give at least {100 * largest / sum(sizes):.3g}% or"
+                f" {largest / 1000:,.0f}KB"
+            )
+        return min(allowed // largest, len(sizes))
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget.
+
+    Raises:
+        BudgetError: unreadable, zero or negative.
+    """
+    expected = 'expected "12.5%", "40MB", "500KB" or a number of adapters such as "5"'
+    match = _FORM.fullmatch(str(text))
+    if match is None:
+        raise BudgetError(f"budget: {text!r} is not readable; {expected}")
+    number, unit = float(match[1]), match[2].upper()
+    if number <= 0:
+        raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
+    if unit == "%":
+        return Budget(str(text), percent=number)
+    if unit in _UNITS:
+        return Budget(str(text), nbytes=int(number * _UNITS[unit]))
+    if unit == "" and number.is_integer():
+        return Budget(str(text), n_adapters=int(number))
+    raise BudgetError(f"budget: {text!r} is not readable; {expected}")

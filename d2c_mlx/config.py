@@ -1,0 +1,158 @@
+"""The options of a run: command line over YAML over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d2c_mlx.errors import BudgetError, ConfigError
+
+__all__ = ["MERGE_METHODS", "STARTS", "RunConfig", "load_config"]
+
+# Repeated here so that the command line can name them without importing mlx; a test compares.
+MERGE_METHODS = ("linear", "ties")
+STARTS = ("adapters", "kmeans", "random")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of `d2c-mlx run`. Every field is a YAML key and a command-line option.
+
+    Attributes:
+        model: mlx-lm directory, Hugging Face id or .gguf; None is the embedded default.
+        adapters: directory with one subdirectory per adapter.
+        tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
+        budget: "12.5%", "40MB", "500KB" or a number of adapters.
+        output: run directory.
+        merge_method: "linear" or "ties".
+        density: share of entries that "ties" keeps.
+        scale: of every merge; None tunes it per cluster on the probes.
+        init: starts of D2C, see `cluster.d2c`.
+        rounds: most rounds of one start.
+        restarts: draws per kind of start.
+        eps: a task moves only if its normalised regret falls by more.
+        seed: of all random choices.
+        probe_examples: how many rows of probe.jsonl decide, the first ones.
+        test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
+        random_seeds: how many random partitions the `random` row averages.
+    """
+
+    adapters: str = ""
+    tasks: str = ""
+    output: str = ""
+    budget: str = "12.5%"
+    model: str | None = None
+    merge_method: str = "linear"
+    density: float = 0.5
+    scale: float | None = None
+    init: tuple[str, ...] = STARTS
+    rounds: int = 10
+    restarts: int = 1
+    eps: float = 1e-3
+    seed: int = 0
+    probe_examples: int = 10
+    test_examples: int = 100
+    random_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError listing every value that is missing or out of range."""
+        problems = [
+            f"{name}: not given; pass --{name} or set it in the YAML file"
+            for name in ("adapters", "tasks", "output")
+            if not getattr(self, name)
+        ]
+        checks = {
+            "merge_method": (self.merge_method in MERGE_METHODS, f"one of {list(MERGE_METHODS)}"),
+            "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
+            "scale": (self.scale is None or self.scale > 0, "a number above 0"),
+            "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),
+            "rounds": (self.rounds >= 0, "0 or more"),
+            "restarts": (self.restarts >= 1, "1 or more"),
+            "eps": (self.eps >= 0, "0 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "probe_examples": (self.probe_examples >= 1, "1 or more"),
+            "test_examples": (self.test_examples >= 0, "0 (all) or more"),
+            "random_seeds": (self.random_seeds >= 1, "1 or more"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                problems.append(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+        try:
+            from d2c_mlx.budget import parse_budget
+
+            parse_budget(self.budget)
+        except BudgetError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `config.yaml` of a run directory holds them."""
+        return {**dataclasses.asdict(self), "init": list(self.init)}
+
+
+def _typed(name: str, value: object, annotation: str, where: str) -> tuple[Any, str | None]:
+    """Coerce one value to its field's type: `(value, problem or None)`."""
+    kinds = {"str": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list, tuple)}
+    optional = annotation.endswith(" | None")
+    kind = annotation.removesuffix(" | None")
+    if value is None and optional:
+        return None, None
+    if name == "budget" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value), None
+    if kind == "tuple[str, ...]" and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, kinds[kind]) or isinstance(value, bool):
+        plain = {"tuple[str, ...]": "a list of strings"}.get(kind, kind)
+        return None, f"{where}{name}: found {value!r}, expected {plain}"
+    if kind == "float":
+        return float(value), None  # type: ignore[arg-type]
+    return (tuple(map(str, value)) if kind.startswith("tuple") else value), None  # type: ignore[arg-type]
+
+
+def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:
+    """Read a YAML file, put `overrides` over it, check everything.
+
+    Paths in the file are taken as they are, relative to the working directory.
+
+    Raises:
+        ConfigError: every unknown key and wrong value, one line each.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    known = {field.name: str(field.type) for field in fields(RunConfig)}
+    for where, source in ((f"{path}: ", _read_yaml(path)), ("", dict(overrides))):
+        for key, value in source.items():
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+                problems.append(f"{where}{key}: unknown key{hint}")
+                continue
+            typed, problem = _typed(key, value, known[key], where)
+            if problem:
+                problems.append(problem)
+            else:
+                values[key] = typed
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**values)
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
+    return data

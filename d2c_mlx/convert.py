@@ -1,0 +1,239 @@
+"""PEFT <-> MLX. The only file that knows PEFT.
+
+PEFT stores `lora_A (r, in)` and `lora_B (out, r)`, MLX their transposes; a conversion is a
+transpose and a scale and changes no bit of a factor. What A and B alone do not describe is
+refused by name. Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
+https://github.com/huggingface/peft.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from d2c_mlx.adapter import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    LoRA,
+    check_adapter,
+    load_adapter,
+    pair_problems,
+    read_config,
+    read_tensors,
+)
+from d2c_mlx.errors import AdapterError, collect
+
+__all__ = ["find_adapters", "read_adapter", "save_peft"]
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
+
+# Fields whose value never changes what A and B mean on the stock base model.
+_HARMLESS = frozenset(
+    "alpha_pattern arrow_config auto_mapping base_model_name_or_path corda_config eva_config"
+    " ensure_weight_tying exclude_modules inference_mode init_lora_weights layers_pattern"
+    " layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config"
+    " megatron_core peft_type peft_version qalora_group_size r rank_pattern revision"
+    " runtime_config target_modules task_type use_rslora".split()
+)
+# Fields that are refused when set, and why.
+_REFUSED = {
+    "use_dora": "DoRA rescales the merged weight; it is no low-rank delta",
+    "use_qalora": "QALoRA pools the input before A",
+    "use_bdlora": "block-diagonal LoRA stores factors in another layout",
+    "lora_bias": "a bias in lora_B is no low-rank delta",
+    "modules_to_save": "these modules are stored in full, beside the LoRA",
+    "trainable_token_indices": "trained token embeddings are stored beside the LoRA",
+    "target_parameters": "LoRA on bare parameters has another layout",
+    "layer_replication": "it changes the number of layers of the base model",
+    "fan_in_fan_out": "its factors are transposed",
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+}
+# Initialisations that also change the base model's weights.
+_BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def find_adapters(directory: Path) -> dict[str, Path]:
+    """Name -> path of every adapter directory in `directory`, sorted by name.
+
+    Hidden directories are passed over; any other subdirectory must be an adapter.
+
+    Raises:
+        AdapterError: no directory, or nothing in it.
+    """
+    if not directory.is_dir():
+        raise AdapterError(f"{directory}: no such directory; --adapters names the folder of them")
+    found = {p.name: p for p in sorted(directory.iterdir()) if p.is_dir() and p.name[0] != "."}
+    if not found:
+        raise AdapterError(
+            f"{directory}: no adapters; expected one subdirectory per adapter with"
+            f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX)"
+        )
+    return found
+
+
+def read_adapter(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Read a PEFT or MLX adapter, recognised by its files, and check it against the base.
+
+    Args:
+        directory: one adapter.
+        shapes: module path -> (in, out) of the base model's linear modules.
+
+    Raises:
+        AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
+    """
+    peft, mlx = directory / PEFT_WEIGHTS, directory / WEIGHTS
+    if peft.exists() and mlx.exists():
+        raise AdapterError(f"{directory}: holds {PEFT_WEIGHTS} and {WEIGHTS}; keep one of them")
+    if peft.exists():
+        adapter, path = _load_peft(directory), peft
+    elif mlx.exists():
+        adapter, path = load_adapter(directory), mlx
+    elif (directory / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{directory / 'adapter_model.bin'}: a pickle can run code and is never loaded; save"
+            " it again with PEFT's save_pretrained(..., safe_serialization=True)"
+        )
+    else:
+        raise AdapterError(
+            f"{directory}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX)"
+        )
+    check_adapter(adapter, shapes, path)
+    return adapter
+
+
+def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
+    """One line per field of a PEFT config that A and B alone do not describe."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("bias", "none") != "none":
+        problems.append(f"{path}: bias is {config['bias']!r}, expected 'none': trained biases")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
+        problems.append(
+            f"{path}: init_lora_weights is {init!r}: it changes the base model's weights too;"
+            " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for field, value in config.items():
+        if not value or field in _HARMLESS or field == "bias":
+            continue
+        reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
+        problems.append(f"{path}: {field} is {value!r}: {reason}; it cannot be converted")
+    return problems
+
+
+def _pattern_lookup(
+    pattern: object, default: float, field: str, where: Path
+) -> Callable[[str], float]:
+    """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
+    if not isinstance(pattern, dict):
+        pattern = {}
+    try:
+        compiled = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+    except re.error as error:
+        raise AdapterError(f"{where}: {field}: not a regular expression ({error})") from None
+    return lambda path: next((v for regex, v in compiled if regex.match(path)), default)
+
+
+def _load_peft(directory: Path) -> Adapter:
+    config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
+    errors: list[AdapterError] = []
+    problems = _refusals(config, where)
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), int | float) or config[field] == 0:
+            problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
+    tensors = collect(errors, lambda: read_tensors(weights)) or {}  # type: ignore[arg-type]
+    pairs: dict[str, dict[str, mx.array]] = {}
+    for name, x in sorted(tensors.items()):
+        match = _TENSOR.fullmatch(name)
+        if match is None or x.ndim != 2:
+            problems.append(
+                f"{weights}: {name} with shape {tuple(x.shape)} is no plain linear LoRA factor"
+                f" (expected {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
+            )
+        else:
+            pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
+    problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
+    problems += [line for error in errors for line in error.problems]
+    if problems:
+        raise AdapterError(problems)
+    modules = _scaled_modules(pairs, config, where)
+    base = config.get("base_model_name_or_path")
+    return Adapter(directory.name, modules, str(base) if base else None)
+
+
+def _scaled_modules(
+    pairs: Mapping[str, Mapping[str, mx.array]], config: Mapping[str, object], where: Path
+) -> dict[str, LoRA]:
+    """Give every factor pair the scale that PEFT would: alpha / r, or alpha / sqrt(r)."""
+    rank_of = _pattern_lookup(config.get("rank_pattern"), config["r"], "rank_pattern", where)  # type: ignore[arg-type]
+    alpha_of = _pattern_lookup(
+        config.get("alpha_pattern"),
+        config["lora_alpha"],  # type: ignore[arg-type]
+        "alpha_pattern",
+        where,
+    )
+    modules, problems = {}, []
+    for path, pair in sorted(pairs.items()):
+        rank = int(pair["lora_A"].shape[1])
+        if rank != rank_of(path):
+            problems.append(f"{where}: {path} has rank {rank}, but r says {rank_of(path)}")
+        scale = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        a, b = (mx.contiguous(pair[leaf]) for leaf in ("lora_A", "lora_B"))
+        modules[path] = LoRA(a, b, scale)
+    if problems:
+        raise AdapterError(problems)
+    return modules
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha for which alpha / rank is `scale` to the last bit."""
+    guess = scale * rank
+    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
+    alpha = next((x for x in near if x / rank == scale), guess)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def save_peft(adapter: Adapter, directory: Path) -> None:
+    """Write PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
+
+    Ranks and scales per module go into `rank_pattern` and `alpha_pattern`, so no factor changes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    first = next(iter(adapter.modules.values()))
+    rank, alpha = first.rank, _alpha(first.scale, first.rank)
+    tensors, rank_pattern, alpha_pattern = {}, {}, {}
+    for path, lora in sorted(adapter.modules.items()):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = mx.contiguous(lora.a.T)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = mx.contiguous(lora.b.T)
+        if lora.rank != rank:
+            rank_pattern[path] = lora.rank
+        if _alpha(lora.scale, lora.rank) != alpha:
+            alpha_pattern[path] = _alpha(lora.scale, lora.rank)
+    mx.save_safetensors(str(directory / PEFT_WEIGHTS), tensors, metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": adapter.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": sorted(adapter.modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Every error this package raises on purpose.
+
+    D2CError                 something went wrong (exit code 1)
+    └── InputError           the user's input must change (exit code 2)
+        ├── ConfigError      an option or a YAML key
+        ├── ModelError       the base model cannot be found or read
+        ├── AdapterError     an adapter cannot be converted exactly
+        ├── TaskError        a task's example file
+        ├── BudgetError      the budget is unreadable or too small
+        └── PackError        a pack or a run directory is missing or does not verify
+
+An `InputError` carries *all* problems found, one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+__all__ = [
+    "AdapterError",
+    "BudgetError",
+    "ConfigError",
+    "D2CError",
+    "InputError",
+    "ModelError",
+    "PackError",
+    "TaskError",
+    "collect",
+]
+
+T = TypeVar("T")
+
+
+class D2CError(Exception):
+    """Base class of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(D2CError):
+    """Bad input: `problems` holds one line per problem, each naming file, field and remedy."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(InputError):
+    """An option or a YAML key is unknown or has a value of the wrong kind."""
+
+
+class ModelError(InputError):
+    """The base model cannot be found or read."""
+
+
+class AdapterError(InputError):
+    """An adapter cannot be read, or cannot be converted exactly."""
+
+
+class TaskError(InputError):
+    """A task's example file is missing or malformed."""
+
+
+class BudgetError(InputError):
+    """A budget is unreadable, or too small for a single adapter."""
+
+
+class PackError(InputError):
+    """A pack or a run directory is missing a part or does not verify."""
+
+
+def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
+    """Run `call`; on `InputError` append it to `errors` and return None.
+
+    Lets a command report the problems of several inputs at once.
+    """
+    try:
+        return call()
+    except InputError as error:
+        errors.append(error)
+        return None

@@ -1,0 +1,193 @@
+"""The whole story: adapters + a few examples + a budget -> a pack, and what it is worth.
+
+    convert -> probe -> cluster -> merge -> pack -> bench -> report
+
+Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
+change is not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from d2c_mlx.adapter import load_adapter
+from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.cluster import Clustering, d2c, kmeans, merge_all, random_partition
+from d2c_mlx.config import RunConfig
+from d2c_mlx.doctor import provenance
+from d2c_mlx.files import write_dir, write_json, write_text
+from d2c_mlx.pack import load_pack, write_pack
+from d2c_mlx.probe import probe_table
+from d2c_mlx.report import render_html, render_markdown
+from d2c_mlx.workspace import Workspace
+
+__all__ = ["STAGES", "run"]
+
+
+def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Workspace:
+    """Run every stage up to and including `until`; what is already done is kept.
+
+    Raises:
+        InputError: bad input, all problems at once; nothing is written.
+        D2CError: a stage failed.
+    """
+    workspace = Workspace(config, quiet)
+    for name, stage in STAGES.items():
+        stage(workspace)
+        if name == until:
+            break
+    return workspace
+
+
+def convert(ws: Workspace) -> None:
+    """Input adapters -> `adapters/<name>/`, exact, in mlx-lm's layout."""
+
+    def body() -> None:
+        with write_dir(ws.path("adapters")) as directory:
+            for adapter in ws.inputs:
+                adapter.save(directory / adapter.name, ws.base.n_layers)
+
+    options = [[adapter.name, adapter.base, adapter.digest] for adapter in ws.inputs]
+    ws.stage("convert", options, [], ["adapters"], body)
+
+
+def probe(ws: Workspace) -> None:
+    """Every adapter on every task's probe examples -> `losses.json`."""
+
+    def body() -> None:
+        table = probe_table(ws.evaluator, ws.adapters, ws.probes)
+        write_json(ws.path("losses.json"), table.to_json())
+
+    options = [ws.base.fingerprint, [examples.digest for examples in ws.probes]]
+    ws.stage("probe", options, ["adapters"], ["losses.json"], body)
+
+
+def cluster(ws: Workspace) -> None:
+    """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
+    c, k, n = ws.config, ws.n_clusters, len(ws.names)
+
+    def body() -> None:
+        found = d2c(ws.problem, k, init=c.init, rounds=c.rounds, restarts=c.restarts,
+                    seed=c.seed, eps=c.eps)  # fmt: skip
+        methods = {
+            "d2c": [found],
+            "kmeans": [kmeans(ws.problem.features, min(k, n), c.seed)],
+            "random": [random_partition(n, min(k, n), c.seed + i) for i in range(c.random_seeds)],
+            "merge-all": [merge_all(n)],
+        }
+        content = {
+            "adapters": ws.names,
+            "n_clusters": k,
+            "methods": {
+                name: [dataclasses.asdict(clustering) for clustering in clusterings]
+                for name, clusterings in methods.items()
+            },
+        }
+        write_json(ws.path("clusters.json"), content)
+
+    options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(c),
+               c.init, c.rounds, c.restarts, c.seed, c.eps, c.random_seeds]  # fmt: skip
+    ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
+
+
+def merge(ws: Workspace) -> None:
+    """One adapter per D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
+
+    def body() -> None:
+        (clustering,) = _clusterings(ws)["d2c"]
+        merges = []
+        with write_dir(ws.path("merged")) as directory:
+            for k, members in enumerate(clustering.groups):
+                adapter, scale = ws.merge_with_scale(members)
+                adapter.save(directory / str(k), ws.base.n_layers)
+                merges.append({"members": [ws.names[i] for i in members], "scale": scale})
+        write_json(ws.path("merges.json"), merges)
+
+    options = [ws.base.fingerprint, _merge_options(ws.config)]
+    reads = ["adapters", "losses.json", "clusters.json"]
+    ws.stage("merge", options, reads, ["merged", "merges.json"], body)
+
+
+def pack(ws: Workspace) -> None:
+    """Merged adapters and a manifest -> `pack/`, within the budget."""
+
+    def body() -> None:
+        adapters = [
+            dataclasses.replace(load_adapter(ws.path("merged") / str(k)), sources=tuple(members))
+            for k, members in enumerate(entry["members"] for entry in ws.read("merges.json"))
+        ]
+        write_pack(
+            ws.path("pack"),
+            adapters,
+            model=ws.base.name,
+            config_hash=ws.base.config_hash,
+            n_layers=ws.base.n_layers,
+            budget=ws.budget.text,
+            max_bytes=ws.budget.allowed_bytes(sum(ws.sizes)),
+        )
+
+    options = [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes)]
+    ws.stage("pack", options, ["merged", "merges.json"], ["pack"], body)
+
+
+def bench(ws: Workspace) -> None:
+    """Every method on the held-out test examples -> `bench.json`."""
+
+    def body() -> None:
+        packed = load_pack(ws.path("pack"))
+        served = {name: load_adapter(packed.adapter_path(name)) for name in ws.names}
+        methods = {
+            "base": Method(0, [dict.fromkeys(ws.names)]),
+            "individual": Method(sum(ws.sizes), [dict(zip(ws.names, ws.adapters))]),
+            **{name: _method(ws, found) for name, found in _clusterings(ws).items()},
+            "pack": Method(packed.nbytes, [served]),
+        }
+        results = bench_methods(ws.evaluator, methods, ws.tests)
+        write_json(ws.path("bench.json"), {"methods": results, "provenance": provenance(ws)})
+
+    options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],
+               _merge_options(ws.config)]  # fmt: skip
+    reads = ["adapters", "losses.json", "clusters.json", "pack"]
+    ws.stage("bench", options, reads, ["bench.json"], body)
+
+
+def report(ws: Workspace) -> None:
+    """The results for people -> `report.md`, `report.html`."""
+    reads = ["losses.json", "clusters.json", "merges.json", "pack/manifest.json", "bench.json"]
+
+    def body() -> None:
+        losses, clusters, merges, manifest, benched = (ws.read(name) for name in reads)
+        for name, render in (("report.md", render_markdown), ("report.html", render_html)):
+            write_text(ws.path(name), render(losses, clusters, merges, manifest, benched))
+
+    ws.stage("report", None, reads, ["report.md", "report.html"], body)
+
+
+STAGES: dict[str, Callable[[Workspace], None]] = {
+    stage.__name__: stage for stage in (convert, probe, cluster, merge, pack, bench, report)
+}
+
+
+def _merge_options(config: RunConfig) -> list[object]:
+    return [config.merge_method, config.density, config.scale]
+
+
+def _clusterings(ws: Workspace) -> dict[str, list[Clustering]]:
+    """Method -> clusterings, from `clusters.json`, best-known baselines first."""
+    methods: dict[str, list[dict[str, Any]]] = ws.read("clusters.json")["methods"]
+    return {
+        name: [Clustering(**{**entry, "labels": tuple(entry["labels"])}) for entry in methods[name]]
+        for name in ("merge-all", "random", "kmeans", "d2c")
+    }
+
+
+def _method(ws: Workspace, clusterings: Sequence[Clustering]) -> Method:
+    """What serves each task when these clusterings are merged as the pack's is."""
+    variants, nbytes = [], []
+    for clustering in clusterings:
+        merged = [ws.merge(members) for members in clustering.groups]
+        variants.append({ws.names[i]: merged[k] for i, k in enumerate(clustering.labels)})
+        nbytes.append(sum(adapter.nbytes(ws.base.n_layers) for adapter in merged))
+    return Method(round(sum(nbytes) / len(nbytes)), variants)

@@ -1,0 +1,49 @@
+"""Progress bars on standard error, with the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["Bar", "progress_bar"]
+
+
+class Bar:
+    """One bar whose total grows as work becomes known; a `probe.Meter`."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task, self._total = progress, task, 0
+
+    def expect(self, n_tokens: int) -> None:
+        """More work is known of."""
+        self._total += n_tokens
+        self._progress.update(self._task, total=self._total)
+
+    def advance(self, n_tokens: int) -> None:
+        """Work is done."""
+        self._progress.advance(self._task, n_tokens)
+
+
+@contextmanager
+def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
+    """Show a bar named `name` on standard error while the block runs."""
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        yield Bar(progress, progress.add_task(name, total=0))

@@ -1,0 +1,144 @@
+"""Results -> Markdown and one self-contained HTML file. Computes nothing; every number is read."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+__all__ = ["render_html", "render_markdown", "render_table"]
+
+Json = dict[str, Any]
+
+
+def _rows(bench: Json) -> list[dict[str, Any]]:
+    """Methods sorted by excess loss, the strict measure; the bare base model last."""
+    methods = bench["methods"]
+    total = methods["individual"]["nbytes"]
+    order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
+    return [
+        {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def render_table(bench: Json) -> str:
+    """The table of methods as Markdown: bytes, held-out loss, excess, retention."""
+    lines = [
+        "| method | bytes | of input | loss | excess | retention |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in _rows(bench):
+        lines.append(
+            f"| {row['name']} | {row['nbytes']:,} | {_percent(row['share'])} | {row['loss']:.4f} |"
+            f" {row['excess']:.4f} | {_percent(row['retention'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("d2c_mlx", "."),
+        autoescape=lambda name: bool(name) and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    return environment
+
+
+def _context(losses: Json, clusters: Json, merges: Json, manifest: Json, bench: Json) -> Json:
+    (d2c,) = clusters["methods"]["d2c"]
+    worst = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["excess"])
+    return {
+        "losses": losses,
+        "d2c": d2c,
+        "merges": merges,
+        "manifest": manifest,
+        "rows": _rows(bench),
+        "table": render_table(bench),
+        "pack": bench["methods"]["pack"],
+        "share": bench["methods"]["pack"]["nbytes"] / bench["methods"]["individual"]["nbytes"],
+        "worst": worst,
+        "methods": bench["methods"],
+        "provenance": bench["provenance"],
+    }
+
+
+def render_markdown(*artifacts: Json) -> str:
+    """`report.md`.
+
+    Args:
+        artifacts: losses, clusters, merges, pack manifest and bench, as the stages wrote them.
+    """
+    return _environment().get_template("report.md.jinja").render(_context(*artifacts))
+
+
+def render_html(*artifacts: Json) -> str:
+    """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
+    context = _context(*artifacts)
+    context["bars"] = _excess_bars(context["rows"])
+    context["heatmap"] = _heatmap(context["losses"], context["d2c"]["labels"])
+    return _environment().get_template("report.html.jinja").render(context)
+
+
+def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure
+    """Inline SVG; fixed ids and no date, so that equal results give equal files."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "d2c-mlx", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    # One grey that reads on both a light and a dark page.
+    axes.tick_params(colors="#7a7f87", labelsize=9)
+    for spine in axes.spines.values():
+        spine.set_color("#7a7f87")
+    axes.xaxis.label.set_color("#7a7f87")
+    axes.title.set_color("#7a7f87")
+    return figure, axes
+
+
+def _excess_bars(rows: list[dict[str, Any]]) -> str:
+    figure, axes = _figure(6.4, 0.4 * len(rows) + 0.8)
+    shown = [row for row in rows if row["name"] != "base"]
+    bars = axes.barh(
+        [row["name"] for row in shown], [row["excess"] for row in shown], color="#3b82c4"
+    )
+    axes.bar_label(bars, [f"{row['excess']:.3f}" for row in shown], padding=3, color="#7a7f87")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("excess loss over individual adapters (nats per target token)")
+    return _svg(figure)
+
+
+def _heatmap(losses: Json, labels: list[int]) -> str:
+    import numpy as np
+
+    order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
+    values = np.array(losses["values"])[np.ix_(order, order)]
+    size = max(4.5, 0.28 * len(order) + 1.8)
+    figure, axes = _figure(size, size)
+    image = axes.imshow(values, cmap="viridis_r")
+    axes.set_xticks(range(len(order)), [losses["adapters"][i] for i in order], rotation=90)
+    axes.set_yticks(range(len(order)), [losses["tasks"][i] for i in order])
+    axes.set_xlabel("adapter")
+    bar = figure.colorbar(image, ax=axes, shrink=0.7)
+    bar.ax.tick_params(colors="#7a7f87", labelsize=9)
+    for edge in np.flatnonzero(np.diff([labels[i] for i in order])) + 0.5:
+        axes.axhline(edge, color="white", linewidth=1.5)
+        axes.axvline(edge, color="white", linewidth=1.5)
+    return _svg(figure)

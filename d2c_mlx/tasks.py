@@ -1,0 +1,160 @@
+"""Tasks: a few probe examples that decide, and held-out test examples that judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.errors import InputError, TaskError, collect
+from d2c_mlx.files import fingerprint
+
+__all__ = ["Example", "ExampleSet", "Row", "Task", "load_task", "load_tasks"]
+
+Row = dict[str, Any]
+_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+_EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row; `tokens[offset:]` are the targets that count in the loss."""
+
+    tokens: tuple[int, ...]
+    offset: int
+
+    @property
+    def first_target(self) -> int:
+        """Index of the first token that is predicted; nothing predicts token 0."""
+        return max(self.offset, 1)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of tokens that count in the loss."""
+        return len(self.tokens) - self.first_target
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The tokenized probe or test examples of one task."""
+
+    task: str
+    examples: tuple[Example, ...]
+
+    @property
+    def n_targets(self) -> int:
+        """Number of target tokens."""
+        return sum(example.n_targets for example in self.examples)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, prompts included: what an evaluation costs."""
+        return sum(len(example.tokens) for example in self.examples)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the token ids and offsets."""
+        return fingerprint([[example.tokens, example.offset] for example in self.examples])
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them."""
+
+    name: str
+    probe: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def load_tasks(directory: Path, names: Iterable[str]) -> list[Task]:
+    """Load the task of every adapter name.
+
+    Raises:
+        TaskError: the problems of all tasks, one line each.
+    """
+    if not directory.is_dir():
+        raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
+    errors: list[InputError] = []
+    tasks = [collect(errors, lambda name=name: load_task(directory / name)) for name in names]
+    if errors:
+        raise TaskError([line for error in errors for line in error.problems])
+    return [task for task in tasks if task is not None]
+
+
+def load_task(directory: Path) -> Task:
+    """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt."""
+    errors: list[InputError] = []
+    probe = collect(errors, lambda: _load_rows(directory / "probe.jsonl")) or ()
+    test = collect(errors, lambda: _load_rows(directory / "test.jsonl")) or ()
+    problems = [line for error in errors for line in error.problems]
+    prompts = {_prompt(row) for row in probe}
+    shared = [i for i, row in enumerate(test, 1) if _prompt(row) in prompts]
+    if shared:
+        problems.append(
+            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too ({len(shared)}"
+            " such rows); probe and test rows must be disjoint: remove them from one file"
+        )
+    if problems:
+        raise TaskError(problems)
+    return Task(directory.name, tuple(probe), tuple(test))
+
+
+def _prompt(row: Row) -> str:
+    if "prompt" in row:
+        return str(row["prompt"]).strip()
+    if "messages" in row:
+        return json.dumps(row["messages"][:-1], sort_keys=True, ensure_ascii=False)
+    return str(row["text"]).strip()
+
+
+def _load_rows(path: Path) -> Sequence[Row]:
+    if not path.is_file():
+        raise TaskError(f"{path}: missing; every adapter needs its task's probe.jsonl, test.jsonl")
+    rows: list[Row] = []
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not JSON ({error})")
+            continue
+        problem = _row_problem(row)
+        if problem:
+            problems.append(f"{path}:{number}: {problem}")
+        rows.append(row)
+    if problems:
+        raise TaskError(problems)
+    if not rows:
+        raise TaskError(f"{path}: empty; expected one JSON object per line")
+    formats = {_format(row) for row in rows}
+    if len(formats) > 1:
+        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
+    return rows
+
+
+def _format(row: Row) -> tuple[str, ...] | None:
+    return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
+
+
+def _row_problem(row: object) -> str | None:
+    """What is wrong with one row, or None."""
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {type(row).__name__}"
+    keys = _format(row)
+    if keys is None:
+        return f"found the keys {sorted(row)}, {_EXPECTED}"
+    if keys != ("messages",):
+        bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
+        return f'"{bad}" must be a non-empty string' if bad else None
+    messages = row["messages"]
+    good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
+        return '"messages" must be a list of objects with "role" and "content"'
+    if messages[-1]["role"] != "assistant":
+        return f'the last message has role {messages[-1]["role"]!r}, expected "assistant"'
+    return None

@@ -1,0 +1,207 @@
+"""What the stages of one run share: the base model, adapters, examples, and what is done already."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import yaml
+
+from d2c_mlx import __version__
+from d2c_mlx.adapter import Adapter, LoRA, load_adapter
+from d2c_mlx.budget import Budget, parse_budget
+from d2c_mlx.cluster import Members, Problem, svd_features
+from d2c_mlx.config import RunConfig
+from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.errors import InputError, collect
+from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
+from d2c_mlx.merge import merge_adapters, scaled
+from d2c_mlx.model import BaseModel
+from d2c_mlx.probe import Evaluator, LossTable, tune_scale
+from d2c_mlx.progress import progress_bar
+from d2c_mlx.tasks import ExampleSet, Task, load_tasks
+
+__all__ = ["Workspace", "read_adapters"]
+
+# Increasing; the walk of `tune_scale` starts in the middle.
+SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+def read_adapters(directory: Path, base: BaseModel) -> list[Adapter]:
+    """Read and check every adapter in `directory`; all problems of all adapters at once."""
+    errors: list[InputError] = []
+    found = find_adapters(directory)
+    adapters = [
+        collect(errors, lambda path=path: read_adapter(path, base.module_shapes))
+        for path in found.values()
+    ]
+    if errors:
+        raise InputError([line for error in errors for line in error.problems])
+    return [adapter for adapter in adapters if adapter is not None]
+
+
+class Workspace:
+    """A run directory and what its stages need, each thing loaded once and only if asked for."""
+
+    def __init__(self, config: RunConfig, quiet: bool = False) -> None:
+        """Check all inputs; nothing is written before every one is good.
+
+        Raises:
+            InputError: every problem of model, adapters, tasks and budget, one line each.
+        """
+        self.config, self.quiet = config, quiet
+        self.output = Path(config.output)
+        self.base = BaseModel(config.model)
+        errors: list[InputError] = []
+        source = Path(config.adapters)
+        inputs = collect(errors, lambda: read_adapters(source, self.base)) or []
+        names = collect([], lambda: list(find_adapters(source))) or []
+        tasks = collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
+        self.inputs: list[Adapter] = inputs
+        self.tasks: list[Task] = tasks
+        self.budget: Budget = parse_budget(config.budget)
+        if not errors:
+            collect(errors, lambda: self.probes)
+            collect(errors, lambda: self.n_clusters)
+        if errors:
+            raise InputError([line for error in errors for line in error.problems])
+        self.evaluator = Evaluator(self.base, self.output / "cache" / "losses.jsonl")
+        self._merges: dict[Members, tuple[Adapter, float]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Adapter names, sorted; the order of every table."""
+        return [adapter.name for adapter in self.inputs]
+
+    @cached_property
+    def probes(self) -> list[ExampleSet]:
+        """The examples that decide."""
+        n = self.config.probe_examples
+        return [self.base.encode(task.name, task.probe[:n]) for task in self.tasks]
+
+    @cached_property
+    def tests(self) -> list[ExampleSet]:
+        """The examples that judge."""
+        n = self.config.test_examples or None
+        return [self.base.encode(task.name, task.test[:n]) for task in self.tasks]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each input adapter written in 16 bit in mlx-lm's layout."""
+        return [self.packed(adapter).nbytes(self.base.n_layers) for adapter in self.inputs]
+
+    @cached_property
+    def n_clusters(self) -> int:
+        """How many adapters the budget has room for, whatever is merged with what."""
+        rank = max(adapter.rank for adapter in self.inputs)
+        paths = {path for adapter in self.inputs for path in adapter.modules}
+        shapes = self.base.module_shapes
+        widest = {
+            path: LoRA(mx.zeros((shapes[path][0], rank)), mx.zeros((rank, shapes[path][1])))
+            for path in paths
+        }
+        union = self.packed(replace(self.inputs[0], modules=widest))
+        largest = max(union.nbytes(self.base.n_layers), *self.sizes)
+        return self.budget.allowed_adapters(self.sizes, largest)
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """The converted adapters, read back from the run directory."""
+        return [load_adapter(self.output / "adapters" / name) for name in self.names]
+
+    @cached_property
+    def table(self) -> LossTable:
+        """`losses.json`."""
+        return LossTable.from_json(self.read("losses.json"))
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What the clusterings may ask, answered by the model."""
+        return Problem(
+            base=self.table.base,
+            table=self.table.values,
+            merge=self.merge,
+            losses=lambda jobs: self.evaluator.losses(
+                [(merge, [self.probes[i] for i in tasks]) for merge, tasks in jobs]
+            ),
+            features=svd_features(self.adapters),
+        )
+
+    def packed(self, adapter: Adapter) -> Adapter:
+        """The adapter as a pack stores it: one rank, one scale, the base's 16-bit dtype."""
+        return adapter.uniform(self.base.dtype)
+
+    def merge(self, members: Members) -> Adapter:
+        """Merge these adapters, its scale tuned on the members' probes; as a pack stores it."""
+        return self.merge_with_scale(members)[0]
+
+    def merge_with_scale(self, members: Members) -> tuple[Adapter, float]:
+        """`merge`, and the scale that was chosen (1 for a single adapter)."""
+        if members not in self._merges:
+            chosen = [self.adapters[i] for i in members]
+            merged = merge_adapters(chosen, self.config.merge_method, self.config.density)
+            scale = 1.0 if len(members) == 1 else self._best_scale(merged, members)
+            final = merged if scale == 1.0 else scaled(merged, scale)
+            self._merges[members] = self.packed(final), scale
+        return self._merges[members]
+
+    def _best_scale(self, merged: Adapter, members: Members) -> float:
+        if self.config.scale is not None:
+            return self.config.scale
+        tasks = np.array(members)
+        probes = [self.probes[i] for i in members]
+
+        def regret(scale: float) -> float:
+            losses = self.evaluator.losses([(self.packed(scaled(merged, scale)), probes)])[0]
+            return float(self.problem.regret(losses, tasks).mean())
+
+        return tune_scale(regret, SCALES)
+
+    def path(self, name: str) -> Path:
+        """A path in the run directory."""
+        return self.output / name
+
+    def read(self, name: str) -> dict:
+        """A JSON artifact of the run directory."""
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def stage(self, name: str, options: object, reads: Sequence[str], writes: Sequence[str],
+              body: Callable[[], None]) -> bool:  # fmt: skip
+        """Run `body` unless it already ran on the same inputs and its outputs are untouched.
+
+        Args:
+            name: of the stage.
+            options: JSON value of everything that matters beside files of the run directory.
+            reads: artifacts of earlier stages.
+            writes: artifacts that `body` makes.
+            body: does the work.
+
+        Returns:
+            Whether it ran.
+        """
+        record = self.output / ".stages" / f"{name}.json"
+        inputs = fingerprint([__version__, options, [hash_tree(self.path(file)) for file in reads]])
+        if record.exists():
+            old = json.loads(record.read_text(encoding="utf-8"))
+            same = old["inputs"] == inputs and all(
+                self.path(file).exists() and hash_tree(self.path(file)) == digest
+                for file, digest in old["outputs"].items()
+            )
+            if same:
+                return False
+        started = time.monotonic()
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_text(self.path("config.yaml"), yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        with progress_bar(name, self.quiet) as bar:
+            self.evaluator.meter = bar
+            body()
+        seconds = round(time.monotonic() - started, 2)
+        outputs = {file: hash_tree(self.path(file)) for file in writes}
+        write_json(record, {"inputs": inputs, "outputs": outputs, "seconds": seconds})
+        return True
