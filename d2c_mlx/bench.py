@@ -32,9 +32,19 @@ class Method:
 
 def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -> np.ndarray:
     """`(n_tasks,)` mean NLL per target token, in nats, mean over the method's variants."""
-    jobs = [(variant[test.task], [test]) for variant in method.variants for test in tests]
-    losses = np.array([loss[0] for loss in evaluator.losses(jobs)])
-    return losses.reshape(len(method.variants), len(tests)).mean(axis=0)
+    columns = []
+    for variant in method.variants:
+        # One job per adapter: its tasks are then evaluated side by side.
+        groups: dict[str, list[int]] = {}
+        for i, test in enumerate(tests):
+            adapter = variant[test.task]
+            groups.setdefault(adapter.digest if adapter else "base", []).append(i)
+        jobs = [(variant[tests[g[0]].task], [tests[i] for i in g]) for g in groups.values()]
+        losses = np.empty(len(tests))
+        for group, values in zip(groups.values(), evaluator.losses(jobs)):
+            losses[group] = values
+        columns.append(losses)
+    return np.mean(columns, axis=0)
 
 
 def bench_methods(

@@ -159,6 +159,11 @@ class BaseModel:
         """Number of transformer blocks."""
         return len(self.model.layers)
 
+    @property
+    def n_streams(self) -> int:
+        """How many example sets `nll` evaluates side by side."""
+        return len(self._streams)
+
     @cached_property
     def config_hash(self) -> str:
         """Hex SHA-256 of the model's config.json."""
@@ -166,7 +171,8 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the config, and of name, size and end of every weight and tokenizer file."""
+        """Hex SHA-256 of the config, and of name, size and end of every weight and
+        tokenizer file."""
         parts = [self.config_hash, str(self.compute_dtype)]
         for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
             with open(file, "rb") as handle:
@@ -210,35 +216,37 @@ class BaseModel:
             b = lora.b.astype(mx.float32) * lora.scale
             slot.factors = lora.a.astype(self.compute_dtype), b.astype(self.compute_dtype)
 
-    def nll(self, examples: Sequence[Example], max_tokens: int = 2048) -> np.ndarray:
-        """Negative log likelihood of each example's targets under the attached adapter.
+    def nll(self, sets: Sequence[ExampleSet], max_tokens: int = 2048) -> list[float]:
+        """Negative log likelihood of each set's target tokens under the attached adapter.
+
+        A set's value depends on nothing but the set: the same bits whatever else is asked.
 
         Args:
-            examples: they may share a prefix, which is then run once.
+            sets: the rows of one set may share a prefix, which is then run once.
             max_tokens: largest size of a padded batch, in tokens.
 
         Returns:
-            `(n_examples,)` float64, in nats, summed over the example's target tokens.
+            One sum over target tokens per set, in nats.
         """
+        sums = []
+        for start in range(0, len(sets), len(self._streams)):
+            pending = []
+            for one, stream in zip(sets[start:], self._streams):
+                with mx.stream(stream):
+                    pending.append(self._set_nll(one.examples, max_tokens))
+            mx.eval(pending)
+            sums += [float(np.array(nll, np.float64).sum()) for nll in pending]
+        return sums
+
+    def _set_nll(self, examples: Sequence[Example], max_tokens: int) -> mx.array:
+        """`(n_targets,)` NLL of every target token, not yet evaluated."""
         prefix = _shared_prefix(examples) if self._prefix_ok else ()
         states = self._run_prefix(prefix) if prefix else None
         batches = _batches([len(e.tokens) - len(prefix) for e in examples], max_tokens)
-        if len(batches) < len(self._streams) <= len(examples):
-            batches = [
-                part.tolist() for part in np.array_split(sum(batches, []), len(self._streams))
-            ]
-        out = np.zeros(len(examples))
-        for start in range(0, len(batches), len(self._streams)):
-            pending = []
-            for batch, stream in zip(batches[start:], self._streams):
-                with mx.stream(stream):
-                    nll = self._batch_nll([examples[i] for i in batch], len(prefix), states)
-                pending.append((batch, nll))
-            mx.eval([nll for _, nll in pending])
-            for batch, nll in pending:
-                rows = np.repeat(np.arange(len(batch)), [examples[i].n_targets for i in batch])
-                out[batch] = np.bincount(rows, np.array(nll, np.float64), minlength=len(batch))
-        return out
+        parts = [
+            self._batch_nll([examples[i] for i in batch], len(prefix), states) for batch in batches
+        ]
+        return mx.concatenate(parts)
 
     def _run_prefix(self, prefix: tuple[int, ...]) -> list[tuple[mx.array, mx.array]]:
         """Keys and values of every layer for one shared prefix, each `(1, heads, length, dim)`."""
@@ -310,8 +318,8 @@ class BaseModel:
 def _evaluation_streams() -> list[mx.Stream]:
     """One stream per core on a CPU device, where MLX runs elementwise work on a single core.
 
-    With OpenBLAS held to one thread, two streams evaluate two half batches side by side: about
-    1.3 times the tokens per second on two cores (benchmarks/streams.py).
+    With OpenBLAS held to one thread, two streams evaluate two tasks side by side: about 1.3 times
+    the tokens per second on two cores (benchmarks/streams.py).
     """
     device = mx.default_device()
     if device.type != mx.DeviceType.cpu or not limit_blas_threads(1):

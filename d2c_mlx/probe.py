@@ -117,14 +117,18 @@ class Evaluator:
             if key not in self._known
         }
         self.meter.expect(sum(pending.values()))
+        width = self.base.n_streams
         for (adapter, sets), row in zip(jobs, keys):
-            todo = [(key, one) for key, one in zip(row, sets) if key not in self._known]
+            todo = {key: one for key, one in zip(row, sets) if key not in self._known}
             if todo:
                 self.base.attach(adapter)
-            for key, one in todo:
-                if key not in self._known:
-                    self._store(key, float(self.base.nll(one.examples).sum()) / one.n_targets)
-                    self.meter.advance(one.n_tokens)
+            missing = list(todo)
+            for start in range(0, len(missing), width):
+                some = missing[start : start + width]
+                sums = self.base.nll([todo[key] for key in some])
+                for key, total in zip(some, sums):
+                    self._store(key, total / todo[key].n_targets)
+                    self.meter.advance(todo[key].n_tokens)
         return [np.array([self._known[key] for key in row]) for row in keys]
 
     def _store(self, key: str, value: float) -> None:
