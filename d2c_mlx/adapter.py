@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -157,7 +158,7 @@ def _padded(lora: LoRA, rank: int) -> LoRA:
     a, b = lora.a, lora.b
     if lora.scale != 1.0:
         b = b.astype(mx.float32) * lora.scale
-    return LoRA(mx.pad(a, ((0, 0), (0, width))), mx.pad(b, ((0, width), (0, 0))), 1.0)
+    return LoRA(mx.pad(a, [(0, 0), (0, width)]), mx.pad(b, [(0, width), (0, 0)]), 1.0)
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -182,7 +183,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         # safe_open checks that the header's offsets lie within the file; mx.load alone is lazy.
         with safe_open(str(path), framework="numpy") as file:
             n_tensors = len(list(file.keys()))
-        tensors: dict[str, mx.array] = mx.load(str(path))
+        tensors: Any = mx.load(str(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterError(

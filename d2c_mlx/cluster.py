@@ -108,7 +108,7 @@ class Clustering:
         return [self.members(k) for k in range(self.n_clusters)]
 
 
-def canonical(labels: Sequence[int]) -> tuple[int, ...]:
+def canonical(labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
     """The same partition with clusters numbered by first appearance."""
     number: dict[int, int] = {}
     return tuple(number.setdefault(int(label), len(number)) for label in labels)
@@ -194,7 +194,7 @@ def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:
 
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
-    """A random first adapter, then always the one that serves, and is served, worst by the others."""
+    """A random first adapter, then always the one worst served by, and serving, the others."""
     regret = problem.regret(problem.table)
     distance = regret + regret.T
     seeds = [int(rng.integers(problem.n))]
@@ -206,7 +206,7 @@ def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator)
 
 
 def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
-    """The partition of round 0. From single adapters: each task joins the seed that serves it best."""
+    """The partition of round 0. With adapters as seeds, a task joins the one that serves it best."""
     if init == "kmeans":
         return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
     if init == "random":

@@ -97,7 +97,7 @@ class RunConfig:
         return {**dataclasses.asdict(self), "init": list(self.init)}
 
 
-def _typed(name: str, value: object, annotation: str, where: str) -> tuple[Any, str | None]:
+def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str | None]:  # noqa: ANN401  as YAML gave it
     """Coerce one value to its field's type: `(value, problem or None)`."""
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list, tuple)}
     optional = annotation.endswith(" | None")
@@ -112,8 +112,8 @@ def _typed(name: str, value: object, annotation: str, where: str) -> tuple[Any, 
         plain = {"tuple[str, ...]": "a list of strings"}.get(kind, kind)
         return None, f"{where}{name}: found {value!r}, expected {plain}"
     if kind == "float":
-        return float(value), None  # type: ignore[arg-type]
-    return (tuple(map(str, value)) if kind.startswith("tuple") else value), None  # type: ignore[arg-type]
+        return float(value), None
+    return (tuple(map(str, value)) if kind.startswith("tuple") else value), None
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:

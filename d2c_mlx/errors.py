@@ -27,6 +27,7 @@ __all__ = [
     "PackError",
     "TaskError",
     "collect",
+    "gather",
 ]
 
 T = TypeVar("T")
@@ -82,3 +83,16 @@ def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
     except InputError as error:
         errors.append(error)
         return None
+
+
+def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Run every call, then raise one `InputError` with the problems of all that failed, if any."""
+    errors: list[InputError] = []
+    results = []
+    for call in calls:
+        result = collect(errors, call)
+        if result is not None:
+            results.append(result)
+    if errors:
+        raise InputError(line for error in errors for line in error.problems)
+    return results

@@ -47,10 +47,10 @@ def convert_gguf(path: Path, directory: Path) -> None:
         ModelError: not a GGUF, not a llama-type model, or a feature that is not understood.
     """
     try:
-        weights, metadata = mx.load(str(path), format="gguf", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: not readable as GGUF ({error})") from None
-    metadata = {key: _plain(value) for key, value in metadata.items()}
+    weights, metadata = loaded[0], {key: _plain(value) for key, value in loaded[1].items()}
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ModelError(
@@ -87,7 +87,7 @@ def _rename(
     tensors, unknown = {}, []
     for name, x in weights.items():
         match = _TENSOR.fullmatch(name)
-        block, part, leaf = match.groups() if match else (None, None, None)
+        block, part, leaf = match.groups() if match else (None, "", "")
         target = _TOP.get(part) if block is None else _BLOCK.get(part)
         if target is None:
             unknown.append(name)

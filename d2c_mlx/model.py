@@ -171,8 +171,7 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the config, and of name, size and end of every weight and
-        tokenizer file."""
+        """Hex SHA-256 of the config and of every weight file's name, size and last MiB."""
         parts = [self.config_hash, str(self.compute_dtype)]
         for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
             with open(file, "rb") as handle:

@@ -83,7 +83,7 @@ def write_pack(
         for k, adapter in enumerate(adapters):
             adapter.save(temporary / f"cluster-{k}", n_layers)
             tasks |= {source: f"cluster-{k}" for source in adapter.sources}
-        files = {
+        files: dict[str, dict[str, Any]] = {
             file.relative_to(temporary).as_posix(): {
                 "nbytes": file.stat().st_size,
                 "sha256": hash_file(file),

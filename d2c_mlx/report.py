@@ -43,7 +43,7 @@ def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
 
     environment = Environment(
         loader=PackageLoader("d2c_mlx", "."),
-        autoescape=lambda name: bool(name) and ".html" in name,
+        autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

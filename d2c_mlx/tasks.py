@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.errors import InputError, TaskError, collect
+from d2c_mlx.errors import InputError, TaskError, collect, gather
 from d2c_mlx.files import fingerprint
 
 __all__ = ["Example", "ExampleSet", "Row", "Task", "load_task", "load_tasks"]
@@ -73,15 +73,11 @@ def load_tasks(directory: Path, names: Iterable[str]) -> list[Task]:
     """Load the task of every adapter name.
 
     Raises:
-        TaskError: the problems of all tasks, one line each.
+        InputError: the problems of all tasks, one line each.
     """
     if not directory.is_dir():
         raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
-    errors: list[InputError] = []
-    tasks = [collect(errors, lambda name=name: load_task(directory / name)) for name in names]
-    if errors:
-        raise TaskError([line for error in errors for line in error.problems])
-    return [task for task in tasks if task is not None]
+    return gather(partial(load_task, directory / name) for name in names)
 
 
 def load_task(directory: Path) -> Task:
@@ -94,8 +90,8 @@ def load_task(directory: Path) -> Task:
     shared = [i for i, row in enumerate(test, 1) if _prompt(row) in prompts]
     if shared:
         problems.append(
-            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too ({len(shared)}"
-            " such rows); probe and test rows must be disjoint: remove them from one file"
+            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too"
+            f" ({len(shared)} such rows); probe and test must be disjoint: remove them from one"
         )
     if problems:
         raise TaskError(problems)

@@ -1,4 +1,4 @@
-"""What the stages of one run share: the base model, adapters, examples, and what is done already."""
+"""What the stages of one run share: base model, adapters, examples, and what is done already."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cluster import Members, Problem, svd_features
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
-from d2c_mlx.errors import InputError, collect
+from d2c_mlx.errors import InputError, collect, gather
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
@@ -35,15 +35,8 @@ SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 def read_adapters(directory: Path, base: BaseModel) -> list[Adapter]:
     """Read and check every adapter in `directory`; all problems of all adapters at once."""
-    errors: list[InputError] = []
     found = find_adapters(directory)
-    adapters = [
-        collect(errors, lambda path=path: read_adapter(path, base.module_shapes))
-        for path in found.values()
-    ]
-    if errors:
-        raise InputError([line for error in errors for line in error.problems])
-    return [adapter for adapter in adapters if adapter is not None]
+    return gather(partial(read_adapter, path, base.module_shapes) for path in found.values())
 
 
 class Workspace:
