@@ -50,9 +50,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command; input errors are one line each on standard error, never a traceback."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Without standalone mode click returns the exit code of an Exit instead of raising it.
+        sys.exit(cli(standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -55,8 +56,8 @@ class Budget:
         if allowed < largest:
             raise BudgetError(
                 f"budget: {self.text} is {allowed:,} bytes, and one merged adapter takes"
-                f" {largest:,}; give at least {100 * largest / sum(sizes):.3g}% or"
-                f" {largest / 1000:,.0f}KB"
+                f" {largest:,}; give at least {math.ceil(1e4 * largest / sum(sizes)) / 100:.2f}% or"
+                f" {math.ceil(largest / 1000)}KB"
             )
         return min(allowed // largest, len(sizes))
 
@@ -72,12 +73,15 @@ def parse_budget(text: str) -> Budget:
     if match is None:
         raise BudgetError(f"budget: {text!r} is not readable; {expected}")
     number, unit = float(match[1]), match[2].upper()
-    if number <= 0:
+    if not math.isfinite(number * 1e12):
+        raise BudgetError(f"budget: {text[:12]!r}... is too large a number; {expected}")
+    nbytes = int(number * _UNITS.get(unit, 1))
+    if number <= 0 or (unit in _UNITS and nbytes == 0):
         raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
     if unit == "%":
         return Budget(str(text), percent=number)
     if unit in _UNITS:
-        return Budget(str(text), nbytes=int(number * _UNITS[unit]))
+        return Budget(str(text), nbytes=nbytes)
     if unit == "" and number.is_integer():
         return Budget(str(text), n_adapters=int(number))
     raise BudgetError(f"budget: {text!r} is not readable; {expected}")

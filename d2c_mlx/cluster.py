@@ -6,6 +6,7 @@ that a numpy table is enough to test it. D2C: https://arxiv.org/abs/2601.17441.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,10 +152,13 @@ def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clustering:
     Source: https://arxiv.org/abs/2405.11157.
     """
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # One thread: the same sums in the same order on every run.
-    with threadpool_limits(1):
+    # One thread: the same sums in the same order on every run. Equal rows give fewer clusters
+    # than asked, with a warning; `refill` below fills them.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         fit = KMeans(n_clusters, n_init=10, random_state=seed).fit(features)
     distance = np.linalg.norm(features - fit.cluster_centers_[fit.labels_], axis=1)
     labels = refill(fit.labels_, n_clusters, distance)
@@ -190,7 +194,8 @@ def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:
     values, vectors = np.linalg.eigh(similarity(adapters))
     keep = values > 1e-6 * values.max()
     features = vectors[:, keep] * np.sqrt(values[keep])
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    # An untrained adapter has dW = 0 and no direction: its row stays 0.
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
@@ -206,7 +211,7 @@ def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator)
 
 
 def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
-    """The partition of round 0. With adapters as seeds, a task joins the one that serves it best."""
+    """The partition of round 0; from adapters, each task joins the seed that serves it best."""
     if init == "kmeans":
         return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
     if init == "random":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from d2c_mlx.budget import parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
 
 __all__ = ["MERGE_METHODS", "STARTS", "RunConfig", "load_config"]
@@ -70,11 +72,11 @@ class RunConfig:
         checks = {
             "merge_method": (self.merge_method in MERGE_METHODS, f"one of {list(MERGE_METHODS)}"),
             "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
-            "scale": (self.scale is None or self.scale > 0, "a number above 0"),
+            "scale": (self.scale is None or 0 < self.scale < math.inf, "a number above 0"),
             "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),
             "rounds": (self.rounds >= 0, "0 or more"),
             "restarts": (self.restarts >= 1, "1 or more"),
-            "eps": (self.eps >= 0, "0 or more"),
+            "eps": (0 <= self.eps < math.inf, "0 or more"),
             "seed": (self.seed >= 0, "0 or more"),
             "probe_examples": (self.probe_examples >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
@@ -83,9 +85,9 @@ class RunConfig:
         for name, (good, expected) in checks.items():
             if not good:
                 problems.append(f"{name}: found {getattr(self, name)!r}, expected {expected}")
+        if self.output and Path(self.output).is_file():
+            problems.append(f"output: {self.output} is a file, expected a directory or a new name")
         try:
-            from d2c_mlx.budget import parse_budget
-
             parse_budget(self.budget)
         except BudgetError as error:
             problems += error.problems
@@ -111,9 +113,10 @@ def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str
     if not isinstance(value, kinds[kind]) or isinstance(value, bool):
         plain = {"tuple[str, ...]": "a list of strings"}.get(kind, kind)
         return None, f"{where}{name}: found {value!r}, expected {plain}"
+    typed: Any = value
     if kind == "float":
-        return float(value), None
-    return (tuple(map(str, value)) if kind.startswith("tuple") else value), None
+        return float(typed), None
+    return (tuple(map(str, typed)) if kind.startswith("tuple") else typed), None
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:
@@ -151,6 +154,8 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(data, dict):

@@ -136,6 +136,11 @@ def _pattern_lookup(
     """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
     if not isinstance(pattern, dict):
         pattern = {}
+    bad = [key for key, value in pattern.items() if not _positive(value)]
+    if bad:
+        raise AdapterError(
+            f"{where}: {field}: {bad[0]!r} is {pattern[bad[0]]!r}, expected a number above 0"
+        )
     try:
         compiled = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
     except re.error as error:
@@ -143,12 +148,18 @@ def _pattern_lookup(
     return lambda path: next((v for regex, v in compiled if regex.match(path)), default)
 
 
+def _positive(value: object) -> bool:
+    """Whether a JSON value is a finite number above 0 (Python's JSON also reads NaN)."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return good and 0 < value < math.inf  # type: ignore[operator]
+
+
 def _load_peft(directory: Path) -> Adapter:
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
     errors: list[AdapterError] = []
     problems = _refusals(config, where)
     for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float) or config[field] == 0:
+        if not _positive(config.get(field)):
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
     tensors = collect(errors, lambda: read_tensors(weights)) or {}  # type: ignore[arg-type]
     pairs: dict[str, dict[str, mx.array]] = {}

@@ -27,7 +27,7 @@ from d2c_mlx.blas import limit_blas_threads
 from d2c_mlx.errors import ModelError, TaskError
 from d2c_mlx.files import fingerprint, hash_file, write_dir
 from d2c_mlx.gguf import convert_gguf
-from d2c_mlx.tasks import Example, ExampleSet, Row
+from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
 __all__ = ["BaseModel", "cache_directory", "embedded_gguf", "resolve_model"]
 
@@ -137,8 +137,11 @@ class BaseModel:
         self.name, self.path = resolve_model(spec)
         try:
             model, self.tokenizer = load(str(self.path), lazy=True)
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise ModelError(f"{self.path}: mlx-lm cannot load it ({error})") from None
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"{self.path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
+            ) from None
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
@@ -186,9 +189,10 @@ class BaseModel:
         Raises:
             TaskError: the tokenizer has no chat template, or a row has no target token.
         """
-        masked = "text" not in rows[0] or len(rows[0].keys() & {"prompt", "messages"}) > 0
-        dataset = create_dataset(list(rows), self.tokenizer, SimpleNamespace(mask_prompt=masked))
+        masked = row_format(rows[0]) != ("text",)
         try:
+            options = SimpleNamespace(mask_prompt=masked)
+            dataset = create_dataset(list(rows), self.tokenizer, options)
             pairs = [dataset.process(row) for row in rows]
         except ValueError as error:
             raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None

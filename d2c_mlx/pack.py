@@ -120,13 +120,22 @@ def load_pack(directory: Path) -> Pack:
         raise PackError(f"{path}: missing; is this a pack?") from None
     except ValueError as error:
         raise PackError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise PackError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
     if manifest.get("format") != FORMAT or manifest.get("format_version") != VERSION:
         raise PackError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('format_version')!r},"
             f" expected {FORMAT!r} version {VERSION}"
         )
-    problems = []
-    for name, entry in manifest["files"].items():
+    files, tasks = manifest.get("files"), manifest.get("tasks")
+    if not isinstance(files, dict) or not isinstance(tasks, dict) or "nbytes" not in manifest:
+        raise PackError(f"{path}: files, tasks or nbytes is missing; write the pack again")
+    problems = [
+        f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
+        for task, folder in tasks.items()
+        if f"{folder}/adapters.safetensors" not in files
+    ]
+    for name, entry in files.items():
         file = directory / name
         if not file.is_file():
             problems.append(f"{file}: missing, but the manifest lists it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from d2c_mlx.errors import InputError, TaskError, collect, gather
 from d2c_mlx.files import fingerprint
 
-__all__ = ["Example", "ExampleSet", "Row", "Task", "load_task", "load_tasks"]
+__all__ = ["Example", "ExampleSet", "Row", "Task", "load_task", "load_tasks", "row_format"]
 
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
@@ -83,11 +83,11 @@ def load_tasks(directory: Path, names: Iterable[str]) -> list[Task]:
 def load_task(directory: Path) -> Task:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt."""
     errors: list[InputError] = []
-    probe = collect(errors, lambda: _load_rows(directory / "probe.jsonl")) or ()
-    test = collect(errors, lambda: _load_rows(directory / "test.jsonl")) or ()
+    probe = collect(errors, lambda: _load_rows(directory / "probe.jsonl")) or {}
+    test = collect(errors, lambda: _load_rows(directory / "test.jsonl")) or {}
     problems = [line for error in errors for line in error.problems]
-    prompts = {_prompt(row) for row in probe}
-    shared = [i for i, row in enumerate(test, 1) if _prompt(row) in prompts]
+    prompts = {_prompt(row) for row in probe.values()}
+    shared = [number for number, row in test.items() if _prompt(row) in prompts]
     if shared:
         problems.append(
             f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too"
@@ -95,23 +95,28 @@ def load_task(directory: Path) -> Task:
         )
     if problems:
         raise TaskError(problems)
-    return Task(directory.name, tuple(probe), tuple(test))
+    return Task(directory.name, tuple(probe.values()), tuple(test.values()))
 
 
 def _prompt(row: Row) -> str:
-    if "prompt" in row:
-        return str(row["prompt"]).strip()
-    if "messages" in row:
+    keys = row_format(row)
+    if keys == ("messages",):
         return json.dumps(row["messages"][:-1], sort_keys=True, ensure_ascii=False)
-    return str(row["text"]).strip()
+    return str(row[keys[0]]).strip() if keys else ""
 
 
-def _load_rows(path: Path) -> Sequence[Row]:
+def _load_rows(path: Path) -> dict[int, Row]:
+    """Line number -> row."""
     if not path.is_file():
         raise TaskError(f"{path}: missing; every adapter needs its task's probe.jsonl, test.jsonl")
-    rows: list[Row] = []
+    try:
+        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    rows: dict[int, Row] = {}
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -122,18 +127,19 @@ def _load_rows(path: Path) -> Sequence[Row]:
         problem = _row_problem(row)
         if problem:
             problems.append(f"{path}:{number}: {problem}")
-        rows.append(row)
+        rows[number] = row
     if problems:
         raise TaskError(problems)
     if not rows:
         raise TaskError(f"{path}: empty; expected one JSON object per line")
-    formats = {_format(row) for row in rows}
+    formats = {row_format(row) for row in rows.values()}
     if len(formats) > 1:
         raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
     return rows
 
 
-def _format(row: Row) -> tuple[str, ...] | None:
+def row_format(row: Row) -> tuple[str, ...] | None:
+    """The keys that make a row one of mlx-lm's formats, in mlx-lm's order of preference."""
     return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
 
 
@@ -141,7 +147,7 @@ def _row_problem(row: object) -> str | None:
     """What is wrong with one row, or None."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
-    keys = _format(row)
+    keys = row_format(row)
     if keys is None:
         return f"found the keys {sorted(row)}, {_EXPECTED}"
     if keys != ("messages",):

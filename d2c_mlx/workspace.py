@@ -46,7 +46,8 @@ class Workspace:
         """Check all inputs; nothing is written before every one is good.
 
         Raises:
-            InputError: every problem of model, adapters, tasks and budget, one line each.
+            InputError: every problem of adapters, tasks and budget, one line each; without a
+                base model, to which they must fit, the problem of the model alone.
         """
         self.config, self.quiet = config, quiet
         self.output = Path(config.output)
@@ -61,6 +62,7 @@ class Workspace:
         self.budget: Budget = parse_budget(config.budget)
         if not errors:
             collect(errors, lambda: self.probes)
+            collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
         if errors:
             raise InputError([line for error in errors for line in error.problems])

@@ -110,10 +110,9 @@ def test_too_small_names_both_sizes():
     assert "1%" in problem
     assert "200,000 bytes" in problem
     assert "1,500,000" in problem
-    assert "7.5%" in problem
+    assert "7.50%" in problem
 
 
-@pytest.mark.xfail(strict=True, reason="the advice is rounded to nearest, with a comma")
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(("size", "n"), [(12_345, 3), (1_234_321, 3)])
 def test_advice_can_be_followed(size, n, which):
@@ -124,7 +123,6 @@ def test_advice_can_be_followed(size, n, which):
     assert parse_budget(advice).allowed_adapters(sizes, size) == 1
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="float infinity reaches int()")
 @pytest.mark.parametrize("text", ["9" * 400 + "MB", "9" * 400 + "%"])
 def test_number_beyond_float(text):
     try:
@@ -134,7 +132,6 @@ def test_number_beyond_float(text):
     assert budget.allowed_adapters([100] * 4, 100) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="0.4B passes as 0 bytes")
 def test_less_than_a_byte():
     with pytest.raises(BudgetError, match="above 0"):
         parse_budget("0.4B")

@@ -1,0 +1,62 @@
+"""Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
+
+from pathlib import Path
+
+import pytest
+
+import d2c_mlx  # noqa: F401  first of all, so that the fast BLAS is loaded before mlx.core
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--library", default=str(ROOT / "examples" / "demo"), help="adapters/, tasks/")
+    parser.addoption("--rows", type=int, default=8, help="held-out rows per task in parity tests")
+
+
+@pytest.fixture(scope="session")
+def library(request):
+    return Path(request.config.getoption("--library"))
+
+
+@pytest.fixture(scope="session")
+def rows(request):
+    return request.config.getoption("--rows")
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The embedded SmolLM2-135M-Instruct, loaded once."""
+    from d2c_mlx.model import BaseModel
+
+    return BaseModel()
+
+
+@pytest.fixture(scope="session")
+def float_base(base, tmp_path_factory):
+    """The embedded model as a float32 mlx-lm directory, for stock mlx-lm and for torch.
+
+    Stock mlx-lm would run the 4-bit model in float16 here; the same numbers need the same dtype.
+    """
+    import json
+    import shutil
+
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import dequantize_model, load, save_model
+
+    directory = tmp_path_factory.mktemp("float") / "base"
+    directory.mkdir()
+    model, _ = load(str(base.path), lazy=True)
+    model.set_dtype(mx.float32)
+    model = dequantize_model(model)
+    assert all(x.dtype == mx.float32 for _, x in tree_flatten(model.parameters()))
+    save_model(directory, model)
+    config = json.loads((base.path / "config.json").read_text())
+    del config["quantization"]
+    config["torch_dtype"] = "float32"
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base.path / name).exists():
+            shutil.copyfile(base.path / name, directory / name)
+    return directory

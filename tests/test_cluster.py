@@ -1,0 +1,592 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx import cluster
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.cluster import (
+    INITS,
+    Problem,
+    canonical,
+    d2c,
+    kmeans,
+    merge_all,
+    random_partition,
+    refill,
+    similarity,
+    svd_features,
+)
+
+
+def problem_of(loss, n, base=None, table=None, features=None):
+    """A Problem whose merge is its members and whose losses are `loss(members, task)`.
+
+    By default a task has loss 0 under its own adapter and 1 under the base: a loss is a regret.
+    """
+    base = np.ones(n) if base is None else np.asarray(base, float)
+    table = 1 - np.eye(n) if table is None else np.asarray(table, float)
+
+    def losses(jobs):
+        return [np.array([loss(members, task) for task in tasks]) for members, tasks in jobs]
+
+    return Problem(base, table, tuple, losses, np.eye(n) if features is None else features)
+
+
+def planted(sizes, seed=0, noise=0.05):
+    """`(problem, labels)` of shuffled hidden groups; a merge is worth the mean of its members."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n = len(hidden)
+    same = hidden[:, None] == hidden[None, :]
+    # Tasks differ in difficulty and in what there is to gain, so raw losses are not comparable.
+    level, gain = rng.uniform(0.2, 4, n), rng.uniform(0.2, 3, n)
+    regret = np.where(same, 0.3, 1.2) + rng.uniform(-noise, noise, (n, n))
+    np.fill_diagonal(regret, 0)
+    table = level[:, None] + gain[:, None] * regret
+
+    def loss(members, task):
+        return float(np.mean([table[task, j] for j in members]))
+
+    features = np.eye(len(sizes))[hidden] + 0.01 * rng.normal(size=(n, len(sizes)))
+    return problem_of(loss, n, level + gain, table, features), canonical(hidden)
+
+
+def scripted(path, values):
+    """A Problem in which D2C, started at path[0], proposes path[1], then path[2], ...
+
+    values[t] is the objective at path[t]. A partition that comes twice moves on as it did first;
+    after the last one nothing moves.
+    """
+    steps = {}
+    for t in reversed(range(len(path))):
+        steps[_groups(path[t])] = (path[t], path[min(t + 1, len(path) - 1)], values[t])
+
+    def losses(jobs):
+        now, then, value = steps[tuple(members for members, _ in jobs)]
+        scores = np.full((len(jobs), len(now)), value + 0.5)
+        scores[then, np.arange(len(now))] = value - 0.1
+        scores[now, np.arange(len(now))] = value
+        return [scores[k][list(tasks)] for k, (_, tasks) in enumerate(jobs)]
+
+    n = len(path[0])
+    return Problem(np.ones(n), 1 - np.eye(n), tuple, losses, np.eye(n))
+
+
+def _groups(labels):
+    return tuple(
+        tuple(int(i) for i in np.flatnonzero(np.array(labels) == k)) for k in range(max(labels) + 1)
+    )
+
+
+@pytest.fixture
+def start_at(monkeypatch):
+    """Make D2C start at the given labels, whatever the kind of start."""
+
+    def set_start(labels):
+        def start(problem, n_clusters, init, rng):
+            return np.array(labels[init] if isinstance(labels, dict) else labels)
+
+        monkeypatch.setattr(cluster, "_start", start)
+
+    return set_start
+
+
+# The loop
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 2, 3), (5, 1, 4, 2)], ids=str)
+def test_recovers_planted_clusters_from_adapters(sizes, seed):
+    problem, hidden = planted(sizes, seed)
+    found = d2c(problem, len(sizes), init=["adapters"], seed=seed)
+    assert found.labels == hidden
+    assert (found.method, found.init, found.stopped) == ("d2c", "adapters", "converged")
+    assert found.seed == seed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_farthest_adapters_start_in_every_group(seed):
+    problem, hidden = planted((4, 2, 3, 3), seed)
+    assert d2c(problem, 4, init=["adapters"], rounds=0, seed=seed).labels == hidden
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_further_seed_is_the_farthest_both_ways(seed):
+    table = np.random.default_rng(seed).random((7, 7))
+    np.fill_diagonal(table, 0)
+    seeds = cluster._farthest_seeds(
+        problem_of(None, 7, table=table), 5, np.random.default_rng(seed)
+    )
+    for t in range(1, 5):
+        nearest = {
+            i: min(table[i, j] + table[j, i] for j in seeds[:t])
+            for i in range(7)
+            if i not in seeds[:t]
+        }
+        assert seeds[t] == max(nearest, key=nearest.get)
+
+
+def test_equal_adapters_still_start_in_distinct_clusters():
+    problem = problem_of(lambda members, task: 0.0, 5, table=np.zeros((5, 5)))
+    for seed in range(5):
+        seeds = cluster._farthest_seeds(problem, 5, np.random.default_rng(seed))
+        assert sorted(seeds) == [0, 1, 2, 3, 4]
+        for k in (2, 3, 4):
+            assert d2c(problem, k, init=["adapters"], rounds=0, seed=seed).n_clusters == k
+
+
+def test_a_task_joins_the_seed_that_serves_it_best():
+    # Task 2 is served better by 1, and 1 better by 2, than by 0; adapter 0 is alike to all.
+    table = np.array([[0.0, 0.9, 0.9], [0.8, 0.0, 0.2], [0.8, 0.2, 0.0]])
+    problem = problem_of(lambda m, i: np.mean([table[i, j] for j in m]), 3, table=table)
+    for seed in range(5):
+        assert d2c(problem, 2, init=["adapters"], rounds=0, seed=seed).labels == (0, 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reassignment_repairs_a_wrong_start(seed, start_at):
+    problem, hidden = planted((4, 4, 4), seed)
+    wrong = np.array(hidden)
+    # One task of each group goes to the next group.
+    for group in range(3):
+        wrong[hidden.index(group)] = (group + 1) % 3
+    start_at(wrong)
+    assert d2c(problem, 3, init=["random"], rounds=0).labels == canonical(wrong)
+    found = d2c(problem, 3, init=["random"])
+    assert found.labels == hidden
+    assert len(found.history) > 1
+    assert found.objective == pytest.approx(found.history[-1]["objective"])
+
+
+def test_objective_is_the_mean_normalised_regret(start_at):
+    problem, hidden = planted((2, 3), 3)
+    start_at(hidden)
+    found = d2c(problem, 2, init=["random"])
+    own, total = np.diagonal(problem.table), 0.0
+    for task, label in enumerate(hidden):
+        members = [j for j in range(5) if hidden[j] == label]
+        loss = np.mean(problem.table[task, members])
+        total += (loss - own[task]) / (problem.base[task] - own[task])
+    assert found.objective == pytest.approx(total / 5)
+
+
+def test_one_cluster():
+    problem, _ = planted((3, 2))
+    found = d2c(problem, 1, restarts=3)
+    assert found.labels == (0,) * 5
+    assert found.n_clusters == 1
+    assert len(found.history) == 1
+    assert found.stopped == "converged"
+
+
+@pytest.mark.parametrize("n_clusters", [4, 5, 100])
+def test_as_many_clusters_as_adapters_keeps_everyone_alone(n_clusters):
+    def never(*_):
+        raise AssertionError("nothing needs to be merged or measured")
+
+    problem = Problem(np.ones(4), 1 - np.eye(4), never, never, np.eye(4))
+    found = d2c(problem, n_clusters)
+    assert found.labels == (0, 1, 2, 3)
+    assert found.groups == [(0,), (1,), (2,), (3,)]
+    assert (found.objective, found.stopped) == (0.0, "converged")
+
+
+@pytest.mark.parametrize("n_clusters", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_emptied_cluster_is_refilled(n_clusters, seed):
+    # Whatever is merged with adapter 0 is best for all: everyone leaves for its cluster.
+    def loss(members, task):
+        return 0.1 * (task + 1) if 0 in members else 2.0
+
+    for init in INITS:
+        found = d2c(problem_of(loss, 5), n_clusters, init=[init], seed=seed)
+        assert found.n_clusters == n_clusters
+        assert all(found.groups)
+        for one in found.history:
+            assert set(one["labels"]) == set(range(n_clusters))
+
+
+def test_the_worst_served_task_refills(start_at):
+    def loss(members, task):
+        return [0.1, 0.2, 0.3, 0.9][task] if 0 in members else 2.0
+
+    start_at([0, 0, 1, 1])
+    found = d2c(problem_of(loss, 4), 2, init=["random"])
+    # Both tasks of cluster 1, served alike there, leave it. In cluster 0 task 3 is served worst.
+    assert found.history[1]["labels"] == [0, 0, 0, 1]
+    assert found.labels == (0, 0, 0, 1)
+
+
+def test_refill_passes_over_tasks_that_live_alone():
+    assert refill(np.array([0, 1, 1]), 3, np.array([9.0, 1, 2])).tolist() == [0, 1, 2]
+    assert refill(np.array([2, 1, 1]), 3, np.array([9.0, 2, 1])).tolist() == [2, 0, 1]
+
+
+def test_refill_ties_take_the_lowest_index():
+    assert refill(np.array([1, 1, 1, 1]), 3, np.zeros(4)).tolist() == [0, 2, 1, 1]
+
+
+def test_refill_leaves_full_partitions_and_its_input_alone():
+    labels = np.array([1, 0, 1])
+    assert refill(labels, 2, np.arange(3.0)).tolist() == [1, 0, 1]
+    refill(labels, 3, np.arange(3.0))
+    assert labels.tolist() == [1, 0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_refill_moves_as_few_as_it_can(data):
+    n = data.draw(st.integers(1, 9))
+    k = data.draw(st.integers(1, n))
+    labels = np.array(data.draw(st.lists(st.integers(0, k - 1), min_size=n, max_size=n)))
+    worst = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)), float)
+    full = refill(labels, k, worst)
+    assert set(full) == set(range(k))
+    assert (full != labels).sum() == k - len(set(labels))
+
+
+@pytest.mark.parametrize(("eps", "moves"), [(0.25, False), (0.24, True), (0.5, False), (0, True)])
+def test_a_task_stays_unless_it_gains_more_than_eps(eps, moves, start_at):
+    # Task 1 gains exactly 0.25 by leaving; the others are at home.
+    def loss(members, task):
+        if task == 1:
+            return 0.5 if 0 in members else 0.25
+        return 0.0 if task in members else 1.0
+
+    start_at([0, 0, 1])
+    found = d2c(problem_of(loss, 3), 2, init=["random"], eps=eps)
+    assert found.labels == ((0, 1, 1) if moves else (0, 0, 1))
+    assert found.stopped == "converged"
+
+
+def test_a_tie_keeps_a_task_where_it_is(start_at):
+    # Everything is equal, so argmin names cluster 0 for all: nobody may move, even with eps 0.
+    start_at([0, 1, 1, 0])
+    found = d2c(problem_of(lambda members, task: 0.5, 4), 2, init=["random"], eps=0)
+    assert found.labels == (0, 1, 1, 0)
+    assert (found.stopped, len(found.history)) == ("converged", 1)
+
+
+A, B, C, D, E = [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]
+
+
+def run(path, values, start_at, **options):
+    start_at(path[0])
+    return d2c(scripted(path, values), 2, init=["random"], **options)
+
+
+def test_converged(start_at):
+    found = run([A, B, C], [0.9, 0.5, 0.3], start_at)
+    assert (found.labels, found.objective, found.stopped) == ((0, 1, 1, 1), 0.3, "converged")
+    assert [one["labels"] for one in found.history] == [A, B, C]
+    assert [one["objective"] for one in found.history] == pytest.approx([0.9, 0.5, 0.3])
+
+
+def test_clusters_that_only_swap_numbers_have_converged(start_at):
+    found = run([B, [1, 1, 0, 0]], [0.5, 0.5], start_at)
+    assert (found.labels, found.stopped, len(found.history)) == ((0, 0, 1, 1), "converged", 1)
+
+
+def test_repeated_partition(start_at):
+    # Task 1 flees from wherever it is merged into: a cycle of two.
+    def loss(members, task):
+        if task == 1:
+            return 1.0 if 1 in members else 0.5
+        return 0.0 if task in members else 1.0
+
+    start_at([0, 0, 1, 1])
+    found = d2c(problem_of(loss, 4), 2, init=["random"], patience=100, rounds=100)
+    assert found.stopped == "repeated"
+    assert [one["labels"] for one in found.history] == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    # Both are equally good: the first stays the best.
+    assert found.labels == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("path", [[A, B, C, [1, 1, 0, 0]], [A, [1, 1, 0, 0], C, B]])
+def test_longer_cycle_under_other_numbers(path, start_at):
+    # The cycle closes with the clusters of B numbered the other way round.
+    found = run(path, [0.9, 0.4, 0.6, 0.4], start_at, patience=100)
+    assert (found.stopped, len(found.history)) == ("repeated", 3)
+    assert (found.labels, found.objective) == ((0, 0, 1, 1), 0.4)
+
+
+@pytest.mark.parametrize(("rounds", "last"), [(0, A), (1, B), (3, D)])
+def test_limit_of_rounds(rounds, last, start_at):
+    found = run([A, B, C, D, E], [0.9, 0.8, 0.7, 0.6, 0.5], start_at, rounds=rounds)
+    assert (list(found.labels), found.stopped) == (last, "rounds")
+    assert len(found.history) == rounds + 1
+
+
+@pytest.mark.parametrize(("patience", "measured"), [(1, 3), (2, 4), (3, 5)])
+def test_no_progress(patience, measured, start_at):
+    path, values = [A, B, C, D, E, [0, 1, 0, 0]], [0.5, 0.2, 0.6, 0.3, 0.4, 0.3]
+    found = run(path, values, start_at, patience=patience)
+    assert (found.stopped, len(found.history)) == ("no progress", measured)
+    assert (list(found.labels), found.objective) == (B, 0.2)
+
+
+def test_a_new_best_restores_patience(start_at):
+    values = [0.5, 0.6, 0.4, 0.45, 0.3]
+    found = run([A, B, C, D, E], values, start_at, patience=2)
+    assert (found.stopped, found.objective) == ("converged", 0.3)
+
+
+def test_the_best_seen_is_returned_not_the_last(start_at):
+    found = run([A, B, C, D], [0.9, 0.2, 0.8, 0.7], start_at, patience=10)
+    assert (list(found.labels), found.objective, found.stopped) == (B, 0.2, "converged")
+    assert found.history[-1] == {"objective": pytest.approx(0.7), "labels": D}
+
+
+@pytest.mark.parametrize("winner", INITS)
+@pytest.mark.parametrize("order", [INITS, INITS[::-1]])
+def test_the_best_start_wins(winner, order, start_at):
+    starts = dict(zip(INITS, [B, D, E]))
+    value = {_groups(labels): 0.5 for labels in starts.values()}
+    value[_groups(starts[winner])] = 0.25
+    start_at(starts)
+
+    def losses(jobs):  # nobody moves
+        now = value[tuple(members for members, _ in jobs)]
+        return [
+            np.array([now if task in members else 2.0 for task in range(4)]) for members, _ in jobs
+        ]
+
+    problem = Problem(np.ones(4), 1 - np.eye(4), tuple, losses, np.eye(4))
+    found = d2c(problem, 2, init=order)
+    assert (found.init, list(found.labels), found.objective) == (winner, starts[winner], 0.25)
+    assert found.history == [{"objective": 0.25, "labels": starts[winner]}]
+
+
+@pytest.mark.parametrize("order", [INITS, INITS[::-1]])
+def test_the_first_of_equal_starts_wins(order, start_at):
+    start_at(dict(zip(INITS, [B, D, E])))
+    problem = problem_of(lambda members, task: 0.5, 4)
+    assert d2c(problem, 2, init=order).init == order[0]
+
+
+def test_a_start_of_objective_zero_is_not_replaced(start_at):
+    start_at({"adapters": B, "random": D})
+    problem = problem_of(lambda members, task: 0.0 if members in _groups(B) else 0.5, 4)
+    assert d2c(problem, 2, init=["adapters", "random"]).labels == tuple(B)
+
+
+def test_number_of_starts(monkeypatch):
+    kinds = []
+    start = cluster._start
+    monkeypatch.setattr(cluster, "_start", lambda *a: kinds.append(a[2]) or start(*a))
+    problem, _ = planted((3, 3))
+    d2c(problem, 2, restarts=3)
+    assert kinds == ["adapters"] * 3 + ["kmeans"] + ["random"] * 3
+    kinds.clear()
+    d2c(problem, 1, restarts=3)
+    assert kinds == ["adapters"]
+
+
+def test_restarts_differ_and_can_only_help():
+    problem, _ = planted((3, 3, 3), 1, noise=0.6)
+    once = d2c(problem, 3, init=["random"], rounds=0)
+    often = d2c(problem, 3, init=["random"], rounds=0, restarts=20)
+    assert often.objective < once.objective
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_same_seed_same_result(seed):
+    problem, _ = planted((3, 3, 3), seed, noise=0.6)
+    for init in [INITS, *([kind] for kind in INITS)]:
+        first = d2c(problem, 3, init=init, seed=seed, restarts=2)
+        assert d2c(problem, 3, init=init, seed=seed, restarts=2) == first
+
+
+def test_seeds_start_at_different_partitions():
+    problem, _ = planted((3, 3, 3), 0, noise=0.6)
+    starts = {d2c(problem, 3, init=["random"], rounds=0, seed=seed).labels for seed in range(8)}
+    assert len(starts) > 4
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 7), st.integers(1, 7), st.integers(0, 10_000), st.sampled_from(INITS))
+def test_any_table(n, n_clusters, seed, init):
+    rng = np.random.default_rng(seed)
+    value = {}
+
+    def loss(members, task):
+        return value.setdefault((members, task), rng.random())
+
+    features = rng.normal(size=(n, 3))
+    problem = problem_of(loss, n, table=rng.random((n, n)), features=features)
+    problem = Problem(problem.base + 1, problem.table, tuple, problem.losses, features)
+    found = d2c(problem, n_clusters, init=[init], seed=seed)
+    assert found.n_clusters == min(n, n_clusters)
+    assert found.labels == canonical(found.labels)
+    assert sorted(sum(found.groups, ())) == list(range(n))
+    if found.history:
+        best = min(found.history, key=lambda one: one["objective"])
+        assert (list(found.labels), found.objective) == (best["labels"], best["objective"])
+        assert len({tuple(one["labels"]) for one in found.history}) == len(found.history)
+
+
+# Regret
+
+
+def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():
+    problem, _ = planted((3, 2))
+    assert problem.regret(np.diagonal(problem.table)) == pytest.approx(np.zeros(5))
+    assert problem.regret(problem.base) == pytest.approx(np.ones(5))
+    both = problem.regret(np.stack([problem.base, np.diagonal(problem.table)], axis=1))
+    assert both == pytest.approx(np.tile([1.0, 0.0], (5, 1)))
+    assert problem.regret(problem.base[[3, 1]], np.array([3, 1])) == pytest.approx(np.ones(2))
+
+
+def test_regret_counts_gains_below_a_floor_as_the_floor():
+    # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
+    base = [1.5, 1.05, 1.01, 1.0, 0.0]
+    problem = problem_of(None, 5, base, np.eye(5))
+    assert problem.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
+
+
+# Partitions
+
+
+def test_canonical():
+    assert canonical([2, 0, 2, 5]) == (0, 1, 0, 2)
+    assert canonical(np.array([1, 1, 0])) == (0, 0, 1)
+    assert canonical([]) == ()
+    assert all(type(label) is int for label in canonical(np.array([3, 1])))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=8), st.permutations(range(6)))
+def test_canonical_forgets_numbers_only(labels, numbers):
+    same = canonical(labels)
+    assert canonical([numbers[label] for label in labels]) == same
+    assert canonical(same) == same
+    for i, one in enumerate(labels):
+        assert [one == other for other in labels] == [same[i] == other for other in same]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0)
+)
+def test_random_partition(sizes, seed):
+    n, k = sizes
+    found = random_partition(n, k, seed)
+    assert set(found.labels) == set(range(k))
+    assert found.n_clusters == k
+    assert found == random_partition(n, k, seed)
+    assert (found.method, found.seed, found.labels) == ("random", seed, canonical(found.labels))
+
+
+def test_random_partition_depends_on_the_seed():
+    assert len({random_partition(8, 3, seed).labels for seed in range(20)}) > 15
+
+
+def test_merge_all():
+    assert merge_all(3).groups == [(0, 1, 2)]
+    assert merge_all(3).n_clusters == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_recovers_planted_features(seed):
+    problem, hidden = planted((5, 2, 4), seed)
+    found = kmeans(problem.features, 3, seed)
+    assert found.labels == hidden
+    assert found == kmeans(problem.features, 3, seed)
+    assert (found.method, found.seed) == ("kmeans", seed)
+
+
+@pytest.mark.parametrize("n_clusters", range(1, 7))
+def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
+    features = np.repeat(np.eye(2), 3, axis=0)
+    found = kmeans(features, n_clusters)
+    assert found.n_clusters == n_clusters
+    assert all(found.groups)
+    if n_clusters > 1:
+        # Refilling must not mix what K-Means told apart.
+        assert all(len({i // 3 for i in group}) == 1 for group in found.groups)
+
+
+def test_kmeans_with_equal_rows_is_silent():
+    kmeans(np.repeat(np.eye(2), 3, axis=0), 4)
+
+
+# Similarity
+
+
+def random_adapters(seed, n=5):
+    """Mixed ranks, scales and dtypes, some modules missing; none is empty."""
+    rng = np.random.default_rng(seed)
+    shapes = {"model.layers.0.q": (6, 4), "model.layers.0.v": (3, 7), "model.layers.1.q": (1, 1)}
+    adapters = []
+    for i in range(n):
+        modules = {}
+        for j, (path, (width, out)) in enumerate(shapes.items()):
+            if j != i % 3 and rng.random() < 0.4:
+                continue
+            r = int(rng.integers(1, 4))
+            a, b = rng.normal(size=(width, r)), rng.normal(size=(r, out))
+            dtype = [mx.float32, mx.float16][int(rng.integers(2))]
+            modules[path] = LoRA(
+                mx.array(a).astype(dtype), mx.array(b).astype(dtype), float(rng.uniform(0.1, 20))
+            )
+        adapters.append(Adapter(f"t{i}", modules))
+    return adapters, shapes
+
+
+def dense_cosines(adapters, shapes):
+    rows = []
+    for adapter in adapters:
+        flat = []
+        for path, (width, out) in shapes.items():
+            dense = np.zeros((width, out))
+            if path in adapter.modules:
+                lora = adapter.modules[path]
+                a, b = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (lora.a, lora.b))
+                for r in range(a.shape[1]):
+                    dense += lora.scale * np.outer(a[:, r], b[r])
+            flat.append(dense.ravel())
+        rows.append(np.concatenate(flat))
+    rows = np.array(rows)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_similarity_is_the_cosine_of_the_dense_updates(seed):
+    adapters, shapes = random_adapters(seed)
+    expected = dense_cosines(adapters, shapes)
+    assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+
+
+def test_similarity_of_disjoint_opposite_and_equal_updates():
+    lora = LoRA(mx.array([[1.0], [2.0]]), mx.array([[3.0]]), 2.0)
+    back = LoRA(mx.array([[-2.0], [-4.0]]), mx.array([[0.5]]), 7.0)
+    adapters = [Adapter("a", {"p": lora}), Adapter("b", {"q": lora}), Adapter("c", {"p": back})]
+    expected = [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+    assert similarity(adapters) == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_svd_features_keep_the_similarities(seed, n):
+    adapters, shapes = random_adapters(seed, n)
+    features = svd_features(adapters)
+    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
+    assert features @ features.T == pytest.approx(dense_cosines(adapters, shapes), abs=1e-5)
+
+
+def test_svd_features_of_equal_adapters_are_equal():
+    (one, *_), _ = random_adapters(0)
+    features = svd_features([one, one, one])
+    assert features == pytest.approx(np.tile(features[0], (3, 1)))
+
+
+def test_svd_features_of_an_untrained_adapter():
+    adapters, _ = random_adapters(0)
+    zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))
+    features = svd_features([*adapters, Adapter("zero", {"model.layers.0.q": zero})])
+    assert np.isfinite(features).all()
+    kmeans(features, 2)

@@ -1,0 +1,192 @@
+import re
+from dataclasses import fields
+
+import click
+import pytest
+import yaml
+from d2c_mlx_cli import commands
+from d2c_mlx_cli.main import _COMMANDS, cli
+
+from d2c_mlx.cluster import INITS
+from d2c_mlx.config import MERGE_METHODS, STARTS, RunConfig, load_config
+from d2c_mlx.errors import ConfigError
+from d2c_mlx.merge import METHODS
+
+NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
+STAGES = ("run", "probe", "cluster", "merge", "pack", "bench", "report")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(path, overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value.problems
+
+
+def test_overrides_over_yaml_over_defaults(tmp_path):
+    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\nrounds: 3\n")
+    config = load_config(path, {"seed": 8, "output": "other"})
+    assert config == RunConfig("a", "t", "other", seed=8, rounds=3)
+    assert config.eps == RunConfig(**NEEDED).eps == 1e-3
+
+
+def test_without_a_file():
+    assert load_config(None, NEEDED) == RunConfig(**NEEDED)
+
+
+def test_an_empty_file_is_no_option(tmp_path):
+    assert load_config(write(tmp_path, "# nothing\n"), NEEDED) == RunConfig(**NEEDED)
+
+
+def test_to_dict_reads_back_from_yaml(tmp_path):
+    config = RunConfig(**NEEDED, budget="3", scale=0.7, init=("random",), model="m", eps=0.0)
+    assert load_config(write(tmp_path, yaml.safe_dump(config.to_dict())), {}) == config
+
+
+@pytest.mark.parametrize("init", ["[kmeans, random]", '"kmeans,random"', '" kmeans , random ,"'])
+def test_init_is_a_list_or_a_comma_string(tmp_path, init):
+    assert load_config(write(tmp_path, f"init: {init}"), NEEDED).init == ("kmeans", "random")
+
+
+@pytest.mark.parametrize(
+    "text, budget", [("3", "3"), ("3.0", "3.0"), ('"5MB"', "5MB"), ("25%",) * 2]
+)
+def test_budget_may_be_a_yaml_number(tmp_path, text, budget):
+    assert load_config(write(tmp_path, f"budget: {text}"), NEEDED).budget == budget
+
+
+def test_integers_are_good_where_a_float_is_expected(tmp_path):
+    config = load_config(write(tmp_path, "density: 1\nscale: 2\neps: 0"), NEEDED)
+    assert (config.density, config.scale, config.eps) == (1.0, 2.0, 0.0)
+    assert all(isinstance(x, float) for x in (config.density, config.scale, config.eps))
+
+
+def test_null_where_none_is_a_value(tmp_path):
+    config = load_config(write(tmp_path, "scale: null\nmodel:\n"), NEEDED)
+    assert config.scale is None and config.model is None
+
+
+def test_all_wrong_keys_and_types_at_once(tmp_path):
+    path = write(tmp_path, "rouns: 3\nseed: zero\nscale: true\ninit: 3\nrounds: 1.5\nmodel: 4\n")
+    found = problems(path, {"eps": "small", "zzz": 1})
+    assert len(found) == 8
+    text = "\n".join(found)
+    for part in (
+        f"{path}: rouns: unknown key; did you mean 'rounds'?",
+        f"{path}: seed: found 'zero', expected int",
+        f"{path}: scale: found True, expected float",
+        f"{path}: init: found 3, expected a list of strings",
+        f"{path}: rounds: found 1.5, expected int",
+        f"{path}: model: found 4, expected str",
+        "eps: found 'small', expected float",
+        "zzz: unknown key; known: adapters, ",
+    ):
+        assert part in text
+
+
+def test_all_values_out_of_range_at_once():
+    wrong = {
+        "merge_method": "dare", "density": 0.0, "scale": -1.0, "init": ("best",), "rounds": -1,
+        "restarts": 0, "eps": -1e-9, "seed": -1, "probe_examples": 0, "test_examples": -1,
+        "random_seeds": 0, "budget": "much",
+    }  # fmt: skip
+    found = problems(None, wrong)
+    for name in (*NEEDED, *wrong):
+        (line,) = (line for line in found if line.startswith(f"{name}: "))
+        assert name in NEEDED or repr(wrong[name]) in line
+    assert len(found) == len(NEEDED) + len(wrong)
+
+
+@pytest.mark.parametrize("name", ["density", "scale", "eps"])
+def test_nan_is_no_number(tmp_path, name):
+    found = problems(write(tmp_path, f"{name}: .nan"), NEEDED)
+    assert [line.split(":")[0] for line in found] == [name]
+
+
+@pytest.mark.parametrize("name", ["scale", "eps"])
+def test_infinity_is_refused_because_json_has_none(tmp_path, name):
+    found = problems(write(tmp_path, f"{name}: .inf"), NEEDED)
+    assert [line.split(":")[0] for line in found] == [name]
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "12.5", "five", "10XB", "", "1,000KB", "5 %%"])
+def test_unreadable_budget(budget):
+    (line,) = problems(None, {**NEEDED, "budget": budget})
+    assert line.startswith("budget: ") and repr(budget) in line and "12.5%" in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"- a\n- b\n", b"a: [1\n", b"just text", b"seed: 1\nseed\n", b"model: \xff\xfe\n", b"a: \x00"],
+)
+def test_a_file_that_is_no_mapping(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    (line,) = problems(path, NEEDED)
+    assert str(path) in line
+
+
+def test_a_file_that_is_missing_or_a_directory(tmp_path):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        (line,) = problems(path, NEEDED)
+        assert str(path) in line
+
+
+def options(command):
+    return {p.name: p for p in command.params if isinstance(p, click.Option)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_field_is_an_option_and_every_option_a_field(name):
+    names = set(options(getattr(commands, name))) - {"quiet", "as_json"}
+    assert names == {field.name for field in fields(RunConfig)}
+
+
+def test_option_names_are_the_field_names_with_dashes():
+    for name, option in options(commands.run).items():
+        if name != "as_json":
+            assert option.opts == [f"--{name.replace('_', '-')}"]
+
+
+def test_the_help_states_the_defaults():
+    default = RunConfig(**NEEDED)
+    stated = {}
+    for name, option in options(commands.run).items():
+        match = re.search(r"\[default: (.+)\]", option.help or "")
+        if match:
+            stated[name] = match[1]
+    values = {name: getattr(default, name) for name in stated}
+    assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
+    assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
+    assert stated.pop("init") == ",".join(values.pop("init"))
+    assert stated == {name: str(value) for name, value in values.items()}
+    unstated = (
+        {field.name for field in fields(RunConfig)} - set(stated) - {"model", "scale", "init"}
+    )
+    assert unstated == set(NEEDED)
+
+
+def test_options_have_no_default_of_their_own():
+    # A default on the command line would override the YAML file.
+    for name, option in options(commands.run).items():
+        assert name in ("quiet", "as_json") or not option.default or option.default is UNSET
+
+
+UNSET = getattr(click.core, "UNSET", None)
+
+
+def test_every_command_is_listed_and_named_as_it_is_called():
+    context = click.Context(cli)
+    for name in _COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None and command.name == name
+
+
+def test_names_of_methods_and_starts_are_the_library_s():
+    assert tuple(METHODS) == MERGE_METHODS
+    assert tuple(INITS) == STARTS

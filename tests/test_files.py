@@ -1,0 +1,115 @@
+import json
+
+import pytest
+
+from d2c_mlx.files import fingerprint, hash_file, hash_tree, write_dir, write_json, write_text
+
+
+def entries(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+
+
+def test_write_dir_makes_the_directory_and_its_parents(tmp_path):
+    with write_dir(tmp_path / "a" / "b") as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert entries(tmp_path) == ["a", "a/b", "a/b/sub", "a/b/sub/x"]
+
+
+def test_write_dir_replaces_the_whole_directory(tmp_path):
+    target = tmp_path / "out"
+    with write_dir(target) as directory:
+        (directory / "old").write_text("old")
+    with write_dir(target) as directory:
+        (directory / "new").write_text("new")
+        assert entries(target) == ["old"]
+        assert directory.parent == target.parent
+    assert entries(tmp_path) == ["out", "out/new"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_write_dir_keeps_the_old_content_on_an_exception(tmp_path, error):
+    target = tmp_path / "out"
+    with write_dir(target) as directory:
+        (directory / "old").write_text("old")
+    with pytest.raises(error), write_dir(target) as directory:
+        (directory / "old").write_text("new")
+        raise error
+    assert entries(tmp_path) == ["out", "out/old"]
+    assert (target / "old").read_text() == "old"
+
+
+def test_write_dir_leaves_nothing_on_an_exception(tmp_path):
+    with pytest.raises(ValueError), write_dir(tmp_path / "out") as directory:
+        (directory / "x").write_text("x")
+        raise ValueError
+    assert entries(tmp_path) == []
+
+
+def test_write_dir_starts_empty_after_a_kill(tmp_path):
+    for name in (".out.tmp", ".out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left").write_text("over")
+    with write_dir(tmp_path / "out") as directory:
+        (directory / "x").write_text("x")
+    assert entries(tmp_path) == ["out", "out/x"]
+
+
+def test_write_text_replaces_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "sub" / "file.txt"
+    write_text(path, "eins")
+    write_text(path, "zwei: ä")
+    assert path.read_bytes() == "zwei: ä".encode()
+    assert entries(tmp_path) == ["sub", "sub/file.txt"]
+
+
+def test_write_json_round_trip(tmp_path):
+    value = {"b": [1, 2.5, None], "a": "ä"}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "ä" in text and text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_write_json_refuses_what_is_no_json(tmp_path, value):
+    path = tmp_path / "x.json"
+    write_json(path, [1.0])
+    with pytest.raises(ValueError):
+        write_json(path, {"deep": [value]})
+    assert json.loads(path.read_text()) == [1.0]
+    assert entries(tmp_path) == ["x.json"]
+
+
+def test_hash_tree_changes_with_name_and_content(tmp_path):
+    def tree(name, files):
+        for file, content in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return hash_tree(tmp_path / name)
+
+    first = tree("a", {"x": "1", "sub/y": "2"})
+    assert tree("same", {"sub/y": "2", "x": "1"}) == first
+    others = [
+        tree("content", {"x": "1", "sub/y": "3"}),
+        tree("name", {"x": "1", "sub/z": "2"}),
+        tree("folder", {"x": "1", "y": "2"}),
+        tree("swapped", {"x": "2", "sub/y": "1"}),
+        tree("fewer", {"x": "1"}),
+        tree("more", {"x": "1", "sub/y": "2", "z": ""}),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_hash_tree_of_a_file_is_the_hash_of_its_content(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_tree(tmp_path / "x") == hash_file(tmp_path / "x") == expected
+
+
+def test_fingerprint_ignores_the_order_of_keys_only():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+    assert fingerprint(1) != fingerprint("1")

@@ -1,0 +1,160 @@
+"""Our numbers against PEFT on torch and against stock mlx-lm, on real adapters and real rows."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx_lm import load as stock_load
+from mlx_lm.tuner.trainer import default_loss
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from d2c_mlx.adapter import load_adapter
+from d2c_mlx.convert import find_adapters, read_adapter, save_peft
+from d2c_mlx.merge import merge_adapters, scaled
+from d2c_mlx.pack import write_pack
+from d2c_mlx.tasks import load_task
+
+
+def _ours(base, adapter, examples):
+    base.attach(adapter)
+    return base.nll([examples])[0] / examples.n_targets
+
+
+def _torch_loss(model, examples):
+    """Mean NLL over target tokens, one row at a time: no padding, no prefix, full logits."""
+    total = 0.0
+    with torch.inference_mode():
+        for example in examples.examples:
+            tokens = torch.tensor([example.tokens])
+            logits = model(tokens[:, :-1]).logits[0].double()
+            nll = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+            total += nll[example.first_target - 1 :].sum().item()
+    return total / examples.n_targets
+
+
+@pytest.fixture(scope="module")
+def torch_base(float_base):
+    return AutoModelForCausalLM.from_pretrained(float_base, dtype=torch.float32).eval()
+
+
+def test_every_converted_adapter_has_the_loss_that_peft_has(base, torch_base, library, rows):
+    worst = {}
+    for name, path in find_adapters(library / "adapters").items():
+        examples = base.encode(name, load_task(library / "tasks" / name).test[:rows])
+        ours = _ours(base, read_adapter(path, base.module_shapes), examples)
+        model = PeftModel.from_pretrained(torch_base, path).eval()
+        theirs = _torch_loss(model, examples)
+        model.unload()
+        worst[name] = abs(ours - theirs)
+        print(f"{name:<12} ours {ours:.6f}  PEFT {theirs:.6f}  difference {worst[name]:.1e}")
+    assert len(worst) > 1
+    assert max(worst.values()) < 1e-4, worst
+
+
+def test_base_has_the_loss_that_torch_has(base, torch_base, library, rows):
+    name = min(find_adapters(library / "adapters"))
+    examples = base.encode(name, load_task(library / "tasks" / name).test[:rows])
+    assert _ours(base, None, examples) == pytest.approx(_torch_loss(torch_base, examples), abs=1e-4)
+
+
+def test_stock_mlx_lm_gives_our_loss_on_the_files_of_a_pack(base, float_base, library, tmp_path):
+    names = list(find_adapters(library / "adapters"))[:3]
+    adapters = [read_adapter(library / "adapters" / n, base.module_shapes) for n in names]
+    merged = scaled(merge_adapters(adapters[:2]), 1.4).uniform(base.dtype)
+    alone = merge_adapters(adapters[2:]).uniform(base.dtype)
+    pack = write_pack(
+        tmp_path / "pack",
+        [merged, alone],
+        model=base.name,
+        config_hash=base.config_hash,
+        n_layers=base.n_layers,
+        budget="2",
+        max_bytes=None,
+    )
+    for name in names:
+        examples = base.encode(name, load_task(library / "tasks" / name).test[:4])
+        model, _ = stock_load(str(float_base), adapter_path=str(pack.adapter_path(name)))
+        total = 0.0
+        for example in examples.examples:
+            lengths = mx.array([[example.offset, len(example.tokens)]])
+            loss, n_tokens = default_loss(model, mx.array([example.tokens]), lengths)
+            assert n_tokens.item() == example.n_targets
+            total += loss.item() * n_tokens.item()
+        ours = _ours(base, pack.load(name), examples)
+        assert ours == pytest.approx(total / examples.n_targets, abs=1e-5)
+
+
+def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
+    for name, path in find_adapters(library / "adapters").items():
+        first = read_adapter(path, base.module_shapes)
+        first.save(tmp_path / "mlx" / name, base.n_layers)
+        save_peft(load_adapter(tmp_path / "mlx" / name), tmp_path / "peft" / name)
+        again = read_adapter(tmp_path / "peft" / name, base.module_shapes)
+        assert again.digest == first.digest
+        assert again.base == first.base
+
+
+def test_peft_reads_what_we_export(base, torch_base, library, tmp_path):
+    """Mixed ranks and scales through rank_pattern and alpha_pattern, read by PEFT itself."""
+    name, path = next(iter(find_adapters(library / "adapters").items()))
+    adapter = read_adapter(path, base.module_shapes)
+    modules = dict(list(adapter.modules.items())[:60])
+    for i, module in enumerate(sorted(modules)):
+        lora, rank = modules[module], 1 + i % 8
+        modules[module] = type(lora)(lora.a[:, :rank], lora.b[:rank], 0.3 + 0.1 * (i % 3))
+    mixed = type(adapter)(name, modules, adapter.base)
+    save_peft(mixed, tmp_path / name)
+    examples = base.encode(name, load_task(library / "tasks" / name).test[:2])
+    model = PeftModel.from_pretrained(torch_base, tmp_path / name).eval()
+    theirs = _torch_loss(model, examples)
+    model.unload()
+    again = read_adapter(tmp_path / name, base.module_shapes)
+    assert _ours(base, again, examples) == pytest.approx(theirs, abs=1e-4)
+    mixed.save(tmp_path / "mlx", base.n_layers)
+    assert _ours(base, load_adapter(tmp_path / "mlx"), examples) == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"target_modules": ["q_proj", "o_proj", "down_proj"], "r": 3, "lora_alpha": 7},
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+    ],
+)
+def test_what_peft_saves_is_converted_exactly(options, tmp_path):
+    """PEFT makes the adapter on a tiny model; dW of every module is compared with PEFT's own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    options = {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"], **options}
+    model = get_peft_model(
+        LlamaForCausalLM(config),
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options),
+    )
+    model.save_pretrained(tmp_path / "tiny")
+    expected = {
+        path.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for path, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    shapes = {path: delta.shape[::-1] for path, delta in expected.items()}
+    adapter = read_adapter(tmp_path / "tiny", shapes)
+    assert sorted(adapter.modules) == sorted(expected)
+    adapter.save(tmp_path / "mlx", n_layers=2)
+    for converted in (adapter, load_adapter(tmp_path / "mlx")):
+        for path, delta in expected.items():
+            np.testing.assert_allclose(converted.modules[path].delta(), delta, rtol=2e-6, atol=1e-6)
+    saved = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert saved["lora_parameters"].keys() == {"rank", "scale", "dropout", "keys"}
+    assert saved["num_layers"] == 2

@@ -1,0 +1,185 @@
+"""The whole pipeline on a tiny real model: results, resuming after a kill, what is repeated."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import library
+
+from d2c_mlx.config import RunConfig
+from d2c_mlx.files import hash_tree
+from d2c_mlx.pipeline import STAGES, run
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Four adapters, room for two. Paths are relative, as users write them."""
+    paths = library(tmp_path, NAMES)
+    return RunConfig(
+        model=str(paths.model),
+        adapters=str(paths.adapters),
+        tasks=str(paths.tasks),
+        budget="50%",
+        output=str(tmp_path / "run"),
+        probe_examples=3,
+        test_examples=3,
+        random_seeds=2,
+        rounds=3,
+    )
+
+
+def _started(output):
+    """Modification times of the stage records: what ran."""
+    return {name: (output / ".stages" / f"{name}.json").stat().st_mtime_ns for name in STAGES}
+
+
+def test_artifacts_and_the_shape_of_bench_json(config):
+    workspace = run(config, quiet=True)
+    output = workspace.output
+    bench = json.loads((output / "bench.json").read_text())
+    assert set(bench) == {"methods", "provenance"}
+    methods = bench["methods"]
+    assert set(methods) == {"base", "individual", "merge-all", "random", "kmeans", "d2c", "pack"}
+    for method in methods.values():
+        assert set(method) == {"nbytes", "loss", "excess", "retention", "tasks"}
+        assert set(method["tasks"]) == set(NAMES)
+        mean = sum(task["loss"] for task in method["tasks"].values()) / len(NAMES)
+        assert method["loss"] == pytest.approx(mean)
+        for name, task in method["tasks"].items():
+            own, bare = (methods[m]["tasks"][name]["loss"] for m in ("individual", "base"))
+            assert task["excess"] == pytest.approx(task["loss"] - own, abs=1e-12)
+            if bare - own > 1e-6:
+                assert task["retention"] == pytest.approx((bare - task["loss"]) / (bare - own))
+            else:
+                assert task["retention"] is None
+    assert methods["pack"] == methods["d2c"]
+    assert methods["random"]["nbytes"] == methods["kmeans"]["nbytes"] == methods["d2c"]["nbytes"]
+    manifest = json.loads((output / "pack" / "manifest.json").read_text())
+    files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
+    assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
+    assert manifest["nbytes"] <= manifest["budget"]["nbytes"]
+    assert manifest["base"]["config_sha256"] == workspace.base.config_hash
+    assert len({manifest["tasks"][name] for name in NAMES}) == 2
+    table = json.loads((output / "losses.json").read_text())
+    assert len(table["values"]) == len(table["values"][0]) == 4
+    for name in ("report.md", "report.html"):
+        text = (output / name).read_text()
+        assert f"{manifest['nbytes']:,}" in text
+        assert f"{methods['kmeans']['loss']:.4f}" in text
+
+
+def test_report_html_is_self_contained(config):
+    text = (run(config, quiet=True).output / "report.html").read_text()
+    assert "<script" not in text
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']https?:""", text)
+    assert text.count("<svg") == 2 and text.count("aria-label") >= 5
+
+
+def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
+    output = run(config, quiet=True).output
+    first = _started(output)
+    run(config, quiet=True)
+    assert _started(output) == first
+
+    (output / "clusters.json").write_text("{}")
+    run(config, quiet=True)
+    again = _started(output)
+    assert {name for name in STAGES if again[name] != first[name]} == {"cluster"}
+
+    probe = Path(config.tasks) / "a" / "probe.jsonl"
+    rows = probe.read_text().splitlines()
+    probe.write_text("\n".join(reversed(rows)) + "\n")
+    run(config, quiet=True)
+    assert {"convert"} == {name for name, t in _started(output).items() if t == again[name]} - {
+        "merge", "pack", "bench", "report"
+    }  # fmt: skip
+
+
+def test_until_stops_after_the_stage(config):
+    output = run(config, until="cluster", quiet=True).output
+    assert (output / "clusters.json").exists()
+    assert not (output / "merged").exists()
+
+
+@pytest.mark.parametrize("budget", ["1", "4", "9", "100%"])
+def test_one_cluster_and_one_each(config, budget):
+    config = RunConfig(**{**config.to_dict(), "budget": budget, "init": config.init})
+    output = run(config, quiet=True).output
+    bench = json.loads((output / "bench.json").read_text())["methods"]
+    same = "merge-all" if budget == "1" else "individual"
+    assert bench["pack"]["loss"] == pytest.approx(bench[same]["loss"], abs=1e-6)
+
+
+def test_mixed_ranks_modules_and_ties(config):
+    """Adapters of other ranks and modules beside each other, merged by TIES at a fixed scale."""
+    from tiny import peft_adapter
+
+    for name, rank in (("b", 2), ("c", 6)):
+        shutil.rmtree(Path(config.adapters) / name)
+        peft_adapter(Path(config.adapters), name, rank=rank, seed=rank)
+    options = {**config.to_dict(), "init": ("kmeans",), "merge_method": "ties", "scale": 1.5}
+    output = run(RunConfig(**options), quiet=True).output
+    merges = json.loads((output / "merges.json").read_text())
+    assert sorted(name for entry in merges for name in entry["members"]) == NAMES
+    assert {e["scale"] for e in merges} <= {1.0, 1.5}
+
+
+def _command(config):
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in config.to_dict().items()
+               if v is not None and k != "init"]  # fmt: skip
+    return [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", *options]
+
+
+def test_killed_at_any_moment_the_pack_is_the_same(config, tmp_path):
+    """SIGKILL after every so many losses, until a run gets through; against one never killed."""
+    whole = run(RunConfig(**{**config.to_dict(), "init": config.init,
+                             "output": str(tmp_path / "whole")}), quiet=True).output  # fmt: skip
+    output, kills = Path(config.output), 0
+    cache = output / "cache" / "losses.jsonl"
+    for step in (1, 9, 14, 23, 40):
+        process = subprocess.Popen(_command(config), cwd=ROOT, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, env=os.environ)  # fmt: skip
+        while process.poll() is None:
+            if cache.exists() and cache.read_bytes().count(b"\n") >= step:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+    done = subprocess.run(_command(config), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 3
+    assert hash_tree(output / "pack") == hash_tree(whole / "pack")
+    assert (output / "clusters.json").read_text() == (whole / "clusters.json").read_text()
+
+
+@pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
+def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
+    """An interrupt in the middle of a directory leaves none, and the next run makes it whole."""
+    from d2c_mlx.adapter import Adapter
+
+    save, calls = Adapter.save, []
+
+    def interrupted(self, directory, n_layers):
+        save(self, directory, n_layers)
+        if f".{stage}.tmp" in str(directory):
+            calls.append(directory)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Adapter, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, quiet=True)
+    monkeypatch.undo()
+    assert calls and not (Path(config.output) / stage).exists()
+    output = run(config, quiet=True).output
+    assert (output / stage).exists() and not list(output.glob(".*.tmp"))
