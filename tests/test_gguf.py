@@ -1,0 +1,128 @@
+"""GGUF -> mlx-lm directory: against the model it was made from, and the embedded default."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny import HEADS, HIDDEN, KV_HEADS, LAYERS, tiny_model
+
+from d2c_mlx.errors import ModelError
+from d2c_mlx.model import BaseModel, resolve_model
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def permuted(w, heads):
+    """llama.cpp's `LlamaModel.permute`, which its converter applies to q and k."""
+    split = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
+    return split.swapaxes(1, 2).reshape(w.shape)
+
+
+def write_gguf(source, path, dtype, **changes):
+    """A tiny mlx-lm model directory as llama.cpp would convert it; tokenizer files go beside."""
+    model, config = BaseModel(str(source)).model, json.loads((source / "config.json").read_text())
+    tensors = {}
+    for name, x in tree_flatten(model.parameters()):
+        x = np.array(x)
+        if name.startswith("model.layers."):
+            _, _, block, *module, _ = name.split(".")
+            heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(module[-1])
+            x = permuted(x, heads) if heads else x
+            name = f"blk.{block}.{NAMES['.'.join(module)]}.weight"
+        else:
+            name = {"model.embed_tokens.weight": "token_embd.weight",
+                    "model.norm.weight": "output_norm.weight"}[name]  # fmt: skip
+        tensors[name] = mx.array(x).astype(mx.float32 if x.ndim == 1 else dtype)
+    tokens = [str(i) for i in range(config["vocab_size"])]
+    metadata = {
+        "general.architecture": "llama",
+        "llama.embedding_length": mx.array(HIDDEN, mx.uint32),
+        "llama.block_count": mx.array(LAYERS, mx.uint32),
+        "llama.feed_forward_length": mx.array(config["intermediate_size"], mx.uint32),
+        "llama.attention.head_count": mx.array(HEADS, mx.uint32),
+        "llama.attention.head_count_kv": mx.array(KV_HEADS, mx.uint32),
+        "llama.attention.layer_norm_rms_epsilon": mx.array(config["rms_norm_eps"], mx.float32),
+        "llama.rope.freq_base": mx.array(config.get("rope_theta", 10000.0), mx.float32),
+        "llama.context_length": mx.array(128, mx.uint32),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "other",
+        **changes,
+    }
+    extra = metadata.pop("tensors", {})
+    mx.save_gguf(str(path), {**tensors, **extra}, metadata)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    tiny_model(tmp_path / "source")
+    beside = tmp_path / "gguf"
+    beside.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tmp_path / "source" / name).exists():
+            (beside / name).write_bytes((tmp_path / "source" / name).read_bytes())
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-2), (mx.float16, 2e-2)])
+def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype, tolerance):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", dtype)
+    ours, original = BaseModel(str(path)), BaseModel(str(source))
+    x = mx.arange(1, 25)[None] * 7 % 250
+    expected = original.model(x)
+    difference = mx.abs(ours.model(x) - expected).max() / mx.abs(expected).max()
+    # Weights pass through float16 once; a wrong permutation gives a difference near 1.
+    assert difference.item() < tolerance
+    assert resolve_model(str(path))[0] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"general.architecture": "mamba"}, ["general.architecture", "mamba", "llama"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.type"]),
+        ({"tensors": {"rope_freqs.weight": mx.ones(4)}}, ["rope_freqs.weight"]),
+        ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, words):
+    path = write_gguf(source, tmp_path / "gguf" / "bad.gguf", mx.float32, **changes)
+    with pytest.raises(ModelError) as caught:
+        BaseModel(str(path))
+    assert all(word in str(caught.value) for word in words)
+    assert not list((tmp_path / "cache" / "models").glob("*bad*"))
+
+
+def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
+    (tmp_path / "alone").mkdir()
+    path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)
+    with pytest.raises(ModelError, match="pre-tokenizer"):
+        BaseModel(str(path))
+
+
+def test_embedded_default_stays_packed_and_speaks_english(base):
+    """4-bit weights are kept as they are; the tokenizer splits digits and knows its specials."""
+    config = json.loads((base.path / "config.json").read_text())
+    assert config["quantization"]["bits"] == 4
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    assert base.dtype == mx.float16
+    assert base.tokenizer.encode("2026") == base.tokenizer.convert_tokens_to_ids(list("2026"))
+    assert base.tokenizer.eos_token == "<|im_end|>"
+    prompt = base.tokenizer.encode("The capital of France is")
+    base.attach(None)
+    best = mx.argmax(base.model(mx.array([prompt]))[0, -1]).item()
+    assert base.tokenizer.decode([best]).strip() == "Paris"
