@@ -289,7 +289,7 @@ class BaseModel:
             logits = self.model(mx.array(x), cache=cache)[rows, columns]
         logits = logits.astype(mx.float32)
         gold = mx.take_along_axis(logits, mx.array(target)[:, None], axis=-1)[:, 0]
-        return mx.logsumexp(logits, axis=-1) - gold
+        return _log_normaliser(logits) - gold
 
     def _prove_head(self) -> Any:  # noqa: ANN401  a callable module or None
         """The head as a function of hidden states, if it gives the model's own logits here.
@@ -338,6 +338,17 @@ def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def _log_normaliser(logits: mx.array) -> mx.array:
+    """`logsumexp` over the vocabulary in two steps of about sqrt(vocabulary) terms each.
+
+    MLX's CPU kernel adds all terms one after the other in float32 and loses the small ones: a
+    vocabulary of 49,152 came out up to 1e-4 nats too low.
+    """
+    n, width = logits.shape[0], 256
+    padded = mx.pad(logits, [(0, 0), (0, -logits.shape[1] % width)], constant_values=-mx.inf)
+    return mx.logsumexp(mx.logsumexp(padded.reshape(n, -1, width), axis=-1), axis=-1)
 
 
 def _close(x: mx.array, y: mx.array) -> bool:
