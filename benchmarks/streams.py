@@ -18,6 +18,7 @@ from d2c_mlx.tasks import load_task
 
 
 def main():
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--examples", type=int, default=10)

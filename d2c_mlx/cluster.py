@@ -84,6 +84,7 @@ class Clustering:
         seed: of the random choices.
         init: how the best run of D2C started.
         stopped: why it ended: converged, repeated, no progress, rounds.
+        starts: of D2C, every start that was tried: init, restart, objective, stopped.
     """
 
     method: str
@@ -93,6 +94,7 @@ class Clustering:
     seed: int = 0
     init: str | None = None
     stopped: str | None = None
+    starts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def n_clusters(self) -> int:
@@ -298,6 +300,7 @@ def d2c(
     if n_clusters >= problem.n:
         return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
     found: Clustering | None = None
+    starts: list[dict[str, Any]] = []
     for kind in init:
         for restart in range(1 if kind == "kmeans" or n_clusters == 1 else restarts):
             rng = np.random.default_rng([seed, restart, INITS.index(kind)])
@@ -305,8 +308,11 @@ def d2c(
             best, objective, history, stopped = _refine(
                 problem, labels, n_clusters, rounds, eps, patience
             )
+            starts.append(
+                {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
+            )
             if found is None or objective < (found.objective or 0.0) - 1e-12:
-                found = Clustering("d2c", best, objective, history, seed, kind, stopped)
+                found = Clustering("d2c", best, objective, history, seed, kind, stopped, starts)
         if n_clusters == 1:
             break
     assert found is not None  # init is checked to be non-empty by RunConfig
