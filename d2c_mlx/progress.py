@@ -27,7 +27,7 @@ class Bar:
     def expect(self, n_tokens: int) -> None:
         """More work is known of."""
         self._total += n_tokens
-        self._progress.update(self._task, total=self._total)
+        self._progress.update(self._task, total=self._total, visible=self._total > 0)
 
     def advance(self, n_tokens: int) -> None:
         """Work is done."""
@@ -36,7 +36,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
-    """Show a bar named `name` on standard error while the block runs."""
+    """Show a bar named `name` on standard error once there is work to expect."""
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(),
@@ -46,4 +46,4 @@ def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        yield Bar(progress, progress.add_task(name, total=0))
+        yield Bar(progress, progress.add_task(name, total=0, visible=False))
