@@ -142,8 +142,9 @@ def _command(config):
 
 def test_killed_at_any_moment_the_pack_is_the_same(config, tmp_path):
     """SIGKILL after every so many losses, until a run gets through; against one never killed."""
-    whole = run(RunConfig(**{**config.to_dict(), "init": config.init,
-                             "output": str(tmp_path / "whole")}), quiet=True).output  # fmt: skip
+    whole = tmp_path / "whole"
+    options = {**config.to_dict(), "init": config.init, "output": str(whole)}
+    subprocess.run(_command(RunConfig(**options)), cwd=ROOT, capture_output=True, check=True)
     output, kills = Path(config.output), 0
     cache = output / "cache" / "losses.jsonl"
     for step in (1, 9, 14, 23, 40):
