@@ -14,8 +14,6 @@ from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["Method", "bench_methods", "measure"]
 
-METHODS = ("base", "individual", "merge-all", "random", "kmeans", "d2c", "pack")
-
 
 @dataclass(frozen=True)
 class Method:

@@ -27,7 +27,7 @@ from d2c_mlx.adapter import (
     read_config,
     read_tensors,
 )
-from d2c_mlx.errors import AdapterError, collect
+from d2c_mlx.errors import AdapterError, InputError, collect
 
 __all__ = ["find_adapters", "read_adapter", "save_peft"]
 
@@ -156,12 +156,12 @@ def _positive(value: object) -> bool:
 
 def _load_peft(directory: Path) -> Adapter:
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
-    errors: list[AdapterError] = []
+    errors: list[InputError] = []
     problems = _refusals(config, where)
     for field in ("r", "lora_alpha"):
         if not _positive(config.get(field)):
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
-    tensors = collect(errors, lambda: read_tensors(weights)) or {}  # type: ignore[arg-type]
+    tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs: dict[str, dict[str, mx.array]] = {}
     for name, x in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)

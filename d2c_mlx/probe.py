@@ -18,9 +18,6 @@ from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["Evaluator", "Job", "LossTable", "Meter", "probe_table", "tune_scale"]
 
-# Part of every key: raise it when a change of the engine changes values.
-_ENGINE = 2
-
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
 
@@ -101,7 +98,7 @@ class Evaluator:
 
     def _key(self, adapter: Adapter | None, examples: ExampleSet) -> str:
         digest = adapter.digest if adapter else "base"
-        return fingerprint([_ENGINE, self.base.fingerprint, digest, examples.digest])[:32]
+        return fingerprint([self.base.fingerprint, digest, examples.digest])[:32]
 
     def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Evaluate every job; what is known costs nothing.
