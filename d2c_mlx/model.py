@@ -1,39 +1,37 @@
-"""The base model: load it once, swap adapters in place, measure losses.
-
-The only file that imports mlx_lm.
-"""
+"""The base model: load it once, tokenize for it, swap adapters in place."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.blas import limit_blas_threads
 from d2c_mlx.errors import ModelError, TaskError
 from d2c_mlx.files import fingerprint, hash_file
+from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel"]
+__all__ = ["BaseModel", "block_index"]
 
-# Part of every fingerprint: raise it when a change of this file changes losses.
-_ENGINE = 2
+# Part of every fingerprint: raise it when a change of the engine changes losses.
+_ENGINE = 3
 
 
 class _Slot(nn.Module):
-    """A linear module with room for one LoRA: `linear(x) + (x @ a) @ b`."""
+    """A linear module with room for LoRAs: `linear(x) + (x @ a) @ b`.
+
+    With `n` of them, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts.
+    """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -45,7 +43,8 @@ class _Slot(nn.Module):
         if self.factors is None:
             return y
         a, b = self.factors
-        return y + ((x @ a) @ b).astype(y.dtype)
+        update = (x.reshape(a.shape[0], -1, a.shape[1]) @ a) @ b
+        return y + update.reshape(y.shape).astype(y.dtype)
 
 
 class BaseModel:
@@ -55,6 +54,7 @@ class BaseModel:
         name: as the user named it; `locate.EMBEDDED` for the default.
         path: its mlx-lm directory.
         dtype: the dtype of its activations as stored; packs are written in it.
+        first_touched: index of the first block that an attached adapter changes.
     """
 
     def __init__(self, spec: str | None = None) -> None:
@@ -77,10 +77,8 @@ class BaseModel:
         mx.eval(model.parameters())
         self.model = model
         self.module_shapes = _linear_shapes(model)
+        self.first_touched = self.n_layers
         self._slots: dict[str, _Slot] = {}
-        self._streams = _evaluation_streams()
-        self._head = self._prove_head()
-        self._prefix_ok = self._prove_prefix()
 
     @property
     def n_layers(self) -> int:
@@ -88,9 +86,11 @@ class BaseModel:
         return len(self.model.layers)
 
     @property
-    def n_streams(self) -> int:
-        """How many example sets `nll` evaluates side by side."""
-        return len(self._streams)
+    def dimensions(self) -> tuple[int, int]:
+        """Hidden size and vocabulary size."""
+        args = self.model.args
+        hidden = getattr(args, "hidden_size", None) or max(w for w, _ in self.module_shapes.values())
+        return int(hidden), int(getattr(args, "vocab_size", None) or len(self.tokenizer))
 
     @cached_property
     def config_hash(self) -> str:
@@ -127,159 +127,57 @@ class BaseModel:
             raise TaskError(f"task {task}: row {empty[0]} has no target token")
         return ExampleSet(task, examples)
 
-    def attach(self, adapter: Adapter | None) -> None:
-        """Put an adapter in place of the last one; None leaves the bare base model."""
-        modules = adapter.modules if adapter else {}
-        new = [path for path in modules if path not in self._slots]
+    def attach(self, *adapters: Adapter | None) -> None:
+        """Put adapters in place of the last ones; None leaves the bare base model.
+
+        Several adapters divide a batch into as many equal parts, in their order.
+        """
+        self.first_touched = min(
+            (block_index(path) for one in adapters if one for path in one.modules),
+            default=self.n_layers,
+        )
+        modules = {path for adapter in adapters if adapter for path in adapter.modules}
+        new = sorted(modules - self._slots.keys())
         if new:
             linears = dict(self.model.named_modules())
             slots = {path: _Slot(linears[path]) for path in new}
             self.model.update_modules(tree_unflatten(list(slots.items())))
             self._slots |= slots
         for path, slot in self._slots.items():
-            if path not in modules:
-                slot.factors = None
-                continue
-            lora = modules[path]
-            b = lora.b.astype(mx.float32) * lora.scale
-            slot.factors = lora.a.astype(self.compute_dtype), b.astype(self.compute_dtype)
+            slot.factors = self._factors(path, adapters) if path in modules else None
 
-    def nll(self, sets: Sequence[ExampleSet], max_tokens: int = 2048) -> list[float]:
-        """Negative log likelihood of each set's target tokens under the attached adapter.
+    @property
+    def occupied(self) -> dict[str, KeysValues]:
+        """Module path -> factors of the attached adapters."""
+        return {path: slot.factors for path, slot in self._slots.items() if slot.factors}
 
-        A set's value depends on nothing but the set: the same bits whatever else is asked.
-
-        Args:
-            sets: the rows of one set may share a prefix, which is then run once.
-            max_tokens: largest size of a padded batch, in tokens.
-
-        Returns:
-            One sum over target tokens per set, in nats.
-        """
-        sums = []
-        for start in range(0, len(sets), len(self._streams)):
-            pending = []
-            for one, stream in zip(sets[start:], self._streams):
-                with mx.stream(stream):
-                    pending.append(self._set_nll(one.examples, max_tokens))
-            mx.eval(pending)
-            sums += [float(np.array(nll, np.float64).sum()) for nll in pending]
-        return sums
-
-    def _set_nll(self, examples: Sequence[Example], max_tokens: int) -> mx.array:
-        """`(n_targets,)` NLL of every target token, not yet evaluated."""
-        prefix = _shared_prefix(examples) if self._prefix_ok else ()
-        states = self._run_prefix(prefix) if prefix else None
-        batches = _batches([len(e.tokens) - len(prefix) for e in examples], max_tokens)
-        parts = [
-            self._batch_nll([examples[i] for i in batch], len(prefix), states) for batch in batches
-        ]
-        return mx.concatenate(parts)
-
-    def _run_prefix(self, prefix: tuple[int, ...]) -> list[tuple[mx.array, mx.array]]:
-        """Keys and values of every layer for one shared prefix, each `(1, heads, length, dim)`."""
-        caches = make_prompt_cache(self.model)
-        self._hidden(mx.array([prefix]), caches)
-        return [(c.keys[..., : c.offset, :], c.values[..., : c.offset, :]) for c in caches]
-
-    def _hidden(self, x: mx.array, cache: list[Any] | None = None) -> mx.array:
-        return self.model.model(x, cache=cache)
-
-    def _batch_nll(
-        self,
-        batch: Sequence[Example],
-        n_prefix: int,
-        states: list[tuple[mx.array, mx.array]] | None,
-    ) -> mx.array:
-        """`(n_targets,)` NLL of every target token of the batch, in order, not yet evaluated."""
-        width = max(len(example.tokens) for example in batch) - 1 - n_prefix
-        x = np.zeros((len(batch), width), np.int32)
-        row, column, target = [], [], []
-        for i, example in enumerate(batch):
-            inputs = example.tokens[n_prefix:-1]
-            x[i, : len(inputs)] = inputs
-            positions = range(example.first_target, len(example.tokens))
-            row += [i] * len(positions)
-            column += [t - 1 - n_prefix for t in positions]
-            target += [example.tokens[t] for t in positions]
-        cache = None
-        if states is not None:
-            cache = [KVCache() for _ in states]
-            for one, state in zip(cache, states):
-                one.update_and_fetch(*(mx.repeat(x, len(batch), axis=0) for x in state))
-        rows, columns = mx.array(row), mx.array(column)
-        if self._head is not None:
-            logits = self._head(self._hidden(mx.array(x), cache)[rows, columns])
-        else:
-            logits = self.model(mx.array(x), cache=cache)[rows, columns]
-        logits = logits.astype(mx.float32)
-        gold = mx.take_along_axis(logits, mx.array(target)[:, None], axis=-1)[:, 0]
-        return _log_normaliser(logits) - gold
-
-    def _prove_head(self) -> Any:  # noqa: ANN401  a callable module or None
-        """The head as a function of hidden states, if it gives the model's own logits here.
-
-        Some architectures scale or cap logits; then None, and full logits are computed instead.
-        """
-        inner = getattr(self.model, "model", None)
-        head = getattr(self.model, "lm_head", None)
-        if head is None:
-            head = getattr(getattr(inner, "embed_tokens", None), "as_linear", None)
-        x = mx.arange(1, 9)[None]
+    @contextmanager
+    def factors_replaced(self, factors: Sequence[KeysValues]) -> Iterator[None]:
+        """Other arrays in place of `occupied`'s values, for a while (`mx.compile` traces them)."""
+        own = self.occupied
+        for path, other in zip(own, factors):
+            self._slots[path].factors = other
         try:
-            same = head is not None and _close(head(self._hidden(x)), self.model(x))
-        except (AttributeError, TypeError, ValueError):
-            return None
-        return head if same else None
+            yield
+        finally:
+            for path, mine in own.items():
+                self._slots[path].factors = mine
 
-    def _prove_prefix(self) -> bool:
-        """Whether running a prefix once gives the same logits as running the whole row."""
-        caches = make_prompt_cache(self.model)
-        if not all(type(cache) is KVCache for cache in caches):
-            return False
-        x = mx.arange(1, 13)[None]
-        whole = self.model(x)[:, 8:]
-        self.model(x[:, :8], cache=caches)
-        return _close(self.model(x[:, 8:], cache=caches), whole)
-
-
-def _evaluation_streams() -> list[mx.Stream]:
-    """One stream per core on a CPU device, where MLX runs elementwise work on a single core.
-
-    With OpenBLAS held to one thread, two streams evaluate two tasks side by side: about 1.3 times
-    the tokens per second on two cores (benchmarks/streams.py).
-    """
-    device = mx.default_device()
-    if device.type != mx.DeviceType.cpu or not limit_blas_threads(1):
-        return [mx.default_stream(device)]
-    return [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 8))]
-
-
-def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices sorted by length and cut into batches of at most `max_tokens` padded tokens."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > max_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def _log_normaliser(logits: mx.array) -> mx.array:
-    """`logsumexp` over the vocabulary in two steps of about sqrt(vocabulary) terms each.
-
-    MLX's CPU kernel adds all terms one after the other in float32 and loses the small ones: a
-    vocabulary of 49,152 came out up to 1e-4 nats too low.
-    """
-    n, width = logits.shape[0], 256
-    padded = mx.pad(logits, [(0, 0), (0, -logits.shape[1] % width)], constant_values=-mx.inf)
-    return mx.logsumexp(mx.logsumexp(padded.reshape(n, -1, width), axis=-1), axis=-1)
-
-
-def _close(x: mx.array, y: mx.array) -> bool:
-    x, y = x.astype(mx.float32), y.astype(mx.float32)
-    # A real difference (a cap, a scale, a wrong mask) is far above rounding in any dtype.
-    return bool((mx.abs(x - y).max() <= 2e-2 * mx.maximum(mx.abs(y).max(), 1.0)).item())
+    def _factors(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
+        """`(n, in, r)` and `(n, r, out)`, scales folded into the second; smaller ranks padded."""
+        loras = [adapter.modules.get(path) if adapter else None for adapter in adapters]
+        rank = max(lora.rank for lora in loras if lora)
+        width, out = self.module_shapes[path]
+        a, b = [], []
+        for lora in loras:
+            if lora is None:
+                a.append(mx.zeros((width, rank)))
+                b.append(mx.zeros((rank, out)))
+                continue
+            pad = rank - lora.rank
+            a.append(mx.pad(lora.a.astype(mx.float32), [(0, 0), (0, pad)]))
+            b.append(mx.pad(lora.b.astype(mx.float32) * lora.scale, [(0, pad), (0, 0)]))
+        return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
 def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -295,13 +193,6 @@ def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _shared_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
-    """The longest common token prefix that ends before any position that predicts a target."""
-    if len(examples) < 2:
-        return ()
-    limit = min(example.first_target for example in examples) - 1
-    first = examples[0].tokens
-    n = 0
-    while n < limit and all(example.tokens[n] == first[n] for example in examples):
-        n += 1
-    return first[:n] if n >= 4 else ()
+def block_index(path: str) -> int:
+    """Index of the transformer block that a module path names."""
+    return int(path.split(".layers.")[1].split(".")[0])

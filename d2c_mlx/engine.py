@@ -1,0 +1,361 @@
+"""Losses of many adapters on many examples, exact and fast: every saving can be switched off.
+
+A value depends on nothing but the adapter and the examples: the same bits whatever else is asked,
+in whichever order, on however many streams or machines. (Except with `stack` above 1.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from d2c_mlx.activations import log_normaliser, use_swiglu
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
+from d2c_mlx.blas import limit_blas_threads, loaded_blas
+from d2c_mlx.errors import ConfigError
+from d2c_mlx.files import fingerprint
+from d2c_mlx.forward import (
+    KeysValues,
+    find_head,
+    full_logits,
+    prefix_is_exact,
+    run_blocks,
+    run_prefix,
+    split_is_exact,
+)
+from d2c_mlx.model import BaseModel
+from d2c_mlx.tasks import Example, ExampleSet
+
+__all__ = ["Engine", "Piece", "Savings"]
+
+Piece = tuple[Adapter | None, ExampleSet]
+# Sets are evaluated in lots of about this many tokens: after each lot its losses are stored.
+_LOT = 6144
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What the engine may save; each changes a loss by rounding only.
+
+    Attributes:
+        head: logits at target positions only.
+        prefix: the tokens that all rows of a set begin with, once per adapter.
+        batches: several rows at once, sorted by length; else row by row.
+        frozen: blocks below the first that an adapter touches, once per set.
+        streams: on a CPU device one set per core, else one set on all cores.
+        exponentials: on a CPU device the faster ones of activations.py.
+        compile: blocks through `mx.compile`, widths rounded up to multiples of 16.
+        stack: adapters in one batch.
+    """
+
+    head: bool = True
+    prefix: bool = True
+    batches: bool = True
+    frozen: bool = True
+    streams: bool = True
+    exponentials: bool = True
+    compile: bool = False
+    stack: int = 1
+
+
+class Engine:
+    """Evaluates pieces (an adapter and an example set) on one base model."""
+
+    def __init__(
+        self, base: BaseModel, memory_limit: int | None = None, savings: Savings | None = None
+    ) -> None:
+        """Prove each saving on the model; what is not exact there is not used.
+
+        Args:
+            base: the model.
+            memory_limit: bytes for weights, activations and kept states; None is the device's.
+            savings: None is all that pay.
+        """
+        self.base, self.savings = base, savings or Savings()
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self._fast = on_cpu and self.savings.exponentials
+        use_swiglu(base.model, self._fast)
+        self._streams = _streams(self.savings.streams)
+        self._head = find_head(base.model) if self.savings.head else None
+        self._prefix = self.savings.prefix and prefix_is_exact(base.model)
+        self._split: dict[int, bool] = {}
+        self._compiled: dict[Any, Any] = {}
+        self._batches: dict[str, list[list[int]]] = {}
+        _, vocabulary = base.dimensions
+        self._n_logits = max(1, (1 << 24) // vocabulary)
+        self.memory_limit = memory_limit or default_limit()
+        self._free = free = max(0, self.memory_limit - mx.get_active_memory())
+        # Frozen states, then one batch per stream; the rest is for what MLX keeps for reuse.
+        self._kept = _Kept(free // 5)
+        self._batch_limit = free * 3 // 5 // len(self._streams)
+        mx.set_cache_limit(free // 5)
+        mx.set_memory_limit(self.memory_limit)
+
+    def fingerprint(self, examples: ExampleSet) -> str:
+        """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter."""
+        device = mx.device_info().get("device_name"), str(mx.default_device()), loaded_blas()
+        parts = [self.base.fingerprint, dataclasses.asdict(self.savings), mx.__version__, device]
+        return fingerprint([parts, examples.digest, self.batches(examples)])
+
+    def batches(self, examples: ExampleSet) -> list[list[int]]:
+        """Row indices of every batch of a set, shortest rows first.
+
+        Raises:
+            ConfigError: a row does not fit the memory limit.
+        """
+        if examples.digest not in self._batches:
+            n_prefix = len(self._prefix_of(examples))
+            lengths = [self._width(len(row.tokens) - n_prefix) for row in examples.examples]
+            copies = self.savings.stack
+            cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
+            cut = split_rows(lengths, n_prefix, cost, self._batch_limit)
+            if cut is None:
+                needed = cost(1, max(lengths), n_prefix) * len(self._streams) * 5 // 3
+                needed += self.memory_limit - self._free
+                raise ConfigError(
+                    f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
+                    f" {examples.task} ({max(lengths) + n_prefix} tokens) needs about"
+                    f" {needed / 1e6:,.0f} MB with the model; raise the limit or shorten the row"
+                )
+            if not self.savings.batches:
+                cut = [[i] for batch in cut for i in batch]
+            self._batches[examples.digest] = cut
+        return self._batches[examples.digest]
+
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+        """Evaluate; yields (index of the piece, sum of its targets' NLL in nats) as they come."""
+        for group in _groups(pieces, self.savings.stack):
+            self.base.attach(*(pieces[indices[0]][0] for indices in group))
+            columns = list(zip(*group))
+            for lot in _lots([pieces[column[0]][1].n_tokens for column in columns]):
+                sets = [pieces[columns[j][0]][1] for j in lot]
+                for j, sums in zip(lot, self._nll(sets, len(group))):
+                    yield from zip(columns[j], sums)
+
+    def _nll(self, sets: Sequence[ExampleSet], copies: int) -> list[list[float]]:
+        """For each set the NLL sum under every attached adapter."""
+        pending: list[mx.array] = [mx.array(0.0)] * len(sets)
+        for stream, mine in zip(self._streams, _shares(sets, len(self._streams))):
+            with mx.stream(stream):
+                last: list[mx.array] = []
+                for i in mine:
+                    pending[i] = self._set_nll(sets[i], copies, last)
+        mx.eval(pending)
+        return [np.array(nll, np.float64).sum(axis=1).tolist() for nll in pending]
+
+    def _set_nll(self, examples: ExampleSet, copies: int, last: list[mx.array]) -> mx.array:
+        """`(copies, n_targets)` NLL, not yet evaluated.
+
+        Args:
+            examples: the set.
+            copies: number of attached adapters.
+            last: what to wait for, updated: batches of a stream run one after the other, so that
+                only one is in memory.
+        """
+        prefix, batches = self._prefix_of(examples), self.batches(examples)
+        first = self._first_block()
+        rows = [[examples.examples[i] for i in batch] for batch in batches]
+        inputs = [mx.array(self._tokens(batch, len(prefix))) for batch in rows]
+        start = mx.array([prefix]) if prefix else None
+        if first:
+            start, inputs = self._below(examples, first, start, inputs, last)
+        states = None
+        if start is not None:
+            _, states = run_prefix(self.base.model, _tiled(start, copies, last), first)
+        parts = []
+        for batch, x in zip(rows, inputs):
+            x = _tiled(x, copies, last)
+            nll = self._batch_nll(batch, x, copies, len(prefix), states, first)
+            last[:] = [nll]
+            parts.append(nll.reshape(copies, -1))
+        return mx.concatenate(parts, axis=1)
+
+    def _first_block(self) -> int:
+        """Index of the first block to run per adapter; below it states are kept."""
+        first = min(self.base.first_touched, self.base.n_layers - 1)
+        if not self.savings.frozen or self._head is None or first == 0:
+            return 0
+        if first not in self._split:
+            self._split[first] = split_is_exact(self.base.model, first)
+        return first if self._split[first] else 0
+
+    def _below(
+        self,
+        examples: ExampleSet,
+        first: int,
+        start: mx.array | None,
+        inputs: list[mx.array],
+        last: list[mx.array],
+    ) -> tuple[mx.array | None, list[mx.array]]:
+        """Hidden states before block `first` of the prefix and of every batch."""
+        key = examples.digest, first
+        kept = self._kept.get(key)
+        if kept is None:
+            model, states, kept = self.base.model, None, []
+            if start is not None:
+                hidden, states = run_prefix(model, _tiled(start, 1, last), 0, first)
+                kept.append(hidden)
+            for x in inputs:
+                kept.append(run_blocks(model, _tiled(x, 1, last), states, 0, first))
+                last[:] = kept[-1:]
+            self._kept.put(key, kept)
+        return (kept[0], kept[1:]) if start is not None else (None, kept)
+
+    def _batch_nll(
+        self,
+        batch: Sequence[Example],
+        x: mx.array,
+        copies: int,
+        n_prefix: int,
+        states: list[KeysValues] | None,
+        first: int,
+    ) -> mx.array:
+        """`(copies * n_targets,)` NLL of the batch's targets, one adapter after the other."""
+        row, column, target = [], [], []
+        for i, example in enumerate(batch):
+            positions = range(example.first_target, len(example.tokens))
+            row += [i] * len(positions)
+            column += [t - 1 - n_prefix for t in positions]
+            target += [example.tokens[t] for t in positions]
+        n = len(target)
+        rows = mx.array([copy * len(batch) + i for copy in range(copies) for i in row])
+        columns, targets = mx.array(column * copies), mx.array(target * copies)
+        if self._head is None:
+            logits = full_logits(self.base.model, x, states)[rows, columns]
+            return self._nll_of(logits, targets)
+        hidden = self._blocks(x, states, first)[rows, columns]
+        parts: list[mx.array] = []
+        for i in range(0, n * copies, self._n_logits):
+            some = _after(hidden[i : i + self._n_logits], parts[-1:])
+            parts.append(self._nll_of(self._head(some), targets[i : i + self._n_logits]))
+        return mx.concatenate(parts)
+
+    def _nll_of(self, logits: mx.array, targets: mx.array) -> mx.array:
+        logits = logits.astype(mx.float32)
+        gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return log_normaliser(logits, self._fast) - gold
+
+    def _blocks(self, x: mx.array, states: list[KeysValues] | None, first: int) -> mx.array:
+        if not self.savings.compile:
+            return run_blocks(self.base.model, x, states, first)
+        # Compiled code keeps the stream and the slots of its trace: one function for each.
+        slots = self.base.occupied
+        key = first, tuple(slots), str(mx.default_stream(mx.default_device()))
+        if key not in self._compiled:
+
+            def blocks(
+                x: mx.array, states: list[KeysValues] | None, factors: list[KeysValues]
+            ) -> mx.array:
+                with self.base.factors_replaced(factors):
+                    return run_blocks(self.base.model, x, states, first)
+
+            self._compiled[key] = mx.compile(blocks)
+        return self._compiled[key](x, states, list(slots.values()))
+
+    def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
+        return shared_prefix(examples) if self._prefix else ()
+
+    def _width(self, n_tokens: int) -> int:
+        """Input width of a row; the last token predicts nothing."""
+        n = n_tokens - 1
+        return -(-n // 16) * 16 if self.savings.compile else n
+
+    def _tokens(self, batch: Sequence[Example], n_prefix: int) -> np.ndarray:
+        """`(rows, width)` token ids after the prefix, padded on the right."""
+        width = self._width(max(len(example.tokens) for example in batch) - n_prefix)
+        x = np.zeros((len(batch), width), np.int32)
+        for i, example in enumerate(batch):
+            inputs = example.tokens[n_prefix:-1]
+            x[i, : len(inputs)] = inputs
+        return x
+
+
+class _Kept:
+    """Hidden states within a number of bytes; the least recently used go first."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._free = nbytes
+        self._entries: OrderedDict[Any, list[mx.array]] = OrderedDict()
+
+    def get(self, key: object) -> list[mx.array] | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: object, arrays: list[mx.array]) -> None:
+        size = sum(x.nbytes for x in arrays)
+        held = sum(x.nbytes for entry in self._entries.values() for x in entry)
+        if size > self._free + held:
+            return
+        while size > self._free:
+            _, old = self._entries.popitem(last=False)
+            self._free += sum(x.nbytes for x in old)
+        self._entries[key] = arrays
+        self._free -= size
+
+
+def _streams(one_per_core: bool) -> list[mx.Stream]:
+    """One stream per core on a CPU device, where MLX runs elementwise work on a single core.
+
+    With OpenBLAS held to one thread, two streams evaluate two sets side by side.
+    """
+    device, n_cores = mx.default_device(), os.cpu_count() or 1
+    if device.type != mx.DeviceType.cpu:
+        return [mx.default_stream(device)]
+    if not one_per_core or not limit_blas_threads(1):
+        limit_blas_threads(n_cores)
+        return [mx.default_stream(device)]
+    return [mx.new_stream(device) for _ in range(min(n_cores, 8))]
+
+
+def _groups(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
+    """Piece indices by adapter; up to `stack` adapters that want the same sets go together."""
+    wanted: dict[str, list[int]] = {}
+    for i, (adapter, _) in enumerate(pieces):
+        wanted.setdefault(adapter.digest if adapter else "base", []).append(i)
+    alike: dict[tuple[str, ...], list[list[int]]] = {}
+    for indices in wanted.values():
+        alike.setdefault(tuple(pieces[i][1].digest for i in indices), []).append(indices)
+    for group in alike.values():
+        yield from (group[start : start + stack] for start in range(0, len(group), stack))
+
+
+def _lots(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Consecutive indices, cut when a lot has enough tokens."""
+    lot: list[int] = []
+    for i, _ in enumerate(sizes):
+        lot.append(i)
+        if sum(sizes[j] for j in lot) >= _LOT:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
+
+
+def _shares(sets: Sequence[ExampleSet], n: int) -> list[list[int]]:
+    """Indices for each of n streams, the largest set always to the least loaded."""
+    shares: list[list[int]] = [[] for _ in range(n)]
+    loads = [0] * n
+    for i in sorted(range(len(sets)), key=lambda i: (-sets[i].n_tokens, i)):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += sets[i].n_tokens
+    return shares
+
+
+def _after(x: mx.array, done: Sequence[mx.array]) -> mx.array:
+    """`x`, but not before `done` is."""
+    return mx.depends([x], list(done))[0] if done else x
+
+
+def _tiled(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
+    x = _after(x, done)
+    return mx.concatenate([x] * copies) if copies > 1 else x

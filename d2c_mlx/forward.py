@@ -1,0 +1,172 @@
+"""Running parts of a base model: blocks, a shared prefix, the head; each part proven on load.
+
+mlx-lm's architectures differ (logit caps, sliding windows, embedding scales), so nothing here is
+assumed: a part is used only after it gave the whole model's own output on this model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+__all__ = [
+    "KeysValues",
+    "find_head",
+    "full_logits",
+    "prefix_is_exact",
+    "run_blocks",
+    "run_prefix",
+    "split_is_exact",
+]
+
+KeysValues = tuple[mx.array, mx.array]
+_PROOF = list(range(1, 13))
+# What an architecture of another build raises when it is run in parts.
+_ERRORS = (AttributeError, IndexError, TypeError, ValueError)
+
+
+class _Recorder:
+    """A cache for a first pass: hands keys and values through and remembers them."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
+        return create_attention_mask(mx.zeros((1, n)), None, **kwargs)
+
+
+class _Prefix:
+    """A cache that puts the keys and values of a shared prefix before every row's own."""
+
+    def __init__(self, keys: mx.array, values: mx.array) -> None:
+        self._keys, self._values, self.offset = keys, values, keys.shape[2]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        return self._before(self._keys, keys), self._before(self._values, values)
+
+    def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
+        cache = KVCache()
+        cache.offset = self.offset
+        return cache.make_mask(n, **kwargs)
+
+    @staticmethod
+    def _before(prefix: mx.array, rows: mx.array) -> mx.array:
+        """Row i continues prefix `i // (rows per prefix)`."""
+        repeats = rows.shape[0] // prefix.shape[0]
+        return mx.concatenate([mx.repeat(prefix, repeats, axis=0), rows], axis=2)
+
+
+def run_blocks(
+    model: nn.Module,
+    x: mx.array,
+    states: Sequence[KeysValues] | None = None,
+    first: int = 0,
+    stop: int | None = None,
+) -> mx.array:
+    """Hidden states after blocks `first` to `stop`, normed if these are the last ones.
+
+    Args:
+        model: an mlx-lm model.
+        x: token ids `(rows, width)` if `first` is 0, else hidden states `(rows, width, hidden)`.
+        states: keys and values of a shared prefix for every block from `first` on.
+        first: index of the first block to run.
+        stop: index after the last one; None is all.
+
+    Returns:
+        `(rows, width, hidden)`.
+    """
+    cache = None if states is None else [_Prefix(*one) for one in states]
+    return _run(model, x, cache, first, stop)
+
+
+def run_prefix(
+    model: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
+) -> tuple[mx.array, list[KeysValues]]:
+    """`run_blocks`, and keys and values of these blocks, each `(rows, heads, width, dim)`."""
+    n_blocks = len(model.layers[first:stop])
+    cache = [_Recorder() for _ in range(n_blocks)]
+    hidden = _run(model, x, cache, first, stop)
+    return hidden, [(one.keys, one.values) for one in cache]
+
+
+def _run(
+    model: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
+) -> mx.array:
+    inner = model.model
+    if first == 0 and stop is None:
+        return inner(x, cache=cache)
+    layers, norm = inner.layers, inner.norm
+    try:
+        inner.layers = layers[first:stop]
+        if stop is not None and stop < len(layers):
+            inner.norm = nn.Identity()
+        if first == 0:
+            return inner(x, cache=cache)
+        # The ids are not looked at when embeddings are given.
+        return inner(mx.zeros(x.shape[:2], mx.int32), cache=cache, input_embeddings=x)
+    finally:
+        inner.layers, inner.norm = layers, norm
+
+
+def full_logits(
+    model: nn.Module, x: mx.array, states: Sequence[KeysValues] | None = None
+) -> mx.array:
+    """`(rows, width, vocabulary)` logits as the model itself gives them, after a shared prefix."""
+    return model(x, cache=None if states is None else [_Prefix(*one) for one in states])
+
+
+def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
+    """The head as a function of hidden states, if it gives the model's own logits here.
+
+    Some architectures scale or cap logits; then None, and full logits must be computed instead.
+    """
+    inner = getattr(model, "model", None)
+    head = getattr(model, "lm_head", None)
+    if head is None:
+        head = getattr(getattr(inner, "embed_tokens", None), "as_linear", None)
+    x = mx.array([_PROOF])
+    try:
+        return head if head is not None and _close(head(inner(x)), model(x)) else None
+    except _ERRORS:
+        return None
+
+
+def prefix_is_exact(model: nn.Module) -> bool:
+    """Whether running a prefix once, then two rows after it, gives what whole rows give."""
+    caches = make_prompt_cache(model)
+    if not all(type(cache) is KVCache for cache in caches):
+        return False
+    x = mx.array([_PROOF, _PROOF[::-1]])
+    x[1, :5] = x[0, :5]
+    try:
+        whole = model.model(x)[:, 5:]
+        _, states = run_prefix(model, x[:1, :5])
+        return _close(run_blocks(model, x[:, 5:], states), whole)
+    except _ERRORS:
+        return False
+
+
+def split_is_exact(model: nn.Module, first: int) -> bool:
+    """Whether running the blocks below `first`, then the rest, gives what all at once gives."""
+    x = mx.array([_PROOF])
+    try:
+        lower, below = run_prefix(model, x[:, :5], 0, first)
+        _, above = run_prefix(model, lower, first)
+        rest = run_blocks(model, x[:, 5:], below, 0, first)
+        return _close(run_blocks(model, rest, above, first), model.model(x)[:, 5:])
+    except _ERRORS:
+        return False
+
+
+def _close(x: mx.array, y: mx.array) -> bool:
+    x, y = x.astype(mx.float32), y.astype(mx.float32)
+    # A real difference (a cap, a scale, a wrong mask) is far above rounding in any dtype.
+    return bool((mx.abs(x - y).max() <= 2e-2 * mx.maximum(mx.abs(y).max(), 1.0)).item())
