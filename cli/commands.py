@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,13 @@ _OPTIONS = [
     click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
     click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
     click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
+    click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
+                 " recommends, else half the memory]"),
+    click.option("--without", metavar="LIST", help="savings of the evaluation to switch off: head,"
+                 " prefix, batches, frozen, streams, exponentials, cache"),
+    click.option("--stack", type=int, help="adapters evaluated in one batch  [default: 1]"),
+    click.option("--compile/--no-compile", default=None, help="evaluate through mx.compile"
+                 "  [default: no]"),
 ]  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
@@ -46,7 +54,17 @@ def _run_options(command: F) -> F:
 
 
 def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Load the config (a run directory's own if no file is given), run, print."""
+    """Load the config (a run directory's own if no file is given), run, print.
+
+    Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
+    """
+    if any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+        from d2c_mlx.ranks import launched, serve
+
+        group = launched()
+        if group and group.rank() > 0:
+            serve(group)
+            return
     given = {name: value for name, value in options.items() if value is not None}
     saved = Path(given.get("output", "")) / "config.yaml"
     if config is None and "output" in given and "adapters" not in given and saved.is_file():

@@ -22,7 +22,7 @@ def default_limit() -> int:
     """Bytes an evaluation may take: most of Metal's recommended working set, half the RAM else."""
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
-        return int(working_set * 0.8)
+        return int(working_set) * 4 // 5
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

@@ -15,11 +15,12 @@ import yaml
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
 
-__all__ = ["MERGE_METHODS", "STARTS", "RunConfig", "load_config"]
+__all__ = ["MERGE_METHODS", "SAVINGS", "STARTS", "RunConfig", "load_config"]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
 MERGE_METHODS = ("linear", "ties")
 STARTS = ("adapters", "kmeans", "random")
+SAVINGS = ("head", "prefix", "batches", "frozen", "streams", "exponentials", "cache")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class RunConfig:
         probe_examples: how many rows of probe.jsonl decide, the first ones.
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
         random_seeds: how many random partitions the `random` row averages.
+        memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
+        without: savings of the evaluation to do without, see `engine.Savings`; "cache" too.
+        stack: adapters evaluated in one batch; above 1 losses depend on their neighbours in it by
+            rounding.
+        compile: evaluate through `mx.compile`.
     """
 
     adapters: str = ""
@@ -61,6 +67,10 @@ class RunConfig:
     probe_examples: int = 10
     test_examples: int = 100
     random_seeds: int = 3
+    memory_limit: str | None = None
+    without: tuple[str, ...] = ()
+    stack: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError listing every value that is missing or out of range."""
@@ -81,6 +91,9 @@ class RunConfig:
             "probe_examples": (self.probe_examples >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
             "random_seeds": (self.random_seeds >= 1, "1 or more"),
+            "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
+            "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),
+            "stack": (self.stack >= 1, "1 or more"),
         }
         for name, (good, expected) in checks.items():
             if not good:
@@ -94,14 +107,31 @@ class RunConfig:
         if problems:
             raise ConfigError(problems)
 
+    def _limit_is_bytes(self) -> bool:
+        try:
+            return self.memory_limit is None or self.memory_bytes is not None
+        except BudgetError:
+            return False
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        return parse_budget(self.memory_limit).nbytes if self.memory_limit else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""
-        return {**dataclasses.asdict(self), "init": list(self.init)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
 
 def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str | None]:  # noqa: ANN401  as YAML gave it
     """Coerce one value to its field's type: `(value, problem or None)`."""
     kinds = {"str": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list, tuple)}
+    if annotation == "bool":
+        good = isinstance(value, bool)
+        return value, None if good else f"{where}{name}: found {value!r}, expected true or false"
     optional = annotation.endswith(" | None")
     kind = annotation.removesuffix(" | None")
     if value is None and optional:

@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -34,11 +35,11 @@ from d2c_mlx.forward import (
 from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import Example, ExampleSet
 
-__all__ = ["Engine", "Piece", "Savings"]
+__all__ = ["LOT", "Engine", "Piece", "Savings"]
 
 Piece = tuple[Adapter | None, ExampleSet]
 # Sets are evaluated in lots of about this many tokens: after each lot its losses are stored.
-_LOT = 6144
+LOT = 6144
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Savings:
         prefix: the tokens that all rows of a set begin with, once per adapter.
         batches: several rows at once, sorted by length; else row by row.
         frozen: blocks below the first that an adapter touches, once per set.
-        streams: on a CPU device one set per core, else one set on all cores.
+        streams: on a CPU device several sets side by side, else one set on all cores.
         exponentials: on a CPU device the faster ones of activations.py.
         compile: blocks through `mx.compile`, widths rounded up to multiples of 16.
         stack: adapters in one batch.
@@ -70,7 +71,11 @@ class Engine:
     """Evaluates pieces (an adapter and an example set) on one base model."""
 
     def __init__(
-        self, base: BaseModel, memory_limit: int | None = None, savings: Savings | None = None
+        self,
+        base: BaseModel,
+        memory_limit: int | None = None,
+        savings: Savings | None = None,
+        n_processes: int = 1,
     ) -> None:
         """Prove each saving on the model; what is not exact there is not used.
 
@@ -78,12 +83,13 @@ class Engine:
             base: the model.
             memory_limit: bytes for weights, activations and kept states; None is the device's.
             savings: None is all that pay.
+            n_processes: how many share this machine's cores and memory.
         """
         self.base, self.savings = base, savings or Savings()
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._fast = on_cpu and self.savings.exponentials
         use_swiglu(base.model, self._fast)
-        self._streams = _streams(self.savings.streams)
+        self._streams = _streams(self.savings.streams, n_processes)
         self._head = find_head(base.model) if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
@@ -91,18 +97,18 @@ class Engine:
         self._batches: dict[str, list[list[int]]] = {}
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
-        self.memory_limit = memory_limit or default_limit()
+        self.memory_limit = memory_limit or default_limit() // n_processes
         self._free = free = max(0, self.memory_limit - mx.get_active_memory())
         # Frozen states, then one batch per stream; the rest is for what MLX keeps for reuse.
         self._kept = _Kept(free // 5)
-        self._batch_limit = free * 3 // 5 // len(self._streams)
+        self.batch_limit = free * 3 // 5 // len(self._streams)
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter."""
         device = mx.device_info().get("device_name"), str(mx.default_device()), loaded_blas()
-        parts = [self.base.fingerprint, dataclasses.asdict(self.savings), mx.__version__, device]
+        parts = [self.base.fingerprint, dataclasses.asdict(self.savings), version("mlx"), device]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
     def batches(self, examples: ExampleSet) -> list[list[int]]:
@@ -116,7 +122,7 @@ class Engine:
             lengths = [self._width(len(row.tokens) - n_prefix) for row in examples.examples]
             copies = self.savings.stack
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
-            cut = split_rows(lengths, n_prefix, cost, self._batch_limit)
+            cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
             if cut is None:
                 needed = cost(1, max(lengths), n_prefix) * len(self._streams) * 5 // 3
                 needed += self.memory_limit - self._free
@@ -302,18 +308,19 @@ class _Kept:
         self._free -= size
 
 
-def _streams(one_per_core: bool) -> list[mx.Stream]:
-    """One stream per core on a CPU device, where MLX runs elementwise work on a single core.
+def _streams(one_set_per_core: bool, n_processes: int) -> list[mx.Stream]:
+    """Two streams per core on a CPU device, where MLX runs elementwise work on a single core.
 
-    With OpenBLAS held to one thread, two streams evaluate two sets side by side.
+    With OpenBLAS held to one thread, streams evaluate sets side by side. MLX lets few operations
+    wait at a time, so that with one stream per core a core is idle a sixth of the time.
     """
-    device, n_cores = mx.default_device(), os.cpu_count() or 1
+    device, n_cores = mx.default_device(), max(1, (os.cpu_count() or 1) // n_processes)
     if device.type != mx.DeviceType.cpu:
         return [mx.default_stream(device)]
-    if not one_per_core or not limit_blas_threads(1):
+    if not one_set_per_core or not limit_blas_threads(1):
         limit_blas_threads(n_cores)
         return [mx.default_stream(device)]
-    return [mx.new_stream(device) for _ in range(min(n_cores, 8))]
+    return [mx.new_stream(device) for _ in range(2 * min(n_cores, 8))]
 
 
 def _groups(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
@@ -333,7 +340,7 @@ def _lots(sizes: Sequence[int]) -> Iterator[list[int]]:
     lot: list[int] = []
     for i, _ in enumerate(sizes):
         lot.append(i)
-        if sum(sizes[j] for j in lot) >= _LOT:
+        if sum(sizes[j] for j in lot) >= LOT:
             yield lot
             lot = []
     if lot:

@@ -133,8 +133,10 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
     if head is None:
         head = getattr(getattr(inner, "embed_tokens", None), "as_linear", None)
     x = mx.array([_PROOF])
+    if head is None or inner is None:
+        return None
     try:
-        return head if head is not None and _close(head(inner(x)), model(x)) else None
+        return head if _close(head(inner(x)), model(x)) else None
     except _ERRORS:
         return None
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +50,8 @@ class BaseModel:
     """A base model with swappable adapters.
 
     Attributes:
-        name: as the user named it; `locate.EMBEDDED` for the default.
+        spec: as the user named it; None is the default.
+        name: the same, or `locate.EMBEDDED`.
         path: its mlx-lm directory.
         dtype: the dtype of its activations as stored; packs are written in it.
         first_touched: index of the first block that an attached adapter changes.
@@ -59,6 +59,7 @@ class BaseModel:
 
     def __init__(self, spec: str | None = None) -> None:
         """Load; on a CPU device weights become float32, which is fast and exact there."""
+        self.spec = spec
         self.name, self.path = resolve_model(spec)
         try:
             model, self.tokenizer = load(str(self.path), lazy=True)
@@ -89,7 +90,9 @@ class BaseModel:
     def dimensions(self) -> tuple[int, int]:
         """Hidden size and vocabulary size."""
         args = self.model.args
-        hidden = getattr(args, "hidden_size", None) or max(w for w, _ in self.module_shapes.values())
+        hidden = getattr(args, "hidden_size", None) or max(
+            w for w, _ in self.module_shapes.values()
+        )
         return int(hidden), int(getattr(args, "vocab_size", None) or len(self.tokenizer))
 
     @cached_property

@@ -20,6 +20,7 @@ from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.pack import load_pack, write_pack
 from d2c_mlx.probe import probe_table
+from d2c_mlx.ranks import leading
 from d2c_mlx.report import render_html, render_markdown
 from d2c_mlx.workspace import Workspace
 
@@ -29,15 +30,18 @@ __all__ = ["STAGES", "run"]
 def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Workspace:
     """Run every stage up to and including `until`; what is already done is kept.
 
+    Under `mlx.launch` only rank 0 may call this; the others call `ranks.serve`.
+
     Raises:
         InputError: bad input, all problems at once; nothing is written.
         D2CError: a stage failed.
     """
-    workspace = Workspace(config, quiet)
-    for name, stage in STAGES.items():
-        stage(workspace)
-        if name == until:
-            break
+    with leading() as group:
+        workspace = Workspace(config, quiet, group)
+        for name, stage in STAGES.items():
+            stage(workspace)
+            if name == until:
+                break
     return workspace
 
 

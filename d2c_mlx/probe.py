@@ -1,22 +1,29 @@
-"""The evaluation engine: losses of many adapters on many tasks, never the same one twice."""
+"""Probe evaluations: losses of many adapters on many tasks, never the same one twice."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.cache import LossCache
+from d2c_mlx.engine import Piece
 from d2c_mlx.files import fingerprint
-from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["Evaluator", "Job", "LossTable", "Meter", "probe_table", "tune_scale"]
+__all__ = [
+    "Counts",
+    "Evaluator",
+    "Job",
+    "LossTable",
+    "Meter",
+    "Runner",
+    "probe_table",
+    "tune_scale",
+]
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
@@ -81,24 +88,42 @@ class LossTable:
         )
 
 
-class Evaluator:
-    """Mean losses on a base model, kept on disk by content.
+class Runner(Protocol):
+    """What evaluates: an `Engine`, or several ranks that share the work."""
 
-    A key is the hash of (base, adapter content, token ids): two equal merges share it, whatever
-    they are called, and a value never depends on what else was asked. Source of the loss: mlx-lm's
-    `default_loss` on the tokens that its dataset classes mark.
+    def fingerprint(self, examples: ExampleSet) -> str:
+        """Of all that decides the bits of a loss, but the adapter."""
+
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+        """Yield (index of a piece, sum of its targets' NLL) as they come."""
+
+
+@dataclass
+class Counts:
+    """Evaluations of one adapter on one example set, and the tokens of those that were done."""
+
+    asked: int = 0
+    done: int = 0
+    tokens: int = 0
+
+
+class Evaluator:
+    """Mean losses on a base model, each evaluated once and kept by content.
+
+    A key is the hash of (engine, base, adapter content, token ids): two equal merges share it,
+    whatever they are called. Source of the loss: mlx-lm's `default_loss` on the tokens that its
+    dataset classes mark.
     """
 
-    def __init__(self, base: BaseModel, cache: Path | None = None) -> None:
-        """Open the cache file (JSON lines, appended); None keeps losses in memory only."""
-        self.base = base
+    def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
+        """Evaluate with `runner`; None evaluates everything again every time."""
+        self.runner, self._cache = runner, cache
         self.meter: Meter = _Silent()
-        self._cache = cache
-        self._known = _read_cache(cache) if cache else {}
+        self.counts = Counts()
 
     def _key(self, adapter: Adapter | None, examples: ExampleSet) -> str:
         digest = adapter.digest if adapter else "base"
-        return fingerprint([self.base.fingerprint, digest, examples.digest])[:32]
+        return fingerprint([self.runner.fingerprint(examples), digest])[:32]
 
     def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Evaluate every job; what is known costs nothing.
@@ -110,44 +135,27 @@ class Evaluator:
             For each job `(n_sets,)`: mean NLL per target token, in nats.
         """
         keys = [[self._key(adapter, one) for one in sets] for adapter, sets in jobs]
-        pending = {
-            key: one.n_tokens
-            for (_, sets), row in zip(jobs, keys)
-            for key, one in zip(row, sets)
-            if key not in self._known
-        }
-        self.meter.expect(sum(pending.values()))
-        width = self.base.n_streams
-        for (adapter, sets), row in zip(jobs, keys):
-            todo = {key: one for key, one in zip(row, sets) if key not in self._known}
-            if todo:
-                self.base.attach(adapter)
-            missing = list(todo)
-            for start in range(0, len(missing), width):
-                some = missing[start : start + width]
-                sums = self.base.nll([todo[key] for key in some])
-                for key, total in zip(some, sums):
-                    self._store(key, total / todo[key].n_targets)
-                    self.meter.advance(todo[key].n_tokens)
-        return [np.array([self._known[key] for key in row]) for row in keys]
-
-    def _store(self, key: str, value: float) -> None:
-        self._known[key] = value
+        known: dict[str, float | None] = {key: None for row in keys for key in row}
         if self._cache:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._cache, "a", encoding="utf-8") as file:
-                file.write(json.dumps([key, value]) + "\n")
-
-
-def _read_cache(path: Path) -> dict[str, float]:
-    """Known losses; a last line cut off by a kill is dropped from the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return dict(json.loads(line) for line in whole.splitlines())
+            known = {key: self._cache.get(key) for key in known}
+        missing = {
+            key: (adapter, one)
+            for (adapter, sets), row in zip(jobs, keys)
+            for key, one in zip(row, sets)
+            if known[key] is None
+        }
+        names, pieces = list(missing), list(missing.values())
+        self.counts.asked += sum(map(len, keys))
+        self.meter.expect(sum(one.n_tokens for _, one in pieces))
+        for i, total in self.runner.run(pieces):
+            examples = pieces[i][1]
+            known[names[i]] = loss = total / examples.n_targets
+            if self._cache:
+                self._cache.put(names[i], loss)
+            self.counts.done += 1
+            self.counts.tokens += examples.n_tokens
+            self.meter.advance(examples.n_tokens)
+        return [np.array([known[key] for key in row]) for row in keys]
 
 
 def probe_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,15 +16,19 @@ import yaml
 from d2c_mlx import __version__
 from d2c_mlx.adapter import Adapter, LoRA, load_adapter
 from d2c_mlx.budget import Budget, parse_budget
+from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Members, Problem, svd_features
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import InputError, collect, gather
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
+from d2c_mlx.locate import cache_directory
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator, LossTable, tune_scale
+from d2c_mlx.probe import Counts, Evaluator, LossTable, tune_scale
 from d2c_mlx.progress import progress_bar
+from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.tasks import ExampleSet, Task, load_tasks
 
 __all__ = ["Workspace", "read_adapters"]
@@ -42,8 +46,13 @@ def read_adapters(directory: Path, base: BaseModel) -> list[Adapter]:
 class Workspace:
     """A run directory and what its stages need, each thing loaded once and only if asked for."""
 
-    def __init__(self, config: RunConfig, quiet: bool = False) -> None:
+    def __init__(self, config: RunConfig, quiet: bool = False, group: Group | None = None) -> None:
         """Check all inputs; nothing is written before every one is good.
+
+        Args:
+            config: of the run.
+            quiet: show no progress.
+            group: of the ranks that share the evaluations; None is this process alone.
 
         Raises:
             InputError: every problem of adapters, tasks and budget, one line each; without a
@@ -52,6 +61,17 @@ class Workspace:
         self.config, self.quiet = config, quiet
         self.output = Path(config.output)
         self.base = BaseModel(config.model)
+        self.engine = Engine(
+            self.base,
+            config.memory_bytes,
+            Savings(
+                stack=config.stack,
+                compile=config.compile,
+                **dict.fromkeys(set(config.without) - {"cache"}, False),
+            ),
+            local_ranks(),
+        )
+        self.runner = Ranks(self.engine, group) if group else self.engine
         errors: list[InputError] = []
         source = Path(config.adapters)
         inputs = collect(errors, lambda: read_adapters(source, self.base)) or []
@@ -64,9 +84,15 @@ class Workspace:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
+        if not errors:
+            sets = [*self.probes, *self.tests]
+            collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
         if errors:
             raise InputError([line for error in errors for line in error.problems])
-        self.evaluator = Evaluator(self.base, self.output / "cache" / "losses.jsonl")
+        cache = None
+        if "cache" not in config.without:
+            cache = LossCache(cache_directory() / "losses.sqlite")
+        self.evaluator = Evaluator(self.runner, cache)
         self._merges: dict[Members, tuple[Adapter, float]] = {}
 
     @property
@@ -193,10 +219,16 @@ class Workspace:
         started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
         write_text(self.path("config.yaml"), yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        self.evaluator.counts = Counts()
         with progress_bar(name, self.quiet) as bar:
             self.evaluator.meter = bar
             body()
-        seconds = round(time.monotonic() - started, 2)
-        outputs = {file: hash_tree(self.path(file)) for file in writes}
-        write_json(record, {"inputs": inputs, "outputs": outputs, "seconds": seconds})
+        content = {
+            "inputs": inputs,
+            "outputs": {file: hash_tree(self.path(file)) for file in writes},
+            "seconds": round(time.monotonic() - started, 2),
+            "evaluations": asdict(self.evaluator.counts),
+            "peak_nbytes": mx.get_peak_memory(),
+        }
+        write_json(record, content)
         return True

@@ -1,6 +1,7 @@
 # ruff: noqa: I001
 """Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,22 @@ def library(request):
 @pytest.fixture(scope="session")
 def rows(request):
     return request.config.getoption("--rows")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory):
+    """Converted models and losses of this session only, never the user's."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["D2C_MLX_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(base):
+    """The evaluation engine on it, with all savings that pay."""
+    from d2c_mlx.engine import Engine
+
+    return Engine(base)
 
 
 @pytest.fixture(scope="session")

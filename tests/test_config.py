@@ -163,11 +163,12 @@ def test_the_help_states_the_defaults():
     values = {name: getattr(default, name) for name in stated}
     assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
+    assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
+    assert stated.pop("compile") == "no" and values.pop("compile") is False
     assert stated.pop("init") == ",".join(values.pop("init"))
     assert stated == {name: str(value) for name, value in values.items()}
-    unstated = (
-        {field.name for field in fields(RunConfig)} - set(stated) - {"model", "scale", "init"}
-    )
+    special = {"model", "scale", "init", "memory_limit", "compile", "without"}
+    unstated = {field.name for field in fields(RunConfig)} - set(stated) - special
     assert unstated == set(NEEDED)
 
 

@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.convert import find_adapters, read_adapter, save_peft
+from d2c_mlx.engine import Engine
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.pack import write_pack
 from d2c_mlx.tasks import load_task
 
 
 def _ours(base, adapter, examples):
-    base.attach(adapter)
-    return base.nll([examples])[0] / examples.n_targets
+    ((_, total),) = Engine(base).run([(adapter, examples)])
+    return total / examples.n_targets
 
 
 def _torch_loss(model, examples):

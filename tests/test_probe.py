@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.probe import LossTable, _read_cache, tune_scale
+from d2c_mlx.cache import LossCache
+from d2c_mlx.errors import D2CError
+from d2c_mlx.probe import LossTable, tune_scale
 
 
 class Counted:
@@ -79,32 +81,28 @@ def test_loss_table_json():
     assert back.to_json() == table.to_json()
 
 
-def test_no_cache_yet(tmp_path):
-    assert _read_cache(tmp_path / "none.jsonl") == {}
-    assert not (tmp_path / "none.jsonl").exists()
+def test_the_cache_keeps_every_bit(tmp_path):
+    path = tmp_path / "deep" / "losses.sqlite"
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 5.0}
+    cache = LossCache(path)
+    for key, value in values.items():
+        cache.put(key, value)
+        cache.put(key, 7.0)  # the first one stays
+    other = LossCache(path)
+    assert {key: other.get(key) for key in values} == values
+    assert other.get("d") is None
+    other.put("d", 1.5)
+    assert cache.get("d") == 1.5
 
 
-def test_whole_cache_is_left_alone(tmp_path):
-    path = tmp_path / "cache.jsonl"
-    content = '["a", 1.5]\n["b", 0.1]\n["a", 2.5]\n'
-    path.write_text(content)
-    assert _read_cache(path) == {"a": 2.5, "b": 0.1}
-    assert path.read_text() == content
+def test_a_broken_cache_is_named(tmp_path):
+    path = tmp_path / "losses.sqlite"
+    path.write_bytes(b"not a database, but as long as one" * 100)
+    with pytest.raises(D2CError, match=r"losses.sqlite: cannot be used .* delete it"):
+        LossCache(path).put("a", 1.0)
 
 
-@pytest.mark.parametrize(
-    "rest",
-    ['["c", 1.2', '["c', "[", "\x00\x00", '["c", 1.25]'],
-    ids=["value", "key", "bracket", "zeros", "no newline"],
-)
-@pytest.mark.parametrize("kept", ['["a", 1.5]\n["b", 0.1]\n', ""], ids=["two lines", "nothing"])
-def test_cut_off_line_is_dropped(tmp_path, kept, rest):
-    path = tmp_path / "cache.jsonl"
-    path.write_text(kept + rest)
-    known = dict(json.loads(line) for line in kept.splitlines())
-    assert _read_cache(path) == known
-    assert path.read_text() == kept
-    # Without the truncation the next line would be glued to the broken one.
-    with open(path, "a") as file:
-        file.write('["d", 4.5]\n')
-    assert _read_cache(path) == {**known, "d": 4.5}
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(D2CError, match="cannot be used as the cache"):
+        LossCache(tmp_path / "file" / "losses.sqlite")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -136,8 +137,20 @@ def test_mixed_ranks_modules_and_ties(config):
 
 def _command(config):
     options = [f"--{k.replace('_', '-')}={v}" for k, v in config.to_dict().items()
-               if v is not None and k != "init"]  # fmt: skip
+               if v not in (None, [], False) and k != "init"]  # fmt: skip
     return [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", *options]
+
+
+def _losses(cache):
+    """How many losses are in a cache directory by now."""
+    path = cache / "losses.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        with sqlite3.connect(path, timeout=5) as connection:
+            return connection.execute("SELECT count(*) FROM losses").fetchone()[0]
+    except sqlite3.OperationalError:  # not a table yet
+        return 0
 
 
 def test_killed_at_any_moment_the_pack_is_the_same(config, tmp_path):
@@ -145,19 +158,20 @@ def test_killed_at_any_moment_the_pack_is_the_same(config, tmp_path):
     whole = tmp_path / "whole"
     options = {**config.to_dict(), "init": config.init, "output": str(whole)}
     subprocess.run(_command(RunConfig(**options)), cwd=ROOT, capture_output=True, check=True)
-    output, kills = Path(config.output), 0
-    cache = output / "cache" / "losses.jsonl"
+    output, cache, kills = Path(config.output), tmp_path / "cold", 0
+    environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
     for step in (1, 9, 14, 23, 40):
         process = subprocess.Popen(_command(config), cwd=ROOT, stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, env=os.environ)  # fmt: skip
+                                   stdout=subprocess.DEVNULL, env=environment)  # fmt: skip
         while process.poll() is None:
-            if cache.exists() and cache.read_bytes().count(b"\n") >= step:
+            if _losses(cache) >= step:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
             time.sleep(0.002)
         process.wait()
-    done = subprocess.run(_command(config), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(_command(config), cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert kills >= 3
     assert hash_tree(output / "pack") == hash_tree(whole / "pack")

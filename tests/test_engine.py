@@ -1,0 +1,254 @@
+"""The engine against the plain loop: full logits, one row at a time, no shared prefix."""
+
+import itertools
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from tiny import library, peft_adapter, tiny_model
+
+from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.engine import Engine, Savings, _Kept
+from d2c_mlx.errors import ConfigError
+from d2c_mlx.forward import find_head, prefix_is_exact, split_is_exact
+from d2c_mlx.model import BaseModel
+from d2c_mlx.tasks import Example, ExampleSet, load_task
+
+SWITCHES = ["head", "prefix", "batches", "frozen", "streams", "exponentials"]
+
+
+def plain(base, adapter, examples):
+    """Sum of NLL over target tokens, one row at a time."""
+    base.attach(adapter)
+    total = 0.0
+    for example in examples.examples:
+        logits = base.model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32)
+        nll = nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]))
+        total += float(nll[example.first_target - 1 :].sum().item())
+    return total
+
+
+def run(engine, pieces):
+    return [value for _, value in sorted(engine.run(pieces))]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A model of four blocks; adapters on all of them, on the last one, and of another rank."""
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
+    last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
+    adapters.append(type(adapters[0])("last", last))
+    sets = [base.encode(name, load_task(paths.tasks / name).test) for name in "ab"]
+    return base, adapters, sets
+
+
+def assert_equals_plain(base, engine, adapters, sets):
+    pieces = list(itertools.product([None, *adapters], sets))
+    for got, (adapter, one) in zip(run(engine, pieces), pieces):
+        assert got == pytest.approx(plain(base, adapter, one), rel=1e-5)
+
+
+@pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+def test_every_saving_equals_the_plain_loop(tiny, off, options):
+    base, adapters, sets = tiny
+    savings = Savings(**dict.fromkeys(off, False), **options)
+    assert_equals_plain(base, Engine(base, savings=savings), adapters, sets)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_small_batches_equal_the_plain_loop(tiny, rows):
+    base, adapters, sets = tiny
+    engine = Engine(base)
+    engine.batch_limit = BatchCost.of(base, engine._n_logits, 1)(rows, 40, 0)
+    assert_equals_plain(base, engine, adapters, sets)
+    largest = max(len(batch) for one in sets for batch in engine.batches(one))
+    assert largest == min(rows, 4)
+
+
+def test_all_savings_are_in_use_on_a_llama(tiny):
+    """Else the tests above would compare the plain path with itself."""
+    base, (whole, *_, last), _ = tiny
+    engine = Engine(base)
+    assert engine._head is not None and engine._prefix
+    base.attach(last)
+    assert engine._first_block() == 1
+    base.attach(whole)
+    assert engine._first_block() == 0
+
+
+@pytest.mark.parametrize("off", [[], ["frozen"], ["prefix"]])
+def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
+    base, adapters, sets = tiny
+    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False)))
+    pieces = list(itertools.product([None, *adapters], sets))
+    together = run(engine, pieces)
+    assert together == [run(engine, [piece])[0] for piece in pieces]
+    assert together == run(engine, pieces[::-1])[::-1]
+    engine._streams = engine._streams[:1]
+    assert together == run(engine, pieces)
+
+
+def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
+    """The states below are computed for the first adapter only; a second engine has none."""
+    base, (*_, last), sets = tiny
+    other = type(last)("other", {path: type(lora)(lora.a, -lora.b) for path, lora
+                                 in last.modules.items()})  # fmt: skip
+    engine = Engine(base)
+    first = run(engine, [(last, sets[0])])
+    assert len(engine._kept._entries) == 1
+    monkeypatch.setattr(engine._kept, "put", None)  # computing them again would fail
+    again = run(engine, [(last, sets[0]), (other, sets[0])])
+    assert again[0] == first[0] != again[1]
+    assert again == run(Engine(base), [(last, sets[0]), (other, sets[0])])
+
+
+def test_kept_states_stay_within_their_bytes():
+    kept = _Kept(100)
+    x = [mx.zeros(10)]
+    for key in "abc":
+        kept.put(key, x)
+    assert kept.get("a") is None and kept.get("b") and kept.get("c")
+    kept.get("b")
+    kept.put("d", x)
+    assert kept.get("c") is None and kept.get("b")
+    kept.put("huge", [mx.zeros(26)])
+    assert kept.get("huge") is None and kept.get("b")
+
+
+def test_swapping_leaves_nothing_behind(tiny):
+    base, (first, second, *_), sets = tiny
+    engine = Engine(base)
+    bare, alone = run(engine, [(None, sets[0]), (first, sets[0])])
+    part = type(second)("part", dict(list(second.modules.items())[:1]), second.base)
+    run(engine, [(part, sets[0])])
+    assert run(engine, [(first, sets[0])]) == [alone] != [bare]
+    assert run(engine, [(None, sets[0])]) == [bare]
+
+
+def test_capped_logits_are_noticed(tiny):
+    """A head that does more than multiply is not used alone; the loss is still the model's own."""
+    base, adapters, sets = tiny
+    call = type(base.model).__call__
+
+    class Capped(type(base.model)):
+        def __call__(self, *args, **kwargs):
+            return 0.1 * mx.tanh(call(self, *args, **kwargs))
+
+    base.model.__class__ = Capped
+    assert find_head(base.model) is None
+    assert_equals_plain(base, Engine(base), adapters, sets)
+
+
+def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
+    """Blocks that know their index, and attention that ignores the cache: no split, no prefix."""
+    base, adapters, sets = tiny
+    inner = base.model.model
+    call = type(inner).__call__
+
+    class Odd(type(inner)):
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            return call(self, inputs, None, input_embeddings) * len(self.layers)
+
+    inner.__class__ = Odd
+    assert not prefix_is_exact(base.model)
+    assert not split_is_exact(base.model, 1)
+    assert_equals_plain(base, Engine(base), adapters, sets)
+
+
+def test_sliding_windows_take_the_plain_path(tmp_path):
+    """Rotating caches are not prefixes; the window itself still counts."""
+    import json
+
+    path = tiny_model(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(config))
+    base = BaseModel(str(path))
+    rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
+            for i in range(3)]  # fmt: skip
+    engine = Engine(base)
+    assert not engine._prefix
+    assert_equals_plain(base, engine, [], [base.encode("a", rows)])
+
+
+@pytest.mark.parametrize("limit", [70e6, 100e6, 200e6])
+def test_the_memory_limit_is_kept(tmp_path, limit):
+    """By planning: many long rows, limits from just enough to plenty, measured peak."""
+    base = BaseModel(str(tiny_model(tmp_path / "model")))
+    rows = [{"prompt": "word " * (3 * i), "completion": "answer " * i} for i in range(1, 25)]
+    sets = [base.encode(name, rows) for name in "abcd"]
+    mx.clear_cache()
+    engine = Engine(base, int(limit) + mx.get_active_memory())
+    mx.reset_peak_memory()
+    values = run(engine, [(None, one) for one in sets])
+    assert mx.get_peak_memory() <= engine.memory_limit
+    assert values[0] == pytest.approx(plain(base, None, sets[0]), rel=1e-5)
+
+
+def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
+    base, _, sets = tiny
+    with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of a"):
+        Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
+
+
+def test_rows_are_cut_where_padding_would_cost_more():
+    cost = BatchCost(4, 10, 10, 2, 2, 100, 64)
+    assert split_rows([50, 10, 50, 10], 0, cost, 1 << 30) == [[1, 3], [0, 2]]
+    assert split_rows([12, 10, 11, 10], 0, cost, 1 << 30) == [[1, 3, 2, 0]]
+    assert split_rows([10] * 4, 0, cost, cost(2, 10, 0)) == [[0, 1], [2, 3]]
+    assert split_rows([10, 11], 0, cost, cost(1, 10, 0)) is None
+    assert max(map(len, split_rows([100] * 50, 0, cost, 1 << 40))) == 20
+
+
+def test_the_shared_prefix_ends_before_the_first_predicting_position():
+    def rows(*pairs):
+        return ExampleSet("a", tuple(Example(tuple(tokens), offset) for tokens, offset in pairs))
+
+    same = range(10)
+    assert shared_prefix(rows((same, 8), (same, 6))) == tuple(range(5))
+    assert shared_prefix(rows(([*range(6), 9, 9], 7), (range(8), 7))) == tuple(range(6))
+    assert shared_prefix(rows(([0, 1, 2, 9], 3), (range(4), 3))) == ()
+    assert shared_prefix(rows((same, 8))) == ()
+
+
+def test_the_fingerprint_follows_what_changes_bits(tiny):
+    base, _, sets = tiny
+    plain_engine = Engine(base)
+    same = plain_engine.fingerprint(sets[0])
+    assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
+    assert same != Engine(base, savings=Savings(head=False)).fingerprint(sets[0])
+    plain_engine._batches.clear()
+    plain_engine.batch_limit = BatchCost.of(base, plain_engine._n_logits, 1)(1, 40, 0)
+    assert same != plain_engine.fingerprint(sets[0])
+
+
+def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
+    """On a GPU device weights stay as stored; here the same code runs with that device named."""
+    paths = library(tmp_path / "half", ["a"])
+
+    class Gpu:
+        type = mx.DeviceType.gpu
+
+    original = mx.default_device()
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    monkeypatch.setattr(mx, "default_stream", lambda _: mx.new_stream(original))
+    base = BaseModel(str(paths.model))
+    engine = Engine(base)
+    assert base.compute_dtype == base.dtype
+    assert len(engine._streams) == 1 and not engine._fast
+    examples = base.encode("a", load_task(paths.tasks / "a").test)
+    assert np.isfinite(run(engine, [(None, examples)])).all()
+
+
+@pytest.mark.parametrize("metal", [True, False])
+def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
+    info = {"max_recommended_working_set_size": 10 << 30} if metal else {"device_name": "x"}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    engine = Engine(tiny[0])
+    assert (engine.memory_limit == 8 << 30) is metal

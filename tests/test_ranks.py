@@ -1,0 +1,140 @@
+"""Several ranks on loopback with the ring backend give the bytes that one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import library
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.files import hash_tree
+from d2c_mlx.ranks import _packed, _unpacked, launched, local_ranks, shares
+from d2c_mlx.tasks import Example, ExampleSet
+
+BIN = Path(sys.executable).parent
+MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
+
+
+def options(paths, output, **more):
+    values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks, **more}
+    values |= {"output": output, "budget": "50%", "rounds": 2, "random-seeds": 1}
+    return ["run", "--quiet", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def launch(n, arguments, cache, program=MAIN, port=0):
+    """Run the command on n ranks; ports differ so that tests may run side by side."""
+    command = [BIN / "mlx.launch", "-n", str(n), "--backend", "ring", "--starting-port",
+               str(41000 + port), "--", sys.executable, "-c", program, *arguments]  # fmt: skip
+    environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("ranks"), ["a", "b", "c"])
+
+
+@pytest.fixture(scope="module")
+def alone(paths, tmp_path_factory):
+    """The run of one process, with its own cold cache."""
+    root = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-c", MAIN, *options(paths, root / "run")]
+    environment = {**os.environ, "D2C_MLX_CACHE": str(root / "cache")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return root / "run"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
+    done = launch(n, options(paths, tmp_path / "run"), tmp_path / "cache", port=10 * n)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| pack |") == 1  # workers print nothing
+    for name in ("pack", "losses.json", "clusters.json", "merges.json"):
+        assert hash_tree(tmp_path / "run" / name) == hash_tree(alone / name)
+
+
+def test_workers_read_no_adapters_and_no_tasks(paths, alone, tmp_path):
+    """They are given a wrong command line, as on a Mac without these files."""
+    program = (
+        "import os, sys\n"
+        "if os.environ['MLX_RANK'] != '0': sys.argv[1:] = ['run', '--adapters', 'nowhere']\n" + MAIN
+    )
+    done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=50)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert hash_tree(tmp_path / "run" / "pack") == hash_tree(alone / "pack")
+
+
+def test_bad_input_ends_all_ranks(paths, tmp_path):
+    arguments = options(paths, tmp_path / "run", tasks=tmp_path / "missing")
+    done = launch(2, arguments, tmp_path / "cache", port=60)
+    assert done.returncode != 0
+    assert "no such directory" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_with_another_model_is_named(paths, tmp_path):
+    program = (
+        "import os, d2c_mlx, d2c_mlx.model as m\n"
+        "if os.environ['MLX_RANK'] == '1': m._ENGINE = 'other'\n" + MAIN
+    )
+    done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=70)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in text
+    assert "is not the base model that rank 0 has" in text or "rank 1 failed" in text
+
+
+def test_alone_there_is_no_group(monkeypatch, tmp_path):
+    assert launched() is None and local_ranks() == 1
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.1:5001"]]')
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    for rank, expected in enumerate((2, 1, 2)):
+        monkeypatch.setenv("MLX_RANK", str(rank))
+        assert local_ranks() == expected
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=40),
+    st.lists(st.floats(0.1, 100), min_size=1, max_size=5),
+)
+def test_every_piece_has_one_rank_and_faster_ranks_more(tokens, speed):
+    cut = shares(tokens, np.array(speed))
+    assert sorted(i for mine in cut for i in mine) == list(range(len(tokens)))
+    assert len(cut) == len(speed)
+    for mine, part in zip(cut, np.array(speed) / sum(speed)):
+        # A piece goes to one rank as a whole: a share is off by less than its two border pieces.
+        assert abs(sum(tokens[i] for i in mine) - part * sum(tokens)) <= max(tokens) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_pieces_arrive_as_they_left(dtype):
+    mx.random.seed(0)
+    loras = {
+        f"model.layers.{i}.q_proj": LoRA(
+            mx.random.normal((6, i + 1)).astype(dtype), mx.random.normal((i + 1, 4)).astype(dtype),
+            0.3 + i,
+        )
+        for i in range(3)
+    }  # fmt: skip
+    sets = [ExampleSet(name, (Example((1, 2, 3), 1), Example((4, 5), 0))) for name in "ab"]
+    sets[1] = ExampleSet("b", (Example((7, 8), 1),))
+    pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
+    header, floats = _packed(pieces, [[0], [1, 2]])
+    assert len(header["adapters"]) == 1  # equal content travels once
+    back = _unpacked(header, floats)
+    assert [one for _, one in back] == [sets[0], sets[1], sets[0]]
+    assert back[0][0] is None and back[1][0] is back[2][0]
+    for path, lora in back[1][0].modules.items():
+        for got, sent in ((lora.a, loras[path].a), (lora.b, loras[path].b)):
+            assert mx.array_equal(got, sent.astype(mx.float32))
+        assert lora.scale == loras[path].scale
