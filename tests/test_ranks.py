@@ -55,28 +55,22 @@ def alone(paths, tmp_path_factory):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
-    done = launch(n, options(paths, tmp_path / "run"), tmp_path / "cache", port=10 * n)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Workers get a useless command line, as on a Mac without these files."""
+    program = (
+        "import os, sys\n"
+        "if os.environ['MLX_RANK'] != '0': sys.argv[1:] = ['run', '--adapters', 'nowhere']\n" + MAIN
+    )
+    done = launch(n, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=10 * n)
+    assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert done.stdout.count("| pack |") == 1  # workers print nothing
     for name in ("pack", "losses.json", "clusters.json", "merges.json"):
         assert hash_tree(tmp_path / "run" / name) == hash_tree(alone / name)
 
 
-def test_workers_read_no_adapters_and_no_tasks(paths, alone, tmp_path):
-    """They are given a wrong command line, as on a Mac without these files."""
-    program = (
-        "import os, sys\n"
-        "if os.environ['MLX_RANK'] != '0': sys.argv[1:] = ['run', '--adapters', 'nowhere']\n" + MAIN
-    )
-    done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=50)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert hash_tree(tmp_path / "run" / "pack") == hash_tree(alone / "pack")
-
-
 def test_bad_input_ends_all_ranks(paths, tmp_path):
     arguments = options(paths, tmp_path / "run", tasks=tmp_path / "missing")
     done = launch(2, arguments, tmp_path / "cache", port=60)
-    assert done.returncode != 0
+    assert "rank 0 exited with code 2" in done.stderr  # mlx.launch itself always returns 0
     assert "no such directory" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
@@ -89,8 +83,9 @@ def test_a_worker_with_another_model_is_named(paths, tmp_path):
     )
     done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=70)
     text = done.stdout + done.stderr
-    assert done.returncode != 0 and "Traceback" not in text
+    assert "rank 0 exited with code 1" in text and "Traceback" not in text
     assert "is not the base model that rank 0 has" in text or "rank 1 failed" in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_alone_there_is_no_group(monkeypatch, tmp_path):
