@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.activations import log_normaliser, use_swiglu
-from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
 from d2c_mlx.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.errors import ConfigError
@@ -33,13 +31,10 @@ from d2c_mlx.forward import (
     split_is_exact,
 )
 from d2c_mlx.model import BaseModel
+from d2c_mlx.schedule import Kept, Piece, balanced, groups, lots
 from d2c_mlx.tasks import Example, ExampleSet
 
-__all__ = ["LOT", "Engine", "Piece", "Savings"]
-
-Piece = tuple[Adapter | None, ExampleSet]
-# Sets are evaluated in lots of about this many tokens: after each lot its losses are stored.
-LOT = 6144
+__all__ = ["Engine", "Savings"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Engine:
         self.memory_limit = memory_limit or default_limit() // n_processes
         self._free = free = max(0, self.memory_limit - mx.get_active_memory())
         # Frozen states, then one batch per stream; the rest is for what MLX keeps for reuse.
-        self._kept = _Kept(free // 5)
+        self._kept = Kept(free // 5)
         self.batch_limit = free * 3 // 5 // len(self._streams)
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
@@ -138,10 +133,10 @@ class Engine:
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
         """Evaluate; yields (index of the piece, sum of its targets' NLL in nats) as they come."""
-        for group in _groups(pieces, self.savings.stack):
+        for group in groups(pieces, self.savings.stack):
             self.base.attach(*(pieces[indices[0]][0] for indices in group))
             columns = list(zip(*group))
-            for lot in _lots([pieces[column[0]][1].n_tokens for column in columns]):
+            for lot in lots([pieces[column[0]][1].n_tokens for column in columns]):
                 sets = [pieces[columns[j][0]][1] for j in lot]
                 for j, sums in zip(lot, self._nll(sets, len(group))):
                     yield from zip(columns[j], sums)
@@ -149,7 +144,9 @@ class Engine:
     def _nll(self, sets: Sequence[ExampleSet], copies: int) -> list[list[float]]:
         """For each set the NLL sum under every attached adapter."""
         pending: list[mx.array] = [mx.array(0.0)] * len(sets)
-        for stream, mine in zip(self._streams, _shares(sets, len(self._streams))):
+        for stream, mine in zip(
+            self._streams, balanced([one.n_tokens for one in sets], len(self._streams))
+        ):
             with mx.stream(stream):
                 last: list[mx.array] = []
                 for i in mine:
@@ -284,30 +281,6 @@ class Engine:
         return x
 
 
-class _Kept:
-    """Hidden states within a number of bytes; the least recently used go first."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._free = nbytes
-        self._entries: OrderedDict[Any, list[mx.array]] = OrderedDict()
-
-    def get(self, key: object) -> list[mx.array] | None:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: object, arrays: list[mx.array]) -> None:
-        size = sum(x.nbytes for x in arrays)
-        held = sum(x.nbytes for entry in self._entries.values() for x in entry)
-        if size > self._free + held:
-            return
-        while size > self._free:
-            _, old = self._entries.popitem(last=False)
-            self._free += sum(x.nbytes for x in old)
-        self._entries[key] = arrays
-        self._free -= size
-
-
 def _streams(one_set_per_core: bool, n_processes: int) -> list[mx.Stream]:
     """Two streams per core on a CPU device, where MLX runs elementwise work on a single core.
 
@@ -321,41 +294,6 @@ def _streams(one_set_per_core: bool, n_processes: int) -> list[mx.Stream]:
         limit_blas_threads(n_cores)
         return [mx.default_stream(device)]
     return [mx.new_stream(device) for _ in range(2 * min(n_cores, 8))]
-
-
-def _groups(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
-    """Piece indices by adapter; up to `stack` adapters that want the same sets go together."""
-    wanted: dict[str, list[int]] = {}
-    for i, (adapter, _) in enumerate(pieces):
-        wanted.setdefault(adapter.digest if adapter else "base", []).append(i)
-    alike: dict[tuple[str, ...], list[list[int]]] = {}
-    for indices in wanted.values():
-        alike.setdefault(tuple(pieces[i][1].digest for i in indices), []).append(indices)
-    for group in alike.values():
-        yield from (group[start : start + stack] for start in range(0, len(group), stack))
-
-
-def _lots(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Consecutive indices, cut when a lot has enough tokens."""
-    lot: list[int] = []
-    for i, _ in enumerate(sizes):
-        lot.append(i)
-        if sum(sizes[j] for j in lot) >= LOT:
-            yield lot
-            lot = []
-    if lot:
-        yield lot
-
-
-def _shares(sets: Sequence[ExampleSet], n: int) -> list[list[int]]:
-    """Indices for each of n streams, the largest set always to the least loaded."""
-    shares: list[list[int]] = [[] for _ in range(n)]
-    loads = [0] * n
-    for i in sorted(range(len(sets)), key=lambda i: (-sets[i].n_tokens, i)):
-        least = loads.index(min(loads))
-        shares[least].append(i)
-        loads[least] += sets[i].n_tokens
-    return shares
 
 
 def _after(x: mx.array, done: Sequence[mx.array]) -> mx.array:

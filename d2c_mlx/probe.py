@@ -10,8 +10,8 @@ import numpy as np
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cache import LossCache
-from d2c_mlx.engine import Piece
 from d2c_mlx.files import fingerprint
+from d2c_mlx.schedule import Piece
 from d2c_mlx.tasks import ExampleSet
 
 __all__ = [

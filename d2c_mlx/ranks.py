@@ -22,9 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.engine import LOT, Engine, Piece, Savings
+from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import D2CError
 from d2c_mlx.model import BaseModel
+from d2c_mlx.schedule import LOT, Piece
 from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Ranks", "launched", "leading", "local_ranks", "serve", "shares"]

@@ -10,10 +10,11 @@ from tiny import library, peft_adapter, tiny_model
 
 from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
 from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine, Savings, _Kept
+from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.forward import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.model import BaseModel
+from d2c_mlx.schedule import Kept, balanced, lots
 from d2c_mlx.tasks import Example, ExampleSet, load_task
 
 SWITCHES = ["head", "prefix", "batches", "frozen", "streams", "exponentials"]
@@ -109,7 +110,7 @@ def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
 
 
 def test_kept_states_stay_within_their_bytes():
-    kept = _Kept(100)
+    kept = Kept(100)
     x = [mx.zeros(10)]
     for key in "abc":
         kept.put(key, x)
@@ -252,3 +253,9 @@ def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
     monkeypatch.setattr(mx, "device_info", lambda: info)
     engine = Engine(tiny[0])
     assert (engine.memory_limit == 8 << 30) is metal
+
+
+def test_streams_get_like_loads_and_lots_keep_the_order():
+    assert balanced([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
+    assert balanced([3], 2) == [[0], []]
+    assert list(lots([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
