@@ -26,8 +26,15 @@ from d2c_mlx.blas import limit_blas_threads
 from d2c_mlx.convert import save_peft
 from d2c_mlx.doctor import machine
 from d2c_mlx.engine import Engine, Savings
+from d2c_mlx.model import block_index
 
 SWITCHES = ("head", "prefix", "batches", "streams", "exponentials")
+
+
+def upper_blocks(adapter, first):
+    """The adapter without its updates below block `first`, as mlx-lm's default trains them."""
+    modules = {p: lora for p, lora in adapter.modules.items() if block_index(p) >= first}
+    return type(adapter)(adapter.name, modules)
 
 
 def timed(body, repeats):
@@ -169,6 +176,13 @@ def main():
     for name in SWITCHES:
         engine = Engine(base, savings=Savings(**{name: False}))
         record(f"without {name}", lambda e=engine: run(e, pieces), 1)
+    values_of_all = values["d2c-mlx"]
+    last16 = [(upper_blocks(adapter, base.n_layers - 16), one) for adapter, one in pieces]
+    values["d2c-mlx"] = run(Engine(base, savings=Savings(frozen=False)), last16)
+    for name, frozen in (("last 16 blocks only", True), ("the same without frozen", False)):
+        engine = Engine(base, savings=Savings(frozen=frozen))
+        record(name, lambda e=engine: run(e, last16), 1)
+    values["d2c-mlx"] = values_of_all
     for name, more in (("stack 2", {"stack": 2}), ("compile", {"compile": True})):
         engine = Engine(base, savings=Savings(**more))
         record(name, lambda e=engine: run(e, pieces), 1)

@@ -183,8 +183,8 @@ class Engine:
 
     def _first_block(self) -> int:
         """Index of the first block to run per adapter; below it states are kept."""
-        first = min(self.base.first_touched, self.base.n_layers - 1)
-        if not self.savings.frozen or self._head is None or first == 0:
+        first = self.base.first_touched
+        if not self.savings.frozen or self._head is None or not 0 < first < self.base.n_layers:
             return 0
         if first not in self._split:
             self._split[first] = split_is_exact(self.base.model, first)
