@@ -23,7 +23,7 @@ def probe(n_ranks, library, directory, examples):
     """`(seconds, bytes of losses.json)`."""
     command = [BIN / "d2c-mlx", "probe", "--quiet", "--adapters", library / "adapters", "--tasks",
                library / "tasks", "--output", directory / "run", "--probe-examples", examples,
-               "--test-examples", 1]  # fmt: skip
+               "--test-examples", 1, "--budget", 1]  # fmt: skip
     if n_ranks > 1:
         command = [BIN / "mlx.launch", "-n", n_ranks, "--backend", "ring", "--", *command]
     environment = {**os.environ, "D2C_MLX_CACHE": str(directory / "cache")}
