@@ -58,7 +58,9 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
 
     Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
     """
-    if any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+    from d2c_mlx.config import RANK_VARIABLES, load_config
+
+    if any(name in os.environ for name in RANK_VARIABLES):
         from d2c_mlx.ranks import launched, serve
 
         group = launched()
@@ -69,8 +71,6 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     saved = Path(given.get("output", "")) / "config.yaml"
     if config is None and "output" in given and "adapters" not in given and saved.is_file():
         config = saved
-
-    from d2c_mlx.config import load_config
 
     checked = load_config(config, given)
 

@@ -53,10 +53,6 @@ class LossCache:
         except sqlite3.Error as error:
             raise self._problem(error) from None
 
-    def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
-
     def _problem(self, error: Exception) -> D2CError:
         return D2CError(
             f"{self._path}: cannot be used as the cache of losses ({error}); delete it, name"

@@ -15,12 +15,14 @@ import yaml
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
 
-__all__ = ["MERGE_METHODS", "SAVINGS", "STARTS", "RunConfig", "load_config"]
+__all__ = ["MERGE_METHODS", "RANK_VARIABLES", "SAVINGS", "STARTS", "RunConfig", "load_config"]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
 MERGE_METHODS = ("linear", "ties")
 STARTS = ("adapters", "kmeans", "random")
 SAVINGS = ("head", "prefix", "batches", "frozen", "streams", "exponentials", "cache")
+# One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.config import RANK_VARIABLES
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import D2CError
 from d2c_mlx.model import BaseModel
@@ -30,16 +31,12 @@ from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Ranks", "launched", "leading", "local_ranks", "serve", "shares"]
 
-T = TypeVar("T")
 Group = mx.distributed.Group
-
-# Set by mlx.launch for ring and JACCL, and by MPI.
-_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def launched() -> Group | None:
     """The group of all ranks, or None if this process runs alone."""
-    if not any(name in os.environ for name in _LAUNCHED):
+    if not any(name in os.environ for name in RANK_VARIABLES):
         return None
     group = mx.distributed.init()
     return group if group.size() > 1 else None
@@ -80,16 +77,16 @@ class Ranks:
         """
         self._engine, self._group = engine, group
         self._speed = np.ones(group.size())
-        _send(group, {
+        hello = {
             "model": engine.base.spec,
             "fingerprint": engine.base.fingerprint,
             "memory_limit": engine.memory_limit,
             "savings": dataclasses.asdict(engine.savings),
-        })  # fmt: skip
-        limits = self._gather([float(engine.batch_limit)])
+        }
+        limits = self._ask(hello, lambda: [engine.batch_limit])
         # Every rank cuts batches as the one with the least memory must: the cut decides bits.
         engine.batch_limit = int(min(limit for (limit,) in limits))
-        _send(group, {"batch_limit": engine.batch_limit})
+        self._ask({"batch_limit": engine.batch_limit}, lambda: [])
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """As the engine's."""
@@ -105,61 +102,65 @@ class Ranks:
                 total += tokens[stop]
                 stop += 1
             cut = shares(tokens[start:stop], self._speed)
-            _send(self._group, *_packed(pieces[start:stop], cut))
-            try:
-                row = _evaluate(self._engine, pieces[start:stop], cut[0])
-            except D2CError:
-                self._gather([], failed=True)
-                raise
-            for rank, (seconds, *sums) in enumerate(self._gather(row)):
+            some = pieces[start:stop]
+            header, floats = _packed(some, cut)
+            rows = self._ask(header, partial(_evaluate, self._engine, some, cut[0]), floats)
+            for rank, (seconds, *sums) in enumerate(rows):
                 if cut[rank]:
                     self._speed[rank] = sum(tokens[start + i] for i in cut[rank]) / seconds
                 yield from zip((start + i for i in cut[rank]), sums)
             start = stop
 
-    def _gather(self, row: Sequence[float], failed: bool = False) -> list[list[float]]:
-        rows = _gather(self._group, row, failed)
-        bad = [str(rank) for rank, one in enumerate(rows) if one is None]
-        if bad and not failed:
-            raise D2CError(f"rank {', '.join(bad)} failed; its own message says why")
-        return [one for one in rows if one is not None]
+    def _ask(
+        self,
+        header: dict[str, Any],
+        mine: Callable[[], list[float]],
+        floats: np.ndarray | None = None,
+    ) -> list[list[float]]:
+        """Send a request, do this rank's part of it, and return every rank's numbers."""
+        _send(self._group, header, floats)
+        answers = _gather(self._group, _answer(mine))
+        errors = [f"rank {i}: {one['error']}" for i, one in enumerate(answers) if "error" in one]
+        if errors:
+            raise D2CError("\n".join(errors))
+        return [one["row"] for one in answers]
 
 
 def serve(group: Group) -> None:
     """On a worker: load the base model that rank 0 names, evaluate what it sends, until the end.
 
-    Raises:
-        D2CError: the model cannot be loaded, or is not rank 0's; rank 0 is told.
+    An error is told to rank 0, which ends the run with it.
     """
-    hello, _ = _receive(group)
-    if "stop" in hello:
-        return
-    engine = _checked(group, lambda: _engine(hello, group.rank()))
-    _gather(group, [float(engine.batch_limit)])
-    engine.batch_limit = _receive(group)[0]["batch_limit"]
+    engines: list[Engine] = []
+
+    def part(header: dict[str, Any], floats: np.ndarray) -> list[float]:
+        if "model" in header:
+            engines.append(_engine(header))
+            return [engines[0].batch_limit]
+        if "batch_limit" in header:
+            engines[0].batch_limit = header["batch_limit"]
+            return []
+        return _evaluate(engines[0], _unpacked(header, floats), header["shares"][group.rank()])
+
     while True:
         header, floats = _receive(group)
         if "stop" in header:
             return
-        pieces = _unpacked(header, floats)
-        mine = header["shares"][group.rank()]
-        _gather(group, _checked(group, partial(_evaluate, engine, pieces, mine)))
+        _gather(group, _answer(partial(part, header, floats)))
 
 
-def _engine(hello: dict[str, Any], rank: int) -> Engine:
+def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
+    try:
+        return {"row": part()}
+    except D2CError as error:
+        return {"error": str(error)}
+
+
+def _engine(hello: dict[str, Any]) -> Engine:
     base = BaseModel(hello["model"])
     if base.fingerprint != hello["fingerprint"]:
-        raise D2CError(f"rank {rank}: {base.path} is not the base model that rank 0 has")
+        raise D2CError(f"{base.path} is not the base model that rank 0 has")
     return Engine(base, hello["memory_limit"], Savings(**hello["savings"]), local_ranks())
-
-
-def _checked(group: Group, body: Callable[[], T]) -> T:
-    """The result of `body`; its failure is rank 0's too."""
-    try:
-        return body()
-    except D2CError:
-        _gather(group, [], failed=True)
-        raise
 
 
 def _evaluate(engine: Engine, pieces: Sequence[Piece], mine: Sequence[int]) -> list[float]:
@@ -236,12 +237,11 @@ def _sum(group: Group, x: np.ndarray) -> np.ndarray:
     return np.array(mx.distributed.all_sum(mx.array(x), group=group))
 
 
-def _gather(group: Group, row: Sequence[float], failed: bool = False) -> list[list[float] | None]:
-    """Every rank's row, float64 bit by bit; None for a rank that failed."""
-    length = np.array(mx.distributed.all_max(mx.array([len(row)], mx.uint32), group=group))
-    padded = np.zeros(int(length[0]) + 2)
-    padded[0], padded[1], padded[2 : 2 + len(row)] = failed, len(row), row
-    bits = mx.array(padded.view(np.uint32))
-    table = np.array(mx.distributed.all_gather(bits, group=group)).view(np.float64)
-    rows = table.reshape(group.size(), -1)
-    return [None if one[0] else one[2 : 2 + int(one[1])].tolist() for one in rows]
+def _gather(group: Group, answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's answer, as JSON, which keeps every bit of a float64."""
+    text = json.dumps(answer).encode()
+    length = mx.distributed.all_max(mx.array([len(text)], mx.uint32), group=group)
+    padded = text.ljust(int(np.array(length)[0]))
+    sent = mx.array(np.frombuffer(padded, np.uint8))[None]
+    table = np.array(mx.distributed.all_gather(sent, group=group))
+    return [json.loads(row.tobytes()) for row in table]

@@ -8,7 +8,8 @@ from d2c_mlx_cli import commands
 from d2c_mlx_cli.main import _COMMANDS, cli
 
 from d2c_mlx.cluster import INITS
-from d2c_mlx.config import MERGE_METHODS, STARTS, RunConfig, load_config
+from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig, load_config
+from d2c_mlx.engine import Savings
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge import METHODS
 
@@ -191,3 +192,8 @@ def test_every_command_is_listed_and_named_as_it_is_called():
 def test_names_of_methods_and_starts_are_the_library_s():
     assert tuple(METHODS) == MERGE_METHODS
     assert tuple(INITS) == STARTS
+
+
+def test_every_saving_can_be_switched_off():
+    switches = {field.name for field in fields(Savings) if field.default is True}
+    assert set(SAVINGS) == switches | {"cache"}
