@@ -220,6 +220,7 @@ class Workspace:
         self.output.mkdir(parents=True, exist_ok=True)
         write_text(self.path("config.yaml"), yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         self.evaluator.counts = Counts()
+        mx.reset_peak_memory()
         with progress_bar(name, self.quiet) as bar:
             self.evaluator.meter = bar
             body()

@@ -40,14 +40,6 @@ def cache_directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def engine(base):
-    """The evaluation engine on it, with all savings that pay."""
-    from d2c_mlx.engine import Engine
-
-    return Engine(base)
-
-
-@pytest.fixture(scope="session")
 def base():
     """The embedded SmolLM2-135M-Instruct, loaded once."""
     from d2c_mlx.model import BaseModel
