@@ -1,38 +1,111 @@
-"""Exponentials on MLX's CPU backend.
+"""Exponentials on MLX's CPU backend, and how much of a graph it is given at a time.
 
-MLX 0.32 on x86 takes about 21 ns for one exp, but 8 for tanh and 10 for power (measured:
-benchmarks/README.md). SwiGLU and the sum over the vocabulary are mostly exponentials, together a
-third of an evaluation. Written with the fast ones they are the same functions, and closer to a
-float64 reference than mlx-lm's own.
+MLX 0.32 on x86 takes about 9 ns for one exp, but 3 for tanh and for power (measured:
+benchmarks/README.md). SwiGLU, attention and the sum over the vocabulary are mostly exponentials.
+Written with the fast ones they are the same functions, and closer to a float64 reference than
+mlx-lm's own.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
+from mlx_lm.models.base import scaled_dot_product_attention
 
-__all__ = ["log_normaliser", "swiglu", "use_swiglu"]
+__all__ = ["attention", "log_normaliser", "pace", "paced", "swiglu", "use_exponentials"]
+
+_thread = threading.local()
+
+
+@contextmanager
+def paced() -> Iterator[None]:
+    """Within it `pace` evaluates, in this thread.
+
+    MLX lets about a hundred operations wait, over all streams: a thread that has queued a whole
+    block keeps the others from queueing anything while their cores are idle.
+    """
+    _thread.paced = True
+    try:
+        yield
+    finally:
+        _thread.paced = False
+
+
+def pace(*arrays: mx.array) -> None:
+    """Evaluate these now, if this thread is paced: about half a transformer block each time."""
+    if getattr(_thread, "paced", False):
+        mx.eval(arrays)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`, with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
+    pace(gate, x)
     half = 0.5 * gate
     return (half + half * mx.tanh(half)) * x
 
 
-def use_swiglu(model: nn.Module, fast: bool) -> None:
-    """Have the model's architecture call `swiglu` of this file, or mlx-lm's own again.
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's `scaled_dot_product_attention`, the softmax in base 2 and normalised last.
 
-    mlx-lm's files import the function by name, so the name is replaced where it is looked up:
-    for every model of that architecture in this process.
+    Args:
+        queries: `(rows, heads, width, dim)`.
+        keys: `(rows, kv_heads, span, dim)`; heads is a multiple of kv_heads.
+        values: `(rows, kv_heads, span, value_dim)`.
+        cache: mlx-lm's; a quantized one takes mlx-lm's own path, and so do sinks.
+        scale: of the scores.
+        mask: "causal" (the last query sees all keys), boolean, additive, or None.
+        sinks: see mlx-lm.
+    """
+    if sinks is not None or hasattr(cache, "bits"):
+        return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    rows, heads, width, _ = queries.shape
+    kv_heads, span = keys.shape[1:3]
+    # Query heads that share keys lie one after the other, as longer sequences.
+    grouped = (queries * (scale * math.log2(math.e))).reshape(
+        rows, kv_heads, heads // kv_heads * width, -1
+    )
+    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(rows, heads, width, span)
+    if isinstance(mask, str):
+        mask = mx.arange(span) <= mx.arange(span - width, span)[:, None]
+    if mask is not None:
+        seen = mask.dtype == mx.bool_
+        scores = scores + (mx.where(mask, 0.0, -mx.inf) if seen else mask * math.log2(math.e))
+    powers = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+    mixed = powers.reshape(*grouped.shape[:3], span) @ values
+    return mixed.reshape(rows, heads, width, -1) / powers.sum(axis=-1, keepdims=True)
+
+
+_REPLACED = {
+    "swiglu": (activations.swiglu, swiglu),
+    "scaled_dot_product_attention": (scaled_dot_product_attention, attention),
+}
+
+
+def use_exponentials(model: nn.Module, fast: bool) -> None:
+    """Have the model's architecture call `swiglu` and `attention` of this file, or mlx-lm's again.
+
+    mlx-lm's files import the functions by name, so a name is replaced where it is looked up: for
+    every model of that architecture in this process.
     """
     architecture = sys.modules[type(model).__module__]
-    if getattr(architecture, "swiglu", None) in (swiglu, activations.swiglu):
-        architecture.swiglu = swiglu if fast else activations.swiglu  # type: ignore[attr-defined]
+    for name, functions in _REPLACED.items():
+        if getattr(architecture, name, None) in functions:
+            setattr(architecture, name, functions[fast])
 
 
 def log_normaliser(logits: mx.array, fast: bool) -> mx.array:

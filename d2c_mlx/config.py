@@ -20,7 +20,7 @@ __all__ = ["MERGE_METHODS", "RANK_VARIABLES", "SAVINGS", "STARTS", "RunConfig", 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
 MERGE_METHODS = ("linear", "ties")
 STARTS = ("adapters", "kmeans", "random")
-SAVINGS = ("head", "prefix", "batches", "frozen", "streams", "exponentials", "cache")
+SAVINGS = ("head", "prefix", "batches", "frozen", "fold", "streams", "exponentials", "cache")
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 

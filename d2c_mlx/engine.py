@@ -1,7 +1,7 @@
 """Losses of many adapters on many examples, exact and fast: every saving can be switched off.
 
 A value depends on nothing but the adapter and the examples: the same bits whatever else is asked,
-in whichever order, on however many streams or machines. (Except with `stack` above 1.)
+in whichever order, on however many threads or machines. (Except with `stack` above 1.)
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.activations import log_normaliser, use_swiglu
+from d2c_mlx.activations import log_normaliser, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
 from d2c_mlx.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.errors import ConfigError
@@ -31,7 +32,7 @@ from d2c_mlx.forward import (
     split_is_exact,
 )
 from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Kept, Piece, balanced, groups, lots
+from d2c_mlx.schedule import Kept, Piece, Workers, groups, lots
 from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Engine", "Savings"]
@@ -46,7 +47,8 @@ class Savings:
         prefix: the tokens that all rows of a set begin with, once per adapter.
         batches: several rows at once, sorted by length; else row by row.
         frozen: blocks below the first that an adapter touches, once per set.
-        streams: on a CPU device several sets side by side, else one set on all cores.
+        fold: float32 adapters added to copies of the weights, else beside them.
+        streams: on a CPU device one set per core side by side, else one set on all cores.
         exponentials: on a CPU device the faster ones of activations.py.
         compile: blocks through `mx.compile`, widths rounded up to multiples of 16.
         stack: adapters in one batch.
@@ -56,6 +58,7 @@ class Savings:
     prefix: bool = True
     batches: bool = True
     frozen: bool = True
+    fold: bool = True
     streams: bool = True
     exponentials: bool = True
     compile: bool = False
@@ -83,8 +86,8 @@ class Engine:
         self.base, self.savings = base, savings or Savings()
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._fast = on_cpu and self.savings.exponentials
-        use_swiglu(base.model, self._fast)
-        self._streams = _streams(self.savings.streams, n_processes)
+        use_exponentials(base.model, self._fast)
+        self._workers = _workers(self.savings, n_processes)
         self._head = find_head(base.model) if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
@@ -94,16 +97,23 @@ class Engine:
         self._n_logits = max(1, (1 << 24) // vocabulary)
         self.memory_limit = memory_limit or default_limit() // n_processes
         self._free = free = max(0, self.memory_limit - mx.get_active_memory())
-        # Frozen states, then one batch per stream; the rest is for what MLX keeps for reuse.
+        weights = sum(width * out for width, out in base.module_shapes.values())
+        folded = weights * base.compute_dtype.size
+        savings = self.savings
+        self.fold = savings.fold and base.folds and not savings.compile and 3 * folded < free
+        if self.fold:
+            free -= folded
+        # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
         self._kept = Kept(free // 5)
-        self.batch_limit = free * 3 // 5 // len(self._streams)
+        self.batch_limit = free * 3 // 5 // self._workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter."""
         device = mx.device_info().get("device_name"), str(mx.default_device()), loaded_blas()
-        parts = [self.base.fingerprint, dataclasses.asdict(self.savings), version("mlx"), device]
+        savings = dataclasses.asdict(self.savings) | {"fold": self.fold}
+        parts = [self.base.fingerprint, savings, version("mlx"), device]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
     def batches(self, examples: ExampleSet) -> list[list[int]]:
@@ -119,7 +129,7 @@ class Engine:
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
             if cut is None:
-                needed = cost(1, max(lengths), n_prefix) * len(self._streams) * 5 // 3
+                needed = cost(1, max(lengths), n_prefix) * self._workers.n * 5 // 3
                 needed += self.memory_limit - self._free
                 raise ConfigError(
                     f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
@@ -134,23 +144,17 @@ class Engine:
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
         """Evaluate; yields (index of the piece, sum of its targets' NLL in nats) as they come."""
         for group in groups(pieces, self.savings.stack):
-            self.base.attach(*(pieces[indices[0]][0] for indices in group))
+            alone = len(group) == 1
+            self.base.attach(*(pieces[i][0] for i, *_ in group), fold=self.fold and alone)
             columns = list(zip(*group))
-            for lot in lots([pieces[column[0]][1].n_tokens for column in columns]):
-                sets = [pieces[columns[j][0]][1] for j in lot]
-                for j, sums in zip(lot, self._nll(sets, len(group))):
-                    yield from zip(columns[j], sums)
+            sets = [pieces[column[0]][1] for column in columns]
+            for j, nll in self._workers.run(partial(self._lot_nll, len(group)), sets):
+                yield from zip(columns[j], nll)
 
-    def _nll(self, sets: Sequence[ExampleSet], copies: int) -> list[list[float]]:
+    def _lot_nll(self, copies: int, sets: Sequence[ExampleSet]) -> list[list[float]]:
         """For each set the NLL sum under every attached adapter."""
-        pending: list[mx.array] = [mx.array(0.0)] * len(sets)
-        for stream, mine in zip(
-            self._streams, balanced([one.n_tokens for one in sets], len(self._streams))
-        ):
-            with mx.stream(stream):
-                last: list[mx.array] = []
-                for i in mine:
-                    pending[i] = self._set_nll(sets[i], copies, last)
+        last: list[mx.array] = []
+        pending = [self._set_nll(one, copies, last) for one in sets]
         mx.eval(pending)
         return [np.array(nll, np.float64).sum(axis=1).tolist() for nll in pending]
 
@@ -160,8 +164,8 @@ class Engine:
         Args:
             examples: the set.
             copies: number of attached adapters.
-            last: what to wait for, updated: batches of a stream run one after the other, so that
-                only one is in memory.
+            last: what to wait for, updated: batches run one after the other, so that only one is
+                in memory.
         """
         prefix, batches = self._prefix_of(examples), self.batches(examples)
         first = self._first_block()
@@ -209,6 +213,8 @@ class Engine:
             for x in inputs:
                 kept.append(run_blocks(model, _tiled(x, 1, last), states, 0, first))
                 last[:] = kept[-1:]
+            # Other threads, with streams of their own, will read them.
+            mx.eval(kept)
             self._kept.put(key, kept)
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
@@ -249,9 +255,9 @@ class Engine:
     def _blocks(self, x: mx.array, states: list[KeysValues] | None, first: int) -> mx.array:
         if not self.savings.compile:
             return run_blocks(self.base.model, x, states, first)
-        # Compiled code keeps the stream and the slots of its trace: one function for each.
+        # Compiled code keeps the slots of its trace: one function for each.
         slots = self.base.occupied
-        key = first, tuple(slots), str(mx.default_stream(mx.default_device()))
+        key = first, tuple(slots)
         if key not in self._compiled:
 
             def blocks(
@@ -281,19 +287,19 @@ class Engine:
         return x
 
 
-def _streams(one_set_per_core: bool, n_processes: int) -> list[mx.Stream]:
-    """Two streams per core on a CPU device, where MLX runs elementwise work on a single core.
+def _workers(savings: Savings, n_processes: int) -> Workers:
+    """One thread per core on a CPU device, where MLX runs elementwise work on a single core.
 
-    With OpenBLAS held to one thread, streams evaluate sets side by side. MLX lets few operations
-    wait at a time, so that with one stream per core a core is idle a sixth of the time.
+    Then OpenBLAS is held to this thread's share of the cores. A graph that is compiled has the
+    stream of its first call, hence one thread.
     """
-    device, n_cores = mx.default_device(), max(1, (os.cpu_count() or 1) // n_processes)
-    if device.type != mx.DeviceType.cpu:
-        return [mx.default_stream(device)]
-    if not one_set_per_core or not limit_blas_threads(1):
-        limit_blas_threads(n_cores)
-        return [mx.default_stream(device)]
-    return [mx.new_stream(device) for _ in range(2 * min(n_cores, 8))]
+    n_cores = max(1, (os.cpu_count() or 1) // n_processes)
+    n_workers = min(n_cores, 4) if savings.streams and not savings.compile else 1
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return Workers(1)
+    if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
+        return Workers(1)  # a BLAS that takes all cores for itself
+    return Workers(n_workers)
 
 
 def _after(x: mx.array, done: Sequence[mx.array]) -> mx.array:

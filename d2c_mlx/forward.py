@@ -6,6 +6,7 @@ assumed: a part is used only after it gave the whole model's own output on this 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from d2c_mlx.activations import pace
 
 __all__ = [
     "KeysValues",
@@ -36,6 +39,7 @@ class _Recorder:
     offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        pace(keys, values)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -50,6 +54,7 @@ class _Prefix:
         self._keys, self._values, self.offset = keys, values, keys.shape[2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        pace(keys, values)
         return self._before(self._keys, keys), self._before(self._values, values)
 
     def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
@@ -103,17 +108,15 @@ def _run(
     inner = model.model
     if first == 0 and stop is None:
         return inner(x, cache=cache)
-    layers, norm = inner.layers, inner.norm
-    try:
-        inner.layers = layers[first:stop]
-        if stop is not None and stop < len(layers):
-            inner.norm = nn.Identity()
-        if first == 0:
-            return inner(x, cache=cache)
-        # The ids are not looked at when embeddings are given.
-        return inner(mx.zeros(x.shape[:2], mx.int32), cache=cache, input_embeddings=x)
-    finally:
-        inner.layers, inner.norm = layers, norm
+    # A shallow copy has the same modules; the model itself stays whole for other threads.
+    part = copy.copy(inner)
+    part.layers = inner.layers[first:stop]
+    if stop is not None and stop < len(inner.layers):
+        part.norm = nn.Identity()
+    if first == 0:
+        return part(x, cache=cache)
+    # The ids are not looked at when embeddings are given.
+    return part(mx.zeros(x.shape[:2], mx.int32), cache=cache, input_embeddings=x)
 
 
 def full_logits(

@@ -23,21 +23,26 @@ from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 __all__ = ["BaseModel", "block_index"]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
-_ENGINE = 3
+_ENGINE = 4
 
 
 class _Slot(nn.Module):
     """A linear module with room for LoRAs: `linear(x) + (x @ a) @ b`.
 
-    With `n` of them, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts.
+    With `n` of them, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts. Or
+    `folded`, the sum of the linear module's weight and one LoRA, `(out, in)`.
     """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
         self.factors: tuple[mx.array, mx.array] | None = None
+        self.folded: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.folded is not None:
+            y = x @ self.folded.T
+            return y + self.linear.bias if "bias" in self.linear else y
         y = self.linear(x)
         if self.factors is None:
             return y
@@ -130,10 +135,21 @@ class BaseModel:
             raise TaskError(f"task {task}: row {empty[0]} has no target token")
         return ExampleSet(task, examples)
 
-    def attach(self, *adapters: Adapter | None) -> None:
+    @property
+    def folds(self) -> bool:
+        """Whether a LoRA added to a weight loses nothing: float32 weights, none quantized."""
+        return self.compute_dtype == mx.float32 and not any(
+            isinstance(module, nn.QuantizedLinear) for module in self.model.modules()
+        )
+
+    def attach(self, *adapters: Adapter | None, fold: bool = False) -> None:
         """Put adapters in place of the last ones; None leaves the bare base model.
 
         Several adapters divide a batch into as many equal parts, in their order.
+
+        Args:
+            adapters: at least one.
+            fold: add a single adapter to copies of the weights; only where `folds`.
         """
         self.first_touched = min(
             (block_index(path) for one in adapters if one for path in one.modules),
@@ -148,6 +164,12 @@ class BaseModel:
             self._slots |= slots
         for path, slot in self._slots.items():
             slot.factors = self._factors(path, adapters) if path in modules else None
+            slot.folded = None
+            if fold and slot.factors is not None:
+                (a,), (b,) = slot.factors
+                slot.folded = slot.linear.weight + (a @ b).T
+        # Now, and by this thread: others will read them.
+        mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
 
     @property
     def occupied(self) -> dict[str, KeysValues]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from typing import TypeVar
 
 import mlx.core as mx
 
+from d2c_mlx.activations import paced
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["LOT", "Kept", "Piece", "balanced", "groups", "lots"]
+__all__ = ["LOT", "Kept", "Piece", "Workers", "groups", "lots"]
+
+T = TypeVar("T")
 
 Piece = tuple[Adapter | None, ExampleSet]
 # Sets are evaluated in lots of about this many tokens: after each lot its losses are stored.
@@ -41,38 +47,71 @@ def lots(sizes: Sequence[int]) -> Iterator[list[int]]:
         yield lot
 
 
-def balanced(sizes: Sequence[int], n: int) -> list[list[int]]:
-    """Indices for each of `n` streams, the largest always to the least loaded."""
-    shares: list[list[int]] = [[] for _ in range(n)]
-    loads = [0] * n
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        least = loads.index(min(loads))
-        shares[least].append(i)
-        loads[least] += sizes[i]
-    return shares
-
-
 class Kept:
     """Hidden states within a number of bytes; the least recently used go first."""
 
     def __init__(self, nbytes: int) -> None:
         self._free = nbytes
         self._entries: OrderedDict[object, list[mx.array]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: object) -> list[mx.array] | None:
         """What was put under `key`, if it is still there."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
     def put(self, key: object, arrays: list[mx.array]) -> None:
         """Keep arrays, unless they alone are too large; others may have to go."""
         size = sum(x.nbytes for x in arrays)
-        held = sum(x.nbytes for entry in self._entries.values() for x in entry)
-        if size > self._free + held:
+        with self._lock:
+            held = sum(x.nbytes for entry in self._entries.values() for x in entry)
+            if size > self._free + held:
+                return
+            while size > self._free:
+                _, old = self._entries.popitem(last=False)
+                self._free += sum(x.nbytes for x in old)
+            self._entries[key] = arrays
+            self._free -= size
+
+
+class Workers:
+    """Threads that evaluate sets side by side, each on a stream of its own.
+
+    Attributes:
+        n: how many; with one, the calling thread does the work, in lots.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        # MLX's streams belong to the thread that made them.
+        self._own = threading.local()
+        device = mx.default_device()
+        self._pool = ThreadPoolExecutor(
+            n, initializer=lambda: setattr(self._own, "stream", mx.new_stream(device))
+        )
+
+    def run(
+        self, body: Callable[[Sequence[ExampleSet]], Sequence[T]], sets: Sequence[ExampleSet]
+    ) -> Iterator[tuple[int, T]]:
+        """Yield (index of a set, what `body` gives for it) as they come, the largest first."""
+        if self.n == 1:
+            for lot in lots([one.n_tokens for one in sets]):
+                yield from zip(lot, body([sets[j] for j in lot]))
             return
-        while size > self._free:
-            _, old = self._entries.popitem(last=False)
-            self._free += sum(x.nbytes for x in old)
-        self._entries[key] = arrays
-        self._free -= size
+
+        def work(one: ExampleSet) -> T:
+            with mx.stream(self._own.stream), paced():
+                return body([one])[0]
+
+        order = sorted(range(len(sets)), key=lambda j: (-sets[j].n_tokens, j))
+        futures = {self._pool.submit(work, sets[j]): j for j in order}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            # Those that run use the attached adapter: nobody may go on before they end.
+            for future in futures:
+                future.cancel()
+            wait(futures)

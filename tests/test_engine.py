@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from tiny import library, peft_adapter, tiny_model
 
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from d2c_mlx.activations import attention
 from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.forward import find_head, prefix_is_exact, split_is_exact
-from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Kept, balanced, lots
+from d2c_mlx.model import BaseModel, _Slot
+from d2c_mlx.schedule import Kept, Workers, lots
 from d2c_mlx.tasks import Example, ExampleSet, load_task
 
-SWITCHES = ["head", "prefix", "batches", "frozen", "streams", "exponentials"]
+SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
 
 
 def plain(base, adapter, examples):
@@ -76,7 +79,7 @@ def test_all_savings_are_in_use_on_a_llama(tiny):
     """Else the tests above would compare the plain path with itself."""
     base, (whole, *_, last), _ = tiny
     engine = Engine(base)
-    assert engine._head is not None and engine._prefix
+    assert engine._head is not None and engine._prefix and engine.fold
     base.attach(last)
     assert engine._first_block() == 1
     base.attach(whole)
@@ -91,8 +94,9 @@ def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
     together = run(engine, pieces)
     assert together == [run(engine, [piece])[0] for piece in pieces]
     assert together == run(engine, pieces[::-1])[::-1]
-    engine._streams = engine._streams[:1]
-    assert together == run(engine, pieces)
+    for n_workers in (1, 3):
+        engine._workers = Workers(n_workers)
+        assert together == run(engine, pieces)
 
 
 def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
@@ -236,13 +240,11 @@ def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
     class Gpu:
         type = mx.DeviceType.gpu
 
-    original = mx.default_device()
     monkeypatch.setattr(mx, "default_device", Gpu)
-    monkeypatch.setattr(mx, "default_stream", lambda _: mx.new_stream(original))
     base = BaseModel(str(paths.model))
     engine = Engine(base)
     assert base.compute_dtype == base.dtype
-    assert len(engine._streams) == 1 and not engine._fast
+    assert engine._workers.n == 1 and not engine._fast and not engine.fold
     examples = base.encode("a", load_task(paths.tasks / "a").test)
     assert np.isfinite(run(engine, [(None, examples)])).all()
 
@@ -255,7 +257,44 @@ def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
     assert (engine.memory_limit == 8 << 30) is metal
 
 
-def test_streams_get_like_loads_and_lots_keep_the_order():
-    assert balanced([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert balanced([3], 2) == [[0], []]
+def test_lots_keep_the_order():
     assert list(lots([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
+
+
+def test_workers_take_the_largest_first_and_stop_when_no_one_listens(tiny):
+    _, _, sets = tiny
+    many = [ExampleSet(str(i), sets[0].examples[:1] * (i + 1)) for i in range(6)]
+    seen = []
+
+    def body(some):
+        seen.append(some[0].task)
+        return [some[0].n_tokens]
+
+    workers = Workers(2)
+    assert sorted(workers.run(body, many)) == [(i, one.n_tokens) for i, one in enumerate(many)]
+    assert seen[0] == "5"
+    found = workers.run(lambda some: [1 / 0], many)
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_a_bias_survives_folding():
+    linear = nn.Linear(6, 4)
+    slot = _Slot(linear)
+    x, a, b = mx.random.normal((3, 6)), mx.random.normal((1, 6, 2)), mx.random.normal((1, 2, 4))
+    slot.factors = a, b
+    beside = slot(x)
+    slot.folded = linear.weight + (a[0] @ b[0]).T
+    assert mx.allclose(slot(x), beside, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["causal", "boolean", "additive", None])
+def test_attention_is_mlx_lms_own(kv_heads, mask):
+    rng = np.random.default_rng(0)
+    shapes = (3, 4, 5, 8), (3, kv_heads, 7, 8), (3, kv_heads, 7, 8)
+    q, k, v = (mx.array(rng.normal(size=shape) * 3).astype(mx.float32) for shape in shapes)
+    seen = mx.arange(7) <= mx.arange(2, 7)[:, None]
+    given = {"boolean": seen, "additive": mx.where(seen, 0.5, -mx.inf)}.get(mask, mask)
+    stock = scaled_dot_product_attention(q, k, v, None, 0.3, given)
+    assert mx.allclose(attention(q, k, v, None, 0.3, given), stock, atol=1e-5).item()
