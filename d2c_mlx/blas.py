@@ -44,9 +44,6 @@ def preload_blas() -> str | None:
         except OSError:
             return None
         _loaded = path
-        # MLX walks a graph breadth-first up to this width; below it the work of two streams is
-        # queued one after the other and a core idles (model.py evaluates on one per core).
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
     return _loaded
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +33,17 @@ INITS = ("adapters", "kmeans", "random")
 Members = tuple[int, ...]
 
 
+class Losses(Protocol):
+    """Probe losses of merges."""
+
+    def __call__(
+        self,
+        jobs: Sequence[tuple[Any, Sequence[int]]],
+        limits: Sequence[np.ndarray] | None = None,
+    ) -> Sequence[np.ndarray]:
+        """For each (merge, tasks) `(n_tasks,)`; infinity may stand for one above its limit."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """N tasks, one adapter each, and what can be asked about merges of them.
@@ -41,14 +52,14 @@ class Problem:
         base: `(n,)` probe loss of every task under the bare base model.
         table: `(n, n)` probe loss of task i under adapter j.
         merge: members -> an opaque merge.
-        losses: list of (merge, tasks) -> for each the probe losses, `(n_tasks,)`.
+        losses: list of (merge, tasks) -> for each the probe losses.
         features: `(n, d)` one row per adapter, for K-Means.
     """
 
     base: np.ndarray
     table: np.ndarray
     merge: Callable[[Members], Any]
-    losses: Callable[[Sequence[tuple[Any, Sequence[int]]]], Sequence[np.ndarray]]
+    losses: Losses
     features: np.ndarray
 
     @property
@@ -56,20 +67,25 @@ class Problem:
         """Number of tasks."""
         return len(self.base)
 
+    @property
+    def gain(self) -> np.ndarray:
+        """`(n,)` what a task's own adapter gains over the base model, at least 0.05 nats.
+
+        The floor: an adapter that hardly helps must not outvote the others.
+        """
+        return np.maximum(self.base - np.diagonal(self.table), 0.05)
+
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Normalised regret: 0 at the task's own adapter, 1 at the base model.
 
-        Losses of different tasks are not comparable, their regrets are. A gain below 0.05 nats is
-        counted as 0.05, so that an adapter that hardly helps cannot outvote the others.
+        Losses of different tasks are not comparable, their regrets are.
 
         Args:
             losses: `(n_tasks,)` or `(n_tasks, k)`.
             tasks: which tasks the rows are.
         """
-        own = np.diagonal(self.table)[tasks]
-        gain = np.maximum(self.base[tasks] - own, 0.05)
         wide = (slice(None),) + (None,) * (losses.ndim - 1)
-        return (losses - own[wide]) / gain[wide]
+        return (losses - np.diagonal(self.table)[tasks][wide]) / self.gain[tasks][wide]
 
 
 @dataclass(frozen=True)
@@ -225,14 +241,24 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
     return refill(labels, n_clusters, served)
 
 
-def _scores(problem: Problem, labels: np.ndarray, n_clusters: int) -> np.ndarray:
-    """`(n, k)` normalised regret of every task under the merge of every cluster."""
-    merges = [
-        problem.merge(tuple(int(i) for i in np.flatnonzero(labels == k))) for k in range(n_clusters)
-    ]
-    everyone = range(problem.n)
-    losses = problem.losses([(merge, everyone) for merge in merges])
-    return problem.regret(np.stack(losses, axis=1))
+def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -> np.ndarray:
+    """`(n, k)` normalised regret of every task under the merge of every cluster.
+
+    Infinity where it is proven to be no reason to move: at most `eps` below the task's own
+    cluster's.
+    """
+    inside = [np.flatnonzero(labels == k).tolist() for k in range(n_clusters)]
+    outside = [np.flatnonzero(labels != k).tolist() for k in range(n_clusters)]
+    merges = [problem.merge(tuple(members)) for members in inside]
+    losses = np.full((problem.n, n_clusters), np.inf)
+    for k, own in enumerate(problem.losses(list(zip(merges, inside)))):
+        losses[inside[k], k] = own
+    # A hair above, so that rounding never rules out what would move.
+    limits = losses.min(axis=1) - eps * problem.gain + 1e-9
+    others = problem.losses(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
+    for k, other in enumerate(others):
+        losses[outside[k], k] = other
+    return problem.regret(losses)
 
 
 def _refine(
@@ -245,7 +271,7 @@ def _refine(
     seen = set()
     for _ in range(rounds + 1):
         seen.add(canonical(labels))
-        scores = _scores(problem, labels, n_clusters)
+        scores = _scores(problem, labels, n_clusters, eps)
         served = scores[rows, labels]
         objective = float(served.mean())
         history.append({"objective": objective, "labels": list(canonical(labels))})

@@ -20,7 +20,17 @@ __all__ = ["MERGE_METHODS", "RANK_VARIABLES", "SAVINGS", "STARTS", "RunConfig", 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
 MERGE_METHODS = ("linear", "ties")
 STARTS = ("adapters", "kmeans", "random")
-SAVINGS = ("head", "prefix", "batches", "frozen", "fold", "streams", "exponentials", "cache")
+SAVINGS = (
+    "head",
+    "prefix",
+    "batches",
+    "frozen",
+    "fold",
+    "streams",
+    "exponentials",
+    "cache",
+    "bound",
+)
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -47,7 +57,8 @@ class RunConfig:
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
         random_seeds: how many random partitions the `random` row averages.
         memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
-        without: savings of the evaluation to do without, see `engine.Savings`; "cache" too.
+        without: savings of the evaluation to do without, see `engine.Savings`; also "cache" and
+            "bound" (stopping an evaluation that is proven to change nothing).
         stack: adapters evaluated in one batch; above 1 losses depend on their neighbours in it by
             rounding.
         compile: evaluate through `mx.compile`.

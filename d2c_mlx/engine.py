@@ -32,7 +32,7 @@ from d2c_mlx.forward import (
     split_is_exact,
 )
 from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Kept, Piece, Workers, groups, lots
+from d2c_mlx.schedule import Kept, Piece, Workers, groups
 from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Engine", "Savings"]

@@ -100,10 +100,13 @@ class Runner(Protocol):
 
 @dataclass
 class Counts:
-    """Evaluations of one adapter on one example set, and the tokens of those that were done."""
+    """Evaluations of one adapter on one example set, and the tokens of those that were done.
+
+    One that was left at a cut counts as the share of its tokens that was evaluated.
+    """
 
     asked: int = 0
-    done: int = 0
+    done: float = 0
     tokens: int = 0
 
 
@@ -121,41 +124,64 @@ class Evaluator:
         self.meter: Meter = _Silent()
         self.counts = Counts()
 
-    def _key(self, adapter: Adapter | None, examples: ExampleSet) -> str:
-        digest = adapter.digest if adapter else "base"
-        return fingerprint([self.runner.fingerprint(examples), digest])[:32]
-
-    def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+    def losses(
+        self, jobs: Sequence[Job], limits: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Evaluate every job; what is known costs nothing.
+
+        An NLL is never negative, so the sum over some parts of a set bounds the sum over all: with
+        limits, a set is left at the first cut where its loss is proven to be above its limit.
 
         Args:
             jobs: pairs of an adapter (None: the bare base) and the example sets to try it on.
+            limits: for each job `(n_sets,)`, in nats.
 
         Returns:
-            For each job `(n_sets,)`: mean NLL per target token, in nats.
+            For each job `(n_sets,)`: mean NLL per target token, in nats; infinity where it is
+            above its limit (it may also be given then).
         """
-        keys = [[self._key(adapter, one) for one in sets] for adapter, sets in jobs]
-        known: dict[str, float | None] = {key: None for row in keys for key in row}
-        if self._cache:
-            known = {key: self._cache.get(key) for key in known}
-        missing = {
-            key: (adapter, one)
-            for (adapter, sets), row in zip(jobs, keys)
-            for key, one in zip(row, sets)
-            if known[key] is None
-        }
-        names, pieces = list(missing), list(missing.values())
-        self.counts.asked += sum(map(len, keys))
-        self.meter.expect(sum(one.n_tokens for _, one in pieces))
+        found = [np.zeros(len(sets)) for _, sets in jobs]
+        n_targets = [np.array([one.n_targets for one in sets]) for _, sets in jobs]
+        n_parts = max((len(one.parts) for _, sets in jobs for one in sets), default=0)
+        rounds = [range(n_parts)] if limits is None else [range(p, p + 1) for p in range(n_parts)]
+        self.counts.asked += sum(len(sets) for _, sets in jobs)
+        for parts in rounds:
+            places = [
+                (j, i, p)
+                for j, (_, sets) in enumerate(jobs)
+                for i, one in enumerate(sets)
+                for p in parts
+                if p < len(one.parts) and np.isfinite(found[j][i])
+            ]
+            sums = self._sums([(jobs[j][0], jobs[j][1][i], p) for j, i, p in places])
+            for (j, i, _), value in zip(places, sums):
+                found[j][i] += value
+            if limits is not None:
+                for sums_so_far, n, limit in zip(found, n_targets, limits):
+                    sums_so_far[sums_so_far > limit * n] = np.inf
+        return [sums / n for sums, n in zip(found, n_targets)]
+
+    def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, int]]) -> list[float]:
+        """The NLL sum of every (adapter, set, number of the part)."""
+        keys = [self._key(adapter, one.parts[p]) for adapter, one, p in wanted]
+        known = {key: self._cache.get(key) if self._cache else None for key in keys}
+        missing = {key: one for key, one in zip(keys, wanted) if known[key] is None}
+        names = list(missing)
+        pieces = [(adapter, one.parts[p]) for adapter, one, p in missing.values()]
+        self.meter.expect(sum(part.n_tokens for _, part in pieces))
         for i, total in self.runner.run(pieces):
-            examples = pieces[i][1]
-            known[names[i]] = loss = total / examples.n_targets
+            known[names[i]] = total
             if self._cache:
-                self._cache.put(names[i], loss)
-            self.counts.done += 1
-            self.counts.tokens += examples.n_tokens
-            self.meter.advance(examples.n_tokens)
-        return [np.array([known[key] for key in row]) for row in keys]
+                self._cache.put(names[i], total)
+            n_tokens = pieces[i][1].n_tokens
+            self.counts.done += n_tokens / missing[names[i]][1].n_tokens
+            self.counts.tokens += n_tokens
+            self.meter.advance(n_tokens)
+        return [known[key] or 0.0 for key in keys]
+
+    def _key(self, adapter: Adapter | None, part: ExampleSet) -> str:
+        digest = adapter.digest if adapter else "base"
+        return fingerprint([self.runner.fingerprint(part), digest])[:32]
 
 
 def probe_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -39,10 +40,34 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The tokenized probe or test examples of one task."""
+    """The tokenized probe or test examples of one task.
+
+    Attributes:
+        task: its name.
+        examples: one per row.
+        cuts: row numbers at which an evaluation may stop early.
+    """
 
     task: str
     examples: tuple[Example, ...]
+    cuts: tuple[int, ...] = ()
+
+    @cached_property
+    def parts(self) -> tuple[ExampleSet, ...]:
+        """What is evaluated as a whole: the rows between two cuts."""
+        if not self.cuts:
+            return (self,)
+        bounds = (0, *self.cuts, len(self.examples))
+        return tuple(
+            ExampleSet(self.task, self.examples[start:stop])
+            for start, stop in zip(bounds, bounds[1:])
+        )
+
+    def cut(self, *shares: float) -> ExampleSet:
+        """The same set with cuts after these shares of its rows, rounded up."""
+        n = len(self.examples)
+        cuts = sorted({math.ceil(share * n) for share in shares} - {0, n})
+        return ExampleSet(self.task, self.examples, tuple(cuts))
 
     @property
     def n_targets(self) -> int:

@@ -36,6 +36,10 @@ __all__ = ["Workspace", "read_adapters"]
 # Increasing; the walk of `tune_scale` starts in the middle.
 SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
+# Shares of a task's probe rows after which an evaluation may stop: most candidates of D2C are
+# several times worse than what a task has.
+CUTS = (0.2, 0.5)
+
 
 def read_adapters(directory: Path, base: BaseModel) -> list[Adapter]:
     """Read and check every adapter in `directory`; all problems of all adapters at once."""
@@ -67,7 +71,7 @@ class Workspace:
             Savings(
                 stack=config.stack,
                 compile=config.compile,
-                **dict.fromkeys(set(config.without) - {"cache"}, False),
+                **dict.fromkeys(set(config.without) - {"cache", "bound"}, False),
             ),
             local_ranks(),
         )
@@ -85,7 +89,7 @@ class Workspace:
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
         if not errors:
-            sets = [*self.probes, *self.tests]
+            sets = [part for one in (*self.probes, *self.tests) for part in one.parts]
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
         if errors:
             raise InputError([line for error in errors for line in error.problems])
@@ -104,7 +108,8 @@ class Workspace:
     def probes(self) -> list[ExampleSet]:
         """The examples that decide."""
         n = self.config.probe_examples
-        return [self.base.encode(task.name, task.probe[:n]) for task in self.tasks]
+        encoded = [self.base.encode(task.name, task.probe[:n]) for task in self.tasks]
+        return [one.cut(*CUTS) for one in encoded]
 
     @cached_property
     def tests(self) -> list[ExampleSet]:
@@ -148,11 +153,18 @@ class Workspace:
             base=self.table.base,
             table=self.table.values,
             merge=self.merge,
-            losses=lambda jobs: self.evaluator.losses(
-                [(merge, [self.probes[i] for i in tasks]) for merge, tasks in jobs]
-            ),
+            losses=self._losses,
             features=svd_features(self.adapters),
         )
+
+    def _losses(
+        self,
+        jobs: Sequence[tuple[Adapter, Sequence[int]]],
+        limits: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        bound = limits if "bound" not in self.config.without else None
+        sets = [(merge, [self.probes[i] for i in tasks]) for merge, tasks in jobs]
+        return self.evaluator.losses(sets, bound)
 
     def packed(self, adapter: Adapter) -> Adapter:
         """The adapter as a pack stores it: one rank, one scale, the base's 16-bit dtype."""

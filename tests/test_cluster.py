@@ -1,3 +1,5 @@
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def problem_of(loss, n, base=None, table=None, features=None):
     base = np.ones(n) if base is None else np.asarray(base, float)
     table = 1 - np.eye(n) if table is None else np.asarray(table, float)
 
-    def losses(jobs):
+    def losses(jobs, limits=None):
         return [np.array([loss(members, task) for task in tasks]) for members, tasks in jobs]
 
     return Problem(base, table, tuple, losses, np.eye(n) if features is None else features)
@@ -63,7 +65,7 @@ def scripted(path, values):
     for t in reversed(range(len(path))):
         steps[_groups(path[t])] = (path[t], path[min(t + 1, len(path) - 1)], values[t])
 
-    def losses(jobs):
+    def losses(jobs, limits=None):
         now, then, value = steps[tuple(members for members, _ in jobs)]
         scores = np.full((len(jobs), len(now)), value + 0.5)
         scores[then, np.arange(len(now))] = value - 0.1
@@ -347,10 +349,10 @@ def test_the_best_start_wins(winner, order, start_at):
     value[_groups(starts[winner])] = 0.25
     start_at(starts)
 
-    def losses(jobs):  # nobody moves
+    def losses(jobs, limits=None):  # nobody moves
         now = value[tuple(members for members, _ in jobs)]
         return [
-            np.array([now if task in members else 2.0 for task in range(4)]) for members, _ in jobs
+            np.array([now if task in members else 2.0 for task in tasks]) for members, tasks in jobs
         ]
 
     problem = Problem(np.ones(4), 1 - np.eye(4), tuple, losses, np.eye(4))
@@ -382,6 +384,45 @@ def test_number_of_starts(monkeypatch):
     kinds.clear()
     d2c(problem, 1, restarts=3)
     assert kinds == ["adapters"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(2, 8),
+    n_clusters=st.integers(1, 8),
+    seed=st.integers(0, 10_000),
+    eps=st.sampled_from([0.0, 1e-3, 0.1]),
+    ties=st.booleans(),
+)
+def test_a_bound_changes_nothing(n, n_clusters, seed, eps, ties):
+    """Infinity for every loss above its limit, against all losses in full."""
+    rng = np.random.default_rng(seed)
+    known = {}
+
+    def loss(members, task):
+        if (members, task) not in known:
+            own = task in members
+            value = rng.uniform(0.1, 1) if own else rng.uniform(0.2, 3)
+            known[members, task] = round(value, 1) if ties else value
+        return known[members, task]
+
+    plain = problem_of(loss, n, base=rng.uniform(0.5, 3, n))
+    ruled_out = 0
+
+    def bounded(jobs, limits=None):
+        nonlocal ruled_out
+        losses = plain.losses(jobs)
+        if limits is None:
+            return losses
+        for one, limit in zip(losses, limits):
+            ruled_out += int((one > limit).sum())
+            one[one > limit] = np.inf
+        return losses
+
+    problem = dataclasses.replace(plain, losses=bounded)
+    options = {"seed": seed, "eps": eps, "restarts": 2}
+    assert d2c(problem, n_clusters, **options) == d2c(plain, n_clusters, **options)
+    assert ruled_out or n_clusters in (1, 2) or n_clusters >= n or n < 6
 
 
 def test_restarts_differ_and_can_only_help():

@@ -196,4 +196,4 @@ def test_names_of_methods_and_starts_are_the_library_s():
 
 def test_every_saving_can_be_switched_off():
     switches = {field.name for field in fields(Savings) if field.default is True}
-    assert set(SAVINGS) == switches | {"cache"}
+    assert set(SAVINGS) == switches | {"cache", "bound"}

@@ -6,9 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from tiny import library, peft_adapter, tiny_model
-
 from mlx_lm.models.base import scaled_dot_product_attention
+from tiny import library, peft_adapter, tiny_model
 
 from d2c_mlx.activations import attention
 from d2c_mlx.batches import BatchCost, shared_prefix, split_rows

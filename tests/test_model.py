@@ -1,6 +1,7 @@
 """Losses kept by content, and what a machine says of itself."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tiny import library
 
@@ -42,6 +43,33 @@ def test_without_a_cache_everything_is_asked_again(tiny):
     evaluator = Evaluator(Engine(base))
     values = [evaluator.losses([(first, sets)])[0].tolist() for _ in range(2)]
     assert values[0] == values[1] and evaluator.counts.done == 4
+
+
+def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
+    base, (first, _), sets = tiny
+    evaluator = Evaluator(Engine(base))
+    cut = [one.cut(0.2, 0.5) for one in sets]
+    assert [len(part.examples) for part in cut[0].parts] == [1, 1, 2]
+    assert [one.digest for one in cut] == [one.digest for one in sets]
+    (whole,), (parts,) = (evaluator.losses([(first, some)]) for some in (sets, cut))
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert (evaluator.counts.asked, evaluator.counts.done) == (4, pytest.approx(4))
+
+
+def test_a_limit_ends_an_evaluation_at_the_first_cut_that_proves_it(tiny):
+    base, (first, _), sets = tiny
+    cut = [one.cut(0.2, 0.5) for one in sets]
+    (full,) = Evaluator(Engine(base)).losses([(first, cut)])
+    low = Evaluator(Engine(base))
+    # Just met, and far exceeded by the first part alone.
+    (found,) = low.losses([(first, cut)], [full * [1, 1e-3]])
+    assert found.tolist() == [full[0], np.inf]
+    first_part = cut[1].parts[0].n_tokens
+    assert low.counts.tokens == cut[0].n_tokens + first_part
+    assert low.counts.done == pytest.approx(1 + first_part / cut[1].n_tokens)
+    # Exceeded by the whole, but by no part of it.
+    (found,) = low.losses([(first, cut[:1])], [full[:1] * 0.999])
+    assert found.tolist() == [np.inf]
 
 
 def test_the_digest_follows_content_not_names(tiny):

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,23 @@ def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
     assert {"convert"} == {name for name, t in _started(output).items() if t == again[name]} - {
         "merge", "pack", "bench", "report"
     }  # fmt: skip
+
+
+def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatch):
+    """And saves some: the same clusters, objective and pack with and without the bound."""
+    done, artifacts = [], []
+    for without in ((), ("bound",)):
+        monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / f"cache{len(done)}"))
+        output = str(tmp_path / f"run{len(done)}")
+        # Random adapters hardly differ: a large eps has them ruled out all the same.
+        options = {"output": output, "without": without, "probe_examples": 4, "eps": 60.0}
+        workspace = run(replace(config, **options), until="pack", quiet=True)
+        record = json.loads((workspace.output / ".stages" / "cluster.json").read_text())
+        done.append(record["evaluations"]["tokens"])
+        names = ("losses.json", "clusters.json", "merged", "pack")
+        artifacts.append([hash_tree(workspace.path(name)) for name in names])
+    assert artifacts[0] == artifacts[1]
+    assert done[0] < done[1]
 
 
 def test_until_stops_after_the_stage(config):
