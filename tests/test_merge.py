@@ -282,7 +282,9 @@ def test_weights_follow_their_adapters():
         assert merged.digest == again.digest
         if method != "factor-linear":
             for path, lora in merged.modules.items():
-                pairs = [(w, a.modules[path]) for w, a in zip(weights, adapters) if path in a.modules]
+                pairs = [
+                    (w, a.modules[path]) for w, a in zip(weights, adapters) if path in a.modules
+                ]
                 expected = sum(w * dense(lora) for w, lora in pairs)
                 assert_close(dense(lora), expected, np.linalg.norm(expected), 1e-5)
     twice = merge_adapters(adapters[:1], weights=[2.0])

@@ -21,9 +21,9 @@ def regmean(
     """The update whose outputs are closest to every task's own, on the task's inputs.
 
     `dW^T = (sum_i K_i)^-1 sum_i K_i dW_i^T`, with `K_i = X_i^T X_i` after two changes. Entries off
-    the diagonal are multiplied by `off_diagonal`, 0.9 as the paper advises for most models. A ridge
-    is added to every K_i, on both sides of the equation: where there is no data the result is then
-    the mean, and equal updates merge to themselves (a ridge in the inverse alone would shrink them).
+    the diagonal are multiplied by `off_diagonal`, 0.9 as the paper advises for most models. A
+    ridge is added to every K_i, on both sides of the equation: without data the result is then the
+    mean, and equal updates merge to themselves (a ridge in the inverse alone would shrink them).
 
     In float64. With fewer tokens than inputs no `in x in` matrix is formed (Woodbury).
 
