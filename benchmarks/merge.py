@@ -2,11 +2,12 @@
 
 Each side runs in a process of its own, which makes the same random float32 adapters of rank 32
 (16 layers, q, k, v, o; singular values fall as those of trained LoRAs do) and merges 5 clusters of
-8, with the threads that its libraries take. Seconds are those of the merges alone. Peak memory is
-that of the whole process, adapters and libraries included; PEFT's base weights take no memory here.
+8. Seconds are those of the merges alone, on the clock and of the CPU (`--threads` 1 by default: on
+a machine that does other things too, threads that wait for each other measure that). Peak memory
+is that of the whole process, adapters and libraries included; PEFT's base weights take none here.
 Errors are against a dense SVD in float64 of the first cluster's first layer.
 
-    python benchmarks/merge.py [--quick | --layers N]
+    python benchmarks/merge.py [--quick | --layers N] [--threads N]
 
 `--layers N` merges only N layers with PEFT, `--quick` one, and multiplies its seconds: said so in
 the table and in results/merge.json.
@@ -14,6 +15,7 @@ the table and in results/merge.json.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -46,6 +48,11 @@ def factors(adapter, layer, name):
     return a, (b / np.sqrt(out)).astype(np.float32)
 
 
+def clocks():
+    """Seconds of the clock and of this process's CPU time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def ours(n_layers):
     """`(seconds, factors of the first cluster's first layer)`."""
     adapters = []
@@ -56,10 +63,11 @@ def ours(n_layers):
                 a, b = map(mx.array, factors(i, layer, name))
                 modules[f"model.layers.{layer}.{name}"] = LoRA(a, b, ALPHA / RANK)
         adapters.append(Adapter(f"{i:02d}", modules))
-    started = time.perf_counter()
+    started = clocks()
     merged = [merge_adapters([adapters[i] for i in members]) for members in MEMBERS]
-    seconds = time.perf_counter() - started
-    return seconds, {name: merged[0].modules[f"model.layers.0.{name}"].factors() for name in SHAPES}
+    return clocks() - started, {
+        name: merged[0].modules[f"model.layers.0.{name}"].factors() for name in SHAPES
+    }
 
 
 def peft(n_layers):
@@ -92,11 +100,11 @@ def peft(n_layers):
                 a, b = factors(i, layer, name)
                 module.lora_A[f"{i:02d}"].weight.data = torch.from_numpy(a.T.copy())
                 module.lora_B[f"{i:02d}"].weight.data = torch.from_numpy(b.T.copy())
-    started = time.perf_counter()
+    started = clocks()
     for k, members in enumerate(MEMBERS):
         names = [f"{i:02d}" for i in members]
         model.add_weighted_adapter(names, [1 / len(names)] * len(names), f"cluster-{k}", "svd")
-    seconds = time.perf_counter() - started
+    seconds = clocks() - started
     found = {}
     for name, module in model.base_model.model.layers[0].items():
         a, b = (x["cluster-0"].weight.detach().numpy() for x in (module.lora_A, module.lora_B))
@@ -104,11 +112,15 @@ def peft(n_layers):
     return seconds, found
 
 
-def measure(side, n_layers, directory):
+def measure(side, n_layers, n_threads, directory):
     """Run one side in a child process: its seconds, peak bytes and factors."""
     file = directory / f"{side}.npz"
     command = [sys.executable, __file__, "--side", side, "--layers", str(n_layers), "--to", file]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(n_threads))}
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
     with np.load(file) as saved:
         found = {name: (saved[f"{name}.a"], saved[f"{name}.b"]) for name in SHAPES}
     return {**json.loads(output.splitlines()[-1]), "factors": found}
@@ -121,7 +133,7 @@ def child(side, n_layers, file):
     np.savez(file, **arrays)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"seconds": seconds, "peak_nbytes": peak}))
+    print(json.dumps({"seconds": seconds[0], "cpu_seconds": seconds[1], "peak_nbytes": peak}))
 
 
 def errors(sides):
@@ -149,6 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS, help="of PEFT's side  [default: 16]")
     parser.add_argument("--quick", action="store_true", help="the same as --layers 1")
+    parser.add_argument("--threads", type=int, default=1, help="of both sides  [default: 1]")
     parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -158,29 +171,31 @@ def main():
     n_layers = 1 if options.quick else min(options.layers, LAYERS)
     with tempfile.TemporaryDirectory() as directory:
         runs = {
-            "ours": measure("ours", LAYERS, Path(directory)),
-            "peft": measure("peft", n_layers, Path(directory)),
+            side: measure(side, layers, options.threads, Path(directory))
+            for side, layers in (("ours", LAYERS), ("peft", n_layers))
         }
     worst = errors({side: run.pop("factors") for side, run in runs.items()})
     for side, run in runs.items():
         run["layers"] = LAYERS if side == "ours" else n_layers
         run["error"], run["excess_truncation_error"] = worst[side]
-    runs["peft"]["extrapolated"] = n_layers < LAYERS
-    runs["peft"]["seconds_all_layers"] = runs["peft"]["seconds"] * LAYERS / n_layers
-    ratio = runs["peft"]["seconds_all_layers"] / runs["ours"]["seconds"]
+        for clock in ("seconds", "cpu_seconds"):
+            run[f"{clock}_all_layers"] = run[clock] * LAYERS / run["layers"]
+    ratios = {
+        clock: runs["peft"][f"{clock}_all_layers"] / runs["ours"][clock]
+        for clock in ("seconds", "cpu_seconds")
+    }
     note = f", extrapolated from {n_layers} of {LAYERS} layers" if n_layers < LAYERS else ""
-    print("| side | seconds | ratio | peak GB | dW error | truncation error above the best |")
+    print("| side | seconds | CPU seconds | peak GB | dW error | truncation error above the best |")
     print("|---|--:|--:|--:|--:|--:|")
-    for side, label, seconds, times in (
-        ("ours", "d2c-mlx linear", runs["ours"]["seconds"], 1.0),
-        ("peft", f"PEFT svd{note}", runs["peft"]["seconds_all_layers"], ratio),
-    ):
+    for side, label in (("ours", "d2c-mlx `linear`"), ("peft", f"PEFT `svd`{note}")):
         run = runs[side]
         print(
-            f"| {label} | {seconds:.1f} | {times:.1f} | {run['peak_nbytes'] / 1e9:.2f} |"
-            f" {run['error']:.1e} | {run['excess_truncation_error']:.1e} |"
+            f"| {label} | {run['seconds_all_layers']:.1f} | {run['cpu_seconds_all_layers']:.1f} |"
+            f" {run['peak_nbytes'] / 1e9:.2f} | {run['error']:.1e} |"
+            f" {run['excess_truncation_error']:.1e} |"
         )
-    result = {**runs, "ratio": ratio, "quick": options.quick, "machine": machine()}
+    print(f"| PEFT / d2c-mlx | {ratios['seconds']:.1f} | {ratios['cpu_seconds']:.1f} | | | |")
+    result = {**runs, "ratio": ratios, "threads": options.threads, "machine": machine()}
     if not options.quick:
         write_json(Path(__file__).parent / "results" / "merge.json", result)
     print(json.dumps(result))

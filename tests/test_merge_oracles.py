@@ -25,7 +25,7 @@ from loras import (
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, emr_modulators, linear, ties
-from d2c_mlx.merge.core import to_core
+from d2c_mlx.merge.core import CoreSpace, to_core
 from d2c_mlx.merge.data import regmean
 from d2c_mlx.merge.optimise import wudi
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
@@ -52,6 +52,13 @@ def own_space(adapters):
     cores = np.stack([q_b.T @ dense(lora) @ q_a for lora in loras])
     # What is zero in exact arithmetic has no sign.
     return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
+
+
+def as_space(cores):
+    """A core space whose updates are `cores (T, q, p)`."""
+    n, q, p = cores.shape
+    eyes = np.tile(np.eye(p, dtype=cores.dtype), n)
+    return CoreSpace(np.eye(p), np.eye(q), eyes, np.concatenate(list(cores), axis=1), (p,) * n)
 
 
 def assert_merges(adapters, method, expected, rtol=1e-4, **options):
@@ -233,7 +240,7 @@ def test_iso_cts(shape, n, rank, seed):
 
 def test_iso_cts_has_directions_that_iso_c_has_not():
     rng = np.random.default_rng(0)
-    cores = rng.normal(size=(2, 12, 12))
+    cores = as_space(rng.normal(size=(2, 12, 12)))
     assert np.linalg.norm(iso_cts(cores, 10) - iso_c(cores, 10)) > 1
     assert iso_cts(cores, 2) == pytest.approx(iso_c(cores, 2))
     for merged in (iso_cts(cores, 10), iso_c(cores, 10)):
@@ -262,7 +269,7 @@ def test_knots_with_a_mean_inside_is_linear():
     inside = u @ (u.T @ updates).mean(axis=0)
     assert inside == pytest.approx(linear(space, np.full(3, 1 / 3)))
     # One task alone: TIES at density 1 changes nothing.
-    assert knots(updates[:1], 1.0) == pytest.approx(updates[0])
+    assert knots(as_space(updates[:1]), 1.0) == pytest.approx(updates[0])
 
 
 def test_a_polar_factor_of_parallel_vectors_is_no_noise():
@@ -271,7 +278,7 @@ def test_a_polar_factor_of_parallel_vectors_is_no_noise():
     u, v = rng.normal(size=(2, 8))
     u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
     noise = 1e-7 * rng.normal(size=(2, 8, 8))
-    cores = (3 * np.outer(u, v) + noise).astype(np.float32)
+    cores = as_space((3 * np.outer(u, v) + noise).astype(np.float32))
     assert tsv(cores, 2) == pytest.approx(3 * np.outer(u, v), abs=1e-5)
     assert iso_cts(cores, 8) == pytest.approx(6 * np.outer(u, v), abs=1e-5)
 
@@ -317,7 +324,7 @@ def test_wudi_against_gradient_descent(seed):
 def test_wudi_of_a_zero_update_and_of_orthogonal_ones():
     one, two = np.zeros((2, 4, 4))
     one[0, 1], two[2, 3] = 2.0, -5.0
-    assert wudi(np.stack([one, two, 0 * one])) == pytest.approx(one + two)
+    assert wudi(as_space(np.stack([one, two, 0 * one]))) == pytest.approx(one + two)
 
 
 def dense_regmean(tasks, inputs, off_diagonal, ridge):

@@ -37,11 +37,15 @@ class CoreSpace:
     ranks: tuple[int, ...]
 
     @property
-    def updates(self) -> np.ndarray:
-        """`(T, q, p)` the updates, computed anew: T times the memory of a `weighted_sum`."""
+    def parts(self) -> list[Factors]:
+        """T pairs `(q, r_i)`, `(p, r_i)` of columns: `updates[i] = left @ right.T`."""
         ends = np.cumsum(self.ranks)[:-1]
-        parts = zip(np.split(self.r_b, ends, axis=1), np.split(self.r_a, ends, axis=1))
-        return np.stack([left @ right.T for left, right in parts])
+        return list(zip(np.split(self.r_b, ends, axis=1), np.split(self.r_a, ends, axis=1)))
+
+    @property
+    def updates(self) -> np.ndarray:
+        """`(T, q, p)` the updates, computed anew: much larger than their `parts` for many tasks."""
+        return np.stack([left @ right.T for left, right in self.parts])
 
     def weighted_sum(self, weights: np.ndarray) -> np.ndarray:
         """`(q, p)` sum of the updates times `weights (T,)`, one product for all."""

@@ -1,25 +1,28 @@
 """Merges of singular vectors: TSV-M, KnOTS, Iso-C and Iso-CTS.
 
-Updates are `(T, q, p)` in core space, a result is `(q, p)`. The bases are orthonormal, so all but
-KnOTS give exactly what the dense dW would. TSV-M and Iso add the tasks up as their papers do: T
-near-orthogonal tasks keep their size, and a scale may follow.
+A result is `(q, p)` in core space. The bases are orthonormal, so all but KnOTS give exactly what
+the dense dW would. TSV-M and Iso add the tasks up as their papers do: T near-orthogonal tasks keep
+their size, and a scale may follow. Tasks stay in factors, however many they are.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from d2c_mlx.merge.combine import ties
+from d2c_mlx.merge.core import CoreSpace
 
 __all__ = ["iso_c", "iso_cts", "knots", "tsv"]
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
-# Singular values below this share of the norm are rounding of float32, and their vectors
+# Singular values below this share of the whole are rounding of float32, and their vectors
 # arbitrary. Among unit vectors the same holds of what tells parallel ones apart.
 _ZERO, _PARALLEL = 1e-5, 1e-4
 
 
-def tsv(updates: np.ndarray, rank: int) -> np.ndarray:
+def tsv(space: CoreSpace, rank: int) -> np.ndarray:
     """The leading `rank / T` singular triplets of every task, with interference taken out.
 
     Left and right vectors of all tasks are replaced by their nearest orthonormal ones. Where
@@ -28,11 +31,12 @@ def tsv(updates: np.ndarray, rank: int) -> np.ndarray:
 
     Source: Task Singular Vectors, https://arxiv.org/abs/2412.00081.
     """
-    per_task = -(-rank // len(updates))
-    return _reassemble([_triplets(update, per_task) for update in updates], updates.shape[1:])
+    per_task = -(-rank // len(space.ranks))
+    triplets = [_low_rank_svd(*part, _size(*part), per_task) for part in space.parts]
+    return _reassemble(triplets, space)
 
 
-def iso_c(updates: np.ndarray, rank: int) -> np.ndarray:
+def iso_c(space: CoreSpace, rank: int) -> np.ndarray:
     """The sum of the updates with all singular values replaced by their mean.
 
     The mean is over the `rank` leading directions that are not zero: among equal singular values
@@ -41,11 +45,10 @@ def iso_c(updates: np.ndarray, rank: int) -> np.ndarray:
 
     Source: Iso-C, https://arxiv.org/abs/2502.04959.
     """
-    u, s, vt = _triplets(updates.sum(axis=0), rank)
-    return s.mean() * (u @ vt) if len(s) else np.zeros_like(updates[0])
+    return _reassemble([_svd_of_sum(space, rank)], space, flat=True)
 
 
-def iso_cts(updates: np.ndarray, rank: int, common: float = 0.8) -> np.ndarray:
+def iso_cts(space: CoreSpace, rank: int, common: float = 0.8) -> np.ndarray:
     """Iso-C whose last directions are replaced by ones that single tasks have beside the others.
 
     Of min(rank, q, p) directions a share `common` are the leading ones of the sum, the others are
@@ -55,15 +58,18 @@ def iso_cts(updates: np.ndarray, rank: int, common: float = 0.8) -> np.ndarray:
 
     Source: Iso-CTS, https://arxiv.org/abs/2502.04959.
     """
-    size = min(rank, *updates.shape[1:])
-    per_task = round((size - int(common * size)) / len(updates))
-    shared = _triplets(updates.sum(axis=0), max(0, size - per_task * len(updates)))
+    size = min(rank, len(space.r_a), len(space.r_b))
+    per_task = round((size - int(common * size)) / len(space.ranks))
+    shared = _svd_of_sum(space, max(0, size - per_task * len(space.ranks)))
     u = shared[0]
-    own = [_triplets(update - u @ (u.T @ update), per_task, update) for update in updates]
-    return _reassemble([*own, shared], updates.shape[1:], flat=True)
+    own = [
+        _low_rank_svd(left - u @ (u.T @ left), right, _size(left, right), per_task)
+        for left, right in space.parts
+    ]
+    return _reassemble([*own, shared], space, flat=True)
 
 
-def knots(updates: np.ndarray, density: float) -> np.ndarray:
+def knots(space: CoreSpace, density: float) -> np.ndarray:
     """TIES on the updates written in their common left singular vectors.
 
     `[M_1 .. M_T] = U S [V_1 .. V_T]`; TIES merges the `S V_i`. (With a mean in place of TIES this
@@ -71,19 +77,38 @@ def knots(updates: np.ndarray, density: float) -> np.ndarray:
 
     Source: KnOTS, https://arxiv.org/abs/2410.19735; the V_i in core coordinates of the inputs.
     """
-    u = _triplets(np.concatenate(updates, axis=1), updates.shape[1])[0]
-    return u @ ties(u.T @ updates, density) if u.size else np.zeros_like(updates[0])
+    # U from its Gram matrix, sum_i M_i M_i^T; in float64, as singular values are squared there.
+    wide = [(left.astype(np.float64), right.astype(np.float64)) for left, right in space.parts]
+    values, vectors = np.linalg.eigh(sum(x @ (y.T @ y) @ x.T for x, y in wide))
+    u = vectors[:, values > _ZERO**2 * values.max()].astype(space.r_b.dtype)
+    if not u.size:
+        return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
+    return u @ ties(replace(space, r_b=u.T @ space.r_b).updates, density)
 
 
-def _triplets(matrix: np.ndarray, n: int, whole: np.ndarray | None = None) -> Triplets:
-    """At most n leading singular triplets `(q, k), (k,), (k, p)`, none that is zero.
+def _size(left: np.ndarray, right: np.ndarray) -> float:
+    """A bound of the norm of `left @ right.T`, which tells how large its rounding may be."""
+    return float(np.linalg.norm(left) * np.linalg.norm(right))
 
-    What is zero is measured by the norm of `whole`, of which `matrix` is a part; None is itself.
+
+def _low_rank_svd(left: np.ndarray, right: np.ndarray, size: float, n: int) -> Triplets:
+    """At most n leading singular triplets of `left @ right.T`, none that is zero beside `size`.
+
+    Returns:
+        `(q, k), (k,), (p, k)`.
     """
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    size = np.linalg.norm(matrix if whole is None else whole)
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T)
     k = min(n, int((s > _ZERO * size).sum()))
-    return u[:, :k], s[:k], vt[:k]
+    return q_left @ u[:, :k], s[:k], q_right @ vt[:k].T
+
+
+def _svd_of_sum(space: CoreSpace, n: int) -> Triplets:
+    u, s, vt = np.linalg.svd(space.weighted_sum(np.ones(len(space.ranks))), full_matrices=False)
+    size = max(_size(*part) for part in space.parts)
+    k = min(n, int((s > _ZERO * size).sum()))
+    return u[:, :k], s[:k], vt[:k].T
 
 
 def _nearest_orthonormal(columns: np.ndarray) -> np.ndarray:
@@ -93,11 +118,9 @@ def _nearest_orthonormal(columns: np.ndarray) -> np.ndarray:
     return u[:, :k] @ vt[:k]
 
 
-def _reassemble(parts: list[Triplets], shape: tuple[int, ...], flat: bool = False) -> np.ndarray:
+def _reassemble(parts: list[Triplets], space: CoreSpace, flat: bool = False) -> np.ndarray:
     """`U S V^T` of all triplets after U and V are made orthonormal; `flat` takes the mean of S."""
-    s = np.concatenate([one for _, one, _ in parts])
+    u, s, v = (np.concatenate(one, axis=-1) for one in zip(*parts))
     if not len(s):
-        return np.zeros(shape, s.dtype)
-    u = _nearest_orthonormal(np.concatenate([one for one, _, _ in parts], axis=1))
-    v = _nearest_orthonormal(np.concatenate([one.T for _, _, one in parts], axis=1))
-    return (u * (s.mean() if flat else s)) @ v.T
+        return np.zeros((len(space.r_b), len(space.r_a)), s.dtype)
+    return (_nearest_orthonormal(u) * (s.mean() if flat else s)) @ _nearest_orthonormal(v).T
