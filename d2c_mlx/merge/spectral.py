@@ -18,8 +18,9 @@ __all__ = ["iso_c", "iso_cts", "knots", "tsv"]
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Singular values below this share of the whole are rounding of float32, and their vectors
-# arbitrary. Among unit vectors the same holds of what tells parallel ones apart.
-_ZERO, _PARALLEL = 1e-5, 1e-4
+# arbitrary. Among unit vectors the same holds of what tells parallel ones apart; and of entries
+# beside the largest.
+_ZERO, _PARALLEL, _ROUNDING = 1e-5, 1e-4, 1e-6
 
 
 def tsv(space: CoreSpace, rank: int) -> np.ndarray:
@@ -83,7 +84,10 @@ def knots(space: CoreSpace, density: float) -> np.ndarray:
     u = vectors[:, values > _ZERO**2 * values.max()].astype(space.r_b.dtype)
     if not u.size:
         return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
-    return u @ ties(replace(space, r_b=u.T @ space.r_b).updates, density)
+    parts = replace(space, r_b=u.T @ space.r_b).updates
+    # What the rotation leaves of a zero has no sign to elect with, and is no value to average.
+    zero = np.abs(parts) <= _ROUNDING * np.abs(parts).max()
+    return u @ ties(np.where(zero, 0, parts), density)
 
 
 def _size(left: np.ndarray, right: np.ndarray) -> float:
