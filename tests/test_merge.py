@@ -135,17 +135,22 @@ def test_one_adapter_is_returned_bit_for_bit(method, dtype):
     assert merge_adapters([again]).sources == ("a", "b")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(4))
-def test_order_and_repetition_change_no_bit(method, seed):
-    rng = np.random.default_rng(seed)
-    adapters = adapters_of(rng, 4, {P: (9, 7), Q: (5, 11)})
-    merged = merge_by(adapters, method, rank=3)
-    assert merge_by(adapters, method, rank=3).digest == merged.digest
-    for _ in range(4):
-        order = rng.permutation(4)
-        again = merge_by([adapters[i] for i in order], method, rank=3)
-        assert (again.digest, again.name, again.sources) == (
+@settings(NUMERIC, max_examples=120)
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.tuples(dims, dims),
+    st.integers(1, 5),
+    st.permutations(range(4)),
+    st.sampled_from([0.1, 0.5, 1.0]),
+    st.integers(0, 10_000),
+)
+def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
+    adapters = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
+    options = {"density": density, "rank": rank, "seed": seed}
+    merged = merge_by(adapters, method, **options)
+    for again in (adapters, [adapters[i] for i in order]):
+        same = merge_by(again, method, **options)
+        assert (same.digest, same.name, same.sources) == (
             merged.digest,
             merged.name,
             merged.sources,
@@ -164,10 +169,10 @@ def test_order_does_not_matter_among_equal_names(method):
 SELVES = ("linear", "ties", "dare-linear", "dare-ties", "emr", "knots", "regmean", "wudi", "concat")
 
 
-def equal_adapters(copies):
-    rng = np.random.default_rng(0)
+def equal_adapters(copies, seed=0, shape=(9, 7)):
+    rng = np.random.default_rng(seed)
     modules = {
-        P: lora_of(rng, (9, 7), 3, 4.0),
+        P: lora_of(rng, shape, 3, 4.0),
         Q: lora_of(rng, (1, 1), 2),
         R: lora_of(rng, (2, 8), 4),
     }
@@ -180,10 +185,10 @@ def assert_same(merged, modules, times=1.0):
         assert_close(dense(merged.modules[path]), expected, np.linalg.norm(expected), 1e-5)
 
 
-@pytest.mark.parametrize("method", SELVES)
-@pytest.mark.parametrize("copies", [2, 3, 5])
-def test_equal_adapters_merge_to_themselves(method, copies):
-    adapters = equal_adapters(copies)
+@settings(NUMERIC, max_examples=80)
+@given(st.sampled_from(SELVES), st.integers(2, 5), st.tuples(dims, dims), st.integers(0, 10_000))
+def test_equal_adapters_merge_to_themselves(method, copies, shape, seed):
+    adapters = equal_adapters(copies, seed, shape)
     assert_same(merge_by(adapters, method, density=1.0), adapters[0].modules)
 
 

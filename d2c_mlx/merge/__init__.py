@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -37,9 +37,9 @@ class Options:
     Attributes:
         rank: most columns of the result; `concat` alone does not look at it.
         density: share of entries kept.
-        seed: of this module, below 2^32.
+        seed: for a method, that of its module, below 2^32.
         weights: `(T,)`.
-        scales: what was folded into each b.
+        scales: T, what was folded into each b.
         activations: T arrays `(n_tokens, in)`; empty if none were given.
     """
 
@@ -47,8 +47,8 @@ class Options:
     density: float
     seed: int
     weights: np.ndarray
-    scales: tuple[float, ...]
-    activations: Sequence[np.ndarray]
+    scales: tuple[float, ...] = ()
+    activations: Sequence[np.ndarray] = ()
 
 
 Method = Callable[[Sequence[Factors], Options], Factors]
@@ -131,34 +131,32 @@ def merge_adapters(
         AdapterError: a module has different shapes: the adapters are of different base models.
     """
     _check(adapters, method, density, rank, weights, activations)
-    counts = Counter(adapter.name for adapter in adapters)
-    # A digest reads every byte of an adapter: only where names do not decide.
-    keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
-    order = sorted(range(len(adapters)), key=keys.__getitem__)
+    order = _sorted_indices(adapters)
     members = [adapters[i] for i in order]
     names = tuple(adapter.name for adapter in members)
     if len(members) == 1 and weights is None:
         only = members[0]
         return Adapter(only.name, only.modules, only.base, only.sources or names)
     shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
+    rank = rank or max(adapter.rank for adapter in members)
+    options = Options(rank, density, seed, np.array(shares, np.float64))
     modules = {}
     for path in sorted({path for adapter in members for path in adapter.modules}):
-        loras = [adapter.modules.get(path) for adapter in members]
-        options = Options(
-            rank=rank or max(adapter.rank for adapter in members),
-            density=density,
-            seed=zlib.crc32(f"{seed} {path}".encode()),
-            weights=np.array(shares, np.float64),
-            scales=tuple(lora.scale if lora else 1.0 for lora in loras),
-            activations=[activations[path][i] for i in order] if activations else [],
-        )
-        modules[path] = _merge_module(path, loras, METHODS[method], options)
+        if activations:
+            options = replace(options, activations=[activations[path][i] for i in order])
+        modules[path] = _merge_module(path, members, METHODS[method], options)
     return Adapter("+".join(names), modules, members[0].base, names)
 
 
-def _merge_module(
-    path: str, loras: Sequence[LoRA | None], method: Method, options: Options
-) -> LoRA:
+def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
+    """By name, and by content where names are equal: a digest reads every byte of an adapter."""
+    counts = Counter(adapter.name for adapter in adapters)
+    keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
+    return sorted(range(len(adapters)), key=keys.__getitem__)
+
+
+def _merge_module(path: str, members: Sequence[Adapter], method: Method, options: Options) -> LoRA:
+    loras = [adapter.modules.get(path) for adapter in members]
     shapes = sorted({lora.shape for lora in loras if lora is not None})
     if len(shapes) > 1:
         raise AdapterError(
@@ -169,6 +167,11 @@ def _merge_module(
     wrong = [x.shape for x in options.activations if x.ndim != 2 or x.shape[1] != width]
     if wrong:
         raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
+    options = replace(
+        options,
+        seed=zlib.crc32(f"{options.seed} {path}".encode()),
+        scales=tuple(lora.scale if lora else 1.0 for lora in loras),
+    )
     nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
     a, b = method([lora.factors() if lora else nothing for lora in loras], options)
     return LoRA(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32)))

@@ -16,7 +16,7 @@ def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
     takes the mean norm of its units (averaging shrinks it), and the whole is scaled by sqrt(r / k),
     r the mean rank of the tasks and k the number of clusters. The one choice of ours: a unit is
     balanced to `|a_j| = |b_j|` first, so that it does not matter in which factor a scale is kept.
-    Equal adapters merge to themselves if `rank` is their rank.
+    Equal adapters merge to themselves if `rank` is at least theirs.
 
     Units are those of the stored factors: the same dW factored otherwise merges otherwise.
 
