@@ -22,8 +22,10 @@ _OPTIONS = [
     click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
                  "  [default: 12.5%]"),
     click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
-    click.option("--merge-method", metavar="NAME", help="linear or ties  [default: linear]"),
-    click.option("--density", type=float, help="share of entries that ties keeps  [default: 0.5]"),
+    click.option("--merge-method", metavar="NAME", help="linear, ties, tsv, ... (docs/merging.md)"
+                 "  [default: linear]"),
+    click.option("--density", type=float, help="share of entries kept by methods that sparsify"
+                 "  [default: 0.5]"),
     click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),
     click.option("--init", metavar="LIST", help="starts of D2C  [default: adapters,kmeans,random]"),
     click.option("--rounds", type=int, help="most rounds of one start  [default: 10]"),

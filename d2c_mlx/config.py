@@ -18,7 +18,10 @@ from d2c_mlx.errors import BudgetError, ConfigError
 __all__ = ["MERGE_METHODS", "RANK_VARIABLES", "SAVINGS", "STARTS", "RunConfig", "load_config"]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
-MERGE_METHODS = ("linear", "ties")
+MERGE_METHODS = (
+    "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
+    "regmean", "wudi", "lego", "concat", "factor-linear",
+)  # fmt: skip
 STARTS = ("adapters", "kmeans", "random")
 SAVINGS = (
     "head",
@@ -45,8 +48,8 @@ class RunConfig:
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
-        merge_method: "linear" or "ties".
-        density: share of entries that "ties" keeps.
+        merge_method: one of `MERGE_METHODS`, see docs/merging.md.
+        density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.
         init: starts of D2C, see `cluster.d2c`.
         rounds: most rounds of one start.

@@ -1,76 +1,34 @@
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loras import (
+    NUMERIC,
+    P,
+    Q,
+    R,
+    adapters_of,
+    assert_close,
+    dense,
+    dense_mean,
+    dims,
+    inputs_of,
+    lora_of,
+    merge_by,
+    truncated,
+)
 
 from d2c_mlx import cluster, config
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.merge import METHODS, merge_adapters, scaled
+from d2c_mlx.errors import AdapterError, ConfigError
+from d2c_mlx.merge import METHODS, WEIGHTED, merge_adapters, scaled
 from d2c_mlx.merge.core import factorise, to_core
-from d2c_mlx.merge.methods import linear, ties
 
-P, Q, R = "model.layers.0.q", "model.layers.0.v", "model.layers.1.q"
-
-
-def lora_of(rng, shape, rank, scale=1.0, dtype=mx.float32, size=1.0):
-    a = rng.normal(size=(shape[0], rank)) * size
-    b = rng.normal(size=(rank, shape[1])) * size
-    return LoRA(mx.array(a).astype(dtype), mx.array(b).astype(dtype), scale)
-
-
-def adapters_of(rng, n, shapes, max_rank=4, dtypes=(mx.float32, mx.float16)):
-    """Mixed ranks, scales and dtypes; modules go missing, but never all of an adapter's."""
-    adapters = []
-    for i in range(n):
-        keep = [path for j, path in enumerate(shapes) if j == i % len(shapes) or rng.random() < 0.6]
-        modules = {
-            path: lora_of(
-                rng,
-                shapes[path],
-                int(rng.integers(1, max_rank + 1)),
-                float(rng.uniform(0.1, 20)),
-                dtypes[int(rng.integers(len(dtypes)))],
-            )
-            for path in keep
-        }
-        adapters.append(Adapter(f"t{i}", modules, "base"))
-    return adapters
-
-
-def dense(lora):
-    """dW as (out, in), in float64, by a plain sum over the rank."""
-    a, b = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (lora.a, lora.b))
-    total = np.zeros((b.shape[1], a.shape[0]))
-    for r in range(a.shape[1]):
-        total += lora.scale * np.outer(b[r], a[:, r])
-    return total
-
-
-def dense_mean(adapters, path, shape):
-    total = np.zeros(shape[::-1])
-    for adapter in adapters:
-        if path in adapter.modules:
-            total += dense(adapter.modules[path])
-    return total / len(adapters)
-
-
-def truncated(matrix, rank):
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
-
-
-def assert_close(found, expected, size, rtol=1e-4):
-    """Relative to `size`, the norm of what was merged: a mean may cancel to nearly nothing."""
-    assert np.isfinite(found).all()
-    assert np.linalg.norm(found - expected) <= rtol * max(size, 1e-30)
-
-
-dims = st.integers(1, 9)
-# The same examples on every run: float32 may flip a sign or a threshold once in a million.
-NUMERIC = settings(deadline=None, derandomize=True)
-
+ROOT = Path(__file__).parents[1]
 
 # Linear
 
@@ -166,7 +124,7 @@ def test_result_names_and_layout():
 def test_one_adapter_is_returned_bit_for_bit(method, dtype):
     rng = np.random.default_rng(0)
     one = Adapter("a", {P: lora_of(rng, (6, 5), 2, 3.0, dtype), Q: lora_of(rng, (3, 3), 1)}, "base")
-    merged = merge_adapters([one], method, density=0.1)
+    merged = merge_by([one], method, density=0.1)
     assert merged.digest == one.digest
     for path, lora in one.modules.items():
         same = merged.modules[path]
@@ -177,17 +135,22 @@ def test_one_adapter_is_returned_bit_for_bit(method, dtype):
     assert merge_adapters([again]).sources == ("a", "b")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(4))
-def test_order_and_repetition_change_no_bit(method, seed):
-    rng = np.random.default_rng(seed)
-    adapters = adapters_of(rng, 4, {P: (9, 7), Q: (5, 11)})
-    merged = merge_adapters(adapters, method, rank=3)
-    assert merge_adapters(adapters, method, rank=3).digest == merged.digest
-    for _ in range(4):
-        order = rng.permutation(4)
-        again = merge_adapters([adapters[i] for i in order], method, rank=3)
-        assert (again.digest, again.name, again.sources) == (
+@settings(NUMERIC, max_examples=120)
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.tuples(dims, dims),
+    st.integers(1, 5),
+    st.permutations(range(4)),
+    st.sampled_from([0.1, 0.5, 1.0]),
+    st.integers(0, 10_000),
+)
+def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
+    adapters = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
+    options = {"density": density, "rank": rank, "seed": seed}
+    merged = merge_by(adapters, method, **options)
+    for again in (adapters, [adapters[i] for i in order]):
+        same = merge_by(again, method, **options)
+        assert (same.digest, same.name, same.sources) == (
             merged.digest,
             merged.name,
             merged.sources,
@@ -198,23 +161,51 @@ def test_order_and_repetition_change_no_bit(method, seed):
 def test_order_does_not_matter_among_equal_names(method):
     rng = np.random.default_rng(0)
     adapters = [Adapter("same", {P: lora_of(rng, (9, 7), 3)}) for _ in range(3)]
-    digests = {merge_adapters(adapters[i:] + adapters[:i], method).digest for i in range(3)}
+    digests = {merge_by(adapters[i:] + adapters[:i], method).digest for i in range(3)}
     assert len(digests) == 1
 
 
-# At density 1 TIES trims nothing, and equal entries agree.
-@pytest.mark.parametrize(("method", "density"), [("linear", 0.5), ("ties", 1.0)])
-@pytest.mark.parametrize("copies", [2, 3, 5])
-def test_equal_adapters_merge_to_themselves(method, density, copies):
-    rng = np.random.default_rng(0)
+# At density 1 nothing is trimmed or dropped.
+SELVES = ("linear", "ties", "dare-linear", "dare-ties", "emr", "knots", "regmean", "wudi", "concat")
+
+
+def equal_adapters(copies, seed=0, shape=(9, 7)):
+    rng = np.random.default_rng(seed)
     modules = {
-        P: lora_of(rng, (9, 7), 3, 4.0),
+        P: lora_of(rng, shape, 3, 4.0),
         Q: lora_of(rng, (1, 1), 2),
         R: lora_of(rng, (2, 8), 4),
     }
-    merged = merge_adapters([Adapter(f"t{i}", modules) for i in range(copies)], method, density)
+    return [Adapter(f"t{i}", modules) for i in range(copies)]
+
+
+def assert_same(merged, modules, times=1.0):
     for path, lora in modules.items():
-        assert_close(dense(merged.modules[path]), dense(lora), np.linalg.norm(dense(lora)), 1e-5)
+        expected = times * dense(lora)
+        assert_close(dense(merged.modules[path]), expected, np.linalg.norm(expected), 1e-5)
+
+
+@settings(NUMERIC, max_examples=80)
+@given(st.sampled_from(SELVES), st.integers(2, 5), st.tuples(dims, dims), st.integers(0, 10_000))
+def test_equal_adapters_merge_to_themselves(method, copies, shape, seed):
+    adapters = equal_adapters(copies, seed, shape)
+    assert_same(merge_by(adapters, method, density=1.0), adapters[0].modules)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_equal_adapters_where_a_method_defines_something_else(copies):
+    adapters = equal_adapters(copies)
+    modules = adapters[0].modules
+    assert_same(merge_adapters(adapters, "tsv", rank=4 * copies), modules)
+    assert_same(merge_adapters(adapters, "factor-linear"), modules, copies)
+    assert_same(merge_adapters(adapters, "lego"), modules)
+    for path, rank in ((P, 3), (Q, 1), (R, 2)):
+        alone = [Adapter(one.name, {path: one.modules[path]}) for one in adapters]
+        u, s, vt = np.linalg.svd(dense(modules[path]), full_matrices=False)
+        flat = copies * s[:rank].mean() * u[:, :rank] @ vt[:rank]
+        for method in ("iso-c", "iso-cts"):
+            merged = merge_adapters(alone, method, rank=rank)
+            assert_close(dense(merged.modules[path]), flat, np.linalg.norm(flat), 1e-5)
 
 
 @settings(NUMERIC, max_examples=30)
@@ -223,11 +214,14 @@ def test_equal_adapters_merge_to_themselves(method, density, copies):
 )
 def test_rank_is_at_most_what_was_asked(shape, n, rank, method):
     adapters = adapters_of(np.random.default_rng(n), n, {P: shape, Q: (4, 2)})
-    merged = merge_adapters(adapters, method, rank=rank)
-    assert merged.rank <= rank
+    merged = merge_by(adapters, method, rank=rank)
     for path, lora in merged.modules.items():
+        total = sum(a.modules[path].rank for a in adapters if path in a.modules)
+        assert lora.shape == next(a.modules[path].shape for a in adapters if path in a.modules)
         assert lora.a.shape[1] == lora.b.shape[0] == lora.rank
-        assert lora.rank <= sum(a.modules[path].rank for a in adapters if path in a.modules)
+        assert lora.rank <= min(rank, total) if method != "concat" else lora.rank == total
+        assert lora.scale == 1.0 and lora.a.dtype == lora.b.dtype == mx.float32
+        assert np.isfinite(dense(lora)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -238,7 +232,7 @@ def test_large_16_bit_factors_do_not_overflow(method, dtype):
     adapters = [
         Adapter(name, {P: lora_of(rng, (12, 10), 4, 64.0, dtype, size=1e4)}) for name in "ab"
     ]
-    merged = merge_adapters(adapters, method, density=1.0, rank=8)
+    merged = merge_by(adapters, method, density=1.0, rank=8)
     found = dense(merged.modules[P])
     assert np.isfinite(found).all() and np.abs(found).max() > 1e9
     if method == "linear":
@@ -250,10 +244,106 @@ def test_large_16_bit_factors_do_not_overflow(method, dtype):
 def test_updates_of_zero(method):
     rng = np.random.default_rng(0)
     zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 5)))
-    merged = merge_adapters([Adapter("a", {P: zero}), Adapter("b", {P: zero})], method)
+    merged = merge_by([Adapter("a", {P: zero}), Adapter("b", {P: zero})], method)
     assert np.array_equal(dense(merged.modules[P]), np.zeros((5, 6)))
-    half = merge_adapters([Adapter("a", {P: zero}), Adapter("b", {P: lora_of(rng, (6, 5), 2)})])
+    half = merge_by([Adapter("a", {P: zero}), Adapter("b", {P: lora_of(rng, (6, 5), 2)})], method)
     assert np.isfinite(dense(half.modules[P])).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_deficient_updates(method):
+    """Parallel columns, a column of zeros, and one task whose update is a multiple of another's."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(8, 1)), rng.normal(size=(3, 6))
+    a = np.concatenate([a, 2 * a, 0 * a], axis=1)
+    loras = [LoRA(mx.array(a), mx.array(b), scale) for scale in (1.0, -0.5)]
+    loras.append(lora_of(rng, (8, 6), 2, 3.0))
+    adapters = [Adapter(f"t{i}", {P: lora}) for i, lora in enumerate(loras)]
+    for rank in (1, 3, 20):
+        merged = merge_by(adapters, method, rank=rank)
+        found = dense(merged.modules[P])
+        assert np.isfinite(found).all()
+        assert np.linalg.norm(found) < 10 * sum(np.linalg.norm(dense(lora)) for lora in loras)
+
+
+@pytest.mark.parametrize("method", ["dare-linear", "dare-ties", "lego"])
+def test_seeds(method):
+    adapters = adapters_of(np.random.default_rng(3), 4, {P: (12, 10), Q: (9, 9)})
+    digests = [merge_adapters(adapters, method, rank=2, seed=seed).digest for seed in (0, 1, 0)]
+    assert digests[0] == digests[2]
+    if method != "lego":  # K-Means may find the same clusters from another seed.
+        assert digests[0] != digests[1]
+        lora = lora_of(np.random.default_rng(0), (9, 7), 4)
+        merged = merge_adapters([Adapter(name, {P: lora, Q: lora}) for name in "ab"], method)
+        assert not mx.array_equal(merged.modules[P].a, merged.modules[Q].a)
+
+
+def test_weights_follow_their_adapters():
+    adapters = adapters_of(np.random.default_rng(0), 3, {P: (9, 7), Q: (5, 6)})
+    weights = [2.0, -0.5, 0.25]
+    for method in WEIGHTED:
+        merged = merge_adapters(adapters, method, weights=weights, rank=20)
+        again = merge_adapters(adapters[::-1], method, weights=weights[::-1], rank=20)
+        assert merged.digest == again.digest
+        if method != "factor-linear":
+            for path, lora in merged.modules.items():
+                pairs = [
+                    (w, a.modules[path]) for w, a in zip(weights, adapters) if path in a.modules
+                ]
+                expected = sum(w * dense(lora) for w, lora in pairs)
+                assert_close(dense(lora), expected, np.linalg.norm(expected), 1e-5)
+    twice = merge_adapters(adapters[:1], weights=[2.0])
+    assert_same(twice, adapters[0].modules, 2.0)
+
+
+def test_options_that_are_wrong_are_named():
+    adapters = adapters_of(np.random.default_rng(0), 3, {P: (9, 7), Q: (5, 6)})
+    wrong = {
+        "density: found 0.0": {"density": 0.0},
+        "rank: found 0": {"rank": 0},
+        "weights: 'ties' takes none": {"method": "ties", "weights": [1, 1, 1]},
+        "weights: found": {"weights": [1.0, float("nan"), 1.0]},
+        "activations: 'linear' takes none": {"activations": {}},
+        "activations: 'regmean' needs 3 arrays.*2 lack them": {"method": "regmean"},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            merge_adapters(adapters, **options)
+    with pytest.raises(ConfigError) as error:
+        merge_adapters([], density=2.0, rank=-1)
+    assert len(error.value.problems) == 3
+    inputs = inputs_of(adapters)
+    inputs[P][1] = np.zeros((4, 8))
+    with pytest.raises(ConfigError, match="activations: model.layers.0.q.*expected .n_tokens, 9."):
+        merge_adapters(adapters, "regmean", activations=inputs)
+
+
+def test_adapters_of_different_bases_are_refused():
+    rng = np.random.default_rng(0)
+    adapters = [Adapter(str(i), {P: lora_of(rng, (4 + i, 5), 1)}) for i in range(2)]
+    with pytest.raises(AdapterError, match="model.layers.0.q: .*different base models.*4, 5.*5, 5"):
+        merge_adapters(adapters)
+
+
+def test_the_table_of_the_documents_is_true():
+    """docs/merging.md: one row per method, each of which runs on whatever is put together."""
+    text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    assert [row[0].strip("`") for row in rows] == list(METHODS)
+    adapters = adapters_of(np.random.default_rng(1), 5, {P: (9, 7), Q: (5, 6), R: (4, 4)})
+    assert len({lora.rank for one in adapters for lora in one.modules.values()}) > 2
+    assert len({tuple(one.modules) for one in adapters}) > 1
+    for name, *cells in rows:
+        assert len(cells) == 3 and all(cells)
+        merged = merge_by(adapters, name.strip("`"))
+        assert set(merged.modules) == {P, Q, R}
+        assert merge_by(adapters[:1], name.strip("`")).digest == adapters[0].digest
+    named = set(re.findall(r"`([a-z_-]+)=", text))
+    assert named <= {"seed", "weights", "density", "rank", "activations"}
 
 
 def test_unknown_method():
@@ -267,79 +357,6 @@ def test_unknown_method():
 def test_lists_repeated_in_config_are_true():
     assert config.MERGE_METHODS == tuple(METHODS)
     assert config.STARTS == cluster.INITS
-
-
-# TIES
-
-
-def loop_ties(cores, density):
-    """TIES entry by entry, as the paper writes it."""
-    n, height, width = cores.shape
-    keep = max(1, round(density * height * width))
-    trimmed = []
-    for core in cores:
-        ranked = sorted((abs(float(x)) for x in core.ravel()), reverse=True)
-        trimmed.append(
-            [[float(x) if abs(x) >= ranked[keep - 1] else 0.0 for x in row] for row in core]
-        )
-    merged = np.zeros((height, width))
-    for i in range(height):
-        for j in range(width):
-            values = [core[i][j] for core in trimmed]
-            total = sum(values)
-            agree = [x for x in values if x * total > 0]
-            if agree:
-                merged[i, j] = sum(agree) / len(agree)
-    return merged
-
-
-@settings(NUMERIC, max_examples=40)
-@given(
-    st.tuples(st.integers(1, 4), dims, dims),
-    st.sampled_from([0.01, 0.2, 0.5, 0.77, 1.0]),
-    st.integers(0, 10_000),
-)
-def test_ties_entry_by_entry(shape, density, seed):
-    cores = np.random.default_rng(seed).normal(size=shape)
-    before = cores.copy()
-    assert ties(cores, density) == pytest.approx(loop_ties(cores, density))
-    assert np.array_equal(cores, before)
-
-
-def test_ties_by_hand():
-    cores = np.array([[[4.0, -1.0, 2.0, 0.1]], [[-1.0, -3.0, 2.5, 0.2]], [[6.0, 5.0, 0.3, -0.4]]])
-    # Half of each is kept: [4, ., 2, .], [., -3, 2.5, .], [6, 5, ., .]. Column 1: +5 outweighs -3.
-    assert ties(cores, 0.5) == pytest.approx(np.array([[5.0, 5.0, 2.25, 0.0]]))
-    # Sums of exactly zero elect no sign.
-    assert ties(np.array([[[3.0]], [[-3.0]]]), 1.0).tolist() == [[0.0]]
-
-
-def test_linear_core_is_the_mean():
-    cores = np.arange(12.0).reshape(3, 2, 2)
-    assert linear(cores, 0.1) == pytest.approx(cores.sum(axis=0) / 3)
-
-
-@settings(NUMERIC, max_examples=20)
-@given(st.tuples(dims, dims), st.integers(2, 4), st.sampled_from([0.2, 0.5]), st.integers(0, 1000))
-def test_ties_merge_against_an_own_core_space(shape, n, density, seed):
-    rng = np.random.default_rng(seed)
-    # Sum of ranks at most the smaller dimension: the core is the same up to signs of its axes,
-    # which TIES does not care about.
-    shape = (shape[0] + 8, shape[1] + 8)
-    adapters = [
-        Adapter(
-            f"t{i}", {P: lora_of(rng, shape, int(rng.integers(1, 3)), float(rng.uniform(1, 9)))}
-        )
-        for i in range(n)
-    ]
-    loras = [adapter.modules[P] for adapter in adapters]
-    a = np.concatenate([np.array(lora.a, dtype=np.float64) for lora in loras], axis=1)
-    b = np.concatenate([lora.scale * np.array(lora.b, dtype=np.float64) for lora in loras], axis=0)
-    q_a, q_b = np.linalg.qr(a)[0], np.linalg.qr(b.T)[0]
-    cores = np.stack([q_b.T @ dense(lora) @ q_a for lora in loras])
-    expected = q_b @ loop_ties(np.where(abs(cores) < 1e-5, 0, cores), density) @ q_a.T
-    found = merge_adapters(adapters, "ties", density, rank=100).modules[P]
-    assert_close(dense(found), expected, np.linalg.norm(expected))
 
 
 # The core space
@@ -358,8 +375,11 @@ def test_core_space_is_lossless(shape, ranks, seed):
         )
         for r in ranks
     ]
-    q_a, q_b, cores = to_core(factors)
+    space = to_core(factors)
+    q_a, q_b, cores = space.q_a, space.q_b, space.updates
     assert len(cores) == len(ranks)
+    weights = rng.normal(size=len(ranks))
+    assert space.weighted_sum(weights) == pytest.approx(np.tensordot(weights, cores, 1), abs=1e-4)
     assert q_a.shape[1] <= sum(ranks) and q_b.shape[1] <= sum(ranks)
     assert q_a.T @ q_a == pytest.approx(np.eye(q_a.shape[1]), abs=1e-5)
     for (a, b), core in zip(factors, cores):

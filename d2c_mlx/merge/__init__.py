@@ -1,20 +1,99 @@
-"""Merge adapters on dW, whatever their ranks and target modules."""
+"""Merge adapters on dW, whatever their ranks and target modules.
+
+docs/merging.md says when to use which method. A method is a pure function of one module's factors
+and of `Options`; those that work in core space are composed from sparsify.py and combine.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.merge.core import factorise, to_core
-from d2c_mlx.merge.methods import linear, ties
+from d2c_mlx.errors import AdapterError, ConfigError
+from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, linear, ties
+from d2c_mlx.merge.core import CoreSpace, Factors, factorise, to_core
+from d2c_mlx.merge.data import regmean
+from d2c_mlx.merge.factorwise import concat, factor_linear
+from d2c_mlx.merge.optimise import wudi
+from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
+from d2c_mlx.merge.units import lego
 
-__all__ = ["METHODS", "merge_adapters", "scaled"]
+__all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "scaled"]
 
-METHODS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {"linear": linear, "ties": ties}
+# Module path -> for every adapter its tokens at that module's input, `(n_tokens, in)`.
+Activations = Mapping[str, Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method may ask beside the factors of one module.
+
+    Attributes:
+        rank: most columns of the result; `concat` alone does not look at it.
+        density: share of entries kept.
+        seed: for a method, that of its module, below 2^32.
+        weights: `(T,)`.
+        scales: T, what was folded into each b.
+        activations: T arrays `(n_tokens, in)`; empty if none were given.
+    """
+
+    rank: int
+    density: float
+    seed: int
+    weights: np.ndarray
+    scales: tuple[float, ...] = ()
+    activations: Sequence[np.ndarray] = ()
+
+
+Method = Callable[[Sequence[Factors], Options], Factors]
+
+
+def _in_core(merge: Callable[[CoreSpace, Options], np.ndarray]) -> Method:
+    """A method on whole factors from one that gives the merged core `(q, p)`."""
+
+    def method(factors: Sequence[Factors], options: Options) -> Factors:
+        space = to_core(factors)
+        return factorise(merge(space, options), space.q_a, space.q_b, options.rank)
+
+    return method
+
+
+def _truncated(factors: Sequence[Factors], options: Options) -> Factors:
+    """The sum of the pairs in at most `options.rank` columns."""
+    space = to_core(factors)
+    core = space.weighted_sum(np.ones(len(factors)))
+    return factorise(core, space.q_a, space.q_b, options.rank)
+
+
+def _factor_linear(factors: Sequence[Factors], options: Options) -> Factors:
+    a, b = factor_linear(factors, options.weights, options.scales)
+    # PEFT's own bits unless fewer columns were asked for.
+    return (a, b) if len(b) <= options.rank else _truncated([(a, b)], options)
+
+
+METHODS: dict[str, Method] = {
+    "linear": _in_core(lambda space, o: linear(space, o.weights)),
+    "ties": _in_core(lambda space, o: ties(space.updates, o.density)),
+    "dare-linear": _in_core(lambda space, o: dare_linear(space.updates, o.density, o.seed)),
+    "dare-ties": _in_core(lambda space, o: dare_ties(space.updates, o.density, o.seed)),
+    "emr": _in_core(lambda space, o: emr(space.updates)),
+    "tsv": _in_core(lambda space, o: tsv(space, o.rank)),
+    "knots": _in_core(lambda space, o: knots(space, o.density)),
+    "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
+    "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
+    "regmean": lambda factors, o: _truncated(regmean(factors, o.activations), o),
+    "wudi": _in_core(lambda space, o: wudi(space)),
+    "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),
+    "concat": lambda factors, o: concat(factors, o.weights),
+    "factor-linear": _factor_linear,
+}
+WEIGHTED = ("linear", "concat", "factor-linear")
 
 
 def merge_adapters(
@@ -22,48 +101,118 @@ def merge_adapters(
     method: str = "linear",
     density: float = 0.5,
     rank: int | None = None,
+    *,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    activations: Activations | None = None,
 ) -> Adapter:
-    """Merge into one adapter, defined on dW and truncated to `rank`.
+    """Merge into one adapter.
 
     A module that some adapters do not have counts as a zero update of those. The order of
-    `adapters` does not matter. One adapter is returned as it is.
+    `adapters` does not matter. One adapter without `weights` is returned as it is.
 
     Args:
         adapters: at least one, all of the same base model.
         method: a key of `METHODS`.
-        density: share of entries kept, for methods that trim.
-        rank: of the result; None takes the largest rank of `adapters`.
+        density: share of entries kept, for methods that sparsify.
+        rank: most columns of every module of the result; None takes the largest rank of
+            `adapters`. `concat` keeps all columns whatever is asked.
+        seed: of methods that draw; every module draws its own numbers.
+        weights: one per adapter, for the methods in `WEIGHTED`; None is 1 / n each.
+        activations: for `regmean`, see `inputs.input_activations`; arrays in the order of
+            `adapters`, also of those that do not have the module.
 
     Returns:
         float32 factors with scale 1, named after the sorted members.
 
     Raises:
-        ConfigError: unknown method.
+        ConfigError: unknown method, an option out of range, or one that the method needs or does
+            not know.
+        AdapterError: a module has different shapes: the adapters are of different base models.
     """
+    _check(adapters, method, density, rank, weights, activations)
+    order = _sorted_indices(adapters)
+    members = [adapters[i] for i in order]
+    names = tuple(adapter.name for adapter in members)
+    if len(members) == 1 and weights is None:
+        only = members[0]
+        return Adapter(only.name, only.modules, only.base, only.sources or names)
+    shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
+    rank = rank or max(adapter.rank for adapter in members)
+    options = Options(rank, density, seed, np.array(shares, np.float64))
+    modules = {}
+    for path in sorted({path for adapter in members for path in adapter.modules}):
+        if activations:
+            options = replace(options, activations=[activations[path][i] for i in order])
+        modules[path] = _merge_module(path, members, METHODS[method], options)
+    return Adapter("+".join(names), modules, members[0].base, names)
+
+
+def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
+    """By name, and by content where names are equal: a digest reads every byte of an adapter."""
+    counts = Counter(adapter.name for adapter in adapters)
+    keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
+    return sorted(range(len(adapters)), key=keys.__getitem__)
+
+
+def _merge_module(path: str, members: Sequence[Adapter], method: Method, options: Options) -> LoRA:
+    loras = [adapter.modules.get(path) for adapter in members]
+    shapes = sorted({lora.shape for lora in loras if lora is not None})
+    if len(shapes) > 1:
+        raise AdapterError(
+            f"{path}: adapters of different base models cannot be merged: found in, out ="
+            f" {' and '.join(map(str, shapes))}"
+        )
+    ((width, out),) = shapes
+    wrong = [x.shape for x in options.activations if x.ndim != 2 or x.shape[1] != width]
+    if wrong:
+        raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
+    options = replace(
+        options,
+        seed=zlib.crc32(f"{options.seed} {path}".encode()),
+        scales=tuple(lora.scale if lora else 1.0 for lora in loras),
+    )
+    nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+    a, b = method([lora.factors() if lora else nothing for lora in loras], options)
+    return LoRA(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32)))
+
+
+def _check(
+    adapters: Sequence[Adapter],
+    method: str,
+    density: float,
+    rank: int | None,
+    weights: Sequence[float] | None,
+    activations: Activations | None,
+) -> None:
+    """Raises ConfigError with every problem of the options."""
     if method not in METHODS:
         raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {list(METHODS)}")
-    adapters = sorted(adapters, key=lambda adapter: (adapter.name, adapter.digest))
-    names = tuple(adapter.name for adapter in adapters)
-    if len(adapters) == 1:
-        only = adapters[0]
-        return Adapter(only.name, only.modules, only.base, only.sources or names)
-    rank = rank or max(adapter.rank for adapter in adapters)
-    paths = sorted({path for adapter in adapters for path in adapter.modules})
-    modules = {
-        path: _merge_module(
-            [adapter.modules.get(path) for adapter in adapters], method, density, rank
-        )
-        for path in paths
-    }
-    return Adapter("+".join(names), modules, adapters[0].base, names)
-
-
-def _merge_module(loras: Sequence[LoRA | None], method: str, density: float, rank: int) -> LoRA:
-    shape = next(lora.shape for lora in loras if lora is not None)
-    nothing = np.zeros((shape[0], 0), np.float32), np.zeros((0, shape[1]), np.float32)
-    q_a, q_b, cores = to_core([lora.factors() if lora else nothing for lora in loras])
-    a, b = factorise(METHODS[method](cores, density), q_a, q_b, rank)
-    return LoRA(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32)))
+    problems = []
+    if not adapters:
+        problems.append("adapters: found none, expected at least one to merge")
+    if not 0 < density <= 1:
+        problems.append(f"density: found {density}, expected above 0 and at most 1")
+    if rank is not None and rank < 1:
+        problems.append(f"rank: found {rank}, expected 1 or more")
+    if weights is not None:
+        if method not in WEIGHTED:
+            problems.append(f"weights: {method!r} takes none; these do: {list(WEIGHTED)}")
+        elif len(weights) != len(adapters) or not np.isfinite(weights).all():
+            problems.append(f"weights: found {weights}, expected {len(adapters)} finite numbers")
+    if method == "regmean" and len(adapters) > 1:
+        paths = sorted({path for adapter in adapters for path in adapter.modules})
+        given = activations or {}
+        missing = [path for path in paths if len(given.get(path, ())) != len(adapters)]
+        if missing:
+            problems.append(
+                f"activations: 'regmean' needs {len(adapters)} arrays, one per adapter, for every"
+                f" module; {len(missing)} lack them (first: {missing[0]})"
+            )
+    elif activations is not None and method != "regmean":
+        problems.append(f"activations: {method!r} takes none; 'regmean' does")
+    if problems:
+        raise ConfigError(problems)
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:

@@ -8,40 +8,95 @@ any mix of ranks. Source: Core Space Merging, https://arxiv.org/abs/2509.17786.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
-__all__ = ["factorise", "to_core"]
+__all__ = ["CoreSpace", "Factors", "factorise", "to_core"]
 
 Factors = tuple[np.ndarray, np.ndarray]
 
 
-def to_core(factors: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class CoreSpace:
+    """T updates of one module: `dW_i = q_b @ updates[i] @ q_a.T`.
+
+    Attributes:
+        q_a: `(in, p)`, orthonormal columns, p at most the sum of ranks.
+        q_b: `(out, q)`, the same for the outputs.
+        r_a: `(p, R)`, the stacked columns of `a` in these coordinates.
+        r_b: `(q, R)`, the stacked rows of `b`.
+        ranks: of the T updates; their sum is R.
+    """
+
+    q_a: np.ndarray
+    q_b: np.ndarray
+    r_a: np.ndarray
+    r_b: np.ndarray
+    ranks: tuple[int, ...]
+
+    @property
+    def parts(self) -> list[Factors]:
+        """T pairs `(q, r_i)`, `(p, r_i)` of columns: `updates[i] = left @ right.T`."""
+        ends = np.cumsum(self.ranks)[:-1]
+        return list(zip(np.split(self.r_b, ends, axis=1), np.split(self.r_a, ends, axis=1)))
+
+    @property
+    def updates(self) -> np.ndarray:
+        """`(T, q, p)` the updates, computed anew: much larger than their `parts` for many tasks."""
+        return np.stack([left @ right.T for left, right in self.parts])
+
+    def weighted_sum(self, weights: np.ndarray) -> np.ndarray:
+        """`(q, p)` sum of the updates times `weights (T,)`, one product for all."""
+        spread = np.repeat(weights, self.ranks).astype(self.r_b.dtype)
+        return (self.r_b * spread) @ self.r_a.T
+
+
+def to_core(factors: Sequence[Factors]) -> CoreSpace:
     """Move T updates of one module into their common core space.
 
     Args:
-        factors: T pairs `a (in, r_i)`, `b (r_i, out)`, float32, scales folded into b.
-
-    Returns:
-        `(q_a, q_b, cores)` of shapes `(in, p)`, `(out, q)`, `(T, q, p)` with
-        `dW_i = q_b @ cores[i] @ q_a.T` and p, q at most the sum of ranks.
+        factors: T pairs `a (in, r_i)`, `b (r_i, out)`, scales folded into b; r_i may be 0.
     """
-    q_a, r_a = np.linalg.qr(np.concatenate([a for a, _ in factors], axis=1))
-    q_b, r_b = np.linalg.qr(np.concatenate([b.T for _, b in factors], axis=1))
-    ends = np.cumsum([a.shape[1] for a, _ in factors])[:-1]
-    parts = zip(np.split(r_b, ends, axis=1), np.split(r_a, ends, axis=1))
-    return q_a, q_b, np.stack([left @ right.T for left, right in parts])
+    q_a, r_a = _qr([a.T for a, _ in factors])
+    q_b, r_b = _qr([b for _, b in factors])
+    return CoreSpace(q_a, q_b, r_a, r_b, tuple(len(b) for _, b in factors))
+
+
+def _qr(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    # numpy's QR computes in float64 whatever it is given: three times slower for float32. The
+    # transpose of stacked rows is in LAPACK's order and is overwritten: no copy of the stack.
+    stack = np.concatenate(rows).T
+    return scipy.linalg.qr(stack, mode="economic", overwrite_a=True, check_finite=False)
 
 
 def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> Factors:
     """The best rank-`rank` factors of `q_b @ core @ q_a.T`, singular values split evenly.
 
+    The left singular vectors are eigenvectors of the core's Gram matrix, of which only the
+    leading ones are computed. In float64 that loses singular values below 1e-8 of the largest,
+    less than float32 factors can hold.
+
+    Args:
+        core: `(q, p)`.
+        q_a: `(in, p)`, orthonormal columns.
+        q_b: `(out, q)`, orthonormal columns.
+        rank: at least 1.
+
     Returns:
         `a (in, r)`, `b (r, out)` with r = min(rank, size of the core). Eckart-Young: no other
         factors of this rank are closer to dW in Frobenius norm.
     """
-    u, s, vt = np.linalg.svd(core, full_matrices=False)
-    root = np.sqrt(s[:rank])
-    a = (q_a @ vt[:rank].T) * root
-    b = (root[:, None] * u[:, :rank].T) @ q_b.T
-    return a, b
+    if core.shape[0] > core.shape[1]:
+        b, a = factorise(core.T, q_b, q_a, rank)
+        return a.T, b.T
+    wide = core.astype(np.float64)
+    size = len(wide)
+    leading = [max(0, size - rank), size - 1]
+    _, u = scipy.linalg.eigh(wide @ wide.T, subset_by_index=leading, check_finite=False)
+    vt = u.T @ wide
+    root = np.sqrt(np.linalg.norm(vt, axis=1))
+    vt /= np.where(root > 0, root, 1)[:, None]
+    dtype = core.dtype
+    return q_a @ vt.T.astype(dtype), (root[:, None] * u.T).astype(dtype) @ q_b.T

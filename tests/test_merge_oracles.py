@@ -1,0 +1,503 @@
+"""Every merge method against a dense one in float64, written from its paper."""
+
+import itertools
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from loras import (
+    NUMERIC,
+    P,
+    Q,
+    adapters_of,
+    assert_close,
+    dense,
+    dims,
+    inputs_of,
+    lora_of,
+    truncated,
+)
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.merge import merge_adapters
+from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, emr_modulators, linear, ties
+from d2c_mlx.merge.core import CoreSpace, to_core
+from d2c_mlx.merge.data import regmean
+from d2c_mlx.merge.optimise import wudi
+from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
+
+counts = st.integers(2, 4)
+seeds = st.integers(0, 10_000)
+
+
+def mixed_ranks(n, shape, seed, max_rank=2):
+    """Adapters of one module P with ranks 1 to `max_rank` and different scales."""
+    return adapters_of(np.random.default_rng(seed), n, {P: shape}, max_rank, (mx.float32,))
+
+
+def deltas(adapters):
+    return [dense(adapter.modules[P]) for adapter in adapters]
+
+
+def own_space(adapters):
+    """`(q_a, q_b, dense dW in these coordinates)`, from float64 stacks."""
+    loras = [adapter.modules[P] for adapter in adapters]
+    a = np.concatenate([np.array(lora.a, dtype=np.float64) for lora in loras], axis=1)
+    b = np.concatenate([lora.scale * np.array(lora.b, dtype=np.float64) for lora in loras], axis=0)
+    q_a, q_b = np.linalg.qr(a)[0], np.linalg.qr(b.T)[0]
+    cores = np.stack([q_b.T @ dense(lora) @ q_a for lora in loras])
+    # What is zero in exact arithmetic has no sign.
+    return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
+
+
+def as_space(cores):
+    """A core space whose updates are `cores (T, q, p)`."""
+    n, q, p = cores.shape
+    eyes = np.tile(np.eye(p, dtype=cores.dtype), n)
+    return CoreSpace(np.eye(p), np.eye(q), eyes, np.concatenate(list(cores), axis=1), (p,) * n)
+
+
+def assert_merges(adapters, method, expected, rtol=1e-4, **options):
+    rank = options.pop("rank", 100)
+    found = dense(merge_adapters(adapters, method, rank=rank, **options).modules[P])
+    size = max(np.linalg.norm(expected), max(map(np.linalg.norm, deltas(adapters))))
+    assert_close(found, expected, size, rtol)
+
+
+# Entry by entry
+
+
+def loop_elect(trimmed, choose):
+    """`choose` from the values of every entry that have the sign of their sum."""
+    merged = np.zeros(trimmed[0].shape)
+    for i, j in np.ndindex(*merged.shape):
+        values = [float(core[i, j]) for core in trimmed]
+        agree = [x for x in values if x * sum(values) > 0]
+        if agree:
+            merged[i, j] = choose(agree)
+    return merged
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def loop_trim(core, density):
+    keep = max(1, round(density * core.size))
+    ranked = sorted((abs(float(x)) for x in core.ravel()), reverse=True)
+    return np.array([[x if abs(x) >= ranked[keep - 1] else 0.0 for x in row] for row in core])
+
+
+def loop_ties(cores, density):
+    return loop_elect([loop_trim(core, density) for core in cores], mean)
+
+
+def loop_drop(cores, density, seed):
+    """One draw after the other."""
+    rng = np.random.default_rng(seed)
+    dropped = np.zeros(cores.shape)
+    for index in np.ndindex(*cores.shape):
+        if rng.random() < density:
+            dropped[index] = cores[index] / density
+    return dropped
+
+
+densities = st.sampled_from([0.01, 0.2, 0.5, 0.77, 1.0])
+
+
+@settings(NUMERIC, max_examples=40)
+@given(st.tuples(st.integers(1, 4), dims, dims), densities, seeds)
+def test_entries_one_by_one(shape, density, seed):
+    cores = np.random.default_rng(seed).normal(size=shape)
+    before = cores.copy()
+    assert ties(cores, density) == pytest.approx(loop_ties(cores, density))
+    dropped = loop_drop(cores, density, seed)
+    assert dare_linear(cores, density, seed) == pytest.approx(sum(dropped) / len(cores))
+    assert dare_ties(cores, density, seed) == pytest.approx(loop_elect(dropped, mean))
+    assert emr(cores) == pytest.approx(loop_elect(cores, lambda x: max(x, key=abs)))
+    assert np.array_equal(cores, before)
+
+
+def test_ties_by_hand():
+    cores = np.array([[[4.0, -1.0, 2.0, 0.1]], [[-1.0, -3.0, 2.5, 0.2]], [[6.0, 5.0, 0.3, -0.4]]])
+    # Half of each is kept: [4, ., 2, .], [., -3, 2.5, .], [6, 5, ., .]. Column 1: +5 outweighs -3.
+    assert ties(cores, 0.5) == pytest.approx(np.array([[5.0, 5.0, 2.25, 0.0]]))
+    # Sums of exactly zero elect no sign.
+    assert ties(np.array([[[3.0]], [[-3.0]]]), 1.0).tolist() == [[0.0]]
+
+
+@settings(NUMERIC, max_examples=20)
+@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5]), seeds)
+def test_entries_in_an_own_core_space(shape, n, density, seed):
+    # Sum of ranks at most the smaller dimension: the core is the same up to signs of its axes,
+    # which no entry-wise method cares about.
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    q_a, q_b, cores = own_space(adapters)
+    dropped = loop_drop(cores, density, zlib.crc32(f"{seed} {P}".encode()))
+    for method, core in {
+        "ties": loop_ties(cores, density),
+        "dare-linear": sum(dropped) / n,
+        "dare-ties": loop_elect(dropped, mean),
+        "emr": loop_elect(cores, lambda x: max(x, key=abs)),
+    }.items():
+        assert_merges(adapters, method, q_b @ core @ q_a.T, density=density, seed=seed)
+
+
+def test_dare_is_the_mean_in_expectation():
+    cores = np.random.default_rng(0).normal(size=(3, 4, 5))
+    total = sum(dare_linear(cores, 0.3, seed) for seed in range(4000)) / 4000
+    # The variance of one draw is x^2 (1 / density - 1).
+    error = 4 * np.sqrt((cores**2).sum(axis=0) * (1 / 0.3 - 1) / 9 / 4000)
+    assert (abs(total - cores.mean(axis=0)) < error).all()
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(counts, dims, dims), seeds)
+def test_emr_modulators(shape, seed):
+    cores = np.random.default_rng(seed).normal(size=shape)
+    cores[0] = 0
+    unified = emr(cores)
+    masks, rescalers = emr_modulators(cores)
+    assert masks.dtype == bool and masks.shape == shape and rescalers.shape == shape[:1]
+    assert not masks[0].any() and rescalers[0] == 0
+    for core, mask, rescaler in zip(cores[1:], masks[1:], rescalers[1:]):
+        kept = 0.0
+        for index in np.ndindex(*core.shape):
+            assert mask[index] == (core[index] * unified[index] > 0)
+            kept += abs(unified[index]) if mask[index] else 0.0
+        # As large as the task's own by its sum of magnitudes, if it agrees anywhere.
+        assert rescaler * kept == pytest.approx(abs(core).sum() if kept else 0)
+        assert kept or rescaler == 0
+    alone = emr_modulators(cores[1:2])
+    assert alone[0].all() and alone[1] == pytest.approx(1)
+
+
+# Singular vectors
+
+
+def svd(matrix, n):
+    u, s, vt = np.linalg.svd(matrix)
+    return u[:, :n], s[:n], vt[:n]
+
+
+def polar(columns):
+    """The nearest orthonormal matrix by Newton's iteration for the polar factor."""
+    x = columns / np.linalg.norm(columns, 2)
+    for _ in range(60):
+        x = 1.5 * x - 0.5 * x @ x.T @ x
+    return x
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 3), seeds)
+def test_tsv(shape, n, per_task, seed):
+    rng = np.random.default_rng(seed)
+    shape = (shape[0] + 12, shape[1] + 12)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 3 + i % 2, 1 + i)}) for i in range(n)]
+    triplets = [svd(delta, per_task) for delta in deltas(adapters)]
+    u = polar(np.concatenate([u for u, _, _ in triplets], axis=1))
+    v = polar(np.concatenate([vt.T for _, _, vt in triplets], axis=1))
+    expected = u @ np.diag(np.concatenate([s for _, s, _ in triplets])) @ v.T
+    assert_merges(adapters, "tsv", expected, 2e-4, rank=per_task * n)
+    # Rounded up where it does not divide, then truncated.
+    fewer = truncated(expected, per_task * n - 1)
+    assert_merges(adapters, "tsv", fewer, 2e-4, rank=per_task * n - 1)
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+def test_iso_c(shape, n, rank, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    total = sum(deltas(adapters))
+    rank = min(rank, np.linalg.matrix_rank(total, tol=1e-4))
+    u, s, vt = svd(total, rank)
+    assert_merges(adapters, "iso-c", s.mean() * u @ vt, 1e-3, rank=int(rank))
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), st.integers(2, 3), st.integers(1, 14), seeds)
+def test_iso_cts(shape, n, rank, seed):
+    rng = np.random.default_rng(seed)
+    shape = (shape[0] + 16, shape[1] + 16)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 5)}) for i in range(n)]
+    found, tasks = merge_adapters(adapters, "iso-cts", rank=rank), deltas(adapters)
+    size = min(rank, 5 * n)
+    own = round((size - int(0.8 * size)) / n)
+    u, s, vt = svd(sum(tasks), size - own * n)
+    left, values, right = [u], [s], [vt.T]
+    for delta in tasks:
+        rest = svd((np.eye(shape[1]) - u @ u.T) @ delta, own)
+        left, values, right = [*left, rest[0]], [*values, rest[1]], [*right, rest[2].T]
+    expected = np.concatenate(values).mean() * (
+        polar(np.concatenate(left, axis=1)) @ polar(np.concatenate(right, axis=1)).T
+    )
+    assert_close(dense(found.modules[P]), expected, np.linalg.norm(expected), 1e-3)
+
+
+def test_iso_cts_has_directions_that_iso_c_has_not():
+    rng = np.random.default_rng(0)
+    cores = as_space(rng.normal(size=(2, 12, 12)))
+    assert np.linalg.norm(iso_cts(cores, 10) - iso_c(cores, 10)) > 1
+    assert iso_cts(cores, 2) == pytest.approx(iso_c(cores, 2))
+    for merged in (iso_cts(cores, 10), iso_c(cores, 10)):
+        s = np.linalg.svd(merged, compute_uv=False)
+        assert s[:10] == pytest.approx(s[0]) and s[10:] == pytest.approx(0)
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5, 1.0]), st.booleans(), seeds)
+def test_knots(shape, n, density, same_outputs, seed):
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    if same_outputs:  # Fewer common left singular vectors than the sum of ranks.
+        b = mx.array(np.random.default_rng(seed).normal(size=(2, shape[1] + 8)))
+        loras = [adapter.modules[P] for adapter in adapters]
+        loras = [LoRA(lora.a, b[: lora.rank], lora.scale) for lora in loras]
+        adapters = [Adapter(one.name, {P: lora}) for one, lora in zip(adapters, loras)]
+    q_a, _, _ = own_space(adapters)
+    side_by_side = np.concatenate(deltas(adapters), axis=1)
+    u, s, vt = np.linalg.svd(side_by_side, full_matrices=False)
+    k = np.linalg.matrix_rank(side_by_side, tol=1e-4)
+    parts = np.split(np.diag(s[:k]) @ vt[:k], n, axis=1)
+    cores = np.stack([part @ q_a for part in parts])
+    cores[abs(cores) <= 1e-6 * abs(cores).max()] = 0
+    expected = u[:, :k] @ loop_ties(cores, density) @ q_a.T
+    assert_merges(adapters, "knots", expected, 1e-3, density=density)
+
+
+def test_knots_with_a_mean_inside_is_linear():
+    space = to_core([(x, x.T) for x in np.random.default_rng(0).normal(size=(3, 9, 2))])
+    updates = space.updates
+    u = np.linalg.svd(np.concatenate(updates, axis=1), full_matrices=False)[0]
+    inside = u @ (u.T @ updates).mean(axis=0)
+    assert inside == pytest.approx(linear(space, np.full(3, 1 / 3)))
+    # One task alone: TIES at density 1 changes nothing.
+    assert knots(as_space(updates[:1]), 1.0) == pytest.approx(updates[0])
+
+
+def test_a_polar_factor_of_parallel_vectors_is_no_noise():
+    """TSV of two tasks with one common direction: what separates the copies is only rounding."""
+    rng = np.random.default_rng(0)
+    u, v = rng.normal(size=(2, 8))
+    u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
+    noise = 1e-7 * rng.normal(size=(2, 8, 8))
+    cores = as_space((3 * np.outer(u, v) + noise).astype(np.float32))
+    assert tsv(cores, 2) == pytest.approx(3 * np.outer(u, v), abs=1e-5)
+    assert iso_cts(cores, 8) == pytest.approx(6 * np.outer(u, v), abs=1e-5)
+
+
+# Objectives and data
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_wudi_is_the_least_squares_solution(shape, n, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    tasks = [delta for delta in deltas(adapters) if np.linalg.norm(delta)]
+    # Transposed: t_i t^T = t_i t_i^T for all i at once, each row divided by |t_i|.
+    left = np.concatenate([t / np.linalg.norm(t) for t in tasks])
+    right = np.concatenate([t @ t.T / np.linalg.norm(t) for t in tasks])
+    s = np.linalg.svd(left, compute_uv=False)
+    assume(not ((s > 1e-6) & (s < 1e-3)).any())  # What float32 factors hardly hold.
+    expected = np.linalg.lstsq(left, right, rcond=1e-5)[0].T
+    assert_merges(adapters, "wudi", expected, 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wudi_against_gradient_descent(seed):
+    """From the sum of the tasks, as the paper starts; with momentum, and no solver."""
+    rng = np.random.default_rng(seed)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, (14, 12), 2, 1.0 + i)}) for i in range(4)]
+    tasks = np.stack(deltas(adapters))
+    norms = (tasks**2).sum(axis=(1, 2), keepdims=True)
+
+    def loss(x):
+        return (((x - tasks) @ tasks.transpose(0, 2, 1)) ** 2 / norms).sum()
+
+    t = before = tasks.sum(axis=0)
+    curvature = 2 * sum(np.linalg.norm(x, 2) ** 2 / norm.item() for x, norm in zip(tasks, norms))
+    for i in range(4000):
+        ahead = t + i / (i + 3) * (t - before)
+        gradient = (2 * (ahead - tasks) @ tasks.transpose(0, 2, 1) @ tasks / norms).sum(axis=0)
+        before, t = t, ahead - gradient / curvature
+    assert_merges(adapters, "wudi", t, 1e-4)
+    assert loss(t) < loss(tasks.sum(axis=0)) and loss(t) < loss(tasks.mean(axis=0))
+
+
+def test_wudi_of_a_zero_update_and_of_orthogonal_ones():
+    one, two = np.zeros((2, 4, 4))
+    one[0, 1], two[2, 3] = 2.0, -5.0
+    assert wudi(as_space(np.stack([one, two, 0 * one]))) == pytest.approx(one + two)
+
+
+@pytest.mark.parametrize("angle", [1.0, 1e-2, 1e-4])
+def test_wudi_tells_similar_inputs_apart(angle):
+    """Two tasks of one input each: the result does to it what the task did."""
+    inputs = np.array([[1.0, 0.0, 0.0], [np.cos(angle), np.sin(angle), 0.0]])
+    outputs = np.array([[2.0, -1.0], [0.5, 3.0]])
+    found = wudi(as_space(np.stack([np.outer(y, x) for x, y in zip(inputs, outputs)])))
+    assert found @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
+
+
+def dense_regmean(tasks, inputs, off_diagonal, ridge):
+    """The normal equations with every matrix formed."""
+    grams = [x.T @ x for x in inputs]
+    added = ridge * np.mean([np.diagonal(gram) for gram in grams])
+    grams = [
+        off_diagonal * gram
+        + (1 - off_diagonal) * np.diag(np.diagonal(gram))
+        + added * np.eye(len(gram))
+        for gram in grams
+    ]
+    right = sum(gram @ task.T for gram, task in zip(grams, tasks))
+    return np.linalg.solve(sum(grams), right).T
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+def test_regmean_is_the_dense_one(shape, n, n_tokens, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    inputs = inputs_of(adapters, n_tokens)
+    expected = dense_regmean(deltas(adapters), inputs[P], 0.9, 1e-6)
+    assert_merges(adapters, "regmean", expected, 1e-4, activations=inputs)
+    # Truncated on dW.
+    rank = 1 + seed % 3
+    found = merge_adapters(adapters, "regmean", rank=rank, activations=inputs).modules[P]
+    assert found.rank <= rank
+    best = np.linalg.norm(expected - truncated(expected, rank))
+    assert np.linalg.norm(dense(found) - expected) <= best + 1e-4 * np.linalg.norm(expected) + 1e-5
+
+
+@settings(NUMERIC, max_examples=30)
+@given(
+    st.tuples(dims, dims),
+    st.sampled_from([0.0, 0.1, 0.9, 1.0]),
+    st.sampled_from([1e-3, 1e-1, 10.0]),
+    st.integers(1, 12),
+    seeds,
+)
+def test_regmean_options(shape, off_diagonal, ridge, n_tokens, seed):
+    rng = np.random.default_rng(seed)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(3)]
+    inputs = [rng.normal(size=(n_tokens + i, shape[0])) for i in range(3)]
+    found = sum(a @ b for a, b in regmean(factors, inputs, off_diagonal, ridge)).T
+    tasks = [(a @ b).T for a, b in factors]
+    assert found == pytest.approx(dense_regmean(tasks, inputs, off_diagonal, ridge), abs=1e-7)
+
+
+def test_regmean_minimises_what_tasks_lose_on_their_inputs():
+    rng = np.random.default_rng(0)
+    factors = [(rng.normal(size=(6, 2)), rng.normal(size=(2, 5))) for _ in range(3)]
+    inputs = [rng.normal(size=(9, 6)) * rng.uniform(0.1, 3, size=6) for _ in range(3)]
+    found = sum(a @ b for a, b in regmean(factors, inputs, 1.0, 1e-12))
+
+    def loss(weight):
+        return sum(np.sum((x @ (weight - a @ b)) ** 2) for x, (a, b) in zip(inputs, factors))
+
+    for _ in range(20):
+        assert loss(found) < loss(found + 1e-3 * rng.normal(size=found.shape))
+
+
+def test_regmean_without_data_is_the_mean():
+    adapters = mixed_ranks(3, (7, 5), 0)
+    for inputs in (np.zeros((4, 7)), np.zeros((0, 7))):
+        activations = {P: [inputs] * 3}
+        assert_merges(adapters, "regmean", sum(deltas(adapters)) / 3, activations=activations)
+
+
+def test_regmean_takes_a_square_root_of_a_gram_matrix():
+    adapters = mixed_ranks(3, (7, 5), 1)
+    inputs = inputs_of(adapters, 20)
+    roots = {P: [scipy.linalg.sqrtm(x.T @ x).real for x in inputs[P]]}
+    found = merge_adapters(adapters, "regmean", rank=100, activations=roots).modules[P]
+    expected = merge_adapters(adapters, "regmean", rank=100, activations=inputs).modules[P]
+    assert_close(dense(found), dense(expected), np.linalg.norm(dense(expected)), 1e-5)
+
+
+# Units
+
+
+def units_of(rng, centres, noise, ranks, shape):
+    """Adapters made of units near given centres, in a random order, scales anywhere."""
+    adapters = []
+    for i, picks in enumerate(ranks):
+        picks = rng.permutation(picks)
+        near = centres[picks] * (1 + noise * rng.normal(size=(len(picks), sum(shape))))
+        a, b = near[:, : shape[0]].T, near[:, shape[0] :]
+        gauge, scale = rng.uniform(0.2, 5, size=len(picks)), float(rng.uniform(0.1, 9))
+        lora = LoRA(mx.array(a * gauge), mx.array(b / gauge[:, None] / scale), scale)
+        adapters.append(Adapter(f"t{i}", {P: lora}))
+    return adapters
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lego_finds_planted_units(seed):
+    rng = np.random.default_rng(seed)
+    shape = (20, 16)
+    centres = 3 * rng.normal(size=(3, sum(shape)))
+    picks = [[0, 1, 2], [2, 0], [1, 2, 0], [1]]
+    adapters = units_of(rng, centres, 0.05, picks, shape)
+    # The oracle knows the clusters: units nearest to the same centre, sign and all.
+    members = {0: [], 1: [], 2: []}
+    for adapter in adapters:
+        a, b = (np.array(x, dtype=np.float64) for x in adapter.modules[P].factors())
+        for column, row in zip(a.T, b):
+            balance = np.sqrt(np.linalg.norm(row) / np.linalg.norm(column))
+            unit = np.concatenate([column * balance, row / balance])
+            nearest = min(members, key=lambda k: np.linalg.norm(unit - centres[k]))
+            members[nearest].append(unit)
+    expected = np.zeros(shape[::-1])
+    for units in members.values():
+        centroid = sum(units) / len(units)
+        centroid *= mean([np.linalg.norm(u) for u in units]) / np.linalg.norm(centroid)
+        expected += np.outer(centroid[shape[0] :], centroid[: shape[0]])
+    mean_rank = mean([len(one) for one in picks])
+    expected *= np.sqrt(mean_rank / 3)
+    assert_merges(adapters, "lego", expected, 1e-4, rank=3)
+
+
+def test_lego_leaves_distinct_units_apart():
+    rng = np.random.default_rng(0)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, (9, 8), 2)}) for i in range(3)]
+    merged = merge_adapters(adapters, "lego", rank=10).modules[P]
+    assert merged.rank == 6
+    assert_close(dense(merged), np.sqrt(2 / 6) * sum(deltas(adapters)), 10.0)
+    again = merge_adapters([*adapters, Adapter("t3", adapters[0].modules)], "lego", rank=10)
+    assert again.modules[P].rank == 6
+
+
+# Factors
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_concat_and_factor_linear(shape, n, seed):
+    adapters = adapters_of(np.random.default_rng(seed), n, {P: shape, Q: (3, 4)})
+    here = [adapter for adapter in adapters if P in adapter.modules]
+    weights = np.random.default_rng(seed).uniform(-2, 2, size=n)
+    merged = merge_adapters(adapters, "concat", weights=list(weights)).modules[P]
+    pairs = [(w, a.modules[P]) for w, a in zip(weights, adapters) if P in a.modules]
+    expected = sum(w * dense(lora) for w, lora in pairs)
+    assert_close(dense(merged), expected, max(np.linalg.norm(dense(x)) for _, x in pairs), 1e-6)
+    assert merged.rank == sum(adapter.modules[P].rank for adapter in here)
+    columns = [np.array(lora.a.astype(mx.float32)) for _, lora in pairs]
+    assert np.array_equal(np.array(merged.a), np.concatenate(columns, axis=1))
+
+    rank = max(lora.rank for _, lora in pairs)
+    a, b = np.zeros((shape[0], rank)), np.zeros((rank, shape[1]))
+    for (w, lora), j in itertools.product(pairs, range(rank)):
+        if j < lora.rank:
+            root = np.sqrt(abs(w * lora.scale))
+            a[:, j] += np.sign(w) * root * np.array(lora.a.astype(mx.float32))[:, j]
+            b[j] += root * np.array(lora.b.astype(mx.float32))[j]
+    expected = (a @ b).T
+    found = merge_adapters(adapters, "factor-linear", weights=list(weights)).modules[P]
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    assert_close(dense(found), expected, size, 1e-5)
+    small = merge_adapters(adapters, "factor-linear", weights=list(weights), rank=1).modules[P]
+    assert small.rank == 1
+    best = np.linalg.norm(expected - truncated(expected, 1))
+    assert np.linalg.norm(dense(small) - expected) <= best + 1e-5 * size
