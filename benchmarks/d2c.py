@@ -1,77 +1,96 @@
 """How many of the evaluations that a full D2C asks for are done.
 
-D2C on every adapter of a library with restarts, from a cold cache. An evaluation is one adapter
-(or merge) on the probe examples of one task. Asked for is what the loop of the paper asks when it
-remembers nothing: in every round of every start each cluster's line search and each cluster's
-merge on all tasks. The count does not depend on the number of examples, the seconds do; they
-include merging, tokenized rows and loaded adapters are there before.
-
-    python benchmarks/d2c.py --library ../shared/library --examples 3
+An evaluation is one adapter (or merge) on the probe examples of one task; one that is left at a
+cut counts as the share of its tokens that was evaluated. Asked for is what the loop asks when it
+remembers nothing: in every round of every start each cluster's line search (at each step the best
+scale so far and its neighbours, on the members' tasks) and each cluster's merge on all tasks.
+Seconds include merging; the cache is cold, rows are tokenized and adapters loaded before.
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx import workspace
 from d2c_mlx.cluster import d2c
 from d2c_mlx.config import RunConfig
-from d2c_mlx.doctor import machine
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import Counts
+from d2c_mlx.probe import Counts, tune_scale
 
 
-def main():
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, default=Path("examples/demo"))
-    parser.add_argument("--clusters", type=int, default=6)
-    parser.add_argument("--restarts", type=int, default=4)
-    parser.add_argument("--examples", type=int, default=3)
-    options = parser.parse_args()
+def forgetful(asked, grid):
+    """How often the walk of `tune_scale` asks when it forgets what it knows.
+
+    Args:
+        asked: scale -> value, of all that the walk evaluated.
+        grid: the scales.
+    """
+    best, n = len(grid) // 2, 0
+    while True:
+        around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
+        n += len(around)
+        winner = min(around, key=lambda i: (asked[grid[i]], i))
+        if winner == best:
+            return n
+        best = winner
+
+
+def measure(library, n_clusters, restarts, n_examples):
+    """D2C on every adapter of a library from a cold cache."""
+    before = os.environ.get("D2C_MLX_CACHE")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["D2C_MLX_CACHE"] = directory
         config = RunConfig(
-            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
-            output=str(Path(directory) / "run"), budget=str(options.clusters),
-            probe_examples=options.examples, test_examples=1, restarts=options.restarts,
+            adapters=str(library / "adapters"), tasks=str(library / "tasks"),
+            output=str(Path(directory) / "run"), budget=str(n_clusters),
+            probe_examples=n_examples, test_examples=1, restarts=restarts,
         )  # fmt: skip
-        ws = run(config, until="probe")
+        ws = run(config, until="probe", quiet=True)
         counts = ws.evaluator.counts = Counts()
-        searches, again = {}, 0
+        searches, asked, walks = {}, 0, []
+
+        def search(loss, grid):
+            values = {}
+
+            def once(scale):
+                values[scale] = loss(scale)
+                return values[scale]
+
+            best = tune_scale(once, grid)
+            walks.append(forgetful(values, grid))
+            return best
 
         def merge(members):
-            """Merge, and count what a line search would ask when its members come back."""
-            nonlocal again
-            if members in searches:
-                again += searches[members]
-                return ws.merge(members)
-            before = counts.asked
-            merged = ws.merge(members)
-            searches[members] = counts.asked - before
-            return merged
+            nonlocal asked
+            if members not in searches:
+                walks[:] = [0]
+                ws.merge(members)
+                searches[members] = walks[-1] * len(members)
+            asked += searches[members]
+            return ws.merge(members)
 
-        problem = dataclasses.replace(ws.problem, merge=merge)
-        started = time.perf_counter()
-        found = d2c(problem, options.clusters, restarts=options.restarts)
-        seconds = time.perf_counter() - started
-        asked = counts.asked + again
-        result = {
-            "n_adapters": problem.n, "n_clusters": options.clusters, "restarts": options.restarts,
-            "starts": found.starts, "asked": asked, "done": counts.done,
-            "ratio": round(asked / counts.done, 2), "seconds": round(seconds, 1),
-            "tokens": counts.tokens, "merges": len(searches), "machine": machine(),
-        }  # fmt: skip
-    print("| starts | merges | evaluations asked for | done | ratio | seconds |")
-    print("|--:|--:|--:|--:|--:|--:|")
-    print(f"| {len(found.starts)} | {len(searches)} | {asked} | {counts.done} |"
-          f" {result['ratio']} | {seconds:.0f} |")  # fmt: skip
-    print(json.dumps(result))
+        def losses(jobs, limits=None):
+            nonlocal asked
+            asked += sum(len(tasks) for _, tasks in jobs)
+            return ws.problem.losses(jobs, limits)
 
-
-if __name__ == "__main__":
-    main()
+        workspace.tune_scale = search
+        try:
+            problem = dataclasses.replace(ws.problem, merge=merge, losses=losses)
+            started = time.perf_counter()
+            found = d2c(problem, n_clusters, restarts=restarts)
+            seconds = time.perf_counter() - started
+        finally:
+            workspace.tune_scale = tune_scale
+            os.environ.pop("D2C_MLX_CACHE")
+            if before is not None:
+                os.environ["D2C_MLX_CACHE"] = before
+    return {
+        "d2c_adapters": problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
+        "d2c_examples": n_examples, "d2c_starts": found.starts, "d2c_merges": len(searches),
+        "evaluations_asked": asked, "evaluations_done": round(counts.done, 1),
+        "evaluations_ratio": asked / counts.done, "d2c_seconds": seconds,
+    }  # fmt: skip

@@ -1,13 +1,11 @@
 """How the time of every stage grows with the number of adapters.
 
 Real adapters; where they run out, copies with 5 % noise on every factor, and other rows of the
-same tasks. K stays the same. Seconds of a stage are those of its record in the run directory: all
-of the stage, with reading and writing. The exponent is the slope of log seconds over log N.
-
-    python benchmarks/growth.py --library ../shared/library --sizes 8,16,32,64
+same tasks. K stays the same, one start of D2C of at most two rounds. Seconds of a stage are those
+of its record in the run directory: all of the stage, with reading and writing, from a cold cache.
+The exponent is the slope of log seconds over log N.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -21,7 +19,6 @@ import numpy as np
 from d2c_mlx.adapter import LoRA
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
-from d2c_mlx.doctor import machine
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pipeline import STAGES, run
 
@@ -54,47 +51,38 @@ def noisy(lora, rng):
     return LoRA(a.astype(lora.a.dtype), b.astype(lora.b.dtype), lora.scale)
 
 
-def main():
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, default=Path("examples/demo"))
-    parser.add_argument("--sizes", default="8,16,32,64")
-    parser.add_argument("--clusters", type=int, default=6)
-    parser.add_argument("--width", type=int, default=160, help="characters of a row")
-    options = parser.parse_args()
-    sizes, records = [int(n) for n in options.sizes.split(",")], {}
+def measure(library, sizes, n_clusters, width):
+    """Seconds and evaluations of every stage at every size, and the fitted exponents."""
+    records, before = {}, os.environ.get("D2C_MLX_CACHE")
     with tempfile.TemporaryDirectory() as directory:
-        os.environ["D2C_MLX_CACHE"] = directory
         base = BaseModel()
         for n in sizes:
             here = Path(directory) / str(n)
-            grow(options.library, here, n, base, options.width)
+            grow(library, here, n, base, width)
             os.environ["D2C_MLX_CACHE"] = str(here)  # a cold cache of losses
             output = run(RunConfig(
                 adapters=str(here / "adapters"), tasks=str(here / "tasks"),
-                output=str(here / "run"), budget=str(options.clusters), init=("adapters",),
+                output=str(here / "run"), budget=str(n_clusters), init=("adapters",),
                 rounds=2, random_seeds=1,
-            )).output  # fmt: skip
+            ), quiet=True).output  # fmt: skip
             records[n] = {
                 stage: json.loads((output / ".stages" / f"{stage}.json").read_text())
                 for stage in STAGES
             }
             print(n, {stage: one["seconds"] for stage, one in records[n].items()}, flush=True)
-    print(
-        f"| stage | {' | '.join(f'N = {n}' for n in sizes)} | exponent | evaluations | exponent |"
-    )
-    print("|---|" + "--:|" * (len(sizes) + 3))
-    result = {}
+    os.environ.pop("D2C_MLX_CACHE")
+    if before is not None:
+        os.environ["D2C_MLX_CACHE"] = before
+    growth = {}
     for stage in STAGES:
         seconds = [max(records[n][stage]["seconds"], 1e-2) for n in sizes]
         done = [records[n][stage]["evaluations"]["done"] for n in sizes]
-        slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-        rate = np.polyfit(np.log(sizes), np.log(done), 1)[0] if all(done) else float("nan")
-        result[stage] = {"seconds": seconds, "exponent": slope, "evaluations": done}
-        cells = " | ".join(f"{one:.1f}" for one in seconds)
-        print(f"| {stage} | {cells} | {slope:.2f} | {', '.join(map(str, done))} | {rate:.2f} |")
-    print(json.dumps({"sizes": sizes, "stages": result, "machine": machine()}))
-
-
-if __name__ == "__main__":
-    main()
+        slopes = [
+            float(np.polyfit(np.log(sizes), np.log(one), 1)[0]) if all(one) else None
+            for one in (seconds, done)
+        ]
+        growth[stage] = {
+            "seconds": seconds, "exponent": slopes[0],
+            "evaluations": done, "evaluations_exponent": slopes[1],
+        }  # fmt: skip
+    return {"growth_sizes": list(sizes), "growth_clusters": n_clusters, "growth": growth}

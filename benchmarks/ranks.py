@@ -2,11 +2,8 @@
 
 `d2c-mlx probe` on the same adapters, cold caches, alternating; seconds are those of the stage
 (evaluations, messages, writing), not loading the model. losses.json must be equal to the byte.
-
-    python benchmarks/ranks.py --library ../shared/library --adapters 4
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -32,32 +29,22 @@ def probe(n_ranks, library, directory, examples):
     return record["seconds"], (directory / "run" / "losses.json").read_bytes()
 
 
-def main():
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", type=Path, default=Path("examples/demo"))
-    parser.add_argument("--adapters", type=int, default=4)
-    parser.add_argument("--examples", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+def measure(library, n_adapters, n_examples, repeats):
+    """Median seconds of one rank and of two, and whether all losses.json are equal."""
     seconds, losses = {1: [], 2: []}, set()
     with tempfile.TemporaryDirectory() as directory:
-        library = Path(directory) / "library"
-        for path in sorted((options.library / "adapters").iterdir())[: options.adapters]:
-            shutil.copytree(path, library / "adapters" / path.name)
-            shutil.copytree(options.library / "tasks" / path.name, library / "tasks" / path.name)
-        for repeat in range(options.repeats):
+        few = Path(directory) / "library"
+        for path in sorted((library / "adapters").iterdir())[:n_adapters]:
+            shutil.copytree(path, few / "adapters" / path.name)
+            shutil.copytree(library / "tasks" / path.name, few / "tasks" / path.name)
+        for repeat in range(repeats):
             for n_ranks in seconds:
                 here = Path(directory) / f"{n_ranks}-{repeat}"
-                took, content = probe(n_ranks, library, here, options.examples)
+                took, content = probe(n_ranks, few, here, n_examples)
                 seconds[n_ranks].append(took)
                 losses.add(content)
-    print("| ranks | seconds (median) |\n|--:|--:|")
-    for n_ranks, all_seconds in seconds.items():
-        print(f"| {n_ranks} | {statistics.median(all_seconds):.1f} |")
-    ratio = statistics.median(seconds[1]) / statistics.median(seconds[2])
-    print(json.dumps({"ratio": round(ratio, 2), "seconds": seconds, "same": len(losses) == 1}))
-
-
-if __name__ == "__main__":
-    main()
+    one, two = (statistics.median(seconds[n]) for n in (1, 2))
+    return {
+        "ranks_adapters": n_adapters, "ranks_seconds": [one, two], "ranks_ratio": one / two,
+        "ranks_same_bytes": len(losses) == 1,
+    }  # fmt: skip
