@@ -22,12 +22,19 @@ _OPTIONS = [
     click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
                  "  [default: 12.5%]"),
     click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
-    click.option("--merge-method", metavar="NAME", help="linear, ties, tsv, ... (docs/merging.md)"
+    click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
                  "  [default: linear]"),
     click.option("--density", type=float, help="share of entries kept by methods that sparsify"
                  "  [default: 0.5]"),
     click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),
-    click.option("--init", metavar="LIST", help="starts of D2C  [default: adapters,kmeans,random]"),
+    click.option("--merge-rank", type=int, help="largest rank of a merged adapter  [default: the"
+                 " largest of the inputs]"),
+    click.option("--search", metavar="NAME", help="moves, or paper: the plain loop of D2C"
+                 "  [default: moves]"),
+    click.option("--patience", type=int, help="proposals of moves that may fail in a row"
+                 "  [default: 10]"),
+    click.option("--init", metavar="LIST", help="starts of D2C  [default: adapters,kmeans,random,"
+                 "table]"),
     click.option("--rounds", type=int, help="most rounds of one start  [default: 10]"),
     click.option("--restarts", type=int, help="draws per kind of start  [default: 1]"),
     click.option("--eps", type=float, help="smallest fall of regret that moves a task"
@@ -39,7 +46,7 @@ _OPTIONS = [
     click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
                  " recommends, else half the memory]"),
     click.option("--without", metavar="LIST", help="savings of the evaluation to switch off: head,"
-                 " prefix, batches, frozen, streams, exponentials, cache"),
+                 " prefix, batches, frozen, fold, streams, exponentials, cache, bound"),
     click.option("--stack", type=int, help="adapters evaluated in one batch  [default: 1]"),
     click.option("--compile/--no-compile", default=None, help="evaluate through mx.compile"
                  "  [default: no]"),

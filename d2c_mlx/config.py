@@ -15,14 +15,26 @@ import yaml
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
 
-__all__ = ["MERGE_METHODS", "RANK_VARIABLES", "SAVINGS", "STARTS", "RunConfig", "load_config"]
+__all__ = [
+    "AUTO_METHODS",
+    "MERGE_METHODS",
+    "RANK_VARIABLES",
+    "SAVINGS",
+    "SEARCHES",
+    "STARTS",
+    "RunConfig",
+    "load_config",
+]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
 MERGE_METHODS = (
     "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
     "regmean", "wudi", "lego", "concat", "factor-linear",
 )  # fmt: skip
-STARTS = ("adapters", "kmeans", "random")
+# What "auto" tries on every cluster, the simplest first: it wins ties.
+AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "regmean", "wudi")
+STARTS = ("adapters", "kmeans", "random", "table")
+SEARCHES = ("moves", "paper")
 SAVINGS = (
     "head",
     "prefix",
@@ -48,11 +60,15 @@ class RunConfig:
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
-        merge_method: one of `MERGE_METHODS`, see docs/merging.md.
+        merge_method: one of `MERGE_METHODS`, see docs/merging.md; "auto" clusters by "linear" and
+            packs for every cluster the best of `AUTO_METHODS` on its probes.
+        merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
         density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.
-        init: starts of D2C, see `cluster.d2c`.
-        rounds: most rounds of one start.
+        search: "paper", the loop of D2C, or "moves" from the best partition that it starts from.
+        init: starts of D2C, see `d2c.d2c`.
+        rounds: most rounds of one start of the loop.
+        patience: of "moves", how many proposals in a row may fail.
         restarts: draws per kind of start.
         eps: a task moves only if its normalised regret falls by more.
         seed: of all random choices.
@@ -75,6 +91,9 @@ class RunConfig:
     merge_method: str = "linear"
     density: float = 0.5
     scale: float | None = None
+    merge_rank: int | None = None
+    search: str = "moves"
+    patience: int = 10
     init: tuple[str, ...] = STARTS
     rounds: int = 10
     restarts: int = 1
@@ -96,7 +115,13 @@ class RunConfig:
             if not getattr(self, name)
         ]
         checks = {
-            "merge_method": (self.merge_method in MERGE_METHODS, f"one of {list(MERGE_METHODS)}"),
+            "merge_method": (
+                self.merge_method in (*MERGE_METHODS, "auto"),
+                f"one of {[*MERGE_METHODS, 'auto']}",
+            ),
+            "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
+            "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
+            "patience": (self.patience >= 1, "1 or more"),
             "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
             "scale": (self.scale is None or 0 < self.scale < math.inf, "a number above 0"),
             "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),
@@ -117,7 +142,12 @@ class RunConfig:
         if self.output and Path(self.output).is_file():
             problems.append(f"output: {self.output} is a file, expected a directory or a new name")
         try:
-            parse_budget(self.budget)
+            budget = parse_budget(self.budget)
+            if self.merge_method == "concat" and budget.n_adapters is None:
+                problems.append(
+                    "merge_method: 'concat' keeps the sum of all ranks, so only a number of"
+                    f" adapters can be its budget; found {self.budget!r}"
+                )
         except BudgetError as error:
             problems += error.problems
         if problems:

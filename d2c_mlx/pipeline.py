@@ -14,8 +14,9 @@ from typing import Any
 
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.cluster import Clustering, d2c, kmeans, merge_all, random_partition
+from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
+from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.pack import load_pack, write_pack
@@ -73,8 +74,9 @@ def cluster(ws: Workspace) -> None:
     c, k, n = ws.config, ws.n_clusters, len(ws.names)
 
     def body() -> None:
-        found = d2c(ws.problem, k, init=c.init, rounds=c.rounds, restarts=c.restarts,
-                    seed=c.seed, eps=c.eps)  # fmt: skip
+        found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
+                    restarts=c.restarts, seed=c.seed, eps=c.eps,
+                    patience=c.patience if c.search == "moves" else 2)  # fmt: skip
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(ws.problem.features, min(k, n), c.seed)],
@@ -92,7 +94,8 @@ def cluster(ws: Workspace) -> None:
         write_json(ws.path("clusters.json"), content)
 
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(c),
-               c.init, c.rounds, c.restarts, c.seed, c.eps, c.random_seeds]  # fmt: skip
+               c.search, c.patience, c.init, c.rounds, c.restarts, c.eps,
+               c.random_seeds]  # fmt: skip
     ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
@@ -104,9 +107,10 @@ def merge(ws: Workspace) -> None:
         merges = []
         with write_dir(ws.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
-                adapter, scale = ws.merge_with_scale(members)
-                adapter.save(directory / str(k), ws.base.n_layers)
-                merges.append({"members": [ws.names[i] for i in members], "scale": scale})
+                merged = ws.merger.final(members)
+                merged.adapter.save(directory / str(k), ws.base.n_layers)
+                names = [ws.names[i] for i in members]
+                merges.append({"members": names, "method": merged.method, "scale": merged.scale})
         write_json(ws.path("merges.json"), merges)
 
     options = [ws.base.fingerprint, _merge_options(ws.config)]
@@ -175,7 +179,8 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
 
 
 def _merge_options(config: RunConfig) -> list[object]:
-    return [config.merge_method, config.density, config.scale]
+    c = config
+    return [c.merge_method, c.density, c.scale, c.merge_rank, c.seed]
 
 
 def _clusterings(ws: Workspace) -> dict[str, list[Clustering]]:
@@ -191,7 +196,7 @@ def _method(ws: Workspace, clusterings: Sequence[Clustering]) -> Method:
     """What serves each task when these clusterings are merged as the pack's is."""
     variants, nbytes = [], []
     for clustering in clusterings:
-        merged = [ws.merge(members) for members in clustering.groups]
+        merged = [ws.merger.final(members).adapter for members in clustering.groups]
         variants.append({ws.names[i]: merged[k] for i, k in enumerate(clustering.labels)})
         nbytes.append(sum(adapter.nbytes(ws.base.n_layers) for adapter in merged))
     return Method(round(sum(nbytes) / len(nbytes)), variants)

@@ -17,24 +17,22 @@ from d2c_mlx import __version__
 from d2c_mlx.adapter import Adapter, LoRA, load_adapter
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
-from d2c_mlx.cluster import Members, Problem, svd_features
+from d2c_mlx.cluster import Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import InputError, collect, gather
+from d2c_mlx.features import svd_features
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
 from d2c_mlx.locate import cache_directory
-from d2c_mlx.merge import merge_adapters, scaled
+from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Counts, Evaluator, LossTable, tune_scale
+from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.tasks import ExampleSet, Task, load_tasks
 
 __all__ = ["Workspace", "read_adapters"]
-
-# Increasing; the walk of `tune_scale` starts in the middle.
-SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 # Shares of a task's probe rows after which an evaluation may stop: most candidates of D2C are
 # several times worse than what a task has.
@@ -97,7 +95,6 @@ class Workspace:
         if "cache" not in config.without:
             cache = LossCache(cache_directory() / "losses.sqlite")
         self.evaluator = Evaluator(self.runner, cache)
-        self._merges: dict[Members, tuple[Adapter, float]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -125,7 +122,7 @@ class Workspace:
     @cached_property
     def n_clusters(self) -> int:
         """How many adapters the budget has room for, whatever is merged with what."""
-        rank = max(adapter.rank for adapter in self.inputs)
+        rank = self.config.merge_rank or max(adapter.rank for adapter in self.inputs)
         paths = {path for adapter in self.inputs for path in adapter.modules}
         shapes = self.base.module_shapes
         widest = {
@@ -152,10 +149,18 @@ class Workspace:
         return Problem(
             base=self.table.base,
             table=self.table.values,
-            merge=self.merge,
+            merge=lambda members: self.merger.quick(members).adapter,
             losses=self._losses,
             features=svd_features(self.adapters),
         )
+
+    @cached_property
+    def merger(self) -> Merger:
+        """What merges the adapters, each set of members once."""
+        return Merger(
+            self.config, self.base, self.evaluator, self.adapters, self.probes,
+            lambda losses, tasks: self.problem.regret(losses, tasks),
+        )  # fmt: skip
 
     def _losses(
         self,
@@ -169,32 +174,6 @@ class Workspace:
     def packed(self, adapter: Adapter) -> Adapter:
         """The adapter as a pack stores it: one rank, one scale, the base's 16-bit dtype."""
         return adapter.uniform(self.base.dtype)
-
-    def merge(self, members: Members) -> Adapter:
-        """Merge these adapters, its scale tuned on the members' probes; as a pack stores it."""
-        return self.merge_with_scale(members)[0]
-
-    def merge_with_scale(self, members: Members) -> tuple[Adapter, float]:
-        """`merge`, and the scale that was chosen (1 for a single adapter)."""
-        if members not in self._merges:
-            chosen = [self.adapters[i] for i in members]
-            merged = merge_adapters(chosen, self.config.merge_method, self.config.density)
-            scale = 1.0 if len(members) == 1 else self._best_scale(merged, members)
-            final = merged if scale == 1.0 else scaled(merged, scale)
-            self._merges[members] = self.packed(final), scale
-        return self._merges[members]
-
-    def _best_scale(self, merged: Adapter, members: Members) -> float:
-        if self.config.scale is not None:
-            return self.config.scale
-        tasks = np.array(members)
-        probes = [self.probes[i] for i in members]
-
-        def regret(scale: float) -> float:
-            losses = self.evaluator.losses([(self.packed(scaled(merged, scale)), probes)])[0]
-            return float(self.problem.regret(losses, tasks).mean())
-
-        return tune_scale(regret, SCALES)
 
     def path(self, name: str) -> Path:
         """A path in the run directory."""

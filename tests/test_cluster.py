@@ -6,20 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx import cluster
+from d2c_mlx import d2c as loop
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.cluster import (
-    INITS,
-    Problem,
-    canonical,
-    d2c,
-    kmeans,
-    merge_all,
-    random_partition,
-    refill,
-    similarity,
-    svd_features,
-)
+from d2c_mlx.cluster import Problem, canonical, kmeans, merge_all, random_partition, refill
+from d2c_mlx.d2c import INITS, d2c
+from d2c_mlx.features import similarity, svd_features
 
 
 def problem_of(loss, n, base=None, table=None, features=None):
@@ -90,7 +81,7 @@ def start_at(monkeypatch):
         def start(problem, n_clusters, init, rng):
             return np.array(labels[init] if isinstance(labels, dict) else labels)
 
-        monkeypatch.setattr(cluster, "_start", start)
+        monkeypatch.setattr(loop, "_start", start)
 
     return set_start
 
@@ -118,9 +109,7 @@ def test_farthest_adapters_start_in_every_group(seed):
 def test_every_further_seed_is_the_farthest_both_ways(seed):
     table = np.random.default_rng(seed).random((7, 7))
     np.fill_diagonal(table, 0)
-    seeds = cluster._farthest_seeds(
-        problem_of(None, 7, table=table), 5, np.random.default_rng(seed)
-    )
+    seeds = loop._farthest_seeds(problem_of(None, 7, table=table), 5, np.random.default_rng(seed))
     for t in range(1, 5):
         nearest = {
             i: min(table[i, j] + table[j, i] for j in seeds[:t])
@@ -133,7 +122,7 @@ def test_every_further_seed_is_the_farthest_both_ways(seed):
 def test_equal_adapters_still_start_in_distinct_clusters():
     problem = problem_of(lambda members, task: 0.0, 5, table=np.zeros((5, 5)))
     for seed in range(5):
-        seeds = cluster._farthest_seeds(problem, 5, np.random.default_rng(seed))
+        seeds = loop._farthest_seeds(problem, 5, np.random.default_rng(seed))
         assert sorted(seeds) == [0, 1, 2, 3, 4]
         for k in (2, 3, 4):
             assert d2c(problem, k, init=["adapters"], rounds=0, seed=seed).n_clusters == k
@@ -344,7 +333,7 @@ def test_the_best_seen_is_returned_not_the_last(start_at):
 @pytest.mark.parametrize("winner", INITS)
 @pytest.mark.parametrize("order", [INITS, INITS[::-1]])
 def test_the_best_start_wins(winner, order, start_at):
-    starts = dict(zip(INITS, [B, D, E]))
+    starts = dict(zip(INITS, [B, D, E, A]))
     value = {_groups(labels): 0.5 for labels in starts.values()}
     value[_groups(starts[winner])] = 0.25
     start_at(starts)
@@ -363,7 +352,7 @@ def test_the_best_start_wins(winner, order, start_at):
 
 @pytest.mark.parametrize("order", [INITS, INITS[::-1]])
 def test_the_first_of_equal_starts_wins(order, start_at):
-    start_at(dict(zip(INITS, [B, D, E])))
+    start_at(dict(zip(INITS, [B, D, E, A])))
     problem = problem_of(lambda members, task: 0.5, 4)
     assert d2c(problem, 2, init=order).init == order[0]
 
@@ -376,11 +365,11 @@ def test_a_start_of_objective_zero_is_not_replaced(start_at):
 
 def test_number_of_starts(monkeypatch):
     kinds = []
-    start = cluster._start
-    monkeypatch.setattr(cluster, "_start", lambda *a: kinds.append(a[2]) or start(*a))
+    start = loop._start
+    monkeypatch.setattr(loop, "_start", lambda *a: kinds.append(a[2]) or start(*a))
     problem, _ = planted((3, 3))
     d2c(problem, 2, restarts=3)
-    assert kinds == ["adapters"] * 3 + ["kmeans"] + ["random"] * 3
+    assert kinds == ["adapters"] * 3 + ["kmeans"] + ["random"] * 3 + ["table"]
     kinds.clear()
     d2c(problem, 1, restarts=3)
     assert kinds == ["adapters"]

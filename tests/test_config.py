@@ -7,8 +7,8 @@ import yaml
 from d2c_mlx_cli import commands
 from d2c_mlx_cli.main import _COMMANDS, cli
 
-from d2c_mlx.cluster import INITS
 from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig, load_config
+from d2c_mlx.d2c import INITS
 from d2c_mlx.engine import Savings
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge import METHODS
@@ -164,11 +164,12 @@ def test_the_help_states_the_defaults():
     values = {name: getattr(default, name) for name in stated}
     assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
+    assert stated.pop("merge_rank").startswith("the largest") and values.pop("merge_rank") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
     assert stated.pop("compile") == "no" and values.pop("compile") is False
     assert stated.pop("init") == ",".join(values.pop("init"))
     assert stated == {name: str(value) for name, value in values.items()}
-    special = {"model", "scale", "init", "memory_limit", "compile", "without"}
+    special = {"model", "scale", "init", "memory_limit", "compile", "without", "merge_rank"}
     unstated = {field.name for field in fields(RunConfig)} - set(stated) - special
     assert unstated == set(NEEDED)
 

@@ -22,8 +22,9 @@ from loras import (
     truncated,
 )
 
-from d2c_mlx import cluster, config
+from d2c_mlx import config
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.d2c import INITS
 from d2c_mlx.errors import AdapterError, ConfigError
 from d2c_mlx.merge import METHODS, WEIGHTED, merge_adapters, scaled
 from d2c_mlx.merge.core import factorise, to_core
@@ -356,7 +357,7 @@ def test_unknown_method():
 
 def test_lists_repeated_in_config_are_true():
     assert config.MERGE_METHODS == tuple(METHODS)
-    assert config.STARTS == cluster.INITS
+    assert config.STARTS == INITS
 
 
 # The core space

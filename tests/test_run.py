@@ -118,6 +118,7 @@ def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatc
         output = str(tmp_path / f"run{len(done)}")
         # Random adapters hardly differ: a large eps has them ruled out all the same.
         options = {"output": output, "without": without, "probe_examples": 4, "eps": 90.0}
+        options["search"] = "paper"
         workspace = run(replace(config, **options), until="pack", quiet=True)
         record = json.loads((workspace.output / ".stages" / "cluster.json").read_text())
         done.append(record["evaluations"]["tokens"])

@@ -1,0 +1,44 @@
+"""How alike adapters are by their weights alone: cosines of dW, and features with these cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from d2c_mlx.adapter import Adapter
+
+__all__ = ["similarity", "svd_features"]
+
+
+def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, n)` cosines of the adapters' dW over all modules.
+
+    Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW.
+    """
+    n = len(adapters)
+    gram = np.zeros((n, n))
+    for path in sorted({path for adapter in adapters for path in adapter.modules}):
+        here = [i for i in range(n) if path in adapters[i].modules]
+        factors = [adapters[i].modules[path].factors() for i in here]
+        a = np.concatenate([a for a, _ in factors], axis=1)
+        b = np.concatenate([b for _, b in factors], axis=0)
+        inner = (a.T @ a) * (b @ b.T)
+        starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
+        blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
+        gram[np.ix_(here, here)] += blocks
+    norm = np.sqrt(np.maximum(np.diagonal(gram), 1e-30))
+    return gram / np.outer(norm, norm)
+
+
+def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, d)` SVD features of the flattened dW, each row of unit length.
+
+    The SVD of the matrix whose rows are the normalised dW, taken from its Gram matrix. (MBC
+    flattens A and B instead, which changes when both are rotated and dW is not.)
+    """
+    values, vectors = np.linalg.eigh(similarity(adapters))
+    keep = values > 1e-6 * values.max()
+    features = vectors[:, keep] * np.sqrt(values[keep])
+    # An untrained adapter has dW = 0 and no direction: its row stays 0.
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,170 @@
+"""Single moves and swaps, each judged by the merges that it changes.
+
+The loop of the paper compares a task's own cluster, which has its adapter in it, with others that
+have not: from a partition, nothing moves (self-inclusion). Here a move of task i from A to B is
+what it does to both: the regrets under merge(A without i) and merge(B with i) against those under
+merge(A) and merge(B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.cluster import Members, Problem, canonical
+
+__all__ = ["Costs", "improve", "predicted_partition"]
+
+Groups = list[Members]
+
+
+class Costs:
+    """What it costs to merge some adapters: the summed regret of their tasks, each asked once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._known: dict[Members, float] = {}
+        # Regret of task i under adapter j. A merge holds 1/T of a harmful adapter: hence a limit.
+        self._single = np.clip(problem.regret(problem.table), -1, 2)
+
+    def __call__(self, members: Members) -> float:
+        """Measured on the merge, its scale tuned; 0 for a single adapter."""
+        if len(members) == 1:
+            return 0.0
+        if members not in self._known:
+            tasks = list(members)
+            (losses,) = self.problem.losses([(self.problem.merge(members), tasks)])
+            self._known[members] = float(self.problem.regret(losses, np.array(tasks)).sum())
+        return self._known[members]
+
+    def objective(self, labels: Sequence[int] | np.ndarray) -> float:
+        """Mean regret of all tasks under a partition."""
+        return sum(self(group) for group in groups_of(labels)) / self.problem.n
+
+    def predicted(self, members: Members) -> float:
+        """From single adapters alone: a merge serves a task as its members do on average."""
+        return float(self._single[np.ix_(members, members)].sum()) / len(members)
+
+    def expected(self, members: Members, like: Members) -> float:
+        """Predicted, times what a measured cluster cost above its own prediction."""
+        if members in self._known or len(members) == 1:
+            return self(members)
+        known, prediction = self(like), self.predicted(like)
+        ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
+        return ratio * self.predicted(members)
+
+
+def groups_of(labels: Sequence[int] | np.ndarray) -> Groups:
+    """Members of every cluster."""
+    where = np.asarray(labels)
+    return [tuple(np.flatnonzero(where == k).tolist()) for k in np.unique(where)]
+
+
+def _labels(groups: Groups, n: int) -> tuple[int, ...]:
+    labels = np.empty(n, int)
+    for k, members in enumerate(groups):
+        labels[list(members)] = k
+    return canonical(labels)
+
+
+def _neighbours(groups: Groups) -> Iterator[tuple[int, int, Members, Members]]:
+    """Every move and swap as (a, b, a's new members, b's); no cluster becomes empty."""
+    for a, from_a in enumerate(groups):
+        for b, from_b in enumerate(groups):
+            for i in from_a:
+                rest, more = _without(from_a, i), _with(from_b, i)
+                if a != b and rest:
+                    yield a, b, rest, more
+                if a < b:
+                    for j in from_b:
+                        yield a, b, _with(rest, j), _without(more, j)
+
+
+def _with(members: Members, i: int) -> Members:
+    return tuple(sorted((*members, i)))
+
+
+def _without(members: Members, i: int) -> Members:
+    return tuple(j for j in members if j != i)
+
+
+def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
+    """The partition that single adapters predict to be the best; asks nothing of the model.
+
+    Agglomerative: the two clusters whose union costs least more become one until `n_clusters` are
+    left; then the best move or swap, while one helps.
+    """
+    predicted = Costs(problem).predicted
+    groups: Groups = [(i,) for i in range(problem.n)]
+    while len(groups) > n_clusters:
+        pairs = [(a, b) for b in range(len(groups)) for a in range(b)]
+        rise = [
+            predicted(tuple(sorted(groups[a] + groups[b])))
+            - predicted(groups[a])
+            - predicted(groups[b])
+            for a, b in pairs
+        ]
+        a, b = pairs[int(np.argmin(rise))]
+        groups[a] = tuple(sorted(groups[a] + groups.pop(b)))
+    while True:
+        steps = list(_neighbours(groups))
+        change = [
+            predicted(new_a) + predicted(new_b) - predicted(groups[a]) - predicted(groups[b])
+            for a, b, new_a, new_b in steps
+        ]
+        if not steps or min(change) > -1e-9:
+            return _labels(groups, problem.n)
+        a, b, groups[a], groups[b] = steps[int(np.argmin(change))]
+
+
+def improve(
+    costs: Costs, labels: Sequence[int], eps: float, patience: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Moves and swaps, the most promising first, while they lower the measured objective.
+
+    Args:
+        costs: of clusters.
+        labels: where to start.
+        eps: a step must lower the summed regret by more.
+        patience: stop after this many steps in a row that did not.
+
+    Returns:
+        Objective and labels of the start and after every step taken, and why it ended.
+    """
+    n, groups, failed = costs.problem.n, groups_of(labels), 0
+    history = [{"objective": costs.objective(labels), "labels": list(_labels(groups, n))}]
+    tried: set[frozenset[Members]] = set()
+    while True:
+        for a, b, new_a, new_b in _promising(costs, groups):
+            if frozenset((new_a, new_b)) in tried:
+                continue
+            tried.add(frozenset((new_a, new_b)))
+            before = costs(groups[a]) + costs(groups[b])
+            after = costs(new_b)
+            # Merged with nothing to lose, the rest costs 0: then it need not be asked.
+            if after < before - eps:
+                after += costs(new_a)
+            if after < before - eps:
+                groups[a], groups[b], failed = new_a, new_b, 0
+                objective = sum(map(costs, groups)) / n
+                history.append({"objective": objective, "labels": list(_labels(groups, n))})
+                break
+            failed += 1
+            if failed >= patience:
+                return history, "patience"
+        else:
+            return history, "converged"
+
+
+def _promising(costs: Costs, groups: Groups) -> list[tuple[int, int, Members, Members]]:
+    """All steps, those with the largest expected fall first, ties in the order of the tasks."""
+    steps = list(_neighbours(groups))
+
+    def change(step: tuple[int, int, Members, Members]) -> float:
+        a, b, new_a, new_b = step
+        new = costs.expected(new_a, groups[a]) + costs.expected(new_b, groups[b])
+        return new - costs(groups[a]) - costs(groups[b])
+
+    return sorted(steps, key=change)

@@ -1,0 +1,153 @@
+"""Moves and swaps on numpy tables: no model."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cluster import planted, problem_of
+
+from d2c_mlx.cluster import canonical
+from d2c_mlx.d2c import INITS, d2c
+from d2c_mlx.moves import Costs, groups_of, improve, predicted_partition
+
+
+def asking(problem):
+    """The problem, and a list that every merge asked for is added to."""
+    asked = []
+
+    def merge(members):
+        asked.append(members)
+        return problem.merge(members)
+
+    return type(problem)(
+        problem.base, problem.table, merge, problem.losses, problem.features
+    ), asked
+
+
+def partitions(n, n_clusters):
+    """Every partition of n into exactly so many clusters."""
+    return {
+        canonical(labels)
+        for labels in itertools.product(range(n_clusters), repeat=n)
+        if len(set(labels)) == n_clusters
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("init", INITS)
+def test_planted_clusters_are_found_from_any_start(init, seed):
+    problem, hidden = planted((3, 4, 2), seed)
+    found = d2c(problem, 3, search="moves", init=[init], seed=seed, patience=30)
+    assert found.labels == hidden
+    assert found.objective == pytest.approx(Costs(problem).objective(hidden))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_the_loop_of_the_paper_cannot_leave(seed):
+    """Every task prefers the cluster that holds its own adapter: the loop stays, moves do not."""
+    rng = np.random.default_rng(seed)
+    hidden = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    same = hidden[:, None] == hidden[None, :]
+    table = np.where(same, 0.4, 1.0) + rng.uniform(0, 0.05, same.shape)
+    np.fill_diagonal(table, 0)
+
+    def loss(members, task):  # with its own adapter inside, any merge beats any other
+        value = float(np.mean([table[task, j] for j in members]))
+        return value if task in members else 1 + value
+
+    problem = problem_of(loss, 9, table=table)
+    options = {"init": ["random"], "seed": seed, "patience": 40}
+    paper = d2c(problem, 3, search="paper", **options)
+    moved = d2c(problem, 3, search="moves", **options)
+    assert paper.stopped == "converged" and len(paper.history) == 1
+    assert moved.labels == canonical(hidden) and moved.objective < paper.objective
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=st.integers(2, 7), n_clusters=st.integers(1, 6), seed=st.integers(0, 999))
+def test_it_ends_where_no_move_and_no_swap_helps(n, n_clusters, seed):
+    rng = np.random.default_rng(seed)
+    known = {}
+
+    def loss(members, task):
+        return known.setdefault((members, task), float(rng.uniform(0, 1)))
+
+    n_clusters = min(n, n_clusters)
+    problem, asked = asking(problem_of(loss, n))
+    costs = Costs(problem)
+    start = [i % n_clusters for i in range(n)]
+    history, stopped = improve(costs, start, 0.0, patience=10**6)
+    assert stopped == "converged"
+    objectives = [entry["objective"] for entry in history]
+    assert objectives == sorted(objectives, reverse=True)
+    assert objectives[-1] == pytest.approx(costs.objective(history[-1]["labels"]))
+    assert len(asked) == len(set(asked))
+    end = np.array(history[-1]["labels"])
+    for i, k in itertools.product(range(n), range(n_clusters)):
+        moved = end.copy()
+        moved[i] = k
+        if len(set(moved)) == n_clusters:
+            assert costs.objective(moved) >= objectives[-1] - 1e-9
+    for i, j in itertools.combinations(range(n), 2):
+        swapped = end.copy()
+        swapped[[i, j]] = end[[j, i]]
+        assert costs.objective(swapped) >= objectives[-1] - 1e-9
+
+
+def test_a_cluster_of_one_is_worth_it_for_a_task_that_merges_badly():
+    """Balanced clusters are not the aim: the task that suffers lives alone."""
+    hard = 4
+
+    def loss(members, task):
+        return 0.0 if len(members) == 1 else (0.9 if hard in members else 0.1)
+
+    problem = problem_of(loss, 5)
+    history, _ = improve(Costs(problem), [0, 0, 0, 1, 1], 0.0, patience=50)
+    assert (hard,) in groups_of(history[-1]["labels"])
+    assert [len(set(entry["labels"])) for entry in history] == [2] * len(history)
+
+
+def test_patience_counts_failures_in_a_row():
+    problem, asked = asking(problem_of(lambda members, task: 0.5 * (len(members) > 1), 6))
+    history, stopped = improve(Costs(problem), [0, 0, 0, 1, 1, 1], 0.0, patience=3)
+    assert (len(history), stopped) == (1, "patience")
+    assert len(asked) <= 2 + 2 * 3
+
+
+def test_eps_keeps_a_partition_that_gains_too_little():
+    problem, hidden = planted((3, 3), 0)
+    start = list(hidden[1:]) + [hidden[0]]
+    gain = Costs(problem).objective(start) - Costs(problem).objective(hidden)
+    for eps, stays in ((6 * gain + 0.01, True), (0.0, False)):
+        history, _ = improve(Costs(problem), start, eps, patience=50)
+        assert (len(history) == 1) is stays
+
+
+@pytest.mark.parametrize("n_clusters", [1, 2, 3, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_predicted_partition_is_good_by_its_own_prediction(n_clusters, seed):
+    """Asks nothing, fills every cluster, and is the best of all in most small cases."""
+    rng = np.random.default_rng(seed)
+    table = rng.uniform(0.1, 2, (6, 6))
+    np.fill_diagonal(table, 0)
+    problem, asked = asking(problem_of(None, 6, base=np.ones(6), table=table))
+    labels = predicted_partition(problem, n_clusters)
+    assert labels == canonical(labels) and len(set(labels)) == n_clusters and not asked
+    predicted = Costs(problem).predicted
+
+    def value(partition):
+        return sum(map(predicted, groups_of(partition)))
+
+    best = min(map(value, partitions(6, n_clusters)))
+    assert value(labels) <= best + 0.15
+
+
+def test_a_start_that_costs_least_is_the_one_that_is_improved():
+    problem, _ = planted((3, 3), 3, noise=0.4)
+    found = d2c(problem, 2, search="moves", restarts=3)
+    objectives = [start["objective"] for start in found.starts]
+    assert len(objectives) == 8
+    assert found.history[0]["objective"] == min(objectives)
+    assert found.objective <= min(objectives)
