@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx import workspace
-from d2c_mlx.cluster import d2c
+from d2c_mlx import merger
 from d2c_mlx.config import RunConfig
+from d2c_mlx.d2c import d2c
 from d2c_mlx.pipeline import run
 from d2c_mlx.probe import Counts, tune_scale
 
@@ -67,24 +67,24 @@ def measure(library, n_clusters, restarts, n_examples):
             nonlocal asked
             if members not in searches:
                 walks[:] = [0]
-                ws.merge(members)
+                ws.problem.merge(members)
                 searches[members] = walks[-1] * len(members)
             asked += searches[members]
-            return ws.merge(members)
+            return ws.problem.merge(members)
 
         def losses(jobs, limits=None):
             nonlocal asked
             asked += sum(len(tasks) for _, tasks in jobs)
             return ws.problem.losses(jobs, limits)
 
-        workspace.tune_scale = search
+        merger.tune_scale = search
         try:
             problem = dataclasses.replace(ws.problem, merge=merge, losses=losses)
             started = time.perf_counter()
-            found = d2c(problem, n_clusters, restarts=restarts)
+            found = d2c(problem, n_clusters, search="paper", restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
-            workspace.tune_scale = tune_scale
+            merger.tune_scale = tune_scale
             os.environ.pop("D2C_MLX_CACHE")
             if before is not None:
                 os.environ["D2C_MLX_CACHE"] = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter
 
@@ -18,15 +19,16 @@ def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
     """
     n = len(adapters)
     gram = np.zeros((n, n))
-    for path in sorted({path for adapter in adapters for path in adapter.modules}):
-        here = [i for i in range(n) if path in adapters[i].modules]
-        factors = [adapters[i].modules[path].factors() for i in here]
-        a = np.concatenate([a for a, _ in factors], axis=1)
-        b = np.concatenate([b for _, b in factors], axis=0)
-        inner = (a.T @ a) * (b @ b.T)
-        starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
-        blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
-        gram[np.ix_(here, here)] += blocks
+    with threadpool_limits(1):  # as in merge_adapters
+        for path in sorted({path for adapter in adapters for path in adapter.modules}):
+            here = [i for i in range(n) if path in adapters[i].modules]
+            factors = [adapters[i].modules[path].factors() for i in here]
+            a = np.concatenate([a for a, _ in factors], axis=1)
+            b = np.concatenate([b for _, b in factors], axis=0)
+            inner = (a.T @ a) * (b @ b.T)
+            starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
+            blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
+            gram[np.ix_(here, here)] += blocks
     norm = np.sqrt(np.maximum(np.diagonal(gram), 1e-30))
     return gram / np.outer(norm, norm)
 

@@ -64,10 +64,13 @@ class ExampleSet:
         )
 
     def cut(self, *shares: float) -> ExampleSet:
-        """The same set with cuts after these shares of its rows, rounded up."""
+        """The same set with cuts after these shares of its rows, rounded up.
+
+        Two rows at least before the first and after the last cut: a single row costs too much.
+        """
         n = len(self.examples)
-        cuts = sorted({math.ceil(share * n) for share in shares} - {0, n})
-        return ExampleSet(self.task, self.examples, tuple(cuts))
+        cuts = sorted({max(2, math.ceil(share * n)) for share in shares})
+        return ExampleSet(self.task, self.examples, tuple(cut for cut in cuts if cut <= n - 2))
 
     @property
     def n_targets(self) -> int:

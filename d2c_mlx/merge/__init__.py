@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.errors import AdapterError, ConfigError
@@ -141,10 +142,13 @@ def merge_adapters(
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
     modules = {}
-    for path in sorted({path for adapter in members for path in adapter.modules}):
-        if activations:
-            options = replace(options, activations=[activations[path][i] for i in order])
-        modules[path] = _merge_module(path, members, METHODS[method], options)
+    # The matrices are small: threads of a BLAS that share a busy core wait for each other, up to
+    # ten times longer than the work takes.
+    with threadpool_limits(1):
+        for path in sorted({path for adapter in members for path in adapter.modules}):
+            if activations:
+                options = replace(options, activations=[activations[path][i] for i in order])
+            modules[path] = _merge_module(path, members, METHODS[method], options)
     return Adapter("+".join(names), modules, members[0].base, names)
 
 
