@@ -1,0 +1,91 @@
+"""Merges as a pack holds them: every method through the pipeline, "auto", rank and scale."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import library, peft_adapter
+
+from d2c_mlx.config import AUTO_METHODS, MERGE_METHODS, RunConfig
+from d2c_mlx.errors import ConfigError, InputError
+from d2c_mlx.merge import merge_adapters, scaled
+from d2c_mlx.merger import _TOKENS, SCALES, _some_tokens
+from d2c_mlx.pipeline import run
+from d2c_mlx.workspace import Workspace
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Three adapters, one of another rank and other modules; room for two."""
+    paths = library(tmp_path, ["a", "b"])
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    for kind in ("probe", "test"):
+        source = (paths.tasks / "a" / f"{kind}.jsonl").read_text(encoding="utf-8")
+        (paths.tasks / "c").mkdir(exist_ok=True)
+        (paths.tasks / "c" / f"{kind}.jsonl").write_text(source.replace(" a?", " c?"), "utf-8")
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+        random_seeds=1, init=("table",),
+    )  # fmt: skip
+
+
+def merger_of(config):
+    return run(config, until="probe", quiet=True).merger
+
+
+@pytest.mark.parametrize("method", [*MERGE_METHODS, "auto"])
+def test_every_method_gives_a_pack(config, method):
+    workspace = run(replace(config, merge_method=method), until="bench", quiet=True)
+    methods = workspace.read("bench.json")["methods"]
+    assert methods["pack"] == methods["d2c"]
+    used = {entry["method"] for entry in workspace.read("merges.json")}
+    assert used <= {"none", *(AUTO_METHODS if method == "auto" else [method])}
+    assert used != {"none"}
+
+
+def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
+    merger = merger_of(replace(config, merge_method="auto"))
+    members = (0, 1)
+    each = {method: merger._merged(members, method).regret for method in AUTO_METHODS}
+    assert merger.final(members).regret == min(each.values())
+    assert merger.quick(members).method == "linear"
+
+
+def test_the_scale_is_the_best_of_the_walk(config):
+    merger = merger_of(config)
+    merged = merger.quick((0, 1))
+    assert merged.scale in SCALES
+    fixed = merger_of(replace(config, scale=merged.scale, output=config.output + "2")).quick((0, 1))
+    assert fixed.scale == merged.scale
+    assert fixed.adapter.digest == merged.adapter.digest
+    plain = scaled(merge_adapters([merger._adapters[i] for i in (0, 1)]), merged.scale)
+    for path, lora in plain.modules.items():
+        difference = np.abs(merged.adapter.modules[path].delta() - lora.delta()).max()
+        assert difference <= 2e-3 * np.abs(lora.delta()).max()  # 16 bit
+    assert merged.adapter.modules[path].a.dtype == mx.float16
+
+
+def test_a_larger_rank_is_for_merges_alone(config):
+    merger = merger_of(replace(config, merge_rank=8))
+    assert merger.quick((0, 1)).adapter.rank == 8
+    assert merger.quick((0,)).adapter.rank == 4
+
+
+def test_the_budget_in_bytes_counts_the_larger_rank(config):
+    assert Workspace(replace(config, budget="70%")).n_clusters == 1
+    with pytest.raises(InputError, match="one merged adapter takes"):
+        Workspace(replace(config, budget="70%", merge_rank=8))
+
+
+def test_concat_needs_a_budget_of_adapters(config):
+    with pytest.raises(ConfigError, match="merge_method: 'concat' keeps the sum of all ranks"):
+        replace(config, merge_method="concat", budget="50%")
+
+
+def test_some_tokens_are_spread_over_all_and_stay_shared():
+    x = np.arange(1000)[:, None]
+    few = _some_tokens({"q": x, "k": x, "o": x[:50]})
+    assert few["q"] is few["k"] and len(few["o"]) == 50
+    assert len(few["q"]) <= _TOKENS and few["q"][-1, 0] > 900
