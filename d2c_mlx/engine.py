@@ -24,12 +24,14 @@ from d2c_mlx.errors import ConfigError
 from d2c_mlx.files import fingerprint
 from d2c_mlx.forward import (
     KeysValues,
+    after,
     find_head,
     full_logits,
     prefix_is_exact,
     run_blocks,
     run_prefix,
     split_is_exact,
+    tiled,
 )
 from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import Kept, Piece, Workers, groups
@@ -176,10 +178,10 @@ class Engine:
             start, inputs = self._below(examples, first, start, inputs, last)
         states = None
         if start is not None:
-            _, states = run_prefix(self.base.model, _tiled(start, copies, last), first)
+            _, states = run_prefix(self.base.model, tiled(start, copies, last), first)
         parts = []
         for batch, x in zip(rows, inputs):
-            x = _tiled(x, copies, last)
+            x = tiled(x, copies, last)
             nll = self._batch_nll(batch, x, copies, len(prefix), states, first)
             last[:] = [nll]
             parts.append(nll.reshape(copies, -1))
@@ -208,10 +210,10 @@ class Engine:
         if kept is None:
             model, states, kept = self.base.model, None, []
             if start is not None:
-                hidden, states = run_prefix(model, _tiled(start, 1, last), 0, first)
+                hidden, states = run_prefix(model, tiled(start, 1, last), 0, first)
                 kept.append(hidden)
             for x in inputs:
-                kept.append(run_blocks(model, _tiled(x, 1, last), states, 0, first))
+                kept.append(run_blocks(model, tiled(x, 1, last), states, 0, first))
                 last[:] = kept[-1:]
             # Other threads, with streams of their own, will read them.
             mx.eval(kept)
@@ -243,7 +245,7 @@ class Engine:
         hidden = self._blocks(x, states, first)[rows, columns]
         parts: list[mx.array] = []
         for i in range(0, n * copies, self._n_logits):
-            some = _after(hidden[i : i + self._n_logits], parts[-1:])
+            some = after(hidden[i : i + self._n_logits], parts[-1:])
             parts.append(self._nll_of(self._head(some), targets[i : i + self._n_logits]))
         return mx.concatenate(parts)
 
@@ -300,13 +302,3 @@ def _workers(savings: Savings, n_processes: int) -> Workers:
     if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
         return Workers(1)  # a BLAS that takes all cores for itself
     return Workers(n_workers)
-
-
-def _after(x: mx.array, done: Sequence[mx.array]) -> mx.array:
-    """`x`, but not before `done` is."""
-    return mx.depends([x], list(done))[0] if done else x
-
-
-def _tiled(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
-    x = _after(x, done)
-    return mx.concatenate([x] * copies) if copies > 1 else x

@@ -19,12 +19,14 @@ from d2c_mlx.activations import pace
 
 __all__ = [
     "KeysValues",
+    "after",
     "find_head",
     "full_logits",
     "prefix_is_exact",
     "run_blocks",
     "run_prefix",
     "split_is_exact",
+    "tiled",
 ]
 
 KeysValues = tuple[mx.array, mx.array]
@@ -169,6 +171,17 @@ def split_is_exact(model: nn.Module, first: int) -> bool:
         return _close(run_blocks(model, rest, above, first), model.model(x)[:, 5:])
     except _ERRORS:
         return False
+
+
+def after(x: mx.array, done: Sequence[mx.array]) -> mx.array:
+    """`x`, but not before `done` is."""
+    return mx.depends([x], list(done))[0] if done else x
+
+
+def tiled(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
+    """`copies` of `x`, one after the other, but not before `done` is."""
+    x = after(x, done)
+    return mx.concatenate([x] * copies) if copies > 1 else x
 
 
 def _close(x: mx.array, y: mx.array) -> bool:

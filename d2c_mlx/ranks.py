@@ -83,10 +83,11 @@ class Ranks:
             "memory_limit": engine.memory_limit,
             "savings": dataclasses.asdict(engine.savings),
         }
-        limits = self._ask(hello, lambda: [engine.batch_limit])
-        # Every rank cuts batches as the one with the least memory must: the cut decides bits.
-        engine.batch_limit = int(min(limit for (limit,) in limits))
-        self._ask({"batch_limit": engine.batch_limit}, lambda: [])
+        plans = self._ask(hello, lambda: _plan(engine))
+        # Every rank evaluates as the one with the least memory must: the plan decides bits.
+        plan = [min(column) for column in zip(*plans)]
+        _follow(engine, plan)
+        self._ask({"plan": plan}, lambda: [])
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """As the engine's."""
@@ -136,9 +137,9 @@ def serve(group: Group) -> None:
     def part(header: dict[str, Any], floats: np.ndarray) -> list[float]:
         if "model" in header:
             engines.append(_engine(header))
-            return [engines[0].batch_limit]
-        if "batch_limit" in header:
-            engines[0].batch_limit = header["batch_limit"]
+            return _plan(engines[0])
+        if "plan" in header:
+            _follow(engines[0], header["plan"])
             return []
         return _evaluate(engines[0], _unpacked(header, floats), header["shares"][group.rank()])
 
@@ -161,6 +162,15 @@ def _engine(hello: dict[str, Any]) -> Engine:
     if base.fingerprint != hello["fingerprint"]:
         raise D2CError(f"{base.path} is not the base model that rank 0 has")
     return Engine(base, hello["memory_limit"], Savings(**hello["savings"]), local_ranks())
+
+
+def _plan(engine: Engine) -> list[float]:
+    """What a rank's memory allows."""
+    return [engine.batch_limit, engine.fold]
+
+
+def _follow(engine: Engine, plan: Sequence[float]) -> None:
+    engine.batch_limit, engine.fold = int(plan[0]), bool(plan[1])
 
 
 def _evaluate(engine: Engine, pieces: Sequence[Piece], mine: Sequence[int]) -> list[float]:
