@@ -28,9 +28,9 @@ PARTS = ("engine", "d2c", "growth", "ranks")
 def measure(part, library, quick):
     """The keys that one part adds to the result."""
     if part == "engine":
-        return engine.measure(library, 2, 3 if quick else 10, 1 if quick else 2)
+        return engine.measure(library, 2, 3 if quick else 10, 1)
     if part == "d2c":
-        n_clusters, restarts, n_examples = (2, 2, 4) if quick else (6, 4, 5)
+        n_clusters, restarts, n_examples = (2, 2, 4) if quick else (6, 4, 4)
         return d2c.measure(library, n_clusters, restarts, n_examples)
     if part == "growth":
         sizes, n_clusters = ((2, 4, 8), 2) if quick else ((8, 16, 32, 64), 6)

@@ -39,6 +39,9 @@ from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Engine", "Savings"]
 
+# Tokens that a shared prefix must save, about three times what a batch costs beside its tokens.
+_WORTH = 48
+
 
 @dataclass(frozen=True)
 class Savings:
@@ -272,7 +275,9 @@ class Engine:
         return self._compiled[key](x, states, list(slots.values()))
 
     def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
-        return shared_prefix(examples) if self._prefix else ()
+        prefix = shared_prefix(examples) if self._prefix else ()
+        # A pass of its own, on few tokens, must save more than it costs.
+        return prefix if len(prefix) * (len(examples.examples) - 1) >= _WORTH else ()
 
     def _width(self, n_tokens: int) -> int:
         """Input width of a row; the last token predicts nothing."""

@@ -46,7 +46,18 @@ def tiny(tmp_path):
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
     adapters.append(type(adapters[0])("last", last))
-    sets = [base.encode(name, load_task(paths.tasks / name).test) for name in "ab"]
+    rows = [
+        [
+            {
+                **row,
+                "prompt": "what is the answer to this question of the user, " * 2 + row["prompt"],
+            }
+            for row in load_task(paths.tasks / name).test
+        ]
+        for name in "ab"
+    ]
+    sets = [base.encode(name, some) for name, some in zip("ab", rows)]
+    assert all(Engine(base)._prefix_of(one) for one in sets)
     return base, adapters, sets
 
 
@@ -199,6 +210,15 @@ def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     base, _, sets = tiny
     with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of a"):
         Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
+
+
+def test_a_prefix_that_saves_little_is_not_run_apart(tiny):
+    base, (first, *_), sets = tiny
+    engine = Engine(base)
+    few = ExampleSet("few", sets[0].examples[:2])
+    assert 4 <= len(shared_prefix(few)) < 48
+    assert engine._prefix_of(few) == ()
+    assert run(engine, [(first, few)])[0] == pytest.approx(plain(base, first, few), rel=1e-5)
 
 
 def test_rows_are_cut_where_padding_would_cost_more():
