@@ -129,8 +129,9 @@ class Evaluator:
     ) -> list[np.ndarray]:
         """Evaluate every job; what is known costs nothing.
 
-        An NLL is never negative, so the sum over some parts of a set bounds the sum over all: with
-        limits, a set is left at the first cut where its loss is proven to be above its limit.
+        An NLL is never negative, so the sum over some rows of a set bounds the sum over all: with
+        limits, a set is evaluated part by part and left at the first cut where its loss is proven
+        to be above its limit.
 
         Args:
             jobs: pairs of an adapter (None: the bare base) and the example sets to try it on.
@@ -138,43 +139,40 @@ class Evaluator:
 
         Returns:
             For each job `(n_sets,)`: mean NLL per target token, in nats; infinity where it is
-            above its limit (it may also be given then).
+            above its limit.
         """
+        self.counts.asked += sum(len(sets) for _, sets in jobs)
+        places = [(j, i) for j, (_, sets) in enumerate(jobs) for i in range(len(sets))]
         found = [np.zeros(len(sets)) for _, sets in jobs]
         n_targets = [np.array([one.n_targets for one in sets]) for _, sets in jobs]
-        n_parts = max((len(one.parts) for _, sets in jobs for one in sets), default=0)
-        rounds = [range(n_parts)] if limits is None else [range(p, p + 1) for p in range(n_parts)]
-        self.counts.asked += sum(len(sets) for _, sets in jobs)
-        for parts in rounds:
-            places = [
-                (j, i, p)
-                for j, (_, sets) in enumerate(jobs)
-                for i, one in enumerate(sets)
-                for p in parts
-                if p < len(one.parts) and np.isfinite(found[j][i])
-            ]
-            sums = self._sums([(jobs[j][0], jobs[j][1][i], p) for j, i, p in places])
-            for (j, i, _), value in zip(places, sums):
+        most = max((len(one.parts) for _, sets in jobs for one in sets), default=0)
+        for number in range(1 if limits is None else most):
+            wanted = {}
+            for j, i in places:
+                one = jobs[j][1][i]
+                parts = (one,) if limits is None else one.parts
+                if number < len(parts) and np.isfinite(found[j][i]):
+                    wanted[j, i] = jobs[j][0], parts[number], one
+            for (j, i), value in zip(wanted, self._sums(list(wanted.values()))):
                 found[j][i] += value
-            if limits is not None:
-                for sums_so_far, n, limit in zip(found, n_targets, limits):
-                    sums_so_far[sums_so_far > limit * n] = np.inf
+            for sums, n, limit in zip(found, n_targets, limits or ()):
+                sums[sums > limit * n] = np.inf
         return [sums / n for sums, n in zip(found, n_targets)]
 
-    def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, int]]) -> list[float]:
-        """The NLL sum of every (adapter, set, number of the part)."""
-        keys = [self._key(adapter, one.parts[p]) for adapter, one, p in wanted]
+    def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
+        """The NLL sum of every (adapter, part, the set that it is part of)."""
+        keys = [self._key(adapter, part) for adapter, part, _ in wanted]
         known = {key: self._cache.get(key) if self._cache else None for key in keys}
         missing = {key: one for key, one in zip(keys, wanted) if known[key] is None}
         names = list(missing)
-        pieces = [(adapter, one.parts[p]) for adapter, one, p in missing.values()]
+        pieces = [(adapter, part) for adapter, part, _ in missing.values()]
         self.meter.expect(sum(part.n_tokens for _, part in pieces))
         for i, total in self.runner.run(pieces):
             known[names[i]] = total
             if self._cache:
                 self._cache.put(names[i], total)
             n_tokens = pieces[i][1].n_tokens
-            self.counts.done += n_tokens / missing[names[i]][1].n_tokens
+            self.counts.done += n_tokens / missing[names[i]][2].n_tokens
             self.counts.tokens += n_tokens
             self.meter.advance(n_tokens)
         return [known[key] or 0.0 for key in keys]

@@ -87,7 +87,7 @@ class Workspace:
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
         if not errors:
-            sets = [part for one in (*self.probes, *self.tests) for part in one.parts]
+            sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
         if errors:
             raise InputError([line for error in errors for line in error.problems])
@@ -167,9 +167,10 @@ class Workspace:
         jobs: Sequence[tuple[Adapter, Sequence[int]]],
         limits: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
-        bound = limits if "bound" not in self.config.without else None
+        if limits is not None and "bound" in self.config.without:
+            limits = [np.full_like(limit, np.inf) for limit in limits]
         sets = [(merge, [self.probes[i] for i in tasks]) for merge, tasks in jobs]
-        return self.evaluator.losses(sets, bound)
+        return self.evaluator.losses(sets, limits)
 
     def packed(self, adapter: Adapter) -> Adapter:
         """The adapter as a pack stores it: one rank, one scale, the base's 16-bit dtype."""

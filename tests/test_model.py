@@ -51,7 +51,9 @@ def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
     cut = [one.cut(0.2, 0.5) for one in sets]
     assert [len(part.examples) for part in cut[0].parts] == [2, 2]
     assert [one.digest for one in cut] == [one.digest for one in sets]
-    (whole,), (parts,) = (evaluator.losses([(first, some)]) for some in (sets, cut))
+    (whole,) = evaluator.losses([(first, cut)])
+    (parts,) = evaluator.losses([(first, cut)], [np.full(2, np.inf)])
+    assert whole.tolist() == Evaluator(Engine(base)).losses([(first, sets)])[0].tolist()
     assert parts == pytest.approx(whole, rel=1e-5)
     assert (evaluator.counts.asked, evaluator.counts.done) == (4, pytest.approx(4))
 
@@ -59,7 +61,7 @@ def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
 def test_a_limit_ends_an_evaluation_at_the_first_cut_that_proves_it(tiny):
     base, (first, _), sets = tiny
     cut = [one.cut(0.2, 0.5) for one in sets]
-    (full,) = Evaluator(Engine(base)).losses([(first, cut)])
+    (full,) = Evaluator(Engine(base)).losses([(first, cut)], [np.full(2, np.inf)])
     low = Evaluator(Engine(base))
     # Just met, and far exceeded by the first part alone.
     (found,) = low.losses([(first, cut)], [full * [1, 1e-3]])
