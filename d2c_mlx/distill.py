@@ -1,10 +1,8 @@
-"""Teachers and a student on one base model: what an adapter says of its rows, and the gradient
-that brings another one to say the same.
-"""
+"""What an adapter says of its rows, and the gradient that brings another one to say the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -121,13 +119,13 @@ class Distiller:
             rows: what to learn from.
             weights: `(w_nll, w_kl)` of every row.
         """
-        total = None
+        total: Factors = tree_map(mx.zeros_like, factors)
         for batch in _batches([row.example for row in rows]):
             some = [rows[i] for i in batch]
-            w = np.array([weights[i] for i in batch], np.float32)
-            w = mx.array(np.repeat(w, [row.example.n_targets for row in some], axis=0))
-            gradient = mx.grad(self.loss)(factors, some, w)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            n_targets = [row.example.n_targets for row in some]
+            each = np.repeat(np.array([weights[i] for i in batch], np.float32), n_targets, axis=0)
+            gradient = mx.grad(self.loss)(factors, some, mx.array(each))
+            total = tree_map(mx.add, total, gradient)
             mx.eval(total)
         return total
 
@@ -144,7 +142,9 @@ class Distiller:
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
         """`(n_targets, hidden)` states before every target, and the targets' ids."""
         x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
-        row, column, target = [], [], []
+        row: list[int] = []
+        column: list[int] = []
+        target: list[int] = []
         for i, one in enumerate(examples):
             x[i, : len(one.tokens) - 1] = one.tokens[:-1]
             row += [i] * one.n_targets

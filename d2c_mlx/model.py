@@ -139,7 +139,7 @@ class BaseModel:
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
         tokens = []
-        for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=max_tokens):
+        for token, _ in generate_step(mx.array(list(prompt)), self.model, max_tokens=max_tokens):
             tokens.append(int(token))
             if token in self.tokenizer.eos_token_ids:
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -189,12 +189,13 @@ def _train(
     return Refined(kept[1], kept[0], tuple(curve), stopped, ())
 
 
-def _schedule(o: RefineOptions) -> float | object:
+def _schedule(o: RefineOptions) -> Callable[[mx.array], mx.array]:
     warm = o.steps // 10
     falling = optim.cosine_decay(o.rate, max(1, o.steps - warm))
     if not warm:
         return falling
-    return optim.join_schedules([optim.linear_schedule(o.rate / warm, o.rate, warm), falling], [warm])
+    rising = optim.linear_schedule(o.rate / warm, o.rate, warm)
+    return optim.join_schedules([rising, falling], [warm])
 
 
 def _turns(rows: Sequence[Row], n: int, seed: Sequence[int]) -> Iterator[list[Row]]:
@@ -233,7 +234,8 @@ def _weighted(
 def _regret(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float:
     """Mean normalised regret over the tasks that hold rows back."""
     judged = [task for task in tasks if task.held]
-    return sum(model.excess(adapter, task.held) / task.gain for task in judged) / len(judged)
+    regrets = [model.excess(adapter, task.held) / task.gain for task in judged]
+    return float(np.mean(regrets))
 
 
 def _balanced(adapter: Adapter) -> Factors:

@@ -20,6 +20,7 @@ from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Members, Problem, svd_features
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import InputError, collect, gather
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
@@ -29,7 +30,7 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Counts, Evaluator, LossTable, tune_scale
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
-from d2c_mlx.tasks import ExampleSet, Task, load_tasks
+from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
 
 __all__ = ["Workspace", "read_adapters"]
 
@@ -88,6 +89,9 @@ class Workspace:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
+            collect(errors, lambda: self.prompts)
+        if config.refine:
+            collect(errors, lambda: Distiller(self.base))
         if not errors:
             sets = [part for one in (*self.probes, *self.tests) for part in one.parts]
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
@@ -116,6 +120,15 @@ class Workspace:
         """The examples that judge."""
         n = self.config.test_examples or None
         return [self.base.encode(task.name, task.test[:n]) for task in self.tasks]
+
+    @cached_property
+    def prompts(self) -> dict[str, ExampleSet]:
+        """Task -> its prompts without answers, where there are some."""
+        if not self.config.unlabelled:
+            return {}
+        n = self.config.probe_examples
+        rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
+        return {name: self.base.encode(name, rows[name]) for name in sorted(rows)}
 
     @cached_property
     def sizes(self) -> list[int]:
