@@ -76,6 +76,8 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
             serve(group)
             return
     given = {name: value for name, value in options.items() if value is not None}
+    if until == "refine":
+        given["refine"] = True
     saved = Path(given.get("output", "")) / "config.yaml"
     if config is None and "output" in given and "adapters" not in given and saved.is_file():
         config = saved
@@ -150,8 +152,9 @@ merge = _stage_command(
 )  # fmt: skip
 refine = _stage_command(
     "refine",
-    "Train every merge to match its members -> refined/<k>/ (with --refine)." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx refine --output runs/first --refine --refine-steps 50",
+    "Train every merge to match its members -> refined/<k>/." + _RESUME
+    + " From then on, that includes --refine.\n\n\b\nExample:\n"
+    "  d2c-mlx refine --output runs/first --refine-steps 50",
 )  # fmt: skip
 pack = _stage_command(
     "pack",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import scipy.special
@@ -232,6 +233,20 @@ def test_the_same_seed_gives_the_same_bytes(base, members, merged):
     assert digest(merged, seed=1) != first
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_base_in_16_or_4_bit_is_refined_in_float32(base, members, merged, bits):
+    """As on Metal, where the base keeps its own dtype."""
+    base.model.set_dtype(mx.bfloat16)
+    base.compute_dtype = mx.bfloat16
+    if bits == 4:
+        nn.quantize(base.model, group_size=32, bits=4)
+    model, rows, factors = _student(base, merged, members[0])
+    gradient = model.gradient(factors, rows, [(1.0, 1.0)] * len(rows))
+    assert {x.dtype for _, x in tree_flatten(gradient)} == {mx.float32}
+    refined = refine(base, merged, members, FAST)
+    assert refined.curve[0][1] > refined.curve[-1][1]
+
+
 def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monkeypatch):
     monkeypatch.setattr("d2c_mlx.distill.find_head", lambda model: None)
     with pytest.raises(ModelError, match="scales or caps its logits"):
@@ -267,7 +282,7 @@ def config(tmp_path, paths):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
     return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="50%",
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
         output=str(tmp_path / "run"), probe_examples=6, test_examples=3, random_seeds=1, rounds=2,
         refine=True, refine_steps=12, refine_rate=5e-3, merge_method="linear", scale=1.0,
     )  # fmt: skip
@@ -360,7 +375,7 @@ def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
     ])  # fmt: skip
     with open(file, "a") as handle:
         handle.write("{\n")
-    command = ["refine", "--refine", "--unlabelled", str(file), "--quiet"]
+    command = ["refine", "--unlabelled", str(file), "--quiet"]
     for name in ("model", "adapters", "tasks", "output", "budget"):
         command += [f"--{name}", getattr(config, name)]
     with pytest.raises(InputError) as caught:
