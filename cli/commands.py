@@ -45,8 +45,8 @@ _OPTIONS = [
                  "  [default: no]"),
     click.option("--refine/--no-refine", default=None, help="train every merge for a while to match"
                  " its members (docs/refining.md)  [default: no]"),
-    click.option("--refine-steps", type=int, help="most steps of it  [default: 100]"),
-    click.option("--refine-rate", type=float, help="its learning rate  [default: 0.001]"),
+    click.option("--refine-steps", type=int, help="most steps of it  [default: 40]"),
+    click.option("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
     click.option("--unlabelled", type=_DIR, metavar="FILE", help='prompts without answers for it:'
                  ' JSONL, {"task": NAME, "prompt": ...} or with "messages"'),
 ]  # fmt: skip

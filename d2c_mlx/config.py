@@ -92,8 +92,8 @@ class RunConfig:
     stack: int = 1
     compile: bool = False
     refine: bool = False
-    refine_steps: int = 100
-    refine_rate: float = 1e-3
+    refine_steps: int = 40
+    refine_rate: float = 5e-4
     unlabelled: str | None = None
 
     def __post_init__(self) -> None:

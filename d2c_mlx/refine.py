@@ -59,8 +59,8 @@ class RefineOptions:
         seed: of the held-back rows and of the order of the others.
     """
 
-    steps: int = 100
-    rate: float = 1e-3
+    steps: int = 40
+    rate: float = 5e-4
     kl_weight: float = 1.0
     held_share: float = 0.3
     rows: int = 2

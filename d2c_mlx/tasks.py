@@ -135,8 +135,8 @@ def load_task(directory: Path) -> Task:
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
     """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
 
-    A prompt of a test row would leak what judges; one of a used probe row would undo that it may
-    be held back. Both are refused.
+    A prompt of a test row, of whichever task, would leak what judges; one of a used probe row of
+    the task would undo that it may be held back. Both are refused.
 
     Args:
         path: a JSONL file.
@@ -151,15 +151,15 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
     """
     known = {task.name: task for task in tasks}
     probes = {task.name: {_prompt(row) for row in task.probe[:n_probe]} for task in tasks}
-    tests = {task.name: {_prompt(row) for row in task.test} for task in tasks}
+    tests = {_prompt(row): task.name for task in tasks for row in task.test}
 
     def problem(row: object) -> str | None:
         bad = _unlabelled_problem(row, known)
         if bad or not isinstance(row, dict):
             return bad
         prompt = _prompt(_with_answer(row))
-        if prompt in tests[row["task"]]:
-            return f"this prompt is in test.jsonl of {row['task']}, which only judges: remove it"
+        if prompt in tests:
+            return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
         if prompt in probes[row["task"]]:
             return f"this prompt is in probe.jsonl of {row['task']} and used from there: remove it"
         return None

@@ -371,6 +371,7 @@ def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
         {"task": "a", "prompt": probe["prompt"]},
         {"task": "a", "messages": [user, {"role": "assistant", "content": "An answer."}]},
         {"task": "b"},
+        {"task": "b", "prompt": test["prompt"]},
         [],
     ])  # fmt: skip
     with open(file, "a") as handle:
@@ -383,6 +384,7 @@ def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
     expected = ["'nobody', expected an adapter: a, b, c, d", "test.jsonl of a, which only judges",
                 "test.jsonl of a, which only judges", "probe.jsonl of a and used from there",
                 "role 'assistant', expected \"user\"", '"prompt", or "messages"',
+                "test.jsonl of a, which only judges",
                 "expected a JSON object, found list", "not JSON"]  # fmt: skip
     assert len(caught.value.problems) == len(expected) and caught.value.exit_code == 2
     for number, (line, text) in enumerate(zip(caught.value.problems, expected), 2):
