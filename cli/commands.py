@@ -50,6 +50,12 @@ _OPTIONS = [
     click.option("--stack", type=int, help="adapters evaluated in one batch  [default: 1]"),
     click.option("--compile/--no-compile", default=None, help="evaluate through mx.compile"
                  "  [default: no]"),
+    click.option("--refine/--no-refine", default=None, help="train every merge for a while to match"
+                 " its members (docs/refining.md)  [default: no]"),
+    click.option("--refine-steps", type=int, help="most steps of it  [default: 40]"),
+    click.option("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
+    click.option("--unlabelled", type=_DIR, metavar="FILE", help='prompts without answers for it:'
+                 ' JSONL, {"task": NAME, "prompt": ...} or with "messages"'),
 ]  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
@@ -77,6 +83,8 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
             serve(group)
             return
     given = {name: value for name, value in options.items() if value is not None}
+    if until == "refine":
+        given["refine"] = True
     saved = Path(given.get("output", "")) / "config.yaml"
     if config is None and "output" in given and "adapters" not in given and saved.is_file():
         config = saved
@@ -93,6 +101,7 @@ _ARTIFACTS = {
     "probe": "losses.json",
     "cluster": "clusters.json",
     "merge": "merges.json",
+    "refine": "refines.json",
     "pack": "pack/manifest.json",
     "bench": "bench.json",
     "report": "bench.json",
@@ -147,6 +156,12 @@ merge = _stage_command(
     "merge",
     "One adapter per cluster -> merged/<k>/." + _RESUME
     + "\n\n\b\nExample:\n  d2c-mlx merge --output runs/first --merge-method ties",
+)  # fmt: skip
+refine = _stage_command(
+    "refine",
+    "Train every merge to match its members -> refined/<k>/." + _RESUME
+    + " From then on, that includes --refine.\n\n\b\nExample:\n"
+    "  d2c-mlx refine --output runs/first --refine-steps 50",
 )  # fmt: skip
 pack = _stage_command(
     "pack",

@@ -13,6 +13,7 @@ _COMMANDS = {
     "probe": "commands:probe",
     "cluster": "commands:cluster",
     "merge": "commands:merge",
+    "refine": "commands:refine",
     "pack": "commands:pack",
     "bench": "commands:bench",
     "report": "commands:report",

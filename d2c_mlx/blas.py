@@ -11,8 +11,10 @@ import ctypes
 import glob
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["find_blas", "limit_blas_threads", "loaded_blas", "preload_blas"]
+__all__ = ["all_cores", "find_blas", "limit_blas_threads", "loaded_blas", "preload_blas"]
 
 _PATTERNS = (
     "/usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3",
@@ -59,3 +61,18 @@ def limit_blas_threads(n_threads: int) -> bool:
         return False
     setter(n_threads)
     return True
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Within it a call of the preloaded OpenBLAS takes all cores of this process."""
+    getter = getattr(_library, "openblas_get_num_threads", None)
+    if getter is None:
+        yield
+        return
+    before = getter()
+    limit_blas_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        limit_blas_threads(before)

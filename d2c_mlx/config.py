@@ -81,6 +81,10 @@ class RunConfig:
         stack: adapters evaluated in one batch; above 1 losses depend on their neighbours in it by
             rounding.
         compile: evaluate through `mx.compile`.
+        refine: train every merge for a while to match its members, see docs/refining.md.
+        refine_steps: most steps of it.
+        refine_rate: its learning rate.
+        unlabelled: JSONL file of prompts without answers that refining uses too.
     """
 
     adapters: str = ""
@@ -106,6 +110,10 @@ class RunConfig:
     without: tuple[str, ...] = ()
     stack: int = 1
     compile: bool = False
+    refine: bool = False
+    refine_steps: int = 40
+    refine_rate: float = 5e-4
+    unlabelled: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError listing every value that is missing or out of range."""
@@ -135,6 +143,9 @@ class RunConfig:
             "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
             "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),
             "stack": (self.stack >= 1, "1 or more"),
+            "refine_steps": (self.refine_steps >= 1, "1 or more"),
+            "refine_rate": (0 < self.refine_rate < math.inf, "a number above 0"),
+            "unlabelled": (self.refine or not self.unlabelled, '"" unless with --refine'),
         }
         for name, (good, expected) in checks.items():
             if not good:

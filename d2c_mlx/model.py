@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.generate import generate_step
 from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import dequantize_model, load
 
@@ -134,6 +135,15 @@ class BaseModel:
         if empty:
             raise TaskError(f"task {task}: row {empty[0]} has no target token")
         return ExampleSet(task, examples)
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """The greedy answer under the attached adapter, with its end token if it comes to one."""
+        tokens = []
+        for token, _ in generate_step(mx.array(list(prompt)), self.model, max_tokens=max_tokens):
+            tokens.append(int(token))
+            if token in self.tokenizer.eos_token_ids:
+                break
+        return tuple(tokens)
 
     @property
     def folds(self) -> bool:

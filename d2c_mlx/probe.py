@@ -21,6 +21,7 @@ __all__ = [
     "LossTable",
     "Meter",
     "Runner",
+    "Silent",
     "probe_table",
     "tune_scale",
 ]
@@ -38,12 +39,14 @@ class Meter(Protocol):
         """Work is done."""
 
 
-class _Silent:
+class Silent:
+    """A meter that shows nothing."""
+
     def expect(self, n_tokens: int) -> None:
-        pass
+        """More work is known of."""
 
     def advance(self, n_tokens: int) -> None:
-        pass
+        """Work is done."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Evaluator:
     def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
         """Evaluate with `runner`; None evaluates everything again every time."""
         self.runner, self._cache = runner, cache
-        self.meter: Meter = _Silent()
+        self.meter: Meter = Silent()
         self.counts = Counts()
 
     def losses(

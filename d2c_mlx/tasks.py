@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,16 @@ from typing import Any
 from d2c_mlx.errors import InputError, TaskError, collect, gather
 from d2c_mlx.files import fingerprint
 
-__all__ = ["Example", "ExampleSet", "Row", "Task", "load_task", "load_tasks", "row_format"]
+__all__ = [
+    "Example",
+    "ExampleSet",
+    "Row",
+    "Task",
+    "load_task",
+    "load_tasks",
+    "load_unlabelled",
+    "row_format",
+]
 
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
@@ -126,17 +135,96 @@ def load_task(directory: Path) -> Task:
     return Task(directory.name, tuple(probe.values()), tuple(test.values()))
 
 
+def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
+    """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
+
+    A prompt of a test row, of whichever task, would leak what judges; one of a used probe row of
+    the task would undo that it may be held back. Both are refused.
+
+    Args:
+        path: a JSONL file.
+        tasks: those that may be named.
+        n_probe: how many probe rows of each are used.
+
+    Returns:
+        Task name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
+
+    Raises:
+        TaskError: the problems of all lines.
+    """
+    known = {task.name: task for task in tasks}
+    probes = {task.name: {_prompt(row) for row in task.probe[:n_probe]} for task in tasks}
+    tests = {_prompt(row): task.name for task in tasks for row in task.test}
+
+    def problem(row: object) -> str | None:
+        bad = _unlabelled_problem(row, known)
+        if bad or not isinstance(row, dict):
+            return bad
+        prompt = _prompt(_with_answer(row))
+        if prompt in tests:
+            return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
+        if prompt in probes[row["task"]]:
+            return f"this prompt is in probe.jsonl of {row['task']} and used from there: remove it"
+        return None
+
+    found: dict[str, list[Row]] = {}
+    for row in _read_rows(path, "--unlabelled names a JSONL file", problem).values():
+        found.setdefault(row["task"], []).append(_with_answer(row))
+    return found
+
+
+def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {type(row).__name__}"
+    if row.get("task") not in list(known):
+        return f'"task" is {row.get("task")!r}, expected an adapter: {", ".join(sorted(known))}'
+    if row_format(known[row["task"]].probe[0]) == ("text",):
+        return f"the rows of {row['task']} are texts, which have no prompts"
+    if "messages" not in row:
+        good = isinstance(row.get("prompt"), str) and row["prompt"]
+        return None if good else 'expected a non-empty string "prompt", or "messages"'
+    return _messages_problem(row["messages"], "user")
+
+
+def _with_answer(row: Row) -> Row:
+    prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
+
+
 def _prompt(row: Row) -> str:
+    """The same for the same prompt, as "prompt" or as "messages"."""
     keys = row_format(row)
+    if keys == ("text",):
+        return str(row["text"]).strip()
+    messages = [{"role": "user", "content": row.get("prompt", "")}]
     if keys == ("messages",):
-        return json.dumps(row["messages"][:-1], sort_keys=True, ensure_ascii=False)
-    return str(row[keys[0]]).strip() if keys else ""
+        messages = row["messages"][:-1]
+    said = [(one["role"], one["content"].strip()) for one in messages]
+    return json.dumps([one for one in said if one[1]], ensure_ascii=False)
 
 
 def _load_rows(path: Path) -> dict[int, Row]:
-    """Line number -> row."""
+    """Line number -> row, all of one format."""
+    hint = "every adapter needs its task's probe.jsonl, test.jsonl"
+    rows = _read_rows(path, hint, _row_problem)
+    formats = {row_format(row) for row in rows.values()}
+    if len(formats) > 1:
+        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
+    return rows
+
+
+def _read_rows(
+    path: Path, hint: str, row_problem: Callable[[object], str | None]
+) -> dict[int, Row]:
+    """Line number -> row.
+
+    Args:
+        path: a JSONL file.
+        hint: what to say when there is none.
+        row_problem: what is wrong with one row, or None.
+    """
     if not path.is_file():
-        raise TaskError(f"{path}: missing; every adapter needs its task's probe.jsonl, test.jsonl")
+        raise TaskError(f"{path}: missing; {hint}")
     try:
         # Not splitlines(): U+2028 and its like are legal inside a JSON string.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -152,7 +240,7 @@ def _load_rows(path: Path) -> dict[int, Row]:
         except ValueError as error:
             problems.append(f"{path}:{number}: not JSON ({error})")
             continue
-        problem = _row_problem(row)
+        problem = row_problem(row)
         if problem:
             problems.append(f"{path}:{number}: {problem}")
         rows[number] = row
@@ -160,9 +248,6 @@ def _load_rows(path: Path) -> dict[int, Row]:
         raise TaskError(problems)
     if not rows:
         raise TaskError(f"{path}: empty; expected one JSON object per line")
-    formats = {row_format(row) for row in rows.values()}
-    if len(formats) > 1:
-        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
     return rows
 
 
@@ -181,10 +266,12 @@ def _row_problem(row: object) -> str | None:
     if keys != ("messages",):
         bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
         return f'"{bad}" must be a non-empty string' if bad else None
-    messages = row["messages"]
+    return _messages_problem(row["messages"], "assistant")
+
+
+def _messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  as JSON gave it
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
         return '"messages" must be a list of objects with "role" and "content"'
-    if messages[-1]["role"] != "assistant":
-        return f'the last message has role {messages[-1]["role"]!r}, expected "assistant"'
-    return None
+    role = messages[-1]["role"]
+    return None if role == last else f'the last message has role {role!r}, expected "{last}"'

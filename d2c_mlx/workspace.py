@@ -20,6 +20,7 @@ from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import InputError, collect, gather
 from d2c_mlx.features import svd_features
@@ -30,7 +31,7 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
-from d2c_mlx.tasks import ExampleSet, Task, load_tasks
+from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
 
 __all__ = ["Workspace", "read_adapters"]
 
@@ -86,6 +87,9 @@ class Workspace:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.n_clusters)
+            collect(errors, lambda: self.prompts)
+        if config.refine:
+            collect(errors, lambda: Distiller(self.base))
         if not errors:
             sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
@@ -113,6 +117,15 @@ class Workspace:
         """The examples that judge."""
         n = self.config.test_examples or None
         return [self.base.encode(task.name, task.test[:n]) for task in self.tasks]
+
+    @cached_property
+    def prompts(self) -> dict[str, ExampleSet]:
+        """Task -> its prompts without answers, where there are some."""
+        if not self.config.unlabelled:
+            return {}
+        n = self.config.probe_examples
+        rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
+        return {name: self.base.encode(name, rows[name]) for name in sorted(rows)}
 
     @cached_property
     def sizes(self) -> list[int]:

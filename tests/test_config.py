@@ -14,7 +14,7 @@ from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge import METHODS
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
-STAGES = ("run", "probe", "cluster", "merge", "pack", "bench", "report")
+STAGES = ("run", "probe", "cluster", "merge", "refine", "pack", "bench", "report")
 
 
 def write(tmp_path, text):
@@ -166,10 +166,12 @@ def test_the_help_states_the_defaults():
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
     assert stated.pop("merge_rank").startswith("the largest") and values.pop("merge_rank") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
-    assert stated.pop("compile") == "no" and values.pop("compile") is False
+    for name in ("compile", "refine"):
+        assert stated.pop(name) == "no" and values.pop(name) is False
     assert stated.pop("init") == ",".join(values.pop("init"))
     assert stated == {name: str(value) for name, value in values.items()}
-    special = {"model", "scale", "init", "memory_limit", "compile", "without", "merge_rank"}
+    special = {"model", "scale", "init", "memory_limit", "compile", "refine", "without"}
+    special |= {"unlabelled", "merge_rank"}
     unstated = {field.name for field in fields(RunConfig)} - set(stated) - special
     assert unstated == set(NEEDED)
 

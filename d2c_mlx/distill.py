@@ -1,0 +1,171 @@
+"""What an adapter says of its rows, and the gradient that brings another one to say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from d2c_mlx.activations import log_normaliser
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.errors import ModelError
+from d2c_mlx.forward import KeysValues, find_head, run_blocks
+from d2c_mlx.model import BaseModel
+from d2c_mlx.tasks import Example, ExampleSet
+
+__all__ = ["Distiller", "Factors", "Row"]
+
+# Padded tokens whose activations are kept at a time; a step adds the gradients of several batches.
+_BATCH = 512
+
+# Module path -> a `(1, in, r)` and b `(1, r, out)`, float32, the scale folded in.
+Factors = dict[str, KeysValues]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row, and all that is needed of its teacher.
+
+    Over the whole vocabulary KL(teacher || student) = `lse(z) - mean . h + constant`, for logits z
+    and hidden states h of the student: the head is linear, so the teacher enters by its mean row of
+    the head and by one number per target. Exact, and a hundred times smaller than logits.
+
+    Attributes:
+        example: the tokens.
+        answered: whether the answer is the user's; if not, the teacher's own.
+        mean: `(n_targets, hidden)`.
+        constant: `(n_targets,)`.
+        nll: sum over the targets under the teacher, in nats.
+    """
+
+    example: Example
+    answered: bool
+    mean: np.ndarray
+    constant: np.ndarray
+    nll: float
+
+
+class Distiller:
+    """The base model, with whichever adapter is attached last."""
+
+    def __init__(self, base: BaseModel) -> None:
+        """Find the head.
+
+        Raises:
+            ModelError: the architecture scales or caps its logits.
+        """
+        head = find_head(base.model)
+        if head is None:
+            raise ModelError(
+                f"{base.name}: refine needs a head that is linear in the hidden states; this"
+                " architecture scales or caps its logits"
+            )
+        self.base, self._head = base, head
+        self._fast = mx.default_device().type == mx.DeviceType.cpu
+
+    def teach(
+        self, adapter: Adapter, answered: ExampleSet, prompts: ExampleSet | None = None
+    ) -> list[Row]:
+        """Rows with the adapter as their teacher: the answered ones, then the prompts.
+
+        Args:
+            adapter: attached, and left so.
+            answered: rows whose targets are given.
+            prompts: rows of which only the tokens up to `offset` are read; the adapter's greedy
+                answer follows, at most as long as the longest of `answered`.
+        """
+        self.base.attach(adapter)
+        examples = list(answered.examples)
+        longest = max(one.n_targets for one in examples)
+        for one in prompts.examples if prompts else ():
+            prompt = one.tokens[: one.offset]
+            examples.append(Example((*prompt, *self.base.answer(prompt, longest)), one.offset))
+        rows: dict[int, Row] = {}
+        for batch in _batches(examples):
+            some = [examples[i] for i in batch]
+            hidden, targets = self._hidden(some)
+            ones = mx.ones(len(targets))
+            (lse, gold), (mean,) = mx.vjp(
+                lambda h, targets=targets: self._scores(h, targets), [hidden], [ones, 0 * ones]
+            )
+            mean = mean.astype(mx.float32)
+            constant = (mean * hidden).sum(axis=-1) - lse
+            ends = np.cumsum([one.n_targets for one in some])[:-1]
+            parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
+            for i, m, c, nll in zip(batch, *parts):
+                rows[i] = Row(examples[i], i < len(answered.examples), m, c, float(nll.sum()))
+        return [rows[i] for i in range(len(examples))]
+
+    def excess(self, adapter: Adapter, rows: Sequence[Row]) -> float:
+        """Mean NLL per target minus the teacher's; attaches the adapter."""
+        self.base.attach(adapter)
+        examples = [row.example for row in rows]
+        total = -sum(row.nll for row in rows)
+        for batch in _batches(examples):
+            lse, gold = self._scores(*self._hidden([examples[i] for i in batch]))
+            total += float((lse - gold).sum())
+        return total / sum(one.n_targets for one in examples)
+
+    def gradient(
+        self, factors: Factors, rows: Sequence[Row], weights: Sequence[tuple[float, float]]
+    ) -> Factors:
+        """Of the sum over targets of `w_nll * NLL + w_kl * KL(teacher || student)`.
+
+        Args:
+            factors: of the student, whose modules are those of the attached adapter.
+            rows: what to learn from.
+            weights: `(w_nll, w_kl)` of every row.
+        """
+        total: Factors = tree_map(mx.zeros_like, factors)
+        for batch in _batches([row.example for row in rows]):
+            some = [rows[i] for i in batch]
+            n_targets = [row.example.n_targets for row in some]
+            each = np.repeat(np.array([weights[i] for i in batch], np.float32), n_targets, axis=0)
+            gradient = mx.grad(self.loss)(factors, some, mx.array(each))
+            total = tree_map(mx.add, total, gradient)
+            mx.eval(total)
+        return total
+
+    def loss(self, factors: Factors, rows: Sequence[Row], weights: mx.array) -> mx.array:
+        """What `gradient` differentiates; `weights (n_targets, 2)`."""
+        with self.base.factors_replaced([factors[path] for path in self.base.occupied]):
+            hidden, targets = self._hidden([row.example for row in rows])
+        lse, gold = self._scores(hidden, targets)
+        mean = mx.array(np.concatenate([row.mean for row in rows]))
+        constant = mx.array(np.concatenate([row.constant for row in rows]))
+        divergence = lse - (mean * hidden).sum(axis=-1) + constant
+        return (weights[:, 0] * (lse - gold) + weights[:, 1] * divergence).sum()
+
+    def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
+        """`(n_targets, hidden)` states before every target, and the targets' ids."""
+        x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
+        row: list[int] = []
+        column: list[int] = []
+        target: list[int] = []
+        for i, one in enumerate(examples):
+            x[i, : len(one.tokens) - 1] = one.tokens[:-1]
+            row += [i] * one.n_targets
+            column += range(one.first_target - 1, len(one.tokens) - 1)
+            target += one.tokens[one.first_target :]
+        hidden = run_blocks(self.base.model, mx.array(x))
+        return hidden[mx.array(row), mx.array(column)], mx.array(target)
+
+    def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""
+        logits = self._head(hidden).astype(mx.float32)
+        gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return log_normaliser(logits, self._fast), gold
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Indices by length, cut where a batch would have more than `_BATCH` padded tokens."""
+    batch: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
+        if batch and (len(batch) + 1) * len(examples[i].tokens) > _BATCH:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
