@@ -25,7 +25,7 @@ RESULT = Path(__file__).parent / "results" / "probe.json"
 PARTS = ("engine", "d2c", "growth", "ranks")
 
 
-def measure(part, library, quick):
+def measure(part, library, quick, sizes):
     """The keys that one part adds to the result."""
     if part == "engine":
         return engine.measure(library, 2, 3 if quick else 10, 1)
@@ -33,8 +33,7 @@ def measure(part, library, quick):
         n_clusters, restarts, n_examples = (2, 2, 4) if quick else (6, 4, 4)
         return d2c.measure(library, n_clusters, restarts, n_examples)
     if part == "growth":
-        sizes, n_clusters = ((2, 4, 8), 2) if quick else ((8, 16, 32, 64), 6)
-        return growth.measure(library, sizes, n_clusters, 160)
+        return growth.measure(library, (2, 4, 8) if quick else sizes, 2 if quick else 6, 160)
     return ranks.measure(library, 2 if quick else 4, 3 if quick else 10, 1 if quick else 3)
 
 
@@ -88,11 +87,13 @@ def main():
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, others are kept")
+    parser.add_argument("--sizes", default="8,16,32,64", help="numbers of adapters of growth")
     options = parser.parse_args()
+    sizes = tuple(map(int, options.sizes.split(",")))
     some = options.only != ",".join(PARTS) and RESULT.exists()
     result = json.loads(RESULT.read_text()) if some else {}
     for part in options.only.split(","):
-        result |= measure(part, options.library, options.quick)
+        result |= measure(part, options.library, options.quick, sizes)
         result |= {"library": str(options.library), "quick": options.quick, "machine": machine()}
         write_json(RESULT, result)
     print("| what | value | target |\n|---|--:|--:|")
