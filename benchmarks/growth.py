@@ -20,7 +20,10 @@ from d2c_mlx.adapter import LoRA
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pipeline import STAGES, run
+from d2c_mlx.pipeline import STAGES as ALL
+from d2c_mlx.pipeline import run
+
+STAGES = [stage for stage in ALL if stage != "refine"]  # it is off
 
 
 def grow(library, directory, n, base, width):
