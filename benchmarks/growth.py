@@ -65,8 +65,8 @@ def measure(library, sizes, n_clusters, width):
             os.environ["D2C_MLX_CACHE"] = str(here)  # a cold cache of losses
             output = run(RunConfig(
                 adapters=str(here / "adapters"), tasks=str(here / "tasks"),
-                output=str(here / "run"), budget=str(n_clusters), search="paper", init=("adapters",),
-                rounds=2, random_seeds=1,
+                output=str(here / "run"), budget=str(n_clusters), search="paper",
+                init=("adapters",), rounds=2, random_seeds=1,
             ), quiet=True).output  # fmt: skip
             records[n] = {
                 stage: json.loads((output / ".stages" / f"{stage}.json").read_text())
