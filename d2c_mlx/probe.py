@@ -165,8 +165,14 @@ class Evaluator:
     def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
         """The NLL sum of every (adapter, part, the set that it is part of)."""
         keys = [self._key(adapter, part) for adapter, part, _ in wanted]
-        known = {key: self._cache.get(key) if self._cache else None for key in keys}
-        missing = {key: one for key, one in zip(keys, wanted) if known[key] is None}
+        known: dict[str, float] = {}
+        missing = {}
+        for key, one in zip(keys, wanted):
+            value = self._cache.get(key) if self._cache else None
+            if value is None:
+                missing[key] = one
+            else:
+                known[key] = value
         names = list(missing)
         pieces = [(adapter, part) for adapter, part, _ in missing.values()]
         self.meter.expect(sum(part.n_tokens for _, part in pieces))
@@ -178,7 +184,7 @@ class Evaluator:
             self.counts.done += n_tokens / missing[names[i]][2].n_tokens
             self.counts.tokens += n_tokens
             self.meter.advance(n_tokens)
-        return [known[key] or 0.0 for key in keys]
+        return [known[key] for key in keys]
 
     def _key(self, adapter: Adapter | None, part: ExampleSet) -> str:
         digest = adapter.digest if adapter else "base"
