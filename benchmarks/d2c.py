@@ -63,7 +63,7 @@ def measure(library, n_clusters, restarts, n_examples):
             walks.append(forgetful(values, grid))
             return best
 
-        def merge(members):
+        def merge(members, like=()):
             nonlocal asked
             if members not in searches:
                 walks[:] = [0]

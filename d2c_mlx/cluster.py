@@ -7,7 +7,7 @@ a numpy table is enough to test them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,18 @@ __all__ = [
 ]
 
 Members = tuple[int, ...]
+
+
+class Merge(Protocol):
+    """Merges of adapters."""
+
+    def __call__(self, members: Members, like: Members = ()) -> Any:  # noqa: ANN401  opaque
+        """An opaque merge.
+
+        Args:
+            members: what is merged.
+            like: members of another merge whose scale is taken; none: the scale is tuned.
+        """
 
 
 class Losses(Protocol):
@@ -44,14 +56,14 @@ class Problem:
     Attributes:
         base: `(n,)` probe loss of every task under the bare base model.
         table: `(n, n)` probe loss of task i under adapter j.
-        merge: members -> an opaque merge.
+        merge: makes the merges.
         losses: list of (merge, tasks) -> for each the probe losses.
         features: `(n, d)` one row per adapter, for K-Means.
     """
 
     base: np.ndarray
     table: np.ndarray
-    merge: Callable[[Members], Any]
+    merge: Merge
     losses: Losses
     features: np.ndarray
 

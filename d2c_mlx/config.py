@@ -33,7 +33,7 @@ MERGE_METHODS = (
 )  # fmt: skip
 # What "auto" tries on every cluster, the simplest first: it wins ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "regmean", "wudi")
-STARTS = ("adapters", "kmeans", "random", "table")
+STARTS = ("adapters", "kmeans", "random", "table", "pairs")
 SEARCHES = ("moves", "paper")
 SAVINGS = (
     "head",
@@ -68,7 +68,8 @@ class RunConfig:
         search: "paper", the loop of D2C, or "moves" from the best partition that it starts from.
         init: starts of D2C, see `d2c.d2c`.
         rounds: most rounds of one start of the loop.
-        patience: of "moves", how many proposals in a row may fail.
+        patience: rounds of "paper" without a new best, or proposals of "moves" in a row that may
+            fail; None is 2 rounds or 10 proposals.
         restarts: draws per kind of start.
         eps: a task moves only if its normalised regret falls by more.
         seed: of all random choices.
@@ -97,8 +98,8 @@ class RunConfig:
     scale: float | None = None
     merge_rank: int | None = None
     search: str = "moves"
-    patience: int = 10
-    init: tuple[str, ...] = STARTS
+    patience: int | None = None
+    init: tuple[str, ...] = STARTS[:-1]
     rounds: int = 10
     restarts: int = 1
     eps: float = 1e-3
@@ -129,7 +130,7 @@ class RunConfig:
             ),
             "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
             "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
-            "patience": (self.patience >= 1, "1 or more"),
+            "patience": (self.patience is None or self.patience >= 1, "1 or more"),
             "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
             "scale": (self.scale is None or 0 < self.scale < math.inf, "a number above 0"),
             "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.cluster import Clustering, Problem, canonical, kmeans, random_partition, refill
-from d2c_mlx.moves import Costs, improve, predicted_partition
+from d2c_mlx.moves import Costs, improve, paired_partition, predicted_partition
 
 __all__ = ["INITS", "d2c"]
 
-INITS = ("adapters", "kmeans", "random", "table")
+INITS = ("adapters", "kmeans", "random", "table", "pairs")
 
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
@@ -36,6 +36,8 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
         return np.array(random_partition(problem.n, n_clusters, int(rng.integers(1 << 31))).labels)
     if init == "table":
         return np.array(predicted_partition(problem, n_clusters))
+    if init == "pairs":
+        return np.array(paired_partition(problem, n_clusters))
     seeds = _farthest_seeds(problem, n_clusters, rng)
     scores = problem.table[:, seeds]
     labels = scores.argmin(axis=1)
@@ -103,12 +105,12 @@ def d2c(
     n_clusters: int,
     *,
     search: str = "paper",
-    init: Sequence[str] = INITS,
+    init: Sequence[str] = INITS[:-1],
     rounds: int = 10,
     restarts: int = 1,
     seed: int = 0,
     eps: float = 1e-3,
-    patience: int = 2,
+    patience: int | None = None,
 ) -> Clustering:
     """D2C: which adapters to merge, decided by the probe losses of merges.
 
@@ -119,24 +121,28 @@ def d2c(
             repeat, from every start. "moves": single moves and swaps, each judged by the merges
             that it changes, from the best start.
         init: starts to try: "adapters" (K single adapters as the first merges, farthest first),
-            "kmeans", "random", "table" (`moves.predicted_partition`). The best by normalised
-            regret wins, the first among equals.
+            "kmeans", "random", "table" (`moves.predicted_partition`), "pairs"
+            (`moves.paired_partition`, which costs as much as the probe table). The best by
+            normalised regret wins, the first among equals.
         rounds: most reassignments of one start of the paper's loop.
         restarts: draws per kind of start; K-Means, the table and one cluster need only one.
         seed: of all random choices.
         eps: a task moves only if its regret falls by more.
-        patience: stop after this many rounds without a new best, or proposals that failed.
+        patience: stop after this many rounds of the paper's loop without a new best (None: 2), or
+            proposals of moves that failed in a row (None: 10).
 
     Returns:
         The best partition that was seen, with the history of the run that found it.
     """
     if n_clusters >= problem.n:
         return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
+    if patience is None:
+        patience = 2 if search == "paper" else 10
     found: list[Clustering] = []
     starts: list[dict[str, Any]] = []
     costs = Costs(problem)
     for kind in init:
-        single = kind in ("kmeans", "table") or n_clusters == 1
+        single = kind in ("kmeans", "table", "pairs") or n_clusters == 1
         for restart in range(1 if single else restarts):
             rng = np.random.default_rng([seed, restart, INITS.index(kind)])
             labels = _start(problem, n_clusters, kind, rng)

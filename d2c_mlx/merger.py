@@ -68,10 +68,19 @@ class Merger:
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._inputs: dict[int, Mapping[str, np.ndarray]] = {}
 
-    def quick(self, members: Members) -> Merged:
-        """What clusterings compare: "auto" tries one method here, the final merge tries more."""
+    def quick(self, members: Members, like: Members = ()) -> Merged:
+        """What clusterings compare: "auto" tries one method here, the final merge tries more.
+
+        Args:
+            members: what is merged.
+            like: members of another merge whose scale is taken; none: the scale is tuned.
+        """
         method = self._config.merge_method
-        return self._merged(members, "linear" if method == "auto" else method)
+        method = "linear" if method == "auto" else method
+        if not like or len(members) == 1:
+            return self._merged(members, method)
+        scale = self._merged(like, method).scale
+        return Merged(self._scaled(self._unscaled(members, method), scale), method, scale)
 
     def final(self, members: Members) -> Merged:
         """What is packed: under "auto" the best of some methods on the members' probes."""
@@ -88,34 +97,37 @@ class Merger:
         return self._merges[key]
 
     def _merge(self, members: Members, method: str) -> Merged:
-        chosen = [self._adapters[i] for i in members]
+        merged = self._unscaled(members, method)
         if len(members) == 1:
-            only = merge_adapters(chosen)
-            return Merged(only.uniform(self._base.dtype), "none", 1.0)
+            return Merged(self._scaled(merged, 1.0), "none", 1.0)
         config = self._config
-        merged = merge_adapters(
-            chosen,
-            method,
-            config.density,
-            config.merge_rank,
-            seed=config.seed,
-            activations=self._activations(members) if method == "regmean" else None,
-        )
         tried: dict[float, tuple[Adapter, float]] = {}
 
         def regret(scale: float) -> float:
-            adapter = scaled(merged, scale).uniform(self._base.dtype)
+            adapter = self._scaled(merged, scale)
             probes = [self._probes[i] for i in members]
             losses = self._evaluator.losses([(adapter, probes)])[0]
             tried[scale] = adapter, float(self._regret(losses, np.array(members)).mean())
             return tried[scale][1]
 
         if config.scale is not None and config.merge_method != "auto":
-            fixed = scaled(merged, config.scale).uniform(self._base.dtype)
-            return Merged(fixed, method, config.scale)
+            return Merged(self._scaled(merged, config.scale), method, config.scale)
         grid = SCALES if config.scale is None else (config.scale,)
         best = tune_scale(regret, grid)
         return Merged(tried[best][0], method, best, tried[best][1])
+
+    def _unscaled(self, members: Members, method: str) -> Adapter:
+        return merge_adapters(
+            [self._adapters[i] for i in members],
+            method,
+            self._config.density,
+            self._config.merge_rank,
+            seed=self._config.seed,
+            activations=self._activations(members) if method == "regmean" else None,
+        )
+
+    def _scaled(self, merged: Adapter, scale: float) -> Adapter:
+        return (merged if scale == 1 else scaled(merged, scale)).uniform(self._base.dtype)
 
     def _activations(self, members: Members) -> dict[str, list[np.ndarray]]:
         """Inputs of every module that some member has, under each member on its own probes."""

@@ -9,13 +9,14 @@ merge(A) and merge(B).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from d2c_mlx.cluster import Members, Problem, canonical
 
-__all__ = ["Costs", "improve", "predicted_partition"]
+__all__ = ["Costs", "improve", "paired_partition", "predicted_partition"]
 
 Groups = list[Members]
 
@@ -26,18 +27,26 @@ class Costs:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._known: dict[Members, float] = {}
-        # Regret of task i under adapter j. A merge holds 1/T of a harmful adapter: hence a limit.
-        self._single = np.clip(problem.regret(problem.table), -1, 2)
+        self._harm = _single_regret(problem)
 
     def __call__(self, members: Members) -> float:
         """Measured on the merge, its scale tuned; 0 for a single adapter."""
         if len(members) == 1:
             return 0.0
         if members not in self._known:
-            tasks = list(members)
-            (losses,) = self.problem.losses([(self.problem.merge(members), tasks)])
-            self._known[members] = float(self.problem.regret(losses, np.array(tasks)).sum())
+            self._known[members] = self._measured(members)
         return self._known[members]
+
+    def tried(self, members: Members, like: Members) -> float:
+        """Measured at the scale of the measured cluster `like`: a third of the evaluations."""
+        if len(members) == 1 or len(like) == 1 or members in self._known:
+            return self(members)
+        return self._measured(members, like)
+
+    def _measured(self, members: Members, like: Members = ()) -> float:
+        tasks = list(members)
+        (losses,) = self.problem.losses([(self.problem.merge(members, like), tasks)])
+        return float(self.problem.regret(losses, np.array(tasks)).sum())
 
     def objective(self, labels: Sequence[int] | np.ndarray) -> float:
         """Mean regret of all tasks under a partition."""
@@ -45,7 +54,7 @@ class Costs:
 
     def predicted(self, members: Members) -> float:
         """From single adapters alone: a merge serves a task as its members do on average."""
-        return float(self._single[np.ix_(members, members)].sum()) / len(members)
+        return _predicted(self._harm, members)
 
     def expected(self, members: Members, like: Members) -> float:
         """Predicted, times what a measured cluster cost above its own prediction."""
@@ -54,6 +63,16 @@ class Costs:
         known, prediction = self(like), self.predicted(like)
         ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
         return ratio * self.predicted(members)
+
+
+def _single_regret(problem: Problem) -> np.ndarray:
+    """`(n, n)` regret of task i under adapter j; a merge holds only a part of a harmful adapter."""
+    return np.clip(problem.regret(problem.table), -1, 2)
+
+
+def _predicted(harm: np.ndarray, members: Members) -> float:
+    """Summed regret of a merge if each task suffers from every member's mean `harm[i, j]`."""
+    return float(harm[np.ix_(members, members)].sum()) / len(members)
 
 
 def groups_of(labels: Sequence[int] | np.ndarray) -> Groups:
@@ -91,13 +110,34 @@ def _without(members: Members, i: int) -> Members:
 
 
 def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
-    """The partition that single adapters predict to be the best; asks nothing of the model.
+    """The partition that single adapters predict to be the best; asks nothing of the model."""
+    return _agglomerated(_single_regret(problem), n_clusters)
 
-    Agglomerative: the two clusters whose union costs least more become one until `n_clusters` are
-    left; then the best move or swap, while one helps.
+
+def paired_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
+    """The partition that merges of two predict to be the best.
+
+    Asks for all n (n - 1) / 2 of them, on two tasks each and at the scale of the first: about
+    what the probe table costs.
     """
-    predicted = Costs(problem).predicted
-    groups: Groups = [(i,) for i in range(problem.n)]
+    n, first = problem.n, (0, 1)
+    harm = np.zeros((n, n))
+    for i in range(n - 1):
+        pairs = [[i, j] for j in range(i + 1, n)]
+        merges = [problem.merge(tuple(pair), () if tuple(pair) == first else first)
+                  for pair in pairs]  # fmt: skip
+        for (_, j), losses in zip(pairs, problem.losses(list(zip(merges, pairs)))):
+            harm[i, j] = harm[j, i] = problem.regret(losses, np.array([i, j])).sum()
+    return _agglomerated(harm, n_clusters)
+
+
+def _agglomerated(harm: np.ndarray, n_clusters: int) -> tuple[int, ...]:
+    """The two clusters whose union costs least more become one until `n_clusters` are left.
+
+    Then the best move or swap, while one helps.
+    """
+    predicted = partial(_predicted, harm)
+    groups: Groups = [(i,) for i in range(len(harm))]
     while len(groups) > n_clusters:
         pairs = [(a, b) for b in range(len(groups)) for a in range(b)]
         rise = [
@@ -115,7 +155,7 @@ def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
             for a, b, new_a, new_b in steps
         ]
         if not steps or min(change) > -1e-9:
-            return _labels(groups, problem.n)
+            return _labels(groups, len(harm))
         a, b, groups[a], groups[b] = steps[int(np.argmin(change))]
 
 
@@ -141,12 +181,7 @@ def improve(
             if frozenset((new_a, new_b)) in tried:
                 continue
             tried.add(frozenset((new_a, new_b)))
-            before = costs(groups[a]) + costs(groups[b])
-            after = costs(new_b)
-            # Merged with nothing to lose, the rest costs 0: then it need not be asked.
-            if after < before - eps:
-                after += costs(new_a)
-            if after < before - eps:
+            if _lowers(costs, (groups[a], groups[b]), (new_a, new_b), eps):
                 groups[a], groups[b], failed = new_a, new_b, 0
                 objective = sum(map(costs, groups)) / n
                 history.append({"objective": objective, "labels": list(_labels(groups, n))})
@@ -156,6 +191,16 @@ def improve(
                 return history, "patience"
         else:
             return history, "converged"
+
+
+def _lowers(costs: Costs, old: tuple[Members, ...], new: tuple[Members, ...], eps: float) -> bool:
+    """Whether a step lowers the cost; its scales are tuned only if it does so without."""
+    most = costs(old[0]) + costs(old[1]) - eps
+    # A cluster hardly ever costs less than 0, so mostly one of the two is enough to say no.
+    one = costs.tried(new[1], old[1])
+    if one >= most or one + costs.tried(new[0], old[0]) >= most:
+        return False
+    return costs(new[0]) + costs(new[1]) < most
 
 
 def _promising(costs: Costs, groups: Groups) -> list[tuple[int, int, Members, Members]]:

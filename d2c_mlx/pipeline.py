@@ -11,24 +11,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from d2c_mlx import __version__
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
-from d2c_mlx.files import fingerprint, write_dir, write_json, write_text
+from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.pack import load_pack, write_pack
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
-from d2c_mlx.refine import Member, RefineOptions
-from d2c_mlx.refine import refine as refine_merge
+from d2c_mlx.refining import refine_cluster, refine_inputs
 from d2c_mlx.report import render_html, render_markdown
 from d2c_mlx.workspace import Workspace
 
@@ -82,8 +78,7 @@ def cluster(ws: Workspace) -> None:
 
     def body() -> None:
         found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
-                    restarts=c.restarts, seed=c.seed, eps=c.eps,
-                    patience=c.patience if c.search == "moves" else 2)  # fmt: skip
+                    restarts=c.restarts, seed=c.seed, eps=c.eps, patience=c.patience)  # fmt: skip
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(ws.problem.features, min(k, n), c.seed)],
@@ -127,59 +122,23 @@ def merge(ws: Workspace) -> None:
 
 def refine(ws: Workspace) -> None:
     """If asked for: each merge trained to match its members -> `refined/<k>/`, `refines.json`."""
-    c = ws.config
-    if not c.refine:
+    if not ws.config.refine:
         return
-    options = RefineOptions(steps=c.refine_steps, rate=c.refine_rate, eps=c.eps, seed=c.seed)
-    inputs = [__version__, ws.base.fingerprint, dataclasses.asdict(options),
-              [[p.task, p.digest] for p in ws.probes],
-              [[name, prompts.digest] for name, prompts in ws.prompts.items()]]  # fmt: skip
 
     def body() -> None:
         # A cluster takes minutes: each is kept as soon as it is done.
-        done = ws.path("refining")
-        names = [entry["members"] for entry in ws.read("merges.json")]
-        parts = [_refined(ws, done, k, members, options, inputs) for k, members in enumerate(names)]
+        kept = ws.path("refining")
+        parts = [refine_cluster(ws, k, entry["members"], kept)
+                 for k, entry in enumerate(ws.read("merges.json"))]  # fmt: skip
         with write_dir(ws.path("refined")) as directory:
             for k, part in enumerate(parts):
                 shutil.copytree(part / "adapter", directory / str(k))
         facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
         write_json(ws.path("refines.json"), facts)
-        shutil.rmtree(done)
+        shutil.rmtree(kept)
 
     reads = ["adapters", "losses.json", "merged", "merges.json"]
-    ws.stage("refine", inputs, reads, ["refined", "refines.json"], body)
-
-
-def _refined(ws: Workspace, done: Path, k: int, names: Sequence[str], options: RefineOptions,
-             inputs: Sequence[object]) -> Path:  # fmt: skip
-    """Directory below `done` with what became of merge `k`, under a name of all it depends on."""
-    merged = load_adapter(ws.path("merged") / str(k))
-    indices = [ws.names.index(name) for name in names]
-    members = [
-        Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i]), ws.prompts.get(ws.names[i]))
-        for i in indices
-    ]
-    contents = [[one.adapter.digest, one.gain] for one in members]
-    part = done / fingerprint([inputs, list(names), contents, merged.digest])[:32]
-    if part.exists():
-        return part
-    started = time.monotonic()
-    refined = refine_merge(ws.base, merged, members, options, ws.evaluator.meter)
-    regrets = dict(refined.curve)
-    facts = {
-        "members": list(names),
-        "step": refined.step,
-        "stopped": refined.stopped,
-        "held_back_regret": {"before": regrets.get(0), "after": regrets.get(refined.step)},
-        "curve": refined.curve,
-        "unjudged": refined.unjudged,
-        "seconds": round(time.monotonic() - started, 2),
-    }
-    with write_dir(part) as directory:
-        refined.adapter.save(directory / "adapter", ws.base.n_layers)
-        write_json(directory / "refine.json", facts)
-    return part
+    ws.stage("refine", refine_inputs(ws), reads, ["refined", "refines.json"], body)
 
 
 def pack(ws: Workspace) -> None:

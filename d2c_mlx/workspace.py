@@ -162,7 +162,7 @@ class Workspace:
         return Problem(
             base=self.table.base,
             table=self.table.values,
-            merge=lambda members: self.merger.quick(members).adapter,
+            merge=lambda members, like=(): self.merger.quick(members, like).adapter,
             losses=self._losses,
             features=svd_features(self.adapters),
         )

@@ -67,6 +67,15 @@ def test_the_scale_is_the_best_of_the_walk(config):
     assert merged.adapter.modules[path].a.dtype == mx.float16
 
 
+def test_a_merge_may_take_the_scale_of_another(config):
+    merger = merger_of(config)
+    like = merger.quick((0, 1))
+    taken = merger.quick((0, 2), like=(0, 1))
+    fixed = merger_of(replace(config, scale=like.scale, output=config.output + "2")).quick((0, 2))
+    assert (taken.scale, taken.adapter.digest) == (like.scale, fixed.adapter.digest)
+    assert merger.quick((2,), like=(0, 1)).method == "none"
+
+
 def test_a_larger_rank_is_for_merges_alone(config):
     merger = merger_of(replace(config, merge_rank=8))
     assert merger.quick((0, 1)).adapter.rank == 8

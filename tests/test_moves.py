@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cluster import planted, problem_of
 
-from d2c_mlx.cluster import canonical
+from d2c_mlx.cluster import Problem, canonical
 from d2c_mlx.d2c import INITS, d2c
-from d2c_mlx.moves import Costs, groups_of, improve, predicted_partition
+from d2c_mlx.moves import Costs, groups_of, improve, paired_partition, predicted_partition
 
 
 def asking(problem):
     """The problem, and a list that every merge asked for is added to."""
     asked = []
 
-    def merge(members):
-        asked.append(members)
+    def merge(members, like=()):
+        asked.append((members, like))
         return problem.merge(members)
 
     return type(problem)(
@@ -109,6 +109,32 @@ def test_a_cluster_of_one_is_worth_it_for_a_task_that_merges_badly():
     assert [len(set(entry["labels"])) for entry in history] == [2] * len(history)
 
 
+@pytest.mark.parametrize("helps", ["tuned alone", "at the old scale alone", "both", "neither"])
+def test_a_step_is_taken_if_it_helps_at_the_old_scale_and_tuned(helps):
+    """Two of four belong together; the scale decides how much of that is seen."""
+    good = {"tuned": helps in ("tuned alone", "both"),
+            "old": helps in ("at the old scale alone", "both")}  # fmt: skip
+    asked = []
+
+    def merge(members, like=()):
+        asked.append((members, like))
+        return members, like
+
+    def losses(jobs, limits=None):
+        def regret(members, like):
+            better = {(0, 1), (2, 3)} if good["old" if like else "tuned"] else set()
+            return 0.2 if members in better else (0.0, 0.5, 0.9)[len(members) - 1]
+
+        return [np.full(len(tasks), regret(*merged)) for merged, tasks in jobs]
+
+    problem = Problem(np.ones(4), 1 - np.eye(4), merge, losses, np.eye(4))
+    history, _ = improve(Costs(problem), [0, 1, 0, 1], 0.0, patience=20)
+    assert (groups_of(history[-1]["labels"]) == [(0, 1), (2, 3)]) == (helps == "both")
+    tuned = {members for members, like in asked if not like}
+    assert (((0, 1) in tuned) or ((2, 3) in tuned)) == good["old"]
+    assert {like for _, like in asked if like} <= tuned
+
+
 def test_patience_counts_failures_in_a_row():
     problem, asked = asking(problem_of(lambda members, task: 0.5 * (len(members) > 1), 6))
     history, stopped = improve(Costs(problem), [0, 0, 0, 1, 1, 1], 0.0, patience=3)
@@ -142,6 +168,19 @@ def test_the_predicted_partition_is_good_by_its_own_prediction(n_clusters, seed)
 
     best = min(map(value, partitions(6, n_clusters)))
     assert value(labels) <= best + 0.15
+
+
+def test_pairs_see_what_single_adapters_do_not():
+    """Alone every adapter harms every other task alike; merged, only strangers harm each other."""
+    hidden = (0, 1, 0, 1, 1, 0)
+
+    def loss(members, task):
+        return float(np.mean([0.1 if hidden[j] == hidden[task] else 0.8 for j in members]))
+
+    problem, asked = asking(problem_of(loss, 6, table=1 - np.eye(6)))
+    assert paired_partition(problem, 2) == hidden
+    assert [members for members, _ in asked] == list(itertools.combinations(range(6), 2))
+    assert [like for _, like in asked] == [()] + 14 * [(0, 1)]
 
 
 def test_a_start_that_costs_least_is_the_one_that_is_improved():

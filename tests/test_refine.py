@@ -18,7 +18,7 @@ from d2c_mlx_cli.main import cli
 from mlx.utils import tree_flatten, tree_map
 from tiny import library, peft_adapter, task, write_jsonl
 
-from d2c_mlx import pipeline
+from d2c_mlx import refining
 from d2c_mlx.activations import use_exponentials
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import read_adapter
@@ -326,15 +326,15 @@ def test_test_rows_are_never_touched(config, monkeypatch):
 
 _KILL_AT_SECOND = """
 import os, signal
-from d2c_mlx import pipeline
+from d2c_mlx import refining
 from d2c_mlx_cli.main import main
-refine, calls = pipeline.refine_merge, []
+refine, calls = refining.refine, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return refine(*args)
-pipeline.refine_merge = killed
+refining.refine = killed
 main()
 """
 
@@ -348,11 +348,11 @@ def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatc
     assert not (output / "refined").exists()
     calls = []
 
-    def counted(*args, refine=pipeline.refine_merge):
+    def counted(*args, refine=refining.refine):
         calls.append(args)
         return refine(*args)
 
-    monkeypatch.setattr(pipeline, "refine_merge", counted)
+    monkeypatch.setattr(refining, "refine", counted)
     run(config, until="pack", quiet=True)
     assert len(calls) == len(whole.read("merges.json")) - 1
     for name in ("refined", "pack"):
