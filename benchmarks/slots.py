@@ -1,11 +1,12 @@
 """At most K adapters: clusterings, merge methods, rank and refining, on held-out rows.
 
-    python benchmarks/slots.py --library DIR [--clusters 3,6,12] [--seeds 3] [--cases paper,default]
+    python benchmarks/slots.py --library DIR [--clusters 3,6,12] [--seeds 0,1,2] [--cases A;B]
 
-Every case is a whole `d2c-mlx run` with other options; a seed takes other probe rows of every task
-(rows 0-9, 10-19, ...), never test rows. Losses are shared through one cache, so what two cases
-have in common is evaluated once; seconds are therefore those of what was new. A run that was
-stopped continues: cases that are in the results are not repeated. Results: results/slots.json.
+A seed takes other probe rows of every task (rows 0-9, 10-19, ...), never test rows. A case is
+a whole `d2c-mlx run` with other options up to its pack, or ("on them: ...") the clusters of `moves`
+merged another way. Losses are shared through one cache, so what two cases have in common is
+evaluated once; seconds are those of what was new. A run that was stopped continues: cases that are
+in the results are not repeated. Results: results/slots.json.
 """
 
 import argparse
@@ -13,25 +14,38 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx.adapter import load_adapter
+from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import MERGE_METHODS, RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
+from d2c_mlx.merger import Merger
+from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
-CASES = {
+RUNS = {
+    "moves": {},
+    "moves, refined": {"refine": True},
     "paper": {"search": "paper"},
     "paper, ties": {"search": "paper", "merge_method": "ties"},
-    "default": {},
-    "auto": {"merge_method": "auto"},
+    "moves from pairs": {"init": ("pairs",)},
+}
+# What the clusters of `moves` are when they are merged another way.
+MERGES = {
+    "scale 1": {"scale": 1.0},
+    "rank 16": {"merge_rank": 16},
     "rank 32": {"merge_rank": 32},
-    "rank 32, auto": {"merge_rank": 32, "merge_method": "auto"},
+    "auto": {"merge_method": "auto"},
     **{name: {"merge_method": name} for name in MERGE_METHODS if name != "linear"},
 }
-BASELINES = ("base", "individual", "merge-all", "random", "kmeans")
+BASELINES = ("individual", "merge-all", "kmeans", "random")
+CASES = (*BASELINES, *RUNS, *(f"on them: {name}" for name in MERGES))
 
 
 def probes_of(library, seed, n_examples, directory):
@@ -48,74 +62,137 @@ def probes_of(library, seed, n_examples, directory):
     return directory
 
 
-def row(methods, name):
-    """What a table shows of one method."""
-    keys = ("nbytes", "loss", "excess", "retention")
-    worst = max(methods[name]["tasks"].items(), key=lambda item: item[1]["excess"])
-    return {key: methods[name][key] for key in keys} | {"worst_task": worst[0]}
+def served(ws, clustering, changes):
+    """What serves every task when the clusters are merged with other options; and the scales."""
+    config = replace(ws.config, **changes)
+    merger = Merger(
+        config, ws.base, ws.evaluator, ws.adapters, ws.probes,
+        lambda losses, tasks: ws.problem.regret(losses, tasks),
+    )  # fmt: skip
+    merges = [merger.final(members) for members in clustering.groups]
+    adapters = {ws.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}
+    return adapters, [[one.method, one.scale] for one in merges]
 
 
-def measure(library, options, directory):
+def packed(ws):
+    """What serves every task of the run's pack; and what was merged and refined."""
+    pack = load_pack(ws.path("pack"))
+    merges = [[one["method"], one["scale"]] for one in ws.read("merges.json")]
+    adapters = {name: load_adapter(pack.adapter_path(name)) for name in ws.names}
+    return adapters, merges
+
+
+def partitions(ws, case, options):
+    """The clusterings of a case whose clusters are merged here, not by a run."""
+    n, k, seed = len(ws.names), ws.n_clusters, ws.config.seed
+    if case == "random":
+        return [random_partition(n, k, seed * options.random_seeds + i)
+                for i in range(options.random_seeds)]  # fmt: skip
+    one = {
+        "individual": lambda: Clustering("individual", tuple(range(n))),
+        "merge-all": lambda: merge_all(n),
+        "kmeans": lambda: kmeans(ws.problem.features, k, seed),
+    }
+    return [one[case]()] if case in one else [found_by_moves(ws)]
+
+
+def found_by_moves(ws):
+    """The clustering in the run directory of `moves`."""
+    (found,) = ws.read("clusters.json")["methods"]["d2c"]
+    return Clustering(**{**found, "labels": tuple(found["labels"])})
+
+
+def measure(config, case, options):
+    """One case: its row."""
+    started = time.perf_counter()
+    if case in RUNS:
+        ws = run(replace(config, **RUNS[case]), until="pack", quiet=True)
+        clusterings, found = [found_by_moves(ws)], [packed(ws)]
+    else:
+        on_them = case.startswith("on them: ")
+        ws = run(config, until="cluster" if on_them else "probe", quiet=True)
+        clusterings = partitions(ws, case, options)
+        changes = MERGES[case.removeprefix("on them: ")] if on_them else {}
+        found = [served(ws, one, changes) for one in clusterings]
+    methods = {
+        "base": Method(0, [dict.fromkeys(ws.names)]),
+        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        **{f"{i}": Method(0, [adapters]) for i, (adapters, _) in enumerate(found)},
+    }
+    benched = bench_methods(ws.evaluator, methods, ws.tests)
+    rows = [benched[f"{i}"] for i in range(len(found))]
+    return {
+        "excess": sum(one["excess"] for one in rows) / len(rows),
+        "retention": sum(one["retention"] for one in rows) / len(rows),
+        "each_excess": [one["excess"] for one in rows],
+        "each_retention": [one["retention"] for one in rows],
+        "tasks": {name: [one["tasks"][name]["loss"] for one in rows] for name in ws.names},
+        "base": {name: benched["base"]["tasks"][name]["loss"] for name in ws.names},
+        "clusters_of": [[[ws.names[i] for i in g] for g in one.groups] for one in clusterings],
+        "probe_regret": [one.objective for one in clusterings],
+        "merges": [merges for _, merges in found],
+        "asked_tokens": ws.evaluator.counts.tokens,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def measure_all(options, directory):
     """Run what is missing; results are written after every case."""
     results = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     done = {(one["clusters"], one["seed"], one["case"]) for one in results}
-    for seed in range(options.seeds):
-        tasks = probes_of(library, seed, options.examples, directory / f"tasks-{seed}")
+    for seed in map(int, options.seeds.split(",")):
+        tasks = probes_of(options.library, seed, options.examples, directory / f"tasks-{seed}")
         for n_clusters in map(int, options.clusters.split(",")):
             for case in options.cases.split(";"):
                 if (n_clusters, seed, case) in done:
                     continue
-                started = time.perf_counter()
+                # Refining goes on with the run of `moves`, other cases have one of their own.
+                place = case.split(",")[0] if case in RUNS else "moves"
                 config = RunConfig(
-                    adapters=str(library / "adapters"), tasks=str(tasks),
-                    output=str(directory / f"{n_clusters}-{seed}"), budget=str(n_clusters),
-                    probe_examples=options.examples, test_examples=options.tests,
-                    random_seeds=options.random_seeds, seed=seed, **CASES[case],
+                    adapters=str(options.library / "adapters"), tasks=str(tasks),
+                    output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
+                    budget=str(n_clusters), probe_examples=options.examples,
+                    test_examples=options.tests, random_seeds=1, seed=seed,
                 )  # fmt: skip
-                ws = run(config, until="bench", quiet=True)
-                methods = ws.read("bench.json")["methods"]
-                merges = ws.read("merges.json")
-                entry = {
-                    "clusters": n_clusters, "seed": seed, "case": case,
-                    "seconds": round(time.perf_counter() - started, 1),
-                    "pack": row(methods, "pack"), "merges": merges,
-                    **{name: row(methods, name) for name in BASELINES},
-                }  # fmt: skip
+                entry = {"clusters": n_clusters, "seed": seed, "case": case}
+                entry |= measure(config, case, options)
                 results.append(entry)
                 settings = {name: getattr(options, name) for name in ("examples", "tests")}
                 write_json(RESULT, {"settings": settings, "rows": results, "machine": machine()})
-                print(n_clusters, seed, case, entry["pack"], entry["seconds"], flush=True)
+                print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['retention']:.1%}",
+                      entry["merges"][0][:6], entry["seconds"], flush=True)  # fmt: skip
     return results
 
 
 def table(results):
-    """Lines of Markdown: mean and spread over seeds."""
+    """Lines of Markdown: mean, and the range over seeds (and draws, of `random`)."""
     lines = ["| K | case | excess | retention | seeds |", "|--:|---|--:|--:|--:|"]
     groups = {}
     for one in results:
-        cases = [(one["case"], "pack")] + [(name, name) for name in BASELINES if name != "base"]
-        for case, key in cases:
-            rows = groups.setdefault((one["clusters"], case), {})
-            rows[one["seed"]] = one[key]
-    ordered = sorted(
-        groups.items(), key=lambda item: (item[0][0], min(r["excess"] for r in item[1].values()))
-    )
-    for (n_clusters, case), rows in ordered:
-        excess = [one["excess"] for one in rows.values()]
-        kept = [one["retention"] for one in rows.values()]
+        groups.setdefault((one["clusters"], one["case"]), []).append(one)
+    for (n_clusters, case), rows in sorted(
+        groups.items(), key=lambda item: (item[0][0], mean(item[1], "excess"))
+    ):
+        excess = [value for one in rows for value in one["each_excess"]]
+        kept = [value for one in rows for value in one["each_retention"]]
         lines.append(
-            f"| {n_clusters} | {case} | {spread(excess, '.4f')} | {spread(kept, '.1%')} |"
+            f"| {n_clusters} | {case} | {spread(excess, '.3f')} | {spread(kept, '.1%')} |"
             f" {len(rows)} |"
         )
     return lines
 
 
+def mean(rows, key):
+    """Over rows."""
+    return sum(one[key] for one in rows) / len(rows)
+
+
 def spread(values, form):
-    """The mean, and the range of several seeds."""
-    mean = format(sum(values) / len(values), form)
+    """The mean, and the range if there are several."""
+    middle = format(sum(values) / len(values), form)
     if len(values) == 1:
-        return mean
-    return f"{mean} ({format(min(values), form)} to {format(max(values), form)})"
+        return middle
+    return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
 def main():
@@ -123,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--clusters", default="3,6,12")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
     parser.add_argument("--cases", default=";".join(CASES), help="separated by semicolons")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=100)
@@ -131,7 +208,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
-        results = measure(options.library, options, Path(directory))
+        results = measure_all(options, Path(directory))
     print("\n".join(table(results)))
 
 

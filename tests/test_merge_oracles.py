@@ -342,16 +342,21 @@ def test_wudi_tells_similar_inputs_apart(angle):
     assert found @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
 
 
-def dense_regmean(tasks, inputs, off_diagonal, ridge):
-    """The normal equations with every matrix formed."""
+def dense_grams(inputs, off_diagonal, ridge):
+    """Every task's K_i."""
     grams = [x.T @ x for x in inputs]
     added = ridge * np.mean([np.diagonal(gram) for gram in grams])
-    grams = [
+    return [
         off_diagonal * gram
         + (1 - off_diagonal) * np.diag(np.diagonal(gram))
         + added * np.eye(len(gram))
         for gram in grams
     ]
+
+
+def dense_regmean(tasks, inputs, off_diagonal, ridge):
+    """The normal equations with every matrix formed."""
+    grams = dense_grams(inputs, off_diagonal, ridge)
     right = sum(gram @ task.T for gram, task in zip(grams, tasks))
     return np.linalg.solve(sum(grams), right).T
 
@@ -363,12 +368,14 @@ def test_regmean_is_the_dense_one(shape, n, n_tokens, seed):
     inputs = inputs_of(adapters, n_tokens)
     expected = dense_regmean(deltas(adapters), inputs[P], 0.9, 1e-6)
     assert_merges(adapters, "regmean", expected, 1e-4, activations=inputs)
-    # Truncated on dW.
+    # In a rank: the nearest where the distance is that of the outputs.
     rank = 1 + seed % 3
     found = merge_adapters(adapters, "regmean", rank=rank, activations=inputs).modules[P]
     assert found.rank <= rank
-    best = np.linalg.norm(expected - truncated(expected, rank))
-    assert np.linalg.norm(dense(found) - expected) <= best + 1e-4 * np.linalg.norm(expected) + 1e-5
+    root = scipy.linalg.sqrtm(sum(dense_grams(inputs[P], 0.9, 1e-6))).real
+    best = truncated(expected @ root, rank)
+    lost, least = (np.linalg.norm(one - expected @ root) for one in (dense(found) @ root, best))
+    assert lost <= least + 1e-4 * np.linalg.norm(expected @ root) + 1e-5
 
 
 @settings(NUMERIC, max_examples=30)
@@ -383,7 +390,8 @@ def test_regmean_options(shape, off_diagonal, ridge, n_tokens, seed):
     rng = np.random.default_rng(seed)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(3)]
     inputs = [rng.normal(size=(n_tokens + i, shape[0])) for i in range(3)]
-    found = sum(a @ b for a, b in regmean(factors, inputs, off_diagonal, ridge)).T
+    a, b = regmean(factors, inputs, 6, off_diagonal, ridge)
+    found = (a @ b).T
     tasks = [(a @ b).T for a, b in factors]
     assert found == pytest.approx(dense_regmean(tasks, inputs, off_diagonal, ridge), abs=1e-7)
 
@@ -392,7 +400,8 @@ def test_regmean_minimises_what_tasks_lose_on_their_inputs():
     rng = np.random.default_rng(0)
     factors = [(rng.normal(size=(6, 2)), rng.normal(size=(2, 5))) for _ in range(3)]
     inputs = [rng.normal(size=(9, 6)) * rng.uniform(0.1, 3, size=6) for _ in range(3)]
-    found = sum(a @ b for a, b in regmean(factors, inputs, 1.0, 1e-12))
+    a, b = regmean(factors, inputs, 6, 1.0, 1e-12)
+    found = a @ b
 
     def loss(weight):
         return sum(np.sum((x @ (weight - a @ b)) ** 2) for x, (a, b) in zip(inputs, factors))

@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
     "knots": _in_core(lambda space, o: knots(space, o.density)),
     "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
     "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
-    "regmean": lambda factors, o: _truncated(regmean(factors, o.activations), o),
+    "regmean": lambda factors, o: _truncated([regmean(factors, o.activations, o.rank)], o),
     "wudi": _in_core(lambda space, o: wudi(space)),
     "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),
     "concat": lambda factors, o: concat(factors, o.weights),
