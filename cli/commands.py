@@ -23,7 +23,7 @@ _OPTIONS = [
                  "  [default: 12.5%]"),
     click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
     click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
-                 "  [default: linear]"),
+                 "  [default: regmean++]"),
     click.option("--density", type=float, help="share of entries kept by methods that sparsify"
                  "  [default: 0.5]"),
     click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),

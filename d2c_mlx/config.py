@@ -19,6 +19,7 @@ __all__ = [
     "AUTO_METHODS",
     "MERGE_METHODS",
     "RANK_VARIABLES",
+    "RUN_METHODS",
     "SAVINGS",
     "SEARCHES",
     "STARTS",
@@ -31,8 +32,10 @@ MERGE_METHODS = (
     "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
     "regmean", "wudi", "lego", "concat", "factor-linear",
 )  # fmt: skip
+# Those of a run; the last two ask the model, so `Merger` makes them of the others.
+RUN_METHODS = (*MERGE_METHODS, "regmean++", "auto")
 # What "auto" tries on every cluster, the simplest first: it wins ties.
-AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "regmean", "wudi")
+AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi", "regmean++")
 STARTS = ("adapters", "kmeans", "random", "table", "pairs")
 SEARCHES = ("moves", "paper")
 SAVINGS = (
@@ -60,8 +63,8 @@ class RunConfig:
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
-        merge_method: one of `MERGE_METHODS`, see docs/merging.md; "auto" clusters by "linear" and
-            packs for every cluster the best of `AUTO_METHODS` on its probes.
+        merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++" and "auto" cluster by
+            "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on its probes.
         merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
         density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.
@@ -93,7 +96,7 @@ class RunConfig:
     output: str = ""
     budget: str = "12.5%"
     model: str | None = None
-    merge_method: str = "linear"
+    merge_method: str = "regmean++"
     density: float = 0.5
     scale: float | None = None
     merge_rank: int | None = None
@@ -125,8 +128,8 @@ class RunConfig:
         ]
         checks = {
             "merge_method": (
-                self.merge_method in (*MERGE_METHODS, "auto"),
-                f"one of {[*MERGE_METHODS, 'auto']}",
+                self.merge_method in RUN_METHODS,
+                f"one of {list(RUN_METHODS)}",
             ),
             "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
             "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from tiny import library, peft_adapter
 
-from d2c_mlx.config import AUTO_METHODS, MERGE_METHODS, RunConfig
+from d2c_mlx.config import AUTO_METHODS, RUN_METHODS, RunConfig
 from d2c_mlx.errors import ConfigError, InputError
+from d2c_mlx.inputs import input_activations
 from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.merger import _TOKENS, SCALES, _some_tokens
+from d2c_mlx.merger import SCALES, _some_tokens
 from d2c_mlx.pipeline import run
+from d2c_mlx.probe import tune_scale
 from d2c_mlx.workspace import Workspace
 
 
@@ -35,13 +37,14 @@ def merger_of(config):
     return run(config, until="probe", quiet=True).merger
 
 
-@pytest.mark.parametrize("method", [*MERGE_METHODS, "auto"])
+@pytest.mark.parametrize("method", RUN_METHODS)
 def test_every_method_gives_a_pack(config, method):
     workspace = run(replace(config, merge_method=method), until="bench", quiet=True)
     methods = workspace.read("bench.json")["methods"]
     assert methods["pack"] == methods["d2c"]
     used = {entry["method"] for entry in workspace.read("merges.json")}
-    assert used <= {"none", *(AUTO_METHODS if method == "auto" else [method])}
+    may = {"auto": {*AUTO_METHODS, "regmean"}, "regmean++": {"regmean", "regmean++"}}
+    assert used <= {"none", *may.get(method, {method})}
     assert used != {"none"}
 
 
@@ -50,7 +53,32 @@ def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
     members = (0, 1)
     each = {method: merger._merged(members, method).regret for method in AUTO_METHODS}
     assert merger.final(members).regret == min(each.values())
-    assert merger.quick(members).method == "linear"
+    assert merger.quick(members).method == "regmean"
+
+
+@pytest.mark.parametrize(("members", "better"), [((0, 1), "regmean"), ((1, 2), "regmean++")])
+def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, better):
+    """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
+    merger = merger_of(config)
+    plain, found = merger.quick(members), merger.final(members)
+    adapters = [merger._adapters[i] for i in members]
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    inputs = [
+        input_activations(merger._base, plain.adapter, merger._probes[i], paths) for i in members
+    ]
+    again = merge_adapters(
+        adapters, "regmean", activations={path: [one[path] for one in inputs] for path in paths}
+    )
+
+    def regret(scale):
+        adapter = scaled(again, scale).uniform(merger._base.dtype)
+        losses = merger._evaluator.losses([(adapter, [merger._probes[i] for i in members])])[0]
+        return float(merger._regret(losses, np.array(members)).mean())
+
+    lowest = regret(tune_scale(regret, SCALES))
+    assert plain.regret is not None and found.regret is not None
+    assert found.method == better == ("regmean++" if lowest < plain.regret - 1e-3 else "regmean")
+    assert found == plain if better == "regmean" else found.regret <= lowest + 1e-6
 
 
 def test_the_scale_is_the_best_of_the_walk(config):
@@ -60,7 +88,7 @@ def test_the_scale_is_the_best_of_the_walk(config):
     fixed = merger_of(replace(config, scale=merged.scale, output=config.output + "2")).quick((0, 1))
     assert fixed.scale == merged.scale
     assert fixed.adapter.digest == merged.adapter.digest
-    plain = scaled(merge_adapters([merger._adapters[i] for i in (0, 1)]), merged.scale)
+    plain = scaled(merger._unscaled((0, 1), "regmean"), merged.scale)
     for path, lora in plain.modules.items():
         difference = np.abs(merged.adapter.modules[path].delta() - lora.delta()).max()
         assert difference <= 2e-3 * np.abs(lora.delta()).max()  # 16 bit
@@ -95,6 +123,6 @@ def test_concat_needs_a_budget_of_adapters(config):
 
 def test_some_tokens_are_spread_over_all_and_stay_shared():
     x = np.arange(1000)[:, None]
-    few = _some_tokens({"q": x, "k": x, "o": x[:50]})
+    few = _some_tokens({"q": x, "k": x, "o": x[:50]}, 128)
     assert few["q"] is few["k"] and len(few["o"]) == 50
-    assert len(few["q"]) <= _TOKENS and few["q"][-1, 0] > 900
+    assert 100 < len(few["q"]) <= 128 and few["q"][-1, 0] > 900
