@@ -32,17 +32,16 @@ RESULT = Path(__file__).parent / "results" / "slots.json"
 RUNS = {
     "moves": {},
     "moves, refined": {"refine": True},
-    "paper": {"search": "paper"},
+    "paper, linear": {"search": "paper", "merge_method": "linear"},
     "paper, ties": {"search": "paper", "merge_method": "ties"},
     "moves from pairs": {"init": ("pairs",)},
 }
 # What the clusters of `moves` are when they are merged another way.
 MERGES = {
     "scale 1": {"scale": 1.0},
-    "rank 16": {"merge_rank": 16},
     "rank 32": {"merge_rank": 32},
     "auto": {"merge_method": "auto"},
-    **{name: {"merge_method": name} for name in MERGE_METHODS if name != "linear"},
+    **{name: {"merge_method": name} for name in MERGE_METHODS},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")
 CASES = (*BASELINES, *RUNS, *(f"on them: {name}" for name in MERGES))
