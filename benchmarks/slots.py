@@ -29,11 +29,12 @@ from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
+PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}
 RUNS = {
     "moves": {},
     "moves, refined": {"refine": True},
-    "paper, linear": {"search": "paper", "merge_method": "linear"},
-    "paper, ties": {"search": "paper", "merge_method": "ties"},
+    "paper, linear": {**PAPER, "merge_method": "linear"},
+    "paper, ties": {**PAPER, "merge_method": "ties"},
     "moves from pairs": {"init": ("pairs",)},
 }
 # What the clusters of `moves` are when they are merged another way.

@@ -33,8 +33,8 @@ _OPTIONS = [
                  "  [default: moves]"),
     click.option("--patience", type=int, help="rounds of paper without a new best, or"
                  " proposals of moves in a row that may fail  [default: 2 or 10]"),
-    click.option("--init", metavar="LIST", help="starts of D2C, pairs too  [default: adapters,"
-                 "kmeans,random,table]"),
+    click.option("--init", metavar="LIST", help="starts of D2C: adapters, kmeans, random,"
+                 " table, pairs  [default: table,kmeans]"),
     click.option("--rounds", type=int, help="most rounds of one start  [default: 10]"),
     click.option("--restarts", type=int, help="draws per kind of start  [default: 1]"),
     click.option("--eps", type=float, help="smallest fall of regret that moves a task"

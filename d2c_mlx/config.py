@@ -102,7 +102,7 @@ class RunConfig:
     merge_rank: int | None = None
     search: str = "moves"
     patience: int | None = None
-    init: tuple[str, ...] = STARTS[:-1]
+    init: tuple[str, ...] = ("table", "kmeans")
     rounds: int = 10
     restarts: int = 1
     eps: float = 1e-3

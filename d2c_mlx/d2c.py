@@ -105,7 +105,7 @@ def d2c(
     n_clusters: int,
     *,
     search: str = "paper",
-    init: Sequence[str] = INITS[:-1],
+    init: Sequence[str] = ("table", "kmeans"),
     rounds: int = 10,
     restarts: int = 1,
     seed: int = 0,

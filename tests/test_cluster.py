@@ -373,10 +373,10 @@ def test_number_of_starts(monkeypatch):
     start = loop._start
     monkeypatch.setattr(loop, "_start", lambda *a: kinds.append(a[2]) or start(*a))
     problem, _ = planted((3, 3))
-    d2c(problem, 2, restarts=3)
-    assert kinds == ["adapters"] * 3 + ["kmeans"] + ["random"] * 3 + ["table"]
+    d2c(problem, 2, init=INITS, restarts=3)
+    assert kinds == ["adapters"] * 3 + ["kmeans"] + ["random"] * 3 + ["table", "pairs"]
     kinds.clear()
-    d2c(problem, 1, restarts=3)
+    d2c(problem, 1, init=INITS, restarts=3)
     assert kinds == ["adapters"]
 
 
