@@ -55,7 +55,7 @@ def probes_of(library, seed, n_examples, directory):
         some = rows[seed * n_examples : (seed + 1) * n_examples]
         if len(some) < n_examples:
             raise SystemExit(f"{path}: {len(rows)} probe rows are too few for seed {seed}")
-        (directory / path.name).mkdir(parents=True)
+        (directory / path.name).mkdir(parents=True, exist_ok=True)
         (directory / path.name / "probe.jsonl").write_text("".join(some), encoding="utf-8")
         test = (path / "test.jsonl").read_text(encoding="utf-8")
         (directory / path.name / "test.jsonl").write_text(test, encoding="utf-8")
@@ -205,10 +205,11 @@ def main():
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=100)
     parser.add_argument("--random-seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="run directories, to be used again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
-        results = measure_all(options, Path(directory))
+        results = measure_all(options, options.work or Path(directory))
     print("\n".join(table(results)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,9 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["input_activations"]
+
+# Padded tokens that are evaluated at a time.
+_BATCH = 1024
 
 
 class _Tap(nn.Module):
@@ -45,13 +48,15 @@ def input_activations(
         Path -> `(n_tokens, in)`, float32, examples in their order. Modules with the same input
         (q, k and v of a block) share one array.
     """
+    rows = [example.tokens for example in examples.examples]
+    batches = list(_batches(rows))
     base.attach(adapter)
     modules = dict(base.model.named_modules())
     taps = {path: _Tap(modules[path]) for path in paths}
     base.model.update_modules(tree_unflatten(list(taps.items())))
     try:
-        for example in examples.examples:
-            mx.eval(run_blocks(base.model, mx.array([example.tokens])))
+        for batch in batches:
+            mx.eval(run_blocks(base.model, mx.array(_padded([rows[i] for i in batch]))))
     finally:
         own = [(path, tap.module) for path, tap in taps.items()]
         base.model.update_modules(tree_unflatten(own))
@@ -60,10 +65,29 @@ def input_activations(
     for path, tap in taps.items():
         same = tuple(map(id, tap._seen))
         if same not in arrays:
-            arrays[same] = np.concatenate([_tokens(x) for x in tap._seen])
+            found: dict[int, np.ndarray] = {}
+            for batch, x in zip(batches, tap._seen):
+                tokens = np.array(x.astype(mx.float32))
+                found |= {i: tokens[j, : len(rows[i])] for j, i in enumerate(batch)}
+            arrays[same] = np.concatenate([found[i] for i in range(len(rows))])
         result[path] = arrays[same]
     return result
 
 
-def _tokens(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Row indices by length, cut where a batch would have more than `_BATCH` padded tokens."""
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if batch and (len(batch) + 1) * len(rows[i]) > _BATCH:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """`(n_rows, width)`, zeros on the right, which nothing before them sees."""
+    x = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, tokens in zip(x, rows):
+        row[: len(tokens)] = tokens
+    return x

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.blas import all_cores
 from d2c_mlx.cluster import Members
 from d2c_mlx.config import AUTO_METHODS, RunConfig
 from d2c_mlx.inputs import input_activations
@@ -175,8 +174,7 @@ class Merger:
 
     def _inputs_of(self, i: int, adapter: Adapter, members: Members) -> Inputs:
         """What some tokens of task i are at every module that a member has, under an adapter."""
-        with all_cores():
-            found = input_activations(self._base, adapter, self._probes[i], self._paths(members))
+        found = input_activations(self._base, adapter, self._probes[i], self._paths(members))
         return _some_tokens(found, min(_TOKENS, _ALL_TOKENS // len(self._adapters) + 1))
 
 
