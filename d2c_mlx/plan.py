@@ -1,0 +1,125 @@
+"""The best pack for a budget, chosen over clusters x rank x bits: measured candidates, exact choice.
+
+A candidate stores one adapter, a task's own or a merge, in some components at some bits; it has
+exact bytes and the measured regret of the tasks that it would serve. A pack serves every task once,
+by one candidate or by the bare base model: a set partition under a budget, which is a small integer
+program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2c_mlx.cluster import Members
+from d2c_mlx.errors import BudgetError
+from d2c_mlx.rounding import Levels
+
+__all__ = ["Candidate", "allocate", "choose"]
+
+# Share of a component's energy that is lost at each bits, squared errors of `quantize_module`; 16
+# is not offered, 4 loses nothing that shows. Bytes of a number with its share of scale and bias.
+_LOST = {4: 0.058**2, 3: 0.117**2, 2: 0.239**2}
+_BYTES = {bits: bits / 8 + 4 / 64 for bits in _LOST}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One adapter in one stored form.
+
+    Attributes:
+        members: the tasks that it would serve.
+        family: "base", "own" or "merged".
+        share: of the bytes of the 16-bit adapter that were allowed to its components.
+        levels: module path -> levels, see `quantize.compress`; empty is the base model.
+        nbytes: of its rows and its part of the index.
+        regret: summed over the members, measured on their probes.
+    """
+
+    members: Members
+    family: str
+    share: float
+    levels: Mapping[str, Levels]
+    nbytes: int
+    regret: float
+
+
+def allocate(
+    energies: Mapping[str, np.ndarray], widths: Mapping[str, int], nbytes: float
+) -> dict[str, Levels]:
+    """How many components of every module at how many bits: the most energy per byte first.
+
+    A step adds a module's next component at 2 bits or gives one a bit more. Modules count alike:
+    energies are shares of their module's, because a module with a small dW matters as much.
+
+    Args:
+        energies: module path -> squared singular values of dW, falling.
+        widths: module path -> in + out.
+        nbytes: most bytes of all factors.
+
+    Returns:
+        Module path -> levels, `()` for a module that gets nothing.
+    """
+    steps = []
+    for path, values in energies.items():
+        shares = values / max(float(values.sum()), 1e-30)
+        for j, share in enumerate(shares):
+            before, paid = 1.0, 0.0
+            for bits in sorted(_LOST):
+                gain = share * (before - _LOST[bits])
+                cost = widths[path] * (_BYTES[bits] - paid)
+                steps.append((-gain / cost, path, j, bits, cost))
+                before, paid = _LOST[bits], _BYTES[bits]
+    given: dict[str, dict[int, int]] = {path: {} for path in energies}
+    free = nbytes
+    for _, path, j, bits, cost in sorted(steps):
+        # Only the next bit of a component, and a component only after all larger ones.
+        ready = given[path].get(j, 1) == bits - 1 and (j == 0 or given[path].get(j - 1, 0) >= bits)
+        if ready and cost <= free:
+            given[path][j] = bits
+            free -= cost
+    return {path: _levels(list(one.values())) for path, one in given.items()}
+
+
+def _levels(bits: Sequence[int]) -> Levels:
+    return tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True))
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    n_tasks: int,
+    nbytes: float,
+    max_adapters: int | None = None,
+) -> list[int]:
+    """Indices of the candidates that serve every task exactly once with the least summed regret.
+
+    Args:
+        candidates: those of the family "base" take no bytes and are no adapters.
+        n_tasks: tasks are numbered from 0.
+        nbytes: most bytes of all chosen.
+        max_adapters: most of them that are not "base"; None is any number.
+
+    Raises:
+        BudgetError: no choice serves every task.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    serves = np.zeros((n_tasks, len(candidates)))
+    for j, one in enumerate(candidates):
+        serves[list(one.members), j] = 1
+    sizes = np.array([one.nbytes for one in candidates], float)
+    stored = np.array([one.family != "base" for one in candidates], float)
+    constraints = [
+        LinearConstraint(serves, 1, 1),
+        LinearConstraint(sizes / max(nbytes, 1), -np.inf, 1),
+        LinearConstraint(stored, -np.inf, n_tasks if max_adapters is None else max_adapters),
+    ]
+    regrets = np.array([one.regret for one in candidates])
+    found = milp(
+        regrets, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1), constraints=constraints
+    )
+    if found.x is None:
+        raise BudgetError(f"budget: no choice of {len(candidates)} candidates fits {nbytes:,.0f} B")
+    return np.flatnonzero(found.x > 0.5).tolist()

@@ -1,0 +1,189 @@
+"""Measuring what a pack could hold, from both ends, and planning it: `plan.json`.
+
+The individually compressed end comes first: every task's own adapter at several sizes around its
+share of the budget. Then merges, of half as many clusters each time, until a partition loses more
+before it is compressed than the best plan so far loses in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.cluster import Members
+from d2c_mlx.errors import BudgetError
+from d2c_mlx.layout import compact_nbytes, make_index
+from d2c_mlx.merge.core import to_core
+from d2c_mlx.moves import groups_of, predicted_partition
+from d2c_mlx.plan import Candidate, allocate, choose
+from d2c_mlx.probe import Job
+from d2c_mlx.quantize import Compressed, compress
+from d2c_mlx.rounding import columns
+from d2c_mlx.workspace import Workspace
+
+__all__ = ["make_plan", "planned"]
+
+GROUP_SIZE = 64
+# Sizes that are tried, as multiples of a unit's equal share of the budget.
+_SHARES = tuple(2 ** (k / 2) for k in range(-6, 5))
+# Budgets of the frontier, as multiples of the one that was asked for.
+_FRONTIER = (0.25, 0.5, 1.0, 2.0)
+
+Units = Sequence[tuple[Members, Adapter]]
+
+
+def make_plan(ws: Workspace) -> dict[str, Any]:
+    """Measure candidates, choose for the budget; a JSON value.
+
+    Returns:
+        `units` (adapters chosen: tasks, family, levels, nbytes, regret), `base` (tasks left to the
+        base model), `regret` (mean over tasks), `nbytes` (of the compact file), `frontier` and
+        `candidates` (how many were measured).
+
+    Raises:
+        BudgetError: not even the index of an empty pack fits.
+    """
+    n = len(ws.names)
+    total = sum(ws.sizes)
+    budget = ws.budget.allowed_bytes(total)
+    free = (total if budget is None else budget) - _overhead(ws)
+    if free < 0:
+        raise BudgetError(f"budget: {ws.budget.text} is {budget:,} bytes, less than a pack's index")
+    base = ws.problem.regret(ws.table.base)
+    candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
+    own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
+    candidates += _measured(ws, own, "own", free)
+    for groups in _partitions(ws):
+        best = _regret(candidates, choose(candidates, n, free, ws.budget.n_adapters))
+        merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
+        if sum((one.regret or 0.0) * len(members) for members, one in merges) >= best:
+            break
+        candidates += _measured(ws, [(m, one.adapter) for m, one in merges], "merged", free)
+    chosen = choose(candidates, n, free, ws.budget.n_adapters)
+    return {
+        "units": [_entry(ws, candidates[j]) for j in chosen if candidates[j].family != "base"],
+        "base": [ws.names[candidates[j].members[0]] for j in chosen
+                 if candidates[j].family == "base"],
+        "regret": _regret(candidates, chosen) / n,
+        "candidates": len(candidates),
+        "frontier": list(_frontier(candidates, n, free, total, ws.budget.n_adapters)),
+    }  # fmt: skip
+
+
+def planned(ws: Workspace, plan: dict[str, Any]) -> tuple[list[Compressed], dict[str, int | None]]:
+    """The adapters of a plan in their stored form, and which of them serves each task."""
+    adapters: list[Compressed] = []
+    serves: dict[str, int | None] = dict.fromkeys(plan["base"])
+    for entry in plan["units"]:
+        members = tuple(ws.names.index(name) for name in entry["tasks"])
+        adapter = ws.adapters[members[0]] if len(members) == 1 else ws.merger.final(members).adapter
+        serves |= dict.fromkeys(entry["tasks"], len(adapters))
+        adapters.append(compress(adapter, {p: entry["levels"].get(p, ()) for p in adapter.modules},
+                                 GROUP_SIZE))  # fmt: skip
+    return adapters, serves
+
+
+def _partitions(ws: Workspace) -> Iterator[list[Members]]:
+    """What single adapters predict to be good clusters, fewer each time."""
+    k = len(ws.names)
+    while k > 1:
+        k //= 2
+        yield groups_of(predicted_partition(ws.problem, k))
+
+
+def _measured(ws: Workspace, units: Units, family: str, free: float) -> list[Candidate]:
+    """Every unit at several sizes."""
+    energies = [_energies(adapter) for _, adapter in units]
+    widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
+    total = sum(ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units)
+    found: dict[tuple[int, str], Candidate] = {}
+    for multiple in _SHARES:
+        sizes = [multiple * free * adapter.nbytes(ws.base.n_layers) / total for _, adapter in units]
+        jobs: list[Job] = []
+        tried = []
+        for u, ((members, adapter), size) in enumerate(zip(units, sizes)):
+            levels = allocate(energies[u], {path: widths[path] for path in energies[u]}, size)
+            levels = {path: some for path, some in levels.items() if some}
+            if not levels or (u, repr(levels)) in found:
+                continue
+            every = {path: levels.get(path, ()) for path in adapter.modules}
+            plain = compress(adapter, every, GROUP_SIZE).adapter(ws.base.dtype)
+            jobs.append((plain, [ws.probes[i] for i in members]))
+            tried.append((u, levels))
+        for (u, levels), losses in zip(tried, ws.evaluator.losses(jobs)):
+            members = units[u][0]
+            regret = float(ws.problem.regret(losses, np.array(members)).sum())
+            nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
+            found[u, repr(levels)] = Candidate(members, family, multiple, levels, nbytes, regret)
+    return list(found.values())
+
+
+def _energies(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Module path -> squared singular values of dW, falling."""
+    with threadpool_limits(1):
+        cores = {
+            path: to_core([lora.factors()]).weighted_sum(np.ones(1))
+            for path, lora in adapter.modules.items()
+        }
+        return {path: np.linalg.svd(core, compute_uv=False) ** 2 for path, core in cores.items()}
+
+
+def _rows_nbytes(ws: Workspace, levels: dict[str, Any]) -> int:
+    total = 0
+    for path, some in levels.items():
+        for n, bits in some:
+            for width in ws.base.module_shapes[path]:
+                words, groups = columns(width, bits, GROUP_SIZE)
+                total += n * (4 * words + 4 * groups)
+    return total
+
+
+def _paths(ws: Workspace) -> list[str]:
+    return sorted({path for adapter in ws.adapters for path in adapter.modules})
+
+
+def _counts_nbytes(ws: Workspace) -> int:
+    """Of one adapter in the index: a byte per module and bits."""
+    return 3 * len(_paths(ws))
+
+
+def _overhead(ws: Workspace) -> int:
+    """Most bytes of the header, whatever is chosen."""
+    shapes = {path: ws.base.module_shapes[path] for path in _paths(ws)}
+    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
+    names = ["+".join(ws.names), *ws.names]
+    index = make_index(names, ws.base.name, [full] * len(names), shapes, GROUP_SIZE)
+    rows = len(names) * _rows_nbytes(ws, {path: ((1, 4), (1, 3), (1, 2)) for path in shapes})
+    # Every number in the header may have a few digits more.
+    return compact_nbytes(index) - rows - len(names) * _counts_nbytes(ws) + 512
+
+
+def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:
+    return sum(candidates[j].regret for j in chosen)
+
+
+def _entry(ws: Workspace, one: Candidate) -> dict[str, Any]:
+    return {
+        "tasks": [ws.names[i] for i in one.members],
+        "family": one.family,
+        "nbytes": one.nbytes,
+        "regret": one.regret / len(one.members),
+        "levels": {path: [list(level) for level in some] for path, some in one.levels.items()},
+    }
+
+
+def _frontier(
+    candidates: Sequence[Candidate], n: int, free: float, total: int, most: int | None
+) -> Iterator[dict[str, Any]]:
+    """The best of what was measured at several budgets, of each family alone and of all."""
+    for multiple in _FRONTIER:
+        row: dict[str, Any] = {"share": multiple * free / total}
+        for name, families in (("own", ("own",)), ("merged", ("merged",)),
+                               ("all", ("own", "merged"))):  # fmt: skip
+            some = [one for one in candidates if one.family in ("base", *families)]
+            row[name] = _regret(some, choose(some, n, multiple * free, most)) / n
+        yield row

@@ -1,0 +1,82 @@
+"""Choosing a pack: against enumeration of every set partition; allocations against their rules."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.errors import BudgetError
+from d2c_mlx.plan import _BYTES, _LOST, Candidate, allocate, choose
+
+
+def random_candidates(rng, n_tasks, n_units):
+    found = [Candidate((i,), "base", 0, {}, 0, float(rng.uniform(0.5, 1))) for i in range(n_tasks)]
+    for _ in range(n_units):
+        members = tuple(np.flatnonzero(rng.random(n_tasks) < 0.5).tolist()) or (0,)
+        nbytes, regret = int(rng.integers(1, 100)), float(rng.uniform(-0.1, 1) * len(members))
+        found.append(Candidate(members, "own" if len(members) == 1 else "merged", 1, {}, nbytes,
+                               regret))  # fmt: skip
+    return found
+
+
+def best_by_enumeration(candidates, n_tasks, nbytes, most):
+    lowest = np.inf
+    for k in range(1, n_tasks + 1):
+        for some in itertools.combinations(candidates, k):
+            served = [i for one in some for i in one.members]
+            if sorted(served) != list(range(n_tasks)):
+                continue
+            stored = [one for one in some if one.family != "base"]
+            if sum(one.nbytes for one in stored) <= nbytes and len(stored) <= most:
+                lowest = min(lowest, sum(one.regret for one in some))
+    return lowest
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(0, 8), st.integers(1, 200), st.integers(0, 4), st.integers())
+def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, most, seed):
+    candidates = random_candidates(np.random.default_rng(abs(seed)), n_tasks, n_units)
+    chosen = [candidates[j] for j in choose(candidates, n_tasks, nbytes, most)]
+    assert sorted(i for one in chosen for i in one.members) == list(range(n_tasks))
+    stored = [one for one in chosen if one.family != "base"]
+    assert sum(one.nbytes for one in stored) <= nbytes and len(stored) <= most
+    best = best_by_enumeration(candidates, n_tasks, nbytes, most)
+    assert sum(one.regret for one in chosen) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_task_that_nothing_serves():
+    with pytest.raises(BudgetError, match="no choice of 1 candidates"):
+        choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 2, 100)
+
+
+def spent(levels, widths):
+    return sum(
+        n * widths[path] * _BYTES[bits] for path, some in levels.items() for n, bits in some
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6))
+def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
+    rng = np.random.default_rng(seed)
+    energies = {f"m{i}": np.sort(rng.uniform(0, 1, rank))[::-1] ** 4 for i in range(n_modules)}
+    widths = {path: int(rng.integers(10, 200)) for path in energies}
+    levels = allocate(energies, widths, nbytes)
+    assert spent(levels, widths) <= nbytes + 1e-6
+    for some in levels.values():
+        bits = [b for _, b in some]
+        assert bits == sorted(set(bits), reverse=True) and set(bits) <= set(_LOST)
+        assert sum(n for n, _ in some) <= rank
+    everything = allocate(energies, widths, 1e9)
+    assert all(some == ((rank, 4),) for some in everything.values())
+
+
+def test_energy_decides_and_modules_count_alike():
+    energies = {"steep": np.array([9.0, 0.01]), "flat": np.array([1e-6, 1e-6])}
+    widths = dict.fromkeys(energies, 100)
+    two = 2.01 * 100 * _BYTES[2]
+    assert allocate(energies, widths, two) == {"steep": ((1, 2),), "flat": ((1, 2),)}
+    three = allocate(energies, widths, 3.01 * 100 * _BYTES[2])
+    assert three == {"steep": ((1, 2),), "flat": ((2, 2),)}
