@@ -1,14 +1,13 @@
 """Low-bit factors: the leading singular components of a module's dW, a few bits each.
 
 Which component gets how many bits is the caller's choice; giving the leading ones more is
-LoRAQuant's idea (https://arxiv.org/abs/2510.26690). Codes, scales and biases are those of MLX's
-affine quantization, `value = scale * code + bias` per group, so `mx.dequantize` reads them.
+LoRAQuant's idea (https://arxiv.org/abs/2510.26690). `rounding.py` has the rounding itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -17,66 +16,17 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge.core import factorise, to_core
+from d2c_mlx.rounding import BITS, GROUP_SIZES, Levels, Quantized, mixing, nearest, ridge, rounded
 
 __all__ = [
-    "BITS",
-    "GROUP_SIZES",
     "Compressed",
     "Level",
-    "Levels",
-    "Quantized",
     "check_levels",
-    "columns",
     "compress",
     "delta_error",
     "dequantize_module",
     "quantize_module",
 ]
-
-BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
-# (number of components, bits), the leading components first: ((2, 4), (4, 2)) is two components
-# at 4 bit and the next four at 2.
-Levels = Sequence[tuple[int, int]]
-# Shares of a group's range that are tried: clipping the rare large entries pays when codes are few.
-_SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 3: (1.0, 0.85, 0.7), 2: (1.0, 0.8, 0.65, 0.5)}
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """Rows of numbers in a few bits.
-
-    Attributes:
-        weight: uint32 `(rows, columns)`, codes packed from the lowest bit up; at 16 bits the
-            numbers themselves, float16 `(rows, width)`.
-        scales: float16 `(rows, groups)`; no groups at 16 bits.
-        biases: float16 `(rows, groups)`.
-        bits: one of `BITS`.
-        group_size: numbers that share a scale and a bias.
-        width: numbers in a row; the codes beyond, up to a whole group, are padding.
-    """
-
-    weight: np.ndarray
-    scales: np.ndarray
-    biases: np.ndarray
-    bits: int
-    group_size: int
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
-
-    def values(self) -> mx.array:
-        """The numbers, float16 `(rows, width)`.
-
-        Computed in float32, where scale * code is exact, so every device rounds to the same bits.
-        """
-        if self.bits == 16:
-            return mx.array(self.weight)
-        scales, biases = (mx.array(x.astype(np.float32)) for x in (self.scales, self.biases))
-        rows = mx.dequantize(mx.array(self.weight), scales, biases, self.group_size, self.bits)
-        return rows[:, : self.width].astype(mx.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +73,7 @@ class Compressed:
     modules: Mapping[str, tuple[Level, ...]]
     group_size: int = 64
     base: str | None = None
-    sources: tuple[str, ...] = field(default=())
+    sources: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +96,7 @@ def compress(
     adapter: Adapter,
     levels_of: Mapping[str, Levels],
     group_size: int = 64,
-    rounds: int = 3,
+    rounds: int = 1,
 ) -> Compressed:
     """Quantize every module of an adapter.
 
@@ -185,64 +135,55 @@ def check_levels(levels: Levels, group_size: int = 64) -> None:
         raise ConfigError(f"group_size: found {group_size}, expected one of {list(GROUP_SIZES)}")
 
 
-def columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
-    """`(columns of weight, groups)` of rows of `width` numbers."""
-    if bits == 16:
-        return width, 0
-    groups = -(-width // group_size)
-    return groups * group_size * bits // 32, groups
-
-
 def quantize_module(
-    a: np.ndarray, b: np.ndarray, levels: Levels, group_size: int = 64, rounds: int = 3
+    a: np.ndarray, b: np.ndarray, levels: Levels, group_size: int = 64, rounds: int = 1
 ) -> tuple[Level, ...]:
     """Quantize the leading singular components of dW^T = a @ b.
 
-    Starts from the nearest codes. Each round then solves one factor by least squares with the
-    other one fixed as it is stored, which takes back part of its rounding and of the components
-    that were dropped, and rounds it with fitted groups. The best of all is kept, so the error is
-    never larger than that of nearest rounding.
+    Three things beat the nearest codes, at the same bytes. The rows of a level are mixed by an
+    orthogonal matrix, which leaves dW as it is and gives all of them the same size: otherwise the
+    rounding of the largest component dominates. Each row's rounding error is taken back as far as
+    the rows still to be rounded can (GPTQ, https://arxiv.org/abs/2210.17323; after the mixing
+    they can, since rows overlap). Then the other factor is solved anew for what is stored of this
+    one. The nearest codes stay if they are better, so the error is never above theirs.
+
+    Relative error of dW, adapter date-de of the library (rank 8, 576 inputs), nearest -> here:
+    8 bit 0.0070 -> 0.0035, 4 bit 0.117 -> 0.058, 3 bit 0.242 -> 0.117, 2 bit 0.503 -> 0.239.
 
     Args:
         a: `(in, r)`.
         b: `(r, out)`, the scale folded in.
         levels: components beyond r, and those that are zero, are left out.
         group_size: one of `GROUP_SIZES`.
-        rounds: 0 keeps the nearest codes.
+        rounds: how often both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
+            the error by another percent.
 
     Returns:
         One `Level` per level that got a component; `()` for dW = 0.
     """
     check_levels(levels, group_size)
     a, b = _components(a, b)
-    cuts, start = [], 0
+    sizes, left = [], len(a)
     for n, bits in levels:
-        if start < len(a):
-            cuts.append((start, min(start + n, len(a)), bits))
-        start += n
-    if not cuts:
+        if left > 0:
+            sizes.append((min(n, left), bits))
+        left -= n
+    if not sizes:
         return ()
-
-    def nearest(rows: np.ndarray) -> list[Quantized]:
-        return [_nearest(rows[i:j], bits, group_size) for i, j, bits in cuts]
-
-    def fitted(rows: np.ndarray) -> list[Quantized]:
-        return [_fitted(rows[i:j], bits, group_size) for i, j, bits in cuts]
-
-    best = (nearest(a), nearest(b))
+    kept = sum(n for n, _ in sizes)
+    best = nearest(a[:kept], sizes, group_size), nearest(b[:kept], sizes, group_size)
     if rounds:
         lowest = _squared_error(a, b, *map(_stacked, best))
-        qa = fitted(a)
-        tried = []
-        for _ in range(rounds):
-            qb = fitted(_solve(_stacked(qa), a, b))
-            tried.append((qa, qb))
-            qa = fitted(_solve(_stacked(qb), b, a))
-            tried.append((qa, qb))
-        for pair in tried:
-            error = _squared_error(a, b, *map(_stacked, pair))
-            if error < lowest:
-                best, lowest = pair, error
+    mix = mixing(sizes)
+    values_b = mix @ b[:kept]
+    for _ in range(rounds):
+        qa = rounded(_solve(values_b, b, a), values_b @ values_b.T, sizes, group_size)
+        values_a = _stacked(qa)
+        qb = rounded(_solve(values_a, a, b), values_a @ values_a.T, sizes, group_size)
+        values_b = _stacked(qb)
+        error = _squared_error(a, b, values_a, values_b)
+        if error < lowest:
+            best, lowest = (qa, qb), error
     return tuple(Level(*pair) for pair in zip(*best))
 
 
@@ -284,84 +225,10 @@ def _stacked(parts: Sequence[Quantized]) -> np.ndarray:
 def _solve(fixed: np.ndarray, same: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The rows x that minimise `|same.T @ other - fixed.T @ x|`."""
     gram = fixed @ fixed.T
-    # The ridge matters only where rounding left rows that are zero or equal.
-    ridge = 1e-9 * np.trace(gram) + 1e-30
-    return np.linalg.solve(gram + ridge * np.eye(len(gram)), (fixed @ same.T) @ other)
+    return np.linalg.solve(gram + ridge(gram), (fixed @ same.T) @ other)
 
 
 def _squared_error(a: np.ndarray, b: np.ndarray, qa: np.ndarray, qb: np.ndarray) -> float:
     """`|a.T @ b - qa.T @ qb|^2` in Frobenius norm, from Gram matrices of rows."""
     terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))
     return float(sum(sign * np.sum((x @ y.T) * (u @ v.T)) for x, y, u, v, sign in terms))
-
-
-def _padded(rows: np.ndarray, group_size: int) -> np.ndarray:
-    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
-
-
-def _plain(rows: np.ndarray, group_size: int) -> Quantized:
-    none = np.zeros((len(rows), 0), np.float16)
-    return Quantized(rows.astype(np.float16), none, none, 16, group_size, rows.shape[1])
-
-
-def _nearest(rows: np.ndarray, bits: int, group_size: int) -> Quantized:
-    """MLX's own rounding; scales and biases are cut to float16 after it."""
-    if bits == 16:
-        return _plain(rows, group_size)
-    found = mx.quantize(mx.array(_padded(rows, group_size)), group_size, bits)
-    weight, scales, biases = (np.array(x) for x in found)
-    scales, biases = scales.astype(np.float16), biases.astype(np.float16)
-    return Quantized(weight, scales, biases, bits, group_size, rows.shape[1])
-
-
-def _fitted(rows: np.ndarray, bits: int, group_size: int) -> Quantized:
-    """Codes for the scales as stored; each group takes the clipping with the least error."""
-    if bits == 16:
-        return _plain(rows, group_size)
-    groups = _padded(rows, group_size).reshape(-1, group_size)
-    low, high = groups.min(axis=1), groups.max(axis=1)
-    codes = np.zeros(groups.shape, np.uint8)
-    scales, biases = np.zeros((2, len(groups)), np.float16)
-    lowest = np.full(len(groups), np.inf, np.float32)
-    for share in _SHRINK[bits]:
-        cut = (1 - share) / 2 * (high - low)
-        scale, bias = (high - low - 2 * cut) / (2**bits - 1), low + cut
-        for _ in range(2):
-            found = _encode(groups, scale, bias, bits)
-            better = found[3] < lowest
-            codes[better], scales[better], biases[better], lowest[better] = (
-                x[better] for x in found
-            )
-            scale, bias = _refit(groups, found[0])
-    n = len(rows)
-    weight = _packed(codes.reshape(n, -1), bits)
-    columns = scales.reshape(n, -1), biases.reshape(n, -1)
-    return Quantized(weight, *columns, bits, group_size, rows.shape[1])
-
-
-def _encode(
-    groups: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `(n, group_size)`, scales and biases `(n,)` in float16, squared errors `(n,)`."""
-    scale, bias = scale.astype(np.float16), bias.astype(np.float16)
-    wide = np.where(scale == 0, 1, scale).astype(np.float32)[:, None]
-    offset = groups - bias.astype(np.float32)[:, None]
-    codes = np.clip(np.rint(offset / wide), 0, 2**bits - 1)
-    rest = offset - codes * scale.astype(np.float32)[:, None]
-    return codes.astype(np.uint8), scale, bias, np.einsum("ij,ij->i", rest, rest)
-
-
-def _refit(groups: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias of each group by least squares, the codes given."""
-    x = codes.astype(np.float32)
-    mean_x, mean_y = x.mean(axis=1), groups.mean(axis=1)
-    x -= mean_x[:, None]
-    spread = np.einsum("ij,ij->i", x, x)
-    scale = np.einsum("ij,ij->i", x, groups) / np.where(spread == 0, 1, spread)
-    return scale, mean_y - scale * mean_x
-
-
-def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 words of rows of codes, as one stream of bits from the lowest up."""
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
