@@ -84,6 +84,7 @@ def test_manifest(pack):
     assert manifest == {
         "format": "d2c-mlx-pack",
         "format_version": 1,
+        "storage": "plain",
         "base": {"model": "tiny/llama", "config_sha256": "0" * 64},
         "budget": {"text": "2", "nbytes": None},
         "tasks": {"a": "cluster-0", "b": "cluster-1", "c": "cluster-0"},
