@@ -220,8 +220,8 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
 
 
 @click.command(
-    help="Write the adapters of a pack as directories that stock mlx-lm loads, and tasks.json, which"
-    " says which task has which (null: the base model).\n\n\b\nExample:\n"
+    help="Write the adapters of a pack as directories that stock mlx-lm loads, and tasks.json: task"
+    " -> directory, or null for the base model.\n\n\b\nExample:\n"
     "  d2c-mlx unpack runs/first/pack --output adapters"
 )
 @click.argument("pack", type=click.Path(path_type=Path))

@@ -16,7 +16,17 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge.core import factorise, to_core
-from d2c_mlx.rounding import BITS, GROUP_SIZES, Levels, Quantized, mixing, nearest, ridge, rounded
+from d2c_mlx.rounding import (
+    BITS,
+    GROUP_SIZES,
+    Levels,
+    Quantized,
+    mixing,
+    nearest,
+    ridge,
+    rounded,
+    values_of,
+)
 
 __all__ = [
     "Compressed",
@@ -88,7 +98,12 @@ class Compressed:
         """
         if not self.modules:
             return None
-        modules = {path: dequantize_module(levels) for path, levels in self.modules.items()}
+        every = [level for levels in self.modules.values() for level in levels]
+        a, b = (iter(values_of([getattr(x, name) for x in every])) for name in "ab")
+        modules = {
+            path: _joined([(next(a), next(b)) for _ in levels])
+            for path, levels in self.modules.items()
+        }
         return Adapter(self.name, modules, self.base, self.sources).uniform(dtype)
 
 
@@ -189,8 +204,12 @@ def quantize_module(
 
 def dequantize_module(levels: Sequence[Level]) -> LoRA:
     """The plain factors of at least one level: float16, scale 1."""
-    a = mx.concatenate([level.a.values() for level in levels])
-    b = mx.concatenate([level.b.values() for level in levels])
+    values = (values_of([getattr(level, name) for level in levels]) for name in "ab")
+    return _joined(list(zip(*values)))
+
+
+def _joined(pairs: Sequence[tuple[mx.array, mx.array]]) -> LoRA:
+    a, b = (x[0] if len(x) == 1 else mx.concatenate(list(x)) for x in zip(*pairs))
     return LoRA(a.T, b)
 
 
@@ -219,7 +238,7 @@ def _components(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stacked(parts: Sequence[Quantized]) -> np.ndarray:
-    return np.concatenate([np.array(part.values()) for part in parts]).astype(np.float64)
+    return np.concatenate([np.array(x) for x in values_of(parts)]).astype(np.float64)
 
 
 def _solve(fixed: np.ndarray, same: np.ndarray, other: np.ndarray) -> np.ndarray:
