@@ -157,6 +157,8 @@ def read_compact(path: Path, adapter: int) -> Compressed:
             raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
         stacks = {}
         for (bits, width), rows in index.rows().items():
+            if not rows[adapter]:
+                continue  # safetensors refuses an empty slice at the end
             start = int(rows[:adapter].sum())
             stop = start + int(rows[adapter])
             stacks[bits, width] = [
