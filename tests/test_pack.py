@@ -197,6 +197,14 @@ def test_a_task_whose_adapter_the_manifest_does_not_verify(pack):
         load_pack(pack.path)
 
 
+def test_a_task_that_leads_out_of_the_pack(tmp_path, pack):
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    listed = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    edit(pack, tasks={"a": ".."}, files={"../adapters.safetensors": listed})
+    (line,) = refused(pack.path)
+    assert "points to '..'" in line
+
+
 def test_no_pack(tmp_path):
     (line,) = refused(tmp_path)
     assert str(tmp_path / "manifest.json") in line and "missing" in line
