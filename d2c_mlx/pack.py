@@ -245,7 +245,7 @@ def load_pack(directory: Path) -> Pack:
             f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
             for task, folder in tasks.items()
             # "../x" would lead out of the pack, and `unpack` would write there.
-            if f"{folder}/adapters.safetensors" not in files or "/" in folder or folder == ".."
+            if f"{folder}/adapters.safetensors" not in files or "/" in str(folder) or folder == ".."
         ]
     else:
         problems = _compact_problems(path, manifest)
