@@ -219,6 +219,28 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     click.echo(f"wrote {len(rows)} adapters to {output}")
 
 
+@click.command(
+    help="Write the adapters of a pack as directories that stock mlx-lm loads, and tasks.json: task"
+    " -> directory, or null for the base model.\n\n\b\nExample:\n"
+    "  d2c-mlx unpack runs/first/pack --output adapters"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@_JSON
+def unpack(pack: Path, output: str, as_json: bool) -> None:
+    """Verify the pack, write its adapters."""
+    from d2c_mlx.pack import load_pack
+    from d2c_mlx.unpack import unpack as write_plain
+
+    tasks = write_plain(load_pack(pack), Path(output))
+    if as_json:
+        click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
+        return
+    for task, directory in tasks.items():
+        click.echo(f"{task:<24} {directory or 'the base model'}")
+    click.echo(f"wrote {len({d for d in tasks.values() if d})} adapters to {output}")
+
+
 @click.command(help="What this machine has, and what to do about what is missing.\n\n\b\nExample:\n"
                "  d2c-mlx doctor --json")  # fmt: skip
 @_JSON

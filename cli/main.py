@@ -17,6 +17,7 @@ _COMMANDS = {
     "pack": "commands:pack",
     "bench": "commands:bench",
     "report": "commands:report",
+    "unpack": "commands:unpack",
     "doctor": "commands:doctor",
 }
 

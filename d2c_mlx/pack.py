@@ -1,20 +1,32 @@
-"""The pack: what ships. Adapters that stock mlx-lm loads, and a manifest that can be checked."""
+"""The pack: what ships. Adapters, and a manifest that can be checked.
+
+Plain packs hold directories that stock mlx-lm loads; compact ones hold all adapters at a few bits
+in one file, and `unpack` makes plain directories of either (docs/packs.md).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from d2c_mlx.adapter import Adapter, load_adapter
+from d2c_mlx.compact import read_compact, read_index, write_compact
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_file, write_dir, write_json
+from d2c_mlx.quantize import Compressed
 
-__all__ = ["Pack", "load_pack", "write_pack"]
+__all__ = ["Pack", "load_pack", "write_compact_pack", "write_pack"]
 
-MANIFEST, FORMAT, VERSION = "manifest.json", "d2c-mlx-pack", 1
+MANIFEST, FORMAT, COMPACT = "manifest.json", "d2c-mlx-pack", "compact.safetensors"
+# Storage -> version of the format. A plain pack is what version 1 always was; its manifests of
+# before there was another storage do not name it.
+VERSIONS = {"plain": 1, "compact": 2}
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,16 @@ class Pack:
     manifest: dict[str, Any]
 
     @property
-    def tasks(self) -> dict[str, str]:
-        """Task -> adapter directory, relative to `path`."""
+    def storage(self) -> str:
+        """`plain` or `compact`."""
+        return self.manifest.get("storage", "plain")
+
+    @property
+    def tasks(self) -> dict[str, str | int | None]:
+        """Task -> adapter: a directory relative to `path`, in a compact pack its position.
+
+        None, in compact packs only: the base model serves the task as it is.
+        """
         return self.manifest["tasks"]
 
     @property
@@ -43,15 +63,37 @@ class Pack:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
 
         Raises:
-            PackError: the pack does not serve this task.
+            PackError: the pack does not serve this task, or is compact.
         """
+        adapter = self._served_by(task)
+        if self.storage == "compact":
+            raise PackError(
+                f"{self.path}: a compact pack has no adapter directories; write them with"
+                f" d2c-mlx unpack {self.path} --output DIR"
+            )
+        return self.path / str(adapter)
+
+    def load(self, task: str) -> Adapter | None:
+        """The adapter that serves `task`, in 16 bit whatever the storage; None is the base model.
+
+        Raises:
+            PackError: the pack does not serve this task, or its file cannot be read.
+        """
+        adapter = self._served_by(task)
+        if adapter is None:
+            return None
+        if isinstance(adapter, int):
+            return _read(self, adapter)
+        return load_adapter(self.adapter_path(task))
+
+    def _served_by(self, task: str) -> str | int | None:
         if task not in self.tasks:
             raise PackError(f"{self.path}: no task {task!r}; it serves {', '.join(self.tasks)}")
-        return self.path / self.tasks[task]
+        return self.tasks[task]
 
-    def load(self, task: str) -> Adapter:
-        """The adapter that serves `task`."""
-        return load_adapter(self.adapter_path(task))
+
+def _read(pack: Pack, adapter: int) -> Adapter | None:
+    return read_compact(pack.path / COMPACT, adapter).adapter(_DTYPES[pack.manifest["dtype"]])
 
 
 def write_pack(
@@ -83,28 +125,92 @@ def write_pack(
         for k, adapter in enumerate(adapters):
             adapter.save(temporary / f"cluster-{k}", n_layers)
             tasks |= {source: f"cluster-{k}" for source in adapter.sources}
-        files: dict[str, dict[str, Any]] = {
-            file.relative_to(temporary).as_posix(): {
-                "nbytes": file.stat().st_size,
-                "sha256": hash_file(file),
-            }
-            for file in sorted(temporary.rglob("*"))
-            if file.is_file()
-        }
-        nbytes = sum(entry["nbytes"] for entry in files.values())
-        if max_bytes is not None and nbytes > max_bytes:
-            raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {max_bytes:,}")
-        manifest = {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "base": {"model": model, "config_sha256": config_hash},
-            "budget": {"text": budget, "nbytes": max_bytes},
-            "tasks": dict(sorted(tasks.items())),
-            "files": files,
-            "nbytes": nbytes,
-        }
-        write_json(temporary / MANIFEST, manifest)
+        base = {"model": model, "config_sha256": config_hash}
+        about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
+        _write_manifest(directory, temporary, "plain", about, tasks)
     return load_pack(directory)
+
+
+def write_compact_pack(
+    directory: Path,
+    adapters: Sequence[Compressed],
+    serves: Mapping[str, int | None],
+    *,
+    model: str,
+    config_hash: str,
+    n_layers: int,
+    budget: str,
+    max_bytes: int | None,
+    dtype: mx.Dtype = mx.float16,
+) -> Pack:
+    """Write all adapters into one file, and the manifest; check the file against the budget.
+
+    Args:
+        directory: replaced as a whole, only once everything is in it.
+        adapters: in low-bit factors, all of one group size.
+        serves: task -> position in `adapters`, or None to leave it to the base model.
+        model: name or hub id of the base model.
+        config_hash: hex SHA-256 of the base model's config.json.
+        n_layers: number of transformer blocks of the base model.
+        budget: as the user wrote it.
+        max_bytes: allowed bytes of the adapter file, or None.
+        dtype: of the base's activations, which `Pack.load` and `unpack` give.
+
+    Raises:
+        PackError: the file is larger than the budget, or the adapters do not go together; nothing
+            is written.
+    """
+    wrong = {
+        task: k for task, k in serves.items() if k is not None and k not in range(len(adapters))
+    }
+    if wrong:
+        task, k = next(iter(wrong.items()))
+        raise PackError(f"{directory}: task {task!r} has adapter {k} of {len(adapters)}")
+    with write_dir(directory) as temporary:
+        write_compact(temporary / COMPACT, adapters)
+        about = {
+            "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},
+            "dtype": str(dtype).split(".")[-1],
+            "budget": {"text": budget, "nbytes": max_bytes},
+        }
+        _write_manifest(directory, temporary, "compact", about, serves)
+    return load_pack(directory)
+
+
+def _write_manifest(
+    directory: Path,
+    temporary: Path,
+    storage: str,
+    about: Mapping[str, Any],
+    tasks: Mapping[str, str | int | None],
+) -> None:
+    """Sizes and hashes of what is in `temporary` -> its manifest.
+
+    Raises:
+        PackError: the files are larger than the budget.
+    """
+    files: dict[str, dict[str, Any]] = {
+        file.relative_to(temporary).as_posix(): {
+            "nbytes": file.stat().st_size,
+            "sha256": hash_file(file),
+        }
+        for file in sorted(temporary.rglob("*"))
+        if file.is_file()
+    }
+    nbytes = sum(entry["nbytes"] for entry in files.values())
+    max_bytes = about["budget"]["nbytes"]
+    if max_bytes is not None and nbytes > max_bytes:
+        raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {max_bytes:,}")
+    manifest = {
+        "format": FORMAT,
+        "format_version": VERSIONS[storage],
+        "storage": storage,
+        **about,
+        "tasks": dict(sorted(tasks.items())),
+        "files": files,
+        "nbytes": nbytes,
+    }
+    write_json(temporary / MANIFEST, manifest)
 
 
 def load_pack(directory: Path) -> Pack:
@@ -122,19 +228,27 @@ def load_pack(directory: Path) -> Pack:
         raise PackError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict):
         raise PackError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != VERSION:
+    storage = manifest.get("storage", "plain")
+    version = VERSIONS.get(storage) if isinstance(storage, str) else None
+    if version is None:
+        raise PackError(f"{path}: storage {storage!r}, expected one of {list(VERSIONS)}")
+    if manifest.get("format") != FORMAT or manifest.get("format_version") != version:
         raise PackError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('format_version')!r},"
-            f" expected {FORMAT!r} version {VERSION}"
+            f" expected {FORMAT!r} version {version}"
         )
     files, tasks = manifest.get("files"), manifest.get("tasks")
     if not isinstance(files, dict) or not isinstance(tasks, dict) or "nbytes" not in manifest:
         raise PackError(f"{path}: files, tasks or nbytes is missing; write the pack again")
-    problems = [
-        f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
-        for task, folder in tasks.items()
-        if f"{folder}/adapters.safetensors" not in files
-    ]
+    if storage == "plain":
+        problems = [
+            f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
+            for task, folder in tasks.items()
+            # "../x" would lead out of the pack, and `unpack` would write there.
+            if f"{folder}/adapters.safetensors" not in files or "/" in str(folder) or folder == ".."
+        ]
+    else:
+        problems = _compact_problems(path, manifest)
     for name, entry in files.items():
         file = directory / name
         if not file.is_file():
@@ -143,4 +257,27 @@ def load_pack(directory: Path) -> Pack:
             problems.append(f"{file}: differs from the manifest's size or sha256; copy it again")
     if problems:
         raise PackError(problems)
-    return Pack(directory, manifest)
+    pack = Pack(directory, manifest)
+    if pack.storage == "compact":
+        n_adapters = len(read_index(directory / COMPACT).names)
+        wrong = [k for k in tasks.values() if k is not None and k not in range(n_adapters)]
+        if wrong:
+            raise PackError(f"{path}: tasks name adapter {wrong[0]}, the file holds {n_adapters}")
+    return pack
+
+
+def _compact_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    problems = []
+    base = manifest.get("base")
+    if manifest.get("dtype") not in _DTYPES:
+        problems.append(f"{path}: dtype {manifest.get('dtype')!r}, expected one of {list(_DTYPES)}")
+    if not isinstance(base, dict) or not isinstance(base.get("n_layers"), int):
+        problems.append(f"{path}: base.n_layers is missing; write the pack again")
+    if COMPACT not in manifest["files"]:
+        problems.append(f"{path}: {COMPACT} is not among its files; write the pack again")
+    problems += [
+        f"{path}: task {task!r} points to {k!r}, expected the position of an adapter or null"
+        for task, k in manifest["tasks"].items()
+        if k is not None and type(k) is not int
+    ]
+    return problems

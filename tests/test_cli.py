@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import _COMMANDS, cli
-from tiny import library
+from tiny import LAYERS, SHAPES, library
 
+from d2c_mlx.convert import read_adapter
 from d2c_mlx.files import hash_tree
+from d2c_mlx.pack import write_compact_pack
+from d2c_mlx.quantize import compress
 
+SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
 
 
@@ -63,6 +67,32 @@ def test_stages_continue_with_the_options_of_the_run_directory(tmp_path):
     text = invoke("report", "--output", output, "--quiet")
     assert "| merge-all |" in text
     assert Path(text.split()[-1]).name == "report.html"
+
+
+def test_unpack(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    found = [read_adapter(paths.adapters / name, SHAPES_OF_ALL) for name in "ab"]
+    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+    serves = {"a": 0, "b": 1, "c": None}
+    about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
+    write_compact_pack(tmp_path / "pack", small, serves, **about)
+    options = [str(tmp_path / "pack"), "--output", str(tmp_path / "plain")]
+    text = invoke("unpack", *options)
+    assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text
+    assert text.splitlines()[2].split(maxsplit=1) == ["c", "the base model"]
+    tasks = json.loads(invoke("unpack", *options, "--json"))
+    assert tasks == {"a": "cluster-0", "b": "cluster-1", "c": None}
+    assert (tmp_path / "plain" / "cluster-1" / "adapters.safetensors").is_file()
+
+
+def test_unpack_says_what_is_wrong_in_one_line(tmp_path):
+    """Through the entry point, whose exit code and words a user sees."""
+    code = "import sys; from d2c_mlx_cli.main import main; main()"
+    argv = [sys.executable, "-c", code, "unpack", str(tmp_path), "--output", str(tmp_path / "o")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'manifest.json'}: missing; is this a pack?\n"
+    assert not (tmp_path / "o").exists()
 
 
 def test_doctor(monkeypatch):

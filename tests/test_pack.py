@@ -84,6 +84,7 @@ def test_manifest(pack):
     assert manifest == {
         "format": "d2c-mlx-pack",
         "format_version": 1,
+        "storage": "plain",
         "base": {"model": "tiny/llama", "config_sha256": "0" * 64},
         "budget": {"text": "2", "nbytes": None},
         "tasks": {"a": "cluster-0", "b": "cluster-1", "c": "cluster-0"},
@@ -194,6 +195,14 @@ def test_a_task_whose_adapter_the_manifest_does_not_verify(pack):
     edit(pack, tasks={"a": "../elsewhere"})
     with pytest.raises(PackError):
         load_pack(pack.path)
+
+
+def test_a_task_that_leads_out_of_the_pack(tmp_path, pack):
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    listed = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    edit(pack, tasks={"a": ".."}, files={"../adapters.safetensors": listed})
+    (line,) = refused(pack.path)
+    assert "points to '..'" in line
 
 
 def test_no_pack(tmp_path):
