@@ -22,6 +22,10 @@ _OPTIONS = [
     click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
                  "  [default: 12.5%]"),
     click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
+    click.option("--plan", metavar="NAME", help="d2c: merge, in 16 bit; auto: clusters, rank and"
+                 " bits for a budget in bytes, by measuring  [default: d2c]"),
+    click.option("--max-adapters", type=int, help="most adapters that auto may store  [default: any"
+                 " number]"),
     click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
                  "  [default: regmean++]"),
     click.option("--density", type=float, help="share of entries kept by methods that sparsify"
@@ -85,6 +89,8 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     given = {name: value for name, value in options.items() if value is not None}
     if until == "refine":
         given["refine"] = True
+    if until in ("plan", "cluster", "merge", "refine"):
+        given["plan"] = "auto" if until == "plan" else "d2c"
     saved = Path(given.get("output", "")) / "config.yaml"
     if config is None and "output" in given and "adapters" not in given and saved.is_file():
         config = saved
@@ -99,6 +105,7 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
 
 _ARTIFACTS = {
     "probe": "losses.json",
+    "plan": "plan.json",
     "cluster": "clusters.json",
     "merge": "merges.json",
     "refine": "refines.json",
@@ -146,6 +153,12 @@ probe = _stage_command(
     "probe",
     "Loss of every adapter on every task's probe examples -> losses.json." + _RESUME
     + "\n\n\b\nExample:\n  d2c-mlx probe --adapters loras --tasks tasks --output runs/first",
+)  # fmt: skip
+plan = _stage_command(
+    "plan",
+    "What to store for a budget in bytes, by measuring -> plan.json." + _RESUME
+    + " From then on, that includes --plan auto.\n\n\b\nExample:\n"
+    "  d2c-mlx plan --output runs/first --budget 3%",
 )  # fmt: skip
 cluster = _stage_command(
     "cluster",

@@ -11,6 +11,7 @@ _COMMANDS = {
     "run": "commands:run",
     "convert": "commands:convert",
     "probe": "commands:probe",
+    "plan": "commands:plan",
     "cluster": "commands:cluster",
     "merge": "commands:merge",
     "refine": "commands:refine",

@@ -18,6 +18,7 @@ from d2c_mlx.errors import BudgetError, ConfigError
 __all__ = [
     "AUTO_METHODS",
     "MERGE_METHODS",
+    "PLANS",
     "RANK_VARIABLES",
     "RUN_METHODS",
     "SAVINGS",
@@ -37,6 +38,7 @@ RUN_METHODS = (*MERGE_METHODS, "regmean++", "auto")
 # What "auto" tries on every cluster, the simplest first: it wins ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi", "regmean++")
 STARTS = ("adapters", "kmeans", "random", "table", "pairs")
+PLANS = ("d2c", "auto")
 SEARCHES = ("moves", "paper")
 SAVINGS = (
     "head",
@@ -63,6 +65,9 @@ class RunConfig:
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
+        plan: "d2c" merges as many as must be, in 16 bit; "auto" chooses clusters, rank and bits for
+            a budget in bytes by measuring.
+        max_adapters: most adapters that "auto" may store; None is any number.
         merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++" and "auto" cluster by
             "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on its probes.
         merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
@@ -96,6 +101,8 @@ class RunConfig:
     output: str = ""
     budget: str = "12.5%"
     model: str | None = None
+    plan: str = "d2c"
+    max_adapters: int | None = None
     merge_method: str = "regmean++"
     density: float = 0.5
     scale: float | None = None
@@ -131,6 +138,12 @@ class RunConfig:
                 self.merge_method in RUN_METHODS,
                 f"one of {list(RUN_METHODS)}",
             ),
+            "plan": (self.plan in PLANS, f"one of {list(PLANS)}"),
+            "max_adapters": (
+                self.max_adapters is None or (self.max_adapters >= 1 and self.plan == "auto"),
+                "1 or more, and only with plan: auto",
+            ),
+            "refine": (not self.refine or self.plan == "d2c", "false with plan: auto"),
             "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
             "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
             "patience": (self.patience is None or self.patience >= 1, "1 or more"),
@@ -162,6 +175,11 @@ class RunConfig:
                 problems.append(
                     "merge_method: 'concat' keeps the sum of all ranks, so only a number of"
                     f" adapters can be its budget; found {self.budget!r}"
+                )
+            if self.plan == "auto" and budget.n_adapters is not None:
+                problems.append(
+                    'plan: \'auto\' needs a budget in bytes, such as "12.5%" or "40MB"; found'
+                    f" {self.budget!r}; pass the number as --max-adapters"
                 )
         except BudgetError as error:
             problems += error.problems

@@ -25,6 +25,7 @@ __all__ = [
     "compact_nbytes",
     "header",
     "make_index",
+    "most_header_nbytes",
     "tensor_name",
     "unfold",
 ]
@@ -125,6 +126,17 @@ def compact_nbytes(index: Index) -> int:
     """Exact size in bytes of the file that holds what `index` says, header included."""
     tensors = index.tensors().values()
     return len(header(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
+
+
+def most_header_nbytes(
+    names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
+) -> int:
+    """More than the header of any pack of these adapters, or merges of them, at 4, 3 and 2 bits."""
+    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
+    index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
+                       group_size)  # fmt: skip
+    # Numbers in the header may have a few digits more.
+    return len(header(index)) + 512
 
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:

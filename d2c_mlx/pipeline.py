@@ -1,6 +1,7 @@
 """The whole story: adapters + a few examples + a budget -> a pack, and what it is worth.
 
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
+    convert -> probe -> plan                         -> pack -> bench -> report    (--plan auto)
 
 Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
 change is not repeated.
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapter import load_adapter
@@ -21,7 +23,8 @@ from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
-from d2c_mlx.pack import load_pack, write_pack
+from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.planner import make_plan, planned
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
 from d2c_mlx.refining import refine_cluster, refine_inputs
@@ -72,9 +75,26 @@ def probe(ws: Workspace) -> None:
     ws.stage("probe", options, ["adapters"], ["losses.json"], body)
 
 
+def plan(ws: Workspace) -> None:
+    """With `--plan auto`: what to store of which adapters and merges -> `plan.json`."""
+    c = ws.config
+    if c.plan != "auto":
+        return
+
+    def body() -> None:
+        write_json(ws.path("plan.json"), make_plan(ws))
+
+    options = [ws.base.fingerprint, [p.digest for p in ws.probes], _merge_options(c),
+               ws.budget.allowed_bytes(sum(ws.sizes)), c.max_adapters, c.eps]  # fmt: skip
+    ws.stage("plan", options, ["adapters", "losses.json"], ["plan.json"], body)
+
+
 def cluster(ws: Workspace) -> None:
     """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
-    c, k, n = ws.config, ws.n_clusters, len(ws.names)
+    c = ws.config
+    if c.plan != "d2c":
+        return
+    k, n = ws.n_clusters, len(ws.names)
 
     def body() -> None:
         found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
@@ -103,6 +123,8 @@ def cluster(ws: Workspace) -> None:
 
 def merge(ws: Workspace) -> None:
     """One adapter per D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
+    if ws.config.plan != "d2c":
+        return
 
     def body() -> None:
         (clustering,) = _clusterings(ws)["d2c"]
@@ -142,38 +164,50 @@ def refine(ws: Workspace) -> None:
 
 
 def pack(ws: Workspace) -> None:
-    """Merged adapters, refined if asked for, and a manifest -> `pack/`, within the budget."""
-    source = "refined" if ws.config.refine else "merged"
+    """Adapters and a manifest -> `pack/`, within the budget: merges in 16 bit, or as planned."""
+    c = ws.config
+    about: dict[str, Any] = {
+        "model": ws.base.name,
+        "config_hash": ws.base.config_hash,
+        "n_layers": ws.base.n_layers,
+        "budget": ws.budget.text,
+        "max_bytes": ws.budget.allowed_bytes(sum(ws.sizes)),
+    }
+    source = "refined" if c.refine else "merged"
 
-    def body() -> None:
+    def merges() -> None:
         adapters = [
             dataclasses.replace(load_adapter(ws.path(source) / str(k)), sources=tuple(members))
             for k, members in enumerate(entry["members"] for entry in ws.read("merges.json"))
         ]
-        write_pack(
-            ws.path("pack"),
-            adapters,
-            model=ws.base.name,
-            config_hash=ws.base.config_hash,
-            n_layers=ws.base.n_layers,
-            budget=ws.budget.text,
-            max_bytes=ws.budget.allowed_bytes(sum(ws.sizes)),
-        )
+        write_pack(ws.path("pack"), adapters, **about)
 
-    options = [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes)]
-    ws.stage("pack", options, [source, "merges.json"], ["pack"], body)
+    def compact() -> None:
+        adapters, serves = planned(ws, ws.read("plan.json"))
+        write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
+
+    if c.plan == "auto":
+        reads, body = ["adapters", "plan.json"], compact
+    else:
+        reads, body = [source, "merges.json"], merges
+    ws.stage("pack", [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes)], reads,
+             ["pack"], body)  # fmt: skip
 
 
 def bench(ws: Workspace) -> None:
     """Every method on the held-out test examples -> `bench.json`."""
+    by_d2c = ws.config.plan == "d2c"
+
+    def clusterings() -> dict[str, list[Clustering]]:
+        return _clusterings(ws) if by_d2c else {}
 
     def body() -> None:
         packed = load_pack(ws.path("pack"))
-        served = {name: load_adapter(packed.adapter_path(name)) for name in ws.names}
+        served = {name: packed.load(name) for name in ws.names}
         methods = {
             "base": Method(0, [dict.fromkeys(ws.names)]),
             "individual": Method(sum(ws.sizes), [dict(zip(ws.names, ws.adapters))]),
-            **{name: _method(ws, found) for name, found in _clusterings(ws).items()},
+            **{name: _method(ws, found) for name, found in clusterings().items()},
             "pack": Method(packed.nbytes, [served]),
         }
         results = bench_methods(ws.evaluator, methods, ws.tests)
@@ -181,24 +215,26 @@ def bench(ws: Workspace) -> None:
 
     options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],
                _merge_options(ws.config)]  # fmt: skip
-    reads = ["adapters", "losses.json", "clusters.json", "pack"]
+    reads = ["adapters", "losses.json", *(["clusters.json"] if by_d2c else []), "pack"]
     ws.stage("bench", options, reads, ["bench.json"], body)
 
 
 def report(ws: Workspace) -> None:
     """The results for people -> `report.md`, `report.html`."""
-    reads = ["losses.json", "clusters.json", "merges.json", "pack/manifest.json", "bench.json"]
+    chosen = ["clusters.json", "merges.json"] if ws.config.plan == "d2c" else ["plan.json"]
+    reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
 
     def body() -> None:
-        losses, clusters, merges, manifest, benched = (ws.read(name) for name in reads)
+        artifacts = {Path(name).stem: ws.read(name) for name in reads}
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):
-            write_text(ws.path(name), render(losses, clusters, merges, manifest, benched))
+            write_text(ws.path(name), render(artifacts))
 
     ws.stage("report", None, reads, ["report.md", "report.html"], body)
 
 
 STAGES: dict[str, Callable[[Workspace], None]] = {
-    stage.__name__: stage for stage in (convert, probe, cluster, merge, refine, pack, bench, report)
+    stage.__name__: stage
+    for stage in (convert, probe, plan, cluster, merge, refine, pack, bench, report)
 }
 
 

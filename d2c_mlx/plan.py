@@ -1,4 +1,4 @@
-"""The best pack for a budget, chosen over clusters x rank x bits: measured candidates, exact choice.
+"""The best pack for a budget, over clusters x rank x bits: measured candidates, exact choice.
 
 A candidate stores one adapter, a task's own or a merge, in some components at some bits; it has
 exact bytes and the measured regret of the tasks that it would serve. A pack serves every task once,

@@ -7,6 +7,7 @@ before it is compressed than the best plan so far loses in all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,21 +16,19 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
-from d2c_mlx.errors import BudgetError
-from d2c_mlx.layout import compact_nbytes, make_index
 from d2c_mlx.merge.core import to_core
 from d2c_mlx.moves import groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, allocate, choose
 from d2c_mlx.probe import Job
 from d2c_mlx.quantize import Compressed, compress
 from d2c_mlx.rounding import columns
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["make_plan", "planned"]
 
-GROUP_SIZE = 64
-# Sizes that are tried, as multiples of a unit's equal share of the budget.
-_SHARES = tuple(2 ** (k / 2) for k in range(-6, 5))
+# Sizes that are tried: so many times smaller and larger than an equal share of the budget, in
+# steps of sqrt(2) on a grid of their own, so that plans for several budgets ask the same.
+_SMALLER, _LARGER = 8, 4
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = (0.25, 0.5, 1.0, 2.0)
 
@@ -43,34 +42,27 @@ def make_plan(ws: Workspace) -> dict[str, Any]:
         `units` (adapters chosen: tasks, family, levels, nbytes, regret), `base` (tasks left to the
         base model), `regret` (mean over tasks), `nbytes` (of the compact file), `frontier` and
         `candidates` (how many were measured).
-
-    Raises:
-        BudgetError: not even the index of an empty pack fits.
     """
     n = len(ws.names)
-    total = sum(ws.sizes)
-    budget = ws.budget.allowed_bytes(total)
-    free = (total if budget is None else budget) - _overhead(ws)
-    if free < 0:
-        raise BudgetError(f"budget: {ws.budget.text} is {budget:,} bytes, less than a pack's index")
+    total, free = sum(ws.sizes), ws.room
     base = ws.problem.regret(ws.table.base)
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     candidates += _measured(ws, own, "own", free)
     for groups in _partitions(ws):
-        best = _regret(candidates, choose(candidates, n, free, ws.budget.n_adapters))
+        best = _regret(candidates, choose(candidates, n, free, ws.config.max_adapters))
         merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
         if sum((one.regret or 0.0) * len(members) for members, one in merges) >= best:
             break
         candidates += _measured(ws, [(m, one.adapter) for m, one in merges], "merged", free)
-    chosen = choose(candidates, n, free, ws.budget.n_adapters)
+    chosen = choose(candidates, n, free, ws.config.max_adapters)
     return {
         "units": [_entry(ws, candidates[j]) for j in chosen if candidates[j].family != "base"],
         "base": [ws.names[candidates[j].members[0]] for j in chosen
                  if candidates[j].family == "base"],
         "regret": _regret(candidates, chosen) / n,
         "candidates": len(candidates),
-        "frontier": list(_frontier(candidates, n, free, total, ws.budget.n_adapters)),
+        "frontier": list(_frontier(candidates, n, free, total, ws.config.max_adapters)),
     }  # fmt: skip
 
 
@@ -101,8 +93,8 @@ def _measured(ws: Workspace, units: Units, family: str, free: float) -> list[Can
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     total = sum(ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units)
     found: dict[tuple[int, str], Candidate] = {}
-    for multiple in _SHARES:
-        sizes = [multiple * free * adapter.nbytes(ws.base.n_layers) / total for _, adapter in units]
+    for share in _grid(free / total):
+        sizes = [share * ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
         jobs: list[Job] = []
         tried = []
         for u, ((members, adapter), size) in enumerate(zip(units, sizes)):
@@ -118,8 +110,14 @@ def _measured(ws: Workspace, units: Units, family: str, free: float) -> list[Can
             members = units[u][0]
             regret = float(ws.problem.regret(losses, np.array(members)).sum())
             nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
-            found[u, repr(levels)] = Candidate(members, family, multiple, levels, nbytes, regret)
+            found[u, repr(levels)] = Candidate(members, family, share, levels, nbytes, regret)
     return list(found.values())
+
+
+def _grid(share: float) -> list[float]:
+    """Powers of sqrt(2) around a share of the 16-bit bytes; 1/3 is more than 4 bits take."""
+    first, last = (round(2 * math.log2(share * x)) for x in (1 / _SMALLER, _LARGER))
+    return [2 ** (k / 2) for k in range(first, min(last, -3) + 1)]
 
 
 def _energies(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -142,24 +140,9 @@ def _rows_nbytes(ws: Workspace, levels: dict[str, Any]) -> int:
     return total
 
 
-def _paths(ws: Workspace) -> list[str]:
-    return sorted({path for adapter in ws.adapters for path in adapter.modules})
-
-
 def _counts_nbytes(ws: Workspace) -> int:
     """Of one adapter in the index: a byte per module and bits."""
-    return 3 * len(_paths(ws))
-
-
-def _overhead(ws: Workspace) -> int:
-    """Most bytes of the header, whatever is chosen."""
-    shapes = {path: ws.base.module_shapes[path] for path in _paths(ws)}
-    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
-    names = ["+".join(ws.names), *ws.names]
-    index = make_index(names, ws.base.name, [full] * len(names), shapes, GROUP_SIZE)
-    rows = len(names) * _rows_nbytes(ws, {path: ((1, 4), (1, 3), (1, 2)) for path in shapes})
-    # Every number in the header may have a few digits more.
-    return compact_nbytes(index) - rows - len(names) * _counts_nbytes(ws) + 512
+    return 3 * len(ws.target_paths)
 
 
 def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:

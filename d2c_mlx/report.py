@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["render_html", "render_markdown", "render_table"]
@@ -52,13 +53,16 @@ def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
     return environment
 
 
-def _context(losses: Json, clusters: Json, merges: Json, manifest: Json, bench: Json) -> Json:
-    (d2c,) = clusters["methods"]["d2c"]
+def _context(artifacts: Mapping[str, Json]) -> Json:
+    manifest, bench, plan = artifacts["manifest"], artifacts["bench"], artifacts.get("plan")
+    d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
     worst = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["excess"])
     return {
-        "losses": losses,
+        "losses": artifacts["losses"],
         "d2c": d2c,
-        "merges": merges,
+        "merges": artifacts.get("merges"),
+        "plan": plan,
+        "n_stored": len(plan["units"] if plan else artifacts["merges"]),
         "manifest": manifest,
         "rows": _rows(bench),
         "table": render_table(bench),
@@ -70,21 +74,32 @@ def _context(losses: Json, clusters: Json, merges: Json, manifest: Json, bench: 
     }
 
 
-def render_markdown(*artifacts: Json) -> str:
+def render_markdown(artifacts: Mapping[str, Json]) -> str:
     """`report.md`.
 
     Args:
-        artifacts: losses, clusters, merges, pack manifest and bench, as the stages wrote them.
+        artifacts: losses, manifest (of the pack) and bench, and either clusters and merges or plan,
+            as the stages wrote them.
     """
-    return _environment().get_template("report.md.jinja").render(_context(*artifacts))
+    return _environment().get_template("report.md.jinja").render(_context(artifacts))
 
 
-def render_html(*artifacts: Json) -> str:
+def render_html(artifacts: Mapping[str, Json]) -> str:
     """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
-    context = _context(*artifacts)
+    context = _context(artifacts)
     context["bars"] = _excess_bars(context["rows"])
-    context["heatmap"] = _heatmap(context["losses"], context["d2c"]["labels"])
+    context["heatmap"] = _heatmap(context["losses"], _labels(context))
     return _environment().get_template("report.html.jinja").render(context)
+
+
+def _labels(context: Json) -> list[int]:
+    """Tasks that share an adapter have one label."""
+    if context["d2c"]:
+        return context["d2c"]["labels"]
+    groups = [unit["tasks"] for unit in context["plan"]["units"]]
+    groups += [[name] for name in context["plan"]["base"]]
+    label = {name: k for k, names in enumerate(groups) for name in names}
+    return [label[name] for name in context["losses"]["tasks"]]
 
 
 def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure

@@ -22,9 +22,10 @@ from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import find_adapters, read_adapter
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.errors import InputError, collect, gather
+from d2c_mlx.errors import BudgetError, InputError, collect, gather
 from d2c_mlx.features import svd_features
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
+from d2c_mlx.layout import most_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
@@ -33,7 +34,10 @@ from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
 
-__all__ = ["Workspace", "read_adapters"]
+__all__ = ["GROUP_SIZE", "Workspace", "read_adapters"]
+
+# Numbers of a planned pack that share a scale.
+GROUP_SIZE = 64
 
 # Shares of a task's probe rows after which an evaluation may stop: most candidates of D2C are
 # several times worse than what a task has.
@@ -86,7 +90,7 @@ class Workspace:
         if not errors:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
-            collect(errors, lambda: self.n_clusters)
+            collect(errors, lambda: self.n_clusters if config.plan == "d2c" else self.room)
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
@@ -136,15 +140,36 @@ class Workspace:
     def n_clusters(self) -> int:
         """How many adapters the budget has room for, whatever is merged with what."""
         rank = self.config.merge_rank or max(adapter.rank for adapter in self.inputs)
-        paths = {path for adapter in self.inputs for path in adapter.modules}
         shapes = self.base.module_shapes
         widest = {
             path: LoRA(mx.zeros((shapes[path][0], rank)), mx.zeros((rank, shapes[path][1])))
-            for path in paths
+            for path in self.target_paths
         }
         union = self.packed(replace(self.inputs[0], modules=widest))
         largest = max(union.nbytes(self.base.n_layers), *self.sizes)
         return self.budget.allowed_adapters(self.sizes, largest)
+
+    @cached_property
+    def target_paths(self) -> list[str]:
+        """Every module that some adapter has."""
+        return sorted({path for adapter in self.inputs for path in adapter.modules})
+
+    @cached_property
+    def room(self) -> int:
+        """Bytes that a compact pack has for rows, whatever it stores.
+
+        Raises:
+            BudgetError: the budget is below the header.
+        """
+        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
+        header = most_header_nbytes(self.names, self.base.name, shapes, GROUP_SIZE)
+        nbytes = self.budget.allowed_bytes(sum(self.sizes)) or 0
+        if nbytes <= header:
+            raise BudgetError(
+                f"budget: {self.budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
+                f" to {header:,}; give more than that"
+            )
+        return nbytes - header
 
     @cached_property
     def adapters(self) -> list[Adapter]:

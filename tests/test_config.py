@@ -166,13 +166,14 @@ def test_the_help_states_the_defaults():
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
     assert stated.pop("merge_rank").startswith("the largest") and values.pop("merge_rank") is None
     assert stated.pop("patience") == "2 or 10" and values.pop("patience") is None
+    assert stated.pop("max_adapters").startswith("any") and values.pop("max_adapters") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
     for name in ("compile", "refine"):
         assert stated.pop(name) == "no" and values.pop(name) is False
     assert stated.pop("init") == ",".join(values.pop("init"))
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "init", "memory_limit", "compile", "refine", "without"}
-    special |= {"unlabelled", "merge_rank", "patience"}
+    special |= {"unlabelled", "merge_rank", "patience", "max_adapters"}
     unstated = {field.name for field in fields(RunConfig)} - set(stated) - special
     assert unstated == set(NEEDED)
 

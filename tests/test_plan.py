@@ -52,9 +52,7 @@ def test_a_task_that_nothing_serves():
 
 
 def spent(levels, widths):
-    return sum(
-        n * widths[path] * _BYTES[bits] for path, some in levels.items() for n, bits in some
-    )
+    return sum(n * widths[path] * _BYTES[bits] for path, some in levels.items() for n, bits in some)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,0 +1,91 @@
+"""The byte budget on a tiny model: from adapters to a compact pack, within the budget."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import library
+
+from d2c_mlx.config import RunConfig
+from d2c_mlx.errors import ConfigError, InputError
+from d2c_mlx.files import hash_tree
+from d2c_mlx.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.unpack import unpack
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Four adapters on a tiny model, whose layout's index takes a large share of a budget."""
+    paths = library(tmp_path, ["a", "b", "c", "d"])
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="60%", plan="auto", output=str(tmp_path / "run"), probe_examples=3,
+        test_examples=2,
+    )  # fmt: skip
+
+
+def test_a_plan_becomes_a_pack_within_its_budget(config):
+    ws = run(config, quiet=True)
+    plan, pack = ws.read("plan.json"), load_pack(ws.path("pack"))
+    assert pack.storage == "compact" and pack.nbytes <= 0.6 * sum(ws.sizes)
+    served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
+    assert sorted(served) == ws.names == sorted(pack.tasks)
+    # What was measured is what is packed.
+    loaded = [pack.load(name) for name in ws.names]
+    pairs = zip(loaded, ws.probes)
+    losses = [ws.evaluator.losses([(adapter, [probe])])[0][0] for adapter, probe in pairs]
+    regrets = ws.problem.regret(np.array(losses))
+    assert regrets.mean() == pytest.approx(plan["regret"], abs=1e-6)
+    assert plan["regret"] == pytest.approx(
+        sum(u["regret"] * len(u["tasks"]) for u in plan["units"]) / 4
+        + sum(float(ws.problem.regret(ws.table.base)[ws.names.index(n)]) for n in plan["base"]) / 4
+    )
+    for row in plan["frontier"]:
+        assert row["all"] <= min(row["own"], row["merged"]) + 1e-9
+    assert [row["all"] for row in plan["frontier"]] == sorted(
+        (row["all"] for row in plan["frontier"]), reverse=True
+    )
+    assert set(ws.read("bench.json")["methods"]) == {"base", "individual", "pack"}
+    for name in ("report.md", "report.html"):
+        assert "own adapters only" in ws.path(name).read_text(encoding="utf-8")
+
+
+def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
+    ws = run(config, until="pack", quiet=True)
+    pack = load_pack(ws.path("pack"))
+    tasks = unpack(pack, tmp_path / "plain")
+    for name, directory in tasks.items():
+        assert (directory is None) == (pack.load(name) is None)
+    assert json.loads((tmp_path / "plain" / "tasks.json").read_text("utf-8")) == tasks
+
+
+def test_the_same_plan_again_and_at_most_so_many_adapters(config, tmp_path):
+    first = run(config, until="pack", quiet=True)
+    again = run(replace(config, output=str(tmp_path / "again")), until="pack", quiet=True)
+    assert hash_tree(first.path("pack")) == hash_tree(again.path("pack"))
+    few = run(replace(config, max_adapters=1), until="plan", quiet=True).read("plan.json")
+    assert len(few["units"]) <= 1
+    assert few["regret"] >= first.read("plan.json")["regret"] - 1e-9
+
+
+def test_a_budget_below_the_header_is_refused_before_anything_is_written(config):
+    with pytest.raises(InputError, match="budget: 100B is 100 bytes, and the header"):
+        run(replace(config, budget="100B"), quiet=True)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "2"}, "plan: 'auto' needs a budget in bytes"),
+        ({"refine": True}, "refine: found True, expected false with plan: auto"),
+        ({"plan": "d2c", "max_adapters": 2}, "max_adapters: found 2"),
+        ({"plan": "best"}, "plan: found 'best'"),
+    ],
+)
+def test_options_that_do_not_go_together(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
