@@ -24,7 +24,7 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
-from d2c_mlx.planner import make_plan, planned
+from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
 from d2c_mlx.refining import refine_cluster, refine_inputs
@@ -82,7 +82,7 @@ def plan(ws: Workspace) -> None:
         return
 
     def body() -> None:
-        write_json(ws.path("plan.json"), make_plan(ws))
+        write_json(ws.path("plan.json"), make_plan(ws, measure(ws), ws.room))
 
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], _merge_options(c),
                ws.budget.allowed_bytes(sum(ws.sizes)), c.max_adapters, c.eps]  # fmt: skip

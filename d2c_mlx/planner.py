@@ -24,46 +24,57 @@ from d2c_mlx.quantize import Compressed, compress
 from d2c_mlx.rounding import columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
-__all__ = ["make_plan", "planned"]
+__all__ = ["make_plan", "measure", "planned"]
 
-# Sizes that are tried: so many times smaller and larger than an equal share of the budget, in
-# steps of sqrt(2) on a grid of their own, so that plans for several budgets ask the same.
-_SMALLER, _LARGER = 8, 4
+# Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
+# grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
+# merge costs all its tasks' probes, and matters only where bytes are scarce.
+_SMALLER, _LARGER = 4, 4
+_STEPS = {"own": 0.5, "merged": 1.0}
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = (0.25, 0.5, 1.0, 2.0)
 
 Units = Sequence[tuple[Members, Adapter]]
 
 
-def make_plan(ws: Workspace) -> dict[str, Any]:
-    """Measure candidates, choose for the budget; a JSON value.
+def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
+    """Candidates from both ends; "base" is one for every task.
 
-    Returns:
-        `units` (adapters chosen: tasks, family, levels, nbytes, regret), `base` (tasks left to the
-        base model), `regret` (mean over tasks), `nbytes` (of the compact file), `frontier` and
-        `candidates` (how many were measured).
+    Args:
+        ws: with its probe table.
+        rooms: bytes to plan for; none: what the run's budget leaves.
     """
-    n = len(ws.names)
-    total, free = sum(ws.sizes), ws.room
+    n, rooms = len(ws.names), sorted(rooms) or [ws.room]
     base = ws.problem.regret(ws.table.base)
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
-    candidates += _measured(ws, own, "own", free)
+    candidates += _measured(ws, own, "own", rooms)
     for groups in _partitions(ws):
-        best = _regret(candidates, choose(candidates, n, free, ws.config.max_adapters))
+        best = _regret(candidates, choose(candidates, n, rooms[0], ws.config.max_adapters))
         merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
         if sum((one.regret or 0.0) * len(members) for members, one in merges) >= best:
             break
-        candidates += _measured(ws, [(m, one.adapter) for m, one in merges], "merged", free)
-    chosen = choose(candidates, n, free, ws.config.max_adapters)
+        candidates += _measured(ws, [(m, one.adapter) for m, one in merges], "merged", rooms)
+    return candidates
+
+
+def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> dict[str, Any]:
+    """Choose what fits `room` bytes; a JSON value.
+
+    Returns:
+        `units` (adapters chosen: tasks, family, levels, nbytes, regret), `base` (tasks left to the
+        base model), `regret` (mean over tasks), `frontier` (at some budgets the regret of each
+        family alone and of both) and `candidates` (how many were measured).
+    """
+    n, most = len(ws.names), ws.config.max_adapters
+    chosen = [candidates[j] for j in choose(candidates, n, room, most)]
     return {
-        "units": [_entry(ws, candidates[j]) for j in chosen if candidates[j].family != "base"],
-        "base": [ws.names[candidates[j].members[0]] for j in chosen
-                 if candidates[j].family == "base"],
-        "regret": _regret(candidates, chosen) / n,
+        "units": [_entry(ws, one) for one in chosen if one.family != "base"],
+        "base": [ws.names[one.members[0]] for one in chosen if one.family == "base"],
+        "regret": sum(one.regret for one in chosen) / n,
         "candidates": len(candidates),
-        "frontier": list(_frontier(candidates, n, free, total, ws.config.max_adapters)),
-    }  # fmt: skip
+        "frontier": list(_frontier(candidates, n, room, sum(ws.sizes), most)),
+    }
 
 
 def planned(ws: Workspace, plan: dict[str, Any]) -> tuple[list[Compressed], dict[str, int | None]]:
@@ -87,13 +98,13 @@ def _partitions(ws: Workspace) -> Iterator[list[Members]]:
         yield groups_of(predicted_partition(ws.problem, k))
 
 
-def _measured(ws: Workspace, units: Units, family: str, free: float) -> list[Candidate]:
+def _measured(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
     """Every unit at several sizes."""
     energies = [_energies(adapter) for _, adapter in units]
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     total = sum(ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units)
     found: dict[tuple[int, str], Candidate] = {}
-    for share in _grid(free / total):
+    for share in _grid(rooms[0] / total, rooms[-1] / total, _STEPS[family]):
         sizes = [share * ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
         jobs: list[Job] = []
         tried = []
@@ -114,10 +125,11 @@ def _measured(ws: Workspace, units: Units, family: str, free: float) -> list[Can
     return list(found.values())
 
 
-def _grid(share: float) -> list[float]:
-    """Powers of sqrt(2) around a share of the 16-bit bytes; 1/3 is more than 4 bits take."""
-    first, last = (round(2 * math.log2(share * x)) for x in (1 / _SMALLER, _LARGER))
-    return [2 ** (k / 2) for k in range(first, min(last, -3) + 1)]
+def _grid(least: float, most: float, step: float) -> list[float]:
+    """Powers of `2 ** step` around shares of the 16-bit bytes; 0.35 is more than 4 bits take."""
+    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, 0.35))
+    first, last = (round(end / step) for end in ends)
+    return [2 ** (k * step) for k in range(first, last + 1)]
 
 
 def _energies(adapter: Adapter) -> dict[str, np.ndarray]:
