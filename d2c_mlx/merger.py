@@ -27,7 +27,7 @@ _TOKENS, _ALL_TOKENS = 128, 4096
 # Of RegMean++; the first gains most, later ones as often lose.
 _PASSES = 3
 # Clusterings compare what is cheaper and judges alike.
-QUICK = {"regmean++": "regmean", "auto": "regmean"}
+_QUICK = {"regmean++": "regmean", "auto": "regmean"}
 
 # Module path -> `(n_tokens, in)`.
 Inputs = Mapping[str, np.ndarray]
@@ -84,7 +84,7 @@ class Merger:
             members: what is merged.
             like: members of another merge whose scale is taken; none: the scale is tuned.
         """
-        method = QUICK.get(self._config.merge_method, self._config.merge_method)
+        method = _QUICK.get(self._config.merge_method, self._config.merge_method)
         if not like or len(members) == 1:
             return self._merged(members, method)
         scale = self._merged(like, method).scale

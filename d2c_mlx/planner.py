@@ -102,14 +102,13 @@ def _measured(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) 
     """Every unit at several sizes."""
     energies = [_energies(adapter) for _, adapter in units]
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
-    total = sum(ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units)
+    whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
     found: dict[tuple[int, str], Candidate] = {}
-    for share in _grid(rooms[0] / total, rooms[-1] / total, _STEPS[family]):
-        sizes = [share * ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
+    for share in _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), _STEPS[family]):
         jobs: list[Job] = []
         tried = []
-        for u, ((members, adapter), size) in enumerate(zip(units, sizes)):
-            levels = allocate(energies[u], {path: widths[path] for path in energies[u]}, size)
+        for u, (members, adapter) in enumerate(units):
+            levels = allocate(energies[u], widths, share * whole[u])
             levels = {path: some for path, some in levels.items() if some}
             if not levels or (u, repr(levels)) in found:
                 continue
