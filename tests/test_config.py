@@ -14,7 +14,7 @@ from d2c_mlx.errors import ConfigError
 from d2c_mlx.merge import METHODS
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
-STAGES = ("run", "probe", "cluster", "merge", "refine", "pack", "bench", "report")
+STAGES = ("run", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
 
 
 def write(tmp_path, text):
