@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ import mlx.core as mx
 from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["BatchCost", "default_limit", "shared_prefix", "split_rows"]
+__all__ = ["BatchCost", "by_length", "default_limit", "shared_prefix", "split_rows"]
 
 # What a batch costs beside its tokens, in tokens: small matrices are multiplied more slowly.
 _OVERHEAD = 16
@@ -134,3 +134,17 @@ def shared_prefix(examples: ExampleSet) -> tuple[int, ...]:
     while n < limit and len({row.tokens[n] for row in rows}) == 1:
         n += 1
     return rows[0].tokens[:n] if n >= 4 else ()
+
+
+def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of rows, shortest first, cut where a batch would have more than `most` padded tokens.
+
+    A row that is longer goes alone.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 
 from d2c_mlx.activations import log_normaliser
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.batches import by_length
 from d2c_mlx.errors import ModelError
 from d2c_mlx.forward import KeysValues, find_head, run_blocks
 from d2c_mlx.model import BaseModel
@@ -84,7 +85,7 @@ class Distiller:
             prompt = one.tokens[: one.offset]
             examples.append(Example((*prompt, *self.base.answer(prompt, longest)), one.offset))
         rows: dict[int, Row] = {}
-        for batch in _batches(examples):
+        for batch in by_length([len(one.tokens) for one in examples], _BATCH):
             some = [examples[i] for i in batch]
             hidden, targets = self._hidden(some)
             ones = mx.ones(len(targets))
@@ -104,7 +105,7 @@ class Distiller:
         self.base.attach(adapter)
         examples = [row.example for row in rows]
         total = -sum(row.nll for row in rows)
-        for batch in _batches(examples):
+        for batch in by_length([len(one.tokens) for one in examples], _BATCH):
             lse, gold = self._scores(*self._hidden([examples[i] for i in batch]))
             total += float((lse - gold).sum())
         return total / sum(one.n_targets for one in examples)
@@ -120,7 +121,7 @@ class Distiller:
             weights: `(w_nll, w_kl)` of every row.
         """
         total: Factors = tree_map(mx.zeros_like, factors)
-        for batch in _batches([row.example for row in rows]):
+        for batch in by_length([len(row.example.tokens) for row in rows], _BATCH):
             some = [rows[i] for i in batch]
             n_targets = [row.example.n_targets for row in some]
             each = np.repeat(np.array([weights[i] for i in batch], np.float32), n_targets, axis=0)
@@ -158,14 +159,3 @@ class Distiller:
         logits = self._head(hidden).astype(mx.float32)
         gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return log_normaliser(logits, self._fast), gold
-
-
-def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Indices by length, cut where a batch would have more than `_BATCH` padded tokens."""
-    batch: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].tokens)):
-        if batch and (len(batch) + 1) * len(examples[i].tokens) > _BATCH:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +10,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.batches import by_length
 from d2c_mlx.forward import run_blocks
 from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import ExampleSet
@@ -49,7 +50,7 @@ def input_activations(
         (q, k and v of a block) share one array.
     """
     rows = [example.tokens for example in examples.examples]
-    batches = list(_batches(rows))
+    batches = list(by_length([len(row) for row in rows], _BATCH))
     base.attach(adapter)
     modules = dict(base.model.named_modules())
     taps = {path: _Tap(modules[path]) for path in paths}
@@ -72,17 +73,6 @@ def input_activations(
             arrays[same] = np.concatenate([found[i] for i in range(len(rows))])
         result[path] = arrays[same]
     return result
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Row indices by length, cut where a batch would have more than `_BATCH` padded tokens."""
-    batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if batch and (len(batch) + 1) * len(rows[i]) > _BATCH:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
