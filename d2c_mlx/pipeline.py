@@ -46,7 +46,8 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Worksp
     with leading() as group:
         workspace = Workspace(config, quiet, group)
         for name, stage in STAGES.items():
-            stage(workspace)
+            if name not in _WITHOUT[config.plan]:
+                stage(workspace)
             if name == until:
                 break
     return workspace
@@ -78,8 +79,6 @@ def probe(ws: Workspace) -> None:
 def plan(ws: Workspace) -> None:
     """With `--plan auto`: what to store of which adapters and merges -> `plan.json`."""
     c = ws.config
-    if c.plan != "auto":
-        return
 
     def body() -> None:
         write_json(ws.path("plan.json"), make_plan(ws, measure(ws), ws.room))
@@ -92,8 +91,6 @@ def plan(ws: Workspace) -> None:
 def cluster(ws: Workspace) -> None:
     """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
     c = ws.config
-    if c.plan != "d2c":
-        return
     k, n = ws.n_clusters, len(ws.names)
 
     def body() -> None:
@@ -123,8 +120,6 @@ def cluster(ws: Workspace) -> None:
 
 def merge(ws: Workspace) -> None:
     """One adapter per D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
-    if ws.config.plan != "d2c":
-        return
 
     def body() -> None:
         (clustering,) = _clusterings(ws)["d2c"]
@@ -236,6 +231,10 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
     stage.__name__: stage
     for stage in (convert, probe, plan, cluster, merge, refine, pack, bench, report)
 }
+
+
+# Stages that a plan does without.
+_WITHOUT = {"d2c": ("plan",), "auto": ("cluster", "merge", "refine")}
 
 
 def _merge_options(config: RunConfig) -> list[object]:
