@@ -20,7 +20,7 @@ from pathlib import Path
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
+from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.config import MERGE_METHODS, RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
@@ -82,37 +82,43 @@ def packed(ws):
     return adapters, merges
 
 
-def partitions(ws, case, options):
+def partitions(ws, case, results, options):
     """The clusterings of a case whose clusters are merged here, not by a run."""
+    if case.startswith("on them: "):
+        return [clusters_of_moves(ws, results)]
     n, k, seed = len(ws.names), ws.n_clusters, ws.config.seed
     if case == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
-    one = {
-        "individual": lambda: Clustering("individual", tuple(range(n))),
-        "merge-all": lambda: merge_all(n),
-        "kmeans": lambda: kmeans(ws.problem.features, k, seed),
-    }
-    return [one[case]()] if case in one else [found_by_moves(ws)]
+    if case == "merge-all":
+        return [merge_all(n)]
+    if case == "kmeans":
+        return [kmeans(ws.problem.features, k, seed)]
+    return [Clustering("individual", tuple(range(n)))]
 
 
-def found_by_moves(ws):
-    """The clustering in the run directory of `moves`."""
-    (found,) = ws.read("clusters.json")["methods"]["d2c"]
-    return Clustering(**{**found, "labels": tuple(found["labels"])})
+def clusters_of_moves(ws, results):
+    """The clustering of the row `moves` with the same seed and number of clusters."""
+    for one in results:
+        if (one["clusters"], one["seed"], one["case"]) == (ws.n_clusters, ws.config.seed, "moves"):
+            (groups,) = one["clusters_of"]
+            labels = [k for name in ws.names for k, g in enumerate(groups) if name in g]
+            return Clustering("d2c", canonical(labels), *one["probe_regret"])
+    raise SystemExit(f"{ws.n_clusters} clusters, seed {ws.config.seed}: measure 'moves' first")
 
 
-def measure(config, case, options):
+def measure(config, case, results, options):
     """One case: its row."""
     started = time.perf_counter()
     if case in RUNS:
         ws = run(replace(config, **RUNS[case]), until="pack", quiet=True)
-        clusterings, found = [found_by_moves(ws)], [packed(ws)]
+        (saved,) = ws.read("clusters.json")["methods"]["d2c"]
+        clusterings = [Clustering(**{**saved, "labels": tuple(saved["labels"])})]
+        found = [packed(ws)]
     else:
-        on_them = case.startswith("on them: ")
-        ws = run(config, until="cluster" if on_them else "probe", quiet=True)
-        clusterings = partitions(ws, case, options)
-        changes = MERGES[case.removeprefix("on them: ")] if on_them else {}
+        ws = run(config, until="probe", quiet=True)
+        clusterings = partitions(ws, case, results, options)
+        changes = MERGES.get(case.removeprefix("on them: "), {})
         found = [served(ws, one, changes) for one in clusterings]
     methods = {
         "base": Method(0, [dict.fromkeys(ws.names)]),
@@ -155,7 +161,7 @@ def measure_all(options, directory):
                     test_examples=options.tests, random_seeds=1, seed=seed,
                 )  # fmt: skip
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
-                entry |= measure(config, case, options)
+                entry |= measure(config, case, results, options)
                 results.append(entry)
                 settings = {name: getattr(options, name) for name in ("examples", "tests")}
                 write_json(RESULT, {"settings": settings, "rows": results, "machine": machine()})

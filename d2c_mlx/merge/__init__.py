@@ -6,10 +6,14 @@ and of `Options`; those that work in core space are composed from sparsify.py an
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +23,7 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.errors import AdapterError, ConfigError
 from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, linear, ties
 from d2c_mlx.merge.core import CoreSpace, Factors, factorise, to_core
-from d2c_mlx.merge.data import regmean
+from d2c_mlx.merge.data import Inputs, regmean
 from d2c_mlx.merge.factorwise import concat, factor_linear
 from d2c_mlx.merge.optimise import wudi
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
@@ -29,6 +33,9 @@ __all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "s
 
 # Module path -> for every adapter its tokens at that module's input, `(n_tokens, in)`.
 Activations = Mapping[str, Sequence[np.ndarray]]
+
+# So many groups of modules are in memory at a time.
+_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Options:
         seed: for a method, that of its module, below 2^32.
         weights: `(T,)`.
         scales: T, what was folded into each b.
-        activations: T arrays `(n_tokens, in)`; empty if none were given.
+        inputs: of the module, from T arrays of tokens; None if none were given.
     """
 
     rank: int
@@ -49,7 +56,7 @@ class Options:
     seed: int
     weights: np.ndarray
     scales: tuple[float, ...] = ()
-    activations: Sequence[np.ndarray] = ()
+    inputs: Inputs | None = None
 
 
 Method = Callable[[Sequence[Factors], Options], Factors]
@@ -78,6 +85,11 @@ def _factor_linear(factors: Sequence[Factors], options: Options) -> Factors:
     return (a, b) if len(b) <= options.rank else _truncated([(a, b)], options)
 
 
+def _regmean(factors: Sequence[Factors], options: Options) -> Factors:
+    assert options.inputs, "checked by merge_adapters"
+    return _truncated([regmean(factors, options.inputs, options.rank)], options)
+
+
 METHODS: dict[str, Method] = {
     "linear": _in_core(lambda space, o: linear(space, o.weights)),
     "ties": _in_core(lambda space, o: ties(space.updates, o.density)),
@@ -88,7 +100,7 @@ METHODS: dict[str, Method] = {
     "knots": _in_core(lambda space, o: knots(space, o.density)),
     "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
     "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
-    "regmean": lambda factors, o: _truncated([regmean(factors, o.activations, o.rank)], o),
+    "regmean": _regmean,
     "wudi": _in_core(lambda space, o: wudi(space)),
     "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),
     "concat": lambda factors, o: concat(factors, o.weights),
@@ -141,15 +153,15 @@ def merge_adapters(
     shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
-    modules = {}
+    modules: dict[str, LoRA] = {}
     # The matrices are small: threads of a BLAS that share a busy core wait for each other, up to
-    # ten times longer than the work takes.
-    with threadpool_limits(1):
-        for path in sorted({path for adapter in members for path in adapter.modules}):
-            if activations:
-                options = replace(options, activations=[activations[path][i] for i in order])
-            modules[path] = _merge_module(path, members, METHODS[method], options)
-    return Adapter("+".join(names), modules, members[0].base, names)
+    # ten times longer than the work takes. So every core has modules of its own.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        groups = iter(_groups(members, order, activations or {}, options))
+        while some := list(islice(groups, _GROUPS)):
+            for merged in pool.map(partial(_merge_group, METHODS[method]), some):
+                modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in merged.items()}
+    return Adapter("+".join(names), dict(sorted(modules.items())), members[0].base, names)
 
 
 def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
@@ -159,7 +171,30 @@ def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
     return sorted(range(len(adapters)), key=keys.__getitem__)
 
 
-def _merge_module(path: str, members: Sequence[Adapter], method: Method, options: Options) -> LoRA:
+@dataclass(frozen=True)
+class _Group:
+    """Modules that have the same inputs: path -> factors and options; the tokens of each task."""
+
+    modules: Mapping[str, tuple[Sequence[Factors], Options]]
+    tokens: Sequence[np.ndarray]
+
+
+def _groups(
+    members: Sequence[Adapter], order: Sequence[int], activations: Activations, options: Options
+) -> Iterator[_Group]:
+    """All modules, those together that share their very arrays (q, k and v of a block)."""
+    together: dict[object, list[str]] = {}
+    for path in sorted({path for adapter in members for path in adapter.modules}):
+        key = tuple(map(id, activations[path])) if activations else path
+        together.setdefault(key, []).append(path)
+    for paths in together.values():
+        tokens = [activations[paths[0]][i] for i in order] if activations else []
+        yield _Group({path: _module(path, members, tokens, options) for path in paths}, tokens)
+
+
+def _module(
+    path: str, members: Sequence[Adapter], tokens: Sequence[np.ndarray], options: Options
+) -> tuple[Sequence[Factors], Options]:
     loras = [adapter.modules.get(path) for adapter in members]
     shapes = sorted({lora.shape for lora in loras if lora is not None})
     if len(shapes) > 1:
@@ -168,17 +203,25 @@ def _merge_module(path: str, members: Sequence[Adapter], method: Method, options
             f" {' and '.join(map(str, shapes))}"
         )
     ((width, out),) = shapes
-    wrong = [x.shape for x in options.activations if x.ndim != 2 or x.shape[1] != width]
+    wrong = [x.shape for x in tokens if x.ndim != 2 or x.shape[1] != width]
     if wrong:
         raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
-    options = replace(
+    nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+    return [lora.factors() if lora else nothing for lora in loras], replace(
         options,
         seed=zlib.crc32(f"{options.seed} {path}".encode()),
         scales=tuple(lora.scale if lora else 1.0 for lora in loras),
     )
-    nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
-    a, b = method([lora.factors() if lora else nothing for lora in loras], options)
-    return LoRA(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32)))
+
+
+def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
+    """float32 factors by path. Asks nothing of MLX, whose streams belong to a thread."""
+    inputs = Inputs(group.tokens) if group.tokens else None
+    merged = {}
+    for path, (factors, options) in group.modules.items():
+        a, b = method(factors, replace(options, inputs=inputs))
+        merged[path] = a.astype(np.float32), b.astype(np.float32)
+    return merged
 
 
 def _check(

@@ -9,36 +9,73 @@ import scipy.linalg
 
 from d2c_mlx.merge.core import Factors
 
-__all__ = ["regmean"]
+__all__ = ["Inputs", "regmean"]
 
 
-def regmean(
-    factors: Sequence[Factors],
-    activations: Sequence[np.ndarray],
-    rank: int,
-    off_diagonal: float = 0.9,
-    ridge: float = 1e-6,
-) -> Factors:
+class Inputs:
+    """What T tasks put into a module, ready to be solved for: modules that share it share this.
+
+    `K_i = X_i^T X_i` after two changes. Entries off the diagonal are multiplied by `off_diagonal`,
+    0.9 as the paper advises for most models. A ridge is added to every K_i, on both sides of the
+    equation: without data the result is then the mean, and equal updates merge to themselves (a
+    ridge in the inverse alone would shrink them). In float64. With fewer tokens than inputs no
+    `in x in` matrix is formed (Woodbury).
+    """
+
+    def __init__(
+        self, activations: Sequence[np.ndarray], off_diagonal: float = 0.9, ridge: float = 1e-6
+    ) -> None:
+        """Factorise the sum K of the K_i.
+
+        Args:
+            activations: T arrays `(n_tokens, in)`, inputs of this module for examples of each
+                task. A Gram matrix G may be given as any X with `X^T X = G`.
+            off_diagonal: between 0 and 1.
+            ridge: above 0, as a share of the mean diagonal entry of the X_i^T X_i.
+        """
+        self._off_diagonal = off_diagonal
+        self._tokens = [x.astype(np.float64) for x in activations]
+        squares = np.stack([(x * x).sum(axis=0) for x in self._tokens])
+        floor = ridge * squares.mean() or 1.0  # Without any data: the mean.
+        self._diagonals = (1 - off_diagonal) * squares + floor
+        total = self._diagonals.sum(axis=0)
+        x = np.sqrt(off_diagonal) * np.concatenate(self._tokens)
+        # Woodbury where x has fewer rows than columns.
+        self._woodbury = (x, total[:, None]) if len(x) < x.shape[1] else None
+        system = x @ (x / total).T if self._woodbury else x.T @ x
+        system[np.diag_indices(len(system))] += 1.0 if self._woodbury else total
+        self._factor = scipy.linalg.cho_factor(system, overwrite_a=True, check_finite=False)
+
+    def times(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """`[K_1 a_1 .. K_T a_T]`, `(in, sum r_i)`, for T arrays `a_i (in, r_i)`."""
+        sides = [
+            self._off_diagonal * (x.T @ (x @ a)) + diagonal[:, None] * a
+            for x, diagonal, a in zip(self._tokens, self._diagonals, columns)
+        ]
+        return np.concatenate(sides, axis=1)
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """`K^-1 right`, both `(in, n)`."""
+        if self._woodbury is None:
+            return scipy.linalg.cho_solve(self._factor, right, check_finite=False)
+        x, total = self._woodbury
+        inner = scipy.linalg.cho_solve(self._factor, x @ (right / total), check_finite=False)
+        return (right - x.T @ inner) / total
+
+
+def regmean(factors: Sequence[Factors], inputs: Inputs, rank: int) -> Factors:
     """The update of a rank whose outputs are closest to every task's own, on the task's inputs.
 
-    `W = K^-1 sum_i K_i a_i b_i`, K the sum of `K_i = X_i^T X_i` after two changes. Entries off
-    the diagonal are multiplied by `off_diagonal`, 0.9 as the paper advises for most models. A
-    ridge is added to every K_i, on both sides of the equation: without data the result is then the
-    mean, and equal updates merge to themselves (a ridge in the inverse alone would shrink them).
+    `W = K^-1 sum_i K_i a_i b_i`, K the sum of the K_i.
 
     What a rank loses is judged on the inputs too: of all updates V of that rank the one with the
     least `tr (V - W)^T K (V - W)` is W with its outputs projected on the leading eigenvectors of
     `W^T K W` (reduced-rank regression). The rank nearest to W in Frobenius norm is another one.
 
-    In float64. With fewer tokens than inputs no `in x in` matrix is formed (Woodbury).
-
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
-        activations: T arrays `(n_tokens, in)`, inputs of this module for examples of each task. A
-            Gram matrix G may be given as any X with `X^T X = G`.
+        inputs: of the module.
         rank: most columns of the result.
-        off_diagonal: between 0 and 1.
-        ridge: above 0, as a share of the mean diagonal entry of the X_i^T X_i.
 
     Returns:
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
@@ -46,33 +83,12 @@ def regmean(
     Source: RegMean, https://arxiv.org/abs/2212.09849; the rank: Izenman,
     https://doi.org/10.1016/0047-259X(75)90042-1.
     """
-    inputs = [x.astype(np.float64) for x in activations]
-    squares = np.stack([(x * x).sum(axis=0) for x in inputs])
-    floor = ridge * squares.mean() or 1.0  # Without any data: the mean.
-    diagonals = (1 - off_diagonal) * squares + floor
-    sides = [
-        off_diagonal * (x.T @ (x @ a)) + diagonal[:, None] * a
-        for x, diagonal, (a, _) in zip(inputs, diagonals, factors)
-    ]
-    right = np.concatenate(sides, axis=1)
-    solved = _solve(
-        np.sqrt(off_diagonal) * np.concatenate(inputs), diagonals.sum(axis=0)[:, None], right
-    )
+    right = inputs.times([a for a, _ in factors])
+    solved = inputs.solve(right)
     # W = solved @ stack with stack^T = q r, and W^T K W = q r (solved^T right) r^T q^T.
     stack = np.concatenate([b for _, b in factors])
-    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic")
+    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
     core = r @ (solved.T @ right) @ r.T
     leading = [max(0, len(core) - rank), len(core) - 1]
-    _, u = scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading)
+    _, u = scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading, check_finite=False)
     return (solved @ (r.T @ u)).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
-
-
-def _solve(x: np.ndarray, diagonal: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """`(diag(diagonal) + x^T x)^-1 right`, `x (n, in)`, in whichever size is smaller."""
-    n, width = x.shape
-    if n >= width:
-        system = x.T @ x + np.diag(diagonal[:, 0])
-        return scipy.linalg.solve(system, right, assume_a="pos")
-    system = np.eye(n) + x @ (x.T / diagonal)
-    solved = scipy.linalg.solve(system, x @ (right / diagonal), assume_a="pos")
-    return (right - x.T @ solved) / diagonal
