@@ -7,11 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import ExampleSet
+from d2c_mlx.tasks import Example, ExampleSet
 
-__all__ = ["BatchCost", "by_length", "default_limit", "shared_prefix", "split_rows"]
+__all__ = [
+    "BatchCost",
+    "by_length",
+    "default_limit",
+    "shared_prefix",
+    "split_rows",
+    "target_places",
+]
 
 # What a batch costs beside its tokens, in tokens: small matrices are multiplied more slowly.
 _OVERHEAD = 16
@@ -148,3 +156,22 @@ def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
             batch = []
         batch.append(i)
     yield batch
+
+
+def target_places(
+    examples: Sequence[Example],
+) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+    """Rows padded on the right: ids `(rows, width)`, where targets are predicted, the targets.
+
+    The places are a pair of arrays `(n_targets,)`, row and column, the examples in their order.
+    """
+    x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
+    row: list[int] = []
+    column: list[int] = []
+    target: list[int] = []
+    for i, one in enumerate(examples):
+        x[i, : len(one.tokens) - 1] = one.tokens[:-1]
+        row += [i] * one.n_targets
+        column += range(one.first_target - 1, len(one.tokens) - 1)
+        target += one.tokens[one.first_target :]
+    return mx.array(x), (mx.array(row), mx.array(column)), mx.array(target)

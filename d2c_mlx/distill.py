@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from d2c_mlx.activations import log_normaliser
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.batches import by_length
+from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
 from d2c_mlx.forward import KeysValues, find_head, run_blocks
 from d2c_mlx.model import BaseModel
@@ -142,17 +142,8 @@ class Distiller:
 
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
         """`(n_targets, hidden)` states before every target, and the targets' ids."""
-        x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
-        row: list[int] = []
-        column: list[int] = []
-        target: list[int] = []
-        for i, one in enumerate(examples):
-            x[i, : len(one.tokens) - 1] = one.tokens[:-1]
-            row += [i] * one.n_targets
-            column += range(one.first_target - 1, len(one.tokens) - 1)
-            target += one.tokens[one.first_target :]
-        hidden = run_blocks(self.base.model, mx.array(x))
-        return hidden[mx.array(row), mx.array(column)], mx.array(target)
+        x, places, targets = target_places(examples)
+        return run_blocks(self.base.model, x)[places], targets
 
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""

@@ -19,10 +19,11 @@ from d2c_mlx.rounding import Levels
 
 __all__ = ["Candidate", "allocate", "choose"]
 
-# Share of a component's energy that is lost at each bits, squared errors of `quantize_module`; 16
-# is not offered, 4 loses nothing that shows. Bytes of a number with its share of scale and bias.
-_LOST = {4: 0.058**2, 3: 0.117**2, 2: 0.239**2}
+# Share of a component's energy that is lost at each bits: squared errors of `quantize_module`. 16
+# is not offered: what 8 loses never shows. Bytes of a number with its share of scale and bias.
+_LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2}
 _BYTES = {bits: bits / 8 + 4 / 64 for bits in _LOST}
+_BELOW = dict(zip(_LOST, (1, *_LOST)))
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Candidate:
 
 
 def allocate(
-    energies: Mapping[str, np.ndarray], widths: Mapping[str, int], nbytes: float
+    worth: Mapping[str, np.ndarray], widths: Mapping[str, int], nbytes: float
 ) -> dict[str, Levels]:
-    """How many components of every module at how many bits: the most energy per byte first.
+    """How many components of every module at how many bits: the most worth per byte first.
 
-    A step adds a module's next component at 2 bits or gives one a bit more. Modules count alike:
-    energies are shares of their module's, because a module with a small dW matters as much.
+    A step adds a module's next component at 2 bits or stores one in more bits.
 
     Args:
-        energies: module path -> squared singular values of dW, falling.
+        worth: module path -> what each component is worth, falling, in any one unit; rounding
+            loses a share of it. Modules that are worth nothing, or less, get nothing.
         widths: module path -> in + out.
         nbytes: most bytes of all factors.
 
@@ -63,20 +64,21 @@ def allocate(
         Module path -> levels, `()` for a module that gets nothing.
     """
     steps = []
-    for path, values in energies.items():
-        shares = values / max(float(values.sum()), 1e-30)
-        for j, share in enumerate(shares):
+    for path, values in worth.items():
+        for j, value in enumerate(values):
             before, paid = 1.0, 0.0
-            for bits in sorted(_LOST):
-                gain = share * (before - _LOST[bits])
+            for bits in _LOST:
+                gain = float(value) * (before - _LOST[bits])
                 cost = widths[path] * (_BYTES[bits] - paid)
-                steps.append((-gain / cost, path, j, bits, cost))
+                if gain > 0:
+                    steps.append((-gain / cost, path, j, bits, cost))
                 before, paid = _LOST[bits], _BYTES[bits]
-    given: dict[str, dict[int, int]] = {path: {} for path in energies}
+    given: dict[str, dict[int, int]] = {path: {} for path in worth}
     free = nbytes
     for _, path, j, bits, cost in sorted(steps):
-        # Only the next bit of a component, and a component only after all larger ones.
-        ready = given[path].get(j, 1) == bits - 1 and (j == 0 or given[path].get(j - 1, 0) >= bits)
+        # Only the next bits of a component, and a component only after all larger ones.
+        ready = given[path].get(j, 1) == _BELOW[bits]
+        ready &= j == 0 or given[path].get(j - 1, 0) >= bits
         if ready and cost <= free:
             given[path][j] = bits
             free -= cost

@@ -8,7 +8,7 @@ before it is compressed than the best plan so far loses in all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def _partitions(ws: Workspace) -> Iterator[list[Members]]:
 
 def _measured(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
     """Every unit at several sizes."""
-    energies = [_energies(adapter) for _, adapter in units]
+    worth = [_worth(adapter, [ws.gains[i] for i in members]) for members, adapter in units]
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
     found: dict[tuple[int, str], Candidate] = {}
@@ -108,7 +108,7 @@ def _measured(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) 
         jobs: list[Job] = []
         tried = []
         for u, (members, adapter) in enumerate(units):
-            levels = allocate(energies[u], widths, share * whole[u])
+            levels = allocate(worth[u], widths, share * whole[u])
             levels = {path: some for path, some in levels.items() if some}
             if not levels or (u, repr(levels)) in found:
                 continue
@@ -131,14 +131,22 @@ def _grid(least: float, most: float, step: float) -> list[float]:
     return [2 ** (k * step) for k in range(first, last + 1)]
 
 
-def _energies(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Module path -> squared singular values of dW, falling."""
+def _worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    """What each component is worth: its share of its module's energy, times the module's gain.
+
+    Args:
+        adapter: of one task, or a merge.
+        gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
+    """
+    totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
+    worth = {}
     with threadpool_limits(1):
-        cores = {
-            path: to_core([lora.factors()]).weighted_sum(np.ones(1))
-            for path, lora in adapter.modules.items()
-        }
-        return {path: np.linalg.svd(core, compute_uv=False) ** 2 for path, core in cores.items()}
+        for path, lora in adapter.modules.items():
+            core = to_core([lora.factors()]).weighted_sum(np.ones(1))
+            energy = np.linalg.svd(core, compute_uv=False) ** 2
+            gain = sum(one.get(path, 0.0) / total for one, total in zip(gains, totals))
+            worth[path] = gain * energy / max(float(energy.sum()), 1e-30)
+    return worth
 
 
 def _rows_nbytes(ws: Workspace, levels: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ import yaml
 
 from d2c_mlx import __version__
 from d2c_mlx.adapter import Adapter, LoRA, load_adapter
+from d2c_mlx.attribution import module_gains
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Problem
@@ -99,10 +100,10 @@ class Workspace:
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
         if errors:
             raise InputError([line for error in errors for line in error.problems])
-        cache = None
+        self.cache = None
         if "cache" not in config.without:
-            cache = LossCache(cache_directory() / "losses.sqlite")
-        self.evaluator = Evaluator(self.runner, cache)
+            self.cache = LossCache(cache_directory() / "losses.sqlite")
+        self.evaluator = Evaluator(self.runner, self.cache)
 
     @property
     def names(self) -> list[str]:
@@ -180,6 +181,18 @@ class Workspace:
     def table(self) -> LossTable:
         """`losses.json`."""
         return LossTable.from_json(self.read("losses.json"))
+
+    @cached_property
+    def gains(self) -> list[dict[str, float]]:
+        """What every module of each adapter contributes on its task's probes."""
+        # Forwards and backwards, at several points.
+        costs = [6 * probe.n_tokens for probe in self.probes]
+        self.evaluator.meter.expect(sum(costs))
+        found = []
+        for adapter, probe, cost in zip(self.adapters, self.probes, costs):
+            found.append(module_gains(self.base, adapter, probe, cache=self.cache))
+            self.evaluator.meter.advance(cost)
+        return found
 
     @cached_property
     def problem(self) -> Problem:

@@ -59,22 +59,29 @@ def spent(levels, widths):
 @given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6))
 def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
     rng = np.random.default_rng(seed)
-    energies = {f"m{i}": np.sort(rng.uniform(0, 1, rank))[::-1] ** 4 for i in range(n_modules)}
-    widths = {path: int(rng.integers(10, 200)) for path in energies}
-    levels = allocate(energies, widths, nbytes)
+    worth = {f"m{i}": np.sort(rng.uniform(0, 1, rank))[::-1] ** 4 for i in range(n_modules)}
+    widths = {path: int(rng.integers(10, 200)) for path in worth}
+    levels = allocate(worth, widths, nbytes)
     assert spent(levels, widths) <= nbytes + 1e-6
     for some in levels.values():
         bits = [b for _, b in some]
         assert bits == sorted(set(bits), reverse=True) and set(bits) <= set(_LOST)
         assert sum(n for n, _ in some) <= rank
-    everything = allocate(energies, widths, 1e9)
-    assert all(some == ((rank, 4),) for some in everything.values())
+    everything = allocate(worth, widths, 1e9)
+    assert all(some == ((rank, 8),) for some in everything.values())
 
 
-def test_energy_decides_and_modules_count_alike():
-    energies = {"steep": np.array([9.0, 0.01]), "flat": np.array([1e-6, 1e-6])}
-    widths = dict.fromkeys(energies, 100)
-    two = 2.01 * 100 * _BYTES[2]
-    assert allocate(energies, widths, two) == {"steep": ((1, 2),), "flat": ((1, 2),)}
-    three = allocate(energies, widths, 3.01 * 100 * _BYTES[2])
-    assert three == {"steep": ((1, 2),), "flat": ((2, 2),)}
+def test_worth_per_byte_decides():
+    worth = {"steep": np.array([2.0, 0.01]), "flat": np.array([1.0, 1.0])}
+    widths = dict.fromkeys(worth, 100)
+    two, three = (n * 100 * _BYTES[2] + 0.01 for n in (2, 3))
+    assert allocate(worth, widths, two) == {"steep": ((1, 2),), "flat": ((1, 2),)}
+    assert allocate(worth, widths, three) == {"steep": ((1, 2),), "flat": ((2, 2),)}
+    wide = {"steep": 100, "flat": 10_000}
+    assert allocate(worth, wide, two) == {"steep": ((1, 4),), "flat": ()}
+
+
+def test_what_is_worth_nothing_is_left_out():
+    worth = {"good": np.array([1e-3]), "nothing": np.zeros(2), "harm": np.array([-1.0, -0.5])}
+    given = allocate(worth, dict.fromkeys(worth, 10), 1e9)
+    assert given == {"good": ((1, 8),), "nothing": (), "harm": ()}
