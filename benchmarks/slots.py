@@ -67,7 +67,7 @@ def served(ws, clustering, changes):
     config = replace(ws.config, **changes)
     merger = Merger(
         config, ws.base, ws.evaluator, ws.adapters, ws.probes,
-        lambda losses, tasks: ws.problem.regret(losses, tasks),
+        lambda losses, tasks: ws.problem.regret(losses, tasks), ws.engine.workers,
     )  # fmt: skip
     merges = [merger.final(members) for members in clustering.groups]
     adapters = {ws.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}

@@ -22,10 +22,10 @@ _OPTIONS = [
     click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
                  "  [default: 12.5%]"),
     click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
-    click.option("--plan", metavar="NAME", help="d2c: merge, in 16 bit; auto: clusters, rank and"
-                 " bits for a budget in bytes, by measuring  [default: d2c]"),
-    click.option("--max-adapters", type=int, help="most adapters that auto may store  [default: any"
-                 " number]"),
+    click.option("--plan", metavar="NAME", help="auto: clusters, rank and bits for a budget in"
+                 " bytes, by measuring; d2c: merge, in 16 bit  [default: auto]"),
+    click.option("--max-adapters", type=int, help="most adapters that a plan may store  [default:"
+                 " any number]"),
     click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
                  "  [default: regmean++]"),
     click.option("--density", type=float, help="share of entries kept by methods that sparsify"
@@ -78,6 +78,7 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
     """
     from d2c_mlx.config import RANK_VARIABLES, load_config
+    from d2c_mlx.errors import ConfigError
 
     if any(name in os.environ for name in RANK_VARIABLES):
         from d2c_mlx.ranks import launched, serve
@@ -96,6 +97,11 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
         config = saved
 
     checked = load_config(config, given)
+    if until == "plan" and not checked.planned:
+        raise ConfigError(
+            f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"
+            " plan for; pass the number as --max-adapters"
+        )
 
     from d2c_mlx.pipeline import run as run_pipeline
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from d2c_mlx.budget import parse_budget
+from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
 
 __all__ = [
@@ -65,9 +65,9 @@ class RunConfig:
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
-        plan: "d2c" merges as many as must be, in 16 bit; "auto" chooses clusters, rank and bits for
-            a budget in bytes by measuring.
-        max_adapters: most adapters that "auto" may store; None is any number.
+        plan: "auto" chooses clusters, rank and bits for a budget in bytes by measuring (see
+            `planned`), and merges by D2C for a budget in adapters; "d2c" does that for both.
+        max_adapters: most adapters that a plan may store; None is any number.
         merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++" and "auto" cluster by
             "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on its probes.
         merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
@@ -101,7 +101,7 @@ class RunConfig:
     output: str = ""
     budget: str = "12.5%"
     model: str | None = None
-    plan: str = "d2c"
+    plan: str = "auto"
     max_adapters: int | None = None
     merge_method: str = "regmean++"
     density: float = 0.5
@@ -139,11 +139,7 @@ class RunConfig:
                 f"one of {list(RUN_METHODS)}",
             ),
             "plan": (self.plan in PLANS, f"one of {list(PLANS)}"),
-            "max_adapters": (
-                self.max_adapters is None or (self.max_adapters >= 1 and self.plan == "auto"),
-                "1 or more, and only with plan: auto",
-            ),
-            "refine": (not self.refine or self.plan == "d2c", "false with plan: auto"),
+            "max_adapters": (self.max_adapters is None or self.max_adapters >= 1, "1 or more"),
             "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
             "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
             "patience": (self.patience is None or self.patience >= 1, "1 or more"),
@@ -170,21 +166,37 @@ class RunConfig:
         if self.output and Path(self.output).is_file():
             problems.append(f"output: {self.output} is a file, expected a directory or a new name")
         try:
-            budget = parse_budget(self.budget)
-            if self.merge_method == "concat" and budget.n_adapters is None:
-                problems.append(
-                    "merge_method: 'concat' keeps the sum of all ranks, so only a number of"
-                    f" adapters can be its budget; found {self.budget!r}"
-                )
-            if self.plan == "auto" and budget.n_adapters is not None:
-                problems.append(
-                    'plan: \'auto\' needs a budget in bytes, such as "12.5%" or "40MB"; found'
-                    f" {self.budget!r}; pass the number as --max-adapters"
-                )
+            problems += self._budget_problems(parse_budget(self.budget))
         except BudgetError as error:
             problems += error.problems
         if problems:
             raise ConfigError(problems)
+
+    def _budget_problems(self, budget: Budget) -> list[str]:
+        """What does not go with the kind of budget."""
+        in_bytes = budget.n_adapters is None
+        problems = []
+        if self.merge_method == "concat" and in_bytes:
+            problems.append(
+                "merge_method: 'concat' keeps the sum of all ranks, so only a number of adapters"
+                f" can be its budget; found {self.budget!r}"
+            )
+        if self.refine and in_bytes and self.plan == "auto":
+            problems.append(
+                "refine: found True, expected False where a budget in bytes is planned; pass"
+                " --plan d2c, or a number of adapters as the budget"
+            )
+        if self.max_adapters is not None and not (in_bytes and self.plan == "auto"):
+            problems.append(
+                f"max_adapters: found {self.max_adapters}, expected none unless a budget in bytes"
+                f" is planned (budget {self.budget!r}, plan {self.plan!r})"
+            )
+        return problems
+
+    @property
+    def planned(self) -> bool:
+        """Whether `planner` chooses what is stored."""
+        return self.plan == "auto" and parse_budget(self.budget).n_adapters is None
 
     def _limit_is_bytes(self) -> bool:
         try:

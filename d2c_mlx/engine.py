@@ -71,7 +71,16 @@ class Savings:
 
 
 class Engine:
-    """Evaluates pieces (an adapter and an example set) on one base model."""
+    """Evaluates pieces (an adapter and an example set) on one base model.
+
+    Attributes:
+        base: the model.
+        workers: threads for anything that the attached adapter is to be run on.
+        savings: those asked for.
+        memory_limit: bytes.
+        batch_limit: bytes of one batch.
+        fold: whether adapters are added to copies of the weights.
+    """
 
     def __init__(
         self,
@@ -92,7 +101,7 @@ class Engine:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
-        self._workers = _workers(self.savings, n_processes)
+        self.workers = _workers(self.savings, n_processes)
         self._head = find_head(base.model) if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
@@ -110,7 +119,7 @@ class Engine:
             free -= folded
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
         self._kept = Kept(free // 5)
-        self.batch_limit = free * 3 // 5 // self._workers.n
+        self.batch_limit = free * 3 // 5 // self.workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
 
@@ -134,7 +143,7 @@ class Engine:
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
             if cut is None:
-                needed = cost(1, max(lengths), n_prefix) * self._workers.n * 5 // 3
+                needed = cost(1, max(lengths), n_prefix) * self.workers.n * 5 // 3
                 needed += self.memory_limit - self._free
                 raise ConfigError(
                     f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
@@ -153,7 +162,7 @@ class Engine:
             self.base.attach(*(pieces[i][0] for i, *_ in group), fold=self.fold and alone)
             columns = list(zip(*group))
             sets = [pieces[column[0]][1] for column in columns]
-            for j, nll in self._workers.run(partial(self._lot_nll, len(group)), sets):
+            for j, nll in self.workers.run(partial(self._lot_nll, len(group)), sets):
                 yield from zip(columns[j], nll)
 
     def _lot_nll(self, copies: int, sets: Sequence[ExampleSet]) -> list[list[float]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,71 +16,130 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length
 from d2c_mlx.forward import run_blocks
 from d2c_mlx.model import BaseModel
+from d2c_mlx.schedule import Workers
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["input_activations"]
+__all__ = ["Inputs", "input_activations"]
 
-# Padded tokens that are evaluated at a time.
-_BATCH = 1024
+# Padded tokens that a worker evaluates at a time.
+_BATCH = 512
+
+# Module path -> `(n_tokens, in)`, float32. Modules with the same input (q, k and v of a block)
+# share one array.
+Inputs = Mapping[str, np.ndarray]
 
 
-class _Tap(nn.Module):
-    """A module that remembers its inputs."""
+@dataclass(frozen=True)
+class _Batch:
+    """Some rows of a set, and where in them and in the set's result its kept tokens are."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self._seen: list[mx.array] = []
+    tokens: np.ndarray
+    rows: list[int]
+    columns: list[int]
+    places: list[int]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self._seen.append(x)
-        return self.module(x)
+    @property
+    def n_tokens(self) -> int:
+        return self.tokens.size
 
 
 def input_activations(
-    base: BaseModel, adapter: Adapter | None, examples: ExampleSet, paths: Iterable[str]
-) -> dict[str, np.ndarray]:
-    """Inputs of modules for every token of every example, with `adapter` attached.
+    base: BaseModel,
+    adapter: Adapter | None,
+    sets: Sequence[ExampleSet],
+    paths: Sequence[str],
+    most: int | None = None,
+    workers: Workers | None = None,
+) -> list[Inputs]:
+    """Inputs of modules for tokens of examples, with `adapter` attached.
 
     Args:
         base: the model; `adapter` stays attached to it.
-        adapter: the task's own, or None for the bare model.
-        examples: of the task; prompts and targets both count.
+        adapter: of the tasks, or None for the bare model.
+        sets: prompts and targets both count.
         paths: keys of `base.module_shapes`.
+        most: tokens of each set, evenly spaced; None is all.
+        workers: what evaluates; None is this thread.
 
     Returns:
-        Path -> `(n_tokens, in)`, float32, examples in their order. Modules with the same input
-        (q, k and v of a block) share one array.
+        For every set the inputs, tokens in their order.
     """
-    rows = [example.tokens for example in examples.examples]
-    batches = list(by_length([len(row) for row in rows], _BATCH))
+    batches = [(i, batch) for i, one in enumerate(sets) for batch in _batches(one, most)]
+    found: list[list[tuple[_Batch, Inputs]]] = [[] for _ in sets]
     base.attach(adapter)
-    modules = dict(base.model.named_modules())
-    taps = {path: _Tap(modules[path]) for path in paths}
-    base.model.update_modules(tree_unflatten(list(taps.items())))
+    with _tapped(base.model, paths) as here:
+
+        def body(some: Sequence[_Batch]) -> list[Inputs]:
+            return [_run(base, here, batch) for batch in some]
+
+        for j, inputs in (workers or Workers(1)).run(body, [batch for _, batch in batches]):
+            i, batch = batches[j]
+            found[i].append((batch, inputs))
+    return [_joined(parts, paths) for parts in found]
+
+
+def _batches(examples: ExampleSet, most: int | None) -> Iterator[_Batch]:
+    rows = [example.tokens for example in examples.examples]
+    starts = np.cumsum([0, *map(len, rows)])
+    step = -(-int(starts[-1]) // most) if most else 1
+    for some in by_length([len(row) for row in rows], _BATCH):
+        # Zeros on the right, which nothing before them sees.
+        tokens = np.zeros((len(some), max(len(rows[i]) for i in some)), np.int32)
+        kept = []
+        for j, i in enumerate(some):
+            tokens[j, : len(rows[i])] = rows[i]
+            first = -(-int(starts[i]) // step)
+            last = -(-int(starts[i + 1]) // step)
+            kept += [(j, place * step - int(starts[i]), place) for place in range(first, last)]
+        if kept:
+            r, columns, places = map(list, zip(*kept))
+            yield _Batch(tokens, r, columns, places)
+
+
+class _Tap(nn.Module):
+    """A module that remembers its input, for each thread the last one."""
+
+    def __init__(self, path: str, module: nn.Module, here: threading.local) -> None:
+        super().__init__()
+        self.module = module
+        self._path, self._here = path, here
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._here.seen[self._path] = x
+        return self.module(x)
+
+
+@contextmanager
+def _tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]:
+    """Within it, modules put their inputs into `seen` of what this yields, by path."""
+    here = threading.local()
+    modules = dict(model.named_modules())
+    own = {path: modules[path] for path in paths}
+    taps = {path: _Tap(path, module, here) for path, module in own.items()}
+    model.update_modules(tree_unflatten(list(taps.items())))
     try:
-        for batch in batches:
-            mx.eval(run_blocks(base.model, mx.array(_padded([rows[i] for i in batch]))))
+        yield here
     finally:
-        own = [(path, tap.module) for path, tap in taps.items()]
-        base.model.update_modules(tree_unflatten(own))
+        model.update_modules(tree_unflatten(list(own.items())))
+
+
+def _run(base: BaseModel, here: threading.local, batch: _Batch) -> Inputs:
+    here.seen = {}
+    mx.eval(run_blocks(base.model, mx.array(batch.tokens)))
+    rows, columns = mx.array(batch.rows), mx.array(batch.columns)
+    arrays = {id(x): np.array(x[rows, columns].astype(mx.float32)) for x in here.seen.values()}
+    return {path: arrays[id(x)] for path, x in here.seen.items()}
+
+
+def _joined(parts: Sequence[tuple[_Batch, Inputs]], paths: Sequence[str]) -> Inputs:
+    """The tokens of all batches of a set in their order."""
+    order = np.argsort([place for batch, _ in parts for place in batch.places])
     arrays: dict[tuple[int, ...], np.ndarray] = {}
     result = {}
-    for path, tap in taps.items():
-        same = tuple(map(id, tap._seen))
+    for path in paths:
+        some = [inputs[path] for _, inputs in parts]
+        same = tuple(map(id, some))
         if same not in arrays:
-            found: dict[int, np.ndarray] = {}
-            for batch, x in zip(batches, tap._seen):
-                tokens = np.array(x.astype(mx.float32))
-                found |= {i: tokens[j, : len(rows[i])] for j, i in enumerate(batch)}
-            arrays[same] = np.concatenate([found[i] for i in range(len(rows))])
+            arrays[same] = np.concatenate(some)[order]
         result[path] = arrays[same]
     return result
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """`(n_rows, width)`, zeros on the right, which nothing before them sees."""
-    x = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, tokens in zip(x, rows):
-        row[: len(tokens)] = tokens
-    return x

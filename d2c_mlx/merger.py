@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy as np
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
 from d2c_mlx.config import AUTO_METHODS, RunConfig
-from d2c_mlx.inputs import input_activations
+from d2c_mlx.inputs import Inputs, input_activations
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Evaluator, tune_scale
+from d2c_mlx.schedule import Workers
 from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["SCALES", "Merged", "Merger"]
@@ -28,9 +29,6 @@ _TOKENS, _ALL_TOKENS = 128, 4096
 _PASSES = 3
 # Clusterings compare what is cheaper and judges alike.
 _QUICK = {"regmean++": "regmean", "auto": "regmean"}
-
-# Module path -> `(n_tokens, in)`.
-Inputs = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Merger:
         adapters: Sequence[Adapter],
         probes: Sequence[ExampleSet],
         regret: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        workers: Workers | None = None,
     ) -> None:
         """Merge with the options of `config`.
 
@@ -71,9 +70,11 @@ class Merger:
             adapters: one per task.
             probes: one per adapter.
             regret: (losses, tasks) -> normalised regrets, both `(n,)`.
+            workers: what runs the base for activations; None is this thread.
         """
         self._config, self._base, self._evaluator = config, base, evaluator
         self._adapters, self._probes, self._regret = adapters, probes, regret
+        self._workers = workers
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._inputs: dict[int, Inputs] = {}
 
@@ -135,7 +136,7 @@ class Merger:
         """
         best = self._merged(members, "regmean")
         for _ in range(_PASSES):
-            inputs = [self._inputs_of(i, best.adapter, members) for i in members]
+            inputs = self._inputs_of(members, best.adapter, members)
             last = self._tuned(self._unscaled(members, "regmean", inputs), members, "regmean++")
             if _regret(last) >= _regret(best) - self._config.eps:
                 break
@@ -169,20 +170,16 @@ class Merger:
     def _own_inputs(self, i: int, members: Members) -> Inputs:
         """Of task i under its own adapter."""
         if i not in self._inputs or not set(self._paths(members)) <= self._inputs[i].keys():
-            self._inputs[i] = self._inputs_of(i, self._adapters[i], members)
+            (self._inputs[i],) = self._inputs_of((i,), self._adapters[i], members)
         return self._inputs[i]
 
-    def _inputs_of(self, i: int, adapter: Adapter, members: Members) -> Inputs:
-        """What some tokens of task i are at every module that a member has, under an adapter."""
-        found = input_activations(self._base, adapter, self._probes[i], self._paths(members))
-        return _some_tokens(found, min(_TOKENS, _ALL_TOKENS // len(self._adapters) + 1))
+    def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[Inputs]:
+        """What tokens of tasks are at every module that a member has, under an adapter."""
+        return input_activations(
+            self._base, adapter, [self._probes[i] for i in tasks], self._paths(members),
+            min(_TOKENS, _ALL_TOKENS // len(self._adapters) + 1), self._workers,
+        )  # fmt: skip
 
 
 def _regret(merged: Merged) -> float:
     return math.inf if merged.regret is None else merged.regret
-
-
-def _some_tokens(inputs: Inputs, most: int) -> Inputs:
-    """Evenly spaced tokens of each array; modules with the same input go on sharing it."""
-    arrays = {id(x): x[:: -(-len(x) // most)].copy() for x in inputs.values()}
-    return {path: arrays[id(x)] for path, x in inputs.items()}

@@ -1,7 +1,7 @@
 """The whole story: adapters + a few examples + a budget -> a pack, and what it is worth.
 
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
-    convert -> probe -> plan                         -> pack -> bench -> report    (--plan auto)
+    convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
 
 Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
 change is not repeated.
@@ -46,7 +46,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Worksp
     with leading() as group:
         workspace = Workspace(config, quiet, group)
         for name, stage in STAGES.items():
-            if name not in _WITHOUT[config.plan]:
+            if name not in _WITHOUT[config.planned]:
                 stage(workspace)
             if name == until:
                 break
@@ -77,7 +77,7 @@ def probe(ws: Workspace) -> None:
 
 
 def plan(ws: Workspace) -> None:
-    """With `--plan auto`: what to store of which adapters and merges -> `plan.json`."""
+    """For a budget in bytes: what to store of which adapters and merges -> `plan.json`."""
     c = ws.config
 
     def body() -> None:
@@ -181,7 +181,7 @@ def pack(ws: Workspace) -> None:
         adapters, serves = planned(ws, ws.read("plan.json"))
         write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
 
-    if c.plan == "auto":
+    if c.planned:
         reads, body = ["adapters", "plan.json"], compact
     else:
         reads, body = [source, "merges.json"], merges
@@ -191,7 +191,7 @@ def pack(ws: Workspace) -> None:
 
 def bench(ws: Workspace) -> None:
     """Every method on the held-out test examples -> `bench.json`."""
-    by_d2c = ws.config.plan == "d2c"
+    by_d2c = not ws.config.planned
 
     def clusterings() -> dict[str, list[Clustering]]:
         return _clusterings(ws) if by_d2c else {}
@@ -216,7 +216,7 @@ def bench(ws: Workspace) -> None:
 
 def report(ws: Workspace) -> None:
     """The results for people -> `report.md`, `report.html`."""
-    chosen = ["clusters.json", "merges.json"] if ws.config.plan == "d2c" else ["plan.json"]
+    chosen = ["plan.json"] if ws.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
 
     def body() -> None:
@@ -233,8 +233,8 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
 }
 
 
-# Stages that a plan does without.
-_WITHOUT = {"d2c": ("plan",), "auto": ("cluster", "merge", "refine")}
+# Stages that are left out, by whether the pack is planned.
+_WITHOUT = {False: ("plan",), True: ("cluster", "merge", "refine")}
 
 
 def _merge_options(config: RunConfig) -> list[object]:

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -14,8 +14,18 @@ from d2c_mlx.activations import paced
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["LOT", "Kept", "Piece", "Workers", "groups", "lots"]
+__all__ = ["LOT", "Kept", "Piece", "Work", "Workers", "groups", "lots"]
 
+
+class Work(Protocol):
+    """What a worker does at a time."""
+
+    @property
+    def n_tokens(self) -> int:
+        """What it costs."""
+
+
+S = TypeVar("S", bound=Work)
 T = TypeVar("T")
 
 Piece = tuple[Adapter | None, ExampleSet]
@@ -77,7 +87,7 @@ class Kept:
 
 
 class Workers:
-    """Threads that evaluate sets side by side, each on a stream of its own.
+    """Threads that evaluate side by side, each on a stream of its own.
 
     Attributes:
         n: how many; with one, the calling thread does the work, in lots.
@@ -93,7 +103,7 @@ class Workers:
         )
 
     def run(
-        self, body: Callable[[Sequence[ExampleSet]], Sequence[T]], sets: Sequence[ExampleSet]
+        self, body: Callable[[Sequence[S]], Sequence[T]], sets: Sequence[S]
     ) -> Iterator[tuple[int, T]]:
         """Yield (index of a set, what `body` gives for it) as they come, the largest first."""
         if self.n == 1:
@@ -101,7 +111,7 @@ class Workers:
                 yield from zip(lot, body([sets[j] for j in lot]))
             return
 
-        def work(one: ExampleSet) -> T:
+        def work(one: S) -> T:
             with mx.stream(self._own.stream), paced():
                 return body([one])[0]
 

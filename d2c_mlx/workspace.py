@@ -91,7 +91,7 @@ class Workspace:
         if not errors:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
-            collect(errors, lambda: self.n_clusters if config.plan == "d2c" else self.room)
+            collect(errors, lambda: self.room if config.planned else self.n_clusters)
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
@@ -210,7 +210,7 @@ class Workspace:
         """What merges the adapters, each set of members once."""
         return Merger(
             self.config, self.base, self.evaluator, self.adapters, self.probes,
-            lambda losses, tasks: self.problem.regret(losses, tasks),
+            lambda losses, tasks: self.problem.regret(losses, tasks), self.engine.workers,
         )  # fmt: skip
 
     def _losses(

@@ -408,7 +408,9 @@ def test_an_unreadable_budget(cli, budget):
 
 @pytest.mark.parametrize("budget", ["1%", "100B"])
 def test_a_budget_too_small_for_one_adapter(cli, budget):
-    line = cli.fails_with(f"budget: {budget} is ", "one merged adapter takes", budget=budget)
+    line = cli.fails_with(
+        f"budget: {budget} is ", "one merged adapter takes", budget=budget, plan="d2c"
+    )
     (needed,) = re.findall(r"takes ([0-9,]+)", line)
     assert int(needed.replace(",", "")) > 1000
 
@@ -417,11 +419,11 @@ def test_a_budget_too_small_for_one_adapter(cli, budget):
 def test_the_budget_that_the_message_names_works(cli, lib, ranks):
     for name, rank in zip(NAMES, ranks, strict=True):
         peft_adapter(lib.adapters, name, rank=rank)
-    line = cli.fails_with("give at least", budget="1B")
+    line = cli.fails_with("give at least", budget="1B", plan="d2c")
     offers = re.findall(r"[0-9][0-9.,]*(?:%|[KMG]?B)", line.split("give at least")[1])
     assert len(offers) == 2
     for offer in offers:
-        code, _, err = cli(cli.argv("probe", "--quiet", budget=offer))
+        code, _, err = cli(cli.argv("probe", "--quiet", budget=offer, plan="d2c"))
         assert (code, err) == (0, ""), offer
 
 

@@ -105,7 +105,7 @@ def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
     assert together == [run(engine, [piece])[0] for piece in pieces]
     assert together == run(engine, pieces[::-1])[::-1]
     for n_workers in (1, 3):
-        engine._workers = Workers(n_workers)
+        engine.workers = Workers(n_workers)
         assert together == run(engine, pieces)
 
 
@@ -263,7 +263,7 @@ def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
     base = BaseModel(str(paths.model))
     engine = Engine(base)
     assert base.compute_dtype == base.dtype
-    assert engine._workers.n == 1 and not engine._fast and not engine.fold
+    assert engine.workers.n == 1 and not engine._fast and not engine.fold
     examples = base.encode("a", load_task(paths.tasks / "a").test)
     assert np.isfinite(run(engine, [(None, examples)])).all()
 

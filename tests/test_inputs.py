@@ -11,6 +11,7 @@ from d2c_mlx.engine import Engine
 from d2c_mlx.inputs import input_activations
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.model import BaseModel
+from d2c_mlx.schedule import Workers
 from d2c_mlx.tasks import load_task
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
@@ -28,7 +29,7 @@ def tiny(tmp_path):
 
 def test_activations_are_what_the_modules_see(tiny):
     base, (adapter, _), (examples, _) = tiny
-    found = input_activations(base, adapter, examples, [Q, K, OUT, DOWN])
+    (found,) = input_activations(base, adapter, [examples], [Q, K, OUT, DOWN])
     assert {path: x.shape for path, x in found.items()} == {
         Q: (examples.n_tokens, HIDDEN),
         K: (examples.n_tokens, HIDDEN),
@@ -49,14 +50,27 @@ def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny):
     base, (adapter, _), (examples, _) = tiny
     engine = Engine(base)
     before = list(engine.run([(adapter, examples)]))
-    with_adapter = input_activations(base, adapter, examples, [Q, OUT, DOWN])
+    (with_adapter,) = input_activations(base, adapter, [examples], [Q, OUT, DOWN])
     names = [path for path, _ in base.model.named_modules()]
-    bare = input_activations(base, None, examples, [Q, OUT, DOWN])
+    (bare,) = input_activations(base, None, [examples], [Q, OUT, DOWN])
     assert [path for path, _ in base.model.named_modules()] == names
     assert np.array_equal(bare[Q], with_adapter[Q])
     assert not np.allclose(bare[OUT], with_adapter[OUT], atol=1e-4)
     assert not np.allclose(bare[DOWN], with_adapter[DOWN], atol=1e-4)
     assert list(engine.run([(adapter, examples)])) == before
+
+
+@pytest.mark.parametrize("batch", [1, 60, 10_000])
+def test_some_tokens_of_several_sets_by_several_workers(tiny, monkeypatch, batch):
+    base, (adapter, _), sets = tiny
+    monkeypatch.setattr("d2c_mlx.inputs._BATCH", batch)
+    all_tokens = [input_activations(base, adapter, [one], [Q, K, DOWN])[0] for one in sets]
+    step = -(-sets[0].n_tokens // 7)
+    found = input_activations(base, adapter, sets, [Q, K, DOWN], 7, Workers(3))
+    for some, whole in zip(found, all_tokens):
+        assert some[Q] is some[K] and len(some[Q]) <= 7
+        for path in (Q, DOWN):
+            assert some[path] == pytest.approx(whole[path][::step], abs=1e-5)
 
 
 def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
@@ -67,7 +81,7 @@ def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
 
     monkeypatch.setattr("d2c_mlx.inputs.run_blocks", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        input_activations(base, adapter, examples, [Q])
+        input_activations(base, adapter, [examples], [Q])
     names = [type(module).__name__ for _, module in base.model.named_modules()]
     assert "_Tap" not in names
 
@@ -75,7 +89,7 @@ def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
 def test_regmean_keeps_outputs_on_its_inputs_better_than_the_mean(tiny):
     base, adapters, sets = tiny
     paths = list(adapters[0].modules)
-    seen = [input_activations(base, *pair, paths) for pair in zip(adapters, sets)]
+    seen = [input_activations(base, one, [some], paths)[0] for one, some in zip(adapters, sets)]
     activations = {path: [one[path] for one in seen] for path in paths}
     merged = merge_adapters(adapters, "regmean", rank=8, activations=activations)
     mean = merge_adapters(adapters, "linear", rank=8)

@@ -27,7 +27,7 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, emr_modulators, linear, ties
 from d2c_mlx.merge.core import CoreSpace, to_core
-from d2c_mlx.merge.data import Inputs, regmean
+from d2c_mlx.merge.data import Grams, regmean
 from d2c_mlx.merge.optimise import wudi
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
 
@@ -391,7 +391,7 @@ def test_regmean_options(shape, off_diagonal, ridge, n_tokens, seed):
     rng = np.random.default_rng(seed)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(3)]
     inputs = [rng.normal(size=(n_tokens + i, shape[0])) for i in range(3)]
-    a, b = regmean(factors, Inputs(inputs, off_diagonal, ridge), 6)
+    a, b = regmean(factors, Grams(inputs, off_diagonal, ridge), 6)
     found = (a @ b).T
     tasks = [(a @ b).T for a, b in factors]
     assert found == pytest.approx(dense_regmean(tasks, inputs, off_diagonal, ridge), abs=1e-7)
@@ -401,7 +401,7 @@ def test_regmean_minimises_what_tasks_lose_on_their_inputs():
     rng = np.random.default_rng(0)
     factors = [(rng.normal(size=(6, 2)), rng.normal(size=(2, 5))) for _ in range(3)]
     inputs = [rng.normal(size=(9, 6)) * rng.uniform(0.1, 3, size=6) for _ in range(3)]
-    a, b = regmean(factors, Inputs(inputs, 1.0, 1e-12), 6)
+    a, b = regmean(factors, Grams(inputs, 1.0, 1e-12), 6)
     found = a @ b
 
     def loss(weight):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from d2c_mlx_cli.main import main
 from tiny import library
 
 from d2c_mlx.config import RunConfig
@@ -22,7 +23,7 @@ def config(tmp_path):
     paths = library(tmp_path, ["a", "b", "c", "d"])
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="60%", plan="auto", output=str(tmp_path / "run"), probe_examples=3,
+        budget="60%", output=str(tmp_path / "run"), probe_examples=3,
         test_examples=2,
     )  # fmt: skip
 
@@ -80,12 +81,27 @@ def test_a_budget_below_the_header_is_refused_before_anything_is_written(config)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": "2"}, "plan: 'auto' needs a budget in bytes"),
-        ({"refine": True}, "refine: found True, expected false with plan: auto"),
-        ({"plan": "d2c", "max_adapters": 2}, "max_adapters: found 2"),
+        ({"refine": True}, "refine: found True, expected False where a budget in bytes"),
+        ({"plan": "d2c", "max_adapters": 2}, "max_adapters: found 2, expected none"),
+        ({"budget": "2", "max_adapters": 2}, "max_adapters: found 2, expected none"),
+        ({"max_adapters": 0}, "max_adapters: found 0, expected 1 or more"),
         ({"plan": "best"}, "plan: found 'best'"),
     ],
 )
 def test_options_that_do_not_go_together(config, change, message):
     with pytest.raises(ConfigError, match=message):
         replace(config, **change)
+
+
+def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
+    assert config.planned
+    assert not replace(config, plan="d2c").planned
+    slots = replace(config, budget="2")
+    assert not slots.planned
+    ws = run(slots, until="merge", quiet=True)
+    assert ws.path("merges.json").exists() and not ws.path("plan.json").exists()
+    monkeypatch.setattr("sys.argv", ["d2c-mlx", "plan", "--output", slots.output, "--quiet"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "budget: found '2' adapters, expected bytes" in capsys.readouterr().err

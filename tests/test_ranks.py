@@ -23,7 +23,7 @@ MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
 
 def options(paths, output, **more):
     values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks, **more}
-    values |= {"output": output, "budget": "50%", "rounds": 2, "random-seeds": 1}
+    values |= {"output": output, "budget": "50%", "plan": "d2c", "rounds": 2, "random-seeds": 1}
     return ["run", "--quiet", *(f"--{name}={value}" for name, value in values.items())]
 
 

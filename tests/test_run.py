@@ -32,6 +32,7 @@ def config(tmp_path):
         adapters=str(paths.adapters),
         tasks=str(paths.tasks),
         budget="50%",
+        plan="d2c",
         output=str(tmp_path / "run"),
         probe_examples=3,
         test_examples=3,

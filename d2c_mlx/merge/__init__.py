@@ -23,7 +23,7 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.errors import AdapterError, ConfigError
 from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, linear, ties
 from d2c_mlx.merge.core import CoreSpace, Factors, factorise, to_core
-from d2c_mlx.merge.data import Inputs, regmean
+from d2c_mlx.merge.data import Grams, regmean
 from d2c_mlx.merge.factorwise import concat, factor_linear
 from d2c_mlx.merge.optimise import wudi
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
@@ -48,7 +48,7 @@ class Options:
         seed: for a method, that of its module, below 2^32.
         weights: `(T,)`.
         scales: T, what was folded into each b.
-        inputs: of the module, from T arrays of tokens; None if none were given.
+        grams: of the module, from T arrays of tokens; None if none were given.
     """
 
     rank: int
@@ -56,7 +56,7 @@ class Options:
     seed: int
     weights: np.ndarray
     scales: tuple[float, ...] = ()
-    inputs: Inputs | None = None
+    grams: Grams | None = None
 
 
 Method = Callable[[Sequence[Factors], Options], Factors]
@@ -86,8 +86,8 @@ def _factor_linear(factors: Sequence[Factors], options: Options) -> Factors:
 
 
 def _regmean(factors: Sequence[Factors], options: Options) -> Factors:
-    assert options.inputs, "checked by merge_adapters"
-    return _truncated([regmean(factors, options.inputs, options.rank)], options)
+    assert options.grams, "checked by merge_adapters"
+    return _truncated([regmean(factors, options.grams, options.rank)], options)
 
 
 METHODS: dict[str, Method] = {
@@ -216,10 +216,10 @@ def _module(
 
 def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
     """float32 factors by path. Asks nothing of MLX, whose streams belong to a thread."""
-    inputs = Inputs(group.tokens) if group.tokens else None
+    grams = Grams(group.tokens) if group.tokens else None
     merged = {}
     for path, (factors, options) in group.modules.items():
-        a, b = method(factors, replace(options, inputs=inputs))
+        a, b = method(factors, replace(options, grams=grams))
         merged[path] = a.astype(np.float32), b.astype(np.float32)
     return merged
 

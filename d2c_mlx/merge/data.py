@@ -9,10 +9,10 @@ import scipy.linalg
 
 from d2c_mlx.merge.core import Factors
 
-__all__ = ["Inputs", "regmean"]
+__all__ = ["Grams", "regmean"]
 
 
-class Inputs:
+class Grams:
     """What T tasks put into a module, ready to be solved for: modules that share it share this.
 
     `K_i = X_i^T X_i` after two changes. Entries off the diagonal are multiplied by `off_diagonal`,
@@ -63,7 +63,7 @@ class Inputs:
         return (right - x.T @ inner) / total
 
 
-def regmean(factors: Sequence[Factors], inputs: Inputs, rank: int) -> Factors:
+def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
     """The update of a rank whose outputs are closest to every task's own, on the task's inputs.
 
     `W = K^-1 sum_i K_i a_i b_i`, K the sum of the K_i.
@@ -74,7 +74,7 @@ def regmean(factors: Sequence[Factors], inputs: Inputs, rank: int) -> Factors:
 
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
-        inputs: of the module.
+        grams: of the module.
         rank: most columns of the result.
 
     Returns:
@@ -83,8 +83,8 @@ def regmean(factors: Sequence[Factors], inputs: Inputs, rank: int) -> Factors:
     Source: RegMean, https://arxiv.org/abs/2212.09849; the rank: Izenman,
     https://doi.org/10.1016/0047-259X(75)90042-1.
     """
-    right = inputs.times([a for a, _ in factors])
-    solved = inputs.solve(right)
+    right = grams.times([a for a, _ in factors])
+    solved = grams.solve(right)
     # W = solved @ stack with stack^T = q r, and W^T K W = q r (solved^T right) r^T q^T.
     stack = np.concatenate([b for _, b in factors])
     q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
