@@ -32,7 +32,7 @@ __all__ = ["make_plan", "measure", "planned"]
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
 # Budgets of the frontier, as multiples of the one that was asked for.
-_FRONTIER = (0.25, 0.5, 1.0, 2.0)
+_FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
 Units = Sequence[tuple[Members, Adapter]]
 

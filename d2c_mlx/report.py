@@ -88,6 +88,8 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
     """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
     context = _context(artifacts)
     context["bars"] = _excess_bars(context["rows"])
+    if context["plan"]:
+        context["frontier"] = _frontier(context["plan"], context["share"])
     context["heatmap"] = _heatmap(context["losses"], _labels(context))
     return _environment().get_template("report.html.jinja").render(context)
 
@@ -137,6 +139,33 @@ def _excess_bars(rows: list[dict[str, Any]]) -> str:
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.set_xlabel("excess loss over individual adapters (nats per target token)")
+    return _svg(figure)
+
+
+def _frontier(plan: Json, share: float) -> str:
+    figure, axes = _figure(6.4, 3.6)
+    shares = [100 * row["share"] for row in plan["frontier"]]
+    lines = (
+        ("all", "both", "-o"),
+        ("own", "own adapters only", "--"),
+        ("merged", "merges only", ":"),
+    )
+    for name, label, style in lines:
+        axes.plot(shares, [row[name] for row in plan["frontier"]], style, label=label, markersize=3)
+    axes.plot(100 * share, plan["regret"], "*", markersize=13, color="#d9822b", label="the pack")
+    for limit, label in ((1, "base model"), (0, "individual adapters")):
+        axes.axhline(limit, color="#7a7f87", linewidth=0.8)
+        axes.annotate(label, (shares[-1], limit), (0, 3), textcoords="offset points", ha="right",
+                      fontsize=8, color="#7a7f87")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{x:.3g}" for x in shares])
+    axes.minorticks_off()
+    # Linear around 0, which a plan may beat.
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    axes.set_xlabel("% of the adapters' 16-bit bytes")
+    axes.set_ylabel("normalised regret on the probes", color="#7a7f87")
+    axes.legend(frameon=False, fontsize=8, labelcolor="#7a7f87")
     return _svg(figure)
 
 

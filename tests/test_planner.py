@@ -52,6 +52,8 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     assert set(ws.read("bench.json")["methods"]) == {"base", "individual", "pack"}
     for name in ("report.md", "report.html"):
         assert "own adapters only" in ws.path(name).read_text(encoding="utf-8")
+    html = ws.path("report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 3 and "% of the adapters' 16-bit bytes" in html
 
 
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
