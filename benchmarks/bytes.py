@@ -22,11 +22,41 @@ from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.pipeline import run
-from d2c_mlx.planner import make_plan, measure, planned
+from d2c_mlx.plan import allocate
+from d2c_mlx.planner import candidates_of, make_plan, measure, planned, worth
 from d2c_mlx.workspace import Workspace
 
 RESULT = Path(__file__).parent / "results" / "bytes.json"
-FAMILIES = {"auto": ("base", "own", "merged"), "own": ("base", "own"), "merged": ("base", "merged")}
+# Candidates that a family may choose from.
+FAMILIES = {
+    "auto": ("base", "own", "merged"),
+    "rank and bits": ("base", "own"),
+    "merges": ("base", "merged"),
+    "bits alone": ("base", "bits"),
+    "rank alone": ("base", "rank"),
+}
+
+
+def others(ws):
+    """Candidates that no plan has: all components at one bits, and components in 16 bit."""
+    found = []
+    own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
+    for bits in (2, 3, 4, 8):
+        forms = [
+            (*unit, {path: ((lora.rank, bits),) for path, lora in unit[1].modules.items()})
+            for unit in own
+        ]
+        found += candidates_of(ws, forms, "bits", bits / 16)
+    widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
+    for share in (2.0**k for k in range(-6, 1)):
+        forms = []
+        for i, adapter in own:
+            levels = allocate(
+                worth(adapter, [ws.gains[i[0]]]), widths, share * ws.sizes[i[0]], (16,)
+            )
+            forms.append((i, adapter, {path: some for path, some in levels.items() if some}))
+        found += candidates_of(ws, forms, "rank", share)
+    return found
 
 
 def judge(ws, plan):
@@ -72,14 +102,16 @@ def main():
             "probe_tokens": ws.evaluator.counts.tokens,
         }  # fmt: skip
         print(json.dumps(facts), flush=True)
+        candidates += others(ws)
         rows = []
         for budget, room in zip(budgets, rooms):
             for name in options.families.split(","):
                 some = [one for one in candidates if one.family in FAMILIES[name]]
                 plan = make_plan(ws, some, room)
                 kinds = [unit["family"] for unit in plan["units"]]
+                merged = kinds.count("merged")
                 row = {"budget": budget, "family": name, "probe_regret": plan["regret"],
-                       "own": kinds.count("own"), "merged": kinds.count("merged"),
+                       "own": len(kinds) - merged, "merged": merged,
                        "base": len(plan["base"])}  # fmt: skip
                 row |= judge(ws, plan)
                 row["share"] = row["nbytes"] / sum(ws.sizes)

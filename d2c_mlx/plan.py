@@ -19,11 +19,10 @@ from d2c_mlx.rounding import Levels
 
 __all__ = ["Candidate", "allocate", "choose"]
 
-# Share of a component's energy that is lost at each bits: squared errors of `quantize_module`. 16
-# is not offered: what 8 loses never shows. Bytes of a number with its share of scale and bias.
-_LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2}
-_BYTES = {bits: bits / 8 + 4 / 64 for bits in _LOST}
-_BELOW = dict(zip(_LOST, (1, *_LOST)))
+# Share of a component's energy that is lost at each bits: squared errors of `quantize_module`.
+# Bytes of a number with its share of scale and bias.
+_LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
+_BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / 64 for bits in _LOST}
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,21 @@ class Candidate:
 
 
 def allocate(
-    worth: Mapping[str, np.ndarray], widths: Mapping[str, int], nbytes: float
+    worth: Mapping[str, np.ndarray],
+    widths: Mapping[str, int],
+    nbytes: float,
+    offered: Sequence[int] = (2, 3, 4, 8),
 ) -> dict[str, Levels]:
     """How many components of every module at how many bits: the most worth per byte first.
 
-    A step adds a module's next component at 2 bits or stores one in more bits.
+    A step adds a module's next component at the fewest bits or stores one in more.
 
     Args:
         worth: module path -> what each component is worth, falling, in any one unit; rounding
             loses a share of it. Modules that are worth nothing, or less, get nothing.
         widths: module path -> in + out.
         nbytes: most bytes of all factors.
+        offered: bits, rising. What 8 bits lose never shows, so 16 are not worth offering.
 
     Returns:
         Module path -> levels, `()` for a module that gets nothing.
@@ -67,17 +70,18 @@ def allocate(
     for path, values in worth.items():
         for j, value in enumerate(values):
             before, paid = 1.0, 0.0
-            for bits in _LOST:
+            for bits in offered:
                 gain = float(value) * (before - _LOST[bits])
                 cost = widths[path] * (_BYTES[bits] - paid)
                 if gain > 0:
                     steps.append((-gain / cost, path, j, bits, cost))
                 before, paid = _LOST[bits], _BYTES[bits]
+    below = dict(zip(offered, (1, *offered)))
     given: dict[str, dict[int, int]] = {path: {} for path in worth}
     free = nbytes
     for _, path, j, bits, cost in sorted(steps):
         # Only the next bits of a component, and a component only after all larger ones.
-        ready = given[path].get(j, 1) == _BELOW[bits]
+        ready = given[path].get(j, 1) == below[bits]
         ready &= j == 0 or given[path].get(j - 1, 0) >= bits
         if ready and cost <= free:
             given[path][j] = bits

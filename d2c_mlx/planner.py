@@ -21,10 +21,10 @@ from d2c_mlx.moves import groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, allocate, choose
 from d2c_mlx.probe import Job
 from d2c_mlx.quantize import Compressed, compress
-from d2c_mlx.rounding import columns
+from d2c_mlx.rounding import Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
-__all__ = ["make_plan", "measure", "planned"]
+__all__ = ["Form", "candidates_of", "make_plan", "measure", "planned", "worth"]
 
 # Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
 # grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
@@ -35,6 +35,7 @@ _STEPS = {"own": 0.5, "merged": 1.0}
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
 Units = Sequence[tuple[Members, Adapter]]
+Form = tuple[Members, Adapter, Mapping[str, Levels]]
 
 
 def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
@@ -100,28 +101,45 @@ def _partitions(ws: Workspace) -> Iterator[list[Members]]:
 
 def _measured(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
     """Every unit at several sizes."""
-    worth = [_worth(adapter, [ws.gains[i] for i in members]) for members, adapter in units]
+    values = [worth(adapter, [ws.gains[i] for i in members]) for members, adapter in units]
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
-    found: dict[tuple[int, str], Candidate] = {}
+    found: list[Candidate] = []
+    known: set[tuple[int, str]] = set()
     for share in _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), _STEPS[family]):
-        jobs: list[Job] = []
-        tried = []
-        for u, (members, adapter) in enumerate(units):
-            levels = allocate(worth[u], widths, share * whole[u])
+        forms = []
+        for u, unit in enumerate(units):
+            levels = allocate(values[u], widths, share * whole[u])
             levels = {path: some for path, some in levels.items() if some}
-            if not levels or (u, repr(levels)) in found:
-                continue
-            every = {path: levels.get(path, ()) for path in adapter.modules}
-            plain = compress(adapter, every, GROUP_SIZE).adapter(ws.base.dtype)
-            jobs.append((plain, [ws.probes[i] for i in members]))
-            tried.append((u, levels))
-        for (u, levels), losses in zip(tried, ws.evaluator.losses(jobs)):
-            members = units[u][0]
-            regret = float(ws.problem.regret(losses, np.array(members)).sum())
-            nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
-            found[u, repr(levels)] = Candidate(members, family, share, levels, nbytes, regret)
-    return list(found.values())
+            if levels and (u, repr(levels)) not in known:
+                known.add((u, repr(levels)))
+                forms.append((*unit, levels))
+        found += candidates_of(ws, forms, family, share)
+    return found
+
+
+def candidates_of(
+    ws: Workspace, forms: Sequence[Form], family: str, share: float
+) -> list[Candidate]:
+    """Measure units in stored forms, all on the probes of their members.
+
+    Args:
+        ws: with its probe table.
+        forms: members, their adapter, and the levels of some of its modules.
+        family: of the candidates.
+        share: of the 16-bit bytes, as the candidates say it.
+    """
+    jobs: list[Job] = []
+    for members, adapter, levels in forms:
+        every = {path: levels.get(path, ()) for path in adapter.modules}
+        plain = compress(adapter, every, GROUP_SIZE).adapter(ws.base.dtype)
+        jobs.append((plain, [ws.probes[i] for i in members]))
+    found = []
+    for (members, _, levels), losses in zip(forms, ws.evaluator.losses(jobs)):
+        regret = float(ws.problem.regret(losses, np.array(members)).sum())
+        nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
+        found.append(Candidate(members, family, share, levels, nbytes, regret))
+    return found
 
 
 def _grid(least: float, most: float, step: float) -> list[float]:
@@ -131,7 +149,7 @@ def _grid(least: float, most: float, step: float) -> list[float]:
     return [2 ** (k * step) for k in range(first, last + 1)]
 
 
-def _worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+def worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     """What each component is worth: its share of its module's energy, times the module's gain.
 
     Args:
@@ -139,23 +157,23 @@ def _worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, 
         gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
     """
     totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
-    worth = {}
+    values = {}
     with threadpool_limits(1):
         for path, lora in adapter.modules.items():
             core = to_core([lora.factors()]).weighted_sum(np.ones(1))
             energy = np.linalg.svd(core, compute_uv=False) ** 2
             gain = sum(one.get(path, 0.0) / total for one, total in zip(gains, totals))
-            worth[path] = gain * energy / max(float(energy.sum()), 1e-30)
-    return worth
+            values[path] = gain * energy / max(float(energy.sum()), 1e-30)
+    return values
 
 
-def _rows_nbytes(ws: Workspace, levels: dict[str, Any]) -> int:
+def _rows_nbytes(ws: Workspace, levels: Mapping[str, Levels]) -> int:
     total = 0
     for path, some in levels.items():
         for n, bits in some:
             for width in ws.base.module_shapes[path]:
                 words, groups = columns(width, bits, GROUP_SIZE)
-                total += n * (4 * words + 4 * groups)
+                total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
     return total
 
 
