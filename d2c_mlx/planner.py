@@ -31,6 +31,8 @@ __all__ = ["Form", "candidates_of", "make_plan", "measure", "planned", "worth"]
 # merge costs all its tasks' probes, and matters only where bytes are scarce.
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
+# Share of the worth that all modules get alike.
+_EVENLY = 0.25
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
@@ -152,6 +154,8 @@ def _grid(least: float, most: float, step: float) -> list[float]:
 def worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
     """What each component is worth: its share of its module's energy, times the module's gain.
 
+    Ten rows say roughly what a module gains, so a part of the worth is shared out evenly.
+
     Args:
         adapter: of one task, or a merge.
         gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
@@ -162,8 +166,9 @@ def worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, n
         for path, lora in adapter.modules.items():
             core = to_core([lora.factors()]).weighted_sum(np.ones(1))
             energy = np.linalg.svd(core, compute_uv=False) ** 2
-            gain = sum(one.get(path, 0.0) / total for one, total in zip(gains, totals))
-            values[path] = gain * energy / max(float(energy.sum()), 1e-30)
+            gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
+            share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(adapter.modules)
+            values[path] = share * energy / max(float(energy.sum()), 1e-30)
     return values
 
 

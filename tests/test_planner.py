@@ -12,8 +12,10 @@ from tiny import library
 from d2c_mlx.config import RunConfig
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
+from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.planner import worth
 from d2c_mlx.unpack import unpack
 
 
@@ -107,3 +109,24 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
         main()
     assert stop.value.code == 2
     assert "budget: found '2' adapters, expected bytes" in capsys.readouterr().err
+
+
+def test_worth_is_energy_times_gain_and_a_part_for_all(config):
+    ws = run(config, until="convert", quiet=True)
+    one, two = ws.adapters[:2]
+    paths = sorted(one.modules)
+    gains = [
+        {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
+        dict.fromkeys(paths, 2.0),
+    ]
+    alone = worth(one, gains[:1])
+    assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
+        {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
+    )
+    for path, values in alone.items():
+        energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
+        assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
+    # A merge's are the mean of its members'.
+    merged = worth(merge_adapters([one, two]), gains)
+    assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
+    assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
