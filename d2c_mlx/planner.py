@@ -2,7 +2,7 @@
 
 The individually compressed end comes first: every task's own adapter at several sizes around its
 share of the budget. Then merges, of half as many clusters each time, until a partition loses more
-before it is compressed than the best plan so far loses in all.
+before it is compressed, or is expected to, than the best plan so far loses in all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
 from d2c_mlx.merge.core import to_core
-from d2c_mlx.moves import groups_of, predicted_partition
+from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, allocate, choose
 from d2c_mlx.probe import Job
 from d2c_mlx.quantize import Compressed, compress
@@ -52,11 +52,18 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     candidates += _measured(ws, own, "own", rooms)
+    costs, ratio = Costs(ws.problem), 0.0
     for groups in _partitions(ws):
         best = _regret(candidates, choose(candidates, n, rooms[0], ws.config.max_adapters))
-        merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
-        if sum((one.regret or 0.0) * len(members) for members, one in merges) >= best:
+        predicted = sum(map(costs.predicted, groups))
+        # What the last partition cost, of what single adapters predicted for it, spares the merges.
+        if ratio * predicted >= best:
             break
+        merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
+        regret = sum((one.regret or 0.0) * len(members) for members, one in merges)
+        if regret >= best:
+            break
+        ratio = max(0.0, regret) / max(predicted, 1e-9)
         candidates += _measured(ws, [(m, one.adapter) for m, one in merges], "merged", rooms)
     return candidates
 
