@@ -16,6 +16,7 @@ from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.candidates import candidates_of, worth
 from d2c_mlx.compact import index_of
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
@@ -23,7 +24,7 @@ from d2c_mlx.files import write_json
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.pipeline import run
 from d2c_mlx.plan import allocate
-from d2c_mlx.planner import candidates_of, make_plan, measure, planned, worth
+from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.workspace import Workspace
 
 RESULT = Path(__file__).parent / "results" / "bytes.json"

@@ -36,6 +36,7 @@ class Candidate:
         levels: module path -> levels, see `quantize.compress`; empty is the base model.
         nbytes: of its rows and its part of the index.
         regret: summed over the members, measured on their probes.
+        scale: of dW.
     """
 
     members: Members
@@ -44,6 +45,7 @@ class Candidate:
     levels: Mapping[str, Levels]
     nbytes: int
     regret: float
+    scale: float = 1.0
 
 
 def allocate(

@@ -7,7 +7,7 @@ LoRAQuant's idea (https://arxiv.org/abs/2510.26690). `rounding.py` has the round
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -89,6 +89,16 @@ class Compressed:
     def nbytes(self) -> int:
         """Bytes of all factors, without any header."""
         return sum(level.nbytes for levels in self.modules.values() for level in levels)
+
+    def scaled(self, factor: float) -> Compressed:
+        """DW times a factor: the same codes and bytes, other scales and biases of every b."""
+        if factor == 1:
+            return self
+        modules = {
+            path: tuple(Level(level.a, level.b.scaled(factor)) for level in levels)
+            for path, levels in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def adapter(self, dtype: mx.Dtype = mx.float16) -> Adapter | None:
         """The plain 16-bit adapter that is evaluated and unpacked; None is the base model.

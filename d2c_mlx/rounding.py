@@ -7,7 +7,7 @@ group, so `mx.dequantize` reads them. `quantize.py` says what rounding is for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -60,6 +60,14 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of the three arrays."""
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    def scaled(self, factor: float) -> Quantized:
+        """The numbers times a factor, as far as float16 holds them; the same codes."""
+        names = ("weight",) if self.bits == 16 else ("scales", "biases")
+        changed = {
+            name: (getattr(self, name) * np.float32(factor)).astype(np.float16) for name in names
+        }
+        return replace(self, **changed)
 
 
 def values_of(parts: Sequence[Quantized]) -> list[mx.array]:

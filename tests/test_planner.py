@@ -9,13 +9,13 @@ import pytest
 from d2c_mlx_cli.main import main
 from tiny import library
 
+from d2c_mlx.candidates import worth
 from d2c_mlx.config import RunConfig
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.planner import worth
 from d2c_mlx.unpack import unpack
 
 
