@@ -9,7 +9,7 @@ import pytest
 from d2c_mlx_cli.main import main
 from tiny import library
 
-from d2c_mlx.candidates import worth
+from d2c_mlx.candidates import SCALES, _climbed, candidates_of, stored, worth
 from d2c_mlx.config import RunConfig
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
@@ -130,3 +130,35 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
     merged = worth(merge_adapters([one, two]), gains)
     assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
     assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "asked"),
+    [([3, 2, 1, 4, 0], 2, 4), ([3, 3, 1], 0, 2), ([3, 4], 0, 2), ([3, 2], 1, 2), ([3], 0, 1)],
+)
+def test_scales_are_tried_while_they_help(losses, best, asked):
+    scales = [1 + i / 5 for i in range(len(losses))]
+    seen = []
+
+    def regret(scale):
+        seen.append(scale)
+        return losses[scales.index(scale)]
+
+    assert _climbed(regret, scales) == (scales[best], losses[best])
+    assert seen == scales[:asked]
+
+
+def test_a_candidate_is_measured_as_it_is_packed(config):
+    """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
+    ws = run(replace(config, probe_examples=4), until="probe", quiet=True)
+    assert all(len(probe.parts) == 2 for probe in ws.probes)
+    path = max(ws.adapters[2].modules)
+    form = ((0, 2), ws.adapters[2], {path: ((1, 2),)})
+    (one,) = candidates_of(ws, [form], "merged", 0.1)
+    assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
+    plain = stored(*form[1:], one.scale).adapter(ws.base.dtype)
+    (losses,) = ws.evaluator.losses([(plain, [ws.probes[0], ws.probes[2]])])
+    assert one.regret == pytest.approx(ws.problem.regret(losses, np.array([0, 2])).sum(), abs=1e-6)
+    (other,) = candidates_of(ws, [form], "merged", 0.1, {(0, 2): 2.0})
+    assert other.scale >= 2 and one.scale in SCALES
+    assert other.nbytes == one.nbytes

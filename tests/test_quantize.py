@@ -224,6 +224,21 @@ def test_compress_an_adapter():
     assert small.adapter(mx.bfloat16).modules["model.layers.0.q"].a.dtype == mx.bfloat16
 
 
+@pytest.mark.parametrize("bits", [16, 8, 2])
+def test_a_scaled_update_has_the_same_bytes(bits):
+    whole = adapter()
+    small = compress(whole, dict.fromkeys(whole.modules, [(2, bits)]))
+    assert small.scaled(1) is small
+    twice = small.scaled(1.7)
+    assert twice.nbytes == small.nbytes
+    for path, lora in small.adapter().modules.items():
+        assert np.allclose(dense(twice.adapter().modules[path]), 1.7 * dense(lora), rtol=4e-3,
+                           atol=2e-3 * np.abs(dense(lora)).max())  # fmt: skip
+    if bits < 16:
+        pairs = zip(small.modules["model.layers.0.q"], twice.modules["model.layers.0.q"])
+        assert all((one.b.weight == other.b.weight).all() for one, other in pairs)
+
+
 def test_dropped_modules_disappear_and_an_empty_adapter_is_the_base():
     whole = adapter()
     some = compress(whole, {path: [(2, 4)] if "1" in path else () for path in whole.modules})
