@@ -38,26 +38,32 @@ FAMILIES = {
 }
 
 
-def others(ws):
-    """Candidates that no plan has: all components at one bits, and components in 16 bit."""
+def bits_alone(ws):
+    """Candidates with all components of an adapter at the same bits."""
     found = []
-    own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     for bits in (2, 3, 4, 8):
         forms = [
-            (*unit, {path: ((lora.rank, bits),) for path, lora in unit[1].modules.items()})
-            for unit in own
+            ((i,), adapter, {p: ((lora.rank, bits),) for p, lora in adapter.modules.items()})
+            for i, adapter in enumerate(ws.adapters)
         ]
         found += candidates_of(ws, forms, "bits", bits / 16)
+    return found
+
+
+def rank_alone(ws):
+    """Candidates with some components of an adapter in 16 bit."""
+    found = []
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
         forms = []
-        for i, adapter in own:
-            levels = allocate(
-                worth(adapter, [ws.gains[i[0]]]), widths, share * ws.sizes[i[0]], (16,)
-            )
-            forms.append((i, adapter, {path: some for path, some in levels.items() if some}))
+        for i, adapter in enumerate(ws.adapters):
+            levels = allocate(worth(adapter, [ws.gains[i]]), widths, share * ws.sizes[i], (16,))
+            forms.append(((i,), adapter, {path: some for path, some in levels.items() if some}))
         found += candidates_of(ws, forms, "rank", share)
     return found
+
+
+ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 
 def judge(ws, plan):
@@ -74,6 +80,26 @@ def judge(ws, plan):
     return {key: benched[key] for key in ("nbytes", "excess", "retention")} | {
         "worst": max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
     }
+
+
+def row(ws, name, budget, room, candidates):
+    """What a family chooses for a budget, and what that is worth."""
+    plan = make_plan(ws, [one for one in candidates if one.family in FAMILIES[name]], room)
+    merged = [unit["family"] for unit in plan["units"]].count("merged")
+    result = {
+        "budget": budget, "family": name, "probe_regret": plan["regret"],
+        "own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"]),
+    } | judge(ws, plan)  # fmt: skip
+    return result | {"share": result["nbytes"] / sum(ws.sizes)}
+
+
+def line(one):
+    """Of the table."""
+    return (
+        f"| {one['budget']} | {one['family']} | {one['share']:.2%} | {one['probe_regret']:.4f} |"
+        f" {one['excess']:.4f} | {one['retention']:.2%} | {one['own']} own, {one['merged']} merged,"
+        f" {one['base']} base |"
+    )
 
 
 def main():
@@ -103,24 +129,14 @@ def main():
             "probe_tokens": ws.evaluator.counts.tokens,
         }  # fmt: skip
         print(json.dumps(facts), flush=True)
-        candidates += others(ws)
         rows = []
-        for budget, room in zip(budgets, rooms):
-            for name in options.families.split(","):
-                some = [one for one in candidates if one.family in FAMILIES[name]]
-                plan = make_plan(ws, some, room)
-                kinds = [unit["family"] for unit in plan["units"]]
-                merged = kinds.count("merged")
-                row = {"budget": budget, "family": name, "probe_regret": plan["regret"],
-                       "own": len(kinds) - merged, "merged": merged,
-                       "base": len(plan["base"])}  # fmt: skip
-                row |= judge(ws, plan)
-                row["share"] = row["nbytes"] / sum(ws.sizes)
-                rows.append(row)
+        for name in options.families.split(","):
+            if name in ALONE:
+                candidates += ALONE[name](ws)
+            for budget, room in zip(budgets, rooms):
+                rows.append(row(ws, name, budget, room, candidates))
                 write_json(RESULT, facts | {"rows": rows})
-                print(f"| {budget} | {name} | {row['share']:.2%} | {row['probe_regret']:.4f} |"
-                      f" {row['excess']:.4f} | {row['retention']:.2%} | {row['own']} own,"
-                      f" {row['merged']} merged, {row['base']} base |", flush=True)  # fmt: skip
+                print(line(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":
