@@ -39,7 +39,7 @@ def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -
             groups.setdefault(adapter.digest if adapter else "base", []).append(i)
         jobs = [(variant[tests[g[0]].task], [tests[i] for i in g]) for g in groups.values()]
         losses = np.empty(len(tests))
-        for group, values in zip(groups.values(), evaluator.losses(jobs)):
+        for group, values in zip(groups.values(), evaluator.losses_in_parts(jobs)):
             losses[group] = values
         columns.append(losses)
     return np.mean(columns, axis=0)

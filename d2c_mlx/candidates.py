@@ -88,16 +88,12 @@ def candidates_of(
 def _candidate(ws: Workspace, form: Form, family: str, share: float, least: float) -> Candidate:
     members, adapter, levels = form
     small = stored(adapter, levels)
-    # Parts of a set keep all cores busy where there is a single member.
-    parts = [part for i in members for part in ws.probes[i].parts]
-    n_targets = np.array([part.n_targets for part in parts])
-    starts = np.cumsum([0, *(len(ws.probes[i].parts) for i in members)])[:-1]
+    probes = [ws.probes[i] for i in members]
 
     def regret(scale: float) -> float:
         plain = small.scaled(scale).adapter(ws.base.dtype)
-        (losses,) = ws.evaluator.losses([(plain, parts)])
-        means = np.add.reduceat(losses * n_targets, starts) / np.add.reduceat(n_targets, starts)
-        return float(ws.problem.regret(means, np.array(members)).sum())
+        (losses,) = ws.evaluator.losses_in_parts([(plain, probes)])
+        return float(ws.problem.regret(losses, np.array(members)).sum())
 
     scale, lowest = _climbed(regret, SCALES[SCALES.index(least) :])
     nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)

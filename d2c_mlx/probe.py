@@ -162,6 +162,17 @@ class Evaluator:
                 sums[sums > limit * n] = np.inf
         return [sums / n for sums, n in zip(found, n_targets)]
 
+    def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """As `losses`, the parts of a set side by side: few sets would leave cores idle."""
+        parts = [[part for one in sets for part in one.parts] for _, sets in jobs]
+        found = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
+        result = []
+        for (_, sets), some, losses in zip(jobs, parts, found):
+            starts = np.cumsum([0, *(len(one.parts) for one in sets)])[:-1]
+            n = np.array([part.n_targets for part in some])
+            result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
+        return result
+
     def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
         """The NLL sum of every (adapter, part, the set that it is part of)."""
         keys = [self._key(adapter, part) for adapter, part, _ in wanted]

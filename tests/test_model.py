@@ -58,6 +58,16 @@ def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
     assert (evaluator.counts.asked, evaluator.counts.done) == (4, pytest.approx(4))
 
 
+def test_losses_in_parts_are_those_of_the_whole(tiny):
+    base, (first, second), sets = tiny
+    evaluator = Evaluator(Engine(base))
+    mixed = [sets[0].cut(0.5), sets[1]]
+    assert [len(one.parts) for one in mixed] == [2, 1]
+    jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
+    for parts, whole in zip(evaluator.losses_in_parts(jobs), evaluator.losses(jobs)):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_limit_ends_an_evaluation_at_the_first_cut_that_proves_it(tiny):
     base, (first, _), sets = tiny
     cut = [one.cut(0.2, 0.5) for one in sets]
