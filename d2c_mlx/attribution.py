@@ -73,7 +73,7 @@ def _integrated(
 
     def loss(scales: mx.array, some: Sequence[Example]) -> mx.array:
         x, places, targets = target_places(some)
-        scaled = [(a, b * scale) for (a, b), scale in zip(factors.values(), scales)]
+        scaled = [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
         with base.factors_replaced(scaled):
             if head:
                 logits = head(run_blocks(base.model, x)[places])

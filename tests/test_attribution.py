@@ -74,3 +74,10 @@ def test_what_is_known_is_not_computed_again(tiny):
     assert not base.occupied
     assert module_gains(base, adapter, examples, points=(0.5,), cache=cache) != found
     assert base.occupied
+
+
+def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):
+    base, adapter, examples, _ = tiny
+    gains = module_gains(base, adapter, examples)
+    monkeypatch.setattr("d2c_mlx.attribution.find_head", lambda model: None)
+    assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)
