@@ -19,7 +19,15 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 from mlx_lm.models.base import scaled_dot_product_attention
 
-__all__ = ["attention", "log_normaliser", "pace", "paced", "swiglu", "use_exponentials"]
+__all__ = [
+    "attention",
+    "log_normaliser",
+    "pace",
+    "paced",
+    "swiglu",
+    "target_scores",
+    "use_exponentials",
+]
 
 _thread = threading.local()
 
@@ -106,6 +114,19 @@ def use_exponentials(model: nn.Module, fast: bool) -> None:
     for name, functions in _REPLACED.items():
         if getattr(architecture, name, None) in functions:
             setattr(architecture, name, functions[fast])
+
+
+def target_scores(logits: mx.array, targets: mx.array, fast: bool) -> tuple[mx.array, mx.array]:
+    """`log_normaliser` and the target's logit, `(n,)` each; their difference is the NLL.
+
+    Args:
+        logits: `(n, vocabulary)`, of any dtype.
+        targets: `(n,)` ids.
+        fast: see `log_normaliser`.
+    """
+    logits = logits.astype(mx.float32)
+    gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return log_normaliser(logits, fast), gold
 
 
 def log_normaliser(logits: mx.array, fast: bool) -> mx.array:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.activations import log_normaliser
+from d2c_mlx.activations import target_scores
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.blas import all_cores
@@ -79,9 +79,8 @@ def _integrated(
                 logits = head(run_blocks(base.model, x)[places])
             else:
                 logits = full_logits(base.model, x)[places]
-        logits = logits.astype(mx.float32)
-        gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return (log_normaliser(logits, fast) - gold).sum()
+        normaliser, gold = target_scores(logits, targets, fast)
+        return (normaliser - gold).sum()
 
     rows = examples.examples
     gains = np.zeros(len(factors))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from d2c_mlx.activations import log_normaliser
+from d2c_mlx.activations import target_scores
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
@@ -147,6 +147,4 @@ class Distiller:
 
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""
-        logits = self._head(hidden).astype(mx.float32)
-        gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return log_normaliser(logits, self._fast), gold
+        return target_scores(self._head(hidden), targets, self._fast)

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.activations import log_normaliser, use_exponentials
+from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
 from d2c_mlx.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.errors import ConfigError
@@ -262,9 +262,8 @@ class Engine:
         return mx.concatenate(parts)
 
     def _nll_of(self, logits: mx.array, targets: mx.array) -> mx.array:
-        logits = logits.astype(mx.float32)
-        gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return log_normaliser(logits, self._fast) - gold
+        normaliser, gold = target_scores(logits, targets, self._fast)
+        return normaliser - gold
 
     def _blocks(self, x: mx.array, states: list[KeysValues] | None, first: int) -> mx.array:
         if not self.savings.compile:
