@@ -1,9 +1,11 @@
 """The byte budget: what `--plan auto` chooses at several budgets, and each family alone.
 
-    python benchmarks/bytes.py --library DIR [--budgets 25,12.5,6.25,3,1.5,0.75]
+    python benchmarks/bytes.py --library DIR [--budgets 25,12.5,6.25,3,1.5,0.75] [--families auto]
 
 Candidates are measured once for all budgets, on probes only; the choices are then judged on
-held-out rows. Bytes are those of the compact file. Results: results/bytes.json.
+held-out rows. The family "hindsight" chooses among the candidates of "auto" by held-out rows: what
+choosing by ten probe rows costs. Bytes are those of the compact file; a shared basis has no file,
+its factors alone are counted. D2C in 16 bit is what slots.py measures.
 """
 
 import argparse
@@ -14,16 +16,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from families import bits_alone, in_hindsight, rank_alone, shared_basis
+
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.candidates import candidates_of, worth
+from d2c_mlx.candidates import SCALES
 from d2c_mlx.compact import index_of
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.pipeline import run
-from d2c_mlx.plan import allocate
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.workspace import Workspace
 
@@ -35,62 +38,47 @@ FAMILIES = {
     "merges": ("base", "merged"),
     "bits alone": ("base", "bits"),
     "rank alone": ("base", "rank"),
+    "shared basis": (),
+    "hindsight": ("base", "own", "merged"),
 }
-
-
-def bits_alone(ws):
-    """Candidates with all components of an adapter at the same bits."""
-    found = []
-    for bits in (2, 3, 4, 8):
-        forms = [
-            ((i,), adapter, {p: ((lora.rank, bits),) for p, lora in adapter.modules.items()})
-            for i, adapter in enumerate(ws.adapters)
-        ]
-        found += candidates_of(ws, forms, "bits", bits / 16)
-    return found
-
-
-def rank_alone(ws):
-    """Candidates with some components of an adapter in 16 bit."""
-    found = []
-    widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
-    for share in (2.0**k for k in range(-6, 1)):
-        forms = []
-        for i, adapter in enumerate(ws.adapters):
-            levels = allocate(worth(adapter, [ws.gains[i]]), widths, share * ws.sizes[i], (16,))
-            forms.append(((i,), adapter, {path: some for path, some in levels.items() if some}))
-        found += candidates_of(ws, forms, "rank", share)
-    return found
-
-
 ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 
-def judge(ws, plan):
-    """Held-out rows of one plan: bytes of the file, excess loss, retention."""
-    adapters, serves = planned(ws, plan)
+def judge(ws, adapters, serves, nbytes):
+    """Held-out rows of stored adapters: excess loss, retention."""
     plain = [one.adapter(ws.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
         "base": Method(0, [dict.fromkeys(ws.names)]),
         "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
-        "plan": Method(compact_nbytes(index_of(adapters)), [served]),
+        "plan": Method(nbytes, [served]),
     }
     benched = bench_methods(ws.evaluator, methods, ws.tests)["plan"]
-    return {key: benched[key] for key in ("nbytes", "excess", "retention")} | {
-        "worst": max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
-    }
+    worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
+    share = nbytes / sum(ws.sizes)
+    keys = ("nbytes", "excess", "retention")
+    return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
 
-def row(ws, name, budget, room, candidates):
+def chosen(ws, name, room, candidates):
     """What a family chooses for a budget, and what that is worth."""
     plan = make_plan(ws, [one for one in candidates if one.family in FAMILIES[name]], room)
+    adapters, serves = planned(ws, plan)
     merged = [unit["family"] for unit in plan["units"]].count("merged")
-    result = {
-        "budget": budget, "family": name, "probe_regret": plan["regret"],
-        "own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"]),
-    } | judge(ws, plan)  # fmt: skip
-    return result | {"share": result["nbytes"] / sum(ws.sizes)}
+    stored = {"own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"])}
+    judged = judge(ws, adapters, serves, compact_nbytes(index_of(adapters)))
+    return {"probe_regret": plan["regret"], **stored, **judged}
+
+
+def basis(ws, room):
+    """The row of a shared basis, if one fits."""
+    found = shared_basis(ws, room)
+    if found is None:
+        return None
+    adapters, nbytes, regret = found
+    serves = {name: i for i, name in enumerate(ws.names)}
+    counts = {"own": len(adapters), "merged": 0, "base": 0}
+    return {"probe_regret": regret, **counts, **judge(ws, adapters, serves, nbytes)}
 
 
 def line(one):
@@ -102,6 +90,38 @@ def line(one):
     )
 
 
+def rows_of(ws, name, budgets, rooms, candidates):
+    """Yield the rows of a family."""
+    pool = candidates
+    if name in ALONE:
+        pool = [*candidates, *ALONE[name](ws)]
+    elif name == "hindsight":
+        pool = in_hindsight(ws, candidates)
+    for budget, room in zip(budgets, rooms):
+        found = basis(ws, room) if name == "shared basis" else chosen(ws, name, room, pool)
+        if found:
+            yield {"budget": budget, "family": name, **found}
+
+
+def measured(ws, rooms):
+    """The candidates for all budgets, and what they cost."""
+    before, started = replace(ws.evaluator.counts), time.perf_counter()
+    candidates = measure(ws, rooms)
+    counts = ws.evaluator.counts
+    every = sum(
+        len(SCALES) * len(ws.probes[i].parts)
+        for one in candidates if one.family != "base" for i in one.members
+    )  # fmt: skip
+    return candidates, {
+        "candidates": len(candidates),
+        "seconds": round(time.perf_counter() - started, 1),
+        # Of one adapter on a part of a task's probes. `every`: all candidates at all scales.
+        "asked": counts.asked - before.asked,
+        "every": every,
+        "tokens": counts.tokens - before.tokens,
+    }
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,33 +130,27 @@ def main():
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     budgets = [f"{x}%" for x in options.budgets.split(",")]
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         config = RunConfig(
             adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
-            output=str(Path(directory) / "run"), budget=budgets[0], plan="auto",
+            output=str(Path(directory) / "run"), budget=budgets[0],
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
         ws = run(config, until="probe", quiet=True)
         rooms = [Workspace(replace(config, budget=one), quiet=True).room for one in budgets]
-        started = time.perf_counter()
-        candidates = measure(ws, rooms)
-        facts = {
-            "candidates": len(candidates), "seconds": round(time.perf_counter() - started, 1),
-            "examples": options.examples, "tests": options.tests, "machine": machine(),
-            "probe_tokens": ws.evaluator.counts.tokens,
-        }  # fmt: skip
+        candidates, facts = measured(ws, rooms)
+        facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)
         rows = []
         for name in options.families.split(","):
-            if name in ALONE:
-                candidates += ALONE[name](ws)
-            for budget, room in zip(budgets, rooms):
-                rows.append(row(ws, name, budget, room, candidates))
-                write_json(RESULT, facts | {"rows": rows})
-                print(line(rows[-1]), flush=True)
+            for one in rows_of(ws, name, budgets, rooms, candidates):
+                rows.append(one)
+                write_json(options.output, facts | {"rows": rows})
+                print(line(one), flush=True)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,8 @@ def plain_loop(base, adapters, sets):
     return values
 
 
-def torch_model(base, paths, directory):
-    """The same float32 weights in transformers, every adapter loaded under its name."""
-    from peft import PeftModel
+def torch_base(base, directory):
+    """The same float32 weights in transformers."""
     from transformers import AutoModelForCausalLM
 
     model, _ = load(str(base.path), lazy=True)
@@ -74,7 +73,14 @@ def torch_model(base, paths, directory):
     del config["quantization"]
     (directory / "config.json").write_text(json.dumps(config))
     shutil.copyfile(base.path / "tokenizer_config.json", directory / "tokenizer_config.json")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+
+
+def torch_model(base, paths, directory):
+    """The float32 base in PEFT, every adapter loaded under its name."""
+    from peft import PeftModel
+
+    model = torch_base(base, directory)
     model = PeftModel.from_pretrained(model, paths[0], adapter_name=paths[0].name)
     for path in paths[1:]:
         model.load_adapter(path, adapter_name=path.name)

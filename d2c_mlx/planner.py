@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.candidates import sized, stored
 from d2c_mlx.cluster import Members
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
@@ -17,7 +18,7 @@ from d2c_mlx.plan import Candidate, choose
 from d2c_mlx.quantize import Compressed
 from d2c_mlx.workspace import Workspace
 
-__all__ = ["make_plan", "measure", "planned"]
+__all__ = ["make_plan", "measure", "planned", "unit"]
 
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
@@ -76,10 +77,14 @@ def planned(ws: Workspace, plan: dict[str, Any]) -> tuple[list[Compressed], dict
     serves: dict[str, int | None] = dict.fromkeys(plan["base"])
     for entry in plan["units"]:
         members = tuple(ws.names.index(name) for name in entry["tasks"])
-        adapter = ws.adapters[members[0]] if len(members) == 1 else ws.merger.final(members).adapter
         serves |= dict.fromkeys(entry["tasks"], len(adapters))
-        adapters.append(stored(adapter, entry["levels"], entry["scale"]))
+        adapters.append(stored(unit(ws, members), entry["levels"], entry["scale"]))
     return adapters, serves
+
+
+def unit(ws: Workspace, members: Members) -> Adapter:
+    """A task's own adapter, or the merge that serves several, as it is before it is stored."""
+    return ws.adapters[members[0]] if len(members) == 1 else ws.merger.final(members).adapter
 
 
 def _partitions(ws: Workspace) -> Iterator[list[Members]]:

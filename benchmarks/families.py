@@ -1,0 +1,96 @@
+"""Families of the byte budget that the planner does not offer, and what hindsight would choose."""
+
+from dataclasses import replace
+
+import d2c_mlx  # noqa: F401  the fast BLAS first
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.candidates import candidates_of, stored, worth
+from d2c_mlx.plan import allocate
+from d2c_mlx.planner import unit
+
+
+def bits_alone(ws):
+    """Candidates with all components of an adapter at the same bits."""
+    found = []
+    for bits in (2, 3, 4, 8):
+        forms = [
+            ((i,), adapter, {p: ((lora.rank, bits),) for p, lora in adapter.modules.items()})
+            for i, adapter in enumerate(ws.adapters)
+        ]
+        found += candidates_of(ws, forms, "bits", bits / 16)
+    return found
+
+
+def rank_alone(ws):
+    """Candidates with some components of an adapter in 16 bit."""
+    found = []
+    widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
+    for share in (2.0**k for k in range(-6, 1)):
+        forms = []
+        for i, adapter in enumerate(ws.adapters):
+            levels = allocate(worth(adapter, [ws.gains[i]]), widths, share * ws.sizes[i], (16,))
+            forms.append(((i,), adapter, {path: some for path, some in levels.items() if some}))
+        found += candidates_of(ws, forms, "rank", share)
+    return found
+
+
+def shared_basis(ws, room):
+    """All adapters as `U S_i V^T` in 16 bit, U and V common to all (arXiv 2407.00066).
+
+    U and V are the leading directions of all dW together, of the largest rank that fits `room`
+    bytes in every module; scales are tuned on the probes as for every other form.
+
+    Returns:
+        The adapters in the order of the tasks, their bytes and the mean regret on the probes; None
+        where not even rank 1 fits.
+    """
+    shapes = {path: ws.base.module_shapes[path] for path in ws.target_paths}
+
+    def nbytes(rank):
+        ranks = [min(rank, *shape) for shape in shapes.values()]
+        return sum(
+            2 * (r * sum(s) + len(ws.adapters) * r * r) for r, s in zip(ranks, shapes.values())
+        )
+
+    rank = max((r for r in range(1, 513) if nbytes(r) <= room), default=None)
+    if rank is None:
+        return None
+    modules = [{} for _ in ws.adapters]
+    for path, shape in shapes.items():
+        updates = [
+            one.modules[path].delta().T if path in one.modules else np.zeros(shape, np.float32)
+            for one in ws.adapters
+        ]
+        u = np.linalg.eigh(sum(x @ x.T for x in updates))[1][:, -rank:]
+        v = np.linalg.eigh(sum(x.T @ x for x in updates))[1][:, -rank:]
+        for one, x in zip(modules, updates):
+            one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
+    adapters = [Adapter(name, one) for name, one in zip(ws.names, modules)]
+    forms = [
+        ((i,), one, {path: ((lora.rank, 16),) for path, lora in one.modules.items()})
+        for i, one in enumerate(adapters)
+    ]
+    found = candidates_of(ws, forms, "shared basis", 1.0)
+    served = [stored(one, c.levels, c.scale) for one, c in zip(adapters, found)]
+    return served, nbytes(rank), sum(one.regret for one in found) / len(found)
+
+
+def in_hindsight(ws, candidates):
+    """The candidates with the regret of held-out rows in place of the probes'."""
+    jobs = [(None, ws.tests), *((one, [test]) for one, test in zip(ws.adapters, ws.tests))]
+    base, *own = ws.evaluator.losses(jobs)
+    own = np.concatenate(own)
+    found = []
+    for one in candidates:
+        members = list(one.members)
+        losses = base[members]
+        if one.family != "base":
+            adapter = stored(unit(ws, one.members), one.levels, one.scale).adapter(ws.base.dtype)
+            (losses,) = ws.evaluator.losses_in_parts([(adapter, [ws.tests[i] for i in members])])
+        regret = (losses - own[members]) / (base[members] - own[members])
+        found.append(replace(one, regret=float(regret.sum())))
+    return found
