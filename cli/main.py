@@ -65,6 +65,11 @@ def main() -> None:
         # errors.py is the only part of the library that is light enough to import here.
         from d2c_mlx.errors import D2CError
 
+        if isinstance(error, OSError) and error.strerror:
+            # A full disk, a directory that may not be written: nothing that a traceback explains.
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror}", err=True)
+            sys.exit(1)
         if not isinstance(error, D2CError):
             raise
         for line in str(error).splitlines():

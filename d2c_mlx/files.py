@@ -22,13 +22,23 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _rename(source: Path, target: Path) -> None:
+    """Rename within a directory, which is then on the disk as well."""
+    os.replace(source, target)
+    _fsync(target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) under a temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _fsync(temporary)
+        _rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  JSON is any
@@ -48,11 +58,11 @@ def write_dir(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+            _fsync(file)
+        _fsync(temporary)
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        _rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from d2c_mlx.errors import ModelError
 from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.gguf import convert_gguf
+from d2c_mlx.lock import locked
 
 __all__ = ["EMBEDDED", "cache_directory", "embedded_gguf", "resolve_model"]
 
@@ -69,8 +70,11 @@ def _converted(gguf: Path) -> Path:
     key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, "v1"])[:16]
     directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
     if not directory.exists():
-        with write_dir(directory) as temporary:
-            convert_gguf(gguf, temporary)
+        # Ranks on one machine start together.
+        with locked(directory.parent, wait=True):
+            if not directory.exists():
+                with write_dir(directory) as temporary:
+                    convert_gguf(gguf, temporary)
     return directory
 
 

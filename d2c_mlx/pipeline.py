@@ -23,6 +23,7 @@ from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
+from d2c_mlx.lock import locked
 from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import probe_table
@@ -41,15 +42,16 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Worksp
 
     Raises:
         InputError: bad input, all problems at once; nothing is written.
-        D2CError: a stage failed.
+        D2CError: a stage failed, or another process is at work in the run directory.
     """
     with leading() as group:
         workspace = Workspace(config, quiet, group)
-        for name, stage in STAGES.items():
-            if name not in _WITHOUT[config.planned]:
-                stage(workspace)
-            if name == until:
-                break
+        with locked(workspace.output):
+            for name, stage in STAGES.items():
+                if name not in _WITHOUT[config.planned]:
+                    stage(workspace)
+                if name == until:
+                    break
     return workspace
 
 

@@ -1,14 +1,8 @@
 """The whole pipeline on a tiny real model: results, resuming after a kill, what is repeated."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,49 +151,6 @@ def test_mixed_ranks_modules_and_ties(config):
     merges = json.loads((output / "merges.json").read_text())
     assert sorted(name for entry in merges for name in entry["members"]) == NAMES
     assert {e["scale"] for e in merges} <= {1.0, 1.5}
-
-
-def _command(config):
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in config.to_dict().items()
-               if v not in (None, [], False) and k != "init"]  # fmt: skip
-    return [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", *options]
-
-
-def _losses(cache):
-    """How many losses are in a cache directory by now."""
-    path = cache / "losses.sqlite"
-    if not path.exists():
-        return 0
-    try:
-        with sqlite3.connect(path, timeout=5) as connection:
-            return connection.execute("SELECT count(*) FROM losses").fetchone()[0]
-    except sqlite3.OperationalError:  # not a table yet
-        return 0
-
-
-def test_killed_at_any_moment_the_pack_is_the_same(config, tmp_path):
-    """SIGKILL after every so many losses, until a run gets through; against one never killed."""
-    whole = tmp_path / "whole"
-    options = {**config.to_dict(), "init": config.init, "output": str(whole)}
-    subprocess.run(_command(RunConfig(**options)), cwd=ROOT, capture_output=True, check=True)
-    output, cache, kills = Path(config.output), tmp_path / "cold", 0
-    environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
-    for step in (1, 9, 14, 23, 40):
-        process = subprocess.Popen(_command(config), cwd=ROOT, stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, env=environment)  # fmt: skip
-        while process.poll() is None:
-            if _losses(cache) >= step:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.002)
-        process.wait()
-    done = subprocess.run(_command(config), cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert kills >= 3
-    assert hash_tree(output / "pack") == hash_tree(whole / "pack")
-    assert (output / "clusters.json").read_text() == (whole / "clusters.json").read_text()
 
 
 @pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
