@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.errors import AdapterError
+from d2c_mlx.strict import parse_json, positive
 
 __all__ = ["Adapter", "LoRA", "check_adapter", "load_adapter", "read_config", "read_tensors"]
 
@@ -165,7 +166,7 @@ def read_config(directory: Path) -> dict[str, object]:
     """Read `adapter_config.json`; raises AdapterError when it is missing or no JSON object."""
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path}: missing; an adapter needs its adapter_config.json") from None
     except (ValueError, OSError) as error:
@@ -191,6 +192,12 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         ) from None
     if not n_tensors:
         raise AdapterError(f"{path}: holds no tensors")
+    whole = [name for name, x in tensors.items() if not mx.issubdtype(x.dtype, mx.floating)]
+    if whole:
+        raise AdapterError(
+            f"{path}: {len(whole)} tensors hold no floating point numbers (first: {min(whole)},"
+            f" {tensors[min(whole)].dtype}); save the adapter in float16, bfloat16 or float32"
+        )
     bad = [name for name, x in tensors.items() if not mx.isfinite(x).all().item()]
     if bad:
         raise AdapterError(
@@ -214,8 +221,8 @@ def load_adapter(directory: Path) -> Adapter:
             " low-rank delta on the stock base model"
         )
     parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("scale"), int | float):
-        raise AdapterError(f"{where}: lora_parameters.scale is missing or no number")
+    if not isinstance(parameters, dict) or not positive(parameters.get("scale")):
+        raise AdapterError(f"{where}: lora_parameters.scale is missing or no number above 0")
     weights = read_tensors(directory / WEIGHTS)
     pairs: dict[str, dict[str, mx.array]] = {}
     problems = []
@@ -255,7 +262,9 @@ def pair_problems(
             problems.append(f"{path}: {module} has no {missing[0]}; both factors are needed")
             continue
         a, b = (pair[leaf] for leaf in leaves)
-        if a.shape[1] != b.shape[0]:
+        if 0 in (*a.shape, *b.shape):
+            problems.append(f"{path}: {module} is empty: shapes {a.shape}, {b.shape}")
+        elif a.shape[1] != b.shape[0]:
             problems.append(
                 f"{path}: {module}: {leaves[0]} has rank {a.shape[1]}, {leaves[1]} {b.shape[0]}"
             )

@@ -69,7 +69,8 @@ def parse_budget(text: str) -> Budget:
         BudgetError: unreadable, zero or negative.
     """
     expected = 'expected "12.5%", "40MB", "500KB" or a number of adapters such as "5"'
-    match = _FORM.fullmatch(str(text))
+    text = str(text)  # YAML gives a number of adapters as one
+    match = _FORM.fullmatch(text)
     if match is None:
         raise BudgetError(f"budget: {text!r} is not readable; {expected}")
     number, unit = float(match[1]), match[2].upper()
@@ -79,9 +80,9 @@ def parse_budget(text: str) -> Budget:
     if number <= 0 or (unit in _UNITS and nbytes == 0):
         raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
     if unit == "%":
-        return Budget(str(text), percent=number)
+        return Budget(text, percent=number)
     if unit in _UNITS:
-        return Budget(str(text), nbytes=nbytes)
+        return Budget(text, nbytes=nbytes)
     if unit == "" and number.is_integer():
-        return Budget(str(text), n_adapters=int(number))
+        return Budget(text, n_adapters=int(number))
     raise BudgetError(f"budget: {text!r} is not readable; {expected}")

@@ -8,7 +8,6 @@ bits and row width. docs/packs.md has the layout.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from d2c_mlx.layout import (
 )
 from d2c_mlx.quantize import Compressed, Level
 from d2c_mlx.rounding import BITS, GROUP_SIZES, Quantized
+from d2c_mlx.strict import parse_json
 
 __all__ = [
     "index_of",
@@ -120,14 +120,15 @@ def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no ty
             f" {VERSION}; read it with the d2c-mlx that wrote it"
         )
     try:
-        said = json.loads(about["index"])
+        said = parse_json(about["index"])
+        counts = file.get_tensor("counts")
         index = Index(
             tuple(said["names"]),
             said["base"],
-            unfold(said["modules"]),
+            unfold(said["modules"], counts.shape[1]),
             tuple(said["bits"]),
             said["group_size"],
-            file.get_tensor("counts"),
+            counts,
         )
         size = len(index.names), len(index.modules), len(index.bits)
         same = index.counts.dtype == np.uint8 and index.counts.shape == size
@@ -136,7 +137,7 @@ def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no ty
         actual = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
         if same and actual == index.tensors():
             return index
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
         pass
     raise PackError(f"{path}: its tensors are not those that its index lists; write the pack again")
 

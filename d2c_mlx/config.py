@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -53,6 +54,8 @@ SAVINGS = (
 )
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# Characters of a config. PyYAML takes minutes for a hundred thousand brackets.
+_MOST_YAML = 20_000
 
 
 @dataclass(frozen=True)
@@ -272,12 +275,17 @@ def _read_yaml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        if len(text) > _MOST_YAML:
+            raise ConfigError(f"{path}: {len(text):,} characters, at most {_MOST_YAML:,} are read")
+        data = yaml.safe_load(text) or {}
+        json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
-    except yaml.YAMLError as error:
+    # Dates that are none and halves of surrogate pairs are ValueErrors.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")

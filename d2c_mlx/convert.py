@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ from d2c_mlx.adapter import (
     read_tensors,
 )
 from d2c_mlx.errors import AdapterError, InputError, collect
+from d2c_mlx.strict import match_end, positive
 
 __all__ = ["find_adapters", "read_adapter", "save_peft"]
 
@@ -71,12 +72,30 @@ def find_adapters(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise AdapterError(f"{directory}: no such directory; --adapters names the folder of them")
     found = {p.name: p for p in sorted(directory.iterdir()) if p.is_dir() and p.name[0] != "."}
+    problems = [f"{directory}: {line}" for line in _name_problems(list(found))]
+    if problems:
+        raise AdapterError(problems)
     if not found:
         raise AdapterError(
             f"{directory}: no adapters; expected one subdirectory per adapter with"
             f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX)"
         )
     return found
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    """Names that other systems could not hold."""
+    problems = [
+        f"the name {ascii(name)} has characters that are not printable; rename the directory"
+        for name in names
+        if not name.isprintable()
+    ]
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            problems.append(f"{other!r} and {name!r} are one name on a Mac; rename one of them")
+    return problems
 
 
 def read_adapter(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
@@ -136,22 +155,19 @@ def _pattern_lookup(
     """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
     if not isinstance(pattern, dict):
         pattern = {}
-    bad = [key for key, value in pattern.items() if not _positive(value)]
+    bad = [key for key, value in pattern.items() if not positive(value)]
     if bad:
         raise AdapterError(
             f"{where}: {field}: {bad[0]!r} is {pattern[bad[0]]!r}, expected a number above 0"
         )
-    try:
-        compiled = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
-    except re.error as error:
-        raise AdapterError(f"{where}: {field}: not a regular expression ({error})") from None
-    return lambda path: next((v for regex, v in compiled if regex.match(path)), default)
 
+    def lookup(path: str) -> float:
+        try:
+            return next((v for key, v in pattern.items() if match_end(key, path)), default)
+        except ValueError as error:
+            raise AdapterError(f"{where}: {field}: {error}") from None
 
-def _positive(value: object) -> bool:
-    """Whether a JSON value is a finite number above 0 (Python's JSON also reads NaN)."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    return good and 0 < value < math.inf  # type: ignore[operator]
+    return lookup
 
 
 def _load_peft(directory: Path) -> Adapter:
@@ -159,7 +175,7 @@ def _load_peft(directory: Path) -> Adapter:
     errors: list[InputError] = []
     problems = _refusals(config, where)
     for field in ("r", "lora_alpha"):
-        if not _positive(config.get(field)):
+        if not positive(config.get(field)):
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs: dict[str, dict[str, mx.array]] = {}

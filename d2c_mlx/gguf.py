@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from gguf import GGUFReader
 
 from d2c_mlx.errors import ModelError
 
@@ -47,9 +48,23 @@ def convert_gguf(path: Path, directory: Path) -> None:
         ModelError: not a GGUF, not a llama-type model, or a feature that is not understood.
     """
     try:
+        # MLX's own reader trusts every length and offset, to the point of a segmentation fault.
+        GGUFReader(path)
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as GGUF ({error})") from None
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: truncated, or not readable as GGUF ({error}); download it again"
+        ) from None
+    try:
+        _write_model(loaded, path, directory)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: its metadata or tensors are not those of a llama-type model"
+            f" ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _write_model(loaded: Any, path: Path, directory: Path) -> None:  # noqa: ANN401  of mx.load
     weights, metadata = loaded[0], {key: _plain(value) for key, value in loaded[1].items()}
     architecture = metadata.get("general.architecture")
     if architecture != "llama":

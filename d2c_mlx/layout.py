@@ -193,13 +193,19 @@ def _folded(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
     return runs
 
 
-def unfold(runs: Sequence[Sequence[Any]]) -> tuple[tuple[str, int, int], ...]:
-    """`(path, in, out)` of every module, from the index in a header."""
-    modules = []
+def unfold(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str, int, int], ...]:
+    """`(path, in, out)` of every module, from the index in a header.
+
+    Raises:
+        ValueError: more than `most`, or no index.
+    """
+    modules: list[tuple[str, int, int]] = []
     for pattern, width, out, spans in runs:
         for span in spans.split(","):
             low, _, high = span.partition("-")
             layers = range(int(low), int(high or low) + 1) if span else (-1,)
+            if len(layers) > most - len(modules):
+                raise ValueError(f"more than {most} modules")
             for layer in layers:
                 path = pattern if layer < 0 else pattern.replace("*", str(layer))
                 modules.append((path, int(width), int(out)))

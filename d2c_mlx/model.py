@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+from jinja2 import TemplateError
 from mlx.utils import tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner.datasets import create_dataset
@@ -121,19 +123,27 @@ class BaseModel:
         """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
 
         Raises:
-            TaskError: the tokenizer has no chat template, or a row has no target token.
+            TaskError: the tokenizer has no chat template, or a row has no target token or is longer
+                than the model's context.
         """
         masked = row_format(rows[0]) != ("text",)
         try:
             options = SimpleNamespace(mask_prompt=masked)
             dataset = create_dataset(list(rows), self.tokenizer, options)
             pairs = [dataset.process(row) for row in rows]
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
         examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
         empty = [i for i, example in enumerate(examples, 1) if example.n_targets < 1]
         if empty:
             raise TaskError(f"task {task}: row {empty[0]} has no target token")
+        context = getattr(self.model.args, "max_position_embeddings", None) or math.inf
+        long = [i for i, example in enumerate(examples, 1) if len(example.tokens) > context]
+        if long:
+            raise TaskError(
+                f"task {task}: row {long[0]} has {len(examples[long[0] - 1].tokens):,} tokens, the"
+                f" model's context {context:,}; shorten it ({len(long)} such rows)"
+            )
         return ExampleSet(task, examples)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:

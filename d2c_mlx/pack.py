@@ -6,7 +6,6 @@ in one file, and `unpack` makes plain directories of either (docs/packs.md).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from d2c_mlx.compact import read_compact, read_index, write_compact
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_file, write_dir, write_json
 from d2c_mlx.quantize import Compressed
+from d2c_mlx.strict import parse_json
 
 __all__ = ["Pack", "load_pack", "write_compact_pack", "write_pack"]
 
@@ -221,7 +221,7 @@ def load_pack(directory: Path) -> Pack:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PackError(f"{path}: missing; is this a pack?") from None
     except ValueError as error:
@@ -245,16 +245,12 @@ def load_pack(directory: Path) -> Pack:
             f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
             for task, folder in tasks.items()
             # "../x" would lead out of the pack, and `unpack` would write there.
-            if f"{folder}/adapters.safetensors" not in files or "/" in str(folder) or folder == ".."
+            if f"{folder}/adapters.safetensors" not in files or not _inside(folder, 1)
         ]
     else:
         problems = _compact_problems(path, manifest)
     for name, entry in files.items():
-        file = directory / name
-        if not file.is_file():
-            problems.append(f"{file}: missing, but the manifest lists it")
-        elif file.stat().st_size != entry["nbytes"] or hash_file(file) != entry["sha256"]:
-            problems.append(f"{file}: differs from the manifest's size or sha256; copy it again")
+        problems += _file_problems(directory, name, entry)
     if problems:
         raise PackError(problems)
     pack = Pack(directory, manifest)
@@ -266,10 +262,29 @@ def load_pack(directory: Path) -> Pack:
     return pack
 
 
+def _inside(name: object, depth: int) -> bool:
+    """Whether a manifest's name is a path of at most so many parts that stays in the pack."""
+    if not isinstance(name, str) or not name.isprintable():
+        return False
+    parts = name.split("/")
+    return len(parts) <= depth and not {"", ".", ".."} & set(parts)
+
+
+def _file_problems(directory: Path, name: str, entry: object) -> list[str]:
+    file = directory / name
+    if not _inside(name, 2) or not isinstance(entry, dict):
+        return [f"{directory / MANIFEST}: files: {ascii(name)} is no file of a pack"]
+    if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
+        return [f"{file}: missing, but the manifest lists it"]
+    if file.stat().st_size != entry.get("nbytes") or hash_file(file) != entry.get("sha256"):
+        return [f"{file}: differs from the manifest's size or sha256; copy it again"]
+    return []
+
+
 def _compact_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     base = manifest.get("base")
-    if manifest.get("dtype") not in _DTYPES:
+    if manifest.get("dtype") not in list(_DTYPES):  # it may be anything, a list too
         problems.append(f"{path}: dtype {manifest.get('dtype')!r}, expected one of {list(_DTYPES)}")
     if not isinstance(base, dict) or not isinstance(base.get("n_layers"), int):
         problems.append(f"{path}: base.n_layers is missing; write the pack again")

@@ -12,6 +12,7 @@ from typing import Any
 
 from d2c_mlx.errors import InputError, TaskError, collect, gather
 from d2c_mlx.files import fingerprint
+from d2c_mlx.strict import parse_json
 
 __all__ = [
     "Example",
@@ -236,7 +237,7 @@ def _read_rows(
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(f"{path}:{number}: not JSON ({error})")
             continue
@@ -273,5 +274,7 @@ def _messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
         return '"messages" must be a list of objects with "role" and "content"'
+    if not all(isinstance(m["role"], str) for m in messages):
+        return '"role" must be a string'
     role = messages[-1]["role"]
     return None if role == last else f'the last message has role {role!r}, expected "{last}"'

@@ -37,7 +37,11 @@ def unpack(pack: Pack, directory: Path) -> dict[str, str | None]:
                 if isinstance(k, int):
                     adapter.save(temporary / name, pack.manifest["base"]["n_layers"])
                 else:
-                    shutil.copytree(pack.path / name, temporary / name)
+                    (temporary / name).mkdir()
+                    # What the manifest verified, and nothing that lies beside it.
+                    for file in pack.manifest["files"]:
+                        if file.startswith(f"{name}/"):
+                            shutil.copyfile(pack.path / file, temporary / file)
             tasks |= dict.fromkeys(served, name if adapter else None)
         tasks |= {task: None for task, adapter in pack.tasks.items() if adapter is None}
         tasks = dict(sorted(tasks.items()))

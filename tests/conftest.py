@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser):
     parser.addoption("--library", default=str(ROOT / "examples" / "demo"), help="adapters/, tasks/")
     parser.addoption("--rows", type=int, default=8, help="held-out rows per task in parity tests")
+    parser.addoption("--inputs", type=int, default=800, help="of every fuzzed parser")
     parser.addoption("--kills", type=int, default=5, help="of each way through the pipeline")
 
 
