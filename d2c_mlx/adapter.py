@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,15 @@ import numpy as np
 from d2c_mlx.errors import AdapterError
 from d2c_mlx.strict import parse_json, positive
 
-__all__ = ["Adapter", "LoRA", "check_adapter", "load_adapter", "read_config", "read_tensors"]
+__all__ = [
+    "Adapter",
+    "LoRA",
+    "base_of",
+    "check_adapter",
+    "load_adapter",
+    "read_config",
+    "read_tensors",
+]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
@@ -247,8 +255,19 @@ def load_adapter(directory: Path) -> Adapter:
             f"{where}: lora_parameters.rank is {rank}, but {wrong[0]} has rank"
             f" {modules[wrong[0]].rank}; mlx-lm could not load this adapter either"
         )
-    base = config.get("base_model_name_or_path") or config.get("model")
-    return Adapter(directory.name, modules, str(base) if base else None)
+    return Adapter(directory.name, modules, base_of(config))
+
+
+def base_of(config: Mapping[str, object]) -> str | None:
+    """The base model's name as a config states it; of an absolute path the last part.
+
+    The rest tells who trained the adapter, and a pack would carry it on.
+    """
+    name = str(config.get("base_model_name_or_path") or config.get("model") or "")
+    for kind in (PurePosixPath(name), PureWindowsPath(name)):
+        if kind.is_absolute() or name.startswith("~"):
+            name = kind.name
+    return name or None
 
 
 def pair_problems(

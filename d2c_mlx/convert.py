@@ -21,6 +21,7 @@ from d2c_mlx.adapter import (
     WEIGHTS,
     Adapter,
     LoRA,
+    base_of,
     check_adapter,
     load_adapter,
     pair_problems,
@@ -193,8 +194,7 @@ def _load_peft(directory: Path) -> Adapter:
     if problems:
         raise AdapterError(problems)
     modules = _scaled_modules(pairs, config, where)
-    base = config.get("base_model_name_or_path")
-    return Adapter(directory.name, modules, str(base) if base else None)
+    return Adapter(directory.name, modules, base_of(config))
 
 
 def _scaled_modules(
