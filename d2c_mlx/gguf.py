@@ -1,8 +1,8 @@
-"""A llama-type GGUF base model -> an mlx-lm model directory. The only file that knows GGUF.
+"""GGUF: llama-type base models in, LoRA adapters out. The only file that knows GGUF.
 
 Q4_0, Q4_1 and Q8_0 stay packed: `mx.load` reads them as MLX affine quantization with groups of
-32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`,
-https://github.com/ggml-org/llama.cpp.
+32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`, adapters
+its `convert_lora_to_gguf.py`, https://github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from d2c_mlx.errors import ModelError
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.errors import AdapterError, ModelError
 
-__all__ = ["convert_gguf"]
+__all__ = ["ARCHITECTURES", "convert_gguf", "save_gguf_lora"]
+
+# mlx-lm's model_type -> general.architecture, of models whose names and rows are known here.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama"}
 
 _BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -66,6 +72,58 @@ def convert_gguf(path: Path, directory: Path) -> None:
             shutil.copyfile(path.parent / name, directory / name)
     else:
         _write_tokenizer(metadata, directory, path)
+
+
+def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
+    """Write one adapter for llama.cpp: its base is what llama.cpp converts that model to.
+
+    Factors are `lora_a (r, in)` and `lora_b (out, r)` with one rank, padded if need be, and alpha =
+    scale * rank. float16 and float32 stay, bfloat16 becomes float32: not every backend has it.
+
+    Args:
+        adapter: of the model that `config` describes.
+        path: the file to write.
+        config: the base model's config.json, its model_type one of `ARCHITECTURES`.
+
+    Raises:
+        AdapterError: modules that have no name in GGUF; nothing is written.
+    """
+    from gguf import GGUFType, GGUFWriter, Keys
+
+    parts = {target: part for part, target in _BLOCK.items() if target.endswith("_proj")}
+    split = {module: module.split(".layers.")[1].split(".", 1) for module in adapter.modules}
+    unknown = [module for module, (_, target) in split.items() if target not in parts]
+    if unknown:
+        raise AdapterError(
+            f"{adapter.name}: {len(unknown)} modules have no name in GGUF (first: {min(unknown)});"
+            f" expected {', '.join(parts)} of a block"
+        )
+    n_heads = int(config["num_attention_heads"])
+    heads = {"attn_q": n_heads, "attn_k": int(config.get("num_key_value_heads") or n_heads)}
+    modules = adapter.uniform().modules
+    first = next(iter(modules.values()))
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+    writer.add_name(adapter.name)
+    for module, lora in sorted(modules.items()):
+        block, target = split[module]
+        part = parts[target]
+        a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
+        if part in heads:
+            # The inverse of what `_rename` does to the rows of the base.
+            b = b.reshape(heads[part], 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
+        writer.add_tensor(f"blk.{block}.{part}.weight.lora_a", a)
+        writer.add_tensor(f"blk.{block}.{part}.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _exact(x: mx.array) -> mx.array:
+    return x.astype(mx.float32) if x.dtype == mx.bfloat16 else x
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  GGUF metadata is any JSON-like value
