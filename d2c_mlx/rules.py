@@ -20,7 +20,9 @@ from d2c_mlx.errors import AdapterError, InputError, collect
 
 __all__ = ["layout_problems"]
 
-_TENSOR = re.compile(r"(?P<blocks>(.+\.)?layers)\.(?P<block>\d+)\.(?P<key>.+)\.(?P<leaf>lora_[ab])")
+_TENSOR = re.compile(
+    r"(?P<blocks>(?:.+?\.)?layers)\.(?P<block>\d+)\.(?P<key>.+)\.(?P<leaf>lora_[ab])"
+)
 _FLOATS = ("F16", "BF16", "F32")
 # Tensor name -> (dtype as safetensors names it, shape).
 _Header = Mapping[str, tuple[str, tuple[int, ...]]]

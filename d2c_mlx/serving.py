@@ -67,5 +67,5 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
             layer.lora_a, layer.lora_b = lora.a, lora.b
             new.append((path, layer))
         model.update_modules(tree_unflatten(new))
+        mx.eval([(lora.a, lora.b) for lora in adapter.modules.values()])
     model.eval()
-    mx.eval(model.parameters())

@@ -6,7 +6,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from d2c_mlx.errors import PackError, gather
+from d2c_mlx.errors import ConfigError, PackError, gather
 from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.rules import layout_problems
 from d2c_mlx.unpack import unpack
@@ -27,9 +27,11 @@ def verify(directory: Path, runtime: str | None = None) -> Pack:
     Raises:
         InputError: every problem found.
     """
+    if runtime not in (None, *RUNTIMES):
+        raise ConfigError(f"for: {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     pack = load_pack(directory)
     gather(partial(pack.load, served[0]) for served in pack.adapters.values())
-    if runtime == "mlx-swift" and pack.storage == "compact":
+    if runtime and pack.storage == "compact":
         with tempfile.TemporaryDirectory() as temporary:
             plain = Path(temporary) / "plain"
             names = sorted({name for name in unpack(pack, plain).values() if name})

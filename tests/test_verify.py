@@ -197,6 +197,11 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
     assert all("num_layers is 1, but tensors belong to block 1" in line for line in lines)
 
 
+def test_an_unknown_runtime(tmp_path):
+    with pytest.raises(InputError, match="for: 'tvm', expected one of mlx-swift"):
+        verify(tmp_path, "tvm")
+
+
 def test_the_command(tmp_path, adapters):
     pack = write_pack(tmp_path / "pack", adapters, **ABOUT)
     argv = [sys.executable, "-c", MAIN, "verify", str(pack.path)]
