@@ -258,7 +258,7 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     help="Write the adapters of a pack for another program, and tasks.json: task -> file or"
     " directory, or null for the base model.\n\n"
     "mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT."
-    " gguf: files for llama.cpp, of llama-type models.\n\n\b\nExamples:\n"
+    " gguf: files for llama.cpp, of the model families in docs/families.md.\n\n\b\nExamples:\n"
     "  d2c-mlx export runs/first/pack --to peft --output peft-loras\n"
     "  d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras"
 )

@@ -1,4 +1,4 @@
-"""GGUF: llama-type base models in, LoRA adapters out. The only file that knows GGUF.
+"""The only file that knows GGUF: llama-type base models in, LoRA adapters of many families out.
 
 Q4_0, Q4_1 and Q8_0 stay packed: `mx.load` reads them as MLX affine quantization with groups of
 32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`, adapters
@@ -22,8 +22,21 @@ from d2c_mlx.errors import AdapterError, ModelError
 
 __all__ = ["ARCHITECTURES", "convert_gguf", "save_gguf_lora"]
 
-# mlx-lm's model_type -> general.architecture, of models whose names and rows are known here.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama"}
+# mlx-lm's model_type -> general.architecture, and whether its q and k rows are interleaved there.
+ARCHITECTURES = {
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "granite": ("granite", True),
+    "lfm2": ("lfm2", False),
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "olmo2": ("olmo2", False),
+    "phi3": ("phi3", False),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "smollm3": ("smollm3", True),
+    "stablelm": ("stablelm", False),
+}
 
 _BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -88,34 +101,35 @@ def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> N
     Raises:
         AdapterError: modules that have no name in GGUF; nothing is written.
     """
-    from gguf import GGUFType, GGUFWriter, Keys
+    from gguf import MODEL_ARCH_NAMES, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 
-    parts = {target: part for part, target in _BLOCK.items() if target.endswith("_proj")}
-    split = {module: module.split(".layers.")[1].split(".", 1) for module in adapter.modules}
-    unknown = [module for module, (_, target) in split.items() if target not in parts]
+    architecture, interleaved = ARCHITECTURES[config["model_type"]]
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = get_tensor_name_map(kind, int(config["num_hidden_layers"]))
+    names = {module: known.get_name(module) for module in adapter.modules}
+    unknown = [module for module, name in names.items() if name is None]
     if unknown:
         raise AdapterError(
-            f"{adapter.name}: {len(unknown)} modules have no name in GGUF (first: {min(unknown)});"
-            f" expected {', '.join(parts)} of a block"
+            f"{adapter.name}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
+            f" (first: {min(unknown)}); llama.cpp could not place them"
         )
     n_heads = int(config["num_attention_heads"])
-    heads = {"attn_q": n_heads, "attn_k": int(config.get("num_key_value_heads") or n_heads)}
+    heads = {"q_proj": n_heads, "k_proj": int(config.get("num_key_value_heads") or n_heads)}
     modules = adapter.uniform().modules
     first = next(iter(modules.values()))
-    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(path, architecture)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
     writer.add_name(adapter.name)
     for module, lora in sorted(modules.items()):
-        block, target = split[module]
-        part = parts[target]
         a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
-        if part in heads:
+        n = heads.get(module.rpartition(".")[2])
+        if interleaved and n:
             # The inverse of what `_rename` does to the rows of the base.
-            b = b.reshape(heads[part], 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
-        writer.add_tensor(f"blk.{block}.{part}.weight.lora_a", a)
-        writer.add_tensor(f"blk.{block}.{part}.weight.lora_b", b)
+            b = b.reshape(n, 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
+        writer.add_tensor(f"{names[module]}.weight.lora_a", a)
+        writer.add_tensor(f"{names[module]}.weight.lora_b", b)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,11 +22,12 @@ FAMILIES = {
     "Mistral": ("MistralConfig", {}, {}),
     "Qwen2": ("Qwen2Config", {}, {}),
     "Qwen3": ("Qwen3Config", {"head_dim": 16}, {}),
-    "Gemma 2": ("Gemma2Config", {"head_dim": 8}, {}),
+    # llama.cpp divides by sqrt(head_dim), whatever query_pre_attn_scalar says.
+    "Gemma 2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}, {}),
     # mlx-lm rounds sqrt(hidden_size) to bfloat16: 8 is exact.
     "Gemma 3 text": (
         "Gemma3TextConfig",
-        {"hidden_size": 64, "head_dim": 8, "num_hidden_layers": 6},
+        {"hidden_size": 64, "head_dim": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 6},
         {},
     ),
     "Phi-3": ("Phi3Config", {}, {}),

@@ -183,13 +183,16 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path, monke
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
     base = {**plain.manifest["base"], "config_sha256": hash_file(other / "config.json")}
     gemma = replace(plain, manifest={**plain.manifest, "base": base})
-    refused(
-        ModelError, "model_type is 'gemma3'.* expected one of llama, mistral", str(other), gemma
-    )
+    refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
     lora = adapter_of("one").modules[[*ALL][0]]
     odd = "model.layers.0.self_attn.qkv_proj"
     fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], **about)
-    refused(AdapterError, f"1 modules have no name in GGUF .first: {odd}", str(model), fused)
+    refused(
+        AdapterError,
+        f"1 modules have no name in a GGUF of 'llama' .first: {odd}",
+        str(model),
+        fused,
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(ConfigError, "pip install 'd2c-mlx.gguf.'", str(model))
 

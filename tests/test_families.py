@@ -4,6 +4,7 @@ The table in docs/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pyt
 tests/test_families.py` writes it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -15,14 +16,18 @@ import pytest
 from families import FAMILIES, FEATURES, TOKENS
 from mlx_lm import load as stock_load
 from safetensors.numpy import load_file
+from test_export import read_gguf
+from test_gguf import permuted
 from tiny import tiny_tokenizer
 
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError
-from d2c_mlx.model import BaseModel
+from d2c_mlx.gguf import save_gguf_lora
+from d2c_mlx.model import BaseModel, block_index
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
+CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
 found: dict = {}
 
@@ -82,6 +87,36 @@ def test_cell(root, bases, family, feature, tmp_path):
     for path, lora in adapter.modules.items():
         np.testing.assert_allclose(stored.modules[path].delta(), lora.delta(), rtol=1e-5, atol=1e-6)
     found[family, feature] = "exact"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
+    root, bases, family, tmp_path
+):
+    """What benchmarks/gguf_families.py found in the output of convert_lora_to_gguf.py."""
+    known = json.loads(CONVERTER.read_text())["rows"][family]
+    base = bases[family]
+    config = json.loads((base.path / "config.json").read_text())
+    adapter = read_adapter(root / family / "all linear", base.module_shapes)
+    save_gguf_lora(adapter, tmp_path / "x.gguf", config)
+    _, deltas = read_gguf(tmp_path / "x.gguf")
+    assert {name.split(".")[2] for name in deltas} == set(known["tensors"])
+    assert len(deltas) == len(adapter.modules)
+    assert known["moved"] in ([], ["attn_k", "attn_q"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    expected = []
+    for path, lora in adapter.modules.items():
+        n = heads.get(path.rpartition(".")[2]) if known["moved"] else None
+        rows = permuted(lora.delta(), n) if n else lora.delta()
+        expected.append((f"blk.{block_index(path)}.", rows))
+    for name, delta in deltas.items():
+        same = [
+            rows
+            for block, rows in expected
+            if name.startswith(block) and rows.shape == delta.shape
+            and np.allclose(rows, delta, rtol=1e-5, atol=1e-6)
+        ]  # fmt: skip
+        assert len(same) == 1, name
 
 
 def test_table_in_the_docs(bases):
