@@ -251,13 +251,69 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     from d2c_mlx.pack import load_pack
     from d2c_mlx.unpack import unpack as write_plain
 
-    tasks = write_plain(load_pack(pack), Path(output))
+    _show_tasks(write_plain(load_pack(pack), Path(output)), output, as_json)
+
+
+@click.command(
+    help="Write the adapters of a pack for another program, and tasks.json: task -> file or"
+    " directory, or null for the base model.\n\n"
+    "mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT."
+    " gguf: files for llama.cpp, of the model families in docs/families.md.\n\n\b\nExamples:\n"
+    "  d2c-mlx export runs/first/pack --to peft --output peft-loras\n"
+    "  d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
+              " heads")  # fmt: skip
+@_JSON
+def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -> None:
+    """Verify the pack, write its adapters."""
+    from d2c_mlx.export import export as write_export
+    from d2c_mlx.pack import load_pack
+
+    _show_tasks(write_export(load_pack(pack), to, Path(output), model), output, as_json)
+
+
+def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
         return
-    for task, directory in tasks.items():
-        click.echo(f"{task:<24} {directory or 'the base model'}")
-    click.echo(f"wrote {len({d for d in tasks.values() if d})} adapters to {output}")
+    for task, name in tasks.items():
+        click.echo(f"{task:<24} {name or 'the base model'}")
+    click.echo(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
+
+
+@click.command(
+    help="Check every file of a pack against its manifest, every adapter's values and, with --for,"
+    " the layout that another program asks for. All problems at once.\n\n\b\nExamples:\n"
+    "  d2c-mlx verify runs/first/pack\n"
+    "  d2c-mlx verify runs/first/pack --for mlx-swift"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
+              " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
+@_JSON
+def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
+    """Print what the pack holds; exit code 2 if it is not well."""
+    from d2c_mlx.verify import verify as verify_pack
+
+    found = verify_pack(pack, runtime)
+    row = {
+        "pack": str(pack),
+        "storage": found.storage,
+        "nbytes": found.nbytes,
+        "adapters": len(found.adapters),
+        "tasks": len(found.tasks),
+        "for": runtime,
+    }
+    if as_json:
+        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{pack}: {found.storage}, {len(found.adapters)} adapters for {len(found.tasks)}"
+               f" tasks, {found.nbytes:,} bytes: verified"
+               f"{f' for {runtime}' if runtime else ''}")  # fmt: skip
 
 
 @click.command(help="What this machine has, and what to do about what is missing.\n\n\b\nExample:\n"

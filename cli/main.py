@@ -18,7 +18,9 @@ _COMMANDS = {
     "pack": "commands:pack",
     "bench": "commands:bench",
     "report": "commands:report",
+    "verify": "commands:verify",
     "unpack": "commands:unpack",
+    "export": "commands:export",
     "doctor": "commands:doctor",
 }
 

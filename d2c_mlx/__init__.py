@@ -3,10 +3,24 @@
 `pipeline.run(config)` is the whole program on one page; start reading there.
 """
 
+from typing import TYPE_CHECKING
+
 from d2c_mlx.blas import preload_blas
+
+if TYPE_CHECKING:
+    from d2c_mlx.serving import load
 
 # Before anything imports mlx.core: see blas.py.
 preload_blas()
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `load` when it is asked for: mlx_lm takes a second."""
+    if name == "load":
+        from d2c_mlx.serving import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

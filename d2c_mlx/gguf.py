@@ -1,8 +1,8 @@
-"""A llama-type GGUF base model -> an mlx-lm model directory. The only file that knows GGUF.
+"""The only file that knows GGUF: llama-type base models in, LoRA adapters of many families out.
 
 Q4_0, Q4_1 and Q8_0 stay packed: `mx.load` reads them as MLX affine quantization with groups of
-32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`,
-https://github.com/ggml-org/llama.cpp.
+32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`, adapters
+its `convert_lora_to_gguf.py`, https://github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,15 +10,41 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from gguf import GGUFReader
+import numpy as np
+from gguf import (
+    MODEL_ARCH_NAMES,
+    GGUFReader,
+    GGUFType,
+    GGUFWriter,
+    Keys,
+    get_tensor_name_map,
+)
 
-from d2c_mlx.errors import ModelError
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.errors import AdapterError, ModelError
 
-__all__ = ["convert_gguf"]
+__all__ = ["ARCHITECTURES", "convert_gguf", "save_gguf_lora"]
+
+# mlx-lm's model_type -> general.architecture, and whether its q and k rows are interleaved there.
+ARCHITECTURES = {
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "granite": ("granite", True),
+    "lfm2": ("lfm2", False),
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "olmo2": ("olmo2", False),
+    "phi3": ("phi3", False),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "smollm3": ("smollm3", True),
+    "stablelm": ("stablelm", False),
+}
 
 _BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -81,6 +107,57 @@ def _write_model(loaded: Any, path: Path, directory: Path) -> None:  # noqa: ANN
             shutil.copyfile(path.parent / name, directory / name)
     else:
         _write_tokenizer(metadata, directory, path)
+
+
+def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
+    """Write one adapter for llama.cpp: its base is what llama.cpp converts that model to.
+
+    Factors are `lora_a (r, in)` and `lora_b (out, r)` with one rank, padded if need be, and alpha =
+    scale * rank. float16 and float32 stay, bfloat16 becomes float32: not every backend has it.
+
+    Args:
+        adapter: of the model that `config` describes.
+        path: the file to write.
+        config: the base model's config.json, its model_type one of `ARCHITECTURES`.
+
+    Raises:
+        AdapterError: modules that have no name in GGUF; nothing is written.
+    """
+    architecture, interleaved = ARCHITECTURES[config["model_type"]]
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = get_tensor_name_map(kind, int(config["num_hidden_layers"]))
+    names = {module: known.get_name(module) for module in adapter.modules}
+    unknown = [module for module, name in names.items() if name is None]
+    if unknown:
+        raise AdapterError(
+            f"{adapter.name}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
+            f" (first: {min(unknown)}); llama.cpp could not place them"
+        )
+    n_heads = int(config["num_attention_heads"])
+    heads = {"q_proj": n_heads, "k_proj": int(config.get("num_key_value_heads") or n_heads)}
+    modules = adapter.uniform().modules
+    first = next(iter(modules.values()))
+    writer = GGUFWriter(path, architecture)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+    writer.add_name(adapter.name)
+    for module, lora in sorted(modules.items()):
+        a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
+        n = heads.get(module.rpartition(".")[2])
+        if interleaved and n:
+            # The inverse of what `_rename` does to the rows of the base.
+            b = b.reshape(n, 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
+        writer.add_tensor(f"{names[module]}.weight.lora_a", a)
+        writer.add_tensor(f"{names[module]}.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _exact(x: mx.array) -> mx.array:
+    return x.astype(mx.float32) if x.dtype == mx.bfloat16 else x
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  GGUF metadata is any JSON-like value

@@ -12,7 +12,7 @@ from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.gguf import convert_gguf
 from d2c_mlx.lock import locked
 
-__all__ = ["EMBEDDED", "cache_directory", "embedded_gguf", "resolve_model"]
+__all__ = ["EMBEDDED", "cache_directory", "embedded_gguf", "resolve_base", "resolve_model"]
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,6 +63,24 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
             f"model: {spec!r} is no directory, no .gguf file and no Hugging Face id (owner/name)"
         )
     return spec, _download(spec)
+
+
+def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
+    """Find the base model of a pack: `(name, mlx-lm model directory)`.
+
+    Args:
+        name: what the pack says its base is; only the embedded default is found by it, so that a
+            pack never makes a download start.
+        spec: as for `resolve_model`.
+
+    Raises:
+        ModelError: it is needed and not given, or cannot be had.
+    """
+    if spec is None and name != EMBEDDED:
+        raise ModelError(
+            f"model: the pack is for {name!r}; name that model's directory, hub id or .gguf file"
+        )
+    return resolve_model(spec)
 
 
 def _converted(gguf: Path) -> Path:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +25,7 @@ from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel", "block_index"]
+__all__ = ["BaseModel", "block_index", "linear_shapes", "load_stock"]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
@@ -69,13 +71,7 @@ class BaseModel:
         """Load; on a CPU device weights become float32, which is fast and exact there."""
         self.spec = spec
         self.name, self.path = resolve_model(spec)
-        try:
-            model, self.tokenizer = load(str(self.path), lazy=True)
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"{self.path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
-            ) from None
+        model, self.tokenizer = load_stock(self.path, lazy=True)
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
@@ -85,7 +81,7 @@ class BaseModel:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         self.model = model
-        self.module_shapes = _linear_shapes(model)
+        self.module_shapes = linear_shapes(model)
         self.first_touched = self.n_layers
         self._slots: dict[str, _Slot] = {}
 
@@ -225,7 +221,19 @@ class BaseModel:
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
-def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
+    try:
+        model, tokenizer = load(str(path), lazy=lazy)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
+        ) from None
+    return model, tokenizer
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Module path -> (in, out) of every linear module inside a transformer block."""
     shapes = {}
     for path, module in model.named_modules():

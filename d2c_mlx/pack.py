@@ -18,6 +18,7 @@ from d2c_mlx.compact import read_compact, read_index, write_compact
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_file, write_dir, write_json
 from d2c_mlx.quantize import Compressed
+from d2c_mlx.rules import layout_problems
 from d2c_mlx.strict import parse_json
 
 __all__ = ["Pack", "load_pack", "write_compact_pack", "write_pack"]
@@ -55,6 +56,15 @@ class Pack:
         return self.manifest["tasks"]
 
     @property
+    def adapters(self) -> dict[str | int, list[str]]:
+        """Adapter, as in `tasks` -> the tasks that it serves."""
+        served: dict[str | int, list[str]] = {}
+        for task, adapter in self.tasks.items():
+            if adapter is not None:
+                served.setdefault(adapter, []).append(task)
+        return dict(sorted(served.items(), key=str))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all adapter files."""
         return self.manifest["nbytes"]
@@ -85,6 +95,23 @@ class Pack:
         if isinstance(adapter, int):
             return _read(self, adapter)
         return load_adapter(self.adapter_path(task))
+
+    def switch(self, model: Any, task: str | None) -> None:  # noqa: ANN401  any nn.Module
+        """Make an mlx-lm model serve `task`, in place; None is the base model.
+
+        Args:
+            model: what `d2c_mlx.load` or `mlx_lm.load` gave. LoRAs that it has are dropped. A
+                prompt cache from before belongs to the old adapter: begin a new one.
+            task: one of `tasks`, or None.
+
+        Raises:
+            PackError: the pack does not serve this task, or its file cannot be read.
+            AdapterError: the model is not the pack's base; it stays as it was.
+        """
+        # mlx_lm takes a second to import, and a pack is read without it.
+        from d2c_mlx.serving import switch
+
+        switch(model, None if task is None else self.load(task), self.path)
 
     def _served_by(self, task: str) -> str | int | None:
         if task not in self.tasks:
@@ -118,13 +145,19 @@ def write_pack(
         max_bytes: allowed bytes of all adapter files, or None.
 
     Raises:
-        PackError: the files are larger than the budget; nothing is written.
+        PackError: the files are larger than the budget, or an adapter would not load elsewhere;
+            nothing is written.
     """
     with write_dir(directory) as temporary:
         tasks: dict[str, str] = {}
+        problems = []
         for k, adapter in enumerate(adapters):
-            adapter.save(temporary / f"cluster-{k}", n_layers)
-            tasks |= {source: f"cluster-{k}" for source in adapter.sources}
+            name = f"cluster-{k}"
+            adapter.save(temporary / name, n_layers)
+            problems += layout_problems(temporary / name, directory / name)
+            tasks |= dict.fromkeys(adapter.sources, name)
+        if problems:
+            raise PackError(problems)
         base = {"model": model, "config_sha256": config_hash}
         about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
         _write_manifest(directory, temporary, "plain", about, tasks)
@@ -214,10 +247,11 @@ def _write_manifest(
 
 
 def load_pack(directory: Path) -> Pack:
-    """Open a pack and verify every file's size and hash.
+    """Open a pack and verify every file's size and hash, in a plain pack the adapters' layout too.
 
     Raises:
-        PackError: no pack, another version, or files that are missing or differ.
+        PackError: no pack, another version, files that are missing or differ, or adapters that
+            stock mlx-lm or mlx-swift would not load.
     """
     path = directory / MANIFEST
     try:
@@ -251,6 +285,9 @@ def load_pack(directory: Path) -> Pack:
         problems = _compact_problems(path, manifest)
     for name, entry in files.items():
         problems += _file_problems(directory, name, entry)
+    if storage == "plain" and not problems:
+        folders = sorted({str(folder) for folder in tasks.values()})
+        problems = [line for folder in folders for line in layout_problems(directory / folder)]
     if problems:
         raise PackError(problems)
     pack = Pack(directory, manifest)

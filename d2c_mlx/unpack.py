@@ -1,15 +1,17 @@
-"""Plain mlx-lm adapters from a pack of any storage."""
+"""The adapters of a pack of any storage, written for other programs."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import write_dir, write_json
 from d2c_mlx.pack import Pack
 
-__all__ = ["unpack"]
+__all__ = ["unpack", "write_adapters"]
 
 
 def unpack(pack: Pack, directory: Path) -> dict[str, str | None]:
@@ -25,24 +27,48 @@ def unpack(pack: Pack, directory: Path) -> dict[str, str | None]:
     Raises:
         PackError: `directory` holds the pack, or an adapter cannot be read; nothing is written.
     """
+
+    def write(adapter: Adapter, path: Path) -> None:
+        if pack.storage == "compact":
+            adapter.save(path, pack.manifest["base"]["n_layers"])
+        else:
+            path.mkdir()
+            # What the manifest verified, and nothing that lies beside it.
+            for file in pack.manifest["files"]:
+                if file.startswith(f"{path.name}/"):
+                    shutil.copyfile(pack.path / file, path.parent / file)
+
+    return write_adapters(pack, directory, write)
+
+
+def write_adapters(
+    pack: Pack, directory: Path, write: Callable[[Adapter, Path], None], suffix: str = ""
+) -> dict[str, str | None]:
+    """Write every adapter as `cluster-<k><suffix>`, and `tasks.json`.
+
+    Args:
+        pack: what `load_pack` verified.
+        directory: replaced as a whole, only once everything is in it.
+        write: writes one adapter to a path that does not exist yet.
+        suffix: of the written files.
+
+    Returns:
+        What `tasks.json` holds: task -> file or directory, null for the base model.
+
+    Raises:
+        PackError: `directory` holds the pack, or an adapter cannot be read; nothing is written.
+    """
     if pack.path.resolve().is_relative_to(directory.resolve()):
         raise PackError(f"output: {directory} would replace the pack; name another")
     tasks: dict[str, str | None] = {}
     with write_dir(directory) as temporary:
-        for k in sorted({k for k in pack.tasks.values() if k is not None}, key=str):
-            name = f"cluster-{k}" if isinstance(k, int) else k
-            served = [task for task, adapter in pack.tasks.items() if adapter == k]
+        for k, served in pack.adapters.items():
             adapter = pack.load(served[0])
+            name = None
             if adapter:
-                if isinstance(k, int):
-                    adapter.save(temporary / name, pack.manifest["base"]["n_layers"])
-                else:
-                    (temporary / name).mkdir()
-                    # What the manifest verified, and nothing that lies beside it.
-                    for file in pack.manifest["files"]:
-                        if file.startswith(f"{name}/"):
-                            shutil.copyfile(pack.path / file, temporary / file)
-            tasks |= dict.fromkeys(served, name if adapter else None)
+                name = (f"cluster-{k}" if isinstance(k, int) else k) + suffix
+                write(adapter, temporary / name)
+            tasks |= dict.fromkeys(served, name)
         tasks |= {task: None for task, adapter in pack.tasks.items() if adapter is None}
         tasks = dict(sorted(tasks.items()))
         write_json(temporary / "tasks.json", tasks)

@@ -3,10 +3,18 @@
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
+import torch
 import yaml
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from loras import lora_of
+from tiny import LAYERS, tiny_model
 
 import d2c_mlx
 from d2c_mlx.config import load_config
@@ -15,14 +23,62 @@ ROOT = Path(__file__).parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx.")]
 
 
-def test_readme_example_runs(monkeypatch, tmp_path, capsys):
-    """The Python block of the README, on the embedded model; only its output goes elsewhere."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def test_readme_examples_run(monkeypatch, tmp_path, capsys):
+    """The Python blocks of the README, on the embedded model; only its output goes elsewhere."""
+    run, use = blocks("README.md", "python")
+    names: dict = {}
     monkeypatch.chdir(ROOT)
-    exec(code.replace("runs/readme", str(tmp_path / "run")), {})
-    loss = float(capsys.readouterr().out.strip().splitlines()[-1])
-    assert 0 < loss < 5
+    for code in (run, use):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 8
+        exec(code.replace("runs/readme", str(tmp_path / "run")), names)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert 0 < float(lines[1]) < 5
+    assert any(line.strip() for line in lines[2:])
+    # What was switched to last serves: the logits of its adapter on a fresh model.
+    fresh, _ = d2c_mlx.load(tmp_path / "run" / "pack", "num-es")
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(names["model"](tokens), fresh(tokens))
+
+
+def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
+    """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
+    from d2c_mlx.adapter import Adapter
+    from d2c_mlx.files import hash_file
+    from d2c_mlx.pack import write_pack
+
+    model = tiny_model(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    path = "model.layers.1.self_attn.q_proj"
+    write_pack(
+        tmp_path / "runs" / "first" / "pack",
+        [Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+         for n in ("num-de", "num-es")],
+        model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2",
+        max_bytes=None,
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("docs/using.md", "sh")
+    for line in commands.strip().splitlines():
+        name, *args = shlex.split(line)
+        assert name == "d2c-mlx"
+        result = CliRunner().invoke(cli, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    names: dict = {}
+    mlx_lm, switch, peft = blocks("docs/using.md", "python")
+    exec(mlx_lm + switch, names)
+    assert capsys.readouterr().out.strip()
+    tokens = [[1, 2, 3]]
+    bare = names["model"](mx.array(tokens))
+    names["pack"].switch(names["model"], "num-de")
+    ours = np.array(names["model"](mx.array(tokens)).astype(mx.float32))
+    assert np.abs(ours - np.array(bare.astype(mx.float32))).max() > 0.1
+    exec(peft, names)
+    theirs = names["model"].float()(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
 def test_demo_config_is_valid():

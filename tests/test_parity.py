@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from d2c_mlx.adapter import load_adapter
 from d2c_mlx.convert import find_adapters, read_adapter, save_peft
 from d2c_mlx.engine import Engine
+from d2c_mlx.export import export
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.pack import write_pack
 from d2c_mlx.tasks import load_task
@@ -61,7 +62,9 @@ def test_base_has_the_loss_that_torch_has(base, torch_base, library, rows):
     assert _ours(base, None, examples) == pytest.approx(_torch_loss(torch_base, examples), abs=1e-4)
 
 
-def test_stock_mlx_lm_gives_our_loss_on_the_files_of_a_pack(base, float_base, library, tmp_path):
+def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
+    base, float_base, torch_base, library, tmp_path
+):
     names = list(find_adapters(library / "adapters"))[:3]
     adapters = [read_adapter(library / "adapters" / n, base.module_shapes) for n in names]
     merged = scaled(merge_adapters(adapters[:2]), 1.4).uniform(base.dtype)
@@ -75,6 +78,7 @@ def test_stock_mlx_lm_gives_our_loss_on_the_files_of_a_pack(base, float_base, li
         budget="2",
         max_bytes=None,
     )
+    exported = export(pack, "peft", tmp_path / "peft")
     for name in names:
         examples = base.encode(name, load_task(library / "tasks" / name).test[:4])
         model, _ = stock_load(str(float_base), adapter_path=str(pack.adapter_path(name)))
@@ -87,6 +91,9 @@ def test_stock_mlx_lm_gives_our_loss_on_the_files_of_a_pack(base, float_base, li
             total += nll[example.first_target - 1 :].sum()
         ours = _ours(base, pack.load(name), examples)
         assert ours == pytest.approx(total / examples.n_targets, abs=1e-5)
+        model = PeftModel.from_pretrained(torch_base, tmp_path / "peft" / exported[name]).eval()
+        assert ours == pytest.approx(_torch_loss(model, examples), abs=1e-4)
+        model.unload()
 
 
 def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):

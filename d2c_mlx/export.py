@@ -1,0 +1,65 @@
+"""A pack for other programs: mlx-lm and mlx-swift, PEFT, llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.convert import save_peft
+from d2c_mlx.errors import ConfigError, ModelError
+from d2c_mlx.files import hash_file
+from d2c_mlx.gguf import ARCHITECTURES, save_gguf_lora
+from d2c_mlx.locate import resolve_base
+from d2c_mlx.pack import Pack
+from d2c_mlx.unpack import unpack, write_adapters
+
+__all__ = ["FORMATS", "export"]
+
+FORMATS = ("mlx", "peft", "gguf")
+
+
+def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> dict[str, str | None]:
+    """Write every adapter of a pack in another format, and `tasks.json`.
+
+    Args:
+        pack: what `load_pack` verified.
+        to: `mlx` (what `unpack` writes), `peft` (a directory each) or `gguf` (a file each).
+        directory: replaced as a whole.
+        model: the pack's base model, as for `resolve_model`. Only gguf needs it, for its
+            architecture and heads; None is enough where the base is the embedded default.
+
+    Returns:
+        What `tasks.json` holds: task -> file or directory, null for the base model.
+
+    Raises:
+        InputError: an unknown format, an architecture that is not known in GGUF, another base
+            model, or what `write_adapters` raises; nothing is written.
+    """
+    if to == "mlx":
+        return unpack(pack, directory)
+    if to == "peft":
+        return write_adapters(pack, directory, save_peft)
+    if to != "gguf":
+        raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
+    write = partial(save_gguf_lora, config=_base_config(pack, model))
+    return write_adapters(pack, directory, write, ".gguf")
+
+
+def _base_config(pack: Pack, model: str | None) -> dict[str, Any]:
+    """The config.json of the model that the pack was made for."""
+    base = pack.manifest["base"]
+    path = resolve_base(base["model"], model)[1] / "config.json"
+    if hash_file(path) != base["config_sha256"]:
+        raise ModelError(
+            f"{path}: is not the config of {base['model']!r}, which the pack was made with (its"
+            " sha256 differs); rows are ordered by its heads, so name that very model"
+        )
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: model_type is {config.get('model_type')!r}, whose names and rows in GGUF are"
+            f" not known here; expected one of {', '.join(ARCHITECTURES)}"
+        )
+    return config

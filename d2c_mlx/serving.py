@@ -1,0 +1,71 @@
+"""A pack in a program that uses mlx-lm: one line to load, one to change the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+
+from d2c_mlx.adapter import Adapter, check_adapter
+from d2c_mlx.locate import resolve_base
+from d2c_mlx.model import linear_shapes, load_stock
+from d2c_mlx.pack import Pack, load_pack
+
+__all__ = ["load", "switch"]
+
+
+def load(
+    pack: str | Path | Pack, task: str | None = None, model: str | None = None
+) -> tuple[Any, Any]:
+    """An mlx-lm model and tokenizer, as `mlx_lm.load` gives them, with a task's adapter attached.
+
+    Args:
+        pack: its directory, which is verified, or what `load_pack` gave.
+        task: one of `pack.tasks`; None is the base model.
+        model: the pack's base model: an mlx-lm directory, a `.gguf` file, or a Hugging Face id (the
+            only case that may use the network). None is enough where it is the embedded default.
+
+    Raises:
+        InputError: no such pack, task or model, or adapters of another base model.
+    """
+    if not isinstance(pack, Pack):
+        pack = load_pack(Path(pack))
+    adapter = None if task is None else pack.load(task)
+    _, directory = resolve_base(pack.manifest["base"]["model"], model)
+    found, tokenizer = load_stock(directory)
+    switch(found, adapter, pack.path)
+    return found, tokenizer
+
+
+def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: ANN401  any nn.Module
+    """Replace the LoRAs of an mlx-lm model in place; base weights are neither read nor copied.
+
+    A prompt cache from before holds keys and values of the old adapter: begin a new one.
+
+    Args:
+        model: of `mlx_lm.load` or `load`. LoRAs that it has are dropped.
+        adapter: None leaves the base model.
+        where: what to name in messages.
+
+    Raises:
+        AdapterError: the adapter is of another base model; the model stays as it was.
+    """
+    if adapter:
+        # The linear module inside a LoRA of mlx-lm is called `linear`.
+        shapes = {p.removesuffix(".linear"): shape for p, shape in linear_shapes(model).items()}
+        check_adapter(adapter, shapes, where)
+    old = [(p, m.linear) for p, m in model.named_modules() if isinstance(m, LoRALinear)]
+    model.update_modules(tree_unflatten(old))
+    if adapter:
+        modules = dict(model.named_modules())
+        new = []
+        for path, lora in adapter.modules.items():
+            layer = LoRALinear.from_base(modules[path], r=lora.rank, scale=lora.scale)
+            layer.lora_a, layer.lora_b = lora.a, lora.b
+            new.append((path, layer))
+        model.update_modules(tree_unflatten(new))
+        mx.eval([(lora.a, lora.b) for lora in adapter.modules.values()])
+    model.eval()

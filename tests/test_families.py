@@ -1,0 +1,137 @@
+"""Model families x features of PEFT adapters: torch PEFT, stock mlx-lm and ours, and back.
+
+The table in docs/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
+tests/test_families.py` writes it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from families import FAMILIES, FEATURES, TOKENS
+from mlx_lm import load as stock_load
+from safetensors.numpy import load_file
+from test_export import read_gguf
+from test_gguf import permuted
+from tiny import tiny_tokenizer
+
+from d2c_mlx.adapter import load_adapter
+from d2c_mlx.convert import read_adapter, save_peft
+from d2c_mlx.errors import AdapterError
+from d2c_mlx.gguf import save_gguf_lora
+from d2c_mlx.model import BaseModel, block_index
+
+DOC = Path(__file__).parents[1] / "docs" / "families.md"
+CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
+CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
+found: dict = {}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("families")
+    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("families.py"))]
+    subprocess.run([*program, str(path)], check=True, capture_output=True)
+    for family in FAMILIES:
+        tiny_tokenizer().save_pretrained(path / family / "model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(root):
+    """Family -> its model, loaded once."""
+    return {family: BaseModel(str(root / family / "model")) for family in FAMILIES}
+
+
+def logits(model):
+    return np.array(model(mx.array(TOKENS)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_is_the_one_that_torch_has(root, bases, family):
+    bases[family].attach(None)
+    expected = np.load(root / family / "logits.npz")["base"]
+    assert np.abs(logits(bases[family].model) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("family, feature", CELLS)
+def test_cell(root, bases, family, feature, tmp_path):
+    base, source, words = bases[family], root / family / feature, FEATURES[feature][1]
+    if words:
+        with pytest.raises(AdapterError, match=words):
+            read_adapter(source, base.module_shapes)
+        found[family, feature] = "refused"
+        return
+    known = np.load(root / family / "logits.npz")
+    adapter = read_adapter(source, base.module_shapes)
+    base.attach(adapter)
+    assert np.abs(logits(base.model) - known[feature]).max() < 1e-4
+    assert np.abs(known["base"] - known[feature]).max() > 1e-2
+    adapter.save(tmp_path / "mlx", base.n_layers)
+    stock, _ = stock_load(str(base.path), adapter_path=str(tmp_path / "mlx"))
+    assert np.abs(logits(stock) - known[feature]).max() < 1e-4
+    # Back to PEFT: every factor bit by bit, or the same dW where the layout has one rank.
+    save_peft(adapter, tmp_path / "peft")
+    name = "adapter_model.safetensors"
+    before, after = load_file(source / name), load_file(tmp_path / "peft" / name)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    again = read_adapter(tmp_path / "peft", base.module_shapes)
+    assert again.digest == adapter.digest
+    stored = load_adapter(tmp_path / "mlx")
+    for path, lora in adapter.modules.items():
+        np.testing.assert_allclose(stored.modules[path].delta(), lora.delta(), rtol=1e-5, atol=1e-6)
+    found[family, feature] = "exact"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
+    root, bases, family, tmp_path
+):
+    """What benchmarks/gguf_families.py found in the output of convert_lora_to_gguf.py."""
+    known = json.loads(CONVERTER.read_text())["rows"][family]
+    base = bases[family]
+    config = json.loads((base.path / "config.json").read_text())
+    adapter = read_adapter(root / family / "all linear", base.module_shapes)
+    save_gguf_lora(adapter, tmp_path / "x.gguf", config)
+    _, deltas = read_gguf(tmp_path / "x.gguf")
+    assert {name.split(".")[2] for name in deltas} == set(known["tensors"])
+    assert len(deltas) == len(adapter.modules)
+    assert known["moved"] in ([], ["attn_k", "attn_q"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    expected = []
+    for path, lora in adapter.modules.items():
+        n = heads.get(path.rpartition(".")[2]) if known["moved"] else None
+        rows = permuted(lora.delta(), n) if n else lora.delta()
+        expected.append((f"blk.{block_index(path)}.", rows))
+    for name, delta in deltas.items():
+        same = [
+            rows
+            for block, rows in expected
+            if name.startswith(block) and rows.shape == delta.shape
+            and np.allclose(rows, delta, rtol=1e-5, atol=1e-6)
+        ]  # fmt: skip
+        assert len(same) == 1, name
+
+
+def test_table_in_the_docs(bases):
+    if set(found) != set(CELLS):
+        pytest.skip("not every cell was run, or one has failed")
+    rows = [["family", "modules of a block", *FEATURES], ["---"] * (2 + len(FEATURES))]
+    for family, base in bases.items():
+        modules = sorted({path.rpartition(".")[2] for path in base.module_shapes})
+        rows.append([family, ", ".join(modules), *(found[family, feature] for feature in FEATURES)])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    start, end = "<!-- table: tests/test_families.py -->\n", "<!-- end -->\n"
+    text = DOC.read_text(encoding="utf-8")
+    head, rest = text.split(start)
+    expected = head + start + table + end + rest.split(end)[1]
+    if os.environ.get("D2C_MLX_WRITE_DOCS"):
+        DOC.write_text(expected, encoding="utf-8")
+        return
+    assert text == expected, "D2C_MLX_WRITE_DOCS=1 pytest tests/test_families.py writes the table"
