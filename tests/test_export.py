@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from d2c_mlx.adapter import Adapter, load_adapter
 from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import AdapterError, ConfigError, InputError, ModelError, PackError
+from d2c_mlx.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.export import export
 from d2c_mlx.files import hash_file, hash_tree
 from d2c_mlx.gguf import save_gguf_lora
@@ -167,7 +167,7 @@ def test_gguf_added_to_a_gguf_base_is_the_adapter_on_its_mlx_base(plain, model, 
     assert difference < 2e-2 if rows == "exported" else difference > 0.1
 
 
-def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path, monkeypatch):
+def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     out = tmp_path / "out"
     other = tiny_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())

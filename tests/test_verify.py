@@ -78,7 +78,7 @@ def test_what_we_save_obeys_every_rule(directory):
         ({"lora": {"rank": ...}}, "lora_parameters.rank is None"),
         ({"lora": {"rank": 8}}, "lora_parameters.rank is 8, but model.layers.0"),
         ({"lora": {"scale": "2"}}, "lora_parameters.scale is '2'"),
-        ({"lora": {"scale": float("nan")}}, "lora_parameters.scale is nan"),
+        ({"lora": {"scale": float("nan")}}, "NaN is no JSON"),
         ({"lora": {"dropout": ...}}, "lora_parameters.dropout is None"),
         ({"lora": {"keys": ...}}, "lora_parameters.keys is None"),
         ({"lora": {"keys": []}}, "lora_parameters.keys is []"),
