@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +23,7 @@ from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel", "block_index"]
+__all__ = ["BaseModel", "block_index", "encode", "linear_shapes", "load_stock"]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
@@ -67,13 +69,7 @@ class BaseModel:
         """Load; on a CPU device weights become float32, which is fast and exact there."""
         self.spec = spec
         self.name, self.path = resolve_model(spec)
-        try:
-            model, self.tokenizer = load(str(self.path), lazy=True)
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"{self.path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
-            ) from None
+        model, self.tokenizer, _ = load_stock(self.path)
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
@@ -83,7 +79,7 @@ class BaseModel:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         self.model = model
-        self.module_shapes = _linear_shapes(model)
+        self.module_shapes = linear_shapes(model)
         self.first_touched = self.n_layers
         self._slots: dict[str, _Slot] = {}
 
@@ -118,23 +114,8 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
-        """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
-
-        Raises:
-            TaskError: the tokenizer has no chat template, or a row has no target token.
-        """
-        masked = row_format(rows[0]) != ("text",)
-        try:
-            options = SimpleNamespace(mask_prompt=masked)
-            dataset = create_dataset(list(rows), self.tokenizer, options)
-            pairs = [dataset.process(row) for row in rows]
-        except ValueError as error:
-            raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
-        examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
-        empty = [i for i, example in enumerate(examples, 1) if example.n_targets < 1]
-        if empty:
-            raise TaskError(f"task {task}: row {empty[0]} has no target token")
-        return ExampleSet(task, examples)
+        """`encode` with the model's tokenizer."""
+        return encode(self.tokenizer, task, rows)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
@@ -215,7 +196,43 @@ class BaseModel:
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
-def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+def load_stock(path: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Model, tokenizer and config as stock mlx-lm loads them, weights not yet read.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
+    try:
+        model, tokenizer, config = load(str(path), lazy=True, return_config=True)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
+        ) from None
+    return model, tokenizer, config
+
+
+def encode(tokenizer: Any, task: str, rows: Sequence[Row]) -> ExampleSet:  # noqa: ANN401  mlx-lm's
+    """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
+
+    Raises:
+        TaskError: the tokenizer has no chat template, or a row has no target token.
+    """
+    masked = row_format(rows[0]) != ("text",)
+    try:
+        options = SimpleNamespace(mask_prompt=masked)
+        dataset = create_dataset(list(rows), tokenizer, options)
+        pairs = [dataset.process(row) for row in rows]
+    except ValueError as error:
+        raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
+    examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
+    empty = [i for i, example in enumerate(examples, 1) if example.n_targets < 1]
+    if empty:
+        raise TaskError(f"task {task}: row {empty[0]} has no target token")
+    return ExampleSet(task, examples)
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Module path -> (in, out) of every linear module inside a transformer block."""
     shapes = {}
     for path, module in model.named_modules():
