@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.errors import PackError
+from d2c_mlx.files import hash_file
 
 __all__ = ["FORMAT", "compare_phones", "read_phone", "render_phone"]
 
@@ -114,11 +115,15 @@ def _provenance(result: Json) -> str:
     )
 
 
-def read_phone(path: Path) -> Json:
+def read_phone(path: Path, of: Path | None = None) -> Json:
     """Read a result; of a history file the last line.
 
+    Args:
+        path: of the file.
+        of: a pack that it must be of.
+
     Raises:
-        PackError: no such file, or no result of `bench PACK`.
+        PackError: no such file, no result of `bench PACK`, or one of another pack.
     """
     if not path.is_file():
         raise PackError(f"{path}: no such file; write one with d2c-mlx bench PACK --json > {path}")
@@ -129,8 +134,15 @@ def read_phone(path: Path) -> Json:
         except ValueError:
             continue
         if isinstance(result, dict) and result.get("format") == FORMAT:
-            return result
-    raise PackError(f"{path}: no result of d2c-mlx bench PACK --json, nor a history of them")
+            break
+    else:
+        raise PackError(f"{path}: no result of d2c-mlx bench PACK --json, nor a history of them")
+    if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
+        raise PackError(
+            f"{path}: it is of another pack than {of}; measure this one with d2c-mlx bench {of}"
+            f" --device {result['device']['name']} --json > {path}, or delete the file"
+        )
+    return result
 
 
 def compare_phones(first: Json, second: Json) -> str:

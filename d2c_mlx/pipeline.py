@@ -24,6 +24,7 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.phone_table import read_phone
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
@@ -218,9 +219,15 @@ def report(ws: Workspace) -> None:
     """The results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if ws.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
+    # What `bench PACK --json` of this pack printed, where the user put it.
+    phone = ws.path("phone.json")
+    if phone.exists():
+        reads.append(phone.name)
 
     def body() -> None:
         artifacts = {Path(name).stem: ws.read(name) for name in reads}
+        if phone.exists():
+            artifacts["phone"] = read_phone(phone, of=ws.path("pack"))
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):
             write_text(ws.path(name), render(artifacts))
 
