@@ -41,11 +41,12 @@ __all__ = ["CONTEXTS", "PhoneConfig", "append_history", "bench_phone", "read_con
 
 CONTEXTS = (128, 512, 1024)
 _INCLUDES = (
-    "first token: prefill and one decode step, the model loaded, one sequence, greedy, KV cache in"
-    " the model's dtype; decode: the tokens after it; medians after one run that is not counted;"
-    " switch: reading the adapter from the pack (files in the page cache, the pack verified"
-    " before), attaching it, one token of a one-token prompt; stock: mlx_lm.load with adapter_path"
-    " (tokenizer included), the same token; peak: MLX's arrays, not the app around them"
+    "first token: prefill and one decode step, the model loaded, one sequence, greedy; decode: the"
+    " tokens after it; medians after one run that is not counted; switch: reading the adapter from"
+    " the pack (files in the page cache, the pack verified before), attaching it, one token of a"
+    " one-token prompt; stock: mlx_lm.load with adapter_path (tokenizer included), the same token;"
+    " memory: weights, adapter and KV cache in the model's dtype, the rest of MLX's peak as"
+    " measured in compute_dtype, not the app around it"
 )
 
 
@@ -110,13 +111,14 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
-    with contextlib.redirect_stdout(sys.stderr), progress_bar("bench", quiet) as bar:
-        name, source, path = quantized_model(config.model, config.bits)
-        stock = StockModel(path)
-        methods = _methods(config, pack, stock)
-        contexts = _contexts(config, stock)
-        tests = _tests(config, pack, stock)
-        with memory_limit(profile.memory):
+    name, source, path = quantized_model(config.model, config.bits)
+    stock = StockModel(path)
+    methods = _methods(config, pack, stock)
+    contexts = _contexts(config, stock)
+    tests = _tests(config, pack, stock)
+    # mlx-lm prints warnings of its own, and standard output is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        with memory_limit(profile.memory), progress_bar("bench", quiet) as bar:
             measured = {
                 name: _method(stock, profile, method, contexts, config, bar)
                 for name, method in methods.items()
@@ -169,8 +171,14 @@ def _about_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict
         ),
         "file_nbytes": stock.file_nbytes,
         "weights_nbytes": stock.weights_nbytes,
+        "dtype": _dtype(stock.dtype),
+        "compute_dtype": _dtype(stock.compute_dtype),
         "pack_was_made_for": pack.manifest["base"]["model"],
     }
+
+
+def _dtype(dtype: mx.Dtype | None) -> str:
+    return str(dtype).split(".")[-1]
 
 
 def _methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Method]:
@@ -232,13 +240,17 @@ def _method(
     adapter = _largest(method)
     stock.attach(adapter)
     bar.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
-    speeds = [speed(stock, _nbytes(adapter), n, config.decode, config.runs, bar) for n in contexts]
+    found = [speed(stock, n, config.decode, config.runs, bar) for n in contexts]
+    fixed = {"weights": stock.weights_nbytes, "adapter": _nbytes(adapter)}
     stored = stock.file_nbytes + method.nbytes
     return {
         "nbytes": method.nbytes,
         "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
-        "contexts": speeds,
-        "memory": [_memory(stock, profile, _nbytes(adapter), one) for one in speeds],
+        "contexts": [times for times, _ in found],
+        "memory": [
+            {"context": times["context"], **_memory({**fixed, **grown}, profile)}
+            for times, grown in found
+        ],
         "storage": {"nbytes": stored, **_fit(stored, profile.storage)},
     }
 
@@ -247,20 +259,10 @@ def _fit(nbytes: int, limit: int) -> dict[str, Any]:
     return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
 
 
-def _memory(
-    stock: StockModel, profile: Profile, adapter_nbytes: int, speed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """By component, in bytes; rest is activations and logits."""
-    parts = {
-        "weights": stock.weights_nbytes,
-        "adapter": adapter_nbytes,
-        "kv_cache": speed["kv_nbytes"],
-    }
-    peak = speed["peak_nbytes"]
-    return {
-        "context": speed["context"], **parts, "rest": peak - sum(parts.values()), "peak": peak,
-        **_fit(peak, profile.memory),
-    }  # fmt: skip
+def _memory(parts: Mapping[str, int], profile: Profile) -> dict[str, Any]:
+    """By component, in bytes on the device; rest is activations and logits, as measured here."""
+    peak = sum(parts.values())
+    return {**parts, "peak": peak, **_fit(peak, profile.memory)}
 
 
 def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[ExampleSet]:
@@ -287,7 +289,7 @@ def _quality(
         "device": device,
         "float": floating,
         "float_weights": "dequantized" if config.bits is None and stock.bits else "original",
-        "float_dtype": str(base.compute_dtype).split(".")[-1],
+        "float_dtype": _dtype(base.compute_dtype),
         "gain": {"device": gains[0], "float": gains[1]},
         "kept_gain": gains[0] / gains[1] if gains[1] > 1e-6 else None,
         "n_rows": [len(test.examples) for test in tests],

@@ -110,8 +110,9 @@ def _provenance(result: Json) -> str:
     options = result["options"]
     return (
         f"Times of this machine, not of the device: {machine['device']} ({machine['system']}), MLX"
-        f" backend {machine['backend']}; {options['runs']} runs, {options['decode']} tokens"
-        f" decoded. {versions}. Includes: {provenance['includes']}."
+        f" backend {machine['backend']}, in {result['model']['compute_dtype']}; {options['runs']}"
+        f" runs, {options['decode']} tokens decoded. {versions}. Included:"
+        f" {provenance['includes']}."
     )
 
 
@@ -187,13 +188,15 @@ def _measures(first: Json, second: Json) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in [name for name in first["methods"] if name in second["methods"]]:
         found = [one["methods"][name] for one in (first, second)]
-        for a, b in zip(*(one["contexts"] for one in found)):
+        rows_of = [[{**times, **memory} for times, memory in zip(one["contexts"], one["memory"])]
+                   for one in found]  # fmt: skip
+        for a, b in zip(*rows_of):
             about = f"{name}, {a['context']} tokens"
             for words, key, unit in (
                 ("first token", "first_token_seconds", _ms),
                 ("prompt tok/s", "prompt_tokens_per_second", _one),
                 ("decode tok/s", "decode_tokens_per_second", _one),
-                ("peak", "peak_nbytes", _mb),
+                ("peak", "peak", _mb),
             ):
                 rows.append(
                     (f"{about}: {words}", unit(a[key]), unit(b[key]), _ratio(a[key], b[key]))

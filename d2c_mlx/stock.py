@@ -1,7 +1,7 @@
-"""A base model as stock mlx-lm runs it on a device: weights as stored, adapters beside them.
+"""A base model as stock mlx-lm runs it on a device: weights as quantized, adapters beside them.
 
-`BaseModel` evaluates fast and in float32 on a CPU; this is what a phone would compute. Adapters
-are never fused: `fuse` quantizes the sum again, which destroys small deltas.
+`BaseModel` dequantizes on a CPU; this is what a phone would compute. Adapters are never fused:
+`fuse` quantizes the sum again, which destroys small deltas.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ _BATCH = 256
 class StockModel:
     """A model loaded by mlx-lm, with mlx-lm's own LoRA layers for an adapter at a time.
 
-    It is a `probe.Runner`, too.
+    It is a `probe.Runner`, too. On a CPU device activations and scales are float32 (in 16 bit
+    MLX's CPU backend is some twenty times slower); weights are as quantized everywhere.
 
     Attributes:
         path: its mlx-lm directory.
         model: as mlx-lm made it, weights read.
         tokenizer: mlx-lm's.
         config: content of config.json.
+        weights_nbytes: bytes of the weights as they are stored.
+        dtype: of activations on the device; None if the architecture does not say.
+        compute_dtype: of activations here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,9 +59,15 @@ class StockModel:
         self.model, self.tokenizer, self.config = load_stock(path)
         # An `Engine` in this process may have put functions of ours in their place.
         use_exponentials(self.model, False)
-        mx.eval(self.model.parameters())
         self.module_shapes = linear_shapes(self.model)
-        self.weights_nbytes = sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
+        self.weights_nbytes = self.held_nbytes
+        norm = getattr(getattr(self.model, "model", None), "norm", None)
+        self.dtype: mx.Dtype | None = None if norm is None else norm.weight.dtype
+        self.compute_dtype = self.dtype
+        if mx.default_device().type == mx.DeviceType.cpu:
+            self.compute_dtype = mx.float32
+            self.model.set_dtype(mx.float32)
+        mx.eval(self.model.parameters())
 
     @property
     def n_layers(self) -> int:
@@ -70,10 +80,9 @@ class StockModel:
         return (self.config.get("quantization") or {}).get("bits")
 
     @property
-    def dtype(self) -> mx.Dtype | None:
-        """Of its activations; None if its architecture does not say."""
-        norm = getattr(getattr(self.model, "model", None), "norm", None)
-        return None if norm is None else norm.weight.dtype
+    def held_nbytes(self) -> int:
+        """Bytes of weights and attached adapter in this process."""
+        return sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
 
     @property
     def vocabulary(self) -> int:
@@ -99,18 +108,19 @@ class StockModel:
         layers = {}
         for path, lora in adapter.modules.items():
             layer = LoRALinear.from_base(linears[path], r=lora.rank, dropout=0.0, scale=lora.scale)
-            layer.lora_a, layer.lora_b = lora.a, lora.b
+            layer.lora_a, layer.lora_b = (
+                x.astype(self.compute_dtype or x.dtype) for x in (lora.a, lora.b)
+            )
             layers[path] = layer
         self.model.update_modules(tree_unflatten(list(layers.items())))
         self.model.eval()
         mx.eval([(layer.lora_a, layer.lora_b) for layer in layers.values()])
 
-    def kv_nbytes(self, n_tokens: int) -> int | None:
+    def kv_nbytes(self, n_tokens: int, dtype: mx.Dtype | None) -> int | None:
         """Bytes of mlx-lm's KV cache once it holds `n_tokens` of one prompt, from shapes alone.
 
-        None for models whose cache is another than mlx-lm's plain one.
+        None for models whose cache is another than mlx-lm's plain one, or without a dtype.
         """
-        dtype = self.dtype
         plain = all(type(cache) is KVCache for cache in make_prompt_cache(self.model))
         names = ("k_proj", "v_proj")
         widths = [s[1] for p, s in self.module_shapes.items() if p.split(".")[-1] in names]

@@ -44,36 +44,41 @@ def memory_limit(nbytes: int) -> Iterator[None]:
 
 
 def speed(
-    stock: StockModel, adapter_nbytes: int, context: int, n_decode: int, runs: int, meter: Meter
-) -> dict[str, Any]:
+    stock: StockModel, context: int, n_decode: int, runs: int, meter: Meter
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Medians over the timed runs, after one that is not counted.
 
     Args:
         stock: with the adapter attached.
-        adapter_nbytes: bytes of the attached factors.
         context: tokens of the prompt, random ones.
         n_decode: tokens generated after it.
         runs: timed runs.
         meter: told of the tokens done.
+
+    Returns:
+        Times, and bytes: `kv_cache` in the device's dtype; `rest`, what MLX held at its peak here
+        beside weights, adapter and KV cache.
     """
     prompt = np.random.default_rng(0).integers(0, stock.vocabulary, context).tolist()
     mx.clear_cache()
-    # What else this process holds is not the device's.
-    others = mx.get_active_memory() - stock.weights_nbytes - adapter_nbytes
+    # With weights and adapter, and what else this process holds.
+    before = mx.get_active_memory()
     mx.reset_peak_memory()
     found = []
     for _ in range(runs + 1):
         found.append(_generate(stock.model, prompt, n_decode))
         meter.advance(context + n_decode)
-    firsts, rests, kv_nbytes = zip(*found[1:])
+    firsts, rests, caches = zip(*found[1:])
     first = statistics.median(firsts)
-    return {
+    times = {
         "context": context,
         "first_token_seconds": first,
         "prompt_tokens_per_second": context / first,
         "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
-        "peak_nbytes": mx.get_peak_memory() - others,
-        "kv_nbytes": stock.kv_nbytes(context + n_decode) or kv_nbytes[0],
+    }
+    return times, {
+        "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
+        "rest": mx.get_peak_memory() - before - caches[0],
     }
 
 
@@ -111,7 +116,7 @@ def switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
         directory = Path(temporary) / "plain"
         places = unpack(pack, directory)
         reloads = itertools.cycle(places.values())
-        theirs = [_by_reload(stock.path, directory, next(reloads)) for _ in range(runs + 1)]
+        theirs = [_by_reload(stock, directory, next(reloads)) for _ in range(runs + 1)]
     found = {"pack": _medians(ours, "read", "attach"), "stock": _medians(theirs, "reload")}
     ready = [one["seconds"] - one["token_seconds"] for one in found.values()]
     return {
@@ -130,10 +135,15 @@ def _through_pack(stock: StockModel, pack: Pack, task: str) -> tuple[float, ...]
     return read - started, attached - read, _generate(stock.model, [0], 1)[0]
 
 
-def _by_reload(path: Path, directory: Path, place: str | None) -> tuple[float, ...]:
+def _by_reload(stock: StockModel, directory: Path, place: str | None) -> tuple[float, ...]:
     started = time.perf_counter()
-    model = load(str(path), adapter_path=str(directory / place) if place else None)[0]
-    return time.perf_counter() - started, _generate(model, [0], 1)[0]
+    model = load(str(stock.path), adapter_path=str(directory / place) if place else None)[0]
+    reloaded = time.perf_counter() - started
+    # Their token in the same dtype as ours; the cast is not counted.
+    if stock.compute_dtype:
+        model.set_dtype(stock.compute_dtype)
+        mx.eval(model.parameters())
+    return reloaded, _generate(model, [0], 1)[0]
 
 
 def _medians(times: Sequence[tuple[float, ...]], *names: str) -> dict[str, Any]:

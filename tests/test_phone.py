@@ -72,7 +72,7 @@ def test_components_add_up_and_both_limits_are_kept_apart(made):
         assert [one["context"] for one in method["contexts"]] == [300, 40]
         for one, speed in zip(method["memory"], method["contexts"]):
             parts = [one[key] for key in ("weights", "adapter", "kv_cache", "rest")]
-            assert sum(parts) == one["peak"] == speed["peak_nbytes"]
+            assert sum(parts) == one["peak"]
             assert one["margin"] == one["limit"] - one["peak"] and one["fits"]
             assert one["limit"] == 4_200_000_000
             assert one["weights"] == result["model"]["weights_nbytes"] > 0

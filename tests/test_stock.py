@@ -46,7 +46,8 @@ def examples_of(paths, stock, name):
 
 
 def stock_loss(model, examples):
-    """Row by row, the softmax in float64."""
+    """Row by row, the softmax in float64; activations in float32, as ours on this device."""
+    model.set_dtype(mx.float32)
     total = 0.0
     for example in examples.examples:
         logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
@@ -121,12 +122,28 @@ def test_kv_bytes_are_those_of_the_real_cache(stock, n_tokens):
     stock.model(mx.zeros((1, prefix), mx.int32), cache=cache)
     for _ in range(n_tokens - prefix):
         stock.model(mx.zeros((1, 1), mx.int32), cache=cache)
-    assert stock.kv_nbytes(n_tokens) == sum(one.nbytes for one in cache) > 0
+    held = sum(one.nbytes for one in cache)
+    assert stock.kv_nbytes(n_tokens, stock.compute_dtype) == held > 0
+    # On a device, which computes in the model's own dtype.
+    cache = make_prompt_cache(stock.model)
+    model, _ = stock_load(str(stock.path))
+    model(mx.zeros((1, n_tokens), mx.int32), cache=cache)
+    assert stock.kv_nbytes(n_tokens, stock.dtype) == sum(one.nbytes for one in cache) == held // 2
 
 
 def test_kv_bytes_of_another_cache_are_not_guessed(stock, monkeypatch):
     monkeypatch.setattr(type(stock.model), "make_cache", lambda self: [object()], raising=False)
-    assert stock.kv_nbytes(10) is None
+    assert stock.kv_nbytes(10, mx.float16) is None
+
+
+def test_weights_stay_as_they_are_quantized(stock):
+    """Only scales are cast, on a CPU; the bytes that count are those of the files' tensors."""
+    tensors = mx.load(str(stock.path / "model.safetensors"))
+    assert stock.weights_nbytes == sum(x.nbytes for x in tensors.values())
+    name = "model.layers.0.self_attn.q_proj"
+    layer = dict(stock.model.named_modules())[name]
+    assert mx.array_equal(layer.weight, tensors[f"{name}.weight"])
+    assert (stock.dtype, stock.compute_dtype) == (mx.float16, mx.float32)
 
 
 def test_quantizing_is_done_once_by_mlx_lm(paths):
