@@ -46,24 +46,21 @@ _FILE = click.Path(path_type=Path)
 @click.option("--decode", type=int, help="tokens generated after each  [default: 32]")
 @click.option("--runs", type=int, help="timed runs of each  [default: 3]")
 @click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]")
-@click.option("--history", type=_FILE, metavar="FILE", help="add the result as a line of JSON")
+@click.option("--history", type=_DIR, metavar="FILE", help="add the result as a line of JSON")
 @click.option("--quiet", is_flag=True, help="no progress bars")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def bench(
     contexts: str | None,
-    history: Path | None,
     quiet: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Measure, print, keep."""
-    from d2c_mlx.phone import PhoneConfig, append_history, bench_phone, read_contexts
+    from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
     from d2c_mlx.phone_table import render_phone
 
     given = {name: value for name, value in options.items() if value is not None}
     result = bench_phone(PhoneConfig(**given, contexts=read_contexts(contexts)), quiet)
-    if history:
-        append_history(history, result)
     click.echo(
         json.dumps(result, indent=2, ensure_ascii=False) if as_json else render_phone(result)
     )

@@ -65,17 +65,24 @@ class BaseModel:
         first_touched: index of the first block that an attached adapter changes.
     """
 
-    def __init__(self, spec: str | None = None) -> None:
-        """Load; on a CPU device weights become float32, which is fast and exact there."""
+    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
+        """Load; on a CPU device weights become float32, which is fast and exact there.
+
+        Args:
+            spec: see `locate.resolve_model`.
+            dequantize: have no quantized weights on any device.
+        """
         self.spec = spec
         self.name, self.path = resolve_model(spec)
         model, self.tokenizer, _ = load_stock(self.path)
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
-        if mx.default_device().type == mx.DeviceType.cpu:
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        if on_cpu:
             self.compute_dtype = mx.float32
             model.set_dtype(mx.float32)
+        if on_cpu or dequantize:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         self.model = model

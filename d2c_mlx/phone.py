@@ -37,7 +37,7 @@ from d2c_mlx.stock import StockModel, quantized_model
 from d2c_mlx.tasks import ExampleSet, load_tasks
 from d2c_mlx.timing import memory_limit, speed, switch
 
-__all__ = ["CONTEXTS", "PhoneConfig", "append_history", "bench_phone", "read_contexts"]
+__all__ = ["CONTEXTS", "PhoneConfig", "bench_phone", "read_contexts"]
 
 CONTEXTS = (128, 512, 1024)
 _INCLUDES = (
@@ -65,6 +65,7 @@ class PhoneConfig:
         decode: tokens generated after each prompt.
         runs: timed runs of each.
         test_examples: rows of test.jsonl that judge, the first ones; 0 is all.
+        history: file to which the result is added as a line of JSON; None keeps none.
     """
 
     pack: str
@@ -77,6 +78,7 @@ class PhoneConfig:
     decode: int = 32
     runs: int = 3
     test_examples: int = 10
+    history: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError listing every value that is out of range."""
@@ -87,6 +89,7 @@ class PhoneConfig:
             "decode": (self.decode >= 2, "2 or more"),
             "runs": (self.runs >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
+            "history": (not self.history or not Path(self.history).is_dir(), "a file"),
         }  # fmt: skip
         problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
                     for name, (good, expected) in checks.items() if not good]  # fmt: skip
@@ -117,15 +120,15 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     contexts = _contexts(config, stock)
     tests = _tests(config, pack, stock)
     # mlx-lm prints warnings of its own, and standard output is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
-        with memory_limit(profile.memory), progress_bar("bench", quiet) as bar:
+    with contextlib.redirect_stdout(sys.stderr), progress_bar("bench", quiet) as bar:
+        with memory_limit(profile.memory):
             measured = {
                 name: _method(stock, profile, method, contexts, config, bar)
                 for name, method in methods.items()
             }
             switches = switch(stock, pack, config.runs)
-        quality = _quality(config, stock, methods, tests) if tests else None
-    return {
+        quality = _quality(config, stock, methods, tests, bar) if tests else None
+    result = {
         "format": FORMAT,
         "version": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -144,9 +147,12 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         "quality": quality,
         "provenance": {**environment(), "includes": _INCLUDES},
     }
+    if config.history:
+        _append(Path(config.history), result)
+    return result
 
 
-def append_history(path: Path, result: Mapping[str, Any]) -> None:
+def _append(path: Path, result: Mapping[str, Any]) -> None:
     """Add one line of JSON to a history file."""
     line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,16 +285,21 @@ def _quality(
     stock: StockModel,
     methods: Mapping[str, Method],
     tests: Sequence[ExampleSet],
+    bar: Bar,
 ) -> dict[str, Any]:
-    """Losses under the device's base, and under the float base that packs are made on."""
-    device = bench_methods(Evaluator(stock), methods, tests)
-    base = BaseModel(config.model)
-    floating = bench_methods(Evaluator(Engine(base)), methods, tests)
+    """Losses under the device's base, and under a float base of the same weights."""
+    evaluator = Evaluator(stock)
+    evaluator.meter = bar
+    device = bench_methods(evaluator, methods, tests)
+    base = BaseModel(config.model, dequantize=True)
+    evaluator = Evaluator(Engine(base))
+    evaluator.meter = bar
+    floating = bench_methods(evaluator, methods, tests)
     gains = [found["base"]["loss"] - found["pack"]["loss"] for found in (device, floating)]
     return {
         "device": device,
         "float": floating,
-        "float_weights": "dequantized" if config.bits is None and stock.bits else "original",
+        "float_weights": "dequantized" if stock.bits and base.path == stock.path else "original",
         "float_dtype": _dtype(base.compute_dtype),
         "gain": {"device": gains[0], "float": gains[1]},
         "kept_gain": gains[0] / gains[1] if gains[1] > 1e-6 else None,

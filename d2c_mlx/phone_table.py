@@ -171,6 +171,8 @@ def compare_phones(first: Json, second: Json) -> str:
             for name in first["provenance"]["versions"]
         ),
         ("time", *(one["time"] for one in both)),
+        ("methods", *(", ".join(one["methods"]) for one in both)),
+        ("held-out rows", *(_rows(one) for one in both)),
     ]
     return "\n\n".join(
         (
@@ -178,6 +180,10 @@ def compare_phones(first: Json, second: Json) -> str:
             _table(("measure", "A", "B", "B / A"), _measures(first, second)),
         )
     )
+
+
+def _rows(result: Json) -> str:
+    return str(sum(result["quality"]["n_rows"])) if result["quality"] else "-"
 
 
 def _mark(row: Sequence[str]) -> str:
@@ -204,7 +210,7 @@ def _measures(first: Json, second: Json) -> list[tuple[str, ...]]:
     for kind in ("pack", "stock"):
         a, b = (one["switch"][kind]["seconds"] for one in (first, second))
         rows.append((f"change of adapter, {kind}", _ms(a), _ms(b), _ratio(a, b)))
-    if first["quality"] and second["quality"]:
+    if first["quality"] and second["quality"] and _rows(first) == _rows(second):
         a, b = (one["quality"]["device"]["pack"]["loss"] for one in (first, second))
         rows.append(("loss of the pack", f"{a:.4f}", f"{b:.4f}", _ratio(a, b)))
     return rows

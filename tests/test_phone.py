@@ -181,7 +181,7 @@ def test_table_history_and_comparison(made, tmp_path):
     assert "| another | differs |" in out
     decode = next(line for line in out.splitlines() if "pack, 300 tokens: decode" in line)
     assert decode.endswith("| 2.00 |")
-    assert "loss of the pack" not in out
+    assert "loss of the pack" not in out and "| held-out rows | 9 | - | differs |" in out
     assert "| loss of the pack |" in compare_phones(result, result)
 
 
@@ -207,9 +207,11 @@ def test_files_that_are_no_result(tmp_path, content):
 
 def test_options_are_checked_at_once():
     with pytest.raises(ConfigError) as caught:
-        PhoneConfig("p", "d", bits=3, contexts=(0,), decode=1, runs=0, test_examples=-1)
+        PhoneConfig(
+            "p", "d", bits=3, contexts=(0,), decode=1, runs=0, test_examples=-1, history="/"
+        )
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "bits", "contexts", "decode", "runs", "test_examples"
+        "bits", "contexts", "decode", "runs", "test_examples", "history"
     ]  # fmt: skip
     assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
     with pytest.raises(ConfigError, match='numbers such as "128,512"'):
