@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapter import load_adapter
-from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.bench import Method, answer_rows, bench_methods
 from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
@@ -207,10 +207,18 @@ def bench(ws: Workspace) -> None:
             "pack": Method(packed.nbytes, [served]),
         }
         results = bench_methods(ws.evaluator, methods, ws.tests)
-        write_json(ws.path("bench.json"), {"methods": results, "provenance": provenance(ws)})
+        content = {"methods": results, "provenance": provenance(ws)}
+        n = ws.config.answers
+        if n:
+            shown = {name: methods[name] for name in ("base", "individual", "pack")}
+            content["answers"] = {
+                task.name: answer_rows(ws.base, shown, task.test[:n], examples)
+                for task, examples in zip(ws.tasks, ws.tests)
+            }
+        write_json(ws.path("bench.json"), content)
 
     options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],
-               _merge_options(ws.config)]  # fmt: skip
+               _merge_options(ws.config), ws.config.answers]  # fmt: skip
     reads = ["adapters", "losses.json", *(["clusters.json"] if by_d2c else []), "pack"]
     ws.stage("bench", options, reads, ["bench.json"], body)
 

@@ -80,6 +80,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "share": bench["methods"]["pack"]["nbytes"] / bench["methods"]["individual"]["nbytes"],
         "worst": worst,
         "methods": bench["methods"],
+        "answers": bench.get("answers", {}),
         "provenance": bench["provenance"],
         "phone": artifacts.get("phone"),
     }

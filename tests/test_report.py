@@ -8,11 +8,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx_lm import load, stream_generate
 from tiny import library
 
 from d2c_mlx.config import RunConfig
 from d2c_mlx.errors import PackError
+from d2c_mlx.pack import load_pack
 from d2c_mlx.phone import PhoneConfig, bench_phone
 from d2c_mlx.pipeline import run
 from d2c_mlx.report import render_html, render_markdown
@@ -27,7 +30,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     paths = library(root, ["a", "b", "c", "d"])
     common = RunConfig(model=str(paths.model), adapters=str(paths.adapters), output="x",
-                       tasks=str(paths.tasks), probe_examples=3, test_examples=3)  # fmt: skip
+                       tasks=str(paths.tasks), probe_examples=3, test_examples=3,
+                       answers=2)  # fmt: skip
     found = {}
     for kind, budget in (("d2c", "2"), ("auto", "60%")):
         output = root / kind
@@ -126,6 +130,29 @@ def test_the_answer_comes_first_and_tasks_worst_first(directory):
     assert found == sorted("abcd", key=lambda name: -bench["pack"]["tasks"][name]["excess"])
 
 
+def test_answers_are_those_of_stock_mlx_lm(runs):
+    output = runs["d2c"]
+    bench = json.loads((output / "bench.json").read_text())
+    pack = load_pack(output / "pack")
+    page = html.unescape((output / "report.html").read_text())
+    for name in "ab":
+        adapter = str(pack.adapter_path(name))
+        model, tokenizer = load(bench["provenance"]["config"]["model"], adapter_path=adapter)
+        model.set_dtype(mx.float32)
+        rows = (output.parent / "tasks" / name / "test.jsonl").read_text().splitlines()[:2]
+        for row, shown in zip(map(json.loads, rows), bench["answers"][name], strict=True):
+            assert (shown["prompt"], shown["expected"]) == (row["prompt"], row["completion"])
+            chat = [{"role": "user", "content": row["prompt"]}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            steps = stream_generate(model, tokenizer, prompt, max_tokens=64)
+            tokens = [step.token for step in steps]
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            assert shown["pack"] == answer
+            assert f"<dt>prompt</dt><dd>{row['prompt']}</dd>" in page
+            assert f"<dt>pack</dt><dd>{answer or '(nothing)'}</dd>" in page
+    assert bench["answers"]["a"][0]["base"] != bench["answers"]["a"][0]["individual"]
+
+
 def test_what_was_measured_as_on_a_phone_is_in_both(directory):
     phone = artifacts_of(directory)["phone"]
     assert "As on iphone-6gb" in (directory / "report.html").read_text()
@@ -140,7 +167,7 @@ def test_a_measurement_of_another_pack_is_refused(runs, tmp_path):
     shutil.copyfile(runs["auto"] / "phone.json", output / "phone.json")
     config = json.loads((output / "bench.json").read_text())["provenance"]["config"]
     config = RunConfig(**{**config, "output": str(output), "init": tuple(config["init"]),
-                          "without": ()})  # fmt: skip
+                          "without": tuple(config["without"])})  # fmt: skip
     with pytest.raises(PackError, match="it is of another pack than .* or delete the file"):
         run(config, quiet=True)
 
