@@ -57,6 +57,7 @@ def excess_bars(rows: Sequence[Json]) -> str:
     bars = axes.barh(names, values, color=colours)
     axes.bar_label(bars, [f"{value:.4f}" for value in values], padding=3, color=_TEXT, fontsize=9)
     axes.margins(x=0.25)
+    axes.locator_params(axis="x", nbins=5)
     axes.invert_yaxis()
     axes.set_xlabel("excess loss (nats per target token)")
     return _svg(figure)

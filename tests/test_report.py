@@ -226,6 +226,9 @@ def test_printed_on_paper(directory, browser, tmp_path):
     page.goto((directory / "report.html").as_uri())
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    # The width of A4 within margins of a centimetre; nothing can be scrolled on paper.
+    page.set_viewport_size({"width": 718, "height": 1000})
+    assert page.evaluate("document.documentElement.scrollWidth") == 718
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
     page.close()
