@@ -29,14 +29,12 @@ _FORMS = {"bench PACK": "phone:bench", "bench compare": "phone:compare"}
 def _form(args: list[str]) -> tuple[str, list[str]]:
     """Which command these arguments ask for, and what is left for it."""
     name, *rest = args
-    if name == "bench" and rest[:1] == ["compare"]:
-        return "bench compare", rest[1:]
-    if (
-        name == "bench"
-        and rest
-        and ((Path(rest[0]) / "manifest.json").is_file() or "--device" in rest)
-    ):
-        return "bench PACK", rest
+    if name == "bench" and rest:
+        if rest[0] == "compare":
+            return "bench compare", rest[1:]
+        of_pack = (Path(rest[0]) / "manifest.json").is_file()
+        if of_pack or any(arg.startswith("--device") for arg in rest):
+            return "bench PACK", rest
     return name, rest
 
 
@@ -57,7 +55,8 @@ class _LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, rest = _form(args)
-        return super().resolve_command(ctx, [name, *rest])
+        _, command, rest = super().resolve_command(ctx, [name, *rest])
+        return name.removesuffix(" PACK"), command, rest
 
 
 @click.group(

@@ -41,7 +41,7 @@ class StockModel:
     """A model loaded by mlx-lm, with mlx-lm's own LoRA layers for an adapter at a time.
 
     It is a `probe.Runner`, too. On a CPU device activations and scales are float32 (in 16 bit
-    MLX's CPU backend is some twenty times slower); weights are as quantized everywhere.
+    MLX's CPU backend is more than ten times slower); weights are as quantized everywhere.
 
     Attributes:
         path: its mlx-lm directory.

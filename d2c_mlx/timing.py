@@ -77,6 +77,7 @@ def speed(
         "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
     }
     return times, {
+        # Caches of other kinds are taken as they are here.
         "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
         "rest": mx.get_peak_memory() - before - caches[0],
     }
