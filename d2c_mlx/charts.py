@@ -11,8 +11,8 @@ __all__ = ["convergence", "excess_bars", "frontier", "heatmap", "memory_bar"]
 Json = Mapping[str, Any]
 # Becomes the page's own text colour, light or dark.
 _TEXT = "#7a7f87"
-# Tell apart by lightness too: in print, and for those who see colours otherwise.
-_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#d9822b", "#5fa777", "#9aa1ab"
+# Three to one or more against a white page and a dark one.
+_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#c9721a", "#4a9463", "#858c96"
 # Inches; 430 CSS pixels, so that text is hardly smaller on a phone.
 _WIDTH = 4.5
 

@@ -74,7 +74,7 @@ class BaseModel:
         """
         self.spec = spec
         self.name, self.path = resolve_model(spec)
-        model, self.tokenizer, _ = load_stock(self.path)
+        model, self.tokenizer = load_stock(self.path, lazy=True)
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
@@ -203,20 +203,29 @@ class BaseModel:
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
-def load_stock(path: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Model, tokenizer and config as stock mlx-lm loads them, weights not yet read.
-
-    Raises:
-        ModelError: mlx-lm cannot load it.
-    """
+def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
     try:
-        model, tokenizer, config = load(str(path), lazy=True, return_config=True)
+        model, tokenizer = load(str(path), lazy=lazy)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
         ) from None
-    return model, tokenizer, config
+    return model, tokenizer
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module path -> (in, out) of every linear module inside a transformer block."""
+    shapes = {}
+    for path, module in model.named_modules():
+        if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):
+            continue
+        out, width = module.weight.shape
+        if isinstance(module, nn.QuantizedLinear):
+            width = width * 32 // module.bits
+        shapes[path] = (int(width), int(out))
+    return shapes
 
 
 def encode(tokenizer: Any, task: str, rows: Sequence[Row]) -> ExampleSet:  # noqa: ANN401  mlx-lm's
@@ -237,19 +246,6 @@ def encode(tokenizer: Any, task: str, rows: Sequence[Row]) -> ExampleSet:  # noq
     if empty:
         raise TaskError(f"task {task}: row {empty[0]} has no target token")
     return ExampleSet(task, examples)
-
-
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every linear module inside a transformer block."""
-    shapes = {}
-    for path, module in model.named_modules():
-        if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):
-            continue
-        out, width = module.weight.shape
-        if isinstance(module, nn.QuantizedLinear):
-            width = width * 32 // module.bits
-        shapes[path] = (int(width), int(out))
-    return shapes
 
 
 def block_index(path: str) -> int:

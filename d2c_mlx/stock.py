@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import remove_lora_layers
-from mlx_lm.utils import quantize_model, save
+from mlx_lm.utils import load_config, quantize_model, save
 
 from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.adapter import Adapter
@@ -56,7 +56,8 @@ class StockModel:
     def __init__(self, path: Path) -> None:
         """Load; raises ModelError if mlx-lm cannot."""
         self.path = path
-        self.model, self.tokenizer, self.config = load_stock(path)
+        self.model, self.tokenizer = load_stock(path, lazy=True)
+        self.config = load_config(path)
         # An `Engine` in this process may have put functions of ours in their place.
         use_exponentials(self.model, False)
         self.module_shapes = linear_shapes(self.model)
@@ -181,9 +182,9 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
 
 
 def _quantize(path: Path, bits: int, directory: Path) -> None:
-    model, tokenizer, config = load_stock(path)
+    model, tokenizer = load_stock(path, lazy=True)
     with write_dir(directory) as temporary, contextlib.redirect_stdout(sys.stderr):
-        model, config = quantize_model(model, config, _group_size(model, path), bits)
+        model, config = quantize_model(model, load_config(path), _group_size(model, path), bits)
         save(temporary, path, model, tokenizer, config)
 
 
