@@ -95,11 +95,16 @@ def _quality(quality: Json) -> str:
             rows.append((label, name, f"{method['loss']:.4f}", _number(method["excess"]),
                          _percent(method["retention"])))  # fmt: skip
     gain, kept = quality["gain"], quality["kept_gain"]
+    verdict = ""
+    if kept is not None:
+        verdict = (
+            f": {_percent(kept)} of it is left" if kept > 0 else ": the device's base undoes it"
+        )
     return (
         _table(("base", "method", "loss", "excess", "retention"), rows)
-        + f"\n\nThe pack's gain over its base: {gain['device']:.4f} nats per target token on the"
-        f" device, {gain['float']:.4f} on the float base ({quality['float_weights']} weights):"
-        f" {_percent(kept)} of it is there under the device's base."
+        + f"\n\nThe pack's gain over its base, in nats per target token: {gain['float']:.4f} on the"
+        f" float base ({quality['float_weights']} weights), {gain['device']:.4f} on the"
+        f" device's{verdict}."
     )
 
 
@@ -110,8 +115,8 @@ def _provenance(result: Json) -> str:
     options = result["options"]
     return (
         f"Times of this machine, not of the device: {machine['device']} ({machine['system']}), MLX"
-        f" backend {machine['backend']}, in {result['model']['compute_dtype']}; {options['runs']}"
-        f" runs, {options['decode']} tokens decoded. {versions}. Included:"
+        f" backend {machine['backend']}, in {result['model']['compute_dtype']}; timed runs:"
+        f" {options['runs']}, tokens decoded: {options['decode']}. {versions}. Included:"
         f" {provenance['includes']}."
     )
 

@@ -123,10 +123,30 @@ def test_the_quantized_base_is_asked_for(made, tmp_path):
     assert "| - | - |" in render_phone(eight)
 
 
-def test_switching_is_faster_than_a_reload(made):
+def test_both_ways_to_switch_are_timed_in_the_same_run(made):
     switch = made[2]["switch"]
-    assert switch["ratio"] == switch["stock"]["seconds"] / switch["pack"]["seconds"] > 1
-    assert switch["pack"]["switches"] == 10 and switch["stock"]["switches"] == 1
+    pack, stock = switch["pack"], switch["stock"]
+    assert set(pack) == {"read_seconds", "attach_seconds", "token_seconds", "seconds", "switches"}
+    assert set(stock) == {"reload_seconds", "token_seconds", "seconds", "switches"}
+    assert (pack["switches"], stock["switches"]) == (10, 1)
+    assert switch["ratio"] == stock["seconds"] / pack["seconds"]
+    assert stock["seconds"] == pytest.approx(stock["reload_seconds"] + stock["token_seconds"])
+    for one in (pack, stock):
+        assert min(one.values()) > 0 and one["seconds"] > one["token_seconds"]
+    ready = [one["seconds"] - one["token_seconds"] for one in (stock, pack)]
+    assert switch["ratio_before_token"] == pytest.approx(ready[0] / ready[1])
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept", "words"),
+    [(0.4, 0.8, "0.4000 on the device's: 80.0% of it is left."),
+     (-0.1, -0.2, "-0.1000 on the device's: the device's base undoes it."),
+     (0.1, None, "0.1000 on the device's.")],
+)  # fmt: skip
+def test_whether_quantizing_undoes_the_merge_is_said(made, gain, kept, words):
+    result = json.loads(json.dumps(made[2]))
+    result["quality"] |= {"gain": {"float": 0.5, "device": gain}, "kept_gain": kept}
+    assert words in render_phone(result)
 
 
 def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
