@@ -1,5 +1,7 @@
 """Device profiles: the built-in ones are complete, a user's file is checked as a whole."""
 
+from pathlib import Path
+
 import pytest
 
 from d2c_mlx.errors import ConfigError
@@ -27,6 +29,13 @@ def test_a_profile_of_ones_own(tmp_path):
     assert (profile.name, profile.memory, profile.storage) == (
         "iphone-12-mini", 2_100_000_000, 500_000_000
     )  # fmt: skip
+
+
+def test_the_profile_in_the_documents_is_one(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "phone.md").read_text()
+    path = tmp_path / "phone.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert find_profile(str(path)).memory == 2_400_000_000
 
 
 def test_every_problem_of_a_file_is_told(tmp_path):
