@@ -46,6 +46,8 @@ _OPTIONS = [
     click.option("--seed", type=int, help="of all random choices  [default: 0]"),
     click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
     click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
+    click.option("--answers", type=int, help="held-out rows of each task whose answers the report"
+                 " shows  [default: 0]"),
     click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
     click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
                  " recommends, else half the memory]"),
@@ -190,7 +192,10 @@ pack = _stage_command(
 bench = _stage_command(
     "bench",
     "Held-out loss of every method -> bench.json." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx bench --output runs/first --test-examples 0",
+    + "\n\n\b\nExamples:\n  d2c-mlx bench --output runs/first --test-examples 0\n\n\b\n"
+    "Of a pack as on a phone, and two results of that (each has a --help of its own):\n"
+    "  d2c-mlx bench PACK --device iphone-6gb\n"
+    "  d2c-mlx bench compare A.json B.json",
 )  # fmt: skip
 report = _stage_command(
     "report",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import click
 
@@ -23,6 +24,20 @@ _COMMANDS = {
     "export": "commands:export",
     "doctor": "commands:doctor",
 }
+# Forms of a command that take options of their own.
+_FORMS = {"bench PACK": "phone:bench", "bench compare": "phone:compare"}
+
+
+def _form(args: list[str]) -> tuple[str, list[str]]:
+    """Which command these arguments ask for, and what is left for it."""
+    name, *rest = args
+    if name == "bench" and rest:
+        if rest[0] == "compare":
+            return "bench compare", rest[1:]
+        of_pack = (Path(rest[0]) / "manifest.json").is_file()
+        if of_pack or any(arg.startswith("--device") for arg in rest):
+            return "bench PACK", rest
+    return name, rest
 
 
 class _LazyGroup(click.Group):
@@ -32,10 +47,18 @@ class _LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        place = {**_COMMANDS, **_FORMS}.get(cmd_name)
+        if place is None:
             return None
-        module, name = _COMMANDS[cmd_name].split(":")
+        module, name = place.split(":")
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, rest = _form(args)
+        _, command, rest = super().resolve_command(ctx, [name, *rest])
+        return name.removesuffix(" PACK"), command, rest
 
 
 @click.group(

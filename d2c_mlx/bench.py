@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Evaluator
-from d2c_mlx.tasks import ExampleSet
+from d2c_mlx.tasks import ExampleSet, Row, row_format
 
-__all__ = ["Method", "bench_methods", "measure"]
+__all__ = ["Method", "answer_rows", "bench_methods", "measure"]
+
+# Of an answer; one that does not end is cut.
+_MOST_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ def bench_methods(
 
     Args:
         evaluator: on the base model.
-        methods: must have "base" and "individual".
+        methods: must have "base"; without "individual" there is no excess and no retention.
         tests: held-out examples of every task.
     """
     losses = {name: measure(evaluator, method, tests) for name, method in methods.items()}
-    base, individual = losses["base"], losses["individual"]
+    base = losses["base"]
+    # Without an individual adapter nothing is known of it: NaN here, null in the file.
+    individual = losses.get("individual", np.full(len(tests), np.nan))
     gain = base - individual
     helped = gain > 1e-6
     result = {}
@@ -70,15 +76,51 @@ def bench_methods(
         result[name] = {
             "nbytes": methods[name].nbytes,
             "loss": float(loss.mean()),
-            "excess": float(excess.mean()),
-            "retention": float(retention[helped].mean()) if helped.any() else None,
+            "excess": _number(excess.mean()),
+            "retention": _number(retention[helped].mean()) if helped.any() else None,
             "tasks": {
                 test.task: {
                     "loss": float(loss[i]),
-                    "excess": float(excess[i]),
-                    "retention": float(retention[i]) if helped[i] else None,
+                    "excess": _number(excess[i]),
+                    "retention": _number(retention[i]),
                 }
                 for i, test in enumerate(tests)
             },
         }
     return result
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def answer_rows(
+    base: BaseModel, methods: Mapping[str, Method], rows: Sequence[Row], examples: ExampleSet
+) -> list[dict[str, str]]:
+    """Greedy answers to some rows of one task under every method's first variant.
+
+    Args:
+        base: the model; afterwards the last adapter is attached.
+        methods: name -> what serves the task.
+        rows: as read; none of mlx-lm's `text`, which have no prompt.
+        examples: the same rows tokenized, and maybe more.
+
+    Returns:
+        For each row `prompt` (what the user said last), `expected`, and the answer of each method.
+    """
+    if row_format(rows[0]) == ("text",):
+        return []
+    found = [_question(row) for row in rows]
+    for name, method in methods.items():
+        base.attach(method.variants[0][examples.task])
+        for entry, example in zip(found, examples.examples):
+            tokens = base.answer(example.tokens[: example.offset], _MOST_TOKENS)
+            entry[name] = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return found
+
+
+def _question(row: Row) -> dict[str, str]:
+    if row_format(row) == ("messages",):
+        asked = [one["content"] for one in row["messages"][:-1]]
+        return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
+    return {"prompt": row["prompt"], "expected": row["completion"]}

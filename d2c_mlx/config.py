@@ -86,6 +86,7 @@ class RunConfig:
         seed: of all random choices.
         probe_examples: how many rows of probe.jsonl decide, the first ones.
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
+        answers: of how many held-out rows of each task the report shows answers, the first ones.
         random_seeds: how many random partitions the `random` row averages.
         memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
         without: savings of the evaluation to do without, see `engine.Savings`; also "cache" and
@@ -119,6 +120,7 @@ class RunConfig:
     seed: int = 0
     probe_examples: int = 10
     test_examples: int = 100
+    answers: int = 0
     random_seeds: int = 3
     memory_limit: str | None = None
     without: tuple[str, ...] = ()
@@ -155,6 +157,7 @@ class RunConfig:
             "seed": (self.seed >= 0, "0 or more"),
             "probe_examples": (self.probe_examples >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
+            "answers": (self.answers >= 0, "0 or more"),
             "random_seeds": (self.random_seeds >= 1, "1 or more"),
             "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
             "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),

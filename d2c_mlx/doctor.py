@@ -17,7 +17,7 @@ from d2c_mlx.locate import cache_directory, embedded_gguf
 if TYPE_CHECKING:
     from d2c_mlx.workspace import Workspace
 
-__all__ = ["Finding", "diagnose", "machine", "provenance"]
+__all__ = ["Finding", "diagnose", "environment", "machine", "provenance"]
 
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
 
@@ -80,6 +80,13 @@ def provenance(ws: Workspace) -> dict[str, Any]:
             adapter.name: {"adapter": adapter.digest, "probe": probe.digest, "test": test.digest}
             for adapter, probe, test in zip(ws.inputs, ws.probes, ws.tests)
         },
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Machine, Python and versions of packages: what a result may depend on beside its inputs."""
+    return {
         "machine": machine(),
         "python": platform.python_version(),
         "versions": _versions(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,7 +24,7 @@ from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel", "block_index", "linear_shapes", "load_stock"]
+__all__ = ["BaseModel", "block_index", "encode", "linear_shapes", "load_stock"]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
@@ -67,17 +66,24 @@ class BaseModel:
         first_touched: index of the first block that an attached adapter changes.
     """
 
-    def __init__(self, spec: str | None = None) -> None:
-        """Load; on a CPU device weights become float32, which is fast and exact there."""
+    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
+        """Load; on a CPU device weights become float32, which is fast and exact there.
+
+        Args:
+            spec: see `locate.resolve_model`.
+            dequantize: have no quantized weights on any device.
+        """
         self.spec = spec
         self.name, self.path = resolve_model(spec)
         model, self.tokenizer = load_stock(self.path, lazy=True)
         norm = model.model.norm.weight if hasattr(model.model, "norm") else None
         self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
         self.compute_dtype = self.dtype
-        if mx.default_device().type == mx.DeviceType.cpu:
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        if on_cpu:
             self.compute_dtype = mx.float32
             model.set_dtype(mx.float32)
+        if on_cpu or dequantize:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         self.model = model
@@ -116,31 +122,9 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
-        """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
-
-        Raises:
-            TaskError: the tokenizer has no chat template, or a row has no target token or is longer
-                than the model's context.
-        """
-        masked = row_format(rows[0]) != ("text",)
-        try:
-            options = SimpleNamespace(mask_prompt=masked)
-            dataset = create_dataset(list(rows), self.tokenizer, options)
-            pairs = [dataset.process(row) for row in rows]
-        except (ValueError, TypeError, KeyError, TemplateError) as error:
-            raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
-        examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
-        empty = [i for i, example in enumerate(examples, 1) if example.n_targets < 1]
-        if empty:
-            raise TaskError(f"task {task}: row {empty[0]} has no target token")
-        context = getattr(self.model.args, "max_position_embeddings", None) or math.inf
-        long = [i for i, example in enumerate(examples, 1) if len(example.tokens) > context]
-        if long:
-            raise TaskError(
-                f"task {task}: row {long[0]} has {len(examples[long[0] - 1].tokens):,} tokens, the"
-                f" model's context {context:,}; shorten it ({len(long)} such rows)"
-            )
-        return ExampleSet(task, examples)
+        """`encode` with the model's tokenizer and context."""
+        context = getattr(self.model.args, "max_position_embeddings", None)
+        return encode(self.tokenizer, task, rows, context)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
@@ -244,6 +228,47 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
             width = width * 32 // module.bits
         shapes[path] = (int(width), int(out))
     return shapes
+
+
+def encode(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    task: str,
+    rows: Sequence[Row],
+    context: int | None = None,
+) -> ExampleSet:
+    """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
+
+    Args:
+        tokenizer: of the model.
+        task: name of the set.
+        rows: of one format.
+        context: most tokens of a row.
+
+    Raises:
+        TaskError: the tokenizer has no chat template, or a row has no target token or is too long.
+    """
+    masked = row_format(rows[0]) != ("text",)
+    try:
+        options = SimpleNamespace(mask_prompt=masked)
+        dataset = create_dataset(list(rows), tokenizer, options)
+        pairs = [dataset.process(row) for row in rows]
+    except (ValueError, TypeError, KeyError, TemplateError) as error:
+        raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
+    examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
+    problems = [
+        f"task {task}: row {i} has no target token"
+        for i, example in enumerate(examples, 1)
+        if example.n_targets < 1
+    ]
+    problems += [
+        f"task {task}: row {i} has {len(example.tokens):,} tokens, more than the model's context of"
+        f" {context:,}; shorten it"
+        for i, example in enumerate(examples, 1)
+        if context and len(example.tokens) > context
+    ]
+    if problems:
+        raise TaskError(problems)
+    return ExampleSet(task, examples)
 
 
 def block_index(path: str) -> int:

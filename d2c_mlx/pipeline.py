@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapter import load_adapter
-from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.bench import Method, answer_rows, bench_methods
 from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
@@ -25,6 +25,7 @@ from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.lock import locked
 from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.phone_table import read_phone
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
@@ -208,10 +209,18 @@ def bench(ws: Workspace) -> None:
             "pack": Method(packed.nbytes, [served]),
         }
         results = bench_methods(ws.evaluator, methods, ws.tests)
-        write_json(ws.path("bench.json"), {"methods": results, "provenance": provenance(ws)})
+        content = {"methods": results, "provenance": provenance(ws)}
+        n = ws.config.answers
+        if n:
+            shown = {name: methods[name] for name in ("base", "individual", "pack")}
+            content["answers"] = {
+                task.name: answer_rows(ws.base, shown, task.test[:n], examples)
+                for task, examples in zip(ws.tasks, ws.tests)
+            }
+        write_json(ws.path("bench.json"), content)
 
     options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],
-               _merge_options(ws.config)]  # fmt: skip
+               _merge_options(ws.config), ws.config.answers]  # fmt: skip
     reads = ["adapters", "losses.json", *(["clusters.json"] if by_d2c else []), "pack"]
     ws.stage("bench", options, reads, ["bench.json"], body)
 
@@ -220,9 +229,15 @@ def report(ws: Workspace) -> None:
     """The results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if ws.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
+    # What `bench PACK --json` of this pack printed, where the user put it.
+    phone = ws.path("phone.json")
+    if phone.exists():
+        reads.append(phone.name)
 
     def body() -> None:
         artifacts = {Path(name).stem: ws.read(name) for name in reads}
+        if phone.exists():
+            artifacts["phone"] = read_phone(phone, of=ws.path("pack"))
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):
             write_text(ws.path(name), render(artifacts))
 

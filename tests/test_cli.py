@@ -25,7 +25,10 @@ def invoke(*args):
     return result.stdout
 
 
-@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in _COMMANDS)])
+FORMS = (["bench", "compare", "--help"], ["bench", "pack", "--device", "mac-8gb", "--help"])
+
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS])
 def test_help_imports_nothing_heavy(args):
     code = (
         "import sys\nfrom d2c_mlx_cli.main import cli\n"

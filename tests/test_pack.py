@@ -201,8 +201,8 @@ def test_a_task_that_leads_out_of_the_pack(tmp_path, pack):
     (tmp_path / "adapters.safetensors").write_bytes(b"")
     listed = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
     edit(pack, tasks={"a": ".."}, files={"../adapters.safetensors": listed})
-    (line,) = refused(pack.path)
-    assert "points to '..'" in line
+    task, file = refused(pack.path)
+    assert "points to '..'" in task and "'../adapters.safetensors' is no file of a pack" in file
 
 
 def test_no_pack(tmp_path):

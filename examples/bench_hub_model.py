@@ -1,0 +1,31 @@
+"""Bench a pack on a model of the Hugging Face hub, quantized to 4 bit here, as on a phone.
+
+    python examples/bench_hub_model.py runs/demo/pack HuggingFaceTB/SmolLM2-135M-Instruct
+    python examples/bench_hub_model.py PACK OWNER/NAME iphone-8gb
+
+The pack must be made for a model of the same shapes. Without a network, and without the model in
+the hub's cache, it ends in one line.
+"""
+
+import sys
+
+from d2c_mlx.errors import D2CError
+from d2c_mlx.phone import PhoneConfig, bench_phone
+from d2c_mlx.phone_table import render_phone
+
+
+def main(pack: str, model: str, device: str = "iphone-6gb") -> None:
+    """Measure and print the table."""
+    # Short prompts: on a Mac the defaults (128, 512 and 1024 tokens) take seconds.
+    config = PhoneConfig(pack, device, model, bits=4, contexts=(32, 128), decode=16)
+    print(render_phone(bench_phone(config)))
+
+
+if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except D2CError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,270 @@
+"""The benchmark of a pack as on a phone: complete, consistent, and honest about what fits."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from tiny import LAYERS, library
+
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.errors import ConfigError, PackError
+from d2c_mlx.model import BaseModel
+from d2c_mlx.pack import write_compact_pack
+from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
+from d2c_mlx.phone_table import compare_phones, read_phone, render_phone
+from d2c_mlx.quantize import compress
+from d2c_mlx.timing import memory_limit
+
+OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1", "--quiet"]
+
+
+def make_pack(paths, directory):
+    """Of a and b, both stored in low-bit factors; c is left to the base model."""
+    base = BaseModel(str(paths.model))
+    found = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+    serves = {"a": 0, "b": 1, "c": None}
+    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
+    return write_compact_pack(directory, small, serves, **about, budget="-", max_bytes=None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Paths, pack, and the one long run that most tests look at: its JSON and its history."""
+    root = tmp_path_factory.mktemp("phone")
+    paths = library(root, ["a", "b", "c"])
+    pack = make_pack(paths, root / "pack")
+    history = root / "history.jsonl"
+    result = CliRunner().invoke(
+        cli, ["bench", str(pack.path), "--model", str(paths.model), "--bits", "4", "--device",
+              "iphone-6gb", "--adapters", str(paths.adapters), "--tasks", str(paths.tasks),
+              "--test-examples", "3", "--history", str(history), "--json", *OPTIONS],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return paths, pack, json.loads(result.stdout), history
+
+
+def empty_fields(value, path=""):
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, one in pairs for found in empty_fields(one, f"{path}/{key}")]
+    return [path] if value is None or value == "" else []
+
+
+def test_every_field_is_filled(made):
+    *_, result, _ = made
+    assert set(result["methods"]) == {"base", "individual", "pack"}
+    # The bare model has no adapter; a random adapter need not beat the base.
+    allowed = {"/methods/base/adapter", "/quality/kept_gain"}
+    assert {path for path in empty_fields(result) if not path.endswith("/retention")} <= allowed
+
+
+def test_components_add_up_and_both_limits_are_kept_apart(made):
+    paths, pack, result, _ = made
+    for name, method in result["methods"].items():
+        assert [one["context"] for one in method["contexts"]] == [300, 40]
+        for one, speed in zip(method["memory"], method["contexts"]):
+            parts = [one[key] for key in ("weights", "adapter", "kv_cache", "rest")]
+            assert sum(parts) == one["peak"]
+            assert one["margin"] == one["limit"] - one["peak"] and one["fits"]
+            assert one["limit"] == 4_200_000_000
+            assert one["weights"] == result["model"]["weights_nbytes"] > 0
+            assert (one["adapter"] > 0) == (name != "base")
+            # Two layers of keys and values of width 16 in 16 bit, in whole steps of 256 tokens.
+            assert one["kv_cache"] == 2 * 2 * 16 * 2 * {300: 512, 40: 256}[one["context"]]
+            assert one["rest"] > 0
+            assert speed["prompt_tokens_per_second"] == pytest.approx(
+                speed["context"] / speed["first_token_seconds"]
+            )
+        stored = result["model"]["file_nbytes"] + method["nbytes"]
+        assert method["storage"]["nbytes"] == stored
+        assert method["storage"]["margin"] == 4_000_000_000 - stored
+    assert result["methods"]["pack"]["nbytes"] == pack.nbytes
+    assert result["model"]["file_nbytes"] < (paths.model / "model.safetensors").stat().st_size
+
+
+def test_quality_stands_beside_the_float_base(made):
+    paths, pack, result, _ = made
+    quality = result["quality"]
+    assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
+    for key in ("device", "float"):
+        methods = quality[key]
+        assert methods["pack"]["nbytes"] == pack.nbytes
+        for task, one in methods["pack"]["tasks"].items():
+            own = methods["individual"]["tasks"][task]["loss"]
+            assert one["excess"] == pytest.approx(one["loss"] - own, abs=1e-9)
+        # c is left to the base model.
+        assert methods["pack"]["tasks"]["c"]["loss"] == methods["base"]["tasks"]["c"]["loss"]
+        gain = methods["base"]["loss"] - methods["pack"]["loss"]
+        assert quality["gain"][key] == pytest.approx(gain)
+    assert quality["device"]["base"]["loss"] != quality["float"]["base"]["loss"]
+
+
+def test_the_quantized_base_is_asked_for(made, tmp_path):
+    """Under eight bits the loss is nearer to the float base's than under four."""
+    paths, pack, four, _ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 8, tasks=str(paths.tasks),
+                         contexts=(4,), decode=2, runs=1, test_examples=3)  # fmt: skip
+    eight = bench_phone(config, quiet=True)
+    assert (four["model"]["bits"], eight["model"]["bits"]) == (4, 8)
+    away = [abs(one["quality"]["device"]["base"]["loss"] - one["quality"]["float"]["base"]["loss"])
+            for one in (four, eight)]  # fmt: skip
+    assert away[1] < away[0]
+    # Without the individual adapters there is nothing to exceed.
+    assert set(eight["methods"]) == {"base", "pack"}
+    assert eight["quality"]["device"]["pack"]["excess"] is None
+    assert "| - | - |" in render_phone(eight)
+
+
+def test_both_ways_to_switch_are_timed_in_the_same_run(made):
+    switch = made[2]["switch"]
+    pack, stock = switch["pack"], switch["stock"]
+    assert set(pack) == {"read_seconds", "attach_seconds", "token_seconds", "seconds", "switches"}
+    assert set(stock) == {"reload_seconds", "token_seconds", "seconds", "switches"}
+    assert (pack["switches"], stock["switches"]) == (10, 1)
+    assert switch["ratio"] == stock["seconds"] / pack["seconds"]
+    assert stock["seconds"] == pytest.approx(stock["reload_seconds"] + stock["token_seconds"])
+    for one in (pack, stock):
+        assert min(one.values()) > 0 and one["seconds"] > one["token_seconds"]
+    ready = [one["seconds"] - one["token_seconds"] for one in (stock, pack)]
+    assert switch["ratio_before_token"] == pytest.approx(ready[0] / ready[1])
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept", "words"),
+    [(0.4, 0.8, "0.4000 on the device's: 80.0% of it is left."),
+     (-0.1, -0.2, "-0.1000 on the device's: the device's base undoes it."),
+     (0.1, None, "0.1000 on the device's.")],
+)  # fmt: skip
+def test_whether_quantizing_undoes_the_merge_is_said(made, gain, kept, words):
+    result = json.loads(json.dumps(made[2]))
+    result["quality"] |= {"gain": {"float": 0.5, "device": gain}, "kept_gain": kept}
+    assert words in render_phone(result)
+
+
+def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
+    paths, pack, *_ = made
+    device = tmp_path / "watch.yaml"
+    device.write_text("watch:\n  memory: 50KB\n  memory_source: made up\n  storage: 10KB\n"
+                      "  storage_source: made up\n")  # fmt: skip
+    before = mx.set_memory_limit(10**12)
+    try:
+        config = PhoneConfig(str(pack.path), str(device), str(paths.model), contexts=(8,), decode=2,
+                             runs=1)  # fmt: skip
+        result = bench_phone(config, quiet=True)
+        assert mx.set_memory_limit(10**12) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+    (memory,) = result["methods"]["pack"]["memory"]
+    assert not memory["fits"] and memory["margin"] == 50_000 - memory["peak"] < 0
+    assert memory["weights"] > 50_000
+    assert not result["methods"]["pack"]["storage"]["fits"]
+    text = render_phone(result)
+    assert f"memory: **does not fit** 0.05 MB, margin {memory['margin'] / 1e6:.2f} MB" in text
+    assert "storage: **does not fit** 0.01 MB" in text and "limit: made up" in text
+    assert f"{memory['weights'] / 1e6:.2f} MB" in text
+
+
+def test_the_limit_is_set_and_restored_after_a_failure():
+    before = mx.set_memory_limit(10**12)
+    try:
+        with pytest.raises(ZeroDivisionError), memory_limit(12345):
+            inside = mx.set_memory_limit(12345)
+            raise ZeroDivisionError
+        assert inside == 12345
+        assert mx.set_memory_limit(before) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_table_history_and_comparison(made, tmp_path):
+    *_, result, history = made
+    assert [json.loads(line) for line in history.read_text().splitlines()] == [result]
+    text = render_phone(result)
+    assert "memory: **fits** 4,200.00 MB" in text and "pocketpal" in text
+    # Two contexts twice, the change of adapter, and the loss under two bases.
+    assert text.count("| pack | ") == 7
+    other = json.loads(json.dumps(result))
+    other["provenance"]["machine"]["device"] = "another"
+    other["methods"]["pack"]["contexts"][0]["decode_tokens_per_second"] *= 2
+    other["quality"] = None
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(other, indent=2))
+    out = CliRunner().invoke(cli, ["bench", "compare", str(history), str(path)]).stdout
+    assert "| another | differs |" in out
+    decode = next(line for line in out.splitlines() if "pack, 300 tokens: decode" in line)
+    assert decode.endswith("| 2.00 |")
+    assert "loss of the pack" not in out and "| held-out rows | 9 | - | differs |" in out
+    assert "| loss of the pack |" in compare_phones(result, result)
+
+
+def test_results_of_something_else_are_not_compared(made):
+    result = made[2]
+    other = json.loads(json.dumps(result))
+    other["model"]["bits"], other["options"]["contexts"] = 8, [40]
+    with pytest.raises(PackError) as caught:
+        compare_phones(result, other)
+    assert len(caught.value.problems) == 2
+    assert "bits of the base: found 8, expected 4 as in the first result" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", "[]", ""])
+def test_files_that_are_no_result(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(PackError, match="no result of d2c-mlx bench PACK --json"):
+        read_phone(path)
+    with pytest.raises(PackError, match="no such file"):
+        read_phone(tmp_path / "none.json")
+
+
+def test_options_are_checked_at_once():
+    with pytest.raises(ConfigError) as caught:
+        PhoneConfig(
+            "p", "d", bits=3, contexts=(0,), decode=1, runs=0, test_examples=-1, history="/"
+        )
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "bits", "contexts", "decode", "runs", "test_examples", "history"
+    ]  # fmt: skip
+    assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
+    with pytest.raises(ConfigError, match='numbers such as "128,512"'):
+        read_contexts("short")
+
+
+def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), contexts=(4, 509), decode=4)
+    with pytest.raises(ConfigError, match="found 4, 509, expected at most 508 tokens"):
+        bench_phone(config, quiet=True)
+    result = bench_phone(replace(config, contexts=None, runs=1), quiet=True)
+    assert result["options"]["contexts"] == [128]
+
+
+def test_missing_adapters_are_named(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), adapters=str(paths.tasks))
+    empty = pack.path.parent / "few"
+    (empty / "a").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match="has none for b, c, which the pack serves"):
+        bench_phone(replace(config, adapters=str(empty)), quiet=True)
+
+
+def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
+    """Through the entry point: the words and the exit code that a user sees."""
+    code = "import sys; from d2c_mlx_cli.main import main; main()"
+    for args, words in (
+        (["bench", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
+        (["bench", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
+        (["bench", "compare", str(tmp_path / "a"), "b"], f"error: {tmp_path / 'a'}: no such file"),
+    ):
+        argv = [sys.executable, "-c", code, *args]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
