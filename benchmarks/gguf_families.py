@@ -29,7 +29,7 @@ from d2c_mlx.doctor import machine
 from d2c_mlx.export import export
 from d2c_mlx.files import write_json
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import write_pack
+from d2c_mlx.packing import write_pack
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))

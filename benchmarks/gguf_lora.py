@@ -30,7 +30,7 @@ from d2c_mlx.export import export
 from d2c_mlx.files import write_json
 from d2c_mlx.gguf import save_gguf_lora
 from d2c_mlx.locate import embedded_gguf
-from d2c_mlx.pack import write_pack
+from d2c_mlx.packing import write_pack
 
 F32, CONTEXT = 0, 1024  # llama.cpp's LLAMA_FTYPE_ALL_F32 and GGML_TYPE_F32 are both 0.
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import Compressed, Level
 from d2c_mlx.rounding import nearest
 

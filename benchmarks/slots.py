@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.config import MERGE_METHODS, RunConfig
@@ -27,6 +26,7 @@ from d2c_mlx.files import write_json
 from d2c_mlx.merger import Merger
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.reading import load_adapter
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
 PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from d2c_mlx.adapter import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    LoRA,
+from d2c_mlx.adapter import CONFIG, WEIGHTS, Adapter, LoRA
+from d2c_mlx.errors import AdapterError, InputError, collect
+from d2c_mlx.reading import (
     base_of,
     check_adapter,
     load_adapter,
@@ -28,7 +26,6 @@ from d2c_mlx.adapter import (
     read_config,
     read_tensors,
 )
-from d2c_mlx.errors import AdapterError, InputError, collect
 from d2c_mlx.strict import match_end, positive
 
 __all__ = ["find_adapters", "read_adapter", "save_peft"]

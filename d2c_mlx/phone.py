@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.adapter import Adapter, check_adapter
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.convert import find_adapters, read_adapter
 from d2c_mlx.doctor import environment
@@ -33,6 +33,7 @@ from d2c_mlx.phone_table import FORMAT
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.profiles import Profile, find_profile
 from d2c_mlx.progress import Bar, progress_bar
+from d2c_mlx.reading import check_adapter
 from d2c_mlx.stock import StockModel, quantized_model
 from d2c_mlx.tasks import ExampleSet, load_tasks
 from d2c_mlx.timing import memory_limit, speed, switch

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.bench import Method, answer_rows, bench_methods
 from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
@@ -24,11 +23,13 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.lock import locked
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.phone_table import read_phone
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import probe_table
 from d2c_mlx.ranks import leading
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.refining import refine_cluster, refine_inputs
 from d2c_mlx.report import render_html, render_markdown
 from d2c_mlx.workspace import Workspace

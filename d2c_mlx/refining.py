@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2c_mlx import __version__
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.files import fingerprint, write_dir, write_json
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.refine import Member, RefineOptions, refine
 from d2c_mlx.workspace import Workspace
 

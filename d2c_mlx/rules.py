@@ -15,8 +15,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from d2c_mlx.adapter import CONFIG, WEIGHTS, read_config
+from d2c_mlx.adapter import CONFIG, WEIGHTS
 from d2c_mlx.errors import AdapterError, InputError, collect
+from d2c_mlx.reading import read_config
 
 __all__ = ["layout_problems"]
 

@@ -9,10 +9,11 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from d2c_mlx.adapter import Adapter, check_adapter
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.locate import resolve_base
 from d2c_mlx.model import linear_shapes, load_stock
 from d2c_mlx.pack import Pack, load_pack
+from d2c_mlx.reading import check_adapter
 
 __all__ = ["load", "switch"]
 

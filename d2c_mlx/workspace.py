@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from d2c_mlx import __version__
-from d2c_mlx.adapter import Adapter, LoRA, load_adapter
+from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.attribution import module_gains
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
@@ -33,6 +33,7 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
 
 __all__ = ["GROUP_SIZE", "Workspace", "read_adapters"]

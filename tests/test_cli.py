@@ -12,7 +12,7 @@ from tiny import LAYERS, SHAPES, library
 
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.files import hash_tree
-from d2c_mlx.pack import write_compact_pack
+from d2c_mlx.packing import write_compact_pack
 from d2c_mlx.quantize import compress
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}

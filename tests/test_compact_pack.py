@@ -11,7 +11,6 @@ import scipy.special
 from mlx_lm import load as stock_load
 from tiny import LAYERS, SHAPES, library, tiny_model
 
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.compact import read_index
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
@@ -20,8 +19,10 @@ from d2c_mlx.files import hash_tree
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.merge import scaled
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.rounding import BITS
 from d2c_mlx.tasks import load_task
 from d2c_mlx.unpack import unpack

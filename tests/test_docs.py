@@ -48,7 +48,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
     from d2c_mlx.adapter import Adapter
     from d2c_mlx.files import hash_file
-    from d2c_mlx.pack import write_pack
+    from d2c_mlx.packing import write_pack
 
     model = tiny_model(tmp_path / "base")
     rng = np.random.default_rng(0)

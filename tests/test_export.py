@@ -16,15 +16,16 @@ from test_gguf import NAMES, permuted, write_gguf
 from tiny import HEADS, KV_HEADS, LAYERS, SHAPES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapter import Adapter, load_adapter
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.export import export
 from d2c_mlx.files import hash_file, hash_tree
 from d2c_mlx.gguf import save_gguf_lora
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import write_compact_pack, write_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.unpack import unpack
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}

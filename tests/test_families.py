@@ -20,11 +20,11 @@ from test_export import read_gguf
 from test_gguf import permuted
 from tiny import tiny_tokenizer
 
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError
 from d2c_mlx.gguf import save_gguf_lora
 from d2c_mlx.model import BaseModel, block_index
+from d2c_mlx.reading import load_adapter
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
 CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"

@@ -24,7 +24,8 @@ from d2c_mlx.convert import PEFT_WEIGHTS, find_adapters, read_adapter
 from d2c_mlx.errors import InputError
 from d2c_mlx.gguf import convert_gguf
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.strict import match_end, parse_json
 from d2c_mlx.tasks import load_task, load_unlabelled
 from d2c_mlx.unpack import unpack

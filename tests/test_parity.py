@@ -11,12 +11,12 @@ from mlx_lm import load as stock_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapter import load_adapter
 from d2c_mlx.convert import find_adapters, read_adapter, save_peft
 from d2c_mlx.engine import Engine
 from d2c_mlx.export import export
 from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.pack import write_pack
+from d2c_mlx.packing import write_pack
+from d2c_mlx.reading import load_adapter
 from d2c_mlx.tasks import load_task
 
 

@@ -15,7 +15,7 @@ from tiny import LAYERS, library
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import ConfigError, PackError
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import write_compact_pack
+from d2c_mlx.packing import write_compact_pack
 from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
 from d2c_mlx.phone_table import compare_phones, read_phone, render_phone
 from d2c_mlx.quantize import compress

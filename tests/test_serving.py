@@ -16,7 +16,8 @@ from tiny import LAYERS, SHAPES, tiny_model
 import d2c_mlx
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.errors import AdapterError, ModelError, PackError
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
 from d2c_mlx.unpack import unpack
 

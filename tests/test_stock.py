@@ -18,7 +18,8 @@ from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import ModelError
 from d2c_mlx.model import BaseModel, encode
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
 from d2c_mlx.stock import StockModel, quantized_model
 from d2c_mlx.tasks import load_task

@@ -14,7 +14,8 @@ from tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import InputError, PackError
-from d2c_mlx.pack import load_pack, write_compact_pack, write_pack
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
 from d2c_mlx.rules import layout_problems
 from d2c_mlx.verify import verify

@@ -1,0 +1,142 @@
+"""Writing a pack: plain directories, or one compact file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.compact import write_compact
+from d2c_mlx.errors import PackError
+from d2c_mlx.files import hash_file, write_dir, write_json
+from d2c_mlx.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, load_pack
+from d2c_mlx.quantize import Compressed
+from d2c_mlx.rules import layout_problems
+
+__all__ = ["write_compact_pack", "write_pack"]
+
+
+def write_pack(
+    directory: Path,
+    adapters: Sequence[Adapter],
+    *,
+    model: str,
+    config_hash: str,
+    n_layers: int,
+    budget: str,
+    max_bytes: int | None,
+) -> Pack:
+    """Write adapters and manifest, then check the files against the budget.
+
+    Args:
+        directory: replaced as a whole, only once everything is in it.
+        adapters: one per cluster, each serving the tasks in its `sources`.
+        model: name or hub id of the base model.
+        config_hash: hex SHA-256 of the base model's config.json.
+        n_layers: number of transformer blocks of the base model.
+        budget: as the user wrote it.
+        max_bytes: allowed bytes of all adapter files, or None.
+
+    Raises:
+        PackError: the files are larger than the budget, or an adapter would not load elsewhere;
+            nothing is written.
+    """
+    with write_dir(directory) as temporary:
+        tasks: dict[str, str] = {}
+        problems = []
+        for k, adapter in enumerate(adapters):
+            name = f"cluster-{k}"
+            adapter.save(temporary / name, n_layers)
+            problems += layout_problems(temporary / name, directory / name)
+            tasks |= dict.fromkeys(adapter.sources, name)
+        if problems:
+            raise PackError(problems)
+        base = {"model": model, "config_sha256": config_hash}
+        about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
+        _write_manifest(directory, temporary, "plain", about, tasks)
+    return load_pack(directory)
+
+
+def write_compact_pack(
+    directory: Path,
+    adapters: Sequence[Compressed],
+    serves: Mapping[str, int | None],
+    *,
+    model: str,
+    config_hash: str,
+    n_layers: int,
+    budget: str,
+    max_bytes: int | None,
+    dtype: mx.Dtype = mx.float16,
+) -> Pack:
+    """Write all adapters into one file, and the manifest; check the file against the budget.
+
+    Args:
+        directory: replaced as a whole, only once everything is in it.
+        adapters: in low-bit factors, all of one group size.
+        serves: task -> position in `adapters`, or None to leave it to the base model.
+        model: name or hub id of the base model.
+        config_hash: hex SHA-256 of the base model's config.json.
+        n_layers: number of transformer blocks of the base model.
+        budget: as the user wrote it.
+        max_bytes: allowed bytes of the adapter file, or None.
+        dtype: of the base's activations, which `Pack.load` and `unpack` give.
+
+    Raises:
+        PackError: the file is larger than the budget, or the adapters do not go together; nothing
+            is written.
+    """
+    wrong = {
+        task: k for task, k in serves.items() if k is not None and k not in range(len(adapters))
+    }
+    if wrong:
+        task, k = next(iter(wrong.items()))
+        raise PackError(f"{directory}: task {task!r} has adapter {k} of {len(adapters)}")
+    with write_dir(directory) as temporary:
+        write_compact(temporary / COMPACT, adapters)
+        about = {
+            "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},
+            "dtype": str(dtype).split(".")[-1],
+            "budget": {"text": budget, "nbytes": max_bytes},
+        }
+        _write_manifest(directory, temporary, "compact", about, serves)
+    return load_pack(directory)
+
+
+def _write_manifest(
+    directory: Path,
+    temporary: Path,
+    storage: str,
+    about: Mapping[str, Any],
+    tasks: Mapping[str, str | int | None],
+) -> None:
+    """Sizes and hashes of what is in `temporary` -> its manifest.
+
+    Raises:
+        PackError: the files are larger than the budget.
+    """
+    files: dict[str, dict[str, Any]] = {
+        file.relative_to(temporary).as_posix(): {
+            "nbytes": file.stat().st_size,
+            "sha256": hash_file(file),
+        }
+        for file in sorted(temporary.rglob("*"))
+        if file.is_file()
+    }
+    nbytes = sum(entry["nbytes"] for entry in files.values())
+    max_bytes = about["budget"]["nbytes"]
+    if max_bytes is not None and nbytes > max_bytes:
+        raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {max_bytes:,}")
+    manifest = {
+        "format": FORMAT,
+        "format_version": VERSIONS[storage],
+        "storage": storage,
+        **about,
+        "tasks": dict(sorted(tasks.items())),
+        "files": files,
+        "nbytes": nbytes,
+    }
+    write_json(temporary / MANIFEST, manifest)
