@@ -52,7 +52,8 @@ class Command:
         return [command, *map(str, arguments), *(part for pair in pairs for part in pair)]
 
     def files(self):
-        return {path for path in self.root.rglob("*") if path.is_file()}
+        # The lock of the cache of converted models stays.
+        return {p for p in self.root.rglob("*") if p.is_file() and p.name != ".lock"}
 
     def __call__(self, argv):
         """Exit code, standard output and standard error. Any other exception is a traceback."""
@@ -299,12 +300,18 @@ def test_another_rank_than_the_config_says(cli, lib):
     "field, value",
     [
         *(("r", value) for value in (None, "4", 0)),
-        *(("lora_alpha", value) for value in (None, "4", 0, float("nan"), float("inf"))),
+        *(("lora_alpha", value) for value in (None, "4", 0, True, -1)),
     ],
 )
 def test_rank_and_alpha_are_numbers_above_zero(cli, lib, field, value):
     path = edit_config(lib.adapters / "beta", **{field: value})
     cli.fails_with(f"{path}: {field} is {value!r}", "expected a number above 0")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have(cli, lib, value):
+    path = edit_config(lib.adapters / "beta", lora_alpha=value)
+    cli.fails_with(path, "is no JSON")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
