@@ -1,5 +1,6 @@
 """Whatever ends a run, the next one ends with the same pack. `--kills 50` for a long night."""
 
+import json
 import os
 import random
 import resource
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from tiny import library
@@ -51,36 +53,61 @@ def stages(output):
     return {file.stem for file in (output / ".stages").glob("*.json")}
 
 
+def durations(output):
+    """Seconds of each stage of a run that came to its end, in order."""
+    files = sorted((output / ".stages").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    return {file.stem: json.loads(file.read_text())["seconds"] for file in files}
+
+
+def killed(process, output, seconds, draw):
+    """Kill in the middle of a stage that is drawn; the stage, or None if the run ended before."""
+    names = list(seconds)
+    at = draw.randrange(len(stages(output)), len(names))
+    while len(stages(output)) < at and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, seconds[names[at]] + 0.02))
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return (
+        names[min(len(stages(output)), len(names) - 1)]
+        if process.returncode == -signal.SIGKILL
+        else None
+    )
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_at_random_moments_the_pack_is_the_same(inputs, tmp_path, way, request):
-    started = time.monotonic()
     whole = finish(command(inputs, way, tmp_path / "whole"), tmp_path / "warm")
-    seconds = time.monotonic() - started
     assert whole.returncode == 0, whole.stderr
-    draw, kills, runs, places = random.Random(0), 0, 0, {}
+    seconds = durations(tmp_path / "whole")
+    draw, runs, kills = random.Random(0), 0, []
     environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cold")}
-    while kills < request.config.getoption("--kills"):
-        output = tmp_path / f"run-{runs}"
-        process = subprocess.Popen(command(inputs, way, output), env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
-        try:
-            # Half of it: what is done is done, and a second start gets further.
-            _, problem = process.communicate(timeout=draw.uniform(0.1, 0.5) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            places[len(stages(output))] = places.get(len(stages(output)), 0) + 1
-            continue
-        assert process.returncode == 0, problem
+
+    def check(output):
+        done = finish(command(inputs, way, output), tmp_path / "cold")
+        assert done.returncode == 0, done.stderr
         assert hash_tree(output / "pack") == hash_tree(tmp_path / "whole" / "pack")
+        load_pack(output / "pack")
+        (tmp_path / "cold" / "losses.sqlite").unlink(missing_ok=True)
+
+    while len(kills) < request.config.getoption("--kills"):
+        output = tmp_path / f"run-{runs}"
+        if len(stages(output)) < len(seconds) - 1:
+            process = subprocess.Popen(
+                command(inputs, way, output),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            at = killed(process, output, seconds, draw)
+            if at:
+                kills.append(at)
+                continue
+        check(output)
         runs += 1
-        (tmp_path / "cold" / "losses.sqlite").unlink()
-    done = finish(command(inputs, way, output), tmp_path / "cold")
-    assert done.returncode == 0, done.stderr
-    assert hash_tree(output / "pack") == hash_tree(tmp_path / "whole" / "pack")
-    load_pack(output / "pack")
-    print(f"{way}: {kills} kills, {runs + 1} packs; by stages done: {dict(sorted(places.items()))}")
+    check(output)
+    print(f"{way}: {len(kills)} kills, {runs + 1} packs; {dict(Counter(kills))}")
 
 
 @pytest.mark.parametrize("nbytes", [0, 1_000, 20_000])
