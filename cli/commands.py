@@ -46,8 +46,8 @@ _OPTIONS = [
     click.option("--seed", type=int, help="of all random choices  [default: 0]"),
     click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
     click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
-    click.option("--answers", type=int, help="held-out rows of each task whose answers the report"
-                 " shows  [default: 0]"),
+    click.option("--answers", type=int, help="held-out rows of each task that are answered and"
+                 " compared with the expected answers  [default: 0]"),
     click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
     click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
                  " recommends, else half the memory]"),

@@ -13,8 +13,8 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command(
-    help="Memory, speed, change of adapter and held-out loss of PACK on a quantized base model, and"
-    " whether it fits a device.\n\n\b\nExamples:\n"
+    help="Memory, speed, change of adapter, held-out loss and answers of PACK on a quantized base"
+    " model, and whether it fits a device.\n\n\b\nExamples:\n"
     "  d2c-mlx bench runs/first/pack --device iphone-6gb\n"
     "  d2c-mlx bench pack --model M --bits 4 --device iphone-8gb --tasks tasks --adapters loras\n"
     "  d2c-mlx bench pack --device phone.yaml --json --history runs.jsonl > here.json"
@@ -46,6 +46,11 @@ _FILE = click.Path(path_type=Path)
 @click.option("--decode", type=int, help="tokens generated after each  [default: 32]")
 @click.option("--runs", type=int, help="timed runs of each  [default: 3]")
 @click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]")
+@click.option(
+    "--answers",
+    type=int,
+    help="how many of them are answered and compared, 0 is none  [default: all of them]",
+)
 @click.option("--history", type=_DIR, metavar="FILE", help="add the result as a line of JSON")
 @click.option("--quiet", is_flag=True, help="no progress bars")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")

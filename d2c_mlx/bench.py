@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Evaluator
-from d2c_mlx.tasks import ExampleSet, Row, row_format
+from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["Method", "answer_rows", "bench_methods", "measure"]
-
-# Of an answer; one that does not end is cut.
-_MOST_TOKENS = 64
+__all__ = ["Method", "bench_methods", "measure"]
 
 
 @dataclass(frozen=True)
@@ -92,35 +88,3 @@ def bench_methods(
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def answer_rows(
-    base: BaseModel, methods: Mapping[str, Method], rows: Sequence[Row], examples: ExampleSet
-) -> list[dict[str, str]]:
-    """Greedy answers to some rows of one task under every method's first variant.
-
-    Args:
-        base: the model; afterwards the last adapter is attached.
-        methods: name -> what serves the task.
-        rows: as read; none of mlx-lm's `text`, which have no prompt.
-        examples: the same rows tokenized, and maybe more.
-
-    Returns:
-        For each row `prompt` (what the user said last), `expected`, and the answer of each method.
-    """
-    if row_format(rows[0]) == ("text",):
-        return []
-    found = [_question(row) for row in rows]
-    for name, method in methods.items():
-        base.attach(method.variants[0][examples.task])
-        for entry, example in zip(found, examples.examples):
-            tokens = base.answer(example.tokens[: example.offset], _MOST_TOKENS)
-            entry[name] = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return found
-
-
-def _question(row: Row) -> dict[str, str]:
-    if row_format(row) == ("messages",):
-        asked = [one["content"] for one in row["messages"][:-1]]
-        return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
-    return {"prompt": row["prompt"], "expected": row["completion"]}

@@ -86,7 +86,8 @@ class RunConfig:
         seed: of all random choices.
         probe_examples: how many rows of probe.jsonl decide, the first ones.
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
-        answers: of how many held-out rows of each task the report shows answers, the first ones.
+        answers: how many held-out rows of each task are answered and compared with the expected
+            answers, the first ones; the report shows three.
         random_seeds: how many random partitions the `random` row averages.
         memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
         without: savings of the evaluation to do without, see `engine.Savings`; also "cache" and

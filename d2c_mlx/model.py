@@ -24,7 +24,7 @@ from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
-__all__ = ["BaseModel", "block_index", "encode", "linear_shapes", "load_stock"]
+__all__ = ["BaseModel", "block_index", "encode", "greedy", "linear_shapes", "load_stock"]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
@@ -128,12 +128,7 @@ class BaseModel:
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
-        tokens = []
-        for token, _ in generate_step(mx.array(list(prompt)), self.model, max_tokens=max_tokens):
-            tokens.append(int(token))
-            if token in self.tokenizer.eos_token_ids:
-                break
-        return tuple(tokens)
+        return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     @property
     def folds(self) -> bool:
@@ -215,6 +210,21 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
             f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
         ) from None
     return model, tokenizer
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    prompt: Sequence[int],
+    max_tokens: int,
+) -> tuple[int, ...]:
+    """The most likely token each time, up to and with an end token if it comes to one."""
+    tokens = []
+    for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
+        tokens.append(int(token))
+        if token in tokenizer.eos_token_ids:
+            break
+    return tuple(tokens)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -21,21 +21,20 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.bench import Method
 from d2c_mlx.convert import find_adapters, read_adapter
 from d2c_mlx.doctor import environment
-from d2c_mlx.engine import Engine
 from d2c_mlx.errors import ConfigError, gather
 from d2c_mlx.files import fingerprint, hash_file
-from d2c_mlx.model import BaseModel, encode
+from d2c_mlx.model import encode
 from d2c_mlx.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.phone_quality import HeldOut, measure_quality
 from d2c_mlx.phone_table import FORMAT
-from d2c_mlx.probe import Evaluator
 from d2c_mlx.profiles import Profile, find_profile
 from d2c_mlx.progress import Bar, progress_bar
 from d2c_mlx.reading import check_adapter
 from d2c_mlx.stock import StockModel, quantized_model
-from d2c_mlx.tasks import ExampleSet, load_tasks
+from d2c_mlx.tasks import load_tasks
 from d2c_mlx.timing import memory_limit, speed, switch
 
 __all__ = ["CONTEXTS", "PhoneConfig", "bench_phone", "read_contexts"]
@@ -66,6 +65,8 @@ class PhoneConfig:
         decode: tokens generated after each prompt.
         runs: timed runs of each.
         test_examples: rows of test.jsonl that judge, the first ones; 0 is all.
+        answers: of how many of these rows of each task answers are generated and compared with the
+            expected ones; None is all of them, 0 none.
         history: file to which the result is added as a line of JSON; None keeps none.
     """
 
@@ -79,6 +80,7 @@ class PhoneConfig:
     decode: int = 32
     runs: int = 3
     test_examples: int = 10
+    answers: int | None = None
     history: str | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class PhoneConfig:
             "decode": (self.decode >= 2, "2 or more"),
             "runs": (self.runs >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
+            "answers": (self.answers is None or self.answers >= 0, "0 (none) or more"),
             "history": (not self.history or not Path(self.history).is_dir(), "a file"),
         }  # fmt: skip
         problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
@@ -128,7 +131,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
                 for name, method in methods.items()
             }
             switches = switch(stock, pack, config.runs)
-        quality = _quality(config, stock, methods, tests, bar) if tests else None
+        quality = measure_quality(config.model, stock, methods, tests, bar) if tests else None
     result = {
         "format": FORMAT,
         "version": 1,
@@ -272,37 +275,16 @@ def _memory(parts: Mapping[str, int], profile: Profile) -> dict[str, Any]:
     return {**parts, "peak": peak, **_fit(peak, profile.memory)}
 
 
-def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[ExampleSet]:
+def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOut]:
     """Held-out rows of every task that the pack serves; none without `tasks`."""
     if not config.tasks:
         return []
-    n = config.test_examples or None
+    n, answers = config.test_examples or None, config.answers
     tasks = load_tasks(Path(config.tasks), pack.tasks)
-    return [encode(stock.tokenizer, task.name, task.test[:n], stock.max_tokens) for task in tasks]
-
-
-def _quality(
-    config: PhoneConfig,
-    stock: StockModel,
-    methods: Mapping[str, Method],
-    tests: Sequence[ExampleSet],
-    bar: Bar,
-) -> dict[str, Any]:
-    """Losses under the device's base, and under a float base of the same weights."""
-    evaluator = Evaluator(stock)
-    evaluator.meter = bar
-    device = bench_methods(evaluator, methods, tests)
-    base = BaseModel(config.model, dequantize=True)
-    evaluator = Evaluator(Engine(base))
-    evaluator.meter = bar
-    floating = bench_methods(evaluator, methods, tests)
-    gains = [found["base"]["loss"] - found["pack"]["loss"] for found in (device, floating)]
-    return {
-        "device": device,
-        "float": floating,
-        "float_weights": "dequantized" if stock.bits and base.path == stock.path else "original",
-        "float_dtype": _dtype(base.compute_dtype),
-        "gain": {"device": gains[0], "float": gains[1]},
-        "kept_gain": gains[0] / gains[1] if gains[1] > 1e-6 else None,
-        "n_rows": [len(test.examples) for test in tests],
-    }
+    return [
+        HeldOut(
+            encode(stock.tokenizer, task.name, task.test[:n], stock.max_tokens),
+            task.test[:n][:answers],
+        )
+        for task in tasks
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2c_mlx.answers import METRIC_NAMES, METRICS
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_file
 
@@ -93,7 +94,7 @@ def _quality(quality: Json) -> str:
     for label, key in (("device", "device"), (f"float ({quality['float_dtype']})", "float")):
         for name, method in quality[key].items():
             rows.append((label, name, f"{method['loss']:.4f}", _number(method["excess"]),
-                         _percent(method["retention"])))  # fmt: skip
+                         _percent(method["retention"]), *_metrics(method)))  # fmt: skip
     gain, kept = quality["gain"], quality["kept_gain"]
     verdict = ""
     if kept is not None:
@@ -101,11 +102,17 @@ def _quality(quality: Json) -> str:
             f": {_percent(kept)} of it is left" if kept > 0 else ": the device's base undoes it"
         )
     return (
-        _table(("base", "method", "loss", "excess", "retention"), rows)
+        _table(("base", "method", "loss", "excess", "retention", *METRIC_NAMES), rows)
         + f"\n\nThe pack's gain over its base, in nats per target token: {gain['float']:.4f} on the"
         f" float base ({quality['float_weights']} weights), {gain['device']:.4f} on the"
         f" device's{verdict}."
     )
+
+
+def _metrics(method: Json) -> list[str]:
+    """Of the answers, in percent; dashes where nothing was answered."""
+    found = method.get("metrics")
+    return [_one(found[key]) if found else "-" for key in METRICS]
 
 
 def _provenance(result: Json) -> str:
@@ -212,12 +219,15 @@ def _measures(first: Json, second: Json) -> list[tuple[str, ...]]:
                 rows.append(
                     (f"{about}: {words}", unit(a[key]), unit(b[key]), _ratio(a[key], b[key]))
                 )
+    both = first, second
     for kind in ("pack", "stock"):
-        a, b = (one["switch"][kind]["seconds"] for one in (first, second))
+        a, b = (one["switch"][kind]["seconds"] for one in both)
         rows.append((f"change of adapter, {kind}", _ms(a), _ms(b), _ratio(a, b)))
     if first["quality"] and second["quality"] and _rows(first) == _rows(second):
-        a, b = (one["quality"]["device"]["pack"]["loss"] for one in (first, second))
+        a, b = (one["quality"]["device"]["pack"]["loss"] for one in both)
         rows.append(("loss of the pack", f"{a:.4f}", f"{b:.4f}", _ratio(a, b)))
+        found = [_metrics(one["quality"]["device"]["pack"]) for one in both]
+        rows += [(f"{name} of the pack", *pair, "") for name, *pair in zip(METRIC_NAMES, *found)]
     return rows
 
 

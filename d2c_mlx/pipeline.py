@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.bench import Method, answer_rows, bench_methods
+from d2c_mlx.answers import answer_metrics, answer_rows
+from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
@@ -218,6 +219,7 @@ def bench(ws: Workspace) -> None:
                 task.name: answer_rows(ws.base, shown, task.test[:n], examples)
                 for task, examples in zip(ws.tasks, ws.tests)
             }
+            content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(ws.path("bench.json"), content)
 
     options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2c_mlx import charts
+from d2c_mlx.answers import METRIC_NAMES, METRICS
 from d2c_mlx.phone_table import render_phone
 
 __all__ = ["render_html", "render_markdown", "render_table"]
@@ -81,6 +82,8 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "worst": worst,
         "methods": bench["methods"],
         "answers": bench.get("answers", {}),
+        "metrics": bench.get("metrics", {}),
+        "metric_names": dict(zip(METRICS, METRIC_NAMES)),
         "provenance": bench["provenance"],
         "phone": artifacts.get("phone"),
     }

@@ -25,7 +25,7 @@ from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
 from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.locate import cache_directory, resolve_model
-from d2c_mlx.model import linear_shapes, load_stock
+from d2c_mlx.model import greedy, linear_shapes, load_stock
 from d2c_mlx.schedule import Piece
 from d2c_mlx.serving import switch
 from d2c_mlx.tasks import ExampleSet
@@ -102,6 +102,10 @@ class StockModel:
     def attach(self, adapter: Adapter | None) -> None:
         """Put an adapter in place of the last one, beside the weights; None is the bare model."""
         switch(self.model, adapter and adapter.uniform(self.compute_dtype), self.path)
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """As `BaseModel.answer`."""
+        return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     def kv_nbytes(self, n_tokens: int, dtype: mx.Dtype | None) -> int | None:
         """Bytes of mlx-lm's KV cache once it holds `n_tokens` of one prompt, from shapes alone.

@@ -10,8 +10,10 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
+from mlx_lm import load, stream_generate
 from tiny import LAYERS, library
 
+from d2c_mlx.answers import answer_metrics
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import ConfigError, PackError
 from d2c_mlx.model import BaseModel
@@ -19,7 +21,9 @@ from d2c_mlx.packing import write_compact_pack
 from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
 from d2c_mlx.phone_table import compare_phones, read_phone, render_phone
 from d2c_mlx.quantize import compress
+from d2c_mlx.stock import quantized_model
 from d2c_mlx.timing import memory_limit
+from d2c_mlx.unpack import unpack
 
 OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1", "--quiet"]
 
@@ -61,8 +65,8 @@ def empty_fields(value, path=""):
 def test_every_field_is_filled(made):
     *_, result, _ = made
     assert set(result["methods"]) == {"base", "individual", "pack"}
-    # The bare model has no adapter; a random adapter need not beat the base.
-    allowed = {"/methods/base/adapter", "/quality/kept_gain"}
+    # The bare model has no adapter; a random adapter need not beat the base; null is all rows.
+    allowed = {"/methods/base/adapter", "/quality/kept_gain", "/options/answers"}
     assert {path for path in empty_fields(result) if not path.endswith("/retention")} <= allowed
 
 
@@ -94,6 +98,7 @@ def test_quality_stands_beside_the_float_base(made):
     paths, pack, result, _ = made
     quality = result["quality"]
     assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
+    assert quality["n_answers"] == [3, 3, 3]
     for key in ("device", "float"):
         methods = quality[key]
         assert methods["pack"]["nbytes"] == pack.nbytes
@@ -105,6 +110,38 @@ def test_quality_stands_beside_the_float_base(made):
         gain = methods["base"]["loss"] - methods["pack"]["loss"]
         assert quality["gain"][key] == pytest.approx(gain)
     assert quality["device"]["base"]["loss"] != quality["float"]["base"]["loss"]
+
+
+def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
+    """Metrics worked out anew from what mlx-lm generates with the unpacked adapter."""
+    paths, pack, result, _ = made
+    unpack(pack, tmp_path / "plain")
+    _, _, directory = quantized_model(str(paths.model), 4)
+    model, tokenizer = load(str(directory), adapter_path=str(tmp_path / "plain" / "cluster-0"))
+    model.set_dtype(mx.float32)
+    answers = []
+    for row in map(json.loads, (paths.tasks / "a" / "test.jsonl").read_text().splitlines()[:3]):
+        chat = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant",
+                                                       "content": row["completion"]}])  # fmt: skip
+        n = 2 * (len(whole) - len(prompt)) + 16
+        tokens = [s.token for s in stream_generate(model, tokenizer, prompt, max_tokens=n)]
+        heard = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answers.append({"expected": row["completion"], "pack": heard})
+    expected = answer_metrics({"a": answers}, ["pack"])["pack"]["tasks"]["a"]
+    found = result["quality"]["device"]["pack"]["metrics"]["tasks"]["a"]
+    assert found == pytest.approx(expected)
+    assert any(one["pack"] for one in answers)
+
+
+def test_answers_can_be_left_out(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 4, tasks=str(paths.tasks),
+                         contexts=(4,), decode=2, runs=1, test_examples=1, answers=0)  # fmt: skip
+    result = bench_phone(config, quiet=True)
+    assert "metrics" not in result["quality"]["device"]["pack"]
+    assert "| - | - | - |" in render_phone(result)
 
 
 def test_the_quantized_base_is_asked_for(made, tmp_path):
@@ -228,10 +265,18 @@ def test_files_that_are_no_result(tmp_path, content):
 def test_options_are_checked_at_once():
     with pytest.raises(ConfigError) as caught:
         PhoneConfig(
-            "p", "d", bits=3, contexts=(0,), decode=1, runs=0, test_examples=-1, history="/"
+            "p",
+            "d",
+            bits=3,
+            contexts=(0,),
+            decode=1,
+            runs=0,
+            test_examples=-1,
+            answers=-1,
+            history="/",
         )
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "bits", "contexts", "decode", "runs", "test_examples", "history"
+        "bits", "contexts", "decode", "runs", "test_examples", "answers", "history"
     ]  # fmt: skip
     assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
     with pytest.raises(ConfigError, match='numbers such as "128,512"'):

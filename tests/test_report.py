@@ -144,7 +144,8 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
             assert (shown["prompt"], shown["expected"]) == (row["prompt"], row["completion"])
             chat = [{"role": "user", "content": row["prompt"]}]
             prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-            steps = stream_generate(model, tokenizer, prompt, max_tokens=64)
+            n = 2 * len(tokenizer.encode(row["completion"], add_special_tokens=False)) + 16
+            steps = stream_generate(model, tokenizer, prompt, max_tokens=n + 4)
             tokens = [step.token for step in steps]
             answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             assert shown["pack"] == answer
