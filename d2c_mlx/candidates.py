@@ -20,7 +20,7 @@ from d2c_mlx.quantize import Compressed, compress
 from d2c_mlx.rounding import Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
-__all__ = ["SCALES", "Form", "candidates_of", "sized", "stored", "worth"]
+__all__ = ["SCALES", "Form", "candidates_of", "climb", "sized", "stored", "worth"]
 
 # Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
 # grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
@@ -95,13 +95,13 @@ def _candidate(ws: Workspace, form: Form, family: str, share: float, least: floa
         (losses,) = ws.evaluator.losses_in_parts([(plain, probes)])
         return float(ws.problem.regret(losses, np.array(members)).sum())
 
-    scale, lowest = _climbed(regret, SCALES[SCALES.index(least) :])
+    scale, lowest = climb(regret, SCALES[SCALES.index(least) :])
     nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
     return Candidate(members, family, share, levels, nbytes, lowest, scale)
 
 
-def _climbed(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
-    """The first of rising scales after which the regret rises, and the regret."""
+def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
+    """The first of rising scales after which a regret rises, and the regret."""
     best, lowest = scales[0], regret(scales[0])
     for scale in scales[1:]:
         found = regret(scale)
@@ -111,10 +111,12 @@ def _climbed(regret: Callable[[float], float], scales: Sequence[float]) -> tuple
     return best, lowest
 
 
-def stored(adapter: Adapter, levels: Mapping[str, Levels], scale: float = 1.0) -> Compressed:
-    """The stored form; modules without levels are dropped."""
+def stored(
+    adapter: Adapter, levels: Mapping[str, Levels], scale: float = 1.0, size: int = GROUP_SIZE
+) -> Compressed:
+    """The stored form, in groups of `size`; modules without levels are dropped."""
     every = {path: levels.get(path, ()) for path in adapter.modules}
-    return compress(adapter, every, GROUP_SIZE).scaled(scale)
+    return compress(adapter, every, size).scaled(scale)
 
 
 def _grid(least: float, most: float, step: float) -> list[float]:

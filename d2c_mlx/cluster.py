@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 __all__ = [
+    "LEAST_GAIN",
     "Clustering",
     "Problem",
     "canonical",
@@ -22,6 +23,9 @@ __all__ = [
     "random_partition",
     "refill",
 ]
+
+# Nats; a smaller gain is not divided by.
+LEAST_GAIN = 0.05
 
 Members = tuple[int, ...]
 
@@ -74,11 +78,11 @@ class Problem:
 
     @property
     def gain(self) -> np.ndarray:
-        """`(n,)` what a task's own adapter gains over the base model, at least 0.05 nats.
+        """`(n,)` what a task's own adapter gains over the base model, at least `LEAST_GAIN`.
 
         The floor: an adapter that hardly helps must not outvote the others.
         """
-        return np.maximum(self.base - np.diagonal(self.table), 0.05)
+        return np.maximum(self.base - np.diagonal(self.table), LEAST_GAIN)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Normalised regret: 0 at the task's own adapter, 1 at the base model.

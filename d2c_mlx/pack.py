@@ -69,6 +69,24 @@ class Pack:
         """Bytes of all adapter files."""
         return self.manifest["nbytes"]
 
+    def merged(self, adapter: str | int) -> int:
+        """How many adapters are in this one; removed ones stay in their merge and count.
+
+        Args:
+            adapter: as in `tasks`.
+        """
+        counts = self.manifest.get("merged")
+        found = counts.get(str(adapter)) if isinstance(counts, dict) else None
+        served = len(self.adapters[adapter])
+        return found if type(found) is int and found > served else served
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a compact pack says of its base, as `write_compact_pack` takes it."""
+        base = self.manifest["base"]
+        return {"model": base["model"], "config_hash": base["config_sha256"],
+                "n_layers": base["n_layers"], "dtype": _DTYPES[self.manifest["dtype"]]}  # fmt: skip
+
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from d2c_mlx.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, load_pack
 from d2c_mlx.quantize import Compressed
 from d2c_mlx.rules import layout_problems
 
-__all__ = ["write_compact_pack", "write_pack"]
+__all__ = ["rewrite_pack", "write_compact_pack", "write_pack"]
 
 
 def write_pack(
@@ -71,6 +73,7 @@ def write_compact_pack(
     budget: str,
     max_bytes: int | None,
     dtype: mx.Dtype = mx.float16,
+    merged: Mapping[int, int] | None = None,
 ) -> Pack:
     """Write all adapters into one file, and the manifest; check the file against the budget.
 
@@ -84,6 +87,7 @@ def write_compact_pack(
         budget: as the user wrote it.
         max_bytes: allowed bytes of the adapter file, or None.
         dtype: of the base's activations, which `Pack.load` and `unpack` give.
+        merged: position -> how many adapters are in it; None is one for each task that it serves.
 
     Raises:
         PackError: the file is larger than the budget, or the adapters do not go together; nothing
@@ -102,8 +106,45 @@ def write_compact_pack(
             "dtype": str(dtype).split(".")[-1],
             "budget": {"text": budget, "nbytes": max_bytes},
         }
-        _write_manifest(directory, temporary, "compact", about, serves)
+        _write_manifest(directory, temporary, "compact", about, serves, merged)
     return load_pack(directory)
+
+
+def rewrite_pack(
+    pack: Pack,
+    changed: Mapping[str, Adapter],
+    tasks: Mapping[str, str],
+    merged: Mapping[str, int],
+    budget: str,
+    max_bytes: int | None,
+    n_layers: int = 0,
+) -> Pack:
+    """Replace a plain pack by one with some adapters changed; files of the others are copied.
+
+    Args:
+        pack: what `load_pack` verified.
+        changed: directory -> adapter, new ones too.
+        tasks: task -> directory; directories that serve none are left out.
+        merged: directory -> how many adapters are in it.
+        budget: as the user wrote it.
+        max_bytes: allowed bytes of all adapter files, or None.
+        n_layers: number of transformer blocks of the base model, for what is changed.
+
+    Raises:
+        PackError: the files are larger than the budget; the pack stays as it is.
+    """
+    with write_dir(pack.path) as temporary:
+        for name in sorted(set(tasks.values())):
+            if name in changed:
+                changed[name].save(temporary / name, n_layers)
+                continue
+            (temporary / name).mkdir()
+            for file in pack.manifest["files"]:
+                if file.startswith(f"{name}/"):
+                    shutil.copyfile(pack.path / file, temporary / file)
+        about = {"base": pack.manifest["base"], "budget": {"text": budget, "nbytes": max_bytes}}
+        _write_manifest(pack.path, temporary, "plain", about, tasks, merged)
+    return load_pack(pack.path)
 
 
 def _write_manifest(
@@ -111,7 +152,8 @@ def _write_manifest(
     temporary: Path,
     storage: str,
     about: Mapping[str, Any],
-    tasks: Mapping[str, str | int | None],
+    tasks: Mapping[str, str] | Mapping[str, int | None],
+    merged: Mapping[str, int] | Mapping[int, int] | None = None,
 ) -> None:
     """Sizes and hashes of what is in `temporary` -> its manifest.
 
@@ -130,12 +172,16 @@ def _write_manifest(
     max_bytes = about["budget"]["nbytes"]
     if max_bytes is not None and nbytes > max_bytes:
         raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {max_bytes:,}")
+    served = Counter(map(str, tasks.values()))
+    counts = {str(key): n for key, n in (merged or {}).items()}
+    counts = {key: n for key, n in sorted(counts.items()) if n != served[key]}
     manifest = {
         "format": FORMAT,
         "format_version": VERSIONS[storage],
         "storage": storage,
         **about,
         "tasks": dict(sorted(tasks.items())),
+        **({"merged": counts} if counts else {}),
         "files": files,
         "nbytes": nbytes,
     }

@@ -1,6 +1,7 @@
 """What the documents say is run, and every module says what it exports."""
 
 import importlib
+import json
 import pkgutil
 import re
 import shlex
@@ -14,9 +15,10 @@ import yaml
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from loras import lora_of
-from tiny import LAYERS, tiny_model
+from tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +46,35 @@ def test_readme_examples_run(monkeypatch, tmp_path, capsys):
     assert mx.array_equal(names["model"](tokens), fresh(tokens))
 
 
+def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
+    """Commands of docs/living.md, in order; the last state is verified."""
+    from d2c_mlx.files import hash_file
+    from d2c_mlx.packing import write_pack
+
+    model = tiny_model(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    path = "model.layers.1.self_attn.q_proj"
+    made = {n: Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+            for n in ("num-de", "gec-nl", "qa-nl")}  # fmt: skip
+    for name in ("gec-nl", "qa-nl"):
+        made[name].save(tmp_path / "loras" / name, LAYERS)
+    task(tmp_path / "tasks", "qa-nl")
+    write_pack(
+        tmp_path / "runs" / "first" / "pack", [made["num-de"]], model="tiny",
+        config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1", max_bytes=None,
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("docs/living.md", "sh")
+    for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
+        result = CliRunner().invoke(cli, shlex.split(line)[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "runs" / "first" / "pack" / "manifest.json").read_text())
+    assert manifest["tasks"] == {"num-de": "cluster-0", "qa-nl": "cluster-0"}
+    assert manifest["merged"] == {"cluster-0": 3}
+
+
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
-    from d2c_mlx.adapter import Adapter
     from d2c_mlx.files import hash_file
     from d2c_mlx.packing import write_pack
 

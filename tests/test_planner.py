@@ -9,7 +9,7 @@ import pytest
 from d2c_mlx_cli.main import main
 from tiny import library
 
-from d2c_mlx.candidates import SCALES, _climbed, candidates_of, stored, worth
+from d2c_mlx.candidates import SCALES, candidates_of, climb, stored, worth
 from d2c_mlx.config import RunConfig
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
@@ -144,7 +144,7 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
         seen.append(scale)
         return losses[scales.index(scale)]
 
-    assert _climbed(regret, scales) == (scales[best], losses[best])
+    assert climb(regret, scales) == (scales[best], losses[best])
     assert seen == scales[:asked]
 
 

@@ -1,0 +1,100 @@
+"""Adapters that arrive one by one at a pack, in several orders, against planning all at once.
+
+    python benchmarks/order.py --library DIR [--orders 10] [--slots 6] [--budget 6.25]
+
+Every order starts with a pack of its first adapter alone, and the others are added by weights alone
+(`d2c-mlx add` without --tasks): into so many slots, and into so many percent of the 16-bit bytes.
+The packs at the end are judged on held-out rows of all tasks. Resumes pack by pack.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.candidates import stored, worth
+from d2c_mlx.config import RunConfig
+from d2c_mlx.doctor import machine
+from d2c_mlx.files import write_json
+from d2c_mlx.living import add_adapter
+from d2c_mlx.packing import write_compact_pack, write_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.plan import allocate
+
+RESULT = Path(__file__).parent / "results" / "order.json"
+
+
+def first_pack(ws, kind, directory, adapter, budget):
+    """A pack of one adapter, to which the others come."""
+    about = {"model": ws.base.name, "config_hash": ws.base.config_hash,
+             "n_layers": ws.base.n_layers}  # fmt: skip
+    if kind == "slots":
+        made = [replace(ws.packed(adapter), sources=(adapter.name,))]
+        return write_pack(directory, made, **about, budget=budget, max_bytes=None)
+    limit = int(sum(ws.sizes) * float(budget) / 100)
+    widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
+    levels = allocate(worth(adapter, [{}]), widths, limit)
+    small = stored(adapter, {path: some for path, some in levels.items() if some})
+    return write_compact_pack(directory, [small], {adapter.name: 0}, **about,
+                              budget=f"{limit}B", max_bytes=limit, dtype=ws.base.dtype)  # fmt: skip
+
+
+def grown(ws, kind, budget, order):
+    """What serves each task after all have arrived, and the bytes."""
+    by_name = dict(zip(ws.names, ws.adapters))
+    with tempfile.TemporaryDirectory() as directory:
+        pack = first_pack(ws, kind, Path(directory) / "pack", by_name[order[0]], budget)
+        for name in order[1:]:
+            pack = add_adapter(pack, by_name[name]).pack
+        return Method(pack.nbytes, [{name: pack.load(name) for name in ws.names}])
+
+
+def main():
+    """Measure what is missing, print all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--orders", type=int, default=10)
+    parser.add_argument("--slots", default="6")
+    parser.add_argument("--budget", default="6.25", help="percent")
+    parser.add_argument("--tests", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    with tempfile.TemporaryDirectory() as directory:
+        config = RunConfig(
+            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
+            output=str(Path(directory) / "run"), budget=options.slots, probe_examples=3,
+            test_examples=options.tests,
+        )  # fmt: skip
+        ws = run(config, until="convert", quiet=True)
+        plain = {
+            "base": Method(0, [dict.fromkeys(ws.names)]),
+            "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        }
+        for seed in range(options.orders):
+            order = random.Random(seed).sample(ws.names, len(ws.names))
+            for kind, budget in (("slots", options.slots), ("bytes", options.budget)):
+                about = {"kind": kind, "budget": budget, "seed": seed, "tests": options.tests}
+                if any(about.items() <= row.items() for row in found["rows"]):
+                    continue
+                methods = {**plain, "pack": grown(ws, kind, budget, order)}
+                judged = bench_methods(ws.evaluator, methods, ws.tests)["pack"]
+                keys = ("nbytes", "excess", "retention")
+                row = about | {key: judged[key] for key in keys} | {"order": order}
+                found = {"machine": machine(), "rows": [*found["rows"], row]}
+                write_json(options.output, found)
+                print(f"{kind:<6} {budget:>5} order {seed}: excess {row['excess']:.4f},"
+                      f" retention {row['retention']:.1%}", flush=True)  # fmt: skip
+    for kind in ("slots", "bytes"):
+        excess = [row["excess"] for row in found["rows"] if row["kind"] == kind]
+        print(f"| {kind} | {len(excess)} orders | mean {statistics.mean(excess):.4f} |"
+              f" {min(excess):.4f} to {max(excess):.4f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

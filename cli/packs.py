@@ -1,0 +1,108 @@
+"""Commands that look into a pack and change it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_PACK = click.Path(path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+
+
+@click.command(
+    help="The adapters of PACK: the tasks that each serves, how many adapters are in it, rank and"
+    " bytes.\n\n\b\nExample:\n  d2c-mlx list runs/first/pack"
+)
+@click.argument("pack", type=_PACK)
+@_JSON
+def list_(pack: Path, as_json: bool) -> None:
+    """Verify the pack, print a line per adapter."""
+    from d2c_mlx.living import list_pack
+    from d2c_mlx.pack import load_pack
+
+    rows = list_pack(load_pack(pack))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        name = "base model" if row["adapter"] is None else str(row["adapter"])
+        about = f"rank {row['rank']:<4} {row['nbytes']:>12,} bytes" if row["rank"] else " " * 28
+        more = row["merged"] - len(row["tasks"])
+        gone = f" (and {more} removed)" if row["adapter"] is not None and more > 0 else ""
+        click.echo(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
+
+
+@click.command(
+    help="Add the adapter in directory ADAPTER to PACK, as a new task, within its budget.\n\n"
+    "A plain pack gives it a slot of its own while there is one, else merges it into the slot that"
+    " is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an"
+    " equal share of the bytes and drops what the other adapters need least. For the full search"
+    " put ADAPTER beside the others and run d2c-mlx run again: losses that it measured before are"
+    " in the cache.\n\n\b\nExamples:\n"
+    "  d2c-mlx add runs/first/pack loras/gec-nl\n"
+    "  d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8"
+)
+@click.argument("pack", type=_PACK)
+@click.argument("adapter", type=_PACK)
+@click.option("--task", metavar="NAME", help="its name in the pack  [default: ADAPTER's]")
+@click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
+              " of those in the pack that are to have a say")  # fmt: skip
+@click.option("--probe-examples", type=click.IntRange(1), default=10, show_default=True,
+              help="rows of probe.jsonl that decide, the first ones")  # fmt: skip
+@click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
+              " it is that]")  # fmt: skip
+@click.option("--budget", help='another budget: bytes such as "20MB", or a number of adapters')
+@click.option("--threshold", type=float, help="open another slot only if no similarity is at or"
+              " above it (K-Merge++: 0.02 to 0.03)  [default: while there are slots]")  # fmt: skip
+@_JSON
+def add(
+    pack: Path,
+    adapter: Path,
+    task: str | None,
+    tasks: Path | None,
+    probe_examples: int,
+    model: str | None,
+    budget: str | None,
+    threshold: float | None,
+    as_json: bool,
+) -> None:
+    """Read, check against the base, add, say where it went."""
+    from d2c_mlx.arriving import arrive
+
+    found = arrive(pack, adapter, task, tasks, probe_examples, model, budget, threshold)
+    if as_json:
+        content = {"adapter": found.adapter, "joined": found.joined,
+                   "similarity": found.similarity, "dropped": found.dropped,
+                   "dropped_energy": found.dropped_energy, "nbytes": found.pack.nbytes}  # fmt: skip
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    where = f"merged into {found.adapter} with {', '.join(found.joined)}" if found.joined else (
+        f"an adapter of its own ({found.adapter})")  # fmt: skip
+    if found.dropped:
+        where += (
+            f"; {found.dropped} components of others made room, at most"
+            f" {found.dropped_energy:.1%} of an adapter's energy"
+        )
+    click.echo(f"{task or adapter.name}: {where}")
+    click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes")
+
+
+@click.command(
+    help="Remove TASKS from PACK, and adapters that serve no other. A merge that serves others"
+    " stays as it is.\n\n\b\nExample:\n  d2c-mlx remove runs/first/pack gec-de gec-fr"
+)
+@click.argument("pack", type=_PACK)
+@click.argument("tasks", nargs=-1, required=True)
+def remove(pack: Path, tasks: tuple[str, ...]) -> None:
+    """Remove, say what is left."""
+    from d2c_mlx.living import remove_tasks
+    from d2c_mlx.lock import locked
+    from d2c_mlx.pack import load_pack
+
+    with locked(pack.resolve().parent):
+        left = remove_tasks(load_pack(pack), tasks)
+    click.echo(
+        f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
+    )

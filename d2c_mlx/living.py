@@ -1,0 +1,221 @@
+"""A pack that changes: an adapter arrives, tasks leave, the budget stays.
+
+    d2c-mlx add PACK loras/gec-nl --tasks tasks
+    d2c-mlx remove PACK gec-de
+    d2c-mlx list PACK
+
+In a plain pack an arrival gets a slot of its own while there is one, and then is merged into the
+slot that suits it (K-Merge, https://arxiv.org/abs/2510.13537). In a compact pack it is stored in an
+equal share of the bytes, and what the other adapters need least makes room: merging unlike adapters
+costs more than bytes do (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.budget import Budget, parse_budget
+from d2c_mlx.compact import read_compact
+from d2c_mlx.errors import BudgetError, PackError
+from d2c_mlx.features import similarity
+from d2c_mlx.judge import Judge
+from d2c_mlx.merge import merge_adapters
+from d2c_mlx.pack import COMPACT, Pack
+from d2c_mlx.packing import rewrite_pack, write_compact_pack
+from d2c_mlx.reading import read_config
+from d2c_mlx.shrink import make_room
+
+__all__ = ["Arrival", "add_adapter", "list_pack", "remove_tasks"]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What became of an adapter.
+
+    Attributes:
+        pack: as it is now.
+        adapter: that serves the new task, as in `Pack.tasks`.
+        joined: tasks that it serves as well; none for an adapter of its own.
+        similarity: largest cosine of dW with an adapter of the pack; None in compact packs.
+        dropped: components of other adapters that made room, in compact packs.
+        dropped_energy: the largest share of an adapter's energy that went with them.
+    """
+
+    pack: Pack
+    adapter: str | int
+    joined: tuple[str, ...] = ()
+    similarity: float | None = None
+    dropped: int = 0
+    dropped_energy: float = 0.0
+
+
+def list_pack(pack: Pack) -> list[dict[str, Any]]:
+    """Of every adapter: `adapter`, `tasks`, `merged` (adapters that are in it), `rank`, `nbytes`.
+
+    Bytes are those of a plain adapter's files, or of a compact one's factors. Tasks that the base
+    model serves come last, as adapter null.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, tasks in pack.adapters.items():
+        if isinstance(key, int):
+            nbytes = read_compact(pack.path / COMPACT, key).nbytes
+        else:
+            nbytes = sum(entry["nbytes"] for file, entry in pack.manifest["files"].items()
+                         if file.startswith(f"{key}/"))  # fmt: skip
+        loaded = pack.load(tasks[0])
+        rows.append({"adapter": key, "tasks": tasks, "merged": pack.merged(key),
+                     "rank": loaded.rank if loaded else 0, "nbytes": nbytes})  # fmt: skip
+    bare = [task for task, key in pack.tasks.items() if key is None]
+    if bare:
+        rows.append({"adapter": None, "tasks": bare, "merged": 0, "rank": 0, "nbytes": 0})
+    return rows
+
+
+def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
+    """Remove tasks, and adapters that serve no other; the pack is replaced as a whole.
+
+    A merge that serves other tasks stays as it is: what the removed task put into it cannot be
+    taken out again.
+
+    Raises:
+        PackError: unknown tasks, or none would be left; the pack stays as it is.
+    """
+    unknown = sorted(set(tasks) - pack.tasks.keys())
+    if unknown:
+        raise PackError(
+            f"{pack.path}: no task {', '.join(map(repr, unknown))}; it serves"
+            f" {', '.join(pack.tasks)}"
+        )
+    left: dict[str, Any] = {t: key for t, key in pack.tasks.items() if t not in tasks}
+    if not left:
+        raise PackError(f"{pack.path}: no task would be left; delete the directory instead")
+    budget, limit = _budget(pack, None)
+    kept = [key for key in pack.adapters if key in left.values()]
+    merged: dict[Any, int] = {key: pack.merged(key) for key in kept}
+    if pack.storage == "plain":
+        return rewrite_pack(pack, {}, left, merged, budget.text, limit)
+    stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
+    place = {key: i for i, key in enumerate(kept)}
+    serves = {task: None if key is None else place[key] for task, key in left.items()}
+    return write_compact_pack(
+        pack.path, stored, serves, merged={place[key]: n for key, n in merged.items()},
+        budget=budget.text, max_bytes=limit, **pack.about,
+    )  # fmt: skip
+
+
+def add_adapter(
+    pack: Pack,
+    adapter: Adapter,
+    *,
+    budget: str | None = None,
+    threshold: float | None = None,
+    judge: Judge | None = None,
+) -> Arrival:
+    """Add the adapter of a new task, named after it; the pack is replaced as a whole.
+
+    Args:
+        pack: what `load_pack` verified.
+        adapter: checked against the pack's base model.
+        budget: in bytes or adapters; None is the pack's own.
+        threshold: open another slot only if all similarities are below it (K-Merge++; 0.02 to 0.03
+            there); None opens slots while there are any. Plain packs only.
+        judge: measures on probes where an arrival fits best, and its form; None goes by weights.
+
+    Raises:
+        PackError: the task is there already, or `threshold` for a compact pack.
+        BudgetError: the budget has no room, whatever is merged or dropped.
+    """
+    if adapter.name in pack.tasks:
+        raise PackError(
+            f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
+            f" d2c-mlx remove {pack.path} {adapter.name}"
+        )
+    allowed, limit = _budget(pack, budget)
+    if pack.storage == "plain":
+        return _into_slots(pack, adapter, allowed, limit, threshold, judge)
+    if threshold is not None:
+        raise PackError(f"{pack.path}: threshold is for plain packs, and this one is compact")
+    return _into_bytes(pack, adapter, allowed, limit, judge)
+
+
+def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
+    """The budget and its bytes; the pack's own is a share of adapters that are not here."""
+    old = pack.manifest["budget"]
+    if text is None:
+        return parse_budget(old["text"]), old["nbytes"]
+    budget = parse_budget(text)
+    if budget.percent is not None:
+        raise BudgetError(
+            f"budget: {text!r} is a share of adapters that the pack does not hold; expected bytes,"
+            ' such as "20MB", or a number of adapters'
+        )
+    return budget, budget.nbytes
+
+
+def _into_slots(
+    pack: Pack,
+    adapter: Adapter,
+    budget: Budget,
+    limit: int | None,
+    threshold: float | None,
+    judge: Judge | None,
+) -> Arrival:
+    slots = {str(key): pack.load(tasks[0]) for key, tasks in pack.adapters.items()}
+    held = {name: slot for name, slot in slots.items() if slot is not None}
+    first = next(iter(held.values()))
+    dtype = next(iter(first.modules.values())).a.dtype
+    n_layers = int(str(read_config(pack.path / first.name)["num_layers"]))
+    new = adapter.uniform(dtype)
+    alike = dict(zip(held, similarity([*held.values(), new])[-1]))
+    most = max(alike.values())
+    fits = budget.n_adapters is None or len(held) < budget.n_adapters
+    fits &= limit is None or pack.nbytes + new.nbytes(n_layers) <= limit
+    if fits and (threshold is None or most < threshold):
+        name = next(free for k in count() if (free := f"cluster-{k}") not in held)
+        changed, merged = {name: new}, 1
+    else:
+        n = {slot: pack.merged(slot) for slot in held}
+        # Where bytes count, a merge takes no more of them than the slot did.
+        pairs = {
+            slot: merge_adapters(
+                [old, new], rank=None if limit is None else old.rank,
+                weights=[n[slot] / (n[slot] + 1), 1 / (n[slot] + 1)],
+            )
+            for slot, old in held.items() if judge or alike[slot] == most
+        }  # fmt: skip
+        if judge:
+            name, merge = judge.best(pairs, held, pack.adapters, new)
+        else:
+            (name, merge), *_ = pairs.items()
+        changed, merged = {name: merge.uniform(dtype)}, n[name] + 1
+    counts = {slot: pack.merged(slot) for slot in held} | {name: merged}
+    tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
+    return Arrival(
+        rewrite_pack(pack, changed, tasks, counts, budget.text, limit, n_layers),
+        name, tuple(pack.adapters.get(name, ())), float(most),
+    )  # fmt: skip
+
+
+def _into_bytes(
+    pack: Pack, adapter: Adapter, budget: Budget, limit: int | None, judge: Judge | None
+) -> Arrival:
+    keys = [key for key in pack.adapters if isinstance(key, int)]
+    if budget.n_adapters is not None and len(keys) >= budget.n_adapters:
+        raise BudgetError(
+            f"budget: {budget.text} adapters are in {pack.path} already, and a compact pack merges"
+            " none; give bytes, or run the plan anew"
+        )
+    stored = [read_compact(pack.path / COMPACT, key) for key in keys]
+    made = make_room(stored, adapter, limit, judge)
+    place = {key: i for i, key in enumerate(keys)}
+    serves = {task: place[k] if isinstance(k, int) else None for task, k in pack.tasks.items()}
+    merged = {place[key]: pack.merged(key) for key in keys}
+    now = write_compact_pack(
+        pack.path, [*made.others, made.arrival], serves | {adapter.name: len(keys)},
+        merged=merged, budget=budget.text, max_bytes=limit, **pack.about,
+    )  # fmt: skip
+    return Arrival(now, len(keys), dropped=made.dropped, dropped_energy=made.energy)

@@ -1,0 +1,324 @@
+"""Packs that change: against dense oracles, within the budget, nothing else touched."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from tiny import LAYERS, SHAPES, library, peft_adapter
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.arriving import arrive
+from d2c_mlx.compact import index_of, read_compact
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.engine import Engine
+from d2c_mlx.errors import BudgetError, InputError, ModelError, PackError, TaskError
+from d2c_mlx.features import similarity
+from d2c_mlx.files import hash_tree
+from d2c_mlx.layout import compact_nbytes
+from d2c_mlx.living import add_adapter, list_pack, remove_tasks
+from d2c_mlx.merge import merge_adapters, scaled
+from d2c_mlx.merger import SCALES
+from d2c_mlx.model import BaseModel
+from d2c_mlx.pack import COMPACT, load_pack
+from d2c_mlx.packing import write_compact_pack, write_pack
+from d2c_mlx.probe import Evaluator
+from d2c_mlx.quantize import compress, dequantize_module
+from d2c_mlx.tasks import load_task
+from d2c_mlx.verify import verify
+
+ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
+NAMES = ("a", "b", "c", "d")
+ABOUT = {"model": "tiny/llama", "config_hash": "0" * 64, "n_layers": LAYERS}
+
+
+def full_rank(root):
+    paths = {name: peft_adapter(root, name, seed=seed) for seed, name in enumerate(NAMES)}
+    return {name: read_adapter(path, ALL) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Of rank 4 and, so that merges of four lose nothing, of one component each."""
+    root = tmp_path_factory.mktemp("adapters")
+    found = {}
+    for name, one in full_rank(root).items():
+        first = mx.array([[1.0], [0], [0], [0]])
+        modules = {
+            path: LoRA(lora.a, (lora.b.astype(mx.float32) * first).astype(lora.b.dtype), lora.scale)
+            for path, lora in one.modules.items()
+        }
+        found[name] = replace(one, modules=modules)
+    return found
+
+
+def plain(directory, slots, budget="2", max_bytes=None):
+    made = [replace(adapter, sources=tuple(tasks)) for adapter, tasks in slots]
+    return write_pack(directory, made, budget=budget, max_bytes=max_bytes, **ABOUT)
+
+
+@pytest.fixture
+def pack(tmp_path, adapters):
+    return plain(tmp_path / "pack", [(adapters["a"], ["a"]), (adapters["b"], ["b"])])
+
+
+def deltas(adapter):
+    return {path: lora.delta() for path, lora in adapter.modules.items()}
+
+
+def assert_close(found, expected, atol=1e-4):
+    found = deltas(found)
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, atol=atol)
+
+
+def test_an_arrival_gets_a_slot_of_its_own_while_there_is_one(pack, adapters):
+    before = {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"}
+    found = add_adapter(pack, adapters["c"], budget="3")
+    assert (found.adapter, found.joined) == ("cluster-2", ())
+    now = verify(pack.path)
+    assert now.tasks == {"a": "cluster-0", "b": "cluster-1", "c": "cluster-2"}
+    assert now.load("c").digest == adapters["c"].uniform().digest
+    assert {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"} == before
+    assert now.manifest["budget"] == {"text": "3", "nbytes": None}
+    assert "merged" not in now.manifest
+
+
+def test_a_full_pack_merges_into_the_slot_most_alike(pack, adapters):
+    """Two thirds of the way to b; the similarity is that of dense dW."""
+    near = {
+        path: LoRA(lora.a, lora.b, lora.scale * 2) for path, lora in adapters["b"].modules.items()
+    }
+    mixed = merge_adapters([adapters["d"], Adapter("near", near)], weights=[0.5, 0.5])
+    new = replace(mixed, name="new")
+    found = add_adapter(pack, new)
+    assert (found.adapter, found.joined) == ("cluster-1", ("b",))
+    dense = [np.concatenate([x.ravel() for _, x in sorted(deltas(one).items())])
+             for one in (adapters["b"], new)]  # fmt: skip
+    cosine = dense[0] @ dense[1] / np.linalg.norm(dense[0]) / np.linalg.norm(dense[1])
+    assert found.similarity == pytest.approx(cosine, abs=1e-3)
+    half = {p: (deltas(adapters["b"])[p] + deltas(new)[p]) / 2 for p in new.modules}
+    assert_close(found.pack.load("new"), half)
+    assert found.pack.load("b").digest == found.pack.load("new").digest
+    assert found.pack.load("a").digest == pack.load("a").digest
+
+
+def test_arrivals_one_by_one_are_the_mean_of_all(tmp_path, adapters):
+    """K-Merge's weights 1 - 1/n and 1/n: a running mean."""
+    pack = plain(tmp_path / "pack", [(adapters["a"], ["a"])], "1")
+    for name in "bcd":
+        pack = add_adapter(pack, adapters[name]).pack
+    mean = {
+        path: sum(deltas(adapters[name])[path] for name in NAMES) / 4
+        for path in adapters["a"].modules
+    }
+    assert_close(pack.load("a"), mean, atol=2e-4)
+    assert list_pack(pack)[0]["merged"] == 4
+    # What left is still in it: the next one weighs a fifth.
+    pack = remove_tasks(pack, ["b", "c"])
+    assert pack.manifest["merged"] == {"cluster-0": 4}
+    pack = add_adapter(pack, replace(adapters["b"], name="again")).pack
+    fifth = {p: 0.8 * mean[p] + 0.2 * deltas(adapters["b"])[p] for p in mean}
+    assert_close(pack.load("again"), fifth, atol=3e-4)
+
+
+def test_a_threshold_keeps_slots_for_what_is_unlike(pack, adapters):
+    alike = float(similarity([adapters["a"], adapters["b"], adapters["c"]])[-1][:-1].max())
+    kept = add_adapter(pack, adapters["c"], budget="3", threshold=alike - 1e-3)
+    assert kept.adapter in ("cluster-0", "cluster-1") and kept.similarity == pytest.approx(
+        alike, abs=1e-3
+    )
+    opened = add_adapter(kept.pack, adapters["d"], budget="3", threshold=0.99)
+    assert opened.adapter == "cluster-2"
+
+
+def test_bytes_of_a_plain_pack_do_not_grow_beyond_its_budget(tmp_path, adapters):
+    slots = [(adapters["a"], ["a"]), (adapters["b"], ["b"])]
+    size = plain(tmp_path / "pack", slots).nbytes
+    pack = plain(tmp_path / "pack", slots, "20MB", size + 2000)
+    wide = merge_adapters([adapters["c"], adapters["d"]], "concat")
+    assert wide.rank == 8
+    found = add_adapter(pack, replace(wide, name="wide"))
+    assert found.joined and found.pack.nbytes <= size + 2000 and found.pack.load("wide").rank == 4
+    # With room for it, it gets its own.
+    pack = plain(tmp_path / "more", slots, "20MB", 3 * size)
+    assert add_adapter(pack, replace(wide, name="wide")).adapter == "cluster-2"
+
+
+def test_removal(pack, adapters):
+    merged = add_adapter(pack, adapters["c"]).pack
+    place = merged.tasks["c"]
+    other = "b" if merged.tasks["b"] == place else "a"
+    left = remove_tasks(merged, [other])
+    # The merge goes on to serve c; what is in it stays.
+    assert left.load("c").digest == merged.load("c").digest
+    assert other not in left.tasks and left.merged(place) == 2
+    assert len(remove_tasks(left, ["c"]).adapters) == 1
+    before = hash_tree(pack.path)
+    with pytest.raises(PackError, match="no task 'x', 'y'"):
+        remove_tasks(load_pack(pack.path), ["y", "x"])
+    with pytest.raises(PackError, match="no task would be left"):
+        remove_tasks(load_pack(pack.path), list(load_pack(pack.path).tasks))
+    assert hash_tree(pack.path) == before
+
+
+def compact(directory, adapters, names="abc", limit=None, levels=((1, 4),)):
+    stored = [compress(adapters[n], dict.fromkeys(adapters[n].modules, levels)) for n in names]
+    serves = {name: i for i, name in enumerate(names)} | {"bare": None}
+    return write_compact_pack(
+        directory, stored, serves, budget="9MB", max_bytes=limit, **ABOUT
+    )  # fmt: skip
+
+
+def test_a_compact_pack_makes_room_by_what_the_others_need_least(tmp_path):
+    adapters = full_rank(tmp_path)
+    size = compact(tmp_path / "pack", adapters, levels=[(1, 8), (3, 4)]).nbytes
+    pack = compact(tmp_path / "pack", adapters, limit=size, levels=[(1, 8), (3, 4)])
+    before = {name: read_compact(pack.path / COMPACT, i) for i, name in enumerate("abc")}
+    found = add_adapter(pack, adapters["d"])
+    now = verify(pack.path)
+    assert now.nbytes <= size and now.tasks == {"a": 0, "b": 1, "c": 2, "d": 3, "bare": None}
+    kept, gone = [], []
+    for i, name in enumerate("abc"):
+        after = read_compact(pack.path / COMPACT, i)
+        every = [(path, one) for path, levels in before[name].modules.items() for one in levels]
+        norms = [np.sum(dequantize_module([one]).delta() ** 2.0) for _, one in every]
+        for (path, old), norm in zip(every, norms):
+            share = norm / sum(norms) / old.nbytes
+            same = [one for one in after.modules.get(path, ()) if one.bits == old.bits]
+            (kept if same else gone).append((share, old.rank))
+            for x, y in ((x, y) for new in same for x, y in ((old.a, new.a), (old.b, new.b))):
+                assert np.array_equal(x.weight, y.weight) and np.array_equal(x.scales, y.scales)
+    assert found.dropped == sum(rank for _, rank in gone) > 0
+    assert max(gone)[0] <= min(kept)[0] * (1 + 1e-6)
+    # No more than needed: a level takes 200 bytes at most.
+    assert 0 < found.dropped_energy < 1 and size - now.nbytes < 200
+    # d is stored in its share, and is d.
+    error = deltas(now.load("d"))
+    own = deltas(adapters["d"])
+    rest = sum(np.sum((error.get(p, 0) - own[p]) ** 2) for p in own)
+    assert rest < 0.6 * sum(np.sum(x**2) for x in own.values())
+
+
+def test_with_room_nothing_is_dropped(tmp_path, adapters):
+    pack = compact(tmp_path / "pack", adapters, "ab", limit=100_000)
+    before = [pack.load(name).digest for name in "ab"]
+    found = add_adapter(pack, adapters["c"])
+    assert found.dropped == 0 and [found.pack.load(name).digest for name in "ab"] == before
+    assert found.pack.load("bare") is None
+
+
+def test_removal_from_a_compact_pack(tmp_path, adapters):
+    pack = compact(tmp_path / "pack", adapters, limit=100_000)
+    rest = {name: pack.load(name).digest for name in "ac"}
+    left = remove_tasks(pack, ["b"])
+    assert left.tasks == {"a": 0, "bare": None, "c": 1} and left.nbytes < pack.nbytes
+    assert {name: left.load(name).digest for name in "ac"} == rest
+    index = index_of([read_compact(left.path / COMPACT, i) for i in range(2)])
+    assert compact_nbytes(index) == left.nbytes
+
+
+def test_no_room_leaves_the_pack_as_it_was(tmp_path, adapters):
+    pack = compact(tmp_path / "pack", adapters)
+    before = hash_tree(pack.path)
+    with pytest.raises(BudgetError, match="give more, or remove a task"):
+        add_adapter(pack, adapters["d"], budget="1500B")
+    with pytest.raises(BudgetError, match="3 adapters are in"):
+        add_adapter(pack, adapters["d"], budget="3")
+    with pytest.raises(PackError, match="threshold is for plain packs"):
+        add_adapter(pack, adapters["d"], threshold=0.1)
+    assert hash_tree(pack.path) == before
+
+
+@pytest.mark.parametrize(
+    "name, budget, message",
+    [("a", None, "task 'a' is there already"), ("new", "25%", "a share of adapters")],
+)
+def test_refusals(pack, adapters, name, budget, message):
+    with pytest.raises(InputError, match=message):
+        add_adapter(pack, replace(adapters["c"], name=name), budget=budget)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A model, adapters, tasks, and a plain pack of two of the adapters."""
+    paths = library(tmp_path, list(NAMES))
+    base = BaseModel(str(paths.model))
+    found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
+    made = [replace(found[n], sources=(n,)) for n in "ab"]
+    pack = write_pack(tmp_path / "run" / "pack", made, model="m", config_hash=base.config_hash,
+                      n_layers=LAYERS, budget="2", max_bytes=None)  # fmt: skip
+    return paths, base, found, pack
+
+
+def test_probes_decide_where_an_arrival_suffers_least(whole):
+    """Every slot at every scale, tried here by brute force."""
+    paths, base, found, pack = whole
+    evaluator = Evaluator(Engine(base))
+    probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
+
+    def losses(adapter, names):
+        return evaluator.losses([(adapter, [probes[n] for n in names])])[0]
+
+    costs = {}
+    for k, member in enumerate("ab"):
+        names = [member, "c"]
+        own = np.concatenate([losses(found[n].uniform(mx.float16), [n]) for n in names])
+        gain = np.maximum(losses(None, names) - own, 0.05)
+        merge = merge_adapters([found[member], found["c"]])
+        for scale in SCALES:
+            costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
+    result = arrive(pack.path, paths.adapters / "c", tasks=paths.tasks, model=str(paths.model))
+    # Scales are walked downhill from the middle one; a random model may like absurd ones better.
+    k, scale = min((one for one in costs if one[1] <= SCALES[3]), key=costs.get)
+    assert result.adapter == f"cluster-{k}"
+    merge = merge_adapters([found["ab"[k]], found["c"]])
+    assert_close(result.pack.load("c"), deltas(scaled(merge, scale)), atol=1e-3)
+
+
+def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
+    paths, base, found, _ = whole
+    about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
+    losses = {}
+    for tasks in (None, paths.tasks):
+        small = [compress(found["a"], dict.fromkeys(found["a"].modules, [(1, 4)]))]
+        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, max_bytes=None, **about)
+        result = arrive(pack.path, paths.adapters / "b", tasks=tasks, model=str(paths.model))
+        probe = base.encode("b", load_task(paths.tasks / "b").probe)
+        losses[tasks] = Evaluator(Engine(base)).losses([(result.pack.load("b"), [probe])])[0][0]
+    assert losses[paths.tasks] < losses[None]
+
+
+def test_on_the_command_line(whole, tmp_path):
+    paths, _, _, pack = whole
+    options = [str(pack.path), str(paths.adapters / "c"), "--model", str(paths.model)]
+    runner = CliRunner()
+    result = runner.invoke(cli, ["add", *options, "--budget", "3"], catch_exceptions=False)
+    assert result.output.startswith("c: an adapter of its own (cluster-2)\n"), result.output
+    result = runner.invoke(cli, ["add", *options, "--task", "other"], catch_exceptions=False)
+    assert "other: merged into cluster-2 with c\n" in result.output
+    result = runner.invoke(cli, ["remove", str(pack.path), "c"], catch_exceptions=False)
+    assert "3 tasks, 3 adapters" in result.output
+    result = runner.invoke(cli, ["list", str(pack.path)], catch_exceptions=False)
+    assert "other (and 1 removed)" in result.output and len(result.output.splitlines()) == 3
+    rows = json.loads(runner.invoke(cli, ["list", str(pack.path), "--json"]).output)
+    assert [row["tasks"] for row in rows] == [["a"], ["b"], ["other"]]
+    assert sum(row["nbytes"] for row in rows) == load_pack(pack.path).nbytes
+
+
+def test_what_cannot_arrive(whole, tmp_path):
+    paths, _, _, pack = whole
+    before = hash_tree(pack.path)
+    with pytest.raises(ModelError, match="the pack is for 'm'"):
+        arrive(pack.path, paths.adapters / "c")
+    with pytest.raises(TaskError, match="no such directory; expected probe.jsonl"):
+        arrive(pack.path, paths.adapters / "c", "other", paths.tasks, model=str(paths.model))
+    config = paths.model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
+    with pytest.raises(ModelError, match="is not the config of 'm'"):
+        arrive(pack.path, paths.adapters / "c", model=str(paths.model))
+    assert hash_tree(pack.path) == before
