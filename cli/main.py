@@ -23,6 +23,7 @@ _COMMANDS = {
     "list": "packs:list_",
     "add": "packs:add",
     "remove": "packs:remove",
+    "route": "packs:route",
     "unpack": "commands:unpack",
     "export": "commands:export",
     "doctor": "commands:doctor",

@@ -106,3 +106,42 @@ def remove(pack: Path, tasks: tuple[str, ...]) -> None:
     click.echo(
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
     )
+
+
+@click.command(
+    help="Which task of PACK each PROMPT is of, by the base model's hidden states; none of them is"
+    " the base model's.\n\nWith --tasks the router is fitted on probe prompts first and kept in the"
+    " pack, where its bytes count; add and remove drop it.\n\n\b\nExamples:\n"
+    "  d2c-mlx route runs/first/pack --tasks tasks\n"
+    '  d2c-mlx route runs/first/pack "Write 896 in German words:"'
+)
+@click.argument("pack", type=_PACK)
+@click.argument("prompts", nargs=-1)
+@click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the pack's tasks")
+@click.option("--probe-examples", type=click.IntRange(2), default=10, show_default=True,
+              help="rows of probe.jsonl, the first ones")  # fmt: skip
+@click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
+              " it is that]")  # fmt: skip
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="tasks shown")
+@_JSON
+def route(
+    pack: Path,
+    prompts: tuple[str, ...],
+    tasks: Path | None,
+    probe_examples: int,
+    model: str | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Fit if asked to, then a line per prompt."""
+    from d2c_mlx.arriving import route_prompts
+
+    rows = route_prompts(pack, prompts, tasks, probe_examples, model, top)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if tasks:
+        click.echo(f"{pack}: router fitted")
+    for row in rows:
+        near = ", ".join(f"{one['task']} {one['similarity']:.3f}" for one in row["matches"])
+        click.echo(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")

@@ -1,27 +1,29 @@
-"""An adapter on its way into a pack: read, checked against the base, judged by probes."""
+"""From directories and prompts to a pack that changes: what `add` and `route` do, in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.cache import LossCache
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import ModelError, TaskError
+from d2c_mlx.errors import ModelError, PackError, TaskError
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter
 from d2c_mlx.locate import cache_directory, resolve_base
 from d2c_mlx.lock import locked
 from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
+from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
+from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
 from d2c_mlx.tasks import ExampleSet, load_tasks
 from d2c_mlx.workspace import CUTS
 
-__all__ = ["arrive"]
+__all__ = ["arrive", "route_prompts"]
 
 
 def arrive(
@@ -53,13 +55,7 @@ def arrive(
         found = load_pack(pack)
         if budget is not None:
             parse_budget(budget)
-        about = found.manifest["base"]
-        base = BaseModel(str(resolve_base(about["model"], model)[1]))
-        if base.config_hash != about["config_sha256"]:
-            raise ModelError(
-                f"{base.path / 'config.json'}: is not the config of {about['model']!r}, which the"
-                " pack was made with (its sha256 differs); name that model with --model"
-            )
+        base = _base_of(found, model)
         new = replace(read_adapter(adapter, base.module_shapes), name=task or adapter.name)
         judge = None
         if tasks:
@@ -67,6 +63,71 @@ def arrive(
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
         return add_adapter(found, new, budget=budget, threshold=threshold, judge=judge)
+
+
+def route_prompts(
+    pack: Path,
+    prompts: Sequence[str],
+    tasks: Path | None = None,
+    n_probe: int = 10,
+    model: str | None = None,
+    top: int = 3,
+) -> list[dict[str, Any]]:
+    """Which task of a pack each prompt is of.
+
+    Args:
+        pack: directory of the pack.
+        prompts: what a user says, each a conversation of its own.
+        tasks: fit the router first, on `<task>/probe.jsonl` of all tasks of the pack.
+        n_probe: rows of probe.jsonl.
+        model: the pack's base model, see `locate.resolve_model`.
+        top: matches listed.
+
+    Returns:
+        For each prompt `prompt`, `task` (None: the base model) and `matches`, best first.
+
+    Raises:
+        InputError: no such pack or model, problems of tasks, or no router and no `tasks`.
+    """
+    with locked(pack.resolve().parent):
+        found = load_pack(pack)
+        base = _base_of(found, model)
+        if tasks:
+            probes = [
+                base.encode(task.name, task.probe[:n_probe])
+                for task in load_tasks(tasks, sorted(found.tasks))
+            ]
+            found = save_router(found, fit_router(base.model, probes))
+    router = load_router(found)
+    if router is None:
+        raise PackError(f"{pack}: has no router; fit one with d2c-mlx route {pack} --tasks DIR")
+    if not prompts:
+        return []
+    rows = [{"prompt": prompt, "completion": "-"} for prompt in prompts]
+    examples = base.encode("prompt", rows).examples
+    states = prompt_states(base.model, [x.tokens[: x.offset] for x in examples], router.n_blocks)
+    result = []
+    for prompt, state in zip(prompts, states):
+        matches = router.matches(state, top)
+        best = matches[0]
+        result.append({
+            "prompt": prompt,
+            "task": best.task if best.similarity >= router.threshold else None,
+            "matches": [asdict(one) for one in matches],
+        })  # fmt: skip
+    return result
+
+
+def _base_of(pack: Pack, model: str | None) -> BaseModel:
+    """The pack's base model; ModelError if it is another."""
+    about = pack.manifest["base"]
+    base = BaseModel(str(resolve_base(about["model"], model)[1]))
+    if base.config_hash != about["config_sha256"]:
+        raise ModelError(
+            f"{base.path / 'config.json'}: is not the config of {about['model']!r}, which the pack"
+            " was made with (its sha256 differs); name that model with --model"
+        )
+    return base
 
 
 def _probes(

@@ -86,12 +86,16 @@ def frontier(plan: Json, share: float) -> str:
     )
     for name, label, style, colour in lines:
         values = [row[name] for row in plan["frontier"]]
+        if None in values:
+            continue  # no merge was measured
         axes.plot(shares, values, style, label=label, markersize=3, color=colour)
     axes.plot(100 * share, plan["regret"], "*", markersize=13, color=_ORANGE, label="the pack")
     for limit, label in ((1, "base model"), (0, "individual adapters")):
         axes.axhline(limit, color=_TEXT, linewidth=0.8)
-        axes.annotate(label, (shares[0], limit), (0, 3), textcoords="offset points", fontsize=8,
-                      color=_TEXT)  # fmt: skip
+        # The legend is at the upper right, lines that beat 0 go down to the right.
+        x, side = (shares[-1], "right") if limit == 0 else (shares[0], "left")
+        axes.annotate(label, (x, limit), (0, 3), textcoords="offset points", fontsize=8,
+                      color=_TEXT, ha=side)  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{x:.2g}" for x in shares], rotation=60)
     axes.minorticks_off()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from d2c_mlx.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, load_pack
 from d2c_mlx.quantize import Compressed
 from d2c_mlx.rules import layout_problems
 
-__all__ = ["rewrite_pack", "write_compact_pack", "write_pack"]
+__all__ = ["rewrite_pack", "with_file", "write_compact_pack", "write_pack"]
 
 
 def write_pack(
@@ -147,13 +147,37 @@ def rewrite_pack(
     return load_pack(pack.path)
 
 
+def with_file(pack: Pack, name: str, write: Callable[[Path], None]) -> Pack:
+    """Replace a pack by one with another file beside its adapters; its bytes count.
+
+    Args:
+        pack: what `load_pack` verified.
+        name: of the file; one of that name is replaced.
+        write: writes it to a path.
+
+    Raises:
+        PackError: the files are larger than the budget; the pack stays as it is.
+    """
+    with write_dir(pack.path) as temporary:
+        for file in pack.manifest["files"]:
+            if file != name:
+                (temporary / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(pack.path / file, temporary / file)
+        write(temporary / name)
+        keys = {"base", "dtype", "budget"} & pack.manifest.keys()
+        about = {key: pack.manifest[key] for key in sorted(keys)}
+        merged = {key: pack.merged(key) for key in pack.adapters}
+        _write_manifest(pack.path, temporary, pack.storage, about, pack.tasks, merged)
+    return load_pack(pack.path)
+
+
 def _write_manifest(
     directory: Path,
     temporary: Path,
     storage: str,
     about: Mapping[str, Any],
-    tasks: Mapping[str, str] | Mapping[str, int | None],
-    merged: Mapping[str, int] | Mapping[int, int] | None = None,
+    tasks: Mapping[str, Any],
+    merged: Mapping[Any, int] | None = None,
 ) -> None:
     """Sizes and hashes of what is in `temporary` -> its manifest.
 

@@ -58,7 +58,8 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
     Returns:
         `units` (adapters chosen: tasks, family, scale, levels, nbytes, regret), `base` (tasks left
         to the base model), `regret` (mean over tasks), `frontier` (at some budgets the regret of
-        each family alone and of both) and `candidates` (how many were measured).
+        each family alone, null for merges if none was measured, and of both) and `candidates` (how
+        many were measured).
     """
     n, most = len(ws.names), ws.config.max_adapters
     chosen = [candidates[j] for j in choose(candidates, n, room, most)]
@@ -115,9 +116,11 @@ def _frontier(
 ) -> Iterator[dict[str, Any]]:
     """The best of what was measured at several budgets, of each family alone and of all."""
     for multiple in _FRONTIER:
-        row: dict[str, Any] = {"share": multiple * free / total}
+        row: dict[str, Any] = {"share": multiple * free / total, "merged": None}
         for name, families in (("own", ("own",)), ("merged", ("merged",)),
                                ("all", ("own", "merged"))):  # fmt: skip
             some = [one for one in candidates if one.family in ("base", *families)]
-            row[name] = _regret(some, choose(some, n, multiple * free, most)) / n
+            # The rows for the base model alone would say that merges lose everything.
+            if name != "merged" or any(one.family == name for one in some):
+                row[name] = _regret(some, choose(some, n, multiple * free, most)) / n
         yield row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from d2c_mlx import charts
@@ -60,7 +61,10 @@ def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "size": _size}
+    # Where a run lies tells who made it.
+    environment.filters |= {
+        "percent": _percent, "size": _size, "last_part": lambda path: Path(path).name,
+    }  # fmt: skip
     return environment
 
 
@@ -104,11 +108,13 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
 def render_html(artifacts: Mapping[str, Json]) -> str:
     """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
     context = _context(artifacts)
-    context["bars"] = charts.excess_bars(context["rows"])
     if context["plan"]:
         context["frontier"] = charts.frontier(context["plan"], context["share"])
-    elif len(context["d2c"]["history"]) > 1:
-        context["convergence"] = charts.convergence(context["d2c"]["history"])
+    else:
+        # A plan has nothing but the pack to compare.
+        context["bars"] = charts.excess_bars(context["rows"])
+        if len(context["d2c"]["history"]) > 1:
+            context["convergence"] = charts.convergence(context["d2c"]["history"])
     if context["phone"]:
         context["memory_bar"] = charts.memory_bar(context["phone"])
     context["heatmap"] = charts.heatmap(context["losses"], _labels(context))

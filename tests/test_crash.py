@@ -143,13 +143,18 @@ def losses(cache):
 
 
 def test_an_interrupt_is_one_line(inputs, tmp_path):
-    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command(inputs, "slots", tmp_path / "run"), env=environment,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while losses(tmp_path / "cache") < 5 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, problem = process.communicate()
+    for attempt in range(5):
+        cache, run = tmp_path / f"cache{attempt}", tmp_path / f"run{attempt}"
+        environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
+        process = subprocess.Popen(command(inputs, "slots", run), env=environment,
+                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        while losses(cache) < 5 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, problem = process.communicate()
+        # On a busy machine the run may be over before this process looks again.
+        if process.returncode:
+            break
     assert process.returncode == 130
     # The first newline ends the line on which a terminal shows ^C.
     assert problem == "\ninterrupted; the same command continues where it stopped\n"

@@ -1,0 +1,65 @@
+"""A pack of a run, exported to PEFT: held-out losses by torch beside those of its bench.json.
+
+    python benchmarks/peft_pack.py --run DIR
+
+Every task under the adapter that the pack has for it, in float32, on the rows that bench judged.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import d2c_mlx  # noqa: F401  the fast BLAS first
+
+# isort: split
+from loops import peft_loop, torch_model
+
+from d2c_mlx.config import load_config
+from d2c_mlx.doctor import environment
+from d2c_mlx.export import export
+from d2c_mlx.files import hash_file, write_json
+from d2c_mlx.model import BaseModel
+from d2c_mlx.pack import load_pack
+from d2c_mlx.tasks import load_tasks
+
+RESULT = Path(__file__).parent / "results" / "peft_pack.json"
+
+
+def main():
+    """Compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    config = load_config(options.run / "config.yaml", {})
+    bench = json.loads((options.run / "bench.json").read_text())["methods"]["pack"]["tasks"]
+    base, pack = BaseModel(config.model), load_pack(options.run / "pack")
+    served = {task: key for task, key in pack.tasks.items() if key is not None}
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        places = export(pack, "peft", directory / "peft")
+        (directory / "base").mkdir()
+        paths = [directory / "peft" / name for name in sorted(set(filter(None, places.values())))]
+        model = torch_model(base, paths, directory / "base")
+        for task in load_tasks(Path(config.tasks), served):
+            one = base.encode(task.name, task.test[: config.test_examples or None])
+            (total,) = peft_loop(model, [places[task.name]], [one])
+            rows.append({"task": task.name, "bench": bench[task.name]["loss"],
+                         "peft": total / one.n_targets})  # fmt: skip
+            print(f"{task.name:<12} bench {rows[-1]['bench']:.6f}  PEFT {rows[-1]['peft']:.6f}",
+                  flush=True)  # fmt: skip
+    largest = max(abs(row["bench"] - row["peft"]) for row in rows)
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("bench", "peft")}
+    write_json(options.output, {
+        **environment(), "manifest_sha256": hash_file(pack.path / "manifest.json"),
+        "nbytes": pack.nbytes, "test_examples": config.test_examples, "rows": rows,
+        "largest_difference": largest,
+    })  # fmt: skip
+    print(f"{len(rows)} tasks: mean {mean['bench']:.6f}, PEFT {mean['peft']:.6f}; largest"
+          f" difference {largest:.1e} nats per target token")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
