@@ -12,7 +12,7 @@ first token outweighs the rest.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,16 @@ from d2c_mlx.packing import with_file
 from d2c_mlx.strict import parse_json
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["ROUTER", "Match", "Router", "fit_router", "load_router", "prompt_states", "save_router"]
+__all__ = [
+    "ROUTER",
+    "Match",
+    "Router",
+    "fit_router",
+    "load_router",
+    "prompt_states",
+    "router_of",
+    "save_router",
+]
 
 ROUTER = "router.safetensors"
 # Padded tokens of a batch.
@@ -105,9 +114,6 @@ def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet]) -> Router:
     """Learn tasks from their probe prompts; answers are not looked at.
 
-    The threshold is what all but a twentieth of the probe prompts reach, each compared with its
-    task as the other prompts give it.
-
     Args:
         model: of mlx-lm, without an adapter.
         probes: of each task, two prompts at least.
@@ -124,18 +130,31 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet]) -> Router:
                " prompt and completion, or messages" for name in empty]
         )  # fmt: skip
     n_blocks = len(model.layers) // 2 + 1
-    states = [
-        prompt_states(model, [row.tokens[: row.offset] for row in one.examples], n_blocks)
+    states = {
+        one.task: prompt_states(model, [row.tokens[: row.offset] for row in one.examples], n_blocks)
         for one in probes
-    ]
-    centre = np.mean([x.mean(axis=0) for x in states], axis=0)
-    rows = [_unit(x - centre) for x in states]
+    }
+    return router_of(states, n_blocks)
+
+
+def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
+    """The router that states give.
+
+    The threshold is what all but a twentieth of them reach, each compared with its task as the
+    others give it.
+
+    Args:
+        states: task -> `(n, hidden)` of two or more prompts.
+        n_blocks: after which they were taken.
+    """
+    centre = np.mean([x.mean(axis=0) for x in states.values()], axis=0)
+    rows = [_unit(x - centre) for x in states.values()]
     own = [
         float(_unit(np.delete(x, i, axis=0).mean(axis=0)) @ x[i])
         for x in rows for i in range(len(x))
     ]  # fmt: skip
     return Router(
-        tuple(one.task for one in probes), centre, np.stack([_unit(x.mean(axis=0)) for x in rows]),
+        tuple(states), centre, np.stack([_unit(x.mean(axis=0)) for x in rows]),
         float(np.quantile(own, _MISSED)), n_blocks,
     )  # fmt: skip
 

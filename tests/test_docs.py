@@ -49,6 +49,7 @@ def test_readme_examples_run(monkeypatch, tmp_path, capsys):
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
     from d2c_mlx.files import hash_file
+    from d2c_mlx.pack import load_pack
     from d2c_mlx.packing import write_pack
 
     model = tiny_model(tmp_path / "base")
@@ -64,13 +65,26 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
         config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1", max_bytes=None,
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (commands,) = blocks("docs/living.md", "sh")
+    commands, routes = blocks("docs/living.md", "sh")
     for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
         result = CliRunner().invoke(cli, shlex.split(line)[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "runs" / "first" / "pack" / "manifest.json").read_text())
     assert manifest["tasks"] == {"num-de": "cluster-0", "qa-nl": "cluster-0"}
     assert manifest["merged"] == {"cluster-0": 3}
+    task(tmp_path / "tasks", "num-de")
+    for line in routes.strip().splitlines():
+        args = shlex.split(line, comments=True)[1:]
+        result = CliRunner().invoke(cli, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    pack = load_pack(tmp_path / "runs" / "first" / "pack")
+    model, tokenizer = d2c_mlx.load(pack, model="base")
+    chat = [{"role": "user", "content": "Question 1 of the user: what is qa-nl?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    names = {"pack": pack, "model": model, "prompt": prompt}
+    (code,) = blocks("docs/living.md", "python")
+    exec(code, names)
+    assert names["match"] is None or names["match"].task in pack.tasks
 
 
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):

@@ -1,0 +1,181 @@
+"""Routing by hidden states: against states read off the whole model, and its files."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from safetensors.numpy import load_file, save_file
+from tiny import LAYERS, library, write_jsonl
+
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.errors import InputError, PackError, TaskError
+from d2c_mlx.files import hash_file, hash_tree
+from d2c_mlx.living import add_adapter, remove_tasks
+from d2c_mlx.model import BaseModel
+from d2c_mlx.pack import load_pack
+from d2c_mlx.packing import write_pack
+from d2c_mlx.routing import (
+    ROUTER,
+    Router,
+    fit_router,
+    load_router,
+    prompt_states,
+    save_router,
+)
+from d2c_mlx.tasks import Example, ExampleSet, load_task
+from d2c_mlx.verify import verify
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, three adapters, their tasks with prompts of their own, the base."""
+    paths = library(tmp_path_factory.mktemp("routing"), list("abc"))
+    for name, words in (("a", "Write the number"), ("b", "Who is it? Answer"), ("c", "zzz q q")):
+        rows = [{"prompt": f"{words} {i} of {name}", "completion": "x"} for i in range(12)]
+        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:6])
+        write_jsonl(paths.tasks / name / "test.jsonl", rows[6:])
+    base = BaseModel(str(paths.model))
+    probes = [base.encode(n, load_task(paths.tasks / n).probe) for n in "abc"]
+    return paths, base, probes
+
+
+@pytest.fixture
+def pack(made, tmp_path):
+    paths, base, _ = made
+    found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
+             for n in "abc"]  # fmt: skip
+    return write_pack(tmp_path / "run" / "pack", found, model="m", config_hash=base.config_hash,
+                      n_layers=LAYERS, budget="3", max_bytes=None)  # fmt: skip
+
+
+def prompts_of(examples):
+    return [row.tokens[: row.offset] for row in examples.examples]
+
+
+def test_a_state_is_the_last_tokens_whatever_the_batch(made):
+    """Beside one prompt at a time through the model's own blocks."""
+    _, base, probes = made
+    prompts = [p for one in probes for p in prompts_of(one)]
+    together = prompt_states(base.model, prompts, 1)
+    inner = base.model.model
+    for prompt, state in zip(prompts, together):
+        x = inner.embed_tokens(mx.array([prompt]))
+        alone = np.array(inner.layers[0](x, "causal")[0, -1])
+        np.testing.assert_allclose(state, alone, atol=1e-5)
+
+
+def test_prompts_of_a_task_are_routed_to_it_and_others_to_none(made):
+    paths, base, probes = made
+    router = fit_router(base.model, probes)
+    assert router.n_blocks == LAYERS // 2 + 1 and router.tasks == ("a", "b", "c")
+    np.testing.assert_allclose(np.linalg.norm(router.directions, axis=1), 1, atol=1e-6)
+    right = 0
+    for name in "abc":
+        tests = base.encode(name, load_task(paths.tasks / name).test)
+        states = prompt_states(base.model, prompts_of(tests), router.n_blocks)
+        right += sum(router.matches(state)[0].task == name for state in states)
+    # Of a random model's states, where a third would be chance.
+    assert right >= 15
+    # All but a twentieth of the probes pass the threshold.
+    found = [router.route(base.model, p) for one in probes for p in prompts_of(one)]
+    assert sum(one is None for one in found) <= 1
+    assert {one.task for one in found if one} == set("abc")
+    # A state that points away from every task.
+    far = replace(router, threshold=0.999)
+    assert far.route(base.model, [5, 9, 3, 3, 8]) is None
+
+
+def test_matches_are_cosines_and_the_nearest_comes_first():
+    router = Router(("a", "b"), np.zeros(2), np.array([[1.0, 0], [0, 1]]), 0.5, 1)
+    assert [m.task for m in router.matches(np.array([0.6, 0.8]), 2)] == ["b", "a"]
+    assert router.matches(np.array([0.6, 0.8]))[0].similarity == pytest.approx(0.8)
+    # What the best match is below is none, ties go to the first.
+    assert router.matches(np.array([1.0, 1.0]))[0].task == "a"
+
+
+def test_kept_in_the_pack_and_read_again(made, pack):
+    _, base, probes = made
+    router = fit_router(base.model, probes)
+    assert load_router(pack) is None
+    before = {task: pack.load(task).digest for task in pack.tasks}
+    kept = save_router(pack, router)
+    assert kept.nbytes - pack.nbytes == (kept.path / ROUTER).stat().st_size
+    assert {task: kept.load(task).digest for task in kept.tasks} == before
+    again = load_router(verify(kept.path))
+    assert (again.tasks, again.n_blocks) == (router.tasks, router.n_blocks)
+    assert again.threshold == pytest.approx(router.threshold)
+    np.testing.assert_allclose(again.directions, router.directions, atol=1e-3)
+    # Another replaces it; a pack with other tasks has none.
+    assert save_router(kept, router).nbytes == kept.nbytes
+    assert load_router(remove_tasks(kept, ["c"])) is None
+
+
+def test_its_bytes_count(made, tmp_path):
+    paths, base, probes = made
+    one = replace(read_adapter(paths.adapters / "a", base.module_shapes), sources=("a", "b", "c"))
+    about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
+    size = write_pack(tmp_path / "pack", [one], **about, max_bytes=None).nbytes
+    pack = write_pack(tmp_path / "pack", [one], **about, max_bytes=size + 10)
+    before = hash_tree(pack.path)
+    with pytest.raises(PackError, match="over the budget"):
+        save_router(pack, fit_router(base.model, probes))
+    assert hash_tree(pack.path) == before
+
+
+@pytest.mark.parametrize("damage", ["shape", "nan", "tasks", "words", "cut"])
+def test_a_damaged_router_is_refused(made, pack, damage):
+    _, base, probes = made
+    pack = save_router(pack, fit_router(base.model, probes))
+    path = pack.path / ROUTER
+    tensors = load_file(path)
+    about = {"tasks": ["a", "b", "c"], "threshold": 0.5, "n_blocks": 1}
+    if damage == "shape":
+        tensors["directions"] = tensors["directions"][:2]
+    elif damage == "nan":
+        tensors["centre"][0] = np.nan
+    elif damage == "tasks":
+        about["tasks"][1] = "x"
+    elif damage == "words":
+        about["threshold"] = "half"
+    save_file(tensors, path, metadata={"router": json.dumps(about)})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    manifest = json.loads((pack.path / "manifest.json").read_text())
+    manifest["files"][ROUTER] = {"nbytes": path.stat().st_size, "sha256": hash_file(path)}
+    (pack.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PackError, match="no router of this pack"):
+        load_router(load_pack(pack.path))
+
+
+def test_what_cannot_be_fitted(made, pack):
+    _, base, _ = made
+    one = ExampleSet("few", (Example((1, 2, 3), 2),))
+    text = ExampleSet("text", (Example((1, 2, 3), 0), Example((1, 2), 0)))
+    with pytest.raises(TaskError) as caught:
+        fit_router(base.model, [one, text])
+    assert len(caught.value.problems) == 2
+    with pytest.raises(PackError, match="no task 'x'"):
+        save_router(pack, Router(("x",), np.zeros(2), np.ones((1, 2)), 0, 1))
+
+
+def test_on_the_command_line(made, pack):
+    paths, _, _ = made
+    runner = CliRunner()
+    start = ["route", str(pack.path), "--model", str(paths.model)]
+    result = runner.invoke(cli, [*start, "anything"])
+    assert isinstance(result.exception, InputError) and "has no router" in str(result.exception)
+    result = runner.invoke(cli, [*start, "--tasks", str(paths.tasks)], catch_exceptions=False)
+    assert result.output == f"{pack.path}: router fitted\n"
+    prompts = ["Write the number 11 of a", "zzz q q 9 of c"]
+    rows = json.loads(runner.invoke(cli, [*start, *prompts, "--json"]).output)
+    assert [row["matches"][0]["task"] for row in rows] == ["a", "c"]
+    assert len(rows[0]["matches"]) == 3 and rows[0]["prompt"] == prompts[0]
+    result = runner.invoke(cli, [*start, *prompts, "--top", "1"], catch_exceptions=False)
+    assert len(result.output.splitlines()) == 2
+    # An arrival drops the router: it would never be chosen.
+    new = replace(load_pack(pack.path).load("a"), name="new")
+    assert load_router(add_adapter(load_pack(pack.path), new).pack) is None
