@@ -28,6 +28,7 @@ def write_pack(
     n_layers: int,
     budget: str,
     max_bytes: int | None,
+    origins: Mapping[str, str] | None = None,
 ) -> Pack:
     """Write adapters and manifest, then check the files against the budget.
 
@@ -39,6 +40,8 @@ def write_pack(
         n_layers: number of transformer blocks of the base model.
         budget: as the user wrote it.
         max_bytes: allowed bytes of all adapter files, or None.
+        origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
+            from the hub.
 
     Raises:
         PackError: the files are larger than the budget, or an adapter would not load elsewhere;
@@ -56,6 +59,7 @@ def write_pack(
             raise PackError(problems)
         base = {"model": model, "config_sha256": config_hash}
         about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
+        about |= {"origins": dict(origins)} if origins else {}
         _write_manifest(directory, temporary, "plain", about, tasks)
     return load_pack(directory)
 
@@ -71,6 +75,7 @@ def write_compact_pack(
     budget: str,
     max_bytes: int | None,
     dtype: mx.Dtype = mx.float16,
+    origins: Mapping[str, str] | None = None,
 ) -> Pack:
     """Write all adapters into one file, and the manifest; check the file against the budget.
 
@@ -84,6 +89,7 @@ def write_compact_pack(
         budget: as the user wrote it.
         max_bytes: allowed bytes of the adapter file, or None.
         dtype: of the base's activations, which `Pack.load` and `unpack` give.
+        origins: as of `write_pack`.
 
     Raises:
         PackError: the file is larger than the budget, or the adapters do not go together; nothing
@@ -101,6 +107,7 @@ def write_compact_pack(
             "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},
             "dtype": str(dtype).split(".")[-1],
             "budget": {"text": budget, "nbytes": max_bytes},
+            **({"origins": dict(origins)} if origins else {}),
         }
         _write_manifest(directory, temporary, "compact", about, serves)
     return load_pack(directory)

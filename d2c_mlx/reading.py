@@ -15,6 +15,7 @@ from d2c_mlx.strict import parse_json, positive
 __all__ = [
     "base_of",
     "check_adapter",
+    "check_finite",
     "load_adapter",
     "pair_problems",
     "read_config",
@@ -58,12 +59,17 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
             f"{path}: {len(whole)} tensors hold no floating point numbers (first: {min(whole)},"
             f" {tensors[min(whole)].dtype}); save the adapter in float16, bfloat16 or float32"
         )
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
+    """Raises AdapterError when a tensor of the file `path` holds NaN or infinity."""
     bad = [name for name, x in tensors.items() if not mx.isfinite(x).all().item()]
     if bad:
         raise AdapterError(
             f"{path}: {len(bad)} tensors hold NaN or infinity (first: {min(bad)}); train it again"
         )
-    return tensors
 
 
 def load_adapter(directory: Path) -> Adapter:
