@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": "commands:verify",
     "unpack": "commands:unpack",
     "export": "commands:export",
+    "push": "hub:push",
     "doctor": "commands:doctor",
 }
 # Forms of a command that take options of their own.

@@ -11,7 +11,7 @@ from d2c_mlx.adapter import CONFIG, WEIGHTS
 from d2c_mlx.convert import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.errors import AdapterError, gather
 from d2c_mlx.gguf_lora import is_gguf_lora
-from d2c_mlx.hub import HubId, download, failures, parse_hub_id, remedy
+from d2c_mlx.hub import HubId, download, head, list_files, parse_hub_id
 
 __all__ = ["Source", "find_adapters"]
 
@@ -60,6 +60,8 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
 
 
 def _entry(entry: str) -> list[Source]:
+    if not entry:
+        raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
     path = Path(entry).expanduser()
     name, _, rest = entry.partition("=")
     if rest and not path.exists():
@@ -104,13 +106,14 @@ def _name_problems(names: Sequence[str], where: str) -> list[str]:
     ]
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(name.casefold(), name)
-        if names.count(name) > 1 and other is not name:
+        other = known.setdefault(name.casefold(), "")
+        if other == name:
             problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
-        elif other != name:
+        elif other:
             problems.append(
                 f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
             )
+        known[name.casefold()] = name
     return problems
 
 
@@ -134,18 +137,14 @@ def _the_gguf(one: HubId) -> str:
     Raises:
         AdapterError: there is none, or more than one.
     """
-    from huggingface_hub import HfApi, HfFileSystem
-
-    try:
-        files = HfApi().list_repo_files(one.repo, revision=one.revision)
-        found = []
-        for file in files:
-            if file.endswith(".gguf") and "/" not in file:
-                with HfFileSystem().open(f"{one}/{file}", "rb", block_size=_HEAD) as remote:
-                    if is_gguf_lora(remote.read(_HEAD)):
-                        found.append(file)
-    except failures() as caught:
-        raise AdapterError(f"adapters: {str(one)!r}: {remedy(caught, one)}") from None
+    files = list_files(one, "adapters", AdapterError)
+    found = [
+        file
+        for file in files
+        if file.endswith(".gguf")
+        and "/" not in file
+        and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
+    ]
     if len(found) == 1:
         return found[0]
     if PICKLE in files:
