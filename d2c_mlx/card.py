@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def render_card(
     """
     from huggingface_hub import ModelCardData
 
-    name = str(pack.manifest.get("base", {}).get("model"))
+    stated = pack.manifest.get("base")
+    name = str(stated.get("model")) if isinstance(stated, dict) else "unknown"
     base = base or _HUB_NAMES.get(name, name)
     hub = parse_hub_id(base)
     if hub is None or hub.revision:
@@ -81,16 +81,18 @@ def render_card(
         tasks=sorted(pack.tasks),
         left=sorted(task for task, adapter in pack.tasks.items() if adapter is None),
         adapters=adapters,
-        sources=_sources(pack),
+        **_sources(pack),
+        # The embedded model is not the hub's files, and found by its name.
+        model_option="" if name == EMBEDDED else f" --model {base}",
         example=adapters[0]["name"],
         example_task=adapters[0]["tasks"][0],
-        **_kept(bench),
+        bench=bench,
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
 def read_bench(pack: Pack, path: Path | None) -> Json | None:
-    """The `bench.json` of the run that made a pack.
+    """What a card needs of the `bench.json` of the run that made a pack.
 
     Args:
         pack: what was measured.
@@ -108,10 +110,15 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
     path = path or beside
     bench = _json(path)
     try:
-        packed, base = bench["methods"]["pack"], bench["provenance"]["base"]
-        for method in ("base", "individual", "pack"):
-            for task in pack.tasks:
-                float(bench["methods"][method]["tasks"][task]["loss"])
+        methods, about = bench["methods"], bench["provenance"]
+        packed, base = methods["pack"], about["base"]
+        rows = [_losses(methods, task) for task in sorted(pack.tasks)]
+        measured = {
+            "rows": [*rows, _losses(methods, None)],
+            "n_rows": int(about["config"]["test_examples"]),
+            "dtype": str(about["compute_dtype"]),
+            "refined": bool(about["config"]["refine"]),
+        }
         same = (
             packed["nbytes"] == pack.nbytes
             and packed["tasks"].keys() == pack.tasks.keys()
@@ -124,7 +131,19 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
             f"{path}: is no bench.json of {pack.path} (its tasks, bytes or base model differ); run"
             " d2c-mlx bench --output DIR again, or name another with --bench"
         )
-    return bench
+    return measured
+
+
+def _losses(methods: Json, task: str | None) -> Json:
+    """A row of the table; None is the mean over tasks."""
+    found = {name: methods[name] if task is None else methods[name]["tasks"][task]
+             for name in ("base", "individual", "pack")}  # fmt: skip
+    retention = found["pack"]["retention"]
+    return {
+        "task": "mean" if task is None else task,
+        "retention": None if retention is None else float(retention),
+        **{name: float(entry["loss"]) for name, entry in found.items()},
+    }
 
 
 def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
@@ -138,7 +157,7 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
     """Tasks that share an adapter -> how it was made, and its scale; from the run directory."""
     path = pack.path.resolve().parent / ("merges.json" if pack.storage == "plain" else "plan.json")
     content = _json(path) if path.is_file() else []
-    refined = bool(bench and bench["provenance"].get("config", {}).get("refine"))
+    refined = bool(bench and bench["refined"])
     found: dict[frozenset[str], tuple[str, object]] = {}
     try:
         for entry in content["units"] if isinstance(content, dict) else content:
@@ -154,7 +173,8 @@ def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
     """One row per stored adapter, named as `unpack` names it."""
     recorded = _recorded(pack, bench)
     rows = []
-    for k, tasks in pack.adapters.items():
+    # cluster-2 before cluster-10.
+    for k, tasks in sorted(pack.adapters.items(), key=lambda one: (len(str(one[0])), str(one[0]))):
         name = f"cluster-{k}" if isinstance(k, int) else k
         method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
         stored = _plain(pack, name) if pack.storage == "plain" else _compact(pack, int(k))
@@ -178,30 +198,12 @@ def _compact(pack: Pack, k: int) -> str:
     return f"components: {', '.join(parts) or 'none'}"
 
 
-def _sources(pack: Pack) -> list[Json]:
-    origins: Mapping[str, str] = pack.manifest.get("origins") or {}
-    rows = []
-    for task in sorted(pack.tasks):
-        hub = parse_hub_id(str(origins.get(task)))
-        rows.append({"task": task, "repo": hub and hub.repo, "commit": hub and hub.revision})
-    return rows
-
-
-def _kept(bench: Json | None) -> Json:
-    """Losses by task, for the table; no rows where nothing was measured."""
-    if bench is None:
-        return {"rows": [], "mean": None, "n_rows": None, "dtype": None}
-    methods = bench["methods"]
-    losses = {name: methods[name] for name in ("base", "individual", "pack")}
-    rows = [
-        {"task": task, "retention": methods["pack"]["tasks"][task]["retention"],
-         **{name: method["tasks"][task]["loss"] for name, method in losses.items()}}
-        for task in sorted(methods["pack"]["tasks"])
-    ]  # fmt: skip
-    mean = {name: method["loss"] for name, method in losses.items()}
+def _sources(pack: Pack) -> Json:
+    """Where the adapters of the tasks came from."""
+    stated = pack.manifest.get("origins")
+    stated = stated if isinstance(stated, dict) else {}
+    origins = {task: parse_hub_id(str(stated.get(task))) for task in sorted(pack.tasks)}
     return {
-        "rows": rows,
-        "mean": {**mean, "retention": methods["pack"]["retention"]},
-        "n_rows": bench["provenance"].get("config", {}).get("test_examples"),
-        "dtype": bench["provenance"].get("compute_dtype"),
+        "origins": {task: hub for task, hub in origins.items() if hub},
+        "local": [task for task, hub in origins.items() if hub is None],
     }

@@ -22,6 +22,7 @@ from d2c_mlx.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.errors import AdapterError, InputError, collect
 from d2c_mlx.gguf_lora import read_gguf_lora
 from d2c_mlx.reading import (
+    DORA,
     base_of,
     check_adapter,
     load_adapter,
@@ -47,7 +48,7 @@ _HARMLESS = frozenset(
 )
 # Fields that are refused when set, and why.
 _REFUSED = {
-    "use_dora": "DoRA rescales the merged weight; it is no low-rank delta",
+    "use_dora": DORA,
     "use_qalora": "QALoRA pools the input before A",
     "use_bdlora": "block-diagonal LoRA stores factors in another layout",
     "lora_bias": "a bias in lora_B is no low-rank delta",
@@ -151,15 +152,19 @@ def _load_peft(directory: Path) -> Adapter:
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs: dict[str, dict[str, mx.array]] = {}
+    other = []
     for name, x in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)
-        if match is None or x.ndim != 2:
-            problems.append(
-                f"{weights}: {name} with shape {tuple(x.shape)} is no plain linear LoRA factor"
-                f" (expected {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
-            )
-        else:
+        if match and x.ndim == 2:
             pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
+        elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
+            other.append(name)
+    if other:
+        problems.append(
+            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
+            f" with shape {tuple(tensors[other[0]].shape)}, expected"
+            f" {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
+        )
     problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
     problems += [line for error in errors for line in error.problems]
     if problems:

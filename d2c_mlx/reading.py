@@ -13,6 +13,7 @@ from d2c_mlx.errors import AdapterError
 from d2c_mlx.strict import parse_json, positive
 
 __all__ = [
+    "DORA",
     "base_of",
     "check_adapter",
     "check_finite",
@@ -21,6 +22,13 @@ __all__ = [
     "read_config",
     "read_tensors",
 ]
+
+
+# Why a DoRA is refused, of PEFT or mlx-lm.
+DORA = (
+    "a DoRA scales each row of the merged weight, the base's own numbers too, by a learned"
+    " magnitude: the update is no low-rank addition, so it cannot be merged or packed exactly"
+)
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -82,10 +90,8 @@ def load_adapter(directory: Path) -> Adapter:
     where = directory / CONFIG
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise AdapterError(
-            f"{where}: fine_tune_type is {kind!r}, expected 'lora'; only a plain LoRA is a"
-            " low-rank delta on the stock base model"
-        )
+        why = DORA if kind == "dora" else "only a plain LoRA is a low-rank delta on the stock base"
+        raise AdapterError(f"{where}: fine_tune_type is {kind!r}, expected 'lora'; {why}")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or not positive(parameters.get("scale")):
         raise AdapterError(f"{where}: lora_parameters.scale is missing or no number above 0")

@@ -115,7 +115,7 @@ def test_what_is_not_known_is_said(plain, tmp_path):  # noqa: F811
     assert [row[2:4] for row in tables(card.text)[MADE]] == 2 * [["not recorded", "-"]]
     assert card.data.base_model == "tiny/llama" and card.data.license == "other"
     assert f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`" in card.text
-    assert "two: an adapter that was not taken from the hub" in card.text
+    assert "- two: from files of who pushed this" in card.text
     assert "No licence was given" in card.text
 
 
