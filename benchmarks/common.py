@@ -3,16 +3,17 @@
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  loads the fast BLAS before mlx.core
-from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
 from d2c_mlx.model import BaseModel
+from d2c_mlx.sources import find_adapters
 from d2c_mlx.tasks import load_task
 
 
 def load_library(library: Path, n_examples: int, n_adapters: int | None = None):
     """`(base, adapters, paths, probe sets)` of the embedded model."""
     base = BaseModel()
-    paths = list(find_adapters(library / "adapters").values())[:n_adapters]
+    paths = [one.path for one in find_adapters(library / "adapters")][:n_adapters]
     adapters = [read_adapter(path, base.module_shapes) for path in paths]
     sets = [
         base.encode(path.name, load_task(library / "tasks" / path.name).probe[:n_examples])

@@ -28,7 +28,7 @@ from scipy.special import log_softmax
 from d2c_mlx.doctor import machine
 from d2c_mlx.export import export
 from d2c_mlx.files import write_json
-from d2c_mlx.gguf import save_gguf_lora
+from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.locate import embedded_gguf
 from d2c_mlx.packing import write_pack
 

@@ -18,17 +18,18 @@ import numpy as np
 
 from d2c_mlx.adapter import LoRA
 from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.convert import read_adapter
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run
+from d2c_mlx.sources import find_adapters
 
 STAGES = [stage for stage in ALL if stage != "refine"]  # it is off
 
 
 def grow(library, directory, n, base, width):
     """Write n adapters and their tasks: a probe and a test row of at most `width` characters."""
-    paths = list(find_adapters(library / "adapters").values())
+    paths = [one.path for one in find_adapters(library / "adapters")]
     rng = np.random.default_rng(0)
     for i in range(n):
         path, copy = paths[i % len(paths)], i // len(paths)

@@ -16,8 +16,9 @@ _DIR = click.Path(path_type=str)
 _OPTIONS = [
     click.option("--model", metavar="M", help="mlx-lm directory, Hugging Face id or .gguf file"
                  "  [default: the embedded SmolLM2-135M-Instruct]"),
-    click.option("--adapters", type=_DIR, metavar="DIR", help="one subdirectory per adapter, PEFT"
-                 " or MLX"),
+    click.option("--adapters", type=_DIR, metavar="A", help="folder with one subdirectory per"
+                 " adapter (PEFT, MLX or GGUF), or a list with commas: directories, .gguf files,"
+                 " Hugging Face ids owner/name[@revision]"),
     click.option("--tasks", type=_DIR, metavar="DIR", help="<adapter>/probe.jsonl and test.jsonl"),
     click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
                  "  [default: 12.5%]"),
@@ -205,12 +206,15 @@ report = _stage_command(
 
 
 @click.command(
-    help="Convert adapters between PEFT and MLX, exactly, or say why not.\n\n\b\nExamples:\n"
+    help="Convert adapters (PEFT, MLX, GGUF) to MLX or PEFT, exactly, or say why not.\n\n\b\n"
+    "Examples:\n"
     "  d2c-mlx convert --adapters loras --output mlx-loras\n"
-    "  d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft"
+    "  d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft\n"
+    "  d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras"
 )
 @click.option("--model", metavar="M", help="the base model, to check every tensor against")
-@click.option("--adapters", required=True, type=_DIR, metavar="DIR", help="one subdirectory each")
+@click.option("--adapters", required=True, type=_DIR, metavar="A", help="folder of them, or a list"
+              " with commas: directories, .gguf files, owner/name[@revision]")  # fmt: skip
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
 @_JSON
@@ -220,12 +224,14 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     from d2c_mlx.errors import ConfigError
     from d2c_mlx.files import write_dir
     from d2c_mlx.model import BaseModel
+    from d2c_mlx.sources import find_adapters
     from d2c_mlx.workspace import read_adapters
 
-    if Path(output).exists() and Path(adapters).resolve().is_relative_to(Path(output).resolve()):
+    sources = find_adapters(adapters)
+    if any(one.path.resolve().is_relative_to(Path(output).resolve()) for one in sources):
         raise ConfigError(f"output: {output} would replace the input adapters; name another")
     base = BaseModel(model)
-    found = read_adapters(Path(adapters), base)
+    found = read_adapters(sources, base)
     with write_dir(Path(output)) as directory:
         for adapter in found:
             if to == "peft":
@@ -233,8 +239,10 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
     rows = [
-        {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base} for a in found
-    ]
+        {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base,
+         **({"origin": a.origin} if a.origin else {})}
+        for a in found
+    ]  # fmt: skip
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

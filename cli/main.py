@@ -26,6 +26,7 @@ _COMMANDS = {
     "route": "packs:route",
     "unpack": "commands:unpack",
     "export": "commands:export",
+    "push": "hub:push",
     "doctor": "commands:doctor",
 }
 # Forms of a command that take options of their own.

@@ -35,18 +35,20 @@ def list_(pack: Path, as_json: bool) -> None:
 
 
 @click.command(
-    help="Add the adapter in directory ADAPTER to PACK, as a new task, within its budget.\n\n"
+    help="Add ADAPTER to PACK, as a new task called like it, within the pack's budget."
+    " It is a directory (PEFT or MLX), a .gguf or a Hugging Face id; NAME=ADAPTER calls it"
+    " otherwise.\n\n"
     "A plain pack gives it a slot of its own while there is one, else merges it into the slot that"
     " is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an"
     " equal share of the bytes and drops what the other adapters need least. For the full search"
     " put ADAPTER beside the others and run d2c-mlx run again: losses that it measured before are"
     " in the cache.\n\n\b\nExamples:\n"
     "  d2c-mlx add runs/first/pack loras/gec-nl\n"
+    "  d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base\n"
     "  d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8"
 )
 @click.argument("pack", type=_PACK)
-@click.argument("adapter", type=_PACK)
-@click.option("--task", metavar="NAME", help="its name in the pack  [default: ADAPTER's]")
+@click.argument("adapter")
 @click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
               " of those in the pack that are to have a say")  # fmt: skip
 @click.option("--probe-examples", type=click.IntRange(1), default=10, show_default=True,
@@ -59,8 +61,7 @@ def list_(pack: Path, as_json: bool) -> None:
 @_JSON
 def add(
     pack: Path,
-    adapter: Path,
-    task: str | None,
+    adapter: str,
     tasks: Path | None,
     probe_examples: int,
     model: str | None,
@@ -71,9 +72,9 @@ def add(
     """Read, check against the base, add, say where it went."""
     from d2c_mlx.arriving import arrive
 
-    found = arrive(pack, adapter, task, tasks, probe_examples, model, budget, threshold)
+    found = arrive(pack, adapter, tasks, probe_examples, model, budget, threshold)
     if as_json:
-        content = {"adapter": found.adapter, "joined": found.joined,
+        content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
                    "similarity": found.similarity, "dropped": found.dropped,
                    "dropped_energy": found.dropped_energy, "nbytes": found.pack.nbytes}  # fmt: skip
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
@@ -85,7 +86,7 @@ def add(
             f"; {found.dropped} components of others made room, at most"
             f" {found.dropped_energy:.1%} of an adapter's energy"
         )
-    click.echo(f"{task or adapter.name}: {where}")
+    click.echo(f"{found.task}: {where}")
     click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes")
 
 

@@ -35,7 +35,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--bits", type=int, help="4 or 8, if M is not quantized yet  [default: M as it is]")
 @click.option(
-    "--adapters", type=_DIR, metavar="DIR", help="the individual adapters, to measure them too"
+    "--adapters", type=_DIR, metavar="A", help="the individual adapters, to measure them too"
 )
 @click.option("--tasks", type=_DIR, metavar="DIR", help="<task>/test.jsonl, to measure quality too")
 @click.option(

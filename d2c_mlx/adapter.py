@@ -66,12 +66,14 @@ class Adapter:
         modules: module path (`model.layers.0.self_attn.q_proj`) -> LoRA.
         base: the base model's name, as its config states it.
         sources: names of the adapters it was merged from; empty for an original.
+        origin: `owner/name@commit` if it was read from the Hugging Face hub.
     """
 
     name: str
     modules: Mapping[str, LoRA]
     base: str | None = None
     sources: tuple[str, ...] = ()
+    origin: str | None = None
 
     @property
     def rank(self) -> int:
@@ -80,7 +82,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of paths, shapes, dtypes, scales and values. The name does not count."""
+        """Hex SHA-256 of paths, shapes, dtypes, scales and values. Names do not count."""
         sha = hashlib.sha256()
         for path in sorted(self.modules):
             lora = self.modules[path]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.cache import LossCache
-from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import ModelError, PackError, TaskError
+from d2c_mlx.errors import AdapterError, ModelError, PackError, TaskError
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter
 from d2c_mlx.locate import cache_directory, resolve_base
@@ -20,28 +19,27 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
+from d2c_mlx.sources import find_adapters
 from d2c_mlx.tasks import ExampleSet, load_tasks
-from d2c_mlx.workspace import CUTS
+from d2c_mlx.workspace import CUTS, read_adapters
 
 __all__ = ["arrive", "route_prompts"]
 
 
 def arrive(
     pack: Path,
-    adapter: Path,
-    task: str | None = None,
+    adapter: str,
     tasks: Path | None = None,
     n_probe: int = 10,
     model: str | None = None,
     budget: str | None = None,
     threshold: float | None = None,
 ) -> Arrival:
-    """Read an adapter directory and add it to a pack, see `living.add_adapter`.
+    """Read an adapter and add it to a pack, see `living.add_adapter`.
 
     Args:
         pack: directory of the pack.
-        adapter: directory of the adapter, PEFT or MLX.
-        task: the new task; None is the directory's name.
+        adapter: an entry as `sources.find_adapters` takes it; the task is called as the adapter.
         tasks: `<task>/probe.jsonl` and `test.jsonl` of the new task, and of those that have a say.
         n_probe: rows of probe.jsonl that decide.
         model: the pack's base model, see `locate.resolve_model`.
@@ -55,8 +53,11 @@ def arrive(
         found = load_pack(pack)
         if budget is not None:
             parse_budget(budget)
+        sources = find_adapters(adapter)
+        if len(sources) > 1:
+            raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = _base_of(found, model)
-        new = replace(read_adapter(adapter, base.module_shapes), name=task or adapter.name)
+        (new,) = read_adapters(sources, base)
         judge = None
         if tasks:
             probes = _probes(base, tasks, new.name, found.tasks, n_probe)

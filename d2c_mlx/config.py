@@ -64,7 +64,8 @@ class RunConfig:
 
     Attributes:
         model: mlx-lm directory, Hugging Face id or .gguf; None is the embedded default.
-        adapters: directory with one subdirectory per adapter.
+        adapters: a directory with one subdirectory per adapter, or adapters one by one, see
+            `sources.find_adapters`.
         tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
         budget: "12.5%", "40MB", "500KB" or a number of adapters.
         output: run directory.
@@ -101,7 +102,7 @@ class RunConfig:
         unlabelled: JSONL file of prompts without answers that refining uses too.
     """
 
-    adapters: str = ""
+    adapters: str | tuple[str, ...] = ""
     tasks: str = ""
     output: str = ""
     budget: str = "12.5%"
@@ -234,6 +235,8 @@ def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str
     kind = annotation.removesuffix(" | None")
     if value is None and optional:
         return None, None
+    if annotation == "str | tuple[str, ...]":
+        kind = "str" if isinstance(value, str) else "tuple[str, ...]"
     if name == "budget" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value), None
     if kind == "tuple[str, ...]" and isinstance(value, str):

@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from d2c_mlx.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.errors import AdapterError, InputError, collect
+from d2c_mlx.gguf_lora import read_gguf_lora
 from d2c_mlx.reading import (
+    DORA,
     base_of,
     check_adapter,
     load_adapter,
@@ -28,9 +32,9 @@ from d2c_mlx.reading import (
 )
 from d2c_mlx.strict import match_end, positive
 
-__all__ = ["find_adapters", "read_adapter", "save_peft"]
+__all__ = ["PEFT_WEIGHTS", "PICKLE", "read_adapter", "save_peft"]
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
 
@@ -44,7 +48,7 @@ _HARMLESS = frozenset(
 )
 # Fields that are refused when set, and why.
 _REFUSED = {
-    "use_dora": "DoRA rescales the merged weight; it is no low-rank delta",
+    "use_dora": DORA,
     "use_qalora": "QALoRA pools the input before A",
     "use_bdlora": "block-diagonal LoRA stores factors in another layout",
     "lora_bias": "a bias in lora_B is no low-rank delta",
@@ -59,70 +63,41 @@ _REFUSED = {
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def find_adapters(directory: Path) -> dict[str, Path]:
-    """Name -> path of every adapter directory in `directory`, sorted by name.
-
-    Hidden directories are passed over; any other subdirectory must be an adapter.
-
-    Raises:
-        AdapterError: no directory, or nothing in it.
-    """
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: no such directory; --adapters names the folder of them")
-    found = {p.name: p for p in sorted(directory.iterdir()) if p.is_dir() and p.name[0] != "."}
-    problems = [f"{directory}: {line}" for line in _name_problems(list(found))]
-    if problems:
-        raise AdapterError(problems)
-    if not found:
-        raise AdapterError(
-            f"{directory}: no adapters; expected one subdirectory per adapter with"
-            f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX)"
-        )
-    return found
-
-
-def _name_problems(names: Sequence[str]) -> list[str]:
-    """Names that other systems could not hold."""
-    problems = [
-        f"the name {ascii(name)} has characters that are not printable; rename the directory"
-        for name in names
-        if not name.isprintable()
-    ]
-    known: dict[str, str] = {}
-    for name in names:
-        other = known.setdefault(name.casefold(), name)
-        if other != name:
-            problems.append(f"{other!r} and {name!r} are one name on a Mac; rename one of them")
-    return problems
-
-
-def read_adapter(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Read a PEFT or MLX adapter, recognised by its files, and check it against the base.
+def read_adapter(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    config: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
 
     Args:
-        directory: one adapter.
+        path: the directory of one adapter, or a `.gguf`.
         shapes: module path -> (in, out) of the base model's linear modules.
+        config: the base model's config.json; only GGUF needs it, which orders rows by heads.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
-    peft, mlx = directory / PEFT_WEIGHTS, directory / WEIGHTS
-    if peft.exists() and mlx.exists():
-        raise AdapterError(f"{directory}: holds {PEFT_WEIGHTS} and {WEIGHTS}; keep one of them")
-    if peft.exists():
-        adapter, path = _load_peft(directory), peft
-    elif mlx.exists():
-        adapter, path = load_adapter(directory), mlx
-    elif (directory / "adapter_model.bin").exists():
+    if path.suffix == ".gguf" and path.is_file():
+        return read_gguf_lora(path, shapes, config)
+    found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
+    if len(found) > 1:
+        raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
+    gguf = sorted(path.glob("*.gguf"))
+    if not found and len(gguf) == 1:
+        return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
+    if not found and (path / PICKLE).exists():
         raise AdapterError(
-            f"{directory / 'adapter_model.bin'}: a pickle can run code and is never loaded; save"
-            " it again with PEFT's save_pretrained(..., safe_serialization=True)"
+            f"{path / PICKLE}: a pickle can run code and is never loaded; save it again with PEFT's"
+            " save_pretrained(..., safe_serialization=True)"
         )
-    else:
+    if not found:
         raise AdapterError(
-            f"{directory}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX)"
+            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
+            " .gguf"
         )
-    check_adapter(adapter, shapes, path)
+    adapter = _load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
+    check_adapter(adapter, shapes, path / found[0])
     return adapter
 
 
@@ -177,15 +152,19 @@ def _load_peft(directory: Path) -> Adapter:
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs: dict[str, dict[str, mx.array]] = {}
+    other = []
     for name, x in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)
-        if match is None or x.ndim != 2:
-            problems.append(
-                f"{weights}: {name} with shape {tuple(x.shape)} is no plain linear LoRA factor"
-                f" (expected {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
-            )
-        else:
+        if match and x.ndim == 2:
             pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
+        elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
+            other.append(name)
+    if other:
+        problems.append(
+            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
+            f" with shape {tuple(tensors[other[0]].shape)}, expected"
+            f" {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
+        )
     problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
     problems += [line for error in errors for line in error.problems]
     if problems:

@@ -77,7 +77,12 @@ def provenance(ws: Workspace) -> dict[str, Any]:
             "input_nbytes": sum(ws.sizes),
         },
         "inputs": {
-            adapter.name: {"adapter": adapter.digest, "probe": probe.digest, "test": test.digest}
+            adapter.name: {
+                "adapter": adapter.digest,
+                "probe": probe.digest,
+                "test": test.digest,
+                **({"origin": adapter.origin} if adapter.origin else {}),
+            }
             for adapter, probe, test in zip(ws.inputs, ws.probes, ws.tests)
         },
         **environment(),

@@ -10,7 +10,7 @@ from typing import Any
 from d2c_mlx.convert import save_peft
 from d2c_mlx.errors import ConfigError, ModelError
 from d2c_mlx.files import hash_file
-from d2c_mlx.gguf import ARCHITECTURES, save_gguf_lora
+from d2c_mlx.gguf_lora import ARCHITECTURES, save_gguf_lora
 from d2c_mlx.locate import resolve_base
 from d2c_mlx.pack import Pack
 from d2c_mlx.unpack import unpack, write_adapters

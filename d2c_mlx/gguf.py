@@ -1,50 +1,31 @@
-"""The only file that knows GGUF: llama-type base models in, LoRA adapters of many families out.
+"""Llama-type base models from GGUF; with `gguf_lora.py` the only files that know GGUF.
 
 Q4_0, Q4_1 and Q8_0 stay packed: `mx.load` reads them as MLX affine quantization with groups of
-32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`, adapters
-its `convert_lora_to_gguf.py`, https://github.com/ggml-org/llama.cpp.
+32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`,
+https://github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from gguf import (
-    MODEL_ARCH_NAMES,
-    GGUFReader,
-    GGUFType,
-    GGUFWriter,
-    Keys,
-    get_tensor_name_map,
-)
+from gguf import GGUFReader
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.errors import AdapterError, ModelError
+from d2c_mlx.errors import ModelError
 
-__all__ = ["ARCHITECTURES", "convert_gguf", "save_gguf_lora"]
+__all__ = ["UNREADABLE", "convert_gguf", "open_gguf"]
 
-# mlx-lm's model_type -> general.architecture, and whether its q and k rows are interleaved there.
-ARCHITECTURES = {
-    "gemma2": ("gemma2", False),
-    "gemma3_text": ("gemma3", False),
-    "granite": ("granite", True),
-    "lfm2": ("lfm2", False),
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "olmo2": ("olmo2", False),
-    "phi3": ("phi3", False),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
-    "smollm3": ("smollm3", True),
-    "stablelm": ("stablelm", False),
-}
+# What readers raise on bytes that are no GGUF.
+UNREADABLE = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+# Bytes of a value by its GGUFValueType; strings and arrays say how long they are.
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
 
 _BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -62,6 +43,43 @@ _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|scales|biases)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def open_gguf(path: Path) -> GGUFReader:
+    """A reader of a file whose metadata was walked first.
+
+    The `gguf` package takes an array for as long as it says it is, also beyond the end of the file:
+    a single damaged bit then fills the memory for hours.
+
+    Raises:
+        UNREADABLE: any of them, for a file that is no GGUF.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+
+        def number(at: int, width: int) -> int:
+            return int.from_bytes(data[at : at + width], "little")
+
+        def end_of(at: int, kind: int) -> int:
+            if kind == _STRING:
+                at += 8 + number(at, 8)
+            elif kind == _ARRAY:
+                inner, n, at = number(at, 4), number(at + 4, 8), at + 12
+                if inner in _WIDTHS:
+                    at += n * _WIDTHS[inner]
+                else:
+                    for _ in range(n):
+                        at = end_of(at, inner)
+            else:
+                at += _WIDTHS[kind]
+            if at > len(data):
+                raise ValueError("a length in its metadata leads out of the file")
+            return at
+
+        at = 24
+        for _ in range(number(16, 8)):
+            at = end_of(at, _STRING)
+            at = end_of(at + 4, number(at, 4))
+    return GGUFReader(path)
+
+
 def convert_gguf(path: Path, directory: Path) -> None:
     """Write config, weights and tokenizer of a llama-type GGUF as an mlx-lm directory.
 
@@ -75,9 +93,9 @@ def convert_gguf(path: Path, directory: Path) -> None:
     """
     try:
         # MLX's own reader trusts every length and offset, to the point of a segmentation fault.
-        GGUFReader(path)
+        open_gguf(path)
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ModelError(
             f"{path}: truncated, or not readable as GGUF ({error}); download it again"
         ) from None
@@ -107,57 +125,6 @@ def _write_model(loaded: Any, path: Path, directory: Path) -> None:  # noqa: ANN
             shutil.copyfile(path.parent / name, directory / name)
     else:
         _write_tokenizer(metadata, directory, path)
-
-
-def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
-    """Write one adapter for llama.cpp: its base is what llama.cpp converts that model to.
-
-    Factors are `lora_a (r, in)` and `lora_b (out, r)` with one rank, padded if need be, and alpha =
-    scale * rank. float16 and float32 stay, bfloat16 becomes float32: not every backend has it.
-
-    Args:
-        adapter: of the model that `config` describes.
-        path: the file to write.
-        config: the base model's config.json, its model_type one of `ARCHITECTURES`.
-
-    Raises:
-        AdapterError: modules that have no name in GGUF; nothing is written.
-    """
-    architecture, interleaved = ARCHITECTURES[config["model_type"]]
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    known = get_tensor_name_map(kind, int(config["num_hidden_layers"]))
-    names = {module: known.get_name(module) for module in adapter.modules}
-    unknown = [module for module, name in names.items() if name is None]
-    if unknown:
-        raise AdapterError(
-            f"{adapter.name}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
-            f" (first: {min(unknown)}); llama.cpp could not place them"
-        )
-    n_heads = int(config["num_attention_heads"])
-    heads = {"q_proj": n_heads, "k_proj": int(config.get("num_key_value_heads") or n_heads)}
-    modules = adapter.uniform().modules
-    first = next(iter(modules.values()))
-    writer = GGUFWriter(path, architecture)
-    writer.add_type(GGUFType.ADAPTER)
-    writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
-    writer.add_name(adapter.name)
-    for module, lora in sorted(modules.items()):
-        a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
-        n = heads.get(module.rpartition(".")[2])
-        if interleaved and n:
-            # The inverse of what `_rename` does to the rows of the base.
-            b = b.reshape(n, 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
-        writer.add_tensor(f"{names[module]}.weight.lora_a", a)
-        writer.add_tensor(f"{names[module]}.weight.lora_b", b)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _exact(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if x.dtype == mx.bfloat16 else x
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  GGUF metadata is any JSON-like value

@@ -38,6 +38,7 @@ class Arrival:
 
     Attributes:
         pack: as it is now.
+        task: the new one.
         adapter: that serves the new task, as in `Pack.tasks`.
         joined: tasks that it serves as well; none for an adapter of its own.
         similarity: largest cosine of dW with an adapter of the pack; None in compact packs.
@@ -46,6 +47,7 @@ class Arrival:
     """
 
     pack: Pack
+    task: str
     adapter: str | int
     joined: tuple[str, ...] = ()
     similarity: float | None = None
@@ -96,14 +98,16 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
     budget, limit = _budget(pack, None)
     kept = [key for key in pack.adapters if key in left.values()]
     merged: dict[Any, int] = {key: pack.merged(key) for key in kept}
+    # What stays in a merge is still of there.
+    origins = {t: o for t, o in pack.origins.items() if pack.tasks.get(t, t) in (t, *kept)}
     if pack.storage == "plain":
-        return rewrite_pack(pack, {}, left, merged, budget.text, limit)
+        return rewrite_pack(pack, {}, left, merged, budget.text, limit, origins=origins)
     stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
     place = {key: i for i, key in enumerate(kept)}
     serves = {task: None if key is None else place[key] for task, key in left.items()}
     return write_compact_pack(
         pack.path, stored, serves, merged={place[key]: n for key, n in merged.items()},
-        budget=budget.text, max_bytes=limit, **pack.about,
+        budget=budget.text, max_bytes=limit, origins=origins, **pack.about,
     )  # fmt: skip
 
 
@@ -195,8 +199,9 @@ def _into_slots(
     counts = {slot: pack.merged(slot) for slot in held} | {name: merged}
     tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
     return Arrival(
-        rewrite_pack(pack, changed, tasks, counts, budget.text, limit, n_layers),
-        name, tuple(pack.adapters.get(name, ())), float(most),
+        rewrite_pack(pack, changed, tasks, counts, budget.text, limit, n_layers,
+                     _origins(pack, adapter)),
+        adapter.name, name, tuple(pack.adapters.get(name, ())), float(most),
     )  # fmt: skip
 
 
@@ -216,6 +221,11 @@ def _into_bytes(
     merged = {place[key]: pack.merged(key) for key in keys}
     now = write_compact_pack(
         pack.path, [*made.others, made.arrival], serves | {adapter.name: len(keys)},
-        merged=merged, budget=budget.text, max_bytes=limit, **pack.about,
+        merged=merged, budget=budget.text, max_bytes=limit, origins=_origins(pack, adapter),
+        **pack.about,
     )  # fmt: skip
-    return Arrival(now, len(keys), dropped=made.dropped, dropped_energy=made.energy)
+    return Arrival(now, adapter.name, len(keys), dropped=made.dropped, dropped_energy=made.energy)
+
+
+def _origins(pack: Pack, adapter: Adapter) -> dict[str, str]:
+    return pack.origins | ({adapter.name: adapter.origin} if adapter.origin else {})

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 from d2c_mlx.errors import ModelError
 from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.gguf import convert_gguf
+from d2c_mlx.hub import download, parse_hub_id
 from d2c_mlx.lock import locked
 
 __all__ = ["EMBEDDED", "cache_directory", "embedded_gguf", "resolve_base", "resolve_model"]
 
 EMBEDDED = "SmolLM2-135M-Instruct"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
@@ -35,8 +34,9 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
     """Find a base model: `(name, mlx-lm model directory)`.
 
     Args:
-        spec: an mlx-lm directory, a `.gguf` file, or a Hugging Face id (the only case that may
-            use the network); None is the embedded default.
+        spec: an mlx-lm directory, a `.gguf` file, or a Hugging Face id, `owner/name` or
+            `owner/name@revision` (the only case that may use the network); None is the embedded
+            default.
 
     Raises:
         ModelError: it is none of these, or cannot be had.
@@ -58,11 +58,12 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
         if not (path / "config.json").exists():
             raise ModelError(f"{path}: no config.json; expected an mlx-lm model directory")
         return path.name, path
-    if not _HUB_ID.fullmatch(spec):
+    hub = parse_hub_id(spec)
+    if hub is None:
         raise ModelError(
             f"model: {spec!r} is no directory, no .gguf file and no Hugging Face id (owner/name)"
         )
-    return spec, _download(spec)
+    return hub.repo, download(hub, _PATTERNS, "model", ModelError)[0]
 
 
 def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
@@ -94,18 +95,3 @@ def _converted(gguf: Path) -> Path:
                 with write_dir(directory) as temporary:
                     convert_gguf(gguf, temporary)
     return directory
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"model: {repo!r} is no local path, and the hub did not give it"
-            f" ({type(error).__name__}: {reason}); check the id and the network, or give a"
-            " local directory"
-        ) from None

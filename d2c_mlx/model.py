@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -104,6 +105,11 @@ class BaseModel:
             w for w, _ in self.module_shapes.values()
         )
         return int(hidden), int(getattr(args, "vocab_size", None) or len(self.tokenizer))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
 
     @cached_property
     def config_hash(self) -> str:

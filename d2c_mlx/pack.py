@@ -81,6 +81,12 @@ class Pack:
         return found if type(found) is int and found > served else served
 
     @property
+    def origins(self) -> dict[str, str]:
+        """Task -> `owner/name@commit` of adapters from the hub; removed ones stay in a merge."""
+        found = self.manifest.get("origins")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def about(self) -> dict[str, Any]:
         """What a compact pack says of its base, as `write_compact_pack` takes it."""
         base = self.manifest["base"]

@@ -30,6 +30,7 @@ def write_pack(
     n_layers: int,
     budget: str,
     max_bytes: int | None,
+    origins: Mapping[str, str] | None = None,
 ) -> Pack:
     """Write adapters and manifest, then check the files against the budget.
 
@@ -41,6 +42,8 @@ def write_pack(
         n_layers: number of transformer blocks of the base model.
         budget: as the user wrote it.
         max_bytes: allowed bytes of all adapter files, or None.
+        origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
+            from the hub.
 
     Raises:
         PackError: the files are larger than the budget, or an adapter would not load elsewhere;
@@ -58,6 +61,7 @@ def write_pack(
             raise PackError(problems)
         base = {"model": model, "config_sha256": config_hash}
         about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
+        about |= {"origins": dict(origins)} if origins else {}
         _write_manifest(directory, temporary, "plain", about, tasks)
     return load_pack(directory)
 
@@ -74,6 +78,7 @@ def write_compact_pack(
     max_bytes: int | None,
     dtype: mx.Dtype = mx.float16,
     merged: Mapping[int, int] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Pack:
     """Write all adapters into one file, and the manifest; check the file against the budget.
 
@@ -88,6 +93,7 @@ def write_compact_pack(
         max_bytes: allowed bytes of the adapter file, or None.
         dtype: of the base's activations, which `Pack.load` and `unpack` give.
         merged: position -> how many adapters are in it; None is one for each task that it serves.
+        origins: as of `write_pack`.
 
     Raises:
         PackError: the file is larger than the budget, or the adapters do not go together; nothing
@@ -105,6 +111,7 @@ def write_compact_pack(
             "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},
             "dtype": str(dtype).split(".")[-1],
             "budget": {"text": budget, "nbytes": max_bytes},
+            **({"origins": dict(origins)} if origins else {}),
         }
         _write_manifest(directory, temporary, "compact", about, serves, merged)
     return load_pack(directory)
@@ -118,6 +125,7 @@ def rewrite_pack(
     budget: str,
     max_bytes: int | None,
     n_layers: int = 0,
+    origins: Mapping[str, str] | None = None,
 ) -> Pack:
     """Replace a plain pack by one with some adapters changed; files of the others are copied.
 
@@ -129,6 +137,7 @@ def rewrite_pack(
         budget: as the user wrote it.
         max_bytes: allowed bytes of all adapter files, or None.
         n_layers: number of transformer blocks of the base model, for what is changed.
+        origins: as of `write_pack`.
 
     Raises:
         PackError: the files are larger than the budget; the pack stays as it is.
@@ -143,6 +152,7 @@ def rewrite_pack(
                 if file.startswith(f"{name}/"):
                     shutil.copyfile(pack.path / file, temporary / file)
         about = {"base": pack.manifest["base"], "budget": {"text": budget, "nbytes": max_bytes}}
+        about |= {"origins": dict(origins)} if origins else {}
         _write_manifest(pack.path, temporary, "plain", about, tasks, merged)
     return load_pack(pack.path)
 
@@ -164,7 +174,7 @@ def with_file(pack: Pack, name: str, write: Callable[[Path], None]) -> Pack:
                 (temporary / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(pack.path / file, temporary / file)
         write(temporary / name)
-        keys = {"base", "dtype", "budget"} & pack.manifest.keys()
+        keys = {"base", "dtype", "budget", "origins"} & pack.manifest.keys()
         about = {key: pack.manifest[key] for key in sorted(keys)}
         merged = {key: pack.merged(key) for key in pack.adapters}
         _write_manifest(pack.path, temporary, pack.storage, about, pack.tasks, merged)

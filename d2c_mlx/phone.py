@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
-from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.convert import read_adapter
 from d2c_mlx.doctor import environment
 from d2c_mlx.errors import ConfigError, gather
 from d2c_mlx.files import fingerprint, hash_file
@@ -33,6 +33,7 @@ from d2c_mlx.phone_table import FORMAT
 from d2c_mlx.profiles import Profile, find_profile
 from d2c_mlx.progress import Bar, progress_bar
 from d2c_mlx.reading import check_adapter
+from d2c_mlx.sources import find_adapters
 from d2c_mlx.stock import StockModel, quantized_model
 from d2c_mlx.tasks import load_tasks
 from d2c_mlx.timing import memory_limit, speed, switch
@@ -199,14 +200,17 @@ def _methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Me
             check_adapter(adapter, stock.module_shapes, pack.path)
     methods = {"base": Method(0, [dict.fromkeys(packed)])}
     if config.adapters:
-        paths = find_adapters(Path(config.adapters))
-        missing = sorted(packed.keys() - paths.keys())
+        sources = {source.name: source for source in find_adapters(config.adapters)}
+        missing = sorted(packed.keys() - sources.keys())
         if missing:
             raise ConfigError(
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
-        found = gather(partial(read_adapter, paths[task], stock.module_shapes) for task in packed)
+        found = gather(
+            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config)
+            for task in packed
+        )
         own = {task: one.uniform(stock.dtype or mx.float16) for task, one in zip(packed, found)}
         nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in own.values())
         methods["individual"] = Method(nbytes, [own])

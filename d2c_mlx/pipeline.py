@@ -172,6 +172,7 @@ def pack(ws: Workspace) -> None:
         "n_layers": ws.base.n_layers,
         "budget": ws.budget.text,
         "max_bytes": ws.budget.allowed_bytes(sum(ws.sizes)),
+        "origins": {adapter.name: adapter.origin for adapter in ws.inputs if adapter.origin},
     }
     source = "refined" if c.refine else "merged"
 
@@ -190,8 +191,8 @@ def pack(ws: Workspace) -> None:
         reads, body = ["adapters", "plan.json"], compact
     else:
         reads, body = [source, "merges.json"], merges
-    ws.stage("pack", [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes)], reads,
-             ["pack"], body)  # fmt: skip
+    options = [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes), about["origins"]]
+    ws.stage("pack", options, reads, ["pack"], body)
 
 
 def bench(ws: Workspace) -> None:

@@ -13,13 +13,22 @@ from d2c_mlx.errors import AdapterError
 from d2c_mlx.strict import parse_json, positive
 
 __all__ = [
+    "DORA",
     "base_of",
     "check_adapter",
+    "check_finite",
     "load_adapter",
     "pair_problems",
     "read_config",
     "read_tensors",
 ]
+
+
+# Why a DoRA is refused, of PEFT or mlx-lm.
+DORA = (
+    "a DoRA scales each row of the merged weight, the base's own numbers too, by a learned"
+    " magnitude: the update is no low-rank addition, so it cannot be merged or packed exactly"
+)
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -58,12 +67,17 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
             f"{path}: {len(whole)} tensors hold no floating point numbers (first: {min(whole)},"
             f" {tensors[min(whole)].dtype}); save the adapter in float16, bfloat16 or float32"
         )
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
+    """Raises AdapterError when a tensor of the file `path` holds NaN or infinity."""
     bad = [name for name, x in tensors.items() if not mx.isfinite(x).all().item()]
     if bad:
         raise AdapterError(
             f"{path}: {len(bad)} tensors hold NaN or infinity (first: {min(bad)}); train it again"
         )
-    return tensors
 
 
 def load_adapter(directory: Path) -> Adapter:
@@ -76,10 +90,8 @@ def load_adapter(directory: Path) -> Adapter:
     where = directory / CONFIG
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise AdapterError(
-            f"{where}: fine_tune_type is {kind!r}, expected 'lora'; only a plain LoRA is a"
-            " low-rank delta on the stock base model"
-        )
+        why = DORA if kind == "dora" else "only a plain LoRA is a low-rank delta on the stock base"
+        raise AdapterError(f"{where}: fine_tune_type is {kind!r}, expected 'lora'; {why}")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or not positive(parameters.get("scale")):
         raise AdapterError(f"{where}: lora_parameters.scale is missing or no number above 0")

@@ -10,7 +10,7 @@ from d2c_mlx import charts
 from d2c_mlx.answers import METRIC_NAMES, METRICS
 from d2c_mlx.phone_table import render_phone
 
-__all__ = ["render_html", "render_markdown", "render_table"]
+__all__ = ["environment", "render_html", "render_markdown", "render_table"]
 
 Json = dict[str, Any]
 
@@ -51,10 +51,11 @@ def render_table(bench: Json) -> str:
     return "\n".join(lines)
 
 
-def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
+def environment() -> Any:  # noqa: ANN401  jinja2 is imported late
+    """Of the templates beside this file: a name that is not given is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=PackageLoader("d2c_mlx", "."),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
@@ -62,10 +63,10 @@ def _environment() -> Any:  # noqa: ANN401  jinja2 is imported late
         lstrip_blocks=True,
     )
     # Where a run lies tells who made it.
-    environment.filters |= {
+    found.filters |= {
         "percent": _percent, "size": _size, "last_part": lambda path: Path(path).name,
     }  # fmt: skip
-    return environment
+    return found
 
 
 def _context(artifacts: Mapping[str, Json]) -> Json:
@@ -102,7 +103,7 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
     """
     context = _context(artifacts)
     context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None
-    return _environment().get_template("report.md.jinja").render(context)
+    return environment().get_template("report.md.jinja").render(context)
 
 
 def render_html(artifacts: Mapping[str, Json]) -> str:
@@ -118,7 +119,7 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
     if context["phone"]:
         context["memory_bar"] = charts.memory_bar(context["phone"])
     context["heatmap"] = charts.heatmap(context["losses"], _labels(context))
-    return _environment().get_template("report.html.jinja").render(context)
+    return environment().get_template("report.html.jinja").render(context)
 
 
 def _labels(context: Json) -> list[int]:

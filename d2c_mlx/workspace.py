@@ -20,7 +20,7 @@ from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Problem
 from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import find_adapters, read_adapter
+from d2c_mlx.convert import read_adapter
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, InputError, collect, gather
@@ -34,6 +34,7 @@ from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.reading import load_adapter
+from d2c_mlx.sources import Source, find_adapters
 from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
 
 __all__ = ["GROUP_SIZE", "Workspace", "read_adapters"]
@@ -46,10 +47,14 @@ GROUP_SIZE = 64
 CUTS = (0.2, 0.5)
 
 
-def read_adapters(directory: Path, base: BaseModel) -> list[Adapter]:
-    """Read and check every adapter in `directory`; all problems of all adapters at once."""
-    found = find_adapters(directory)
-    return gather(partial(read_adapter, path, base.module_shapes) for path in found.values())
+def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
+    """Read every adapter and check it against its base; all problems of all adapters at once."""
+
+    def read(source: Source) -> Adapter:
+        adapter = read_adapter(source.path, base.module_shapes, base.config)
+        return replace(adapter, name=source.name, origin=source.origin)
+
+    return gather(partial(read, source) for source in sources)
 
 
 class Workspace:
@@ -82,9 +87,9 @@ class Workspace:
         )
         self.runner = Ranks(self.engine, group) if group else self.engine
         errors: list[InputError] = []
-        source = Path(config.adapters)
-        inputs = collect(errors, lambda: read_adapters(source, self.base)) or []
-        names = collect([], lambda: list(find_adapters(source))) or []
+        sources = collect(errors, lambda: find_adapters(config.adapters)) or []
+        inputs = collect(errors, lambda: read_adapters(sources, self.base)) or []
+        names = [source.name for source in sources]
         tasks = collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
         self.inputs: list[Adapter] = inputs
         self.tasks: list[Task] = tasks

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import huggingface_hub.constants
+import mlx.core as mx
 import numpy as np
 import pytest
 from d2c_mlx_cli.main import main
+from mlx.utils import tree_flatten
+from mlx_lm import load as stock_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import load_file, save_file
 from tiny import Library, library, peft_adapter, task
 
@@ -361,6 +365,26 @@ def test_an_unsupported_peft_feature(cli, lib, field, value):
 def test_an_unsupported_peft_tensor(cli, lib, name, shape):
     path = edit_tensors(lib.adapters / "beta", lambda t: t.update({name: np.ones(shape, "f2")}))
     cli.fails_with(path, name, str(shape), "<module>.lora_A.weight")
+
+
+def test_a_dora_of_mlx_lm(cli, lib):
+    """As mlx-lm itself makes and saves one."""
+    model, _ = stock_load(str(lib.model))
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0}, use_dora=True)
+    directory = lib.adapters / "beta"
+    shutil.rmtree(directory)
+    directory.mkdir()
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    assert any(name.endswith(".m") for name in tensors)
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    config = {
+        "fine_tune_type": "dora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 2.0},
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    where = directory / "adapter_config.json"
+    cli.fails_with(f"{where}: fine_tune_type is 'dora'", "scales each row", "no low-rank addition")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 20, -10])

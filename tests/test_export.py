@@ -21,7 +21,7 @@ from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.export import export
 from d2c_mlx.files import hash_file, hash_tree
-from d2c_mlx.gguf import save_gguf_lora
+from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.model import BaseModel
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress

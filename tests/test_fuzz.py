@@ -20,12 +20,14 @@ from d2c_mlx.adapter import WEIGHTS
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.compact import read_compact
 from d2c_mlx.config import load_config
-from d2c_mlx.convert import PEFT_WEIGHTS, find_adapters, read_adapter
+from d2c_mlx.convert import PEFT_WEIGHTS, read_adapter
 from d2c_mlx.errors import InputError
 from d2c_mlx.gguf import convert_gguf
+from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
+from d2c_mlx.sources import find_adapters
 from d2c_mlx.strict import match_end, parse_json
 from d2c_mlx.tasks import load_task, load_unlabelled
 from d2c_mlx.unpack import unpack
@@ -252,6 +254,19 @@ def test_a_gguf(fuzz, tmp_path, paths):
             shutil.rmtree(tmp_path / "out")
 
     fuzz(damaged(content, 6000), check)
+
+
+def test_a_gguf_adapter(fuzz, tmp_path, adapters, base):
+    path = tmp_path / "x.gguf"
+    save_gguf_lora(adapters[0], path, base.config)
+    content = path.read_bytes()
+
+    def check(data):
+        path.write_bytes(data)
+        used(read_adapter(path, ALL, base.config))
+
+    head = content.rindex(b".lora_b")
+    fuzz(damaged(content, head), check)
 
 
 @pytest.fixture(scope="module")

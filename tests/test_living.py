@@ -149,6 +149,16 @@ def test_bytes_of_a_plain_pack_do_not_grow_beyond_its_budget(tmp_path, adapters)
     assert add_adapter(pack, replace(wide, name="wide")).adapter == "cluster-2"
 
 
+def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack, adapters):
+    new = replace(adapters["c"], origin="org/c@1234")
+    full = add_adapter(pack, new).pack
+    assert full.manifest["origins"] == {"c": "org/c@1234"}
+    # Still in the merge after its task has left; gone with an adapter of its own.
+    assert remove_tasks(full, ["c"]).origins == {"c": "org/c@1234"}
+    own = add_adapter(load_pack(pack.path), replace(new, name="d"), budget="3").pack
+    assert own.origins.keys() == {"c", "d"} and remove_tasks(own, ["d"]).origins.keys() == {"c"}
+
+
 def test_removal(pack, adapters):
     merged = add_adapter(pack, adapters["c"]).pack
     place = merged.tasks["c"]
@@ -272,7 +282,7 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
         merge = merge_adapters([found[member], found["c"]])
         for scale in SCALES:
             costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
-    result = arrive(pack.path, paths.adapters / "c", tasks=paths.tasks, model=str(paths.model))
+    result = arrive(pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model))
     # Scales are walked downhill from the middle one; a random model may like absurd ones better.
     k, scale = min((one for one in costs if one[1] <= SCALES[3]), key=costs.get)
     assert result.adapter == f"cluster-{k}"
@@ -287,7 +297,7 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     for tasks in (None, paths.tasks):
         small = [compress(found["a"], dict.fromkeys(found["a"].modules, [(1, 4)]))]
         pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, max_bytes=None, **about)
-        result = arrive(pack.path, paths.adapters / "b", tasks=tasks, model=str(paths.model))
+        result = arrive(pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model))
         probe = base.encode("b", load_task(paths.tasks / "b").probe)
         losses[tasks] = Evaluator(Engine(base)).losses([(result.pack.load("b"), [probe])])[0][0]
     assert losses[paths.tasks] < losses[None]
@@ -295,11 +305,15 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
 
 def test_on_the_command_line(whole, tmp_path):
     paths, _, _, pack = whole
-    options = [str(pack.path), str(paths.adapters / "c"), "--model", str(paths.model)]
+    adapter, model = str(paths.adapters / "c"), ["--model", str(paths.model)]
     runner = CliRunner()
-    result = runner.invoke(cli, ["add", *options, "--budget", "3"], catch_exceptions=False)
+    result = runner.invoke(
+        cli, ["add", str(pack.path), adapter, *model, "--budget", "3"], catch_exceptions=False
+    )
     assert result.output.startswith("c: an adapter of its own (cluster-2)\n"), result.output
-    result = runner.invoke(cli, ["add", *options, "--task", "other"], catch_exceptions=False)
+    result = runner.invoke(
+        cli, ["add", str(pack.path), f"other={adapter}", *model], catch_exceptions=False
+    )
     assert "other: merged into cluster-2 with c\n" in result.output
     result = runner.invoke(cli, ["remove", str(pack.path), "c"], catch_exceptions=False)
     assert "3 tasks, 3 adapters" in result.output
@@ -314,11 +328,11 @@ def test_what_cannot_arrive(whole, tmp_path):
     paths, _, _, pack = whole
     before = hash_tree(pack.path)
     with pytest.raises(ModelError, match="the pack is for 'm'"):
-        arrive(pack.path, paths.adapters / "c")
+        arrive(pack.path, str(paths.adapters / "c"))
     with pytest.raises(TaskError, match="no such directory; expected probe.jsonl"):
-        arrive(pack.path, paths.adapters / "c", "other", paths.tasks, model=str(paths.model))
+        arrive(pack.path, f"other={paths.adapters / 'c'}", paths.tasks, model=str(paths.model))
     config = paths.model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
     with pytest.raises(ModelError, match="is not the config of 'm'"):
-        arrive(pack.path, paths.adapters / "c", model=str(paths.model))
+        arrive(pack.path, str(paths.adapters / "c"), model=str(paths.model))
     assert hash_tree(pack.path) == before

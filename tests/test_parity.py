@@ -11,12 +11,13 @@ from mlx_lm import load as stock_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.convert import find_adapters, read_adapter, save_peft
+from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.engine import Engine
 from d2c_mlx.export import export
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.packing import write_pack
 from d2c_mlx.reading import load_adapter
+from d2c_mlx.sources import find_adapters
 from d2c_mlx.tasks import load_task
 
 
@@ -44,7 +45,8 @@ def torch_base(float_base):
 
 def test_every_converted_adapter_has_the_loss_that_peft_has(base, torch_base, library, rows):
     worst = {}
-    for name, path in find_adapters(library / "adapters").items():
+    for source in find_adapters(library / "adapters"):
+        name, path = source.name, source.path
         examples = base.encode(name, load_task(library / "tasks" / name).test[:rows])
         ours = _ours(base, read_adapter(path, base.module_shapes), examples)
         model = PeftModel.from_pretrained(torch_base, path).eval()
@@ -57,7 +59,7 @@ def test_every_converted_adapter_has_the_loss_that_peft_has(base, torch_base, li
 
 
 def test_base_has_the_loss_that_torch_has(base, torch_base, library, rows):
-    name = min(find_adapters(library / "adapters"))
+    name = find_adapters(library / "adapters")[0].name
     examples = base.encode(name, load_task(library / "tasks" / name).test[:rows])
     assert _ours(base, None, examples) == pytest.approx(_torch_loss(torch_base, examples), abs=1e-4)
 
@@ -65,7 +67,7 @@ def test_base_has_the_loss_that_torch_has(base, torch_base, library, rows):
 def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
     base, float_base, torch_base, library, tmp_path
 ):
-    names = list(find_adapters(library / "adapters"))[:3]
+    names = [source.name for source in find_adapters(library / "adapters")[:3]]
     adapters = [read_adapter(library / "adapters" / n, base.module_shapes) for n in names]
     merged = scaled(merge_adapters(adapters[:2]), 1.4).uniform(base.dtype)
     alone = merge_adapters(adapters[2:]).uniform(base.dtype)
@@ -97,7 +99,8 @@ def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
 
 
 def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
-    for name, path in find_adapters(library / "adapters").items():
+    for source in find_adapters(library / "adapters"):
+        name, path = source.name, source.path
         first = read_adapter(path, base.module_shapes)
         first.save(tmp_path / "mlx" / name, base.n_layers)
         save_peft(load_adapter(tmp_path / "mlx" / name), tmp_path / "peft" / name)
@@ -108,8 +111,8 @@ def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
 
 def test_peft_reads_what_we_export(base, torch_base, library, tmp_path):
     """Mixed ranks and scales through rank_pattern and alpha_pattern, read by PEFT itself."""
-    name, path = next(iter(find_adapters(library / "adapters").items()))
-    adapter = read_adapter(path, base.module_shapes)
+    name = find_adapters(library / "adapters")[0].name
+    adapter = read_adapter(library / "adapters" / name, base.module_shapes)
     modules = dict(list(adapter.modules.items())[:60])
     for i, module in enumerate(sorted(modules)):
         lora, rank = modules[module], 1 + i % 8

@@ -1,0 +1,159 @@
+"""Where adapters come from: folders of them, single directories, GGUF files, Hugging Face ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from d2c_mlx.adapter import CONFIG, WEIGHTS
+from d2c_mlx.convert import PEFT_WEIGHTS, PICKLE
+from d2c_mlx.errors import AdapterError, gather
+from d2c_mlx.gguf_lora import is_gguf_lora
+from d2c_mlx.hub import HubId, download, head, list_files, parse_hub_id
+
+__all__ = ["Source", "find_adapters"]
+
+# At the top of a repository: a pattern without a star matches no checkpoint in a folder.
+_FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
+# Bytes at the head of a GGUF that hold its general.type; a converter writes it among the first.
+_HEAD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter that was found, not read yet.
+
+    Attributes:
+        name: of the adapter, and of the task that it serves.
+        path: its directory, or its `.gguf`.
+        origin: `owner/name@commit` if it came from the hub, whatever revision was asked for.
+    """
+
+    name: str
+    path: Path
+    origin: str | None = None
+
+
+def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
+    """Every adapter that an option names, sorted by name.
+
+    Args:
+        spec: one entry, or several as a sequence or separated by commas. An entry is a folder with
+            one subdirectory or `.gguf` per adapter (hidden ones are passed over), the directory of
+            one adapter, a `.gguf`, or, if there is no such path, a Hugging Face id of one adapter,
+            `owner/name[@revision]`, the only case that uses the network. An adapter is called as
+            its directory, file or repository; `NAME=ENTRY` calls it otherwise.
+
+    Raises:
+        InputError: the problems of all entries, one line each.
+    """
+    entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
+    if isinstance(spec, str) and not Path(spec).exists():
+        entries = [entry.strip() for entry in spec.split(",")]
+    found = [one for some in gather(partial(_entry, entry) for entry in entries) for one in some]
+    problems = _name_problems([one.name for one in found], ", ".join(entries))
+    if problems:
+        raise AdapterError(problems)
+    return sorted(found, key=lambda one: one.name)
+
+
+def _entry(entry: str) -> list[Source]:
+    if not entry:
+        raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
+    path = Path(entry).expanduser()
+    name, _, rest = entry.partition("=")
+    if rest and not path.exists():
+        found = _entry(rest)
+        if len(found) > 1:
+            raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
+        return [Source(name, one.path, one.origin) for one in found]
+    if path.is_dir():
+        # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
+        single = any((path / file).exists() for file in (*_FILES, PICKLE))
+        return [Source(path.resolve().name, path)] if single else _folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return [Source(path.stem, path)]
+    hub = None if path.exists() else parse_hub_id(entry)
+    if hub is None:
+        raise AdapterError(
+            f"{entry}: no such directory and no Hugging Face id; --adapters names the folder of"
+            " them, or adapters one by one (directories, .gguf files, owner/name[@revision])"
+        )
+    return [_from_hub(hub)]
+
+
+def _folder(directory: Path) -> list[Source]:
+    inside = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
+    found = [Source(path.name, path) for path in inside if path.is_dir()]
+    found += [Source(path.stem, path) for path in inside if path.suffix == ".gguf"]
+    if not found:
+        raise AdapterError(
+            f"{directory}: no adapters; expected one subdirectory per adapter with"
+            f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
+        )
+    return found
+
+
+def _name_problems(names: Sequence[str], where: str) -> list[str]:
+    """Names that are there twice, or that other systems could not hold."""
+    problems = [
+        f"{where}: the name {ascii(name)} has characters that are not printable or is no name of a"
+        " directory; rename the adapter"
+        for name in names
+        if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name)
+    ]
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(name.casefold(), "")
+        if other == name:
+            problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
+        elif other:
+            problems.append(
+                f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
+            )
+        known[name.casefold()] = name
+    return problems
+
+
+def _from_hub(one: HubId) -> Source:
+    """Download what is needed of one repository, and no more."""
+    directory, commit = download(one, _FILES, "adapters", AdapterError)
+    name, origin = one.repo.rpartition("/")[2], f"{one.repo}@{commit}"
+    if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
+        return Source(name, directory, origin)
+    pinned = HubId(one.repo, commit)
+    file = next(iter(sorted(directory.glob("*.gguf"))), None)
+    if file is None:
+        directory, _ = download(pinned, [_the_gguf(pinned)], "adapters", AdapterError)
+        file = next(iter(sorted(directory.glob("*.gguf"))))
+    return Source(name, file, origin)
+
+
+def _the_gguf(one: HubId) -> str:
+    """The name of a repository's GGUF LoRA; a base model is seen by its first bytes.
+
+    Raises:
+        AdapterError: there is none, or more than one.
+    """
+    files = list_files(one, "adapters", AdapterError)
+    found = [
+        file
+        for file in files
+        if file.endswith(".gguf")
+        and "/" not in file
+        and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
+    ]
+    if len(found) == 1:
+        return found[0]
+    if PICKLE in files:
+        raise AdapterError(
+            f"adapters: {str(one)!r} has only {PICKLE}: a pickle can run code and is never loaded;"
+            " ask its author for safetensors"
+        )
+    what = f"several GGUF adapters ({', '.join(found)})" if found else "no adapter at its top"
+    raise AdapterError(
+        f"adapters: {str(one)!r} has {what}; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
+        " GGUF LoRA: download what you mean, and give its path"
+    )
