@@ -2,7 +2,8 @@
 
     python benchmarks/peft_pack.py --run DIR
 
-Every task under the adapter that the pack has for it, in float32, on the rows that bench judged.
+Every task under the adapter that the pack has for it, on the rows that bench judged: the model in
+float32, the cross entropy of its logits in float64.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main():
         model = torch_model(base, paths, directory / "base")
         for task in load_tasks(Path(config.tasks), served):
             one = base.encode(task.name, task.test[: config.test_examples or None])
-            (total,) = peft_loop(model, [places[task.name]], [one])
+            (total,) = peft_loop(model, [places[task.name]], [one], exact=True)
             rows.append({"task": task.name, "bench": bench[task.name]["loss"],
                          "peft": total / one.n_targets})  # fmt: skip
             print(f"{task.name:<12} bench {rows[-1]['bench']:.6f}  PEFT {rows[-1]['peft']:.6f}",

@@ -12,8 +12,9 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 
 
 @click.command(
+    "list",
     help="The adapters of PACK: the tasks that each serves, how many adapters are in it, rank and"
-    " bytes.\n\n\b\nExample:\n  d2c-mlx list runs/first/pack"
+    " bytes.\n\n\b\nExample:\n  d2c-mlx list runs/first/pack",
 )
 @click.argument("pack", type=_PACK)
 @_JSON

@@ -45,8 +45,6 @@ __all__ = [
 ROUTER = "router.safetensors"
 # Padded tokens of a batch.
 _BATCH = 512
-# Share of the probe prompts that may fall below the threshold, each judged without itself.
-_MISSED = 0.05
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,8 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet]) -> Router:
 def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
     """The router that states give.
 
-    The threshold is what all but a twentieth of them reach, each compared with its task as the
-    others give it.
+    The threshold is what all of them reach, each compared with its task as the others give it: a
+    prompt that goes to the base model by mistake loses all that its adapter gains.
 
     Args:
         states: task -> `(n, hidden)` of two or more prompts.
@@ -155,7 +153,7 @@ def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
     ]  # fmt: skip
     return Router(
         tuple(states), centre, np.stack([_unit(x.mean(axis=0)) for x in rows]),
-        float(np.quantile(own, _MISSED)), n_blocks,
+        min(own), n_blocks,
     )  # fmt: skip
 
 

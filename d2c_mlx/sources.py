@@ -140,7 +140,7 @@ def _the_gguf(one: HubId) -> str:
     files = list_files(one, "adapters", AdapterError)
     found = [
         file
-        for file in files
+        for file in sorted(files)
         if file.endswith(".gguf")
         and "/" not in file
         and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
