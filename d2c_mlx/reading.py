@@ -22,6 +22,11 @@ __all__ = [
 ]
 
 
+# Norm of an update beyond which an adapter is refused. Weights have norms of a few hundred; and far
+# above, merges and their scales would leave float16.
+_MOST = 1e6
+
+
 def read_config(directory: Path) -> dict[str, object]:
     """Read `adapter_config.json`; raises AdapterError when it is missing or no JSON object."""
     path = directory / CONFIG
@@ -151,7 +156,8 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
         path: the file to name in messages.
 
     Raises:
-        AdapterError: unknown modules, or shapes of another base: tensor, found, expected.
+        AdapterError: unknown modules, shapes of another base, or updates beyond any use: tensor,
+            found, expected.
     """
     problems = []
     unknown = [module for module in adapter.modules if module not in shapes]
@@ -168,6 +174,14 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f"{path}: {len(wrong)} modules have the shape of another base model; first: {first}:"
             f" found in, out = {adapter.modules[first].shape}, expected {shapes[first]}"
             f" (the adapter names base {adapter.base!r})"
+        )
+    bounds = {module: lora.bound for module, lora in adapter.modules.items()}
+    large = [module for module, bound in bounds.items() if not bound <= _MOST]
+    if large:
+        problems.append(
+            f"{path}: {len(large)} modules change their weight beyond reason (first: {large[0]}:"
+            f" norm up to {bounds[large[0]]:.1e}, at most {_MOST:.0e} is read); look at its scale"
+            " (alpha), or train it again"
         )
     if problems:
         raise AdapterError(problems)
