@@ -23,8 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-KEPT = HERE / "corpus"
 _CPU_SECONDS, _MEMORY_MB, _ADDRESSES = 5, 3072, 24 << 30
 # Of the clock, after which libFuzzer gives up: a busy machine may not give 5 s to anyone for long.
 _TIMEOUT = 300
@@ -111,6 +109,8 @@ def fuzz_one(name, arguments):
 
 def fuzz_target(name, n, output):
     """Fuzz one target in a process of its own; what happened."""
+    from targets import KEPT
+
     corpus = output / name / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     # The first directory is where libFuzzer writes.
@@ -120,9 +120,9 @@ def fuzz_target(name, n, output):
                f"-artifact_prefix={output / name}/"]  # fmt: skip
     started = time.monotonic()
     log = output / name / "log.txt"
-    with open(log, "w") as file:
+    with open(log, "w") as file, tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False,
-                              env={**os.environ, "TMPDIR": str(output / name)})  # fmt: skip
+                              env={**os.environ, "TMPDIR": scratch})  # fmt: skip
     text = log.read_text(errors="replace")
     stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", text))
     found = sorted(p.name for p in (output / name).iterdir()
@@ -144,7 +144,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=13_000, help="of all targets together")
     parser.add_argument("--only", action="append", help="a target; may be repeated")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "runs" / "fuzz")
+    parser.add_argument("--output", type=Path, default=Path("runs/fuzz"))
     options = parser.parse_args()
     from targets import TARGETS
 

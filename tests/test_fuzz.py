@@ -4,6 +4,7 @@ Inputs are drawn from a fixed seed, the same in every run; `--inputs 100000` dra
 `fuzz.py` is guided by coverage and has no end.
 """
 
+import contextlib
 import copy
 import json
 
@@ -12,7 +13,7 @@ import targets
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from targets import CHATS, PROMPTS, TEXTS, UNLABELLED, Shared, lines
+from targets import CHATS, KEPT, PROMPTS, TARGETS, TEXTS, UNLABELLED, Shared, lines
 
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.convert import find_adapters
@@ -173,6 +174,16 @@ def test_config_of_a_run(fuzz, shared, tmp_path):
         lambda value: yaml.dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
     )
     fuzz(st.one_of(dumped, NEARLY, dumped.flatmap(damaged)), target.check)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_good_inputs_are_read_and_kept_ones_end_well(name, shared, tmp_path):
+    target = TARGETS[name](shared, tmp_path)
+    for seed in target.seeds:
+        target.check(seed)
+    for path in sorted((KEPT / name).glob("*")):
+        with contextlib.suppress(InputError):
+            target.check(path.read_bytes())
 
 
 def test_budgets(fuzz):
