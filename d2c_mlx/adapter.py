@@ -13,9 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from d2c_mlx.errors import AdapterError
+
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA"]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+# Of float16: the largest number, and one below which it holds fewer bits than bfloat16 does.
+_LARGEST, _COARSE = 65504.0, 2.0**-17
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class LoRA:
         """`(a, b)` in float32 with the scale folded into b, so that dW^T = a @ b."""
         a, b = (np.array(x.astype(mx.float32)) for x in (self.a, self.b))
         return a, b * np.float32(self.scale)
+
+    @property
+    def bound(self) -> float:
+        """What the Frobenius norm of dW cannot exceed: the sum over its rank-1 components."""
+        a, b = (mx.square(x.astype(mx.float32)) for x in (self.a, self.b))
+        parts = mx.sqrt(a.sum(axis=0)) * mx.sqrt(b.sum(axis=1))
+        return self.scale * float(np.array(parts.sum()))
 
     def delta(self) -> np.ndarray:
         """Dense dW in PyTorch's orientation, `(out, in)`, float32. For tests and tiny models."""
@@ -97,16 +108,48 @@ class Adapter:
 
         Where ranks or scales differ, smaller ranks are padded with zeros and scales folded into
         b. Factors are cast to `dtype`; None keeps them exact (float32 once a scale was folded).
+
+        float16 has a small range: where a column of `a` or its row of `b` is out of it, both get
+        one size, by a power of two, so the update stays the same. What is then still too small
+        becomes zero.
+
+        Raises:
+            AdapterError: what is then still too large for float16.
         """
         modules = dict(self.modules)
         if len({(lora.rank, lora.scale) for lora in modules.values()}) > 1:
             modules = {path: _padded(lora, self.rank) for path, lora in modules.items()}
-        if dtype is not None:
-            modules = {
-                path: LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
-                for path, lora in modules.items()
-            }
+        if dtype is None:
+            return replace(self, modules=modules)
+        if dtype == mx.float16:
+            modules = self._within_float16(modules)
+        modules = {
+            path: LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
+            for path, lora in modules.items()
+        }
         return replace(self, modules=modules)
+
+    def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
+        sizes = {
+            path: _sizes(lora)
+            for path, lora in modules.items()
+            if not lora.a.dtype == lora.b.dtype == mx.float16  # exact already
+        }
+        mx.eval(list(sizes.values()))  # all at once
+        found, large = dict(modules), []
+        for path, both in sizes.items():
+            left, right = (np.array(x, np.float64) for x in both)
+            if _in_range(left).all() and _in_range(right).all():
+                continue
+            found[path], largest = _rebalanced(modules[path], left, right)
+            if largest > _LARGEST:
+                large.append(f"{path}: up to {largest:.2g}")
+        if large:
+            raise AdapterError(
+                f"{self.name}: factors of {len(large)} modules are too large for float16, which"
+                f" ends at {_LARGEST:.0f} (first: {large[0]}); lower the scale or train it again"
+            )
+        return found
 
     def config(self, n_layers: int) -> dict[str, object]:
         """The `adapter_config.json` that mlx-lm and mlx-swift read. Needs a `uniform` adapter."""
@@ -150,6 +193,39 @@ class Adapter:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(n_layers).items():
             (directory / name).write_bytes(content)
+
+
+def _sizes(lora: LoRA) -> tuple[mx.array, mx.array]:
+    """The largest magnitude in every column of `a` and row of `b`, `(r,)` each, float32."""
+    a, b = mx.abs(lora.a).max(axis=0), mx.abs(lora.b).max(axis=1)
+    return a.astype(mx.float32), b.astype(mx.float32)
+
+
+def _in_range(sizes: np.ndarray) -> np.ndarray:
+    return (sizes == 0) | ((sizes >= _COARSE) & (sizes <= _LARGEST))
+
+
+def _rebalanced(lora: LoRA, left: np.ndarray, right: np.ndarray) -> tuple[LoRA, float]:
+    """The same update in float32, components out of range with both factors of one size.
+
+    Args:
+        lora: of any dtype.
+        left: largest magnitudes of the columns of `a`.
+        right: the same of the rows of `b`.
+
+    Returns:
+        And its largest magnitude.
+    """
+    # A component with a zero on one side is none, whatever is on the other.
+    alive = (left > 0) & (right > 0)
+    odd = ~(_in_range(left) & _in_range(right))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        halfway = np.round((np.log2(right) - np.log2(left)) / 2)
+    shift = np.where(alive & odd, halfway, 0).astype(int)
+    a, b = (np.array(x.astype(mx.float32)) for x in (lora.a, lora.b))
+    a = np.where(alive, np.ldexp(a, shift), 0)
+    b = np.where(alive[:, None], np.ldexp(b, -shift[:, None]), 0)
+    return LoRA(mx.array(a), mx.array(b), lora.scale), float(max(np.abs(a).max(), np.abs(b).max()))
 
 
 def _padded(lora: LoRA, rank: int) -> LoRA:

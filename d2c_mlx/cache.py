@@ -44,7 +44,8 @@ class LossCache:
             found = row.fetchone()
         except sqlite3.Error as error:
             raise self._problem(error) from None
-        return None if found is None else float(found[0])
+        # SQLite has no NaN: it keeps a null, which is as good as nothing.
+        return None if found is None or found[0] is None else float(found[0])
 
     def put(self, key: str, loss: float) -> None:
         """Store one loss."""

@@ -41,6 +41,7 @@ def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:
     """
     values, vectors = np.linalg.eigh(similarity(adapters))
     keep = values > 1e-6 * values.max()
+    keep[-1] = True  # at least one feature, though no adapter may have a direction
     features = vectors[:, keep] * np.sqrt(values[keep])
     # An untrained adapter has dW = 0 and no direction: its row stays 0.
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

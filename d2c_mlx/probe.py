@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cache import LossCache
+from d2c_mlx.errors import AdapterError, InputError, ModelError
 from d2c_mlx.files import fingerprint
 from d2c_mlx.schedule import Piece
 from d2c_mlx.tasks import ExampleSet
@@ -143,6 +145,9 @@ class Evaluator:
         Returns:
             For each job `(n_sets,)`: mean NLL per target token, in nats; infinity where it is
             above its limit.
+
+        Raises:
+            InputError: a loss is no number, which names the adapter or the base.
         """
         self.counts.asked += sum(len(sets) for _, sets in jobs)
         places = [(j, i) for j, (_, sets) in enumerate(jobs) for i in range(len(sets))]
@@ -187,7 +192,11 @@ class Evaluator:
         names = list(missing)
         pieces = [(adapter, part) for adapter, part, _ in missing.values()]
         self.meter.expect(sum(part.n_tokens for _, part in pieces))
+        odd: dict[int, float] = {}
         for i, total in self.runner.run(pieces):
+            if not math.isfinite(total):
+                odd[i] = total
+                continue
             known[names[i]] = total
             if self._cache:
                 self._cache.put(names[i], total)
@@ -195,11 +204,26 @@ class Evaluator:
             self.counts.done += n_tokens / missing[names[i]][2].n_tokens
             self.counts.tokens += n_tokens
             self.meter.advance(n_tokens)
+        if odd:  # Only now: other ranks wait until all is done.
+            first = min(odd)
+            raise _overflow(odd[first], *pieces[first])
         return [known[key] for key in keys]
 
     def _key(self, adapter: Adapter | None, part: ExampleSet) -> str:
         digest = adapter.digest if adapter else "base"
         return fingerprint([self.runner.fingerprint(part), digest])[:32]
+
+
+def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputError:
+    """Of a loss that is no number: neither JSON nor a comparison has a use for it."""
+    why = f"the loss on task {part.task!r} is {total}"
+    if adapter is None:
+        return ModelError(
+            f"the base model: {why}; its weights are damaged, or its numbers overflow"
+        )
+    return AdapterError(
+        f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
+    )
 
 
 def probe_table(

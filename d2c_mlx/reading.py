@@ -29,6 +29,9 @@ DORA = (
     "a DoRA scales each row of the merged weight, the base's own numbers too, by a learned"
     " magnitude: the update is no low-rank addition, so it cannot be merged or packed exactly"
 )
+# Norm of an update beyond which an adapter is refused. Weights have norms of a few hundred; and far
+# above, merges and their scales would leave float16.
+_MOST = 1e6
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -163,7 +166,8 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
         path: the file to name in messages.
 
     Raises:
-        AdapterError: unknown modules, or shapes of another base: tensor, found, expected.
+        AdapterError: unknown modules, shapes of another base, or updates beyond any use: tensor,
+            found, expected.
     """
     problems = []
     unknown = [module for module in adapter.modules if module not in shapes]
@@ -180,6 +184,14 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f"{path}: {len(wrong)} modules have the shape of another base model; first: {first}:"
             f" found in, out = {adapter.modules[first].shape}, expected {shapes[first]}"
             f" (the adapter names base {adapter.base!r})"
+        )
+    bounds = {module: lora.bound for module, lora in adapter.modules.items()}
+    large = [module for module, bound in bounds.items() if not bound <= _MOST]
+    if large:
+        problems.append(
+            f"{path}: {len(large)} modules change their weight beyond reason (first: {large[0]}:"
+            f" norm up to {bounds[large[0]]:.1e}, at most {_MOST:.0e} is read); look at its scale"
+            " (alpha), or train it again"
         )
     if problems:
         raise AdapterError(problems)

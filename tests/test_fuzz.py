@@ -1,36 +1,24 @@
 """Damaged and hostile files: each ends in our own error or is read, whatever is in it.
 
 Inputs are drawn from a fixed seed, the same in every run; `--inputs 100000` draws more of them.
+`fuzz.py` is guided by coverage and has no end.
 """
 
+import contextlib
 import copy
 import json
-import shutil
 
-import mlx.core as mx
 import pytest
+import targets
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compact_pack import ABOUT, ALL, SERVES, compressed
-from test_gguf import write_gguf
-from tiny import library, write_jsonl
+from targets import CHATS, KEPT, PROMPTS, TARGETS, TEXTS, UNLABELLED, Shared, lines
 
-from d2c_mlx.adapter import WEIGHTS
 from d2c_mlx.budget import parse_budget
-from d2c_mlx.compact import read_compact
-from d2c_mlx.config import load_config
-from d2c_mlx.convert import PEFT_WEIGHTS, read_adapter
 from d2c_mlx.errors import InputError
-from d2c_mlx.gguf import convert_gguf
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.sources import find_adapters
 from d2c_mlx.strict import match_end, parse_json
-from d2c_mlx.tasks import load_task, load_unlabelled
-from d2c_mlx.unpack import unpack
 
 STRINGS = st.one_of(
     st.text(max_size=8),
@@ -47,7 +35,7 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 # Text that is nearly JSON, put in place of a file.
-TEXTS = st.sampled_from(
+NEARLY = st.sampled_from(
     [b"", b"{", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"a":' * 50_000, b"null",
      b"1e999", b'{"a": 1, "a": 2}', b"9" * 5000, b'"\\ud800"', b"NaN", b"{}\r\n{}", b"\x00" * 64]
 )  # fmt: skip
@@ -101,7 +89,7 @@ def changed(draw, value):
 def as_json(strategy):
     """A JSON file of such values, or something that is nearly one."""
     dumped = strategy.map(lambda value: json.dumps(value).encode())
-    return st.one_of(dumped, dumped, TEXTS, dumped.flatmap(damaged))
+    return st.one_of(dumped, dumped, NEARLY, dumped.flatmap(damaged))
 
 
 @pytest.fixture
@@ -129,201 +117,78 @@ def fuzz(request):
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("fuzz"), ["one", "two"])
+def shared(tmp_path_factory):
+    return Shared(tmp_path_factory.mktemp("shared"))
 
 
-@pytest.fixture(scope="module")
-def adapters(paths):
-    return [read_adapter(paths.adapters / name, ALL) for name in ("one", "two")]
+@pytest.mark.parametrize("layout", ["peft", "mlx"])
+def test_weights_of_an_adapter(fuzz, shared, tmp_path, layout):
+    target = targets.weights(shared, tmp_path, layout)
+    fuzz(damaged(target.seeds[0], target.head), target.check)
 
 
-@pytest.fixture(params=["peft", "mlx"])
-def directory(request, tmp_path, paths, adapters):
-    """One adapter in either layout, to be damaged; and the name of its weights."""
-    if request.param == "peft":
-        shutil.copytree(paths.adapters / "one", tmp_path / "one")
-        return tmp_path / "one", PEFT_WEIGHTS
-    adapters[0].save(tmp_path / "one", 2)
-    return tmp_path / "one", WEIGHTS
-
-
-def used(adapter):
-    """What a run does with an adapter first."""
-    assert all(ALL[path] == lora.shape for path, lora in adapter.modules.items())
-    assert adapter.uniform().files(2)
-
-
-def test_weights_of_an_adapter(fuzz, directory):
-    folder, name = directory
-    content = (folder / name).read_bytes()
-
-    def check(data):
-        (folder / name).write_bytes(data)
-        used(read_adapter(folder, ALL))
-
-    head = 8 + int.from_bytes(content[:8], "little")
-    fuzz(damaged(content, head), check)
-
-
-def test_config_of_an_adapter(fuzz, directory):
-    folder, _ = directory
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.*": 3}}
-
-    def check(data):
-        path.write_bytes(data)
-        used(read_adapter(folder, ALL))
-
-    more = config if "r" not in config else config | patterns
-    fuzz(as_json(changed(more)), check)
-
-
-@pytest.fixture
-def plain(tmp_path, adapters):
-    return write_pack(tmp_path / "pack", adapters, **ABOUT, max_bytes=None)
-
-
-@pytest.fixture
-def compact(tmp_path, adapters):
-    return write_compact_pack(tmp_path / "pack", compressed(adapters), SERVES, **ABOUT,
-                              max_bytes=None)  # fmt: skip
+@pytest.mark.parametrize("layout", ["peft", "mlx"])
+def test_config_of_an_adapter(fuzz, shared, tmp_path, layout):
+    target = targets.config(shared, tmp_path, layout)
+    fuzz(as_json(changed(json.loads(target.seeds[0]))), target.check)
 
 
 @pytest.mark.parametrize("storage", ["plain", "compact"])
-def test_manifest_of_a_pack(fuzz, storage, request, tmp_path):
-    pack = request.getfixturevalue(storage)
-    before = sorted(tmp_path.rglob("*"))
-
-    def check(data):
-        (pack.path / "manifest.json").write_bytes(data)
-        try:
-            opened = load_pack(pack.path)
-            for task in opened.tasks:
-                opened.load(task)
-            unpack(opened, tmp_path / "plain")
-        finally:
-            shutil.rmtree(tmp_path / "plain", ignore_errors=True)
-            assert sorted(tmp_path.rglob("*")) == before
-
-    fuzz(as_json(changed(pack.manifest)), check)
+def test_manifest_of_a_pack(fuzz, shared, tmp_path, storage):
+    target = targets.manifest(shared, tmp_path, storage)
+    fuzz(as_json(changed(json.loads(target.seeds[0]))), target.check)
 
 
-def test_file_of_a_compact_pack(fuzz, compact):
-    path = compact.path / "compact.safetensors"
-    content = path.read_bytes()
-
-    def check(data):
-        path.write_bytes(data)
-        for k in range(3):
-            read_compact(path, k).adapter()
-
-    fuzz(damaged(content, 8 + int.from_bytes(content[:8], "little")), check)
+def test_file_of_a_compact_pack(fuzz, shared, tmp_path):
+    target = targets.compact(shared, tmp_path)
+    fuzz(damaged(target.seeds[0], target.head), target.check)
 
 
-def test_index_of_a_compact_pack(fuzz, compact):
-    """The header's JSON, with a length that fits and tensors where they were."""
-    path = compact.path / "compact.safetensors"
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header, tensors = json.loads(content[8 : 8 + size]), content[8 + size :]
-    index = json.loads(header["__metadata__"]["index"])
-
-    def check(index):
-        about = {**header["__metadata__"], "index": json.dumps(index)}
-        text = json.dumps({**header, "__metadata__": about}).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
-        for k in range(3):
-            read_compact(path, k).adapter()
-
-    fuzz(changed(index), check)
+def test_index_of_a_compact_pack(fuzz, shared, tmp_path):
+    target = targets.index(shared, tmp_path)
+    index = changed(json.loads(target.seeds[0]))
+    fuzz(index.map(lambda value: json.dumps(value).encode()), target.check)
 
 
-def test_a_gguf(fuzz, tmp_path, paths):
-    content = write_gguf(paths.model, tmp_path / "good.gguf", mx.float16).read_bytes()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(paths.model / name, tmp_path / name)
-
-    def check(data):
-        (tmp_path / "x.gguf").write_bytes(data)
-        (tmp_path / "out").mkdir()
-        try:
-            convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
-        finally:
-            shutil.rmtree(tmp_path / "out")
-
-    fuzz(damaged(content, 6000), check)
+def test_a_gguf(fuzz, shared, tmp_path):
+    target = targets.gguf(shared, tmp_path)
+    fuzz(damaged(target.seeds[0], target.head), target.check)
 
 
-def test_a_gguf_adapter(fuzz, tmp_path, adapters, base):
-    path = tmp_path / "x.gguf"
-    save_gguf_lora(adapters[0], path, base.config)
-    content = path.read_bytes()
-
-    def check(data):
-        path.write_bytes(data)
-        used(read_adapter(path, ALL, base.config))
-
-    head = content.rindex(b".lora_b")
-    fuzz(damaged(content, head), check)
+def test_a_gguf_adapter(fuzz, shared, tmp_path):
+    target = targets.gguf_adapter(shared, tmp_path)
+    fuzz(damaged(target.seeds[0], target.head), target.check)
 
 
-@pytest.fixture(scope="module")
-def base(paths):
-    return BaseModel(str(paths.model))
+ROWS = st.one_of(changed(PROMPTS), changed(CHATS), changed(TEXTS)).map(lines)
 
 
-PROMPTS = [{"prompt": f"Question {i}?", "completion": "An answer."} for i in range(2)]
-ANSWER = {"role": "assistant", "content": "An answer."}
-CHATS = [{"messages": [{"role": "user", "content": f"Question {i}?"}, ANSWER]} for i in range(2)]
-ROWS = st.one_of(changed(PROMPTS), changed(CHATS), changed([{"text": "A text."}]))
+def test_rows_of_a_task(fuzz, shared, tmp_path):
+    inputs = st.one_of(ROWS, NEARLY, ROWS.flatmap(damaged))
+    fuzz(inputs, targets.rows(shared, tmp_path).check)
 
 
-def lines(rows):
-    """JSONL of what should be a list of rows."""
-    return "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows])).encode()
+def test_prompts_without_answers(fuzz, shared, tmp_path):
+    inputs = st.one_of(changed(UNLABELLED).map(lines), NEARLY)
+    fuzz(inputs, targets.unlabelled(shared, tmp_path).check)
 
 
-JSONL = st.one_of(ROWS.map(lines), TEXTS, ROWS.map(lines).flatmap(damaged))
+def test_config_of_a_run(fuzz, shared, tmp_path):
+    target = targets.options(shared, tmp_path)
+    dumped = changed(yaml.safe_load(target.seeds[0])).map(
+        lambda value: yaml.dump(value, allow_unicode=True).encode("utf-8", "surrogatepass")
+    )
+    fuzz(st.one_of(dumped, NEARLY, dumped.flatmap(damaged)), target.check)
 
 
-def test_rows_of_a_task(fuzz, tmp_path, base):
-    write_jsonl(tmp_path / "t" / "test.jsonl", [{"prompt": "Else?", "completion": "Else."}])
-
-    def check(data):
-        (tmp_path / "t" / "probe.jsonl").write_bytes(data)
-        task = load_task(tmp_path / "t")
-        assert base.encode(task.name, task.probe).n_targets > 0
-
-    fuzz(JSONL, check)
-
-
-def test_prompts_without_answers(fuzz, tmp_path, paths, base):
-    tasks = [load_task(paths.tasks / name) for name in ("one", "two")]
-    rows = [{"task": "one", "prompt": "What else?"},
-            {"task": "two", "messages": [{"role": "user", "content": "And else?"}]}]  # fmt: skip
-
-    def check(data):
-        (tmp_path / "prompts.jsonl").write_bytes(data)
-        for name, found in load_unlabelled(tmp_path / "prompts.jsonl", tasks, 2).items():
-            base.encode(name, found)
-
-    fuzz(st.one_of(changed(rows).map(lines), TEXTS), check)
-
-
-def test_config_of_a_run(fuzz, tmp_path):
-    path = tmp_path / "config.yaml"
-    good = {"adapters": "a", "tasks": "t", "output": "o", "budget": "25%", "init": ["table"],
-            "scale": 1.5, "seed": 3, "refine": False, "memory_limit": "3GB"}  # fmt: skip
-
-    def check(data):
-        path.write_bytes(data)
-        load_config(path, {})
-
-    dumped = changed(good).map(lambda value: yaml.dump(value, allow_unicode=True).encode(
-        "utf-8", "surrogatepass"))  # fmt: skip
-    fuzz(st.one_of(dumped, TEXTS, dumped.flatmap(damaged)), check)
+@pytest.mark.parametrize("name", TARGETS)
+def test_good_inputs_are_read_and_kept_ones_end_well(name, shared, tmp_path):
+    target = TARGETS[name](shared, tmp_path)
+    for seed in target.seeds:
+        target.check(seed)
+    for path in sorted((KEPT / name).glob("*")):
+        with contextlib.suppress(InputError):
+            target.check(path.read_bytes())
 
 
 def test_budgets(fuzz):
