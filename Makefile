@@ -31,7 +31,7 @@ test: .venv/test blas
 
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and
 # none comes along.
-DATA := d2c_mlx/profiles.yaml d2c_mlx/py.typed d2c_mlx/report.html.jinja d2c_mlx/report.md.jinja
+DATA := d2c_mlx/card.md.jinja d2c_mlx/profiles.yaml d2c_mlx/py.typed d2c_mlx/report.html.jinja d2c_mlx/report.md.jinja
 
 check-dist: .venv/tools
 	rm -rf dist build

@@ -205,7 +205,9 @@ def _inside(name: object, depth: int) -> bool:
     if not isinstance(name, str) or not name.isprintable():
         return False
     parts = name.split("/")
-    return len(parts) <= depth and not {"", ".", ".."} & set(parts)
+    # Asking for a longer name is an error of its own.
+    short = all(len(part.encode()) <= 255 for part in parts)
+    return short and len(parts) <= depth and not {"", ".", ".."} & set(parts)
 
 
 def _file_problems(directory: Path, name: str, entry: object) -> list[str]:
