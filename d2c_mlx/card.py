@@ -200,9 +200,7 @@ def _compact(pack: Pack, k: int) -> str:
 
 def _sources(pack: Pack) -> Json:
     """Where the adapters of the tasks came from."""
-    stated = pack.manifest.get("origins")
-    stated = stated if isinstance(stated, dict) else {}
-    origins = {task: parse_hub_id(str(stated.get(task))) for task in sorted(pack.tasks)}
+    origins = {task: parse_hub_id(str(pack.origins.get(task))) for task in sorted(pack.tasks)}
     return {
         "origins": {task: hub for task, hub in origins.items() if hub},
         "local": [task for task, hub in origins.items() if hub is None],
