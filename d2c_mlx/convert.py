@@ -160,6 +160,8 @@ def _load_peft(directory: Path) -> Adapter:
         elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
             other.append(name)
     if other:
+        # PEFT stores whole embeddings beside their factors; the factors say what it is.
+        other.sort(key=lambda name: ".lora_" not in name)
         problems.append(
             f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
             f" with shape {tuple(tensors[other[0]].shape)}, expected"
