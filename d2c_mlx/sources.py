@@ -124,11 +124,18 @@ def _from_hub(one: HubId) -> Source:
     if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
         return Source(name, directory, origin)
     pinned = HubId(one.repo, commit)
-    file = next(iter(sorted(directory.glob("*.gguf"))), None)
-    if file is None:
-        directory, _ = download(pinned, [_the_gguf(pinned)], "adapters", AdapterError)
-        file = next(iter(sorted(directory.glob("*.gguf"))))
-    return Source(name, file, origin)
+    # Other programs keep base models in the same cache.
+    kept = [file for file in sorted(directory.glob("*.gguf")) if _is_lora(file)]
+    if kept:
+        return Source(name, kept[0], origin)
+    file_name = _the_gguf(pinned)
+    directory, _ = download(pinned, [file_name], "adapters", AdapterError)
+    return Source(name, directory / file_name, origin)
+
+
+def _is_lora(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return is_gguf_lora(file.read(_HEAD))
 
 
 def _the_gguf(one: HubId) -> str:

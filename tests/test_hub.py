@@ -80,6 +80,8 @@ def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_
     assert set(hub.gets("org/in-gguf")) == {"lora-f32.gguf", "base-Q4_0.gguf"}
     stored = list((tmp_path / "home").rglob("snapshots/*/*.gguf"))
     assert [path.name for path in stored] == ["lora-f32.gguf"]
+    # What another program has put there is not taken for the adapter.
+    (stored[0].parent / "another.gguf").write_bytes(b"GGUF" + bytes(99))
     offline = hub.run(tmp_path / "home", *args, tmp_path / "again", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert offline.stdout == done.stdout
