@@ -70,8 +70,8 @@ def prompts_of(examples):
 
 def routed(router, states):
     """The task of every state, None below the threshold."""
-    best = [router.matches(state)[0] for state in states]
-    return [one.task if one.similarity >= router.threshold else None for one in best]
+    best = [router.best(state) for state in states]
+    return [one and one.task for one in best]
 
 
 def share(values):

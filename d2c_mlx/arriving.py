@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.budget import parse_budget
 from d2c_mlx.cache import LossCache
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import AdapterError, ModelError, PackError, TaskError
+from d2c_mlx.errors import AdapterError, PackError, TaskError
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter
-from d2c_mlx.locate import cache_directory, resolve_base
+from d2c_mlx.locate import cache_directory, very_base
 from d2c_mlx.lock import locked
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import Pack, load_pack
@@ -51,8 +50,6 @@ def arrive(
     """
     with locked(pack.resolve().parent):
         found = load_pack(pack)
-        if budget is not None:
-            parse_budget(budget)
         sources = find_adapters(adapter)
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
@@ -109,26 +106,18 @@ def route_prompts(
     states = prompt_states(base.model, [x.tokens[: x.offset] for x in examples], router.n_blocks)
     result = []
     for prompt, state in zip(prompts, states):
-        matches = router.matches(state, top)
-        best = matches[0]
+        best = router.best(state)
         result.append({
             "prompt": prompt,
-            "task": best.task if best.similarity >= router.threshold else None,
-            "matches": [asdict(one) for one in matches],
+            "task": best and best.task,
+            "matches": [asdict(one) for one in router.matches(state, top)],
         })  # fmt: skip
     return result
 
 
 def _base_of(pack: Pack, model: str | None) -> BaseModel:
     """The pack's base model; ModelError if it is another."""
-    about = pack.manifest["base"]
-    base = BaseModel(str(resolve_base(about["model"], model)[1]))
-    if base.config_hash != about["config_sha256"]:
-        raise ModelError(
-            f"{base.path / 'config.json'}: is not the config of {about['model']!r}, which the pack"
-            " was made with (its sha256 differs); name that model with --model"
-        )
-    return base
+    return BaseModel(str(very_base(pack.manifest["base"], model)))
 
 
 def _probes(

@@ -173,8 +173,7 @@ def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
     """One row per stored adapter, named as `unpack` names it."""
     recorded = _recorded(pack, bench)
     rows = []
-    # cluster-2 before cluster-10.
-    for k, tasks in sorted(pack.adapters.items(), key=lambda one: (len(str(one[0])), str(one[0]))):
+    for k, tasks in pack.adapters.items():
         name = f"cluster-{k}" if isinstance(k, int) else k
         method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
         stored = _plain(pack, name) if pack.storage == "plain" else _compact(pack, int(k))
@@ -185,8 +184,7 @@ def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
 
 
 def _plain(pack: Pack, name: str) -> str:
-    files = pack.manifest["files"].items()
-    nbytes = sum(entry["nbytes"] for file, entry in files if file.startswith(f"{name}/"))
+    nbytes = sum(pack.files_of(name).values())
     parameters: Any = read_config(pack.path / name)["lora_parameters"]
     return f"rank {parameters['rank']}, {nbytes:,} bytes"
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from d2c_mlx.convert import save_peft
 from d2c_mlx.errors import ConfigError, ModelError
-from d2c_mlx.files import hash_file
 from d2c_mlx.gguf_lora import ARCHITECTURES, save_gguf_lora
-from d2c_mlx.locate import resolve_base
+from d2c_mlx.locate import very_base
 from d2c_mlx.pack import Pack
 from d2c_mlx.unpack import unpack, write_adapters
 
@@ -49,13 +48,7 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 
 def _base_config(pack: Pack, model: str | None) -> dict[str, Any]:
     """The config.json of the model that the pack was made for."""
-    base = pack.manifest["base"]
-    path = resolve_base(base["model"], model)[1] / "config.json"
-    if hash_file(path) != base["config_sha256"]:
-        raise ModelError(
-            f"{path}: is not the config of {base['model']!r}, which the pack was made with (its"
-            " sha256 differs); rows are ordered by its heads, so name that very model"
-        )
+    path = very_base(pack.manifest["base"], model) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("model_type") not in ARCHITECTURES:
         raise ModelError(

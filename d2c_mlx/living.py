@@ -26,7 +26,7 @@ from d2c_mlx.judge import Judge
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import COMPACT, Pack
 from d2c_mlx.packing import rewrite_pack, write_compact_pack
-from d2c_mlx.reading import read_config
+from d2c_mlx.reading import load_adapter, read_config
 from d2c_mlx.shrink import make_room
 
 __all__ = ["Arrival", "add_adapter", "list_pack", "remove_tasks"]
@@ -64,13 +64,14 @@ def list_pack(pack: Pack) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for key, tasks in pack.adapters.items():
         if isinstance(key, int):
-            nbytes = read_compact(pack.path / COMPACT, key).nbytes
+            stored = read_compact(pack.path / COMPACT, key)
+            ranks = [sum(level.rank for level in levels) for levels in stored.modules.values()]
+            rank, nbytes = max(ranks, default=0), stored.nbytes
         else:
-            nbytes = sum(entry["nbytes"] for file, entry in pack.manifest["files"].items()
-                         if file.startswith(f"{key}/"))  # fmt: skip
-        loaded = pack.load(tasks[0])
+            rank = load_adapter(pack.path / key).rank
+            nbytes = sum(pack.files_of(key).values())
         rows.append({"adapter": key, "tasks": tasks, "merged": pack.merged(key),
-                     "rank": loaded.rank if loaded else 0, "nbytes": nbytes})  # fmt: skip
+                     "rank": rank, "nbytes": nbytes})  # fmt: skip
     bare = [task for task, key in pack.tasks.items() if key is None]
     if bare:
         rows.append({"adapter": None, "tasks": bare, "merged": 0, "rank": 0, "nbytes": 0})

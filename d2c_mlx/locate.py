@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx.errors import ModelError
-from d2c_mlx.files import fingerprint, write_dir
+from d2c_mlx.files import fingerprint, hash_file, write_dir
 from d2c_mlx.gguf import convert_gguf
 from d2c_mlx.hub import download, parse_hub_id
 from d2c_mlx.lock import locked
 
-__all__ = ["EMBEDDED", "cache_directory", "embedded_gguf", "resolve_base", "resolve_model"]
+__all__ = [
+    "EMBEDDED",
+    "cache_directory",
+    "embedded_gguf",
+    "resolve_base",
+    "resolve_model",
+    "very_base",
+]
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -82,6 +91,26 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
             f"model: the pack is for {name!r}; name that model's directory, hub id or .gguf file"
         )
     return resolve_model(spec)
+
+
+def very_base(about: Mapping[str, Any], spec: str | None) -> Path:
+    """Find the very base model of a pack, whose config is compared: its mlx-lm directory.
+
+    Args:
+        about: `base` of the pack's manifest.
+        spec: as for `resolve_base`.
+
+    Raises:
+        ModelError: as `resolve_base`, or it is another model.
+    """
+    _, directory = resolve_base(about["model"], spec)
+    path = directory / "config.json"
+    if hash_file(path) != about["config_sha256"]:
+        raise ModelError(
+            f"{path}: is not the config of {about['model']!r}, which the pack was made with (its"
+            " sha256 differs); name that very model with --model"
+        )
+    return directory
 
 
 def _converted(gguf: Path) -> Path:

@@ -62,7 +62,13 @@ class Pack:
         for task, adapter in self.tasks.items():
             if adapter is not None:
                 served.setdefault(adapter, []).append(task)
-        return dict(sorted(served.items(), key=str))
+        # cluster-2 before cluster-10.
+        return dict(sorted(served.items(), key=lambda one: (len(str(one[0])), str(one[0]))))
+
+    def files_of(self, adapter: str) -> dict[str, int]:
+        """Files of a plain pack's adapter -> their bytes."""
+        files = self.manifest["files"].items()
+        return {name: entry["nbytes"] for name, entry in files if name.startswith(f"{adapter}/")}
 
     @property
     def nbytes(self) -> int:

@@ -148,9 +148,8 @@ def rewrite_pack(
                 changed[name].save(temporary / name, n_layers)
                 continue
             (temporary / name).mkdir()
-            for file in pack.manifest["files"]:
-                if file.startswith(f"{name}/"):
-                    shutil.copyfile(pack.path / file, temporary / file)
+            for file in pack.files_of(name):
+                shutil.copyfile(pack.path / file, temporary / file)
         about = {"base": pack.manifest["base"], "budget": {"text": budget, "nbytes": max_bytes}}
         about |= {"origins": dict(origins)} if origins else {}
         _write_manifest(pack.path, temporary, "plain", about, tasks, merged)

@@ -84,6 +84,11 @@ class Router:
         order = np.argsort(-cosines, kind="stable")[:k]
         return [Match(self.tasks[i], float(cosines[i])) for i in order]
 
+    def best(self, state: np.ndarray) -> Match | None:
+        """The nearest task, or None: it is too far, the base model should answer."""
+        (match,) = self.matches(state)
+        return match if match.similarity >= self.threshold else None
+
     def route(self, model: nn.Module, prompt: Sequence[int]) -> Match | None:
         """The task of a prompt, or None: the base model should answer.
 
@@ -91,8 +96,7 @@ class Router:
             model: of mlx-lm, the pack's base without an adapter.
             prompt: token ids, the chat template applied.
         """
-        (best,) = self.matches(prompt_states(model, [prompt], self.n_blocks)[0])
-        return best if best.similarity >= self.threshold else None
+        return self.best(prompt_states(model, [prompt], self.n_blocks)[0])
 
 
 def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: int) -> np.ndarray:

@@ -34,9 +34,8 @@ def unpack(pack: Pack, directory: Path) -> dict[str, str | None]:
         else:
             path.mkdir()
             # What the manifest verified, and nothing that lies beside it.
-            for file in pack.manifest["files"]:
-                if file.startswith(f"{path.name}/"):
-                    shutil.copyfile(pack.path / file, path.parent / file)
+            for file in pack.files_of(path.name):
+                shutil.copyfile(pack.path / file, path.parent / file)
 
     return write_adapters(pack, directory, write)
 
