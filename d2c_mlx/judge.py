@@ -46,24 +46,27 @@ class Judge:
             served: slot -> tasks.
             new: the adapter that arrives.
         """
-        found = {}
-        for slot, merge in merges.items():
-            tasks = [task for task in served[slot] if task in self._probes]
-            before = self._losses(slots[slot], tasks), self._losses(new, [new.name])
-            own = np.concatenate(before)
-            tasks = [*tasks, new.name]
-            gain = np.maximum(self._losses(None, tasks) - own, LEAST_GAIN)
-
-            def cost(
-                scale: float, merge: Adapter = merge, tasks: list[str] = tasks,
-                own: np.ndarray = own, gain: np.ndarray = gain,
-            ) -> float:  # fmt: skip
-                return float(((self._losses(scaled(merge, scale), tasks) - own) / gain).sum())
-
-            scale = tune_scale(cost, MERGE_SCALES)
-            found[slot] = cost(scale), scaled(merge, scale)
+        found = {
+            slot: self._tuned(merge, slots[slot], served[slot], new)
+            for slot, merge in merges.items()
+        }
         name = min(found, key=lambda slot: (found[slot][0], slot))
         return name, found[name][1]
+
+    def _tuned(
+        self, merge: Adapter, slot: Adapter, served: Sequence[str], new: Adapter
+    ) -> tuple[float, Adapter]:
+        """What a merge costs at its best scale, and the merge at that scale."""
+        tasks = [task for task in served if task in self._probes]
+        own = np.concatenate([self._losses(slot, tasks), self._losses(new, [new.name])])
+        tasks.append(new.name)
+        gain = np.maximum(self._losses(None, tasks) - own, LEAST_GAIN)
+
+        def cost(scale: float) -> float:
+            return float(((self._losses(scaled(merge, scale), tasks) - own) / gain).sum())
+
+        scale = tune_scale(cost, MERGE_SCALES)
+        return cost(scale), scaled(merge, scale)
 
     def gains(self, adapter: Adapter) -> dict[str, float]:
         """What each module of the arriving adapter contributes, see `module_gains`."""

@@ -169,9 +169,9 @@ def _into_slots(
     threshold: float | None,
     judge: Judge | None,
 ) -> Arrival:
-    slots = {str(key): pack.load(tasks[0]) for key, tasks in pack.adapters.items()}
-    held = {name: slot for name, slot in slots.items() if slot is not None}
-    first = next(iter(held.values()))
+    held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
+    n = {slot: pack.merged(slot) for slot in held}
+    first, *_ = held.values()
     dtype = next(iter(first.modules.values())).a.dtype
     n_layers = int(str(read_config(pack.path / first.name)["num_layers"]))
     new = adapter.uniform(dtype)
@@ -181,9 +181,8 @@ def _into_slots(
     fits &= limit is None or pack.nbytes + new.nbytes(n_layers) <= limit
     if fits and (threshold is None or most < threshold):
         name = next(free for k in count() if (free := f"cluster-{k}") not in held)
-        changed, merged = {name: new}, 1
+        changed, n[name] = new, 1
     else:
-        n = {slot: pack.merged(slot) for slot in held}
         # Where bytes count, a merge takes no more of them than the slot did.
         pairs = {
             slot: merge_adapters(
@@ -196,11 +195,11 @@ def _into_slots(
             name, merge = judge.best(pairs, held, pack.adapters, new)
         else:
             (name, merge), *_ = pairs.items()
-        changed, merged = {name: merge.uniform(dtype)}, n[name] + 1
-    counts = {slot: pack.merged(slot) for slot in held} | {name: merged}
+        changed = merge.uniform(dtype)
+        n[name] += 1
     tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
     return Arrival(
-        rewrite_pack(pack, changed, tasks, counts, budget.text, limit, n_layers,
+        rewrite_pack(pack, {name: changed}, tasks, n, budget.text, limit, n_layers,
                      _origins(pack, adapter)),
         adapter.name, name, tuple(pack.adapters.get(name, ())), float(most),
     )  # fmt: skip

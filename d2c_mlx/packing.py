@@ -60,8 +60,8 @@ def write_pack(
         if problems:
             raise PackError(problems)
         base = {"model": model, "config_sha256": config_hash}
-        about = {"base": base, "budget": {"text": budget, "nbytes": max_bytes}}
-        about |= {"origins": dict(origins)} if origins else {}
+        budgeted = {"text": budget, "nbytes": max_bytes}
+        about = {"base": base, "budget": budgeted, "origins": origins}
         _write_manifest(directory, temporary, "plain", about, tasks)
     return load_pack(directory)
 
@@ -111,7 +111,7 @@ def write_compact_pack(
             "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},
             "dtype": str(dtype).split(".")[-1],
             "budget": {"text": budget, "nbytes": max_bytes},
-            **({"origins": dict(origins)} if origins else {}),
+            "origins": origins,
         }
         _write_manifest(directory, temporary, "compact", about, serves, merged)
     return load_pack(directory)
@@ -150,8 +150,8 @@ def rewrite_pack(
             (temporary / name).mkdir()
             for file in pack.files_of(name):
                 shutil.copyfile(pack.path / file, temporary / file)
-        about = {"base": pack.manifest["base"], "budget": {"text": budget, "nbytes": max_bytes}}
-        about |= {"origins": dict(origins)} if origins else {}
+        budgeted = {"text": budget, "nbytes": max_bytes}
+        about = {"base": pack.manifest["base"], "budget": budgeted, "origins": origins}
         _write_manifest(pack.path, temporary, "plain", about, tasks, merged)
     return load_pack(pack.path)
 
@@ -214,8 +214,10 @@ def _write_manifest(
         "storage": storage,
         **about,
         "tasks": dict(sorted(tasks.items())),
-        **({"merged": counts} if counts else {}),
+        "merged": counts,
         "files": files,
         "nbytes": nbytes,
     }
-    write_json(temporary / MANIFEST, manifest)
+    # Most packs have neither, and are what version 1 always was.
+    rare = {key for key in ("origins", "merged") if not manifest.get(key)}
+    write_json(temporary / MANIFEST, {k: v for k, v in manifest.items() if k not in rare})
