@@ -24,6 +24,7 @@ _COMMANDS = {
     "add": "packs:add",
     "remove": "packs:remove",
     "route": "packs:route",
+    "serve": "serve:serve",
     "unpack": "commands:unpack",
     "export": "commands:export",
     "push": "hub:push",

@@ -164,7 +164,7 @@ class BaseModel:
             self.model.update_modules(tree_unflatten(list(slots.items())))
             self._slots |= slots
         for path, slot in self._slots.items():
-            slot.factors = self._factors(path, adapters) if path in modules else None
+            slot.factors = self.stacked(path, adapters) if path in modules else None
             slot.folded = None
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors
@@ -189,7 +189,7 @@ class BaseModel:
             for path, mine in own.items():
                 self._slots[path].factors = mine
 
-    def _factors(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
+    def stacked(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
         """`(n, in, r)` and `(n, r, out)`, scales folded into the second; smaller ranks padded."""
         loras = [adapter.modules.get(path) if adapter else None for adapter in adapters]
         rank = max(lora.rank for lora in loras if lora)

@@ -1,0 +1,82 @@
+"""The command that serves a pack."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    help="Serve PACK behind OpenAI's API: chat and text completions, streaming or not.\n\n"
+    "The field `model` of a request names a task; the base model's own name asks the base, `auto`"
+    " lets the pack's router choose (d2c-mlx route PACK --tasks DIR fits one). Requests of all"
+    " tasks run in one batch. /v1/models lists the names, /health and /metrics say how it is.\n\n"
+    "\b\nExamples:\n  d2c-mlx serve runs/first/pack\n"
+    "  d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
+              " it is that]")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="other than this machine's own"
+              " address it needs --token")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 is"
+              " any that is free")  # fmt: skip
+@click.option("--token", envvar="D2C_MLX_TOKEN", metavar="T", help="that clients must give as their"
+              " API key  [env: D2C_MLX_TOKEN]")  # fmt: skip
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="a web page that may"
+              " ask, such as http://localhost:3000; others are refused")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="requests"
+              " that run at a time")  # fmt: skip
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that"
+              " wait; more are refused with 503")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="most"
+              " that a request may ask for")  # fmt: skip
+def serve(
+    pack: Path,
+    model: str | None,
+    host: str,
+    port: int,
+    token: str | None,
+    origins: tuple[str, ...],
+    batch: int,
+    queue: int,
+    max_tokens: int,
+) -> None:
+    """Verify, load, listen until interrupted."""
+    if not token and not _loopback(host):
+        raise click.UsageError(
+            f"--host {host} lets other machines in; give --token, or use 127.0.0.1"
+        )
+    from d2c_mlx.locate import very_base
+    from d2c_mlx.mixed import MixedModel
+    from d2c_mlx.model import BaseModel
+    from d2c_mlx.pack import load_pack
+    from d2c_mlx.routing import load_router
+    from d2c_mlx.server import Limits, PackServer
+
+    found = load_pack(pack)
+    base = BaseModel(str(very_base(found.manifest["base"], model)))
+    mixed, router = MixedModel(base, found), load_router(found)
+    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
+    with PackServer((host, port), found, mixed, router, token=token or None, origins=origins,
+                    limits=limits) as server:  # fmt: skip
+        click.echo(
+            f"{server.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
+            f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"
+        )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("stopping")
+
+
+def _loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

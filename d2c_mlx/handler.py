@@ -1,0 +1,258 @@
+"""One request to a server: checked here, answered in mlx-lm's words."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import io
+import json
+import logging
+import select
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from mlx_lm.generate import make_stop_sequences, make_text_state_machine
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.server import APIHandler, CompletionRequest, GenerationContext
+
+from d2c_mlx.api import Refusal, read_request
+from d2c_mlx.scheduler import Turn
+
+if TYPE_CHECKING:
+    from d2c_mlx.server import PackServer
+
+__all__ = ["AUTO", "Handler"]
+
+# The model that routes.
+AUTO = "auto"
+_log = logging.getLogger(__name__)
+_CHAT = ("/v1/chat/completions", "/chat/completions")
+_PATHS = (*_CHAT, "/v1/completions")
+# Bytes of a body that is too large that are read and forgotten.
+_DRAIN = 16_000_000
+
+
+class Handler(APIHandler):
+    """A connection; see `server.PackServer` for what it serves."""
+
+    server: PackServer
+    max_tokens: int
+
+    def __init__(self, request: Any, client_address: Any, server: PackServer) -> None:  # noqa: ANN401
+        self.timeout = server.limits.seconds
+        self.turn: Turn | None = None
+        super().__init__(server, request, client_address, server, system_fingerprint="d2c-mlx")
+
+    def do_GET(self) -> None:
+        """`/health`, `/v1/models`, `/v1/models/NAME`, `/metrics`."""
+        try:
+            self._check_client()
+            if self.path == "/health":
+                self.handle_health_check()
+            elif self.path == "/metrics":
+                self._reply(200, self.server.meters.text(), "text/plain; version=0.0.4")
+            elif self.path == "/v1/models":
+                names = [*self.server.models, *([AUTO] if self.server.router else [])]
+                self._json(200, {"object": "list", "data": [self._about(x) for x in names]})
+            elif self.path.startswith("/v1/models/"):
+                name = self.path.removeprefix("/v1/models/")
+                self._check_model(name)
+                self._json(200, self._about(name))
+            else:
+                raise Refusal(404, f"{self.path}: no such address; there is /v1/models")
+        except Refusal as refusal:
+            self._json(refusal.status, refusal.body)
+
+    def do_OPTIONS(self) -> None:
+        """What a browser asks first."""
+        try:
+            self._check_origin()
+            super().do_OPTIONS()
+        except Refusal as refusal:
+            self._json(refusal.status, refusal.body)
+
+    def do_POST(self) -> None:
+        """Check, then let mlx-lm's handler read it again."""
+        try:
+            self._check_client()
+            if self.path not in _PATHS:
+                raise Refusal(404, f"{self.path}: no such address; there is {_PATHS[0]}")
+            body = read_request(self._body(), self.path in _CHAT)
+            self._check_model(body["model"])
+            raw = json.dumps(body).encode()
+            self.headers.replace_header("Content-Length", str(len(raw)))
+            self.rfile = io.BytesIO(raw)
+            super().do_POST()
+        except Refusal as refusal:
+            self._json(refusal.status, refusal.body)
+        except OSError:
+            self.server.meters.vanished.inc()
+            self.close_connection = True
+
+    def validate_model_parameters(self) -> None:
+        """mlx-lm's own checks, in our words."""
+        try:
+            super().validate_model_parameters()
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+
+    def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
+        """Put it in the queue, then reply as mlx-lm does."""
+        self.turn = turn = self._turn(request, stop_words)
+        self.server.scheduler.submit(turn)
+        try:
+            if turn.route:
+                turn.wait_for_task(self._check_alive)
+            base = next(iter(self.server.models))
+            self.requested_model = base if turn.task is None else turn.task
+            request.turn = turn, self._context(turn), self._check_alive
+            super().handle_completion(request, stop_words)
+            self.server.meters.replies.labels("200").inc()
+        except RuntimeError as error:
+            self._fail(str(error))
+        finally:
+            turn.gone = True
+
+    def generate_response(
+        self,
+        text: str,
+        finish_reason: str | None,
+        *counts: int | None,
+        **more: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """mlx-lm counts pieces of text; see `_Answer`."""
+        if counts and self.turn:
+            counts = (counts[0], self.turn.n_tokens, *counts[2:])
+        return super().generate_response(text, finish_reason, *counts, **more)
+
+    def completion_usage_response(self, *counts: int | None) -> dict[str, Any]:
+        """The same at the end of a stream."""
+        assert self.turn
+        return super().completion_usage_response(counts[0], self.turn.n_tokens, *counts[2:])
+
+    def _turn(self, request: CompletionRequest, stop_words: list[str]) -> Turn:
+        prompt = self.server.encode(request, self.chat_template_kwargs or {})
+        most, context = self.server.limits.max_tokens, self.server.context
+        if self.max_tokens > most:
+            raise Refusal(400, f"max_tokens: found {self.max_tokens}, this server gives {most} at"
+                          " most", "max_tokens")  # fmt: skip
+        if context and not {"max_tokens", "max_completion_tokens"} & self.body.keys():
+            self.max_tokens = max(1, min(self.max_tokens, context - len(prompt)))
+        if not prompt or (context and len(prompt) + self.max_tokens > context):
+            raise Refusal(
+                400,
+                f"the prompt has {len(prompt)} tokens; with max_tokens {self.max_tokens} the"
+                f" model's context of {context} is too short",
+            )
+        _, vocabulary = self.server.model.base.dimensions
+        if any(not 0 <= token < vocabulary for token in self.logit_bias or ()):
+            raise Refusal(400, f"logit_bias: expected token ids below {vocabulary}", "logit_bias")
+        sampler = None
+        if self.temperature > 0:
+            sampler = make_sampler(self.temperature, self.top_p, self.min_p, top_k=self.top_k)
+        processors = make_logits_processors(
+            self.logit_bias, self.repetition_penalty, self.repetition_context_size,
+            self.presence_penalty, self.presence_context_size, self.frequency_penalty,
+            self.frequency_context_size,
+        )  # fmt: skip
+        name = self.requested_model
+        route = name not in self.server.models
+        task = None if route else self.server.models[name]
+        stops = make_stop_sequences(self.server.tokenizer)
+        return Turn(prompt, task, route, self.max_tokens, sampler, processors, stops, stop_words)
+
+    def _context(self, turn: Turn) -> GenerationContext:
+        tokenizer = self.server.tokenizer
+        state = "normal"
+        if tokenizer.has_thinking:
+            starts, ends = (
+                find(turn.prompt) for find in (tokenizer.rfind_think_start,
+                                               tokenizer.rfind_think_end)
+            )  # fmt: skip
+            state = "reasoning" if starts > ends else state
+        return GenerationContext(
+            has_tool_calling=tokenizer.has_tool_calling, has_thinking=tokenizer.has_thinking,
+            tool_parser=tokenizer.tool_parser,
+            text_sm=make_text_state_machine(tokenizer),
+            initial_state=tokenizer.response_initial_state or state, prompt=turn.prompt,
+        )  # fmt: skip
+
+    def _check_client(self) -> None:
+        self._check_origin()
+        token = self.server.token
+        brought = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token is not None and not hmac.compare_digest(brought.encode(), token.encode()):
+            raise Refusal(401, "Authorization: expected Bearer and this server's token")
+
+    def _check_origin(self) -> None:
+        # A web page that the user happens to look at must not talk to the model.
+        origin = self.headers.get("Origin")
+        allowed = self.server.cli_args.allowed_origins
+        if origin is not None and origin not in allowed and "*" not in allowed:
+            raise Refusal(403, f"Origin {origin}: not allowed; start with --allow-origin {origin}")
+
+    def _check_model(self, name: str) -> None:
+        if name in self.server.models or (name == AUTO and self.server.router):
+            return
+        if name == AUTO:
+            raise Refusal(404, "model: the pack has no router; fit one with d2c-mlx route PACK"
+                          " --tasks DIR", "model")  # fmt: skip
+        known = ", ".join(list(self.server.models)[:20])
+        raise Refusal(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
+
+    def _body(self) -> bytes:
+        text, most = self.headers.get("Content-Length"), self.server.limits.body_nbytes
+        if text is None:
+            raise Refusal(411, "Content-Length: missing")
+        if not text.isascii() or not text.isdigit():
+            raise Refusal(400, f"Content-Length: found {text[:20]!r}, expected a number")
+        if len(text) > 12 or int(text) > most:
+            # Unread bytes would reset the connection before the client has read why.
+            left = min(int(text[:12]), _DRAIN)
+            with contextlib.suppress(OSError):
+                while left > 0 and (some := self.rfile.read(min(left, 1 << 16))):
+                    left -= len(some)
+            raise Refusal(413, f"the body has {text[:20]} bytes, this server takes {most:,}")
+        raw = self.rfile.read(int(text))
+        if len(raw) < int(text):
+            raise ConnectionAbortedError
+        return raw
+
+    def _check_alive(self) -> None:
+        """Raises OSError if the client has left, RuntimeError if nothing more will come."""
+        if not self.server.scheduler.alive:
+            raise RuntimeError("the server stops")
+        if select.select([self.connection], [], [], 0)[0]:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+
+    def _fail(self, message: str) -> None:
+        """Say that an answer ends here, in a stream that has begun or as a reply of its own."""
+        body = Refusal(500, message).body
+        if self.stream and not getattr(self, "_headers_buffer", []):
+            self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
+            return
+        # Headers of the reply that it would have been.
+        self._headers_buffer: list[bytes] = []
+        self._json(500, body)
+
+    def _about(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
+
+    def _json(self, status: int, content: dict[str, Any]) -> None:
+        self._reply(status, json.dumps(content, ensure_ascii=False).encode(), "application/json")
+
+    def _reply(self, status: int, content: bytes, kind: str) -> None:
+        with contextlib.suppress(OSError):
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self._set_cors_headers()
+            self.end_headers()
+            self.wfile.write(content)
+        self.server.meters.replies.labels(str(status)).inc()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401  http.server's
+        """Addresses and status, never what was said; to those who listen to this logger."""
+        _log.info(format, *args)
