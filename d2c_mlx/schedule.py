@@ -86,6 +86,27 @@ class Kept:
             self._free -= size
 
 
+class _Own(threading.local):
+    """What a worker thread has: a stream, which is destroyed when the thread ends.
+
+    MLX 0.32 aborts at the interpreter's exit if a thread has left a stream behind, and only the
+    thread itself can destroy it. This object is of the module, so that it outlives every thread.
+    """
+
+    stream: _Stream
+
+
+class _Stream:
+    def __init__(self, device: mx.Device) -> None:
+        self.stream = mx.new_stream(device)
+
+    def __del__(self) -> None:
+        mx.clear_streams()
+
+
+_own = _Own()
+
+
 class Workers:
     """Threads that evaluate side by side, each on a stream of its own.
 
@@ -95,11 +116,9 @@ class Workers:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        # MLX's streams belong to the thread that made them.
-        self._own = threading.local()
         device = mx.default_device()
         self._pool = ThreadPoolExecutor(
-            n, initializer=lambda: setattr(self._own, "stream", mx.new_stream(device))
+            n, initializer=lambda: setattr(_own, "stream", _Stream(device))
         )
 
     def run(
@@ -112,7 +131,7 @@ class Workers:
             return
 
         def work(one: S) -> T:
-            with mx.stream(self._own.stream), paced():
+            with mx.stream(_own.stream.stream), paced():
                 return body([one])[0]
 
         order = sorted(range(len(sets)), key=lambda j: (-sets[j].n_tokens, j))

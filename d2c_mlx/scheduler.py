@@ -200,6 +200,9 @@ class Scheduler:
                 batch = self._new_batch()
         for one in turns.values():
             self._end(one.turn, RuntimeError("the server stops"))
+        del batch
+        # MLX 0.32 aborts at the interpreter's exit if a thread has left its streams behind.
+        mx.clear_streams()
 
     def _new_batch(self) -> BatchGenerator:
         return BatchGenerator(

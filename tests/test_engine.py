@@ -1,6 +1,8 @@
 """The engine against the plain loop: full logits, one row at a time, no shared prefix."""
 
 import itertools
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -317,3 +319,25 @@ def test_attention_is_mlx_lms_own(kv_heads, mask):
     given = {"boolean": seen, "additive": mx.where(seen, 0.5, -mx.inf)}.get(mask, mask)
     stock = scaled_dot_product_attention(q, k, v, None, 0.3, given)
     assert mx.allclose(attention(q, k, v, None, 0.3, given), stock, atol=1e-5).item()
+
+
+def test_a_process_whose_threads_evaluated_ends_well():
+    """MLX aborts at exit if a thread has left its stream: two processes in three did."""
+    code = """
+import d2c_mlx
+import mlx.core as mx
+from types import SimpleNamespace
+from d2c_mlx.schedule import Workers
+
+def evaluate(some):
+    x = mx.ones((50, 50))
+    mx.eval(x @ x)
+    return [len(some)]
+
+for _ in range(2):  # the first pool is dropped while its threads wait
+    workers = Workers(2)
+    assert len(list(workers.run(evaluate, [SimpleNamespace(n_tokens=i) for i in range(9)]))) == 9
+"""
+    for _ in range(5):
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
