@@ -89,8 +89,8 @@ class Kept:
 class _Own(threading.local):
     """What a worker thread has: a stream, which is destroyed when the thread ends.
 
-    MLX 0.32 aborts at the interpreter's exit if a thread has left a stream behind, and only the
-    thread itself can destroy it. This object is of the module, so that it outlives every thread.
+    Only the thread itself can destroy it, and MLX may abort at the interpreter's exit if one is
+    left (https://github.com/ml-explore/mlx/pull/4373). Of the module, to outlive every thread.
     """
 
     stream: _Stream

@@ -201,7 +201,7 @@ class Scheduler:
         for one in turns.values():
             self._end(one.turn, RuntimeError("the server stops"))
         del batch
-        # MLX 0.32 aborts at the interpreter's exit if a thread has left its streams behind.
+        # As MLX asks of every thread: see `schedule._Own`.
         mx.clear_streams()
 
     def _new_batch(self) -> BatchGenerator:

@@ -123,6 +123,41 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
+def test_serving_as_the_docs_say(tmp_path, capsys):
+    """The Python block of docs/serving.md, on real weights, against the base model offline."""
+    from dataclasses import replace
+    from threading import Thread
+
+    from d2c_mlx.convert import read_adapter
+    from d2c_mlx.mixed import MixedModel
+    from d2c_mlx.model import BaseModel
+    from d2c_mlx.packing import write_pack
+    from d2c_mlx.server import PackServer
+
+    base = BaseModel()
+    adapters = [
+        replace(read_adapter(ROOT / "examples/demo/adapters" / n, base.module_shapes), sources=(n,))
+        for n in ("num-de", "num-es")
+    ]
+    pack = write_pack(
+        tmp_path / "run" / "pack", adapters, model=base.name, config_hash=base.config_hash,
+        n_layers=base.n_layers, budget="2", max_bytes=None,
+    )  # fmt: skip
+    tokenizer = base.tokenizer
+    messages = [{"role": "user", "content": "Write 896 in German words:"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    base.attach(adapters[0])
+    expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
+    (code,) = blocks("docs/serving.md", "python")
+    with PackServer(("127.0.0.1", 0), pack, MixedModel(BaseModel(), pack)) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        exec(code.replace("http://127.0.0.1:8080/v1", server.url), {})
+        server.shutdown()
+        thread.join()
+    assert "hundert" in expected and capsys.readouterr().out.strip() == expected.strip()
+
+
 def test_demo_config_is_valid():
     config = load_config(ROOT / "examples" / "demo.yaml", {"output": "x"})
     names = {path.name for path in (ROOT / config.adapters).iterdir()}
