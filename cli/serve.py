@@ -60,8 +60,15 @@ def serve(
     base = BaseModel(str(very_base(found.manifest["base"], model)))
     mixed, router = MixedModel(base, found), load_router(found)
     limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
-    with PackServer((host, port), found, mixed, router, token=token or None, origins=origins,
-                    limits=limits) as server:  # fmt: skip
+    try:
+        opened = PackServer(
+            (host, port), found, mixed, router, token=token or None, origins=origins, limits=limits
+        )
+    except OSError as error:
+        raise click.ClickException(
+            f"--host {host} --port {port}: {error.strerror}; give another --port"
+        ) from None
+    with opened as server:
         click.echo(
             f"{server.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
             f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"

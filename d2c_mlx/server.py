@@ -111,8 +111,9 @@ class PackServer(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
             self.address_family = found[0][0]
-        super().__init__(address, Handler)
+        # Before the address is tried: where that fails, `server_close` is called.
         self.scheduler = Scheduler(model, router, self.meters, self.limits.batch, self.limits.queue)
+        super().__init__(address, Handler)
 
     @property
     def url(self) -> str:

@@ -475,6 +475,11 @@ def test_thousands_of_requests_good_and_bad(pack, mixed, answer, request):
 def test_the_command(pack, model_path, tmp_path):
     refused = CliRunner().invoke(cli, ["serve", str(pack.path), "--host", "0.0.0.0"])
     assert refused.exit_code == 2 and "--token" in refused.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ["--model", str(model_path), "--port", port]
+        refused = CliRunner().invoke(cli, ["serve", str(pack.path), *options])
+    assert refused.exit_code and f"--port {port}: Address already in use" in refused.output
     command = [sys.executable, "-m", "d2c_mlx_cli.main"]
     code = "from d2c_mlx_cli.main import main; main()"
     command = [sys.executable, "-c", code, "serve", str(pack.path), "--model", str(model_path),
