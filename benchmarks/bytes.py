@@ -122,6 +122,17 @@ def measured(ws, rooms):
     }
 
 
+def kept(output, facts, families):
+    """Rows of other families in the output, if they are of the same candidates and rows."""
+    if not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    same = ("candidates", "every", "examples", "tests", "machine")
+    if any(before.get(key) != facts[key] for key in same):
+        raise SystemExit(f"{output}: of other candidates, rows or another machine; move it away")
+    return [row for row in before["rows"] if row["family"] not in families]
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -145,8 +156,9 @@ def main():
         candidates, facts = measured(ws, rooms)
         facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)
-        rows = []
-        for name in options.families.split(","):
+        asked = options.families.split(",")
+        rows = kept(options.output, facts, asked)
+        for name in asked:
             for one in rows_of(ws, name, budgets, rooms, candidates):
                 rows.append(one)
                 write_json(options.output, facts | {"rows": rows})
