@@ -122,15 +122,18 @@ def measured(ws, rooms):
     }
 
 
-def kept(output, facts, families):
-    """Rows of other families in the output, if they are of the same candidates and rows."""
+def continued(output, facts, families):
+    """What to write: facts, and rows of other families that are there; costs are the first run's.
+
+    A run that continues finds its losses in the cache, and says nothing of what they cost.
+    """
     if not output.exists():
-        return []
+        return facts | {"rows": []}
     before = json.loads(output.read_text())
     same = ("candidates", "every", "examples", "tests", "machine")
     if any(before.get(key) != facts[key] for key in same):
         raise SystemExit(f"{output}: of other candidates, rows or another machine; move it away")
-    return [row for row in before["rows"] if row["family"] not in families]
+    return before | {"rows": [row for row in before["rows"] if row["family"] not in families]}
 
 
 def main():
@@ -157,11 +160,11 @@ def main():
         facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)
         asked = options.families.split(",")
-        rows = kept(options.output, facts, asked)
+        result = continued(options.output, facts, asked)
         for name in asked:
             for one in rows_of(ws, name, budgets, rooms, candidates):
-                rows.append(one)
-                write_json(options.output, facts | {"rows": rows})
+                result["rows"].append(one)
+                write_json(options.output, result)
                 print(line(one), flush=True)
 
 

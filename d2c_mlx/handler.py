@@ -53,8 +53,8 @@ class Handler(APIHandler):
             elif self.path == "/metrics":
                 self._reply(200, self.server.meters.text(), "text/plain; version=0.0.4")
             elif self.path == "/v1/models":
-                names = [*self.server.models, *([AUTO] if self.server.router else [])]
-                self._json(200, {"object": "list", "data": [self._about(x) for x in names]})
+                models = [self._about(name) for name in self.server.names]
+                self._json(200, {"object": "list", "data": models})
             elif self.path.startswith("/v1/models/"):
                 name = self.path.removeprefix("/v1/models/")
                 self._check_model(name)
@@ -104,8 +104,7 @@ class Handler(APIHandler):
         try:
             if turn.route:
                 turn.wait_for_task(self._check_alive)
-            base = next(iter(self.server.models))
-            self.requested_model = base if turn.task is None else turn.task
+            self.requested_model = self.server.base_name if turn.task is None else turn.task
             request.turn = turn, self._context(turn), self._check_alive
             super().handle_completion(request, stop_words)
             self.server.meters.replies.labels("200").inc()
@@ -195,12 +194,12 @@ class Handler(APIHandler):
             raise Refusal(403, f"Origin {origin}: not allowed; start with --allow-origin {origin}")
 
     def _check_model(self, name: str) -> None:
-        if name in self.server.models or (name == AUTO and self.server.router):
+        if name in self.server.names:
             return
         if name == AUTO:
             raise Refusal(404, "model: the pack has no router; fit one with d2c-mlx route PACK"
                           " --tasks DIR", "model")  # fmt: skip
-        known = ", ".join(list(self.server.models)[:20])
+        known = ", ".join(self.server.names[:20])
         raise Refusal(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
 
     def _body(self) -> bytes:

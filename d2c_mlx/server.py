@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from mlx_lm.server import CompletionRequest, GenerationContext, process_message_content
 
 from d2c_mlx.api import Refusal
-from d2c_mlx.handler import Handler
+from d2c_mlx.handler import AUTO, Handler
 from d2c_mlx.meters import Meters
 from d2c_mlx.mixed import MixedModel
 from d2c_mlx.pack import Pack
@@ -61,7 +61,9 @@ class PackServer(ThreadingHTTPServer):
     """Serves a pack on its base model; `serve_forever` runs it.
 
     Attributes:
-        models: names that requests may use -> task; None is the base model.
+        base_name: that requests for the base model use.
+        models: names of requests -> task, None for the base model; a task hides a base of its name.
+        names: all of them, and "auto" if there is a router.
         limits: see `Limits`.
         meters: what was counted.
     """
@@ -99,8 +101,10 @@ class PackServer(ThreadingHTTPServer):
         self.tokenizer = model.base.tokenizer
         self.context: int | None = getattr(model.base.model.args, "max_position_embeddings", None)
         self.router = router
+        self.base_name: str = pack.manifest["base"]["model"]
         tasks = {task: task for task in pack.tasks}
-        self.models: dict[str, str | None] = {pack.manifest["base"]["model"]: None, **tasks}
+        self.models: dict[str, str | None] = {self.base_name: None, **tasks}
+        self.names = list(dict.fromkeys([*self.models, *([AUTO] if router else [])]))
         # What mlx-lm's handler reads of its own command line.
         self.cli_args = Namespace(
             model=None, allowed_origins=list(origins), num_draft_tokens=0,
