@@ -57,7 +57,7 @@ check-lowest: .venv/tools
 	.venv-lowest/bin/pytest $(LOWEST)
 
 LOWEST := $(addprefix tests/test_,$(addsuffix .py,run model engine pack compact_pack planner merge \
-  quantize gguf serving serve refine report cluster))
+  quantize gguf serving mixed serve serve_bad refine report cluster))
 
 .venv/tools: .venv/bin/python
 	$(PYTHON) -m venv .venv-tools

@@ -1,0 +1,149 @@
+"""A tiny pack, its server, and clients of every kind."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import mlx.core as mx
+import openai
+import pytest
+from mlx_lm import load as stock_load
+from test_serving import ABOUT, ADAPTERS
+from tiny import task, tiny_model
+
+from d2c_mlx.mixed import MixedModel
+from d2c_mlx.model import BaseModel, greedy
+from d2c_mlx.packing import write_compact_pack, write_pack
+from d2c_mlx.quantize import compress
+from d2c_mlx.routing import fit_router, load_router, save_router
+from d2c_mlx.server import PackServer
+from d2c_mlx.serving import switch
+from d2c_mlx.tasks import load_task
+
+NAMES = [one.name for one in ADAPTERS]
+WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("serve") / "model")
+
+
+@pytest.fixture(scope="module", params=["plain", "compact"])
+def pack(request, model_path, tmp_path_factory):
+    """Three adapters of other ranks and modules; the compact one leaves a task to the base."""
+    root = tmp_path_factory.mktemp("pack")
+    base = BaseModel(str(model_path))
+    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
+    if request.param == "plain":
+        pack = write_pack(root / "pack", ADAPTERS, **about)
+    else:
+        levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
+        stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
+        serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
+        pack = write_compact_pack(root / "pack", stored, serves, **about)
+    for name in pack.tasks:
+        task(root / "tasks", name)
+    probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]
+    return save_router(pack, fit_router(base.model, probes))
+
+
+@pytest.fixture(scope="module")
+def mixed(pack, model_path):
+    return MixedModel(BaseModel(str(model_path)), pack)
+
+
+@pytest.fixture(scope="module")
+def answer(pack, model_path):
+    """`answer(task, prompt, n)`: greedy tokens of stock mlx-lm with its own LoRA layers."""
+    model, tokenizer = stock_load(str(model_path))
+    model.set_dtype(mx.float32)
+    known = {}
+
+    def ask(name, prompt, n):
+        key = name, tuple(prompt), n
+        if key not in known:
+            one = None if name is None else pack.load(name)
+            switch(model, one and one.uniform(mx.float32), pack.path)
+            known[key] = greedy(model, tokenizer, prompt, n)
+        return known[key]
+
+    ask.tokenizer = tokenizer
+    return ask
+
+
+@contextmanager
+def serving(pack, mixed, router=None, **options):
+    router = router or load_router(pack)
+    server = PackServer(("127.0.0.1", 0), pack, mixed, router, **options)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client(server, key="none"):
+    return openai.OpenAI(base_url=server.url, api_key=key, max_retries=0, timeout=60)
+
+
+def prompt_of(rng, n=6):
+    return " ".join(rng.choices(WORDS, k=n))
+
+
+def text(answer, name, prompt, n, chat=False):
+    """What stock mlx-lm answers, in words."""
+    tokenizer = answer.tokenizer
+    tokens = tokenizer.encode(prompt)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    words = tokenizer.detokenizer
+    for token in answer(name, tokens, n):
+        if token not in tokenizer.eos_token_ids:
+            words.add_token(token)
+    words.finalize()
+    return words.text
+
+
+def counted(server):
+    lines = server.meters.text().decode().splitlines()
+    return {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "#" not in line
+    }
+
+
+def idle(server):
+    for _ in range(200):
+        if counted(server)["d2c_mlx_open"] == 0:
+            return
+        time.sleep(0.05)
+    raise AssertionError(counted(server))
+
+
+def raw(server, content, wait=True):
+    """Bytes that the server sends back to bytes."""
+    with socket.create_connection(server.server_address) as connection:
+        connection.settimeout(20)
+        connection.sendall(content)
+        if not wait:
+            return b""
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def post(body, path="/v1/completions", **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Content_Length": str(len(content)), **headers}
+    head = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in lines.items())
+    return f"POST {path} HTTP/1.0\r\n{head}\r\n".encode() + content
+
+
+GOOD = {"model": "wide", "prompt": "the fox", "max_tokens": 4}
