@@ -40,12 +40,17 @@ class D2CError(Exception):
 
 
 class InputError(D2CError):
-    """Bad input: `problems` holds one line per problem, each naming file, field and remedy."""
+    """Bad input: `problems` holds one line per problem, each naming file, field and remedy.
+
+    Whatever cannot be printed in a name from a stranger's file (line ends, a terminal's control
+    sequences) is escaped.
+    """
 
     exit_code = 2
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        lines = [problems] if isinstance(problems, str) else problems
+        self.problems = [_printable(line) for line in lines]
         super().__init__("\n".join(self.problems))
 
 
@@ -71,6 +76,10 @@ class BudgetError(InputError):
 
 class PackError(InputError):
     """A pack or a run directory is missing a part or does not verify."""
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:

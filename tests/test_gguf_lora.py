@@ -134,6 +134,7 @@ EXTRA = {"token_embd.weight.lora_a": np.ones((3, 300), np.float32)}
         ({"extra": EXTRA}, ["1 of 29 tensors", "first: token_embd.weight.lora_a", "embeddings"]),
         ({"extra": {"blk.9.attn_q.weight.lora_a": np.ones((3, 32), np.float32)}},
          ["first: blk.9.attn_q"]),
+        ({"extra": {"a\n\x1b[2J": np.ones((3, 32), np.float32)}}, [r"first: a\n\x1b[2J)"]),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_in_one_line(tmp_path, config, changes, words):
