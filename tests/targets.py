@@ -14,6 +14,7 @@ from test_compact_pack import ABOUT, ALL, SERVES, compressed
 from test_gguf import write_gguf
 from tiny import library, write_jsonl
 
+from d2c_mlx.api import Refusal, read_request
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.compact import read_compact
 from d2c_mlx.config import load_config
@@ -43,6 +44,8 @@ seed: 3
 refine: false
 memory_limit: 3GB
 """
+REQUEST = {"model": "one", "max_tokens": 4, "stop": ["x"], "stream": True, "temperature": 0.5,
+           "stream_options": {"include_usage": True}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,22 @@ def budget(shared, root):
     return Target([b"12.5%", b"40MB", b"500KB", b"5", b"3%"], check)
 
 
+def request(shared, root):
+    """Body of a request to the server, for both addresses."""
+
+    def check(data):
+        for chat in (False, True):
+            try:
+                read_request(data, chat)
+            except Refusal as refusal:
+                assert refusal.status == 400 and json.dumps(refusal.body)
+
+    chats = REQUEST | {"messages": CHATS[0]["messages"]}
+    return Target(
+        [json.dumps(one).encode() for one in (REQUEST | {"prompt": "Else?"}, chats)], check
+    )
+
+
 # Inputs that reached something new when `fuzz.py` ran, by target.
 KEPT = Path(__file__).parent / "corpus"
 # Name -> (shared, an empty directory) -> target.
@@ -267,4 +286,5 @@ TARGETS = {
     "unlabelled": unlabelled,
     "options": options,
     "budget": budget,
+    "request": request,
 }
