@@ -7,7 +7,6 @@ in whichever order, on however many threads or machines. (Except with `stack` ab
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ import numpy as np
 
 from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
-from d2c_mlx.blas import limit_blas_threads, loaded_blas
+from d2c_mlx.blas import loaded_blas
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.files import fingerprint
 from d2c_mlx.forward import (
@@ -34,7 +33,7 @@ from d2c_mlx.forward import (
     tiled,
 )
 from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Kept, Piece, Workers, groups
+from d2c_mlx.schedule import Kept, Piece, groups, workers_here
 from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Engine", "Savings"]
@@ -101,7 +100,7 @@ class Engine:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
-        self.workers = _workers(self.savings, n_processes)
+        self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
         self._head = find_head(base.model) if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
@@ -300,18 +299,3 @@ class Engine:
             inputs = example.tokens[n_prefix:-1]
             x[i, : len(inputs)] = inputs
         return x
-
-
-def _workers(savings: Savings, n_processes: int) -> Workers:
-    """One thread per core on a CPU device, where MLX runs elementwise work on a single core.
-
-    Then OpenBLAS is held to this thread's share of the cores. A graph that is compiled has the
-    stream of its first call, hence one thread.
-    """
-    n_cores = max(1, (os.cpu_count() or 1) // n_processes)
-    n_workers = min(n_cores, 4) if savings.streams and not savings.compile else 1
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return Workers(1)
-    if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
-        return Workers(1)  # a BLAS that takes all cores for itself
-    return Workers(n_workers)

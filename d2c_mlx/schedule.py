@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,10 @@ import mlx.core as mx
 
 from d2c_mlx.activations import paced
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.tasks import ExampleSet
 
-__all__ = ["LOT", "Kept", "Piece", "Work", "Workers", "groups", "lots"]
+__all__ = ["LOT", "Kept", "Piece", "Work", "Workers", "groups", "lots", "workers_here"]
 
 
 class Work(Protocol):
@@ -144,3 +146,21 @@ class Workers:
             for future in futures:
                 future.cancel()
             wait(futures)
+
+
+def workers_here(several: bool, n_processes: int) -> Workers:
+    """One thread per core on a CPU device, where MLX runs elementwise work on a single core.
+
+    Then OpenBLAS is held to a thread's share of the cores.
+
+    Args:
+        several: more than one thread; a graph that is compiled has the stream of its first call.
+        n_processes: how many share this machine's cores.
+    """
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return Workers(1)
+    n_cores = max(1, (os.cpu_count() or 1) // n_processes)
+    n_workers = min(n_cores, 4) if several else 1
+    if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
+        return Workers(1)  # a BLAS that takes all cores for itself
+    return Workers(n_workers)

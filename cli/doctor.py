@@ -1,0 +1,28 @@
+"""What this machine has."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(help="What this machine has, and what to do about what is missing.\n\n\b\nExample:\n"
+               "  d2c-mlx doctor --json")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+def doctor(as_json: bool) -> None:
+    """Print findings; exit code 1 if one is not well."""
+    import dataclasses
+
+    from d2c_mlx.doctor import diagnose
+
+    findings = diagnose()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
+            if finding.advice:
+                click.echo(f"    {'':<12} -> {finding.advice}")
+    if not all(finding.ok for finding in findings):
+        raise click.exceptions.Exit(1)

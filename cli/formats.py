@@ -1,0 +1,135 @@
+"""Adapters and packs in other layouts, and their check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_DIR = click.Path(path_type=str)
+_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+
+
+@click.command(
+    help="Convert adapters (PEFT, MLX, GGUF) to MLX or PEFT, exactly, or say why not.\n\n\b\n"
+    "Examples:\n"
+    "  d2c-mlx convert --adapters loras --output mlx-loras\n"
+    "  d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft\n"
+    "  d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras"
+)
+@click.option("--model", metavar="M", help="the base model, to check every tensor against")
+@click.option("--adapters", required=True, type=_DIR, metavar="A", help="folder of them, or a list"
+              " with commas: directories, .gguf files, owner/name[@revision]")  # fmt: skip
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
+@_JSON
+def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
+    """Read every adapter, write it in the other layout."""
+    from d2c_mlx.convert import save_peft
+    from d2c_mlx.errors import ConfigError
+    from d2c_mlx.files import write_dir
+    from d2c_mlx.model import BaseModel
+    from d2c_mlx.sources import find_adapters
+    from d2c_mlx.workspace import read_adapters
+
+    sources = find_adapters(adapters)
+    if any(one.path.resolve().is_relative_to(Path(output).resolve()) for one in sources):
+        raise ConfigError(f"output: {output} would replace the input adapters; name another")
+    base = BaseModel(model)
+    found = read_adapters(sources, base)
+    with write_dir(Path(output)) as directory:
+        for adapter in found:
+            if to == "peft":
+                save_peft(adapter, directory / adapter.name)
+            else:
+                adapter.save(directory / adapter.name, base.n_layers)
+    rows = [
+        {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base,
+         **({"origin": a.origin} if a.origin else {})}
+        for a in found
+    ]  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules")
+    click.echo(f"wrote {len(rows)} adapters to {output}")
+
+
+@click.command(
+    help="Write the adapters of a pack as directories that stock mlx-lm loads, and tasks.json: task"
+    " -> directory, or null for the base model.\n\n\b\nExample:\n"
+    "  d2c-mlx unpack runs/first/pack --output adapters"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@_JSON
+def unpack(pack: Path, output: str, as_json: bool) -> None:
+    """Verify the pack, write its adapters."""
+    from d2c_mlx.pack import load_pack
+    from d2c_mlx.unpack import unpack as write_plain
+
+    _show_tasks(write_plain(load_pack(pack), Path(output)), output, as_json)
+
+
+@click.command(
+    help="Write the adapters of a pack for another program, and tasks.json: task -> file or"
+    " directory, or null for the base model.\n\n"
+    "mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT."
+    " gguf: files for llama.cpp, of the model families in docs/families.md.\n\n\b\nExamples:\n"
+    "  d2c-mlx export runs/first/pack --to peft --output peft-loras\n"
+    "  d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
+@click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
+              " heads")  # fmt: skip
+@_JSON
+def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -> None:
+    """Verify the pack, write its adapters."""
+    from d2c_mlx.export import export as write_export
+    from d2c_mlx.pack import load_pack
+
+    _show_tasks(write_export(load_pack(pack), to, Path(output), model), output, as_json)
+
+
+def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
+        return
+    for task, name in tasks.items():
+        click.echo(f"{task:<24} {name or 'the base model'}")
+    click.echo(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
+
+
+@click.command(
+    help="Check every file of a pack against its manifest, every adapter's values and, with --for,"
+    " the layout that another program asks for. All problems at once.\n\n\b\nExamples:\n"
+    "  d2c-mlx verify runs/first/pack\n"
+    "  d2c-mlx verify runs/first/pack --for mlx-swift"
+)
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
+              " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
+@_JSON
+def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
+    """Print what the pack holds; exit code 2 if it is not well."""
+    from d2c_mlx.verify import verify as verify_pack
+
+    found = verify_pack(pack, runtime)
+    row = {
+        "pack": str(pack),
+        "storage": found.storage,
+        "nbytes": found.nbytes,
+        "adapters": len(found.adapters),
+        "tasks": len(found.tasks),
+        "for": runtime,
+    }
+    if as_json:
+        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{pack}: {found.storage}, {len(found.adapters)} adapters for {len(found.tasks)}"
+               f" tasks, {found.nbytes:,} bytes: verified"
+               f"{f' for {runtime}' if runtime else ''}")  # fmt: skip
