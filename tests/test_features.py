@@ -1,0 +1,88 @@
+"""Similarity of adapters and their features for K-Means, against dense updates."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.cluster import kmeans
+from d2c_mlx.features import similarity, svd_features
+
+
+def random_adapters(seed, n=5):
+    """Mixed ranks, scales and dtypes, some modules missing; none is empty."""
+    rng = np.random.default_rng(seed)
+    shapes = {"model.layers.0.q": (6, 4), "model.layers.0.v": (3, 7), "model.layers.1.q": (1, 1)}
+    adapters = []
+    for i in range(n):
+        modules = {}
+        for j, (path, (width, out)) in enumerate(shapes.items()):
+            if j != i % 3 and rng.random() < 0.4:
+                continue
+            r = int(rng.integers(1, 4))
+            a, b = rng.normal(size=(width, r)), rng.normal(size=(r, out))
+            dtype = [mx.float32, mx.float16][int(rng.integers(2))]
+            modules[path] = LoRA(
+                mx.array(a).astype(dtype), mx.array(b).astype(dtype), float(rng.uniform(0.1, 20))
+            )
+        adapters.append(Adapter(f"t{i}", modules))
+    return adapters, shapes
+
+
+def dense_cosines(adapters, shapes):
+    rows = []
+    for adapter in adapters:
+        flat = []
+        for path, (width, out) in shapes.items():
+            dense = np.zeros((width, out))
+            if path in adapter.modules:
+                lora = adapter.modules[path]
+                a, b = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (lora.a, lora.b))
+                for r in range(a.shape[1]):
+                    dense += lora.scale * np.outer(a[:, r], b[r])
+            flat.append(dense.ravel())
+        rows.append(np.concatenate(flat))
+    rows = np.array(rows)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_similarity_is_the_cosine_of_the_dense_updates(seed):
+    adapters, shapes = random_adapters(seed)
+    expected = dense_cosines(adapters, shapes)
+    assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+
+
+def test_similarity_of_disjoint_opposite_and_equal_updates():
+    lora = LoRA(mx.array([[1.0], [2.0]]), mx.array([[3.0]]), 2.0)
+    back = LoRA(mx.array([[-2.0], [-4.0]]), mx.array([[0.5]]), 7.0)
+    adapters = [Adapter("a", {"p": lora}), Adapter("b", {"q": lora}), Adapter("c", {"p": back})]
+    expected = [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+    assert similarity(adapters) == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_svd_features_keep_the_similarities(seed, n):
+    adapters, shapes = random_adapters(seed, n)
+    features = svd_features(adapters)
+    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
+    assert features @ features.T == pytest.approx(dense_cosines(adapters, shapes), abs=1e-5)
+
+
+def test_svd_features_of_equal_adapters_are_equal():
+    (one, *_), _ = random_adapters(0)
+    features = svd_features([one, one, one])
+    assert features == pytest.approx(np.tile(features[0], (3, 1)))
+
+
+def test_svd_features_of_an_untrained_adapter():
+    adapters, _ = random_adapters(0)
+    zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))
+    features = svd_features([*adapters, Adapter("zero", {"model.layers.0.q": zero})])
+    assert np.isfinite(features).all()
+    kmeans(features, 2)
