@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,13 +51,6 @@ class LoRA:
         a, b = (np.array(x.astype(mx.float32)) for x in (self.a, self.b))
         return a, b * np.float32(self.scale)
 
-    @property
-    def bound(self) -> float:
-        """What the Frobenius norm of dW cannot exceed: the sum over its rank-1 components."""
-        a, b = (mx.square(x.astype(mx.float32)) for x in (self.a, self.b))
-        parts = mx.sqrt(a.sum(axis=0)) * mx.sqrt(b.sum(axis=1))
-        return self.scale * float(np.array(parts.sum()))
-
     def delta(self) -> np.ndarray:
         """Dense dW in PyTorch's orientation, `(out, in)`, float32. For tests and tiny models."""
         a, b = self.factors()
@@ -91,6 +84,16 @@ class Adapter:
         """The largest rank of any module."""
         return max(lora.rank for lora in self.modules.values())
 
+    def bounds(self) -> dict[str, float]:
+        """Module -> what the Frobenius norm of its dW cannot exceed: the sum over its components.
+
+        All are computed at once: one by one they take longer than reading the adapter.
+        """
+        loras = self.modules.values()
+        a, b = _row_norms([lora.a.T for lora in loras]), _row_norms([lora.b for lora in loras])
+        return {path: lora.scale * float(x @ y)
+                for (path, lora), x, y in zip(self.modules.items(), a, b)}  # fmt: skip
+
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of paths, shapes, dtypes, scales and values. Names do not count."""
@@ -118,7 +121,8 @@ class Adapter:
         """
         modules = dict(self.modules)
         if len({(lora.rank, lora.scale) for lora in modules.values()}) > 1:
-            modules = {path: _padded(lora, self.rank) for path, lora in modules.items()}
+            rank = self.rank
+            modules = {path: _padded(lora, rank) for path, lora in modules.items()}
         if dtype is None:
             return replace(self, modules=modules)
         if dtype == mx.float16:
@@ -226,6 +230,18 @@ def _rebalanced(lora: LoRA, left: np.ndarray, right: np.ndarray) -> tuple[LoRA, 
     a = np.where(alive, np.ldexp(a, shift), 0)
     b = np.where(alive[:, None], np.ldexp(b, -shift[:, None]), 0)
     return LoRA(mx.array(a), mx.array(b), lora.scale), float(max(np.abs(a).max(), np.abs(b).max()))
+
+
+def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:
+    """Euclidean norm of every row of every factor, float64; those of one width in one go."""
+    found: dict[int, np.ndarray] = {}
+    for width in {x.shape[1] for x in factors}:
+        some = [i for i, x in enumerate(factors) if x.shape[1] == width]
+        rows = mx.concatenate([factors[i] for i in some]).astype(mx.float32)
+        norms = np.array(mx.sqrt(mx.square(rows).sum(axis=1)), np.float64)
+        ends = np.cumsum([len(factors[i]) for i in some])[:-1]
+        found |= dict(zip(some, np.split(norms, ends)))
+    return [found[i] for i in range(len(factors))]
 
 
 def _padded(lora: LoRA, rank: int) -> LoRA:

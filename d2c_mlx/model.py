@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +88,7 @@ class BaseModel:
             model = dequantize_model(model)
         mx.eval(model.parameters())
         self.model = model
-        self.module_shapes = linear_shapes(model)
+        self.module_shapes = linear_shapes(model.named_modules())
         self.first_touched = self.n_layers
         self._slots: dict[str, _Slot] = {}
 
@@ -233,10 +233,14 @@ def greedy(
     return tuple(tokens)
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every linear module inside a transformer block."""
+def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
+    """Module path -> (in, out) of every linear module inside a transformer block.
+
+    Args:
+        modules: a model's `named_modules()`.
+    """
     shapes = {}
-    for path, module in model.named_modules():
+    for path, module in modules:
         if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):
             continue
         out, width = module.weight.shape

@@ -185,7 +185,7 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" found in, out = {adapter.modules[first].shape}, expected {shapes[first]}"
             f" (the adapter names base {adapter.base!r})"
         )
-    bounds = {module: lora.bound for module, lora in adapter.modules.items()}
+    bounds = adapter.bounds()
     large = [module for module, bound in bounds.items() if not bound <= _MOST]
     if large:
         problems.append(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
@@ -54,19 +55,20 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
     Raises:
         AdapterError: the adapter is of another base model; the model stays as it was.
     """
+    # Walking through the model takes longer than anything else here.
+    modules = dict(model.named_modules())
     if adapter:
         # The linear module inside a LoRA of mlx-lm is called `linear`.
-        shapes = {p.removesuffix(".linear"): shape for p, shape in linear_shapes(model).items()}
+        found = linear_shapes(modules.items())
+        shapes = {path.removesuffix(".linear"): shape for path, shape in found.items()}
         check_adapter(adapter, shapes, where)
-    old = [(p, m.linear) for p, m in model.named_modules() if isinstance(m, LoRALinear)]
-    model.update_modules(tree_unflatten(old))
+    plain = {path: m.linear for path, m in modules.items() if isinstance(m, LoRALinear)}
+    new: dict[str, nn.Module] = dict(plain)
+    for path, lora in adapter.modules.items() if adapter else ():
+        linear = plain.get(path, modules[path])
+        layer = LoRALinear.from_base(linear, r=lora.rank, scale=lora.scale)
+        layer.lora_a, layer.lora_b = lora.a, lora.b
+        new[path] = layer.eval()
+    model.update_modules(tree_unflatten(list(new.items())))
     if adapter:
-        modules = dict(model.named_modules())
-        new = []
-        for path, lora in adapter.modules.items():
-            layer = LoRALinear.from_base(modules[path], r=lora.rank, scale=lora.scale)
-            layer.lora_a, layer.lora_b = lora.a, lora.b
-            new.append((path, layer))
-        model.update_modules(tree_unflatten(new))
         mx.eval([(lora.a, lora.b) for lora in adapter.modules.values()])
-    model.eval()

@@ -59,7 +59,7 @@ class StockModel:
         self.config = load_config(path)
         # An `Engine` in this process may have put functions of ours in their place.
         use_exponentials(self.model, False)
-        self.module_shapes = linear_shapes(self.model)
+        self.module_shapes = linear_shapes(self.model.named_modules())
         self.weights_nbytes = self.held_nbytes
         norm = getattr(getattr(self.model, "model", None), "norm", None)
         self.dtype: mx.Dtype | None = None if norm is None else norm.weight.dtype
@@ -180,7 +180,7 @@ def _quantize(path: Path, bits: int, directory: Path) -> None:
 
 def _group_size(model: nn.Module, path: Path) -> int:
     """Numbers that share a scale: mlx-lm's default, or what divides every width of the model."""
-    widths: set[int] = {width for width, _ in linear_shapes(model).values()}
+    widths: set[int] = {width for width, _ in linear_shapes(model.named_modules()).values()}
     for size in (64, 32):
         if all(width % size == 0 for width in widths):
             return size
