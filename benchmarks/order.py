@@ -1,10 +1,12 @@
 """Adapters that arrive one by one at a pack, in several orders, against planning all at once.
 
     python benchmarks/order.py --library DIR [--orders 10] [--slots 6] [--budget 6.25]
+    python benchmarks/order.py --library DIR --probes 10 --kinds bytes --orders 3
 
-Every order starts with a pack of its first adapter alone, and the others are added by weights alone
-(`d2c-mlx add` without --tasks): into so many slots, and into so many percent of the 16-bit bytes.
-The packs at the end are judged on held-out rows of all tasks. Resumes pack by pack.
+Every order starts with a pack of its first adapter alone, and the others are added: into so many
+slots, and into so many percent of the 16-bit bytes; by weights alone, or by so many probes of every
+task (`d2c-mlx add --tasks`). The packs at the end are judged on held-out rows of all tasks. Resumes
+pack by pack.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from d2c_mlx.candidates import stored, worth
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
+from d2c_mlx.judge import Judge
 from d2c_mlx.living import add_adapter
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
@@ -44,13 +47,13 @@ def first_pack(ws, kind, directory, adapter, budget):
                               budget=f"{limit}B", max_bytes=limit, dtype=ws.base.dtype)  # fmt: skip
 
 
-def grown(ws, kind, budget, order):
+def grown(ws, kind, budget, order, judge):
     """What serves each task after all have arrived, and the bytes."""
     by_name = dict(zip(ws.names, ws.adapters))
     with tempfile.TemporaryDirectory() as directory:
         pack = first_pack(ws, kind, Path(directory) / "pack", by_name[order[0]], budget)
         for name in order[1:]:
-            pack = add_adapter(pack, by_name[name]).pack
+            pack = add_adapter(pack, by_name[name], judge=judge).pack
         return Method(pack.nbytes, [{name: pack.load(name) for name in ws.names}])
 
 
@@ -61,6 +64,8 @@ def main():
     parser.add_argument("--orders", type=int, default=10)
     parser.add_argument("--slots", default="6")
     parser.add_argument("--budget", default="6.25", help="percent")
+    parser.add_argument("--probes", type=int, default=0)
+    parser.add_argument("--kinds", default="slots,bytes")
     parser.add_argument("--tests", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -68,7 +73,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         config = RunConfig(
             adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
-            output=str(Path(directory) / "run"), budget=options.slots, probe_examples=3,
+            output=str(Path(directory) / "run"), budget=options.slots,
+            probe_examples=options.probes or 3,
             test_examples=options.tests,
         )  # fmt: skip
         ws = run(config, until="convert", quiet=True)
@@ -76,13 +82,18 @@ def main():
             "base": Method(0, [dict.fromkeys(ws.names)]),
             "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
         }
+        probes = {one.task: one for one in ws.probes}
+        judge = Judge(ws.base, ws.evaluator, probes) if options.probes else None
+        budgets = {"slots": options.slots, "bytes": options.budget}
         for seed in range(options.orders):
             order = random.Random(seed).sample(ws.names, len(ws.names))
-            for kind, budget in (("slots", options.slots), ("bytes", options.budget)):
-                about = {"kind": kind, "budget": budget, "seed": seed, "tests": options.tests}
+            for kind in options.kinds.split(","):
+                budget = budgets[kind]
+                about = {"kind": kind, "budget": budget, "probes": options.probes, "seed": seed,
+                         "tests": options.tests}  # fmt: skip
                 if any(about.items() <= row.items() for row in found["rows"]):
                     continue
-                methods = {**plain, "pack": grown(ws, kind, budget, order)}
+                methods = {**plain, "pack": grown(ws, kind, budget, order, judge)}
                 judged = bench_methods(ws.evaluator, methods, ws.tests)["pack"]
                 keys = ("nbytes", "excess", "retention")
                 row = about | {key: judged[key] for key in keys} | {"order": order}
@@ -90,9 +101,10 @@ def main():
                 write_json(options.output, found)
                 print(f"{kind:<6} {budget:>5} order {seed}: excess {row['excess']:.4f},"
                       f" retention {row['retention']:.1%}", flush=True)  # fmt: skip
-    for kind in ("slots", "bytes"):
-        excess = [row["excess"] for row in found["rows"] if row["kind"] == kind]
-        print(f"| {kind} | {len(excess)} orders | mean {statistics.mean(excess):.4f} |"
+    for kind, n in sorted({(row["kind"], row["probes"]) for row in found["rows"]}):
+        rows = [row for row in found["rows"] if (row["kind"], row["probes"]) == (kind, n)]
+        excess = [row["excess"] for row in rows]
+        print(f"| {kind}, {n} probes | {len(excess)} orders | mean {statistics.mean(excess):.4f} |"
               f" {min(excess):.4f} to {max(excess):.4f} |")  # fmt: skip
 
 

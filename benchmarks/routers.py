@@ -136,15 +136,20 @@ class States:
         return match and match.task
 
 
-def measure(router, base, pack, tests, foreign):
-    """One row of the table."""
-    found, seconds = {}, []
+def seconds(router, tests):
+    """Median of one prompt per task, the first of which is not counted."""
+    times = []
     for test in tests:
+        prompt = prompts_of(test)[0]
         started = time.perf_counter()
-        first, *others = prompts_of(test)
-        found[test.task] = [router.route(first)]
-        seconds.append(time.perf_counter() - started)
-        found[test.task] += [router.route(prompt) for prompt in others]
+        router.route(prompt)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+def measure(router, base, pack, tests, foreign):
+    """What it chooses, and the loss under that."""
+    found = {test.task: [router.route(x) for x in prompts_of(test)] for test in tests}
     keys = pack.tasks
     right = [t is not None and keys[t] == keys[task] for task, own in found.items() for t in own]
     loss, _ = routed_losses(base, pack, tests, found)
@@ -152,7 +157,6 @@ def measure(router, base, pack, tests, foreign):
         "right": share(right),
         "to_the_base": share(t is None for own in found.values() for t in own),
         "foreign_accepted": share(router.route(prompt) is not None for prompt in foreign),
-        "seconds": float(np.median(seconds[1:])),
         "loss": loss,
     }
 
@@ -176,18 +180,19 @@ def main():
     foreign = prompts_of(base.encode("foreign", rows))
     result = {**environment(), "tasks": len(tests), "tests": options.tests,
               "adapters": len(pack.adapters), "routers": {}}  # fmt: skip
+    arrow = Arrow(pack)
+    routers = {"states": States(base, probes), "arrow by prompt": arrow, "entropy": Entropy(pack)}
+    times = {name: {"seconds": seconds(one, tests)} for name, one in routers.items()}
+    print(times, flush=True)
     labels = {test.task: [test.task] * len(test.examples) for test in tests}
     result["labelled_loss"] = routed_losses(base, pack, tests, labels)[1]
-    arrow = Arrow(pack)
-    for k in (1, 4):
-        key = f"arrow by token, {k}"
-        result["routers"][key] = {"loss": arrow.loss(tests, min(k, len(pack.adapters)))}
-        print(key, result["routers"][key], flush=True)
-    makers = {"states": lambda: States(base, probes), "arrow by prompt": lambda: arrow,
-              "entropy": lambda: Entropy(pack)}  # fmt: skip
-    for name, make in makers.items():
-        result["routers"][name] = measure(make(), base, pack, tests, foreign)
+    for name, one in routers.items():
+        result["routers"][name] = times[name] | measure(one, base, pack, tests, foreign)
         print(name, result["routers"][name], flush=True)
+    for k in (1, 4):
+        loss = arrow.loss(tests, min(k, len(pack.adapters)))
+        result["routers"][f"arrow by token, {k}"] = {"loss": loss}
+        print(k, loss, flush=True)
     write_json(options.output, result)
 
 
