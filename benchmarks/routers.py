@@ -125,10 +125,11 @@ class Entropy:
 
 
 class States:
-    """The fitted router."""
+    """The fitted router, on a base model of its own: losses leave adapters on theirs."""
 
-    def __init__(self, base, probes):
-        self.base, self.router = base, fit_router(base.model, probes)
+    def __init__(self, probes):
+        self.base = BaseModel()
+        self.router = fit_router(self.base.model, probes)
 
     def route(self, prompt):
         """The task of the nearest direction, or None."""
@@ -181,7 +182,7 @@ def main():
     result = {**environment(), "tasks": len(tests), "tests": options.tests,
               "adapters": len(pack.adapters), "routers": {}}  # fmt: skip
     arrow = Arrow(pack)
-    routers = {"states": States(base, probes), "arrow by prompt": arrow, "entropy": Entropy(pack)}
+    routers = {"states": States(probes), "arrow by prompt": arrow, "entropy": Entropy(pack)}
     times = {name: {"seconds": seconds(one, tests)} for name, one in routers.items()}
     print(times, flush=True)
     labels = {test.task: [test.task] * len(test.examples) for test in tests}
