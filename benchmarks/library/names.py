@@ -1,0 +1,7 @@
+"""What the prompts call the languages."""
+
+NAMES = {
+    "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian",
+    "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ru": "Russian", "sv": "Swedish",
+    "uk": "Ukrainian",
+}  # fmt: skip
