@@ -1,8 +1,10 @@
 """Train LoRA adapters with PEFT on torch: one directory per task, for libraries to measure on.
 
     python benchmarks/train.py --tasks DIR --output DIR --names gec-en,qa-es [--rank 32]
+    python benchmarks/train.py --tasks DIR --output DIR --recipe benchmarks/library/recipe.yaml
 
-Reads `<task>/train.jsonl` and judges by `<task>/test.jsonl`, before and after. One adapter at a
+A recipe has a line per adapter with settings of its own; `--names` takes some of them. Reads
+`<task>/train.jsonl` and judges by `<task>/test.jsonl`, before and after. One adapter at a
 time; a stopped run continues with the first one that is missing. `training.jsonl` in the output has
 a line for every adapter; one that does not beat the base says so. Seconds are those of training.
 """
@@ -19,6 +21,7 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 
 # isort: split
 import torch
+import yaml
 from loops import torch_base
 from peft import LoraConfig, get_peft_model
 
@@ -93,6 +96,19 @@ def train(model, examples, options):
     return seen
 
 
+def lora_config(options, n_layers):
+    """PEFT's config; `q,k,v,o` are the modules of attention, layers are counted from the end."""
+    targets = options.targets
+    if targets != "all-linear":
+        targets = [f"{one.removesuffix('_proj')}_proj" for one in targets.split(",")]
+    last = None if options.layers == "all" else int(options.layers)
+    return LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=targets, use_rslora=options.rslora,
+        layers_to_transform=last and list(range(n_layers - last, n_layers)),
+    )  # fmt: skip
+
+
 def adapt(base, model, task, options):
     """Train and save one adapter; returns its line of the log."""
     train_rows, test_rows = (
@@ -100,12 +116,7 @@ def adapt(base, model, task, options):
         for split in ("train", "test")
     )
     torch.manual_seed(options.seed)
-    config = LoraConfig(
-        r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=options.targets if "," not in options.targets
-        else options.targets.split(","),
-    )  # fmt: skip
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, lora_config(options, base.n_layers))
     with adapted.disable_adapter():
         before = mean_loss(adapted, test_rows[: options.tests])
     started = time.perf_counter()
@@ -116,37 +127,59 @@ def adapt(base, model, task, options):
     adapted.peft_config["default"].base_model_name_or_path = base.name
     with write_dir(options.output / "adapters" / task.name) as directory:
         adapted.save_pretrained(directory)
+    settings = ("rank", "alpha", "targets", "rslora", "layers", "steps", "seed")
     return {
-        "name": task.name, "rank": options.rank, "targets": options.targets,
-        "rows": len(train_rows), "steps": options.steps, "tokens": seen,
+        "name": task.name, **{name: getattr(options, name) for name in settings},
+        "rows": len(train_rows), "tokens": seen,
         "base": round(before, 4), "loss": round(after, 4), "beats_base": after < before,
         "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
-def main():
-    """Train what is missing."""
+def parse():
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--names", required=True, help="tasks, separated by commas")
+    parser.add_argument("--recipe", type=Path, help="YAML with settings of every adapter")
+    parser.add_argument("--names", help="tasks, separated by commas; default: the recipe's")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--targets", default="all-linear", help="or modules, with commas")
+    parser.add_argument("--rslora", action="store_true")
+    parser.add_argument("--layers", default="all", help="or a number, counted from the end")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--tokens", type=int, default=320, help="of a batch")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--tests", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not options.recipe and not options.names:
+        parser.error("--names or --recipe is needed")
+    return options
+
+
+def jobs(options):
+    """`(name, options)` of every adapter."""
+    own = {}
+    if options.recipe:
+        lines = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))["adapters"]
+        own = {line["task"]: line for line in lines}
+    for name in options.names.split(",") if options.names else own:
+        yield name, argparse.Namespace(**vars(options) | own.get(name, {}))
+
+
+def main():
+    """Train what is missing."""
+    options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
     base = BaseModel(None)
-    for name in options.names.split(","):
+    for name, some in jobs(options):
         if (options.output / "adapters" / name).exists():
             continue
         with tempfile.TemporaryDirectory() as directory:
             model = torch_base(base, Path(directory))
-        line = adapt(base, model, options.tasks / name, options)
+        line = adapt(base, model, options.tasks / name, some)
         with open(options.output / "training.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
