@@ -11,6 +11,7 @@ from loras import lora_of
 from mlx.utils import tree_flatten
 from mlx_lm import generate
 from mlx_lm import load as stock_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import LAYERS, SHAPES, tiny_model
 
 import d2c_mlx
@@ -109,6 +110,15 @@ def test_a_model_that_stock_mlx_lm_loaded_with_an_adapter(pack, model, expected,
     name = unpack(pack, tmp_path / "out")["wide"]
     found, _ = stock_load(model, adapter_path=str(tmp_path / "out" / name))
     for task in ("other", None):
+        pack.switch(found, task)
+        assert_serves(found, task, expected)
+
+
+def test_a_model_in_training_loses_its_dropout(pack, model, expected):
+    found, _ = stock_load(model)
+    linear_to_lora_layers(found, 2, {"rank": 4, "scale": 2.0, "dropout": 0.9})
+    found.train()
+    for task in ("wide", "other", None):
         pack.switch(found, task)
         assert_serves(found, task, expected)
 
