@@ -108,13 +108,32 @@ class Compressed:
         """
         if not self.modules:
             return None
-        every = [level for levels in self.modules.values() for level in levels]
-        a, b = (iter(values_of([getattr(x, name) for x in every])) for name in "ab")
-        modules = {
-            path: _joined([(next(a), next(b)) for _ in levels])
-            for path, levels in self.modules.items()
-        }
+        rank = max(sum(level.rank for level in levels) for levels in self.modules.values())
+        a, b = (
+            _padded([[getattr(x, name) for x in levels] for levels in self.modules.values()], rank)
+            for name in "ab"
+        )
+        modules = {path: LoRA(x.T, y) for path, x, y in zip(self.modules, a, b)}
         return Adapter(self.name, modules, self.base, self.sources).uniform(dtype)
+
+
+def _padded(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
+    """Rows of every factor, level after level and then zeros, float16 `(rank, width)`.
+
+    Those of one width are parts of one array: an array each takes twice as long.
+    """
+    values = iter(values_of([part for levels in factors for part in levels]))
+    alike: dict[int, list[int]] = {}
+    for i, levels in enumerate(factors):
+        alike.setdefault(levels[0].width, []).append(i)
+    rows = [[next(values) for _ in levels] for levels in factors]
+    found: dict[int, mx.array] = {}
+    for width, members in alike.items():
+        stack = np.zeros((len(members), rank, width), np.float16)
+        for place, i in zip(stack, members):
+            place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
+        found |= dict(zip(members, mx.array(stack)))
+    return [found[i] for i in range(len(factors))]
 
 
 def compress(
@@ -214,12 +233,10 @@ def quantize_module(
 
 def dequantize_module(levels: Sequence[Level]) -> LoRA:
     """The plain factors of at least one level: float16, scale 1."""
-    values = (values_of([getattr(level, name) for level in levels]) for name in "ab")
-    return _joined(list(zip(*values)))
-
-
-def _joined(pairs: Sequence[tuple[mx.array, mx.array]]) -> LoRA:
-    a, b = (x[0] if len(x) == 1 else mx.concatenate(list(x)) for x in zip(*pairs))
+    a, b = (
+        mx.array(np.concatenate(values_of([getattr(level, name) for level in levels])))
+        for name in "ab"
+    )
     return LoRA(a.T, b)
 
 
@@ -248,7 +265,7 @@ def _components(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stacked(parts: Sequence[Quantized]) -> np.ndarray:
-    return np.concatenate([np.array(x) for x in values_of(parts)]).astype(np.float64)
+    return np.concatenate(values_of(parts)).astype(np.float64)
 
 
 def _solve(fixed: np.ndarray, same: np.ndarray, other: np.ndarray) -> np.ndarray:

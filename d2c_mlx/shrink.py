@@ -127,7 +127,7 @@ def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
 
 def _energy(level: Level) -> float:
     """`|a^T b|^2` in Frobenius norm."""
-    a, b = (np.array(x, np.float64) for x in values_of([level.a, level.b]))
+    a, b = (x.astype(np.float64) for x in values_of([level.a, level.b]))
     return float(np.sum((a @ a.T) * (b @ b.T)))
 
 
