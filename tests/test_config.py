@@ -4,7 +4,7 @@ from dataclasses import fields
 import click
 import pytest
 import yaml
-from d2c_mlx_cli import commands
+from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 
 from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig, load_config
@@ -144,12 +144,12 @@ def options(command):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_an_option_and_every_option_a_field(name):
-    names = set(options(getattr(commands, name))) - {"quiet", "as_json"}
+    names = set(options(getattr(stages, name))) - {"quiet", "as_json"}
     assert names == {field.name for field in fields(RunConfig)}
 
 
 def test_option_names_are_the_field_names_with_dashes():
-    for name, option in options(commands.run).items():
+    for name, option in options(stages.run).items():
         if name != "as_json":
             assert option.opts == [f"--{name.replace('_', '-')}"]
 
@@ -157,7 +157,7 @@ def test_option_names_are_the_field_names_with_dashes():
 def test_the_help_states_the_defaults():
     default = RunConfig(**NEEDED)
     stated = {}
-    for name, option in options(commands.run).items():
+    for name, option in options(stages.run).items():
         match = re.search(r"\[default: (.+)\]", option.help or "")
         if match:
             stated[name] = match[1]
@@ -180,7 +180,7 @@ def test_the_help_states_the_defaults():
 
 def test_options_have_no_default_of_their_own():
     # A default on the command line would override the YAML file.
-    for name, option in options(commands.run).items():
+    for name, option in options(stages.run).items():
         assert name in ("quiet", "as_json") or not option.default or option.default is UNSET
 
 
