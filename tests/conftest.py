@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     parser.addoption("--inputs", type=int, default=800, help="of every fuzzed parser")
     parser.addoption("--kills", type=int, default=5, help="of each way through the pipeline")
     parser.addoption("--requests", type=int, default=100, help="to a server, twice")
+    parser.addoption("--report", type=Path, help="a run whose report a browser opens")
     parser.addoption("--tasks", type=int, default=40, help="of the largest library")
 
 

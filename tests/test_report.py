@@ -191,6 +191,12 @@ def browser():
         instance.close()
 
 
+@pytest.fixture(scope="module")
+def opened(request, directory):
+    """The run whose report is opened: `--report DIR`, or the tiny one of this file."""
+    return (request.config.getoption("--report") or directory).resolve()
+
+
 MISSING = """() => [
   ...document.querySelectorAll('img:not([alt]), [role=img]:not([aria-label])'),
   ...document.querySelectorAll('svg:not([aria-hidden=true])'),
@@ -201,13 +207,13 @@ MISSING = """() => [
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_in_a_browser(directory, browser, width, theme, tmp_path):
+def test_in_a_browser(opened, browser, width, theme, tmp_path):
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
     messages, requests = [], []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto((directory / "report.html").as_uri())
+    page.goto((opened / "report.html").as_uri())
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     assert messages == [] and len(requests) == 1
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -222,9 +228,9 @@ def test_in_a_browser(directory, browser, width, theme, tmp_path):
     page.close()
 
 
-def test_printed_on_paper(directory, browser, tmp_path):
+def test_printed_on_paper(opened, browser, tmp_path):
     page = browser.new_page()
-    page.goto((directory / "report.html").as_uri())
+    page.goto((opened / "report.html").as_uri())
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     # The width of A4 within margins of a centimetre; nothing can be scrolled on paper.
