@@ -191,7 +191,7 @@ def browser():
         instance.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def opened(request, directory):
     """The run whose report is opened: `--report DIR`, or the tiny one of this file."""
     return (request.config.getoption("--report") or directory).resolve()
