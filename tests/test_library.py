@@ -10,27 +10,26 @@ import sys
 import tarfile
 from pathlib import Path
 
+import gec
 import pytest
+import qa
+import rows as library
+import summ
+import tone
+import verbal
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import group_of, sentences
+from splits import SHARES, Row, normal, side, split
+from words import WORDS
 
 from d2c_mlx.files import hash_file
 from d2c_mlx.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "benchmarks" / "library"
-sys.path.insert(0, str(LIBRARY))
 
-import gec  # noqa: E402
-import qa  # noqa: E402
-import rows as library  # noqa: E402
-import summ  # noqa: E402
-import tone  # noqa: E402
-import verbal  # noqa: E402
-from messages import group_of, sentences  # noqa: E402
-from splits import SHARES, Row, normal, side, split  # noqa: E402
-from words import WORDS  # noqa: E402
 
 PINS = yaml.safe_load((LIBRARY / "sources.yaml").read_text())
 RECIPE = yaml.safe_load((LIBRARY / "recipe.yaml").read_text())["adapters"]

@@ -19,12 +19,14 @@ class Home:
 
     def __init__(self, data: dict, words: dict, draw: random.Random) -> None:
         from hassil.intents import Intents
-        from jinja2 import StrictUndefined
+        from jinja2 import StrictUndefined, TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.answers = data["responses"]["intents"]
         self.parsed = Intents.from_dict(data)
         self.language, self.words, self.draw = data["language"], words, draw
+        # The template or the answer needs more than its slots.
+        self.lacking = (LookupError, TypeError, ValueError, TemplateError)
         self.jinja = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         # What nobody says, a word twice, a gap after an apostrophe.
         patterns = [*(f"({one})" for one in words["wrong"]), r"(?P<twice>\w+) (?P=twice)"]
@@ -53,7 +55,7 @@ class Home:
                 reply = self.jinja.from_string(answer).render(slots={**(data.slots or {}), **slots})
             except Skip:
                 continue
-            except Exception:  # the template or the answer needs more than its slots
+            except self.lacking:
                 break
             reply = " ".join(reply.split())
             if any(one in reply for one in self.untranslated(slots)):

@@ -13,6 +13,7 @@ import tempfile
 import urllib.request
 import zipfile
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 
 import yaml
@@ -51,7 +52,7 @@ class Sources:
             raise self._failed[name]
         try:
             return self._path(name)
-        except Exception as error:
+        except (OSError, HTTPException, SourceError) as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             line = str(error) if isinstance(error, SourceError) else f"source {name}: {text}"
             self._failed[name] = SourceError(line)
