@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.merge import merge_adapters
+from d2c_mlx.merge.core import CoreSpace
 
 P, Q, R = "model.layers.0.q", "model.layers.0.v", "model.layers.1.q"
 
@@ -85,3 +86,30 @@ def merge_by(adapters, method, *args, **options):
     """`merge_adapters`, with activations where the method needs them."""
     activations = inputs_of(adapters) if method == "regmean" else None
     return merge_adapters(adapters, method, *args, activations=activations, **options)
+
+
+counts = st.integers(2, 4)
+seeds = st.integers(0, 10_000)
+
+
+def mixed_ranks(n, shape, seed, max_rank=2):
+    """Adapters of one module P with ranks 1 to `max_rank` and different scales."""
+    return adapters_of(np.random.default_rng(seed), n, {P: shape}, max_rank, (mx.float32,))
+
+
+def deltas(adapters):
+    return [dense(adapter.modules[P]) for adapter in adapters]
+
+
+def as_space(cores):
+    """A core space whose updates are `cores (T, q, p)`."""
+    n, q, p = cores.shape
+    eyes = np.tile(np.eye(p, dtype=cores.dtype), n)
+    return CoreSpace(np.eye(p), np.eye(q), eyes, np.concatenate(list(cores), axis=1), (p,) * n)
+
+
+def assert_merges(adapters, method, expected, rtol=1e-4, **options):
+    rank = options.pop("rank", 100)
+    found = dense(merge_adapters(adapters, method, rank=rank, **options).modules[P])
+    size = max(np.linalg.norm(expected), max(map(np.linalg.norm, deltas(adapters))))
+    assert_close(found, expected, size, rtol)
