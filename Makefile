@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test blas check-dist check-lowest audit clean
+.PHONY: demo test benchmark blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -14,6 +14,19 @@ test: .venv/test blas
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. A day on two
+# cores; what is done is kept in $(BENCH), and a run that was stopped goes on.
+BENCH ?= runs/benchmark
+LIBRARY := --library $(BENCH) --work $(BENCH)/work
+
+benchmark: .venv/benchmark blas
+	$(BIN)/python benchmarks/library/rows.py --output $(BENCH)/tasks --cache $(BENCH)/downloads
+	$(BIN)/python benchmarks/train.py --recipe benchmarks/library/recipe.yaml --tasks $(BENCH)/tasks --output $(BENCH)
+	$(BIN)/python benchmarks/decay.py --library $(BENCH)
+	$(BIN)/python benchmarks/experiment.py $(LIBRARY)
+	$(BIN)/python benchmarks/ablations.py $(LIBRARY)
+	$(BIN)/python benchmarks/tables.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -27,6 +40,10 @@ test: .venv/test blas
 
 .venv/test: .venv/demo
 	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+.venv/benchmark: .venv/test
+	$(BIN)/pip install -q --no-deps --require-hashes -r benchmarks/library/requirements.txt
 	touch $@
 
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and

@@ -9,16 +9,16 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter
 
-__all__ = ["similarity", "svd_features"]
+__all__ = ["gram", "similarity", "svd_features"]
 
 
-def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
-    """`(n, n)` cosines of the adapters' dW over all modules.
+def gram(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, n)` inner products of the adapters' dW over all modules.
 
     Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW.
     """
     n = len(adapters)
-    gram = np.zeros((n, n))
+    products = np.zeros((n, n))
     with threadpool_limits(1):  # as in merge_adapters
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
             here = [i for i in range(n) if path in adapters[i].modules]
@@ -28,9 +28,15 @@ def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
             inner = (a.T @ a) * (b @ b.T)
             starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
             blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
-            gram[np.ix_(here, here)] += blocks
-    norm = np.sqrt(np.maximum(np.diagonal(gram), 1e-30))
-    return gram / np.outer(norm, norm)
+            products[np.ix_(here, here)] += blocks
+    return products
+
+
+def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, n)` cosines of the adapters' dW over all modules."""
+    products = gram(adapters)
+    norm = np.sqrt(np.maximum(np.diagonal(products), 1e-30))
+    return products / np.outer(norm, norm)
 
 
 def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:

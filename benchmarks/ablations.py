@@ -1,0 +1,172 @@
+"""What D2C's choices are worth, on the library of the experiment, at one budget.
+
+    python benchmarks/ablations.py --library DIR --work DIR [--budget 12.5] [--cases init]
+
+- `examples`: 1, 3, 5, 10, 20 probe rows per task decide.
+- `init`, `restarts`: starts of the paper's loop, and how many of a random one.
+- `score`: the paper's loop, from K-Means, asks for the loss or for the task's metric of greedy
+  answers to the probes.
+- `agreement`: how often the cluster that is best for a task on its probes is so on its test rows.
+
+DIR and the work directory are those of experiment.py. Held-out excess is in nats per target token.
+Resumes case by case: results/ablations.json.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from answering import Answers
+from experiment import workspace
+from methods import PAPER, by_d2c, by_features, merged
+from metrics import row_stats, task_score
+from sklearn.metrics import adjusted_rand_score
+
+import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.doctor import machine
+from d2c_mlx.files import write_json
+
+RESULT = Path(__file__).parent / "results" / "ablations.json"
+MOVES = by_d2c(search="moves")
+INITS = ("adapters", "kmeans", "random", "table", "pairs")
+
+
+def judged(ws, stored):
+    """Held-out rows of what is stored."""
+    methods = {
+        "base": Method(0, [dict.fromkeys(ws.names)]),
+        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        "it": Method(stored.nbytes, [stored.serves]),
+    }
+    found = bench_methods(ws.evaluator, methods, ws.tests)["it"]
+    return {key: found[key] for key in ("excess", "retention")} | stored.about | alike(ws, stored)
+
+
+def alike(ws, stored):
+    """Whether clusters follow what adapters do, or their language: adjusted Rand index, 1 if so."""
+    place = {name: c for c, names in enumerate(stored.about["clusters"]) for name in names}
+    labels = [place[name] for name in ws.names]
+    kinds, languages = zip(*(name.split("-") for name in ws.names))
+    return {
+        "rand_of_kinds": float(adjusted_rand_score(kinds, labels)),
+        "rand_of_languages": float(adjusted_rand_score(languages, labels)),
+    }
+
+
+def agreement(ws, stored):
+    """Which cluster serves a task best: by its probes, and by its test rows."""
+    adapters = list({one.digest: one for one in stored.serves.values()}.values())
+    table, held_out = (
+        np.stack(ws.evaluator.losses([(one, sets) for one in adapters]), axis=1)
+        for sets in (ws.probes, ws.tests)
+    )
+    chosen, best, rows = table.argmin(axis=1), held_out.argmin(axis=1), np.arange(len(ws.names))
+    own = np.array([adapters.index(stored.serves[name]) for name in ws.names])
+    cost = held_out[rows, chosen] - held_out[rows, best]
+    return {
+        "agree": float((chosen == best).mean()),
+        "costs": float(cost.mean()),
+        # That a task is best served where its own adapter is.
+        "own_is_best": float((own == best).mean()),
+    }
+
+
+def by_metric(ws, directory):
+    """The loop of the paper, from K-Means, on 1 - score of answers to the probes."""
+    answers = Answers(directory, ws.probes, ws.config.model)
+    rows = {
+        task.name: [
+            (row["messages"][-2]["content"], row["messages"][-1]["content"])
+            for row in task.probe[: ws.config.probe_examples]
+        ]
+        for task in ws.tasks
+    }
+
+    def cost(name, found):
+        stats = [row_stats(name, *pair, answer) for pair, answer in zip(rows[name], found)]
+        return 1 - task_score(name, np.array(stats)) / 100
+
+    def losses(jobs, _limits=None):
+        found = []
+        for adapter, tasks in jobs:
+            names = [ws.names[i] for i in tasks]
+            texts = answers.of(adapter, names)
+            found.append(np.array([cost(name, texts[name]) for name in names]))
+        return found
+
+    def partition(problem, adapters, k, seed):
+        everything = list(range(problem.n))
+        (base,) = losses([(None, everything)])
+        # Nothing but its diagonal is asked for when the start is K-Means.
+        own = [float(losses([(one, [i])])[0][0]) for i, one in enumerate(adapters)]
+        other = replace(problem, base=base, table=np.diag(own), losses=losses)
+        return by_d2c(search="paper", init=("kmeans",))(other, adapters, k, seed)
+
+    return partition
+
+
+def cases(options):
+    """`(case, value, probe rows, partition, merge method)` of what was asked for."""
+    wanted = options.cases.split(";")
+    if "examples" in wanted:
+        for n in (1, 3, 5, 10, 20):
+            yield "examples", f"{n}, mean", n, PAPER, "linear"
+            yield "examples", f"{n}, moves", n, MOVES, "regmean++"
+    if "init" in wanted:
+        for init in INITS:
+            yield "init", init, 10, by_d2c(search="paper", init=(init,)), "linear"
+    if "restarts" in wanted:
+        for n in (1, 5):
+            one = by_d2c(search="paper", init=("random",), restarts=n)
+            yield "restarts", str(n), 10, one, "linear"
+    if "score" in wanted:
+        yield "score", "loss", 10, by_d2c(search="paper", init=("kmeans",)), "linear"
+        yield "score", "metric", 10, None, "linear"
+    if "agreement" in wanted:
+        yield "agreement", "K-Means, mean", 10, by_features, "linear"
+        yield "agreement", "D2C, mean", 10, PAPER, "linear"
+        yield "agreement", "D2C, moves", 10, MOVES, "regmean++"
+
+
+def main():
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", help="default: the embedded one")
+    parser.add_argument("--budget", type=float, default=12.5, help="percent")
+    parser.add_argument("--cases", default="agreement;init;restarts;examples;score")
+    parser.add_argument("--tests", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    options.budgets = str(options.budget)
+    os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
+    found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    spaces = {}
+    for case, value, n, partition, method in cases(options):
+        about = {"case": case, "value": value, "budget": options.budget, "tests": options.tests}
+        if any(about.items() <= row.items() for row in found["rows"]):
+            continue
+        started = time.perf_counter()
+        options.examples = n
+        if n not in spaces:
+            spaces[n] = workspace(options, 0)
+        ws = spaces[n]
+        partition = partition or by_metric(ws, options.work / "probe-answers")
+        stored = merged(ws, partition, method, int(sum(ws.sizes) * options.budget / 100), 0)
+        row = about | judged(ws, stored)
+        if case == "agreement":
+            row |= agreement(ws, stored)
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        found = {"machine": machine(), "rows": [*found["rows"], row]}
+        write_json(options.output, found)
+        print(f"{case}: {value}: excess {row['excess']:.4f}, {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Greedy answers of many adapters to held-out rows, in batches, each adapter and task once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import batch_generate
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.files import write_json
+from d2c_mlx.model import BaseModel
+from d2c_mlx.tasks import ExampleSet
+
+
+class Answers:
+    """Answers to the same rows of every task, kept in a directory."""
+
+    def __init__(self, directory: Path, sets: Sequence[ExampleSet], model: str | None) -> None:
+        """Load a base model of its own: evaluations leave their adapters attached to theirs.
+
+        Args:
+            directory: has `<adapter's digest>.json`, task -> answers.
+            sets: held-out rows of every task.
+            model: see `locate.resolve_model`.
+        """
+        self._directory, self._base = directory, BaseModel(model)
+        self._sets = {one.task: one for one in sets}
+
+    def of(self, adapter: Adapter | None, tasks: Sequence[str]) -> dict[str, list[str]]:
+        """Task -> one answer per row under an adapter, None for the bare base model."""
+        path = self._directory / f"{adapter.digest if adapter else 'base'}.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        missing = [self._sets[task] for task in tasks if task not in known]
+        if missing:
+            known |= batched_answers(self._base, adapter, missing)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+        return {task: known[task] for task in tasks}
+
+
+def batched_answers(
+    base: BaseModel, adapter: Adapter | None, sets: Sequence[ExampleSet]
+) -> dict[str, list[str]]:
+    """mlx-lm's `batch_generate`, rows of alike length side by side.
+
+    An answer is cut where `d2c_mlx.answers.answer_rows` cuts it. Prompts in a batch are padded, so
+    that an answer may differ from the one alone where two tokens are as likely but for rounding.
+    """
+    rows = [(one.task, i, x) for one in sets for i, x in enumerate(one.examples)]
+    rows.sort(key=lambda row: row[2].offset)
+    base.attach(adapter, fold=base.folds)
+    texts = batch_generate(
+        base.model,
+        base.tokenizer,
+        [list(x.tokens[: x.offset]) for _, _, x in rows],
+        max_tokens=[2 * x.n_targets + 16 for _, _, x in rows],
+        stream=mx.default_stream(mx.default_device()),
+    ).texts
+    found = {one.task: [""] * len(one.examples) for one in sets}
+    for (task, i, _), text in zip(rows, texts):
+        found[task][i] = text.strip()
+    return found

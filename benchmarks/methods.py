@@ -1,0 +1,184 @@
+"""The methods of the experiment: what each stores of a library, in how many bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sklearn.cluster import AgglomerativeClustering
+
+from d2c_mlx.adapter import Adapter
+from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.compact import index_of
+from d2c_mlx.d2c import d2c
+from d2c_mlx.features import gram, similarity
+from d2c_mlx.layout import compact_nbytes
+from d2c_mlx.merge import merge_adapters
+from d2c_mlx.merger import Merger
+from d2c_mlx.planner import make_plan, measure, planned
+
+# Methods that are drawn several times: partitions, and orders in which adapters arrive.
+DRAWN = {"random": 10, "K-Merge": 3}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a method stores.
+
+    Attributes:
+        serves: task -> the adapter that serves it, None for the bare base model.
+        nbytes: of all adapters.
+        n_adapters: how many there are.
+        about: JSON value: clusters, merge methods and scales, rank.
+    """
+
+    serves: dict[str, Adapter | None]
+    nbytes: int
+    n_adapters: int
+    about: dict[str, object]
+
+
+class Planner:
+    """`--plan auto` at several budgets; candidates are measured once for all."""
+
+    def __init__(self, ws, rooms: Sequence[int]) -> None:
+        """Of a workspace with its probe table, and of the bytes that compact packs have."""
+        self._ws, self._rooms, self._candidates = ws, rooms, None
+
+    def stored(self, room: int) -> Stored:
+        """The plan for a budget."""
+        ws = self._ws
+        self._candidates = self._candidates or measure(ws, self._rooms)
+        plan = make_plan(ws, self._candidates, room)
+        adapters, serves = planned(ws, plan)
+        plain = [one.adapter(ws.base.dtype) for one in adapters]
+        about = {
+            "candidates": len(self._candidates),
+            "clusters": [unit["tasks"] for unit in plan["units"]],
+            "probe_regret": plan["regret"],
+        }
+        return Stored(
+            {name: None if k is None else plain[k] for name, k in serves.items()},
+            compact_nbytes(index_of(adapters)), len(adapters), about,
+        )  # fmt: skip
+
+
+def slots_of(ws, nbytes: int) -> tuple[int, int]:
+    """`(K, rank)` of merged adapters for so many bytes.
+
+    K is the paper's: the budget's share of N, one at least. As adapters differ in size, the rank is
+    then the largest with which K adapters of every module are no more bytes than the budget.
+
+    Raises:
+        ValueError: not even one adapter of rank 1 fits.
+    """
+    n = len(ws.names)
+    k = max(1, round(n * nbytes / sum(ws.sizes)))
+    per_rank = 2 * sum(sum(ws.base.module_shapes[path]) for path in ws.target_paths)
+    # Configs and tensor names, the most that an adapter has.
+    header = max(
+        size - 2 * sum(lora.rank * sum(lora.shape) for lora in one.modules.values())
+        for one, size in zip(map(ws.packed, ws.inputs), ws.sizes)
+    )
+    header *= len(ws.target_paths) / min(len(one.modules) for one in ws.inputs)
+    rank = int((nbytes / k - header) // per_rank)
+    if rank < 1:
+        raise ValueError(f"{nbytes:,} bytes: {k} adapters of rank 1 do not fit")
+    return k, min(rank, max(one.rank for one in ws.inputs))
+
+
+def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
+    """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
+    k, rank = slots_of(ws, nbytes)
+    config = replace(ws.config, merge_method=merge_method, merge_rank=rank)
+    merger = Merger(
+        config, ws.base, ws.evaluator, ws.adapters, ws.probes,
+        lambda losses, tasks: ws.problem.regret(losses, tasks), ws.engine.workers,
+    )  # fmt: skip
+    problem = replace(
+        ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
+    )
+    # With one cluster there is nothing to choose.
+    clustering = partition(problem, ws.adapters, k, seed) if k > 1 else merge_all(problem.n)
+    merges = [merger.final(members) for members in clustering.groups]
+    adapters = [
+        # An adapter that is alone may take no more than a merge does.
+        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(ws.base.dtype)
+        if one.adapter.rank > rank else one.adapter
+        for one in merges
+    ]  # fmt: skip
+    about = {
+        "clusters": [[ws.names[i] for i in members] for members in clustering.groups],
+        "merges": [[one.method, one.scale] for one in merges],
+        "rank": rank,
+        "probe_regret": clustering.objective,
+    }
+    return Stored(
+        {ws.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
+        sum(one.nbytes(ws.base.n_layers) for one in adapters), len(adapters), about,
+    )  # fmt: skip
+
+
+def at_random(problem, _adapters, k, seed) -> Clustering:
+    """Every adapter into any cluster."""
+    return random_partition(problem.n, k, seed)
+
+
+def by_features(problem, _adapters, k, seed) -> Clustering:
+    """K-Means on SVD features of dW."""
+    return kmeans(problem.features, k, seed)
+
+
+def by_d2c(**options):
+    """D2C with options of its own."""
+    return lambda problem, _adapters, k, seed: d2c(problem, k, seed=seed, **options)
+
+
+def by_linkage(_problem, adapters, k, _seed) -> Clustering:
+    """Average linkage of 1 - cosine of dW."""
+    distance = np.clip(1 - similarity(adapters), 0, None)
+    np.fill_diagonal(distance, 0)
+    fit = AgglomerativeClustering(k, metric="precomputed", linkage="average").fit(distance)
+    return Clustering("agglomerative", canonical(fit.labels_))
+
+
+def by_arrival(_problem, adapters, k, seed) -> Clustering:
+    """Adapters arrive in any order; when all slots are taken, into the most alike by cosine of dW.
+
+    A slot is the mean of what is in it, as in K-Merge (https://arxiv.org/abs/2510.13537). Merges
+    are then made of all members at once, which is that mean before any rank is cut.
+    """
+    products = gram(adapters)
+    slots: list[list[int]] = []
+    for i in np.random.default_rng(seed).permutation(len(adapters)):
+        if len(slots) < k:
+            slots.append([int(i)])
+            continue
+        # The length of the new adapter, and the number in the slot, change no comparison.
+        alike = [
+            products[i, slot].sum() / np.sqrt(max(products[np.ix_(slot, slot)].sum(), 1e-30))
+            for slot in slots
+        ]
+        slots[int(np.argmax(alike))].append(int(i))
+    labels = np.empty(len(adapters), int)
+    for c, slot in enumerate(slots):
+        labels[slot] = c
+    return Clustering("k-merge", canonical(labels))
+
+
+# The loop of the paper from single adapters; which start it has, the paper does not say.
+PAPER = by_d2c(search="paper", init=("adapters",))
+# Name -> how adapters are clustered, and how clusters are merged. "mean" is that of dW; the scale
+# of every merge is tuned on the probes of its members, whoever clustered them.
+METHODS = {
+    "merge-all": (lambda problem, *_: merge_all(problem.n), "linear"),
+    "random": (at_random, "linear"),
+    "K-Means": (by_features, "linear"),
+    "agglomerative": (by_linkage, "linear"),
+    "K-Merge": (by_arrival, "linear"),
+    "D2C, mean": (PAPER, "linear"),
+    "D2C, TIES": (PAPER, "ties"),
+    "D2C, best merge": (PAPER, "auto"),
+    "K-Means, RegMean++": (by_features, "regmean++"),
+    "D2C, moves": (by_d2c(search="moves"), "regmean++"),
+    "auto": None,
+}

@@ -1,0 +1,146 @@
+"""The paper's experiment: every method within its bytes, against oracles, and a whole run."""
+
+import json
+import sys
+from itertools import combinations
+
+import experiment
+import numpy as np
+import pytest
+from answering import batched_answers
+from loras import adapters_of, dense
+from methods import METHODS, by_arrival, by_linkage, merged, slots_of
+from tiny import SHAPES, library, peft_adapter
+
+from d2c_mlx.config import RunConfig
+from d2c_mlx.pipeline import run
+
+NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
+
+
+@pytest.fixture
+def paths(tmp_path):
+    found = library(tmp_path, NAMES)
+    # As in a real library, one is larger than the others.
+    peft_adapter(found.adapters, "gec-en", rank=8, seed=9, targets=tuple(SHAPES))
+    return found
+
+
+@pytest.fixture
+def ws(paths, tmp_path):
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        output=str(tmp_path / "run"), budget="90%", probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    return run(config, until="probe", quiet=True)
+
+
+@pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how])
+def test_a_method_stores_no_more_than_its_budget(ws, method):
+    nbytes = int(0.5 * sum(ws.sizes))
+    k, rank = slots_of(ws, nbytes)
+    assert k == 3 and rank >= 1
+    stored = merged(ws, *METHODS[method], nbytes, 0)
+    assert stored.nbytes <= nbytes and set(stored.serves) == set(NAMES)
+    assert stored.n_adapters == (1 if method == "merge-all" else k)
+    assert max(one.rank for one in stored.serves.values()) <= rank
+    together = [name for names in stored.about["clusters"] for name in names]
+    assert sorted(together) == NAMES
+    for names in stored.about["clusters"]:
+        assert len({stored.serves[name].digest for name in names}) == 1
+
+
+def test_bytes_that_hold_no_adapter_are_refused(ws):
+    with pytest.raises(ValueError, match="1 adapters of rank 1 do not fit"):
+        slots_of(ws, 1000)
+
+
+def flat(adapters):
+    """`(n, numbers)` of every dW, modules that are missing as zeros."""
+    shapes = {path: lora.shape for one in adapters for path, lora in one.modules.items()}
+    return np.array([
+        np.concatenate([
+            dense(one.modules[path]).ravel() if path in one.modules else np.zeros(np.prod(shape))
+            for path, shape in sorted(shapes.items())
+        ])
+        for one in adapters
+    ])  # fmt: skip
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adapters_that_arrive_join_the_slot_that_is_most_alike(seed):
+    rng = np.random.default_rng(seed)
+    adapters = adapters_of(rng, 7, {"a": (6, 5), "b": (4, 6)})
+    rows, slots = flat(adapters), []
+    for i in np.random.default_rng(seed).permutation(7):
+        if len(slots) < 3:
+            slots.append([i])
+        else:
+            means = [rows[slot].mean(axis=0) for slot in slots]
+            slots[int(np.argmax([cosine(rows[i], mean) for mean in means]))].append(i)
+    found = by_arrival(None, adapters, 3, seed).groups
+    assert sorted(map(sorted, found)) == sorted(sorted(map(int, slot)) for slot in slots)
+
+
+def test_average_linkage_of_cosines():
+    adapters = adapters_of(np.random.default_rng(3), 6, {"a": (6, 5)})
+    rows, groups = flat(adapters), [[i] for i in range(6)]
+    while len(groups) > 2:
+        a, b = max(
+            combinations(groups, 2),
+            key=lambda pair: np.mean([cosine(rows[i], rows[j]) for i in pair[0] for j in pair[1]]),
+        )
+        groups = [one for one in groups if one not in (a, b)] + [a + b]
+    found = by_linkage(None, adapters, 2, 0).groups
+    assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
+
+
+def test_answers_in_batches_are_those_one_by_one(ws):
+    for adapter in (None, ws.adapters[0]):
+        found = batched_answers(ws.base, adapter, ws.tests)
+        ws.base.attach(adapter)
+        for one in ws.tests:
+            for example, text in zip(one.examples, found[one.task]):
+                tokens = ws.base.answer(
+                    example.tokens[: example.offset], 2 * example.n_targets + 16
+                )
+                alone = ws.base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                assert text == alone
+
+
+def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("D2C_MLX_CACHE", raising=False)
+    result = tmp_path / "experiment.json"
+    command = ["experiment.py", "--library", tmp_path, "--work", tmp_path / "work", "--budgets",
+               "60", "--seeds", "0,1", "--examples", 2, "--tests", 2, "--draws", 2, "--model",
+               paths.model, "--output", result]  # fmt: skip
+
+    def call(methods):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--methods", methods])
+        experiment.main()
+        rows = json.loads(result.read_text())["rows"]
+        return {(row["method"], row.get("seed"), row.get("draw")): row for row in rows}
+
+    first = call("random;auto")
+    assert set(first) == {("base", None, None), ("individual", None, None)} | {
+        (method, seed, draw)
+        for method, draw in (("random", 0), ("random", 1), ("auto", 0))
+        for seed in (0, 1)
+    }
+    for (method, *_), row in first.items():
+        assert set(row["tasks"]) == set(NAMES)
+        if method not in ("base", "individual"):
+            assert 0 < row["share"] <= 0.6
+            assert row["against_individual"]["low"] <= row["against_individual"]["high"]
+        assert ("auto_against_it" in row) == (method == "random")
+    capsys.readouterr()
+    second = call("random;auto;K-Means")
+    assert {key: second[key]["seconds"] for key in first} == {
+        key: row["seconds"] for key, row in first.items()
+    }
+    assert set(second) - set(first) == {("K-Means", 0, 0), ("K-Means", 1, 0)}
+    assert "random" not in capsys.readouterr().out
