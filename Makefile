@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test blas check-dist check-lowest audit clean
+.PHONY: demo test benchmark blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -14,6 +14,10 @@ test: .venv/test blas
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Tables and plots of benchmarks/README.md from benchmarks/results; the scripts there measure anew.
+benchmark: .venv/demo
+	$(BIN)/python benchmarks/tables.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
