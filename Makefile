@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test benchmark blas check-dist check-lowest audit clean
+.PHONY: demo test benchmark tables blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -26,6 +26,10 @@ benchmark: .venv/benchmark blas
 	$(BIN)/python benchmarks/decay.py --library $(BENCH)
 	$(BIN)/python benchmarks/experiment.py $(LIBRARY)
 	$(BIN)/python benchmarks/ablations.py $(LIBRARY)
+	$(BIN)/python benchmarks/tables.py
+
+# Tables and plots of benchmarks/README.md from the results that are there.
+tables: .venv/demo
 	$(BIN)/python benchmarks/tables.py
 
 .venv/bin/python:

@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tables import show
+
 import d2c_mlx  # noqa: F401  the fast BLAS first
 
 import mlx.core as mx  # isort: skip
@@ -184,18 +186,8 @@ def main():
         clock: runs["peft"][f"{clock}_all_layers"] / runs["ours"][clock]
         for clock in ("seconds", "cpu_seconds")
     }
-    note = f", extrapolated from {n_layers} of {LAYERS} layers" if n_layers < LAYERS else ""
-    print("| side | seconds | CPU seconds | peak GB | dW error | truncation error above the best |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for side, label in (("ours", "d2c-mlx `linear`"), ("peft", f"PEFT `svd`{note}")):
-        run = runs[side]
-        print(
-            f"| {label} | {run['seconds_all_layers']:.1f} | {run['cpu_seconds_all_layers']:.1f} |"
-            f" {run['peak_nbytes'] / 1e9:.2f} | {run['error']:.1e} |"
-            f" {run['excess_truncation_error']:.1e} |"
-        )
-    print(f"| PEFT / d2c-mlx | {ratios['seconds']:.1f} | {ratios['cpu_seconds']:.1f} | | | |")
     result = {**runs, "ratio": ratios, "threads": options.threads, "machine": machine()}
+    show("merge", merge=result)
     if not options.quick:
         write_json(Path(__file__).parent / "results" / "merge.json", result)
     print(json.dumps(result))

@@ -12,10 +12,11 @@ pack by pack.
 import argparse
 import json
 import random
-import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+from tables import show
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
@@ -101,11 +102,7 @@ def main():
                 write_json(options.output, found)
                 print(f"{kind:<6} {budget:>5} order {seed}: excess {row['excess']:.4f},"
                       f" retention {row['retention']:.1%}", flush=True)  # fmt: skip
-    for kind, n in sorted({(row["kind"], row["probes"]) for row in found["rows"]}):
-        rows = [row for row in found["rows"] if (row["kind"], row["probes"]) == (kind, n)]
-        excess = [row["excess"] for row in rows]
-        print(f"| {kind}, {n} probes | {len(excess)} orders | mean {statistics.mean(excess):.4f} |"
-              f" {min(excess):.4f} to {max(excess):.4f} |")  # fmt: skip
+    show("order", order=found)
 
 
 if __name__ == "__main__":

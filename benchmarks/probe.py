@@ -17,6 +17,7 @@ import d2c
 import engine
 import growth
 import ranks
+from tables import show
 
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
@@ -37,50 +38,6 @@ def measure(part, library, quick, sizes):
     return ranks.measure(library, 2 if quick else 4, 3 if quick else 10, 1 if quick else 3)
 
 
-def table(result):
-    """Rows (what, value, target) of whatever was measured."""
-    rows = []
-    if "tokens_per_second" in result:
-        rows += [
-            ("d2c-mlx, tokens/s", f"{result['tokens_per_second']:.0f}", ""),
-            *((f"without {name}: times slower", f"{ratio:.2f}", "")
-              for name, ratio in result["savings"].items() if name not in ("frozen", "stack 2")),
-            ("`frozen`, adapters on the last 16 blocks: times faster",
-             f"{result['savings']['frozen']:.2f}", ""),
-            ("`--stack 2`: times faster", f"{result['savings']['stack 2']:.2f}", ""),
-            ("mlx-lm loop, float32, our BLAS: times slower",
-             f"{result['speedup_vs_mlx_lm_loop']:.2f}", "10"),
-            ("mlx-lm loop, float32, the wheel's BLAS: times slower (6 rows, scaled)",
-             f"{result['speedup_vs_mlx_lm_loop_own_blas']:.0f}", ""),
-            ("mlx-lm loop, 4 bit as stored, the wheel's BLAS: times slower (12 tokens, scaled)",
-             f"{result['speedup_vs_mlx_lm_loop_as_stored']:.0f}", ""),
-            ("PEFT on torch: times slower", f"{result['speedup_vs_peft']:.2f}", "2"),
-            ("useful FLOPs, share of a plain float32 matmul",
-             f"{result['sgemm_share']:.0%}", "50%"),
-            ("largest loss difference to the plain loop (nats per token)",
-             f"{result['max_loss_difference']:.1e}", "1e-4"),
-        ]  # fmt: skip
-    if "evaluations_asked" in result:
-        rows += [
-            ("D2C: evaluations asked for", f"{result['evaluations_asked']}", ""),
-            ("D2C: evaluations done", f"{result['evaluations_done']:.0f}", ""),
-            ("D2C: asked for / done", f"{result['evaluations_ratio']:.2f}", "5"),
-            ("D2C: seconds", f"{result['d2c_seconds']:.0f}", ""),
-        ]
-    for stage, one in result.get("growth", {}).items():
-        sizes = ", ".join(map(str, result["growth_sizes"]))
-        seconds = ", ".join(f"{s:.1f}" for s in one["seconds"])
-        target = "2" if stage == "probe" else "1"
-        rows.append((f"{stage}: seconds for N = {sizes}; exponent",
-                     f"{seconds}; {one['exponent']:.2f}", target))  # fmt: skip
-    if "ranks_ratio" in result:
-        same = "the same bytes" if result["ranks_same_bytes"] else "OTHER BYTES"
-        seconds = ", ".join(f"{one:.1f}" for one in result["ranks_seconds"].values())
-        rows.append(("one rank on all cores, two on the same, two under mlx.launch: seconds",
-                     f"{seconds}; {result['ranks_ratio']:.2f}, {same}", ""))  # fmt: skip
-    return rows
-
-
 def main():
     """Measure, save after each part, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,9 +53,7 @@ def main():
         result |= measure(part, options.library, options.quick, sizes)
         result |= {"library": str(options.library), "quick": options.quick, "machine": machine()}
         write_json(RESULT, result)
-    print("| what | value | target |\n|---|--:|--:|")
-    for row in table(result):
-        print("| " + " | ".join(row) + " |")
+    show("probe", probe=result)
 
 
 if __name__ == "__main__":

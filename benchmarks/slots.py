@@ -17,6 +17,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from tables import show
+
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
@@ -170,37 +172,6 @@ def measure_all(options, directory):
     return results
 
 
-def table(results):
-    """Lines of Markdown: mean, and the range over seeds (and draws, of `random`)."""
-    lines = ["| K | case | excess | retention | seeds |", "|--:|---|--:|--:|--:|"]
-    groups = {}
-    for one in results:
-        groups.setdefault((one["clusters"], one["case"]), []).append(one)
-    for (n_clusters, case), rows in sorted(
-        groups.items(), key=lambda item: (item[0][0], mean(item[1], "excess"))
-    ):
-        excess = [value for one in rows for value in one["each_excess"]]
-        kept = [value for one in rows for value in one["each_retention"]]
-        lines.append(
-            f"| {n_clusters} | {case} | {spread(excess, '.3f')} | {spread(kept, '.1%')} |"
-            f" {len(rows)} |"
-        )
-    return lines
-
-
-def mean(rows, key):
-    """Over rows."""
-    return sum(one[key] for one in rows) / len(rows)
-
-
-def spread(values, form):
-    """The mean, and the range if there are several."""
-    middle = format(sum(values) / len(values), form)
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
-
-
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,7 +187,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         results = measure_all(options, options.work or Path(directory))
-    print("\n".join(table(results)))
+    show("slots", slots={"rows": results})
 
 
 if __name__ == "__main__":
