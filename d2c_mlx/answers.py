@@ -11,7 +11,7 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
 from d2c_mlx.tasks import ExampleSet, Row, row_format
 
-__all__ = ["METRICS", "METRIC_NAMES", "answer_metrics", "answer_rows"]
+__all__ = ["METRICS", "METRIC_NAMES", "answer_metrics", "answer_rows", "folded", "word_f1"]
 
 METRICS = ("exact_match", "f1", "chrf")
 METRIC_NAMES = ("exact match", "F1", "chrF")
@@ -94,8 +94,8 @@ def answer_metrics(
             pairs = [(row[method], row["expected"]) for row in rows]
             heard, expected = zip(*pairs)
             tasks[task] = {
-                "exact_match": _mean([_folded(a) == _folded(b) for a, b in pairs]),
-                "f1": _mean([_f1(a, b) for a, b in pairs]),
+                "exact_match": _mean([folded(a) == folded(b) for a, b in pairs]),
+                "f1": _mean([word_f1(a, b) for a, b in pairs]),
                 "chrf": float(chrf.corpus_score(heard, [expected]).score),
             }
         if tasks:
@@ -108,12 +108,13 @@ def _mean(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """The text without case, and with single spaces alone."""
     return " ".join(text.casefold().split())
 
 
-def _f1(heard: str, expected: str) -> float:
-    """2 x common words / all words; 1 where both have none."""
+def word_f1(heard: str, expected: str) -> float:
+    """F1 of words, whatever their case and order: 2 x common / all, 1 where both have none."""
     a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (heard, expected))
     total = a.total() + b.total()
     return 2 * (a & b).total() / total if total else 1.0

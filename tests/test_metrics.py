@@ -1,0 +1,252 @@
+"""benchmarks/metrics.py: every metric by hand, against another way to it, and what must hold."""
+
+import re
+import time
+from collections import Counter
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metrics import METRIC_OF, paired_bootstrap, row_stats, source_edits, task_score
+from scipy.stats import bootstrap
+from sklearn.metrics import fbeta_score
+
+words = st.sampled_from("Das das ist Їжак п’ять mañana mañanas año , .".split())
+sentences = st.lists(words, min_size=1, max_size=9).map(" ".join)
+counts = st.tuples(*[st.integers(0, 4)] * 3)
+
+
+def gec(source, expected, answer):
+    return row_stats("gec-xx", f"Correct the errors in this sentence: {source}", expected, answer)
+
+
+def score(task, *pairs):
+    """Of (expected, answer)."""
+    return task_score(task, np.array([row_stats(task, "Do this: it", *pair) for pair in pairs]))
+
+
+def tokens(text):
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+@pytest.mark.parametrize("source, target, edits", [
+    ("Dei Größe wird angepasst.", "Die Größe wird angepasst.", [(0, 1, ("Die",))]),
+    ("Tipo archivo", "Tipo de archivo", [(1, 1, ("de",))]),
+    ("Я скажу хто він", "Я скажу, хто він", [(2, 2, (",",))]),
+    ("in in the house", "in the house", [(1, 2, ())]),
+    ("a b", "a  b ", []),
+    # Two errors side by side are two edits; a word split or joined is one.
+    ("e stato compeltato", "È stata compeltato", [(0, 1, ("È",)), (1, 2, ("stata",))]),
+    ("to day it rains", "today it rains", [(0, 2, ("today",))]),
+    ("the sub-way here", "the subway here", [(1, 4, ("subway",))]),
+    # A misspelt word beside one that is missing.
+    ("need configgure now", "need to configure now", [(1, 1, ("to",)), (1, 2, ("configure",))]),
+    ("need configgure now", "need configure it now", [(1, 2, ("configure",)), (2, 2, ("it",))]),
+    ("look at it", "watch it", [(0, 2, ("watch",))]),
+])  # fmt: skip
+def test_edits_by_hand(source, target, edits):
+    assert source_edits(source, target) == edits
+
+
+def test_gec_by_hand():
+    source, expected = "Dei Katze hat ein Maus", "Die Katze hat eine Maus"
+    assert gec(source, expected, expected) == (2, 0, 0)
+    assert gec(source, expected, source) == (0, 0, 2)
+    assert gec(source, expected, "Die Katze hat ein Maus") == (1, 0, 1)
+    # Another correction of the same place is wrong, and the right one missing.
+    assert gec(source, expected, "Die Katze hat einen Maus .") == (1, 2, 1)
+    assert gec("Gut: so", "Gut: so", "Gut: so") == (0, 0, 0)
+    # P = 3/4, R = 3/5: 1.25 x 0.45 / (0.25 x 0.75 + 0.6) = 5/7, not a mean over rows.
+    assert task_score("gec-de", np.array([[1, 0, 2], [2, 1, 0]])) == pytest.approx(500 / 7)
+    assert task_score("gec-de", np.array([[0, 0, 0]])) == 100
+    assert task_score("gec-de", np.array([[0, 0, 1]])) == 0
+    assert task_score("gec-de", np.array([[0, 1, 0]])) == 0
+
+
+def distance(a, b):
+    """Levenshtein's, as it is defined."""
+
+    @cache
+    def rest(i, j):
+        if i == len(a) or j == len(b):
+            return len(a) - i + len(b) - j
+        return min(rest(i + 1, j) + 1, rest(i, j + 1) + 1, rest(i + 1, j + 1) + (a[i] != b[j]))
+
+    return rest(0, 0)
+
+
+@settings(deadline=None)
+@given(sentences, sentences)
+def test_edits_make_the_target_and_no_fewer_tokens_could_change(source, target):
+    made, at, cost = [], 0, 0
+    for start, end, new in source_edits(source, target):
+        assert start >= at
+        made += [*tokens(source)[at:start], *new]
+        at, cost = end, cost + max(end - start, len(new))
+    assert [*made, *tokens(source)[at:]] == tokens(target)
+    assert cost == distance(tuple(tokens(source)), tuple(tokens(target)))
+
+
+@given(st.lists(counts, min_size=1, max_size=5))
+def test_gec_is_sklearns_f_beta(rows):
+    hits, wrong, missed = map(sum, zip(*rows))
+    there = [1] * hits + [0] * wrong + [1] * missed + [0]
+    said = [1] * hits + [1] * wrong + [0] * missed + [0]
+    expected = fbeta_score(there, said, beta=0.5, zero_division=1)
+    if wrong + missed and not hits:
+        expected = 0  # sklearn calls a precision of nothing 1
+    assert task_score("gec-uk", np.array(rows)) == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize("task, expected, answer, value", [
+    ("qa-pl", "peso dominikańskie", "Peso dominikanskie.", 50),
+    ("qa-en", "United Arab Emirates Dirham", "Dirham", 40),
+    ("num-fr", "huit cent trente-neuf", " Huit cent  trente-neuf\n", 100),
+    ("num-fr", "huit cent trente-neuf", "huit cent trente neuf", 0),
+    ("date-en", "July 12, 2018", "July 12 2018", 0),
+    # Longest common subsequence 2 of 3 and 4 words: P = 2/4, R = 2/3.
+    ("summ-de", "Wörterbuch für Übersetzer", "Wörterbuch der Übersetzer Europas", 400 / 7),
+    ("tone-fr", "Votre mère était là.", "votre mère ETAIT là", 75),
+    ("tone-it", "È già qui", "qui già È", 100 / 3),
+    ("summ-en", "!", "?", 100),
+    ("summ-en", "word", "?", 0),
+])  # fmt: skip
+def test_other_metrics_by_hand(task, expected, answer, value):
+    assert score(task, (expected, answer)) == pytest.approx(value)
+    assert score(task, (expected, answer), (expected, expected)) == pytest.approx(50 + value / 2)
+
+
+@settings(deadline=None)
+@given(sentences, sentences)
+def test_rouge_l_is_the_common_subsequence(expected, answer):
+    a, b = (tuple(re.findall(r"\w+", text.casefold())) for text in (expected, answer))
+
+    @cache
+    def common(i, j):
+        if i == len(a) or j == len(b):
+            return 0
+        if a[i] == b[j]:
+            return 1 + common(i + 1, j + 1)
+        return max(common(i + 1, j), common(i, j + 1))
+
+    value = Fraction(2 * common(0, 0), len(a) + len(b)) if a or b else 1
+    assert score("summ-uk", (expected, answer)) == pytest.approx(100 * float(value))
+    assert score("tone-uk", (expected, answer)) == score("summ-uk", (expected, answer))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=3))
+def test_chrf_is_sacrebleus_of_one_row_corpora(pairs):
+    found = [sacrebleu.corpus_chrf([answer], [[expected]]).score for expected, answer in pairs]
+    assert score("reply-de", *pairs) == pytest.approx(np.mean(found))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(METRIC_OF)), sentences, sentences)
+def test_values_are_in_bounds_and_a_perfect_answer_has_all(kind, expected, answer):
+    stats = np.array([row_stats(f"{kind}-es", f"Do this: {answer}", expected, expected)])
+    assert task_score(f"{kind}-es", stats) == pytest.approx(100)
+    stats = row_stats(f"{kind}-es", f"Do this: {expected}", expected, answer)
+    assert len(stats) == (3 if kind == "gec" else 1)
+    assert kind == "gec" or 0 <= stats[0] <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("kind", sorted(METRIC_OF))
+@pytest.mark.parametrize("right, wrong", [("їжак", "жук"), ("año", "ano"), ("già", "gia")])
+def test_letters_beyond_ascii_count(kind, right, wrong):
+    prompt = f"Do this: ха {wrong}"
+    found = [task_score(kind, np.array([row_stats(kind, prompt, f"ха {right}", f"ха {said}")]))
+             for said in (right, wrong)]  # fmt: skip
+    assert found[0] == pytest.approx(100) and found[1] < 80
+
+
+@settings(deadline=None)
+@given(sentences, sentences, sentences)
+def test_gec_counts_every_edit_once(source, expected, answer):
+    hits, wrong, missed = gec(source, expected, answer)
+    ours, theirs = (Counter(source_edits(source, text)) for text in (answer, expected))
+    assert hits == sum(min(ours[edit], theirs[edit]) for edit in ours)
+    assert (hits + wrong, hits + missed) == (ours.total(), theirs.total())
+    assert gec(source, answer, expected) == (hits, missed, wrong)
+
+
+def some_tasks(seed, n_tasks=4, n_rows=40):
+    """Two methods; the first has more right."""
+    rng = np.random.default_rng(seed)
+    names = [f"{kind}-{i}" for i, kind in zip(range(n_tasks), ["gec", "qa", "num", "reply"] * 99)]
+    ours, theirs = {}, {}
+    for name in names:
+        size = (n_rows, 3 if name.startswith("gec") else 1)
+        theirs[name] = rng.integers(0, 2, size).astype(float)
+        ours[name] = np.where(rng.random(size) < 0.2, 1.0, theirs[name])
+    return ours, theirs
+
+
+@pytest.mark.parametrize("task", ["gec-0", "qa-1"])
+def test_bootstrap_of_one_task_is_scipys(task):
+    a, b = (method[task] for method in some_tasks(0))
+    found = paired_bootstrap({task: a}, {task: b}, n=4000)
+
+    def difference(rows):
+        rows = rows.astype(int)
+        return task_score(task, a[rows]) - task_score(task, b[rows])
+
+    theirs = bootstrap((np.arange(len(a)),), difference, vectorized=False, n_resamples=4000,
+                       method="percentile", rng=np.random.default_rng(1))  # fmt: skip
+    interval, spread = theirs.confidence_interval, theirs.standard_error
+    assert found["difference"] == pytest.approx(difference(np.arange(len(a))))
+    assert found["low"] == pytest.approx(interval.low, abs=0.2 * spread)
+    assert found["high"] == pytest.approx(interval.high, abs=0.2 * spread)
+    assert found["p"] == pytest.approx((theirs.bootstrap_distribution <= 0).mean(), abs=0.03)
+
+
+def test_bootstrap_of_many_tasks_is_nearly_normal():
+    rng = np.random.default_rng(2)
+    ours, theirs = ({f"qa-{i}": rng.random((50, 1)) for i in range(20)} for _ in range(2))
+    gaps = [100 * (ours[name] - theirs[name]) for name in ours]
+    mean = np.mean([gap.mean() for gap in gaps])
+    spread = np.sqrt(sum(gap.var() / len(gap) for gap in gaps)) / len(gaps)
+    found = paired_bootstrap(ours, theirs, n=4000)
+    assert found["difference"] == pytest.approx(mean)
+    for key, quantile in (("low", -1.96), ("high", 1.96)):
+        assert found[key] == pytest.approx(mean + quantile * spread, abs=0.15 * spread)
+
+
+def test_p_is_how_often_the_only_better_row_is_not_drawn():
+    a = np.zeros((20, 1))
+    a[3] = 1
+    found = paired_bootstrap({"num-de": a}, {"num-de": np.zeros((20, 1))}, n=20_000)
+    assert found["p"] == pytest.approx((1 - 1 / 20) ** 20, abs=0.015)
+    assert found["difference"] == pytest.approx(5) and found["low"] == 0
+    same = paired_bootstrap({"num-de": a}, {"num-de": a})
+    assert same == {"difference": 0, "low": 0, "high": 0, "p": 1}
+
+
+def test_bootstrap_is_fast_and_the_same_again():
+    ours, theirs = some_tasks(1, 32, 20)
+    began = time.process_time()
+    found = paired_bootstrap(ours, theirs)
+    assert time.process_time() - began < 2
+    assert found["low"] < found["difference"] < found["high"] and found["p"] < 0.05
+    back = dict(reversed(ours.items()))
+    assert found == paired_bootstrap(back, theirs) != paired_bootstrap(ours, theirs, seed=1)
+    opposite = paired_bootstrap(theirs, ours)
+    assert opposite["low"] == pytest.approx(-found["high"])
+
+
+def test_what_cannot_be_scored_is_refused():
+    a = np.ones((3, 1))
+    for ours, theirs in (({}, {}), ({"qa-en": a}, {"qa-de": a}), ({"qa-en": a}, {"qa-en": a[1:]})):
+        with pytest.raises(ValueError):
+            paired_bootstrap(ours, theirs)
+    with pytest.raises(ValueError, match="no sentence"):
+        row_stats("gec-en", "Correct this", "a", "b")
+    for stats in (np.empty((0, 1)), np.ones(3)):
+        with pytest.raises(ValueError, match="stats of rows"):
+            task_score("qa-en", stats)
+    with pytest.raises(KeyError):
+        row_stats("poem-en", "a", "b", "c")
