@@ -27,6 +27,7 @@ from metrics import row_stats, task_score
 from sklearn.metrics import adjusted_rand_score
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
@@ -78,13 +79,9 @@ def agreement(ws, stored):
 
 def by_metric(ws, directory):
     """The loop of the paper, from K-Means, on 1 - score of answers to the probes."""
-    answers = Answers(directory, ws.probes, ws.config.model)
+    answers, n = Answers(directory, ws.probes, ws.config.model), ws.config.probe_examples
     rows = {
-        task.name: [
-            (row["messages"][-2]["content"], row["messages"][-1]["content"])
-            for row in task.probe[: ws.config.probe_examples]
-        ]
-        for task in ws.tasks
+        task.name: [tuple(question(row).values()) for row in task.probe[:n]] for task in ws.tasks
     }
 
     def cost(name, found):

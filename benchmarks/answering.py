@@ -50,14 +50,15 @@ def batched_answers(
     rows = [(one.task, i, x) for one in sets for i, x in enumerate(one.examples)]
     rows.sort(key=lambda row: row[2].offset)
     base.attach(adapter, fold=base.folds)
-    texts = batch_generate(
+    answers = batch_generate(
         base.model,
         base.tokenizer,
         [list(x.tokens[: x.offset]) for _, _, x in rows],
         max_tokens=[2 * x.n_targets + 16 for _, _, x in rows],
+        return_token_ids=True,
         stream=mx.default_stream(mx.default_device()),
-    ).texts
+    ).token_ids
     found = {one.task: [""] * len(one.examples) for one in sets}
-    for (task, i, _), text in zip(rows, texts):
-        found[task][i] = text.strip()
+    for (task, i, _), tokens in zip(rows, answers):
+        found[task][i] = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return found

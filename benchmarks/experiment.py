@@ -26,6 +26,7 @@ from metrics import METRIC_OF, paired_bootstrap, row_stats, task_score
 from slots import probes_of
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
+from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, measure
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
@@ -46,11 +47,7 @@ class Judge:
         self._ws, self._answers = ws, Answers(directory, ws.tests, ws.config.model)
         n = ws.config.test_examples
         self._rows = {
-            task.name: [
-                (row["messages"][-2]["content"], row["messages"][-1]["content"])
-                for row in task.test[:n]
-            ]
-            for task in ws.tasks
+            task.name: [tuple(question(row).values()) for row in task.test[:n]] for task in ws.tasks
         }
 
     def row(self, stored: Stored) -> dict[str, object]:

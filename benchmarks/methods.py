@@ -1,5 +1,6 @@
 """The methods of the experiment: what each stores of a library, in how many bytes."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -66,24 +67,18 @@ def slots_of(ws, nbytes: int) -> tuple[int, int]:
     """`(K, rank)` of merged adapters for so many bytes.
 
     K is the paper's: the budget's share of N, one at least. As adapters differ in size, the rank is
-    then the largest with which K adapters of every module are no more bytes than the budget.
+    then the largest with which K adapters of every module take no more bytes than the budget; where
+    rank 1 takes more, K is less.
 
     Raises:
         ValueError: not even one adapter of rank 1 fits.
     """
-    n = len(ws.names)
-    k = max(1, round(n * nbytes / sum(ws.sizes)))
-    per_rank = 2 * sum(sum(ws.base.module_shapes[path]) for path in ws.target_paths)
-    # Configs and tensor names, the most that an adapter has.
-    header = max(
-        size - 2 * sum(lora.rank * sum(lora.shape) for lora in one.modules.values())
-        for one, size in zip(map(ws.packed, ws.inputs), ws.sizes)
-    )
-    header *= len(ws.target_paths) / min(len(one.modules) for one in ws.inputs)
-    rank = int((nbytes / k - header) // per_rank)
-    if rank < 1:
-        raise ValueError(f"{nbytes:,} bytes: {k} adapters of rank 1 do not fit")
-    return k, min(rank, max(one.rank for one in ws.inputs))
+    most = max(one.rank for one in ws.inputs)
+    for k in range(max(1, round(len(ws.names) * nbytes / sum(ws.sizes))), 0, -1):
+        rank = bisect_right(range(1, most + 1), nbytes / k, key=ws.nbytes_of_rank)
+        if rank:
+            return k, rank
+    raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")
 
 
 def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:

@@ -11,7 +11,15 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
 from d2c_mlx.tasks import ExampleSet, Row, row_format
 
-__all__ = ["METRICS", "METRIC_NAMES", "answer_metrics", "answer_rows", "folded", "word_f1"]
+__all__ = [
+    "METRICS",
+    "METRIC_NAMES",
+    "answer_metrics",
+    "answer_rows",
+    "question",
+    "folded",
+    "word_f1",
+]
 
 METRICS = ("exact_match", "f1", "chrf")
 METRIC_NAMES = ("exact match", "F1", "chrF")
@@ -48,7 +56,7 @@ def answer_rows(
     """
     if not rows or row_format(rows[0]) == ("text",):
         return []
-    found = [_question(row) for row in rows]
+    found = [question(row) for row in rows]
     for name, method in methods.items():
         model.attach(method.variants[0][examples.task])
         for entry, example in zip(found, examples.examples):
@@ -58,7 +66,8 @@ def answer_rows(
     return found
 
 
-def _question(row: Row) -> dict[str, str]:
+def question(row: Row) -> dict[str, str]:
+    """What a row's user said last as `prompt`, and the answer as `expected`."""
     if row_format(row) == ("messages",):
         asked = [one["content"] for one in row["messages"][:-1]]
         return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}

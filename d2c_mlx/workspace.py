@@ -148,14 +148,18 @@ class Workspace:
     def n_clusters(self) -> int:
         """How many adapters the budget has room for, whatever is merged with what."""
         rank = self.config.merge_rank or max(adapter.rank for adapter in self.inputs)
+        largest = max(self.nbytes_of_rank(rank), *self.sizes)
+        return self.budget.allowed_adapters(self.sizes, largest)
+
+    def nbytes_of_rank(self, rank: int) -> int:
+        """Bytes of a merged adapter with every module that some adapter has."""
         shapes = self.base.module_shapes
         widest = {
             path: LoRA(mx.zeros((shapes[path][0], rank)), mx.zeros((rank, shapes[path][1])))
             for path in self.target_paths
         }
         union = self.packed(replace(self.inputs[0], modules=widest))
-        largest = max(union.nbytes(self.base.n_layers), *self.sizes)
-        return self.budget.allowed_adapters(self.sizes, largest)
+        return union.nbytes(self.base.n_layers)
 
     @cached_property
     def target_paths(self) -> list[str]:

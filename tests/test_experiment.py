@@ -51,7 +51,7 @@ def test_a_method_stores_no_more_than_its_budget(ws, method):
 
 
 def test_bytes_that_hold_no_adapter_are_refused(ws):
-    with pytest.raises(ValueError, match="1 adapters of rank 1 do not fit"):
+    with pytest.raises(ValueError, match="1,000 bytes: no adapter of rank 1 fits"):
         slots_of(ws, 1000)
 
 
