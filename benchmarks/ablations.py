@@ -19,6 +19,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import d2c_mlx  # noqa: F401  the fast BLAS first
+
+# isort: split
 import numpy as np
 from answering import Answers
 from experiment import workspace
@@ -26,7 +29,6 @@ from methods import PAPER, by_d2c, by_features, merged
 from metrics import row_stats, task_score
 from sklearn.metrics import adjusted_rand_score
 
-import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.doctor import machine

@@ -4,6 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import d2c_mlx  # noqa: F401  the fast BLAS first
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.generate import batch_generate
 

@@ -19,13 +19,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import d2c_mlx  # noqa: F401  the fast BLAS first
+
+# isort: split
 import numpy as np
 from answering import Answers
 from methods import DRAWN, METHODS, Planner, Stored, merged
 from metrics import METRIC_OF, paired_bootstrap, row_stats, task_score
 from slots import probes_of
 
-import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, measure
 from d2c_mlx.config import RunConfig
