@@ -62,17 +62,24 @@ def plain_loop(base, adapters, sets):
     return values
 
 
-def torch_base(base, directory):
-    """The same float32 weights in transformers."""
-    from transformers import AutoModelForCausalLM
-
+def float32_base(base, directory):
+    """Write the base as an mlx-lm directory with float32 weights, none quantized."""
     model, _ = load(str(base.path), lazy=True)
     model.set_dtype(mx.float32)
     save_model(directory, dequantize_model(model))
     config = json.loads((base.path / "config.json").read_text())
-    del config["quantization"]
-    (directory / "config.json").write_text(json.dumps(config))
-    shutil.copyfile(base.path / "tokenizer_config.json", directory / "tokenizer_config.json")
+    config.pop("quantization", None)
+    (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base.path / name).exists():
+            shutil.copyfile(base.path / name, directory / name)
+
+
+def torch_base(base, directory):
+    """The same float32 weights in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    float32_base(base, directory)
     return AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
 
 
