@@ -22,8 +22,9 @@ LIBRARY := --library $(BENCH) --work $(BENCH)/work
 
 benchmark: .venv/benchmark blas
 	$(BIN)/python benchmarks/library/rows.py --output $(BENCH)/tasks --cache $(BENCH)/downloads
-	$(BIN)/python benchmarks/train.py --recipe benchmarks/library/recipe.yaml --tasks $(BENCH)/tasks --output $(BENCH)
-	$(BIN)/python benchmarks/decay.py --library $(BENCH)
+	$(BIN)/python benchmarks/train.py --recipe benchmarks/library/recipe.yaml --tasks $(BENCH)/tasks \
+	  --output $(BENCH) --result benchmarks/results/library.json
+	$(BIN)/python benchmarks/decay.py $(BENCH)
 	$(BIN)/python benchmarks/experiment.py $(LIBRARY)
 	$(BIN)/python benchmarks/ablations.py $(LIBRARY)
 	$(BIN)/python benchmarks/tables.py

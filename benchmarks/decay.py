@@ -16,11 +16,11 @@ of energies over the largest.
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 
 import numpy as np
+import tables
 
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.doctor import machine
@@ -31,7 +31,6 @@ from d2c_mlx.sources import find_adapters
 
 RESULT = Path(__file__).parent / "results" / "decay.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def singular_values(a, b):
@@ -110,42 +109,6 @@ def measure_library(library, shapes):
     return [line for line in found if line]
 
 
-def row(label, lines):
-    """One line of the table: means over adapters."""
-
-    def mean(key):
-        return statistics.fmean(line[key] for line in lines)
-
-    largest = max(len(line["cumulative"]) for line in lines)
-    shares = [
-        statistics.fmean(line["cumulative"][min(k, len(line["cumulative"])) - 1] for line in lines)
-        if k <= largest else math.nan
-        for k in RANKS
-    ]  # fmt: skip
-    cells = ["" if math.isnan(x) else f"{x:.1%}" for x in shares]
-    cells += [f"{mean(key):.1f}" for key in ("rank_90", "rank_99", "stable_rank", "effective_rank")]
-    return f"| {label} | {len(lines)} | " + " | ".join(cells) + " |"
-
-
-def table(lines):
-    """Markdown: both kinds, each in all and by rank, and the attention of those that have more."""
-    heads = [f"energy in {k}" for k in RANKS]
-    heads += ["rank for 90%", "for 99%", "stable rank", "effective rank"]
-    rows = ["| adapters | n | " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) + 1)]
-    for kind in ("weak", "strong"):
-        some = [line for line in lines if line["kind"] == kind]
-        ranks = sorted({line["rank"] for line in some})
-        if some:
-            rows.append(row(f"**{kind}**", some))
-        for rank in ranks if len(ranks) > 1 else ():
-            label = f"{kind}, rank {rank}"
-            rows.append(row(label, [line for line in some if line["rank"] == rank]))
-        attention = [line["attention"] for line in some if line.get("attention")]
-        if attention:
-            rows.append(row(f"{kind} with MLP, their attention only", attention))
-    return "\n".join(rows)
-
-
 def main():
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,8 +121,9 @@ def main():
     lines = [
         line for library in options.libraries for line in measure_library(library.resolve(), shapes)
     ]
-    write_json(options.output, {"machine": machine(), "adapters": lines})
-    print(table(lines))
+    result = {"machine": machine(), "adapters": lines}
+    write_json(options.output, result)
+    tables.show("decay", decay=result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The plots of benchmarks/README.md. Each function gets `read` of result_files.py."""
 
+import statistics
+
+import tables_of_experiment as paper
 from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, moves
 
 from d2c_mlx.charts import COLOURS, TEXT, new_figure
@@ -34,6 +37,35 @@ def bytes_excess(read):
     axes.axhline(0, color=TEXT, linewidth=0.8)
     axes.set_xlabel("budget, % of the adapters' 16-bit bytes")
     axes.set_ylabel("excess loss (nats per target token)")
+    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
+    return figure
+
+
+def experiment(read):
+    """Average score of every method by budget, and of the individual adapters."""
+    result = read("experiment")
+    lines = {}
+    for budget, method, rows in paper.groups(result):
+        lines.setdefault(method, {})[budget] = statistics.mean(
+            paper.averages(row)[0] for row in rows
+        )
+    styles = {"auto": ("-o", ORANGE), "D2C, moves": ("-s", BLUE), "D2C, mean": ("-^", GREEN)}
+    marks = iter("Dvx+*pPhX<>")
+    figure, axes = new_figure(6, 3.6)
+    for method, points in lines.items():
+        style, colour = styles.get(method, (f"-{next(marks)}", GREY))
+        axes.plot(list(points), list(points.values()), style, color=colour, label=method,
+                  markersize=4)  # fmt: skip
+    for row in paper.ends(result):
+        axes.axhline(paper.averages(row)[0], color=TEXT, linewidth=0.8, linestyle=":")
+        axes.annotate(row["method"], (axes.get_xlim()[1], paper.averages(row)[0]), color=TEXT,
+                      fontsize=8, va="bottom", ha="right")  # fmt: skip
+    axes.set_xscale("log")
+    ticks = sorted({budget for points in lines.values() for budget in points})
+    axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("budget, % of the adapters' 16-bit bytes")
+    axes.set_ylabel("average score, %")
     figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
     return figure
 

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import plots_of_results as plots
+import tables_of_experiment as paper
 import tables_of_packs as packs
 import tables_of_speed as speed
 from result_files import reader
@@ -34,6 +35,13 @@ TABLES = {
     "routers": speed.routers,
     "serve": speed.serve,
     "order": packs.order,
+    "library": paper.library,
+    "train-mlx": paper.train_mlx,
+    "decay": paper.decay,
+    "experiment": paper.experiment,
+    "kinds": paper.kinds,
+    "clusters": paper.clusters,
+    "ablations": paper.ablations,
 }
 # plots/<name>.svg -> function(read) that returns a matplotlib figure.
 PLOTS = {"bytes": plots.bytes_excess, "slots": plots.slots}

@@ -7,6 +7,7 @@ A recipe has a line per adapter with settings of its own; `--names` takes some o
 `<task>/train.jsonl` and judges by `<task>/test.jsonl`, before and after. One adapter at a
 time; a stopped run continues with the first one that is missing. `training.jsonl` in the output has
 a line for every adapter; one that does not beat the base says so. Seconds are those of training.
+`--result FILE` gets the same lines with the SHA-256 of every adapter's weights.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import yaml
 from loops import torch_base
 from peft import LoraConfig, get_peft_model
 
-from d2c_mlx.files import write_dir
+from d2c_mlx.doctor import machine
+from d2c_mlx.files import hash_file, write_dir, write_json
 from d2c_mlx.model import BaseModel
 
 
@@ -143,6 +145,7 @@ def parse():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, help="YAML with settings of every adapter")
     parser.add_argument("--names", help="tasks, separated by commas; default: the recipe's")
+    parser.add_argument("--result", type=Path, help="JSON file of all lines and hashes")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--targets", default="all-linear", help="or modules, with commas")
@@ -169,6 +172,15 @@ def jobs(options):
         yield name, argparse.Namespace(**vars(options) | own.get(name, {}))
 
 
+def manifest(output):
+    """All lines of a library's log, with hashes."""
+    rows = [json.loads(line) for line in open(output / "training.jsonl", encoding="utf-8")]
+    for row in rows:
+        file = output / "adapters" / row["name"] / "adapter_model.safetensors"
+        row["sha256"] = hash_file(file)
+    return {"machine": machine(), "rows": rows}
+
+
 def main():
     """Train what is missing."""
     options = parse()
@@ -183,6 +195,8 @@ def main():
         with open(options.output / "training.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+    if options.result:
+        write_json(options.result, manifest(options.output))
 
 
 if __name__ == "__main__":
