@@ -100,9 +100,9 @@ def train(model, examples, options):
 
 def lora_config(options, n_layers):
     """PEFT's config; `q,k,v,o` are the modules of attention, layers are counted from the end."""
-    targets = options.targets
-    if targets != "all-linear":
-        targets = [f"{one.removesuffix('_proj')}_proj" for one in targets.split(",")]
+    # PEFT takes no layers beside its "all-linear", which is these seven of a llama.
+    targets = options.targets.replace("all-linear", "q,k,v,o,gate,up,down")
+    targets = [f"{one.removesuffix('_proj')}_proj" for one in targets.split(",")]
     last = None if options.layers == "all" else int(options.layers)
     return LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
