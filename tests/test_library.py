@@ -217,3 +217,22 @@ def test_words_are_text():
         return [value]
 
     assert not [leaf for leaf in leaves(WORDS) if isinstance(leaf, bool)]
+
+
+def test_peft_takes_every_line_of_the_recipe():
+    # In a process of its own, with the imports of train.py in their order.
+    script = (
+        "import sys, yaml, argparse; from train import lora_config\n"
+        "lines = yaml.safe_load(open(sys.argv[1]))['adapters']\n"
+        "found = [lora_config(argparse.Namespace(**line), 30) for line in lines]\n"
+        "for line, one in zip(lines, found):\n"
+        "    assert len(one.target_modules) == (7 if line['targets'] == 'all-linear' else 4)\n"
+        "    last = line['layers']\n"
+        "    assert one.layers_to_transform == (None if last == 'all' else "
+        "list(range(30 - last, 30)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, LIBRARY / "recipe.yaml"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
