@@ -58,8 +58,8 @@ def experiment(read):
                   markersize=4)  # fmt: skip
     for row in paper.ends(result):
         axes.axhline(paper.averages(row)[0], color=TEXT, linewidth=0.8, linestyle=":")
-        axes.annotate(row["method"], (axes.get_xlim()[1], paper.averages(row)[0]), color=TEXT,
-                      fontsize=8, va="bottom", ha="right")  # fmt: skip
+        axes.annotate(row["method"], (1, paper.averages(row)[0]), color=TEXT, fontsize=8,
+                      xycoords=("axes fraction", "data"), va="bottom", ha="right")  # fmt: skip
     axes.set_xscale("log")
     ticks = sorted({budget for points in lines.values() for budget in points})
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
