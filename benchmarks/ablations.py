@@ -25,9 +25,8 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import numpy as np
 from answering import Answers
 from experiment import workspace
-from methods import PAPER, by_d2c, by_features, merged
+from methods import PAPER, by_d2c, by_features, follows, merged
 from metrics import row_stats, task_score
-from sklearn.metrics import adjusted_rand_score
 
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, bench_methods
@@ -47,18 +46,8 @@ def judged(ws, stored):
         "it": Method(stored.nbytes, [stored.serves]),
     }
     found = bench_methods(ws.evaluator, methods, ws.tests)["it"]
-    return {key: found[key] for key in ("excess", "retention")} | stored.about | alike(ws, stored)
-
-
-def alike(ws, stored):
-    """Whether clusters follow what adapters do, or their language: adjusted Rand index, 1 if so."""
-    place = {name: c for c, names in enumerate(stored.about["clusters"]) for name in names}
-    labels = [place[name] for name in ws.names]
-    kinds, languages = zip(*(name.split("-") for name in ws.names))
-    return {
-        "rand_of_kinds": float(adjusted_rand_score(kinds, labels)),
-        "rand_of_languages": float(adjusted_rand_score(languages, labels)),
-    }
+    kept = {key: found[key] for key in ("excess", "retention")}
+    return kept | stored.about | {"follows": follows(stored.about["clusters"])}
 
 
 def agreement(ws, stored):

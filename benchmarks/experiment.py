@@ -24,7 +24,7 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 # isort: split
 import numpy as np
 from answering import Answers
-from methods import DRAWN, METHODS, Planner, Stored, merged
+from methods import DRAWN, METHODS, Planner, Stored, follows, merged
 from metrics import METRIC_OF, paired_bootstrap, row_stats, task_score
 from slots import probes_of
 
@@ -148,7 +148,7 @@ def measure_seed(options, seed, wanted):
                 allowed = int(sum(ws.sizes) * float(budget) / 100)
                 stored = merged(ws, *METHODS[method], allowed, 1000 * seed + draw)
             row = judge.row(stored)
-        about = {"method": method, "budget": float(budget), "seed": seed, "draw": draw}
+        about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw}
         now = time.perf_counter()
         write(place(options, seed, budget, method, draw), about, row, round(now - started, 1))
         left = (now - began) / done * (len(wanted) - done) / 3600
@@ -174,6 +174,9 @@ def summary(options):
         if ours:
             row["auto_against_it"] = paired_bootstrap(stats[id(ours[0])], stats[id(row)])
     for row in rows:
+        # A plan has own adapters, most of them alone.
+        if row["method"] != "auto" and len(row.get("clusters", [])) > 1:
+            row["follows"] = follows(row["clusters"])
         row["tasks"] = {
             task: [round(one["loss"], 5), round(one["score"], 3)]
             for task, one in row["tasks"].items()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
@@ -111,6 +112,20 @@ def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
         {ws.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
         sum(one.nbytes(ws.base.n_layers) for one in adapters), len(adapters), about,
     )  # fmt: skip
+
+
+def follows(clusters: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Adjusted Rand index of clusters of tasks `kind-language` with `kinds` and `languages`.
+
+    1: they are these groups; 0: they have no more to do with them than chance.
+    """
+    placed = [(name.split("-"), c) for c, names in enumerate(clusters) for name in names]
+    labels = [c for _, c in placed]
+    truths = zip(*(parts for parts, _ in placed))
+    return {
+        what: float(adjusted_rand_score(truth, labels))
+        for what, truth in zip(("kinds", "languages"), truths)
+    }
 
 
 def at_random(problem, _adapters, k, seed) -> Clustering:

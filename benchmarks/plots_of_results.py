@@ -46,7 +46,8 @@ def experiment(read):
     result = read("experiment")
     lines = {}
     for budget, method, rows in paper.groups(result):
-        lines.setdefault(method, {})[budget] = statistics.mean(
+        share = float(budget.rstrip("%"))
+        lines.setdefault(method, {})[share] = statistics.mean(
             paper.averages(row)[0] for row in rows
         )
     styles = {"auto": ("-o", ORANGE), "D2C, moves": ("-s", BLUE), "D2C, mean": ("-^", GREEN)}

@@ -44,7 +44,11 @@ TABLES = {
     "ablations": paper.ablations,
 }
 # plots/<name>.svg -> function(read) that returns a matplotlib figure.
-PLOTS = {"bytes": plots.bytes_excess, "slots": plots.slots}
+PLOTS = {
+    "bytes": plots.bytes_excess,
+    "experiment": plots.experiment,
+    "slots": plots.slots,
+}
 START, END = re.compile(r"<!-- table: (.*?) -->"), "<!-- end -->"
 
 

@@ -7,7 +7,6 @@ the metric of each task, excess in nats per target token over the individual ada
 import statistics
 
 from result_files import markdown
-from sklearn.metrics import adjusted_rand_score
 from tables_of_packs import spread
 
 ENDS = ("base", "individual")
@@ -33,7 +32,10 @@ def groups(result):
             found.setdefault((row["budget"], row["method"]), []).append(row)
     return sorted(
         ((*key, rows) for key, rows in found.items()),
-        key=lambda one: (-one[0], -statistics.mean(averages(row)[0] for row in one[2])),
+        key=lambda one: (
+            -float(one[0].rstrip("%")),
+            -statistics.mean(averages(row)[0] for row in one[2]),
+        ),
     )
 
 
@@ -55,7 +57,7 @@ def experiment(read):
         scores, losses = zip(*map(averages, rows))
         ahead = [row["auto_against_it"] for row in rows if "auto_against_it" in row]
         lines.append((
-            f"{budget:g}%", method, spread(scores, ".1f"),
+            budget, method, spread(scores, ".1f"),
             f"{statistics.mean(scores) / ceiling[0]:.1%}",
             f"{statistics.mean(row['share'] for row in rows):.2%}",
             spread([loss - ceiling[1] for loss in losses], ".4f"), interval(ahead),
@@ -80,8 +82,8 @@ def kinds(read):
     """Scores by kind of task, of the first seed and draw."""
     result = read("experiment")
     first = [
-        (f"{method}, {budget:g}%", rows[0])
-        for budget, method, rows in groups(result) if method == "auto" or budget == 12.5
+        (f"{method}, {budget}", rows[0])
+        for budget, method, rows in groups(result) if method == "auto" or budget == "12.5%"
     ]  # fmt: skip
     columns = [*zip(ENDS, ends(result)), *first]
     names = {}
@@ -99,21 +101,11 @@ def clusters(read):
     """Whether clusters follow what adapters do or their language: adjusted Rand index."""
     lines = []
     for budget, method, rows in groups(read("experiment")):
-        several = [row for row in rows if len(row["clusters"]) > 1 and method != "auto"]
-        if several:
-            found = [rand(row["clusters"]) for row in several]
-            lines.append(
-                (f"{budget:g}%", method, *(spread(values, ".2f") for values in zip(*found)))
-            )
+        found = [row["follows"] for row in rows if "follows" in row]
+        if found:
+            each = ([one[what] for one in found] for what in ("kinds", "languages"))
+            lines.append((budget, method, *(spread(values, ".2f") for values in each)))
     return markdown(("budget", "method", "kinds of task", "languages"), lines, left=2)
-
-
-def rand(groups_of_names):
-    """`(kinds, languages)`: 1 if clusters are these, 0 if they have nothing to do with them."""
-    placed = [(name, c) for c, names in enumerate(groups_of_names) for name in names]
-    names, labels = zip(*placed)
-    each = zip(*(name.split("-") for name in names))
-    return tuple(float(adjusted_rand_score(truth, labels)) for truth in each)
 
 
 def ablations(read):
@@ -121,7 +113,7 @@ def ablations(read):
     lines = [
         (row["case"], row["value"], f"{row['excess']:.4f}", f"{row['retention']:.1%}",
          "" if row["probe_regret"] is None else f"{row['probe_regret']:.3f}",
-         f"{row['rand_of_kinds']:.2f}, {row['rand_of_languages']:.2f}",
+         f"{row['follows']['kinds']:.2f}, {row['follows']['languages']:.2f}",
          f"{row['agree']:.0%}, {row['costs']:.4f}" if "agree" in row else "")
         for row in read("ablations")["rows"]
     ]  # fmt: skip

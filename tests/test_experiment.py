@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from answering import batched_answers
 from loras import adapters_of, dense
-from methods import METHODS, by_arrival, by_linkage, merged, slots_of
+from methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
 from tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.config import RunConfig
@@ -84,6 +84,12 @@ def test_adapters_that_arrive_join_the_slot_that_is_most_alike(seed):
             slots[int(np.argmax([cosine(rows[i], mean) for mean in means]))].append(i)
     found = by_arrival(None, adapters, 3, seed).groups
     assert sorted(map(sorted, found)) == sorted(sorted(map(int, slot)) for slot in slots)
+
+
+def test_clusters_follow_kinds_or_languages():
+    kinds = [["qa-en", "qa-de"], ["gec-en", "gec-de"]]
+    assert follows(kinds)["kinds"] == 1 and follows(kinds)["languages"] < 0
+    assert follows([["qa-en", "gec-en"], ["qa-de", "gec-de"]])["languages"] == 1
 
 
 def test_average_linkage_of_cosines():
