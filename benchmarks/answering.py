@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.answers import longest
 from d2c_mlx.files import write_json
 from d2c_mlx.model import BaseModel
 from d2c_mlx.tasks import ExampleSet
@@ -47,7 +48,7 @@ def batched_answers(
 ) -> dict[str, list[str]]:
     """mlx-lm's `batch_generate`, rows of alike length side by side.
 
-    An answer is cut where `d2c_mlx.answers.answer_rows` cuts it. Prompts in a batch are padded, so
+    Prompts in a batch are padded, so
     that an answer may differ from the one alone where two tokens are as likely but for rounding.
     """
     rows = [(one.task, i, x) for one in sets for i, x in enumerate(one.examples)]
@@ -57,7 +58,7 @@ def batched_answers(
         base.model,
         base.tokenizer,
         [list(x.tokens[: x.offset]) for _, _, x in rows],
-        max_tokens=[2 * x.n_targets + 16 for _, _, x in rows],
+        max_tokens=[longest(x) for _, _, x in rows],
         return_token_ids=True,
         stream=mx.default_stream(mx.default_device()),
     ).token_ids

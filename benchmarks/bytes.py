@@ -20,6 +20,7 @@ from families import bits_alone, in_hindsight, rank_alone, shared_basis
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
+from d2c_mlx.budget import parse_budget
 from d2c_mlx.candidates import SCALES
 from d2c_mlx.compact import index_of
 from d2c_mlx.config import RunConfig
@@ -28,7 +29,6 @@ from d2c_mlx.files import write_json
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.pipeline import run
 from d2c_mlx.planner import make_plan, measure, planned
-from d2c_mlx.workspace import Workspace
 
 RESULT = Path(__file__).parent / "results" / "bytes.json"
 # Candidates that a family may choose from.
@@ -155,7 +155,7 @@ def main():
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
         ws = run(config, until="probe", quiet=True)
-        rooms = [Workspace(replace(config, budget=one), quiet=True).room for one in budgets]
+        rooms = [ws.room_of(parse_budget(one)) for one in budgets]
         candidates, facts = measured(ws, rooms)
         facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)

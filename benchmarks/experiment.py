@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
@@ -30,12 +29,12 @@ from slots import probes_of
 
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, measure
+from d2c_mlx.budget import parse_budget
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
 from d2c_mlx.pipeline import run
 from d2c_mlx.progress import progress_bar
-from d2c_mlx.workspace import Workspace
 
 RESULT = Path(__file__).parent / "results" / "experiment.json"
 CEILING, FLOOR = "individual", "base"
@@ -134,8 +133,7 @@ def measure_seed(options, seed, wanted):
             write(path, {"method": name}, judge.row(stored), 0)
     # All budgets, also those that are done: the candidates of a plan do not depend on what is left.
     rooms = {
-        budget: Workspace(replace(ws.config, budget=f"{budget}%"), quiet=True).room
-        for budget in options.budgets.split(",")
+        budget: ws.room_of(parse_budget(f"{budget}%")) for budget in options.budgets.split(",")
     }
     planner = Planner(ws, list(rooms.values()))
     began = time.perf_counter()

@@ -15,7 +15,6 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.features import gram, similarity
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.merge import merge_adapters
-from d2c_mlx.merger import Merger
 from d2c_mlx.planner import make_plan, measure, planned
 
 # Methods that are drawn several times: partitions, and orders in which adapters arrive.
@@ -85,11 +84,7 @@ def slots_of(ws, nbytes: int) -> tuple[int, int]:
 def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
     """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
     k, rank = slots_of(ws, nbytes)
-    config = replace(ws.config, merge_method=merge_method, merge_rank=rank)
-    merger = Merger(
-        config, ws.base, ws.evaluator, ws.adapters, ws.probes,
-        lambda losses, tasks: ws.problem.regret(losses, tasks), ws.engine.workers,
-    )  # fmt: skip
+    merger = ws.merger_of(replace(ws.config, merge_method=merge_method, merge_rank=rank))
     problem = replace(
         ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
     )

@@ -25,7 +25,6 @@ from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_par
 from d2c_mlx.config import MERGE_METHODS, RunConfig
 from d2c_mlx.doctor import machine
 from d2c_mlx.files import write_json
-from d2c_mlx.merger import Merger
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.reading import load_adapter
@@ -66,11 +65,7 @@ def probes_of(library, seed, n_examples, directory):
 
 def served(ws, clustering, changes):
     """What serves every task when the clusters are merged with other options; and the scales."""
-    config = replace(ws.config, **changes)
-    merger = Merger(
-        config, ws.base, ws.evaluator, ws.adapters, ws.probes,
-        lambda losses, tasks: ws.problem.regret(losses, tasks), ws.engine.workers,
-    )  # fmt: skip
+    merger = ws.merger_of(replace(ws.config, **changes))
     merges = [merger.final(members) for members in clustering.groups]
     adapters = {ws.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]

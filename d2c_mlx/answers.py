@@ -9,15 +9,16 @@ from typing import Any, Protocol
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
-from d2c_mlx.tasks import ExampleSet, Row, row_format
+from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
 
 __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "answer_metrics",
     "answer_rows",
-    "question",
     "folded",
+    "longest",
+    "question",
     "word_f1",
 ]
 
@@ -42,8 +43,7 @@ def answer_rows(
 ) -> list[dict[str, str]]:
     """Greedy answers to some rows of one task under every method's first variant.
 
-    An answer is cut where it is twice as long as the expected one and 16 tokens more: by then it is
-    wrong.
+    An answer is cut after `longest` tokens.
 
     Args:
         model: afterwards the last adapter is attached.
@@ -61,9 +61,14 @@ def answer_rows(
         model.attach(method.variants[0][examples.task])
         for entry, example in zip(found, examples.examples):
             prompt = example.tokens[: example.offset]
-            tokens = model.answer(prompt, 2 * example.n_targets + 16)
+            tokens = model.answer(prompt, longest(example))
             entry[name] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return found
+
+
+def longest(example: Example) -> int:
+    """Tokens after which an answer is cut: by then it is wrong."""
+    return 2 * example.n_targets + 16
 
 
 def question(row: Row) -> dict[str, str]:

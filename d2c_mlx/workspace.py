@@ -168,6 +168,10 @@ class Workspace:
 
     @cached_property
     def room(self) -> int:
+        """`room_of` the run's budget."""
+        return self.room_of(self.budget)
+
+    def room_of(self, budget: Budget) -> int:
         """Bytes that a compact pack has for rows, whatever it stores.
 
         Raises:
@@ -175,10 +179,10 @@ class Workspace:
         """
         shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
         header = most_header_nbytes(self.names, self.base.name, shapes, GROUP_SIZE)
-        nbytes = self.budget.allowed_bytes(sum(self.sizes)) or 0
+        nbytes = budget.allowed_bytes(sum(self.sizes)) or 0
         if nbytes <= header:
             raise BudgetError(
-                f"budget: {self.budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
+                f"budget: {budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
                 f" to {header:,}; give more than that"
             )
         return nbytes - header
@@ -219,8 +223,12 @@ class Workspace:
     @cached_property
     def merger(self) -> Merger:
         """What merges the adapters, each set of members once."""
+        return self.merger_of(self.config)
+
+    def merger_of(self, config: RunConfig) -> Merger:
+        """One that merges with other options."""
         return Merger(
-            self.config, self.base, self.evaluator, self.adapters, self.probes,
+            config, self.base, self.evaluator, self.adapters, self.probes,
             lambda losses, tasks: self.problem.regret(losses, tasks), self.engine.workers,
         )  # fmt: skip
 
