@@ -24,7 +24,7 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 # isort: split
 import numpy as np
 from answering import Answers
-from experiment import workspace
+from experiment import claim, workspace
 from methods import PAPER, by_d2c, by_features, follows, merged
 from metrics import row_stats, task_score
 
@@ -132,6 +132,7 @@ def main():
     parser.add_argument("--tests", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    claim(options)
     options.budgets = str(options.budget)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}

@@ -90,10 +90,27 @@ def cases(options):
                     yield seed, budget, method, draw
 
 
+def claim(options):
+    """Make the work directory; what is kept there is of one library, base model and test rows.
+
+    Raises:
+        SystemExit: it has been used with others; in one line.
+    """
+    now = {"library": str(options.library.resolve()), "model": options.model,
+           "tests": options.tests}  # fmt: skip
+    path = options.work / "settings.json"
+    if not path.exists():
+        options.work.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != now:
+        raise SystemExit(f"{path}: found {before}, expected {now}; take another --work")
+
+
 def place(options, seed, budget, method, draw):
     """The file of a row."""
-    name = f"{method}-{budget}-{seed}-{draw}.json".replace(", ", "-").replace(" ", "-")
-    return options.work / "rows" / name
+    name = f"{method}-{budget}-{seed}-{draw}-{options.examples}.json"
+    return options.work / "rows" / name.replace(", ", "-").replace(" ", "-")
 
 
 def workspace(options, seed):
@@ -128,9 +145,10 @@ def measure_seed(options, seed, wanted):
         CEILING: Stored(dict(zip(ws.names, ws.adapters)), sum(ws.sizes), len(ws.names), {}),
     }
     for name, stored in ends.items():
-        path = options.work / "rows" / f"{name}.json"
+        path, started = options.work / "rows" / f"{name}.json", time.perf_counter()
         if not path.exists():
-            write(path, {"method": name}, judge.row(stored), 0)
+            row = judge.row(stored)
+            write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
     # All budgets, also those that are done: the candidates of a plan do not depend on what is left.
     rooms = {
         budget: ws.room_of(parse_budget(f"{budget}%")) for budget in options.budgets.split(",")
@@ -146,7 +164,8 @@ def measure_seed(options, seed, wanted):
                 allowed = int(sum(ws.sizes) * float(budget) / 100)
                 stored = merged(ws, *METHODS[method], allowed, 1000 * seed + draw)
             row = judge.row(stored)
-        about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw}
+        about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw,
+                 "examples": options.examples}  # fmt: skip
         now = time.perf_counter()
         write(place(options, seed, budget, method, draw), about, row, round(now - started, 1))
         left = (now - began) / done * (len(wanted) - done) / 3600
@@ -156,6 +175,7 @@ def measure_seed(options, seed, wanted):
 def summary(options):
     """What results/experiment.json holds: all rows, without the statistics of single test rows."""
     rows = [json.loads(p.read_text("utf-8")) for p in sorted((options.work / "rows").iterdir())]
+    rows = [row for row in rows if row.get("examples") in (None, options.examples)]
     stats = {
         id(row): {task: np.array(one["stats"]) for task, one in row["tasks"].items()}
         for row in rows
@@ -198,6 +218,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    claim(options)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
     missing = [one for one in cases(options) if not place(options, *one).exists()]
     for seed in dict.fromkeys(seed for seed, *_ in missing):

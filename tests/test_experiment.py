@@ -150,3 +150,9 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
     }
     assert set(second) - set(first) == {("K-Means", 0, 0), ("K-Means", 1, 0)}
     assert "random" not in capsys.readouterr().out
+    # What is kept is of these test rows.
+    command[command.index("--tests") + 1] = 3
+    with pytest.raises(
+        SystemExit, match=r"settings\.json: found .*'tests': 2.*expected .*'tests': 3"
+    ):
+        call("auto")
