@@ -12,9 +12,9 @@ from mlx_lm.generate import batch_generate
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.answers import longest
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import write_json
 from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import ExampleSet
 
 
 class Answers:

@@ -20,6 +20,9 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.pipeline import run
 from d2c_mlx.probe import Counts, tune_scale
 
+# All but "pairs", which asks for as many merges as there are pairs of adapters.
+INITS = ("adapters", "kmeans", "random", "table")
+
 
 def forgetful(asked, grid):
     """How often the walk of `tune_scale` asks when it forgets what it knows.
@@ -81,7 +84,7 @@ def measure(library, n_clusters, restarts, n_examples):
         try:
             problem = dataclasses.replace(ws.problem, merge=merge, losses=losses)
             started = time.perf_counter()
-            found = d2c(problem, n_clusters, search="paper", restarts=restarts)
+            found = d2c(problem, n_clusters, search="paper", init=INITS, restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
             merger.tune_scale = tune_scale

@@ -31,7 +31,7 @@ def measure(part, library, quick, sizes):
     if part == "engine":
         return engine.measure(library, 2, 3 if quick else 10, 1)
     if part == "d2c":
-        n_clusters, restarts, n_examples = (2, 2, 4) if quick else (6, 4, 4)
+        n_clusters, restarts, n_examples = (2, 2, 4) if quick else (6, 4, 10)
         return d2c.measure(library, n_clusters, restarts, n_examples)
     if part == "growth":
         return growth.measure(library, (2, 4, 8) if quick else sizes, 2 if quick else 6, 160)

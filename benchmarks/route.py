@@ -19,12 +19,13 @@ from common import load_library
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.doctor import environment
 from d2c_mlx.engine import Engine
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import write_json
 from d2c_mlx.forward import run_blocks
 from d2c_mlx.pack import load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, prompt_states, router_of
-from d2c_mlx.tasks import ExampleSet, load_task
+from d2c_mlx.tasks import load_task
 
 import mlx.core as mx  # isort: skip
 

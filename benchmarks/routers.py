@@ -23,12 +23,13 @@ from route import FOREIGN, prompts_of, routed_losses, share
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.doctor import environment
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import write_json
 from d2c_mlx.mixed import MixedModel, RowAdapters
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import load_pack
 from d2c_mlx.routing import fit_router
-from d2c_mlx.tasks import ExampleSet, load_task
+from d2c_mlx.tasks import load_task
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
-from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
+from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.tasks import Row, row_format
 
 __all__ = [
     "METRICS",

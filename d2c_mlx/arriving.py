@@ -10,6 +10,7 @@ from typing import Any
 from d2c_mlx.cache import LossCache
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import AdapterError, PackError, TaskError
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter
 from d2c_mlx.locate import cache_directory, very_base
@@ -19,7 +20,7 @@ from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
 from d2c_mlx.sources import find_adapters
-from d2c_mlx.tasks import ExampleSet, load_tasks
+from d2c_mlx.tasks import load_tasks
 from d2c_mlx.workspace import CUTS, read_adapters
 
 __all__ = ["arrive", "route_prompts"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = [
     "BatchCost",

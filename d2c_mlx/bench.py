@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.probe import Evaluator
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["Method", "bench_methods", "measure"]
 

@@ -110,7 +110,7 @@ def frontier(plan: Json, share: float) -> str:
     axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
     axes.set_ylim(bottom=2 * min(-0.001, *(row["all"] for row in plan["frontier"])))
     axes.set_xlabel("% of the adapters' 16-bit bytes")
-    axes.set_ylabel("normalised regret on the probes")
+    axes.set_ylabel("expected regret on the probes")
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     return _svg(figure)
 

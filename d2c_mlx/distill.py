@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,9 +13,9 @@ from d2c_mlx.activations import target_scores
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.forward import KeysValues, find_head, run_blocks
 from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Distiller", "Factors", "Row"]
 
@@ -99,6 +99,20 @@ class Distiller:
             for i, m, c, nll in zip(batch, *parts):
                 rows[i] = Row(examples[i], i < len(answered.examples), m, c, float(nll.sum()))
         return [rows[i] for i in range(len(examples))]
+
+    def taught(self, adapter: Adapter, examples: ExampleSet) -> ExampleSet:
+        """The set with the adapter's answers as targets: a loss on it is KL(adapter || student).
+
+        What the NLL is expected to rise by if the adapter is right, without the luck of the few
+        answers at hand, of which a student may be surer than its teacher.
+
+        Args:
+            adapter: attached, and left so.
+            examples: their own answers only say where the adapter is asked.
+        """
+        rows = self.teach(adapter, examples)
+        expected = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
+        return replace(examples, teacher=adapter.digest, expected=expected)
 
     def excess(self, adapter: Adapter, rows: Sequence[Row]) -> float:
         """Mean NLL per target minus the teacher's; attaches the adapter."""

@@ -20,6 +20,7 @@ from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
 from d2c_mlx.blas import loaded_blas
 from d2c_mlx.errors import ConfigError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint
 from d2c_mlx.forward import (
     KeysValues,
@@ -34,7 +35,6 @@ from d2c_mlx.forward import (
 )
 from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import Kept, Piece, groups, workers_here
-from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Engine", "Savings"]
 
@@ -101,7 +101,8 @@ class Engine:
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
         self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
-        self._head = find_head(base.model) if self.savings.head else None
+        self._separate = find_head(base.model)
+        self._head = self._separate if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self._compiled: dict[Any, Any] = {}
@@ -135,7 +136,7 @@ class Engine:
         Raises:
             ConfigError: a row does not fit the memory limit.
         """
-        if examples.digest not in self._batches:
+        if examples.tokens_digest not in self._batches:
             n_prefix = len(self._prefix_of(examples))
             lengths = [self._width(len(row.tokens) - n_prefix) for row in examples.examples]
             copies = self.savings.stack
@@ -151,11 +152,14 @@ class Engine:
                 )
             if not self.savings.batches:
                 cut = [[i] for batch in cut for i in batch]
-            self._batches[examples.digest] = cut
-        return self._batches[examples.digest]
+            self._batches[examples.tokens_digest] = cut
+        return self._batches[examples.tokens_digest]
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
-        """Evaluate; yields (index of the piece, sum of its targets' NLL in nats) as they come."""
+        """Evaluate; yields (index of the piece, sum over its targets in nats) as they come.
+
+        The sum is that of the targets' NLL; of a set with a teacher, of KL(teacher || student).
+        """
         for group in groups(pieces, self.savings.stack):
             alone = len(group) == 1
             self.base.attach(*(pieces[i][0] for i, *_ in group), fold=self.fold and alone)
@@ -191,9 +195,10 @@ class Engine:
         if start is not None:
             _, states = run_prefix(self.base.model, tiled(start, copies, last), first)
         parts = []
-        for batch, x in zip(rows, inputs):
+        for batch, some, x in zip(batches, rows, inputs):
             x = tiled(x, copies, last)
-            nll = self._batch_nll(batch, x, copies, len(prefix), states, first)
+            expected = [examples.expected[i] for i in batch] if examples.teacher else []
+            nll = self._batch_nll(some, expected, x, copies, len(prefix), states, first)
             last[:] = [nll]
             parts.append(nll.reshape(copies, -1))
         return mx.concatenate(parts, axis=1)
@@ -216,7 +221,7 @@ class Engine:
         last: list[mx.array],
     ) -> tuple[mx.array | None, list[mx.array]]:
         """Hidden states before block `first` of the prefix and of every batch."""
-        key = examples.digest, first
+        key = examples.tokens_digest, first
         kept = self._kept.get(key)
         if kept is None:
             model, states, kept = self.base.model, None, []
@@ -234,13 +239,17 @@ class Engine:
     def _batch_nll(
         self,
         batch: Sequence[Example],
+        expected: Sequence[np.ndarray],
         x: mx.array,
         copies: int,
         n_prefix: int,
         states: list[KeysValues] | None,
         first: int,
     ) -> mx.array:
-        """`(copies * n_targets,)` NLL of the batch's targets, one adapter after the other."""
+        """`(copies * n_targets,)` NLL of the batch's targets, one adapter after the other.
+
+        Where a teacher's answers are `expected`, KL(teacher || student) instead.
+        """
         row, column, target = [], [], []
         for i, example in enumerate(batch):
             positions = range(example.first_target, len(example.tokens))
@@ -250,19 +259,22 @@ class Engine:
         n = len(target)
         rows = mx.array([copy * len(batch) + i for copy in range(copies) for i in row])
         columns, targets = mx.array(column * copies), mx.array(target * copies)
-        if self._head is None:
+        head = self._separate if expected else self._head
+        if head is None:
             logits = full_logits(self.base.model, x, states)[rows, columns]
-            return self._nll_of(logits, targets)
+            normaliser, gold = target_scores(logits, targets, self._fast)
+            return normaliser - gold
         hidden = self._blocks(x, states, first)[rows, columns]
+        means = mx.array(np.concatenate([*expected] * copies)) if expected else None
         parts: list[mx.array] = []
         for i in range(0, n * copies, self._n_logits):
-            some = after(hidden[i : i + self._n_logits], parts[-1:])
-            parts.append(self._nll_of(self._head(some), targets[i : i + self._n_logits]))
+            place = slice(i, i + self._n_logits)
+            some = after(hidden[place], parts[-1:])
+            normaliser, gold = target_scores(head(some), targets[place], self._fast)
+            if means is not None:
+                gold = (means[place, :-1] * some).sum(axis=-1) - means[place, -1]
+            parts.append(normaliser - gold)
         return mx.concatenate(parts)
-
-    def _nll_of(self, logits: mx.array, targets: mx.array) -> mx.array:
-        normaliser, gold = target_scores(logits, targets, self._fast)
-        return normaliser - gold
 
     def _blocks(self, x: mx.array, states: list[KeysValues] | None, first: int) -> mx.array:
         if not self.savings.compile:

@@ -14,10 +14,10 @@ from mlx.utils import tree_unflatten
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.forward import run_blocks
 from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import Workers
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["Inputs", "input_activations"]
 

@@ -11,12 +11,12 @@ import numpy as np
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
 from d2c_mlx.config import AUTO_METHODS, RunConfig
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.inputs import Inputs, input_activations
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Evaluator, tune_scale
 from d2c_mlx.schedule import Workers
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["SCALES", "Merged", "Merger"]
 

@@ -20,10 +20,11 @@ from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.errors import ModelError, TaskError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint, hash_file
 from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
-from d2c_mlx.tasks import Example, ExampleSet, Row, row_format
+from d2c_mlx.tasks import Row, row_format
 
 __all__ = ["BaseModel", "block_index", "encode", "greedy", "linear_shapes", "load_stock"]
 

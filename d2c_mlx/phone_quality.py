@@ -9,11 +9,12 @@ from typing import Any
 from d2c_mlx.answers import answer_metrics, answer_rows
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.engine import Engine
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Evaluator, Runner
 from d2c_mlx.progress import Bar
 from d2c_mlx.stock import StockModel
-from d2c_mlx.tasks import ExampleSet, Row
+from d2c_mlx.tasks import Row
 
 __all__ = ["HeldOut", "measure_quality"]
 

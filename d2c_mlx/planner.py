@@ -32,7 +32,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         rooms: bytes to plan for; none: what the run's budget leaves.
     """
     n, rooms = len(ws.names), sorted(rooms) or [ws.room]
-    base = ws.problem.regret(ws.table.base)
+    base = ws.expected_regret(None, range(n))
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     candidates += sized(ws, own, "own", rooms)
@@ -44,7 +44,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         if ratio * predicted >= best:
             break
         merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
-        regret = sum((one.regret or 0.0) * len(members) for members, one in merges)
+        regret = sum(float(ws.expected_regret(one.adapter, m).sum()) for m, one in merges)
         if regret >= best:
             break
         ratio = max(0.0, regret) / max(predicted, 1e-9)

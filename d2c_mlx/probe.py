@@ -12,9 +12,9 @@ import numpy as np
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cache import LossCache
 from d2c_mlx.errors import AdapterError, InputError, ModelError
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint
 from d2c_mlx.schedule import Piece
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = [
     "Counts",

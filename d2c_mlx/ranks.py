@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,9 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.config import RANK_VARIABLES
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import D2CError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import LOT, Piece
-from d2c_mlx.tasks import Example, ExampleSet
 
 __all__ = ["Ranks", "launched", "leading", "local_ranks", "serve", "shares"]
 
@@ -196,6 +197,8 @@ def _packed(pieces: Sequence[Piece], cut: list[list[int]]) -> tuple[dict[str, An
     for adapter in adapters.values():
         for lora in adapter.modules.values():
             floats += [np.array(x.astype(mx.float32)).ravel() for x in (lora.a, lora.b)]
+    for one in sets.values():
+        floats += [expected.ravel() for expected in one.expected]
     header = {
         "shares": cut,
         "pieces": [
@@ -207,8 +210,14 @@ def _packed(pieces: Sequence[Piece], cut: list[list[int]]) -> tuple[dict[str, An
             for adapter in adapters.values()
         ],
         "sets": [
-            (one.task, [(row.tokens, row.offset) for row in one.examples]) for one in sets.values()
-        ],
+            (
+                one.task,
+                one.teacher,
+                [(row.tokens, row.offset) for row in one.examples],
+                [expected.shape for expected in one.expected],
+            )
+            for one in sets.values()
+        ],  # fmt: skip
     }
     return header, np.concatenate(floats)
 
@@ -223,8 +232,13 @@ def _unpacked(header: dict[str, Any], floats: np.ndarray) -> list[Piece]:
             loras[path] = LoRA(mx.array(a), mx.array(b), scale)
             start = stop
         adapters.append(Adapter("", loras))
-    for task, rows in header["sets"]:
-        sets.append(ExampleSet(task, tuple(Example(tuple(t), offset) for t, offset in rows)))
+    for task, teacher, rows, shapes in header["sets"]:
+        examples, expected = tuple(Example(tuple(t), offset) for t, offset in rows), []
+        for shape in shapes:
+            stop = start + math.prod(shape)
+            expected.append(floats[start:stop].reshape(shape))
+            start = stop
+        sets.append(ExampleSet(task, examples, teacher=teacher, expected=tuple(expected)))
     return [(None if i is None else adapters[i], sets[j]) for i, j in header["pieces"]]
 
 

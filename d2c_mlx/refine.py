@@ -19,9 +19,9 @@ import numpy as np
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.blas import all_cores
 from d2c_mlx.distill import Distiller, Factors, Row
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.model import BaseModel
 from d2c_mlx.probe import Meter, Silent
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["Member", "RefineOptions", "Refined", "hold_back", "refine"]
 

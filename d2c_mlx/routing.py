@@ -25,11 +25,11 @@ from safetensors.numpy import save_file
 
 from d2c_mlx.batches import by_length
 from d2c_mlx.errors import PackError, TaskError
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.forward import run_blocks
 from d2c_mlx.pack import Pack
 from d2c_mlx.packing import with_file
 from d2c_mlx.strict import parse_json
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = [
     "ROUTER",

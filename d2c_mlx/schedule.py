@@ -14,7 +14,7 @@ import mlx.core as mx
 from d2c_mlx.activations import paced
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.blas import limit_blas_threads, loaded_blas
-from d2c_mlx.tasks import ExampleSet
+from d2c_mlx.examples import ExampleSet
 
 __all__ = ["LOT", "Kept", "Piece", "Work", "Workers", "groups", "lots", "workers_here"]
 

@@ -23,12 +23,12 @@ from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.locate import cache_directory, resolve_model
 from d2c_mlx.model import greedy, linear_shapes, load_stock
 from d2c_mlx.schedule import Piece
 from d2c_mlx.serving import switch
-from d2c_mlx.tasks import ExampleSet
 
 __all__ = ["StockModel", "quantized_model"]
 

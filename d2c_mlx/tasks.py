@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.errors import InputError, TaskError, collect, gather
-from d2c_mlx.files import fingerprint
 from d2c_mlx.strict import parse_json
 
 __all__ = [
-    "Example",
-    "ExampleSet",
     "Row",
     "Task",
     "load_task",
@@ -28,74 +24,6 @@ __all__ = [
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one row; `tokens[offset:]` are the targets that count in the loss."""
-
-    tokens: tuple[int, ...]
-    offset: int
-
-    @property
-    def first_target(self) -> int:
-        """Index of the first token that is predicted; nothing predicts token 0."""
-        return max(self.offset, 1)
-
-    @property
-    def n_targets(self) -> int:
-        """Number of tokens that count in the loss."""
-        return len(self.tokens) - self.first_target
-
-
-@dataclass(frozen=True)
-class ExampleSet:
-    """The tokenized probe or test examples of one task.
-
-    Attributes:
-        task: its name.
-        examples: one per row.
-        cuts: row numbers at which an evaluation may stop early.
-    """
-
-    task: str
-    examples: tuple[Example, ...]
-    cuts: tuple[int, ...] = ()
-
-    @cached_property
-    def parts(self) -> tuple[ExampleSet, ...]:
-        """What is evaluated as a whole: the rows between two cuts."""
-        if not self.cuts:
-            return (self,)
-        bounds = (0, *self.cuts, len(self.examples))
-        return tuple(
-            ExampleSet(self.task, self.examples[start:stop])
-            for start, stop in zip(bounds, bounds[1:])
-        )
-
-    def cut(self, *shares: float) -> ExampleSet:
-        """The same set with cuts after these shares of its rows, rounded up.
-
-        Two rows at least before the first and after the last cut: a single row costs too much.
-        """
-        n = len(self.examples)
-        cuts = sorted({max(2, math.ceil(share * n)) for share in shares})
-        return ExampleSet(self.task, self.examples, tuple(cut for cut in cuts if cut <= n - 2))
-
-    @property
-    def n_targets(self) -> int:
-        """Number of target tokens."""
-        return sum(example.n_targets for example in self.examples)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens, prompts included: what an evaluation costs."""
-        return sum(len(example.tokens) for example in self.examples)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex SHA-256 of the token ids and offsets."""
-        return fingerprint([[example.tokens, example.offset] for example in self.examples])
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from d2c_mlx.convert import read_adapter
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, InputError, collect, gather
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.features import svd_features
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
+from d2c_mlx.forward import find_head
 from d2c_mlx.layout import most_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
@@ -35,7 +37,7 @@ from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.reading import load_adapter
 from d2c_mlx.sources import Source, find_adapters
-from d2c_mlx.tasks import ExampleSet, Task, load_tasks, load_unlabelled
+from d2c_mlx.tasks import Task, load_tasks, load_unlabelled
 
 __all__ = ["GROUP_SIZE", "Workspace", "read_adapters"]
 
@@ -208,6 +210,33 @@ class Workspace:
             found.append(module_gains(self.base, adapter, probe, cache=self.cache))
             self.evaluator.meter.advance(cost)
         return found
+
+    @cached_property
+    def taught(self) -> list[ExampleSet]:
+        """The probes with the answers of each task's own adapter as targets.
+
+        As they are where the architecture scales or caps its logits: see `Distiller`.
+        """
+        if find_head(self.base.model) is None:
+            return self.probes
+        model = Distiller(self.base)
+        return [model.taught(*pair) for pair in zip(self.adapters, self.probes)]
+
+    def expected_regret(self, adapter: Adapter | None, members: Sequence[int]) -> np.ndarray:
+        """`(n_members,)` normalised regret of tasks, as their own adapters expect it.
+
+        KL(own adapter || this one) on the probes, over the gain of `cluster.Problem`: 0 at the own
+        adapter. Where nothing can be taught (see `taught`) the regret on the probes themselves.
+
+        Args:
+            adapter: what serves them; None is the bare base model.
+            members: which tasks.
+        """
+        sets = [self.taught[i] for i in members]
+        (losses,) = self.evaluator.losses_in_parts([(adapter, sets)])
+        if all(one.teacher for one in sets):
+            return losses / self.problem.gain[list(members)]
+        return self.problem.regret(losses, np.array(members))
 
     @cached_property
     def problem(self) -> Problem:

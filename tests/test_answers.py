@@ -5,7 +5,7 @@ import sacrebleu
 
 from d2c_mlx.answers import METRICS, answer_metrics, answer_rows
 from d2c_mlx.bench import Method
-from d2c_mlx.tasks import Example, ExampleSet
+from d2c_mlx.examples import Example, ExampleSet
 
 
 def row(expected, **answers):

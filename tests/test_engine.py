@@ -9,17 +9,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.base import scaled_dot_product_attention
+from scipy.special import log_softmax
 from tiny import library, peft_adapter, tiny_model
 
 from d2c_mlx.activations import attention
 from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
 from d2c_mlx.convert import read_adapter
+from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import ConfigError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.forward import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.model import BaseModel, _Slot
 from d2c_mlx.schedule import Kept, Workers, lots
-from d2c_mlx.tasks import Example, ExampleSet, load_task
+from d2c_mlx.tasks import load_task
 
 SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
 
@@ -75,6 +78,48 @@ def test_every_saving_equals_the_plain_loop(tiny, off, options):
     base, adapters, sets = tiny
     savings = Savings(**dict.fromkeys(off, False), **options)
     assert_equals_plain(base, Engine(base, savings=savings), adapters, sets)
+
+
+def logits_of(base, adapter, example):
+    base.attach(adapter)
+    return np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
+
+
+def divergence(base, teacher, adapter, examples):
+    """Sum of KL(teacher || adapter) over target tokens, from whole rows of logits in float64."""
+    total = 0.0
+    for example in examples.examples:
+        p, q = (log_softmax(logits_of(base, one, example), axis=-1) for one in (teacher, adapter))
+        total += (np.exp(p) * (p - q))[example.first_target - 1 :].sum()
+    return total
+
+
+@pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+def test_a_set_with_a_teacher_has_its_divergence(tiny, off, options):
+    base, adapters, sets = tiny
+    model = Distiller(base)
+    taught = [model.taught(adapters[2], one) for one in sets]
+    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False), **options))
+    pieces = list(itertools.product([None, *adapters], [*taught, *sets]))
+    for got, (adapter, one) in zip(run(engine, pieces), pieces):
+        if not one.teacher:
+            assert got == pytest.approx(plain(base, adapter, one), rel=1e-5)
+        elif adapter is adapters[2]:
+            assert got == pytest.approx(0, abs=2e-4)
+        else:
+            expected = divergence(base, adapters[2], adapter, one)
+            assert expected > 0.02 and got == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_taught_set_is_known_by_its_teacher(tiny):
+    base, adapters, (one, _) = tiny
+    model = Distiller(base)
+    first, second = (model.taught(adapter, one.cut(0.5)) for adapter in adapters[:2])
+    assert len({one.digest, first.digest, second.digest}) == 3
+    assert one.tokens_digest == first.tokens_digest == one.digest
+    assert [len(part.expected) for part in first.parts] == [2, 2]
+    assert {part.teacher for part in first.parts} == {adapters[0].digest}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 100])

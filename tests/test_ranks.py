@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from tiny import library
 
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import hash_tree
 from d2c_mlx.ranks import _packed, _unpacked, launched, local_ranks, shares
-from d2c_mlx.tasks import Example, ExampleSet
 
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
 
 
 def options(paths, output, **more):
-    values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks, **more}
+    values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks}
     values |= {"output": output, "budget": "50%", "plan": "d2c", "rounds": 2, "random-seeds": 1}
+    values |= more
     return ["run", "--quiet", *(f"--{name}={value}" for name, value in values.items())]
 
 
@@ -65,6 +66,21 @@ def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
     assert done.stdout.count("| pack |") == 1  # workers print nothing
     for name in ("pack", "losses.json", "clusters.json", "merges.json"):
         assert hash_tree(tmp_path / "run" / name) == hash_tree(alone / name)
+
+
+def test_a_planned_pack_has_the_same_bytes(paths, tmp_path):
+    """What the own adapters expect is sent to workers too."""
+    one, two = (
+        options(paths, tmp_path / n / "run", plan="auto", budget="60%") for n in ("one", "two")
+    )
+    command = [sys.executable, "-c", MAIN, *one]
+    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "one" / "cache")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    done = launch(2, two, tmp_path / "two" / "cache", port=40)
+    assert "exited with code" not in done.stderr, done.stdout + done.stderr
+    for name in ("pack", "plan.json"):
+        found = {hash_tree(tmp_path / n / "run" / name) for n in ("one", "two")}
+        assert len(found) == 1
 
 
 def test_bad_input_ends_all_ranks(paths, tmp_path):
@@ -122,12 +138,16 @@ def test_pieces_arrive_as_they_left(dtype):
         for i in range(3)
     }  # fmt: skip
     sets = [ExampleSet(name, (Example((1, 2, 3), 1), Example((4, 5), 0))) for name in "ab"]
-    sets[1] = ExampleSet("b", (Example((7, 8), 1),))
+    said = np.arange(15, dtype=np.float32).reshape(3, 5) / 7
+    sets[1] = ExampleSet(
+        "b", (Example((7, 8), 1), Example((7, 8, 9), 1)), (), "t", (said[:1], said[1:])
+    )
     pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
     header, floats = _packed(pieces, [[0], [1, 2]])
     assert len(header["adapters"]) == 1  # equal content travels once
     back = _unpacked(header, floats)
     assert [one for _, one in back] == [sets[0], sets[1], sets[0]]
+    assert [x.tolist() for x in back[1][1].expected] == [said[:1].tolist(), said[1:].tolist()]
     assert back[0][0] is None and back[1][0] is back[2][0]
     for path, lora in back[1][0].modules.items():
         for got, sent in ((lora.a, loras[path].a), (lora.b, loras[path].b)):

@@ -13,6 +13,7 @@ from tiny import LAYERS, library, write_jsonl
 
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import InputError, PackError, TaskError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import hash_file, hash_tree
 from d2c_mlx.living import add_adapter, remove_tasks
 from d2c_mlx.model import BaseModel
@@ -26,7 +27,7 @@ from d2c_mlx.routing import (
     prompt_states,
     save_router,
 )
-from d2c_mlx.tasks import Example, ExampleSet, load_task
+from d2c_mlx.tasks import load_task
 from d2c_mlx.verify import verify
 
 

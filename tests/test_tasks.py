@@ -6,8 +6,9 @@ from mlx_lm.utils import load_tokenizer
 from tiny import task, tiny_model, write_jsonl
 
 from d2c_mlx.errors import InputError, TaskError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import Example, ExampleSet, load_task, load_tasks
+from d2c_mlx.tasks import load_task, load_tasks
 
 
 def completion(i):
