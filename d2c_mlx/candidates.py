@@ -17,7 +17,7 @@ from d2c_mlx.cluster import Members
 from d2c_mlx.merge.core import to_core
 from d2c_mlx.plan import Candidate, allocate
 from d2c_mlx.quantize import Compressed, compress
-from d2c_mlx.rounding import Levels, columns
+from d2c_mlx.rounding import OFFERED, Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["SCALES", "Form", "candidates_of", "climb", "sized", "stored", "worth"]
@@ -163,4 +163,4 @@ def _rows_nbytes(ws: Workspace, levels: Mapping[str, Levels]) -> int:
 
 def _counts_nbytes(ws: Workspace) -> int:
     """Of one adapter in the index: a byte per module and bits."""
-    return 3 * len(ws.target_paths)
+    return len(OFFERED) * len(ws.target_paths)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.errors import PackError
-from d2c_mlx.rounding import columns
+from d2c_mlx.rounding import OFFERED, columns
 
 __all__ = [
     "DTYPES",
@@ -131,8 +131,8 @@ def compact_nbytes(index: Index) -> int:
 def most_header_nbytes(
     names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
 ) -> int:
-    """More than the header of any pack of these adapters, or merges of them, at 4, 3 and 2 bits."""
-    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
+    """More than the header of any pack of these adapters, or merges of them, at bits `OFFERED`."""
+    full = {path: dict.fromkeys(OFFERED, 1) for path in shapes}
     index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
                        group_size)  # fmt: skip
     # Numbers in the header may have a few digits more.

@@ -76,6 +76,15 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     assert html.count("<svg") == 2 and "% of the adapters' 16-bit bytes" in html
 
 
+@pytest.mark.parametrize("budget", ["45%", "75%", "90%"])
+def test_no_pack_is_above_its_budget_at_any_bits(config, budget):
+    """With 8 bits the index has a byte more per module of every adapter."""
+    ws = run(replace(config, budget=budget), until="pack", quiet=True)
+    levels = [some for unit in ws.read("plan.json")["units"] for some in unit["levels"].values()]
+    assert ("8" in str(levels)) == (budget != "45%")
+    assert load_pack(ws.path("pack")).nbytes <= float(budget.rstrip("%")) / 100 * sum(ws.sizes)
+
+
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
     ws = run(config, until="pack", quiet=True)
     pack = load_pack(ws.path("pack"))
