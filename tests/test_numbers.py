@@ -240,7 +240,9 @@ def test_libraries_at_the_ends(tmp_path, kind, budget):
         assert methods["pack"]["loss"] == methods["individual"]["loss"] == methods["base"]["loss"]
         assert methods["pack"]["retention"] is None
     if kind == "identical":
-        assert methods["pack"]["excess"] < 1e-3  # a tuned scale may even gain
+        # A tuned scale may even gain. A plan offers no more than about 5 bits, which adapters of
+        # random numbers, whose losses are not their own, tell from 16.
+        assert methods["pack"]["excess"] < (1e-3 if budget == "2" else 0.05)
 
 
 @pytest.mark.parametrize("budget", ["1", "100%"])
