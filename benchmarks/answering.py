@@ -48,8 +48,8 @@ def batched_answers(
 ) -> dict[str, list[str]]:
     """mlx-lm's `batch_generate`, rows of alike length side by side.
 
-    Prompts in a batch are padded, so
-    that an answer may differ from the one alone where two tokens are as likely but for rounding.
+    Prompts in a batch are padded, so that an answer may differ from the one alone where two tokens
+    are as likely but for rounding.
     """
     rows = [(one.task, i, x) for one in sets for i, x in enumerate(one.examples)]
     rows.sort(key=lambda row: row[2].offset)

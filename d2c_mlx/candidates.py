@@ -17,7 +17,7 @@ from d2c_mlx.cluster import Members
 from d2c_mlx.merge.core import to_core
 from d2c_mlx.plan import Candidate, allocate
 from d2c_mlx.quantize import Compressed, compress
-from d2c_mlx.rounding import OFFERED, Levels, columns
+from d2c_mlx.rounding import Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["SCALES", "Form", "candidates_of", "climb", "sized", "stored", "worth"]
@@ -27,6 +27,8 @@ __all__ = ["SCALES", "Form", "candidates_of", "climb", "sized", "stored", "worth
 # merge costs all its tasks' probes, and matters only where bytes are scarce.
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
+# The largest: more than 4 bits take, which hardly shows; 8 for a merge, which has several shares.
+_MOST = {"own": 0.35, "merged": 0.54}
 # Share of the worth that all modules get alike.
 _EVENLY = 0.25
 SCALES = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0)
@@ -52,7 +54,7 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
     least: dict[Members, float] = {}
     known: set[tuple[int, str]] = set()
     # The largest first: the less is kept, the larger is the best scale.
-    for share in reversed(_grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), _STEPS[family])):
+    for share in reversed(_grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)):
         forms = []
         for u, unit in enumerate(units):
             levels = allocate(values[u], widths, share * whole[u])
@@ -73,10 +75,7 @@ def candidates_of(
     share: float,
     least: Mapping[Members, float] | None = None,
 ) -> list[Candidate]:
-    """Measure units in stored forms on the probes of their members, the scale of each tuned.
-
-    By `Workspace.expected_regret`: by the answers of ten rows a scale of 1.7 may look better than
-    the adapter itself, and a small form luckier than a large one.
+    """Measure units in stored forms by `ws.expected`, the scale of each tuned.
 
     Args:
         ws: with its probe table.
@@ -94,7 +93,7 @@ def _candidate(ws: Workspace, form: Form, family: str, share: float, least: floa
 
     def regret(scale: float) -> float:
         plain = small.scaled(scale).adapter(ws.base.dtype)
-        return float(ws.expected_regret(plain, members).sum())
+        return float(ws.expected.under(plain, members).sum())
 
     scale, lowest = climb(regret, SCALES[SCALES.index(least) :])
     nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
@@ -120,9 +119,10 @@ def stored(
     return compress(adapter, every, size).scaled(scale)
 
 
-def _grid(least: float, most: float, step: float) -> list[float]:
-    """Powers of `2 ** step` around shares of the 16-bit bytes; 0.35 is more than 4 bits take."""
-    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, 0.35))
+def _grid(least: float, most: float, family: str) -> list[float]:
+    """Powers of two, or of its root, around shares of the 16-bit bytes."""
+    step = _STEPS[family]
+    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, _MOST[family]))
     first, last = (round(end / step) for end in ends)
     return [2 ** (k * step) for k in range(first, last + 1)]
 
@@ -162,5 +162,5 @@ def _rows_nbytes(ws: Workspace, levels: Mapping[str, Levels]) -> int:
 
 
 def _counts_nbytes(ws: Workspace) -> int:
-    """Of one adapter in the index: a byte per module and bits."""
-    return len(OFFERED) * len(ws.target_paths)
+    """Of one adapter in the index: a byte per module and bits, mostly three in a plan."""
+    return 3 * len(ws.target_paths)

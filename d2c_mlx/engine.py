@@ -79,6 +79,7 @@ class Engine:
         memory_limit: bytes.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
+        separate: the head as a function of hidden states, None where logits are scaled or capped.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class Engine:
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
         self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
-        self._separate = find_head(base.model)
-        self._head = self._separate if self.savings.head else None
+        self.separate = find_head(base.model)
+        self._head = self.separate if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self._compiled: dict[Any, Any] = {}
@@ -259,7 +260,7 @@ class Engine:
         n = len(target)
         rows = mx.array([copy * len(batch) + i for copy in range(copies) for i in row])
         columns, targets = mx.array(column * copies), mx.array(target * copies)
-        head = self._separate if expected else self._head
+        head = self.separate if expected else self._head
         if head is None:
             logits = full_logits(self.base.model, x, states)[rows, columns]
             normaliser, gold = target_scores(logits, targets, self._fast)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.errors import PackError
-from d2c_mlx.rounding import OFFERED, columns
+from d2c_mlx.rounding import columns
 
 __all__ = [
     "DTYPES",
@@ -25,7 +25,7 @@ __all__ = [
     "compact_nbytes",
     "header",
     "make_index",
-    "most_header_nbytes",
+    "usual_header_nbytes",
     "tensor_name",
     "unfold",
 ]
@@ -128,11 +128,11 @@ def compact_nbytes(index: Index) -> int:
     return len(header(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
 
 
-def most_header_nbytes(
+def usual_header_nbytes(
     names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
 ) -> int:
-    """More than the header of any pack of these adapters, or merges of them, at bits `OFFERED`."""
-    full = {path: dict.fromkeys(OFFERED, 1) for path in shapes}
+    """More than the header of most packs of these adapters, or merges: those at 4, 3 and 2 bits."""
+    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
     index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
                        group_size)  # fmt: skip
     # Numbers in the header may have a few digits more.

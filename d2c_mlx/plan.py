@@ -15,7 +15,7 @@ import numpy as np
 
 from d2c_mlx.cluster import Members
 from d2c_mlx.errors import BudgetError
-from d2c_mlx.rounding import OFFERED, Levels
+from d2c_mlx.rounding import Levels
 
 __all__ = ["Candidate", "allocate", "choose"]
 
@@ -52,7 +52,7 @@ def allocate(
     worth: Mapping[str, np.ndarray],
     widths: Mapping[str, int],
     nbytes: float,
-    offered: Sequence[int] = OFFERED,
+    offered: Sequence[int] = (2, 3, 4, 8),
 ) -> dict[str, Levels]:
     """How many components of every module at how many bits: the most worth per byte first.
 
@@ -63,7 +63,7 @@ def allocate(
             loses a share of it. Modules that are worth nothing, or less, get nothing.
         widths: module path -> in + out.
         nbytes: most bytes of all factors.
-        offered: bits, rising.
+        offered: bits, rising. What 8 bits lose never shows, so 16 are not worth offering.
 
     Returns:
         Module path -> levels, `()` for a module that gets nothing.

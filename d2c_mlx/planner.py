@@ -13,10 +13,11 @@ from typing import Any
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.candidates import sized, stored
 from d2c_mlx.cluster import Members
+from d2c_mlx.layout import compact_nbytes, make_index
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, choose
 from d2c_mlx.quantize import Compressed
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["make_plan", "measure", "planned", "unit"]
 
@@ -32,7 +33,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         rooms: bytes to plan for; none: what the run's budget leaves.
     """
     n, rooms = len(ws.names), sorted(rooms) or [ws.room]
-    base = ws.expected_regret(None, range(n))
+    base = ws.expected.under(None, range(n))
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     candidates += sized(ws, own, "own", rooms)
@@ -44,7 +45,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         if ratio * predicted >= best:
             break
         merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
-        regret = sum(float(ws.expected_regret(one.adapter, m).sum()) for m, one in merges)
+        regret = sum((one.regret or 0.0) * len(members) for members, one in merges)
         if regret >= best:
             break
         ratio = max(0.0, regret) / max(predicted, 1e-9)
@@ -62,7 +63,7 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
         many were measured).
     """
     n, most = len(ws.names), ws.config.max_adapters
-    chosen = [candidates[j] for j in choose(candidates, n, room, most)]
+    chosen = _fitting(ws, candidates, room)
     return {
         "units": [_entry(ws, one) for one in chosen if one.family != "base"],
         "base": [ws.names[one.members[0]] for one in chosen if one.family == "base"],
@@ -70,6 +71,32 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
         "candidates": len(candidates),
         "frontier": list(_frontier(candidates, n, room, sum(ws.sizes), most)),
     }
+
+
+def _fitting(ws: Workspace, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
+    """The best choice whose file is no larger than `room` and what is set aside for its header."""
+    free = room
+    while True:
+        chosen = [
+            candidates[j] for j in choose(candidates, len(ws.names), free, ws.config.max_adapters)
+        ]
+        over = _file_nbytes(ws, chosen) - room - ws.header_nbytes
+        if over <= 0:
+            return chosen
+        free -= over
+
+
+def _file_nbytes(ws: Workspace, chosen: Sequence[Candidate]) -> int:
+    """Of the file; less if components turn out to be zero."""
+    some = [one for one in chosen if one.family != "base"]
+    units = [unit(ws, one.members) for one in some]
+    counts = [
+        {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
+        for one in some
+    ]
+    base = next((one.base for one in units if one.base), None)
+    names = [one.name for one in units]
+    return compact_nbytes(make_index(names, base, counts, ws.base.module_shapes, GROUP_SIZE))
 
 
 def planned(ws: Workspace, plan: dict[str, Any]) -> tuple[list[Compressed], dict[str, int | None]]:

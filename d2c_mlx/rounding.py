@@ -16,7 +16,6 @@ import scipy.linalg
 __all__ = [
     "BITS",
     "GROUP_SIZES",
-    "OFFERED",
     "Levels",
     "Quantized",
     "columns",
@@ -28,8 +27,6 @@ __all__ = [
 ]
 
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
-# Of a plan, rising. What 8 bits lose never shows, so 16 are not worth their bytes.
-OFFERED = (2, 3, 4, 8)
 # (number of components, bits), the leading components first: ((2, 4), (4, 2)) is two components
 # at 4 bit and the next four at 2.
 Levels = Sequence[tuple[int, int]]

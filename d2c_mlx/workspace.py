@@ -25,10 +25,10 @@ from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
+from d2c_mlx.expected import Expected
 from d2c_mlx.features import svd_features
 from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
-from d2c_mlx.forward import find_head
-from d2c_mlx.layout import most_header_nbytes
+from d2c_mlx.layout import usual_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
@@ -173,14 +173,20 @@ class Workspace:
         """`room_of` the run's budget."""
         return self.room_of(self.budget)
 
+    @cached_property
+    def header_nbytes(self) -> int:
+        """What is set aside for the header of a compact pack."""
+        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
+        base = max((one.base or "" for one in self.inputs), key=len)
+        return usual_header_nbytes(self.names, base, shapes, GROUP_SIZE)
+
     def room_of(self, budget: Budget) -> int:
-        """Bytes that a compact pack has for rows, whatever it stores.
+        """Bytes that a compact pack has for rows.
 
         Raises:
             BudgetError: the budget is below the header.
         """
-        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
-        header = most_header_nbytes(self.names, self.base.name, shapes, GROUP_SIZE)
+        header = self.header_nbytes
         nbytes = budget.allowed_bytes(sum(self.sizes)) or 0
         if nbytes <= header:
             raise BudgetError(
@@ -212,31 +218,12 @@ class Workspace:
         return found
 
     @cached_property
-    def taught(self) -> list[ExampleSet]:
-        """The probes with the answers of each task's own adapter as targets.
-
-        As they are where the architecture scales or caps its logits: see `Distiller`.
-        """
-        if find_head(self.base.model) is None:
-            return self.probes
-        model = Distiller(self.base)
-        return [model.taught(*pair) for pair in zip(self.adapters, self.probes)]
-
-    def expected_regret(self, adapter: Adapter | None, members: Sequence[int]) -> np.ndarray:
-        """`(n_members,)` normalised regret of tasks, as their own adapters expect it.
-
-        KL(own adapter || this one) on the probes, over the gain of `cluster.Problem`: 0 at the own
-        adapter. Where nothing can be taught (see `taught`) the regret on the probes themselves.
-
-        Args:
-            adapter: what serves them; None is the bare base model.
-            members: which tasks.
-        """
-        sets = [self.taught[i] for i in members]
-        (losses,) = self.evaluator.losses_in_parts([(adapter, sets)])
-        if all(one.teacher for one in sets):
-            return losses / self.problem.gain[list(members)]
-        return self.problem.regret(losses, np.array(members))
+    def expected(self) -> Expected:
+        """What the own adapters expect of others on their probes."""
+        return Expected(
+            self.base, self.evaluator, self.adapters, self.probes, self.problem,
+            self.engine.separate is not None,
+        )  # fmt: skip
 
     @cached_property
     def problem(self) -> Problem:
@@ -251,11 +238,19 @@ class Workspace:
 
     @cached_property
     def merger(self) -> Merger:
-        """What merges the adapters, each set of members once."""
-        return self.merger_of(self.config)
+        """What merges the adapters, each set of members once.
+
+        A plan compares merges with adapters that are stored in few bits, so they are tuned alike.
+        """
+        if not self.config.planned:
+            return self.merger_of(self.config)
+        return Merger(
+            self.config, self.base, self.evaluator, self.adapters, self.expected.sets,
+            self.expected.regret, self.engine.workers,
+        )  # fmt: skip
 
     def merger_of(self, config: RunConfig) -> Merger:
-        """One that merges with other options."""
+        """One that merges with other options, tuned by the probes' answers."""
         return Merger(
             config, self.base, self.evaluator, self.adapters, self.probes,
             lambda losses, tasks: self.problem.regret(losses, tasks), self.engine.workers,

@@ -23,7 +23,7 @@ MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run"
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {
     "slots": {"budget": "2", "refine": True, "refine_steps": 4, "merge_method": "linear"},
-    "bytes": {"budget": "30%"},
+    "bytes": {"budget": "20%"},
 }
 
 

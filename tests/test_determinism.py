@@ -26,7 +26,7 @@ NAMES = ["a", "b", "c", "d"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {
     "slots": {"budget": "2", "refine": True, "refine_steps": 4},
-    "bytes": {"budget": "30%"},
+    "bytes": {"budget": "20%"},
 }
 ARTIFACTS = ("losses.json", "clusters.json", "merges.json", "plan.json", "pack")
 

@@ -16,7 +16,7 @@ from d2c_mlx.pack import load_pack
 ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 KB = 1024
 # Both ways through the pipeline.
-BUDGETS = ["2", "30%"]
+BUDGETS = ["2", "20%"]
 
 
 def mounted(directory, nbytes, *, again=False):
@@ -93,15 +93,15 @@ def test_a_cache_on_a_full_disk(kilobytes, finish, tmp_path):
     with disk(tmp_path / "disk", 64 * KB) as full:
         stat = os.statvfs(full)
         (full / "filler").write_bytes(bytes(stat.f_bavail * stat.f_frsize - kilobytes * KB))
-        code, problem = finish("30%", tmp_path / "run", full)
+        code, problem = finish("20%", tmp_path / "run", full)
         assert code == 1 and problem.count("\n") == 1, problem
         assert problem.startswith(f"error: {full}/losses.sqlite: cannot be used as the cache of")
         assert "or run with --without cache" in problem
         if not kilobytes:  # What it says helps.
-            assert finish("30%", tmp_path / "other", full, "--without=cache") == (0, "")
+            assert finish("20%", tmp_path / "other", full, "--without=cache") == (0, "")
         (full / "filler").unlink()
         mounted(full, 4096 * KB, again=True)
-        assert finish("30%", tmp_path / "run", full) == (0, "")
+        assert finish("20%", tmp_path / "run", full) == (0, "")
         with sqlite3.connect(full / "losses.sqlite") as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert connection.execute("SELECT count(*) FROM losses").fetchone()[0] > 20

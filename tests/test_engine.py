@@ -9,8 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.base import scaled_dot_product_attention
-from scipy.special import log_softmax
-from tiny import library, peft_adapter, tiny_model
+from tiny import divergence, library, peft_adapter, tiny_model
 
 from d2c_mlx.activations import attention
 from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
@@ -78,20 +77,6 @@ def test_every_saving_equals_the_plain_loop(tiny, off, options):
     base, adapters, sets = tiny
     savings = Savings(**dict.fromkeys(off, False), **options)
     assert_equals_plain(base, Engine(base, savings=savings), adapters, sets)
-
-
-def logits_of(base, adapter, example):
-    base.attach(adapter)
-    return np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
-
-
-def divergence(base, teacher, adapter, examples):
-    """Sum of KL(teacher || adapter) over target tokens, from whole rows of logits in float64."""
-    total = 0.0
-    for example in examples.examples:
-        p, q = (log_softmax(logits_of(base, one, example), axis=-1) for one in (teacher, adapter))
-        total += (np.exp(p) * (p - q))[example.first_target - 1 :].sum()
-    return total
 
 
 @pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])

@@ -8,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import scipy.special
 from mlx.utils import tree_flatten, tree_map
-from tiny import library, peft_adapter, task, write_jsonl
+from tiny import library, log_probabilities, peft_adapter, task, write_jsonl
 
 from d2c_mlx.activations import use_exponentials
 from d2c_mlx.convert import read_adapter
@@ -73,15 +72,10 @@ def test_loss_is_nll_and_divergence_over_the_whole_vocabulary(base, members, mer
     """Against log-softmax in float64 numpy of the whole model's logits, row by row."""
     model, rows, factors = _student(base, merged, members[0])
 
-    def log_probabilities(adapter, example):
-        base.attach(adapter)
-        logits = np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
-        return scipy.special.log_softmax(logits[example.first_target - 1 :], axis=-1)
-
     for row in rows:
         example = row.example
-        own = log_probabilities(members[0].adapter, example)
-        q = log_probabilities(merged, example)
+        own = log_probabilities(base, members[0].adapter, example)
+        q = log_probabilities(base, merged, example)
         targets = list(example.tokens[example.first_target :])
         nll = -q[np.arange(len(targets)), targets]
         divergence = (np.exp(own) * (own - q)).sum(axis=-1)

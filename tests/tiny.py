@@ -9,6 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.llama import Model, ModelArgs
 from safetensors.numpy import save_file
+from scipy.special import log_softmax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -172,3 +173,19 @@ def library(root: Path, names: tuple[str, ...] | list[str]) -> Library:
         peft_adapter(paths.adapters, name, seed=seed)
         task(paths.tasks, name)
     return paths
+
+
+def log_probabilities(base, adapter, example) -> np.ndarray:
+    """`(n_targets, vocabulary)` in float64, from the whole row's logits."""
+    base.attach(adapter)
+    logits = np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
+    return log_softmax(logits[example.first_target - 1 :], axis=-1)
+
+
+def divergence(base, teacher, adapter, examples) -> float:
+    """KL(teacher || adapter), summed over all targets."""
+    total = 0.0
+    for example in examples.examples:
+        p, q = (log_probabilities(base, one, example) for one in (teacher, adapter))
+        total += float((np.exp(p) * (p - q)).sum())
+    return total
