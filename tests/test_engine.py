@@ -1,26 +1,22 @@
 """The engine against the plain loop: full logits, one row at a time, no shared prefix."""
 
 import itertools
-import subprocess
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.base import scaled_dot_product_attention
 from tiny import divergence, library, peft_adapter, tiny_model
 
-from d2c_mlx.activations import attention
-from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
+from d2c_mlx.batches import BatchCost, shared_prefix
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import ConfigError
-from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.forward import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.model import BaseModel, _Slot
-from d2c_mlx.schedule import Kept, Workers, lots
+from d2c_mlx.schedule import Workers
 from d2c_mlx.tasks import load_task
 
 SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
@@ -155,19 +151,6 @@ def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
     assert again == run(Engine(base), [(last, sets[0]), (other, sets[0])])
 
 
-def test_kept_states_stay_within_their_bytes():
-    kept = Kept(100)
-    x = [mx.zeros(10)]
-    for key in "abc":
-        kept.put(key, x)
-    assert kept.get("a") is None and kept.get("b") and kept.get("c")
-    kept.get("b")
-    kept.put("d", x)
-    assert kept.get("c") is None and kept.get("b")
-    kept.put("huge", [mx.zeros(26)])
-    assert kept.get("huge") is None and kept.get("b")
-
-
 def test_swapping_leaves_nothing_behind(tiny):
     base, (first, second, *_), sets = tiny
     engine = Engine(base)
@@ -253,26 +236,6 @@ def test_a_prefix_that_saves_little_is_not_run_apart(tiny):
     assert run(engine, [(first, few)])[0] == pytest.approx(plain(base, first, few), rel=1e-5)
 
 
-def test_rows_are_cut_where_padding_would_cost_more():
-    cost = BatchCost(4, 10, 10, 2, 2, 100, 64)
-    assert split_rows([50, 10, 50, 10], 0, cost, 1 << 30) == [[1, 3], [0, 2]]
-    assert split_rows([12, 10, 11, 10], 0, cost, 1 << 30) == [[1, 3, 2, 0]]
-    assert split_rows([10] * 4, 0, cost, cost(2, 10, 0)) == [[0, 1], [2, 3]]
-    assert split_rows([10, 11], 0, cost, cost(1, 10, 0)) is None
-    assert max(map(len, split_rows([100] * 50, 0, cost, 1 << 40))) == 20
-
-
-def test_the_shared_prefix_ends_before_the_first_predicting_position():
-    def rows(*pairs):
-        return ExampleSet("a", tuple(Example(tuple(tokens), offset) for tokens, offset in pairs))
-
-    same = range(10)
-    assert shared_prefix(rows((same, 8), (same, 6))) == tuple(range(5))
-    assert shared_prefix(rows(([*range(6), 9, 9], 7), (range(8), 7))) == tuple(range(6))
-    assert shared_prefix(rows(([0, 1, 2, 9], 3), (range(4), 3))) == ()
-    assert shared_prefix(rows((same, 8))) == ()
-
-
 def test_the_fingerprint_follows_what_changes_bits(tiny):
     base, _, sets = tiny
     plain_engine = Engine(base)
@@ -308,27 +271,6 @@ def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
     assert (engine.memory_limit == 8 << 30) is metal
 
 
-def test_lots_keep_the_order():
-    assert list(lots([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
-
-
-def test_workers_take_the_largest_first_and_stop_when_no_one_listens(tiny):
-    _, _, sets = tiny
-    many = [ExampleSet(str(i), sets[0].examples[:1] * (i + 1)) for i in range(6)]
-    seen = []
-
-    def body(some):
-        seen.append(some[0].task)
-        return [some[0].n_tokens]
-
-    workers = Workers(2)
-    assert sorted(workers.run(body, many)) == [(i, one.n_tokens) for i, one in enumerate(many)]
-    assert seen[0] == "5"
-    found = workers.run(lambda some: [1 / 0], many)
-    with pytest.raises(ZeroDivisionError):
-        next(found)
-
-
 def test_a_bias_survives_folding():
     linear = nn.Linear(6, 4)
     slot = _Slot(linear)
@@ -337,37 +279,3 @@ def test_a_bias_survives_folding():
     beside = slot(x)
     slot.folded = linear.weight + (a[0] @ b[0]).T
     assert mx.allclose(slot(x), beside, atol=1e-5).item()
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("mask", ["causal", "boolean", "additive", None])
-def test_attention_is_mlx_lms_own(kv_heads, mask):
-    rng = np.random.default_rng(0)
-    shapes = (3, 4, 5, 8), (3, kv_heads, 7, 8), (3, kv_heads, 7, 8)
-    q, k, v = (mx.array(rng.normal(size=shape) * 3).astype(mx.float32) for shape in shapes)
-    seen = mx.arange(7) <= mx.arange(2, 7)[:, None]
-    given = {"boolean": seen, "additive": mx.where(seen, 0.5, -mx.inf)}.get(mask, mask)
-    stock = scaled_dot_product_attention(q, k, v, None, 0.3, given)
-    assert mx.allclose(attention(q, k, v, None, 0.3, given), stock, atol=1e-5).item()
-
-
-def test_a_process_whose_threads_evaluated_ends_well():
-    """MLX aborts at exit if a thread has left its stream: two processes in three did."""
-    code = """
-import d2c_mlx
-import mlx.core as mx
-from types import SimpleNamespace
-from d2c_mlx.schedule import Workers
-
-def evaluate(some):
-    x = mx.ones((50, 50))
-    mx.eval(x @ x)
-    return [len(some)]
-
-for _ in range(2):  # the first pool is dropped while its threads wait
-    workers = Workers(2)
-    assert len(list(workers.run(evaluate, [SimpleNamespace(n_tokens=i) for i in range(9)]))) == 9
-"""
-    for _ in range(5):
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
