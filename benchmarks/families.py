@@ -8,20 +8,19 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.candidates import candidates_of, stored, worth
+from d2c_mlx.candidates import candidate, stored, worth
 from d2c_mlx.plan import allocate
 from d2c_mlx.planner import unit
+from d2c_mlx.quantize import components
 
 
 def bits_alone(ws):
     """Candidates with all components of an adapter at the same bits."""
     found = []
     for bits in (2, 3, 4, 8):
-        forms = [
-            ((i,), adapter, {p: ((lora.rank, bits),) for p, lora in adapter.modules.items()})
-            for i, adapter in enumerate(ws.adapters)
-        ]
-        found += candidates_of(ws, forms, "bits", bits / 16)
+        for i, adapter in enumerate(ws.adapters):
+            levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
+            found.append(candidate(ws, ((i,), adapter, levels), "bits", bits / 16))
     return found
 
 
@@ -30,11 +29,11 @@ def rank_alone(ws):
     found = []
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
-        forms = []
         for i, adapter in enumerate(ws.adapters):
-            levels = allocate(worth(adapter, [ws.gains[i]]), widths, share * ws.sizes[i], (16,))
-            forms.append(((i,), adapter, {path: some for path, some in levels.items() if some}))
-        found += candidates_of(ws, forms, "rank", share)
+            values = worth(components(adapter), [ws.gains[i]])
+            levels = allocate(values, widths, share * ws.sizes[i], (16,))
+            kept = {path: some for path, some in levels.items() if some}
+            found.append(candidate(ws, ((i,), adapter, kept), "rank", share))
     return found
 
 
@@ -70,11 +69,10 @@ def shared_basis(ws, room):
         for one, x in zip(modules, updates):
             one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
     adapters = [Adapter(name, one) for name, one in zip(ws.names, modules)]
-    forms = [
-        ((i,), one, {path: ((lora.rank, 16),) for path, lora in one.modules.items()})
-        for i, one in enumerate(adapters)
-    ]
-    found = candidates_of(ws, forms, "shared basis", 1.0)
+    found = []
+    for i, one in enumerate(adapters):
+        levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
+        found.append(candidate(ws, ((i,), one, levels), "shared basis", 1.0))
     served = [stored(one, c.levels, c.scale) for one, c in zip(adapters, found)]
     return served, nbytes(rank), sum(one.regret for one in found) / len(found)
 

@@ -29,6 +29,7 @@ from d2c_mlx.living import add_adapter
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.plan import allocate
+from d2c_mlx.quantize import components
 
 RESULT = Path(__file__).parent / "results" / "order.json"
 
@@ -42,7 +43,7 @@ def first_pack(ws, kind, directory, adapter, budget):
         return write_pack(directory, made, **about, budget=budget, max_bytes=None)
     limit = int(sum(ws.sizes) * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
-    levels = allocate(worth(adapter, [{}]), widths, limit)
+    levels = allocate(worth(components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})
     return write_compact_pack(directory, [small], {adapter.name: 0}, **about,
                               budget=f"{limit}B", max_bytes=limit, dtype=ws.base.dtype)  # fmt: skip

@@ -10,17 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
-from d2c_mlx.merge.core import to_core
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.plan import Candidate, allocate
-from d2c_mlx.quantize import Compressed, compress
+from d2c_mlx.quantize import Components, components, compress
 from d2c_mlx.rounding import Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
-__all__ = ["SCALES", "Form", "candidates_of", "climb", "sized", "stored", "worth"]
+__all__ = ["SCALES", "Form", "candidate", "climb", "sized", "stored", "worth"]
 
 # Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
 # grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
@@ -47,49 +46,47 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
         family: "own" or "merged".
         rooms: bytes to plan for, rising.
     """
-    values = [worth(adapter, [ws.gains[i] for i in members]) for members, adapter in units]
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
+    shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
     found: list[Candidate] = []
-    least: dict[Members, float] = {}
-    known: set[tuple[int, str]] = set()
-    # The largest first: the less is kept, the larger is the best scale.
-    for share in reversed(_grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)):
-        forms = []
-        for u, unit in enumerate(units):
-            levels = allocate(values[u], widths, share * whole[u])
+    for (members, adapter), nbytes in zip(units, whole):
+        parts = components(adapter)
+        values = worth(parts, [ws.gains[i] for i in members])
+        known: set[str] = set()
+        # The largest first: the less is kept, the larger is the best scale.
+        least = 1.0
+        for share in shares:
+            levels = allocate(values, widths, share * nbytes)
             levels = {path: some for path, some in levels.items() if some}
-            if levels and (u, repr(levels)) not in known:
-                known.add((u, repr(levels)))
-                forms.append((*unit, levels))
-        some = candidates_of(ws, forms, family, share, least)
-        least |= {one.members: one.scale for one in some}
-        found += some
+            if levels and repr(levels) not in known:
+                known.add(repr(levels))
+                one = candidate(ws, (members, adapter, levels), family, share, least, parts)
+                found.append(one)
+                least = one.scale
     return found
 
 
-def candidates_of(
+def candidate(
     ws: Workspace,
-    forms: Sequence[Form],
+    form: Form,
     family: str,
     share: float,
-    least: Mapping[Members, float] | None = None,
-) -> list[Candidate]:
-    """Measure units in stored forms by `ws.expected`, the scale of each tuned.
+    least: float = 1.0,
+    parts: Mapping[str, Components] | None = None,
+) -> Candidate:
+    """Measure a stored form by `ws.expected`, its scale tuned.
 
     Args:
         ws: with its probe table.
-        forms: what is stored.
-        family: of the candidates.
-        share: of the 16-bit bytes, as the candidates say it.
-        least: members -> one of `SCALES`, below which none is tried; 1 for those that are missing.
+        form: what is stored.
+        family: of the candidate.
+        share: of the 16-bit bytes, as the candidate says it.
+        least: one of `SCALES`, below which none is tried.
+        parts: `components` of the adapter, if they are known.
     """
-    return [_candidate(ws, form, family, share, (least or {}).get(form[0], 1.0)) for form in forms]
-
-
-def _candidate(ws: Workspace, form: Form, family: str, share: float, least: float) -> Candidate:
     members, adapter, levels = form
-    small = stored(adapter, levels)
+    small = stored(adapter, levels, parts=parts)
 
     def regret(scale: float) -> float:
         plain = small.scaled(scale).adapter(ws.base.dtype)
@@ -112,11 +109,15 @@ def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[fl
 
 
 def stored(
-    adapter: Adapter, levels: Mapping[str, Levels], scale: float = 1.0, size: int = GROUP_SIZE
+    adapter: Adapter,
+    levels: Mapping[str, Levels],
+    scale: float = 1.0,
+    size: int = GROUP_SIZE,
+    parts: Mapping[str, Components] | None = None,
 ) -> Compressed:
     """The stored form, in groups of `size`; modules without levels are dropped."""
     every = {path: levels.get(path, ()) for path in adapter.modules}
-    return compress(adapter, every, size).scaled(scale)
+    return compress(adapter, every, size, parts=parts).scaled(scale)
 
 
 def _grid(least: float, most: float, family: str) -> list[float]:
@@ -127,13 +128,15 @@ def _grid(least: float, most: float, family: str) -> list[float]:
     return [2 ** (k * step) for k in range(first, last + 1)]
 
 
-def worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
+def worth(
+    parts: Mapping[str, Components], gains: Sequence[Mapping[str, float]]
+) -> dict[str, np.ndarray]:
     """What each component is worth: its share of its module's energy, times the module's gain.
 
     Ten rows say roughly what a module gains, so a part of the worth is shared out evenly.
 
     Args:
-        adapter: of one task, or a merge.
+        parts: `quantize.components` of an adapter of one task, or a merge.
         gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
 
     Returns:
@@ -141,13 +144,11 @@ def worth(adapter: Adapter, gains: Sequence[Mapping[str, float]]) -> dict[str, n
     """
     totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
     values = {}
-    with threadpool_limits(1):
-        for path, lora in adapter.modules.items():
-            core = to_core([lora.factors()]).weighted_sum(np.ones(1))
-            energy = np.linalg.svd(core, compute_uv=False) ** 2
-            gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
-            share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(adapter.modules)
-            values[path] = share * energy / max(float(energy.sum()), 1e-30)
+    for path, (a, b) in parts.items():
+        energy = np.sum(a**2, axis=1) * np.sum(b**2, axis=1)
+        gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
+        share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
+        values[path] = share * energy / max(float(energy.sum()), 1e-30)
     return values
 
 

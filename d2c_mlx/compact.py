@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from d2c_mlx.compressed import Compressed, Level
 from d2c_mlx.errors import PackError
 from d2c_mlx.layout import (
     DTYPES,
@@ -27,7 +28,6 @@ from d2c_mlx.layout import (
     tensor_name,
     unfold,
 )
-from d2c_mlx.quantize import Compressed, Level
 from d2c_mlx.rounding import BITS, GROUP_SIZES, Quantized
 from d2c_mlx.strict import parse_json
 

@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.compact import write_compact
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_file, write_dir, write_json
 from d2c_mlx.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, load_pack
-from d2c_mlx.quantize import Compressed
 from d2c_mlx.rules import layout_problems
 
 __all__ = ["rewrite_pack", "with_file", "write_compact_pack", "write_pack"]

@@ -19,7 +19,7 @@ from d2c_mlx.rounding import Levels
 
 __all__ = ["Candidate", "allocate", "choose"]
 
-# Share of a component's energy that is lost at each bits: squared errors of `quantize_module`.
+# Share of a component's energy that is lost at each bits: squared errors of `quantize_modules`.
 # Bytes of a number with its share of scale and bias.
 _LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
 _BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / 64 for bits in _LOST}

@@ -13,10 +13,10 @@ from typing import Any
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.candidates import sized, stored
 from d2c_mlx.cluster import Members
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.layout import compact_nbytes, make_index
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, choose
-from d2c_mlx.quantize import Compressed
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["make_plan", "measure", "planned", "unit"]

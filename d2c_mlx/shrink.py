@@ -10,11 +10,12 @@ import numpy as np
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.candidates import stored, worth
 from d2c_mlx.compact import index_of
+from d2c_mlx.compressed import Compressed, Level
 from d2c_mlx.errors import BudgetError
 from d2c_mlx.judge import Judge
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.plan import allocate
-from d2c_mlx.quantize import Compressed, Level
+from d2c_mlx.quantize import components
 from d2c_mlx.rounding import values_of
 
 __all__ = ["Room", "make_room"]
@@ -87,8 +88,10 @@ def make_room(
 def _arrival(adapter: Adapter, nbytes: float, size: int, judge: Judge | None) -> Compressed:
     gains = judge.gains(adapter) if judge else {}
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
-    levels = allocate(worth(adapter, [gains]), widths, nbytes)
-    small = stored(adapter, {path: some for path, some in levels.items() if some}, size=size)
+    parts = components(adapter)
+    levels = allocate(worth(parts, [gains]), widths, nbytes)
+    kept = {path: some for path, some in levels.items() if some}
+    small = stored(adapter, kept, size=size, parts=parts)
     if not small.modules:
         raise BudgetError(
             f"budget: {nbytes:,.0f} bytes, an equal share, hold no component of {adapter.name!r};"

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.compact import index_of, read_compact, read_index, write_compact
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.errors import PackError
 from d2c_mlx.layout import compact_nbytes, make_index, unfold
-from d2c_mlx.quantize import Compressed, compress
+from d2c_mlx.quantize import compress
 from d2c_mlx.rounding import BITS, GROUP_SIZES
 
 FEW = settings(NUMERIC, max_examples=30)

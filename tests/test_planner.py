@@ -12,7 +12,7 @@ from tiny import divergence, library
 from d2c_mlx.adapter import LoRA
 from d2c_mlx.candidates import (
     SCALES,
-    candidates_of,
+    candidate,
     climb,
     stored,
     worth,
@@ -26,6 +26,7 @@ from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.planner import make_plan, measure, planned
+from d2c_mlx.quantize import components
 from d2c_mlx.unpack import unpack
 
 
@@ -151,7 +152,7 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
         {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
         dict.fromkeys(paths, 2.0),
     ]
-    alone = worth(one, gains[:1])
+    alone = worth(components(one), gains[:1])
     assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
         {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
     )
@@ -159,7 +160,7 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
         energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
         assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
     # A merge's are the mean of its members'.
-    merged = worth(merge_adapters([one, two]), gains)
+    merged = worth(components(merge_adapters([one, two])), gains)
     assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
     assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
 
@@ -208,10 +209,10 @@ def test_a_candidate_is_measured_as_it_is_packed(config):
     assert all(len(probe.parts) == 2 for probe in ws.probes)
     path = max(ws.adapters[2].modules)
     form = ((0, 2), ws.adapters[2], {path: ((1, 2),)})
-    (one,) = candidates_of(ws, [form], "merged", 0.1)
+    one = candidate(ws, form, "merged", 0.1)
     assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
     plain = stored(*form[1:], one.scale).adapter(ws.base.dtype)
     assert one.regret == pytest.approx(sum(expected_regret(ws, i, plain) for i in (0, 2)), abs=1e-4)
-    (other,) = candidates_of(ws, [form], "merged", 0.1, {(0, 2): 2.0})
+    other = candidate(ws, form, "merged", 0.1, 2.0)
     assert other.scale >= 2 and one.scale in SCALES
     assert other.nbytes == one.nbytes

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from loras import NUMERIC, dense, lora_of, truncated
 
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.errors import ConfigError
-from d2c_mlx.quantize import (
-    Compressed,
-    compress,
-    delta_error,
-    dequantize_module,
-    quantize_module,
-)
+from d2c_mlx.quantize import components, compress, delta_error, dequantize_module
 from d2c_mlx.rounding import BITS, GROUP_SIZES, columns, mixing, nearest, values_of
 
 FEW = settings(NUMERIC, max_examples=30)
@@ -56,6 +51,12 @@ def factors_of(rng, shape, rank, decay=0.7):
     a = rng.normal(size=(shape[0], rank)) / np.sqrt(shape[0])
     b = rng.normal(size=(rank, shape[1])) / np.sqrt(shape[1]) * decay ** np.arange(rank)[:, None]
     return a.astype(np.float32), b.astype(np.float32)
+
+
+def quantize_module(a, b, levels, *options):
+    """The levels of the only module of an adapter."""
+    one = Adapter("one", {"m": LoRA(mx.array(a), mx.array(b))})
+    return compress(one, {"m": levels}, *options).modules.get("m", ())
 
 
 @st.composite
@@ -188,7 +189,7 @@ def test_mixing_is_orthogonal_within_levels(sizes):
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_nearest_is_what_mlx_reads(bits):
     rows = np.random.default_rng(5).normal(size=(3, 100))
-    (part,) = nearest(rows, [(3, bits)], 64)
+    ((part,),) = nearest([rows], [[(3, bits)]], 64)
     read = mx.dequantize(
         mx.array(part.weight), mx.array(part.scales), mx.array(part.biases), 64, bits
     )
@@ -222,6 +223,28 @@ def test_compress_an_adapter():
         assert again.modules[path].a.dtype == mx.float16
     assert again.uniform().digest == again.digest
     assert small.adapter(mx.bfloat16).modules["model.layers.0.q"].a.dtype == mx.bfloat16
+
+
+def test_modules_that_are_rounded_together_are_rounded_as_alone():
+    """Any widths, ranks and levels, more modules than go at once."""
+    rng = np.random.default_rng(7)
+    modules, levels = {}, {}
+    for i in range(40):
+        shape, rank = (96, 64, 33)[i % 3], 1 + i % 7
+        modules[f"m{i:02d}"] = lora_of(rng, (shape, (64, 100)[i % 2]), rank, 0.5)
+        levels[f"m{i:02d}"] = ([(1, 16), (2, 4), (1, 3)], [(3, 8), (2, 2)], [(9, 3)], [])[i % 4]
+    whole = Adapter("many", modules)
+    small = compress(whole, levels)
+    assert list(small.modules) == [path for path in sorted(modules) if levels[path]]
+    for path, some in small.modules.items():
+        alone = quantize_module(*modules[path].factors(), levels[path])
+        assert [level.bits for level in some] == [level.bits for level in alone]
+        for one, other in zip(some, alone):
+            for a, b in ((one.a, other.a), (one.b, other.b)):
+                for name in ("weight", "scales", "biases"):
+                    assert np.array_equal(getattr(a, name), getattr(b, name))
+    known = compress(whole, levels, parts=components(whole))
+    assert known.adapter().digest == small.adapter().digest
 
 
 @pytest.mark.parametrize("bits", [16, 8, 2])
