@@ -24,7 +24,7 @@ from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run
 from d2c_mlx.sources import find_adapters
 
-STAGES = [stage for stage in ALL if stage != "refine"]  # it is off
+STAGES = [stage for stage in ALL if stage not in ("plan", "refine")]  # for slots, unrefined
 
 
 def grow(library, directory, n, base, width):

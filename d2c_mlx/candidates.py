@@ -49,8 +49,11 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
     whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
     shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
+    tokens = [sum(ws.expected.sets[i].n_tokens for i in members) for members, _ in units]
     found: list[Candidate] = []
-    for (members, adapter), nbytes in zip(units, whole):
+    for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
+        # Of every size at least two scales are tried.
+        ws.evaluator.meter.foresee(2 * len(shares) * sum(tokens[u:]))
         parts = components(adapter)
         values = worth(parts, [ws.gains[i] for i in members])
         known: set[str] = set()
@@ -64,6 +67,7 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
                 one = candidate(ws, (members, adapter, levels), family, share, least, parts)
                 found.append(one)
                 least = one.scale
+    ws.evaluator.meter.foresee(0)
     return found
 
 

@@ -34,8 +34,11 @@ Job = tuple[Adapter | None, Sequence[ExampleSet]]
 class Meter(Protocol):
     """What shows progress: told of tokens to come, then of tokens done."""
 
+    def foresee(self, n_tokens: int) -> None:
+        """About so much is to come, in place of what was foreseen before."""
+
     def expect(self, n_tokens: int) -> None:
-        """More work is known of."""
+        """More work is known of, which is part of what was foreseen."""
 
     def advance(self, n_tokens: int) -> None:
         """Work is done."""
@@ -44,8 +47,11 @@ class Meter(Protocol):
 class Silent:
     """A meter that shows nothing."""
 
+    def foresee(self, n_tokens: int) -> None:
+        """About so much is to come, in place of what was foreseen before."""
+
     def expect(self, n_tokens: int) -> None:
-        """More work is known of."""
+        """More work is known of, which is part of what was foreseen."""
 
     def advance(self, n_tokens: int) -> None:
         """Work is done."""

@@ -22,12 +22,23 @@ class Bar:
     """One bar whose total grows as work becomes known; a `probe.Meter`."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task, self._total = progress, task, 0
+        self._progress, self._task = progress, task
+        self._known = self._foreseen = 0
+
+    def foresee(self, n_tokens: int) -> None:
+        """About so much is to come, in place of what was foreseen before."""
+        self._foreseen = n_tokens
+        self._show()
 
     def expect(self, n_tokens: int) -> None:
-        """More work is known of."""
-        self._total += n_tokens
-        self._progress.update(self._task, total=self._total, visible=self._total > 0)
+        """More work is known of, which is part of what was foreseen."""
+        self._known += n_tokens
+        self._foreseen = max(0, self._foreseen - n_tokens)
+        self._show()
+
+    def _show(self) -> None:
+        total = self._known + self._foreseen
+        self._progress.update(self._task, total=total, visible=total > 0)
 
     def advance(self, n_tokens: int) -> None:
         """Work is done."""

@@ -26,6 +26,7 @@ from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.planner import make_plan, measure, planned
+from d2c_mlx.probe import Silent
 from d2c_mlx.quantize import components
 from d2c_mlx.unpack import unpack
 
@@ -201,6 +202,22 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
 
     assert climb(regret, scales) == (scales[best], losses[best])
     assert seen == scales[:asked]
+
+
+def test_the_time_left_of_a_plan_is_foreseen(config):
+    """By tokens, to a factor of two; nothing is left in the end."""
+    ws = run(config, until="probe", quiet=True)
+    seen = []
+    meter = ws.evaluator.meter = Silent()
+    meter.foresee = lambda n: seen.append((n, ws.evaluator.counts.tokens))
+    found = measure(ws)
+    assert {one.family for one in found} >= {"own"}
+    (first, before), *_, (last, after) = seen
+    assert last == 0 and all(n >= 0 for n, _ in seen)
+    own = [n for n, _ in seen[: len(ws.names)]]
+    assert own == sorted(own, reverse=True)
+    done = seen[len(ws.names)][1] - before
+    assert done / 2 <= first <= 2 * done and after >= done
 
 
 def test_a_candidate_is_measured_as_it_is_packed(config):
