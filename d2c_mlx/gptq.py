@@ -47,23 +47,24 @@ def rounded(
     for members in alike.values():
         # The most rows first: those that are left at a step are the first ones.
         members.sort(key=lambda i: -len(rows[i]))
-        some = ([x[i] for i in members] for x in (rows, grams, sizes))
-        found |= dict(zip(members, _rounded_alike(*some, group_size)))
+        some = [(rows[i], grams[i], sizes[i]) for i in members]
+        found |= dict(zip(members, _rounded_alike(some, group_size)))
     return [found[i] for i in range(len(rows))]
 
 
 def _rounded_alike(
-    rows: list[np.ndarray], grams: list[np.ndarray], sizes: list[Levels], group_size: int
+    modules: Sequence[tuple[np.ndarray, np.ndarray, Levels]], group_size: int
 ) -> list[list[Quantized]]:
-    """`rounded` for modules of one width, the most rows first. Step 0 is each one's last row."""
-    m, n, width = len(rows), *rows[0].shape
+    """`rounded` for rows, Gram matrices and levels of modules of one width, the most rows first."""
+    # Step k is the k-th row from each one's end.
+    m, (n, width) = len(modules), modules[0][0].shape
     groups = -(-width // group_size)
     left, metric = np.zeros((m, n, width)), np.tile(np.eye(n), (m, 1, 1))
     bits = np.zeros((m, n), int)
-    for i, (one, gram) in enumerate(zip(rows, grams)):
-        k = len(one)
-        left[i, :k], metric[i, :k, :k] = one[::-1], (gram + ridge(gram))[::-1, ::-1]
-        bits[i, :k] = np.repeat([b for _, b in sizes[i]], [n for n, _ in sizes[i]])[::-1]
+    for i, (rows, gram, sizes) in enumerate(modules):
+        k = len(rows)
+        left[i, :k], metric[i, :k, :k] = rows[::-1], (gram + ridge(gram))[::-1, ::-1]
+        bits[i, :k] = np.repeat([b for _, b in sizes], [count for count, _ in sizes])[::-1]
     codes = np.zeros((m, n, groups * group_size), np.uint8)
     scales, biases = (np.zeros((m, n, groups), np.float16) for _ in range(2))
     for k in range(n):
@@ -83,8 +84,8 @@ def _rounded_alike(
             left[:active, k + 1 :] += carry * (now - values)[:, None]
     stored = left, codes, scales, biases
     return [
-        _levels([x[i, len(one) - 1 :: -1] for x in stored], size, group_size)
-        for i, (one, size) in enumerate(zip(rows, sizes))
+        _levels([x[i, len(rows) - 1 :: -1] for x in stored], sizes, group_size)
+        for i, (rows, _, sizes) in enumerate(modules)
     ]
 
 

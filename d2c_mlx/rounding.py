@@ -142,9 +142,9 @@ def nearest(
             whole = plain(some, group_size)
         else:
             codes = mx.quantize(mx.array(padded(some, group_size)), group_size, bits)
-            weight, *rest = (np.array(x) for x in codes)
-            rest = [x.astype(np.float16) for x in rest]
-            whole = Quantized(weight, *rest, bits, group_size, width)
+            weight, scales, biases = (np.array(x) for x in codes)
+            scales, biases = scales.astype(np.float16), biases.astype(np.float16)
+            whole = Quantized(weight, scales, biases, bits, group_size, width)
         stop = 0
         for i in members:
             start, stop = stop, stop + len(parts[i][0])
