@@ -62,9 +62,9 @@ def _rounded_alike(
     left, metric = np.zeros((m, n, width)), np.tile(np.eye(n), (m, 1, 1))
     bits = np.zeros((m, n), int)
     for i, (rows, gram, sizes) in enumerate(modules):
-        k = len(rows)
-        left[i, :k], metric[i, :k, :k] = rows[::-1], (gram + ridge(gram))[::-1, ::-1]
-        bits[i, :k] = np.repeat([b for _, b in sizes], [count for count, _ in sizes])[::-1]
+        last = len(rows)
+        left[i, :last], metric[i, :last, :last] = rows[::-1], (gram + ridge(gram))[::-1, ::-1]
+        bits[i, :last] = np.repeat([b for _, b in sizes], [count for count, _ in sizes])[::-1]
     codes = np.zeros((m, n, groups * group_size), np.uint8)
     scales, biases = (np.zeros((m, n, groups), np.float16) for _ in range(2))
     for k in range(n):
