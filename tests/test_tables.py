@@ -109,8 +109,8 @@ def test_other_results_give_other_tables_and_back(page):
 
 
 def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
-    text = README.replace("| d2c-mlx, tokens/s | 759 |", "| d2c-mlx, tokens/s | 790 |")
-    assert text != README
+    text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", README)
+    assert n == 1
     (page / "README.md").write_text(text + "Prose of today.\n", encoding="utf-8")
     (page / "plots" / "slots.svg").unlink()
     result = tables(page, "--check")
