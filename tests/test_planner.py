@@ -204,8 +204,10 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
     assert seen == scales[:asked]
 
 
-def test_the_time_left_of_a_plan_is_foreseen(config):
+def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     """By tokens, to a factor of two; nothing is left in the end."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    config = replace(config, output=str(tmp_path / "run"))
     ws = run(config, until="probe", quiet=True)
     seen = []
     meter = ws.evaluator.meter = Silent()
