@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.rounding import Quantized, values_of
+from d2c_mlx.rounding import Quantized, alike, values_of
 
 __all__ = ["Compressed", "Level"]
 
@@ -98,12 +98,9 @@ def _padded(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]
     Those of one width are parts of one array: an array each takes twice as long.
     """
     values = iter(values_of([part for levels in factors for part in levels]))
-    alike: dict[int, list[int]] = {}
-    for i, levels in enumerate(factors):
-        alike.setdefault(levels[0].width, []).append(i)
     rows = [[next(values) for _ in levels] for levels in factors]
     found: dict[int, mx.array] = {}
-    for width, members in alike.items():
+    for width, members in alike(levels[0].width for levels in factors).items():
         stack = np.zeros((len(members), rank, width), np.float16)
         for place, i in zip(stack, members):
             place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])

@@ -129,10 +129,8 @@ def quantize_modules(
     fixed = [mixing(some) @ b[:n] for some, b, n in zip(sizes, every_b, ranks)]
     lowest = _squared_errors(parts, *map(_stacked, best)) if rounds else []
     for _ in range(rounds):
-        codes_a = _rounded(fixed, every_b, every_a, sizes, group_size)
-        values_a = _stacked(codes_a)
-        codes_b = _rounded(values_a, every_a, every_b, sizes, group_size)
-        fixed = _stacked(codes_b)
+        codes_a, values_a = _rounded(fixed, every_b, every_a, sizes, group_size)
+        codes_b, fixed = _rounded(values_a, every_a, every_b, sizes, group_size)
         for i, error in enumerate(_squared_errors(parts, values_a, fixed)):
             if error < lowest[i]:
                 best[0][i], best[1][i], lowest[i] = codes_a[i], codes_b[i], error
@@ -155,14 +153,19 @@ def _rounded(
     other: Sequence[np.ndarray],
     sizes: Sequence[Levels],
     group_size: int,
-) -> list[list[Quantized]]:
-    """Codes of the rows x that minimise `|same.T @ other - fixed.T @ x|`, of every module."""
+) -> tuple[list[list[Quantized]], list[np.ndarray]]:
+    """Of every module the rows x that minimise `|same.T @ other - fixed.T @ x|`, rounded.
+
+    Returns:
+        Their levels, and the numbers that these stand for.
+    """
     grams = [one @ one.T for one in fixed]
     exact = [
         np.linalg.solve(gram + ridge(gram), (x @ y.T) @ z)
         for gram, x, y, z in zip(grams, fixed, same, other)
     ]
-    return rounded(exact, grams, sizes, group_size)
+    found = rounded(exact, grams, sizes, group_size)
+    return [levels for levels, _ in found], [values for _, values in found]
 
 
 def dequantize_module(levels: Sequence[Level]) -> LoRA:

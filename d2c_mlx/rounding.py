@@ -1,13 +1,14 @@
-"""Rows of numbers in a few bits each, and how to round them.
+"""Rows of numbers in a few bits each, and the nearest codes for them.
 
 Codes, scales and biases are those of MLX's affine quantization, `value = scale * code + bias` per
-group, so `mx.dequantize` reads them. `quantize.py` says what rounding is for.
+group, so `mx.dequantize` reads them. `gptq.py` rounds better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +19,17 @@ __all__ = [
     "GROUP_SIZES",
     "Levels",
     "Quantized",
+    "alike",
     "columns",
     "mixing",
     "nearest",
+    "packed",
+    "padded",
+    "plain",
     "values_of",
 ]
+
+K = TypeVar("K", bound=Hashable)
 
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
 # (number of components, bits), the leading components first: ((2, 4), (4, 2)) is two components
@@ -70,17 +77,23 @@ class Quantized:
         return replace(self, **changed)
 
 
+def alike(keys: Iterable[K]) -> dict[K, list[int]]:
+    """The places of every key, in their order."""
+    places: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return places
+
+
 def values_of(parts: Sequence[Quantized]) -> list[np.ndarray]:
     """The numbers of every part, float16 `(rows, width)`.
 
     Parts alike are computed in one call, a third faster than one by one. Computed in float32,
     where scale * code is exact, so every device rounds to the same bits.
     """
-    alike: dict[tuple[int, int, int], list[int]] = {}
-    for i, part in enumerate(parts):
-        alike.setdefault((part.bits, part.group_size, part.width), []).append(i)
+    kinds = alike((part.bits, part.group_size, part.width) for part in parts)
     values: dict[int, np.ndarray] = {}
-    for (bits, group_size, width), members in alike.items():
+    for (bits, group_size, width), members in kinds.items():
         some = [parts[i] for i in members]
         rows = np.concatenate([part.weight for part in some])
         if bits != 16:
@@ -113,10 +126,12 @@ def mixing(sizes: Levels) -> np.ndarray:
 
 
 def padded(rows: np.ndarray, group_size: int) -> np.ndarray:
+    """Float32 rows of whole groups, zeros at the end."""
     return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
 
 
 def plain(rows: np.ndarray, group_size: int) -> Quantized:
+    """Rows at 16 bits."""
     none = np.zeros((len(rows), 0), np.float16)
     return Quantized(rows.astype(np.float16), none, none, 16, group_size, rows.shape[1])
 
@@ -132,11 +147,8 @@ def nearest(
         group_size: one of `GROUP_SIZES`.
     """
     parts = [(part, bits) for pair in zip(rows, sizes) for part, bits in _by_level(*pair)]
-    alike: dict[tuple[int, int], list[int]] = {}
-    for i, (part, bits) in enumerate(parts):
-        alike.setdefault((bits, part.shape[1]), []).append(i)
     found: dict[int, Quantized] = {}
-    for (bits, width), members in alike.items():
+    for (bits, width), members in alike((bits, part.shape[1]) for part, bits in parts).items():
         some = np.concatenate([parts[i][0] for i in members])
         if bits == 16:
             whole = plain(some, group_size)

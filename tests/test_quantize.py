@@ -12,6 +12,7 @@ from loras import NUMERIC, dense, lora_of, truncated
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.errors import ConfigError
+from d2c_mlx.gptq import rounded
 from d2c_mlx.quantize import components, compress, delta_error, dequantize_module
 from d2c_mlx.rounding import BITS, GROUP_SIZES, columns, mixing, nearest, values_of
 
@@ -245,6 +246,16 @@ def test_modules_that_are_rounded_together_are_rounded_as_alone():
                     assert np.array_equal(getattr(a, name), getattr(b, name))
     known = compress(whole, levels, parts=components(whole))
     assert known.adapter().digest == small.adapter().digest
+
+
+@FEW
+@given(st.integers(0, 2**16), st.integers(1, 150), level_lists(), st.sampled_from(GROUP_SIZES))
+def test_rounding_knows_the_numbers_that_its_codes_stand_for(seed, width, levels, group):
+    rng = np.random.default_rng(seed)
+    rank = sum(n for n, _ in levels)
+    rows, other = rng.normal(size=(rank, width)), rng.normal(size=(rank, rank + 3))
+    ((parts, values),) = rounded([rows], [other @ other.T], [levels], group)
+    assert np.array_equal(values, np.concatenate([oracle(part) for part in parts]))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 2])
