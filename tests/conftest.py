@@ -8,6 +8,7 @@ import pytest
 
 import d2c_mlx  # noqa: F401  first of all, so that the fast BLAS is loaded before mlx.core
 import mlx.core as mx
+import numpy as np
 
 # Parity is defined in float32, which is what a CPU device computes in; on Metal the base's 16-bit
 # dtype would be compared with float32 oracles. `make demo` is what exercises Metal.
@@ -42,6 +43,19 @@ def cache_directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache")
     os.environ["D2C_MLX_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture
+def start_at(monkeypatch):
+    """Make D2C start at the given labels, whatever the kind of start."""
+
+    def set_start(labels):
+        def start(problem, n_clusters, init, rng):
+            return np.array(labels[init] if isinstance(labels, dict) else labels)
+
+        monkeypatch.setattr("d2c_mlx.d2c._start", start)
+
+    return set_start
 
 
 @pytest.fixture(scope="session")

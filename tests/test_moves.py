@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cluster import planted, problem_of
+from planted import planted, problem_of
 
 from d2c_mlx.cluster import Problem, canonical
 from d2c_mlx.d2c import INITS, d2c

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cluster import planted, problem_of
+from planted import planted, problem_of
 
 from d2c_mlx.cluster import canonical, kmeans, merge_all, random_partition
 
