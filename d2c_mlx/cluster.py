@@ -7,7 +7,7 @@ a numpy table is enough to test them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +53,10 @@ class Losses(Protocol):
         """For each (merge, tasks) `(n_tasks,)`; infinity may stand for one above its limit."""
 
 
+def _unseen(merges: Sequence[Members]) -> None:
+    """Nobody watches."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """N tasks, one adapter each, and what can be asked about merges of them.
@@ -63,6 +67,8 @@ class Problem:
         merge: makes the merges.
         losses: list of (merge, tasks) -> for each the probe losses.
         features: `(n, d)` one row per adapter, for K-Means.
+        foresee: is told of merges whose members are about to be asked for, in place of those it
+            was told of before.
     """
 
     base: np.ndarray
@@ -70,6 +76,7 @@ class Problem:
     merge: Merge
     losses: Losses
     features: np.ndarray
+    foresee: Callable[[Sequence[Members]], None] = _unseen
 
     @property
     def n(self) -> int:

@@ -14,6 +14,8 @@ from d2c_mlx.moves import Costs, improve, paired_partition, predicted_partition
 __all__ = ["INITS", "d2c"]
 
 INITS = ("adapters", "kmeans", "random", "table", "pairs")
+# How often a merge is mostly evaluated until its scale is found.
+_TUNINGS = 4
 
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
@@ -141,24 +143,28 @@ def d2c(
     found: list[Clustering] = []
     starts: list[dict[str, Any]] = []
     costs = Costs(problem)
-    for kind in init:
-        single = kind in ("kmeans", "table", "pairs") or n_clusters == 1
-        for restart in range(1 if single else restarts):
-            rng = np.random.default_rng([seed, restart, INITS.index(kind)])
-            labels = _start(problem, n_clusters, kind, rng)
-            if search == "paper":
-                best, objective, history, stopped = _refine(
-                    problem, labels, n_clusters, rounds, eps, patience
-                )
-            else:
-                best, objective = canonical(labels), costs.objective(labels)
-                history, stopped = [{"objective": objective, "labels": list(best)}], "compared"
-            found.append(Clustering("d2c", best, objective, history, seed, kind, stopped))
-            starts.append(
-                {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
+    draws = [
+        (kind, restart)
+        for kind in init
+        for restart in range(1 if kind in ("kmeans", "table", "pairs") else restarts)
+    ]
+    if n_clusters == 1:
+        draws = draws[:1]
+    for place, (kind, restart) in enumerate(draws):
+        _foresee(problem, n_clusters, search, patience, len(draws) - place)
+        rng = np.random.default_rng([seed, restart, INITS.index(kind)])
+        labels = _start(problem, n_clusters, kind, rng)
+        if search == "paper":
+            best, objective, history, stopped = _refine(
+                problem, labels, n_clusters, rounds, eps, patience
             )
-        if n_clusters == 1:
-            break
+        else:
+            best, objective = canonical(labels), costs.objective(labels)
+            history, stopped = [{"objective": objective, "labels": list(best)}], "compared"
+        found.append(Clustering("d2c", best, objective, history, seed, kind, stopped))
+        starts.append(
+            {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
+        )
     # The first among equals, rounding apart.
     lowest = min(start["objective"] for start in starts)
     place = next(i for i, start in enumerate(starts) if start["objective"] <= lowest + 1e-12)
@@ -172,4 +178,15 @@ def d2c(
             history=history,
             stopped=stopped,
         )
+    problem.foresee([])
     return replace(winner, starts=starts)
+
+
+def _foresee(problem: Problem, n_clusters: int, search: str, patience: int, n_starts: int) -> None:
+    """About what the starts that are left will ask for, and the moves from the best of them."""
+    if search == "paper":
+        # All tasks under every merge; what later rounds add, bounds save.
+        times = n_starts * (_TUNINGS + n_clusters)
+    else:
+        times = n_starts * _TUNINGS + patience // n_clusters
+    problem.foresee([tuple(range(problem.n))] * times)

@@ -177,10 +177,14 @@ def improve(
     history = [{"objective": costs.objective(labels), "labels": list(_labels(groups, n))}]
     tried: set[frozenset[Members]] = set()
     while True:
-        for a, b, new_a, new_b in _promising(costs, groups):
+        steps = _promising(costs, groups)
+        for place, (a, b, new_a, new_b) in enumerate(steps):
             if frozenset((new_a, new_b)) in tried:
                 continue
             tried.add(frozenset((new_a, new_b)))
+            # What is asked for if none of them helps: of a step mostly one merge, see `_lowers`.
+            ahead = steps[place : place + patience - failed]
+            costs.problem.foresee([max(step[2:], key=len) for step in ahead])
             if _lowers(costs, (groups[a], groups[b]), (new_a, new_b), eps):
                 groups[a], groups[b], failed = new_a, new_b, 0
                 objective = sum(map(costs, groups)) / n

@@ -18,7 +18,7 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.attribution import module_gains
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
-from d2c_mlx.cluster import Problem
+from d2c_mlx.cluster import Members, Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.distill import Distiller
@@ -234,6 +234,7 @@ class Workspace:
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
             losses=self._losses,
             features=svd_features(self.adapters),
+            foresee=self._foresee,
         )
 
     @cached_property
@@ -255,6 +256,10 @@ class Workspace:
             config, self.base, self.evaluator, self.adapters, self.probes,
             lambda losses, tasks: self.problem.regret(losses, tasks), self.engine.workers,
         )  # fmt: skip
+
+    def _foresee(self, merges: Sequence[Members]) -> None:
+        tokens = [probe.n_tokens for probe in self.probes]
+        self.evaluator.meter.foresee(sum(tokens[i] for members in merges for i in members))
 
     def _losses(
         self,

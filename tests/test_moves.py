@@ -1,6 +1,7 @@
 """Moves and swaps on numpy tables: no model."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,3 +191,20 @@ def test_a_start_that_costs_least_is_the_one_that_is_improved():
     assert len(objectives) == 8
     assert found.history[0]["objective"] == min(objectives)
     assert found.objective <= min(objectives)
+
+
+def test_what_is_asked_for_is_foreseen():
+    """The steps that are left while none helps, the next one first; nothing in the end."""
+    foreseen, asked = [], []
+
+    def merge(members, like=()):
+        asked.append((members, len(foreseen)))
+        return members
+
+    problem = problem_of(lambda members, task: 0.5 * (len(members) > 1), 6)
+    problem = replace(problem, merge=merge, foresee=foreseen.append)
+    found = d2c(problem, 2, search="moves", init=["kmeans", "table"], patience=5)
+    assert found.stopped == "patience"
+    assert [len(some) for some in foreseen] == [10, 6, 5, 4, 3, 2, 1, 0]
+    for k, steps in enumerate(foreseen[2:-1]):
+        assert steps == foreseen[2][k:] and (steps[0], 3 + k) in asked

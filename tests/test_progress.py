@@ -1,7 +1,12 @@
 """What a progress bar shows as the work to come."""
 
 from rich.progress import Progress
+from tiny import library
 
+from d2c_mlx.config import RunConfig
+from d2c_mlx.d2c import d2c
+from d2c_mlx.pipeline import run
+from d2c_mlx.probe import Silent
 from d2c_mlx.progress import Bar
 
 
@@ -27,3 +32,21 @@ def test_what_is_foreseen_becomes_known():
     bar.foresee(0)
     bar.advance(50)
     assert shown.total == shown.completed == 90
+
+
+def test_the_time_left_of_clustering_is_foreseen(tmp_path, monkeypatch):
+    """By tokens, to a factor of three; nothing is left in the end."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    paths = library(tmp_path, ["a", "b", "c", "d", "e"])
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+    )  # fmt: skip
+    ws = run(config, until="probe", quiet=True)
+    seen, before = [], ws.evaluator.counts.tokens
+    meter = ws.evaluator.meter = Silent()
+    meter.foresee = seen.append
+    d2c(ws.problem, 2, search="moves")
+    done = ws.evaluator.counts.tokens - before
+    assert seen[0] / 3 <= done <= 3 * seen[0]
+    assert seen[-1] == 0 and all(n > 0 for n in seen[:-1])
