@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.alike import alike
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.probe import Evaluator
 
@@ -33,13 +34,11 @@ def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -
     columns = []
     for variant in method.variants:
         # One job per adapter: its tasks are then evaluated side by side.
-        groups: dict[str, list[int]] = {}
-        for i, test in enumerate(tests):
-            adapter = variant[test.task]
-            groups.setdefault(adapter.digest if adapter else "base", []).append(i)
-        jobs = [(variant[tests[g[0]].task], [tests[i] for i in g]) for g in groups.values()]
+        adapters = [variant[test.task] for test in tests]
+        groups = list(alike(one.digest if one else "base" for one in adapters).values())
+        jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
         losses = np.empty(len(tests))
-        for group, values in zip(groups.values(), evaluator.losses_in_parts(jobs)):
+        for group, values in zip(groups, evaluator.losses_in_parts(jobs)):
             losses[group] = values
         columns.append(losses)
     return np.mean(columns, axis=0)

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.rounding import Quantized, alike, values_of
+from d2c_mlx.alike import alike
+from d2c_mlx.rounding import Quantized, values_of
 
 __all__ = ["Compressed", "Level"]
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from d2c_mlx.rounding import Levels, Quantized, alike, packed, padded, plain
+from d2c_mlx.alike import alike
+from d2c_mlx.rounding import Levels, Quantized, packed, padded, plain
 
 __all__ = ["Rounded", "ridge", "rounded"]
 

@@ -6,20 +6,20 @@ group, so `mx.dequantize` reads them. `gptq.py` rounds better.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 import scipy.linalg
+
+from d2c_mlx.alike import alike
 
 __all__ = [
     "BITS",
     "GROUP_SIZES",
     "Levels",
     "Quantized",
-    "alike",
     "columns",
     "mixing",
     "nearest",
@@ -28,8 +28,6 @@ __all__ = [
     "plain",
     "values_of",
 ]
-
-K = TypeVar("K", bound=Hashable)
 
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
 # (number of components, bits), the leading components first: ((2, 4), (4, 2)) is two components
@@ -75,14 +73,6 @@ class Quantized:
             name: (getattr(self, name) * np.float32(factor)).astype(np.float16) for name in names
         }
         return replace(self, **changed)
-
-
-def alike(keys: Iterable[K]) -> dict[K, list[int]]:
-    """The places of every key, in their order."""
-    places: dict[K, list[int]] = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, []).append(i)
-    return places
 
 
 def values_of(parts: Sequence[Quantized]) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from d2c_mlx.activations import paced
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.alike import alike
 from d2c_mlx.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.examples import ExampleSet
 
@@ -37,13 +38,9 @@ LOT = 6144
 
 def groups(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
     """Piece indices by adapter; up to `stack` adapters that want the same sets go together."""
-    wanted: dict[str, list[int]] = {}
-    for i, (adapter, _) in enumerate(pieces):
-        wanted.setdefault(adapter.digest if adapter else "base", []).append(i)
-    alike: dict[tuple[str, ...], list[list[int]]] = {}
-    for indices in wanted.values():
-        alike.setdefault(tuple(pieces[i][1].digest for i in indices), []).append(indices)
-    for group in alike.values():
+    wanted = list(alike(one.digest if one else "base" for one, _ in pieces).values())
+    for same in alike(tuple(pieces[i][1].digest for i in indices) for indices in wanted).values():
+        group = [wanted[j] for j in same]
         yield from (group[start : start + stack] for start in range(0, len(group), stack))
 
 
