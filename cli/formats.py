@@ -30,8 +30,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     from d2c_mlx.errors import ConfigError
     from d2c_mlx.files import write_dir
     from d2c_mlx.model import BaseModel
-    from d2c_mlx.sources import find_adapters
-    from d2c_mlx.workspace import read_adapters
+    from d2c_mlx.sources import find_adapters, read_adapters
 
     sources = find_adapters(adapters)
     if any(one.path.resolve().is_relative_to(Path(output).resolve()) for one in sources):

@@ -19,9 +19,9 @@ from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.sources import find_adapters, read_adapters
 from d2c_mlx.tasks import load_tasks
-from d2c_mlx.workspace import CUTS, read_adapters
+from d2c_mlx.workspace import CUTS
 
 __all__ = ["arrive", "route_prompts"]
 

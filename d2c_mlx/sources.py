@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d2c_mlx.adapter import CONFIG, WEIGHTS
-from d2c_mlx.convert import PEFT_WEIGHTS, PICKLE
+from d2c_mlx.adapter import CONFIG, WEIGHTS, Adapter
+from d2c_mlx.convert import PEFT_WEIGHTS, PICKLE, read_adapter
 from d2c_mlx.errors import AdapterError, gather
 from d2c_mlx.gguf_lora import is_gguf_lora
 from d2c_mlx.hub import HubId, download, head, list_files, parse_hub_id
 
-__all__ = ["Source", "find_adapters"]
+if TYPE_CHECKING:
+    from d2c_mlx.model import BaseModel
+
+__all__ = ["Source", "find_adapters", "read_adapters"]
 
 # At the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
@@ -57,6 +61,16 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
     if problems:
         raise AdapterError(problems)
     return sorted(found, key=lambda one: one.name)
+
+
+def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
+    """Read every adapter and check it against its base; all problems of all adapters at once."""
+
+    def read(source: Source) -> Adapter:
+        adapter = read_adapter(source.path, base.module_shapes, base.config)
+        return replace(adapter, name=source.name, origin=source.origin)
+
+    return gather(partial(read, source) for source in sources)
 
 
 def _entry(entry: str) -> list[Source]:

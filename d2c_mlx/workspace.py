@@ -13,21 +13,19 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
-from d2c_mlx import __version__
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.attribution import module_gains
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Members, Problem
 from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.expected import Expected
 from d2c_mlx.features import svd_features
-from d2c_mlx.files import fingerprint, hash_tree, write_json, write_text
+from d2c_mlx.files import write_text
 from d2c_mlx.layout import usual_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
@@ -36,10 +34,11 @@ from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
 from d2c_mlx.reading import load_adapter
-from d2c_mlx.sources import Source, find_adapters
+from d2c_mlx.sources import find_adapters, read_adapters
+from d2c_mlx.stages import Record
 from d2c_mlx.tasks import Task, load_tasks, load_unlabelled
 
-__all__ = ["GROUP_SIZE", "Workspace", "read_adapters"]
+__all__ = ["GROUP_SIZE", "Workspace"]
 
 # Numbers of a planned pack that share a scale.
 GROUP_SIZE = 64
@@ -47,16 +46,6 @@ GROUP_SIZE = 64
 # Shares of a task's probe rows after which an evaluation may stop: most candidates of D2C are
 # several times worse than what a task has.
 CUTS = (0.2, 0.5)
-
-
-def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
-    """Read every adapter and check it against its base; all problems of all adapters at once."""
-
-    def read(source: Source) -> Adapter:
-        adapter = read_adapter(source.path, base.module_shapes, base.config)
-        return replace(adapter, name=source.name, origin=source.origin)
-
-    return gather(partial(read, source) for source in sources)
 
 
 class Workspace:
@@ -284,7 +273,7 @@ class Workspace:
         return json.loads(self.path(name).read_text(encoding="utf-8"))
 
     def stage(self, name: str, options: object, reads: Sequence[str], writes: Sequence[str],
-              body: Callable[[], None]) -> bool:  # fmt: skip
+              body: Callable[[], None]) -> None:  # fmt: skip
         """Run `body` unless it already ran on the same inputs and its outputs are untouched.
 
         Args:
@@ -293,20 +282,10 @@ class Workspace:
             reads: artifacts of earlier stages.
             writes: artifacts that `body` makes.
             body: does the work.
-
-        Returns:
-            Whether it ran.
         """
-        record = self.output / ".stages" / f"{name}.json"
-        inputs = fingerprint([__version__, options, [hash_tree(self.path(file)) for file in reads]])
-        if record.exists():
-            old = json.loads(record.read_text(encoding="utf-8"))
-            same = old["inputs"] == inputs and all(
-                self.path(file).exists() and hash_tree(self.path(file)) == digest
-                for file, digest in old["outputs"].items()
-            )
-            if same:
-                return False
+        record = Record(self.output, name, options, reads)
+        if record.holds():
+            return
         started = time.monotonic()
         self.output.mkdir(parents=True, exist_ok=True)
         write_text(self.path("config.yaml"), yaml.safe_dump(self.config.to_dict(), sort_keys=False))
@@ -315,12 +294,9 @@ class Workspace:
         with progress_bar(name, self.quiet) as bar:
             self.evaluator.meter = bar
             body()
-        content = {
-            "inputs": inputs,
-            "outputs": {file: hash_tree(self.path(file)) for file in writes},
+        measured = {
             "seconds": round(time.monotonic() - started, 2),
             "evaluations": asdict(self.evaluator.counts),
             "peak_nbytes": mx.get_peak_memory(),
         }
-        write_json(record, content)
-        return True
+        record.write(writes, measured)
