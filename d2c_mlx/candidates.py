@@ -30,7 +30,7 @@ _STEPS = {"own": 0.5, "merged": 1.0}
 _MOST = {"own": 0.35, "merged": 0.54}
 # Share of the worth that all modules get alike.
 _EVENLY = 0.25
-SCALES = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0)
+SCALES = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0)
 
 Units = Sequence[tuple[Members, Adapter]]
 # Members, their adapter, the levels of some of its modules.
@@ -57,8 +57,9 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
         parts = components(adapter)
         values = worth(parts, [ws.gains[i] for i in members])
         known: set[str] = set()
-        # The largest first: the less is kept, the larger is the best scale.
-        least = 1.0
+        # The largest first: the less is kept, the larger is the best scale. Below 1 only where the
+        # rows themselves may say so.
+        least = SCALES[0] if any(ws.expected.trust[i] for i in members) else 1.0
         for share in shares:
             levels = allocate(values, widths, share * nbytes)
             levels = {path: some for path, some in levels.items() if some}

@@ -68,7 +68,11 @@ class Distiller:
         self._fast = mx.default_device().type == mx.DeviceType.cpu
 
     def teach(
-        self, adapter: Adapter, answered: ExampleSet, prompts: ExampleSet | None = None
+        self,
+        adapter: Adapter,
+        answered: ExampleSet,
+        prompts: ExampleSet | None = None,
+        trust: float = 0.0,
     ) -> list[Row]:
         """Rows with the adapter as their teacher: the answered ones, then the prompts.
 
@@ -77,6 +81,8 @@ class Distiller:
             answered: rows whose targets are given.
             prompts: rows of which only the tokens up to `offset` are read; the adapter's greedy
                 answer follows, at most as long as the longest of `answered`.
+            trust: weight of the rows' own targets in `mean` and `constant`; the teacher has the
+                rest of 1.
         """
         self.base.attach(adapter)
         examples = list(answered.examples)
@@ -90,7 +96,9 @@ class Distiller:
             hidden, targets = self._hidden(some)
             ones = mx.ones(len(targets))
             (lse, gold), (mean,) = mx.vjp(
-                lambda h, targets=targets: self._scores(h, targets), [hidden], [ones, 0 * ones]
+                lambda h, targets=targets: self._scores(h, targets),
+                [hidden],
+                [(1 - trust) * ones, trust * ones],
             )
             mean = mean.astype(mx.float32)
             constant = (mean * hidden).sum(axis=-1) - lse
@@ -100,7 +108,7 @@ class Distiller:
                 rows[i] = Row(examples[i], i < len(answered.examples), m, c, float(nll.sum()))
         return [rows[i] for i in range(len(examples))]
 
-    def taught(self, adapter: Adapter, examples: ExampleSet) -> ExampleSet:
+    def taught(self, adapter: Adapter, examples: ExampleSet, trust: float = 0.0) -> ExampleSet:
         """The set with the adapter's answers as targets: a loss on it is KL(adapter || student).
 
         What the NLL is expected to rise by if the adapter is right, without the luck of the few
@@ -109,20 +117,35 @@ class Distiller:
         Args:
             adapter: attached, and left so.
             examples: their own answers only say where the adapter is asked.
+            trust: from 0 to 1; above 0 the loss is `(1 - trust) * KL + trust * (NLL of the rows'
+                own answers minus that under the adapter)`, which may be negative.
         """
-        rows = self.teach(adapter, examples)
+        rows = self.teach(adapter, examples, trust=trust)
         expected = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
-        return replace(examples, teacher=adapter.digest, expected=expected)
+        teacher = f"{adapter.digest} {trust!r}" if trust else adapter.digest
+        return replace(examples, teacher=teacher, expected=expected)
+
+    def compare(self, adapter: Adapter, rows: Sequence[Row]) -> np.ndarray:
+        """`(n_rows, 2)`: NLL minus the teacher's, and KL(teacher || adapter), summed over targets.
+
+        Attaches the adapter.
+        """
+        self.base.attach(adapter)
+        sums = np.empty((len(rows), 2))
+        for batch in by_length([len(row.example.tokens) for row in rows], _BATCH):
+            some = [rows[i] for i in batch]
+            hidden, targets = self._hidden([row.example for row in some])
+            lse, gold = self._scores(hidden, targets)
+            each = np.array(mx.stack([lse - gold, _divergence(hidden, lse, some)]), np.float64)
+            starts = np.cumsum([0, *(row.example.n_targets for row in some[:-1])])
+            sums[batch] = np.add.reduceat(each, starts, axis=1).T
+        sums[:, 0] -= [row.nll for row in rows]
+        return sums
 
     def excess(self, adapter: Adapter, rows: Sequence[Row]) -> float:
         """Mean NLL per target minus the teacher's; attaches the adapter."""
-        self.base.attach(adapter)
-        examples = [row.example for row in rows]
-        total = -sum(row.nll for row in rows)
-        for batch in by_length([len(one.tokens) for one in examples], _BATCH):
-            lse, gold = self._scores(*self._hidden([examples[i] for i in batch]))
-            total += float((lse - gold).sum())
-        return total / sum(one.n_targets for one in examples)
+        total = float(self.compare(adapter, rows)[:, 0].sum())
+        return total / sum(row.example.n_targets for row in rows)
 
     def gradient(
         self, factors: Factors, rows: Sequence[Row], weights: Sequence[tuple[float, float]]
@@ -149,9 +172,7 @@ class Distiller:
         with self.base.factors_replaced([factors[path] for path in self.base.occupied]):
             hidden, targets = self._hidden([row.example for row in rows])
         lse, gold = self._scores(hidden, targets)
-        mean = mx.array(np.concatenate([row.mean for row in rows]))
-        constant = mx.array(np.concatenate([row.constant for row in rows]))
-        divergence = lse - (mean * hidden).sum(axis=-1) + constant
+        divergence = _divergence(hidden, lse, rows)
         return (weights[:, 0] * (lse - gold) + weights[:, 1] * divergence).sum()
 
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
@@ -162,3 +183,10 @@ class Distiller:
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""
         return target_scores(self._head(hidden), targets, self._fast)
+
+
+def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[Row]) -> mx.array:
+    """`(n_targets,)` KL(teacher || student), see `Row`."""
+    mean = mx.array(np.concatenate([row.mean for row in rows]))
+    constant = mx.array(np.concatenate([row.constant for row in rows]))
+    return lse - (mean * hidden).sum(axis=-1) + constant

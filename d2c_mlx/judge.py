@@ -73,13 +73,13 @@ class Judge:
         return module_gains(self._base, adapter, self._probes[adapter.name])
 
     def scaled(self, small: Compressed) -> Compressed:
-        """A stored form at the first of `candidates.SCALES` after which its task's loss rises."""
+        """A stored form at the first of the scales from 1 after which its task's loss rises."""
 
         def loss(scale: float) -> float:
             adapter = small.scaled(scale).adapter(self._base.dtype)
             return float(self._losses(adapter, [small.name])[0])
 
-        return small.scaled(climb(loss, SCALES)[0])
+        return small.scaled(climb(loss, SCALES[SCALES.index(1.0) :])[0])
 
     def _losses(self, adapter: Adapter | None, tasks: Sequence[str]) -> np.ndarray:
         if not tasks:
