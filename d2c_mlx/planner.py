@@ -59,8 +59,9 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
     Returns:
         `units` (adapters chosen: tasks, family, scale, levels, nbytes, regret), `base` (tasks left
         to the base model), `regret` (mean over tasks), `frontier` (at some budgets the regret of
-        each family alone, null for merges if none was measured, and of both) and `candidates` (how
-        many were measured).
+        each family alone, null for merges if none was measured, and of both), `trust` (tasks whose
+        rows' own answers had a say, and its weight, see `Expected`) and `candidates` (how many were
+        measured).
     """
     n, most = len(ws.names), ws.config.max_adapters
     chosen = _fitting(ws, candidates, room)
@@ -69,6 +70,7 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
         "base": [ws.names[one.members[0]] for one in chosen if one.family == "base"],
         "regret": sum(one.regret for one in chosen) / n,
         "candidates": len(candidates),
+        "trust": {name: one for name, one in zip(ws.names, ws.expected.trust) if one},
         "frontier": list(_frontier(candidates, n, room, sum(ws.sizes), most)),
     }
 

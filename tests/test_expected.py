@@ -18,6 +18,7 @@ from d2c_mlx.examples import Example
 from d2c_mlx.expected import Expected, shrinkage
 from d2c_mlx.merge import scaled
 from d2c_mlx.pipeline import run
+from d2c_mlx.planner import make_plan, measure
 
 
 @given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-2, 2, width=16)))
@@ -91,6 +92,23 @@ def test_rows_that_say_weaker_are_believed(ws):
         assert 0.3 < trust < 1
         own, weaker = (float(found.under(one[i], [i])[0]) for one in (strong, ws.adapters))
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
+
+
+def test_forms_are_stored_weaker_where_rows_say_so(ws):
+    """Scales below 1 are tried for such adapters, and for no others."""
+
+    def forms(adapters, sets):
+        ws.adapters, ws.expected = adapters, expected_of(ws, adapters, sets)
+        found = measure(ws)
+        plan = make_plan(ws, found, ws.room)
+        assert plan["trust"] == {n: w for n, w in zip(ws.names, ws.expected.trust) if w}
+        return [(one.scale, one.regret) for one in found if one.family == "own"]
+
+    sets = [answered(ws.base, *pair, 0) for pair in zip(ws.adapters, ws.probes)]
+    alike = forms(ws.adapters, [answered(ws.base, *pair, 1) for pair in zip(ws.adapters, sets)])
+    assert min(scale for scale, _ in alike) >= 1
+    weaker = forms([scaled(adapter, 2.0) for adapter in ws.adapters], sets)
+    assert min(scale for scale, _ in weaker) < 1 and min(regret for _, regret in weaker) < 0
 
 
 def test_rows_as_the_adapter_expects_have_no_say(ws):
