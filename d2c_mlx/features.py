@@ -15,7 +15,8 @@ __all__ = ["gram", "similarity", "svd_features"]
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
     """`(n, n)` inner products of the adapters' dW over all modules.
 
-    Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW.
+    Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW;
+    in float64, because components may cancel.
     """
     n = len(adapters)
     products = np.zeros((n, n))
@@ -23,8 +24,8 @@ def gram(adapters: Sequence[Adapter]) -> np.ndarray:
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
             here = [i for i in range(n) if path in adapters[i].modules]
             factors = [adapters[i].modules[path].factors() for i in here]
-            a = np.concatenate([a for a, _ in factors], axis=1)
-            b = np.concatenate([b for _, b in factors], axis=0)
+            a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
+            b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
             inner = (a.T @ a) * (b @ b.T)
             starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
             blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
