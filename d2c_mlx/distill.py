@@ -108,19 +108,26 @@ class Distiller:
                 rows[i] = Row(examples[i], i < len(answered.examples), m, c, float(nll.sum()))
         return [rows[i] for i in range(len(examples))]
 
-    def taught(self, adapter: Adapter, examples: ExampleSet, trust: float = 0.0) -> ExampleSet:
+    def taught(
+        self,
+        adapter: Adapter,
+        examples: ExampleSet,
+        trust: float = 0.0,
+        rows: Sequence[Row] | None = None,
+    ) -> ExampleSet:
         """The set with the adapter's answers as targets: a loss on it is KL(adapter || student).
 
         What the NLL is expected to rise by if the adapter is right, without the luck of the few
         answers at hand, of which a student may be surer than its teacher.
 
         Args:
-            adapter: attached, and left so.
+            adapter: the teacher.
             examples: their own answers only say where the adapter is asked.
             trust: from 0 to 1; above 0 the loss is `(1 - trust) * KL + trust * (NLL of the rows'
                 own answers minus that under the adapter)`, which may be negative.
+            rows: `teach` of the same, if they are known.
         """
-        rows = self.teach(adapter, examples, trust=trust)
+        rows = rows or self.teach(adapter, examples, trust=trust)
         expected = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
         teacher = f"{adapter.digest} {trust!r}" if trust else adapter.digest
         return replace(examples, teacher=teacher, expected=expected)

@@ -8,7 +8,7 @@ import numpy as np
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Problem
-from d2c_mlx.distill import Distiller
+from d2c_mlx.distill import Distiller, Row
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.merge import scaled
 from d2c_mlx.model import BaseModel
@@ -54,12 +54,13 @@ class Expected:
                 (see `Distiller`), regrets are those of the probes' own answers.
         """
         self._evaluator, self._problem, self._separate = evaluator, problem, separate
-        self.sets = list(probes)
-        self.trust = [0.0 for _ in probes]
+        self.sets, self.trust = list(probes), [0.0] * len(probes)
         if separate:
             model = Distiller(base)
-            self.trust = [_trust(model, *pair) for pair in zip(adapters, probes)]
-            self.sets = [model.taught(*one) for one in zip(adapters, probes, self.trust)]
+            for i, (adapter, probe) in enumerate(zip(adapters, probes)):
+                rows = model.teach(adapter, probe)
+                self.trust[i] = trust = _trust(model, adapter, rows)
+                self.sets[i] = model.taught(adapter, probe, trust, None if trust else rows)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Normalised regrets `(n,)` of losses `(n,)` on the sets of `tasks`."""
@@ -74,9 +75,8 @@ class Expected:
         return self.regret(losses, np.array(tasks))
 
 
-def _trust(model: Distiller, adapter: Adapter, probe: ExampleSet) -> float:
-    """Of the rows' own answers, by what they say of the adapter made weaker."""
-    rows = model.teach(adapter, probe)
+def _trust(model: Distiller, adapter: Adapter, rows: Sequence[Row]) -> float:
+    """Of the rows' own answers, by what they say of the adapter, their teacher, made weaker."""
     rises = model.compare(scaled(adapter, _WEAKER), rows)
     # Both rise alike, luck apart, if the rows are answered as the adapter expects.
     return shrinkage(rises[:, 0] - rises[:, 1], [row.example.n_targets for row in rows])
