@@ -43,6 +43,7 @@ MERGES = {
     "scale 1": {"scale": 1.0},
     "rank 32": {"merge_rank": 32},
     "auto": {"merge_method": "auto"},
+    "layerwise": {"merge_method": "layerwise"},
     **{name: {"merge_method": name} for name in MERGE_METHODS},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")

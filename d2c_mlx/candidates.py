@@ -7,7 +7,7 @@ Dropped components leave the rest too weak: the less is kept, the more it gains 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.plan import Candidate, allocate
+from d2c_mlx.probe import climb
 from d2c_mlx.quantize import Components, components, compress
 from d2c_mlx.rounding import Levels, columns
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
-__all__ = ["SCALES", "Form", "candidate", "climb", "sized", "stored", "worth"]
+__all__ = ["SCALES", "Form", "candidate", "sized", "stored", "worth"]
 
 # Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
 # grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
@@ -100,17 +101,6 @@ def candidate(
     scale, lowest = climb(regret, SCALES[SCALES.index(least) :])
     nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
     return Candidate(members, family, share, levels, nbytes, lowest, scale)
-
-
-def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
-    """The first of rising scales after which a regret rises, and the regret."""
-    best, lowest = scales[0], regret(scales[0])
-    for scale in scales[1:]:
-        found = regret(scale)
-        if found >= lowest:
-            break
-        best, lowest = scale, found
-    return best, lowest
 
 
 def stored(

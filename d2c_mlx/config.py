@@ -34,8 +34,8 @@ MERGE_METHODS = (
     "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
     "regmean", "wudi", "lego", "concat", "factor-linear",
 )  # fmt: skip
-# Those of a run; the last two ask the model, so `Merger` makes them of the others.
-RUN_METHODS = (*MERGE_METHODS, "regmean++", "auto")
+# Those of a run; the last three ask the model, so `Merger` makes them.
+RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
 # What "auto" tries on every cluster, the simplest first: it wins ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi", "regmean++")
 STARTS = ("adapters", "kmeans", "random", "table", "pairs")
@@ -72,8 +72,9 @@ class RunConfig:
         plan: "auto" chooses clusters, rank and bits for a budget in bytes by measuring (see
             `planned`), and merges by D2C for a budget in adapters; "d2c" does that for both.
         max_adapters: most adapters that a plan may store; None is any number.
-        merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++" and "auto" cluster by
-            "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on its probes.
+        merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++", "layerwise" and "auto"
+            cluster by "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on
+            its probes.
         merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
         density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.

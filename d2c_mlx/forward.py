@@ -20,6 +20,7 @@ from d2c_mlx.activations import pace
 __all__ = [
     "KeysValues",
     "after",
+    "blocks_are_exact",
     "find_head",
     "full_logits",
     "prefix_is_exact",
@@ -117,8 +118,9 @@ def _run(
         part.norm = nn.Identity()
     if first == 0:
         return part(x, cache=cache)
-    # The ids are not looked at when embeddings are given.
-    return part(mx.zeros(x.shape[:2], mx.int32), cache=cache, input_embeddings=x)
+    # Hidden states go where token ids would; what else is done to embeddings, the proofs find out.
+    part.embed_tokens = nn.Identity()
+    return part(x, cache=cache)
 
 
 def full_logits(
@@ -169,6 +171,17 @@ def split_is_exact(model: nn.Module, first: int) -> bool:
         _, above = run_prefix(model, lower, first)
         rest = run_blocks(model, x[:, 5:], below, 0, first)
         return _close(run_blocks(model, rest, above, first), model.model(x)[:, 5:])
+    except _ERRORS:
+        return False
+
+
+def blocks_are_exact(model: nn.Module) -> bool:
+    """Whether running the blocks one at a time gives what all at once gives."""
+    hidden = tokens = mx.array([_PROOF])
+    try:
+        for block in range(len(model.layers)):
+            hidden = run_blocks(model, hidden, first=block, stop=block + 1)
+        return _close(hidden, model.model(tokens))
     except _ERRORS:
         return False
 

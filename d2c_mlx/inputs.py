@@ -19,7 +19,7 @@ from d2c_mlx.forward import run_blocks
 from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import Workers
 
-__all__ = ["Inputs", "input_activations"]
+__all__ = ["Enough", "Inputs", "TokenBatch", "input_activations", "tapped", "token_batches"]
 
 # Padded tokens that a worker evaluates at a time.
 _BATCH = 512
@@ -30,7 +30,7 @@ Inputs = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Batch:
+class TokenBatch:
     """Some rows of a set, and where in them and in the set's result its kept tokens are."""
 
     tokens: np.ndarray
@@ -40,7 +40,12 @@ class _Batch:
 
     @property
     def n_tokens(self) -> int:
+        """With padding."""
         return self.tokens.size
+
+    def kept(self, x: mx.array) -> np.ndarray:
+        """`(n_kept, width)` float32 of `(rows, length, width)`."""
+        return np.array(x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32))
 
 
 def input_activations(
@@ -64,12 +69,12 @@ def input_activations(
     Returns:
         For every set the inputs, tokens in their order.
     """
-    batches = [(i, batch) for i, one in enumerate(sets) for batch in _batches(one, most)]
-    found: list[list[tuple[_Batch, Inputs]]] = [[] for _ in sets]
+    batches = [(i, batch) for i, one in enumerate(sets) for batch in token_batches(one, most)]
+    found: list[list[tuple[TokenBatch, Inputs]]] = [[] for _ in sets]
     base.attach(adapter)
-    with _tapped(base.model, paths) as here:
+    with tapped(base.model, paths) as here:
 
-        def body(some: Sequence[_Batch]) -> list[Inputs]:
+        def body(some: Sequence[TokenBatch]) -> list[Inputs]:
             return [_run(base, here, batch) for batch in some]
 
         for j, inputs in (workers or Workers(1)).run(body, [batch for _, batch in batches]):
@@ -78,7 +83,8 @@ def input_activations(
     return [_joined(parts, paths) for parts in found]
 
 
-def _batches(examples: ExampleSet, most: int | None) -> Iterator[_Batch]:
+def token_batches(examples: ExampleSet, most: int | None) -> Iterator[TokenBatch]:
+    """A set's rows, alike in length, and which tokens to keep: at most `most`, evenly spaced."""
     rows = [example.tokens for example in examples.examples]
     starts = np.cumsum([0, *map(len, rows)])
     step = -(-int(starts[-1]) // most) if most else 1
@@ -93,11 +99,15 @@ def _batches(examples: ExampleSet, most: int | None) -> Iterator[_Batch]:
             kept += [(j, place * step - int(starts[i]), place) for place in range(first, last)]
         if kept:
             r, columns, places = map(list, zip(*kept))
-            yield _Batch(tokens, r, columns, places)
+            yield TokenBatch(tokens, r, columns, places)
+
+
+class Enough(Exception):  # noqa: N818  no error
+    """What a thread wanted to see has been seen."""
 
 
 class _Tap(nn.Module):
-    """A module that remembers its input, for each thread the last one."""
+    """A module that remembers its input and, if `said` is there, its output, for each thread."""
 
     def __init__(self, path: str, module: nn.Module, here: threading.local) -> None:
         super().__init__()
@@ -106,12 +116,21 @@ class _Tap(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         self._here.seen[self._path] = x
-        return self.module(x)
+        y = self.module(x)
+        if hasattr(self._here, "said"):
+            self._here.said[self._path] = y
+            if self._here.last == self._path:
+                raise Enough
+        return y
 
 
 @contextmanager
-def _tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]:
-    """Within it, modules put their inputs into `seen` of what this yields, by path."""
+def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]:
+    """Within it, modules put inputs and outputs into dicts of what this yields, by path.
+
+    Each thread sets its own: `seen`, and if it wants outputs `said` and `last`, the module after
+    which `Enough` is raised, or None.
+    """
     here = threading.local()
     modules = dict(model.named_modules())
     own = {path: modules[path] for path in paths}
@@ -123,15 +142,14 @@ def _tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]
         model.update_modules(tree_unflatten(list(own.items())))
 
 
-def _run(base: BaseModel, here: threading.local, batch: _Batch) -> Inputs:
+def _run(base: BaseModel, here: threading.local, batch: TokenBatch) -> Inputs:
     here.seen = {}
     mx.eval(run_blocks(base.model, mx.array(batch.tokens)))
-    rows, columns = mx.array(batch.rows), mx.array(batch.columns)
-    arrays = {id(x): np.array(x[rows, columns].astype(mx.float32)) for x in here.seen.values()}
+    arrays = {id(x): batch.kept(x) for x in here.seen.values()}
     return {path: arrays[id(x)] for path, x in here.seen.items()}
 
 
-def _joined(parts: Sequence[tuple[_Batch, Inputs]], paths: Sequence[str]) -> Inputs:
+def _joined(parts: Sequence[tuple[TokenBatch, Inputs]], paths: Sequence[str]) -> Inputs:
     """The tokens of all batches of a set in their order."""
     order = np.argsort([place for batch, _ in parts for place in batch.places])
     arrays: dict[tuple[int, ...], np.ndarray] = {}

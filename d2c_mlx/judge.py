@@ -8,14 +8,14 @@ import numpy as np
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.attribution import module_gains
-from d2c_mlx.candidates import SCALES, climb
+from d2c_mlx.candidates import SCALES
 from d2c_mlx.cluster import LEAST_GAIN
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.merge import scaled
 from d2c_mlx.merger import SCALES as MERGE_SCALES
 from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator, tune_scale
+from d2c_mlx.probe import Evaluator, climb, tune_scale
 
 __all__ = ["Judge"]
 

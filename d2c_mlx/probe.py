@@ -25,6 +25,7 @@ __all__ = [
     "Runner",
     "Silent",
     "probe_table",
+    "climb",
     "tune_scale",
 ]
 
@@ -268,3 +269,14 @@ def tune_scale(loss: Callable[[float], float], grid: Sequence[float]) -> float:
         if winner == best:
             return grid[best]
         best = winner
+
+
+def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
+    """The first of rising scales after which a regret rises, and the regret."""
+    best, lowest = scales[0], regret(scales[0])
+    for scale in scales[1:]:
+        found = regret(scale)
+        if found >= lowest:
+            break
+        best, lowest = scale, found
+    return best, lowest

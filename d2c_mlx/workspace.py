@@ -26,6 +26,7 @@ from d2c_mlx.examples import ExampleSet
 from d2c_mlx.expected import Expected
 from d2c_mlx.features import svd_features
 from d2c_mlx.files import write_text
+from d2c_mlx.layerwise import check_blocks
 from d2c_mlx.layout import usual_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
@@ -92,6 +93,8 @@ class Workspace:
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
+        if config.merge_method == "layerwise":
+            collect(errors, lambda: check_blocks(self.base))
         if not errors:
             sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
             collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))

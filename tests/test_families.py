@@ -21,8 +21,10 @@ from test_gguf import permuted
 from tiny import tiny_tokenizer
 
 from d2c_mlx.convert import read_adapter, save_peft
-from d2c_mlx.errors import AdapterError
+from d2c_mlx.errors import AdapterError, ModelError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.gguf_lora import save_gguf_lora
+from d2c_mlx.layerwise import check_blocks, merge_layerwise
 from d2c_mlx.model import BaseModel, block_index
 from d2c_mlx.reading import load_adapter
 
@@ -46,6 +48,32 @@ def root(tmp_path_factory):
 def bases(root):
     """Family -> its model, loaded once."""
     return {family: BaseModel(str(root / family / "model")) for family in FAMILIES}
+
+
+# Of the others blocks cannot be run one at a time, or give something else then.
+BY_BLOCK = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "SmolLM3", "Granite", "OLMo 2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
+    base = bases[family]
+    if family not in BY_BLOCK:
+        with pytest.raises(ModelError, match="merge_method layerwise runs the model block by"):
+            check_blocks(base)
+        return
+    check_blocks(base)
+    rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
+    one, other = (
+        read_adapter(root / family / feature, base.module_shapes)
+        for feature in ("all linear", "some blocks")
+    )
+    same = merge_layerwise(base, [one, one], [rows, rows])
+    assert same.modules.keys() == one.modules.keys()
+    for path, lora in one.modules.items():
+        size = np.abs(lora.delta()).max()
+        assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
+    both = merge_layerwise(base, [one, other], [rows, rows])
+    assert all(np.isfinite(lora.delta()).all() for lora in both.modules.values())
 
 
 def logits(model):

@@ -10,10 +10,11 @@ from tiny import library, peft_adapter
 from d2c_mlx.config import AUTO_METHODS, RUN_METHODS, RunConfig
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.inputs import input_activations
+from d2c_mlx.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.merger import SCALES
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import tune_scale
+from d2c_mlx.probe import climb, tune_scale
 from d2c_mlx.workspace import Workspace
 
 
@@ -43,7 +44,11 @@ def test_every_method_gives_a_pack(config, method):
     methods = workspace.read("bench.json")["methods"]
     assert methods["pack"] == methods["d2c"]
     used = {entry["method"] for entry in workspace.read("merges.json")}
-    may = {"auto": {*AUTO_METHODS, "regmean"}, "regmean++": {"regmean", "regmean++"}}
+    may = {
+        "auto": {*AUTO_METHODS, "regmean"},
+        "regmean++": {"regmean", "regmean++"},
+        "layerwise": {"regmean", "regmean++", "layerwise"},
+    }
     assert used <= {"none", *may.get(method, {method})}
     assert used != {"none"}
 
@@ -78,6 +83,28 @@ def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, bet
     assert plain.regret is not None and found.regret is not None
     assert found.method == better == ("regmean++" if lowest < plain.regret - 1e-3 else "regmean")
     assert found == plain if better == "regmean" else found.regret <= lowest + 1e-6
+
+
+@pytest.mark.parametrize("members", [(0, 1), (1, 2), (0, 1, 2)])
+def test_layerwise_is_the_best_of_what_it_tries(config, members):
+    merger = merger_of(replace(config, merge_method="layerwise"))
+    adapters, probes = ([some[i] for i in members] for some in (merger._adapters, merger._probes))
+    plain = merger.quick(members)
+    found = {("regmean", plain.scale): plain.regret}
+
+    def regret(scale, strength=STRENGTH):
+        made = merge_layerwise(merger._base, adapters, probes, None, scale, strength)
+        name = "layerwise" if strength else "regmean++"
+        losses = merger._evaluator.losses([(made.uniform(merger._base.dtype), probes)])[0]
+        found[name, scale] = float(merger._regret(losses, np.array(members)).mean())
+        return found[name, scale]
+
+    best, _ = climb(regret, SCALES[SCALES.index(plain.scale) :])
+    regret(best, 0.0)
+    made = merger.final(members)
+    assert plain.method == "regmean"
+    assert made.regret == pytest.approx(min(found.values()), abs=1e-6)
+    assert (made.method, made.scale) == min(found, key=found.get)
 
 
 def test_the_scale_is_the_best_of_the_walk(config):

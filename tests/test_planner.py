@@ -13,7 +13,6 @@ from d2c_mlx.adapter import LoRA
 from d2c_mlx.candidates import (
     SCALES,
     candidate,
-    climb,
     stored,
     worth,
 )
@@ -26,7 +25,7 @@ from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.planner import make_plan, measure, planned
-from d2c_mlx.probe import Silent
+from d2c_mlx.probe import Silent, climb
 from d2c_mlx.quantize import components
 from d2c_mlx.unpack import unpack
 

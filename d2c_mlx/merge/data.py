@@ -9,7 +9,7 @@ import scipy.linalg
 
 from d2c_mlx.merge.core import Factors
 
-__all__ = ["Grams", "regmean"]
+__all__ = ["Grams", "matched", "regmean"]
 
 
 class Grams:
@@ -54,6 +54,11 @@ class Grams:
         ]
         return np.concatenate(sides, axis=1)
 
+    def against(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`."""
+        sides = [x.T @ y for x, y in zip(self._tokens, outputs)]
+        return self._off_diagonal * np.sum(sides, axis=0)
+
     def solve(self, right: np.ndarray) -> np.ndarray:
         """`K^-1 right`, both `(in, n)`."""
         if self._woodbury is None:
@@ -88,7 +93,38 @@ def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
     # W = solved @ stack with stack^T = q r, and W^T K W = q r (solved^T right) r^T q^T.
     stack = np.concatenate([b for _, b in factors])
     q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
-    core = r @ (solved.T @ right) @ r.T
-    leading = [max(0, len(core) - rank), len(core) - 1]
-    _, u = scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading, check_finite=False)
+    u = _leading(r @ (solved.T @ right) @ r.T, rank)
     return (solved @ (r.T @ u)).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
+
+
+def matched(
+    factors: Sequence[Factors], grams: Grams, lacking: Sequence[np.ndarray], rank: int
+) -> Factors:
+    """The update of a rank whose outputs are closest to every task's own plus what it lacks.
+
+    `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`, the rank as in `regmean`, which this is if nothing
+    is lacking.
+
+    Args:
+        factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
+        grams: of the module.
+        lacking: T arrays `(n_tokens, out)`, the Y_i.
+        rank: most columns of the result.
+
+    Returns:
+        `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
+    """
+    stack = np.concatenate([b for _, b in factors])
+    right = grams.times([a for a, _ in factors]) @ stack + grams.against(lacking)
+    if right.shape[1] <= right.shape[0]:
+        u = _leading(right.T @ grams.solve(right), rank)
+    else:
+        q, r = scipy.linalg.qr(right.T, mode="economic", check_finite=False)
+        u = q @ _leading(r @ grams.solve(r.T), rank)
+    return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
+
+
+def _leading(core: np.ndarray, rank: int) -> np.ndarray:
+    """Eigenvectors of the largest eigenvalues of a symmetric matrix, `(n, rank)` or fewer."""
+    leading = [max(0, len(core) - rank), len(core) - 1]
+    return scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading, check_finite=False)[1]

@@ -1,0 +1,174 @@
+"""Merging block by block, against whole forwards and dense least squares; `matched` alone."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loras import NUMERIC, counts, dense, dims, seeds, truncated
+from test_merge_data import dense_grams
+from tiny import library, peft_adapter
+
+from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.config import RunConfig
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.errors import InputError
+from d2c_mlx.inputs import input_activations
+from d2c_mlx.layerwise import merge_layerwise
+from d2c_mlx.merge.data import Grams, matched, regmean
+from d2c_mlx.model import BaseModel, block_index
+from d2c_mlx.schedule import Workers
+from d2c_mlx.tasks import load_task
+from d2c_mlx.workspace import Workspace
+
+# In the order in which they run.
+ORDER = [
+    f"model.layers.{block}.{module}"
+    for block in range(2)
+    for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+]
+
+
+@settings(NUMERIC, max_examples=40)
+@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
+    rng = np.random.default_rng(seed)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
+    inputs = [rng.normal(size=(n_tokens, shape[0])) for _ in range(n)]
+    lacking = [rng.normal(size=(n_tokens, shape[1])) for _ in range(n)]
+    grams = dense_grams(inputs, 0.9, 1e-6)
+    right = sum(gram @ a @ b for gram, (a, b) in zip(grams, factors))
+    right += 0.9 * sum(x.T @ y for x, y in zip(inputs, lacking))
+    whole = np.linalg.solve(sum(grams), right)
+    rank = 1 + seed % 9
+    a, b = matched(factors, Grams(inputs, 0.9, 1e-6), lacking, rank)
+    assert a.shape[1] == len(b) <= rank
+    assert b @ b.T == pytest.approx(np.eye(len(b)), abs=1e-9)
+    # The nearest of that rank where the distance is that of the outputs.
+    root = scipy.linalg.sqrtm(sum(grams)).real
+    lost = np.linalg.norm(root @ (a @ b - whole))
+    least = np.linalg.norm(truncated(root @ whole, rank) - root @ whole)
+    assert lost <= least + 1e-6 * np.linalg.norm(root @ whole)
+
+
+@settings(NUMERIC, max_examples=20)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
+    rng = np.random.default_rng(seed)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
+    grams = Grams([rng.normal(size=(12, shape[0])) for _ in range(n)])
+    nothing = [np.zeros((12, shape[1])) for _ in range(n)]
+    (a, b), (c, d) = matched(factors, grams, nothing, 9), regmean(factors, grams, 9)
+    assert a @ b == pytest.approx(c @ d, abs=1e-8)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A base, three adapters of which one has another rank and other modules, their probe rows."""
+    paths = library(tmp_path, ["a", "b"])
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    base = BaseModel(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
+    sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "aba"]
+    return base, adapters, sets
+
+
+def weight_of(base, path):
+    """`(in, out)` float64."""
+    module = dict(base.model.named_modules())[path]
+    return np.array(getattr(module, "linear", module).weight).astype(np.float64).T
+
+
+def by_whole_forwards(base, adapters, sets, scale, strength, rank):
+    """Every module from forwards of the whole model, by normal equations in float64; dW by path."""
+    own = [input_activations(base, one, [some], ORDER)[0] for one, some in zip(adapters, sets)]
+    made, updates = {}, {}
+    for path in ORDER:
+        seen = input_activations(base, Adapter("m", made) if made else None, sets, ORDER)
+        inputs = [one[path].astype(np.float64) for one in seen]
+        w, right, grams = weight_of(base, path), 0.0, dense_grams(inputs, 0.9, 1e-6)
+        for x, gram, mine, adapter in zip(inputs, grams, own, adapters):
+            lora = adapter.modules.get(path)
+            update = dense(lora).T if lora else 0.0 * w
+            lacking = mine[path].astype(np.float64) @ (w + update) - x @ (w + update)
+            right = right + gram @ update + 0.9 * strength * x.T @ lacking
+        root = scipy.linalg.sqrtm(sum(grams)).real
+        u, s, vt = np.linalg.svd(np.linalg.solve(root, right), full_matrices=False)
+        a, b = np.linalg.solve(root, u[:, :rank] * s[:rank]), scale * vt[:rank]
+        made[path], updates[path] = LoRA(mx.array(a), mx.array(b)), (a @ b).T
+    return updates
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+@pytest.mark.parametrize("scale, strength", [(1.0, 0.0), (1.0, 0.75), (1.4, 1.0)])
+def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(tiny, scale, strength, rank):
+    base, adapters, sets = tiny
+    expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
+    made = merge_layerwise(base, adapters, sets, rank, scale, strength)
+    assert made.name == "a+b+c" and made.sources == ("a", "b", "c")
+    assert [*made.modules] == sorted(expected)
+    for path, update in expected.items():
+        assert made.modules[path].rank <= rank
+        difference = np.abs(made.modules[path].delta() - update).max()
+        assert difference < 2e-3 * np.abs(update).max(), path
+
+
+def test_layerwise_comes_closer_to_the_members_than_regmean_does(tiny):
+    """Outputs of the last module, on rows of all members."""
+    base, adapters, sets = tiny
+
+    def distance(merge):
+        own = [input_activations(base, one, [some], ORDER)[0] for one, some in zip(adapters, sets)]
+        seen = input_activations(base, merge, sets, ORDER)
+        return sum(((x[ORDER[-1]] - y[ORDER[-1]]) ** 2).sum() for x, y in zip(own, seen))
+
+    whole, half, none = (
+        distance(merge_layerwise(base, adapters, sets, 64, 1.0, strength))
+        for strength in (1.0, 0.5, 0.0)
+    )
+    assert whole < half < none
+
+
+def test_equal_adapters_merge_to_themselves(tiny):
+    base, (adapter, *_), (rows, *_) = tiny
+    made = merge_layerwise(base, [adapter, replace(adapter, name="z")], [rows, rows])
+    for path, lora in adapter.modules.items():
+        assert made.modules[path].delta() == pytest.approx(lora.delta(), abs=1e-5)
+
+
+def test_blocks_that_no_member_touches_are_left_alone(tiny):
+    base, adapters, sets = tiny
+    upper = [
+        replace(one, modules={p: lora for p, lora in one.modules.items() if block_index(p) == 1})
+        for one in adapters
+    ]
+    made = merge_layerwise(base, upper, sets)
+    assert {block_index(path) for path in made.modules} == {1}
+    expected = by_whole_forwards(base, upper, sets, 1.0, 0.75, made.rank)
+    path = ORDER[3]
+    assert made.modules[path].delta() == pytest.approx(expected[path], abs=1e-4)
+
+
+def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
+    base, adapters, sets = tiny
+    one = merge_layerwise(base, adapters, sets, most=20)
+    many = merge_layerwise(base, adapters, sets, most=20, workers=Workers(3))
+    assert one.digest == many.digest
+    assert one.digest != merge_layerwise(base, adapters, sets, most=10).digest
+    names = [type(module).__name__ for _, module in base.model.named_modules()]
+    assert "_Tap" not in names and not base.occupied
+
+
+def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
+    paths = library(tmp_path, ["a", "b"])
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
+    )  # fmt: skip
+    assert Workspace(config).names == ["a", "b"]
+    monkeypatch.setattr("d2c_mlx.layerwise.blocks_are_exact", lambda model: False)
+    with pytest.raises(InputError, match="take regmean"):
+        Workspace(config)
