@@ -83,20 +83,23 @@ def input_activations(
     return [_joined(parts, paths) for parts in found]
 
 
-def token_batches(examples: ExampleSet, most: int | None) -> Iterator[TokenBatch]:
-    """A set's rows, alike in length, and which tokens to keep: at most `most`, evenly spaced."""
+def token_batches(examples: ExampleSet, most: int | None, skip: int = 0) -> Iterator[TokenBatch]:
+    """A set's rows, alike in length, and which tokens to keep: at most `most`, evenly spaced.
+
+    None of the first `skip` of a row.
+    """
     rows = [example.tokens for example in examples.examples]
-    starts = np.cumsum([0, *map(len, rows)])
-    step = -(-int(starts[-1]) // most) if most else 1
+    starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)])
+    step = max(1, -(-int(starts[-1]) // most)) if most else 1
     for some in by_length([len(row) for row in rows], _BATCH):
         # Zeros on the right, which nothing before them sees.
         tokens = np.zeros((len(some), max(len(rows[i]) for i in some)), np.int32)
         kept = []
         for j, i in enumerate(some):
             tokens[j, : len(rows[i])] = rows[i]
-            first = -(-int(starts[i]) // step)
-            last = -(-int(starts[i + 1]) // step)
-            kept += [(j, place * step - int(starts[i]), place) for place in range(first, last)]
+            first, last = (-(-int(start) // step) for start in starts[i : i + 2])
+            before = int(starts[i]) - skip
+            kept += [(j, place * step - before, place) for place in range(first, last)]
         if kept:
             r, columns, places = map(list, zip(*kept))
             yield TokenBatch(tokens, r, columns, places)

@@ -24,6 +24,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.batches import shared_prefix
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.forward import blocks_are_exact, run_blocks
@@ -89,7 +90,8 @@ def merge_layerwise(
         rank: most columns of every module of the result; None takes the largest of `adapters`.
         scale: of every update, which those above it take into account.
         strength: between 0 and 1.
-        most: tokens of each set that are looked at, evenly spaced; None is all.
+        most: tokens of each set that are looked at, evenly spaced; None is all. Those that all rows
+            of all members begin with are not.
         workers: what runs the model; None is this thread.
 
     Returns:
@@ -216,10 +218,13 @@ class _Merging:
 
 
 def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
+    """All rows. What they all begin with is one input with an output for every member: not kept."""
+    rows = tuple(row for one in sets for row in one.examples)
+    skip = len(shared_prefix(ExampleSet("all", rows)))
     return [
         _Part(i, batch, mx.array(batch.tokens))
         for i, one in enumerate(sets)
-        for batch in token_batches(one, most)
+        for batch in token_batches(one, most, skip)
     ]
 
 

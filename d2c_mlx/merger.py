@@ -29,7 +29,7 @@ _TOKENS, _ALL_TOKENS = 128, 4096
 # Of RegMean++; the first gains most, later ones as often lose.
 _PASSES = 3
 # `layerwise` looks at so many tokens of a task; it keeps those of one block at a time.
-_LAYERWISE_TOKENS = 384
+_LAYERWISE_TOKENS = 512
 # Clusterings compare what is cheaper and judges alike.
 _QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
 # These begin with the scale that was found for another.

@@ -82,18 +82,34 @@ def weight_of(base, path):
     return np.array(getattr(module, "linear", module).weight).astype(np.float64).T
 
 
+def looked_at(examples, sets):
+    """Which of a set's tokens are not part of what all rows of all sets begin with."""
+    rows = [row.tokens for one in sets for row in one.examples]
+    shared = 0
+    while len({row[shared] for row in rows}) == 1:
+        shared += 1
+    assert shared > 4, "the rows' chat template"
+    return np.concatenate([np.arange(len(row.tokens)) >= shared for row in examples.examples])
+
+
 def by_whole_forwards(base, adapters, sets, scale, strength, rank):
     """Every module from forwards of the whole model, by normal equations in float64; dW by path."""
-    own = [input_activations(base, one, [some], ORDER)[0] for one, some in zip(adapters, sets)]
+    looked = [looked_at(one, sets) for one in sets]
+
+    def inputs_of(adapter, some, path):
+        found = input_activations(base, adapter, some, ORDER)
+        return [one[path].astype(np.float64) for one in found]
+
     made, updates = {}, {}
     for path in ORDER:
-        seen = input_activations(base, Adapter("m", made) if made else None, sets, ORDER)
-        inputs = [one[path].astype(np.float64) for one in seen]
+        own = [inputs_of(one, [some], path)[0] for one, some in zip(adapters, sets)]
+        inputs = inputs_of(Adapter("m", made) if made else None, sets, path)
+        own, inputs = ([x[some] for x, some in zip(xs, looked)] for xs in (own, inputs))
         w, right, grams = weight_of(base, path), 0.0, dense_grams(inputs, 0.9, 1e-6)
         for x, gram, mine, adapter in zip(inputs, grams, own, adapters):
             lora = adapter.modules.get(path)
             update = dense(lora).T if lora else 0.0 * w
-            lacking = mine[path].astype(np.float64) @ (w + update) - x @ (w + update)
+            lacking = mine @ (w + update) - x @ (w + update)
             right = right + gram @ update + 0.9 * strength * x.T @ lacking
         root = scipy.linalg.sqrtm(sum(grams)).real
         u, s, vt = np.linalg.svd(np.linalg.solve(root, right), full_matrices=False)
@@ -117,13 +133,17 @@ def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(tiny, sca
 
 
 def test_layerwise_comes_closer_to_the_members_than_regmean_does(tiny):
-    """Outputs of the last module, on rows of all members."""
+    """At the input of the last module, on the tokens that are looked at."""
     base, adapters, sets = tiny
+    looked = [looked_at(one, sets) for one in sets]
 
     def distance(merge):
         own = [input_activations(base, one, [some], ORDER)[0] for one, some in zip(adapters, sets)]
         seen = input_activations(base, merge, sets, ORDER)
-        return sum(((x[ORDER[-1]] - y[ORDER[-1]]) ** 2).sum() for x, y in zip(own, seen))
+        return sum(
+            ((x[ORDER[-1]] - y[ORDER[-1]])[some] ** 2).sum()
+            for x, y, some in zip(own, seen, looked)
+        )
 
     whole, half, none = (
         distance(merge_layerwise(base, adapters, sets, 64, 1.0, strength))
