@@ -253,7 +253,7 @@ def tune_scale(loss: Callable[[float], float], grid: Sequence[float]) -> float:
     """Walk downhill on an increasing `grid` from its middle; returns the best scale found.
 
     A mean of near-orthogonal updates keeps about 1/T of each, so scales above 1 are common
-    (facts: 1.7 for three or four, 2.0 for twelve). Ties keep the smaller scale.
+    (1.7 for three or four real adapters, 2.0 for twelve). Ties keep the smaller scale.
     """
     known: dict[int, float] = {}
 
