@@ -47,6 +47,11 @@ class TokenBatch:
         """`(n_kept, width)` float32 of `(rows, length, width)`."""
         return np.array(x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32))
 
+    def kept_of(self, seen: Mapping[str, mx.array]) -> Inputs:
+        """`kept` of every module; those with the same array share one again."""
+        arrays = {id(x): self.kept(x) for x in seen.values()}
+        return {path: arrays[id(x)] for path, x in seen.items()}
+
 
 def input_activations(
     base: BaseModel,
@@ -109,10 +114,25 @@ class Enough(Exception):  # noqa: N818  no error
     """What a thread wanted to see has been seen."""
 
 
-class _Tap(nn.Module):
-    """A module that remembers its input and, if `said` is there, its output, for each thread."""
+class Here(threading.local):
+    """What modules were seen to do in this thread, by path.
 
-    def __init__(self, path: str, module: nn.Module, here: threading.local) -> None:
+    Attributes:
+        seen: their inputs.
+        said: their outputs; None if nobody asks for them.
+        last: the module after which `Enough` is raised.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, mx.array] = {}
+        self.said: dict[str, mx.array] | None = None
+        self.last: str | None = None
+
+
+class _Tap(nn.Module):
+    """A module that tells its thread what it does."""
+
+    def __init__(self, path: str, module: nn.Module, here: Here) -> None:
         super().__init__()
         self.module = module
         self._path, self._here = path, here
@@ -120,21 +140,17 @@ class _Tap(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         self._here.seen[self._path] = x
         y = self.module(x)
-        if hasattr(self._here, "said"):
+        if self._here.said is not None:
             self._here.said[self._path] = y
-            if self._here.last == self._path:
-                raise Enough
+        if self._here.last == self._path:
+            raise Enough
         return y
 
 
 @contextmanager
-def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]:
-    """Within it, modules put inputs and outputs into dicts of what this yields, by path.
-
-    Each thread sets its own: `seen`, and if it wants outputs `said` and `last`, the module after
-    which `Enough` is raised, or None.
-    """
-    here = threading.local()
+def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[Here]:
+    """Within it, these modules tell every thread what they do; see `Here`."""
+    here = Here()
     modules = dict(model.named_modules())
     own = {path: modules[path] for path in paths}
     taps = {path: _Tap(path, module, here) for path, module in own.items()}
@@ -145,11 +161,10 @@ def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[threading.local]:
         model.update_modules(tree_unflatten(list(own.items())))
 
 
-def _run(base: BaseModel, here: threading.local, batch: TokenBatch) -> Inputs:
+def _run(base: BaseModel, here: Here, batch: TokenBatch) -> Inputs:
     here.seen = {}
     mx.eval(run_blocks(base.model, mx.array(batch.tokens)))
-    arrays = {id(x): batch.kept(x) for x in here.seen.values()}
-    return {path: arrays[id(x)] for path, x in here.seen.items()}
+    return batch.kept_of(here.seen)
 
 
 def _joined(parts: Sequence[tuple[TokenBatch, Inputs]], paths: Sequence[str]) -> Inputs:

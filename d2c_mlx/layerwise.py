@@ -153,10 +153,8 @@ class _Merging:
                 with suppress(Enough):
                     hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
                 mx.eval(hidden)
-                inputs = {id(x): part.batch.kept(x) for x in here.seen.values()}
-                by_path = {path: inputs[id(x)] for path, x in here.seen.items()}
-                outputs = {path: part.batch.kept(y) for path, y in here.said.items()}
-                return _Seen(hidden, by_path, outputs)
+                inputs, outputs = map(part.batch.kept_of, (here.seen, here.said))
+                return _Seen(hidden, inputs, outputs)
 
             found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
         return [found[i] for i in range(len(parts))]
