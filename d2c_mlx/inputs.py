@@ -88,15 +88,17 @@ def input_activations(
     return [_joined(parts, paths) for parts in found]
 
 
-def token_batches(examples: ExampleSet, most: int | None, skip: int = 0) -> Iterator[TokenBatch]:
+def token_batches(
+    examples: ExampleSet, most: int | None, skip: int = 0, batch: int = _BATCH
+) -> Iterator[TokenBatch]:
     """A set's rows, alike in length, and which tokens to keep: at most `most`, evenly spaced.
 
-    None of the first `skip` of a row.
+    None of the first `skip` of a row. A row or at most `batch` padded tokens together.
     """
     rows = [example.tokens for example in examples.examples]
     starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)])
     step = max(1, -(-int(starts[-1]) // most)) if most else 1
-    for some in by_length([len(row) for row in rows], _BATCH):
+    for some in by_length([len(row) for row in rows], batch):
         # Zeros on the right, which nothing before them sees.
         tokens = np.zeros((len(some), max(len(rows[i]) for i in some)), np.int32)
         kept = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,7 @@ from d2c_mlx.batches import shared_prefix
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.forward import blocks_are_exact, run_blocks
-from d2c_mlx.inputs import Enough, TokenBatch, tapped, token_batches
+from d2c_mlx.inputs import Enough, Here, TokenBatch, tapped, token_batches
 from d2c_mlx.merge.core import Factors
 from d2c_mlx.merge.data import Grams, matched
 from d2c_mlx.model import BaseModel, block_index
@@ -38,6 +38,8 @@ __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 
 # To make up for all of it would be to trust a few rows.
 STRENGTH = 0.75
+# Padded tokens of a part: of one member, all workers shall have some.
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class _Seen:
     outputs: Mapping[str, np.ndarray]
 
 
+@dataclass
+class _Merge:
+    """A merge on its way through the blocks, with the modules that it has so far."""
+
+    scale: float
+    strength: float
+    parts: list[_Part]
+    modules: dict[str, LoRA] = field(default_factory=dict)
+
+    def some(self, paths: Sequence[str]) -> Adapter | None:
+        return _some(Adapter("merge", self.modules), paths)
+
+
 def check_blocks(base: BaseModel) -> None:
     """Raises ModelError if blocks that are run one at a time do not give what the model gives."""
     if not blocks_are_exact(base.model):
@@ -75,50 +90,40 @@ def merge_layerwise(
     base: BaseModel,
     adapters: Sequence[Adapter],
     sets: Sequence[ExampleSet],
+    aims: Sequence[tuple[float, float]],
     rank: int | None = None,
-    scale: float = 1.0,
-    strength: float = STRENGTH,
     most: int | None = None,
     workers: Workers | None = None,
-) -> Adapter:
-    """Merge into one adapter; see the top of this file.
+) -> list[Adapter]:
+    """Merge into one adapter, for several aims side by side; see the top of this file.
 
     Args:
         base: the model, as `check_blocks` wants it; no adapter stays attached.
         adapters: at least two, sorted by name.
         sets: examples of each.
+        aims: pairs of a scale, of every update, which those above it take into account, and a
+            strength between 0 and 1. The members are run once for all aims.
         rank: most columns of every module of the result; None takes the largest of `adapters`.
-        scale: of every update, which those above it take into account.
-        strength: between 0 and 1.
         most: tokens of each set that are looked at, evenly spaced; None is all. Those that all rows
             of all members begin with are not.
         workers: what runs the model; None is this thread.
 
     Returns:
-        float32 factors with scale 1, `scale` folded in, named after the members.
+        For every aim float32 factors with scale 1, the aim's folded in, named after the members.
     """
     rank = rank or max(adapter.rank for adapter in adapters)
-    merging = _Merging(base, adapters, rank, scale, strength, workers or Workers(1))
-    blocks = _paths_of_blocks(adapters)
-    # Below the first block that a member touches, all of them are the base model.
-    own = mixed = merging.through(_parts(sets, most), range(min(blocks)))
-    modules: dict[str, LoRA] = {}
-    for block in range(min(blocks), max(blocks) + 1):
-        paths = blocks.get(block, [])
-        taught: list[_Seen] = []
-        for i, adapter in enumerate(adapters):
-            some = [part for part in own if part.task == i]
-            taught += merging.see(some, block, _some(adapter, paths), paths)
-        here: dict[str, LoRA] = {}
-        for group in _by_input(taught[0]):
-            seen = merging.see(mixed, block, _merge(here), group, last=group[-1])
-            here |= merging.fitted(group, mixed, seen, taught)
-        own = [replace(part, hidden=one.hidden) for part, one in zip(own, taught)]
-        mixed = merging.through(mixed, [block], _merge(here))
-        modules |= here
+    for adapter in adapters:  # Taps go around modules that can hold an adapter.
+        base.attach(adapter)
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    with tapped(base.model, paths) as here:
+        merging = _Merging(base, adapters, rank, workers or Workers(1), here)
+        merges = merging.merges(_parts(sets, most), aims)
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
-    return Adapter("+".join(names), dict(sorted(modules.items())), adapters[0].base, names)
+    return [
+        Adapter("+".join(names), dict(sorted(one.modules.items())), adapters[0].base, names)
+        for one in merges
+    ]
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,29 @@ class _Merging:
     base: BaseModel
     adapters: Sequence[Adapter]
     rank: int
-    scale: float
-    strength: float
     workers: Workers
+    here: Here
+
+    def merges(self, parts: Sequence[_Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
+        """From the bottom to the top."""
+        blocks = _paths_of_blocks(self.adapters)
+        # Below the first block that a member touches, all of them are the base model.
+        own = self.through(parts, range(min(blocks)))
+        merges = [_Merge(scale, strength, own) for scale, strength in aims]
+        for block in range(min(blocks), max(blocks) + 1):
+            paths = blocks.get(block, [])
+            taught: list[_Seen] = []
+            for i, adapter in enumerate(self.adapters):
+                some = [part for part in own if part.task == i]
+                taught += self.see(some, block, _some(adapter, paths), paths)
+            for group in _by_input(taught[0]):
+                seen = [self.see(one.parts, block, one.some(paths), group, group[-1])
+                        for one in merges]  # fmt: skip
+                self.fit(merges, group, seen, taught)
+            for one in merges:
+                one.parts = self.through(one.parts, [block], one.some(paths))
+            own = [replace(part, hidden=one.hidden) for part, one in zip(own, taught)]
+        return merges
 
     def see(
         self,
@@ -145,18 +170,22 @@ class _Merging:
         With `last` it goes no further than that module, and leaves the parts where they are.
         """
         self.base.attach(adapter)
-        with tapped(self.base.model, paths) as here:
 
-            def one(part: _Part) -> _Seen:
-                here.seen, here.said, here.last = {}, {}, last
-                hidden = part.hidden
-                with suppress(Enough):
-                    hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
-                mx.eval(hidden)
-                inputs, outputs = map(part.batch.kept_of, (here.seen, here.said))
-                return _Seen(hidden, inputs, outputs)
+        def one(part: _Part) -> _Seen:
+            seen: dict[str, mx.array] = {}
+            said: dict[str, mx.array] = {}
+            self.here.seen, self.here.said, self.here.last = seen, said, last
+            hidden = part.hidden
+            with suppress(Enough):
+                hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
+            mx.eval(hidden)
+            inputs, outputs = (
+                part.batch.kept_of({path: x for path, x in some.items() if path in paths})
+                for some in (seen, said)
+            )
+            return _Seen(hidden, inputs, outputs)
 
-            found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
+        found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
         return [found[i] for i in range(len(parts))]
 
     def through(
@@ -168,44 +197,48 @@ class _Merging:
             parts = [replace(part, hidden=one.hidden) for part, one in zip(parts, seen)]
         return list(parts)
 
-    def fitted(
+    def fit(
         self,
+        merges: Sequence[_Merge],
         paths: Sequence[str],
-        parts: Sequence[_Part],
-        seen: Sequence[_Seen],
+        seen: Sequence[Sequence[_Seen]],
         taught: Sequence[_Seen],
-    ) -> dict[str, LoRA]:
-        """Modules of the merge that have the same input.
+    ) -> None:
+        """Give every merge its modules `paths`, which have the same input.
 
         Args:
+            merges: all with the same parts.
             paths: of the modules.
-            parts: rows of all members.
-            seen: of each part, under the merge without these modules.
+            seen: for every merge: of each part, without these modules.
             taught: of each part, under its own member.
         """
+        places = [part.task for part in merges[0].parts]
 
         def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
             found: list[list[np.ndarray]] = [[] for _ in self.adapters]
-            for part, x in zip(parts, arrays):
-                found[part.task].append(x)
+            for task, x in zip(places, arrays):
+                found[task].append(x)
             return [np.concatenate(some) for some in found]
 
-        def fit(path: str) -> Factors:
-            bare = by_task(one.outputs[path] for one in seen)
-            wanted = by_task(one.outputs[path] for one in taught)
-            lacking = [
-                self.strength * (y - (said + (x @ a) @ b))
-                for y, said, x, (a, b) in zip(wanted, bare, tokens, factors[path])
-            ]
-            return matched(factors[path], grams, lacking, self.rank)
-
-        tokens = by_task(one.inputs[paths[0]] for one in seen)
         factors = {path: [self._factors(one, path) for one in self.adapters] for path in paths}
+        wanted = {path: by_task(one.outputs[path] for one in taught) for path in paths}
+        tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
+
+        def solve(i: int, path: str) -> Factors:
+            bare = by_task(one.outputs[path] for one in seen[i])
+            lacking = [
+                merges[i].strength * (y - (said + (x @ a) @ b))
+                for y, said, x, (a, b) in zip(wanted[path], bare, tokens[i], factors[path])
+            ]
+            return matched(factors[path], grams[i], lacking, self.rank)
+
+        each = [(i, path) for i in range(len(merges)) for path in paths]
         # As `merge_adapters` does it, and nothing of MLX, whose streams belong to a thread.
-        with threadpool_limits(1), ThreadPoolExecutor(len(paths)) as pool:
-            grams = Grams(tokens)
-            found = dict(zip(paths, pool.map(fit, paths)))
-        return {path: LoRA(mx.array(a), mx.array(self.scale * b)) for path, (a, b) in found.items()}
+        with threadpool_limits(1), ThreadPoolExecutor(len(each)) as pool:
+            grams = list(pool.map(Grams, tokens))
+            found = list(pool.map(solve, *zip(*each)))
+        for (i, path), (a, b) in zip(each, found):
+            merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
 
     def _factors(self, adapter: Adapter, path: str) -> Factors:
         """Of a module; without columns where the adapter does not have it."""
@@ -222,7 +255,7 @@ def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
     return [
         _Part(i, batch, mx.array(batch.tokens))
         for i, one in enumerate(sets)
-        for batch in token_batches(one, most, skip)
+        for batch in token_batches(one, most, skip, _BATCH)
     ]
 
 
@@ -237,10 +270,6 @@ def _some(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
     """Only these modules of an adapter."""
     modules = {path: adapter.modules[path] for path in paths if path in adapter.modules}
     return replace(adapter, modules=modules) if modules else None
-
-
-def _merge(modules: Mapping[str, LoRA]) -> Adapter | None:
-    return Adapter("merge", dict(modules)) if modules else None
 
 
 def _by_input(seen: _Seen) -> Iterator[list[str]]:

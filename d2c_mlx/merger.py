@@ -16,7 +16,7 @@ from d2c_mlx.inputs import Inputs, input_activations
 from d2c_mlx.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator, climb, tune_scale
+from d2c_mlx.probe import Evaluator, tune_scale
 from d2c_mlx.schedule import Workers
 
 __all__ = ["SCALES", "Merged", "Merger"]
@@ -124,8 +124,9 @@ class Merger:
 
         def regret(scale: float) -> float:
             adapter = self._scaled(merged, scale)
-            tried[scale] = adapter, self._regret_of(adapter, members)
-            return tried[scale][1]
+            (found,) = self._regrets([adapter], members)
+            tried[scale] = adapter, found
+            return found
 
         if config.scale is not None and config.merge_method not in _LATER:
             return Merged(self._scaled(merged, config.scale), method, config.scale)
@@ -149,36 +150,45 @@ class Merger:
         return best
 
     def _layerwise(self, members: Members) -> Merged:
-        """From the scale of RegMean up, while the probes gain; and without making up for anything.
+        """With and without making up for what is lacking, the better higher while the probes gain.
 
-        At strength 0 it is RegMean++ as in its paper, block by block, and called so.
+        Scales begin with that of RegMean. Without it is RegMean++ as in its paper, block by block,
+        and called so.
         """
         plain = self._merged(members, "regmean")
-        found = [plain]
-        # Forwards under the members, and parts of some under the merge.
-        cost = 3 * sum(self._probes[i].n_tokens for i in members)
-
-        def regret(scale: float, strength: float = STRENGTH) -> float:
-            self._evaluator.meter.expect(cost)
-            adapter = merge_layerwise(
-                self._base, [self._adapters[i] for i in members],
-                [self._probes[i] for i in members], self._config.merge_rank, scale, strength,
-                _LAYERWISE_TOKENS, self._workers,
-            ).uniform(self._base.dtype)  # fmt: skip
-            self._evaluator.meter.advance(cost)
-            name = "layerwise" if strength else "regmean++"
-            found.append(Merged(adapter, name, scale, self._regret_of(adapter, members)))
-            return _regret(found[-1])
-
-        scales = [one for one in SCALES if one >= plain.scale]
-        best, _ = climb(regret, scales if self._config.scale is None else [plain.scale])
-        regret(best, 0.0)
+        found = [plain, *self._aimed(members, [(plain.scale, STRENGTH), (plain.scale, 0.0)])]
+        strength = STRENGTH if _regret(found[1]) < _regret(found[2]) else 0.0
+        best = min(found[1:], key=_regret)
+        for scale in SCALES if self._config.scale is None else ():
+            if scale > plain.scale:
+                last = self._aimed(members, [(scale, strength)])
+                found += last
+                if _regret(last[0]) >= _regret(best):
+                    break
+                best = last[0]
         return min(found, key=_regret)
 
-    def _regret_of(self, adapter: Adapter, members: Members) -> float:
-        """Mean normalised regret of the members on their probes."""
-        (losses,) = self._evaluator.losses([(adapter, [self._probes[i] for i in members])])
-        return float(self._regret(losses, np.array(members)).mean())
+    def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:
+        """Layer-wise merges of scales and strengths."""
+        # Forwards under the members, and of each merge in parts.
+        cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)
+        self._evaluator.meter.expect(cost)
+        made = merge_layerwise(
+            self._base, [self._adapters[i] for i in members], [self._probes[i] for i in members],
+            aims, self._config.merge_rank, _LAYERWISE_TOKENS, self._workers,
+        )  # fmt: skip
+        self._evaluator.meter.advance(cost)
+        found = [one.uniform(self._base.dtype) for one in made]
+        return [
+            Merged(one, "layerwise" if strength else "regmean++", scale, regret)
+            for one, (scale, strength), regret in zip(found, aims, self._regrets(found, members))
+        ]
+
+    def _regrets(self, merges: Sequence[Adapter], members: Members) -> list[float]:
+        """Of each the mean normalised regret of the members on their probes."""
+        probes = [self._probes[i] for i in members]
+        losses = self._evaluator.losses([(one, probes) for one in merges])
+        return [float(self._regret(some, np.array(members)).mean()) for some in losses]
 
     def _unscaled(
         self, members: Members, method: str, inputs: Sequence[Inputs] | None = None

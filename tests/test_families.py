@@ -24,7 +24,7 @@ from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError, ModelError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.layerwise import check_blocks, merge_layerwise
+from d2c_mlx.layerwise import STRENGTH, check_blocks, merge_layerwise
 from d2c_mlx.model import BaseModel, block_index
 from d2c_mlx.reading import load_adapter
 
@@ -67,12 +67,12 @@ def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
         read_adapter(root / family / feature, base.module_shapes)
         for feature in ("all linear", "some blocks")
     )
-    same = merge_layerwise(base, [one, one], [rows, rows])
+    (same,) = merge_layerwise(base, [one, one], [rows, rows], [(1.0, STRENGTH)])
     assert same.modules.keys() == one.modules.keys()
     for path, lora in one.modules.items():
         size = np.abs(lora.delta()).max()
         assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
-    both = merge_layerwise(base, [one, other], [rows, rows])
+    (both,) = merge_layerwise(base, [one, other], [rows, rows], [(1.0, STRENGTH)])
     assert all(np.isfinite(lora.delta()).all() for lora in both.modules.values())
 
 

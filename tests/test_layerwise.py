@@ -123,7 +123,7 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
 def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(tiny, scale, strength, rank):
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
-    made = merge_layerwise(base, adapters, sets, rank, scale, strength)
+    (made,) = merge_layerwise(base, adapters, sets, [(scale, strength)], rank)
     assert made.name == "a+b+c" and made.sources == ("a", "b", "c")
     assert [*made.modules] == sorted(expected)
     for path, update in expected.items():
@@ -145,16 +145,15 @@ def test_layerwise_comes_closer_to_the_members_than_regmean_does(tiny):
             for x, y, some in zip(own, seen, looked)
         )
 
-    whole, half, none = (
-        distance(merge_layerwise(base, adapters, sets, 64, 1.0, strength))
-        for strength in (1.0, 0.5, 0.0)
-    )
+    aims = [(1.0, strength) for strength in (1.0, 0.5, 0.0)]
+    whole, half, none = map(distance, merge_layerwise(base, adapters, sets, aims, 64))
     assert whole < half < none
 
 
 def test_equal_adapters_merge_to_themselves(tiny):
     base, (adapter, *_), (rows, *_) = tiny
-    made = merge_layerwise(base, [adapter, replace(adapter, name="z")], [rows, rows])
+    twice = [adapter, replace(adapter, name="z")]
+    (made,) = merge_layerwise(base, twice, [rows, rows], [(1.0, 0.75)])
     for path, lora in adapter.modules.items():
         assert made.modules[path].delta() == pytest.approx(lora.delta(), abs=1e-5)
 
@@ -165,7 +164,7 @@ def test_blocks_that_no_member_touches_are_left_alone(tiny):
         replace(one, modules={p: lora for p, lora in one.modules.items() if block_index(p) == 1})
         for one in adapters
     ]
-    made = merge_layerwise(base, upper, sets)
+    (made,) = merge_layerwise(base, upper, sets, [(1.0, 0.75)])
     assert {block_index(path) for path in made.modules} == {1}
     expected = by_whole_forwards(base, upper, sets, 1.0, 0.75, made.rank)
     path = ORDER[3]
@@ -174,10 +173,17 @@ def test_blocks_that_no_member_touches_are_left_alone(tiny):
 
 def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
     base, adapters, sets = tiny
-    one = merge_layerwise(base, adapters, sets, most=20)
-    many = merge_layerwise(base, adapters, sets, most=20, workers=Workers(3))
-    assert one.digest == many.digest
-    assert one.digest != merge_layerwise(base, adapters, sets, most=10).digest
+    aims = [(1.0, 0.75), (1.4, 0.0)]
+
+    def digests(aims, most, n_workers):
+        made = merge_layerwise(base, adapters, sets, aims, None, most, Workers(n_workers))
+        return [one.digest for one in made]
+
+    one, other = digests(aims, 20, 1)
+    assert digests(aims, 20, 3) == [one, other]
+    assert digests(aims[::-1], 20, 1) == [other, one]
+    assert digests(aims[:1], 20, 1) == [one]
+    assert one not in digests(aims, 10, 1)
     names = [type(module).__name__ for _, module in base.model.named_modules()]
     assert "_Tap" not in names and not base.occupied
 

@@ -92,15 +92,15 @@ def test_layerwise_is_the_best_of_what_it_tries(config, members):
     plain = merger.quick(members)
     found = {("regmean", plain.scale): plain.regret}
 
-    def regret(scale, strength=STRENGTH):
-        made = merge_layerwise(merger._base, adapters, probes, None, scale, strength)
+    def regret(scale, strength):
+        (made,) = merge_layerwise(merger._base, adapters, probes, [(scale, strength)])
         name = "layerwise" if strength else "regmean++"
         losses = merger._evaluator.losses([(made.uniform(merger._base.dtype), probes)])[0]
         found[name, scale] = float(merger._regret(losses, np.array(members)).mean())
         return found[name, scale]
 
-    best, _ = climb(regret, SCALES[SCALES.index(plain.scale) :])
-    regret(best, 0.0)
+    strength = min((0.0, STRENGTH), key=lambda one: regret(plain.scale, one))
+    climb(lambda scale: regret(scale, strength), SCALES[SCALES.index(plain.scale) :])
     made = merger.final(members)
     assert plain.method == "regmean"
     assert made.regret == pytest.approx(min(found.values()), abs=1e-6)

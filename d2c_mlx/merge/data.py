@@ -34,6 +34,7 @@ class Grams:
             ridge: above 0, as a share of the mean diagonal entry of the X_i^T X_i.
         """
         self._off_diagonal = off_diagonal
+        self._given = list(activations)
         self._tokens = [x.astype(np.float64) for x in activations]
         squares = np.stack([(x * x).sum(axis=0) for x in self._tokens])
         floor = ridge * squares.mean() or 1.0  # Without any data: the mean.
@@ -55,9 +56,11 @@ class Grams:
         return np.concatenate(sides, axis=1)
 
     def against(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`."""
-        sides = [x.T @ y for x, y in zip(self._tokens, outputs)]
-        return self._off_diagonal * np.sum(sides, axis=0)
+        """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`.
+
+        In the precision of the outputs: nothing is solved for here.
+        """
+        return self._off_diagonal * sum(x.T @ y for x, y in zip(self._given, outputs))
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """`K^-1 right`, both `(in, n)`."""
@@ -66,6 +69,20 @@ class Grams:
         x, total = self._woodbury
         inner = scipy.linalg.cho_solve(self._factor, x @ (right / total), check_finite=False)
         return (right - x.T @ inner) / total
+
+    def norms(self, right: np.ndarray) -> np.ndarray:
+        """`right^T K^-1 right`, `(n, n)`, of `right (in, n)`."""
+        if self._woodbury is None:
+            half = self._lower(right)
+            return half.T @ half
+        x, total = self._woodbury
+        whole, half = right / np.sqrt(total), self._lower(x @ (right / total))
+        return whole.T @ whole - half.T @ half
+
+    def _lower(self, right: np.ndarray) -> np.ndarray:
+        """What the triangular factor L of `L L^T` takes to `right`."""
+        factor, _ = self._factor
+        return scipy.linalg.solve_triangular(factor, right, trans="T", check_finite=False)
 
 
 def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
@@ -117,10 +134,10 @@ def matched(
     stack = np.concatenate([b for _, b in factors])
     right = grams.times([a for a, _ in factors]) @ stack + grams.against(lacking)
     if right.shape[1] <= right.shape[0]:
-        u = _leading(right.T @ grams.solve(right), rank)
+        u = _leading(grams.norms(right), rank)
     else:
         q, r = scipy.linalg.qr(right.T, mode="economic", check_finite=False)
-        u = q @ _leading(r @ grams.solve(r.T), rank)
+        u = q @ _leading(grams.norms(r.T), rank)
     return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
 
 
