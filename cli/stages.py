@@ -28,7 +28,7 @@ _OPTIONS = [
     click.option("--max-adapters", type=int, help="most adapters that a plan may store  [default:"
                  " any number]"),
     click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
-                 "  [default: regmean++]"),
+                 "  [default: layerwise, or regmean++ where a model cannot be run by blocks]"),
     click.option("--density", type=float, help="share of entries kept by methods that sparsify"
                  "  [default: 0.5]"),
     click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),
@@ -49,6 +49,8 @@ _OPTIONS = [
     click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
     click.option("--answers", type=int, help="held-out rows of each task that are answered and"
                  " compared with the expected answers  [default: 0]"),
+    click.option("--baselines", metavar="LIST", help="partitions that bench merges too, to compare;"
+                 ' "" is none  [default: merge-all,random,kmeans]'),
     click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
     click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
                  " recommends, else half the memory]"),

@@ -18,6 +18,7 @@ from d2c_mlx.errors import BudgetError, ConfigError
 
 __all__ = [
     "AUTO_METHODS",
+    "BASELINES",
     "MERGE_METHODS",
     "PLANS",
     "RANK_VARIABLES",
@@ -36,9 +37,10 @@ MERGE_METHODS = (
 )  # fmt: skip
 # Those of a run; the last three ask the model, so `Merger` makes them.
 RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
-# What "auto" tries on every cluster, the simplest first: it wins ties.
-AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi", "regmean++")
+# What "auto" tries on every cluster beside the default, the simplest first: it wins ties.
+AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")
 STARTS = ("adapters", "kmeans", "random", "table", "pairs")
+BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("d2c", "auto")
 SEARCHES = ("moves", "paper")
 SAVINGS = (
@@ -72,8 +74,9 @@ class RunConfig:
         plan: "auto" chooses clusters, rank and bits for a budget in bytes by measuring (see
             `planned`), and merges by D2C for a budget in adapters; "d2c" does that for both.
         max_adapters: most adapters that a plan may store; None is any number.
-        merge_method: one of `RUN_METHODS`, see docs/merging.md; "regmean++", "layerwise" and "auto"
-            cluster by "regmean", and "auto" packs for every cluster the best of `AUTO_METHODS` on
+        merge_method: one of `RUN_METHODS`, see docs/merging.md; None is "layerwise", or "regmean++"
+            where an architecture cannot be run block by block. These and "auto" cluster by
+            "regmean"; "auto" packs for every cluster the best of `AUTO_METHODS` and the default on
             its probes.
         merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
         density: share of entries kept by methods that sparsify.
@@ -90,6 +93,8 @@ class RunConfig:
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
         answers: how many held-out rows of each task are answered and compared with the expected
             answers, the first ones; the report shows three.
+        baselines: partitions that `bench` merges too and compares, some of `BASELINES`; each takes
+            about as long to merge as what is packed.
         random_seeds: how many random partitions the `random` row averages.
         memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
         without: savings of the evaluation to do without, see `engine.Savings`; also "cache" and
@@ -110,7 +115,7 @@ class RunConfig:
     model: str | None = None
     plan: str = "auto"
     max_adapters: int | None = None
-    merge_method: str = "regmean++"
+    merge_method: str | None = None
     density: float = 0.5
     scale: float | None = None
     merge_rank: int | None = None
@@ -124,6 +129,7 @@ class RunConfig:
     probe_examples: int = 10
     test_examples: int = 100
     answers: int = 0
+    baselines: tuple[str, ...] = BASELINES
     random_seeds: int = 3
     memory_limit: str | None = None
     without: tuple[str, ...] = ()
@@ -143,7 +149,7 @@ class RunConfig:
         ]
         checks = {
             "merge_method": (
-                self.merge_method in RUN_METHODS,
+                self.merge_method in (None, *RUN_METHODS),
                 f"one of {list(RUN_METHODS)}",
             ),
             "plan": (self.plan in PLANS, f"one of {list(PLANS)}"),
@@ -161,6 +167,7 @@ class RunConfig:
             "probe_examples": (self.probe_examples >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
             "answers": (self.answers >= 0, "0 or more"),
+            "baselines": (set(self.baselines) <= set(BASELINES), f"some of {list(BASELINES)}"),
             "random_seeds": (self.random_seeds >= 1, "1 or more"),
             "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
             "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),

@@ -38,7 +38,7 @@ __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 
 # To make up for all of it would be to trust a few rows.
 STRENGTH = 0.75
-# Padded tokens of a part: of one member, all workers shall have some.
+# Padded tokens of a part: of one member, which is run alone, all workers shall have some.
 _BATCH = 256
 
 

@@ -12,6 +12,7 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.cluster import Members
 from d2c_mlx.config import AUTO_METHODS, RunConfig
 from d2c_mlx.examples import ExampleSet
+from d2c_mlx.forward import blocks_are_exact
 from d2c_mlx.inputs import Inputs, input_activations
 from d2c_mlx.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge import merge_adapters, scaled
@@ -54,7 +55,11 @@ class Merged:
 
 
 class Merger:
-    """Merges any members, each set of members once."""
+    """Merges any members, each set of members once.
+
+    Attributes:
+        quick_method: by which clusterings are compared.
+    """
 
     def __init__(
         self,
@@ -78,6 +83,9 @@ class Merger:
             workers: what runs the base for activations; None is this thread.
         """
         self._config, self._base, self._evaluator = config, base, evaluator
+        self._best = "layerwise" if blocks_are_exact(base.model) else "regmean++"
+        self._method = config.merge_method or self._best
+        self.quick_method = _QUICK.get(self._method, self._method)
         self._adapters, self._probes, self._regret = adapters, probes, regret
         self._workers = workers
         self._merges: dict[tuple[str, Members], Merged] = {}
@@ -90,7 +98,7 @@ class Merger:
             members: what is merged.
             like: members of another merge whose scale is taken; none: the scale is tuned.
         """
-        method = _QUICK.get(self._config.merge_method, self._config.merge_method)
+        method = self.quick_method
         if not like or len(members) == 1:
             return self._merged(members, method)
         scale = self._merged(like, method).scale
@@ -98,10 +106,9 @@ class Merger:
 
     def final(self, members: Members) -> Merged:
         """What is packed: under "auto" the best of some methods on the members' probes."""
-        method = self._config.merge_method
-        if len(members) == 1 or method != "auto":
-            return self._merged(members, method)
-        found = [self._merged(members, method) for method in AUTO_METHODS]
+        if len(members) == 1 or self._method != "auto":
+            return self._merged(members, self._method)
+        found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
         return min(found, key=_regret)
 
     def _merged(self, members: Members, method: str) -> Merged:
@@ -128,7 +135,7 @@ class Merger:
             tried[scale] = adapter, found
             return found
 
-        if config.scale is not None and config.merge_method not in _LATER:
+        if config.scale is not None and self._method not in _LATER:
             return Merged(self._scaled(merged, config.scale), method, config.scale)
         grid = SCALES if config.scale is None else (config.scale,)
         best = tune_scale(regret, grid)

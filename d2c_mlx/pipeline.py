@@ -117,7 +117,8 @@ def cluster(ws: Workspace) -> None:
         }
         write_json(ws.path("clusters.json"), content)
 
-    options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(c),
+    merging = [ws.merger.quick_method, *_merge_options(c)[1:]]
+    options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, merging,
                c.search, c.patience, c.init, c.rounds, c.restarts, c.eps,
                c.random_seeds]  # fmt: skip
     ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
@@ -200,7 +201,9 @@ def bench(ws: Workspace) -> None:
     by_d2c = not ws.config.planned
 
     def clusterings() -> dict[str, list[Clustering]]:
-        return _clusterings(ws) if by_d2c else {}
+        shown = {*ws.config.baselines, "d2c"}
+        found = _clusterings(ws) if by_d2c else {}
+        return {name: some for name, some in found.items() if name in shown}
 
     def body() -> None:
         packed = load_pack(ws.path("pack"))
@@ -224,7 +227,7 @@ def bench(ws: Workspace) -> None:
         write_json(ws.path("bench.json"), content)
 
     options = [ws.base.fingerprint, [examples.digest for examples in ws.tests],
-               _merge_options(ws.config), ws.config.answers]  # fmt: skip
+               _merge_options(ws.config), ws.config.baselines, ws.config.answers]  # fmt: skip
     reads = ["adapters", "losses.json", *(["clusters.json"] if by_d2c else []), "pack"]
     ws.stage("bench", options, reads, ["bench.json"], body)
 

@@ -92,9 +92,9 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
 
 def test_all_values_out_of_range_at_once():
     wrong = {
-        "merge_method": "dare", "density": 0.0, "scale": -1.0, "init": ("best",), "rounds": -1,
-        "restarts": 0, "eps": -1e-9, "seed": -1, "probe_examples": 0, "test_examples": -1,
-        "random_seeds": 0, "budget": "much",
+        "merge_method": "dare", "density": 0.0, "scale": -1.0, "init": ("best",),
+        "baselines": ("auto",), "rounds": -1, "restarts": 0, "eps": -1e-9, "seed": -1,
+        "probe_examples": 0, "test_examples": -1, "random_seeds": 0, "budget": "much",
     }  # fmt: skip
     found = problems(None, wrong)
     for name in (*NEEDED, *wrong):
@@ -165,15 +165,18 @@ def test_the_help_states_the_defaults():
     assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
     assert stated.pop("merge_rank").startswith("the largest") and values.pop("merge_rank") is None
+    assert stated.pop("merge_method").startswith("layerwise, or regmean++")
+    assert values.pop("merge_method") is None
     assert stated.pop("patience") == "2 or 10" and values.pop("patience") is None
     assert stated.pop("max_adapters").startswith("any") and values.pop("max_adapters") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
     for name in ("compile", "refine"):
         assert stated.pop(name) == "no" and values.pop(name) is False
-    assert stated.pop("init") == ",".join(values.pop("init"))
+    for name in ("init", "baselines"):
+        assert stated.pop(name) == ",".join(values.pop(name))
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "init", "memory_limit", "compile", "refine", "without"}
-    special |= {"unlabelled", "merge_rank", "patience", "max_adapters"}
+    special |= {"baselines", "unlabelled", "merge_method", "merge_rank", "patience", "max_adapters"}
     unstated = {field.name for field in fields(RunConfig)} - set(stated) - special
     assert unstated == set(NEEDED)
 

@@ -20,11 +20,13 @@ from test_export import read_gguf
 from test_gguf import permuted
 from tiny import tiny_tokenizer
 
+from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError, ModelError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.layerwise import STRENGTH, check_blocks, merge_layerwise
+from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel, block_index
 from d2c_mlx.reading import load_adapter
 
@@ -57,6 +59,9 @@ BY_BLOCK = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "SmolLM3", "Granite",
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
     base = bases[family]
+    config = RunConfig(adapters="adapters", tasks="tasks", output="run")
+    default = Merger(config, base, None, [], [], None)._method
+    assert default == ("layerwise" if family in BY_BLOCK else "regmean++")
     if family not in BY_BLOCK:
         with pytest.raises(ModelError, match="merge_method layerwise runs the model block by"):
             check_blocks(base)

@@ -106,6 +106,28 @@ def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
     }  # fmt: skip
 
 
+def test_baselines_are_those_that_are_asked_for(config):
+    output = run(replace(config, baselines=("kmeans",)), quiet=True).output
+    few = json.loads((output / "bench.json").read_text())["methods"]
+    assert set(few) == {"base", "individual", "kmeans", "d2c", "pack"}
+    first = _started(output)
+    run(replace(config, baselines=()), quiet=True)
+    none = json.loads((output / "bench.json").read_text())["methods"]
+    assert none == {name: few[name] for name in few if name != "kmeans"}
+    changed = {name for name, time in _started(output).items() if time != first[name]}
+    assert changed == {"bench", "report"}
+
+
+def test_another_merge_that_is_clustered_alike_is_not_clustered_again(config):
+    output = run(config, until="merge", quiet=True).output
+    first = _started(output)
+    run(replace(config, merge_method="regmean++"), until="merge", quiet=True)
+    changed = {name for name, time in _started(output).items() if time != first[name]}
+    assert changed == {"merge"}
+    run(replace(config, merge_method="linear"), until="cluster", quiet=True)
+    assert _started(output)["cluster"] != first["cluster"]
+
+
 def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatch):
     """And saves some: the same clusters, objective and pack with and without the bound."""
     done, artifacts = [], []
