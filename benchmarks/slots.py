@@ -28,7 +28,7 @@ from d2c_mlx.files import write_json
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.reading import load_adapter
-from d2c_mlx.refine import Member, RefineOptions, refine
+from d2c_mlx.refining import refine_merge
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
 PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}
@@ -80,16 +80,10 @@ def served(ws, clustering, changes):
         MADE[key] = [merger.final(members) for members in clustering.groups]
     merges, found = MADE[key], [one.adapter for one in MADE[key]]
     if "refine" in changes:
-        found = [refined(ws, one, members) for one, members in zip(found, clustering.groups)]
+        each = zip(found, clustering.groups)
+        found = [refine_merge(ws, one, members).adapter for one, members in each]
     adapters = {ws.names[i]: found[k] for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]
-
-
-def refined(ws, merged, members):
-    """What a run with `--refine` makes of a merge."""
-    taught = [Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i])) for i in members]
-    options = RefineOptions(eps=ws.config.eps, seed=ws.config.seed)
-    return refine(ws.base, merged, taught, options).adapter
 
 
 def packed(ws):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from d2c_mlx.inputs import Inputs, input_activations
 from d2c_mlx.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator, tune_scale
+from d2c_mlx.probe import Evaluator, climb, tune_scale
 from d2c_mlx.schedule import Workers
 
 __all__ = ["SCALES", "Merged", "Merger"]
@@ -31,10 +32,8 @@ _TOKENS, _ALL_TOKENS = 128, 4096
 _PASSES = 3
 # `layerwise` looks at so many tokens of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
-# Clusterings compare what is cheaper and judges alike.
+# Clusterings compare what is cheaper and judges alike; each of these begins with its scale.
 _QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
-# These begin with the scale that was found for another.
-_LATER = ("auto", "regmean++", "layerwise")
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,17 @@ class Merger:
             workers: what runs the base for activations; None is this thread.
         """
         self._config, self._base, self._evaluator = config, base, evaluator
-        self._best = "layerwise" if blocks_are_exact(base.model) else "regmean++"
         self._method = config.merge_method or self._best
         self.quick_method = _QUICK.get(self._method, self._method)
         self._adapters, self._probes, self._regret = adapters, probes, regret
         self._workers = workers
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._inputs: dict[int, Inputs] = {}
+
+    @cached_property
+    def _best(self) -> str:
+        """The default."""
+        return "layerwise" if blocks_are_exact(self._base.model) else "regmean++"
 
     def quick(self, members: Members, like: Members = ()) -> Merged:
         """What clusterings compare; `final` may try more.
@@ -135,7 +138,7 @@ class Merger:
             tried[scale] = adapter, found
             return found
 
-        if config.scale is not None and self._method not in _LATER:
+        if config.scale is not None and self._method not in _QUICK:
             return Merged(self._scaled(merged, config.scale), method, config.scale)
         grid = SCALES if config.scale is None else (config.scale,)
         best = tune_scale(regret, grid)
@@ -163,16 +166,18 @@ class Merger:
         and called so.
         """
         plain = self._merged(members, "regmean")
-        found = [plain, *self._aimed(members, [(plain.scale, STRENGTH), (plain.scale, 0.0)])]
-        strength = STRENGTH if _regret(found[1]) < _regret(found[2]) else 0.0
-        best = min(found[1:], key=_regret)
-        for scale in SCALES if self._config.scale is None else ():
-            if scale > plain.scale:
-                last = self._aimed(members, [(scale, strength)])
-                found += last
-                if _regret(last[0]) >= _regret(best):
-                    break
-                best = last[0]
+        without, making_up = self._aimed(members, [(plain.scale, 0.0), (plain.scale, STRENGTH)])
+        better = min(without, making_up, key=_regret)
+        strength = STRENGTH if better is making_up else 0.0
+        found = [plain, better]
+
+        def regret(scale: float) -> float:
+            if scale != plain.scale:
+                found.extend(self._aimed(members, [(scale, strength)]))
+            return _regret(found[-1])
+
+        scales = [one for one in SCALES if one >= plain.scale]
+        climb(regret, scales if self._config.scale is None else [plain.scale])
         return min(found, key=_regret)
 
     def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:

@@ -117,8 +117,9 @@ def cluster(ws: Workspace) -> None:
         }
         write_json(ws.path("clusters.json"), content)
 
-    merging = [ws.merger.quick_method, *_merge_options(c)[1:]]
-    options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, merging,
+    # A merge that is clustered alike is not clustered again.
+    like = dataclasses.replace(c, merge_method=ws.merger.quick_method)
+    options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(like),
                c.search, c.patience, c.init, c.rounds, c.restarts, c.eps,
                c.random_seeds]  # fmt: skip
     ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2c_mlx import __version__
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.files import fingerprint, write_dir, write_json
 from d2c_mlx.reading import load_adapter
-from d2c_mlx.refine import Member, RefineOptions, refine
+from d2c_mlx.refine import Member, Refined, RefineOptions, refine
 from d2c_mlx.workspace import Workspace
 
-__all__ = ["refine_cluster", "refine_inputs"]
+__all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
 
 
 def _options(ws: Workspace) -> RefineOptions:
@@ -28,6 +29,18 @@ def refine_inputs(ws: Workspace) -> list[object]:
             [[name, prompts.digest] for name, prompts in ws.prompts.items()]]  # fmt: skip
 
 
+def refine_merge(ws: Workspace, merged: Adapter, indices: Sequence[int]) -> Refined:
+    """Refine the merge of some of a run's adapters."""
+    return refine(ws.base, merged, _members(ws, indices), _options(ws), ws.evaluator.meter)
+
+
+def _members(ws: Workspace, indices: Sequence[int]) -> list[Member]:
+    return [
+        Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i]), ws.prompts.get(ws.names[i]))
+        for i in indices
+    ]
+
+
 def refine_cluster(ws: Workspace, k: int, names: Sequence[str], kept: Path) -> Path:
     """Refine merge `k`, of the adapters `names`, unless that is done already.
 
@@ -37,16 +50,12 @@ def refine_cluster(ws: Workspace, k: int, names: Sequence[str], kept: Path) -> P
     """
     merged = load_adapter(ws.path("merged") / str(k))
     indices = [ws.names.index(name) for name in names]
-    members = [
-        Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i]), ws.prompts.get(ws.names[i]))
-        for i in indices
-    ]
-    contents = [[one.adapter.digest, one.gain] for one in members]
+    contents = [[one.adapter.digest, one.gain] for one in _members(ws, indices)]
     part = kept / fingerprint([refine_inputs(ws), list(names), contents, merged.digest])[:32]
     if part.exists():
         return part
     started = time.monotonic()
-    refined = refine(ws.base, merged, members, _options(ws), ws.evaluator.meter)
+    refined = refine_merge(ws, merged, indices)
     regrets = dict(refined.curve)
     facts = {
         "members": list(names),
