@@ -23,8 +23,9 @@ from d2c_mlx.schedule import Workers
 
 __all__ = ["SCALES", "Merged", "Merger"]
 
-# Increasing; the walk of `tune_scale` starts in the middle.
-SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+# Increasing; the walk of `tune_scale` starts in the middle. Means of many tasks ask for more than
+# 1, sums (`tsv`, `emr`, `iso-c`) for less.
+SCALES = (0.125, 0.175, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.2, 16.0)
 # RegMean looks at so many tokens of a task, and of all tasks: each takes 140 KB of memory on
 # SmolLM2-135M, and four times as many per task gained nothing.
 _TOKENS, _ALL_TOKENS = 128, 4096

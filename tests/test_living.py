@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from operator import itemgetter
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
+from safetensors.numpy import load_file, save_file
 from tiny import LAYERS, SHAPES, library, peft_adapter
 
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.arriving import arrive
+from d2c_mlx.attribution import module_gains
 from d2c_mlx.compact import index_of, read_compact
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
@@ -25,7 +28,7 @@ from d2c_mlx.merger import SCALES
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import COMPACT, load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.probe import Evaluator
+from d2c_mlx.probe import Evaluator, tune_scale
 from d2c_mlx.quantize import compress, dequantize_module
 from d2c_mlx.tasks import load_task
 from d2c_mlx.verify import verify
@@ -266,7 +269,7 @@ def whole(tmp_path):
 
 
 def test_probes_decide_where_an_arrival_suffers_least(whole):
-    """Every slot at every scale, tried here by brute force."""
+    """Every slot at every scale, tried here by brute force, and the walk over scales."""
     paths, base, found, pack = whole
     evaluator = Evaluator(Engine(base))
     probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
@@ -283,24 +286,34 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
         for scale in SCALES:
             costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
     result = arrive(pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model))
-    # Scales are walked downhill from the middle one; a random model may like absurd ones better.
-    k, scale = min((one for one in costs if one[1] <= SCALES[3]), key=costs.get)
+    walks = [(k, tune_scale(lambda scale, k=k: costs[k, scale], SCALES)) for k in (0, 1)]
+    k, scale = min(walks, key=costs.get)
     assert result.adapter == f"cluster-{k}"
     merge = merge_adapters([found["ab"[k]], found["c"]])
     assert_close(result.pack.load("c"), deltas(scaled(merge, scale)), atol=1e-3)
 
 
 def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
+    """What weights take for most of an adapter does harm, and the probes see it."""
     paths, base, found, _ = whole
+    probe = base.encode("b", load_task(paths.tasks / "b").probe)
+    harm = min(module_gains(base, found["b"], probe).items(), key=itemgetter(1))[0]
+    weights = paths.adapters / "b" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"base_model.model.{harm}.lora_B.weight"] *= np.float16(3)
+    save_file(tensors, weights, metadata={"format": "pt"})
     about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    losses = {}
+    levels = dict(zip(found["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
+    losses, held = {}, {}
     for tasks in (None, paths.tasks):
-        small = [compress(found["a"], dict.fromkeys(found["a"].modules, [(1, 4)]))]
+        small = [compress(found["a"], levels)]
         pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, max_bytes=None, **about)
         result = arrive(pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model))
-        probe = base.encode("b", load_task(paths.tasks / "b").probe)
-        losses[tasks] = Evaluator(Engine(base)).losses([(result.pack.load("b"), [probe])])[0][0]
-    assert losses[paths.tasks] < losses[None]
+        arrived = result.pack.load("b")
+        held[tasks] = harm in arrived.modules
+        losses[tasks] = Evaluator(Engine(base)).losses([(arrived, [probe])])[0][0]
+    assert held == {None: True, paths.tasks: False}
+    assert losses[paths.tasks] < losses[None] - 0.3
 
 
 def test_on_the_command_line(whole, tmp_path):

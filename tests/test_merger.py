@@ -108,6 +108,13 @@ def test_layerwise_the_default_is_the_best_of_what_it_tries(config, members):
     assert (made.method, made.scale) == min(found, key=found.get)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
+    """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""
+    assert tune_scale(lambda scale: np.log(scale * n) ** 2, SCALES) == 1 / n
+    assert tune_scale(lambda scale: np.log(scale / n) ** 2, SCALES) == n
+
+
 def test_the_scale_is_the_best_of_the_walk(config):
     merger = merger_of(config)
     merged = merger.quick((0, 1))
