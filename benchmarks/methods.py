@@ -183,7 +183,7 @@ METHODS = {
     "D2C, mean": (PAPER, "linear"),
     "D2C, TIES": (PAPER, "ties"),
     "D2C, best merge": (PAPER, "auto"),
-    "K-Means, RegMean++": (by_features, "regmean++"),
-    "D2C, moves": (by_d2c(search="moves"), "regmean++"),
+    "K-Means, layerwise": (by_features, "layerwise"),
+    "D2C, moves": (by_d2c(search="moves"), "layerwise"),
     "auto": None,
 }
