@@ -3,10 +3,11 @@
     python benchmarks/slots.py --library DIR [--clusters 3,6,12] [--seeds 0,1,2] [--cases A;B]
 
 A seed takes other probe rows of every task (rows 0-9, 10-19, ...), never test rows. A case is
-a whole `d2c-mlx run` with other options up to its pack, or ("on them: ...") the clusters of `moves`
-merged another way. Losses are shared through one cache, so what two cases have in common is
-evaluated once; seconds are those of what was new. A run that was stopped continues: cases that are
-in the results are not repeated. Results: results/slots.json.
+a whole `d2c-mlx run` with other options up to its pack, or clusters merged another way: "on them:
+layerwise" those of `moves`, "kmeans: layerwise" those of K-Means. Losses are shared through one
+cache, so what two cases have in common is evaluated once; seconds are those of what was new. A run
+that was stopped continues: cases that are in the results are not repeated. Results:
+results/slots.json.
 """
 
 import argparse
@@ -54,7 +55,10 @@ MERGES = {
 BASELINES = ("individual", "merge-all", "kmeans", "random")
 # (seed, clusters, options) -> merges: those of "layerwise" are refined next.
 MADE = {}
-CASES = (*BASELINES, *RUNS, *(f"on them: {name}" for name in MERGES))
+CASES = (
+    *BASELINES, "merge-all: layerwise", "kmeans: layerwise", *RUNS,
+    *(f"on them: {name}" for name in MERGES),
+)  # fmt: skip
 
 
 def probes_of(library, seed, n_examples, directory):
@@ -96,7 +100,8 @@ def packed(ws):
 
 def partitions(ws, case, results, options):
     """The clusterings of a case whose clusters are merged here, not by a run."""
-    if case.startswith("on them: "):
+    case = case.split(": ")[0]
+    if case == "on them":
         return [clusters_of_moves(ws, results)]
     n, k, seed = len(ws.names), ws.n_clusters, ws.config.seed
     if case == "random":
@@ -130,7 +135,7 @@ def measure(config, case, results, options):
     else:
         ws = run(config, until="probe", quiet=True)
         clusterings = partitions(ws, case, results, options)
-        changes = MERGES.get(case.removeprefix("on them: "), {})
+        changes = MERGES.get(case.rpartition(": ")[2], {})
         found = [served(ws, one, changes) for one in clusterings]
     methods = {
         "base": Method(0, [dict.fromkeys(ws.names)]),
