@@ -161,7 +161,8 @@ def measure(config, case, results, options):
 
 def measure_all(options, directory):
     """Run what is missing; results are written after every case."""
-    results = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    output = options.output
+    results = json.loads(output.read_text())["rows"] if output.exists() else []
     done = {(one["clusters"], one["seed"], one["case"]) for one in results}
     for seed in map(int, options.seeds.split(",")):
         tasks = probes_of(options.library, seed, options.examples, directory / f"tasks-{seed}")
@@ -175,13 +176,13 @@ def measure_all(options, directory):
                     adapters=str(options.library / "adapters"), tasks=str(tasks),
                     output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
                     budget=str(n_clusters), probe_examples=options.examples,
-                    test_examples=options.tests, random_seeds=1, seed=seed,
+                    test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
                 )  # fmt: skip
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
                 entry |= measure(config, case, results, options)
                 results.append(entry)
                 settings = {name: getattr(options, name) for name in ("examples", "tests")}
-                write_json(RESULT, {"settings": settings, "rows": results, "machine": machine()})
+                write_json(output, {"settings": settings, "rows": results, "machine": machine()})
                 print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['retention']:.1%}",
                       entry["merges"][0][:6], entry["seconds"], flush=True)  # fmt: skip
     return results
@@ -191,6 +192,7 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--clusters", default="3,6,12")
     parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
     parser.add_argument("--cases", default=";".join(CASES), help="separated by semicolons")
@@ -198,6 +200,7 @@ def main():
     parser.add_argument("--tests", type=int, default=100)
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="run directories, to be used again")
+    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
