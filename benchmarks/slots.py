@@ -56,7 +56,7 @@ BASELINES = ("individual", "merge-all", "kmeans", "random")
 # (seed, clusters, options) -> merges: those of "layerwise" are refined next.
 MADE = {}
 CASES = (
-    *BASELINES, "merge-all: layerwise", "kmeans: layerwise", *RUNS,
+    *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
     *(f"on them: {name}" for name in MERGES),
 )  # fmt: skip
 
