@@ -15,6 +15,8 @@ from d2c_mlx.pack import load_pack
 
 ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 KB = 1024
+# What a file takes of a tmpfs is whole pages.
+PAGE = os.sysconf("SC_PAGE_SIZE")
 # Both ways through the pipeline.
 BUDGETS = ["2", "20%"]
 
@@ -70,11 +72,12 @@ def test_a_full_disk_and_room_again(budget, finish, tmp_path):
     """At several points of a run; each ends in one line, and the last goes on to the same bytes."""
     whole = tmp_path / "whole"
     assert finish(budget, whole, tmp_path / "cache") == (0, "")
-    nbytes = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]
+    nbytes = sum(-(-size // PAGE) * PAGE for size in sizes)
     with disk(tmp_path / "disk", 8 * KB) as full:
         output, ends = full / "run", []
-        for share in (0.05, 0.5, 0.9):
-            mounted(full, max(8 * KB, int(share * nbytes)), again=True)
+        for share in (0.05, 0.4, 0.8):
+            mounted(full, int(share * nbytes), again=True)
             code, problem = finish(budget, output, tmp_path / "cache")
             assert code == 1 and problem.startswith("error: ") and problem.count("\n") == 1
             assert "No space left on device" in problem
