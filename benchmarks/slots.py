@@ -98,18 +98,17 @@ def packed(ws):
     return adapters, merges
 
 
-def partitions(ws, case, results, options):
-    """The clusterings of a case whose clusters are merged here, not by a run."""
-    case = case.split(": ")[0]
-    if case == "on them":
+def partitions(ws, kind, results, options):
+    """The clusterings of a kind whose clusters are merged here, not by a run."""
+    if kind == "on them":
         return [clusters_of_moves(ws, results)]
     n, k, seed = len(ws.names), ws.n_clusters, ws.config.seed
-    if case == "random":
+    if kind == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
-    if case == "merge-all":
+    if kind == "merge-all":
         return [merge_all(n)]
-    if case == "kmeans":
+    if kind == "kmeans":
         return [kmeans(ws.problem.features, k, seed)]
     return [Clustering("individual", tuple(range(n)))]
 
@@ -134,8 +133,9 @@ def measure(config, case, results, options):
         found = [packed(ws)]
     else:
         ws = run(config, until="probe", quiet=True)
-        clusterings = partitions(ws, case, results, options)
-        changes = MERGES.get(case.rpartition(": ")[2], {})
+        kind, _, how = case.partition(": ")
+        clusterings = partitions(ws, kind, results, options)
+        changes = MERGES.get(how, {})
         found = [served(ws, one, changes) for one in clusterings]
     methods = {
         "base": Method(0, [dict.fromkeys(ws.names)]),
