@@ -25,7 +25,7 @@ INITS = ("adapters", "kmeans", "random", "table")
 
 
 def forgetful(asked, grid):
-    """How often the walk of `tune_scale` asks when it forgets what it knows.
+    """How often a walk of `tune_scale` from the middle asks when it forgets what it knows.
 
     Args:
         asked: scale -> value, of all that the walk evaluated.
@@ -55,14 +55,14 @@ def measure(library, n_clusters, restarts, n_examples):
         counts = ws.evaluator.counts = Counts()
         searches, asked, walks = {}, 0, []
 
-        def search(loss, grid):
+        def search(loss, grid, start):
             values = {}
 
             def once(scale):
                 values[scale] = loss(scale)
                 return values[scale]
 
-            best = tune_scale(once, grid)
+            best = tune_scale(once, grid, start)  # None: RegMean begins in the middle
             walks.append(forgetful(values, grid))
             return best
 

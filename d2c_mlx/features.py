@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapter import Adapter
 
-__all__ = ["gram", "similarity", "svd_features"]
+__all__ = ["closest_scale", "gram", "similarity", "svd_features"]
 
 
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
@@ -31,6 +31,15 @@ def gram(adapters: Sequence[Adapter]) -> np.ndarray:
             blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
             products[np.ix_(here, here)] += blocks
     return products
+
+
+def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:
+    """The scale at which a merge is closest to adapters: least squares over all entries of dW.
+
+    0 where the merge has nothing in common with them, or is 0 itself.
+    """
+    products = gram([merged, *adapters])[0]
+    return float(products[1:].mean() / products[0]) if products[0] > 0 else 0.0
 
 
 def similarity(adapters: Sequence[Adapter]) -> np.ndarray:

@@ -249,8 +249,12 @@ def probe_table(
     return LossTable(tuple(p.task for p in probes), names, np.stack(columns, axis=1), base)
 
 
-def tune_scale(loss: Callable[[float], float], grid: Sequence[float]) -> float:
-    """Walk downhill on an increasing `grid` from its middle; returns the best scale found.
+def tune_scale(
+    loss: Callable[[float], float], grid: Sequence[float], start: float | None = None
+) -> float:
+    """Walk downhill on an increasing `grid` from what is next to `start`; the best scale found.
+
+    Without `start` the walk begins in the middle.
 
     A mean of near-orthogonal updates keeps about 1/T of each, so scales above 1 are common
     (1.7 for three or four real adapters, 2.0 for twelve). Ties keep the smaller scale.
@@ -263,6 +267,8 @@ def tune_scale(loss: Callable[[float], float], grid: Sequence[float]) -> float:
         return known[i]
 
     best = len(grid) // 2
+    if start is not None:
+        best = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start)))
     while True:
         around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
         winner = min(around, key=lambda i: (at(i), i))

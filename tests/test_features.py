@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.cluster import kmeans
-from d2c_mlx.features import similarity, svd_features
+from d2c_mlx.features import closest_scale, similarity, svd_features
 
 
 def random_adapters(seed, n=5):
@@ -31,7 +31,7 @@ def random_adapters(seed, n=5):
     return adapters, shapes
 
 
-def dense_cosines(adapters, shapes):
+def dense_updates(adapters, shapes):
     rows = []
     for adapter in adapters:
         flat = []
@@ -44,7 +44,11 @@ def dense_cosines(adapters, shapes):
                     dense += lora.scale * np.outer(a[:, r], b[r])
             flat.append(dense.ravel())
         rows.append(np.concatenate(flat))
-    rows = np.array(rows)
+    return np.array(rows)
+
+
+def dense_cosines(adapters, shapes):
+    rows = dense_updates(adapters, shapes)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows @ rows.T
 
@@ -56,6 +60,25 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
     adapters, shapes = random_adapters(seed)
     expected = dense_cosines(adapters, shapes)
     assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
+    (merged, *adapters), shapes = random_adapters(seed)
+    one, *others = dense_updates([merged, *adapters], shapes)
+    target = np.concatenate(others)
+    (scale,), *_ = np.linalg.lstsq(np.tile(one, len(others))[:, None], target, rcond=None)
+    assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
+
+
+def test_a_merge_of_nothing_has_no_scale():
+    zero = Adapter("zero", {"q": LoRA(mx.zeros((4, 2)), mx.zeros((2, 3)), 1.0)})
+    one = Adapter("one", {"q": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
+    other = Adapter("other", {"v": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
+    assert closest_scale(zero, [one]) == 0
+    assert closest_scale(one, [other]) == 0
+    assert closest_scale(one, [one, other]) == 0.5
 
 
 def test_similarity_of_disjoint_opposite_and_equal_updates():

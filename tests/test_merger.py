@@ -115,6 +115,16 @@ def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
     assert tune_scale(lambda scale: np.log(scale / n) ** 2, SCALES) == n
 
 
+@pytest.mark.parametrize(("method", "begins"), [("linear", 1.4), ("iso-c", 2.5 / 3)])
+def test_a_sum_of_many_begins_below_a_mean_of_them(config, method, begins):
+    """Three times the same update, so a sum is three times too large."""
+    merger = merger_of(config)
+    merger._adapters = [merger._adapters[0]] * 3
+    start = merger._start(merger._unscaled((0, 1, 2), method), (0, 1, 2), method)
+    assert start == pytest.approx(begins, rel=1e-3)
+    assert merger._start(merger._adapters[0], (0, 1, 2), "regmean") is None
+
+
 def test_the_scale_is_the_best_of_the_walk(config):
     merger = merger_of(config)
     merged = merger.quick((0, 1))

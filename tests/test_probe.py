@@ -39,6 +39,14 @@ def test_evaluates_only_the_way_down():
     assert sorted(loss.asked) == [49, 50, 51, 52, 53]
 
 
+@pytest.mark.parametrize(("start", "first"), [(0.01, 0), (1.3, 0), (1.5, 1), (5.0, 2), (99, 3)])
+def test_begins_next_to_its_start_by_ratio(start, first):
+    grid = [1.0, 2.0, 4.0, 8.0]
+    loss = Counted(grid, [abs(i - first) for i in range(4)])
+    assert tune_scale(loss, grid, start) == grid[first]
+    assert sorted(loss.asked) == grid[max(first - 1, 0) : first + 2]
+
+
 @pytest.mark.parametrize(
     ("values", "best"),
     [
@@ -56,15 +64,15 @@ def test_ties_keep_the_smaller(values, best):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_any_loss_ends_in_a_local_minimum(values):
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.none() | st.floats(0.01, 5))
+def test_any_loss_ends_in_a_local_minimum(values, start):
     grid = [0.1 * (i + 1) for i in range(len(values))]
     loss = Counted(grid, values)
-    i = grid.index(tune_scale(loss, grid))
+    i = grid.index(tune_scale(loss, grid, start))
     assert len(loss.asked) == len(set(loss.asked))
     assert i == 0 or values[i - 1] > values[i]
     assert i == len(values) - 1 or values[i + 1] >= values[i]
-    assert values[i] <= values[len(values) // 2]
+    assert start or values[i] <= values[len(values) // 2]
 
 
 def test_loss_table_json():
