@@ -42,6 +42,7 @@ RUNS = {
     "paper, linear": {**PAPER, "merge_method": "linear"},
     "paper, ties": {**PAPER, "merge_method": "ties"},
     "moves from pairs": {**PLAIN, "init": ("pairs",)},
+    "moves from 8 neighbours": {**PLAIN, "neighbours": 8},
 }
 # What the clusters of `moves` are when they are merged another way.
 MERGES = {

@@ -46,6 +46,8 @@ _OPTIONS = [
                  "  [default: 0.001]"),
     click.option("--seed", type=int, help="of all random choices  [default: 0]"),
     click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
+    click.option("--neighbours", type=int, help="other adapters under which a task is probed, the"
+                 " most alike; or twice as many as share a slot  [default: 32]"),
     click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
     click.option("--answers", type=int, help="held-out rows of each task that are answered and"
                  " compared with the expected answers  [default: 0]"),

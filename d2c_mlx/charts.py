@@ -116,11 +116,14 @@ def frontier(plan: Json, share: float) -> str:
 
 
 def heatmap(losses: Json, labels: Sequence[int]) -> str:
-    """Probe losses, tasks by adapters, in the order of their clusters with lines between them."""
+    """Probe losses, tasks by adapters, in the order of their clusters with lines between them.
+
+    What was not measured stays blank.
+    """
     import numpy as np
 
     order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
-    values = np.array(losses["values"])[np.ix_(order, order)]
+    values = np.array(losses["values"], float)[np.ix_(order, order)]
     size = max(_WIDTH, 0.28 * len(order) + 1.8)
     figure, axes = new_figure(size, size)
     # One pixel per loss: as an image of the figure's size, 200 tasks would take a minute and 1 GB.

@@ -63,7 +63,7 @@ class Problem:
 
     Attributes:
         base: `(n,)` probe loss of every task under the bare base model.
-        table: `(n, n)` probe loss of task i under adapter j.
+        table: `(n, n)` probe loss of task i under adapter j, or what is expected of it.
         merge: makes the merges.
         losses: list of (merge, tasks) -> for each the probe losses.
         features: `(n, d)` one row per adapter, for K-Means.

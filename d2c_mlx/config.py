@@ -90,6 +90,8 @@ class RunConfig:
         eps: a task moves only if its normalised regret falls by more.
         seed: of all random choices.
         probe_examples: how many rows of probe.jsonl decide, the first ones.
+        neighbours: a task is probed under so many other adapters, the most alike in dW, or twice as
+            many as share a slot; all of them for a start from "adapters".
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
         answers: how many held-out rows of each task are answered and compared with the expected
             answers, the first ones; the report shows three.
@@ -127,6 +129,7 @@ class RunConfig:
     eps: float = 1e-3
     seed: int = 0
     probe_examples: int = 10
+    neighbours: int = 32
     test_examples: int = 100
     answers: int = 0
     baselines: tuple[str, ...] = BASELINES
@@ -169,6 +172,7 @@ class RunConfig:
             "answers": (self.answers >= 0, "0 or more"),
             "baselines": (set(self.baselines) <= set(BASELINES), f"some of {list(BASELINES)}"),
             "random_seeds": (self.random_seeds >= 1, "1 or more"),
+            "neighbours": (self.neighbours >= 1, "1 or more"),
             "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
             "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),
             "stack": (self.stack >= 1, "1 or more"),

@@ -49,13 +49,13 @@ def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
     return products / np.outer(norm, norm)
 
 
-def svd_features(adapters: Sequence[Adapter]) -> np.ndarray:
-    """`(n, d)` SVD features of the flattened dW, each row of unit length.
+def svd_features(cosines: np.ndarray) -> np.ndarray:
+    """`(n, d)` SVD features of the flattened dW, each row of unit length, from their cosines.
 
     The SVD of the matrix whose rows are the normalised dW, taken from its Gram matrix. (MBC
     flattens A and B instead, which changes when both are rotated and dW is not.)
     """
-    values, vectors = np.linalg.eigh(similarity(adapters))
+    values, vectors = np.linalg.eigh(cosines)
     keep = values > 1e-6 * values.max()
     keep[-1] = True  # at least one feature, though no adapter may have a direction
     features = vectors[:, keep] * np.sqrt(values[keep])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.cluster import Members, Problem, canonical
+from d2c_mlx.neighbours import HARM
 
 __all__ = ["Costs", "improve", "paired_partition", "predicted_partition"]
 
@@ -66,8 +67,8 @@ class Costs:
 
 
 def _single_regret(problem: Problem) -> np.ndarray:
-    """`(n, n)` regret of task i under adapter j; a merge holds only a part of a harmful adapter."""
-    return np.clip(problem.regret(problem.table), -1, 2)
+    """`(n, n)` regret of task i under adapter j."""
+    return np.clip(problem.regret(problem.table), *HARM)
 
 
 def _predicted(harm: np.ndarray, members: Members) -> float:

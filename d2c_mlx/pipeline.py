@@ -24,6 +24,7 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
 from d2c_mlx.files import write_dir, write_json, write_text
 from d2c_mlx.lock import locked
+from d2c_mlx.neighbours import nearest, others_needed
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.phone_table import read_phone
@@ -71,13 +72,18 @@ def convert(ws: Workspace) -> None:
 
 
 def probe(ws: Workspace) -> None:
-    """Every adapter on every task's probe examples -> `losses.json`."""
+    """Every adapter on the probe examples of its task and of those most alike -> `losses.json`."""
+    c, n = ws.config, len(ws.names)
+    # From single adapters the loop of the paper begins, so it asks for all of them.
+    least = n if "adapters" in c.init and not c.planned else c.neighbours
+    n_others = others_needed(n, least, None if c.planned else ws.n_clusters)
 
     def body() -> None:
-        table = probe_table(ws.evaluator, ws.adapters, ws.probes)
+        measured = None if n_others == n - 1 else nearest(ws.similarity, n_others)
+        table = probe_table(ws.evaluator, ws.adapters, ws.probes, measured)
         write_json(ws.path("losses.json"), table.to_json())
 
-    options = [ws.base.fingerprint, [examples.digest for examples in ws.probes]]
+    options = [ws.base.fingerprint, [examples.digest for examples in ws.probes], n_others]
     ws.stage("probe", options, ["adapters"], ["losses.json"], body)
 
 

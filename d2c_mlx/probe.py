@@ -65,7 +65,7 @@ class LossTable:
     Attributes:
         tasks: task names, in row order.
         adapters: adapter names, in column order.
-        values: `(n_tasks, n_adapters)`.
+        values: `(n_tasks, n_adapters)`; NaN where it was not measured (null in the file).
         base: `(n_tasks,)`, the bare base model.
     """
 
@@ -85,7 +85,7 @@ class LossTable:
             "unit": "mean NLL per target token (nats)",
             "tasks": list(self.tasks),
             "adapters": list(self.adapters),
-            "values": self.values.tolist(),
+            "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
             "base": self.base.tolist(),
         }
 
@@ -95,7 +95,7 @@ class LossTable:
         return cls(
             tuple(data["tasks"]),
             tuple(data["adapters"]),
-            np.array(data["values"]),
+            np.array(data["values"], float),
             np.array(data["base"]),
         )
 
@@ -234,19 +234,30 @@ def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputE
 
 
 def probe_table(
-    evaluator: Evaluator, adapters: Sequence[Adapter], probes: Sequence[ExampleSet]
+    evaluator: Evaluator,
+    adapters: Sequence[Adapter],
+    probes: Sequence[ExampleSet],
+    measured: np.ndarray | None = None,
 ) -> LossTable:
-    """Every adapter, and the bare base, on every task's probe examples.
+    """Adapters, and the bare base, on the tasks' probe examples.
 
     Args:
         evaluator: on the base model of the adapters.
         adapters: one per task.
         probes: one per adapter, in the same order.
+        measured: `(n, n)` bool, task i under adapter j; None is all of them.
     """
-    jobs: list[Job] = [(None, probes), *((adapter, probes) for adapter in adapters)]
+    n = len(adapters)
+    where = np.ones((n, n), bool) if measured is None else measured
+    tasks = [np.flatnonzero(column).tolist() for column in where.T]
+    jobs: list[Job] = [(None, probes)]
+    jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
     base, *columns = evaluator.losses(jobs)
+    values = np.full((n, n), np.nan)
+    for j, (some, losses) in enumerate(zip(tasks, columns)):
+        values[some, j] = losses
     names = tuple(adapter.name for adapter in adapters)
-    return LossTable(tuple(p.task for p in probes), names, np.stack(columns, axis=1), base)
+    return LossTable(tuple(p.task for p in probes), names, values, base)
 
 
 def tune_scale(

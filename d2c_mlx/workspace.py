@@ -24,13 +24,14 @@ from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.expected import Expected
-from d2c_mlx.features import svd_features
+from d2c_mlx.features import similarity, svd_features
 from d2c_mlx.files import write_text
 from d2c_mlx.layerwise import check_blocks
 from d2c_mlx.layout import usual_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
+from d2c_mlx.neighbours import completed
 from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
@@ -193,6 +194,11 @@ class Workspace:
         return [load_adapter(self.output / "adapters" / name) for name in self.names]
 
     @cached_property
+    def similarity(self) -> np.ndarray:
+        """`(n, n)` cosines of the adapters' dW."""
+        return similarity(self.adapters)
+
+    @cached_property
     def table(self) -> LossTable:
         """`losses.json`."""
         return LossTable.from_json(self.read("losses.json"))
@@ -222,10 +228,10 @@ class Workspace:
         """What the clusterings may ask, answered by the model."""
         return Problem(
             base=self.table.base,
-            table=self.table.values,
+            table=completed(self.table).values,
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
             losses=self._losses,
-            features=svd_features(self.adapters),
+            features=svd_features(self.similarity),
             foresee=self._foresee,
         )
 

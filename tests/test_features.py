@@ -93,20 +93,20 @@ def test_similarity_of_disjoint_opposite_and_equal_updates():
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_svd_features_keep_the_similarities(seed, n):
     adapters, shapes = random_adapters(seed, n)
-    features = svd_features(adapters)
+    features = svd_features(similarity(adapters))
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
     assert features @ features.T == pytest.approx(dense_cosines(adapters, shapes), abs=1e-5)
 
 
 def test_svd_features_of_equal_adapters_are_equal():
     (one, *_), _ = random_adapters(0)
-    features = svd_features([one, one, one])
+    features = svd_features(similarity([one, one, one]))
     assert features == pytest.approx(np.tile(features[0], (3, 1)))
 
 
 def test_svd_features_of_an_untrained_adapter():
     adapters, _ = random_adapters(0)
     zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))
-    features = svd_features([*adapters, Adapter("zero", {"model.layers.0.q": zero})])
+    features = svd_features(similarity([*adapters, Adapter("zero", {"model.layers.0.q": zero})]))
     assert np.isfinite(features).all()
     kmeans(features, 2)
