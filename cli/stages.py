@@ -164,7 +164,7 @@ run = _stage_command(
 )
 probe = _stage_command(
     "probe",
-    "Loss of every adapter on every task's probe examples -> losses.json." + _RESUME
+    "Losses of the adapters on the tasks' probe examples -> losses.json." + _RESUME
     + "\n\n\b\nExample:\n  d2c-mlx probe --adapters loras --tasks tasks --output runs/first",
 )  # fmt: skip
 plan = _stage_command(

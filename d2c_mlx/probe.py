@@ -60,7 +60,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class LossTable:
-    """Mean NLL per target token, in nats, of every adapter on every task's probe examples.
+    """Mean NLL per target token, in nats, of adapters on the tasks' probe examples.
 
     Attributes:
         tasks: task names, in row order.
