@@ -91,6 +91,11 @@ class Problem:
         """
         return np.maximum(self.base - np.diagonal(self.table), LEAST_GAIN)
 
+    @property
+    def harm(self) -> np.ndarray:
+        """`(n, n)` regret of task i under adapter j; a merge holds only a part of a harmful one."""
+        return np.clip(self.regret(self.table), -1, 2)
+
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Normalised regret: 0 at the task's own adapter, 1 at the base model.
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.cluster import Members, Problem, canonical
-from d2c_mlx.neighbours import HARM
 
 __all__ = ["Costs", "improve", "paired_partition", "predicted_partition"]
 
@@ -28,7 +27,7 @@ class Costs:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._known: dict[Members, float] = {}
-        self._harm = _single_regret(problem)
+        self._harm = problem.harm
 
     def __call__(self, members: Members) -> float:
         """Measured on the merge, its scale tuned; 0 for a single adapter."""
@@ -64,11 +63,6 @@ class Costs:
         known, prediction = self(like), self.predicted(like)
         ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
         return ratio * self.predicted(members)
-
-
-def _single_regret(problem: Problem) -> np.ndarray:
-    """`(n, n)` regret of task i under adapter j."""
-    return np.clip(problem.regret(problem.table), *HARM)
 
 
 def _predicted(harm: np.ndarray, members: Members) -> float:
@@ -112,7 +106,7 @@ def _without(members: Members, i: int) -> Members:
 
 def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
     """The partition that single adapters predict to be the best; asks nothing of the model."""
-    return _agglomerated(_single_regret(problem), n_clusters)
+    return _agglomerated(problem.harm, n_clusters)
 
 
 def paired_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:

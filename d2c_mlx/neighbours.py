@@ -12,13 +12,9 @@ from math import ceil
 
 import numpy as np
 
-from d2c_mlx.cluster import LEAST_GAIN
-from d2c_mlx.probe import LossTable
+from d2c_mlx.cluster import Problem
 
-__all__ = ["HARM", "completed", "nearest", "others_needed"]
-
-# Regrets of single adapters count within these: a merge holds only a part of a harmful one.
-HARM = (-1.0, 2.0)
+__all__ = ["completed", "nearest", "others_needed"]
 
 
 def others_needed(n: int, least: int, n_clusters: int | None = None) -> int:
@@ -47,22 +43,21 @@ def nearest(similarity: np.ndarray, n_others: int) -> np.ndarray:
     return measured
 
 
-def completed(table: LossTable) -> LossTable:
-    """With losses that are expected where none was measured.
+def completed(problem: Problem) -> Problem:
+    """With losses that are expected where the table has none (NaN).
 
     A regret is expected to be a constant, plus what the task adds, plus what the adapter adds:
     ridge regression on those that were measured, of tasks under other adapters than their own.
     """
-    missing = np.isnan(table.values)
+    missing = np.isnan(problem.table)
     if not missing.any():
-        return table
+        return problem
     from sklearn.linear_model import Ridge
 
-    n, own = len(missing), table.individual[:, None]
-    gain = np.maximum(table.base[:, None] - own, LEAST_GAIN)
-    harm = np.clip((table.values - own) / gain, *HARM)
-    tasks, adapters = np.nonzero(~missing & ~np.eye(n, dtype=bool))
-    each = np.eye(n)
-    fit = Ridge().fit(np.hstack([each[tasks], each[adapters]]), harm[tasks, adapters])
-    expected = fit.intercept_ + fit.coef_[:n, None] + fit.coef_[n:]
-    return replace(table, values=np.where(missing, own + gain * expected, table.values))
+    each = np.eye(problem.n)
+    tasks, adapters = np.nonzero(~missing & ~each.astype(bool))
+    harm = problem.harm[tasks, adapters]
+    fit = Ridge().fit(np.hstack([each[tasks], each[adapters]]), harm)
+    expected = fit.intercept_ + fit.coef_[: problem.n, None] + fit.coef_[problem.n :]
+    losses = np.diagonal(problem.table)[:, None] + problem.gain[:, None] * expected
+    return replace(problem, table=np.where(missing, losses, problem.table))

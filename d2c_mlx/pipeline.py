@@ -79,7 +79,7 @@ def probe(ws: Workspace) -> None:
     n_others = others_needed(n, least, None if c.planned else ws.n_clusters)
 
     def body() -> None:
-        measured = None if n_others == n - 1 else nearest(ws.similarity, n_others)
+        measured = nearest(ws.similarity, n_others)
         table = probe_table(ws.evaluator, ws.adapters, ws.probes, measured)
         write_json(ws.path("losses.json"), table.to_json())
 

@@ -237,7 +237,7 @@ def probe_table(
     evaluator: Evaluator,
     adapters: Sequence[Adapter],
     probes: Sequence[ExampleSet],
-    measured: np.ndarray | None = None,
+    measured: np.ndarray,
 ) -> LossTable:
     """Adapters, and the bare base, on the tasks' probe examples.
 
@@ -245,15 +245,13 @@ def probe_table(
         evaluator: on the base model of the adapters.
         adapters: one per task.
         probes: one per adapter, in the same order.
-        measured: `(n, n)` bool, task i under adapter j; None is all of them.
+        measured: `(n, n)` bool, whether task i is measured under adapter j.
     """
-    n = len(adapters)
-    where = np.ones((n, n), bool) if measured is None else measured
-    tasks = [np.flatnonzero(column).tolist() for column in where.T]
+    tasks = [np.flatnonzero(column).tolist() for column in measured.T]
     jobs: list[Job] = [(None, probes)]
     jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
     base, *columns = evaluator.losses(jobs)
-    values = np.full((n, n), np.nan)
+    values = np.full(measured.shape, np.nan)
     for j, (some, losses) in enumerate(zip(tasks, columns)):
         values[some, j] = losses
     names = tuple(adapter.name for adapter in adapters)

@@ -226,14 +226,15 @@ class Workspace:
     @cached_property
     def problem(self) -> Problem:
         """What the clusterings may ask, answered by the model."""
-        return Problem(
+        problem = Problem(
             base=self.table.base,
-            table=completed(self.table).values,
+            table=self.table.values,
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
             losses=self._losses,
             features=svd_features(self.similarity),
             foresee=self._foresee,
         )
+        return completed(problem)
 
     @cached_property
     def merger(self) -> Merger:

@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import library
 
+from d2c_mlx.cluster import Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.features import similarity
 from d2c_mlx.neighbours import completed, nearest, others_needed
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import LossTable
 
 NAMES = [f"t{i}" for i in range(8)]
 
@@ -53,42 +53,41 @@ def test_a_task_is_measured_under_its_own_adapter_and_the_most_alike(n, n_others
     assert (cosines == before).all()
 
 
-def random_table(seed, n, additive):
-    """Losses of n tasks, and their regrets; additive: what the task adds and the adapter adds."""
+def random_problem(seed, n, additive):
+    """Losses of n tasks; additive: what the task adds and the adapter adds."""
     rng = np.random.default_rng(seed)
     base, own = rng.uniform(2, 4, n), rng.uniform(0.5, 1.5, n)
     regret = rng.uniform(0, 0.9, (n, 1)) + rng.uniform(0, 0.9, n)
     regret = regret if additive else rng.uniform(-0.5, 1.5, (n, n))
     np.fill_diagonal(regret, 0)
-    return LossTable(
-        tuple(NAMES), tuple(NAMES), own[:, None] + (base - own)[:, None] * regret, base
-    )
+    table = own[:, None] + (base - own)[:, None] * regret
+    return Problem(base, table, merge=None, losses=None, features=None)
 
 
-def hidden(table, seed, share):
+def hidden(problem, seed, share):
     """A share of the losses off the diagonal is not measured."""
-    n = len(table.base)
+    n = problem.n
     missing = (np.random.default_rng(seed).random((n, n)) < share) & ~np.eye(n, dtype=bool)
-    return replace(table, values=np.where(missing, np.nan, table.values)), missing
+    return replace(problem, table=np.where(missing, np.nan, problem.table)), missing
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000))
 def test_expected_losses_are_those_of_ridge_regression(seed):
     """Against least squares with a row for every penalty."""
-    n, table = 8, random_table(seed, 8, additive=False)
-    partial, missing = hidden(table, seed, 0.5)
-    found = completed(partial).values
-    assert (found[~missing] == table.values[~missing]).all()
+    n, problem = 8, random_problem(seed, 8, additive=False)
+    partial, missing = hidden(problem, seed, 0.5)
+    found = completed(partial).table
+    assert (found[~missing] == problem.table[~missing]).all()
 
-    own, gain = table.individual, table.base - table.individual
+    own, gain = problem.table.diagonal(), problem.base - problem.table.diagonal()
     tasks, adapters = np.nonzero(~missing & ~np.eye(n, dtype=bool))
     assume(len(tasks) > 0)
     rows = np.zeros((len(tasks) + 2 * n, 2 * n + 1))
     each = np.arange(len(tasks))
     rows[each, 0] = rows[each, 1 + tasks] = rows[each, 1 + n + adapters] = 1
     rows[len(tasks) :, 1:] = np.eye(2 * n)
-    asked = (table.values[tasks, adapters] - own[tasks]) / gain[tasks]
+    asked = (problem.table[tasks, adapters] - own[tasks]) / gain[tasks]
     fit = np.linalg.lstsq(rows, np.concatenate([asked, np.zeros(2 * n)]), rcond=None)[0]
     regret = fit[0] + fit[1 : n + 1, None] + fit[n + 1 :]
     expected = own[:, None] + gain[:, None] * regret
@@ -97,25 +96,25 @@ def test_expected_losses_are_those_of_ridge_regression(seed):
 
 def test_what_tasks_and_adapters_add_is_recovered():
     """Of forty, from a third of the table, to a tenth of what regrets vary by."""
-    table = random_table(0, 40, additive=True)
-    partial, missing = hidden(table, 0, 0.66)
-    gain = (table.base - table.individual)[:, None]
-    error = ((completed(partial).values - table.values) / gain)[missing]
-    spread = ((table.values - table.individual[:, None]) / gain)[missing].std()
+    problem = random_problem(0, 40, additive=True)
+    partial, missing = hidden(problem, 0, 0.66)
+    gain = (problem.base - problem.table.diagonal())[:, None]
+    error = ((completed(partial).table - problem.table) / gain)[missing]
+    spread = ((problem.table - problem.table.diagonal()[:, None]) / gain)[missing].std()
     assert np.sqrt((error**2).mean()) < 0.1 * spread
 
 
 def test_a_harmful_adapter_counts_within_bounds():
     """A regret of a million is one of two."""
-    table = random_table(0, 8, additive=True)
-    table.values[1:, 0] = 1e6
-    partial, missing = hidden(table, 3, 0.3)
-    assert completed(partial).values[missing].max() < 20
+    problem = random_problem(0, 8, additive=True)
+    problem.table[1:, 0] = 1e6
+    partial, missing = hidden(problem, 3, 0.3)
+    assert completed(partial).table[missing].max() < 20
 
 
 def test_a_whole_table_stays_what_it_is():
-    table = random_table(0, 8, additive=False)
-    assert completed(table) is table
+    problem = random_problem(0, 8, additive=False)
+    assert completed(problem) is problem
 
 
 def test_a_run_measures_the_most_alike_and_packs(config):
