@@ -9,7 +9,6 @@ merge(A) and merge(B).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ class Costs:
 
     def predicted(self, members: Members) -> float:
         """From single adapters alone: a merge serves a task as its members do on average."""
-        return _predicted(self._harm, members)
+        return float(self._harm[np.ix_(members, members)].sum()) / len(members)
 
     def expected(self, members: Members, like: Members) -> float:
         """Predicted, times what a measured cluster cost above its own prediction."""
@@ -63,11 +62,6 @@ class Costs:
         known, prediction = self(like), self.predicted(like)
         ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
         return ratio * self.predicted(members)
-
-
-def _predicted(harm: np.ndarray, members: Members) -> float:
-    """Summed regret of a merge if each task suffers from every member's mean `harm[i, j]`."""
-    return float(harm[np.ix_(members, members)].sum()) / len(members)
 
 
 def groups_of(labels: Sequence[int] | np.ndarray) -> Groups:
@@ -131,27 +125,55 @@ def _agglomerated(harm: np.ndarray, n_clusters: int) -> tuple[int, ...]:
 
     Then the best move or swap, while one helps.
     """
-    predicted = partial(_predicted, harm)
-    groups: Groups = [(i,) for i in range(len(harm))]
-    while len(groups) > n_clusters:
-        pairs = [(a, b) for b in range(len(groups)) for a in range(b)]
-        rise = [
-            predicted(tuple(sorted(groups[a] + groups[b])))
-            - predicted(groups[a])
-            - predicted(groups[b])
-            for a, b in pairs
-        ]
-        a, b = pairs[int(np.argmin(rise))]
-        groups[a] = tuple(sorted(groups[a] + groups.pop(b)))
-    while True:
-        steps = list(_neighbours(groups))
-        change = [
-            predicted(new_a) + predicted(new_b) - predicted(groups[a]) - predicted(groups[b])
-            for a, b, new_a, new_b in steps
-        ]
-        if not steps or min(change) > -1e-9:
-            return _labels(groups, len(harm))
-        a, b, groups[a], groups[b] = steps[int(np.argmin(change))]
+    member = np.eye(len(harm))  # (clusters, n)
+    while len(member) > n_clusters:
+        size, mutual = member.sum(axis=1), member @ harm @ member.T
+        total = np.diag(mutual)
+        cost = total / size
+        union = (mutual + mutual.T + total[:, None] + total) / (size[:, None] + size)
+        rise = union - cost[:, None] - cost
+        # Of equal ones the first pair, by its later cluster.
+        rise[np.triu_indices(len(rise))] = np.inf
+        b, a = np.unravel_index(np.argmin(rise), rise.shape)
+        member[a] += member[b]
+        member = np.delete(member, b, axis=0)
+    labels = member.argmax(axis=0)
+    while step := _best_step(harm, labels, n_clusters):
+        for i, k in step:
+            labels[i] = k
+    return canonical(labels)
+
+
+def _best_step(
+    harm: np.ndarray, labels: np.ndarray, n_clusters: int
+) -> list[tuple[int, int]] | None:
+    """The move or swap that lowers the predicted cost most, as `(task, cluster)`; None: none does.
+
+    Args:
+        harm: `(n, n)`, zeros on the diagonal.
+        labels: `(n,)`.
+        n_clusters: none of them empty.
+    """
+    tasks, member = np.arange(len(harm)), np.eye(n_clusters)[labels]  # (n, clusters)
+    both = harm + harm.T
+    mutual = both @ member  # (n, clusters), what task i and the members of k do to each other
+    size, total = member.sum(axis=0), (mutual * member).sum(axis=0) / 2
+    cost, own = total / size, size[labels]
+    rest = total[labels] - mutual[tasks, labels]  # what is left of its cluster without task i
+    left = np.where(own > 1, rest / np.maximum(own - 1, 1), np.inf)  # no cluster becomes empty
+    moves = left[:, None] + (total + mutual) / (size + 1) - cost[labels][:, None] - cost
+    moves[tasks, labels] = np.inf
+    # `(n, n)`, the cost of the cluster of i when j has taken its place.
+    swapped = (rest[:, None] + mutual.T[labels] - both) / own[:, None]
+    swaps = swapped + swapped.T - cost[labels][:, None] - cost[labels]
+    swaps[labels[:, None] == labels] = np.inf
+    i, k = np.unravel_index(np.argmin(moves), moves.shape)
+    a, b = np.unravel_index(np.argmin(swaps), swaps.shape)
+    if min(moves[i, k], swaps[a, b]) > -1e-9:
+        return None
+    if moves[i, k] <= swaps[a, b]:
+        return [(int(i), int(k))]
+    return [(int(a), int(labels[b])), (int(b), int(labels[a]))]
 
 
 def improve(

@@ -11,7 +11,14 @@ from planted import planted, problem_of
 
 from d2c_mlx.cluster import Problem, canonical
 from d2c_mlx.d2c import INITS, d2c
-from d2c_mlx.moves import Costs, groups_of, improve, paired_partition, predicted_partition
+from d2c_mlx.moves import (
+    Costs,
+    _best_step,
+    groups_of,
+    improve,
+    paired_partition,
+    predicted_partition,
+)
 
 
 def asking(problem):
@@ -169,6 +176,32 @@ def test_the_predicted_partition_is_good_by_its_own_prediction(n_clusters, seed)
 
     best = min(map(value, partitions(6, n_clusters)))
     assert value(labels) <= best + 0.15
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(n=st.integers(2, 9), n_clusters=st.integers(1, 8), seed=st.integers(0, 999))
+def test_the_best_predicted_step_is_the_best_of_all(n, n_clusters, seed):
+    rng, n_clusters = np.random.default_rng(seed), min(n, n_clusters)
+    harm = rng.uniform(-0.2, 2, (n, n))
+    np.fill_diagonal(harm, 0)
+    labels = rng.permutation([*range(n_clusters), *rng.integers(0, n_clusters, n - n_clusters)])
+
+    def value(step=()):
+        new = labels.copy()
+        for i, k in step:
+            new[i] = k
+        groups = groups_of(new)
+        full = len(groups) == n_clusters
+        return sum(harm[np.ix_(one, one)].sum() / len(one) for one in groups) if full else np.inf
+
+    steps = [[pair] for pair in itertools.product(range(n), range(n_clusters))]
+    for i, j in itertools.combinations(range(n), 2):
+        steps.append([(i, labels[j]), (j, labels[i])])
+    best, found = min(map(value, steps)), _best_step(harm, labels, n_clusters)
+    if found is None:
+        assert best >= value() - 2e-9
+    else:
+        assert value(found) == pytest.approx(best) and best < value()
 
 
 def test_pairs_see_what_single_adapters_do_not():
