@@ -63,8 +63,9 @@ CASES = (
 
 
 def probes_of(library, seed, n_examples, directory):
-    """A tasks directory with the seed's probe rows and the same test rows; returns it."""
-    for path in sorted((library / "tasks").iterdir()):
+    """The seed's probe rows, and the same test rows, of every adapter's task; returns where."""
+    for adapter in sorted((library / "adapters").iterdir()):
+        path = library / "tasks" / adapter.name
         rows = (path / "probe.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         some = rows[seed * n_examples : (seed + 1) * n_examples]
         if len(some) < n_examples:

@@ -120,6 +120,9 @@ def test_answers_in_batches_are_those_one_by_one(ws):
 
 def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("D2C_MLX_CACHE", raising=False)
+    # As rows.py leaves them: a manifest beside the tasks, and tasks that have no adapter.
+    (paths.tasks / "manifest.json").write_text("{}")
+    (paths.tasks / "date-sv").mkdir()
     result = tmp_path / "experiment.json"
     command = ["experiment.py", "--library", tmp_path, "--work", tmp_path / "work", "--budgets",
                "60", "--seeds", "0,1", "--examples", 2, "--tests", 2, "--draws", 2, "--model",
