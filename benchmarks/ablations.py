@@ -70,7 +70,8 @@ def agreement(ws, stored):
 
 def by_metric(ws, directory):
     """The loop of the paper, from K-Means, on 1 - score of answers to the probes."""
-    answers, n = Answers(directory, ws.probes, ws.config.model), ws.config.probe_examples
+    answers = Answers(directory, ws.probes, ws.config.model, ws.engine.workers)
+    n = ws.config.probe_examples
     rows = {
         task.name: [tuple(question(row).values()) for row in task.probe[:n]] for task in ws.tasks
     }

@@ -45,7 +45,8 @@ class Judge:
 
     def __init__(self, ws, directory: Path) -> None:
         """Of a workspace; answers are kept in a directory."""
-        self._ws, self._answers = ws, Answers(directory, ws.tests, ws.config.model)
+        self._ws = ws
+        self._answers = Answers(directory, ws.tests, ws.config.model, ws.engine.workers)
         n = ws.config.test_examples
         self._rows = {
             task.name: [tuple(question(row).values()) for row in task.test[:n]] for task in ws.tasks

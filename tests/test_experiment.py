@@ -14,6 +14,7 @@ from tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.config import RunConfig
 from d2c_mlx.pipeline import run
+from d2c_mlx.schedule import Workers
 
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 
@@ -105,9 +106,10 @@ def test_average_linkage_of_cosines():
     assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
 
 
-def test_answers_in_batches_are_those_one_by_one(ws):
+@pytest.mark.parametrize("n_workers", [1, 2, 99])
+def test_answers_in_batches_are_those_one_by_one(ws, n_workers):
     for adapter in (None, ws.adapters[0]):
-        found = batched_answers(ws.base, adapter, ws.tests)
+        found = batched_answers(ws.base, adapter, ws.tests, Workers(n_workers))
         ws.base.attach(adapter)
         for one in ws.tests:
             for example, text in zip(one.examples, found[one.task]):
