@@ -44,12 +44,17 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         # What the last partition cost, of what single adapters predicted for it, spares the merges.
         if ratio * predicted >= best:
             break
-        merges = [(members, ws.merger.final(members)) for members in groups if len(members) > 1]
-        regret = sum((one.regret or 0.0) * len(members) for members, one in merges)
+        merges, regret = {}, 0.0
+        # The worst first: the whole partition is not merged where one cluster is enough to say no.
+        for members in sorted(groups, key=costs.predicted, reverse=True):
+            if len(members) > 1 and regret < best:
+                one = ws.merger.final(members)
+                merges[members] = one.adapter
+                regret += (one.regret or 0.0) * len(members)
         if regret >= best:
             break
         ratio = max(0.0, regret) / max(predicted, 1e-9)
-        candidates += sized(ws, [(m, one.adapter) for m, one in merges], "merged", rooms)
+        candidates += sized(ws, sorted(merges.items()), "merged", rooms)
     return candidates
 
 

@@ -22,6 +22,7 @@ from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.merge import merge_adapters
+from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.planner import make_plan, measure, planned
@@ -89,6 +90,29 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
         for room in range(1500, 6000, 250):
             adapters, _ = planned(ws, make_plan(ws, candidates, room))
             assert compact_nbytes(index_of(adapters)) <= room + set_aside
+
+
+@pytest.mark.parametrize("budget", ["90%", "30%"])
+def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
+    """The cluster with the worst prediction first; nothing of it becomes a candidate then."""
+    paths = library(tmp_path, list("abcdefghijkl"))
+    ws = run(
+        RunConfig(
+            model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+            budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+        ),
+        until="probe", quiet=True,
+    )  # fmt: skip
+    final, asked = ws.merger.final, []
+    ws.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = measure(ws, [ws.room])
+    lost = [final(members).regret * len(members) for members in asked]
+    best = len(ws.names) * make_plan(ws, candidates, ws.room)["regret"]
+    assert sum(lost[:-1]) < best <= sum(lost)
+    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
+    predicted = Costs(ws.problem).predicted
+    assert asked == sorted(merges, key=predicted, reverse=True)[: len(asked)] and asked != merges
+    assert "merged" not in {one.family for one in candidates}
 
 
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
