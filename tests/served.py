@@ -118,6 +118,16 @@ def counted(server):
     }
 
 
+def counts_at(server, key, value):
+    """All counts when one of them is there: handlers count after their clients have gone."""
+    for _ in range(200):
+        counts = counted(server)
+        if counts.get(key, 0) >= value:
+            return counts
+        time.sleep(0.05)
+    raise AssertionError(counts)
+
+
 def idle(server):
     for _ in range(200):
         if counted(server)["d2c_mlx_open"] == 0:

@@ -18,7 +18,7 @@ from served import (  # noqa: F401  fixtures
     NAMES,
     answer,
     client,
-    counted,
+    counts_at,
     idle,
     mixed,
     model_path,
@@ -62,7 +62,7 @@ def test_openais_client_gets_what_stock_mlx_lm_generates(pack, mixed, answer):
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(ask, jobs))
         idle(server)
-        counts = counted(server)
+        counts = counts_at(server, 'd2c_mlx_replies_total{status="200"}', 26)
     for (name, prompt, n, chat, _), reply in zip(jobs, found):
         assert reply == text(answer, name, prompt, n, chat)
     assert counts['d2c_mlx_replies_total{status="200"}'] == 26
