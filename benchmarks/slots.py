@@ -30,6 +30,7 @@ from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.reading import load_adapter
 from d2c_mlx.refining import refine_merge
+from d2c_mlx.sources import find_adapters
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
 PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}
@@ -64,7 +65,7 @@ CASES = (
 
 def probes_of(library, seed, n_examples, directory):
     """The seed's probe rows, and the same test rows, of every adapter's task; returns where."""
-    for adapter in sorted((library / "adapters").iterdir()):
+    for adapter in find_adapters(library / "adapters"):
         path = library / "tasks" / adapter.name
         rows = (path / "probe.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         some = rows[seed * n_examples : (seed + 1) * n_examples]

@@ -118,22 +118,23 @@ def counted(server):
     }
 
 
-def counts_at(server, key, value):
-    """All counts when one of them is there: handlers count after their clients have gone."""
+def counts_when(server, true):
+    """All counts as soon as something is true of them."""
     for _ in range(200):
         counts = counted(server)
-        if counts.get(key, 0) >= value:
+        if true(counts):
             return counts
         time.sleep(0.05)
     raise AssertionError(counts)
 
 
+def counts_at(server, key, value):
+    """All counts when one of them is there: handlers count after their clients have gone."""
+    return counts_when(server, lambda counts: counts.get(key, 0) >= value)
+
+
 def idle(server):
-    for _ in range(200):
-        if counted(server)["d2c_mlx_open"] == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(counted(server))
+    counts_when(server, lambda counts: counts["d2c_mlx_open"] == 0)
 
 
 def raw(server, content, wait=True):
