@@ -116,11 +116,11 @@ def stored(
 
 
 def _grid(least: float, most: float, family: str) -> list[float]:
-    """Powers of two, or of its root, around shares of the 16-bit bytes."""
+    """Powers of two, or of its root, around shares of the 16-bit bytes; the largest at least."""
     step = _STEPS[family]
     ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, _MOST[family]))
     first, last = (round(end / step) for end in ends)
-    return [2 ** (k * step) for k in range(first, last + 1)]
+    return [2 ** (k * step) for k in range(min(first, last), last + 1)]
 
 
 def worth(
@@ -143,7 +143,8 @@ def worth(
         energy = np.sum(a**2, axis=1) * np.sum(b**2, axis=1)
         gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
         share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
-        values[path] = share * energy / max(float(energy.sum()), 1e-30)
+        # Equal singular values are equal but for rounding, which may let them rise.
+        values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
     return values
 
 

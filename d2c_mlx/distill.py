@@ -14,7 +14,7 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.forward import KeysValues, find_head, run_blocks
+from d2c_mlx.forward import KeysValues, find_head32, run_blocks
 from d2c_mlx.model import BaseModel
 
 __all__ = ["Distiller", "Factors", "Row"]
@@ -32,7 +32,8 @@ class Row:
 
     Over the whole vocabulary KL(teacher || student) = `lse(z) - mean . h + constant`, for logits z
     and hidden states h of the student: the head is linear, so the teacher enters by its mean row of
-    the head and by one number per target. Exact, and a hundred times smaller than logits.
+    the head and by one number per target. A hundred times smaller than logits, and exact with
+    `find_head32`: what 16 bits would round in z is not in the mean.
 
     Attributes:
         example: the tokens.
@@ -58,7 +59,7 @@ class Distiller:
         Raises:
             ModelError: the architecture scales or caps its logits.
         """
-        head = find_head(base.model)
+        head = find_head32(base.model)
         if head is None:
             raise ModelError(
                 f"{base.name}: refine needs a head that is linear in the hidden states; this"
@@ -100,7 +101,6 @@ class Distiller:
                 [hidden],
                 [(1 - trust) * ones, trust * ones],
             )
-            mean = mean.astype(mx.float32)
             constant = (mean * hidden).sum(axis=-1) - lse
             ends = np.cumsum([one.n_targets for one in some])[:-1]
             parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
@@ -183,9 +183,9 @@ class Distiller:
         return (weights[:, 0] * (lse - gold) + weights[:, 1] * divergence).sum()
 
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
-        """`(n_targets, hidden)` states before every target, and the targets' ids."""
+        """`(n_targets, hidden)` states before every target in float32, and the targets' ids."""
         x, places, targets = target_places(examples)
-        return run_blocks(self.base.model, x)[places], targets
+        return run_blocks(self.base.model, x)[places].astype(mx.float32), targets
 
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""

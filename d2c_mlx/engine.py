@@ -26,6 +26,7 @@ from d2c_mlx.forward import (
     KeysValues,
     after,
     find_head,
+    find_head32,
     full_logits,
     prefix_is_exact,
     run_blocks,
@@ -79,7 +80,8 @@ class Engine:
         memory_limit: bytes.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
-        separate: the head as a function of hidden states, None where logits are scaled or capped.
+        separate: the head as a function of hidden states, in float32; None where logits are scaled
+            or capped.
     """
 
     def __init__(
@@ -102,8 +104,8 @@ class Engine:
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
         self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
-        self.separate = find_head(base.model)
-        self._head = self.separate if self.savings.head else None
+        self.separate = find_head32(base.model)
+        self._head = find_head(base.model) if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self._compiled: dict[Any, Any] = {}

@@ -17,6 +17,7 @@ from d2c_mlx.errors import PackError
 from d2c_mlx.rounding import columns
 
 __all__ = [
+    "COUNTED",
     "DTYPES",
     "FIELDS",
     "FORMAT",
@@ -38,6 +39,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
 FIELDS = ("weight", "scales", "biases")
+# Most components of a module at the same bits: they are counted in one byte.
+COUNTED = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +120,8 @@ def make_index(
         [[[one.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules] for one in counts],
         np.int64,
     ).reshape(len(counts), len(modules), len(bits))
-    if table.max(initial=0) > 255:
-        raise PackError(f"{table.max()} components of one module at the same bits; 255 fit")
+    if table.max(initial=0) > COUNTED:
+        raise PackError(f"{table.max()} components of one module at the same bits; {COUNTED} fit")
     return Index(tuple(names), base, modules, tuple(bits), group_size, table.astype(np.uint8))
 
 

@@ -8,6 +8,7 @@ program.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from d2c_mlx.cluster import Members
 from d2c_mlx.errors import BudgetError
+from d2c_mlx.layout import COUNTED
 from d2c_mlx.rounding import Levels
 
 __all__ = ["Candidate", "allocate", "choose"]
@@ -66,7 +68,8 @@ def allocate(
         offered: bits, rising. What 8 bits lose never shows, so 16 are not worth offering.
 
     Returns:
-        Module path -> levels, `()` for a module that gets nothing.
+        Module path -> levels, `()` for a module that gets nothing; at most `COUNTED` components of
+        a module at the same bits.
     """
     steps = []
     for path, values in worth.items():
@@ -80,14 +83,21 @@ def allocate(
                 before, paid = _LOST[bits], _BYTES[bits]
     below = dict(zip(offered, (1, *offered)))
     given: dict[str, dict[int, int]] = {path: {} for path in worth}
-    free = nbytes
-    for _, path, j, bits, cost in sorted(steps):
-        # Only the next bits of a component, and a component only after all larger ones.
-        ready = given[path].get(j, 1) == below[bits]
-        ready &= j == 0 or given[path].get(j - 1, 0) >= bits
-        if ready and cost <= free:
-            given[path][j] = bits
-            free -= cost
+    counts: Counter[tuple[str, int]] = Counter()
+    free, before = nbytes, np.inf
+    steps.sort()
+    # Once, but where components had to wait until others of the same bits got more.
+    while free < before:
+        before = free
+        for _, path, j, bits, cost in steps:
+            # Only the next bits of a component, and a component only after all larger ones.
+            ready = given[path].get(j, 1) == below[bits]
+            ready &= j == 0 or given[path].get(j - 1, 0) >= bits
+            if ready and cost <= free and counts[path, bits] < COUNTED:
+                given[path][j] = bits
+                counts[path, bits] += 1
+                counts[path, below[bits]] -= 1
+                free -= cost
     return {path: _levels(list(one.values())) for path, one in given.items()}
 
 

@@ -241,6 +241,16 @@ def test_knots(shape, n, density, same_outputs, seed):
     assert_merges(adapters, "knots", expected, 1e-3, density=density)
 
 
+@pytest.mark.parametrize("merge", [tsv, iso_c, iso_cts])
+def test_tasks_without_the_module_take_no_directions(merge):
+    rng = np.random.default_rng(0)
+    factors = [(rng.normal(size=(40, 8)), rng.normal(size=(8, 30))) for _ in range(2)]
+    empty = (np.zeros((40, 0)), np.zeros((0, 30)))
+    alone, among = to_core(factors), to_core([factors[0], empty, empty, factors[1], empty])
+    found, expected = (x.q_b @ merge(x, 14) @ x.q_a.T for x in (among, alone))
+    assert np.allclose(found, expected, atol=1e-9) and abs(found).max() > 0.1
+
+
 def test_knots_with_a_mean_inside_is_linear():
     space = to_core([(x, x.T) for x in np.random.default_rng(0).normal(size=(3, 9, 2))])
     updates = space.updates

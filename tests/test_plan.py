@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.errors import BudgetError
+from d2c_mlx.layout import COUNTED
 from d2c_mlx.plan import _BYTES, _LOST, Candidate, allocate, choose
 
 
@@ -85,3 +86,14 @@ def test_what_is_worth_nothing_is_left_out():
     worth = {"good": np.array([1e-3]), "nothing": np.zeros(2), "harm": np.array([-1.0, -0.5])}
     given = allocate(worth, dict.fromkeys(worth, 10), 1e9)
     assert given == {"good": ((1, 8),), "nothing": (), "harm": ()}
+
+
+def test_no_more_alike_than_a_pack_can_count():
+    """Rank 600: those that must wait until others have more bits are not forgotten."""
+    worth = {"long": 1 / np.sqrt(np.arange(1, 601)), "short": np.ones(3)}
+    widths = dict.fromkeys(worth, 100)
+    for nbytes in (6_000, 15_000, 1e9):
+        levels = allocate(worth, widths, nbytes)
+        assert max(n for n, _ in levels["long"]) <= COUNTED
+        assert spent(levels, widths) <= nbytes
+    assert sum(n for n, _ in levels["long"]) == 600 and levels["short"] == ((3, 8),)

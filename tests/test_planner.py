@@ -1,6 +1,7 @@
 """The byte budget on a tiny model: from adapters to a compact pack, within the budget."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from d2c_mlx.merge import merge_adapters
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.plan import allocate
 from d2c_mlx.planner import make_plan, measure, planned
 from d2c_mlx.probe import Silent, climb
 from d2c_mlx.quantize import components
@@ -113,6 +115,34 @@ def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path,
     predicted = Costs(ws.problem).predicted
     assert asked == sorted(merges, key=predicted, reverse=True)[: len(asked)] and asked != merges
     assert "merged" not in {one.family for one in candidates}
+
+
+@pytest.mark.parametrize("budget", ["200%", "1MB"])
+def test_with_room_for_everything_everything_is_kept(config, budget):
+    plan = run(replace(config, budget=budget), until="plan", quiet=True).read("plan.json")
+    assert plan["base"] == [] and plan["regret"] < 0.02
+    assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
+
+
+def test_few_adapters_are_merges_however_much_room_there_is(config):
+    """Copies of one adapter, which one merge serves as well as all of them."""
+    first = Path(config.adapters) / "a"
+    for name in "bcd":
+        shutil.copytree(first, first.parent / name, dirs_exist_ok=True)
+    plan = run(replace(config, budget="150%", max_adapters=1), until="plan", quiet=True)
+    (unit,) = plan.read("plan.json")["units"]
+    assert unit["family"] == "merged" and unit["tasks"] == ["a", "b", "c", "d"]
+    assert plan.read("plan.json")["regret"] < 0.02
+
+
+def test_worth_falls_where_singular_values_are_equal():
+    """But for rounding, by which a component may be worth more than the one before it."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(40, 12)))[0] for _ in range(2))
+    energy = {"m": (left.T.astype(np.float32), right.T.astype(np.float32))}
+    (values,) = worth(energy, [{"m": 1.0}]).values()
+    assert (np.diff(values) <= 0).all() and values[-1] == pytest.approx(1 / 12, rel=1e-5)
+    assert allocate({"m": values}, {"m": 80}, 1e6) == {"m": ((12, 8),)}
 
 
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):

@@ -26,13 +26,14 @@ _ZERO, _PARALLEL, _ROUNDING = 1e-5, 1e-4, 1e-6
 def tsv(space: CoreSpace, rank: int) -> np.ndarray:
     """The leading `rank / T` singular triplets of every task, with interference taken out.
 
-    Left and right vectors of all tasks are replaced by their nearest orthonormal ones. Where
-    `rank / T` is no integer it is rounded up, and the caller's truncation to `rank` decides.
+    Left and right vectors of all tasks are replaced by their nearest orthonormal ones. T
+    counts the tasks that have the module. Where `rank / T` is no integer it is rounded up, and the
+    caller's truncation to `rank` decides.
     Equal updates merge to their best approximation of rank `rank / T`.
 
     Source: Task Singular Vectors, https://arxiv.org/abs/2412.00081.
     """
-    per_task = -(-rank // len(space.ranks))
+    per_task = -(-rank // _n_updates(space))
     triplets = [_low_rank_svd(*part, _size(*part), per_task) for part in space.parts]
     return _reassemble(triplets, space)
 
@@ -60,8 +61,9 @@ def iso_cts(space: CoreSpace, rank: int, common: float = 0.8) -> np.ndarray:
     Source: Iso-CTS, https://arxiv.org/abs/2502.04959.
     """
     size = min(rank, len(space.r_a), len(space.r_b))
-    per_task = round((size - int(common * size)) / len(space.ranks))
-    shared = _svd_of_sum(space, max(0, size - per_task * len(space.ranks)))
+    n = _n_updates(space)
+    per_task = round((size - int(common * size)) / n)
+    shared = _svd_of_sum(space, max(0, size - per_task * n))
     u = shared[0]
     own = [
         _low_rank_svd(left - u @ (u.T @ left), right, _size(left, right), per_task)
@@ -88,6 +90,11 @@ def knots(space: CoreSpace, density: float) -> np.ndarray:
     # What the rotation leaves of a zero has no sign to elect with, and is no value to average.
     zero = np.abs(parts) <= _ROUNDING * np.abs(parts).max()
     return u @ ties(np.where(zero, 0, parts), density)
+
+
+def _n_updates(space: CoreSpace) -> int:
+    """T without the tasks that do not have the module, to which no direction need be left."""
+    return max(1, sum(rank > 0 for rank in space.ranks))
 
 
 def _size(left: np.ndarray, right: np.ndarray) -> float:
