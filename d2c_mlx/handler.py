@@ -10,7 +10,9 @@ import logging
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from mlx_lm.generate import make_stop_sequences, make_text_state_machine
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -20,6 +22,8 @@ from d2c_mlx.api import Refusal, read_request
 from d2c_mlx.scheduler import Turn
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from d2c_mlx.server import PackServer
 
 __all__ = ["AUTO", "Handler"]
@@ -31,6 +35,8 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 _PATHS = (*_CHAT, "/v1/completions")
 # Bytes of a body that is too large that are read and forgotten.
 _DRAIN = 16_000_000
+# Temperatures below are greedy: divided by them, what float16 holds would be infinite.
+_COLD = 0.01
 
 
 class Handler(APIHandler):
@@ -56,7 +62,7 @@ class Handler(APIHandler):
                 models = [self._about(name) for name in self.server.names]
                 self._json(200, {"object": "list", "data": models})
             elif self.path.startswith("/v1/models/"):
-                name = self.path.removeprefix("/v1/models/")
+                name = unquote(self.path.removeprefix("/v1/models/"))
                 self._check_model(name)
                 self._json(200, self._about(name))
             else:
@@ -80,6 +86,7 @@ class Handler(APIHandler):
                 raise Refusal(404, f"{self.path}: no such address; there is {_PATHS[0]}")
             body = read_request(self._body(), self.path in _CHAT)
             self._check_model(body["model"])
+            self.server.check_numbers(body)
             raw = json.dumps(body).encode()
             self.headers.replace_header("Content-Length", str(len(raw)))
             self.rfile = io.BytesIO(raw)
@@ -120,10 +127,16 @@ class Handler(APIHandler):
         *counts: int | None,
         **more: Any,  # noqa: ANN401
     ) -> dict[str, Any]:
-        """mlx-lm counts pieces of text; see `_Answer`."""
-        if counts and self.turn:
+        """mlx-lm counts pieces of text, see `_Answer`, and has log-probabilities in no stream."""
+        assert self.turn
+        if counts:
             counts = (counts[0], self.turn.n_tokens, *counts[2:])
-        return super().generate_response(text, finish_reason, *counts, **more)
+        reply = super().generate_response(text, finish_reason, *counts, **more)
+        told, self.turn.untold = self.turn.untold, []
+        if self.logprobs:
+            content = self.server.logprobs(told)
+            reply["choices"][0]["logprobs"] = {"content": content} if content else None
+        return reply
 
     def completion_usage_response(self, *counts: int | None) -> dict[str, Any]:
         """The same at the end of a stream."""
@@ -144,12 +157,6 @@ class Handler(APIHandler):
                 f"the prompt has {len(prompt)} tokens; with max_tokens {self.max_tokens} the"
                 f" model's context of {context} is too short",
             )
-        _, vocabulary = self.server.model.base.dimensions
-        if any(not 0 <= token < vocabulary for token in self.logit_bias or ()):
-            raise Refusal(400, f"logit_bias: expected token ids below {vocabulary}", "logit_bias")
-        sampler = None
-        if self.temperature > 0:
-            sampler = make_sampler(self.temperature, self.top_p, self.min_p, top_k=self.top_k)
         processors = make_logits_processors(
             self.logit_bias, self.repetition_penalty, self.repetition_context_size,
             self.presence_penalty, self.presence_context_size, self.frequency_penalty,
@@ -159,7 +166,20 @@ class Handler(APIHandler):
         route = name not in self.server.models
         task = None if route else self.server.models[name]
         stops = make_stop_sequences(self.server.tokenizer)
-        return Turn(prompt, task, route, self.max_tokens, sampler, processors, stops, stop_words)
+        return Turn(
+            prompt, task, route, self.max_tokens, self._sampler(), processors, stops, stop_words
+        )
+
+    def _sampler(self) -> Callable[[mx.array], mx.array] | None:
+        if self.temperature < _COLD:
+            return None
+        # All tokens are among as many; mlx-lm's sampler takes fewer only.
+        top_k = self.top_k if self.top_k < self.server.vocabulary else 0
+        return make_sampler(
+            self.temperature, self.top_p, self.min_p, top_k=top_k,
+            xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=self.server.kept_tokens,
+        )  # fmt: skip
 
     def _context(self, turn: Turn) -> GenerationContext:
         tokenizer = self.server.tokenizer

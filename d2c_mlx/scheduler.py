@@ -23,13 +23,15 @@ from d2c_mlx.meters import Meters
 from d2c_mlx.mixed import MixedModel
 from d2c_mlx.routing import Router
 
-__all__ = ["Scheduler", "Turn"]
+__all__ = ["TEXT", "Scheduler", "Turn"]
 
 _log = logging.getLogger(__name__)
 # Seconds between two looks at whether a client is still there, and at an empty queue.
 _LOOK = 0.2
 # Prompt tokens of a row between two steps of the others.
 _PREFILL = 512
+# In place of a token where a response has text alone.
+TEXT = -1
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class Turn:
         stops: tokens that end an answer.
         stop_words: text that ends it, and is not part of it.
         n_tokens: of the answer so far.
+        untold: tokens and their log-probabilities that the client was not told yet.
         gone: set it when nobody waits any more.
     """
 
@@ -58,6 +61,7 @@ class Turn:
     stops: StopSequences
     stop_words: Sequence[str] = ()
     n_tokens: int = 0
+    untold: list[tuple[int, float]] = field(default_factory=list)
     gone: bool = False
     asked: float = field(default_factory=time.perf_counter)
     events: Queue[Any] = field(default_factory=Queue)
@@ -69,7 +73,7 @@ class Turn:
     def responses(
         self, check: Callable[[], None], progress: Callable[[int, int], None]
     ) -> Iterator[Response]:
-        """Yield what is generated, a token each.
+        """Yield what is generated, a token each, and text alone with the token `TEXT`.
 
         Args:
             check: is called now and then; what it raises ends the waiting.
@@ -86,6 +90,8 @@ class Turn:
             if isinstance(event, tuple):
                 progress(*event)
             else:
+                if event.token != TEXT:
+                    self.untold.append((event.token, event.logprob))
                 yield event
 
     def _next(self, check: Callable[[], None]) -> Any:  # noqa: ANN401  see `responses`
@@ -130,7 +136,8 @@ class _Answer:
         text, self._held = text[: len(text) - held], text[len(text) - held :]
         logprob = float(one.logprobs[one.token].item())
         if reason == "stop" and text:
-            yield Response(text, one.token, logprob, None, ())
+            # With that reason mlx-lm's handler would leave it out.
+            yield Response(text, TEXT, 0.0, None, ())
             text = ""
         yield Response(text, one.token, logprob, reason, ())
 
@@ -197,6 +204,9 @@ class Scheduler:
                 for one in turns.values():
                     self._end(one.turn, RuntimeError(f"generating failed ({type(error).__name__})"))
                 turns.clear()
+                # What fails while MLX traces a sampler leaves a placeholder as this thread's random
+                # state, which fails everything that is sampled later.
+                mx.random.seed(time.time_ns())
                 batch = self._new_batch()
         for one in turns.values():
             self._end(one.turn, RuntimeError("the server stops"))

@@ -10,7 +10,9 @@ it changes an adapter, and then loads the model again.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import re
 import socket
 import sys
 from argparse import Namespace
@@ -20,8 +22,8 @@ from http.server import ThreadingHTTPServer
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.server import CompletionRequest, GenerationContext, process_message_content
+from transformers import PreTrainedTokenizerBase
 
 from d2c_mlx.api import Refusal
 from d2c_mlx.handler import AUTO, Handler
@@ -36,6 +38,23 @@ __all__ = ["Limits", "PackServer"]
 _log = logging.getLogger(__name__)
 # Connections beyond those whose requests may run or wait.
 _SPARE = 64
+_PENALTY, _WINDOW = (float, -2, 2), (int, 0, 1_000_000)
+# What is beyond would fail the batch, and so the requests of others: kind, least, most; 0 is taken.
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 100), "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1),
+    "xtc_probability": (float, 0, 1), "xtc_threshold": (float, 0, 0.5),
+    "top_k": (int, 0, 2**31 - 1), "presence_penalty": _PENALTY, "presence_context_size": _WINDOW,
+    "frequency_penalty": _PENALTY, "frequency_context_size": _WINDOW,
+    "repetition_penalty": (float, 0.01, 100), "repetition_context_size": _WINDOW,
+    "seed": (int, -(2**63), 2**63 - 1),
+}  # fmt: skip
+# What transformers would take for itself instead of giving it to the template: another template, or
+# another form of the result.
+_NOT_THE_TEMPLATES = inspect.signature(
+    PreTrainedTokenizerBase.apply_chat_template
+).parameters.keys() - {"documents", "kwargs"}
+# Most that is added to a logit: float16 holds it, and no logit comes near.
+_BIAS = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class PackServer(ThreadingHTTPServer):
         names: all of them, and "auto" if there is a router.
         limits: see `Limits`.
         meters: what was counted.
+        vocabulary: how many tokens the model knows.
+        kept_tokens: that XTC never leaves out: those of a line's end, and of the answer's.
     """
 
     daemon_threads = True
@@ -100,6 +121,8 @@ class PackServer(ThreadingHTTPServer):
         self.token, self.meters, self.model = token, Meters(), model
         self.tokenizer = model.base.tokenizer
         self.context: int | None = getattr(model.base.model.args, "max_position_embeddings", None)
+        _, self.vocabulary = model.base.dimensions
+        self.kept_tokens = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         self.router = router
         self.base_name: str = pack.manifest["base"]["model"]
         tasks = {task: task for task in pack.tasks}
@@ -141,12 +164,39 @@ class PackServer(ThreadingHTTPServer):
         turn, context, check = request.turn
         return context, turn.responses(check, progress_callback)
 
+    def check_numbers(self, body: dict[str, Any]) -> None:
+        """Raises Refusal (400) for a field of sampling that is out of range.
+
+        Args:
+            body: of a request; whole numbers become floats where mlx-lm asks for these.
+        """
+        for name, (kind, least, most) in _RANGES.items():
+            if name not in body:
+                continue
+            if not _between(body[name], kind, least, most):
+                zero = "0, or " if least > 0 else ""
+                what = "a whole number" if kind is int else "a number"
+                raise _odd(name, body[name], f"{zero}{what} from {least} to {most}")
+            body[name] = kind(body[name])
+        bias = body.get("logit_bias", {})
+        if not isinstance(bias, dict):
+            raise _odd("logit_bias", bias, "an object: token id -> number")
+        for token, value in bias.items():
+            # int() would take more than digits.
+            if not re.fullmatch("[0-9]{1,9}", token) or int(token) >= self.vocabulary:
+                raise _odd("logit_bias", token, f"token ids below {self.vocabulary}")
+            if not _between(value, float, -_BIAS, _BIAS):
+                raise _odd("logit_bias", value, f"numbers from {-_BIAS} to {_BIAS}")
+
     def encode(self, request: CompletionRequest, options: dict[str, Any]) -> list[int]:
         """Token ids of a prompt, the chat template applied.
 
         Raises:
-            Refusal: (400) the template does not take these messages.
+            Refusal: (400) the template does not take these messages, or an option is none of its.
         """
+        for name in options:
+            if name in _NOT_THE_TEMPLATES:
+                raise _odd("chat_template_kwargs", name, "variables of the model's own template")
         # Tokenizers may not be used by two threads at once.
         with self._encoding:
             if request.request_type == "text":
@@ -159,8 +209,22 @@ class PackServer(ThreadingHTTPServer):
                     request.messages, add_generation_prompt=True, tokenize=True,
                     tools=request.tools, **options,
                 )  # fmt: skip
-            except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-                raise Refusal(400, f"messages: the chat template fails ({error})") from None
+            except Exception as error:  # a template is a program of the model's authors
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                words = f"messages: the chat template fails ({why})"
+                raise Refusal(400, words, "messages") from None
+
+    def logprobs(self, tokens: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+        """Tokens and their log-probabilities as OpenAI's API has them, and with mlx-lm's `id`."""
+        found = []
+        for token, logprob in tokens:
+            with self._encoding:
+                text = self.tokenizer.decode([token])
+            # Of a part of a character nobody knows the bytes.
+            content = None if "\ufffd" in text else list(text.encode())
+            found.append({"id": token, "token": text, "logprob": logprob, "bytes": content,
+                          "top_logprobs": []})  # fmt: skip
+        return found
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """A thread for a connection, unless there are too many."""
@@ -185,3 +249,13 @@ class PackServer(ThreadingHTTPServer):
         """Stop listening and generating."""
         super().server_close()
         self.scheduler.close()
+
+
+def _between(value: object, kind: type, least: float, most: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    return value == 0 or least <= value <= most
+
+
+def _odd(name: str, found: object, expected: str) -> Refusal:
+    return Refusal(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)

@@ -9,10 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
+import mlx.core as mx
 import openai
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
+from mlx_lm import generate
+from mlx_lm import load as stock_load
+from mlx_lm.sample_utils import make_sampler
 from served import (  # noqa: F401  fixtures
     GOOD,
     NAMES,
@@ -98,6 +102,55 @@ def test_usage_stop_and_sampling(pack, mixed, answer):
         assert forced.choices[0].text == "xxx"
 
 
+def test_logprobs(pack, mixed, answer):
+    """One for each token that `usage` counts, streamed or not, cut or not."""
+    ids = answer.tokenizer.encode("the fox")
+    tokens = list(answer(NAMES[0], ids, 9))
+    words = text(answer, NAMES[0], "the fox", 9)
+    about = {"model": NAMES[0], "extra_body": {"logprobs": True}}
+    with serving(pack, mixed) as server, client(server) as api:
+        for stop in (None, words[3:5], words[-1]):
+            options = {**about, "prompt": "the fox", "max_tokens": 9, "stop": stop}
+            whole = api.completions.create(**options)
+            found = whole.choices[0].logprobs.content
+            n = whole.usage.completion_tokens
+            assert [one["id"] for one in found] == tokens[:n] and len(tokens[:n]) == n
+            assert [one["token"] for one in found] == [answer.tokenizer.decode([t])
+                                                       for t in tokens[:n]]  # fmt: skip
+            assert all(one["logprob"] < 0 for one in found)
+            parts = [one.choices[0] for one in api.completions.create(**options, stream=True)]
+            assert "".join(one.text for one in parts) == whole.choices[0].text
+            streamed = [entry for one in parts if one.logprobs for entry in one.logprobs.content]
+            assert [one.pop("logprob") for one in streamed] == pytest.approx(
+                [one.pop("logprob") for one in found], abs=1e-5)  # fmt: skip
+            assert streamed == found
+        chat = {"model": NAMES[0], "max_tokens": 5, "logprobs": True,
+                "messages": [{"role": "user", "content": "x"}]}  # fmt: skip
+        one = api.chat.completions.create(**chat).choices[0].logprobs.content
+        many = [part.choices[0] for part in api.chat.completions.create(**chat, stream=True)]
+        again = [entry for part in many if part.logprobs for entry in part.logprobs.content]
+        assert [e.token for e in one] == [e.token for e in again] and len(one) == 5
+        assert all(e.bytes == list(e.token.encode()) or "\ufffd" in e.token for e in again)
+        chat["logprobs"] = False
+        assert all(not getattr(part.choices[0], "logprobs", None)
+                   for part in api.chat.completions.create(**chat, stream=True))  # fmt: skip
+
+
+def test_xtc_is_mlx_lms(pack, mixed, answer, model_path):
+    """It leaves out the likeliest, of which a `top_k` of 1 then takes the next."""
+    model, tokenizer = stock_load(str(model_path))
+    model.set_dtype(mx.float32)
+    xtc = {"xtc_probability": 1, "xtc_threshold": 1 / 300}
+    kept = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    sampler = make_sampler(1.0, top_k=1, xtc_special_tokens=kept, **xtc)
+    expected = generate(model, tokenizer, "the fox", max_tokens=6, sampler=sampler)
+    assert expected != text(answer, None, "the fox", 6)
+    with serving(pack, mixed) as server, client(server) as api:
+        reply = api.completions.create(model="model", prompt="the fox", max_tokens=6, temperature=1,
+                                       extra_body={"top_k": 1, **xtc})  # fmt: skip
+    assert reply.choices[0].text == expected
+
+
 def test_auto_routes_and_says_where(pack, mixed, answer, model_path):
     router = load_router(pack)
     plain = BaseModel(str(model_path))
@@ -167,4 +220,6 @@ def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     with serving(server.pack, MixedModel(base, server.pack)) as running, client(running) as api:
         assert [one.id for one in api.models.list()] == ["model", "auto"]
         assert running.models == {"model": "model", "auto": "auto"}
+        quoted = raw(running, b"GET /v1/models/%61ut%6F HTTP/1.0\r\n\r\n")
+        assert b" 200 " in quoted and b'"id": "auto"' in quoted
         assert api.completions.create(model="auto", prompt="the", max_tokens=2).model == "auto"

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import openai
 import pytest
+from mlx_lm.generate import make_stop_sequences
+from mlx_lm.sample_utils import make_sampler
 from served import (  # noqa: F401  fixtures
     GOOD,
     answer,
@@ -30,10 +32,25 @@ from served import (  # noqa: F401  fixtures
 )
 
 from d2c_mlx.mixed import MixedModel
+from d2c_mlx.scheduler import Turn
 from d2c_mlx.server import Limits
 
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+# Fields of sampling that ended the batch, and what was left of it.
+NUMBERS = [
+    *({name: 2**63} for name in ("temperature", "top_k", "presence_penalty", "frequency_penalty",
+                                 "repetition_penalty", "repetition_context_size")),
+    {"seed": 2**63, "temperature": 0}, {"temperature": 101}, {"temperature": True},
+    {"top_p": 1e-60}, {"min_p": 1.1}, {"top_k": 1.5},
+    {"top_k": -1}, {"presence_penalty": -2.1}, {"frequency_penalty": "much"},
+    {"repetition_penalty": 1e-300}, {"presence_context_size": 10**7}, {"xtc_probability": 2},
+    {"xtc_threshold": 0.6}, {"logit_bias": {"5": None}}, {"logit_bias": {"5": [1]}},
+    {"logit_bias": {"5": 1e9}}, {"logit_bias": {"5": True}}, {"logit_bias": {"1_0": 1}},
+    {"logit_bias": {"-1": 1}}, {"logit_bias": {"9" * 5000: 1}}, {"logit_bias": [1]},
+]  # fmt: skip
 BAD = [
+    *((400, post({"temperature": 0.7, **GOOD, **one}), f"{next(iter(one))}: found")
+      for one in NUMBERS),
     (400, post(b"{"), "not JSON"),
     (400, post(b"\xff\xfe"), "not JSON"),
     (400, post(b'{"model": NaN}'), "not JSON"),
@@ -67,6 +84,15 @@ BAD = [
         "/v1/chat/completions"), "only parts of text"),
     (400, post(CHAT | {"chat_template_kwargs": {"tokenize": False}}, "/v1/chat/completions"),
      "template"),
+    *((400, post(CHAT | {"chat_template_kwargs": one}, "/v1/chat/completions"),
+       f"chat_template_kwargs: found '{next(iter(one))}', expected variables")
+      for one in ({"return_tensors": "np"}, {"tokenize": True}, {"tools": []}, {"padding": True},
+                  {"truncation": True, "max_length": 1}, {"add_generation_prompt": False},
+                  {"return_dict": True}, {"continue_final_message": True}, {"self": 1},
+                  {"tokenizer_kwargs": {"text": 1}}, {"chat_template": "{{ 1/0 }}"},
+                  {"chat_template": 2 * "{% for i in range(6000) %}" + 2 * "{% endfor %}"})),
+    (400, post(CHAT | {"chat_template_kwargs": {"messages": 1}}, "/v1/chat/completions"),
+     "the chat template fails (TypeError"),
     (404, post(GOOD, "/v1/embeddings"), "no such address"),
     (404, b"GET /etc/passwd HTTP/1.0\r\n\r\n", "no such address"),
     (404, b"GET /v1/models/nobody HTTP/1.0\r\n\r\n", "expected one of"),
@@ -149,6 +175,55 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, mixed, answer,
         reply = api.completions.create(**GOOD)
         assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
         assert urllib.request.urlopen(server.url.replace("v1", "health")).status == 200
+
+
+def test_a_template_that_fails_is_no_closed_connection(pack, mixed, monkeypatch):
+    monkeypatch.setattr(mixed.base.tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
+    body = CHAT | {"chat_template_kwargs": {"zero": 0}}
+    with serving(pack, mixed) as server:
+        reply = raw(server, post(body, "/v1/chat/completions"))
+        assert b" 400 " in reply and b"fails (ZeroDivisionError: division by zero)" in reply
+        body["chat_template_kwargs"] = {"zero": 1, "documents": []}
+        assert b" 200 " in raw(server, post(body, "/v1/chat/completions"))
+
+
+def test_sampling_goes_on_after_a_failure(pack, mixed, answer):
+    """A sampler that fails while MLX traces it leaves the thread without random numbers."""
+    with serving(pack, mixed) as server, client(server) as api:
+        for _ in range(2):
+            ids = answer.tokenizer.encode("the fox")
+            turn = Turn(ids, "wide", False, 4, make_sampler(0.7, top_k=10**6), [],
+                        make_stop_sequences(answer.tokenizer))  # fmt: skip
+            server.scheduler.submit(turn)
+            with pytest.raises(RuntimeError, match="ValueError"):
+                list(turn.responses(lambda: None, lambda *_: None))
+            for options in ({}, {"top_p": 0.9}, {"top_k": 3}, {"xtc_probability": 0.5}):
+                reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
+                assert reply.usage.completion_tokens
+        idle(server)
+
+
+def test_options_of_sampling_at_their_limits(pack, mixed, answer):
+    """As mlx-lm means them, and none fails the batch."""
+    expected = text(answer, "wide", "the fox", 4)
+    with serving(pack, mixed) as server, client(server) as api:
+
+        def ask(**options):
+            return api.completions.create(**GOOD, extra_body=options).choices[0].text
+
+        assert ask(temperature=1e-45) == ask(temperature=0, seed=2**63 - 1) == expected
+        # Beyond the vocabulary is all of it.
+        assert len({ask(temperature=5, top_k=10**6) for _ in range(6)}) > 1
+        assert ask(temperature=5, top_k=1) == ask(temperature=5, top_p=1e-6) == expected
+        for name, most in (("presence", 2), ("frequency", -2), ("repetition", 100)):
+            for window in (0, 1, 1_000_000):
+                size = {f"{name}_context_size": window}
+                assert ask(temperature=100, **{f"{name}_penalty": most}, **size) is not None
+        only = answer.tokenizer.encode("x")[0]
+        assert ask(logit_bias={str(only): 10_000}) == "xxxx"
+        assert ask(logit_bias={str(i): -10_000.0 for i in range(server.vocabulary) if i != only},
+                   temperature=1) == "xxxx"  # fmt: skip
+        idle(server)
 
 
 def test_thousands_of_requests_good_and_bad(pack, mixed, answer, request):
