@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-_DIR = click.Path(path_type=str)
+from .paths import UserPath
+
+_DIR = UserPath(path_type=str)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
@@ -27,14 +29,13 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
     """Read every adapter, write it in the other layout."""
     from d2c_mlx.convert import save_peft
-    from d2c_mlx.errors import ConfigError
     from d2c_mlx.files import write_dir
     from d2c_mlx.model import BaseModel
+    from d2c_mlx.overlap import check_output, local_model
     from d2c_mlx.sources import find_adapters, read_adapters
 
     sources = find_adapters(adapters)
-    if any(one.path.resolve().is_relative_to(Path(output).resolve()) for one in sources):
-        raise ConfigError(f"output: {output} would replace the input adapters; name another")
+    check_output(Path(output), local_model(model), sources)
     base = BaseModel(model)
     found = read_adapters(sources, base)
     with write_dir(Path(output)) as directory:
@@ -61,7 +62,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     " -> directory, or null for the base model.\n\n\b\nExample:\n"
     "  d2c-mlx unpack runs/first/pack --output adapters"
 )
-@click.argument("pack", type=click.Path(path_type=Path))
+@click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @_JSON
 def unpack(pack: Path, output: str, as_json: bool) -> None:
@@ -80,7 +81,7 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     "  d2c-mlx export runs/first/pack --to peft --output peft-loras\n"
     "  d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras"
 )
-@click.argument("pack", type=click.Path(path_type=Path))
+@click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
@@ -109,7 +110,7 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
     "  d2c-mlx verify runs/first/pack\n"
     "  d2c-mlx verify runs/first/pack --for mlx-swift"
 )
-@click.argument("pack", type=click.Path(path_type=Path))
+@click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
               " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
 @_JSON

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-_PATH = click.Path(path_type=Path)
+from .paths import UserPath
+
+_PATH = UserPath(path_type=Path)
 
 
 @click.command(

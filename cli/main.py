@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -81,8 +82,27 @@ def cli() -> None:
     """
 
 
+_python_s_format = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Warnings of input are a line without the place in the code; all others are Python's."""
+    from d2c_mlx.errors import InputWarning
+
+    if issubclass(category, InputWarning):
+        return f"warning: {message}\n"
+    return _python_s_format(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """Run the command; input errors are one line each on standard error, never a traceback."""
+    warnings.formatwarning = _format_warning
     try:
         # Without standalone mode click returns the exit code of an Exit instead of raising it.
         sys.exit(cli(standalone_mode=False) or 0)

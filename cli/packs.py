@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-_PACK = click.Path(path_type=Path)
+from .paths import UserPath
+
+_PACK = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
@@ -99,12 +101,10 @@ def add(
 @click.argument("tasks", nargs=-1, required=True)
 def remove(pack: Path, tasks: tuple[str, ...]) -> None:
     """Remove, say what is left."""
-    from d2c_mlx.living import remove_tasks
-    from d2c_mlx.lock import locked
-    from d2c_mlx.pack import load_pack
+    from d2c_mlx.living import opened, remove_tasks
 
-    with locked(pack.resolve().parent):
-        left = remove_tasks(load_pack(pack), tasks)
+    with opened(pack) as found:
+        left = remove_tasks(found, tasks)
     click.echo(
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
     )

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-_DIR = click.Path(path_type=str)
-_FILE = click.Path(path_type=Path)
+from .paths import UserPath
+
+_DIR = UserPath(path_type=str)
+_FILE = UserPath(path_type=Path)
 
 
 @click.command(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .paths import UserPath
+
 
 @click.command(
     help="Serve PACK behind OpenAI's API: chat and text completions, streaming or not.\n\n"
@@ -16,7 +18,7 @@ import click
     "\b\nExamples:\n  d2c-mlx serve runs/first/pack\n"
     "  d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET"
 )
-@click.argument("pack", type=click.Path(path_type=Path))
+@click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
               " it is that]")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="other than this machine's own"

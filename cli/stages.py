@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import click
 
+from .paths import UserPath
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DIR = click.Path(path_type=str)
+_DIR = UserPath(path_type=str)
 _OPTIONS = [
     click.option("--model", metavar="M", help="mlx-lm directory, Hugging Face id or .gguf file"
                  "  [default: the embedded SmolLM2-135M-Instruct]"),
@@ -76,7 +78,7 @@ def _run_options(command: F) -> F:
     """The options of RunConfig, and the optional YAML file they override."""
     for option in [*reversed(_OPTIONS), _QUIET, _JSON]:
         command = option(command)
-    return click.argument("config", required=False, type=click.Path(path_type=Path))(command)
+    return click.argument("config", required=False, type=UserPath(path_type=Path))(command)
 
 
 def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.cache import LossCache
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import AdapterError, PackError, TaskError
+from d2c_mlx.errors import AdapterError, PackError, TaskError, gather
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.judge import Judge
-from d2c_mlx.living import Arrival, add_adapter
+from d2c_mlx.living import Arrival, add_adapter, opened
 from d2c_mlx.locate import cache_directory, very_base
-from d2c_mlx.lock import locked
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
@@ -49,8 +50,7 @@ def arrive(
     Raises:
         InputError: every problem of pack, adapter, tasks and budget; nothing is written.
     """
-    with locked(pack.resolve().parent):
-        found = load_pack(pack)
+    with opened(pack) as found:
         sources = find_adapters(adapter)
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
@@ -87,15 +87,16 @@ def route_prompts(
 
     Raises:
         InputError: no such pack or model, problems of tasks, or no router and no `tasks`.
+        D2CError: the router is to be fitted, and another process is at work on the pack.
     """
-    with locked(pack.resolve().parent):
-        found = load_pack(pack)
+    # Who only reads neither waits for others nor keeps them out.
+    with opened(pack) if tasks else nullcontext(load_pack(pack)) as found:
         base = _base_of(found, model)
         if tasks:
-            probes = [
-                base.encode(task.name, task.probe[:n_probe])
-                for task in load_tasks(tasks, sorted(found.tasks))
-            ]
+            probes = gather(
+                partial(base.encode, task.name, task.probe[:n_probe], task.probe_places)
+                for task in load_tasks(tasks, sorted(found.tasks), tests=False)
+            )
             found = save_router(found, fit_router(base.model, probes))
     router = load_router(found)
     if router is None:
@@ -130,7 +131,8 @@ def _probes(
             f"{directory / new}: no such directory; expected probe.jsonl of the new task"
         )
     names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
-    return {
-        task.name: base.encode(task.name, task.probe[:n]).cut(*CUTS)
+    encoded = gather(
+        partial(base.encode, task.name, task.probe[:n], task.probe_places)
         for task in load_tasks(directory, names)
-    }
+    )
+    return {one.task: one.cut(*CUTS) for one in encoded}

@@ -8,9 +8,10 @@ from typing import Any
 
 from d2c_mlx.compact import read_index
 from d2c_mlx.errors import ConfigError, PackError
+from d2c_mlx.files import hash_file
 from d2c_mlx.hub import parse_hub_id
 from d2c_mlx.locate import EMBEDDED
-from d2c_mlx.pack import COMPACT, Pack
+from d2c_mlx.pack import COMPACT, MANIFEST, Pack
 from d2c_mlx.reading import read_config
 from d2c_mlx.report import environment
 from d2c_mlx.strict import parse_json
@@ -120,18 +121,31 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
             "refined": bool(about["config"]["refine"]),
         }
         same = (
-            packed["nbytes"] == pack.nbytes
+            about["pack"]["manifest_sha256"] == hash_file(pack.path / MANIFEST)
+            and packed["nbytes"] == pack.nbytes
             and packed["tasks"].keys() == pack.tasks.keys()
             and base == {key: pack.manifest["base"][key] for key in base}
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         same = False
     if not same:
-        raise ConfigError(
-            f"{path}: is no bench.json of {pack.path} (its tasks, bytes or base model differ); run"
-            " d2c-mlx bench --output DIR again, or name another with --bench"
-        )
+        raise ConfigError(_other_pack(path, pack, bench))
     return measured
+
+
+def _other_pack(path: Path, pack: Pack, bench: Any) -> str:  # noqa: ANN401  JSON is any
+    """What is wrong and what to do; a run measures only the pack that it made."""
+    about = bench.get("provenance") if isinstance(bench, dict) else None
+    if isinstance(about, dict) and "pack" not in about:
+        return (
+            f"{path}: does not say which pack it is of, as those of older versions; delete it and"
+            f" run d2c-mlx bench --output {path.parent} again, if that run made {pack.path}"
+        )
+    return (
+        f"{path}: is no bench.json of {pack.path} (its manifest, tasks, bytes or base model"
+        " differ, as after d2c-mlx add, remove or route); name that of the run that made this very"
+        " pack with --bench, or move this one away: the card then says that nothing was measured"
+    )
 
 
 def _losses(methods: Json, task: str | None) -> Json:

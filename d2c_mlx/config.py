@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +59,12 @@ SAVINGS = (
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Characters of a config. PyYAML takes minutes for a hundred thousand brackets.
 _MOST_YAML = 20_000
+# No matrix of a model is wider, so no update has a larger rank.
+_MOST_RANK = 1_000_000
+# Tuned scales end at a few, and sums of hundreds of adapters at hundreds; beyond, float16 ends.
+_MOST_SCALE = 1_000.0
+# Of scikit-learn and NumPy's older generators.
+_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ class RunConfig:
             where an architecture cannot be run block by block. These and "auto" cluster by
             "regmean"; "auto" packs for every cluster the best of `AUTO_METHODS` and the default on
             its probes.
-        merge_rank: largest rank of a merged adapter; None takes the largest of the inputs.
+        merge_rank: largest rank of a merged adapter, at most that of the base model's widest
+            module; None takes the largest of the inputs.
         density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.
         search: "paper", the loop of D2C, or "moves" from the best partition that it starts from.
@@ -94,7 +102,7 @@ class RunConfig:
             many as share a slot; all of them for a start from "adapters".
         test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
         answers: how many held-out rows of each task are answered and compared with the expected
-            answers, the first ones; the report shows three.
+            answers, the first of those that judge; the report shows three.
         baselines: partitions that `bench` merges too and compares, some of `BASELINES`; each takes
             about as long to merge as what is packed.
         random_seeds: how many random partitions the `random` row averages.
@@ -145,6 +153,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError listing every value that is missing or out of range."""
+        for name in ("tasks", "output", "unlabelled"):
+            if path := getattr(self, name):
+                # As `adapters` and `model` are, whose entries may be ids, where they are looked up.
+                object.__setattr__(self, name, os.path.expanduser(path))
         problems = [
             f"{name}: not given; pass --{name} or set it in the YAML file"
             for name in ("adapters", "tasks", "output")
@@ -157,19 +169,29 @@ class RunConfig:
             ),
             "plan": (self.plan in PLANS, f"one of {list(PLANS)}"),
             "max_adapters": (self.max_adapters is None or self.max_adapters >= 1, "1 or more"),
-            "merge_rank": (self.merge_rank is None or self.merge_rank >= 1, "1 or more"),
+            "merge_rank": (
+                self.merge_rank is None or 1 <= self.merge_rank <= _MOST_RANK,
+                f"1 to {_MOST_RANK:,}",
+            ),
             "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
             "patience": (self.patience is None or self.patience >= 1, "1 or more"),
             "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
-            "scale": (self.scale is None or 0 < self.scale < math.inf, "a number above 0"),
+            "scale": (
+                self.scale is None or 0 < self.scale <= _MOST_SCALE,
+                f"a number above 0 and at most {_MOST_SCALE:g}",
+            ),
             "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),
             "rounds": (self.rounds >= 0, "0 or more"),
             "restarts": (self.restarts >= 1, "1 or more"),
             "eps": (0 <= self.eps < math.inf, "0 or more"),
-            "seed": (self.seed >= 0, "0 or more"),
+            "seed": (0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1:,}"),
             "probe_examples": (self.probe_examples >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            "answers": (self.answers >= 0, "0 or more"),
+            # Rows that do not judge are not tokenized, so there is nothing to answer.
+            "answers": (
+                0 <= self.answers and not 0 < self.test_examples < self.answers,
+                f"0 to test_examples ({self.test_examples or 'all'})",
+            ),
             "baselines": (set(self.baselines) <= set(BASELINES), f"some of {list(BASELINES)}"),
             "random_seeds": (self.random_seeds >= 1, "1 or more"),
             "neighbours": (self.neighbours >= 1, "1 or more"),
@@ -258,14 +280,17 @@ def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str
         return None, f"{where}{name}: found {value!r}, expected {plain}"
     typed: Any = value
     if kind == "float":
-        return float(typed), None
+        try:
+            return float(typed), None
+        except OverflowError:
+            return None, f"{where}{name}: found a number beyond 64 bits, expected float"
     return (tuple(map(str, typed)) if kind.startswith("tuple") else typed), None
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:
     """Read a YAML file, put `overrides` over it, check everything.
 
-    Paths in the file are taken as they are, relative to the working directory.
+    Paths in the file are relative to the working directory; `~` is the home directory.
 
     Raises:
         ConfigError: every unknown key and wrong value, one line each.

@@ -78,12 +78,12 @@ def read_adapter(
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return read_gguf_lora(path, shapes, config)
     found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
     if len(found) > 1:
         raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
-    gguf = sorted(path.glob("*.gguf"))
+    gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
     if not found and len(gguf) == 1:
         return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
     if not found and (path / PICKLE).exists():
@@ -113,6 +113,17 @@ def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
         problems.append(
             f"{path}: init_lora_weights is {init!r}: it changes the base model's weights too;"
             " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    # Of another kind they would count as unset, or as true, and change every scale.
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = config.get(field)
+        if value is not None and not isinstance(value, dict):
+            problems.append(
+                f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
+            )
+    if not isinstance(config.get("use_rslora") or False, bool):
+        problems.append(
+            f"{path}: use_rslora is {config['use_rslora']!r}, expected true or false, no quotes"
         )
     for field, value in config.items():
         if not value or field in _HARMLESS or field == "bias":

@@ -9,7 +9,8 @@
         ├── BudgetError      the budget is unreadable or too small
         └── PackError        a pack or a run directory is missing or does not verify
 
-An `InputError` carries *all* problems found, one line each.
+An `InputError` carries *all* problems found, one line each. An `InputWarning` is for what may be
+wrong and may be right.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "D2CError",
     "InputError",
+    "InputWarning",
     "ModelError",
     "PackError",
     "TaskError",
@@ -76,6 +78,10 @@ class BudgetError(InputError):
 
 class PackError(InputError):
     """A pack or a run directory is missing a part or does not verify."""
+
+
+class InputWarning(UserWarning):
+    """Input that is likely, but not surely, wrong; one line."""
 
 
 def _printable(text: str) -> str:

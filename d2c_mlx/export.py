@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.convert import save_peft
-from d2c_mlx.errors import ConfigError, ModelError
+from d2c_mlx.errors import ConfigError, ModelError, PackError
 from d2c_mlx.gguf_lora import ARCHITECTURES, save_gguf_lora
 from d2c_mlx.locate import very_base
+from d2c_mlx.overlap import check_output, local_model
 from d2c_mlx.pack import Pack
 from d2c_mlx.unpack import unpack, write_adapters
 
@@ -36,6 +37,7 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
         InputError: an unknown format, an architecture that is not known in GGUF, another base
             model, or what `write_adapters` raises; nothing is written.
     """
+    check_output(directory, [("pack", pack.path), *local_model(model)], error=PackError)
     if to == "mlx":
         return unpack(pack, directory)
     if to == "peft":

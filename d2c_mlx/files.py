@@ -7,11 +7,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fingerprint", "hash_file", "hash_tree", "write_dir", "write_json", "write_text"]
+from d2c_mlx.errors import ConfigError
+
+__all__ = [
+    "fingerprint",
+    "hash_file",
+    "hash_tree",
+    "remove_dir",
+    "write_dir",
+    "write_json",
+    "write_text",
+]
 
 
 def _fsync(path: Path) -> None:
@@ -46,14 +56,34 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  JSON is any
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def _remove(path: Path) -> None:
+    """Remove what is there, whatever it is; of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def write_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty sibling directory; on success it replaces `path`, on error it is removed."""
+    """Yield an empty sibling directory; on success it replaces `path`, on error it is removed.
+
+    A link stays one, and what it leads to is replaced.
+
+    Raises:
+        ConfigError: `path` is there and no directory; nothing is touched.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.name or (path.exists() and not path.is_dir()):
+        raise ConfigError(
+            f"{path}: is no directory that can be replaced, expected one or a new name; name"
+            " another, or move it away"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     old = path.with_name(f".{path.name}.old")
     for stale in (temporary, old):
-        shutil.rmtree(stale, ignore_errors=True)
+        _remove(stale)
     temporary.mkdir()
     try:
         yield temporary
@@ -69,6 +99,15 @@ def write_dir(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_dir(path: Path) -> None:
+    """Remove a directory, if it is there; at any moment it is whole or gone."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+        shutil.rmtree(old)
+
+
 def hash_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     digest = hashlib.sha256()
@@ -78,12 +117,20 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_tree(path: Path) -> str:
-    """Hex SHA-256 over the names and contents of a file or of all files below a directory."""
+def hash_tree(path: Path, only: Collection[str] | None = None) -> str:
+    """Hex SHA-256 over the names and contents of a file or of all files below a directory.
+
+    Args:
+        path: of the file or the directory.
+        only: names, relative to the directory, of the files that count; None is all.
+    """
     if path.is_file():
         return hash_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return fingerprint([[file.relative_to(path).as_posix(), hash_file(file)] for file in files])
+    names = [(file.relative_to(path).as_posix(), file) for file in files]
+    return fingerprint(
+        [[name, hash_file(file)] for name, file in names if only is None or name in only]
+    )
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401  JSON is any

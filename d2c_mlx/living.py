@@ -12,24 +12,27 @@ costs more than bytes do (docs/planning.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.compact import read_compact
-from d2c_mlx.errors import BudgetError, PackError
+from d2c_mlx.errors import BudgetError, ConfigError, PackError
 from d2c_mlx.features import similarity
 from d2c_mlx.judge import Judge
+from d2c_mlx.lock import locked
 from d2c_mlx.merge import merge_adapters
-from d2c_mlx.pack import COMPACT, Pack
+from d2c_mlx.pack import COMPACT, MANIFEST, Pack, load_pack
 from d2c_mlx.packing import rewrite_pack, write_compact_pack
 from d2c_mlx.reading import load_adapter, read_config
 from d2c_mlx.shrink import make_room
 
-__all__ = ["Arrival", "add_adapter", "list_pack", "remove_tasks"]
+__all__ = ["Arrival", "add_adapter", "list_pack", "opened", "remove_tasks"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,22 @@ class Arrival:
     similarity: float | None = None
     dropped: int = 0
     dropped_energy: float = 0.0
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Pack]:
+    """A verified pack that no other process changes while the block runs.
+
+    Raises:
+        PackError: see `load_pack`; where there is no pack, nothing is made.
+        D2CError: another process is at work on it.
+    """
+    # A lock is a file in a directory that it makes, so not before there is something to hold.
+    if not (directory / MANIFEST).is_file():
+        load_pack(directory)
+    advice = "it may replace the pack; wait for it, then give this command again"
+    with locked(directory.resolve().parent, advice=advice):
+        yield load_pack(directory)
 
 
 def list_pack(pack: Pack) -> list[dict[str, Any]]:
@@ -96,19 +115,20 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
     left: dict[str, Any] = {t: key for t, key in pack.tasks.items() if t not in tasks}
     if not left:
         raise PackError(f"{pack.path}: no task would be left; delete the directory instead")
-    budget, limit = _budget(pack, None)
+    budget = pack.manifest["budget"]
+    text, limit = budget["text"], budget["nbytes"]
     kept = [key for key in pack.adapters if key in left.values()]
     merged: dict[Any, int] = {key: pack.merged(key) for key in kept}
     # What stays in a merge is still of there.
     origins = {t: o for t, o in pack.origins.items() if pack.tasks.get(t, t) in (t, *kept)}
     if pack.storage == "plain":
-        return rewrite_pack(pack, {}, left, merged, budget.text, limit, origins=origins)
+        return rewrite_pack(pack, {}, left, merged, text, limit, origins=origins)
     stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
     place = {key: i for i, key in enumerate(kept)}
     serves = {task: None if key is None else place[key] for task, key in left.items()}
     return write_compact_pack(
         pack.path, stored, serves, merged={place[key]: n for key, n in merged.items()},
-        budget=budget.text, max_bytes=limit, origins=origins, **pack.about,
+        budget=text, max_bytes=limit, origins=origins, **pack.about,
     )  # fmt: skip
 
 
@@ -126,11 +146,12 @@ def add_adapter(
         pack: what `load_pack` verified.
         adapter: checked against the pack's base model.
         budget: in bytes or adapters; None is the pack's own.
-        threshold: open another slot only if all similarities are below it (K-Merge++; 0.02 to 0.03
-            there); None opens slots while there are any. Plain packs only.
+        threshold: open another slot only if all similarities are below it, from 0 to 1 (K-Merge++;
+            0.02 to 0.03 there); None opens slots while there are any. Plain packs only.
         judge: measures on probes where an arrival fits best, and its form; None goes by weights.
 
     Raises:
+        ConfigError: `threshold` is out of range.
         PackError: the task is there already, or `threshold` for a compact pack.
         BudgetError: the budget has no room, whatever is merged or dropped.
     """
@@ -139,6 +160,9 @@ def add_adapter(
             f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
             f" d2c-mlx remove {pack.path} {adapter.name}"
         )
+    # Cosines are at most 1, and below 0 hardly anything is: it would open no slot at all.
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold: found {threshold}, expected a number from 0 to 1")
     allowed, limit = _budget(pack, budget)
     if pack.storage == "plain":
         return _into_slots(pack, adapter, allowed, limit, threshold, judge)
@@ -151,7 +175,12 @@ def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
     """The budget and its bytes; the pack's own is a share of adapters that are not here."""
     old = pack.manifest["budget"]
     if text is None:
-        return parse_budget(old["text"]), old["nbytes"]
+        try:
+            return parse_budget(old["text"]), old["nbytes"]
+        except BudgetError as error:
+            raise BudgetError(
+                f"{pack.path / MANIFEST}: {error}; give another with --budget"
+            ) from None
     budget = parse_budget(text)
     if budget.percent is not None:
         raise BudgetError(
@@ -169,6 +198,11 @@ def _into_slots(
     threshold: float | None,
     judge: Judge | None,
 ) -> Arrival:
+    if budget.n_adapters is not None and len(pack.adapters) > budget.n_adapters:
+        raise BudgetError(
+            f"budget: found {budget.text}, expected at least {len(pack.adapters)}: so many adapters"
+            f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
+        )
     held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
     n = {slot: pack.merged(slot) for slot in held}
     first, *_ = held.values()
@@ -178,7 +212,9 @@ def _into_slots(
     alike = dict(zip(held, similarity([*held.values(), new])[-1]))
     most = max(alike.values())
     fits = budget.n_adapters is None or len(held) < budget.n_adapters
-    fits &= limit is None or pack.nbytes + new.nbytes(n_layers) <= limit
+    # Without its router, which is dropped.
+    nbytes = sum(sum(pack.files_of(slot).values()) for slot in held)
+    fits &= limit is None or nbytes + new.nbytes(n_layers) <= limit
     if fits and (threshold is None or most < threshold):
         name = next(free for k in count() if (free := f"cluster-{k}") not in held)
         changed, n[name] = new, 1

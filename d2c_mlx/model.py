@@ -30,6 +30,8 @@ __all__ = ["BaseModel", "block_index", "encode", "greedy", "linear_shapes", "loa
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
+# What tokenizers and the templates of strangers raise; IndexError, for a text without a token.
+_UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 
 
 class _Slot(nn.Module):
@@ -119,19 +121,16 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of engine, config, and every weight file's name, size and last MiB."""
+        """Hex SHA-256 of engine, config, and every weight and tokenizer file."""
         parts = [_ENGINE, self.config_hash, str(self.compute_dtype)]
         for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
-            with open(file, "rb") as handle:
-                size = file.stat().st_size
-                handle.seek(max(0, size - (1 << 20)))
-                parts.append([file.name, size, fingerprint(handle.read().hex())])
+            parts.append([file.name, hash_file(file)])
         return fingerprint(parts)
 
-    def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
+    def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
         """`encode` with the model's tokenizer and context."""
         context = getattr(self.model.args, "max_position_embeddings", None)
-        return encode(self.tokenizer, task, rows, context)
+        return encode(self.tokenizer, task, rows, context, places)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
@@ -256,6 +255,7 @@ def encode(
     task: str,
     rows: Sequence[Row],
     context: int | None = None,
+    places: Sequence[str] = (),
 ) -> ExampleSet:
     """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
 
@@ -264,32 +264,44 @@ def encode(
         task: name of the set.
         rows: of one format.
         context: most tokens of a row.
+        places: where each row stands, and maybe more; none names rows by task and number.
 
     Raises:
-        TaskError: the tokenizer has no chat template, or a row has no target token or is too long.
+        TaskError: every row that the chat template refuses, that has no target token or is too
+            long.
     """
-    masked = row_format(rows[0]) != ("text",)
-    try:
-        options = SimpleNamespace(mask_prompt=masked)
-        dataset = create_dataset(list(rows), tokenizer, options)
-        pairs = [dataset.process(row) for row in rows]
-    except (ValueError, TypeError, KeyError, TemplateError) as error:
-        raise TaskError(f"task {task}: mlx-lm cannot tokenize it ({error})") from None
-    examples = tuple(Example(tuple(map(int, t)), int(offset)) for t, offset in pairs)
-    problems = [
-        f"task {task}: row {i} has no target token"
-        for i, example in enumerate(examples, 1)
-        if example.n_targets < 1
-    ]
+    options = SimpleNamespace(mask_prompt=row_format(rows[0]) != ("text",))
+    examples: list[Example] = []
+    problems = []
+    failed: dict[str, list[str]] = {}
+    for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
+        try:
+            tokens, offset = create_dataset([row], tokenizer, options).process(row)
+        except _UNTOKENIZED as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed.setdefault(reason, []).append(place)
+            continue
+        one = Example(tuple(map(int, tokens)), int(offset))
+        examples.append(one)
+        if one.n_targets < 1:
+            problems.append(
+                f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
+                f" the {one.first_target:,} that are given; complete the row or remove it"
+            )
+        elif context and len(one.tokens) > context:
+            problems.append(
+                f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
+                f" {context:,}; shorten it"
+            )
+    # Without a chat template it is every row, for one reason.
     problems += [
-        f"task {task}: row {i} has {len(example.tokens):,} tokens, more than the model's context of"
-        f" {context:,}; shorten it"
-        for i, example in enumerate(examples, 1)
-        if context and len(example.tokens) > context
+        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
+        f" ({reason}); change it as the model's chat template asks, or use rows of text"
+        for reason, (first, *more) in failed.items()
     ]
     if problems:
         raise TaskError(problems)
-    return ExampleSet(task, examples)
+    return ExampleSet(task, tuple(examples))
 
 
 def block_index(path: str) -> int:

@@ -6,7 +6,6 @@ in one file, and `unpack` makes plain directories of either (docs/packs.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,21 @@ import mlx.core as mx
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.compact import read_compact, read_index
 from d2c_mlx.errors import PackError
-from d2c_mlx.files import hash_file
+from d2c_mlx.manifest import (
+    COMPACT,
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    VERSIONS,
+    manifest_problems,
+    read_manifest,
+)
 from d2c_mlx.reading import load_adapter
 from d2c_mlx.rules import layout_problems
-from d2c_mlx.strict import parse_json
 
 __all__ = ["COMPACT", "FORMAT", "MANIFEST", "VERSIONS", "Pack", "load_pack"]
 
-MANIFEST, FORMAT, COMPACT = "manifest.json", "d2c-mlx-pack", "compact.safetensors"
-# Storage -> version of the format. A plain pack is what version 1 always was; its manifests of
-# before there was another storage do not name it.
-VERSIONS = {"plain": 1, "compact": 2}
-_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+_DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -154,91 +156,40 @@ def _read(pack: Pack, adapter: int) -> Adapter | None:
 
 
 def load_pack(directory: Path) -> Pack:
-    """Open a pack and verify every file's size and hash, in a plain pack the adapters' layout too.
+    """Open a pack and verify all that its manifest says, in a plain pack the adapters' layout too.
 
     Raises:
-        PackError: no pack, another version, files that are missing or differ, or adapters that
-            stock mlx-lm or mlx-swift would not load.
+        PackError: no pack, another version, a manifest that is incomplete or false, files that are
+            missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
-    path = directory / MANIFEST
-    try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PackError(f"{path}: missing; is this a pack?") from None
-    except ValueError as error:
-        raise PackError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(manifest, dict):
-        raise PackError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
-    storage = manifest.get("storage", "plain")
-    version = VERSIONS.get(storage) if isinstance(storage, str) else None
-    if version is None:
-        raise PackError(f"{path}: storage {storage!r}, expected one of {list(VERSIONS)}")
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != version:
-        raise PackError(
-            f"{path}: format {manifest.get('format')!r} version {manifest.get('format_version')!r},"
-            f" expected {FORMAT!r} version {version}"
-        )
-    files, tasks = manifest.get("files"), manifest.get("tasks")
-    if not isinstance(files, dict) or not isinstance(tasks, dict) or "nbytes" not in manifest:
-        raise PackError(f"{path}: files, tasks or nbytes is missing; write the pack again")
-    if storage == "plain":
-        problems = [
-            f"{path}: task {task!r} points to {folder!r}, whose files the manifest does not list"
-            for task, folder in tasks.items()
-            # "../x" would lead out of the pack, and `unpack` would write there.
-            if f"{folder}/adapters.safetensors" not in files or not _inside(folder, 1)
-        ]
-    else:
-        problems = _compact_problems(path, manifest)
-    for name, entry in files.items():
-        problems += _file_problems(directory, name, entry)
-    if storage == "plain" and not problems:
-        folders = sorted({str(folder) for folder in tasks.values()})
-        problems = [line for folder in folders for line in layout_problems(directory / folder)]
+    manifest = read_manifest(directory / MANIFEST)
+    problems = manifest_problems(directory, manifest)
+    pack = Pack(directory, manifest)
+    if not problems:
+        problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
     if problems:
         raise PackError(problems)
-    pack = Pack(directory, manifest)
-    if pack.storage == "compact":
-        n_adapters = len(read_index(directory / COMPACT).names)
-        wrong = [k for k in tasks.values() if k is not None and k not in range(n_adapters)]
-        if wrong:
-            raise PackError(f"{path}: tasks name adapter {wrong[0]}, the file holds {n_adapters}")
     return pack
 
 
-def _inside(name: object, depth: int) -> bool:
-    """Whether a manifest's name is a path of at most so many parts that stays in the pack."""
-    if not isinstance(name, str) or not name.isprintable():
-        return False
-    parts = name.split("/")
-    # Asking for a longer name is an error of its own.
-    short = all(len(part.encode()) <= 255 for part in parts)
-    return short and len(parts) <= depth and not {"", ".", ".."} & set(parts)
+def _plain_problems(pack: Pack) -> list[str]:
+    """Of the layout of files that are those of the manifest."""
+    folders = sorted({str(folder) for folder in pack.tasks.values()})
+    return [line for folder in folders for line in layout_problems(pack.path / folder)]
 
 
-def _file_problems(directory: Path, name: str, entry: object) -> list[str]:
-    file = directory / name
-    if not _inside(name, 2) or not isinstance(entry, dict):
-        return [f"{directory / MANIFEST}: files: {ascii(name)} is no file of a pack"]
-    if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
-        return [f"{file}: missing, but the manifest lists it"]
-    if file.stat().st_size != entry.get("nbytes") or hash_file(file) != entry.get("sha256"):
-        return [f"{file}: differs from the manifest's size or sha256; copy it again"]
-    return []
-
-
-def _compact_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
-    problems = []
-    base = manifest.get("base")
-    if manifest.get("dtype") not in list(_DTYPES):  # it may be anything, a list too
-        problems.append(f"{path}: dtype {manifest.get('dtype')!r}, expected one of {list(_DTYPES)}")
-    if not isinstance(base, dict) or not isinstance(base.get("n_layers"), int):
-        problems.append(f"{path}: base.n_layers is missing; write the pack again")
-    if COMPACT not in manifest["files"]:
-        problems.append(f"{path}: {COMPACT} is not among its files; write the pack again")
-    problems += [
-        f"{path}: task {task!r} points to {k!r}, expected the position of an adapter or null"
-        for task, k in manifest["tasks"].items()
-        if k is not None and type(k) is not int
+def _compact_problems(pack: Pack) -> list[str]:
+    """Between the manifest and the adapters in the file."""
+    path = pack.path / COMPACT
+    names = read_index(path).names
+    problems = [
+        f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
+        for k, name in enumerate(names)
+        if not isinstance(name, str) or not name.isprintable()
     ]
+    wrong = [k for k in pack.tasks.values() if k is not None and k not in range(len(names))]
+    if wrong:
+        problems.append(
+            f"{pack.path / MANIFEST}: tasks name adapter {wrong[0]}, the file holds {len(names)}"
+        )
     return problems

@@ -285,10 +285,9 @@ def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOut]:
         return []
     n, answers = config.test_examples or None, config.answers
     tasks = load_tasks(Path(config.tasks), pack.tasks)
-    return [
-        HeldOut(
-            encode(stock.tokenizer, task.name, task.test[:n], stock.max_tokens),
-            task.test[:n][:answers],
-        )
+    encoded = gather(
+        partial(encode, stock.tokenizer, task.name, task.test[:n], stock.max_tokens,
+                task.test_places)
         for task in tasks
-    ]
+    )  # fmt: skip
+    return [HeldOut(one, task.test[:n][:answers]) for one, task in zip(encoded, tasks)]

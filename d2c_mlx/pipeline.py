@@ -22,10 +22,10 @@ from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
-from d2c_mlx.files import write_dir, write_json, write_text
+from d2c_mlx.files import hash_file, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.lock import locked
 from d2c_mlx.neighbours import nearest, others_needed
-from d2c_mlx.pack import load_pack
+from d2c_mlx.pack import MANIFEST, load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.phone_table import read_phone
 from d2c_mlx.planner import make_plan, measure, planned
@@ -34,6 +34,7 @@ from d2c_mlx.ranks import leading
 from d2c_mlx.reading import load_adapter
 from d2c_mlx.refining import refine_cluster, refine_inputs
 from d2c_mlx.report import render_html, render_markdown
+from d2c_mlx.stages import check_pack, replacing_pack
 from d2c_mlx.workspace import Workspace
 
 __all__ = ["STAGES", "run"]
@@ -51,6 +52,8 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Worksp
     with leading() as group:
         workspace = Workspace(config, quiet, group)
         with locked(workspace.output):
+            if list(STAGES).index(until) >= list(STAGES).index("pack"):
+                check_pack(workspace.output)
             for name, stage in STAGES.items():
                 if name not in _WITHOUT[config.planned]:
                     stage(workspace)
@@ -95,7 +98,7 @@ def plan(ws: Workspace) -> None:
         write_json(ws.path("plan.json"), make_plan(ws, measure(ws), ws.room))
 
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], _merge_options(c),
-               ws.budget.allowed_bytes(sum(ws.sizes)), c.max_adapters, c.eps]  # fmt: skip
+               ws.budget.allowed_bytes(sum(ws.sizes)), c.max_adapters]  # fmt: skip
     ws.stage("plan", options, ["adapters", "losses.json"], ["plan.json"], body)
 
 
@@ -126,8 +129,7 @@ def cluster(ws: Workspace) -> None:
     # A merge that is clustered alike is not clustered again.
     like = dataclasses.replace(c, merge_method=ws.merger.quick_method)
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(like),
-               c.search, c.patience, c.init, c.rounds, c.restarts, c.eps,
-               c.random_seeds]  # fmt: skip
+               c.search, c.patience, c.init, c.rounds, c.restarts, c.random_seeds]  # fmt: skip
     ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
@@ -165,10 +167,11 @@ def refine(ws: Workspace) -> None:
                 shutil.copytree(part / "adapter", directory / str(k))
         facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
         write_json(ws.path("refines.json"), facts)
-        shutil.rmtree(kept)
 
     reads = ["adapters", "losses.json", "merged", "merges.json"]
     ws.stage("refine", refine_inputs(ws), reads, ["refined", "refines.json"], body)
+    # Not before the stage is recorded: what is half removed would be taken for done.
+    remove_dir(ws.path("refining"))
 
 
 def pack(ws: Workspace) -> None:
@@ -189,11 +192,13 @@ def pack(ws: Workspace) -> None:
             dataclasses.replace(load_adapter(ws.path(source) / str(k)), sources=tuple(members))
             for k, members in enumerate(entry["members"] for entry in ws.read("merges.json"))
         ]
-        write_pack(ws.path("pack"), adapters, **about)
+        with replacing_pack(ws.output):
+            write_pack(ws.path("pack"), adapters, **about)
 
     def compact() -> None:
         adapters, serves = planned(ws, ws.read("plan.json"))
-        write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
+        with replacing_pack(ws.output):
+            write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
 
     if c.planned:
         reads, body = ["adapters", "plan.json"], compact
@@ -222,7 +227,9 @@ def bench(ws: Workspace) -> None:
             "pack": Method(packed.nbytes, [served]),
         }
         results = bench_methods(ws.evaluator, methods, ws.tests)
-        content = {"methods": results, "provenance": provenance(ws)}
+        # Which pack was measured: a card of another one must not show this.
+        of = {"pack": {"manifest_sha256": hash_file(ws.path("pack") / MANIFEST)}}
+        content = {"methods": results, "provenance": {**provenance(ws), **of}}
         n = ws.config.answers
         if n:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
@@ -270,7 +277,7 @@ _WITHOUT = {False: ("plan",), True: ("cluster", "merge", "refine")}
 
 def _merge_options(config: RunConfig) -> list[object]:
     c = config
-    return [c.merge_method, c.density, c.scale, c.merge_rank, c.seed]
+    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed]
 
 
 def _clusterings(ws: Workspace) -> dict[str, list[Clustering]]:

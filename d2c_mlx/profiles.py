@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def find_profile(spec: str) -> Profile:
     Raises:
         ConfigError: no such profile, or every problem of the file, one line each.
     """
-    path = Path(spec)
+    path = Path(os.path.expanduser(spec))
     if path.suffix not in (".yaml", ".yml"):
         known = builtin_profiles()
         if spec not in known:

@@ -10,6 +10,7 @@ from d2c_mlx.card import read_bench, render_card
 from d2c_mlx.errors import ConfigError, PackError
 from d2c_mlx.files import write_dir, write_text
 from d2c_mlx.hub import parse_hub_id, upload
+from d2c_mlx.overlap import check_output
 from d2c_mlx.pack import MANIFEST, Pack, load_pack
 from d2c_mlx.unpack import unpack
 
@@ -51,8 +52,7 @@ def write_repository(
     hub = parse_hub_id(repo)
     if hub is None or hub.revision:
         raise ConfigError(f"repo: {repo!r}, expected a Hugging Face id, owner/name")
-    if pack.path.resolve().is_relative_to(directory.resolve()):
-        raise PackError(f"output: {directory} would replace the pack; name another")
+    check_output(directory, [("pack", pack.path)], error=PackError)
     measured = read_bench(pack, bench)
     card = render_card(pack, repo, base=base, license=license, revision=revision, bench=measured)
     with write_dir(directory) as temporary:

@@ -55,14 +55,21 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     try:
         # safe_open checks that the header's offsets lie within the file; mx.load alone is lazy.
         with safe_open(str(path), framework="numpy") as file:
-            n_tensors = len(list(file.keys()))
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        # MLX has no float64, and says no more than that.
+        double = [name for name, dtype in dtypes.items() if dtype == "F64"]
+        if double:
+            raise AdapterError(
+                f"{path}: {len(double)} tensors are in float64 (first: {min(double)}), which MLX"
+                " does not have; save the adapter in float16, bfloat16 or float32"
+            )
         tensors: Any = mx.load(str(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterError(
             f"{path}: truncated or not a safetensors file ({reason}); copy it again"
         ) from None
-    if not n_tensors:
+    if not dtypes:
         raise AdapterError(f"{path}: holds no tensors")
     whole = [name for name, x in tensors.items() if not mx.issubdtype(x.dtype, mx.floating)]
     if whole:

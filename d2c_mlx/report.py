@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def _size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def _cell(text: object) -> str:
+    """A name in Markdown that begins no column and no HTML."""
+    return html.escape(str(text), quote=False).replace("|", "\\|")
+
+
 def render_table(bench: Json) -> str:
     """The table of methods as Markdown: bytes, held-out loss, excess, retention."""
     lines = [
@@ -65,6 +71,7 @@ def environment() -> Any:  # noqa: ANN401  jinja2 is imported late
     # Where a run lies tells who made it.
     found.filters |= {
         "percent": _percent, "size": _size, "last_part": lambda path: Path(path).name,
+        "cell": _cell,
     }  # fmt: skip
     return found
 

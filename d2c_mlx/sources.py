@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from d2c_mlx.adapter import CONFIG, WEIGHTS, Adapter
 from d2c_mlx.convert import PEFT_WEIGHTS, PICKLE, read_adapter
-from d2c_mlx.errors import AdapterError, gather
+from d2c_mlx.errors import AdapterError, InputWarning, gather
 from d2c_mlx.gguf_lora import is_gguf_lora
 from d2c_mlx.hub import HubId, download, head, list_files, parse_hub_id
 
@@ -21,6 +23,8 @@ __all__ = ["Source", "find_adapters", "read_adapters"]
 
 # At the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
+# What holds weights but not their scale, so no adapter by itself.
+_LOOSE = (".safetensors", ".bin")
 # Bytes at the head of a GGUF that hold its general.type; a converter writes it among the first.
 _HEAD = 1 << 16
 
@@ -33,11 +37,13 @@ class Source:
         name: of the adapter, and of the task that it serves.
         path: its directory, or its `.gguf`.
         origin: `owner/name@commit` if it came from the hub, whatever revision was asked for.
+        folder: of adapters that it was found in; None if it was named itself.
     """
 
     name: str
     path: Path
     origin: str | None = None
+    folder: Path | None = None
 
 
 def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
@@ -45,10 +51,11 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
 
     Args:
         spec: one entry, or several as a sequence or separated by commas. An entry is a folder with
-            one subdirectory or `.gguf` per adapter (hidden ones are passed over), the directory of
-            one adapter, a `.gguf`, or, if there is no such path, a Hugging Face id of one adapter,
-            `owner/name[@revision]`, the only case that uses the network. An adapter is called as
-            its directory, file or repository; `NAME=ENTRY` calls it otherwise.
+            one subdirectory or `.gguf` per adapter (hidden ones are passed over; links to nothing
+            and other files of weights are refused), the directory of one adapter, a `.gguf`, or, if
+            there is no such path, a Hugging Face id of one adapter, `owner/name[@revision]`, the
+            only case that uses the network. An adapter is called as its directory, file or
+            repository; `NAME=ENTRY` calls it otherwise.
 
     Raises:
         InputError: the problems of all entries, one line each.
@@ -64,30 +71,56 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
 
 
 def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
-    """Read every adapter and check it against its base; all problems of all adapters at once."""
+    """Read every adapter and check it against its base; all problems of all adapters at once.
+
+    Adapters whose configs name different base models get an `InputWarning`.
+    """
 
     def read(source: Source) -> Adapter:
         adapter = read_adapter(source.path, base.module_shapes, base.config)
         return replace(adapter, name=source.name, origin=source.origin)
 
-    return gather(partial(read, source) for source in sources)
+    found = gather(partial(read, source) for source in sources)
+    _warn_of_bases(found)
+    return found
+
+
+def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
+    """Shapes alone do not tell a base model from its fine-tunes."""
+    named: dict[str, list[str]] = {}
+    for adapter in adapters:
+        if adapter.base:
+            named.setdefault(adapter.base, []).append(adapter.name)
+    if len(named) > 1:
+        listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
+        # A local path and an id may be the same model, so it is no error.
+        warnings.warn(
+            f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
+            " are the same model, leave out what was trained on another",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 
 
 def _entry(entry: str) -> list[Source]:
     if not entry:
         raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
-    path = Path(entry).expanduser()
+    path = Path(os.path.expanduser(entry))
     name, _, rest = entry.partition("=")
     if rest and not path.exists():
         found = _entry(rest)
         if len(found) > 1:
             raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
-        return [Source(name, one.path, one.origin) for one in found]
+        return [replace(one, name=name) for one in found]
     if path.is_dir():
         # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
         single = any((path / file).exists() for file in (*_FILES, PICKLE))
         return [Source(path.resolve().name, path)] if single else _folder(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if _is_gguf(path):
         return [Source(path.stem, path)]
     hub = None if path.exists() else parse_hub_id(entry)
     if hub is None:
@@ -100,14 +133,32 @@ def _entry(entry: str) -> list[Source]:
 
 def _folder(directory: Path) -> list[Source]:
     inside = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
-    found = [Source(path.name, path) for path in inside if path.is_dir()]
-    found += [Source(path.stem, path) for path in inside if path.suffix == ".gguf"]
+    # Passed over, they would be missing from the merge and its budget without a word.
+    problems = [
+        f"{path}: a link to {path.readlink()}, which is not there; mend the link or remove it"
+        for path in inside
+        if not path.exists()
+    ]
+    problems += [
+        f"{path}: weights beside the adapters, expected in a folder of their own; move them into"
+        f" {directory.name}/<name> with their {CONFIG}, or out of here"
+        for path in inside
+        if path.suffix.lower() in _LOOSE and path.is_file()
+    ]
+    if problems:
+        raise AdapterError(problems)
+    found = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
+    found += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
     if not found:
         raise AdapterError(
             f"{directory}: no adapters; expected one subdirectory per adapter with"
             f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
         )
     return found
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def _name_problems(names: Sequence[str], where: str) -> list[str]:
@@ -139,7 +190,7 @@ def _from_hub(one: HubId) -> Source:
         return Source(name, directory, origin)
     pinned = HubId(one.repo, commit)
     # Other programs keep base models in the same cache.
-    kept = [file for file in sorted(directory.glob("*.gguf")) if _is_lora(file)]
+    kept = [file for file in sorted(directory.glob("*")) if _is_gguf(file) and _is_lora(file)]
     if kept:
         return Source(name, kept[0], origin)
     file_name = _the_gguf(pinned)
@@ -162,7 +213,7 @@ def _the_gguf(one: HubId) -> str:
     found = [
         file
         for file in sorted(files)
-        if file.endswith(".gguf")
+        if file.lower().endswith(".gguf")
         and "/" not in file
         and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
     ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx import __version__
+from d2c_mlx.errors import InputError, PackError
 from d2c_mlx.files import fingerprint, hash_tree, write_json
+from d2c_mlx.pack import MANIFEST, load_pack
 
-__all__ = ["Record"]
+__all__ = ["Record", "check_pack", "replacing_pack"]
 
 
 class Record:
@@ -36,3 +40,47 @@ class Record:
         """Remember the artifacts `writes` as they are now, and what the stage measured."""
         outputs = {file: hash_tree(self._output / file) for file in writes}
         write_json(self._path, {"inputs": self._inputs, "outputs": outputs, **measured})
+
+
+def check_pack(output: Path) -> None:
+    """Look whether `pack/` may be replaced: it is missing, damaged, or the one that the run made.
+
+    Raises:
+        PackError: it is a sound pack of another making, which would be lost.
+    """
+    path, record = output / "pack", _pack_record(output)
+    made = record["outputs"].get("pack")
+    if record.get("replacing") or hash_tree(path) == made:
+        return
+    try:
+        manifest = load_pack(path).manifest
+    except InputError:
+        return
+    # What lies beside the files of the pack, such as a Mac's .DS_Store, is no other pack.
+    if hash_tree(path, only=[*manifest["files"], MANIFEST]) != made:
+        raise PackError(
+            f"{path}: is not the pack that this run made, as after d2c-mlx add, remove or route,"
+            " and would be made anew; move it elsewhere or delete it, then run again"
+        )
+
+
+@contextlib.contextmanager
+def replacing_pack(output: Path) -> Iterator[None]:
+    """Say on disk that the run is at it, so that what a kill leaves is known to be its own."""
+    old = _pack_record(output)
+    path = output / ".stages" / "pack.json"
+    write_json(path, {**old, "replacing": True})
+    try:
+        yield
+    except Exception:
+        # It stays as it was; an interrupt may come later.
+        write_json(path, old)
+        raise
+
+
+def _pack_record(output: Path) -> dict[str, Any]:
+    path = output / ".stages" / "pack.json"
+    if not path.exists():
+        return {"inputs": None, "outputs": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,29 +28,56 @@ _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-l
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them."""
+    """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them.
+
+    Attributes:
+        name: directory name.
+        probe: rows that decide.
+        test: rows that judge.
+        probe_places: where each of `probe` stands, to name it in a message.
+        test_places: the same of `test`.
+    """
 
     name: str
     probe: tuple[Row, ...]
     test: tuple[Row, ...]
+    probe_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    test_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
-def load_tasks(directory: Path, names: Iterable[str]) -> list[Task]:
+def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[Task]:
     """Load the task of every adapter name.
+
+    Args:
+        directory: with one of each name in it.
+        names: of the tasks.
+        tests: see `load_task`.
 
     Raises:
         InputError: the problems of all tasks, one line each.
     """
     if not directory.is_dir():
         raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
-    return gather(partial(load_task, directory / name) for name in names)
+    return gather(partial(load_task, directory / name, tests) for name in names)
 
 
-def load_task(directory: Path) -> Task:
-    """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt."""
+def load_task(directory: Path, tests: bool = True) -> Task:
+    """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
+
+    Args:
+        directory: of the task.
+        tests: False is for who judges nothing: `test.jsonl` is not looked at.
+
+    Raises:
+        TaskError: the problems of both files.
+    """
     errors: list[InputError] = []
-    probe = collect(errors, lambda: _load_rows(directory / "probe.jsonl")) or {}
-    test = collect(errors, lambda: _load_rows(directory / "test.jsonl")) or {}
+    needed = ["probe.jsonl", "test.jsonl"] if tests else ["probe.jsonl"]
+    hint = f"every adapter needs its task's {', '.join(needed)}"
+    probe, test = (
+        collect(errors, partial(_load_rows, directory / name, hint)) or {} if name in needed else {}
+        for name in ("probe.jsonl", "test.jsonl")
+    )
     problems = [line for error in errors for line in error.problems]
     prompts = {_prompt(row) for row in probe.values()}
     shared = [number for number, row in test.items() if _prompt(row) in prompts]
@@ -61,7 +88,15 @@ def load_task(directory: Path) -> Task:
         )
     if problems:
         raise TaskError(problems)
-    return Task(directory.name, tuple(probe.values()), tuple(test.values()))
+    return Task(
+        directory.name, tuple(probe.values()), tuple(test.values()),
+        _places(directory / "probe.jsonl", probe), _places(directory / "test.jsonl", test),
+    )  # fmt: skip
+
+
+def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
+    """Options count rows, editors lines, and blank lines are no rows: so both are named."""
+    return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
 
 
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
@@ -132,9 +167,8 @@ def _prompt(row: Row) -> str:
     return json.dumps([one for one in said if one[1]], ensure_ascii=False)
 
 
-def _load_rows(path: Path) -> dict[int, Row]:
+def _load_rows(path: Path, hint: str) -> dict[int, Row]:
     """Line number -> row, all of one format."""
-    hint = "every adapter needs its task's probe.jsonl, test.jsonl"
     rows = _read_rows(path, hint, _row_problem)
     formats = {row_format(row) for row in rows.values()}
     if len(formats) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import write_dir, write_json
+from d2c_mlx.overlap import check_output
 from d2c_mlx.pack import Pack
 
 __all__ = ["unpack", "write_adapters"]
@@ -25,7 +26,8 @@ def unpack(pack: Pack, directory: Path) -> dict[str, str | None]:
         What `tasks.json` holds: task -> directory, null for the base model.
 
     Raises:
-        PackError: `directory` holds the pack, or an adapter cannot be read; nothing is written.
+        InputError: `directory` is not one to replace, see `check_output`, or an adapter cannot be
+            read; nothing is written.
     """
 
     def write(adapter: Adapter, path: Path) -> None:
@@ -55,10 +57,10 @@ def write_adapters(
         What `tasks.json` holds: task -> file or directory, null for the base model.
 
     Raises:
-        PackError: `directory` holds the pack, or an adapter cannot be read; nothing is written.
+        InputError: `directory` is not one to replace, see `check_output`, or an adapter cannot be
+            read; nothing is written.
     """
-    if pack.path.resolve().is_relative_to(directory.resolve()):
-        raise PackError(f"output: {directory} would replace the pack; name another")
+    check_output(directory, [("pack", pack.path)], error=PackError)
     tasks: dict[str, str | None] = {}
     with write_dir(directory) as temporary:
         for k, served in pack.adapters.items():

@@ -21,7 +21,7 @@ from d2c_mlx.cluster import Members, Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.errors import BudgetError, InputError, collect, gather
+from d2c_mlx.errors import BudgetError, ConfigError, InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.expected import Expected
 from d2c_mlx.features import similarity, svd_features
@@ -32,6 +32,7 @@ from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
 from d2c_mlx.neighbours import completed
+from d2c_mlx.overlap import check_run
 from d2c_mlx.probe import Counts, Evaluator, LossTable
 from d2c_mlx.progress import progress_bar
 from d2c_mlx.ranks import Group, Ranks, local_ranks
@@ -81,6 +82,7 @@ class Workspace:
         self.runner = Ranks(self.engine, group) if group else self.engine
         errors: list[InputError] = []
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []
+        collect(errors, lambda: check_run(config, sources))
         inputs = collect(errors, lambda: read_adapters(sources, self.base)) or []
         names = [source.name for source in sources]
         tasks = collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
@@ -90,7 +92,8 @@ class Workspace:
         if not errors:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
-            collect(errors, lambda: self.room if config.planned else self.n_clusters)
+            collect(errors, lambda: self.merge_rank and (
+                self.room if config.planned else self.n_clusters))  # fmt: skip
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
@@ -115,15 +118,22 @@ class Workspace:
     def probes(self) -> list[ExampleSet]:
         """The examples that decide."""
         n = self.config.probe_examples
-        encoded = [self.base.encode(task.name, task.probe[:n]) for task in self.tasks]
+        encoded = gather(
+            partial(self.base.encode, task.name, task.probe[:n], task.probe_places)
+            for task in self.tasks
+        )
         return [one.cut(*CUTS) for one in encoded]
 
     @cached_property
     def tests(self) -> list[ExampleSet]:
         """The examples that judge."""
         n = self.config.test_examples or None
+        encoded = gather(
+            partial(self.base.encode, task.name, task.test[:n], task.test_places)
+            for task in self.tasks
+        )
         # Halves, so that an adapter of one task keeps two cores busy.
-        return [self.base.encode(task.name, task.test[:n]).cut(0.5) for task in self.tasks]
+        return [one.cut(0.5) for one in encoded]
 
     @cached_property
     def prompts(self) -> dict[str, ExampleSet]:
@@ -132,7 +142,15 @@ class Workspace:
             return {}
         n = self.config.probe_examples
         rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
-        return {name: self.base.encode(name, rows[name]) for name in sorted(rows)}
+        names = sorted(rows)
+        encoded = gather(
+            partial(self.base.encode, name, rows[name], [
+                f"{self.config.unlabelled}: row {i + 1} of task {name}"
+                for i in range(len(rows[name]))
+            ])
+            for name in names
+        )  # fmt: skip
+        return dict(zip(names, encoded))
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -140,10 +158,26 @@ class Workspace:
         return [self.packed(adapter).nbytes(self.base.n_layers) for adapter in self.inputs]
 
     @cached_property
+    def merge_rank(self) -> int:
+        """The largest rank of a merged adapter.
+
+        Raises:
+            ConfigError: no module has room for it, so it would be zeros, if memory held them.
+        """
+        largest = max(adapter.rank for adapter in self.inputs)
+        rank = self.config.merge_rank or largest
+        most = max(largest, *(min(self.base.module_shapes[path]) for path in self.target_paths))
+        if rank > most:
+            raise ConfigError(
+                f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
+                " modules exceeds"
+            )
+        return rank
+
+    @cached_property
     def n_clusters(self) -> int:
         """How many adapters the budget has room for, whatever is merged with what."""
-        rank = self.config.merge_rank or max(adapter.rank for adapter in self.inputs)
-        largest = max(self.nbytes_of_rank(rank), *self.sizes)
+        largest = max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
         return self.budget.allowed_adapters(self.sizes, largest)
 
     def nbytes_of_rank(self, rank: int) -> int:

@@ -6,7 +6,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -119,7 +119,8 @@ def config(shared, root, layout):
 
 def _pack(shared, root, storage):
     if storage == "plain":
-        return write_pack(root / "pack", shared.adapters, **ABOUT, max_bytes=None)
+        named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
+        return write_pack(root / "pack", named, **ABOUT, max_bytes=None)
     small = compressed(shared.adapters)
     return write_compact_pack(root / "pack", small, SERVES, **ABOUT, max_bytes=None)
 

@@ -12,11 +12,11 @@ from d2c_mlx_cli.main import cli
 from safetensors.numpy import load_file, save_file
 from tiny import LAYERS, library
 
-from d2c_mlx.arriving import arrive
+from d2c_mlx.arriving import arrive, route_prompts
 from d2c_mlx.attribution import module_gains
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import ModelError, TaskError
+from d2c_mlx.errors import InputError, ModelError, PackError, TaskError
 from d2c_mlx.files import hash_tree
 from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.merger import SCALES
@@ -126,4 +126,34 @@ def test_what_cannot_arrive(whole, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
     with pytest.raises(ModelError, match="is not the config of 'm'"):
         arrive(pack.path, str(paths.adapters / "c"), model=str(paths.model))
+    assert hash_tree(pack.path) == before
+
+
+@pytest.mark.parametrize("command", ["remove", "add", "route"])
+def test_nothing_is_made_where_there_is_no_pack(tmp_path, command):
+    """Nor a lock where its directory is: it would be all that is there."""
+    (tmp_path / "beside").mkdir()
+    for pack in (tmp_path / "typo" / "deep" / "pack", tmp_path / "beside" / "pack"):
+        result = CliRunner().invoke(cli, [command, str(pack), "t"])
+        assert isinstance(result.exception, PackError)
+        assert f"{pack / 'manifest.json'}: missing; is this a pack?" in str(result.exception)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "beside"]
+
+
+@pytest.mark.parametrize("arriving", [True, False])
+def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
+    """Of all tasks at once, whether an adapter arrives or a router is fitted."""
+    paths, _, _, pack = whole
+    files = [paths.tasks / name / "probe.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+    before = hash_tree(pack.path)
+    with pytest.raises(InputError) as caught:
+        if arriving:
+            arrive(pack.path, str(paths.adapters / "c"), paths.tasks, model=str(paths.model))
+        else:
+            route_prompts(pack.path, [], paths.tasks, model=str(paths.model))
+    assert [line.split(" has ")[0] for line in caught.value.problems] == [
+        f"{file}: line 3 (row 2)" for file in files
+    ]
     assert hash_tree(pack.path) == before

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +12,11 @@ from bad import Q0, cli, edit_config, edit_tensors, lib, pristine  # noqa: F401 
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from d2c_mlx.convert import read_adapter
+from d2c_mlx.errors import InputWarning
+from d2c_mlx.model import BaseModel
+from d2c_mlx.sources import find_adapters, read_adapters
 
 
 def test_an_adapter_for_another_base(cli, lib):
@@ -76,6 +83,63 @@ def test_numbers_that_json_does_not_have(cli, lib, value):
 def test_a_pattern_value_that_is_no_number(cli, lib, field):
     path = edit_config(lib.adapters / "beta", **{field: {"q_proj": "4"}})
     assert all(str(path) in line and field in line for line in cli.fails())
+
+
+@pytest.mark.parametrize("value", ["q_proj", [], [1], 0, False, 4])
+def test_a_pattern_that_is_no_object(cli, lib, value):
+    path = edit_config(lib.adapters / "beta", rank_pattern=value, alpha_pattern=value)
+    assert cli.fails() == [
+        f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
+        for field in ("rank_pattern", "alpha_pattern")
+    ]
+
+
+@pytest.mark.parametrize("value", ["false", "true", 1, [True]])
+def test_use_rslora_is_true_or_false(cli, lib, value):
+    path = edit_config(lib.adapters / "beta", use_rslora=value)
+    cli.fails_with(f"{path}: use_rslora is {value!r}, expected true or false")
+
+
+def test_fields_that_are_null_are_not_set(lib):
+    shapes = {Q0.removeprefix("base_model.model."): (32, 32)}
+    edit_tensors(lib.adapters / "beta", lambda t: [t.pop(n) for n in list(t) if Q0 not in n])
+    plain = read_adapter(lib.adapters / "beta", shapes)
+    edit_config(lib.adapters / "beta", rank_pattern=None, alpha_pattern=None, use_rslora=None)
+    assert read_adapter(lib.adapters / "beta", shapes).digest == plain.digest
+
+
+def test_weights_in_float64(cli, lib):
+    def change(tensors):
+        tensors[f"{Q0}.lora_B.weight"] = tensors[f"{Q0}.lora_B.weight"].astype(np.float64)
+
+    path = edit_tensors(lib.adapters / "beta", change)
+    assert cli.fails() == [
+        f"{path}: 1 tensors are in float64 (first: {Q0}.lora_B.weight), which MLX does not have;"
+        " save the adapter in float16, bfloat16 or float32"
+    ]
+
+
+def test_names_of_different_base_models_are_a_warning(cli, lib):
+    """One line on standard error; the command goes on."""
+    for name in ("alpha", "gamma"):
+        edit_config(lib.adapters / name, base_model_name_or_path="tiny/llama-chat")
+    command = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "convert"]
+    options = ["--model", lib.model, "--adapters", lib.adapters, "--output", cli.output]
+    done = subprocess.run(
+        [*command, *map(str, options)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        0,
+        "warning: adapters: found 2 names of base models, expected one: 'tiny/llama-chat' (2:"
+        " alpha, gamma), 'tiny/llama' (1: beta); unless all are the same model, leave out what was"
+        " trained on another\n",
+    )
+    base = BaseModel(str(lib.model))
+    with pytest.warns(InputWarning, match="found 2 names of base models"):
+        read_adapters(find_adapters(lib.adapters), base)
+    # Without a name it may be of any; warnings are errors here.
+    edit_config(lib.adapters / "beta", base_model_name_or_path=None)
+    assert len(read_adapters(find_adapters(lib.adapters), base)) == 3
 
 
 FEATURES = [

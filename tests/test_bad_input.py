@@ -156,6 +156,30 @@ def test_a_test_row_without_target_is_refused_before_anything_is_written(cli, li
     cli.fails_with("beta", "row 2", "no target token")
 
 
+def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
+    """By file and line, blank ones counted, and each with what to do."""
+    beta, gamma = (lib.tasks / name / "test.jsonl" for name in ("beta", "gamma"))
+    (beta.parent / "probe.jsonl").write_text('{"text": "An answer."}\n')
+    beta.write_text('\n\n{"text": "A question."}\n\n{"text": "<|im_end|>"}\n')
+    good = gamma.read_text()
+    gamma.write_text(f"\n{json.dumps({'prompt': 'x ' * 600, 'completion': 'y'})}\n{good}")
+    template = lib.model / "chat_template.jinja"
+    check = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('a bad word') }}"
+    template.write_text(f"{check}{{% endif %}}{{% endfor %}}{template.read_text()}")
+    alpha = lib.tasks / "alpha" / "probe.jsonl"
+    rows = [{"prompt": word, "completion": "y"} for word in ("good", "bad 1", "bad 2")]
+    alpha.write_text("\n".join(map(json.dumps, rows)))
+    first, second, third = cli.fails()
+    assert first.startswith(f"{alpha}: line 2 (row 2): mlx-lm cannot tokenize it, nor 1 rows more")
+    assert "(a bad word); change it" in first
+    assert second == (
+        f"{beta}: line 5 (row 2) has no target token: found 1 tokens, expected more than the 1 that"
+        " are given; complete the row or remove it"
+    )
+    assert third.startswith(f"{gamma}: line 2 (row 1) has ")
+    assert third.endswith("tokens, more than the model's context of 512; shorten it")
+
+
 # Several at once.
 
 

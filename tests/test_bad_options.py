@@ -41,6 +41,17 @@ def test_an_option_out_of_range(cli):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("budget", ["1", "90%"])
+def test_a_rank_that_no_module_has(cli, budget):
+    """Of q (32 x 32) and v (32 x 16): more would be zeros, and may be more than memory holds."""
+    line = "merge_rank: found 33, expected at most 32, which no update of these modules exceeds"
+    assert cli.fails(merge_rank=33, budget=budget) == [line]
+
+
+def test_the_rank_of_the_widest_module(cli):
+    assert cli(cli.argv("merge", "--quiet", merge_rank=32))[0] == 0
+
+
 @pytest.mark.parametrize("budget", ["lots", "10 apples", "0", "-3", "2.5"])
 def test_an_unreadable_budget(cli, budget):
     cli.fails_with("budget: ", repr(budget), '"12.5%", "40MB"', budget=budget)

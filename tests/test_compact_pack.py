@@ -11,7 +11,7 @@ import scipy.special
 from mlx_lm import load as stock_load
 from tiny import LAYERS, SHAPES, library, tiny_model
 
-from d2c_mlx.compact import read_index
+from d2c_mlx.compact import read_index, write_compact
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import PackError
@@ -30,6 +30,8 @@ from d2c_mlx.unpack import unpack
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 SERVES = {"one": 0, "also": 0, "two": 1, "none": None, "lost": 2}
 ABOUT = {"model": "tiny/llama", "config_hash": "0" * 64, "n_layers": LAYERS, "budget": "9KB"}
+
+ABOUT_BASE = {"model": "tiny/llama", "config_sha256": "0" * 64, "n_layers": LAYERS}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,12 @@ def test_tampering_with_one_bit(pack):
         ({"tasks": {"a": "cluster-0"}}, "points to 'cluster-0', expected the position"),
         ({"tasks": {"a": True}}, "points to True"),
         ({"tasks": {"a": 3}}, "tasks name adapter 3, the file holds 3"),
+        ({"tasks": {}}, "tasks: found none, expected one or more"),
+        ({"tasks": {"\x1b": 0}}, "the name '\\x1b' has characters that are not printable"),
+        ({"nbytes": 5}, "nbytes: found 5, expected "),
+        ({"budget": {"text": "9KB"}}, "budget.nbytes is missing"),
+        ({"base": {**ABOUT_BASE, "n_layers": True}}, "base.n_layers is True, expected a whole"),
+        ({"base": {**ABOUT_BASE, "model": None}}, "base.model is None, expected a string"),
         ({"files": {}}, "compact.safetensors is not among its files"),
     ],
 )
@@ -168,6 +176,17 @@ def test_manifests_that_do_not_verify(pack, change, found):
     edit(pack, **change)
     (line,) = refused(pack.path)
     assert str(pack.path / "manifest.json") in line and found in line
+
+
+def test_an_adapter_in_the_file_whose_name_is_not_printable(pack, adapters):
+    path = pack.path / "compact.safetensors"
+    small = [replace(one, name=f"{one.name}\x1b[2J") for one in compressed(adapters)]
+    write_compact(path, small)
+    content = path.read_bytes()
+    entry = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(pack, files={path.name: entry}, nbytes=len(content))
+    found = refused(pack.path)
+    assert len(found) == 3 and "'one\\x1b[2J' of adapter 0 is no printable text" in found[0]
 
 
 def test_old_plain_packs_still_load(tmp_path, adapters):

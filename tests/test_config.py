@@ -205,3 +205,35 @@ def test_names_of_methods_and_starts_are_the_library_s():
 def test_every_saving_can_be_switched_off():
     switches = {field.name for field in fields(Savings) if field.default is True}
     assert set(SAVINGS) == switches | {"cache", "bound"}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", 2**32),
+        ("scale", 1e300),
+        ("scale", 1001.0),
+        ("merge_rank", 10**12),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused_at_once(name, value):
+    (line,) = problems(None, {**NEEDED, name: value})
+    assert line.startswith(f"{name}: found {value!r}, expected ")
+
+
+def test_the_largest_numbers_that_are_good():
+    config = load_config(None, {**NEEDED, "seed": 2**32 - 1, "scale": 1000.0, "answers": 100})
+    assert (config.seed, config.scale, config.answers) == (2**32 - 1, 1000.0, 100)
+
+
+def test_a_yaml_number_that_no_float_holds(tmp_path):
+    path = write(tmp_path, f"scale: 1{'0' * 400}\n")
+    assert problems(path, NEEDED) == [
+        f"{path}: scale: found a number beyond 64 bits, expected float"
+    ]
+
+
+def test_only_rows_that_judge_are_answered():
+    (line,) = problems(None, {**NEEDED, "answers": 4, "test_examples": 2})
+    assert line == "answers: found 4, expected 0 to test_examples (2)"
+    assert load_config(None, {**NEEDED, "answers": 200, "test_examples": 0}).answers == 200

@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from d2c_mlx.errors import ConfigError
 from d2c_mlx.files import fingerprint, hash_file, hash_tree, write_dir, write_json, write_text
 
 
@@ -113,3 +115,57 @@ def test_fingerprint_ignores_the_order_of_keys_only():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint([1, 2]) != fingerprint([2, 1])
     assert fingerprint(1) != fingerprint("1")
+
+
+def test_write_dir_through_a_link_replaces_what_it_leads_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    for name in ("new", "newer"):
+        with write_dir(tmp_path / "link") as directory:
+            (directory / name).write_text(name)
+        assert entries(tmp_path / "real") == [name]
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+    # What a dangling link leads to is made.
+    (tmp_path / "dangling").symlink_to("made")
+    with write_dir(tmp_path / "dangling") as directory:
+        (directory / "x").write_text("x")
+    assert entries(tmp_path / "made") == ["x"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_write_dir_replaces_no_file(tmp_path, link):
+    (tmp_path / "file").write_text("mine")
+    path = tmp_path / "file"
+    if link:
+        path = tmp_path / "link"
+        path.symlink_to("file")
+    before = entries(tmp_path)
+    with pytest.raises(ConfigError, match="file: is no directory that can be replaced"):
+        with write_dir(path):
+            raise AssertionError("the body ran")
+    assert entries(tmp_path) == before and (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(ConfigError, match="/: is no directory that can be replaced"):
+        with write_dir(Path("/")):
+            raise AssertionError("the body ran")
+
+
+def test_write_dir_removes_leftovers_of_any_kind(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine").write_text("mine")
+    (tmp_path / ".out.tmp").symlink_to("kept")
+    (tmp_path / ".out.old").write_text("a file")
+    for _ in range(2):
+        with write_dir(tmp_path / "out") as directory:
+            (directory / "x").write_text("x")
+    assert entries(tmp_path) == ["kept", "kept/mine", "out", "out/x"]
+
+
+def test_write_dir_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with write_dir(Path("sub") / ".." / "sub" / ".") as directory:
+        (directory / "x").write_text("x")
+    monkeypatch.chdir(tmp_path / "sub")
+    with write_dir(Path(".")) as directory:
+        (directory / "y").write_text("y")
+    assert entries(tmp_path) == ["sub", "sub/y"]

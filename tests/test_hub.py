@@ -204,3 +204,39 @@ def test_adapters_one_by_one(tmp_path, base):
         with pytest.raises(InputError, match=words) as caught:
             find_adapters(spec)
         assert len(caught.value.problems) == 1
+
+
+def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
+    """Passed over, it would be missing from the merge without a word."""
+    some = tmp_path / "some"
+    a = peft_adapter(some, "a")
+    (some / ".hidden.bin").write_bytes(b"x")
+    (some / ".gone").symlink_to(tmp_path / "gone")
+    (some / "README.md").write_text("a note")
+    (some / "linked").symlink_to(a)
+    write_lora(some / "b.GGUF", read_adapter(a, base.module_shapes))
+    assert [one.name for one in find_adapters(some)] == ["a", "b", "linked"]
+    (some / "broken").symlink_to(tmp_path / "gone")
+    for name in ("c.safetensors", "d.SafeTensors", "e.bin"):
+        (some / name).write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        find_adapters(some)
+    broken, *loose = caught.value.problems
+    assert broken.startswith(f"{some / 'broken'}: a link to {tmp_path / 'gone'}, which is not")
+    assert [line.split(": ")[0] for line in loose] == [
+        str(some / name) for name in ("c.safetensors", "d.SafeTensors", "e.bin")
+    ]
+    assert all("move them into some/<name> with their adapter_config.json" in x for x in loose)
+
+
+def test_gguf_in_any_case(tmp_path, base):
+    adapter = read_adapter(peft_adapter(tmp_path, "a"), base.module_shapes)
+    (tmp_path / "one").mkdir()
+    lora = write_lora(tmp_path / "one" / "b.GGUF", adapter)
+    for spec in (str(lora), str(lora.parent)):
+        (source,) = find_adapters(spec)
+        assert (source.name, source.path) == ("b", lora)
+        found = read_adapter(source.path, base.module_shapes, base.config)
+        assert found.modules.keys() == adapter.modules.keys()
+    # In a directory of its own, called as the directory.
+    assert read_adapter(lora.parent, base.module_shapes, base.config).name == "one"

@@ -10,7 +10,7 @@ from tiny import LAYERS, SHAPES, peft_adapter
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.compact import index_of, read_compact
 from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import BudgetError, InputError, PackError
+from d2c_mlx.errors import BudgetError, ConfigError, InputError, PackError
 from d2c_mlx.features import similarity
 from d2c_mlx.files import hash_tree
 from d2c_mlx.layout import compact_nbytes
@@ -167,6 +167,19 @@ def test_removal(pack, adapters):
     assert hash_tree(pack.path) == before
 
 
+def test_a_pack_whose_budget_is_no_budget(tmp_path, adapters):
+    """Who calls the library may name none: tasks can leave, an arrival asks for one."""
+    pack = plain(tmp_path / "pack", [(adapters["a"], ["a"]), (adapters["b"], ["b"])], "-")
+    with pytest.raises(BudgetError) as caught:
+        add_adapter(pack, adapters["c"])
+    (line,) = caught.value.problems
+    assert line.startswith(f"{pack.path / 'manifest.json'}: budget: '-' is not readable")
+    assert line.endswith("; give another with --budget")
+    assert add_adapter(pack, adapters["c"], budget="3").adapter == "cluster-2"
+    pack = plain(tmp_path / "pack", [(adapters["a"], ["a"]), (adapters["b"], ["b"])], "-")
+    assert remove_tasks(pack, ["b"]).manifest["budget"]["text"] == "-"
+
+
 def compact(directory, adapters, names="abc", limit=None, levels=((1, 4),)):
     stored = [compress(adapters[n], dict.fromkeys(adapters[n].modules, levels)) for n in names]
     serves = {name: i for i, name in enumerate(names)} | {"bare": None}
@@ -242,3 +255,20 @@ def test_no_room_leaves_the_pack_as_it_was(tmp_path, adapters):
 def test_refusals(pack, adapters, name, budget, message):
     with pytest.raises(InputError, match=message):
         add_adapter(pack, replace(adapters["c"], name=name), budget=budget)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.01, 1.01])
+def test_a_threshold_that_no_cosine_has(pack, adapters, value):
+    before = hash_tree(pack.path)
+    with pytest.raises(ConfigError, match=f"threshold: found {value}, expected a number from 0"):
+        add_adapter(pack, adapters["c"], threshold=value)
+    assert hash_tree(pack.path) == before
+
+
+def test_a_budget_below_what_is_there(pack, adapters):
+    """Merging the arrival leaves two, so a budget of one cannot be kept."""
+    before = hash_tree(pack.path)
+    with pytest.raises(BudgetError, match="budget: found 1, expected at least 2"):
+        add_adapter(pack, adapters["c"], budget="1")
+    assert hash_tree(pack.path) == before
+    assert len(add_adapter(pack, adapters["c"], budget="2").pack.adapters) == 2

@@ -1,6 +1,8 @@
 """Merges as a pack holds them: every method through the pipeline, "auto", rank and scale."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -60,6 +62,14 @@ def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
             for method in (*AUTO_METHODS, "layerwise")}  # fmt: skip
     assert merger.final(members).regret == min(each.values())
     assert merger.quick(members).method == "regmean"
+
+
+def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(config):
+    shutil.rmtree(Path(config.adapters) / "a")
+    config = replace(config, merge_method="regmean++", budget="1")
+    for eps, method in ((1e-3, "regmean++"), (5.0, "regmean")):
+        (merge,) = run(replace(config, eps=eps), until="merge", quiet=True).read("merges.json")
+        assert merge["method"] == method
 
 
 @pytest.mark.parametrize(("members", "better"), [((0, 1), "regmean"), ((1, 2), "regmean++")])

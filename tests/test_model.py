@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import library
+from tiny import library, tiny_model
 
 from d2c_mlx.cache import LossCache
 from d2c_mlx.convert import read_adapter
@@ -88,6 +88,19 @@ def test_the_digest_follows_content_not_names(tiny):
     _, (first, second), _ = tiny
     assert first.digest != second.digest != scaled(second, 2.0).digest
     assert type(first)("other", first.modules, None, ("x",)).digest == first.digest
+
+
+def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
+    """Two fine-tunings have the same config, and files of the same sizes that end alike."""
+    monkeypatch.setattr("tiny.INTERMEDIATE", 8192)
+    one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
+    assert BaseModel(str(one)).fingerprint == BaseModel(str(other)).fingerprint
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    assert len(content) > 3 << 20
+    content[-(2 << 20)] ^= 1
+    weights.write_bytes(content)
+    assert BaseModel(str(one)).fingerprint != BaseModel(str(other)).fingerprint
 
 
 @pytest.mark.parametrize("metal", [True, False])

@@ -13,6 +13,8 @@ from d2c_mlx.packing import write_pack
 from d2c_mlx.reading import load_adapter
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
+CONFIG = "cluster-0/adapter_config.json"
+BASE = {"model": "m", "config_sha256": ""}
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +215,70 @@ def test_no_pack(tmp_path):
 
 def test_pack_adapters_load_without_this_package_s_pack(pack, adapters):
     assert load_adapter(pack.path / "cluster-1").digest == adapters[1].digest
+
+
+def without(pack, *names):
+    """What the manifest lists, but for some files."""
+    return {name: entry for name, entry in pack.manifest["files"].items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"nbytes": 5}, "nbytes: found 5, expected "),
+        ({"nbytes": "5"}, "nbytes: found '5', expected "),
+        ({"nbytes": None}, "nbytes: found missing, expected "),
+        ({"nbytes": 1e3}, "nbytes: found 1000.0, expected "),
+        ({"base": None}, "base.model is missing; base.config_sha256 is missing"),
+        ({"base": {**BASE, "model": 3}}, "base.model is 3, expected a string"),
+        ({"base": {**BASE, "config_sha256": []}}, "base.config_sha256 is [], expected a string"),
+        ({"budget": None}, "budget.text is missing; budget.nbytes is missing"),
+        ({"budget": {"text": 2, "nbytes": None}}, "budget.text is 2, expected a string"),
+        ({"budget": {"text": "2", "nbytes": "x"}}, "budget.nbytes is 'x', expected a whole number"),
+        ({"budget": {"text": "2", "nbytes": True}}, "budget.nbytes is True"),
+        ({"budget": {"text": "2"}}, "budget.nbytes is missing"),
+        ({"tasks": {}}, "tasks: found none, expected one or more"),
+        ({"tasks": {"a\x1b[3m": "cluster-0"}}, "the name 'a\\x1b[3m' has characters that are not"),
+        ({"tasks": {"a\u202e": "cluster-0"}}, "the name 'a\\u202e' has characters that are not"),
+        ({"tasks": {"a": None}}, "points to None"),
+    ],
+)
+def test_a_manifest_that_is_incomplete_or_false(pack, change, found):
+    edit(pack, **change)
+    (line,) = refused(pack.path)
+    assert line.startswith(f"{pack.path / 'manifest.json'}: ") and found in line
+
+
+def test_a_size_that_equals_and_is_none(pack):
+    size = float(pack.manifest["files"][CONFIG]["nbytes"])
+    entry = {**pack.manifest["files"][CONFIG], "nbytes": size}
+    edit(pack, files={**pack.manifest["files"], CONFIG: entry})
+    (line,) = refused(pack.path)
+    assert CONFIG in line and "differs" in line
+
+
+def test_a_config_that_the_manifest_does_not_verify(pack):
+    """What no hash covers could say anything: here another scale."""
+    path = pack.path / CONFIG
+    config = json.loads(path.read_text())
+    config["lora_parameters"]["scale"] = 7.0
+    path.write_text(json.dumps(config))
+    left = without(pack, CONFIG)
+    edit(pack, files=left, nbytes=sum(entry["nbytes"] for entry in left.values()))
+    # Of both tasks that it serves.
+    first, second = refused(pack.path)
+    for line, task in ((first, "a"), (second, "c")):
+        assert f"task '{task}' points to 'cluster-0'" in line and "adapter_config.json" in line
+
+
+def test_all_problems_of_a_manifest_at_once(pack):
+    edit(pack, base=None, budget={"text": 2}, tasks={}, nbytes="5", files=without(pack, CONFIG))
+    fields = [line.split(": ")[1].split(" ")[0] for line in refused(pack.path)]
+    assert fields == ["tasks", "nbytes", "base.model", "budget.text"]
+
+
+@pytest.mark.parametrize("storage", [None, "plain"])
+def test_what_was_written_before_still_loads(pack, storage):
+    """Version 1 named no storage; who calls `write_pack` may have no budget to name."""
+    edit(pack, storage=storage, budget={"text": "-", "nbytes": None})
+    assert load_pack(pack.path).tasks == pack.tasks

@@ -15,7 +15,7 @@ from tiny import LAYERS, library
 
 from d2c_mlx.answers import answer_metrics
 from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import ConfigError, PackError
+from d2c_mlx.errors import ConfigError, InputError, PackError
 from d2c_mlx.model import BaseModel
 from d2c_mlx.packing import write_compact_pack
 from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
@@ -313,3 +313,17 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
+    pack = make_pack(paths, tmp_path / "pack")
+    files = [paths.tasks / name / "test.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), tasks=str(paths.tasks))
+    with pytest.raises(InputError) as caught:
+        bench_phone(config, quiet=True)
+    assert [line.split(" has ")[0] for line in caught.value.problems] == [
+        f"{file}: line 3 (row 2)" for file in files
+    ]

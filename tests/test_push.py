@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from tiny import library
 
 from d2c_mlx.card import read_bench, render_card
 from d2c_mlx.config import RunConfig
-from d2c_mlx.errors import InputError
+from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_pack
 from d2c_mlx.pipeline import run
@@ -226,3 +227,31 @@ def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):  # noqa: 
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ") and all(word in line for word in words), line
     assert hub.repos == {"org/public": {"main": {}}}
+
+
+def test_a_card_shows_no_measurements_of_another_pack(tmp_path):
+    """Of the same tasks, bytes and base: only the manifest tells them apart."""
+    paths = library(tmp_path, ["a", "b"])
+    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "budget": "1"}
+    options |= {"model": str(paths.model), "probe_examples": 2, "test_examples": 2}
+    first, second = (
+        run(RunConfig(**options, scale=scale, baselines=(), output=str(tmp_path / f"run{scale}")),
+            quiet=True) for scale in (1.0, 2.0)
+    )  # fmt: skip
+    one, other = (load_pack(ws.path("pack")) for ws in (first, second))
+    assert one.nbytes == other.nbytes and one.tasks == other.tasks
+    bench = second.path("bench.json")
+    assert read_bench(other, None) == read_bench(other, bench)
+    shutil.copytree(other.path, tmp_path / "copy")
+    assert read_bench(load_pack(tmp_path / "copy"), bench) == read_bench(other, bench)
+    with pytest.raises(ConfigError, match="its manifest, tasks, .* with --bench, or move this one"):
+        read_bench(one, bench)
+    content = json.loads(bench.read_text())
+    del content["provenance"]["pack"]
+    bench.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="does not say which pack it is of, .* delete it and run"):
+        write_repository(other, "org/name", tmp_path / "out", base="org/base")
+    # What the message says helps.
+    bench.unlink()
+    run(second.config, "bench", quiet=True)
+    write_repository(other, "org/name", tmp_path / "out", base="org/base")

@@ -1,6 +1,7 @@
 """Refining as a stage of a run: what is packed, what is never touched, resuming, bad options."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,30 @@ def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatc
         assert hash_tree(output / name) == hash_tree(whole.path(name))
 
 
+def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
+    whole = run(config, until="pack", quiet=True)
+    assert not whole.path("refining").exists()
+    config = replace(config, output=str(tmp_path / "killed"))
+    remove = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        parts = sorted(Path(path).rglob("adapters.safetensors"))
+        if "refining" in Path(path).name and parts:
+            parts[0].unlink()
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(config, until="pack", quiet=True)
+    # A change asks again for the clusters: none is taken from what is left.
+    for refine_steps in (12, 11):
+        again = run(replace(config, refine_steps=refine_steps), until="pack", quiet=True)
+        assert not again.path("refining").exists()
+        if refine_steps == 12:
+            assert hash_tree(again.path("pack")) == hash_tree(whole.path("pack"))
+
+
 def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
     probe, test = (json.loads((paths.tasks / "a" / f"{name}.jsonl").read_text().splitlines()[0])
                    for name in ("probe", "test"))  # fmt: skip
@@ -137,6 +162,18 @@ def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
     for number, (line, text) in enumerate(zip(caught.value.problems, expected), 2):
         assert line.startswith(f"{file}:{number}: ") and text in line
     assert not Path(config.output).exists()
+
+
+def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
+    long = "x " * 600
+    rows = [{"task": "b", "prompt": long}, {"task": "a", "prompt": "A new question."},
+            {"task": "a", "prompt": long}]  # fmt: skip
+    file = write_jsonl(paths.tasks / "more.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        run(replace(config, unlabelled=str(file)), until="convert", quiet=True)
+    first, second = caught.value.problems
+    assert first.startswith(f"{file}: row 2 of task a has ") and "more than the model's" in first
+    assert second.startswith(f"{file}: row 1 of task b has ")
 
 
 @pytest.mark.parametrize(

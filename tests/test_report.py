@@ -173,6 +173,38 @@ def test_a_measurement_of_another_pack_is_refused(runs, tmp_path):
         run(config, quiet=True)
 
 
+def renamed(value, names):
+    """The same artifacts with other names of tasks."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [renamed(one, names) for one in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+# Two that matplotlib would take for formulas, of which one is wrong; Markdown's columns, and HTML.
+ODD = {"a": "us$_$", "b": "a$^$", "c": "x|y", "d": "<i>z"}
+
+
+def test_names_are_neither_formulas_nor_markup(directory):
+    artifacts = renamed(artifacts_of(directory), ODD)
+    phone = artifacts["phone"]
+    phone["device"]["name"] = "phone $^$"
+    page = render_html(artifacts)
+    charts = " ".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", charts)]
+    # On both axes of the heatmap, as they are.
+    assert all(drawn.count(name) == 2 for name in ODD.values())
+    assert "limit of phone $^$" in drawn
+    text = render_markdown(artifacts)
+    assert "<i>" not in text and "&lt;i&gt;z" in text and "x\\|y" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    for head, line in zip(lines, lines[1:]):
+        # The line of dashes has the header's columns, rows have the columns of what is above.
+        if text.find(f"{head}\n{line}\n") >= 0:
+            assert len(re.split(r"(?<!\\)\|", line)) == len(re.split(r"(?<!\\)\|", head))
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium: $CHROMIUM, one on the PATH, or playwright's own."""

@@ -1,6 +1,8 @@
 """Routing by hidden states: against states read off the whole model, and its files."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,11 +13,13 @@ from d2c_mlx_cli.main import cli
 from safetensors.numpy import load_file, save_file
 from tiny import LAYERS, library, write_jsonl
 
+from d2c_mlx.arriving import route_prompts
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import InputError, PackError, TaskError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import hash_file, hash_tree
 from d2c_mlx.living import add_adapter, remove_tasks
+from d2c_mlx.lock import locked
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_pack
@@ -126,6 +130,24 @@ def test_its_bytes_count(made, tmp_path):
     assert hash_tree(pack.path) == before
 
 
+def test_its_bytes_are_free_for_an_arrival(made, tmp_path):
+    """Which drops it; room for an adapter and no router is enough for a slot of its own."""
+    paths, base, probes = made
+    found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
+    slots = [replace(found["a"], sources=("a",)), replace(found["b"], sources=("b", "c"))]
+    about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
+    size = write_pack(tmp_path / "pack", slots, **about, max_bytes=None).nbytes
+    exact = size + found["c"].uniform(mx.float16).nbytes(LAYERS)
+    pack = save_router(
+        write_pack(tmp_path / "pack", slots, **about, max_bytes=exact),
+        fit_router(base.model, probes),
+    )
+    assert pack.nbytes > size
+    arrival = add_adapter(pack, replace(found["c"], name="new"))
+    assert (arrival.adapter, arrival.joined) == ("cluster-2", ())
+    assert arrival.pack.nbytes == exact
+
+
 @pytest.mark.parametrize("damage", ["shape", "nan", "tasks", "words", "cut"])
 def test_a_damaged_router_is_refused(made, pack, damage):
     _, base, probes = made
@@ -146,6 +168,7 @@ def test_a_damaged_router_is_refused(made, pack, damage):
         path.write_bytes(path.read_bytes()[:-7])
     manifest = json.loads((pack.path / "manifest.json").read_text())
     manifest["files"][ROUTER] = {"nbytes": path.stat().st_size, "sha256": hash_file(path)}
+    manifest["nbytes"] = sum(entry["nbytes"] for entry in manifest["files"].values())
     (pack.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PackError, match="no router of this pack"):
         load_router(load_pack(pack.path))
@@ -162,6 +185,21 @@ def test_what_cannot_be_fitted(made, pack):
         save_router(pack, Router(("x",), np.zeros(2), np.ones((1, 2)), 0, 1))
 
 
+def test_only_probe_rows_are_needed(made, pack, tmp_path):
+    paths, _, _ = made
+    for name in "abc":
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+        rows = paths.tasks / name / "probe.jsonl"
+        shutil.copyfile(rows, tmp_path / "tasks" / name / "probe.jsonl")
+    route_prompts(pack.path, [], tmp_path / "tasks", model=str(paths.model))
+    assert load_router(load_pack(pack.path)).tasks == ("a", "b", "c")
+    (tmp_path / "tasks" / "b" / "probe.jsonl").unlink()
+    with pytest.raises(InputError) as caught:
+        route_prompts(pack.path, [], tmp_path / "tasks", model=str(paths.model))
+    (line,) = caught.value.problems
+    assert "b/probe.jsonl: missing" in line and "test.jsonl" not in line
+
+
 def test_on_the_command_line(made, pack):
     paths, _, _ = made
     runner = CliRunner()
@@ -176,6 +214,16 @@ def test_on_the_command_line(made, pack):
     assert len(rows[0]["matches"]) == 3 and rows[0]["prompt"] == prompts[0]
     result = runner.invoke(cli, [*start, *prompts, "--top", "1"], catch_exceptions=False)
     assert len(result.output.splitlines()) == 2
+    # Reading it waits for nobody; what would change the pack says what it can do.
+    adapter = str(paths.adapters / "a")
+    with locked(pack.path.parent):
+        again = json.loads(runner.invoke(cli, [*start, *prompts, "--json"]).output)
+        assert again == rows
+        for command in ([*start, "--tasks", str(paths.tasks)], ["remove", str(pack.path), "a"],
+                        ["add", str(pack.path), f"z={adapter}"]):  # fmt: skip
+            message = str(runner.invoke(cli, command).exception)
+            assert f"process {os.getpid()} is running here; it may replace the pack" in message
+            assert "--output" not in message
     # An arrival drops the router: it would never be chosen.
     new = replace(load_pack(pack.path).load("a"), name="new")
     assert load_router(add_adapter(load_pack(pack.path), new).pack) is None

@@ -10,8 +10,12 @@ import pytest
 from tiny import library
 
 from d2c_mlx.config import RunConfig
+from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_tree
+from d2c_mlx.living import remove_tasks
+from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.stages import Record, replacing_pack
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a", "b", "c", "d"]
@@ -195,3 +199,62 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
     assert calls and not (Path(config.output) / stage).exists()
     output = run(config, quiet=True).output
     assert (output / stage).exists() and not list(output.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("plan", ["d2c", "auto"])
+def test_a_pack_that_was_changed_is_not_undone(config, plan):
+    """By no stage, with no options; what is damaged or missing is made anew."""
+    config = replace(config, plan=plan)
+    output = run(config, quiet=True).output
+    made = hash_tree(output / "pack")
+    remove_tasks(load_pack(output / "pack"), ["a"])
+    changed, started = hash_tree(output / "pack"), _started(output)
+    for until, options in (
+        ("pack", {}), ("bench", {}), ("report", {}), ("report", {"budget": "60%", "seed": 1})
+    ):  # fmt: skip
+        with pytest.raises(PackError, match="pack: is not the pack that .* move it") as caught:
+            run(replace(config, **options), until, quiet=True)
+        assert len(caught.value.problems) == 1
+        assert hash_tree(output / "pack") == changed and _started(output) == started
+    run(config, "plan" if plan == "auto" else "merge", quiet=True)
+    (output / "pack").rename(output / "mine")
+    run(config, quiet=True)
+    assert (hash_tree(output / "pack"), hash_tree(output / "mine")) == (made, changed)
+    for name in ("manifest.json", next(iter(load_pack(output / "pack").manifest["files"]))):
+        (output / "pack" / name).write_bytes(b"damaged")
+        assert hash_tree(run(config, quiet=True).path("pack")) == made
+    (output / "pack" / ".DS_Store").write_bytes(b"of a Mac")
+    assert hash_tree(run(config, quiet=True).path("pack")) == made
+
+
+def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
+    shutil.copytree(run(config, "pack", quiet=True).path("pack"), tmp_path / "other" / "pack")
+    other = replace(config, output=str(tmp_path / "other"))
+    with pytest.raises(PackError, match="pack: is not the pack that this run made"):
+        run(other, quiet=True)
+    assert not (tmp_path / "other" / ".stages").exists()
+
+
+def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch):
+    """Between the rename and the record, with other options than the last pack's."""
+    output = run(config, "pack", quiet=True).output
+    write = Record.write
+
+    def killed(self, writes, measured):
+        if writes == ["pack"]:
+            raise KeyboardInterrupt
+        write(self, writes, measured)
+
+    more = replace(config, budget="4")
+    monkeypatch.setattr(Record, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(more, "pack", quiet=True)
+    monkeypatch.undo()
+    made = hash_tree(output / "pack")
+    assert hash_tree(run(more, "pack", quiet=True).path("pack")) == made
+    run(config, "pack", quiet=True)
+    # A pack that could not be made stays, and so does what is known of it.
+    record = (output / ".stages" / "pack.json").read_bytes()
+    with pytest.raises(PackError), replacing_pack(output):
+        raise PackError("over the budget")
+    assert (output / ".stages" / "pack.json").read_bytes() == record

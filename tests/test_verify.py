@@ -140,7 +140,9 @@ def rehashed(pack):
     for name in pack.manifest["files"]:
         content = (pack.path / name).read_bytes()
         files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (pack.path / "manifest.json").write_text(json.dumps({**pack.manifest, "files": files}))
+    nbytes = sum(entry["nbytes"] for entry in files.values())
+    manifest = {**pack.manifest, "files": files, "nbytes": nbytes}
+    (pack.path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_plain_pack_is_always_checked(tmp_path, adapters):
