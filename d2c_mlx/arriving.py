@@ -41,7 +41,7 @@ def arrive(
     Args:
         pack: directory of the pack.
         adapter: an entry as `sources.find_adapters` takes it; the task is called as the adapter.
-        tasks: `<task>/probe.jsonl` and `test.jsonl` of the new task, and of those that have a say.
+        tasks: `<task>/probe.jsonl` of the new task, and of those that have a say.
         n_probe: rows of probe.jsonl that decide.
         model: the pack's base model, see `locate.resolve_model`.
         budget: see `add_adapter`.
@@ -133,6 +133,6 @@ def _probes(
     names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
     encoded = gather(
         partial(base.encode, task.name, task.probe[:n], task.probe_places)
-        for task in load_tasks(directory, names)
+        for task in load_tasks(directory, names, tests=False)
     )
     return {one.task: one.cut(*CUTS) for one in encoded}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +69,26 @@ def render_card(
         pipeline_tag="text-generation",
         tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
     )
-    env = environment()
-    env.filters["cell"] = lambda text: html.escape(str(text), quote=False).replace("|", "\\|")
-    text = env.get_template("card.md.jinja").render(
-        repo=repo,
-        base=base,
-        license=license,
-        at=f" --revision {revision}" if revision else "",
-        storage=pack.storage,
-        nbytes=pack.nbytes,
-        tasks=sorted(pack.tasks),
-        left=sorted(task for task, adapter in pack.tasks.items() if adapter is None),
-        adapters=adapters,
-        **_sources(pack),
-        # The embedded model is not the hub's files, and found by its name.
-        model_option="" if name == EMBEDDED else f" --model {base}",
-        example=adapters[0]["name"],
-        example_task=adapters[0]["tasks"][0],
-        bench=bench,
+    text = (
+        environment()
+        .get_template("card.md.jinja")
+        .render(
+            repo=repo,
+            base=base,
+            license=license,
+            at=f" --revision {revision}" if revision else "",
+            storage=pack.storage,
+            nbytes=pack.nbytes,
+            tasks=sorted(pack.tasks),
+            left=sorted(task for task, adapter in pack.tasks.items() if adapter is None),
+            adapters=adapters,
+            **_sources(pack),
+            # The embedded model is not the hub's files, and found by its name.
+            model_option="" if name == EMBEDDED else f" --model {base}",
+            example=adapters[0]["name"],
+            example_task=adapters[0]["tasks"][0],
+            bench=bench,
+        )
     )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 

@@ -17,7 +17,9 @@ __all__ = [
     "fingerprint",
     "hash_file",
     "hash_tree",
+    "old_dir",
     "remove_dir",
+    "restore_dir",
     "write_dir",
     "write_json",
     "write_text",
@@ -81,7 +83,8 @@ def write_dir(path: Path) -> Iterator[Path]:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    old = path.with_name(f".{path.name}.old")
+    old = old_dir(path)
+    restore_dir(path)
     for stale in (temporary, old):
         _remove(stale)
     temporary.mkdir()
@@ -95,13 +98,26 @@ def write_dir(path: Path) -> Iterator[Path]:
         _rename(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        restore_dir(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def old_dir(path: Path) -> Path:
+    """Where `write_dir` and `remove_dir` move what was there, until all is done."""
+    return path.with_name(f".{path.name}.old")
+
+
+def restore_dir(path: Path) -> None:
+    """Put back what `write_dir` had moved away when it ended before the new one was in place."""
+    old = old_dir(path)
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+
+
 def remove_dir(path: Path) -> None:
     """Remove a directory, if it is there; at any moment it is whole or gone."""
-    old = path.with_name(f".{path.name}.old")
+    old = old_dir(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)

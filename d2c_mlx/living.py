@@ -24,6 +24,7 @@ from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.compact import read_compact
 from d2c_mlx.errors import BudgetError, ConfigError, PackError
 from d2c_mlx.features import similarity
+from d2c_mlx.files import old_dir, restore_dir
 from d2c_mlx.judge import Judge
 from d2c_mlx.lock import locked
 from d2c_mlx.merge import merge_adapters
@@ -66,11 +67,14 @@ def opened(directory: Path) -> Iterator[Pack]:
         PackError: see `load_pack`; where there is no pack, nothing is made.
         D2CError: another process is at work on it.
     """
+    path = directory.resolve()
     # A lock is a file in a directory that it makes, so not before there is something to hold.
-    if not (directory / MANIFEST).is_file():
+    if not any((one / MANIFEST).is_file() for one in (path, old_dir(path))):
         load_pack(directory)
     advice = "it may replace the pack; wait for it, then give this command again"
-    with locked(directory.resolve().parent, advice=advice):
+    with locked(path.parent, advice=advice):
+        # What a kill may have left of the last change.
+        restore_dir(path)
         yield load_pack(directory)
 
 

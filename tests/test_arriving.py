@@ -75,6 +75,9 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     """What weights take for most of an adapter does harm, and the probes see it."""
     paths, base, found, _ = whole
     probe = base.encode("b", load_task(paths.tasks / "b").probe)
+    # Nothing else is asked for.
+    for file in paths.tasks.rglob("test.jsonl"):
+        file.unlink()
     harm = min(module_gains(base, found["b"], probe).items(), key=itemgetter(1))[0]
     weights = paths.adapters / "b" / "adapter_model.safetensors"
     tensors = load_file(weights)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from d2c_mlx import files
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.files import fingerprint, hash_file, hash_tree, write_dir, write_json, write_text
 
@@ -169,3 +170,16 @@ def test_write_dir_here(tmp_path, monkeypatch):
     with write_dir(Path(".")) as directory:
         (directory / "y").write_text("y")
     assert entries(tmp_path) == ["sub", "sub/y"]
+
+
+def test_write_dir_puts_back_what_it_cannot_replace(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), write_dir(tmp_path / "out"):
+        pass
+    assert entries(tmp_path) == ["out", "out/mine"]

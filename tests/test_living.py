@@ -14,7 +14,7 @@ from d2c_mlx.errors import BudgetError, ConfigError, InputError, PackError
 from d2c_mlx.features import similarity
 from d2c_mlx.files import hash_tree
 from d2c_mlx.layout import compact_nbytes
-from d2c_mlx.living import add_adapter, list_pack, remove_tasks
+from d2c_mlx.living import add_adapter, list_pack, opened, remove_tasks
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.pack import COMPACT, load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
@@ -272,3 +272,11 @@ def test_a_budget_below_what_is_there(pack, adapters):
         add_adapter(pack, adapters["c"], budget="1")
     assert hash_tree(pack.path) == before
     assert len(add_adapter(pack, adapters["c"], budget="2").pack.adapters) == 2
+
+
+def test_a_pack_that_a_kill_left_aside_is_changed_all_the_same(pack):
+    """Between the two renames of a change it is under another name, and only there."""
+    pack.path.rename(pack.path.with_name(".pack.old"))
+    with opened(pack.path) as found:
+        assert list(remove_tasks(found, ["a"]).tasks) == ["b"]
+    assert sorted(one.name for one in pack.path.parent.iterdir()) == [".lock", "pack"]
