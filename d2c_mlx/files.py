@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,14 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_dir(path: Path) -> Iterator[Path]:
+def write_dir(path: Path, ready: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield an empty sibling directory; on success it replaces `path`, on error it is removed.
 
     A link stays one, and what it leads to is replaced.
+
+    Args:
+        path: of the directory.
+        ready: is called with the sibling when it is complete, before it takes its place.
 
     Raises:
         ConfigError: `path` is there and no directory; nothing is touched.
@@ -93,6 +97,8 @@ def write_dir(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             _fsync(file)
         _fsync(temporary)
+        if ready:
+            ready(temporary)
         if path.exists():
             os.replace(path, old)
         _rename(temporary, path)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
+from d2c_mlx.config import RunConfig, read_yaml
 from d2c_mlx.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from d2c_mlx.config import RunConfig
     from d2c_mlx.sources import Source
 
 __all__ = ["RUN_WRITES", "check_output", "check_run", "local_model"]
@@ -26,13 +25,12 @@ RUN_WRITES = (
     "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json", "bench.json",
     "report.md", "report.html",
 )  # fmt: skip
-# Characters that are read of a file that a run may have written; it is far shorter.
-_MOST_YAML = 20_000
-# Files of adapters and packs in every layout, and what a Mac leaves in a folder.
-_OURS = {
-    "adapters.safetensors", "adapter_model.safetensors", "adapter_config.json", "tasks.json",
-    "manifest.json", "compact.safetensors", "router.safetensors", ".DS_Store",
-}  # fmt: skip
+# What only our commands write at the top of an output; a user's adapters have the same files.
+_MARKS = ("tasks.json", "manifest.json")
+# Files of an adapter, and what else a marked output holds; an exported GGUF lies at its top.
+_ADAPTER = {"adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+_OURS = {*_ADAPTER, *_MARKS, "compact.safetensors", "router.safetensors"}
+_GGUF = re.compile(r"cluster-\d+\.gguf")
 
 
 def local_model(spec: str | None) -> list[Input]:
@@ -80,7 +78,8 @@ def check_output(
 
     Raises:
         InputError: an input lies there; it is a file, the working directory or one around that, or
-            holds what is neither of an adapter nor of a pack.
+            holds what no earlier output had: one of `unpack`, `export` or `push`, or of the same
+            adapters.
     """
     problems = _replaced([*inputs, *_adapters(sources)], [output]) + _among(sources, output)
     if problems:
@@ -91,10 +90,10 @@ def check_output(
         raise ConfigError(
             f"output: {output} is replaced as a whole, and you are in it; name another directory"
         )
-    if foreign := _foreign(output):
+    if foreign := _foreign(output, [one.name for one in sources]):
         raise ConfigError(
-            f"output: {output} is replaced as a whole, and {foreign} in it is of no adapter or"
-            " pack; name another directory, or empty this one"
+            f"output: {output} is replaced as a whole, and {foreign} in it is of no earlier output"
+            " of this kind; name another directory, or empty this one"
         )
 
 
@@ -142,8 +141,14 @@ def _among(sources: Sequence[Source], output: Path) -> list[str]:
         f"output: {output} is in the adapters' folder {folder}, where the next command would take"
         " it for an adapter; give another --output"
         for folder in folders
-        if _identity(folder) in around
+        if _identity(folder) in around and not _hidden(folder, output)
     ]
+
+
+def _hidden(folder: Path, path: Path) -> bool:
+    """Whether who lists the folder passes over what the path lies in."""
+    inside = Path(os.path.realpath(path)).parts[len(Path(os.path.realpath(folder)).parts) :]
+    return bool(inside) and inside[0][0] == "."
 
 
 def _own_config(config: RunConfig, output: Path) -> list[str]:
@@ -153,10 +158,9 @@ def _own_config(config: RunConfig, output: Path) -> list[str]:
         return []
     # A run that was killed early has no record of a stage yet, but has written every option.
     try:
-        text = path.read_text(encoding="utf-8")[:_MOST_YAML]
-        if config.to_dict().keys() <= yaml.safe_load(text).keys():
+        if config.to_dict().keys() <= read_yaml(path).keys():
             return []
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+    except ConfigError:
         pass
     return [
         f"output: a run in {output} keeps its options in config.yaml, which would replace your"
@@ -164,14 +168,25 @@ def _own_config(config: RunConfig, output: Path) -> list[str]:
     ]
 
 
-def _foreign(directory: Path) -> Path | None:
-    """A file that no conversion, export or push wrote, if there is one."""
-    # Only a push writes a README, beside the manifest.
-    pushed = (directory / "manifest.json").is_file()
-    for folder, _, names in os.walk(directory):
-        for name in sorted(names):
+def _foreign(directory: Path, names: Collection[str]) -> Path | None:
+    """A file that is none of an earlier output, if there is one.
+
+    Args:
+        directory: that would be replaced.
+        names: of adapters that are written again; their folders need no mark.
+    """
+    marked = any((directory / mark).is_file() for mark in _MARKS)
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        for name in sorted(files):
             path = Path(folder) / name
-            card = pushed and path.parent == directory and name == "README.md"
-            if name not in _OURS and path.suffix != ".gguf" and not card:
+            top, *below = path.relative_to(directory).parts
+            alone = top in names and len(below) == 1 and name in _ADAPTER
+            known = name in _OURS if marked else alone
+            # Only a push writes a README, beside the manifest.
+            known |= marked and not below and (name == "README.md" or bool(_GGUF.fullmatch(name)))
+            # A Mac leaves one in a folder, the other beside a file on a drive of another system.
+            known |= name == ".DS_Store" or (name[:2] == "._" and path.with_name(name[2:]).exists())
+            if not known:
                 return path
     return None

@@ -31,6 +31,7 @@ def write_pack(
     budget: str,
     max_bytes: int | None,
     origins: Mapping[str, str] | None = None,
+    ready: Callable[[Path], None] | None = None,
 ) -> Pack:
     """Write adapters and manifest, then check the files against the budget.
 
@@ -44,12 +45,13 @@ def write_pack(
         max_bytes: allowed bytes of all adapter files, or None.
         origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
             from the hub.
+        ready: as of `write_dir`.
 
     Raises:
         PackError: the files are larger than the budget, or an adapter would not load elsewhere;
             nothing is written.
     """
-    with write_dir(directory) as temporary:
+    with write_dir(directory, ready) as temporary:
         tasks: dict[str, str] = {}
         problems = []
         for k, adapter in enumerate(adapters):
@@ -79,6 +81,7 @@ def write_compact_pack(
     dtype: mx.Dtype = mx.float16,
     merged: Mapping[int, int] | None = None,
     origins: Mapping[str, str] | None = None,
+    ready: Callable[[Path], None] | None = None,
 ) -> Pack:
     """Write all adapters into one file, and the manifest; check the file against the budget.
 
@@ -94,6 +97,7 @@ def write_compact_pack(
         dtype: of the base's activations, which `Pack.load` and `unpack` give.
         merged: position -> how many adapters are in it; None is one for each task that it serves.
         origins: as of `write_pack`.
+        ready: as of `write_dir`.
 
     Raises:
         PackError: the file is larger than the budget, or the adapters do not go together; nothing
@@ -105,7 +109,7 @@ def write_compact_pack(
     if wrong:
         task, k = next(iter(wrong.items()))
         raise PackError(f"{directory}: task {task!r} has adapter {k} of {len(adapters)}")
-    with write_dir(directory) as temporary:
+    with write_dir(directory, ready) as temporary:
         write_compact(temporary / COMPACT, adapters)
         about = {
             "base": {"model": model, "config_sha256": config_hash, "n_layers": n_layers},

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from d2c_mlx.ranks import leading
 from d2c_mlx.reading import load_adapter
 from d2c_mlx.refining import refine_cluster, refine_inputs
 from d2c_mlx.report import render_html, render_markdown
-from d2c_mlx.stages import check_pack, replacing_pack
+from d2c_mlx.stages import check_pack, expect_pack
 from d2c_mlx.workspace import Workspace
 
 __all__ = ["STAGES", "run"]
@@ -184,6 +185,7 @@ def pack(ws: Workspace) -> None:
         "budget": ws.budget.text,
         "max_bytes": ws.budget.allowed_bytes(sum(ws.sizes)),
         "origins": {adapter.name: adapter.origin for adapter in ws.inputs if adapter.origin},
+        "ready": partial(expect_pack, ws.output),
     }
     source = "refined" if c.refine else "merged"
 
@@ -192,13 +194,11 @@ def pack(ws: Workspace) -> None:
             dataclasses.replace(load_adapter(ws.path(source) / str(k)), sources=tuple(members))
             for k, members in enumerate(entry["members"] for entry in ws.read("merges.json"))
         ]
-        with replacing_pack(ws.output):
-            write_pack(ws.path("pack"), adapters, **about)
+        write_pack(ws.path("pack"), adapters, **about)
 
     def compact() -> None:
         adapters, serves = planned(ws, ws.read("plan.json"))
-        with replacing_pack(ws.output):
-            write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
+        write_compact_pack(ws.path("pack"), adapters, serves, dtype=ws.base.dtype, **about)
 
     if c.planned:
         reads, body = ["adapters", "plan.json"], compact

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from d2c_mlx.errors import InputError, PackError
 from d2c_mlx.files import fingerprint, hash_tree, write_json
 from d2c_mlx.pack import MANIFEST, load_pack
 
-__all__ = ["Record", "check_pack", "replacing_pack"]
+__all__ = ["Record", "check_pack", "expect_pack"]
 
 
 class Record:
@@ -49,33 +48,25 @@ def check_pack(output: Path) -> None:
         PackError: it is a sound pack of another making, which would be lost.
     """
     path, record = output / "pack", _pack_record(output)
-    made = record["outputs"].get("pack")
-    if record.get("replacing") or hash_tree(path) == made:
+    made = record["outputs"].get("pack"), record.get("expected")
+    if hash_tree(path) in made:
         return
     try:
         manifest = load_pack(path).manifest
     except InputError:
         return
     # What lies beside the files of the pack, such as a Mac's .DS_Store, is no other pack.
-    if hash_tree(path, only=[*manifest["files"], MANIFEST]) != made:
+    if hash_tree(path, only=[*manifest["files"], MANIFEST]) not in made:
         raise PackError(
             f"{path}: is not the pack that this run made, as after d2c-mlx add, remove or route,"
             " and would be made anew; move it elsewhere or delete it, then run again"
         )
 
 
-@contextlib.contextmanager
-def replacing_pack(output: Path) -> Iterator[None]:
-    """Say on disk that the run is at it, so that what a kill leaves is known to be its own."""
-    old = _pack_record(output)
+def expect_pack(output: Path, directory: Path) -> None:
+    """Record what replaces `pack/` next: a kill may come before the stage is recorded."""
     path = output / ".stages" / "pack.json"
-    write_json(path, {**old, "replacing": True})
-    try:
-        yield
-    except Exception:
-        # It stays as it was; an interrupt may come later.
-        write_json(path, old)
-        raise
+    write_json(path, {**_pack_record(output), "expected": hash_tree(directory)})
 
 
 def _pack_record(output: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from bad import NAMES, cli, lib, pristine  # noqa: F401  fixtures
 from tiny import peft_adapter, write_jsonl
 
 from d2c_mlx.config import RunConfig
+from d2c_mlx.files import hash_tree
 from d2c_mlx.overlap import RUN_WRITES
 from d2c_mlx.pipeline import run
 
@@ -128,6 +129,33 @@ def test_convert_replaces_no_input(cli, lib):
     assert cli(convert(cli.root / "mlx", adapters=cli.root / "alone"))[0] == 0
 
 
+def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
+    """Of the same formats as what is written, in a folder that no command made."""
+    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    pack = str(cli.output / "pack")
+    models, loras = cli.root / "models", cli.root / "loras"
+    (models / "org").mkdir(parents=True)
+    for name in ("base.gguf", "cluster-0.gguf", "org/other.gguf"):
+        (models / name).write_bytes(b"days of work")
+    shutil.copytree(lib.adapters / "beta", loras / "mine")
+    commands = [["export", pack, "--to", to] for to in ("gguf", "peft", "mlx")]
+    commands += [["unpack", pack], ["push", pack, "org/name", "--base", "org/base"]]
+    commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
+    for folder in (models, loras):
+        before = hash_tree(folder)
+        for command in commands:
+            (line,) = refused(cli, [*command, "--output", str(folder)])
+            assert "is replaced as a whole, and" in line
+        assert hash_tree(folder) == before
+    # Nor a model beside what an export wrote, which is replaced without it.
+    export, out = [*commands[1], "--output", str(cli.root / "out")], cli.root / "out"
+    for name in ("cluster-0.gguf", "base.gguf"):
+        assert cli(export)[0] == 0
+        (out / name).write_bytes(b"of llama.cpp")
+    (line,) = refused(cli, export)
+    assert f"and {out / 'base.gguf'} in it" in line
+
+
 def test_export_replaces_neither_model_nor_pack(cli, lib):
     assert cli(cli.argv("pack", "--quiet"))[0] == 0
     pack, model = cli.output / "pack", lib.model.parent
@@ -149,10 +177,16 @@ def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):
     unpack = ["unpack", pack]
     commands = [push, unpack, *(["export", pack, "--to", to] for to in ("mlx", "peft"))]
     commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
-    # Each replaces what any of them wrote before.
-    for command in (*commands, push):
+    # Each replaces what any of them wrote before, but nobody knows that convert wrote adapters.
+    for command in (*commands, commands[-1]):
         assert cli([*command, "--output", str(out)])[0] == 0
+    for command in commands[:-1]:
+        (line,) = refused(cli, [*command, "--output", str(out)])
+        assert f"and {out / 'alpha' / 'adapter_config.json'} in it is of no earlier output" in line
+    shutil.rmtree(out)
+    assert cli([*unpack, "--output", str(out)])[0] == 0
     (out / ".DS_Store").write_bytes(b"of a Mac")
+    (out / "cluster-0" / "._adapters.safetensors").write_bytes(b"of a Mac on another's drive")
     assert cli([*unpack, "--output", str(out)])[0] == 0
     here = cli.root / "here"
     for folder in (here / "empty", here / "full" / "deep"):
@@ -166,7 +200,7 @@ def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):
             (line,) = refused(cli, [*command, "--output", output])
             assert f"output: {output} is replaced as a whole, and you are in it" in line
         (line,) = refused(cli, [*command, "--output", "../full"])
-        assert "and ../full/deep/thesis.txt in it is of no adapter or pack; name another" in line
+        assert "and ../full/deep/thesis.txt in it is of no earlier output of this kind" in line
         (line,) = refused(cli, [*command, "--output", "../file"])
         assert "../file is a file, expected a directory or a new name" in line
     assert list((here / "empty").iterdir()) == []

@@ -15,7 +15,7 @@ from d2c_mlx.files import hash_tree
 from d2c_mlx.living import remove_tasks
 from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.stages import Record, replacing_pack
+from d2c_mlx.stages import Record
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a", "b", "c", "d"]
@@ -252,9 +252,14 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
     monkeypatch.undo()
     made = hash_tree(output / "pack")
     assert hash_tree(run(more, "pack", quiet=True).path("pack")) == made
-    run(config, "pack", quiet=True)
-    # A pack that could not be made stays, and so does what is known of it.
-    record = (output / ".stages" / "pack.json").read_bytes()
-    with pytest.raises(PackError), replacing_pack(output):
-        raise PackError("over the budget")
-    assert (output / ".stages" / "pack.json").read_bytes() == record
+    # Killed there again, and the pack is changed before the run goes on.
+    monkeypatch.setattr(Record, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, "pack", quiet=True)
+    monkeypatch.undo()
+    remove_tasks(load_pack(output / "pack"), ["a"])
+    changed = hash_tree(output / "pack")
+    for options in (config, more):
+        with pytest.raises(PackError, match="is not the pack that this run made"):
+            run(options, "pack", quiet=True)
+    assert hash_tree(output / "pack") == changed
