@@ -36,7 +36,8 @@ def slots(read):
     """At most K adapters: the mean, and the range over seeds (and draws, of `random`)."""
     rows = [
         (f"{k}", case, spread(every(some, "excess"), ".3f"),
-         spread(every(some, "retention"), ".1%"), ", ".join(sorted(f"{one['seed']}" for one in some)))
+         spread(every(some, "retention"), ".1%"),
+         ", ".join(sorted(f"{one['seed']}" for one in some)))
         for k, case, some in cases(read)
     ]  # fmt: skip
     return markdown(("K", "case", "excess", "retention", "seeds"), rows, left=2)

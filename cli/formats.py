@@ -41,7 +41,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     with write_dir(Path(output)) as directory:
         for adapter in found:
             if to == "peft":
-                save_peft(adapter, directory / adapter.name)
+                save_peft(adapter, directory / adapter.name, base.config)
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
     rows = [

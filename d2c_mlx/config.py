@@ -29,6 +29,7 @@ __all__ = [
     "STARTS",
     "RunConfig",
     "load_config",
+    "read_yaml",
 ]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
@@ -57,8 +58,11 @@ SAVINGS = (
 )
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-# Characters of a config. PyYAML takes minutes for a hundred thousand brackets.
-_MOST_YAML = 20_000
+# Characters of a config: a list of some thousand adapters by their paths is a fair one.
+_MOST_YAML = 1_000_000
+# What makes PyYAML slow instead, and is in no config: levels of brackets, values with aliases
+# written out, digits of a number.
+_DEEPEST, _MOST_VALUES, _MOST_DIGITS = 20, 50_000, 1_000
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
 # Tuned scales end at a few, and sums of hundreds of adapters at hundreds; beyond, float16 ends.
@@ -298,7 +302,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig
     values: dict[str, Any] = {}
     problems: list[str] = []
     known = {field.name: str(field.type) for field in fields(RunConfig)}
-    for where, source in ((f"{path}: ", _read_yaml(path)), ("", dict(overrides))):
+    for where, source in ((f"{path}: ", read_yaml(path)), ("", dict(overrides))):
         for key, value in source.items():
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, 1)
@@ -315,21 +319,54 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig
     return RunConfig(**values)
 
 
-def _read_yaml(path: Path | None) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Refuses early what PyYAML would take minutes for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._n_values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        before, alias = self._n_values, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        # Aliases of aliases double with every line; what each stands for is known by now.
+        self._n_values += self._sizes.get(node, 1) if alias else 1
+        if self._n_values > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values")
+        self._sizes.setdefault(node, self._n_values - before)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {_MOST_DIGITS:,} digits")
+        return node
+
+
+def read_yaml(path: Path | None) -> dict[str, Any]:
+    """Keys and values of a file; none without one.
+
+    Raises:
+        ConfigError: it is not readable, too large, or holds no mapping.
+    """
     if path is None:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > _MOST_YAML:
             raise ConfigError(f"{path}: {len(text):,} characters, at most {_MOST_YAML:,} are read")
-        data = yaml.safe_load(text) or {}
+        data = yaml.load(text, Loader=_Loader) or {}
         json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
-    # Dates that are none and halves of surrogate pairs are ValueErrors.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # Dates that are none and halves of surrogate pairs are ValueErrors; a word under `!!timestamp`
+    # or `!!bool` is one of the last two.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")

@@ -59,6 +59,10 @@ _REFUSED = {
     "fan_in_fan_out": "its factors are transposed",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
 }
+# Base models whose stored weights mlx-lm multiplies as it loads them: B A of the stored ones is not
+# dW of the loaded ones, and the factor differs by module.
+_FOLDED = frozenset({"falcon_h1"})
+_FOLDED_NAME = re.compile(r"falcon[-_ ]?h1", re.IGNORECASE)
 # Initialisations that also change the base model's weights.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -73,18 +77,21 @@ def read_adapter(
     Args:
         path: the directory of one adapter, or a `.gguf`.
         shapes: module path -> (in, out) of the base model's linear modules.
-        config: the base model's config.json; only GGUF needs it, which orders rows by heads.
+        config: the base model's config.json. GGUF orders rows by heads; and without it a base
+            whose weights mlx-lm changes is not refused.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
     if path.suffix.lower() == ".gguf" and path.is_file():
+        _refuse_folded(path, config)
         return read_gguf_lora(path, shapes, config)
     found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
     if len(found) > 1:
         raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
     gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
     if not found and len(gguf) == 1:
+        _refuse_folded(gguf[0], config)
         return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
     if not found and (path / PICKLE).exists():
         raise AdapterError(
@@ -96,9 +103,26 @@ def read_adapter(
             f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
             " .gguf"
         )
+    if found == [PEFT_WEIGHTS]:
+        _refuse_folded(path / PEFT_WEIGHTS, config)
     adapter = _load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
     check_adapter(adapter, shapes, path / found[0])
     return adapter
+
+
+def _refuse_folded(where: Path, config: Mapping[str, Any] | None, name: str | None = None) -> None:
+    """Raise for a base of `_FOLDED`, known by its config or, without one, by its name."""
+    kind = (config or {}).get("model_type")
+    if kind in _FOLDED:
+        base = f"the base model's model_type is {kind!r}"
+    elif config is None and name and _FOLDED_NAME.search(name):
+        base = f"the base model is {name!r}"
+    else:
+        return
+    raise AdapterError(
+        f"{where}: {base}: mlx-lm folds this model's multipliers into its weights, so a LoRA means"
+        " another dW in PEFT and GGUF; use adapters in MLX's format only"
+    )
 
 
 def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
@@ -211,18 +235,27 @@ def _scaled_modules(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """The alpha for which alpha / rank is `scale` to the last bit."""
+    """The alpha for which alpha / rank is `scale`, one ulp off where no float64 gives it."""
     guess = scale * rank
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
     alpha = next((x for x in near if x / rank == scale), guess)
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def save_peft(adapter: Adapter, directory: Path) -> None:
+def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | None = None) -> None:
     """Write PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
 
     Ranks and scales per module go into `rank_pattern` and `alpha_pattern`, so no factor changes.
+
+    Args:
+        adapter: any.
+        directory: made if need be.
+        config: the base model's config.json; without it the base is judged by its name alone.
+
+    Raises:
+        AdapterError: mlx-lm changes the weights of that base as it loads them; nothing is written.
     """
+    _refuse_folded(directory, config, adapter.base)
     directory.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.modules.values()))
     rank, alpha = first.rank, _alpha(first.scale, first.rank)
@@ -235,7 +268,7 @@ def save_peft(adapter: Adapter, directory: Path) -> None:
         if _alpha(lora.scale, lora.rank) != alpha:
             alpha_pattern[path] = _alpha(lora.scale, lora.rank)
     mx.save_safetensors(str(directory / PEFT_WEIGHTS), tensors, metadata={"format": "pt"})
-    config = {
+    about = {
         "base_model_name_or_path": adapter.base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -252,4 +285,4 @@ def save_peft(adapter: Adapter, directory: Path) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

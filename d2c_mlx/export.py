@@ -41,7 +41,8 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
     if to == "mlx":
         return unpack(pack, directory)
     if to == "peft":
-        return write_adapters(pack, directory, save_peft)
+        config = _base_config(pack, model) if model else None
+        return write_adapters(pack, directory, partial(save_peft, config=config))
     if to != "gguf":
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
     write = partial(save_gguf_lora, config=_base_config(pack, model))

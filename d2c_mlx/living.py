@@ -12,14 +12,19 @@ costs more than bytes do (docs/planning.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapter import Adapter
+import mlx.core as mx
+
+from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.compact import read_compact
 from d2c_mlx.errors import BudgetError, ConfigError, PackError
@@ -223,13 +228,14 @@ def _into_slots(
         name = next(free for k in count() if (free := f"cluster-{k}") not in held)
         changed, n[name] = new, 1
     else:
-        # Where bytes count, a merge takes no more of them than the slot did.
+        ranks = _ranks_that_fit(pack, held, new, dtype, n_layers, limit)
+        closest = max(ranks, key=alike.__getitem__)
         pairs = {
             slot: merge_adapters(
-                [old, new], rank=None if limit is None else old.rank,
+                [held[slot], new], rank=rank,
                 weights=[n[slot] / (n[slot] + 1), 1 / (n[slot] + 1)],
             )
-            for slot, old in held.items() if judge or alike[slot] == most
+            for slot, rank in ranks.items() if judge or slot == closest
         }  # fmt: skip
         if judge:
             name, merge = judge.best(pairs, held, pack.adapters, new)
@@ -243,6 +249,48 @@ def _into_slots(
                      _origins(pack, adapter)),
         adapter.name, name, tuple(pack.adapters.get(name, ())), float(most),
     )  # fmt: skip
+
+
+def _ranks_that_fit(
+    pack: Pack, held: Mapping[str, Adapter], new: Adapter, dtype: mx.Dtype, n_layers: int,
+    limit: int | None,
+) -> Mapping[str, int | None]:  # fmt: skip
+    """Slot -> the largest rank at which the arrival may be merged into it, at most its own.
+
+    A merge has the modules of both, so at the rank of the slot it may be larger than that was.
+    Slots where rank 1 is too large are left out; without a limit, None stands for any rank.
+
+    Raises:
+        BudgetError: it is in every slot.
+    """
+    if limit is None:
+        return dict.fromkeys(held)
+    sizes = {slot: sum(pack.files_of(slot).values()) for slot in held}
+    found, least = {}, []
+    for slot, old in held.items():
+        nbytes = partial(_merged_nbytes, old, new, dtype, n_layers)
+        room = limit - sum(sizes.values()) + sizes[slot]
+        found[slot] = bisect_right(range(1, old.rank + 1), room, key=nbytes)
+        least.append(limit - room + nbytes(1))
+    fitting = {slot: rank for slot, rank in found.items() if rank}
+    if not fitting:
+        raise BudgetError(
+            f"budget: found {limit:,} bytes, expected at least {min(least):,}: so many take the"
+            f" adapters in {pack.path} with {new.name!r} merged into one at rank 1; give more, or"
+            " remove a task"
+        )
+    return fitting
+
+
+def _merged_nbytes(old: Adapter, new: Adapter, dtype: mx.Dtype, n_layers: int, rank: int) -> int:
+    """Of the files of a merge: they depend on shapes alone, and on the longer name of a base."""
+    shapes = {path: lora.shape for one in (old, new) for path, lora in one.modules.items()}
+    modules = {
+        path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
+        for path, (n_in, n_out) in shapes.items()
+    }
+    base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
+    return Adapter(new.name, modules, base).nbytes(n_layers)
 
 
 def _into_bytes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from jinja2 import TemplateError
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import dequantize_model, load
@@ -26,7 +27,15 @@ from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Row, row_format
 
-__all__ = ["BaseModel", "block_index", "encode", "greedy", "linear_shapes", "load_stock"]
+__all__ = [
+    "BaseModel",
+    "block_index",
+    "encode",
+    "greedy",
+    "linear_shapes",
+    "load_stock",
+    "stored_dtype",
+]
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
@@ -80,8 +89,7 @@ class BaseModel:
         self.spec = spec
         self.name, self.path = resolve_model(spec)
         model, self.tokenizer = load_stock(self.path, lazy=True)
-        norm = model.model.norm.weight if hasattr(model.model, "norm") else None
-        self.dtype: mx.Dtype = mx.float16 if norm is None else norm.dtype
+        self.dtype: mx.Dtype = stored_dtype(model) or mx.float16
         self.compute_dtype = self.dtype
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         if on_cpu:
@@ -248,6 +256,17 @@ def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[i
             width = width * 32 // module.bits
         shapes[path] = (int(width), int(out))
     return shapes
+
+
+def stored_dtype(model: nn.Module) -> mx.Dtype | None:
+    """The dtype of activations: that of the norms, which are never quantized; None without one.
+
+    The last norm is not called `norm` in every architecture, so any other one will do.
+    """
+    found = dict(tree_flatten(model.parameters()))
+    norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]
+    dtypes = [found[name].dtype for name in ("model.norm.weight", *norms) if name in found]
+    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), None)
 
 
 def encode(

@@ -77,7 +77,7 @@ class Ranks:
             D2CError: a worker cannot, or has another model under that name.
         """
         self._engine, self._group = engine, group
-        self._speed = np.ones(group.size())
+        self._speed = np.full(group.size(), np.nan)  # tokens per second, NaN: not measured
         hello = {
             "model": engine.base.spec,
             "fingerprint": engine.base.fingerprint,
@@ -97,20 +97,21 @@ class Ranks:
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
         """As the engine's; in rounds, so that losses are stored long before the last is known."""
         tokens = [examples.n_tokens for _, examples in pieces]
-        start = 0
+        start, size = 0, self._group.size()
         while start < len(pieces):
             stop, total = start, 0
-            while stop < len(pieces) and total < LOT * self._group.size():
+            # A long set fills a round alone: a piece for every rank, too.
+            while stop < len(pieces) and (total < LOT * size or stop - start < size):
                 total += tokens[stop]
                 stop += 1
-            cut = shares(tokens[start:stop], self._speed)
+            cut = shares(tokens[start:stop], _weights(self._speed))
             some = pieces[start:stop]
             header, floats = _packed(some, cut)
             rows = self._ask(header, partial(_evaluate, self._engine, some, cut[0]), floats)
-            for rank, (seconds, *sums) in enumerate(rows):
-                if cut[rank]:
-                    self._speed[rank] = sum(tokens[start + i] for i in cut[rank]) / seconds
-                yield from zip((start + i for i in cut[rank]), sums)
+            work = [sum(tokens[start + i] for i in mine) for mine in cut]
+            self._speed = _measured(self._speed, work, [row[0] for row in rows])
+            for mine, (_, *sums) in zip(cut, rows):
+                yield from zip((start + i for i in mine), sums)
             start = stop
 
     def _ask(
@@ -179,6 +180,26 @@ def _evaluate(engine: Engine, pieces: Sequence[Piece], mine: Sequence[int]) -> l
     started = time.perf_counter()
     found = dict(engine.run([pieces[i] for i in mine]))
     return [time.perf_counter() - started, *(found[i] for i in range(len(mine)))]
+
+
+def _measured(speed: np.ndarray, work: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
+    """Speeds after a round of so many tokens per rank.
+
+    That of an idle rank grows a little: where pieces are few, even the least share may be no whole
+    piece, and one slow round would leave it idle for ever.
+    """
+    done = np.asarray(work)
+    found = np.where(done > 0, done / np.maximum(seconds, 1e-9), speed)
+    return np.where(done > 0, found, found + np.nanmax(found) / 200)
+
+
+def _weights(speed: np.ndarray) -> np.ndarray:
+    """Speeds to share by, none NaN: a rank that is never given work is never measured again."""
+    unknown = np.isnan(speed)
+    if unknown.all():
+        return np.ones(len(speed))
+    filled = np.where(unknown, speed[~unknown].mean(), speed)
+    return np.maximum(filled, filled.max() / 10)
 
 
 def shares(tokens: Sequence[int], speed: np.ndarray) -> list[list[int]]:

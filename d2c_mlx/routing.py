@@ -162,7 +162,7 @@ def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
 
 
 def save_router(pack: Pack, router: Router) -> Pack:
-    """Keep a router in the pack, in float16, as one of its files; its bytes count.
+    """Keep a router in the pack, as one of its files; its bytes count.
 
     Raises:
         PackError: it is over the pack's budget, or for a task that the pack does not serve; the
@@ -175,11 +175,12 @@ def save_router(pack: Pack, router: Router) -> Pack:
     def write(path: Path) -> None:
         about = {"tasks": list(router.tasks), "threshold": router.threshold,
                  "n_blocks": router.n_blocks}  # fmt: skip
-        tensors = {"centre": router.centre, "directions": router.directions}
-        save_file(
-            {name: x.astype(np.float16) for name, x in tensors.items()}, path,
-            metadata={"router": json.dumps(about)},
-        )  # fmt: skip
+        # Single channels of a state can be beyond float16, those of a unit vector cannot.
+        tensors: dict[str, np.ndarray] = {
+            "centre": router.centre.astype(np.float32),
+            "directions": router.directions.astype(np.float16),
+        }
+        save_file(tensors, path, metadata={"router": json.dumps(about)})
 
     return with_file(pack, ROUTER, write)
 

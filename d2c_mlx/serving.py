@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.locate import resolve_base
@@ -17,6 +18,9 @@ from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.reading import check_adapter
 
 __all__ = ["load", "switch"]
+
+# Every layer that mlx-lm puts in place of one of the model, kept in it as `linear` or `embedding`.
+_LINEAR, _EMBEDDING = (LoRALinear, LoRASwitchLinear, DoRALinear), (LoRAEmbedding, DoRAEmbedding)
 
 
 def load(
@@ -48,7 +52,7 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
     A prompt cache from before holds keys and values of the old adapter: begin a new one.
 
     Args:
-        model: of `mlx_lm.load` or `load`. LoRAs that it has are dropped.
+        model: of `mlx_lm.load` or `load`. LoRAs and DoRAs that it has are dropped.
         adapter: None leaves the base model.
         where: what to name in messages.
 
@@ -62,7 +66,8 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
         found = linear_shapes(modules.items())
         shapes = {path.removesuffix(".linear"): shape for path, shape in found.items()}
         check_adapter(adapter, shapes, where)
-    changed = {path: m.linear for path, m in modules.items() if isinstance(m, LoRALinear)}
+    changed = {path: m.linear for path, m in modules.items() if isinstance(m, _LINEAR)}
+    changed |= {path: m.embedding for path, m in modules.items() if isinstance(m, _EMBEDDING)}
     for path, lora in adapter.modules.items() if adapter else ():
         layer, linear = modules[path], changed.pop(path, modules[path])
         # Ours have no dropout, so the next adapter's factors can take their place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
         InputError: the problems of all entries, one line each.
     """
     entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
-    if isinstance(spec, str) and not Path(spec).exists():
+    if isinstance(spec, str) and not _exists(Path(spec)):
         entries = [entry.strip() for entry in spec.split(",")]
     found = [one for some in gather(partial(_entry, entry) for entry in entries) for one in some]
     problems = _name_problems([one.name for one in found], ", ".join(entries))
@@ -110,25 +111,42 @@ def _entry(entry: str) -> list[Source]:
     if not entry:
         raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
     path = Path(os.path.expanduser(entry))
+    there = _exists(path)
     name, _, rest = entry.partition("=")
-    if rest and not path.exists():
+    if rest and not there:
+        # No call for every sign: text that is no adapter may have thousands.
+        while (more := rest.partition("=")[2]) and not _exists(Path(os.path.expanduser(rest))):
+            rest = more
         found = _entry(rest)
         if len(found) > 1:
             raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
         return [replace(one, name=name) for one in found]
-    if path.is_dir():
+    if there and path.is_dir():
         # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
         single = any((path / file).exists() for file in (*_FILES, PICKLE))
         return [Source(path.resolve().name, path)] if single else _folder(path)
-    if _is_gguf(path):
+    if there and _is_gguf(path):
         return [Source(path.stem, path)]
-    hub = None if path.exists() else parse_hub_id(entry)
+    hub = None if there else parse_hub_id(entry)
     if hub is None:
         raise AdapterError(
             f"{entry}: no such directory and no Hugging Face id; --adapters names the folder of"
             " them, or adapters one by one (directories, .gguf files, owner/name[@revision])"
         )
     return [_from_hub(hub)]
+
+
+def _exists(path: Path) -> bool:
+    """Also of text that is no path at all: a list of adapters is longer than any name may be."""
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        # Whatever else is wrong, such as a folder that may not be read, is for the user to know.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def _folder(directory: Path) -> list[Source]:

@@ -26,7 +26,8 @@ from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint, write_dir
 from d2c_mlx.locate import cache_directory, resolve_model
-from d2c_mlx.model import greedy, linear_shapes, load_stock
+from d2c_mlx.lock import locked
+from d2c_mlx.model import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.schedule import Piece
 from d2c_mlx.serving import switch
 
@@ -61,8 +62,7 @@ class StockModel:
         use_exponentials(self.model, False)
         self.module_shapes = linear_shapes(self.model.named_modules())
         self.weights_nbytes = self.held_nbytes
-        norm = getattr(getattr(self.model, "model", None), "norm", None)
-        self.dtype: mx.Dtype | None = None if norm is None else norm.weight.dtype
+        self.dtype: mx.Dtype | None = stored_dtype(self.model)
         self.compute_dtype = self.dtype
         if mx.default_device().type == mx.DeviceType.cpu:
             self.compute_dtype = mx.float32
@@ -167,7 +167,10 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
     key = fingerprint([str(path.resolve()), files, bits, "v1"])[:16]
     directory = cache_directory() / "models" / f"{path.name}-{bits}bit-{key}"
     if not directory.exists():
-        _quantize(path, bits, directory)
+        # Two commands may want the same model at once.
+        with locked(directory.parent, wait=True):
+            if not directory.exists():
+                _quantize(path, bits, directory)
     return name, path, directory
 
 

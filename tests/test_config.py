@@ -1,4 +1,5 @@
 import re
+import time
 from dataclasses import fields
 
 import click
@@ -231,6 +232,50 @@ def test_a_yaml_number_that_no_float_holds(tmp_path):
     assert problems(path, NEEDED) == [
         f"{path}: scale: found a number beyond 64 bits, expected float"
     ]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_long_list_of_adapters_reads_back(tmp_path, listed):
+    """A thousand by their paths: ninety thousand characters, as a run writes them."""
+    paths = [f"/Volumes/work/projects/assistant/training/2026-11/loras/{i:04}" for i in range(1500)]
+    config = RunConfig(**{**NEEDED, "adapters": tuple(paths) if listed else ",".join(paths)})
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    assert len(text) > 90_000
+    assert load_config(write(tmp_path, text), {}) == config
+
+
+MANY = 300_000
+HOSTILE = {
+    "[" * MANY: "more than 20 levels",
+    "{" * MANY: "more than 20 levels",
+    "- " * MANY: "more than 20 levels",
+    "? " * MANY: "more than 20 levels",
+    "[" * 19 + "[]," * (MANY // 3): "more than 50,000 values",
+    "-\n" * (MANY // 3): "more than 50,000 values",
+    # Written out, the last of them has 2 ** 60 values.
+    "a0: &a0 [1, 1]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)): "50,000 values",
+    "seed: " + "1:" * MANY + "1": "a number of more than 1,000 digits",
+    "seed: 0x" + "f" * MANY: "a number of more than 1,000 digits",
+    "a: &a [*a]": "Circular",
+    "a: !!timestamp x": "not readable as YAML",
+    "a: !!bool x": "not readable as YAML",
+    "#\n" * 500_001: "1,000,002 characters, at most 1,000,000 are read",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
+    path, began = write(tmp_path, text), time.perf_counter()
+    (line,) = problems(path, NEEDED)
+    # Three seconds where nothing else runs; without the limits, minutes to forever.
+    assert time.perf_counter() - began < 30
+    assert str(path) in line and HOSTILE[text] in line
+
+
+def test_aliases_and_levels_within_reason_are_read(tmp_path):
+    path = write(tmp_path, "init: &some [random, kmeans]\nbaselines: *some\n")
+    assert load_config(path, NEEDED).baselines == ("random", "kmeans")
 
 
 def test_only_rows_that_judge_are_answered():

@@ -6,28 +6,34 @@ tests/test_families.py` writes it.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from families import FAMILIES, FEATURES, TOKENS
+from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
+from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
-from test_export import read_gguf
+from test_export import ALL, read_gguf
 from test_gguf import permuted
-from tiny import tiny_tokenizer
+from tiny import peft_adapter, tiny_model, tiny_tokenizer
 
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError, ModelError
 from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.export import export
 from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.layerwise import STRENGTH, check_blocks, merge_layerwise
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel, block_index
+from d2c_mlx.packing import write_pack
 from d2c_mlx.reading import load_adapter
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
@@ -155,6 +161,66 @@ def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
     # And back, names and rows as the base has them.
     again = read_adapter(tmp_path / "x.gguf", base.module_shapes, config)
     assert again.digest == adapter.uniform().digest
+
+
+@pytest.fixture
+def falcon(tmp_path):
+    """A random Falcon-H1 as mlx-lm has it, and PEFT, MLX and GGUF adapters of one module."""
+    tiny_model(tmp_path / "model")
+    config = {
+        "model_type": "falcon_h1", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+        "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_chunk_size": 16, "eos_token_id": 2,
+        "attention_out_multiplier": 0.5, "max_position_embeddings": 512,
+    }  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = falcon_h1.Model(falcon_h1.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(
+        str(tmp_path / "model" / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+    peft_adapter(tmp_path, "peft", targets=("self_attn.o_proj",))
+    adapter = read_adapter(tmp_path / "peft", ALL)
+    adapter.save(tmp_path / "mlx" / "one", 2)
+    save_gguf_lora(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "one.gguf", tmp_path / "folder")
+    return tmp_path, BaseModel(str(tmp_path / "model"))
+
+
+def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(falcon):
+    root, base = falcon
+    for source in ("peft", "one.gguf", "folder"):
+        with pytest.raises(AdapterError, match="model_type is 'falcon_h1': mlx-lm folds") as caught:
+            read_adapter(root / source, base.module_shapes, base.config)
+        assert len(caught.value.problems) == 1
+    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
+    named = replace(adapter, base="tiiuae/Falcon-H1-0.5B-Instruct")
+    for one, config, match in (
+        (adapter, base.config, "model_type is 'falcon_h1': mlx-lm folds"),
+        (named, None, "base model is 'tiiuae/Falcon-H1-0.5B-Instruct': mlx-lm folds"),
+    ):
+        with pytest.raises(AdapterError, match=match):
+            save_peft(one, root / "out", config)
+        assert not (root / "out").exists()
+    # Of another base the name alone says nothing.
+    save_peft(named, root / "out", {"model_type": "llama"})
+
+
+def test_a_pack_of_such_a_model_is_not_exported(falcon):
+    root, base = falcon
+    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
+    about = {"model": "Falcon-H1-0.5B", "config_hash": base.config_hash, "n_layers": 2,
+             "budget": "-", "max_bytes": None}  # fmt: skip
+    named = replace(adapter, base="Falcon-H1-0.5B", sources=("one",))
+    pack = write_pack(root / "pack", [named], **about)
+    with pytest.raises(AdapterError, match="mlx-lm folds"):
+        export(pack, "peft", root / "out")
+    with pytest.raises(ModelError, match="model_type is 'falcon_h1', whose names and rows"):
+        export(pack, "gguf", root / "out", str(root / "model"))
+    assert not (root / "out").exists()
+    export(pack, "mlx", root / "out")
 
 
 def test_table_in_the_docs(bases):

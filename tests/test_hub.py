@@ -206,6 +206,26 @@ def test_adapters_one_by_one(tmp_path, base):
         assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize("length", [10, 100])
+def test_a_list_that_is_longer_than_any_path(tmp_path, monkeypatch, length):
+    """Of names without a slash, and of more than 4,096 characters."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"{i:0{length}}" for i in range(45)]
+    for name in names:
+        peft_adapter(tmp_path, name)
+    assert [one.name for one in find_adapters(",".join(names))] == names
+    assert [one.name for one in find_adapters(",".join(f"x{n}=./{n}" for n in names))] == [
+        f"x{name}" for name in names
+    ]
+
+
+@pytest.mark.parametrize("entry", ["x" * 300, "x/" * 3000, "=" * 5000, "a=" * 2500 + "x", "a\0b"])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_entry_that_no_path_can_be(entry, several):
+    with pytest.raises(InputError, match="no such directory and no Hugging Face id"):
+        find_adapters([entry] if several else entry)
+
+
 def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
     """Passed over, it would be missing from the merge without a word."""
     some = tmp_path / "some"

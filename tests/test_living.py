@@ -1,5 +1,6 @@
 """Packs that change: against dense oracles, within the budget, nothing else touched."""
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from d2c_mlx.features import similarity
 from d2c_mlx.files import hash_tree
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.living import add_adapter, list_pack, opened, remove_tasks
-from d2c_mlx.merge import merge_adapters
+from d2c_mlx.merge import merge_adapters, scaled
 from d2c_mlx.pack import COMPACT, load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress, dequantize_module
@@ -138,6 +139,58 @@ def test_bytes_of_a_plain_pack_do_not_grow_beyond_its_budget(tmp_path, adapters)
     # With room for it, it gets its own.
     pack = plain(tmp_path / "more", slots, "20MB", 3 * size)
     assert add_adapter(pack, replace(wide, name="wide")).adapter == "cluster-2"
+
+
+class Cheapest:
+    """A judge of weights: which slots it was asked about, and the merge at the largest scale."""
+
+    def best(self, merges, slots, served, new):
+        self.asked = sorted(merges)
+        return self.asked[0], scaled(merges[self.asked[0]], 16.0)
+
+
+@pytest.mark.parametrize("judge", [None, Cheapest()])
+def test_an_arrival_with_other_modules_is_merged_at_the_rank_that_fits(tmp_path, adapters, judge):
+    """Half of the modules are the slot's, so its rank on those of both is too much."""
+    paths = sorted(adapters["a"].modules)
+    halves = [paths[: len(paths) // 2], paths[len(paths) // 2 :]]
+    slots = [
+        (replace(adapters[n], modules={p: adapters[n].modules[p] for p in halves[0]}), [n])
+        for n in "ab"
+    ]
+    new = replace(adapters["c"], modules={p: adapters["c"].modules[p] for p in halves[1]})
+    size = plain(tmp_path / "pack", slots).nbytes
+    pack = plain(tmp_path / "pack", slots, "20MB", size)
+    found = add_adapter(pack, new, judge=judge)
+    merged = found.pack.load("c")
+    assert found.joined and verify(pack.path).nbytes <= size
+    assert merged.modules.keys() == {*halves[0], *halves[1]} and 1 <= merged.rank < 4
+    # One more would have been too much, and with its bytes there is one more.
+    larger = merge_adapters([slots[0][0], new], rank=merged.rank + 1).uniform(mx.float16)
+    slot = sum(found.pack.files_of(found.adapter).values())
+    assert found.pack.nbytes - slot + larger.nbytes(LAYERS) > size
+    more = plain(tmp_path / "pack", slots, "20MB", size - slot + larger.nbytes(LAYERS))
+    assert add_adapter(more, new, judge=judge).pack.load("c").rank == merged.rank + 1
+
+
+@pytest.mark.parametrize("judge", [None, Cheapest()])
+def test_a_slot_without_room_is_passed_over_and_none_is_no_room(tmp_path, adapters, judge):
+    """The first slot has one module of rank 1: with all modules it would be beyond the budget."""
+    path, lora = next(iter(adapters["c"].modules.items()))
+    most_alike = replace(adapters["c"], modules={path: LoRA(lora.a[:, :1], lora.b[:1])})
+    slots = [(most_alike, ["a"]), (adapters["b"], ["b"])]
+    size = plain(tmp_path / "pack", slots).nbytes
+    pack = plain(tmp_path / "pack", slots, "20MB", size)
+    found = add_adapter(pack, adapters["c"], judge=judge)
+    assert found.adapter == "cluster-1" and found.pack.nbytes <= size
+    assert judge is None or judge.asked == ["cluster-1"]
+    pack = plain(tmp_path / "pack", slots[:1])
+    before = hash_tree(pack.path)
+    with pytest.raises(BudgetError, match="merged into one at rank 1; give more") as caught:
+        add_adapter(pack, adapters["c"], judge=judge, budget=f"{pack.nbytes}B")
+    least = re.search(r"at least ([\d,]+):", str(caught.value))[1].replace(",", "")
+    assert hash_tree(pack.path) == before
+    assert add_adapter(pack, adapters["c"], budget=f"{least}B").pack.nbytes == int(least)
 
 
 def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack, adapters):

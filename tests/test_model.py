@@ -1,17 +1,25 @@
 """Losses kept by content, and what a machine says of itself."""
 
+import json
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import lfm2
 from tiny import library, tiny_model
 
+from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.cache import LossCache
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.doctor import diagnose, machine
 from d2c_mlx.engine import Engine
 from d2c_mlx.merge import scaled
-from d2c_mlx.model import BaseModel
+from d2c_mlx.model import BaseModel, stored_dtype
+from d2c_mlx.packing import write_pack
 from d2c_mlx.probe import Evaluator
+from d2c_mlx.stock import StockModel
 from d2c_mlx.tasks import load_task
 
 
@@ -116,3 +124,42 @@ def test_machine_reports_what_the_device_knows(monkeypatch, metal):
     assert facts["memory"] == 8 << 30 if metal else facts["memory"] > 1 << 30
     names = {finding.name for finding in diagnose()}
     assert ("gpu memory" in names) is metal
+
+
+def lfm2_model(directory, dtype):
+    """A random LFM2 of 2 layers beside a tokenizer."""
+    tiny_model(directory)
+    config = {
+        "model_type": "lfm2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+        "block_ff_dim": 64, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1], "rope_theta": 10000.0,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    model = lfm2.Model(lfm2.ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_packs_are_in_the_dtype_of_a_model_whose_last_norm_has_another_name(tmp_path, dtype):
+    path = lfm2_model(tmp_path / "model", dtype)
+    base = BaseModel(str(path))
+    assert (base.dtype, StockModel(path).dtype) == (dtype, dtype)
+    factors = LoRA(mx.full((32, 2), 1e-9, dtype), mx.full((2, 32), 3e9, dtype), 1.0)
+    adapter = Adapter("one", {"model.layers.1.self_attn.q_proj": factors}, sources=("one",))
+    about = {"model": "m", "config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
+    pack = write_pack(tmp_path / "pack", [adapter.uniform(base.dtype)], **about)
+    (stored,) = pack.load("one").modules.values()
+    assert stored.a.dtype == dtype
+    # Neither size is one that float16 has.
+    np.testing.assert_allclose(stored.delta(), factors.delta(), rtol=2e-2)
+
+
+def test_a_model_without_a_norm_has_no_dtype_of_its_own():
+    assert stored_dtype(nn.Linear(2, 2)) is None
+    assert stored_dtype(nn.RMSNorm(2)) is None

@@ -1,5 +1,6 @@
 """Several ranks on loopback with the ring backend give the bytes that one process gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiny import library
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import hash_tree
-from d2c_mlx.ranks import _packed, _unpacked, launched, local_ranks, shares
+from d2c_mlx.ranks import _measured, _packed, _unpacked, _weights, launched, local_ranks, shares
 
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
@@ -102,6 +103,72 @@ def test_a_worker_with_another_model_is_named(paths, tmp_path):
     assert "rank 0 exited with code 1 " in text and "Traceback" not in text
     assert "error: rank 1: " in text and "is not the base model that rank 0 has" in text
     assert not (tmp_path / "run").exists()
+
+
+SHARED = """
+import sys
+import d2c_mlx, d2c_mlx.ranks as r
+from d2c_mlx.engine import Engine
+from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.model import BaseModel
+cuts, shares = [], r.shares
+r.shares = lambda *given: cuts.append(shares(*given)) or cuts[-1]
+row = Example(tuple(range(1, 31)), 20)
+def pieces(n, n_rows):
+    return [(None, ExampleSet(f"{n_rows}-{i}", (row,) * n_rows)) for i in range(n)]
+group = r.launched()
+if group.rank():
+    r.serve(group)
+else:
+    with r.leading():
+        engine = Engine(BaseModel(sys.argv[1]))
+        for calls in ([pieces(1, 2), pieces(6, 2)], [pieces(4, 450)]):
+            ranks = r.Ranks(engine, group)
+            for some in calls:
+                assert dict(ranks.run(some)) == dict(engine.run(some))
+    print("cuts", cuts)
+"""
+
+
+def test_no_rank_is_idle_for_the_rest_of_a_run(paths, tmp_path):
+    """After a call with work for one rank only, and with sets that fill a round alone."""
+    done = launch(2, [paths.model], tmp_path / "cache", SHARED, port=80)
+    assert "exited with code" not in done.stderr, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "cuts" in line)
+    cuts = json.loads(line.split("cuts")[1])
+    assert cuts[:2] == [[[0], []], [[0, 1, 2], [3, 4, 5]]]
+    # Pieces of 13,500 tokens: one for each, then as fast as they are.
+    assert cuts[2] == [[0], [1]] and len(cuts) == 4
+
+
+def test_ranks_share_by_what_is_known_of_their_speed():
+    nan = np.nan
+    for speed, expected in (
+        ([nan, nan], [1, 1]),
+        ([3000, nan], [3000, 3000]),
+        ([3000, nan, 1000], [3000, 2000, 1000]),
+        ([3000, 10, nan], [3000, 300, 1505]),
+    ):
+        assert _weights(np.array(speed)).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [350, 13000])
+def test_a_rank_that_was_slow_once_is_tried_again(size):
+    """Two ranks of one speed, of which the second has had a bad round."""
+    tokens = [size] * max(2, 12288 // size)
+    speed, rounds = np.array([3000.0, 10.0]), []
+    for _ in range(80):
+        work = [size * len(mine) for mine in shares(tokens, _weights(speed))]
+        # What is measured of nothing is no speed.
+        speed = _measured(speed, work, [n / 3000 or 1e-5 for n in work])
+        rounds.append(work)
+    assert abs(rounds[-1][0] - rounds[-1][1]) <= size
+    assert speed.tolist() == [3000, 3000]
+
+
+def test_ranks_that_never_had_work_stay_unknown():
+    speed = _measured(np.full(3, np.nan), [0, 600, 0], [0.0, 0.2, 0.0])
+    assert np.isnan(speed[[0, 2]]).all() and speed[1] == pytest.approx(3000)
 
 
 def test_alone_there_is_no_group(monkeypatch, tmp_path):

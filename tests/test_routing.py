@@ -22,13 +22,14 @@ from d2c_mlx.living import add_adapter, remove_tasks
 from d2c_mlx.lock import locked
 from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_pack
+from d2c_mlx.packing import with_file, write_pack
 from d2c_mlx.routing import (
     ROUTER,
     Router,
     fit_router,
     load_router,
     prompt_states,
+    router_of,
     save_router,
 )
 from d2c_mlx.tasks import load_task
@@ -116,6 +117,34 @@ def test_kept_in_the_pack_and_read_again(made, pack):
     # Another replaces it; a pack with other tasks has none.
     assert save_router(kept, router).nbytes == kept.nbytes
     assert load_router(remove_tasks(kept, ["c"])) is None
+
+
+def test_channels_beyond_float16_are_kept(pack):
+    """Some models have single hidden channels of 100,000 and more."""
+    rng = np.random.default_rng(0)
+    states = {n: rng.normal(size=(3, 32)).astype(np.float32) + 3 * i for i, n in enumerate("abc")}
+    for some in states.values():
+        some[:, 5] += 1e5
+    router = router_of(states, 1)
+    again = load_router(save_router(pack, router))
+    assert again.centre.tolist() == router.centre.tolist() and again.centre[5] > 9e4
+    assert [again.matches(some[0])[0].task for some in states.values()] == list("abc")
+
+
+def test_routers_of_older_versions_are_read(made, pack):
+    """Which had the mean state in float16."""
+    _, base, probes = made
+    router = fit_router(base.model, probes)
+
+    def write(path):
+        about = {"tasks": ["a", "b", "c"], "threshold": router.threshold, "n_blocks": 2}
+        tensors = {"centre": router.centre, "directions": router.directions}
+        tensors = {name: x.astype(np.float16) for name, x in tensors.items()}
+        save_file(tensors, path, metadata={"router": json.dumps(about)})
+
+    again = load_router(with_file(pack, ROUTER, write))
+    assert again.centre.dtype == np.float32 and again.threshold == router.threshold
+    np.testing.assert_allclose(again.centre, router.centre, rtol=1e-3, atol=1e-6)
 
 
 def test_its_bytes_count(made, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import library
 
-from d2c_mlx.config import RunConfig
+from d2c_mlx.config import RunConfig, load_config
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_tree
 from d2c_mlx.living import remove_tasks
@@ -263,3 +263,22 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
         with pytest.raises(PackError, match="is not the pack that this run made"):
             run(options, "pack", quiet=True)
     assert hash_tree(output / "pack") == changed
+
+
+def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(config, monkeypatch):
+    """What a run writes it can read: before its first record, and for `--output` alone."""
+    listed = ",".join(f"{config.adapters}/{'./' * 4000}{name}" for name in NAMES)
+    config = replace(config, adapters=listed)
+    output = Path(config.output)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "write", killed)
+        run(config, quiet=True)
+    assert len((output / "config.yaml").read_text()) > 30_000
+    assert not (output / ".stages").exists()
+    run(config, until="probe", quiet=True)
+    done = load_config(output / "config.yaml", {})
+    assert done == config and run(done, until="cluster", quiet=True).output == output

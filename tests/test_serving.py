@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from loras import lora_of
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import generate
 from mlx_lm import load as stock_load
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import LAYERS, SHAPES, tiny_model
 
@@ -20,6 +23,7 @@ from d2c_mlx.errors import AdapterError, ModelError, PackError
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
+from d2c_mlx.serving import switch
 from d2c_mlx.unpack import unpack
 
 Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
@@ -121,6 +125,36 @@ def test_a_model_in_training_loses_its_dropout(pack, model, expected):
     for task in ("wide", "other", None):
         pack.switch(found, task)
         assert_serves(found, task, expected)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_of_every_kind_that_mlx_lm_has_are_dropped(tmp_path, use_dora):
+    """Quantized embeddings have no LoRA in mlx-lm, so this model is not."""
+    path = str(tiny_model(tmp_path / "model", mx.float32))
+    bare = stock_load(path)[0]
+    keys = [Q, V, "model.embed_tokens"]
+    for adapter in (None, ADAPTERS[2]):
+        found, _ = stock_load(path)
+        kinds = {name: type(module) for name, module in found.named_modules()}
+        settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(found, LAYERS, settings, use_dora=use_dora)
+        found.update(tree_map_with_path(
+            lambda name, x: x + 0.2 if "lora_" in name else x, found.parameters()))  # fmt: skip
+        assert mx.abs(found(TOKENS) - bare(TOKENS)).max().item() > 1e-2
+        switch(found, adapter, tmp_path)
+        expected, _ = stock_load(path)
+        switch(expected, adapter, tmp_path)
+        assert mx.abs(found(TOKENS) - expected(TOKENS)).max().item() < 1e-5
+        assert adapter or kinds == {name: type(m) for name, m in found.named_modules()}
+
+
+def test_adapters_of_experts_are_dropped(tmp_path):
+    experts = nn.Module()
+    experts.layer = SwitchLinear(8, 4, 3)
+    inner = experts.layer
+    experts.layer = LoRASwitchLinear.from_base(inner, r=2)
+    switch(experts, None, tmp_path)
+    assert experts.layer is inner
 
 
 def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp_path):

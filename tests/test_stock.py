@@ -1,7 +1,11 @@
 """The stand-in for a device computes what stock mlx-lm computes, on the same quantized files."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,6 +169,39 @@ def test_quantizing_is_done_once_by_mlx_lm(paths):
     # As it is: nothing is quantized, and what is quantized already is left as it is.
     assert quantized_model(str(paths.model), None)[1:] == (paths.model, paths.model)
     assert quantized_model(str(directory), 4)[1:] == (directory, directory)
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import d2c_mlx, d2c_mlx.stock as s
+model, root, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+def meet(name, seconds):
+    (root / f"{name}-{me}").touch()
+    end = time.monotonic() + seconds
+    while len(list(root.glob(f"{name}-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+save = s.save
+s.save = lambda *given: (meet("saving", 1), save(*given), time.sleep(0.1))
+meet("ready", 60)
+print(s.quantized_model(model, 4)[2])
+"""
+
+
+def test_two_processes_that_quantize_one_model_do_it_once(paths, tmp_path):
+    """Both write into the same temporary directory."""
+    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(paths.model), str(tmp_path), name],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) for name in "ab"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(list(tmp_path.glob("saving-*"))) == 1
+    first, second = (Path(out.splitlines()[-1]) for out, _ in said)
+    assert first == second and StockModel(first).bits == 4
 
 
 def test_quantized_models_are_not_quantized_again(paths):
