@@ -41,18 +41,24 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
     if to == "mlx":
         return unpack(pack, directory)
     if to == "peft":
-        config = _base_config(pack, model) if model else None
+        config = _base_config(pack, model)[1] if model else None
         return write_adapters(pack, directory, partial(save_peft, config=config))
     if to != "gguf":
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
-    write = partial(save_gguf_lora, config=_base_config(pack, model))
+    write = partial(save_gguf_lora, config=_gguf_config(pack, model))
     return write_adapters(pack, directory, write, ".gguf")
 
 
-def _base_config(pack: Pack, model: str | None) -> dict[str, Any]:
-    """The config.json of the model that the pack was made for."""
+def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """The config.json of the model that the pack was made for: where, and what it says."""
     path = very_base(pack.manifest["base"], model) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return path, config
+
+
+def _gguf_config(pack: Pack, model: str | None) -> dict[str, Any]:
+    """That of an architecture whose tensors in GGUF are known."""
+    path, config = _base_config(pack, model)
     if config.get("model_type") not in ARCHITECTURES:
         raise ModelError(
             f"{path}: model_type is {config.get('model_type')!r}, whose names and rows in GGUF are"

@@ -29,6 +29,7 @@ from d2c_mlx.convert import read_adapter, save_peft
 from d2c_mlx.errors import AdapterError, ModelError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.export import export
+from d2c_mlx.files import hash_file
 from d2c_mlx.gguf_lora import save_gguf_lora
 from d2c_mlx.layerwise import STRENGTH, check_blocks, merge_layerwise
 from d2c_mlx.merger import Merger
@@ -221,6 +222,22 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
         export(pack, "gguf", root / "out", str(root / "model"))
     assert not (root / "out").exists()
     export(pack, "mlx", root / "out")
+    # Under any name, where the model itself is there to be asked.
+    other = write_pack(root / "other", [replace(adapter, base="m", sources=("one",))], **about)
+    with pytest.raises(AdapterError, match="mlx-lm folds"):
+        export(other, "peft", root / "peft-out", str(root / "model"))
+
+
+def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon):
+    root, _ = falcon
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps({"model_type": "unknown"}))
+    about = {"model": "m", "config_hash": hash_file(path), "n_layers": 2, "budget": "-"}
+    adapter = replace(read_adapter(root / "mlx" / "one", ALL), sources=("one",))
+    pack = write_pack(root / "pack", [adapter], max_bytes=None, **about)
+    export(pack, "peft", root / "out", str(root / "model"))
+    with pytest.raises(ModelError, match="whose names and rows in GGUF are not known"):
+        export(pack, "gguf", root / "gguf", str(root / "model"))
 
 
 def test_table_in_the_docs(bases):
