@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2c_mlx.config import RunConfig, read_yaml
 from d2c_mlx.errors import ConfigError, InputError
+from d2c_mlx.strict import read_yaml
 
 if TYPE_CHECKING:
+    from d2c_mlx.config import RunConfig
     from d2c_mlx.sources import Source
 
 __all__ = ["RUN_WRITES", "check_output", "check_run", "local_model"]

@@ -1,16 +1,26 @@
-"""Reading what strangers wrote: JSON without surprises, numbers in range, patterns that end."""
+"""Reading what strangers wrote: JSON and YAML without surprises, numbers in range, patterns."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["match_end", "parse_json", "positive"]
+import yaml
+
+from d2c_mlx.errors import ConfigError
+
+__all__ = ["match_end", "parse_json", "positive", "read_yaml"]
 
 # Seconds that a pattern may take on one module path; honest ones take microseconds.
 _PATIENCE = 1.0
+# Characters of a config: a list of some thousand adapters by their paths is a fair one.
+_MOST_YAML = 1_000_000
+# What makes PyYAML slow instead, and is in no config: levels of brackets, values with aliases
+# written out, digits of a number.
+_DEEPEST, _MOST_VALUES, _MOST_DIGITS = 20, 50_000, 1_000
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any
@@ -81,3 +91,57 @@ def match_end(pattern: str, path: str) -> bool:
         raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
     except TimeoutError:
         raise ValueError(f"{pattern!r} takes more than {_PATIENCE:g} s on {path}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses early what PyYAML would take minutes for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._n_values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        before, alias = self._n_values, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        # Aliases of aliases double with every line; what each stands for is known by now.
+        self._n_values += self._sizes.get(node, 1) if alias else 1
+        if self._n_values > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values")
+        self._sizes.setdefault(node, self._n_values - before)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {_MOST_DIGITS:,} digits")
+        return node
+
+
+def read_yaml(path: Path | None) -> dict[str, Any]:
+    """Keys and values of a file; none without one.
+
+    Raises:
+        ConfigError: it is not readable, too large, or holds no mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > _MOST_YAML:
+            raise ConfigError(f"{path}: {len(text):,} characters, at most {_MOST_YAML:,} are read")
+        data = yaml.load(text, Loader=_Loader) or {}
+        json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
+    # Dates that are none and halves of surrogate pairs are ValueErrors; a word under `!!timestamp`
+    # or `!!bool` is one of the last two.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
+    return data

@@ -14,7 +14,9 @@ from d2c_mlx.pipeline import run
 
 
 def contents(root):
-    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
+    """Of the user's files; the cache of losses is tidied up when Python drops its connection."""
+    files = [p for p in root.rglob("*") if p.is_file() and root / "cache" not in p.parents]
+    return {p: p.read_bytes() for p in files if p.name != ".lock"}
 
 
 def refused(cli, argv):
