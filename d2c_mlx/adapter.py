@@ -15,7 +15,7 @@ import numpy as np
 
 from d2c_mlx.errors import AdapterError
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA", "zeros"]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # Of float16: the largest number, and one below which it holds fewer bits than bfloat16 does.
@@ -230,6 +230,16 @@ def _rebalanced(lora: LoRA, left: np.ndarray, right: np.ndarray) -> tuple[LoRA, 
     a = np.where(alive, np.ldexp(a, shift), 0)
     b = np.where(alive[:, None], np.ldexp(b, -shift[:, None]), 0)
     return LoRA(mx.array(a), mx.array(b), lora.scale), float(max(np.abs(a).max(), np.abs(b).max()))
+
+
+def zeros(
+    shapes: Mapping[str, tuple[int, int]], rank: int, dtype: mx.Dtype = mx.float32
+) -> dict[str, LoRA]:
+    """Updates of some modules, by path and `(in, out)`, whose bytes are those of any others."""
+    return {
+        path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
+        for path, (n_in, n_out) in shapes.items()
+    }
 
 
 def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:

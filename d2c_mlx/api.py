@@ -7,7 +7,7 @@ from typing import Any
 
 from d2c_mlx.strict import parse_json
 
-__all__ = ["Refusal", "check_request", "read_request"]
+__all__ = ["Refusal", "check_request", "odd", "read_request"]
 
 # What would be silently ignored, or change what the client thinks it gets. Values that are the
 # same as none are let through: libraries send them unasked.
@@ -74,29 +74,30 @@ def check_request(body: Mapping[str, Any], chat: bool) -> None:
     for name, kinds in _KINDS.items():
         good = isinstance(body.get(name), kinds)
         if name in body and (not good or (isinstance(body[name], bool) and bool not in kinds)):
-            raise _odd(name, body[name], kinds[0].__name__)
+            raise odd(name, body[name], kinds[0].__name__)
     for name in ("max_tokens", "max_completion_tokens"):
         if body.get(name, 1) < 1:
-            raise _odd(name, body[name], "1 or more")
+            raise odd(name, body[name], "1 or more")
     if "model" not in body:
         raise Refusal(400, "model: missing, expected the name of a task", "model")
     if "seed" in body and body.get("temperature", 0) != 0:
         raise Refusal(400, "seed: a batch has one stream of random numbers; leave it out", "seed")
     options = body.get("stream_options", {})
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
-        raise _odd("stream_options", options, '{"include_usage": bool}')
+        raise odd("stream_options", options, '{"include_usage": bool}')
     _check_stop(body.get("stop", []))
     if chat:
         _check_messages(body.get("messages"))
     elif not isinstance(body.get("prompt"), str) or not body["prompt"]:
-        raise _odd("prompt", body.get("prompt"), "a string that is not empty")
+        raise odd("prompt", body.get("prompt"), "a string that is not empty")
 
 
 def _same(value: object, harmless: object) -> bool:
     return type(value) is type(harmless) and value == harmless
 
 
-def _odd(name: str, found: object, expected: str) -> Refusal:
+def odd(name: str, found: object, expected: str) -> Refusal:
+    """A field of a request is not what was expected."""
     return Refusal(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)
 
 
@@ -106,16 +107,16 @@ def _check_stop(stop: object) -> None:
         isinstance(words, list) and len(words) <= 16
         and all(isinstance(one, str) and 0 < len(one) <= 256 for one in words)
     ):  # fmt: skip
-        raise _odd("stop", stop, "a string, or a list of 16 at most, of 1 to 256 characters")
+        raise odd("stop", stop, "a string, or a list of 16 at most, of 1 to 256 characters")
 
 
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
-        raise _odd("messages", messages, "a list that is not empty")
+        raise odd("messages", messages, "a list that is not empty")
     for i, one in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(one, dict) or not isinstance(one.get("role"), str):
-            raise _odd(where, one, "an object with role and content")
+            raise odd(where, one, "an object with role and content")
         content = one.get("content")
         parts = content if isinstance(content, list) else []
         # mlx-lm would fetch the address of an image.
@@ -125,4 +126,4 @@ def _check_messages(messages: object) -> None:
         ):  # fmt: skip
             raise Refusal(400, f"{where}.content: only parts of text are supported", "messages")
         if not isinstance(content, str | list) and "tool_calls" not in one:
-            raise _odd(f"{where}.content", content, "a string or a list of parts of text")
+            raise odd(f"{where}.content", content, "a string or a list of parts of text")

@@ -14,7 +14,7 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.forward import KeysValues, find_head32, run_blocks
+from d2c_mlx.forward import KeysValues, find_head, in_float32, run_blocks
 from d2c_mlx.model import BaseModel
 
 __all__ = ["Distiller", "Factors", "Row"]
@@ -33,7 +33,7 @@ class Row:
     Over the whole vocabulary KL(teacher || student) = `lse(z) - mean . h + constant`, for logits z
     and hidden states h of the student: the head is linear, so the teacher enters by its mean row of
     the head and by one number per target. A hundred times smaller than logits, and exact with
-    `find_head32`: what 16 bits would round in z is not in the mean.
+    `in_float32`: what 16 bits would round in z is not in the mean.
 
     Attributes:
         example: the tokens.
@@ -59,13 +59,13 @@ class Distiller:
         Raises:
             ModelError: the architecture scales or caps its logits.
         """
-        head = find_head32(base.model)
+        head = find_head(base.model)
         if head is None:
             raise ModelError(
                 f"{base.name}: refine needs a head that is linear in the hidden states; this"
                 " architecture scales or caps its logits"
             )
-        self.base, self._head = base, head
+        self.base, self._head = base, in_float32(head)
         self._fast = mx.default_device().type == mx.DeviceType.cpu
 
     def teach(

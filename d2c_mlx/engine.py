@@ -26,8 +26,8 @@ from d2c_mlx.forward import (
     KeysValues,
     after,
     find_head,
-    find_head32,
     full_logits,
+    in_float32,
     prefix_is_exact,
     run_blocks,
     run_prefix,
@@ -104,8 +104,9 @@ class Engine:
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
         self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
-        self.separate = find_head32(base.model)
-        self._head = find_head(base.model) if self.savings.head else None
+        head = find_head(base.model)
+        self.separate = in_float32(head) if head else None
+        self._head = head if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self._compiled: dict[Any, Any] = {}

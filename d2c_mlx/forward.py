@@ -22,8 +22,8 @@ __all__ = [
     "after",
     "blocks_are_exact",
     "find_head",
-    "find_head32",
     "full_logits",
+    "in_float32",
     "prefix_is_exact",
     "run_blocks",
     "run_prefix",
@@ -33,7 +33,7 @@ __all__ = [
 
 KeysValues = tuple[mx.array, mx.array]
 _PROOF = list(range(1, 13))
-# Numbers of a head that are in float32 at a time.
+# Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
 # What an architecture of another build raises when it is run in parts.
 _ERRORS = (AttributeError, IndexError, TypeError, ValueError)
@@ -151,15 +151,12 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
         return None
 
 
-def find_head32(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
-    """`find_head`, computed in float32 from weights of any dtype.
+def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """What `find_head` found, computed in float32 from weights of any dtype.
 
     For differences of logits that are smaller than their rounding in 16 bits: between 16 and 32
     that is 1/8 in bfloat16. Weights that are quantized, or in float32, stay as they are.
     """
-    head = find_head(model)
-    if head is None:
-        return None
     # Of a tied head, the embedding that it is a method of.
     module: Any = getattr(head, "__self__", head)
     weight, bias = module["weight"], module.get("bias")

@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.adapter import Adapter, zeros
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.compact import read_compact
 from d2c_mlx.errors import BudgetError, ConfigError, PackError
@@ -285,12 +285,8 @@ def _ranks_that_fit(
 def _merged_nbytes(old: Adapter, new: Adapter, dtype: mx.Dtype, n_layers: int, rank: int) -> int:
     """Of the files of a merge: they depend on shapes alone, and on the longer name of a base."""
     shapes = {path: lora.shape for one in (old, new) for path, lora in one.modules.items()}
-    modules = {
-        path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
-        for path, (n_in, n_out) in shapes.items()
-    }
     base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
-    return Adapter(new.name, modules, base).nbytes(n_layers)
+    return Adapter(new.name, zeros(shapes, rank, dtype), base).nbytes(n_layers)
 
 
 def _into_bytes(

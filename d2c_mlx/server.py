@@ -25,7 +25,7 @@ from typing import Any
 from mlx_lm.server import CompletionRequest, GenerationContext, process_message_content
 from transformers import PreTrainedTokenizerBase
 
-from d2c_mlx.api import Refusal
+from d2c_mlx.api import Refusal, odd
 from d2c_mlx.handler import AUTO, Handler
 from d2c_mlx.meters import Meters
 from d2c_mlx.mixed import MixedModel
@@ -176,17 +176,17 @@ class PackServer(ThreadingHTTPServer):
             if not _between(body[name], kind, least, most):
                 zero = "0, or " if least > 0 else ""
                 what = "a whole number" if kind is int else "a number"
-                raise _odd(name, body[name], f"{zero}{what} from {least} to {most}")
+                raise odd(name, body[name], f"{zero}{what} from {least} to {most}")
             body[name] = kind(body[name])
         bias = body.get("logit_bias", {})
         if not isinstance(bias, dict):
-            raise _odd("logit_bias", bias, "an object: token id -> number")
+            raise odd("logit_bias", bias, "an object: token id -> number")
         for token, value in bias.items():
             # int() would take more than digits.
             if not re.fullmatch("[0-9]{1,9}", token) or int(token) >= self.vocabulary:
-                raise _odd("logit_bias", token, f"token ids below {self.vocabulary}")
+                raise odd("logit_bias", token, f"token ids below {self.vocabulary}")
             if not _between(value, float, -_BIAS, _BIAS):
-                raise _odd("logit_bias", value, f"numbers from {-_BIAS} to {_BIAS}")
+                raise odd("logit_bias", value, f"numbers from {-_BIAS} to {_BIAS}")
 
     def encode(self, request: CompletionRequest, options: dict[str, Any]) -> list[int]:
         """Token ids of a prompt, the chat template applied.
@@ -196,7 +196,7 @@ class PackServer(ThreadingHTTPServer):
         """
         for name in options:
             if name in _NOT_THE_TEMPLATES:
-                raise _odd("chat_template_kwargs", name, "variables of the model's own template")
+                raise odd("chat_template_kwargs", name, "variables of the model's own template")
         # Tokenizers may not be used by two threads at once.
         with self._encoding:
             if request.request_type == "text":
@@ -255,7 +255,3 @@ def _between(value: object, kind: type, least: float, most: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         return False
     return value == 0 or least <= value <= most
-
-
-def _odd(name: str, found: object, expected: str) -> Refusal:
-    return Refusal(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)

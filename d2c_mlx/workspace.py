@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
-from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.adapter import Adapter, zeros
 from d2c_mlx.attribution import module_gains
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.cache import LossCache
@@ -182,12 +182,8 @@ class Workspace:
 
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter with every module that some adapter has."""
-        shapes = self.base.module_shapes
-        widest = {
-            path: LoRA(mx.zeros((shapes[path][0], rank)), mx.zeros((rank, shapes[path][1])))
-            for path in self.target_paths
-        }
-        union = self.packed(replace(self.inputs[0], modules=widest))
+        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
+        union = self.packed(replace(self.inputs[0], modules=zeros(shapes, rank)))
         return union.nbytes(self.base.n_layers)
 
     @cached_property

@@ -16,7 +16,7 @@ from d2c_mlx.distill import Distiller
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.examples import ExampleSet
-from d2c_mlx.forward import find_head, find_head32, prefix_is_exact, split_is_exact
+from d2c_mlx.forward import find_head, in_float32, prefix_is_exact, split_is_exact
 from d2c_mlx.merge import scaled
 from d2c_mlx.model import BaseModel, _Slot
 from d2c_mlx.schedule import Workers
@@ -289,7 +289,8 @@ def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
     wide, bias = (np.array(x.astype(mx.float32), np.float64) for x in (weight, bias))
     hidden = mx.random.normal((5, 32), key=mx.random.key(0)).astype(dtype)
     expected = np.array(hidden.astype(mx.float32), np.float64) @ wide.T + bias
-    head, head32 = find_head(model), find_head32(model)
+    head = find_head(model)
+    head32 = in_float32(head)
     assert head32(hidden).dtype == mx.float32
     assert np.array(head32(hidden)) == pytest.approx(expected, abs=2e-6)
     assert abs(np.array(head(hidden).astype(mx.float32)) - expected).max() > 1e-4

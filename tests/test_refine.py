@@ -231,7 +231,7 @@ def test_a_base_in_16_or_4_bit_is_refined_in_float32(base, members, merged, bits
 
 
 def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monkeypatch):
-    monkeypatch.setattr("d2c_mlx.distill.find_head32", lambda model: None)
+    monkeypatch.setattr("d2c_mlx.distill.find_head", lambda model: None)
     with pytest.raises(ModelError, match="scales or caps its logits"):
         refine(base, merged, members, FAST)
 
