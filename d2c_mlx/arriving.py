@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.cache import LossCache
+from d2c_mlx.encoding import encode_probes
 from d2c_mlx.engine import Engine
-from d2c_mlx.errors import AdapterError, PackError, TaskError, gather
+from d2c_mlx.errors import AdapterError, PackError, TaskError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter, opened
@@ -93,10 +93,8 @@ def route_prompts(
     with opened(pack) if tasks else nullcontext(load_pack(pack)) as found:
         base = _base_of(found, model)
         if tasks:
-            probes = gather(
-                partial(base.encode, task.name, task.probe[:n_probe], task.probe_places)
-                for task in load_tasks(tasks, sorted(found.tasks), tests=False)
-            )
+            own = load_tasks(tasks, sorted(found.tasks), tests=False)
+            probes = encode_probes(base.encode, own, n_probe)
             found = save_router(found, fit_router(base.model, probes))
     router = load_router(found)
     if router is None:
@@ -131,8 +129,5 @@ def _probes(
             f"{directory / new}: no such directory; expected probe.jsonl of the new task"
         )
     names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
-    encoded = gather(
-        partial(base.encode, task.name, task.probe[:n], task.probe_places)
-        for task in load_tasks(directory, names, tests=False)
-    )
+    encoded = encode_probes(base.encode, load_tasks(directory, names, tests=False), n)
     return {one.task: one.cut(*CUTS) for one in encoded}

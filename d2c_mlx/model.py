@@ -8,29 +8,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from jinja2 import TemplateError
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
-from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.errors import ModelError, TaskError
-from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.encoding import encode
+from d2c_mlx.errors import ModelError
+from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint, hash_file
 from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
-from d2c_mlx.tasks import Row, row_format
+from d2c_mlx.tasks import Row
 
 __all__ = [
     "BaseModel",
     "block_index",
-    "encode",
     "greedy",
     "linear_shapes",
     "load_stock",
@@ -39,8 +36,6 @@ __all__ = [
 
 # Part of every fingerprint: raise it when a change of the engine changes losses.
 _ENGINE = 5
-# What tokenizers and the templates of strangers raise; IndexError, for a text without a token.
-_UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 
 
 class _Slot(nn.Module):
@@ -136,9 +131,9 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """`encode` with the model's tokenizer and context."""
+        """`encoding.encode` with the model's tokenizer and context."""
         context = getattr(self.model.args, "max_position_embeddings", None)
-        return encode(self.tokenizer, task, rows, context, places)
+        return encode(self.tokenizer, task, rows, places, context)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
@@ -267,60 +262,6 @@ def stored_dtype(model: nn.Module) -> mx.Dtype | None:
     norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]
     dtypes = [found[name].dtype for name in ("model.norm.weight", *norms) if name in found]
     return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), None)
-
-
-def encode(
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    task: str,
-    rows: Sequence[Row],
-    context: int | None = None,
-    places: Sequence[str] = (),
-) -> ExampleSet:
-    """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
-
-    Args:
-        tokenizer: of the model.
-        task: name of the set.
-        rows: of one format.
-        context: most tokens of a row.
-        places: where each row stands, and maybe more; none names rows by task and number.
-
-    Raises:
-        TaskError: every row that the chat template refuses, that has no target token or is too
-            long.
-    """
-    options = SimpleNamespace(mask_prompt=row_format(rows[0]) != ("text",))
-    examples: list[Example] = []
-    problems = []
-    failed: dict[str, list[str]] = {}
-    for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
-        try:
-            tokens, offset = create_dataset([row], tokenizer, options).process(row)
-        except _UNTOKENIZED as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            failed.setdefault(reason, []).append(place)
-            continue
-        one = Example(tuple(map(int, tokens)), int(offset))
-        examples.append(one)
-        if one.n_targets < 1:
-            problems.append(
-                f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
-                f" the {one.first_target:,} that are given; complete the row or remove it"
-            )
-        elif context and len(one.tokens) > context:
-            problems.append(
-                f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
-                f" {context:,}; shorten it"
-            )
-    # Without a chat template it is every row, for one reason.
-    problems += [
-        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
-        f" ({reason}); change it as the model's chat template asks, or use rows of text"
-        for reason, (first, *more) in failed.items()
-    ]
-    if problems:
-        raise TaskError(problems)
-    return ExampleSet(task, tuple(examples))
 
 
 def block_index(path: str) -> int:

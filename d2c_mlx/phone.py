@@ -24,9 +24,9 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.bench import Method
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.doctor import environment
+from d2c_mlx.encoding import encode, encode_tests
 from d2c_mlx.errors import ConfigError, gather
 from d2c_mlx.files import fingerprint, hash_file
-from d2c_mlx.model import encode
 from d2c_mlx.pack import MANIFEST, Pack, load_pack
 from d2c_mlx.phone_quality import HeldOut, measure_quality
 from d2c_mlx.phone_table import FORMAT
@@ -285,9 +285,5 @@ def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOut]:
         return []
     n, answers = config.test_examples or None, config.answers
     tasks = load_tasks(Path(config.tasks), pack.tasks)
-    encoded = gather(
-        partial(encode, stock.tokenizer, task.name, task.test[:n], stock.max_tokens,
-                task.test_places)
-        for task in tasks
-    )  # fmt: skip
+    encoded = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
     return [HeldOut(one, task.test[:n][:answers]) for one, task in zip(encoded, tasks)]

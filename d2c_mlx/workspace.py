@@ -20,6 +20,7 @@ from d2c_mlx.cache import LossCache
 from d2c_mlx.cluster import Members, Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.distill import Distiller
+from d2c_mlx.encoding import encode_probes, encode_tests
 from d2c_mlx.engine import Engine, Savings
 from d2c_mlx.errors import BudgetError, ConfigError, InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
@@ -118,22 +119,14 @@ class Workspace:
     def probes(self) -> list[ExampleSet]:
         """The examples that decide."""
         n = self.config.probe_examples
-        encoded = gather(
-            partial(self.base.encode, task.name, task.probe[:n], task.probe_places)
-            for task in self.tasks
-        )
-        return [one.cut(*CUTS) for one in encoded]
+        return [one.cut(*CUTS) for one in encode_probes(self.base.encode, self.tasks, n)]
 
     @cached_property
     def tests(self) -> list[ExampleSet]:
         """The examples that judge."""
         n = self.config.test_examples or None
-        encoded = gather(
-            partial(self.base.encode, task.name, task.test[:n], task.test_places)
-            for task in self.tasks
-        )
         # Halves, so that an adapter of one task keeps two cores busy.
-        return [one.cut(0.5) for one in encoded]
+        return [one.cut(0.5) for one in encode_tests(self.base.encode, self.tasks, n)]
 
     @cached_property
     def prompts(self) -> dict[str, ExampleSet]:

@@ -19,9 +19,10 @@ from tiny import library
 
 from d2c_mlx.adapter import LoRA
 from d2c_mlx.convert import read_adapter
+from d2c_mlx.encoding import encode
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import ModelError
-from d2c_mlx.model import BaseModel, encode
+from d2c_mlx.model import BaseModel
 from d2c_mlx.pack import load_pack
 from d2c_mlx.packing import write_compact_pack, write_pack
 from d2c_mlx.quantize import compress
