@@ -14,12 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.errors import AdapterError
+from d2c_mlx.float16 import LARGEST, balanced
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA", "zeros"]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-# Of float16: the largest number, and one below which it holds fewer bits than bfloat16 does.
-_LARGEST, _COARSE = 65504.0, 2.0**-17
 
 
 @dataclass(frozen=True)
@@ -134,26 +133,26 @@ class Adapter:
         return replace(self, modules=modules)
 
     def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
-        sizes = {
-            path: _sizes(lora)
+        fitted = {
+            path: LoRA(*balanced(lora.a, lora.b), lora.scale)
             for path, lora in modules.items()
             if not lora.a.dtype == lora.b.dtype == mx.float16  # exact already
         }
-        mx.eval(list(sizes.values()))  # all at once
-        found, large = dict(modules), []
-        for path, both in sizes.items():
-            left, right = (np.array(x, np.float64) for x in both)
-            if _in_range(left).all() and _in_range(right).all():
-                continue
-            found[path], largest = _rebalanced(modules[path], left, right)
-            if largest > _LARGEST:
-                large.append(f"{path}: up to {largest:.2g}")
+        peaks = {
+            path: mx.maximum(mx.abs(lora.a).max(), mx.abs(lora.b).max())
+            for path, lora in fitted.items()
+        }
+        mx.eval(list(peaks.values()))  # all at once
+        sizes = {path: float(np.array(peak)) for path, peak in peaks.items()}
+        large = [(path, size) for path, size in sizes.items() if size > LARGEST]
         if large:
+            path, size = large[0]
             raise AdapterError(
                 f"{self.name}: factors of {len(large)} modules are too large for float16, which"
-                f" ends at {_LARGEST:.0f} (first: {large[0]}); lower the scale or train it again"
+                f" ends at {LARGEST:.0f} (first: {path}: up to {size:.2g}); lower the scale or"
+                " train it again"
             )
-        return found
+        return {**modules, **fitted}
 
     def config(self, n_layers: int) -> dict[str, object]:
         """The `adapter_config.json` that mlx-lm and mlx-swift read. Needs a `uniform` adapter."""
@@ -197,39 +196,6 @@ class Adapter:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(n_layers).items():
             (directory / name).write_bytes(content)
-
-
-def _sizes(lora: LoRA) -> tuple[mx.array, mx.array]:
-    """The largest magnitude in every column of `a` and row of `b`, `(r,)` each, float32."""
-    a, b = mx.abs(lora.a).max(axis=0), mx.abs(lora.b).max(axis=1)
-    return a.astype(mx.float32), b.astype(mx.float32)
-
-
-def _in_range(sizes: np.ndarray) -> np.ndarray:
-    return (sizes == 0) | ((sizes >= _COARSE) & (sizes <= _LARGEST))
-
-
-def _rebalanced(lora: LoRA, left: np.ndarray, right: np.ndarray) -> tuple[LoRA, float]:
-    """The same update in float32, components out of range with both factors of one size.
-
-    Args:
-        lora: of any dtype.
-        left: largest magnitudes of the columns of `a`.
-        right: the same of the rows of `b`.
-
-    Returns:
-        And its largest magnitude.
-    """
-    # A component with a zero on one side is none, whatever is on the other.
-    alive = (left > 0) & (right > 0)
-    odd = ~(_in_range(left) & _in_range(right))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        halfway = np.round((np.log2(right) - np.log2(left)) / 2)
-    shift = np.where(alive & odd, halfway, 0).astype(int)
-    a, b = (np.array(x.astype(mx.float32)) for x in (lora.a, lora.b))
-    a = np.where(alive, np.ldexp(a, shift), 0)
-    b = np.where(alive[:, None], np.ldexp(b, -shift[:, None]), 0)
-    return LoRA(mx.array(a), mx.array(b), lora.scale), float(max(np.abs(a).max(), np.abs(b).max()))
 
 
 def zeros(

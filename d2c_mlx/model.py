@@ -21,6 +21,7 @@ from d2c_mlx.encoding import encode
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint, hash_file
+from d2c_mlx.float16 import balanced
 from d2c_mlx.forward import KeysValues
 from d2c_mlx.locate import resolve_model
 from d2c_mlx.tasks import Row
@@ -204,8 +205,11 @@ class BaseModel:
                 b.append(mx.zeros((rank, out)))
                 continue
             pad = rank - lora.rank
-            a.append(mx.pad(lora.a.astype(mx.float32), [(0, 0), (0, pad)]))
-            b.append(mx.pad(lora.b.astype(mx.float32) * lora.scale, [(0, pad), (0, 0)]))
+            left, right = lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale
+            if self.compute_dtype == mx.float16:
+                left, right = balanced(left, right)
+            a.append(mx.pad(left, [(0, 0), (0, pad)]))
+            b.append(mx.pad(right, [(0, pad), (0, 0)]))
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 

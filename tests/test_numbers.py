@@ -84,6 +84,21 @@ def test_numbers_too_small_for_anything_are_zero():
     assert np.array_equal(dense(half), np.zeros((4, 4)))
 
 
+@pytest.mark.parametrize(("size_a", "size_b", "scale"), [(1, 6e4, 4.0), (6e4, 1e-5, 1e-3)])
+def test_scales_are_folded_within_float16s_range(tmp_path, size_a, size_b, scale):
+    """Stored in float16 they fit; with the scale in `b`, as they are attached, they would not."""
+    base = BaseModel(str(tiny_model(tmp_path / "m", mx.float16)))
+    base.compute_dtype = mx.float16  # as on a GPU
+    path, (width, out) = next(iter(base.module_shapes.items()))
+    rng = np.random.default_rng(0)
+    a, b = (mx.array(rng.uniform(0.5, 1, s) * size)
+            for s, size in (((width, 2), size_a), ((2, out), size_b)))  # fmt: skip
+    lora = LoRA(a.astype(mx.float16), b.astype(mx.float16), scale)
+    attached = LoRA(*(x[0] for x in base.stacked(path, [Adapter("x", {path: lora})])))
+    assert attached.a.dtype == attached.b.dtype == mx.float16
+    assert_close(dense(attached), dense(lora), np.linalg.norm(dense(lora)), 1e-3)
+
+
 # Merges
 
 
