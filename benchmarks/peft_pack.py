@@ -16,7 +16,7 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 # isort: split
 from loops import peft_loop, torch_model
 
-from d2c_mlx.config import load_config
+from d2c_mlx.config_file import load_config
 from d2c_mlx.doctor import environment
 from d2c_mlx.export import export
 from d2c_mlx.files import hash_file, write_json

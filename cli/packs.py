@@ -43,9 +43,10 @@ def list_(pack: Path, as_json: bool) -> None:
     " otherwise.\n\n"
     "A plain pack gives it a slot of its own while there is one, else merges it into the slot that"
     " is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an"
-    " equal share of the bytes and drops what the other adapters need least. For the full search"
-    " put ADAPTER beside the others and run d2c-mlx run again: losses that it measured before are"
-    " in the cache.\n\n\b\nExamples:\n"
+    " equal share of the bytes and drops what the other adapters need least. A router is"
+    " dropped. For the full search put ADAPTER beside the others, move the changed pack elsewhere"
+    " and run d2c-mlx run again: losses that it measured before are in the cache."
+    "\n\n\b\nExamples:\n"
     "  d2c-mlx add runs/first/pack loras/gec-nl\n"
     "  d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base\n"
     "  d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8"
@@ -75,6 +76,7 @@ def add(
     """Read, check against the base, add, say where it went."""
     from d2c_mlx.arriving import arrive
 
+    routed = _routed(pack)
     found = arrive(pack, adapter, tasks, probe_examples, model, budget, threshold)
     if as_json:
         content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
@@ -90,7 +92,7 @@ def add(
             f" {found.dropped_energy:.1%} of an adapter's energy"
         )
     click.echo(f"{found.task}: {where}")
-    click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes")
+    click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes{routed}")
 
 
 @click.command(
@@ -103,11 +105,21 @@ def remove(pack: Path, tasks: tuple[str, ...]) -> None:
     """Remove, say what is left."""
     from d2c_mlx.living import opened, remove_tasks
 
+    routed = _routed(pack)
     with opened(pack) as found:
         left = remove_tasks(found, tasks)
     click.echo(
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
+        f"{routed}"
     )
+
+
+def _routed(pack: Path) -> str:
+    """What to say after a change of the tasks, which drops a router."""
+    from d2c_mlx.routing import ROUTER
+
+    again = f"; its router is gone, fit another with d2c-mlx route {pack} --tasks DIR"
+    return again if (pack / ROUTER).is_file() else ""
 
 
 @click.command(

@@ -86,7 +86,8 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
 
     Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
     """
-    from d2c_mlx.config import RANK_VARIABLES, load_config
+    from d2c_mlx.config import RANK_VARIABLES
+    from d2c_mlx.config_file import load_config
     from d2c_mlx.errors import ConfigError
 
     if any(name in os.environ for name in RANK_VARIABLES):
@@ -102,10 +103,11 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     if until in ("plan", "cluster", "merge", "refine"):
         given["plan"] = "auto" if until == "plan" else "d2c"
     saved = Path(given.get("output", "")) / "config.yaml"
-    if config is None and "output" in given and "adapters" not in given and saved.is_file():
+    resumed = config is None and "output" in given and "adapters" not in given
+    if resumed and saved.is_file():
         config = saved
 
-    checked = load_config(config, given)
+    checked = load_config(config, given, saved=resumed)
     if until == "plan" and not checked.planned:
         raise ConfigError(
             f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"

@@ -61,8 +61,7 @@ def answer_rows(
     for name, method in methods.items():
         model.attach(method.variants[0][examples.task])
         for entry, example in zip(found, examples.examples):
-            prompt = example.tokens[: example.offset]
-            tokens = model.answer(prompt, longest(example))
+            tokens = model.answer(example.asked, longest(example))
             entry[name] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return found
 

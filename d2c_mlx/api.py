@@ -1,13 +1,22 @@
-"""What a request to the server may say: checked before anything acts on it."""
+"""What a request to the server may say, and a model that calls tools: checked before it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+import hmac
+from collections.abc import Callable, Collection, Mapping
+from email.message import Message
+from typing import Any, BinaryIO
 
 from d2c_mlx.strict import parse_json
 
-__all__ = ["Refusal", "check_request", "odd", "read_request"]
+__all__ = [
+    "Refusal", "check_origin", "check_request", "check_token", "odd", "read_body", "read_request",
+    "read_tool_calls",
+]  # fmt: skip
+
+# Bytes of a body that is too large that are read and forgotten.
+_DRAIN = 16_000_000
 
 # What would be silently ignored, or change what the client thinks it gets. Values that are the
 # same as none are let through: libraries send them unasked.
@@ -16,6 +25,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "top_logprobs": (0, -1), "functions": ([],),
     "function_call": ("none",), "adapters": (), "draft_model": ("default_model",), "audio": (),
     "modalities": (["text"],), "prediction": (), "role_mapping": (),
+    "parallel_tool_calls": (True,), "reasoning_effort": (), "ignore_eos": (False,),
+    "min_tokens": (0,), "num_draft_tokens": (0,), "continue_final_message": (False,),
 }  # fmt: skip
 _KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,), "stream": (bool,), "tools": (list,), "chat_template_kwargs": (dict,),
@@ -45,6 +56,51 @@ class Refusal(Exception):
                           "code": codes.get(self.status)}}  # fmt: skip
 
 
+def check_token(headers: Message, token: str | None) -> None:
+    """Raises Refusal (401) for a request without the server's token, if there is one."""
+    brought = headers.get("Authorization", "")
+    # Schemes are the same in any case.
+    if brought[:7].lower() == "bearer ":
+        brought = brought[7:]
+    if token is not None and not hmac.compare_digest(brought.encode(), token.encode()):
+        raise Refusal(401, "Authorization: expected Bearer and this server's token")
+
+
+def check_origin(headers: Message, allowed: Collection[str]) -> None:
+    """Raises Refusal (403) for a web page that is not allowed.
+
+    One that the user happens to look at must not talk to the model.
+    """
+    origin = headers.get("Origin")
+    if origin is not None and origin not in allowed and "*" not in allowed:
+        raise Refusal(403, f"Origin {origin}: not allowed; start with --allow-origin {origin}")
+
+
+def read_body(headers: Message, file: BinaryIO, most: int) -> bytes:
+    """A request's body of `most` bytes at most.
+
+    Raises:
+        Refusal: its length is not said (411), no number (400), or too large (413).
+        ConnectionAbortedError: it ends before.
+    """
+    text = headers.get("Content-Length")
+    if text is None:
+        raise Refusal(411, "Content-Length: missing")
+    if not text.isascii() or not text.isdigit():
+        raise Refusal(400, f"Content-Length: found {text[:20]!r}, expected a number")
+    if len(text) > 12 or int(text) > most:
+        # Unread bytes would reset the connection before the client has read why.
+        left = min(int(text[:12]), _DRAIN)
+        with contextlib.suppress(OSError):
+            while left > 0 and (some := file.read(min(left, 1 << 16))):
+                left -= len(some)
+        raise Refusal(413, f"the body has {text[:20]} bytes, this server takes {most:,}")
+    raw = file.read(int(text))
+    if len(raw) < int(text):
+        raise ConnectionAbortedError
+    return raw
+
+
 def read_request(raw: bytes, chat: bool) -> dict[str, Any]:
     """A request's body, checked, and with what mlx-lm's handler expects to be there.
 
@@ -61,6 +117,8 @@ def read_request(raw: bytes, chat: bool) -> dict[str, Any]:
     # Null is what a field is that was left out.
     body = {key: value for key, value in body.items() if value is not None}
     check_request(body, chat)
+    if body.pop("tool_choice", "auto") == "none":
+        body.pop("tools", None)
     if "stream_options" in body:
         body["stream_options"] = {"include_usage": False, **body["stream_options"]}
     return body
@@ -78,6 +136,8 @@ def check_request(body: Mapping[str, Any], chat: bool) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if body.get(name, 1) < 1:
             raise odd(name, body[name], "1 or more")
+    if body.get("tool_choice", "auto") not in ("auto", "none"):
+        raise odd("tool_choice", body["tool_choice"], "auto or none")
     if "model" not in body:
         raise Refusal(400, "model: missing, expected the name of a task", "model")
     if "seed" in body and body.get("temperature", 0) != 0:
@@ -99,6 +159,24 @@ def _same(value: object, harmless: object) -> bool:
 def odd(name: str, found: object, expected: str) -> Refusal:
     """A field of a request is not what was expected."""
     return Refusal(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)
+
+
+def read_tool_calls(parser: Callable[..., Any], text: str, tools: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """What mlx-lm's parser finds in a model's call of tools, with what mlx-lm's handler expects.
+
+    Raises:
+        ValueError: it is no call. That is logged, so the message has nothing of the text.
+    """
+    try:
+        found = parser(text, tools)
+    except Exception as error:  # parsers trust what they read
+        raise ValueError(f"the parser fails, {type(error).__name__}") from None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):
+        raise ValueError("expected an object with a name")
+    for one in calls:
+        one.setdefault("arguments", {})
+    return calls
 
 
 def _check_stop(stop: object) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.cache import LossCache
-from d2c_mlx.encoding import encode_probes
+from d2c_mlx.encoding import encode_probes, encode_prompts
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import AdapterError, PackError, TaskError
 from d2c_mlx.examples import ExampleSet
@@ -21,7 +21,7 @@ from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
 from d2c_mlx.sources import find_adapters, read_adapters
-from d2c_mlx.tasks import load_tasks
+from d2c_mlx.tasks import common_system, load_tasks
 from d2c_mlx.workspace import CUTS
 
 __all__ = ["arrive", "route_prompts"]
@@ -95,15 +95,14 @@ def route_prompts(
         if tasks:
             own = load_tasks(tasks, sorted(found.tasks), tests=False)
             probes = encode_probes(base.encode, own, n_probe)
-            found = save_router(found, fit_router(base.model, probes))
+            found = save_router(found, fit_router(base.model, probes, common_system(own)))
     router = load_router(found)
     if router is None:
         raise PackError(f"{pack}: has no router; fit one with d2c-mlx route {pack} --tasks DIR")
     if not prompts:
         return []
-    rows = [{"prompt": prompt, "completion": "-"} for prompt in prompts]
-    examples = base.encode("prompt", rows).examples
-    states = prompt_states(base.model, [x.tokens[: x.offset] for x in examples], router.n_blocks)
+    asked = encode_prompts(base.tokenizer, prompts, router.system)
+    states = prompt_states(base.model, asked, router.n_blocks)
     result = []
     for prompt, state in zip(prompts, states):
         best = router.best(state)

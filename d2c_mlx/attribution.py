@@ -15,7 +15,7 @@ from d2c_mlx.cache import LossCache
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint
 from d2c_mlx.forward import find_head, full_logits, run_blocks
-from d2c_mlx.model import BaseModel
+from d2c_mlx.model import BaseModel, arithmetic
 
 __all__ = ["POINTS", "module_gains"]
 
@@ -51,7 +51,7 @@ def module_gains(
 
     Source: Integrated Gradients, https://arxiv.org/abs/1703.01365.
     """
-    about = [list(points), base.fingerprint, adapter.digest, examples.digest]
+    about = [list(points), base.fingerprint, arithmetic(), adapter.digest, examples.digest]
     keys = {path: fingerprint([*about, path])[:32] for path in sorted(adapter.modules)}
     known = {path: cache.get(key) for path, key in keys.items()} if cache else {}
     if known and None not in known.values():

@@ -132,8 +132,11 @@ def split_rows(
     return batches
 
 
-def shared_prefix(examples: ExampleSet) -> tuple[int, ...]:
-    """The longest common token prefix that ends before any position that predicts a target."""
+def shared_prefix(examples: ExampleSet, least: int = 4) -> tuple[int, ...]:
+    """The longest common token prefix that ends before any position that predicts a target.
+
+    Without a token if it has fewer than `least`, which are not worth a pass of their own.
+    """
     rows = examples.examples
     if len(rows) < 2:
         return ()
@@ -141,7 +144,7 @@ def shared_prefix(examples: ExampleSet) -> tuple[int, ...]:
     n = 0
     while n < limit and len({row.tokens[n] for row in rows}) == 1:
         n += 1
-    return rows[0].tokens[:n] if n >= 4 else ()
+    return rows[0].tokens[:n] if n >= least else ()
 
 
 def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Budgets: "12.5%" of the adapters' 16-bit bytes, "40MB", or "5" adapters."""
+"""Budgets: "12.5%" of the adapters' own bytes, "40MB", or "5" adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Budget:
 
     Attributes:
         text: as the user wrote it.
-        percent: of the size of all input adapters written in 16 bit in mlx-lm's layout.
+        percent: of the size of all input adapters written in mlx-lm's layout, in the dtype of the
+            base's activations (16 bit but for a base stored in float32).
         nbytes: bytes of all adapter files together (weights and configs; 1 MB = 1,000,000).
         n_adapters: number of adapters.
     """
@@ -41,7 +42,7 @@ class Budget:
         """How many merged adapters fit, whatever the clusters.
 
         Args:
-            sizes: bytes of each input adapter in 16 bit.
+            sizes: bytes of each input adapter, as a pack stores it.
             largest: bytes of an adapter with the largest rank and every target module, which no
                 merge exceeds.
 

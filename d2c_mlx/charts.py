@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 __all__ = [
     "COLOURS", "TEXT", "convergence", "excess_bars", "frontier", "heatmap", "memory_bar",
@@ -18,6 +20,8 @@ TEXT = "#7a7f87"
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS = ("#3b82c4", "#c9721a", "#4a9463", "#858c96")
 # How to write what carries a name: "a$^$" would be a formula, and a wrong one is an error.
 _NAMES: dict[str, Any] = {"parse_math": False}
+# Letters of a name; more would leave no room for the chart beside them.
+_LONGEST = 28
 # Inches; 430 CSS pixels, so that text is hardly smaller on a phone.
 _WIDTH = 4.5
 
@@ -43,7 +47,12 @@ def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN40
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "d2c-mlx", "svg.fonttype": "none"}):
+    settings = {"svg.hashsalt": "d2c-mlx", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Text stays text, and whoever shows the file has fonts of their own. One of this machine's
+        # in its place would make other files elsewhere.
+        for message in (r"(?s)Glyph \d+ .*missing from", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message, UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05,
                        metadata={"Date": None, "Description": description})  # fmt: skip
     return buffer.getvalue()
@@ -54,6 +63,13 @@ def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure
     text = svg_file(figure)
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the chart, without its middle if it is long."""
+    is_wide = any(east_asian_width(letter) in "WF" for letter in name)
+    most = _LONGEST // 2 if is_wide else _LONGEST
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def excess_bars(rows: Sequence[Json]) -> str:
@@ -130,7 +146,7 @@ def heatmap(losses: Json, labels: Sequence[int]) -> str:
     figure, axes = new_figure(size, size)
     # One pixel per loss: as an image of the figure's size, 200 tasks would take a minute and 1 GB.
     image = axes.imshow(values, cmap="viridis_r", interpolation="none")
-    adapters, tasks = ([losses[key][i] for i in order] for key in ("adapters", "tasks"))
+    adapters, tasks = ([_short(losses[key][i]) for i in order] for key in ("adapters", "tasks"))
     axes.set_xticks(range(len(order)), adapters, rotation=90, **_NAMES)
     axes.set_yticks(range(len(order)), tasks, **_NAMES)
     axes.set_xlabel("adapter")
@@ -157,7 +173,9 @@ def memory_bar(phone: Json) -> str:
         axes.barh(list(methods), widths, left=left, color=colour, label=label)
         left = [x + width for x, width in zip(left, widths)]
     limit = phone["device"]["memory"] / 1e6
-    axes.axvline(limit, color=TEXT, linestyle="--", label=f"limit of {phone['device']['name']}")
+    axes.axvline(
+        limit, color=TEXT, linestyle="--", label=f"limit of {_short(phone['device']['name'])}"
+    )
     axes.set_xlim(0, 1.02 * max(limit, *left))
     axes.invert_yaxis()
     axes.set_xlabel("MB")

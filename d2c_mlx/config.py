@@ -1,19 +1,16 @@
-"""The options of a run: command line over YAML over defaults."""
+"""The options of a run: what there is, defaults, and what a value may be."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.budget import Budget, parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
-from d2c_mlx.strict import read_yaml
 
 __all__ = [
     "AUTO_METHODS",
@@ -26,7 +23,7 @@ __all__ = [
     "SEARCHES",
     "STARTS",
     "RunConfig",
-    "load_config",
+    "is_planned",
 ]
 
 # Repeated here so that the command line can name them without importing mlx; a test compares.
@@ -82,7 +79,7 @@ class RunConfig:
             "regmean"; "auto" packs for every cluster the best of `AUTO_METHODS` and the default on
             its probes.
         merge_rank: largest rank of a merged adapter, at most that of the base model's widest
-            module; None takes the largest of the inputs.
+            module; None takes the largest of the inputs, and "concat" their sum.
         density: share of entries kept by methods that sparsify.
         scale: of every merge; None tunes it per cluster on the probes.
         search: "paper", the loop of D2C, or "moves" from the best partition that it starts from.
@@ -153,6 +150,8 @@ class RunConfig:
             if path := getattr(self, name):
                 # As `adapters` and `model` are, whose entries may be ids, where they are looked up.
                 object.__setattr__(self, name, os.path.expanduser(path))
+        # A start that is named twice would make the same draws twice.
+        object.__setattr__(self, "init", tuple(dict.fromkeys(self.init)))
         problems = [
             f"{name}: not given; pass --{name} or set it in the YAML file"
             for name in ("adapters", "tasks", "output")
@@ -229,12 +228,17 @@ class RunConfig:
                 f"max_adapters: found {self.max_adapters}, expected none unless a budget in bytes"
                 f" is planned (budget {self.budget!r}, plan {self.plan!r})"
             )
+        if self.merge_rank is not None and self.merge_method == "concat":
+            problems.append(
+                f"merge_rank: found {self.merge_rank}, expected none with merge_method 'concat',"
+                " which keeps the sum of all ranks"
+            )
         return problems
 
     @property
     def planned(self) -> bool:
         """Whether `planner` chooses what is stored."""
-        return self.plan == "auto" and parse_budget(self.budget).n_adapters is None
+        return is_planned(self.plan, self.budget)
 
     def _limit_is_bytes(self) -> bool:
         try:
@@ -255,57 +259,6 @@ class RunConfig:
         }
 
 
-def _typed(name: str, value: Any, annotation: str, where: str) -> tuple[Any, str | None]:  # noqa: ANN401  as YAML gave it
-    """Coerce one value to its field's type: `(value, problem or None)`."""
-    kinds = {"str": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list, tuple)}
-    if annotation == "bool":
-        good = isinstance(value, bool)
-        return value, None if good else f"{where}{name}: found {value!r}, expected true or false"
-    optional = annotation.endswith(" | None")
-    kind = annotation.removesuffix(" | None")
-    if value is None and optional:
-        return None, None
-    if annotation == "str | tuple[str, ...]":
-        kind = "str" if isinstance(value, str) else "tuple[str, ...]"
-    if name == "budget" and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value), None
-    if kind == "tuple[str, ...]" and isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, kinds[kind]) or isinstance(value, bool):
-        plain = {"tuple[str, ...]": "a list of strings"}.get(kind, kind)
-        return None, f"{where}{name}: found {value!r}, expected {plain}"
-    typed: Any = value
-    if kind == "float":
-        try:
-            return float(typed), None
-        except OverflowError:
-            return None, f"{where}{name}: found a number beyond 64 bits, expected float"
-    return (tuple(map(str, typed)) if kind.startswith("tuple") else typed), None
-
-
-def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:
-    """Read a YAML file, put `overrides` over it, check everything.
-
-    Paths in the file are relative to the working directory; `~` is the home directory.
-
-    Raises:
-        ConfigError: every unknown key and wrong value, one line each.
-    """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    known = {field.name: str(field.type) for field in fields(RunConfig)}
-    for where, source in ((f"{path}: ", read_yaml(path)), ("", dict(overrides))):
-        for key, value in source.items():
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-                problems.append(f"{where}{key}: unknown key{hint}")
-                continue
-            typed, problem = _typed(key, value, known[key], where)
-            if problem:
-                problems.append(problem)
-            else:
-                values[key] = typed
-    if problems:
-        raise ConfigError(problems)
-    return RunConfig(**values)
+def is_planned(plan: str, budget: str) -> bool:
+    """Whether `planner` chooses what is stored; BudgetError for one that is unreadable."""
+    return plan == "auto" and parse_budget(budget).n_adapters is None

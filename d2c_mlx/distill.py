@@ -89,8 +89,8 @@ class Distiller:
         examples = list(answered.examples)
         longest = max(one.n_targets for one in examples)
         for one in prompts.examples if prompts else ():
-            prompt = one.tokens[: one.offset]
-            examples.append(Example((*prompt, *self.base.answer(prompt, longest)), one.offset))
+            prompt = one.asked
+            examples.append(Example((*prompt, *self.base.answer(prompt, longest)), len(prompt)))
         rows: dict[int, Row] = {}
         for batch in by_length([len(one.tokens) for one in examples], _BATCH):
             some = [examples[i] for i in batch]

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +17,6 @@ import numpy as np
 
 from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
-from d2c_mlx.blas import loaded_blas
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint
@@ -34,7 +32,7 @@ from d2c_mlx.forward import (
     split_is_exact,
     tiled,
 )
-from d2c_mlx.model import BaseModel
+from d2c_mlx.model import BaseModel, arithmetic
 from d2c_mlx.schedule import Kept, Piece, groups, workers_here
 
 __all__ = ["Engine", "Savings"]
@@ -129,9 +127,8 @@ class Engine:
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter."""
-        device = mx.device_info().get("device_name"), str(mx.default_device()), loaded_blas()
         savings = dataclasses.asdict(self.savings) | {"fold": self.fold}
-        parts = [self.base.fingerprint, savings, version("mlx"), device]
+        parts = [self.base.fingerprint, savings, arithmetic()]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
     def batches(self, examples: ExampleSet) -> list[list[int]]:

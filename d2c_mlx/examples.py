@@ -15,10 +15,23 @@ __all__ = ["Example", "ExampleSet"]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; `tokens[offset:]` are the targets that count in the loss."""
+    """Token ids of one row; `tokens[offset:]` are the targets that count in the loss.
+
+    Attributes:
+        tokens: of prompt and answer.
+        offset: as mlx-lm's trainer masks: how long the prompt is.
+        prompt: what a model is asked with where that is not `tokens[:offset]`. Templates may open a
+            thought for the model, or leave one out of the answers that they are given.
+    """
 
     tokens: tuple[int, ...]
     offset: int
+    prompt: tuple[int, ...] | None = None
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """What a model is asked with; nothing in rows of text."""
+        return self.tokens[: self.offset] if self.prompt is None else self.prompt
 
     @property
     def first_target(self) -> int:

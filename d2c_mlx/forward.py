@@ -7,19 +7,27 @@ assumed: a part is used only after it gave the whole model's own output on this 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from d2c_mlx.activations import pace
+from d2c_mlx.errors import ModelError
 
 __all__ = [
     "KeysValues",
     "after",
+    "body_of",
     "blocks_are_exact",
     "find_head",
     "full_logits",
@@ -35,8 +43,11 @@ KeysValues = tuple[mx.array, mx.array]
 _PROOF = list(range(1, 13))
 # Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
+_WINDOWS = (RotatingKVCache, ChunkedKVCache)
 # What an architecture of another build raises when it is run in parts.
-_ERRORS = (AttributeError, IndexError, TypeError, ValueError)
+_ERRORS = (AttributeError, IndexError, TypeError, ValueError, ModelError)
+# Where architectures keep what is below the head.
+_BODIES = ("model", "backbone", "transformer")
 
 
 class _Recorder:
@@ -111,7 +122,7 @@ def run_prefix(
 def _run(
     model: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
 ) -> mx.array:
-    inner = model.model
+    inner = body_of(model)
     if first == 0 and stop is None:
         return inner(x, cache=cache)
     # A shallow copy has the same modules; the model itself stays whole for other threads.
@@ -126,6 +137,26 @@ def _run(
     return part(x, cache=cache)
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """What runs the blocks and the last norm: a model of mlx-lm's without its head.
+
+    Raises:
+        ModelError: nothing of it does.
+    """
+    text = _text_part(model)
+    for body in (getattr(text, name, None) for name in _BODIES):
+        if hasattr(body, "layers"):
+            return body
+    raise ModelError(
+        f"{type(model).__module__}: blocks of this architecture cannot be run apart from its head"
+    )
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """The language model of one that takes images, too."""
+    return getattr(model, "language_model", model)
+
+
 def full_logits(
     model: nn.Module, x: mx.array, states: Sequence[KeysValues] | None = None
 ) -> mx.array:
@@ -138,14 +169,12 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
 
     Some architectures scale or cap logits; then None, and full logits must be computed instead.
     """
-    inner = getattr(model, "model", None)
-    head = getattr(model, "lm_head", None)
-    if head is None:
-        head = getattr(getattr(inner, "embed_tokens", None), "as_linear", None)
     x = mx.array([_PROOF])
-    if head is None or inner is None:
-        return None
     try:
+        inner = body_of(model)
+        head = getattr(_text_part(model), "lm_head", None)
+        if head is None:
+            head = inner.embed_tokens.as_linear
         return head if _close(head(inner(x)), model(x)) else None
     except _ERRORS:
         return None
@@ -181,13 +210,12 @@ def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.
 
 def prefix_is_exact(model: nn.Module) -> bool:
     """Whether running a prefix once, then two rows after it, gives what whole rows give."""
-    caches = make_prompt_cache(model)
-    if not all(type(cache) is KVCache for cache in caches):
+    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
         return False
     x = mx.array([_PROOF, _PROOF[::-1]])
     x[1, :5] = x[0, :5]
     try:
-        whole = model.model(x)[:, 5:]
+        whole = body_of(model)(x)[:, 5:]
         _, states = run_prefix(model, x[:1, :5])
         return _close(run_blocks(model, x[:, 5:], states), whole)
     except _ERRORS:
@@ -196,25 +224,39 @@ def prefix_is_exact(model: nn.Module) -> bool:
 
 def split_is_exact(model: nn.Module, first: int) -> bool:
     """Whether running the blocks below `first`, then the rest, gives what all at once gives."""
+    if _has_windows(model):
+        return False
     x = mx.array([_PROOF])
     try:
         lower, below = run_prefix(model, x[:, :5], 0, first)
         _, above = run_prefix(model, lower, first)
         rest = run_blocks(model, x[:, 5:], below, 0, first)
-        return _close(run_blocks(model, rest, above, first), model.model(x)[:, 5:])
+        return _close(run_blocks(model, rest, above, first), body_of(model)(x)[:, 5:])
     except _ERRORS:
         return False
 
 
 def blocks_are_exact(model: nn.Module) -> bool:
     """Whether running the blocks one at a time gives what all at once gives."""
+    if _has_windows(model):
+        return False
     hidden = tokens = mx.array([_PROOF])
     try:
         for block in range(len(model.layers)):
             hidden = run_blocks(model, hidden, first=block, stop=block + 1)
-        return _close(hidden, model.model(tokens))
+        return _close(hidden, body_of(model)(tokens))
     except _ERRORS:
         return False
+
+
+def _has_windows(model: nn.Module) -> bool:
+    """Whether some blocks forget; which of them, a part does not know, and no short proof shows."""
+    return any(isinstance(one, _WINDOWS) for one in _flat(make_prompt_cache(model)))
+
+
+def _flat(caches: Sequence[Any]) -> Iterator[Any]:
+    for one in caches:
+        yield from _flat(one.caches) if isinstance(one, CacheList) else (one,)
 
 
 def after(x: mx.array, done: Sequence[mx.array]) -> mx.array:

@@ -11,6 +11,7 @@ import json
 import mmap
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gguf import GGUFReader
 
 from d2c_mlx.errors import ModelError
 
-__all__ = ["UNREADABLE", "convert_gguf", "open_gguf"]
+__all__ = ["UNREADABLE", "convert_gguf", "open_gguf", "tokenizer_beside"]
 
 # What readers raise on bytes that are no GGUF.
 UNREADABLE = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -41,6 +42,8 @@ _BLOCK = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|scales|biases)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Where transformers 5 keeps the chat template; before, it was a key of tokenizer_config.json.
+_TEMPLATE = "chat_template.jinja"
 
 
 def open_gguf(path: Path) -> GGUFReader:
@@ -85,7 +88,8 @@ def convert_gguf(path: Path, directory: Path) -> None:
 
     Args:
         path: the `.gguf` file. A tokenizer.json and tokenizer_config.json beside it are used
-            instead of the tokenizer inside it.
+            instead of the tokenizer inside it, with a chat_template.jinja if there is one; its own
+            chat template only where these files have none.
         directory: existing, empty.
 
     Raises:
@@ -120,11 +124,35 @@ def _write_model(loaded: Any, path: Path, directory: Path) -> None:  # noqa: ANN
     config = _config(tensors, metadata, path)
     mx.save_safetensors(str(directory / "model.safetensors"), tensors, metadata={"format": "mlx"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if all((path.parent / name).exists() for name in _TOKENIZER_FILES):
-        for name in _TOKENIZER_FILES:
-            shutil.copyfile(path.parent / name, directory / name)
+    beside = tokenizer_beside(path)
+    if beside:
+        for file in beside:
+            shutil.copyfile(file, directory / file.name)
+        template = metadata.get("tokenizer.chat_template")
+        if isinstance(template, str) and not _has_template(beside):
+            (directory / _TEMPLATE).write_text(template, encoding="utf-8")
     else:
         _write_tokenizer(metadata, directory, path)
+
+
+def tokenizer_beside(path: Path) -> list[Path]:
+    """The files beside a GGUF that are used instead of the tokenizer inside it; none of too few."""
+    files = [path.parent / name for name in (*_TOKENIZER_FILES, _TEMPLATE)]
+    there = [file for file in files if file.exists()]
+    return there if set(files[:2]) <= set(there) else []
+
+
+def _has_template(files: Sequence[Path]) -> bool:
+    """Whether tokenizer files have a chat template, in the one place or the other."""
+    (path,) = (file for file in files if file.name == _TOKENIZER_FILES[1])
+    try:
+        # Not strictly: transformers writes 10 ** 30 for no limit of tokens.
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return bool(config.get("chat_template")) or any(file.name == _TEMPLATE for file in files)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  GGUF metadata is any JSON-like value

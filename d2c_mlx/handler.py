@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import io
 import json
 import logging
@@ -11,14 +10,23 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from email.message import Message
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote
 
 from mlx_lm.generate import make_stop_sequences, make_text_state_machine
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.server import APIHandler, CompletionRequest, GenerationContext
 
-from d2c_mlx.api import Refusal, read_request
+from d2c_mlx.api import (
+    Refusal,
+    check_origin,
+    check_token,
+    read_body,
+    read_request,
+    read_tool_calls,
+)
 from d2c_mlx.scheduler import Turn
 
 if TYPE_CHECKING:
@@ -33,8 +41,6 @@ AUTO = "auto"
 _log = logging.getLogger(__name__)
 _CHAT = ("/v1/chat/completions", "/chat/completions")
 _PATHS = (*_CHAT, "/v1/completions")
-# Bytes of a body that is too large that are read and forgotten.
-_DRAIN = 16_000_000
 # Temperatures below are greedy: divided by them, what float16 holds would be infinite.
 _COLD = 0.01
 
@@ -44,11 +50,23 @@ class Handler(APIHandler):
 
     server: PackServer
     max_tokens: int
+    path: str
+    rfile: BinaryIO
 
     def __init__(self, request: Any, client_address: Any, server: PackServer) -> None:  # noqa: ANN401
         self.timeout = server.limits.seconds
         self.turn: Turn | None = None
+        self.begun = False
+        # Of the model: calls of tools that can be read, and the text of those that cannot.
+        self._n_calls, self._unread = 0, ""
         super().__init__(server, request, client_address, server, system_fingerprint="d2c-mlx")
+
+    def parse_request(self) -> bool:
+        """As http.server does; what follows a `?` says nothing here."""
+        good = super().parse_request()
+        if good:
+            self.path = self.path.partition("?")[0]
+        return good
 
     def do_GET(self) -> None:
         """`/health`, `/v1/models`, `/v1/models/NAME`, `/metrics`."""
@@ -73,7 +91,7 @@ class Handler(APIHandler):
     def do_OPTIONS(self) -> None:
         """What a browser asks first."""
         try:
-            self._check_origin()
+            check_origin(self.headers, self.server.cli_args.allowed_origins)
             super().do_OPTIONS()
         except Refusal as refusal:
             self._json(refusal.status, refusal.body)
@@ -84,18 +102,28 @@ class Handler(APIHandler):
             self._check_client()
             if self.path not in _PATHS:
                 raise Refusal(404, f"{self.path}: no such address; there is {_PATHS[0]}")
-            body = read_request(self._body(), self.path in _CHAT)
+            raw = read_body(self.headers, self.rfile, self.server.limits.body_nbytes)
+            body = read_request(raw, self.path in _CHAT)
             self._check_model(body["model"])
             self.server.check_numbers(body)
             raw = json.dumps(body).encode()
             self.headers.replace_header("Content-Length", str(len(raw)))
             self.rfile = io.BytesIO(raw)
-            super().do_POST()
+            self._answer()
         except Refusal as refusal:
             self._json(refusal.status, refusal.body)
         except OSError:
             self.server.meters.vanished.inc()
             self.close_connection = True
+
+    def _answer(self) -> None:
+        try:
+            super().do_POST()
+        except (OSError, Refusal):
+            raise
+        except Exception as error:  # mlx-lm's handler works on what a model wrote
+            _log.exception("a reply failed")
+            self._fail(f"the reply failed ({type(error).__name__})")
 
     def validate_model_parameters(self) -> None:
         """mlx-lm's own checks, in our words."""
@@ -129,6 +157,10 @@ class Handler(APIHandler):
     ) -> dict[str, Any]:
         """mlx-lm counts pieces of text, see `_Answer`, and has log-probabilities in no stream."""
         assert self.turn
+        # mlx-lm leaves out a call of a tool that cannot be read, and says that there is one.
+        text, self._unread = text + self._unread, ""
+        if finish_reason == "tool_calls" and not self._n_calls:
+            finish_reason = "stop"
         if counts:
             counts = (counts[0], self.turn.n_tokens, *counts[2:])
         reply = super().generate_response(text, finish_reason, *counts, **more)
@@ -163,8 +195,9 @@ class Handler(APIHandler):
             self.frequency_context_size,
         )  # fmt: skip
         name = self.requested_model
-        route = name not in self.server.models
-        task = None if route else self.server.models[name]
+        task, route = self.server.models.get(name), None
+        if name not in self.server.models:
+            route = self.server.encode_to_route(request, prompt, self.chat_template_kwargs or {})
         stops = make_stop_sequences(self.server.tokenizer)
         return Turn(
             prompt, task, route, self.max_tokens, self._sampler(), processors, stops, stop_words
@@ -192,26 +225,25 @@ class Handler(APIHandler):
             state = "reasoning" if starts > ends else state
         return GenerationContext(
             has_tool_calling=tokenizer.has_tool_calling, has_thinking=tokenizer.has_thinking,
-            tool_parser=tokenizer.tool_parser,
+            tool_parser=self._read_tool_calls,
             text_sm=make_text_state_machine(tokenizer),
             # mlx-lm 0.32.0 has no such attribute.
             initial_state=getattr(tokenizer, "response_initial_state", None) or state,
             prompt=turn.prompt,
         )  # fmt: skip
 
-    def _check_client(self) -> None:
-        self._check_origin()
-        token = self.server.token
-        brought = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token is not None and not hmac.compare_digest(brought.encode(), token.encode()):
-            raise Refusal(401, "Authorization: expected Bearer and this server's token")
+    def _read_tool_calls(self, text: str, tools: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        try:
+            found = read_tool_calls(self.server.tokenizer.tool_parser, text, tools)
+        except ValueError:
+            self._unread += text
+            raise
+        self._n_calls += len(found)
+        return found
 
-    def _check_origin(self) -> None:
-        # A web page that the user happens to look at must not talk to the model.
-        origin = self.headers.get("Origin")
-        allowed = self.server.cli_args.allowed_origins
-        if origin is not None and origin not in allowed and "*" not in allowed:
-            raise Refusal(403, f"Origin {origin}: not allowed; start with --allow-origin {origin}")
+    def _check_client(self) -> None:
+        check_origin(self.headers, self.server.cli_args.allowed_origins)
+        check_token(self.headers, self.server.token)
 
     def _check_model(self, name: str) -> None:
         if name in self.server.names:
@@ -222,41 +254,39 @@ class Handler(APIHandler):
         known = ", ".join(self.server.names[:20])
         raise Refusal(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
 
-    def _body(self) -> bytes:
-        text, most = self.headers.get("Content-Length"), self.server.limits.body_nbytes
-        if text is None:
-            raise Refusal(411, "Content-Length: missing")
-        if not text.isascii() or not text.isdigit():
-            raise Refusal(400, f"Content-Length: found {text[:20]!r}, expected a number")
-        if len(text) > 12 or int(text) > most:
-            # Unread bytes would reset the connection before the client has read why.
-            left = min(int(text[:12]), _DRAIN)
-            with contextlib.suppress(OSError):
-                while left > 0 and (some := self.rfile.read(min(left, 1 << 16))):
-                    left -= len(some)
-            raise Refusal(413, f"the body has {text[:20]} bytes, this server takes {most:,}")
-        raw = self.rfile.read(int(text))
-        if len(raw) < int(text):
-            raise ConnectionAbortedError
-        return raw
-
     def _check_alive(self) -> None:
         """Raises OSError if the client has left, RuntimeError if nothing more will come."""
         if not self.server.scheduler.alive:
             raise RuntimeError("the server stops")
-        if select.select([self.connection], [], [], 0)[0]:
-            if not self.connection.recv(1, socket.MSG_PEEK):
-                raise ConnectionAbortedError
+        # Other than `select.select`, for any number of open files.
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError
 
     def _fail(self, message: str) -> None:
         """Say that an answer ends here, in a stream that has begun or as a reply of its own."""
         body = Refusal(500, message).body
-        if self.stream and not getattr(self, "_headers_buffer", []):
+        if self.begun:
             self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
             return
         # Headers of the reply that it would have been.
         self._headers_buffer: list[bytes] = []
         self._json(500, body)
+
+    def end_headers(self) -> None:
+        """Send them."""
+        super().end_headers()
+        self.begun = True
+
+    def send_error(self, code: int, message: str | None = None, _: str | None = None) -> None:
+        """What http.server itself refuses, maybe before it has read any headers, as JSON."""
+        self.headers = getattr(self, "headers", None) or Message()
+        words = (message or HTTPStatus(code).phrase)[:200]
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            words = f"{self.command}: not supported, expected GET, POST or OPTIONS"
+        self.close_connection = True
+        self._json(code, Refusal(code, words).body)
 
     def _about(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
@@ -271,7 +301,8 @@ class Handler(APIHandler):
             self.send_header("Content-Length", str(len(content)))
             self._set_cors_headers()
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
         self.server.meters.replies.labels(str(status)).inc()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401  http.server's

@@ -101,12 +101,19 @@ def _reason(caught: Exception) -> str:
 @contextmanager
 def _asked(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
     """What the client raises when the hub does not give something, in our words."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
     except _failures() as caught:
         todo = "check the id and the network"
+        reason = _reason(caught)
+        if isinstance(caught, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            # Its own words are about its options.
+            reason = "the hub cannot be reached"
+            if constants.HF_HUB_OFFLINE:
+                reason = "HF_HUB_OFFLINE is set"
+            reason += ", and it is not in the hub's cache on this machine"
         if isinstance(caught, errors.GatedRepoError):
             todo = f"{one.repo} is gated: ask for access on its page, log in with `hf auth login`"
         elif isinstance(caught, errors.RevisionNotFoundError):
@@ -115,7 +122,7 @@ def _asked(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
             todo = "there is no such model, or it is private: check the id, or run `hf auth login`"
         raise error(
             f"{field}: {str(one)!r} is no local path, and the hub did not give it"
-            f" ({_reason(caught)}); {todo}, or give a local directory"
+            f" ({reason}); {todo}, or give a local directory"
         ) from None
 
 

@@ -251,7 +251,7 @@ class _Merging:
 def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
     """All rows. What they all begin with is one input with an output for every member: not kept."""
     rows = tuple(row for one in sets for row in one.examples)
-    skip = len(shared_prefix(ExampleSet("all", rows)))
+    skip = len(shared_prefix(ExampleSet("all", rows), least=1))
     return [
         _Part(i, batch, mx.array(batch.tokens))
         for i, one in enumerate(sets)

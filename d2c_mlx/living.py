@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,8 +129,15 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
     text, limit = budget["text"], budget["nbytes"]
     kept = [key for key in pack.adapters if key in left.values()]
     merged: dict[Any, int] = {key: pack.merged(key) for key in kept}
-    # What stays in a merge is still of there.
-    origins = {t: o for t, o in pack.origins.items() if pack.tasks.get(t, t) in (t, *kept)}
+    # What stays in a merge is still of there. Which merge a task was in that left earlier is not
+    # known; once no adapter holds more than it serves, it was none of these.
+    serving = Counter(left.values())
+    orphans = any(n > serving[key] for key, n in merged.items())
+    origins = {
+        task: origin
+        for task, origin in pack.origins.items()
+        if task in left or (pack.tasks[task] in kept if task in pack.tasks else orphans)
+    }
     if pack.storage == "plain":
         return rewrite_pack(pack, {}, left, merged, text, limit, origins=origins)
     stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
@@ -312,4 +320,6 @@ def _into_bytes(
 
 
 def _origins(pack: Pack, adapter: Adapter) -> dict[str, str]:
-    return pack.origins | ({adapter.name: adapter.origin} if adapter.origin else {})
+    """Of the pack with an arrival; not that of an earlier adapter of its name, still in a merge."""
+    others = {task: origin for task, origin in pack.origins.items() if task != adapter.name}
+    return others | ({adapter.name: adapter.origin} if adapter.origin else {})

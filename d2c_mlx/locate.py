@@ -10,7 +10,7 @@ from typing import Any
 
 from d2c_mlx.errors import ModelError
 from d2c_mlx.files import fingerprint, hash_file, write_dir
-from d2c_mlx.gguf import convert_gguf
+from d2c_mlx.gguf import convert_gguf, tokenizer_beside
 from d2c_mlx.hub import download, parse_hub_id
 from d2c_mlx.lock import locked
 
@@ -60,14 +60,15 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
             )
         return EMBEDDED, _converted(gguf)
     path = Path(os.path.expanduser(spec))
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such file; --model names a GGUF file that exists")
         return path.stem, _converted(path)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError(f"{path}: no config.json; expected an mlx-lm model directory")
-        return path.name, path
+        # The name of "." or ".." is that of the folder it stands for.
+        return Path(os.path.abspath(path)).name, path
     hub = parse_hub_id(spec)
     if hub is None:
         raise ModelError(
@@ -116,7 +117,9 @@ def very_base(about: Mapping[str, Any], spec: str | None) -> Path:
 
 def _converted(gguf: Path) -> Path:
     stat = gguf.stat()
-    key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, "v1"])[:16]
+    # Of links in two folders to one file, each is used with the tokenizer beside it.
+    beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
+    key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, beside, "v2"])[:16]
     directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
     if not directory.exists():
         # Ranks on one machine start together.

@@ -37,8 +37,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise PackError(f"{path}: missing; is this a pack?") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise PackError(
+            f"{path}: found no file that can be read ({error.strerror}), expected the manifest of a"
+            " pack; name the directory of a pack"
+        ) from None
     except ValueError as error:
         raise PackError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.encoding import encode
+from d2c_mlx.blas import loaded_blas
+from d2c_mlx.encoding import context_of, encode
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.files import fingerprint, hash_file
@@ -28,6 +30,7 @@ from d2c_mlx.tasks import Row
 
 __all__ = [
     "BaseModel",
+    "arithmetic",
     "block_index",
     "greedy",
     "linear_shapes",
@@ -125,16 +128,16 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of engine, config, and every weight and tokenizer file."""
-        parts = [_ENGINE, self.config_hash, str(self.compute_dtype)]
+        """Hex SHA-256 of engine, mlx-lm, config, and every weight and tokenizer file."""
+        # The architecture's code is mlx-lm's.
+        parts = [_ENGINE, version("mlx-lm"), self.config_hash, str(self.compute_dtype)]
         for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
             parts.append([file.name, hash_file(file)])
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
         """`encoding.encode` with the model's tokenizer and context."""
-        context = getattr(self.model.args, "max_position_embeddings", None)
-        return encode(self.tokenizer, task, rows, places, context)
+        return encode(self.tokenizer, task, rows, places, context_of(self.model.args))
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """The greedy answer under the attached adapter, with its end token if it comes to one."""
@@ -213,12 +216,18 @@ class BaseModel:
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
+def arithmetic() -> list[str | None]:
+    """What decides the bits of a result beside model and engine: MLX, its device, and a BLAS."""
+    name = mx.device_info().get("device_name")
+    return [version("mlx"), str(name), str(mx.default_device()), loaded_blas()]
+
+
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
     try:
         model, tokenizer = load(str(path), lazy=lazy)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # strangers' code on strangers' files
+        reason = (str(error).strip() or "it says no more").splitlines()[0]
         raise ModelError(
             f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
         ) from None

@@ -78,14 +78,18 @@ def _labels(groups: Groups, n: int) -> tuple[int, ...]:
 
 
 def _neighbours(groups: Groups) -> Iterator[tuple[int, int, Members, Members]]:
-    """Every move and swap as (a, b, a's new members, b's); no cluster becomes empty."""
+    """Every move and swap as (a, b, a's new members, b's) that gives another partition.
+
+    No cluster becomes empty.
+    """
     for a, from_a in enumerate(groups):
         for b, from_b in enumerate(groups):
             for i in from_a:
                 rest, more = _without(from_a, i), _with(from_b, i)
                 if a != b and rest:
                     yield a, b, rest, more
-                if a < b:
+                # A swap of two single adapters changes nothing.
+                if a < b and (rest or len(from_b) > 1):
                     for j in from_b:
                         yield a, b, _with(rest, j), _without(more, j)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from d2c_mlx.adapter import CONFIG, WEIGHTS
 from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.strict import read_yaml
+from d2c_mlx.manifest import COMPACT, FORMAT, MANIFEST
+from d2c_mlx.stages import has_record
+from d2c_mlx.strict import parse_json, read_yaml
 
 if TYPE_CHECKING:
     from d2c_mlx.config import RunConfig
@@ -26,12 +29,21 @@ RUN_WRITES = (
     "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json", "bench.json",
     "report.md", "report.html",
 )  # fmt: skip
-# What only our commands write at the top of an output; a user's adapters have the same files.
-_MARKS = ("tasks.json", "manifest.json")
-# Files of an adapter, and what else a marked output holds; an exported GGUF lies at its top.
-_ADAPTER = {"adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"}
-_OURS = {*_ADAPTER, *_MARKS, "compact.safetensors", "router.safetensors"}
-_GGUF = re.compile(r"cluster-\d+\.gguf")
+# Adapters in a marked output: a directory, or an exported GGUF at its top.
+_ENTRY = re.compile(r"cluster-\d+(\.gguf)?")
+_ADAPTER = (WEIGHTS, "adapter_model.safetensors", CONFIG)
+# What a push writes beside the adapters.
+_PUSHED = (MANIFEST, "README.md", COMPACT, "router.safetensors")
+# Keys of the adapter_config.json that we write; those of PEFT and mlx-lm themselves have more. A
+# test compares.
+_MLX_KEYS = frozenset(
+    ("base_model_name_or_path", "fine_tune_type", "num_layers", "lora_parameters")
+)
+_PEFT_KEYS = frozenset(
+    "base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights lora_alpha"
+    " lora_dropout peft_type r rank_pattern alpha_pattern target_modules task_type use_dora"
+    " use_rslora".split()
+)
 
 
 def local_model(spec: str | None) -> list[Input]:
@@ -48,8 +60,8 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
         sources: what its `adapters` name.
 
     Raises:
-        ConfigError: the run would replace an input or a config.yaml that is not a run's, or be
-            taken for one of its adapters.
+        ConfigError: the run would replace an input or what no earlier run wrote, or be taken for
+            one of its adapters.
     """
     output, tasks = Path(config.output), Path(config.tasks)
     rows = [tasks / one.name / f"{kind}.jsonl" for one in sources for kind in ("probe", "test")]
@@ -57,8 +69,9 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
     if config.unlabelled:
         inputs.append(("unlabelled", Path(config.unlabelled)))
     inputs += local_model(config.model)
-    problems = _replaced(inputs, [output / name for name in RUN_WRITES])
-    problems += _among(sources, output) + _own_config(config, output)
+    replaced = _replaced(inputs, [output / name for name in RUN_WRITES])
+    problems = [line for _, line in replaced] + _among(sources, output)
+    problems += _of_the_user(config, output, [target for target, _ in replaced])
     if problems:
         raise ConfigError(problems)
 
@@ -79,10 +92,11 @@ def check_output(
 
     Raises:
         InputError: an input lies there; it is a file, the working directory or one around that, or
-            holds what no earlier output had: one of `unpack`, `export` or `push`, or of the same
-            adapters.
+            holds what no earlier output had: one of `unpack`, `export` or `push`, known by its
+            tasks.json, or of `convert` and the same adapters.
     """
-    problems = _replaced([*inputs, *_adapters(sources)], [output]) + _among(sources, output)
+    replaced = _replaced([*inputs, *_adapters(sources)], [output])
+    problems = [line for _, line in replaced] + _among(sources, output)
     if problems:
         raise error(problems)
     if output.exists() and not output.is_dir():
@@ -120,18 +134,18 @@ def _around(path: Path) -> set[tuple[int, int]]:
     return {identity for identity in found if identity}
 
 
-def _replaced(inputs: Iterable[Input], targets: Iterable[Path]) -> list[str]:
-    """A line for every target and option of which something lies in it."""
+def _replaced(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tuple[Path, str]]:
+    """A target and a line, for every target and option of which something lies in it."""
     places = {identity: path for path in targets if (identity := _identity(path))}
     found: dict[tuple[str, Path], Path] = {}
     for option, path in inputs:
         for identity in _around(path) & places.keys():
             found.setdefault((option, places[identity]), path)
     return [
-        f"output: {target} is made anew, which would replace the {option} {path}; give another"
-        " --output"
+        (target, f"output: {target} is made anew, which would replace the {option} {path}; give"
+         " another --output")
         for (option, target), path in found.items()
-    ]
+    ]  # fmt: skip
 
 
 def _among(sources: Sequence[Source], output: Path) -> list[str]:
@@ -152,21 +166,52 @@ def _hidden(folder: Path, path: Path) -> bool:
     return bool(inside) and inside[0][0] == "."
 
 
-def _own_config(config: RunConfig, output: Path) -> list[str]:
-    """A run keeps its options in config.yaml, where a user's own file may lie."""
-    path = output / "config.yaml"
-    if (output / ".stages").is_dir() or not path.exists():
+def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> list[str]:
+    """A line about all that would be replaced and that no run wrote.
+
+    Args:
+        config: of the run.
+        output: its directory.
+        known: what is refused already.
+    """
+    if _is_run(config, output):
+        found = _added(config, output)
+    else:
+        found = [output / name for name in RUN_WRITES if name != ".lock" and _holds(output / name)]
+    mine = [str(path) for path in found if not set(known) & {path, *path.parents}]
+    if not mine:
         return []
-    # A run that was killed early has no record of a stage yet, but has written every option.
-    try:
-        if config.to_dict().keys() <= read_yaml(path).keys():
-            return []
-    except ConfigError:
-        pass
     return [
-        f"output: a run in {output} keeps its options in config.yaml, which would replace your"
-        f" {path}; give another --output, or rename that file"
+        f"output: a run in {output} would replace your {', '.join(mine)}, which no earlier run"
+        " wrote; give another --output, or move what is yours"
     ]
+
+
+def _is_run(config: RunConfig, output: Path) -> bool:
+    """Whether a run was at work there."""
+    if has_record(output):
+        return True
+    # One that was killed early has no record of a stage yet, but has written every option.
+    try:
+        return config.to_dict().keys() <= read_yaml(output / "config.yaml").keys()
+    except ConfigError:
+        return False
+
+
+def _added(config: RunConfig, output: Path) -> list[Path]:
+    """What somebody put beside a run's own adapters, in the folders that it replaces."""
+    folders = ["adapters"]
+    if not config.planned:
+        folders += ["merged", *(["refined", "refining"] if config.refine else [])]
+    found: dict[Path, None] = {}
+    for path in (file for name in folders for file in _files(output / name)):
+        folder, *inside = path.relative_to(output).parts
+        ours = path.name == "refine.json" and folder == "refining"
+        # A config that is damaged is made anew with its adapter.
+        ours |= path.name in (WEIGHTS, CONFIG) and _config_keys(path.parent) in (None, _MLX_KEYS)
+        if not ours and not any(part[0] == "." for part in inside):
+            found[output / folder / inside[0]] = None
+    return list(found)
 
 
 def _foreign(directory: Path, names: Collection[str]) -> Path | None:
@@ -174,20 +219,59 @@ def _foreign(directory: Path, names: Collection[str]) -> Path | None:
 
     Args:
         directory: that would be replaced.
-        names: of adapters that are written again; their folders need no mark.
+        names: of adapters that are written again; what we converted needs no mark.
     """
-    marked = any((directory / mark).is_file() for mark in _MARKS)
+    marked = _marked(directory)
+    for path in _files(directory):
+        top, *below = path.relative_to(directory).parts
+        known = top in marked
+        if below:
+            known |= top in names and _config_keys(path.parent) in (_MLX_KEYS, _PEFT_KEYS)
+            known &= len(below) == 1 and path.name in _ADAPTER
+        if not known:
+            return path
+    return None
+
+
+def _marked(directory: Path) -> set[str]:
+    """Names at the top of an output of `unpack`, `export` or `push`; none in any other folder."""
+    tasks = _json(directory / "tasks.json")
+    entries = list(tasks.values()) if isinstance(tasks, dict) else []
+    ours = (one is None or (isinstance(one, str) and _ENTRY.fullmatch(one)) for one in entries)
+    if not entries or not all(ours):
+        return set()
+    manifest = _json(directory / MANIFEST)
+    pushed = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return {"tasks.json", *(one for one in entries if one), *(_PUSHED if pushed else ())}
+
+
+def _config_keys(directory: Path) -> frozenset[str] | None:
+    """What the config of the adapter there says something of, if it can be read."""
+    config = _json(directory / CONFIG)
+    return frozenset(config) if isinstance(config, dict) else None
+
+
+def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
+    """What a file says, None if it cannot be read."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _holds(path: Path) -> bool:
+    """Whether something would be lost with it: empty folders are not."""
+    links = (Path(at) / name for at, folders, _ in os.walk(path) for name in folders)
+    return path.is_file() or any(_files(path)) or any(one.is_symlink() for one in links)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """All files below a directory, in order, but for those that a Mac leaves by itself."""
     for folder, folders, files in os.walk(directory):
         folders.sort()
         for name in sorted(files):
             path = Path(folder) / name
-            top, *below = path.relative_to(directory).parts
-            alone = top in names and len(below) == 1 and name in _ADAPTER
-            known = name in _OURS if marked else alone
-            # Only a push writes a README, beside the manifest.
-            known |= marked and not below and (name == "README.md" or bool(_GGUF.fullmatch(name)))
-            # A Mac leaves one in a folder, the other beside a file on a drive of another system.
-            known |= name == ".DS_Store" or (name[:2] == "._" and path.with_name(name[2:]).exists())
-            if not known:
-                return path
-    return None
+            # One in a folder, the other beside a file on a drive of another system.
+            beside = name[:2] == "._" and path.with_name(name[2:]).exists()
+            if name != ".DS_Store" and not beside:
+                yield path

@@ -93,7 +93,10 @@ class PhoneConfig:
             "decode": (self.decode >= 2, "2 or more"),
             "runs": (self.runs >= 1, "1 or more"),
             "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            "answers": (self.answers is None or self.answers >= 0, "0 (none) or more"),
+            # Rows that do not judge are not tokenized, so there is nothing to answer.
+            "answers": (self.answers is None or (0 <= self.answers
+                        and not 0 < self.test_examples < self.answers),
+                        f"0 to test_examples ({self.test_examples or 'all'})"),
             "history": (not self.history or not Path(self.history).is_dir(), "a file"),
         }  # fmt: skip
         problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
@@ -124,6 +127,8 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     methods = _methods(config, pack, stock)
     contexts = _contexts(config, stock)
     tests = _tests(config, pack, stock)
+    if config.history:
+        _check_history(Path(config.history))
     # mlx-lm prints warnings of its own, and standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), progress_bar("bench", quiet) as bar:
         with memory_limit(profile.memory):
@@ -157,10 +162,20 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     return result
 
 
+def _check_history(path: Path) -> None:
+    """Before all is measured in vain: raises ConfigError for a file that cannot be added to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a", encoding="utf-8").close()
+    except OSError as error:
+        raise ConfigError(
+            f"history: {path} cannot be written ({error.strerror}); name another file"
+        ) from None
+
+
 def _append(path: Path, result: Mapping[str, Any]) -> None:
     """Add one line of JSON to a history file."""
     line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(line)
         file.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,33 @@ _SAME = {
     "pack (sha256 of its manifest)": ("pack", "manifest_sha256"),
     "contexts": ("options", "contexts"),
     "decoded tokens": ("options", "decode"),
+}
+
+# What a result has besides, to be shown or compared; * is any key or number.
+_PARTS = {
+    "": ("time", "quality"),
+    "model.": ("name", "compute_dtype"),
+    "pack.": ("n_tasks",),
+    "device.": ("name", "memory", "memory_source", "storage_source"),
+    "options.": ("runs",),
+    "methods.pack.storage.": ("nbytes", "limit", "margin", "fits"),
+    "methods.*.": ("nbytes",),
+    "methods.*.contexts.*.": ("context", "first_token_seconds", "prompt_tokens_per_second",
+                              "decode_tokens_per_second"),
+    "methods.*.memory.*.": ("context", "weights", "adapter", "kv_cache", "rest", "peak", "limit",
+                            "margin", "fits"),
+    "switch.": ("ratio", "ratio_before_token"),
+    "switch.pack.": ("read_seconds", "attach_seconds", "token_seconds", "seconds"),
+    "switch.stock.": ("reload_seconds", "token_seconds", "seconds"),
+    "provenance.": ("includes", "versions"),
+    "provenance.machine.": ("device", "system", "backend"),
+}  # fmt: skip
+_QUALITY = {
+    "": ("n_rows", "float_dtype", "float_weights", "kept_gain"),
+    "gain.": ("float", "device"),
+    "float.*.": ("loss", "excess", "retention"),
+    "device.*.": ("loss", "excess", "retention"),
+    "device.pack.": ("loss",),
 }
 
 
@@ -150,12 +177,38 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
             break
     else:
         raise PackError(f"{path}: no result of d2c-mlx bench PACK --json, nor a history of them")
+    if missing := _missing(result):
+        more = f" and {len(missing) - 3} fields more" if len(missing) > 3 else ""
+        raise PackError(
+            f"{path}: has no {', '.join(missing[:3])}{more}, expected a whole result of d2c-mlx"
+            " bench PACK --json; write it again"
+        )
     if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
         raise PackError(
             f"{path}: it is of another pack than {of}; measure this one with d2c-mlx bench {of}"
             f" --device {result['device']['name']} --json > {path}, or delete the file"
         )
     return result
+
+
+def _missing(result: Json) -> list[str]:
+    """Dotted names of all fields that a result lacks."""
+    paths = [".".join(one) for one in _SAME.values()]
+    paths += [start + key for start, keys in _PARTS.items() for key in keys]
+    if result.get("quality") is not None:
+        paths += [f"quality.{start}{key}" for start, keys in _QUALITY.items() for key in keys]
+    return list(dict.fromkeys(gap for path in paths for gap in _gaps(result, path)))
+
+
+def _gaps(value: object, path: str) -> Iterator[str]:
+    """Where a path leads nowhere: up to the first key that is not there."""
+    key, _, rest = path.partition(".")
+    items = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(items, dict) or (key != "*" and key not in items) or not items:
+        yield key
+        return
+    for name in items if key == "*" else [key]:
+        yield from (f"{name}.{gap}" for gap in (_gaps(items[name], rest) if rest else ()))
 
 
 def compare_phones(first: Json, second: Json) -> str:

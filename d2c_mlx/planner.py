@@ -15,11 +15,15 @@ from d2c_mlx.candidates import sized, stored
 from d2c_mlx.cluster import Members
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.layout import compact_nbytes, make_index
+from d2c_mlx.merger import Merged
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, choose
 from d2c_mlx.workspace import GROUP_SIZE, Workspace
 
 __all__ = ["make_plan", "measure", "planned", "unit"]
+
+# A summed regret below which a prediction is rounding.
+_SAYS = 1e-6
 
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
@@ -50,10 +54,11 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
             if len(members) > 1 and regret < best:
                 one = ws.merger.final(members)
                 merges[members] = one.adapter
-                regret += (one.regret or 0.0) * len(members)
+                regret += _summed(ws, one, members)
         if regret >= best:
             break
-        ratio = max(0.0, regret) / max(predicted, 1e-9)
+        # Of adapters that do each other no harm alone it says nothing.
+        ratio = max(0.0, regret) / predicted if predicted > _SAYS else 0.0
         candidates += sized(ws, sorted(merges.items()), "merged", rooms)
     return candidates
 
@@ -128,6 +133,13 @@ def _partitions(ws: Workspace) -> Iterator[list[Members]]:
     while k > 1:
         k //= 2
         yield groups_of(predicted_partition(ws.problem, k))
+
+
+def _summed(ws: Workspace, merged: Merged, members: Members) -> float:
+    if merged.regret is not None:
+        return merged.regret * len(members)
+    # Its scale was given, so nothing was measured yet.
+    return float(ws.expected.under(merged.adapter, members).sum())
 
 
 def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.errors import BudgetError, ConfigError
+from d2c_mlx.strict import read_yaml
 
 __all__ = ["Profile", "builtin_profiles", "find_profile"]
 
@@ -65,12 +64,8 @@ def find_profile(spec: str) -> Profile:
 
 
 def _read(path: Path) -> dict[str, Profile]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML ({reason})") from None
-    if not isinstance(content, dict) or not content:
+    content = read_yaml(path)
+    if not content:
         raise ConfigError(f"{path}: expected NAME: and below it memory, memory_source, storage and"
                           " storage_source")  # fmt: skip
     problems: list[str] = []

@@ -33,6 +33,8 @@ from d2c_mlx.schedule import LOT, Piece
 __all__ = ["Ranks", "launched", "leading", "local_ranks", "serve", "shares"]
 
 Group = mx.distributed.Group
+# Bytes of the adapters of a round: all of a message is in memory, several times for a moment.
+_MOST_BYTES = 1 << 30
 
 
 def launched() -> Group | None:
@@ -99,11 +101,7 @@ class Ranks:
         tokens = [examples.n_tokens for _, examples in pieces]
         start, size = 0, self._group.size()
         while start < len(pieces):
-            stop, total = start, 0
-            # A long set fills a round alone: a piece for every rank, too.
-            while stop < len(pieces) and (total < LOT * size or stop - start < size):
-                total += tokens[stop]
-                stop += 1
+            stop = _end(pieces, start, size)
             cut = shares(tokens[start:stop], _weights(self._speed))
             some = pieces[start:stop]
             header, floats = _packed(some, cut)
@@ -150,6 +148,22 @@ def serve(group: Group) -> None:
         if "stop" in header:
             return
         _gather(group, _answer(partial(part, header, floats)))
+
+
+def _end(pieces: Sequence[Piece], start: int, size: int, most: int = _MOST_BYTES) -> int:
+    """Where a round for so many ranks ends that begins at `start`: after one piece or more."""
+    stop, total, nbytes, sent = start, 0, 0, set()
+    # A long set fills a round alone: a piece for every rank, too.
+    while stop < len(pieces) and (total < LOT * size or stop - start < size):
+        adapter, examples = pieces[stop]
+        if adapter and adapter.digest not in sent:
+            sent.add(adapter.digest)
+            nbytes += sum(4 * (x.a.size + x.b.size) for x in adapter.modules.values())
+            if nbytes > most and stop > start:
+                break
+        total += examples.n_tokens
+        stop += 1
+    return stop
 
 
 def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
@@ -268,12 +282,21 @@ def _send(group: Group, header: dict[str, Any], floats: np.ndarray | None = None
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 4)
     body = b"" if floats is None else floats.tobytes()
-    _sum(group, np.array([len(text), len(body)], np.uint32))
+    _sum(group, _halves(len(text), len(body)))
     _sum(group, np.frombuffer(text + body, np.uint32))
 
 
+def _halves(*lengths: int) -> np.ndarray:
+    """Each in two words, as a message may be longer than one counts."""
+    return np.array(lengths, np.uint64).view(np.uint32)
+
+
+def _lengths(halves: np.ndarray) -> list[int]:
+    return halves.view(np.uint64).tolist()
+
+
 def _receive(group: Group) -> tuple[dict[str, Any], np.ndarray]:
-    n_text, n_body = map(int, _sum(group, np.zeros(2, np.uint32)))
+    n_text, n_body = _lengths(_sum(group, np.zeros(4, np.uint32)))
     content = _sum(group, np.zeros((n_text + n_body) // 4, np.uint32)).tobytes()
     return json.loads(content[:n_text]), np.frombuffer(content[n_text:], np.float32)
 

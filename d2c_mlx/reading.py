@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -133,14 +134,15 @@ def load_adapter(directory: Path) -> Adapter:
 
 
 def base_of(config: Mapping[str, object]) -> str | None:
-    """The base model's name as a config states it; of an absolute path the last part.
+    """The base model's name as a config states it; of a path that is no hub id the last part.
 
     The rest tells who trained the adapter, and a pack would carry it on.
     """
     name = str(config.get("base_model_name_or_path") or config.get("model") or "")
-    for kind in (PurePosixPath(name), PureWindowsPath(name)):
-        if kind.is_absolute() or name.startswith("~"):
-            name = kind.name
+    # Absolute, a home directory, ./ or ../, an address, or of Windows.
+    if name.startswith(("/", "~", ".")) or {":", "\\"} & set(name):
+        parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]
+        name = parts[-1] if parts and parts[-1][0] != "~" else ""
     return name or None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Router:
         directions: `(n_tasks, hidden)`, of length 1.
         threshold: a prompt whose best similarity is below it is of none of the tasks.
         n_blocks: after so many blocks states are taken.
+        system: the system message of all prompts that it learned from. A chat template may have one
+            of its own for prompts that have none, which moves every state.
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +79,7 @@ class Router:
     directions: np.ndarray
     threshold: float
     n_blocks: int
+    system: str | None = None
 
     def matches(self, state: np.ndarray, k: int = 1) -> list[Match]:
         """The `k` tasks nearest to a prompt's state `(hidden,)`, the nearest first."""
@@ -113,18 +116,19 @@ def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: 
     return np.stack([found[i] for i in range(len(prompts))])
 
 
-def fit_router(model: nn.Module, probes: Sequence[ExampleSet]) -> Router:
+def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
     """Learn tasks from their probe prompts; answers are not looked at.
 
     Args:
         model: of mlx-lm, without an adapter.
         probes: of each task, two prompts at least.
+        system: see `Router`.
 
     Raises:
         TaskError: tasks with fewer prompts, or prompts without a token.
     """
     few = [one.task for one in probes if len(one.examples) < 2]
-    empty = [one.task for one in probes if any(not row.offset for row in one.examples)]
+    empty = [one.task for one in probes if any(not row.asked for row in one.examples)]
     if few or empty:
         raise TaskError(
             [f"task {name!r}: found one probe prompt, expected two or more" for name in few]
@@ -133,10 +137,10 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet]) -> Router:
         )  # fmt: skip
     n_blocks = len(model.layers) // 2 + 1
     states = {
-        one.task: prompt_states(model, [row.tokens[: row.offset] for row in one.examples], n_blocks)
+        one.task: prompt_states(model, [row.asked for row in one.examples], n_blocks)
         for one in probes
     }
-    return router_of(states, n_blocks)
+    return replace(router_of(states, n_blocks), system=system)
 
 
 def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
@@ -174,7 +178,7 @@ def save_router(pack: Pack, router: Router) -> Pack:
 
     def write(path: Path) -> None:
         about = {"tasks": list(router.tasks), "threshold": router.threshold,
-                 "n_blocks": router.n_blocks}  # fmt: skip
+                 "n_blocks": router.n_blocks, "system": router.system}  # fmt: skip
         # Single channels of a state can be beyond float16, those of a unit vector cannot.
         tensors: dict[str, np.ndarray] = {
             "centre": router.centre.astype(np.float32),
@@ -202,11 +206,12 @@ def load_router(pack: Pack) -> Router | None:
             )
         router = Router(
             tuple(about["tasks"]), centre, directions, float(about["threshold"]),
-            int(about["n_blocks"]),
+            int(about["n_blocks"]), about.get("system"),
         )  # fmt: skip
         good = directions.shape == (len(router.tasks), *centre.shape) and centre.ndim == 1
         good &= bool(np.isfinite(directions).all() and np.isfinite(centre).all())
         good &= set(router.tasks) <= pack.tasks.keys() and router.n_blocks > 0
+        good &= router.system is None or isinstance(router.system, str)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         good = False
     if not good:

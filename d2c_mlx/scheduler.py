@@ -41,7 +41,7 @@ class Turn:
     Attributes:
         prompt: token ids.
         task: of the pack; None is the base model.
-        route: choose the task by the prompt.
+        route: token ids of the prompt by which the task is chosen; None: it is given.
         max_tokens: of the answer.
         sampler: of mlx-lm; None takes the most likely token.
         processors: mlx-lm's logits processors.
@@ -54,7 +54,7 @@ class Turn:
 
     prompt: list[int]
     task: str | None
-    route: bool
+    route: list[int] | None
     max_tokens: int
     sampler: Callable[[mx.array], mx.array] | None
     processors: list[Any]
@@ -135,9 +135,10 @@ class _Answer:
         held = 0 if self.ended else _begun(text, self.turn.stop_words)
         text, self._held = text[: len(text) - held], text[len(text) - held :]
         logprob = float(one.logprobs[one.token].item())
-        if reason == "stop" and text:
-            # With that reason mlx-lm's handler would leave it out.
-            yield Response(text, TEXT, 0.0, None, ())
+        if reason == "stop":
+            # With that reason mlx-lm's handler would leave this text out, and what it has held back
+            # because a control marker may begin so; with "length" it gives out both.
+            yield Response(text, TEXT, 0.0, "length", ())
             text = ""
         yield Response(text, one.token, logprob, reason, ())
 
@@ -238,7 +239,7 @@ class Scheduler:
         try:
             if turn.route:
                 assert self._router is not None
-                match = self._router.route(self._model.base.model, turn.prompt)
+                match = self._router.route(self._model.base.model, turn.route)
                 turn.task = None if match is None else match.task
                 turn.events.put("routed")
             (uid,) = batch.insert(

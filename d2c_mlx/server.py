@@ -17,7 +17,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import ThreadingHTTPServer
 from threading import BoundedSemaphore, Lock
 from typing import Any
@@ -26,6 +26,7 @@ from mlx_lm.server import CompletionRequest, GenerationContext, process_message_
 from transformers import PreTrainedTokenizerBase
 
 from d2c_mlx.api import Refusal, odd
+from d2c_mlx.encoding import context_of
 from d2c_mlx.handler import AUTO, Handler
 from d2c_mlx.meters import Meters
 from d2c_mlx.mixed import MixedModel
@@ -120,7 +121,7 @@ class PackServer(ThreadingHTTPServer):
         self.limits = limits or Limits()
         self.token, self.meters, self.model = token, Meters(), model
         self.tokenizer = model.base.tokenizer
-        self.context: int | None = getattr(model.base.model.args, "max_position_embeddings", None)
+        self.context = context_of(model.base.model.args)
         _, self.vocabulary = model.base.dimensions
         self.kept_tokens = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         self.router = router
@@ -200,7 +201,10 @@ class PackServer(ThreadingHTTPServer):
         # Tokenizers may not be used by two threads at once.
         with self._encoding:
             if request.request_type == "text":
-                return self.tokenizer.encode(request.prompt)
+                # As `mlx_lm.generate`: a prompt that was made by the template has it already.
+                bos = self.tokenizer.bos_token
+                special = bos is None or not request.prompt.startswith(bos)
+                return self.tokenizer.encode(request.prompt, add_special_tokens=special)
             if not self.tokenizer.has_chat_template:
                 raise Refusal(400, "the model has no chat template; ask /v1/completions")
             try:
@@ -213,6 +217,22 @@ class PackServer(ThreadingHTTPServer):
                 why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 words = f"messages: the chat template fails ({why})"
                 raise Refusal(400, words, "messages") from None
+
+    def encode_to_route(
+        self, request: CompletionRequest, prompt: list[int], options: dict[str, Any]
+    ) -> list[int]:
+        """Token ids by which the router chooses: `prompt`, or with the system message it expects.
+
+        Raises:
+            Refusal: see `encode`.
+        """
+        system = self.router.system if self.router else None
+        if system is None or request.request_type == "text":
+            return prompt
+        if any(message.get("role") == "system" for message in request.messages):
+            return prompt
+        messages = [{"role": "system", "content": system}, *request.messages]
+        return self.encode(replace(request, messages=messages), options)
 
     def logprobs(self, tokens: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
         """Tokens and their log-probabilities as OpenAI's API has them, and with mlx-lm's `id`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,9 @@ from d2c_mlx.quantize import components
 from d2c_mlx.rounding import values_of
 
 __all__ = ["Room", "make_room"]
+
+# How finely bytes are shared out between an adapter and the header.
+_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def make_room(
     share = sum(one.nbytes for one in others) / max(len(others), 1)
     if limit is not None:
         share = min(limit / (len(others) + 1), share or limit)
-    arrival = _arrival(adapter, share, size, judge)
+    arrival = _arrival(adapter, share, limit, size, judge)
     order = _by_energy(others)
     fewest, most = 0, 0 if limit is None else len(order)
     while limit is not None and fewest < most:
@@ -85,19 +89,35 @@ def make_room(
     return Room(kept, arrival, sum(one.rank for one in gone), float(lost.max(initial=0)))
 
 
-def _arrival(adapter: Adapter, nbytes: float, size: int, judge: Judge | None) -> Compressed:
-    gains = judge.gains(adapter) if judge else {}
-    widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
+def _arrival(
+    adapter: Adapter, nbytes: float, limit: int | None, size: int, judge: Judge | None
+) -> Compressed:
+    """In `nbytes`, or fewer if the file, alone, would be larger than `limit`."""
     parts = components(adapter)
-    levels = allocate(worth(parts, [gains]), widths, nbytes)
-    kept = {path: some for path, some in levels.items() if some}
-    small = stored(adapter, kept, size=size, parts=parts)
+    values = worth(parts, [judge.gains(adapter) if judge else {}])
+    widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
+
+    def within(nbytes: float) -> Compressed:
+        levels = allocate(values, widths, nbytes)
+        kept = {path: some for path, some in levels.items() if some}
+        return stored(adapter, kept, size=size, parts=parts)
+
+    small = within(nbytes)
+    if limit is not None and _file_nbytes(small) > limit:
+        # A share of everything leaves nothing for the header, which few components make smaller.
+        step = nbytes / _PARTS
+        fit = bisect_right(range(_PARTS), limit, key=lambda n: _file_nbytes(within(n * step)))
+        small = within((fit - 1) * step)
     if not small.modules:
         raise BudgetError(
             f"budget: {nbytes:,.0f} bytes, an equal share, hold no component of {adapter.name!r};"
             " give more, or remove a task"
         )
     return judge.scaled(small) if judge else small
+
+
+def _file_nbytes(alone: Compressed) -> int:
+    return compact_nbytes(index_of([alone]))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ __all__ = ["Source", "find_adapters", "read_adapters"]
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
 # What holds weights but not their scale, so no adapter by itself.
 _LOOSE = (".safetensors", ".bin")
+# Bytes of a name: a file has 255 at most, and while a directory is written more is put around it.
+_LONGEST = 240
 # Bytes at the head of a GGUF that hold its general.type; a converter writes it among the first.
 _HEAD = 1 << 16
 
@@ -56,7 +59,8 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
             and other files of weights are refused), the directory of one adapter, a `.gguf`, or, if
             there is no such path, a Hugging Face id of one adapter, `owner/name[@revision]`, the
             only case that uses the network. An adapter is called as its directory, file or
-            repository; `NAME=ENTRY` calls it otherwise.
+            repository; `NAME=ENTRY` calls it otherwise. Names are directories wherever they go:
+            of at most 240 bytes, not hidden, and no two of them one name on a Mac.
 
     Raises:
         InputError: the problems of all entries, one line each.
@@ -181,23 +185,36 @@ def _is_gguf(path: Path) -> bool:
 
 def _name_problems(names: Sequence[str], where: str) -> list[str]:
     """Names that are there twice, or that other systems could not hold."""
-    problems = [
-        f"{where}: the name {ascii(name)} has characters that are not printable or is no name of a"
-        " directory; rename the adapter"
-        for name in names
-        if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name)
-    ]
+    problems = [f"{where}: the name {wrong}" for name in names if (wrong := _wrong(name))]
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(name.casefold(), "")
+        # As APFS compares them.
+        folded = unicodedata.normalize("NFC", name).casefold()
+        other = known.setdefault(folded, "")
         if other == name:
             problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
         elif other:
             problems.append(
                 f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
             )
-        known[name.casefold()] = name
+        known[folded] = name
     return problems
+
+
+def _wrong(name: str) -> str | None:
+    """What is wrong with a name by itself."""
+    if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
+        return (
+            f"{ascii(name)} has characters that are not printable or is no name of a directory;"
+            " rename the adapter"
+        )
+    if name[0] == ".":
+        return f"{name!r} begins with a dot, and what is hidden is passed over; call it NAME=ENTRY"
+    nbytes = len(name.encode())
+    if nbytes > _LONGEST:
+        shown = f"{name[:20]}..."
+        return f"{shown!r} has {nbytes} bytes, expected at most {_LONGEST}; call it NAME=ENTRY"
+    return None
 
 
 def _from_hub(one: HubId) -> Source:

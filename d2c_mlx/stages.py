@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,16 @@ from typing import Any
 from d2c_mlx import __version__
 from d2c_mlx.errors import InputError, PackError
 from d2c_mlx.files import fingerprint, hash_tree, write_json
+from d2c_mlx.manifest import read_manifest
 from d2c_mlx.pack import MANIFEST, load_pack
+from d2c_mlx.strict import parse_json
 
-__all__ = ["Record", "check_pack", "expect_pack"]
+__all__ = ["Record", "check_pack", "expect_pack", "has_record"]
+
+# Files of the packs that a run makes; a router is put in later.
+_PACKED = re.compile(
+    r"manifest\.json|compact\.safetensors|cluster-\d+/adapter(s\.safetensors|_config\.json)"
+)
 
 
 class Record:
@@ -27,9 +34,7 @@ class Record:
 
     def holds(self) -> bool:
         """Whether the stage ran on the same inputs and its outputs are untouched."""
-        if not self._path.exists():
-            return False
-        old = json.loads(self._path.read_text(encoding="utf-8"))
+        old = _read(self._path)
         return old["inputs"] == self._inputs and all(
             (self._output / file).exists() and hash_tree(self._output / file) == digest
             for file, digest in old["outputs"].items()
@@ -41,37 +46,64 @@ class Record:
         write_json(self._path, {"inputs": self._inputs, "outputs": outputs, **measured})
 
 
+def has_record(output: Path) -> bool:
+    """Whether a stage of a run ended in this directory."""
+    return any(_read(path)["outputs"] for path in (output / ".stages").glob("*.json"))
+
+
 def check_pack(output: Path) -> None:
-    """Look whether `pack/` may be replaced: it is missing, damaged, or the one that the run made.
+    """Look whether `pack/` may be replaced: it is missing, or the one that the run made.
+
+    That one may be damaged, which making it anew repairs.
 
     Raises:
-        PackError: it is a sound pack of another making, which would be lost.
+        PackError: it is a pack of another making or version, or holds files of the user's, which
+            would be lost.
     """
-    path, record = output / "pack", _pack_record(output)
-    made = record["outputs"].get("pack"), record.get("expected")
-    if hash_tree(path) in made:
+    path, record = output / "pack", _read(output / ".stages" / "pack.json")
+    made = [one for one in (record["outputs"].get("pack"), record.get("expected")) if one]
+    # What is hidden, such as a Mac's .DS_Store, is no other pack.
+    names = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    there = {name.as_posix() for name in names if not any(part[0] == "." for part in name.parts)}
+    if not there or hash_tree(path) in made:
         return
     try:
-        manifest = load_pack(path).manifest
+        listed = {*load_pack(path).manifest["files"], MANIFEST}
+        ours = there <= listed and hash_tree(path, only=listed) in made
     except InputError:
-        return
-    # What lies beside the files of the pack, such as a Mac's .DS_Store, is no other pack.
-    if hash_tree(path, only=[*manifest["files"], MANIFEST]) not in made:
+        ours = bool(made) and all(map(_PACKED.fullmatch, there)) and not _other_version(path)
+    if not ours:
         raise PackError(
             f"{path}: is not the pack that this run made, as after d2c-mlx add, remove or route,"
             " and would be made anew; move it elsewhere or delete it, then run again"
         )
 
 
+def _other_version(pack: Path) -> bool:
+    """Whether a manifest that can be read is of another format or version than ours."""
+    try:
+        parse_json((pack / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    try:
+        read_manifest(pack / MANIFEST)
+    except PackError:
+        return True
+    return False
+
+
 def expect_pack(output: Path, directory: Path) -> None:
     """Record what replaces `pack/` next: a kill may come before the stage is recorded."""
     path = output / ".stages" / "pack.json"
-    write_json(path, {**_pack_record(output), "expected": hash_tree(directory)})
+    write_json(path, {**_read(path), "expected": hash_tree(directory)})
 
 
-def _pack_record(output: Path) -> dict[str, Any]:
-    path = output / ".stages" / "pack.json"
-    if not path.exists():
-        return {"inputs": None, "outputs": {}}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def _read(path: Path) -> dict[str, Any]:
+    """A record; one that is missing or damaged is of nothing that was done."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if isinstance(found, dict) and "inputs" in found and isinstance(found.get("outputs"), dict):
+        return found
+    return {"inputs": None, "outputs": {}}

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,9 +23,10 @@ from mlx_lm.utils import load_config, quantize_model, save
 from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
+from d2c_mlx.encoding import context_of
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
-from d2c_mlx.files import fingerprint, write_dir
+from d2c_mlx.files import fingerprint, hash_file, write_dir
 from d2c_mlx.locate import cache_directory, resolve_model
 from d2c_mlx.lock import locked
 from d2c_mlx.model import greedy, linear_shapes, load_stock, stored_dtype
@@ -35,6 +37,9 @@ __all__ = ["StockModel", "quantized_model"]
 
 # Padded tokens of one batch: their logits are the largest array of an evaluation.
 _BATCH = 256
+# What is copied with the weights or decides how they are read, and is small enough to be hashed:
+# config, tokenizer (in any of its forms) and chat template.
+_BESIDE = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 class StockModel:
@@ -92,7 +97,7 @@ class StockModel:
     @property
     def max_tokens(self) -> int | None:
         """Positions that the model was made for."""
-        return self.config.get("max_position_embeddings")
+        return context_of(self.config)
 
     @property
     def file_nbytes(self) -> int:
@@ -164,7 +169,9 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         )
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
              for file in sorted(path.glob("*.safetensors"))]  # fmt: skip
-    key = fingerprint([str(path.resolve()), files, bits, "v1"])[:16]
+    found = [file for file in sorted(path.iterdir()) if file.suffix in _BESIDE and file.is_file()]
+    beside = [(file.name, hash_file(file)) for file in found]
+    key = fingerprint([str(path.resolve()), files, beside, bits, version("mlx-lm"), "v2"])[:16]
     directory = cache_directory() / "models" / f"{path.name}-{bits}bit-{key}"
     if not directory.exists():
         # Two commands may want the same model at once.

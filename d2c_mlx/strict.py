@@ -120,6 +120,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _yaml_reason(error: Exception) -> str:
+    where = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or where is None:
+        return str(error).splitlines()[0]
+    return f"line {where.line + 1}, column {where.column + 1}: {error.problem or error.context}"
+
+
 def read_yaml(path: Path | None) -> dict[str, Any]:
     """Keys and values of a file; none without one.
 
@@ -136,12 +143,14 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
         json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a directory, expected a YAML file of options") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
     # Dates that are none and halves of surrogate pairs are ValueErrors; a word under `!!timestamp`
     # or `!!bool` is one of the last two.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{path}: not readable as YAML ({_yaml_reason(error)})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
     return data

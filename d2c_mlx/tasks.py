@@ -15,6 +15,7 @@ from d2c_mlx.strict import parse_json
 __all__ = [
     "Row",
     "Task",
+    "common_system",
     "load_task",
     "load_tasks",
     "load_unlabelled",
@@ -97,6 +98,13 @@ def load_task(directory: Path, tests: bool = True) -> Task:
 def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
     """Options count rows, editors lines, and blank lines are no rows: so both are named."""
     return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
+
+
+def common_system(tasks: Iterable[Task]) -> str | None:
+    """The system message with which every probe row of all tasks begins; None if they differ."""
+    first = [(row.get("messages") or [{}])[0] for task in tasks for row in task.probe]
+    said = {one.get("content") if one.get("role") == "system" else None for one in first}
+    return said.pop() if len(said) == 1 else None
 
 
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:

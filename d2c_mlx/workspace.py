@@ -147,7 +147,7 @@ class Workspace:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of each input adapter written in 16 bit in mlx-lm's layout."""
+        """Bytes of each input adapter written in mlx-lm's layout, in the base's dtype."""
         return [self.packed(adapter).nbytes(self.base.n_layers) for adapter in self.inputs]
 
     @cached_property
@@ -176,8 +176,13 @@ class Workspace:
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter with every module that some adapter has."""
         shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
-        union = self.packed(replace(self.inputs[0], modules=zeros(shapes, rank)))
-        return union.nbytes(self.base.n_layers)
+        union = replace(self.inputs[0], base=self.longest_base, modules=zeros(shapes, rank))
+        return self.packed(union).nbytes(self.base.n_layers)
+
+    @property
+    def longest_base(self) -> str | None:
+        """The base's name of those of the inputs that takes most bytes; a merge has one of them."""
+        return max((one.base for one in self.inputs), key=lambda name: len(json.dumps(name)))
 
     @cached_property
     def target_paths(self) -> list[str]:
@@ -193,8 +198,7 @@ class Workspace:
     def header_nbytes(self) -> int:
         """What is set aside for the header of a compact pack."""
         shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
-        base = max((one.base or "" for one in self.inputs), key=len)
-        return usual_header_nbytes(self.names, base, shapes, GROUP_SIZE)
+        return usual_header_nbytes(self.names, self.longest_base or "", shapes, GROUP_SIZE)
 
     def room_of(self, budget: Budget) -> int:
         """Bytes that a compact pack has for rows.
@@ -294,7 +298,7 @@ class Workspace:
         return self.evaluator.losses(sets, limits)
 
     def packed(self, adapter: Adapter) -> Adapter:
-        """The adapter as a pack stores it: one rank, one scale, the base's 16-bit dtype."""
+        """The adapter as a pack stores it: one rank, one scale, the base's dtype."""
         return adapter.uniform(self.base.dtype)
 
     def path(self, name: str) -> Path:

@@ -17,7 +17,7 @@ from tiny import library, write_jsonl
 from d2c_mlx.api import Refusal, read_request
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.compact import read_compact
-from d2c_mlx.config import load_config
+from d2c_mlx.config_file import load_config
 from d2c_mlx.convert import PEFT_WEIGHTS, read_adapter
 from d2c_mlx.gguf import convert_gguf
 from d2c_mlx.gguf_lora import save_gguf_lora

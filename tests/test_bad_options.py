@@ -8,6 +8,8 @@ import pytest
 from bad import NAMES, cli, lib, pristine  # noqa: F401  fixtures
 from tiny import peft_adapter
 
+from d2c_mlx.errors import InputWarning
+
 # The options.
 
 
@@ -50,6 +52,18 @@ def test_a_rank_that_no_module_has(cli, budget):
 
 def test_the_rank_of_the_widest_module(cli):
     assert cli(cli.argv("merge", "--quiet", merge_rank=32))[0] == 0
+
+
+def test_a_run_goes_on_with_another_kind_of_budget(cli):
+    """No option can say that there is no limit any more."""
+    assert cli(cli.argv("probe", "--quiet", budget="60%", max_adapters=2))[0] == 0
+    again = ["cluster", "--quiet", "--output", str(cli.output), "--budget", "2"]
+    code, _, err = cli([*again, "--max-adapters", "2"])
+    assert code == 2 and "max_adapters: found 2, expected none unless" in err
+    saved = cli.output / "config.yaml"
+    with pytest.warns(InputWarning, match=f"max_adapters: 2 of {saved} does not go with the"):
+        assert cli(again)[0] == 0
+    assert "max_adapters: null" in saved.read_text()
 
 
 @pytest.mark.parametrize("budget", ["lots", "10 apples", "0", "-3", "2.5"])
@@ -170,4 +184,4 @@ def test_a_hub_id_without_network(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     line = cli.fails_with("model: 'some/model'", "check the id and the network", model="some/model")
-    assert "LocalEntryNotFoundError" in line or "OfflineModeIsEnabled" in line
+    assert "(HF_HUB_OFFLINE is set, and it is not in the hub's cache on this machine)" in line

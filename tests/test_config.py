@@ -8,10 +8,11 @@ import yaml
 from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 
-from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig, load_config
+from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig
+from d2c_mlx.config_file import load_config
 from d2c_mlx.d2c import INITS
 from d2c_mlx.engine import Savings
-from d2c_mlx.errors import ConfigError
+from d2c_mlx.errors import ConfigError, InputWarning
 from d2c_mlx.merge import METHODS
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
@@ -276,6 +277,62 @@ def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
 def test_aliases_and_levels_within_reason_are_read(tmp_path):
     path = write(tmp_path, "init: &some [random, kmeans]\nbaselines: *some\n")
     assert load_config(path, NEEDED).baselines == ("random", "kmeans")
+
+
+def test_a_start_that_is_named_twice_is_one():
+    assert RunConfig(**NEEDED, init=("random", "table", "random")).init == ("random", "table")
+
+
+SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
+
+
+@pytest.mark.parametrize(
+    "common, asked, without",
+    [
+        (BYTES, {"search": "paper"}, "a number of adapters as the budget, or --plan d2c"),
+        (BYTES, {"init": "random"}, "a number of adapters"),
+        (BYTES, {"patience": 3}, "a number of adapters"),
+        (BYTES, {"rounds": 3}, "a number of adapters"),
+        (BYTES, {"restarts": 3}, "a number of adapters"),
+        (BYTES, {"refine_steps": 3}, "--refine"),
+        (SLOTS, {"refine_rate": 1.0}, "--refine"),
+    ],
+)
+def test_what_would_do_nothing_is_refused_if_it_was_asked_for(tmp_path, common, asked, without):
+    ((name, value),) = asked.items()
+    (line,) = problems(None, common | asked)
+    found = (value,) if name == "init" else value
+    assert line.startswith(f"{name}: found {found!r}, expected none: it does nothing without ")
+    assert without in line
+    # A file may be for runs of both kinds, and a default changes nothing.
+    path = write(tmp_path, yaml.safe_dump(asked))
+    assert getattr(load_config(path, common), name) == found
+    assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
+    good = {"refine": True, "budget": "2"}
+    assert getattr(load_config(None, common | asked | good), name) == found
+    if name in ("search", "init", "patience", "rounds", "restarts"):
+        assert load_config(None, {**common, **asked, "plan": "d2c"})
+
+
+@pytest.mark.parametrize(
+    "old, now, name",
+    [
+        ({"budget": "60%", "max_adapters": 2}, {"budget": "2"}, "max_adapters"),
+        ({"budget": "60%", "max_adapters": 2}, {"plan": "d2c"}, "max_adapters"),
+        ({"budget": "2", "merge_rank": 4}, {"merge_method": "concat"}, "merge_rank"),
+    ],
+)
+def test_what_an_earlier_run_was_asked_for_is_left_out_where_it_cannot_be(tmp_path, old, now, name):
+    path = write(tmp_path, yaml.safe_dump({**NEEDED, **old}))
+    with pytest.warns(InputWarning, match=f"{name}: {old[name]} of {path} does not go with"):
+        assert getattr(load_config(path, now, saved=True), name) is None
+    # As ever if it was asked for now, or in a file of one's own.
+    for file, asked, saved in ((path, now | {name: old[name]}, True), (path, now, False)):
+        with pytest.raises(ConfigError, match=f"{name}: found {old[name]}, expected none"):
+            load_config(file, asked, saved)
+    assert getattr(load_config(path, {}, saved=True), name) == old[name]
+    with pytest.raises(ConfigError, match="budget: 'much' is not"):
+        load_config(path, {"budget": "much"}, saved=True)
 
 
 def test_only_rows_that_judge_are_answered():

@@ -19,7 +19,7 @@ from tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.config import load_config
+from d2c_mlx.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx.")]
@@ -39,7 +39,8 @@ def test_readme_examples_run(monkeypatch, tmp_path, capsys):
         exec(code.replace("runs/readme", str(tmp_path / "run")), names)
     lines = capsys.readouterr().out.strip().splitlines()
     assert 0 < float(lines[1]) < 5
-    assert any(line.strip() for line in lines[2:])
+    (said,) = re.findall(r"  # (.*)", next(x for x in use.splitlines() if "generate(" in x))
+    assert lines[2:] == [said]
     # What was switched to last serves: the logits of its adapter on a fresh model.
     fresh, _ = d2c_mlx.load(tmp_path / "run" / "pack", "num-es")
     tokens = mx.array([[1, 2, 3]])

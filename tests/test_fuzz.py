@@ -224,7 +224,12 @@ def test_a_pattern_that_would_not_end():
 
 @pytest.mark.parametrize(
     "names, problem",
-    [(["Q", "q"], "'Q' and 'q' are one name on a Mac"), (["a\nb"], "characters that are not pri")],
+    [
+        (["Q", "q"], "'Q' and 'q' are one name on a Mac"),
+        (["\u00e9t\u00e9", "E\u0301t\u00e9"], "are one name on a Mac"),
+        (["a\nb"], "characters that are not pri"),
+        (["\u00e9" * 121], "has 242 bytes, expected at most 240"),
+    ],
 )
 def test_names_that_a_mac_cannot_hold(tmp_path, names, problem):
     for name in names:

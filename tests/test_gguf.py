@@ -108,6 +108,66 @@ def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, wo
     assert not list((tmp_path / "cache" / "models").glob("*bad*"))
 
 
+def templates(directory):
+    """In the file of transformers 5, and in the config."""
+    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config = json.loads(path.read_text())
+    return file.read_text() if file.exists() else None, config.get("chat_template")
+
+
+def test_a_tokenizer_that_changes_beside_the_file_is_converted_anew(source, tmp_path):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32)
+    before = resolve_model(str(path))[1]
+    assert resolve_model(str(path))[1] == before
+    assert templates(before) == templates(source) != (None, None)
+    (path.parent / "chat_template.jinja").write_text("NEW")
+    now = resolve_model(str(path))[1]
+    assert templates(now)[0] == "NEW" and templates(before)[0] != "NEW"
+    assert BaseModel(str(path)).tokenizer.chat_template == "NEW"
+
+
+def test_links_to_one_file_have_the_tokenizers_beside_them(source, tmp_path):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name / file).write_bytes((source / file).read_bytes())
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+        (tmp_path / name / "m.gguf").symlink_to(path)
+    found = [resolve_model(str(tmp_path / name / "m.gguf"))[1] for name in "ab"]
+    assert [templates(one)[0] for one in found] == ["a", "b"]
+
+
+def test_the_template_inside_is_used_where_the_files_beside_have_none(source, tmp_path):
+    gguf = tmp_path / "gguf"
+    path = write_gguf(source, gguf / "m.gguf", mx.float32, **{"tokenizer.chat_template": "INSIDE"})
+    assert templates(resolve_model(str(path))[1]) == templates(source)
+    (gguf / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((gguf / "tokenizer_config.json").read_text())
+    for stated, expected in ((None, "INSIDE"), ("STATED", "STATED")):
+        one = {**config, "chat_template": stated}
+        (gguf / "tokenizer_config.json").write_text(json.dumps(one))
+        assert BaseModel(str(path)).tokenizer.chat_template == expected
+    for text, words in (("[]", "expected a JSON object"), ("{", "not readable as JSON")):
+        (gguf / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ModelError, match=f"tokenizer_config.json: {words}"):
+            resolve_model(str(path))
+
+
+def test_a_suffix_in_capitals_and_a_folder_without_a_name(source, tmp_path, monkeypatch):
+    path = tmp_path / "gguf" / "X.GGUF"
+    # MLX would write X.GGUF.gguf.
+    write_gguf(source, tmp_path / "gguf" / "x.gguf", mx.float32).rename(path)
+    name, directory = resolve_model(str(path))
+    assert name == "X" and (directory / "model.safetensors").is_file()
+    with pytest.raises(ModelError, match="no such file"):
+        resolve_model("none.GGUF")
+    (source / "inside").mkdir()
+    for place, spec in ((source, "."), (source / "inside", "..")):
+        monkeypatch.chdir(place)
+        assert resolve_model(spec)[0] == "source"
+
+
 def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
     (tmp_path / "alone").mkdir()
     path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)

@@ -135,6 +135,8 @@ def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
     assert done.returncode == 2
     assert line.startswith("error: adapters: 'org/a' is no local path, and the hub did not give it")
     assert "check the id and the network, or give a local directory" in line
+    why = "HF_HUB_OFFLINE is set" if "OFF" in how else "the hub cannot be reached"
+    assert f"({why}, and it is not in the hub's cache on this machine)" in line
 
 
 def test_a_path_that_is_there_is_no_id(hub, base, tmp_path, monkeypatch):
@@ -197,6 +199,7 @@ def test_adapters_one_by_one(tmp_path, base):
         (f"{a},{tmp_path / 'some'}", "'a' is the name of several; call one NAME=ENTRY"),
         (f"y={tmp_path / 'some'}", "names 2 adapters, expected one"),
         (f"../y={a}", "is no name of a directory"),
+        (f".y={a}", "the name '.y' begins with a dot"),
         (f"{a},", "an entry is empty"),
         (f"{a},A={lora}", "'a' and 'A' are one name on a Mac"),
         (str(tmp_path / "nope.gguf"), "no such directory and no Hugging Face id"),

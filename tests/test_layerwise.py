@@ -16,8 +16,9 @@ from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.config import RunConfig
 from d2c_mlx.convert import read_adapter
 from d2c_mlx.errors import InputError
+from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.inputs import input_activations
-from d2c_mlx.layerwise import merge_layerwise
+from d2c_mlx.layerwise import _parts, merge_layerwise
 from d2c_mlx.merge.data import Grams, matched, regmean
 from d2c_mlx.model import BaseModel, block_index
 from d2c_mlx.schedule import Workers
@@ -63,6 +64,16 @@ def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
     nothing = [np.zeros((12, shape[1])) for _ in range(n)]
     (a, b), (c, d) = matched(factors, grams, nothing, 9), regmean(factors, grams, 9)
     assert a @ b == pytest.approx(c @ d, abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 6])
+def test_tokens_that_all_rows_begin_with_are_not_looked_at(n):
+    rng = np.random.default_rng(0)
+    rows = [tuple(rng.integers(100 * i, 100 * i + 99, 8).tolist()) for i in range(6)]
+    examples = [Example((*range(700, 700 + n), *row), n + 4) for row in rows]
+    sets = [ExampleSet("a", tuple(examples[:3])), ExampleSet("b", tuple(examples[3:]))]
+    looked = [sorted(set(part.batch.columns)) for part in _parts(sets, None)]
+    assert looked and all(columns == list(range(n, n + 8)) for columns in looked)
 
 
 @pytest.fixture

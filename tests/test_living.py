@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from loras import lora_of
 from tiny import LAYERS, SHAPES, peft_adapter
 
 from d2c_mlx.adapter import Adapter, LoRA
@@ -203,6 +204,23 @@ def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack, adapters)
     assert own.origins.keys() == {"c", "d"} and remove_tasks(own, ["d"]).origins.keys() == {"c"}
 
 
+def test_an_origin_goes_with_its_merge_and_with_its_name(tmp_path, adapters):
+    both = merge_adapters([adapters["a"], adapters["b"]]).uniform()
+    slots = [replace(both, sources=("a", "b")), replace(adapters["c"], sources=("c",))]
+    origins = {"a": "org/a@1", "b": "org/b@2", "c": "org/c@3"}
+    path = tmp_path / "pack"
+    pack = write_pack(path, slots, budget="9", max_bytes=None, origins=origins, **ABOUT)
+    left = remove_tasks(pack, ["b"])
+    assert left.origins == origins
+    # Another b, of this machine: not what is in the merge.
+    local = replace(adapters["d"], name="b")
+    assert add_adapter(left, local).pack.origins == {"a": "org/a@1", "c": "org/c@3"}
+    path = tmp_path / "other"
+    pack = write_pack(path, slots, budget="9", max_bytes=None, origins=origins, **ABOUT)
+    pack = remove_tasks(remove_tasks(pack, ["b"]), ["a"])
+    assert pack.origins == {"c": "org/c@3"}
+
+
 def test_removal(pack, adapters):
     merged = add_adapter(pack, adapters["c"]).pack
     place = merged.tasks["c"]
@@ -277,6 +295,15 @@ def test_with_room_nothing_is_dropped(tmp_path, adapters):
     found = add_adapter(pack, adapters["c"])
     assert found.dropped == 0 and [found.pack.load(name).digest for name in "ab"] == before
     assert found.pack.load("bare") is None
+
+
+@pytest.mark.parametrize("budget", [4_000, 8_000, 16_000])
+def test_an_arrival_in_a_pack_that_stores_no_adapter_leaves_room_for_the_header(tmp_path, budget):
+    pack = compact(tmp_path / "pack", {}, "", limit=1_000)
+    rng = np.random.default_rng(0)
+    modules = {path: lora_of(rng, shape, 16) for path, shape in ALL.items()}
+    found = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B")
+    assert 0.7 * budget < found.pack.nbytes <= budget and verify(found.pack.path).tasks["d"] == 0
 
 
 def test_removal_from_a_compact_pack(tmp_path, adapters):

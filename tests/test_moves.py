@@ -14,6 +14,7 @@ from d2c_mlx.d2c import INITS, d2c
 from d2c_mlx.moves import (
     Costs,
     _best_step,
+    _neighbours,
     groups_of,
     improve,
     paired_partition,
@@ -50,6 +51,17 @@ def test_planted_clusters_are_found_from_any_start(init, seed):
     found = d2c(problem, 3, search="moves", init=[init], seed=seed, patience=30)
     assert found.labels == hidden
     assert found.objective == pytest.approx(Costs(problem).objective(hidden))
+
+
+def test_every_step_gives_another_partition():
+    """A swap of two single adapters would use up patience for nothing."""
+    groups = [(0,), (1,), (2, 3), (4,)]
+    steps = list(_neighbours(groups))
+    found = {frozenset({*groups} - {groups[a], groups[b]} | {left, right})
+             for a, b, left, right in steps}  # fmt: skip
+    # 2 or 3 joins one of three.
+    assert len(found) == 6 and frozenset(groups) not in found
+    assert all(all(partition) for partition in found)
 
 
 @pytest.mark.parametrize("seed", range(6))

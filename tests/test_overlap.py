@@ -97,7 +97,7 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
     (cli.root / "config.yaml").write_text(yaml.safe_dump({**values, "output": ".", "budget": 1}))
     for argv in (["run", "config.yaml"], ["run", "--output", "."], cli.argv(output=".")):
         (line,) = refused(cli, argv)
-        assert "would replace your config.yaml; give another --output, or rename that file" in line
+        assert "would replace your config.yaml, which no earlier run wrote; give another" in line
     # A run that was killed in its first stage wrote one too, and goes on.
     written = RunConfig(**{**values, "output": ".", "budget": "1"}).to_dict()
     (cli.root / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
@@ -154,8 +154,9 @@ def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
     for name in ("cluster-0.gguf", "base.gguf"):
         assert cli(export)[0] == 0
         (out / name).write_bytes(b"of llama.cpp")
-    (line,) = refused(cli, export)
-    assert f"and {out / 'base.gguf'} in it" in line
+        (line,) = refused(cli, export)
+        assert f"and {out / name} in it" in line
+        (out / name).unlink()
 
 
 def test_export_replaces_neither_model_nor_pack(cli, lib):

@@ -262,6 +262,36 @@ def test_files_that_are_no_result(tmp_path, content):
         read_phone(tmp_path / "none.json")
 
 
+def test_a_result_that_lacks_parts_is_refused_by_their_names(made, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"format": "d2c-mlx-phone", "version": 1}')
+    refused = CliRunner().invoke(cli, ["bench", "compare", str(path), str(path)])
+    assert isinstance(refused.exception, PackError) and refused.exception.exit_code == 2
+    (line,) = refused.exception.problems
+    assert line.startswith(f"{path}: has no model, pack, options and ") and "write it again" in line
+    whole = made[2]
+    gone = ["time", "quality", "provenance.machine.system", "switch.stock.reload_seconds",
+            "methods.pack.memory.0.kv_cache", "methods.base.contexts.1.context", "methods.pack",
+            "device.name", "quality.device.pack", "quality.n_rows"]  # fmt: skip
+    for name in gone:
+        other = json.loads(json.dumps(whole))
+        *parents, key = name.split(".")
+        part = other
+        for one in parents:
+            part = part[int(one) if one.isdigit() else one]
+        del part[key]
+        path.write_text(json.dumps(other))
+        with pytest.raises(PackError, match=f"{path}: has no {name}[ ,]"):
+            read_phone(path)
+    for other in (whole | {"methods": []}, whole | {"model": 5}, whole | {"quality": {}}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(PackError, match=f"{path}: has no "):
+            read_phone(path)
+    for other in (whole, whole | {"quality": None}):
+        path.write_text(json.dumps(other))
+        assert render_phone(read_phone(path)) and compare_phones(other, read_phone(path))
+
+
 def test_options_are_checked_at_once():
     with pytest.raises(ConfigError) as caught:
         PhoneConfig(
@@ -278,9 +308,30 @@ def test_options_are_checked_at_once():
     assert [line.split(":")[0] for line in caught.value.problems] == [
         "bits", "contexts", "decode", "runs", "test_examples", "answers", "history"
     ]  # fmt: skip
+    (line,) = _refused(answers=9, test_examples=2)
+    assert line == "answers: found 9, expected 0 to test_examples (2)"
+    assert PhoneConfig("p", "d", answers=9, test_examples=0).answers == 9
     assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
     with pytest.raises(ConfigError, match='numbers such as "128,512"'):
         read_contexts("short")
+
+
+def _refused(**options):
+    with pytest.raises(ConfigError) as caught:
+        PhoneConfig("p", "d", **options)
+    return caught.value.problems
+
+
+def test_a_history_that_cannot_be_written_is_told_before_anything_is_measured(made, tmp_path):
+    paths, pack, *_ = made
+    (tmp_path / "file").write_text("x")
+    history = str(tmp_path / "file" / "runs.jsonl")
+    # More than a test has time for, if it were begun.
+    config = PhoneConfig(
+        str(pack.path), "mac-8gb", str(paths.model), contexts=(300,), runs=10**6, history=history
+    )
+    with pytest.raises(ConfigError, match=f"history: {history} cannot be written"):
+        bench_phone(config, quiet=True)
 
 
 def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):

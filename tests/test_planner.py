@@ -94,17 +94,48 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
             assert compact_nbytes(index_of(adapters)) <= room + set_aside
 
 
+def probed(tmp_path, budget, **options):
+    paths = library(tmp_path, list("abcdefghijkl"))
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2, **options,
+    )  # fmt: skip
+    return run(config, until="probe", quiet=True)
+
+
+@pytest.mark.parametrize("harm", [0.0, -0.02])
+def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
+    """What a merge of them costs, of a prediction of nothing, says nothing of larger merges."""
+    ws = probed(tmp_path, "30%")
+    twins = np.arange(12) // 2
+    table = np.where(twins[:, None] == twins, harm, 1.0)
+    np.fill_diagonal(table, 0)
+    ws.problem = replace(ws.problem, base=np.full(12, 2.0), table=1 + table)
+    final, asked = ws.merger.final, []
+
+    def cheap(members):
+        asked.append(members)
+        return replace(final(members), regret=1e-3)
+
+    ws.merger.final = cheap
+    measure(ws, [ws.room])
+    assert {len(members) for members in asked} > {2}
+
+
+def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
+    ws = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
+    final, asked = ws.merger.final, []
+    ws.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = measure(ws, [ws.room])
+    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
+    assert asked and {*asked} <= {*merges} and final(asked[0]).regret is None
+    assert "merged" not in {one.family for one in candidates}
+
+
 @pytest.mark.parametrize("budget", ["90%", "30%"])
 def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
     """The cluster with the worst prediction first; nothing of it becomes a candidate then."""
-    paths = library(tmp_path, list("abcdefghijkl"))
-    ws = run(
-        RunConfig(
-            model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-            budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        ),
-        until="probe", quiet=True,
-    )  # fmt: skip
+    ws = probed(tmp_path, budget)
     final, asked = ws.merger.final, []
     ws.merger.final = lambda members: asked.append(members) or final(members)
     candidates = measure(ws, [ws.room])

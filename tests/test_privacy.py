@@ -61,7 +61,10 @@ def test_the_watch_sees_a_socket():
 @pytest.mark.parametrize(
     "stated, name",
     [("org/model", "org/model"), ("/home/jane/models/tiny", "tiny"), ("~/models/tiny", "tiny"),
-     ("C:\\Users\\jane\\tiny", "tiny"), ("models/tiny", "models/tiny"), (None, None), ("", None)],
+     ("C:\\Users\\jane\\tiny", "tiny"), ("models/tiny", "models/tiny"), (None, None), ("", None),
+     ("../jane/secret/tiny", "tiny"), ("./tiny/", "tiny"), ("file:///home/jane/tiny", "tiny"),
+     ("C:models\\jane\\tiny", "tiny"), ("..\\jane\\tiny", "tiny"), ("jane@host:tiny", "tiny"),
+     ("..", None), ("~jane", None), ("//server/jane/tiny", "tiny")],
 )  # fmt: skip
 def test_the_base_of_an_adapter(stated, name):
     config = json.loads(json.dumps({"base_model_name_or_path": stated}))

@@ -16,7 +16,18 @@ from tiny import library
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import hash_tree
-from d2c_mlx.ranks import _measured, _packed, _unpacked, _weights, launched, local_ranks, shares
+from d2c_mlx.ranks import (
+    _end,
+    _halves,
+    _lengths,
+    _measured,
+    _packed,
+    _unpacked,
+    _weights,
+    launched,
+    local_ranks,
+    shares,
+)
 
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
@@ -72,7 +83,8 @@ def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
 def test_a_planned_pack_has_the_same_bytes(paths, tmp_path):
     """What the own adapters expect is sent to workers too."""
     one, two = (
-        options(paths, tmp_path / n / "run", plan="auto", budget="60%") for n in ("one", "two")
+        options(paths, tmp_path / n / "run", plan="auto", budget="60%", rounds=10)
+        for n in ("one", "two")
     )
     command = [sys.executable, "-c", MAIN, *one]
     environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "one" / "cache")}
@@ -164,6 +176,28 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
         rounds.append(work)
     assert abs(rounds[-1][0] - rounds[-1][1]) <= size
     assert speed.tolist() == [3000, 3000]
+
+
+def test_a_message_may_have_more_than_four_gigabytes():
+    group = mx.distributed.init()
+    sent = mx.array(_halves(7, 5_000_000_000))
+    assert _lengths(np.array(mx.distributed.all_sum(sent, group=group))) == [7, 5_000_000_000]
+
+
+def test_a_round_ends_before_its_adapters_are_too_large():
+    """Of 40 bytes each; one that is in the round already costs nothing."""
+
+    def adapter(value):
+        return Adapter("", {"q": LoRA(mx.full((6, 1), value), mx.ones((1, 4)), 1.0)})
+
+    row = ExampleSet("a", (Example((1, 2, 3), 1),))
+    a, b, c = map(adapter, (1.0, 2.0, 3.0))
+    pieces = [(one, row) for one in (a, None, a, b, a, c, c, b)]
+    assert _end(pieces, 0, 2) == 8
+    assert _end(pieces, 0, 2, most=80) == 5 and _end(pieces, 5, 2, most=80) == 8
+    # One that is larger than a round may be is a round of its own.
+    ends = [_end(pieces, start, 2, most=39) for start in range(8)]
+    assert ends == [3, 2, 3, 4, 5, 7, 7, 8]
 
 
 def test_ranks_that_never_had_work_stay_unknown():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny import library
 
-from d2c_mlx.config import RunConfig, load_config
-from d2c_mlx.errors import PackError
+from d2c_mlx.config import RunConfig
+from d2c_mlx.config_file import load_config
+from d2c_mlx.errors import InputError, PackError
 from d2c_mlx.files import hash_tree
 from d2c_mlx.living import remove_tasks
 from d2c_mlx.pack import load_pack
@@ -228,11 +229,17 @@ def test_a_pack_that_was_changed_is_not_undone(config, plan):
 
 
 def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
-    shutil.copytree(run(config, "pack", quiet=True).path("pack"), tmp_path / "other" / "pack")
+    pack = run(config, "pack", quiet=True).path("pack")
     other = replace(config, output=str(tmp_path / "other"))
-    with pytest.raises(PackError, match="pack: is not the pack that this run made"):
+    shutil.copytree(pack, tmp_path / "other" / "pack")
+    with pytest.raises(InputError, match="other/pack, which no earlier run wrote"):
         run(other, quiet=True)
     assert not (tmp_path / "other" / ".stages").exists()
+    (tmp_path / "other" / "pack").rename(tmp_path / "kept")
+    run(other, "merge", quiet=True)
+    (tmp_path / "kept").rename(tmp_path / "other" / "pack")
+    with pytest.raises(PackError, match="pack: is not the pack that this run made"):
+        run(other, quiet=True)
 
 
 def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch):

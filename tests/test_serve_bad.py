@@ -192,7 +192,7 @@ def test_sampling_goes_on_after_a_failure(pack, mixed, answer):
     with serving(pack, mixed) as server, client(server) as api:
         for _ in range(2):
             ids = answer.tokenizer.encode("the fox")
-            turn = Turn(ids, "wide", False, 4, make_sampler(0.7, top_k=10**6), [],
+            turn = Turn(ids, "wide", None, 4, make_sampler(0.7, top_k=10**6), [],
                         make_stop_sequences(answer.tokenizer))  # fmt: skip
             server.scheduler.submit(turn)
             with pytest.raises(RuntimeError, match="ValueError"):

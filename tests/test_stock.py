@@ -15,7 +15,7 @@ import scipy.special
 from mlx_lm import load as stock_load
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
-from tiny import library
+from tiny import library, tiny_model
 
 from d2c_mlx.adapter import LoRA
 from d2c_mlx.convert import read_adapter
@@ -170,6 +170,31 @@ def test_quantizing_is_done_once_by_mlx_lm(paths):
     # As it is: nothing is quantized, and what is quantized already is left as it is.
     assert quantized_model(str(paths.model), None)[1:] == (paths.model, paths.model)
     assert quantized_model(str(directory), 4)[1:] == (directory, directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "chat_template.jinja", "tokenizer.json", "merges.txt", "a.model", ""]
+)
+def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    source = tiny_model(tmp_path / "model")
+    *_, before = quantized_model(str(source), 4)
+    assert quantized_model(str(source), 4)[2] == before
+    file = source / name
+    if not name:
+        monkeypatch.setattr("d2c_mlx.stock.version", lambda package: f"another {package}")
+    elif name == "config.json":
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"rope_theta": 500000.0}))
+    elif name == "chat_template.jinja":
+        file.write_text("another")
+    else:
+        file.write_text((file.read_text() if file.exists() else "") + "\n")
+    *_, after = quantized_model(str(source), 4)
+    assert after != before
+    model, tokenizer = stock_load(str(after))
+    assert (model.args.rope_theta == 500000.0) == (name == "config.json")
+    assert (tokenizer.chat_template == "another") == (name == "chat_template.jinja")
 
 
 TOGETHER = """

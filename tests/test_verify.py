@@ -34,6 +34,19 @@ def adapters(tmp_path):
     return [replace(adapter, sources=(adapter.name,)) for adapter in found]
 
 
+@pytest.mark.parametrize("command", ["verify", "list"])
+def test_what_is_no_pack_is_refused_in_one_line(command, tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("{}")
+    (folder / "manifest.json").mkdir(parents=True)
+    for path, words in ((file, "missing; is this a pack?"), (folder, "no file that can be read")):
+        argv = [sys.executable, "-c", MAIN, command, str(path)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {path / 'manifest.json'}: ") and words in line
+
+
 @pytest.fixture
 def directory(tmp_path, adapters):
     adapters[0].save(tmp_path / "one", LAYERS)

@@ -11,7 +11,10 @@ import numpy as np
 from d2c_mlx.merge.core import CoreSpace
 from d2c_mlx.merge.sparsify import drop, trim
 
-__all__ = ["dare_linear", "dare_ties", "emr", "emr_modulators", "linear", "ties"]
+__all__ = ["dare_linear", "dare_ties", "emr", "linear", "ties"]
+
+# Of the largest entry: sums below it are what rounding in float32 leaves.
+_CANCELLED = 1e-6
 
 
 def linear(space: CoreSpace, weights: np.ndarray) -> np.ndarray:
@@ -57,40 +60,25 @@ def dare_ties(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
 def emr(updates: np.ndarray) -> np.ndarray:
     """The unified update: elected sign, largest magnitude of the entries that agree.
 
-    It is made to be used with `emr_modulators`; alone it is larger than any single update. Equal
-    updates merge to themselves.
+    In the paper every task keeps a mask and a rescaler that make its own update of it again. They
+    cost bytes per task and no runtime applies them, so they are not made; alone the unified update
+    is larger than any single one. Equal updates merge to themselves.
 
     Source: EMR-Merging, https://arxiv.org/abs/2405.17461, here on core entries.
     """
-    return np.sign(updates.sum(axis=0)) * np.where(_agree(updates), np.abs(updates), 0).max(axis=0)
-
-
-def emr_modulators(updates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What turns `emr`'s update back into every task's: `rescalers[i] * masks[i] * emr(updates)`.
-
-    They are no part of a merged adapter: an own adapter per task, or one bit per core entry and
-    one float per module and task beside the unified one, which a budget has to count.
-
-    Args:
-        updates: `(T, q, p)`.
-
-    Returns:
-        masks `(T, q, p)`, bool: where the task agrees with the elected sign; rescalers `(T,)`:
-        what gives the masked update the task's own sum of magnitudes (0 for a zero update).
-
-    Source: EMR-Merging, https://arxiv.org/abs/2405.17461 (there one rescaler for all modules).
-    """
-    unified = emr(updates)
-    masks = updates * unified > 0
-    kept = np.where(masks, np.abs(unified), 0).sum(axis=(1, 2))
-    own = np.abs(updates).sum(axis=(1, 2))
-    return masks, own / np.where(kept > 0, kept, 1) * (kept > 0)
+    return _elected(updates) * np.where(_agree(updates), np.abs(updates), 0).max(axis=0)
 
 
 def _agree(updates: np.ndarray) -> np.ndarray:
     """`(T, q, p)`, bool: entries with the sign of the sum over the updates."""
-    sign = np.sign(updates.sum(axis=0))
+    sign = _elected(updates)
     return (np.sign(updates) == sign) & (sign != 0)
+
+
+def _elected(updates: np.ndarray) -> np.ndarray:
+    """`(q, p)`: signs of the sums over the updates, 0 where they cancel but for rounding."""
+    total = updates.sum(axis=0)
+    return np.where(np.abs(total) > _CANCELLED * np.abs(updates).max(), np.sign(total), 0)
 
 
 def _agreeing_mean(updates: np.ndarray) -> np.ndarray:
