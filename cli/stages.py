@@ -155,8 +155,8 @@ def _stage_command(name: str, help: str, until: str | None = None) -> click.Comm
     return command
 
 
-_RESUME = "\n\nRuns what comes before it too, unless it is done. With only --output, the options of"
-_RESUME += " that run directory are used."
+_RESUME = "\n\nRuns what comes before it too, unless it is done. With --output, and neither"
+_RESUME += " CONFIG nor --adapters, options that are not given are those of that run directory."
 
 run = _stage_command(
     "run",

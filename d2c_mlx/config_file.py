@@ -30,7 +30,7 @@ def load_config(
 
     Args:
         path: of the file; None is none.
-        overrides: what was asked for now: it must have something to act on.
+        overrides: what was asked for now; an `InputWarning` says what of it does nothing.
         saved: the file is what an earlier run was asked for. What of it cannot go with the
             overrides is left out with an `InputWarning`, as no option can say none.
 
@@ -62,9 +62,7 @@ def load_config(
             stacklevel=2,
         )
     config = RunConfig(**values)
-    problems = _idle_problems(config, overrides)
-    if problems:
-        raise ConfigError(problems)
+    _warn_of_idle(config, overrides)
     return config
 
 
@@ -109,15 +107,16 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def _idle_problems(config: RunConfig, overrides: Mapping[str, object]) -> list[str]:
-    """Of what was asked for and would do nothing; a file may be for runs of both kinds."""
+def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
+    """Of what was asked for now and does nothing; a file may be for runs of both kinds."""
     needed: dict[str, str] = {}
     if config.planned:
         needed |= dict.fromkeys(_OF_D2C, "a number of adapters as the budget, or --plan d2c")
     if not config.refine:
         needed |= dict.fromkeys(_OF_REFINING, "--refine")
-    return [
-        f"{name}: found {getattr(config, name)!r}, expected none: it does nothing without {what}"
-        for name, what in needed.items()
-        if name in overrides and getattr(config, name) != getattr(RunConfig, name)
-    ]
+    for name, what in needed.items():
+        value = getattr(config, name)
+        if name in overrides and value != getattr(RunConfig, name):
+            warnings.warn(
+                f"{name}: {value!r} does nothing without {what}", InputWarning, stacklevel=3
+            )

@@ -22,7 +22,13 @@ from d2c_mlx.pack import load_pack
 MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", "--quiet"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {
-    "slots": {"budget": "2", "refine": True, "refine_steps": 4, "merge_method": "linear"},
+    "slots": {
+        "budget": "2",
+        "refine": True,
+        "refine_steps": 4,
+        "merge_method": "linear",
+        "rounds": 2,
+    },
     "bytes": {"budget": "20%"},
 }
 
@@ -32,7 +38,7 @@ def inputs(tmp_path):
     """Options of a run on four tiny adapters, but for its budget and output."""
     paths = library(tmp_path, ["a", "b", "c", "d"])
     return {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
-            "probe_examples": 3, "test_examples": 3, "random_seeds": 1, "rounds": 2}  # fmt: skip
+            "probe_examples": 3, "test_examples": 3, "random_seeds": 1}  # fmt: skip
 
 
 def command(inputs, way, output):

@@ -121,7 +121,7 @@ def test_two_ranks_plan_the_same(whole, paths, tmp_path):
     config = config_of(paths, tmp_path / "run", way)
     flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in (
         "model", "adapters", "tasks", "output", "budget", "probe_examples", "test_examples",
-        "random_seeds", "rounds")]  # fmt: skip
+        "random_seeds")]  # fmt: skip
     done = launch(2, ["run", "--quiet", *flags], tmp_path / "cache", port=90)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")

@@ -57,7 +57,7 @@ def finish(paths, monkeypatch, capsys):
         argv = [f"--{name}={value}" for name, value in (
             ("model", paths.model), ("adapters", paths.adapters), ("tasks", paths.tasks),
             ("budget", budget), ("output", output), ("probe-examples", 2), ("test-examples", 2),
-            ("random-seeds", 1), ("rounds", 1))]  # fmt: skip
+            ("random-seeds", 1))]  # fmt: skip
         monkeypatch.setenv("D2C_MLX_CACHE", str(cache))
         monkeypatch.setattr(sys, "argv", ["d2c-mlx", "run", "--quiet", *argv, *more])
         with pytest.raises(SystemExit) as ended:
