@@ -101,13 +101,19 @@ def add(
 )
 @click.argument("pack", type=_PACK)
 @click.argument("tasks", nargs=-1, required=True)
-def remove(pack: Path, tasks: tuple[str, ...]) -> None:
+@_JSON
+def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     """Remove, say what is left."""
     from d2c_mlx.living import opened, remove_tasks
 
     routed = _routed(pack)
     with opened(pack) as found:
         left = remove_tasks(found, tasks)
+    if as_json:
+        content = {"tasks": sorted(left.tasks), "n_adapters": len(left.adapters),
+                   "nbytes": left.nbytes}  # fmt: skip
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        return
     click.echo(
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
         f"{routed}"

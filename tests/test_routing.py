@@ -329,3 +329,20 @@ def test_a_server_routes_as_the_rows_were(spoken):
             auto = api.chat.completions.create(model="auto", messages=messages, max_tokens=5)
             named = api.chat.completions.create(model="b", messages=messages, max_tokens=5)
             assert auto.model == "b" and auto.choices == named.choices
+
+
+def test_who_changes_the_tasks_is_told_that_the_router_is_gone(made, pack):
+    _, base, probes = made
+    runner, fits = CliRunner(), f"d2c-mlx route {pack.path} --tasks DIR"
+    asks = ["remove", str(pack.path)]
+    save_router(pack, fit_router(base.model, probes))
+    said = runner.invoke(cli, [*asks, "a"], catch_exceptions=False).output
+    assert said.endswith(f"bytes; its router is gone, fit another with {fits}\n")
+    left = json.loads(runner.invoke(cli, [*asks, "b", "--json"], catch_exceptions=False).output)
+    now = load_pack(pack.path)
+    assert left == {"tasks": ["c"], "n_adapters": 1, "nbytes": now.nbytes}
+    save_router(now, replace(fit_router(base.model, probes[2:]), tasks=("c",)))
+    adapter = f"new={made[0].adapters / 'a'}"
+    args = ["add", str(pack.path), adapter, "--model", str(made[0].model)]
+    assert f"fit another with {fits}" in runner.invoke(cli, args, catch_exceptions=False).output
+    assert "router" not in runner.invoke(cli, [*asks, "new"], catch_exceptions=False).output
