@@ -133,7 +133,7 @@ def _routed(pack: Path) -> str:
     " the base model's.\n\nWith --tasks the router is fitted on probe prompts first and kept in the"
     " pack, where its bytes count; add and remove drop it.\n\n\b\nExamples:\n"
     "  d2c-mlx route runs/first/pack --tasks tasks\n"
-    '  d2c-mlx route runs/first/pack "Write 896 in German words:"'
+    '  d2c-mlx route runs/first/pack "Write this number in German words: 896"'
 )
 @click.argument("pack", type=_PACK)
 @click.argument("prompts", nargs=-1)

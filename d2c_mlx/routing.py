@@ -1,7 +1,7 @@
 """Which task a prompt without a label is of, by the base model's own hidden states.
 
     d2c-mlx route PACK --tasks DIR          # fit on probe prompts, keep it in the pack
-    d2c-mlx route PACK "Write 896 in German words:"
+    d2c-mlx route PACK "Write this number in German words: 896"
 
 A task is the mean direction of its probe prompts' states (task representations as in LORAUTER,
 https://arxiv.org/abs/2601.21795, without a second model). A state is that of the last prompt token
