@@ -1,6 +1,5 @@
 """What no command of ours wrote is refused, not replaced; what one wrote goes on as before."""
 
-# ruff: noqa: F811  fixtures of bad.py are named again where they are used
 import json
 import shutil
 
