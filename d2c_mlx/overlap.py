@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d2c_mlx.adapter import CONFIG, WEIGHTS
 from d2c_mlx.errors import ConfigError, InputError
 from d2c_mlx.manifest import COMPACT, FORMAT, MANIFEST
 from d2c_mlx.stages import has_record
-from d2c_mlx.strict import parse_json, read_yaml
+from d2c_mlx.strict import json_or_none, read_yaml
 
 if TYPE_CHECKING:
     from d2c_mlx.config import RunConfig
@@ -235,28 +235,20 @@ def _foreign(directory: Path, names: Collection[str]) -> Path | None:
 
 def _marked(directory: Path) -> set[str]:
     """Names at the top of an output of `unpack`, `export` or `push`; none in any other folder."""
-    tasks = _json(directory / "tasks.json")
+    tasks = json_or_none(directory / "tasks.json")
     entries = list(tasks.values()) if isinstance(tasks, dict) else []
     ours = (one is None or (isinstance(one, str) and _ENTRY.fullmatch(one)) for one in entries)
     if not entries or not all(ours):
         return set()
-    manifest = _json(directory / MANIFEST)
+    manifest = json_or_none(directory / MANIFEST)
     pushed = isinstance(manifest, dict) and manifest.get("format") == FORMAT
     return {"tasks.json", *(one for one in entries if one), *(_PUSHED if pushed else ())}
 
 
 def _config_keys(directory: Path) -> frozenset[str] | None:
     """What the config of the adapter there says something of, if it can be read."""
-    config = _json(directory / CONFIG)
+    config = json_or_none(directory / CONFIG)
     return frozenset(config) if isinstance(config, dict) else None
-
-
-def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
-    """What a file says, None if it cannot be read."""
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _holds(path: Path) -> bool:

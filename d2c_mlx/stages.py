@@ -12,7 +12,7 @@ from d2c_mlx.errors import InputError, PackError
 from d2c_mlx.files import fingerprint, hash_tree, write_json
 from d2c_mlx.manifest import read_manifest
 from d2c_mlx.pack import MANIFEST, load_pack
-from d2c_mlx.strict import parse_json
+from d2c_mlx.strict import json_or_none, parse_json
 
 __all__ = ["Record", "check_pack", "expect_pack", "has_record"]
 
@@ -81,9 +81,7 @@ def check_pack(output: Path) -> None:
 
 def _other_version(pack: Path) -> bool:
     """Whether a manifest that can be read is of another format or version than ours."""
-    try:
-        parse_json((pack / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if json_or_none(pack / MANIFEST) is None:
         return False
     try:
         read_manifest(pack / MANIFEST)

@@ -12,7 +12,7 @@ import yaml
 
 from d2c_mlx.errors import ConfigError
 
-__all__ = ["match_end", "parse_json", "positive", "read_yaml"]
+__all__ = ["json_or_none", "match_end", "parse_json", "positive", "read_yaml"]
 
 # Seconds that a pattern may take on one module path; honest ones take microseconds.
 _PATIENCE = 1.0
@@ -67,6 +67,14 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:20]} is beyond 64 bits")
     return value
+
+
+def json_or_none(path: Path) -> Any:  # noqa: ANN401  JSON is any
+    """What a file says, by `parse_json`; None if it is missing or cannot be read."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def positive(value: object) -> bool:
