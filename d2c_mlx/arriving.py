@@ -13,6 +13,7 @@ from d2c_mlx.encoding import encode_probes, encode_prompts
 from d2c_mlx.engine import Engine
 from d2c_mlx.errors import AdapterError, PackError, TaskError
 from d2c_mlx.examples import ExampleSet
+from d2c_mlx.files import hash_tree
 from d2c_mlx.judge import Judge
 from d2c_mlx.living import Arrival, add_adapter, opened
 from d2c_mlx.locate import cache_directory, very_base
@@ -21,6 +22,7 @@ from d2c_mlx.pack import Pack, load_pack
 from d2c_mlx.probe import Evaluator
 from d2c_mlx.routing import fit_router, load_router, prompt_states, save_router
 from d2c_mlx.sources import find_adapters, read_adapters
+from d2c_mlx.stages import keep_pack
 from d2c_mlx.tasks import common_system, load_tasks
 from d2c_mlx.workspace import CUTS
 
@@ -95,7 +97,9 @@ def route_prompts(
         if tasks:
             own = load_tasks(tasks, sorted(found.tasks), tests=False)
             probes = encode_probes(base.encode, own, n_probe)
+            before = hash_tree(found.path)
             found = save_router(found, fit_router(base.model, probes, common_system(own)))
+            keep_pack(found.path.resolve(), before)
     router = load_router(found)
     if router is None:
         raise PackError(f"{pack}: has no router; fit one with d2c-mlx route {pack} --tasks DIR")

@@ -14,7 +14,7 @@ from d2c_mlx.manifest import read_manifest
 from d2c_mlx.pack import MANIFEST, load_pack
 from d2c_mlx.strict import json_or_none, parse_json
 
-__all__ = ["Record", "check_pack", "expect_pack", "has_record"]
+__all__ = ["Record", "check_pack", "expect_pack", "has_record", "keep_pack"]
 
 # Files of the packs that a run makes; a router is put in later.
 _PACKED = re.compile(
@@ -74,8 +74,8 @@ def check_pack(output: Path) -> None:
         ours = bool(made) and all(map(_PACKED.fullmatch, there)) and not _other_version(path)
     if not ours:
         raise PackError(
-            f"{path}: is not the pack that this run made, as after d2c-mlx add, remove or route,"
-            " and would be made anew; move it elsewhere or delete it, then run again"
+            f"{path}: is not the pack that this run made, as after d2c-mlx add or remove, and"
+            " would be made anew; move it elsewhere or delete it, then run again"
         )
 
 
@@ -94,6 +94,19 @@ def expect_pack(output: Path, directory: Path) -> None:
     """Record what replaces `pack/` next: a kill may come before the stage is recorded."""
     path = output / ".stages" / "pack.json"
     write_json(path, {**_read(path), "expected": hash_tree(directory)})
+
+
+def keep_pack(pack: Path, before: str) -> None:
+    """Let a run keep its pack as it is now, which serves the same adapters as before.
+
+    Args:
+        pack: its directory; one that no run made is left alone.
+        before: its `hash_tree` before it was changed.
+    """
+    path = pack.parent / ".stages" / "pack.json"
+    record = _read(path)
+    if record["outputs"].get(pack.name) == before:
+        write_json(path, {**record, "outputs": {pack.name: hash_tree(pack)}})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_run import _started, config  # noqa: F401  a fixture
 
+from d2c_mlx.arriving import route_prompts
 from d2c_mlx.errors import PackError
 from d2c_mlx.files import hash_tree
+from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 
 
@@ -53,6 +57,33 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
     pack.mkdir()
     (pack / "thesis.txt").write_text("mine")
     refused()
+
+
+def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):  # noqa: F811
+    config = replace(config, budget="2")
+    output = run(config, quiet=True).output
+    pack, started = output / "pack", _started(output)
+    # Fitted anew as often as one likes, the pack given as a path relative to its run or not.
+    for directory, path in ((output, "pack"), (output.parent, "run/pack")):
+        monkeypatch.chdir(directory)
+        assert route_prompts(Path(path), [], Path(config.tasks), 3, config.model) == []
+    routed, nbytes = hash_tree(pack), load_pack(pack).nbytes
+    assert (pack / "router.safetensors").exists()
+    run(config, quiet=True)
+    assert hash_tree(pack) == routed
+    again = {name for name, time in _started(output).items() if time != started[name]}
+    assert again == {"pack", "bench", "report"}
+    assert json.loads((output / "bench.json").read_text())["methods"]["pack"]["nbytes"] == nbytes
+    # One that is not of `route`, and other adapters: see above and test_overlap_owned.
+    (pack / "router.safetensors").write_bytes(b"mine")
+    with pytest.raises(PackError, match="is not the pack that this run made"):
+        run(config, "pack", quiet=True)
+    # No run is beside a copy: nothing is recorded there.
+    shutil.rmtree(pack)
+    other = shutil.copytree(run(config, "pack", quiet=True).path("pack"), output / "copy")
+    route_prompts(other, [], Path(config.tasks), 3, config.model)
+    run(config, "pack", quiet=True)
+    assert not (pack / "router.safetensors").exists()
 
 
 @pytest.mark.parametrize("content", ["", '{"inputs": "a', "[]", '{"inputs": null}', "\xff"])
