@@ -148,7 +148,7 @@ def main():
             spaces[n] = workspace(options, 0)
         ws = spaces[n]
         partition = partition or by_metric(ws, options.work / "probe-answers")
-        stored = merged(ws, partition, method, int(sum(ws.sizes) * options.budget / 100), 0)
+        stored = merged(ws, partition, method, int(ws.capacity.total * options.budget / 100), 0)
         row = about | judged(ws, stored)
         if case == "agreement":
             row |= agreement(ws, stored)

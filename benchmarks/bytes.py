@@ -55,7 +55,7 @@ def judge(ws, adapters, serves, nbytes):
     }
     benched = bench_methods(ws.evaluator, methods, ws.tests)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
-    share = nbytes / sum(ws.sizes)
+    share = nbytes / ws.capacity.total
     keys = ("nbytes", "excess", "retention")
     return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
@@ -155,7 +155,7 @@ def main():
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
         ws = run(config, until="probe", quiet=True)
-        rooms = [ws.room_of(parse_budget(one)) for one in budgets]
+        rooms = [ws.capacity.room_of(parse_budget(one)) for one in budgets]
         candidates, facts = measured(ws, rooms)
         facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)

@@ -66,7 +66,7 @@ class Judge:
             tasks[name] = {"loss": float(loss), "score": score, "stats": stats}
         return {
             "nbytes": stored.nbytes,
-            "share": stored.nbytes / sum(self._ws.sizes),
+            "share": stored.nbytes / self._ws.capacity.total,
             "n_adapters": stored.n_adapters,
             **stored.about,
             "tasks": tasks,
@@ -143,7 +143,7 @@ def measure_seed(options, seed, wanted):
     judge = Judge(ws, options.work / "answers")
     ends = {
         FLOOR: Stored(dict.fromkeys(ws.names), 0, 0, {}),
-        CEILING: Stored(dict(zip(ws.names, ws.adapters)), sum(ws.sizes), len(ws.names), {}),
+        CEILING: Stored(dict(zip(ws.names, ws.adapters)), ws.capacity.total, len(ws.names), {}),
     }
     for name, stored in ends.items():
         path, started = options.work / "rows" / f"{name}.json", time.perf_counter()
@@ -152,7 +152,8 @@ def measure_seed(options, seed, wanted):
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
     # All budgets, also those that are done: the candidates of a plan do not depend on what is left.
     rooms = {
-        budget: ws.room_of(parse_budget(f"{budget}%")) for budget in options.budgets.split(",")
+        budget: ws.capacity.room_of(parse_budget(f"{budget}%"))
+        for budget in options.budgets.split(",")
     }
     planner = Planner(ws, list(rooms.values()))
     began = time.perf_counter()
@@ -162,7 +163,7 @@ def measure_seed(options, seed, wanted):
             if METHODS[method] is None:
                 stored = planner.stored(rooms[budget])
             else:
-                allowed = int(sum(ws.sizes) * float(budget) / 100)
+                allowed = int(ws.capacity.total * float(budget) / 100)
                 stored = merged(ws, *METHODS[method], allowed, 1000 * seed + draw)
             row = judge.row(stored)
         about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw,

@@ -31,7 +31,7 @@ def rank_alone(ws):
     for share in (2.0**k for k in range(-6, 1)):
         for i, adapter in enumerate(ws.adapters):
             values = worth(components(adapter), [ws.gains[i]])
-            levels = allocate(values, widths, share * ws.sizes[i], (16,))
+            levels = allocate(values, widths, share * ws.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
             found.append(candidate(ws, ((i,), adapter, kept), "rank", share))
     return found
@@ -47,7 +47,7 @@ def shared_basis(ws, room):
         The adapters in the order of the tasks, their bytes and the mean regret on the probes; None
         where not even rank 1 fits.
     """
-    shapes = {path: ws.base.module_shapes[path] for path in ws.target_paths}
+    shapes = {path: ws.base.module_shapes[path] for path in ws.capacity.target_paths}
 
     def nbytes(rank):
         ranks = [min(rank, *shape) for shape in shapes.values()]

@@ -74,8 +74,8 @@ def slots_of(ws, nbytes: int) -> tuple[int, int]:
         ValueError: not even one adapter of rank 1 fits.
     """
     most = max(one.rank for one in ws.inputs)
-    for k in range(max(1, round(len(ws.names) * nbytes / sum(ws.sizes))), 0, -1):
-        rank = bisect_right(range(1, most + 1), nbytes / k, key=ws.nbytes_of_rank)
+    for k in range(max(1, round(len(ws.names) * nbytes / ws.capacity.total)), 0, -1):
+        rank = bisect_right(range(1, most + 1), nbytes / k, key=ws.capacity.nbytes_of_rank)
         if rank:
             return k, rank
     raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")

@@ -41,7 +41,7 @@ def first_pack(ws, kind, directory, adapter, budget):
     if kind == "slots":
         made = [replace(ws.packed(adapter), sources=(adapter.name,))]
         return write_pack(directory, made, **about, budget=budget, max_bytes=None)
-    limit = int(sum(ws.sizes) * float(budget) / 100)
+    limit = int(ws.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})

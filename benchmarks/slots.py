@@ -105,7 +105,7 @@ def partitions(ws, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
     if kind == "on them":
         return [clusters_of_moves(ws, results)]
-    n, k, seed = len(ws.names), ws.n_clusters, ws.config.seed
+    n, k, seed = len(ws.names), ws.capacity.n_clusters, ws.config.seed
     if kind == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
@@ -118,12 +118,13 @@ def partitions(ws, kind, results, options):
 
 def clusters_of_moves(ws, results):
     """The clustering of the row `moves` with the same seed and number of clusters."""
+    k, seed = ws.capacity.n_clusters, ws.config.seed
     for one in results:
-        if (one["clusters"], one["seed"], one["case"]) == (ws.n_clusters, ws.config.seed, "moves"):
+        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "moves"):
             (groups,) = one["clusters_of"]
-            labels = [k for name in ws.names for k, g in enumerate(groups) if name in g]
+            labels = [i for name in ws.names for i, g in enumerate(groups) if name in g]
             return Clustering("d2c", canonical(labels), *one["probe_regret"])
-    raise SystemExit(f"{ws.n_clusters} clusters, seed {ws.config.seed}: measure 'moves' first")
+    raise SystemExit(f"{k} clusters, seed {seed}: measure 'moves' first")
 
 
 def measure(config, case, results, options):

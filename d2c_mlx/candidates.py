@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from d2c_mlx.adapter import Adapter
+from d2c_mlx.capacity import GROUP_SIZE
 from d2c_mlx.cluster import Members
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.plan import Candidate, allocate
 from d2c_mlx.probe import climb
 from d2c_mlx.quantize import Components, components, compress
 from d2c_mlx.rounding import Levels, columns
-from d2c_mlx.workspace import GROUP_SIZE, Workspace
+from d2c_mlx.workspace import Workspace
 
 __all__ = ["SCALES", "Form", "candidate", "sized", "stored", "worth"]
 
@@ -160,4 +161,4 @@ def _rows_nbytes(ws: Workspace, levels: Mapping[str, Levels]) -> int:
 
 def _counts_nbytes(ws: Workspace) -> int:
     """Of one adapter in the index: a byte per module and bits, mostly three in a plan."""
-    return 3 * len(ws.target_paths)
+    return 3 * len(ws.capacity.target_paths)

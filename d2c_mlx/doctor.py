@@ -72,9 +72,9 @@ def provenance(ws: Workspace) -> dict[str, Any]:
         "base": {"model": ws.base.name, "config_sha256": ws.base.config_hash},
         "compute_dtype": str(ws.base.compute_dtype).split(".")[-1],
         "budget": {
-            "text": ws.budget.text,
-            "nbytes": ws.budget.allowed_bytes(sum(ws.sizes)),
-            "input_nbytes": sum(ws.sizes),
+            "text": ws.capacity.budget.text,
+            "nbytes": ws.capacity.max_bytes,
+            "input_nbytes": ws.capacity.total,
         },
         "inputs": {
             adapter.name: {

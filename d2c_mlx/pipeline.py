@@ -80,7 +80,7 @@ def probe(ws: Workspace) -> None:
     c, n = ws.config, len(ws.names)
     # From single adapters the loop of the paper begins, so it asks for all of them.
     least = n if "adapters" in c.init and not c.planned else c.neighbours
-    n_others = others_needed(n, least, None if c.planned else ws.n_clusters)
+    n_others = others_needed(n, least, None if c.planned else ws.capacity.n_clusters)
 
     def body() -> None:
         measured = nearest(ws.similarity, n_others)
@@ -96,17 +96,17 @@ def plan(ws: Workspace) -> None:
     c = ws.config
 
     def body() -> None:
-        write_json(ws.path("plan.json"), make_plan(ws, measure(ws), ws.room))
+        write_json(ws.path("plan.json"), make_plan(ws, measure(ws), ws.capacity.room))
 
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], _merge_options(c),
-               ws.budget.allowed_bytes(sum(ws.sizes)), c.max_adapters]  # fmt: skip
+               ws.capacity.max_bytes, c.max_adapters]  # fmt: skip
     ws.stage("plan", options, ["adapters", "losses.json"], ["plan.json"], body)
 
 
 def cluster(ws: Workspace) -> None:
     """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
     c = ws.config
-    k, n = ws.n_clusters, len(ws.names)
+    k, n = ws.capacity.n_clusters, len(ws.names)
 
     def body() -> None:
         found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
@@ -182,8 +182,8 @@ def pack(ws: Workspace) -> None:
         "model": ws.base.name,
         "config_hash": ws.base.config_hash,
         "n_layers": ws.base.n_layers,
-        "budget": ws.budget.text,
-        "max_bytes": ws.budget.allowed_bytes(sum(ws.sizes)),
+        "budget": ws.capacity.budget.text,
+        "max_bytes": ws.capacity.max_bytes,
         "origins": {adapter.name: adapter.origin for adapter in ws.inputs if adapter.origin},
         "ready": partial(expect_pack, ws.output),
     }
@@ -204,7 +204,8 @@ def pack(ws: Workspace) -> None:
         reads, body = ["adapters", "plan.json"], compact
     else:
         reads, body = [source, "merges.json"], merges
-    options = [ws.base.name, ws.base.config_hash, ws.budget.text, sum(ws.sizes), about["origins"]]
+    options = [ws.base.name, ws.base.config_hash, about["budget"], ws.capacity.total,
+               about["origins"]]  # fmt: skip
     ws.stage("pack", options, reads, ["pack"], body)
 
 
@@ -222,7 +223,7 @@ def bench(ws: Workspace) -> None:
         served = {name: packed.load(name) for name in ws.names}
         methods = {
             "base": Method(0, [dict.fromkeys(ws.names)]),
-            "individual": Method(sum(ws.sizes), [dict(zip(ws.names, ws.adapters))]),
+            "individual": Method(ws.capacity.total, [dict(zip(ws.names, ws.adapters))]),
             **{name: _method(ws, found) for name, found in clusterings().items()},
             "pack": Method(packed.nbytes, [served]),
         }

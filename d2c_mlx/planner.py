@@ -12,13 +12,14 @@ from typing import Any
 
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.candidates import sized, stored
+from d2c_mlx.capacity import GROUP_SIZE
 from d2c_mlx.cluster import Members
 from d2c_mlx.compressed import Compressed
 from d2c_mlx.layout import compact_nbytes, make_index
 from d2c_mlx.merger import Merged
 from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, choose
-from d2c_mlx.workspace import GROUP_SIZE, Workspace
+from d2c_mlx.workspace import Workspace
 
 __all__ = ["make_plan", "measure", "planned", "unit"]
 
@@ -36,7 +37,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         ws: with its probe table.
         rooms: bytes to plan for; none: what the run's budget leaves.
     """
-    n, rooms = len(ws.names), sorted(rooms) or [ws.room]
+    n, rooms = len(ws.names), sorted(rooms) or [ws.capacity.room]
     base = ws.expected.under(None, range(n))
     candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
@@ -81,7 +82,7 @@ def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> di
         "regret": sum(one.regret for one in chosen) / n,
         "candidates": len(candidates),
         "trust": {name: one for name, one in zip(ws.names, ws.expected.trust) if one},
-        "frontier": list(_frontier(candidates, n, room, sum(ws.sizes), most)),
+        "frontier": list(_frontier(candidates, n, room, ws.capacity.total, most)),
     }
 
 
@@ -92,7 +93,7 @@ def _fitting(ws: Workspace, candidates: Sequence[Candidate], room: float) -> lis
         chosen = [
             candidates[j] for j in choose(candidates, len(ws.names), free, ws.config.max_adapters)
         ]
-        over = _file_nbytes(ws, chosen) - room - ws.header_nbytes
+        over = _file_nbytes(ws, chosen) - room - ws.capacity.header_nbytes
         if over <= 0:
             return chosen
         free -= over

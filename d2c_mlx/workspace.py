@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -13,22 +13,22 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
-from d2c_mlx.adapter import Adapter, zeros
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.attribution import module_gains
-from d2c_mlx.budget import Budget, parse_budget
+from d2c_mlx.budget import parse_budget
 from d2c_mlx.cache import LossCache
+from d2c_mlx.capacity import Capacity
 from d2c_mlx.cluster import Members, Problem
 from d2c_mlx.config import RunConfig
 from d2c_mlx.distill import Distiller
 from d2c_mlx.encoding import encode_probes, encode_tests
 from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.errors import BudgetError, ConfigError, InputError, collect, gather
+from d2c_mlx.errors import InputError, collect, gather
 from d2c_mlx.examples import ExampleSet
 from d2c_mlx.expected import Expected
 from d2c_mlx.features import similarity, svd_features
 from d2c_mlx.files import write_text
 from d2c_mlx.layerwise import check_blocks
-from d2c_mlx.layout import usual_header_nbytes
 from d2c_mlx.locate import cache_directory
 from d2c_mlx.merger import Merger
 from d2c_mlx.model import BaseModel
@@ -42,10 +42,7 @@ from d2c_mlx.sources import find_adapters, read_adapters
 from d2c_mlx.stages import Record
 from d2c_mlx.tasks import Task, load_tasks, load_unlabelled
 
-__all__ = ["GROUP_SIZE", "Workspace"]
-
-# Numbers of a planned pack that share a scale.
-GROUP_SIZE = 64
+__all__ = ["CUTS", "Workspace"]
 
 # Shares of a task's probe rows after which an evaluation may stop: most candidates of D2C are
 # several times worse than what a task has.
@@ -89,12 +86,12 @@ class Workspace:
         tasks = collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
         self.inputs: list[Adapter] = inputs
         self.tasks: list[Task] = tasks
-        self.budget: Budget = parse_budget(config.budget)
+        self.capacity = Capacity(self.base, inputs, parse_budget(config.budget), config.merge_rank)
         if not errors:
             collect(errors, lambda: self.probes)
             collect(errors, lambda: self.tests)
-            collect(errors, lambda: self.merge_rank and (
-                self.room if config.planned else self.n_clusters))  # fmt: skip
+            collect(errors, lambda: self.capacity.merge_rank and (
+                self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
@@ -144,76 +141,6 @@ class Workspace:
             for name in names
         )  # fmt: skip
         return dict(zip(names, encoded))
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Bytes of each input adapter written in mlx-lm's layout, in the base's dtype."""
-        return [self.packed(adapter).nbytes(self.base.n_layers) for adapter in self.inputs]
-
-    @cached_property
-    def merge_rank(self) -> int:
-        """The largest rank of a merged adapter.
-
-        Raises:
-            ConfigError: no module has room for it, so it would be zeros, if memory held them.
-        """
-        largest = max(adapter.rank for adapter in self.inputs)
-        rank = self.config.merge_rank or largest
-        most = max(largest, *(min(self.base.module_shapes[path]) for path in self.target_paths))
-        if rank > most:
-            raise ConfigError(
-                f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
-                " modules exceeds"
-            )
-        return rank
-
-    @cached_property
-    def n_clusters(self) -> int:
-        """How many adapters the budget has room for, whatever is merged with what."""
-        largest = max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
-        return self.budget.allowed_adapters(self.sizes, largest)
-
-    def nbytes_of_rank(self, rank: int) -> int:
-        """Bytes of a merged adapter with every module that some adapter has."""
-        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
-        union = replace(self.inputs[0], base=self.longest_base, modules=zeros(shapes, rank))
-        return self.packed(union).nbytes(self.base.n_layers)
-
-    @property
-    def longest_base(self) -> str | None:
-        """The base's name of those of the inputs that takes most bytes; a merge has one of them."""
-        return max((one.base for one in self.inputs), key=lambda name: len(json.dumps(name)))
-
-    @cached_property
-    def target_paths(self) -> list[str]:
-        """Every module that some adapter has."""
-        return sorted({path for adapter in self.inputs for path in adapter.modules})
-
-    @cached_property
-    def room(self) -> int:
-        """`room_of` the run's budget."""
-        return self.room_of(self.budget)
-
-    @cached_property
-    def header_nbytes(self) -> int:
-        """What is set aside for the header of a compact pack."""
-        shapes = {path: self.base.module_shapes[path] for path in self.target_paths}
-        return usual_header_nbytes(self.names, self.longest_base or "", shapes, GROUP_SIZE)
-
-    def room_of(self, budget: Budget) -> int:
-        """Bytes that a compact pack has for rows.
-
-        Raises:
-            BudgetError: the budget is below the header.
-        """
-        header = self.header_nbytes
-        nbytes = budget.allowed_bytes(sum(self.sizes)) or 0
-        if nbytes <= header:
-            raise BudgetError(
-                f"budget: {budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
-                f" to {header:,}; give more than that"
-            )
-        return nbytes - header
 
     @cached_property
     def adapters(self) -> list[Adapter]:

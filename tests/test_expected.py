@@ -100,7 +100,7 @@ def test_forms_are_stored_weaker_where_rows_say_so(ws):
     def forms(adapters, sets):
         ws.adapters, ws.expected = adapters, expected_of(ws, adapters, sets)
         found = measure(ws)
-        plan = make_plan(ws, found, ws.room)
+        plan = make_plan(ws, found, ws.capacity.room)
         assert plan["trust"] == {n: w for n, w in zip(ws.names, ws.expected.trust) if w}
         return [(one.scale, one.regret) for one in found if one.family == "own"]
 

@@ -38,7 +38,7 @@ def ws(paths, tmp_path):
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how])
 def test_a_method_stores_no_more_than_its_budget(ws, method):
-    nbytes = int(0.5 * sum(ws.sizes))
+    nbytes = int(0.5 * ws.capacity.total)
     k, rank = slots_of(ws, nbytes)
     assert k == 3 and rank >= 1
     stored = merged(ws, *METHODS[method], nbytes, 0)

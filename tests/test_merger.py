@@ -166,7 +166,7 @@ def test_a_larger_rank_is_for_merges_alone(config):
 
 def test_the_budget_in_bytes_counts_the_larger_rank(config):
     config = replace(config, budget="70%", plan="d2c")
-    assert Workspace(config).n_clusters == 1
+    assert Workspace(config).capacity.n_clusters == 1
     with pytest.raises(InputError, match="one merged adapter takes"):
         Workspace(replace(config, merge_rank=8))
 

@@ -56,7 +56,7 @@ def expected_regret(ws, i, adapter):
 def test_a_plan_becomes_a_pack_within_its_budget(config):
     ws = run(config, quiet=True)
     plan, pack = ws.read("plan.json"), load_pack(ws.path("pack"))
-    assert pack.storage == "compact" and pack.nbytes <= 0.6 * sum(ws.sizes)
+    assert pack.storage == "compact" and pack.nbytes <= 0.6 * ws.capacity.total
     served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
     assert sorted(served) == ws.names == sorted(pack.tasks)
     # What was measured is what is packed.
@@ -85,10 +85,10 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
 def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
     """All four bits in one plan, more than the header has room for; or no room for it at all."""
     ws = run(config, until="probe", quiet=True)
-    candidates = measure(ws, [ws.room])
+    candidates = measure(ws, [ws.capacity.room])
     assert any("8" in str(one.levels) for one in candidates)
-    for set_aside in (ws.header_nbytes, 1500, 0):
-        ws.header_nbytes = set_aside
+    for set_aside in (ws.capacity.header_nbytes, 1500, 0):
+        ws.capacity.header_nbytes = set_aside
         for room in range(1500, 6000, 250):
             adapters, _ = planned(ws, make_plan(ws, candidates, room))
             assert compact_nbytes(index_of(adapters)) <= room + set_aside
@@ -118,7 +118,7 @@ def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
         return replace(final(members), regret=1e-3)
 
     ws.merger.final = cheap
-    measure(ws, [ws.room])
+    measure(ws, [ws.capacity.room])
     assert {len(members) for members in asked} > {2}
 
 
@@ -126,7 +126,7 @@ def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
     ws = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
     final, asked = ws.merger.final, []
     ws.merger.final = lambda members: asked.append(members) or final(members)
-    candidates = measure(ws, [ws.room])
+    candidates = measure(ws, [ws.capacity.room])
     merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
     assert asked and {*asked} <= {*merges} and final(asked[0]).regret is None
     assert "merged" not in {one.family for one in candidates}
@@ -138,9 +138,9 @@ def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path,
     ws = probed(tmp_path, budget)
     final, asked = ws.merger.final, []
     ws.merger.final = lambda members: asked.append(members) or final(members)
-    candidates = measure(ws, [ws.room])
+    candidates = measure(ws, [ws.capacity.room])
     lost = [final(members).regret * len(members) for members in asked]
-    best = len(ws.names) * make_plan(ws, candidates, ws.room)["regret"]
+    best = len(ws.names) * make_plan(ws, candidates, ws.capacity.room)["regret"]
     assert sum(lost[:-1]) < best <= sum(lost)
     merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
     predicted = Costs(ws.problem).predicted
