@@ -13,6 +13,7 @@ test: .venv/test blas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
 	$(BIN)/pytest
 
 # The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. A day on two

@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from families import bits_alone, in_hindsight, rank_alone, shared_basis
+from families_of_bytes import ALONE, in_hindsight, shared_basis
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
 from d2c_mlx.bench import Method, bench_methods
@@ -41,7 +41,6 @@ FAMILIES = {
     "shared basis": (),
     "hindsight": ("base", "own", "merged"),
 }
-ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 
 def judge(ws, adapters, serves, nbytes):

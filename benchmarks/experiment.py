@@ -4,9 +4,9 @@
         [--seeds 0,1,2] [--methods "auto;K-Means"] [--tests 20] [--list]
 
 DIR has `adapters/` (benchmarks/train.py) and `tasks/` (benchmarks/library/rows.py). Every method
-has the same bytes, a share of all adapters in 16 bit: see `methods.slots_of`. A seed takes other
-probe rows of every task (0-9, 10-19, ...), never test rows. Judged on the first test rows of each
-task, by the loss and by greedy answers under the metric of the task (metrics.py).
+has at most the same bytes, a share of all adapters in 16 bit: see `methods.slots_of`. A seed takes
+other probe rows of every task (0-9, 10-19, ...), never test rows. Judged on the first test rows of
+each task, by the loss and by greedy answers under the metric of the task (metrics.py).
 
 Resumes method by method: the work directory keeps rows, answers and losses. What was measured of
 all that was asked for is in results/experiment.json; `--list` only writes that.
@@ -24,7 +24,7 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import numpy as np
 from answering import Answers
 from methods import DRAWN, METHODS, Planner, Stored, follows, merged
-from metrics import METRIC_OF, paired_bootstrap, row_stats, task_score
+from metrics import METRIC_OF, paired_bootstrap, pooled_bootstrap, row_stats, task_score
 from slots import probes_of
 
 from d2c_mlx.answers import question
@@ -38,6 +38,17 @@ from d2c_mlx.progress import progress_bar
 
 RESULT = Path(__file__).parent / "results" / "experiment.json"
 CEILING, FLOOR = "individual", "base"
+# What is compared beside `auto` with each: of all draws of both that have the same probe rows.
+PAIRS = (
+    ("auto", CEILING),
+    ("D2C, moves", "K-Means"),
+    ("D2C, moves", "K-Means, layerwise"),
+    ("K-Means, layerwise", "K-Means"),
+    ("D2C, mean", "K-Means"),
+    ("D2C, TIES", "K-Means"),
+    ("D2C, best merge", "K-Means"),
+    ("D2C, mean", "random"),
+)
 
 
 class Judge:
@@ -161,7 +172,7 @@ def measure_seed(options, seed, wanted):
         started = time.perf_counter()
         with progress_bar(f"{method}, {budget}%") as ws.evaluator.meter:
             if METHODS[method] is None:
-                stored = planner.stored(rooms[budget])
+                stored = planner.stored(method, rooms[budget])
             else:
                 allowed = int(ws.capacity.total * float(budget) / 100)
                 stored = merged(ws, *METHODS[method], allowed, 1000 * seed + draw)
@@ -183,6 +194,7 @@ def summary(options):
         for row in rows
     }
     (ceiling,) = (row for row in rows if row["method"] == CEILING)
+    pairs = list(paired(rows, stats))
     for row in rows:
         if row["method"] not in (CEILING, FLOOR):
             row["against_individual"] = paired_bootstrap(stats[id(row)], stats[id(ceiling)])
@@ -195,14 +207,29 @@ def summary(options):
             row["auto_against_it"] = paired_bootstrap(stats[id(ours[0])], stats[id(row)])
     for row in rows:
         # A plan has own adapters, most of them alone.
-        if row["method"] != "auto" and len(row.get("clusters", [])) > 1:
+        if METHODS.get(row["method"]) and len(row.get("clusters", [])) > 1:
             row["follows"] = follows(row["clusters"])
         row["tasks"] = {
             task: [round(one["loss"], 5), round(one["score"], 3)]
             for task, one in row["tasks"].items()
         }
     settings = {name: getattr(options, name) for name in ("examples", "tests", "draws")}
-    return {"settings": settings, "metrics": METRIC_OF, "rows": rows, "machine": machine()}
+    return {"settings": settings, "metrics": METRIC_OF, "rows": rows, "pairs": pairs,
+            "machine": machine()}  # fmt: skip
+
+
+def paired(rows, stats):
+    """Yield the `PAIRS` at every budget at which both are measured, their draws pooled."""
+    for budget in dict.fromkeys(row["budget"] for row in rows if "budget" in row):
+        there = [row for row in rows if row.get("budget") in (None, budget)]
+        for names in PAIRS:
+            ours, theirs = ([row for row in there if row["method"] == name] for name in names)
+            both = [(a, b) for a in ours for b in theirs if b.get("seed") in (None, a["seed"])]
+            if both:
+                found = pooled_bootstrap([(stats[id(a)], stats[id(b)]) for a, b in both])
+                seeds = sorted({a["seed"] for a, _ in both})
+                about = {"budget": budget, **dict(zip(("method", "beside"), names))}
+                yield {**about, "seeds": seeds, **found}
 
 
 def main():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from families_of_bytes import ALONE
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
@@ -15,7 +16,7 @@ from d2c_mlx.d2c import d2c
 from d2c_mlx.features import gram, similarity
 from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.merge import merge_adapters
-from d2c_mlx.planner import make_plan, measure, planned
+from d2c_mlx.planner import bare, make_plan, measure, planned
 
 # Methods that are drawn several times: partitions, and orders in which adapters arrive.
 DRAWN = {"random": 10, "K-Merge": 3}
@@ -39,21 +40,25 @@ class Stored:
 
 
 class Planner:
-    """`--plan auto` at several budgets; candidates are measured once for all."""
+    """Plans at several budgets; candidates are measured once for all."""
 
     def __init__(self, ws, rooms: Sequence[int]) -> None:
         """Of a workspace with its probe table, and of the bytes that compact packs have."""
-        self._ws, self._rooms, self._candidates = ws, rooms, None
+        self._ws, self._rooms, self._candidates = ws, rooms, {}
 
-    def stored(self, room: int) -> Stored:
-        """The plan for a budget."""
+    def stored(self, method: str, room: int) -> Stored:
+        """The plan for a budget: of `--plan auto`, or of a family alone (`families.ALONE`)."""
         ws = self._ws
-        self._candidates = self._candidates or measure(ws, self._rooms)
-        plan = make_plan(ws, self._candidates, room)
+        if method not in self._candidates:
+            self._candidates[method] = (
+                [*bare(ws), *ALONE[method](ws)] if method in ALONE else measure(ws, self._rooms)
+            )
+        candidates = self._candidates[method]
+        plan = make_plan(ws, candidates, room)
         adapters, serves = planned(ws, plan)
         plain = [one.adapter(ws.base.dtype) for one in adapters]
         about = {
-            "candidates": len(self._candidates),
+            "candidates": len(candidates),
             "clusters": [unit["tasks"] for unit in plan["units"]],
             "probe_regret": plan["regret"],
         }
@@ -63,27 +68,28 @@ class Planner:
         )  # fmt: skip
 
 
-def slots_of(ws, nbytes: int) -> tuple[int, int]:
+def slots_of(ws, nbytes: int, k: int | None = None) -> tuple[int, int]:
     """`(K, rank)` of merged adapters for so many bytes.
 
-    K is the paper's: the budget's share of N, one at least. As adapters differ in size, the rank is
-    then the largest with which K adapters of every module take no more bytes than the budget; where
-    rank 1 takes more, K is less.
+    K is the paper's unless it is given: the budget's share of N, one at least. As adapters differ
+    in size, the rank is then the largest with which K adapters of every module take no more bytes
+    than the budget; where rank 1 takes more, K is less.
 
     Raises:
         ValueError: not even one adapter of rank 1 fits.
     """
     most = max(one.rank for one in ws.inputs)
-    for k in range(max(1, round(len(ws.names) * nbytes / ws.capacity.total)), 0, -1):
-        rank = bisect_right(range(1, most + 1), nbytes / k, key=ws.capacity.nbytes_of_rank)
+    share = max(1, round(len(ws.names) * nbytes / ws.capacity.total))
+    for n in range(k or share, 0, -1):
+        rank = bisect_right(range(1, most + 1), nbytes / n, key=ws.capacity.nbytes_of_rank)
         if rank:
-            return k, rank
+            return n, rank
     raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")
 
 
 def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
     """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
-    k, rank = slots_of(ws, nbytes)
+    k, rank = slots_of(ws, nbytes, 1 if partition is all_in_one else None)
     merger = ws.merger_of(replace(ws.config, merge_method=merge_method, merge_rank=rank))
     problem = replace(
         ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
@@ -121,6 +127,11 @@ def follows(clusters: Sequence[Sequence[str]]) -> dict[str, float]:
         what: float(adjusted_rand_score(truth, labels))
         for what, truth in zip(("kinds", "languages"), truths)
     }
+
+
+def all_in_one(problem, _adapters, _k, _seed) -> Clustering:
+    """One adapter for all tasks, in the rank that the whole budget holds."""
+    return merge_all(problem.n)
 
 
 def at_random(problem, _adapters, k, seed) -> Clustering:
@@ -173,9 +184,9 @@ def by_arrival(_problem, adapters, k, seed) -> Clustering:
 # The loop of the paper from single adapters; which start it has, the paper does not say.
 PAPER = by_d2c(search="paper", init=("adapters",))
 # Name -> how adapters are clustered, and how clusters are merged. "mean" is that of dW; the scale
-# of every merge is tuned on the probes of its members, whoever clustered them.
+# of every merge is tuned on the probes of its members, whoever clustered them. None: a plan.
 METHODS = {
-    "merge-all": (lambda problem, *_: merge_all(problem.n), "linear"),
+    "merge-all": (all_in_one, "linear"),
     "random": (at_random, "linear"),
     "K-Means": (by_features, "linear"),
     "agglomerative": (by_linkage, "linear"),
@@ -185,5 +196,6 @@ METHODS = {
     "D2C, best merge": (PAPER, "auto"),
     "K-Means, layerwise": (by_features, "layerwise"),
     "D2C, moves": (by_d2c(search="moves"), "layerwise"),
+    **dict.fromkeys(ALONE),
     "auto": None,
 }

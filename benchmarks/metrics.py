@@ -9,12 +9,12 @@
 | num, date | exact match but for case and white space | mean |
 
 `row_stats` says what one answer adds to the score of its task, `task_score` makes it a score, and
-`paired_bootstrap` compares two methods on the same rows.
+`paired_bootstrap` compares two methods on the same rows, `pooled_bootstrap` several draws of them.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -25,7 +25,8 @@ from sacrebleu.metrics import CHRF
 
 from d2c_mlx.answers import folded, word_f1
 
-__all__ = ["METRIC_OF", "paired_bootstrap", "row_stats", "source_edits", "task_score"]
+__all__ = ["METRIC_OF", "paired_bootstrap", "pooled_bootstrap", "row_stats", "source_edits",
+           "task_score"]  # fmt: skip
 
 METRIC_OF = {"gec": "F0.5", "qa": "F1", "summ": "ROUGE-L", "reply": "chrF", "tone": "ROUGE-L",
              "num": "exact match", "date": "exact match"}  # fmt: skip
@@ -161,21 +162,48 @@ def _scores(task: str, stats: np.ndarray) -> np.ndarray:
 def paired_bootstrap(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], n: int = 1000, seed: int = 0
 ) -> dict[str, float]:
+    """`pooled_bootstrap` of one pair."""
+    return pooled_bootstrap([(ours, theirs)], n, seed)
+
+
+def pooled_bootstrap(
+    pairs: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]],
+    n: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
     """Whether one method scores more than another on the same rows, by resampling them.
 
     Paired bootstrap, https://aclanthology.org/W04-3250. Rows are drawn within every task, the same
-    for both methods; tasks are not drawn, so nothing is said of other tasks.
+    for both methods and all pairs; tasks are not drawn, so nothing is said of other tasks, nor of
+    other draws of what the pairs differ in.
 
     Args:
-        ours: task -> (rows, d), what `row_stats` says of every row.
-        theirs: the same tasks and rows under the other method.
+        pairs: of draws of both methods, whose differences are averaged: ours, task -> (rows, d),
+            what `row_stats` says of every row; theirs, the same tasks and rows.
         n: resamples.
         seed: of the draws; the order of the tasks does not matter.
 
     Returns:
         `difference`: ours less theirs, the mean over tasks, in points. `low`, `high`: its 2.5 and
         97.5 % quantiles over resamples. `p`: share of resamples in which ours is not better.
+
+    Raises:
+        ValueError: no pair, no task, or other tasks or rows in one of a pair.
     """
+    if not pairs:
+        raise ValueError("there is no pair to compare")
+    found = [_resampled(ours, theirs, n, seed) for ours, theirs in pairs]
+    drawn = np.mean([one for _, one in found], axis=0)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    difference = sum(one for one, _ in found) / len(found)
+    return {"difference": difference, "low": float(low), "high": float(high),
+            "p": float((drawn <= 0).mean())}  # fmt: skip
+
+
+def _resampled(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], n: int, seed: int
+) -> tuple[float, np.ndarray]:
+    """The difference of a pair, and of each resample: the same rows for every pair of a seed."""
     if not ours or ours.keys() != theirs.keys():
         raise ValueError("two methods are compared on the same tasks, on one at least")
     rng = np.random.default_rng(seed)
@@ -187,7 +215,4 @@ def paired_bootstrap(
         difference += task_score(task, a) - task_score(task, b)
         rows = rng.integers(len(a), size=(n, len(a)))
         drawn += _scores(task, a[rows]) - _scores(task, b[rows])
-    drawn /= len(ours)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return {"difference": difference / len(ours), "low": float(low), "high": float(high),
-            "p": float((drawn <= 0).mean())}  # fmt: skip
+    return difference / len(ours), drawn / len(ours)

@@ -163,10 +163,27 @@ def measure(config, case, results, options):
     }
 
 
+def measured_before(output, settings):
+    """Results that are there already.
+
+    Raises:
+        SystemExit: they are of other rows; in one line.
+    """
+    if not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    if before["settings"] != settings:
+        raise SystemExit(
+            f"{output}: found {before['settings']}, expected {settings}; give --examples and"
+            " --tests as there, or another --output"
+        )
+    return before["rows"]
+
+
 def measure_all(options, directory):
     """Run what is missing; results are written after every case."""
-    output = options.output
-    results = json.loads(output.read_text())["rows"] if output.exists() else []
+    output, settings = options.output, {"examples": options.examples, "tests": options.tests}
+    results = measured_before(output, settings)
     done = {(one["clusters"], one["seed"], one["case"]) for one in results}
     for seed in map(int, options.seeds.split(",")):
         tasks = probes_of(options.library, seed, options.examples, directory / f"tasks-{seed}")
@@ -185,7 +202,6 @@ def measure_all(options, directory):
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
                 entry |= measure(config, case, results, options)
                 results.append(entry)
-                settings = {name: getattr(options, name) for name in ("examples", "tests")}
                 write_json(output, {"settings": settings, "rows": results, "machine": machine()})
                 print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['retention']:.1%}",
                       entry["merges"][0][:6], entry["seconds"], flush=True)  # fmt: skip

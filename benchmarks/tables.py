@@ -39,6 +39,8 @@ TABLES = {
     "train-mlx": paper.train_mlx,
     "decay": paper.decay,
     "experiment": paper.experiment,
+    "pairs": paper.pairs,
+    "worse": paper.worse,
     "kinds": paper.kinds,
     "clusters": paper.clusters,
     "ablations": paper.ablations,

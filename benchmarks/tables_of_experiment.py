@@ -78,6 +78,37 @@ def interval(found):
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
+def pairs(read):
+    """Methods beside each other on the same test rows, the draws of both pooled."""
+    order = [(budget, method) for budget, method, _ in groups(read("experiment"))]
+    found = sorted(
+        read("experiment")["pairs"], key=lambda one: order.index((one["budget"], one["method"]))
+    )
+    lines = [
+        (one["budget"], one["method"], one["beside"],
+         f"{one['difference']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})",
+         ", ".join(map(str, one["seeds"])))
+        for one in found
+    ]  # fmt: skip
+    return markdown(
+        ("budget", "method", "beside", "points of score (95 %)", "seeds"), lines, left=3
+    )
+
+
+def worse(read):
+    """How many tasks have a higher loss than under their own adapters: over seeds and draws."""
+    _, ceiling = ends(read("experiment"))
+    lines = []
+    for budget, method, rows in groups(read("experiment")):
+        if method == "auto":
+            counts = [
+                sum(loss > ceiling["tasks"][task][0] for task, (loss, _) in row["tasks"].items())
+                for row in rows
+            ]
+            lines.append((budget, f"{len(ceiling['tasks'])}", ", ".join(map(str, counts))))
+    return markdown(("budget of `auto`", "tasks", "with a higher loss, a draw each"), lines)
+
+
 def kinds(read):
     """Scores by kind of task, of the first seed and draw."""
     result = read("experiment")

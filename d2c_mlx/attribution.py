@@ -12,10 +12,11 @@ from d2c_mlx.adapter import Adapter
 from d2c_mlx.batches import by_length, target_places
 from d2c_mlx.blas import all_cores
 from d2c_mlx.cache import LossCache
+from d2c_mlx.device import arithmetic
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint
 from d2c_mlx.forward import find_head, full_logits, run_blocks
-from d2c_mlx.model import BaseModel, arithmetic
+from d2c_mlx.model import BaseModel
 
 __all__ = ["POINTS", "module_gains"]
 

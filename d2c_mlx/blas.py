@@ -71,7 +71,10 @@ def all_cores() -> Iterator[None]:
         yield
         return
     before = getter()
-    limit_blas_threads(len(os.sched_getaffinity(0)))
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":  # which alone says what cores a process may use
+        cores = len(os.sched_getaffinity(0))
+    limit_blas_threads(cores)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -164,15 +165,19 @@ class Distiller:
             rows: what to learn from.
             weights: `(w_nll, w_kl)` of every row.
         """
+        # Weights are far below 1, and in float16 so would the gradients of states be, to nothing. A
+        # power of two changes no digit.
+        unit = 2.0 ** math.frexp(max(map(max, weights)))[1]
         total: Factors = tree_map(mx.zeros_like, factors)
         for batch in by_length([len(row.example.tokens) for row in rows], _BATCH):
             some = [rows[i] for i in batch]
             n_targets = [row.example.n_targets for row in some]
-            each = np.repeat(np.array([weights[i] for i in batch], np.float32), n_targets, axis=0)
+            of_rows = np.array([weights[i] for i in batch], np.float32) / unit
+            each = np.repeat(of_rows, n_targets, axis=0)
             gradient = mx.grad(self.loss)(factors, some, mx.array(each))
             total = tree_map(mx.add, total, gradient)
             mx.eval(total)
-        return total
+        return tree_map(lambda x: x * unit, total)
 
     def loss(self, factors: Factors, rows: Sequence[Row], weights: mx.array) -> mx.array:
         """What `gradient` differentiates; `weights (n_targets, 2)`."""

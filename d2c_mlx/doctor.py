@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from d2c_mlx.blas import find_blas, loaded_blas
+from d2c_mlx.device import use_device
 from d2c_mlx.locate import cache_directory, embedded_gguf
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Finding:
 def machine() -> dict[str, Any]:
     """Device, backend, memory (bytes) and BLAS; keys a device does not report are left out."""
     info = mx.device_info()
-    backend = "metal" if mx.metal.is_available() else str(mx.default_device().type).split(".")[-1]
+    backend = str(mx.default_device().type).split(".")[-1]
+    if backend == "gpu" and mx.metal.is_available():
+        backend = "metal"
     facts = {
         "system": platform.platform(),
         "device": info.get("device_name", "unknown"),
@@ -100,6 +103,7 @@ def environment() -> dict[str, Any]:
 
 def diagnose() -> list[Finding]:
     """Look at Python, MLX, memory, BLAS, the embedded model and the cache directory."""
+    use_device()
     facts = machine()
     findings = [
         Finding("python", f"{platform.python_version()} ({sys.executable})"),

@@ -17,6 +17,7 @@ import numpy as np
 
 from d2c_mlx.activations import target_scores, use_exponentials
 from d2c_mlx.batches import BatchCost, default_limit, shared_prefix, split_rows
+from d2c_mlx.device import arithmetic
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.examples import Example, ExampleSet
 from d2c_mlx.files import fingerprint
@@ -32,7 +33,7 @@ from d2c_mlx.forward import (
     split_is_exact,
     tiled,
 )
-from d2c_mlx.model import BaseModel, arithmetic
+from d2c_mlx.model import BaseModel
 from d2c_mlx.schedule import Kept, Piece, groups, workers_here
 
 __all__ = ["Engine", "Savings"]
@@ -124,6 +125,9 @@ class Engine:
         self.batch_limit = free * 3 // 5 // self.workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
+        # Metal's alone: what is wired is not paged out and in again between batches.
+        if most := mx.device_info().get("max_recommended_working_set_size"):
+            mx.set_wired_limit(min(int(most), self.memory_limit))
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter."""

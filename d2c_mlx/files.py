@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "old_dir",
     "remove_dir",
     "restore_dir",
+    "visible_files",
     "write_dir",
     "write_json",
     "write_text",
@@ -139,20 +140,21 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_tree(path: Path, only: Collection[str] | None = None) -> str:
-    """Hex SHA-256 over the names and contents of a file or of all files below a directory.
+def visible_files(directory: Path) -> list[Path]:
+    """All files below a directory but hidden ones, such as the .DS_Store of a Mac's Finder."""
+    return sorted(
+        file for file in directory.rglob("*")
+        if not file.is_dir()
+        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
+    )  # fmt: skip
 
-    Args:
-        path: of the file or the directory.
-        only: names, relative to the directory, of the files that count; None is all.
-    """
+
+def hash_tree(path: Path) -> str:
+    """Hex SHA-256 over the names and contents of a file or of `visible_files` of a directory."""
     if path.is_file():
         return hash_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [(file.relative_to(path).as_posix(), file) for file in files]
-    return fingerprint(
-        [[name, hash_file(file)] for name, file in names if only is None or name in only]
-    )
+    files = [file for file in visible_files(path) if file.is_file()]
+    return fingerprint([[file.relative_to(path).as_posix(), hash_file(file)] for file in files])
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401  JSON is any

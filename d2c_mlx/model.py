@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapter import Adapter
-from d2c_mlx.blas import loaded_blas
+from d2c_mlx.device import use_device
 from d2c_mlx.encoding import context_of, encode
 from d2c_mlx.errors import ModelError
 from d2c_mlx.examples import ExampleSet
@@ -30,7 +30,6 @@ from d2c_mlx.tasks import Row
 
 __all__ = [
     "BaseModel",
-    "arithmetic",
     "block_index",
     "greedy",
     "linear_shapes",
@@ -216,14 +215,9 @@ class BaseModel:
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
-def arithmetic() -> list[str | None]:
-    """What decides the bits of a result beside model and engine: MLX, its device, and a BLAS."""
-    name = mx.device_info().get("device_name")
-    return [version("mlx"), str(name), str(mx.default_device()), loaded_blas()]
-
-
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
+    use_device()
     try:
         model, tokenizer = load(str(path), lazy=lazy)
     except Exception as error:  # strangers' code on strangers' files

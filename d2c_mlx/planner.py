@@ -21,7 +21,7 @@ from d2c_mlx.moves import Costs, groups_of, predicted_partition
 from d2c_mlx.plan import Candidate, choose
 from d2c_mlx.workspace import Workspace
 
-__all__ = ["make_plan", "measure", "planned", "unit"]
+__all__ = ["bare", "make_plan", "measure", "planned", "unit"]
 
 # A summed regret below which a prediction is rounding.
 _SAYS = 1e-6
@@ -38,8 +38,7 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         rooms: bytes to plan for; none: what the run's budget leaves.
     """
     n, rooms = len(ws.names), sorted(rooms) or [ws.capacity.room]
-    base = ws.expected.under(None, range(n))
-    candidates = [Candidate((i,), "base", 0.0, {}, 0, float(base[i])) for i in range(n)]
+    candidates = bare(ws)
     own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
     candidates += sized(ws, own, "own", rooms)
     costs, ratio = Costs(ws.problem), 0.0
@@ -62,6 +61,12 @@ def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
         ratio = max(0.0, regret) / predicted if predicted > _SAYS else 0.0
         candidates += sized(ws, sorted(merges.items()), "merged", rooms)
     return candidates
+
+
+def bare(ws: Workspace) -> list[Candidate]:
+    """Every task left to the base model, which costs no byte."""
+    regrets = ws.expected.under(None, range(len(ws.names)))
+    return [Candidate((i,), "base", 0.0, {}, 0, float(one)) for i, one in enumerate(regrets)]
 
 
 def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> dict[str, Any]:

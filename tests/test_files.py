@@ -104,6 +104,8 @@ def test_hash_tree_changes_with_name_and_content(tmp_path):
         tree("more", {"x": "1", "sub/y": "2", "z": ""}),
     ]
     assert len({first, *others}) == 1 + len(others)
+    # What a Mac's Finder leaves where somebody looked.
+    assert tree("same", {".DS_Store": "1", "sub/.DS_Store": "2", ".hidden/z": "3"}) == first
 
 
 def test_hash_tree_of_a_file_is_the_hash_of_its_content(tmp_path):

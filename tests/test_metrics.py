@@ -11,7 +11,14 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metrics import METRIC_OF, paired_bootstrap, row_stats, source_edits, task_score
+from metrics import (
+    METRIC_OF,
+    paired_bootstrap,
+    pooled_bootstrap,
+    row_stats,
+    source_edits,
+    task_score,
+)
 from scipy.stats import bootstrap
 from sklearn.metrics import fbeta_score
 
@@ -214,6 +221,27 @@ def test_bootstrap_of_many_tasks_is_nearly_normal():
     assert found["difference"] == pytest.approx(mean)
     for key, quantile in (("low", -1.96), ("high", 1.96)):
         assert found[key] == pytest.approx(mean + quantile * spread, abs=0.15 * spread)
+
+
+def test_draws_are_pooled_over_the_same_rows():
+    ours, theirs = some_tasks(3, 5, 20)
+    other, _ = some_tasks(4, 5, 20)
+    pooled = pooled_bootstrap([(ours, theirs), (other, theirs)])
+    each = [paired_bootstrap(one, theirs) for one in (ours, other)]
+    assert pooled["difference"] == pytest.approx(sum(one["difference"] for one in each) / 2)
+    # The score of F1, a mean over rows, is linear: the mean of both is a method of its own.
+    one, two, beside = (
+        {name: x for name, x in method.items() if name[:2] == "qa"}
+        for method in (ours, other, theirs)
+    )
+    mean = {name: (one[name] + two[name]) / 2 for name in one}
+    alike = pooled_bootstrap([(one, beside), (two, beside)])
+    alone = paired_bootstrap(mean, beside)
+    # Not `p`: a tie is one but for rounding.
+    for key in ("difference", "low", "high"):
+        assert alike[key] == pytest.approx(alone[key])
+    with pytest.raises(ValueError, match="no pair"):
+        pooled_bootstrap([])
 
 
 def test_p_is_how_often_the_only_better_row_is_not_drawn():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import lfm2
-from tiny import library, tiny_model
+from tiny import Gpu, library, tiny_model
 
 from d2c_mlx.adapter import Adapter, LoRA
 from d2c_mlx.cache import LossCache
@@ -118,6 +118,9 @@ def test_machine_reports_what_the_device_knows(monkeypatch, metal):
     info["max_recommended_working_set_size"] = 6 << 30
     monkeypatch.setattr(mx, "device_info", lambda: info if metal else {"device_name": "x"})
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    assert machine()["backend"] == "cpu"  # the device, wherever there is another
+    if metal:
+        monkeypatch.setattr(mx, "default_device", Gpu)
     facts = machine()
     assert (facts["backend"] == "metal") is metal
     assert ("working_set" in facts) is metal

@@ -120,6 +120,22 @@ def test_gradient_through_our_exponentials_is_that_of_stock_mlx_lm(base, members
         np.testing.assert_allclose(ours[1], stock[1], rtol=1e-3, atol=1e-3)
 
 
+def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, merged):
+    """As on Metal, and as with many tasks or long answers: against the same in float32."""
+    small = 2.0**-20
+    found = []
+    for dtype, weight in ((mx.float32, 1.0), (mx.float16, small)):
+        base.compute_dtype = dtype
+        base.model.set_dtype(dtype)
+        model, rows, factors = _student(base, merged, members[0])
+        gradient = model.gradient(factors, rows, [(weight, weight)] * len(rows))
+        found.append(np.concatenate([np.ravel(x) for _, x in tree_flatten(gradient)]))
+    exact, rounded = found
+    cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
+    assert cosine > 0.999
+    assert np.linalg.norm(rounded) == pytest.approx(small * np.linalg.norm(exact), rel=0.02)
+
+
 def test_batches_of_one_row_give_the_same_gradient(base, members, merged, monkeypatch):
     model, rows, factors = _student(base, merged, members[0])
     weights = [(0.1 * i, 1.0) for i in range(len(rows))]

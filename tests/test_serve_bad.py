@@ -165,6 +165,18 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, mixed, answer,
     def broken(*_arguments, **_options):
         raise MemoryError
 
+    wired, limit = [], 0
+
+    def wire(nbytes):
+        nonlocal limit
+        wired.append(nbytes)
+        limit, before = nbytes, limit
+        return before
+
+    # As on Metal: whoever generates wires memory, and sets it back when it ends.
+    info = {**mx.device_info(), "max_recommended_working_set_size": 1 << 30}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", wire)
     with serving(pack, mixed) as server, client(server) as api:
         with monkeypatch.context() as patch:
             patch.setattr(MixedModel, "__call__", broken)
@@ -175,6 +187,8 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, mixed, answer,
         reply = api.completions.create(**GOOD)
         assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
         assert urllib.request.urlopen(server.url.replace("v1", "health")).status == 200
+        assert limit == 1 << 30
+    assert limit == 0 and wired[-2:] == [1 << 30, 0]
 
 
 def test_a_template_that_fails_is_no_closed_connection(pack, mixed, monkeypatch):

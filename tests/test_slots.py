@@ -33,8 +33,8 @@ def measured(paths, tmp_path, monkeypatch):
                "--model", paths.model, "--clusters", 2, "--seeds", 0, "--examples", 2, "--tests",
                2, "--random-seeds", 3]  # fmt: skip
 
-    def call(cases):
-        monkeypatch.setattr(sys, "argv", [*map(str, command), "--cases", cases])
+    def call(cases, *more):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--cases", cases, *more])
         slots.main()
         return {row["case"]: row for row in json.loads(result.read_text())["rows"]}
 
@@ -86,6 +86,14 @@ def test_what_was_measured_is_not_measured_again(measured):
     again = measured("moves;kmeans;on them: layerwise, refined")
     assert {case: again[case] for case in first} == first
     assert set(again) - set(first) == {"on them: layerwise, refined"}
+
+
+def test_results_of_other_rows_are_not_added_to(measured, tmp_path):
+    measured("individual")
+    before = (tmp_path / "slots.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"slots.json: found .*'tests': 2.*expected .*'tests': 1"):
+        measured("moves", "--tests", "1")
+    assert (tmp_path / "slots.json").read_bytes() == before
 
 
 def test_clusters_of_moves_must_be_known(measured):

@@ -69,6 +69,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+class Gpu:
+    """A device by whose name weights stay as they are stored."""
+
+    type = mx.DeviceType.gpu
+
+
 def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0) -> Path:
     """Write an mlx-lm model directory: a random llama of 2 layers and its tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)

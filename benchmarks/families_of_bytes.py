@@ -37,6 +37,9 @@ def rank_alone(ws):
     return found
 
 
+ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
+
+
 def shared_basis(ws, room):
     """All adapters as `U S_i V^T` in 16 bit, U and V common to all (arXiv 2407.00066).
 
