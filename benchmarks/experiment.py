@@ -32,7 +32,7 @@ from d2c_mlx.bench import Method, measure
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
+from d2c_mlx.files import hash_tree, write_json
 from d2c_mlx.pipeline import run
 from d2c_mlx.progress import progress_bar
 
@@ -110,6 +110,8 @@ def claim(options):
     """
     now = {"library": str(options.library.resolve()), "model": options.model,
            "tests": options.tests}  # fmt: skip
+    # One that is trained or drawn anew at the same place is another.
+    now |= {name: hash_tree(options.library / name) for name in ("adapters", "tasks")}
     path = options.work / "settings.json"
     if not path.exists():
         options.work.mkdir(parents=True, exist_ok=True)

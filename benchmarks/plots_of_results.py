@@ -3,7 +3,7 @@
 import statistics
 
 import tables_of_experiment as paper
-from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, moves
+from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, in_slots
 
 from d2c_mlx.charts import COLOURS, TEXT, new_figure
 
@@ -15,7 +15,7 @@ def bytes_excess(read):
     each, families, rows = budgets(read("bytes"))
     lines = {name: {b: rows[b, name]["excess"] for b in each if (b, name) in rows}
              for name in families}  # fmt: skip
-    merged = {budget: moves(read, fitting(read, budget)) for budget in each}
+    merged = {budget: in_slots(read, fitting(read, budget)) for budget in each}
     lines["D2C in 16 bit"] = {b: row["excess"] for b, row in merged.items() if row}
     lines["goal"] = {b: float(EXCESS_GOALS[b]) for b in each if b in EXCESS_GOALS}
     styles = {"auto": ("-o", ORANGE), "hindsight": (":", ORANGE), "rank alone": ("-s", BLUE),

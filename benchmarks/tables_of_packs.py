@@ -51,10 +51,10 @@ def spread(values, form):
     return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def moves(read, n_clusters):
-    """The row of `moves` in slots.json with so many clusters and seed 0, or None."""
+def in_slots(read, n_clusters):
+    """The row of the default in slots.json with so many clusters and seed 0, or None."""
     for one in read("slots")["rows"]:
-        if (one["clusters"], one["seed"], one["case"]) == (n_clusters, 0, "moves"):
+        if (one["clusters"], one["seed"], one["case"]) == (n_clusters, 0, "on them: layerwise"):
             return one
     return None
 
@@ -84,7 +84,7 @@ def families_at(read, key, form, goals):
             return format(one[key], form) if one else "-"
 
         n = fitting(read, budget)
-        merged = moves(read, n)
+        merged = in_slots(read, n)
         missing = "not measured" if n else "nothing fits"
         lines.append([budget, *map(cell, first), goals.get(budget, ""), *map(cell, others),
                       format(merged[key], form) if merged else missing])  # fmt: skip
@@ -125,7 +125,7 @@ def order(read):
     rows = []
     for (kind, budget, probes), excess in groups.items():
         if kind == "slots":
-            words, at_once = f"{budget} slots", moves(read, int(budget))
+            words, at_once = f"{budget} slots", in_slots(read, int(budget))
         else:
             words, at_once = f"{budget}% of the bytes", planned.get((f"{budget}%", "auto"))
         rows.append((

@@ -172,7 +172,13 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
         assert pairs[pair]["difference"] == pytest.approx(np.mean(gaps), abs=1e-3)
         assert pairs[pair]["seeds"] == [0, 1]
     assert "random" not in capsys.readouterr().out
-    # What is kept is of these test rows.
+    # What is kept is of these adapters and test rows.
+    weights = paths.adapters / NAMES[0] / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(SystemExit, match=r"settings\.json: found .*'adapters'"):
+        call("auto")
+    weights.write_bytes(before)
     command[command.index("--tests") + 1] = 3
     with pytest.raises(
         SystemExit, match=r"settings\.json: found .*'tests': 2.*expected .*'tests': 3"
