@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import mlx.core as mx
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.adapter import Adapter
 from d2c_mlx.compressed import Compressed, Level
 from d2c_mlx.errors import ConfigError
 from d2c_mlx.gptq import ridge, rounded
@@ -24,8 +23,6 @@ __all__ = [
     "check_levels",
     "components",
     "compress",
-    "delta_error",
-    "dequantize_module",
     "quantize_modules",
     "svd_rows",
 ]
@@ -166,25 +163,6 @@ def _rounded(
     ]
     found = rounded(exact, grams, sizes, group_size)
     return [levels for levels, _ in found], [values for _, values in found]
-
-
-def dequantize_module(levels: Sequence[Level]) -> LoRA:
-    """The plain factors of at least one level: float16, scale 1."""
-    a, b = (
-        mx.array(np.concatenate(values_of([getattr(level, name) for level in levels])))
-        for name in "ab"
-    )
-    return LoRA(a.T, b)
-
-
-def delta_error(a: np.ndarray, b: np.ndarray, levels: Sequence[Level]) -> float:
-    """Relative error in Frobenius norm of dW^T = a @ b as `levels` store it; no dense dW."""
-    rows = a.T.astype(np.float64), b.astype(np.float64)
-    norm = float(np.sum((rows[0] @ rows[0].T) * (rows[1] @ rows[1].T)))
-    if not levels or not norm:
-        return float(norm > 0)
-    stored = (_stacked([[getattr(x, name) for x in levels]]) for name in "ab")
-    return float(np.sqrt(max(0.0, _squared_errors([rows], *stored)[0]) / norm))
 
 
 def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:

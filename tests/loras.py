@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapter import Adapter, LoRA
+from d2c_mlx.compressed import Compressed
 from d2c_mlx.merge import merge_adapters
 from d2c_mlx.merge.core import CoreSpace
 
@@ -44,6 +45,11 @@ def dense(lora):
     for r in range(a.shape[1]):
         total += lora.scale * np.outer(b[r], a[:, r])
     return total
+
+
+def plain(levels):
+    """The plain factors of a module's levels, float16."""
+    return Compressed("one", {"m": tuple(levels)}).adapter().modules["m"]
 
 
 def dense_mean(adapters, path, shape):

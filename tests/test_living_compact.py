@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from loras import lora_of
+from loras import lora_of, plain
 from test_living import ABOUT, ALL, adapters, deltas, full_rank  # noqa: F401  a fixture
 
 from d2c_mlx.adapter import Adapter
@@ -13,7 +13,7 @@ from d2c_mlx.layout import compact_nbytes
 from d2c_mlx.living import add_adapter, remove_tasks
 from d2c_mlx.pack import COMPACT
 from d2c_mlx.packing import write_compact_pack
-from d2c_mlx.quantize import compress, dequantize_module
+from d2c_mlx.quantize import compress
 from d2c_mlx.verify import verify
 
 
@@ -37,7 +37,7 @@ def test_a_compact_pack_makes_room_by_what_the_others_need_least(tmp_path):
     for i, name in enumerate("abc"):
         after = read_compact(pack.path / COMPACT, i)
         every = [(path, one) for path, levels in before[name].modules.items() for one in levels]
-        norms = [np.sum(dequantize_module([one]).delta() ** 2.0) for _, one in every]
+        norms = [np.sum(plain([one]).delta() ** 2.0) for _, one in every]
         for (path, old), norm in zip(every, norms):
             share = norm / sum(norms) / old.nbytes
             same = [one for one in after.modules.get(path, ()) if one.bits == old.bits]
