@@ -47,8 +47,9 @@ class LoRA:
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """`(a, b)` in float32 with the scale folded into b, so that dW^T = a @ b."""
-        a, b = (np.array(x.astype(mx.float32)) for x in (self.a, self.b))
-        return a, b * np.float32(self.scale)
+        a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
+        mx.eval(a, b)  # together: a GPU is waited for once
+        return np.array(a), np.array(b) * np.float32(self.scale)
 
     def delta(self) -> np.ndarray:
         """Dense dW in PyTorch's orientation, `(out, in)`, float32. For tests and tiny models."""

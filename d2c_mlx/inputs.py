@@ -46,12 +46,17 @@ class TokenBatch:
 
     def kept(self, x: mx.array) -> np.ndarray:
         """`(n_kept, width)` float32 of `(rows, length, width)`."""
-        return np.array(x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32))
+        return np.array(self._kept(x))
 
     def kept_of(self, seen: Mapping[str, mx.array]) -> Inputs:
         """`kept` of every module; those with the same array share one again."""
-        arrays = {id(x): self.kept(x) for x in seen.values()}
+        some = {id(x): self._kept(x) for x in seen.values()}
+        mx.eval(some)  # together: a GPU is waited for once
+        arrays = {key: np.array(x) for key, x in some.items()}
         return {path: arrays[id(x)] for path, x in seen.items()}
+
+    def _kept(self, x: mx.array) -> mx.array:
+        return x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32)
 
 
 def input_activations(
