@@ -47,7 +47,7 @@ class Planner:
         self._ws, self._rooms, self._candidates = ws, rooms, {}
 
     def stored(self, method: str, room: int) -> Stored:
-        """The plan for a budget: of `--plan auto`, or of a family alone (`families.ALONE`)."""
+        """The plan for a budget: of `--plan auto`, or of a family alone (`ALONE`)."""
         ws = self._ws
         if method not in self._candidates:
             self._candidates[method] = (
