@@ -38,7 +38,7 @@ from d2c_mlx.progress import progress_bar
 
 RESULT = Path(__file__).parent / "results" / "experiment.json"
 CEILING, FLOOR = "individual", "base"
-# What is compared, besides `auto` with every other: all draws of both that have the same probe rows.
+# What is compared, besides `auto` with all others: all draws of both that have the same probe rows.
 PAIRS = (
     ("auto", CEILING),
     ("D2C, moves", "K-Means"),
