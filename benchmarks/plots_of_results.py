@@ -54,7 +54,7 @@ def experiment(read):
     marks = iter("Dvx+*pPhX<>")
     figure, axes = new_figure(6, 3.6)
     for method, points in lines.items():
-        style, colour = styles.get(method, (f"-{next(marks)}", GREY))
+        style, colour = styles.get(method) or (f"-{next(marks)}", GREY)
         axes.plot(list(points), list(points.values()), style, color=colour, label=method,
                   markersize=4)  # fmt: skip
     for row in paper.ends(result):
