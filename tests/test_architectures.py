@@ -16,6 +16,7 @@ from test_engine import plain
 from test_engine import run as losses_of
 from tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
 
+from d2c_mlx import device as device_module
 from d2c_mlx import model as model_module
 from d2c_mlx.adapter import Adapter
 from d2c_mlx.answers import answer_rows
@@ -228,9 +229,10 @@ def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, packag
     gains = module_gains(base, adapter, examples, cache=cache)
     monkeypatch.setattr(cache, "put", lambda key, value: (asked.append(key), put(key, value)))
     assert module_gains(base, adapter, examples, cache=cache) == gains and not asked
-    monkeypatch.setattr(
-        model_module, "version", lambda name: "99" if name == package else version(name)
-    )
+    for module in (model_module, device_module):
+        monkeypatch.setattr(
+            module, "version", lambda name: "99" if name == package else version(name)
+        )
     other = BaseModel(path)
     assert Engine(other).fingerprint(examples) != before
     assert module_gains(other, adapter, examples, cache=cache) == gains
