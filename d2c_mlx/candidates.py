@@ -49,7 +49,7 @@ def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> l
         rooms: bytes to plan for, rising.
     """
     widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
-    whole = [ws.packed(adapter).nbytes(ws.base.n_layers) for _, adapter in units]
+    whole = [ws.capacity.nbytes(adapter) for _, adapter in units]
     shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
     tokens = [sum(ws.expected.sets[i].n_tokens for i in members) for members, _ in units]
     found: list[Candidate] = []

@@ -36,10 +36,14 @@ class Capacity:
         self._base, self._inputs = base, inputs
         self.budget, self._merge_rank = budget, merge_rank
 
+    def nbytes(self, adapter: Adapter) -> int:
+        """Bytes of an adapter written in mlx-lm's layout, in the base's dtype."""
+        return adapter.uniform(self._base.dtype).nbytes(self._base.n_layers)
+
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of each input adapter written in mlx-lm's layout, in the base's dtype."""
-        return [self._nbytes(adapter) for adapter in self._inputs]
+        """`nbytes` of each input adapter."""
+        return [self.nbytes(adapter) for adapter in self._inputs]
 
     @property
     def total(self) -> int:
@@ -82,7 +86,7 @@ class Capacity:
         """Bytes of a merged adapter with every module that some adapter has."""
         shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
         union = replace(self._inputs[0], base=self.longest_base, modules=zeros(shapes, rank))
-        return self._nbytes(union)
+        return self.nbytes(union)
 
     @property
     def longest_base(self) -> str | None:
@@ -120,6 +124,3 @@ class Capacity:
                 f" to {header:,}; give more than that"
             )
         return nbytes - header
-
-    def _nbytes(self, adapter: Adapter) -> int:
-        return adapter.uniform(self._base.dtype).nbytes(self._base.n_layers)

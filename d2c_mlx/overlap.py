@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from d2c_mlx.adapter import CONFIG, WEIGHTS
 from d2c_mlx.errors import ConfigError, InputError
+from d2c_mlx.files import visible_files
 from d2c_mlx.manifest import COMPACT, FORMAT, MANIFEST
 from d2c_mlx.stages import has_record
 from d2c_mlx.strict import json_or_none, read_yaml
@@ -204,12 +205,12 @@ def _added(config: RunConfig, output: Path) -> list[Path]:
     if not config.planned:
         folders += ["merged", *(["refined", "refining"] if config.refine else [])]
     found: dict[Path, None] = {}
-    for path in (file for name in folders for file in _files(output / name)):
+    for path in (file for name in folders for file in visible_files(output / name)):
         folder, *inside = path.relative_to(output).parts
         ours = path.name == "refine.json" and folder == "refining"
         # A config that is damaged is made anew with its adapter.
         ours |= path.name in (WEIGHTS, CONFIG) and _config_keys(path.parent) in (None, _MLX_KEYS)
-        if not ours and not any(part[0] == "." for part in inside):
+        if not ours:
             found[output / folder / inside[0]] = None
     return list(found)
 

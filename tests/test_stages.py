@@ -15,7 +15,7 @@ from d2c_mlx.pack import load_pack
 from d2c_mlx.pipeline import run
 
 
-def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(config):  # noqa: F811
+def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(config):
     output = run(config, "merge", quiet=True).output
     pack = output / "pack"
 
@@ -59,7 +59,7 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
     refused()
 
 
-def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):  # noqa: F811
+def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     config = replace(config, budget="2")
     output = run(config, quiet=True).output
     pack, started = output / "pack", _started(output)
@@ -87,7 +87,7 @@ def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):  # no
 
 
 @pytest.mark.parametrize("content", ["", '{"inputs": "a', "[]", '{"inputs": null}', "\xff"])
-def test_a_record_that_cannot_be_read_is_of_no_stage(config, content):  # noqa: F811
+def test_a_record_that_cannot_be_read_is_of_no_stage(config, content):
     output = run(config, "pack", quiet=True).output
     first, made = _started(output), hash_tree(output / "pack")
     damaged = content.encode("latin-1")
