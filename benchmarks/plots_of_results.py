@@ -1,6 +1,7 @@
 """The plots of benchmarks/README.md. Each function gets `read` of result_files.py."""
 
 import statistics
+from itertools import cycle
 
 import tables_of_experiment as paper
 from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, in_slots
@@ -8,6 +9,8 @@ from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, in_slo
 from d2c_mlx.charts import COLOURS, TEXT, new_figure
 
 BLUE, ORANGE, GREEN, GREY = COLOURS
+# Logarithmic from the third on, linear around 0, which a plan or a refined merge may beat.
+EXCESS_TICKS = (-0.01, 0, 0.01, 0.1, 1)
 
 
 def bytes_excess(read):
@@ -27,10 +30,8 @@ def bytes_excess(read):
                   color=colour, label=name, markersize=10 if name == "goal" else 4)  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks([float(b.rstrip("%")) for b in each], each)
-    # Linear around 0, which a plan may beat.
-    axes.set_yscale("symlog", linthresh=0.01)
-    ticks = (-0.01, 0, 0.01, 0.1, 1)
-    axes.set_yticks(ticks, [f"{y:g}" for y in ticks])
+    axes.set_yscale("symlog", linthresh=EXCESS_TICKS[2])
+    axes.set_yticks(EXCESS_TICKS, [f"{y:g}" for y in EXCESS_TICKS])
     axes.minorticks_off()
     values = [y for points in lines.values() for y in points.values()]
     axes.set_ylim(1.5 * min(*values, -0.002), 1.5 * max(values))
@@ -72,17 +73,23 @@ def experiment(read):
 
 
 def slots(read):
-    """Excess of every case: a bar for the mean, a point per seed."""
-    rows = [(f"K = {k}: {case}", every(some, "excess")) for k, case, some in cases(read)]
-    names = [name for name, _ in rows]
-    figure, axes = new_figure(6, 0.34 * len(rows) + 0.7)
-    means = [sum(values) / len(values) for _, values in rows]
-    axes.barh(names, means, color=BLUE)
-    for (name, values), mean in zip(rows, means):
-        axes.plot(values, [name] * len(values), "|", color=ORANGE, markersize=10)
-        axes.annotate(f"{mean:.3f}", (max(values), name), (6, 0), textcoords="offset points",
-                      color=TEXT, fontsize=9, va="center")  # fmt: skip
-    axes.margins(x=0.12)
+    """Excess of every case: for each K a dot at the mean, on a line over seeds and draws."""
+    found = cases(read)
+    # The order at the smallest K, where most is lost.
+    names = list(dict.fromkeys(case for _, case, _ in found))
+    figure, axes = new_figure(6, 0.2 * len(names) + 0.9)
+    for k, colour in zip(sorted({k for k, *_ in found}), cycle(COLOURS)):
+        some = {names.index(case): every(rows, "excess") for at, case, rows in found if at == k}
+        axes.hlines(list(some), *zip(*((min(x), max(x)) for x in some.values())), color=colour)
+        axes.plot([statistics.mean(x) for x in some.values()], list(some), "o", color=colour,
+                  label=f"K = {k}", markersize=4)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(axis="y", color=TEXT, alpha=0.15)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=EXCESS_TICKS[2])
+    axes.set_xticks(EXCESS_TICKS, [f"{x:g}" for x in EXCESS_TICKS])
+    axes.minorticks_off()
     axes.set_xlabel("excess loss (nats per target token)")
+    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
     return figure
