@@ -9,8 +9,9 @@ from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, in_slo
 from d2c_mlx.charts import COLOURS, TEXT, new_figure
 
 BLUE, ORANGE, GREEN, GREY = COLOURS
-# Logarithmic from the third on, linear around 0, which a plan or a refined merge may beat.
-EXCESS_TICKS = (-0.01, 0, 0.01, 0.1, 1)
+# Excess is drawn linear around 0, which a plan or a refined merge may beat, logarithmic above.
+LINEAR_BELOW = 0.01
+EXCESS_TICKS = (-LINEAR_BELOW, 0, LINEAR_BELOW, 0.1, 1)
 
 
 def bytes_excess(read):
@@ -30,7 +31,7 @@ def bytes_excess(read):
                   color=colour, label=name, markersize=10 if name == "goal" else 4)  # fmt: skip
     axes.set_xscale("log")
     axes.set_xticks([float(b.rstrip("%")) for b in each], each)
-    axes.set_yscale("symlog", linthresh=EXCESS_TICKS[2])
+    axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.set_yticks(EXCESS_TICKS, [f"{y:g}" for y in EXCESS_TICKS])
     axes.minorticks_off()
     values = [y for points in lines.values() for y in points.values()]
@@ -79,15 +80,16 @@ def slots(read):
     names = list(dict.fromkeys(case for _, case, _ in found))
     figure, axes = new_figure(6, 0.2 * len(names) + 0.9)
     for k, colour in zip(sorted({k for k, *_ in found}), cycle(COLOURS)):
-        some = {names.index(case): every(rows, "excess") for at, case, rows in found if at == k}
-        axes.hlines(list(some), *zip(*((min(x), max(x)) for x in some.values())), color=colour)
-        axes.plot([statistics.mean(x) for x in some.values()], list(some), "o", color=colour,
+        places = [names.index(case) for at, case, _ in found if at == k]
+        values = [every(rows, "excess") for at, _, rows in found if at == k]
+        axes.hlines(places, list(map(min, values)), list(map(max, values)), color=colour)
+        axes.plot(list(map(statistics.mean, values)), places, "o", color=colour,
                   label=f"K = {k}", markersize=4)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="y", color=TEXT, alpha=0.15)
     axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=EXCESS_TICKS[2])
+    axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
     axes.set_xticks(EXCESS_TICKS, [f"{x:g}" for x in EXCESS_TICKS])
     axes.minorticks_off()
     axes.set_xlabel("excess loss (nats per target token)")
