@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.config import RunConfig
 from d2c_mlx.d2c import d2c
 from d2c_mlx.doctor import provenance
+from d2c_mlx.errors import InputWarning
 from d2c_mlx.files import hash_file, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.lock import locked
 from d2c_mlx.neighbours import nearest, others_needed
@@ -107,14 +109,21 @@ def cluster(ws: Workspace) -> None:
     """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
     c = ws.config
     k, n = ws.capacity.n_clusters, len(ws.names)
+    if k == n > 1:
+        warnings.warn(
+            f"budget: {c.budget} has room for all adapters ({n}), so none is merged; give less to"
+            " merge some",
+            InputWarning,
+            stacklevel=2,
+        )
 
     def body() -> None:
         found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
                     restarts=c.restarts, seed=c.seed, eps=c.eps, patience=c.patience)  # fmt: skip
         methods = {
             "d2c": [found],
-            "kmeans": [kmeans(ws.problem.features, min(k, n), c.seed)],
-            "random": [random_partition(n, min(k, n), c.seed + i) for i in range(c.random_seeds)],
+            "kmeans": [kmeans(ws.problem.features, k, c.seed)],
+            "random": [random_partition(n, k, c.seed + i) for i in range(c.random_seeds)],
             "merge-all": [merge_all(n)],
         }
         content = {
