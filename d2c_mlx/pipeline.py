@@ -111,8 +111,8 @@ def cluster(ws: Workspace) -> None:
     k, n = ws.capacity.n_clusters, len(ws.names)
     if k == n > 1:
         warnings.warn(
-            f"budget: {c.budget} has room for all adapters ({n}), so none is merged; give less to"
-            " merge some",
+            f"budget: {c.budget} has room for all adapters ({n}), so none has to be merged; give"
+            " less for a smaller pack",
             InputWarning,
             stacklevel=2,
         )
