@@ -1,6 +1,7 @@
 """What D2C's choices are worth, on the library of the experiment, at one budget.
 
-    python benchmarks/ablations.py --library DIR --work DIR [--budget 12.5] [--cases init]
+    python benchmarks/ablations.py --library DIR --work DIR [--budget 12.5] [--seeds 0,1,2]
+        [--cases "agreement;init"]
 
 - `examples`: 1, 3, 5, 10, 20 probe rows per task decide.
 - `init`, `restarts`: starts of the paper's loop, and how many of a random one.
@@ -8,8 +9,9 @@
   answers to the probes.
 - `agreement`: how often the cluster that is best for a task on its probes is so on its test rows.
 
-DIR and the work directory are those of experiment.py. Held-out excess is in nats per target token.
-Resumes case by case: results/ablations.json.
+DIR and the work directory are those of experiment.py, and so are seeds: each takes other probe rows
+of every task, never test rows. Tasks of 40 probe rows have 20 of them for two seeds only, which is
+said. Held-out excess is in nats per target token. Resumes case by case: results/ablations.json.
 """
 
 import argparse
@@ -119,7 +121,14 @@ def cases(options):
     if "agreement" in wanted:
         yield "agreement", "K-Means, mean", 10, by_features, "linear"
         yield "agreement", "D2C, mean", 10, PAPER, "linear"
+        yield "agreement", "D2C, moves, mean", 10, MOVES, "linear"
         yield "agreement", "D2C, moves", 10, MOVES, "regmean++"
+
+
+def fewest_probes(library):
+    """Probe rows of the task that has fewest."""
+    files = (library / "tasks").glob("*/probe.jsonl")
+    return min(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def main():
@@ -129,6 +138,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--budget", type=float, default=12.5, help="percent")
+    parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
     parser.add_argument("--cases", default="agreement;init;restarts;examples;score")
     parser.add_argument("--tests", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -137,25 +147,39 @@ def main():
     options.budgets = str(options.budget)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
-    spaces = {}
+    for seed in map(int, options.seeds.split(",")):
+        found = measure_seed(options, seed, found)
+
+
+def measure_seed(options, seed, found):
+    """What is missing of one seed; all rows."""
+    spaces, most = {}, fewest_probes(options.library) // (seed + 1)
     for case, value, n, partition, method in cases(options):
-        about = {"case": case, "value": value, "budget": options.budget, "tests": options.tests}
+        if n > most:
+            print(f"seed {seed}, {case}: {value}: not measured, too few probe rows", flush=True)
+            continue
+        about = {"case": case, "value": value, "budget": options.budget, "seed": seed,
+                 "tests": options.tests}  # fmt: skip
         if any(about.items() <= row.items() for row in found["rows"]):
             continue
         started = time.perf_counter()
         options.examples = n
         if n not in spaces:
-            spaces[n] = workspace(options, 0)
+            spaces[n] = workspace(options, seed)
         ws = spaces[n]
-        partition = partition or by_metric(ws, options.work / "probe-answers")
-        stored = merged(ws, partition, method, int(ws.capacity.total * options.budget / 100), 0)
+        partition = partition or by_metric(ws, options.work / f"probe-answers-{seed}")
+        allowed = int(ws.capacity.total * options.budget / 100)
+        # As experiment.py draws first.
+        stored = merged(ws, partition, method, allowed, 1000 * seed)
         row = about | judged(ws, stored)
         if case == "agreement":
             row |= agreement(ws, stored)
         row["seconds"] = round(time.perf_counter() - started, 1)
         found = {"machine": machine(), "rows": [*found["rows"], row]}
         write_json(options.output, found)
-        print(f"{case}: {value}: excess {row['excess']:.4f}, {row['seconds']} s", flush=True)
+        print(f"seed {seed}, {case}: {value}: excess {row['excess']:.4f}, {row['seconds']} s",
+              flush=True)  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ row of TABLES and a region of the README.
 import argparse
 import json
 import re
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -43,7 +44,10 @@ TABLES = {
     "worse": paper.worse,
     "kinds": paper.kinds,
     "clusters": paper.clusters,
+    "experiment-24": partial(paper.experiment, file="experiment_24"),
+    "pairs-24": partial(paper.pairs, file="experiment_24"),
     "ablations": paper.ablations,
+    "agreement": paper.agreement,
 }
 # plots/<name>.svg -> function(read) that returns a matplotlib figure.
 PLOTS = {

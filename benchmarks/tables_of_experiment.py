@@ -44,9 +44,9 @@ def ends(result):
     return [next(row for row in result["rows"] if row["method"] == name) for name in ENDS]
 
 
-def experiment(read):
+def experiment(read, file="experiment"):
     """The table in the paper's form: average score and storage, and the share of the ceiling."""
-    result = read("experiment")
+    result = read(file)
     base, ceiling = map(averages, ends(result))
     lines = [
         ("0%", "base", f"{base[0]:.1f}", f"{base[0] / ceiling[0]:.1%}", "0%",
@@ -78,12 +78,10 @@ def interval(found):
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
-def pairs(read):
+def pairs(read, file="experiment"):
     """Methods beside each other on the same test rows, the draws of both pooled."""
-    order = [(budget, method) for budget, method, _ in groups(read("experiment"))]
-    found = sorted(
-        read("experiment")["pairs"], key=lambda one: order.index((one["budget"], one["method"]))
-    )
+    order = [(budget, method) for budget, method, _ in groups(read(file))]
+    found = sorted(read(file)["pairs"], key=lambda one: order.index((one["budget"], one["method"])))
     lines = [
         (one["budget"], one["method"], one["beside"],
          f"{one['difference']:+.1f} ({one['low']:+.1f} to {one['high']:+.1f})",
@@ -140,18 +138,41 @@ def clusters(read):
 
 
 def ablations(read):
-    """Each choice of D2C alone, at one budget."""
-    lines = [
-        (row["case"], row["value"], f"{row['excess']:.4f}", f"{row['retention']:.1%}",
-         "" if row["probe_regret"] is None else f"{row['probe_regret']:.3f}",
-         f"{row['follows']['kinds']:.2f}, {row['follows']['languages']:.2f}",
-         f"{row['agree']:.0%}, {row['costs']:.4f}" if "agree" in row else "")
-        for row in read("ablations")["rows"]
-    ]  # fmt: skip
+    """Each choice of D2C alone, at one budget: mean and range over seeds."""
+    found = {}
+    for row in read("ablations")["rows"]:
+        found.setdefault((row["case"], row["value"]), []).append(row)
+    lines = []
+    for (case, value), rows in found.items():
+        follows = [statistics.mean(row["follows"][what] for row in rows)
+                   for what in ("kinds", "languages")]  # fmt: skip
+        regrets = [row["probe_regret"] for row in rows if row["probe_regret"] is not None]
+        lines.append((
+            case, value, spread([row["excess"] for row in rows], ".3f"),
+            spread([row["retention"] for row in rows], ".1%"),
+            spread(regrets, ".3f") if regrets else "",
+            ", ".join(f"{one:.2f}" for one in follows),
+            ", ".join(f"{row['seed']}" for row in rows),
+        ))  # fmt: skip
     return markdown(
         ("choice", "value", "excess", "retention", "regret on probes", "Rand: kinds, languages",
-         "probes agree with test, cost"), lines, left=2,
+         "seeds"), lines, left=2,
     )  # fmt: skip
+
+
+def agreement(read):
+    """Whether probes choose the cluster that is best on test rows: mean and range over seeds."""
+    found = {}
+    for row in read("ablations")["rows"]:
+        if "agree" in row:
+            found.setdefault(row["value"], []).append(row)
+    lines = [
+        (value, *(spread([row[key] for row in rows], form)
+                  for key, form in (("agree", ".0%"), ("costs", ".4f"), ("own_is_best", ".0%"))))
+        for value, rows in found.items()
+    ]  # fmt: skip
+    header = ("clusters", "probes choose the best", "else it costs", "own cluster is best")
+    return markdown(header, lines)
 
 
 def library(read):
