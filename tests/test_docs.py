@@ -47,6 +47,30 @@ def test_readme_examples_run(monkeypatch, tmp_path, capsys):
     assert mx.array_equal(names["model"](tokens), fresh(tokens))
 
 
+def anchors(path):
+    """What GitHub calls a page's headings: without marks and punctuation, hyphens for spaces."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = [
+    path for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md", "examples/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
     from d2c_mlx.files import hash_file
