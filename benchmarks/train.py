@@ -83,7 +83,7 @@ def quick_dtype():
     """bfloat16 where the CPU multiplies it.
 
     Elsewhere torch takes far longer for it than for float32: 45 seconds a step and 2, on one core
-    of an AMD EPYC (Zen 3), torch 2.13. Before 2.10 or so torch does not say what there is.
+    of an AMD EPYC (Zen 3), torch 2.13. An older torch does not say what there is: float32.
     """
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if known.get("avx512_bf16") else "float32"
