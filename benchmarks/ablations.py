@@ -1,7 +1,7 @@
 """What D2C's choices are worth, on the library of the experiment, at one budget.
 
     python benchmarks/ablations.py --library DIR --work DIR [--budget 12.5] [--seeds 0,1,2]
-        [--cases "agreement;init"]
+        [--cases "agreement;examples: 3, mean"]
 
 - `examples`: 1, 3, 5, 10, 20 probe rows per task decide.
 - `init`, `restarts`: starts of the paper's loop, and how many from single adapters, the first of
@@ -105,28 +105,40 @@ def by_metric(ws, directory):
     return partition
 
 
-def cases(options):
-    """`(case, value, probe rows, partition, merge method)` of what was asked for."""
-    wanted = options.cases.split(";")
-    if "examples" in wanted:
-        for n in (1, 3, 5, 10, 20):
-            yield "examples", f"{n}, mean", n, PAPER, "linear"
-            yield "examples", f"{n}, moves", n, MOVES, "regmean++"
-    if "init" in wanted:
-        for init in INITS:
-            yield "init", init, 10, by_d2c(search="paper", init=(init,)), "linear"
-    if "restarts" in wanted:
-        for n in (1, 3, 5):
-            one = by_d2c(search="paper", init=("adapters",), restarts=n)
-            yield "restarts", str(n), 10, one, "linear"
-    if "score" in wanted:
-        yield "score", "loss", 10, FROM_KMEANS, "linear"
-        yield "score", "metric", 10, None, "linear"
-    if "agreement" in wanted:
-        yield "agreement", "K-Means, mean", 10, by_features, "linear"
-        yield "agreement", "D2C, mean", 10, PAPER, "linear"
-        yield "agreement", "D2C, moves, mean", 10, MOVES, "linear"
-        yield "agreement", "D2C, moves", 10, MOVES, "regmean++"
+# `(case, value, probe rows, partition, merge method)`; None: `by_metric`.
+CASES = (
+    ("agreement", "K-Means, mean", 10, by_features, "linear"),
+    ("agreement", "D2C, mean", 10, PAPER, "linear"),
+    ("agreement", "D2C, moves, mean", 10, MOVES, "linear"),
+    ("agreement", "D2C, moves", 10, MOVES, "regmean++"),
+    *(("init", one, 10, by_d2c(search="paper", init=(one,)), "linear") for one in INITS),
+    *(
+        ("restarts", str(n), 10, by_d2c(search="paper", init=("adapters",), restarts=n), "linear")
+        for n in (1, 3, 5)
+    ),
+    ("score", "loss", 10, FROM_KMEANS, "linear"),
+    ("score", "metric", 10, None, "linear"),
+    *(
+        ("examples", f"{n}, {name}", n, *how)
+        for n in (1, 3, 5, 10, 20)
+        for name, how in (("mean", (PAPER, "linear")), ("moves", (MOVES, "regmean++")))
+    ),
+)
+
+
+def wanted(text):
+    """Cases that are named by themselves, or by `case: value`.
+
+    Raises:
+        SystemExit: a name of none; in one line.
+    """
+    names = text.split(";")
+    known = {name: one for one in CASES for name in (one[0], f"{one[0]}: {one[1]}")}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(
+            f"--cases: found {', '.join(unknown)}; expected some of {'; '.join(known)}"
+        )
+    return [one for one in CASES if one[0] in names or f"{one[0]}: {one[1]}" in names]
 
 
 def fewest_probes(library):
@@ -143,11 +155,11 @@ def main():
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--budget", type=float, default=12.5, help="percent")
     parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
-    parser.add_argument("--cases", default="agreement;init;restarts;examples;score")
+    parser.add_argument("--cases", default="agreement;init;restarts;score;examples")
     parser.add_argument("--tests", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    claim(options)
+    claim(options, options.work)
     options.budgets = str(options.budget)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
@@ -158,7 +170,7 @@ def main():
 def measure_seed(options, seed, found):
     """What is missing of one seed; all rows."""
     spaces, most = {}, fewest_probes(options.library) // (seed + 1)
-    for case, value, n, partition, method in cases(options):
+    for case, value, n, partition, method in wanted(options.cases):
         if n > most:
             print(f"seed {seed}, {case}: {value}: not measured, too few probe rows", flush=True)
             continue

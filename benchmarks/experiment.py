@@ -1,15 +1,17 @@
 """The paper's experiment on real text: methods x budgets x probe seeds, by task metrics and loss.
 
     python benchmarks/experiment.py --library DIR --work DIR [--budgets 12.5,6.25,3,25,1.5]
-        [--seeds 0,1,2] [--methods "auto;K-Means"] [--tests 20] [--list]
+        [--seeds 0,1,2] [--methods "auto;K-Means"] [--tests 20] [--rows DIR] [--list]
 
 DIR has `adapters/` (benchmarks/train.py) and `tasks/` (benchmarks/library/rows.py). Every method
 has at most the same bytes, a share of all adapters in 16 bit: see `methods.slots_of`. A seed takes
 other probe rows of every task (0-9, 10-19, ...), never test rows. Judged on the first test rows of
 each task, by the loss and by greedy answers under the metric of the task (metrics.py).
 
-Resumes method by method: the work directory keeps rows, answers and losses. What was measured of
-all that was asked for is in results/experiment.json; `--list` only writes that.
+Resumes method by method: the work directory keeps rows, answers and losses. Rows may be kept in
+another place (`--rows`), where they outlive it: a row is one line, with what its score is made of.
+What was measured of all that was asked for is in results/experiment.json; `--list` only writes
+that.
 """
 
 import argparse
@@ -32,11 +34,12 @@ from d2c_mlx.bench import Method, measure
 from d2c_mlx.budget import parse_budget
 from d2c_mlx.config import RunConfig
 from d2c_mlx.doctor import machine
-from d2c_mlx.files import hash_tree, write_json
+from d2c_mlx.files import hash_tree, write_json, write_text
 from d2c_mlx.pipeline import run
 from d2c_mlx.progress import progress_bar
 
 RESULT = Path(__file__).parent / "results" / "experiment.json"
+SETTINGS = "settings.json"
 CEILING, FLOOR = "individual", "base"
 # What is compared, besides `auto` with all others: all draws of both that have the same probe rows.
 PAIRS = (
@@ -102,29 +105,29 @@ def cases(options):
                     yield seed, budget, method, draw
 
 
-def claim(options):
-    """Make the work directory; what is kept there is of one library, base model and test rows.
+def claim(options, *directories):
+    """Make directories; what is kept there is of one library, base model and test rows.
 
     Raises:
-        SystemExit: it has been used with others; in one line.
+        SystemExit: one has been used with others; in one line.
     """
-    now = {"library": str(options.library.resolve()), "model": options.model,
-           "tests": options.tests}  # fmt: skip
+    now = {"model": options.model, "tests": options.tests}
     # One that is trained or drawn anew at the same place is another.
     now |= {name: hash_tree(options.library / name) for name in ("adapters", "tasks")}
-    path = options.work / "settings.json"
-    if not path.exists():
-        options.work.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before != now:
-        raise SystemExit(f"{path}: found {before}, expected {now}; take another --work")
+    for directory in directories:
+        path = directory / SETTINGS
+        if not path.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(path, now)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != now:
+            raise SystemExit(f"{path}: found {before}, expected {now}; take another directory")
 
 
 def place(options, seed, budget, method, draw):
     """The file of a row."""
     name = f"{method}-{budget}-{seed}-{draw}-{options.examples}.json"
-    return options.work / "rows" / name.replace(", ", "-").replace(" ", "-")
+    return options.rows / name.replace(", ", "-").replace(" ", "-")
 
 
 def workspace(options, seed):
@@ -142,8 +145,8 @@ def workspace(options, seed):
 
 def write(path, about, row, seconds):
     """A row of the experiment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, about | row | {"seconds": seconds})
+    kept = about | row | {"seconds": seconds, "machine": machine()}
+    write_text(path, json.dumps(kept, allow_nan=False) + "\n")
     score = np.mean([one["score"] for one in row["tasks"].values()])
     loss = np.mean([one["loss"] for one in row["tasks"].values()])
     print(*about.values(), f"{row['share']:.2%} score {score:.2f} loss {loss:.4f} {seconds} s",
@@ -159,7 +162,7 @@ def measure_seed(options, seed, wanted):
         CEILING: Stored(dict(zip(ws.names, ws.adapters)), ws.capacity.total, len(ws.names), {}),
     }
     for name, stored in ends.items():
-        path, started = options.work / "rows" / f"{name}.json", time.perf_counter()
+        path, started = options.rows / f"{name}.json", time.perf_counter()
         if not path.exists():
             row = judge.row(stored)
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
@@ -189,7 +192,8 @@ def measure_seed(options, seed, wanted):
 
 def summary(options):
     """What results/experiment.json holds: all rows, without the statistics of single test rows."""
-    rows = [json.loads(p.read_text("utf-8")) for p in sorted((options.work / "rows").iterdir())]
+    files = sorted(set(options.rows.glob("*.json")) - {options.rows / SETTINGS})
+    rows = [json.loads(file.read_text("utf-8")) for file in files]
     rows = [row for row in rows if row.get("examples") in (None, options.examples)]
     stats = {
         id(row): {task: np.array(one["stats"]) for task, one in row["tasks"].items()}
@@ -216,8 +220,7 @@ def summary(options):
             for task, one in row["tasks"].items()
         }
     settings = {name: getattr(options, name) for name in ("examples", "tests", "draws")}
-    return {"settings": settings, "metrics": METRIC_OF, "rows": rows, "pairs": pairs,
-            "machine": machine()}  # fmt: skip
+    return {"settings": settings, "metrics": METRIC_OF, "rows": rows, "pairs": pairs}
 
 
 def paired(rows, stats):
@@ -239,6 +242,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="kept, and used again")
+    parser.add_argument("--rows", type=Path, help="kept, and used again; default: WORK/rows")
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--budgets", default="12.5,6.25,3,25,1.5", help="percent")
     parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
@@ -249,7 +253,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    claim(options)
+    options.rows = options.rows or options.work / "rows"
+    claim(options, options.work, options.rows)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
     missing = [one for one in cases(options) if not place(options, *one).exists()]
     for seed in dict.fromkeys(seed for seed, *_ in missing):

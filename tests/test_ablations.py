@@ -68,6 +68,15 @@ def test_all_cases_and_seeds_and_none_twice(call, capsys):
         assert line.endswith("| 0 |" if "| examples | 20, " in line else "| 0, 1 |")
 
 
+def test_cases_by_name_and_value(call):
+    rows = call(seeds="0", cases="examples: 3, mean;score")
+    assert [(row["case"], row["value"]) for row in rows] == [
+        ("score", "loss"), ("score", "metric"), ("examples", "3, mean"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"found init: nope, none; expected .*init: table"):
+        call(cases="init: nope;init;none")
+
+
 def test_agreement_is_that_of_plain_losses(paths, tmp_path):
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),

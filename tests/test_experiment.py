@@ -1,6 +1,7 @@
 """The paper's experiment: every method within its bytes, against oracles, and a whole run."""
 
 import json
+import shutil
 import sys
 from itertools import combinations
 
@@ -125,10 +126,10 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
     # As rows.py leaves them: a manifest beside the tasks, and tasks that have no adapter.
     (paths.tasks / "manifest.json").write_text("{}")
     (paths.tasks / "date-sv").mkdir()
-    result = tmp_path / "experiment.json"
-    command = ["experiment.py", "--library", tmp_path, "--work", tmp_path / "work", "--budgets",
-               "60", "--seeds", "0,1", "--examples", 2, "--tests", 2, "--draws", 2, "--model",
-               paths.model, "--output", result]  # fmt: skip
+    result, kept = tmp_path / "experiment.json", tmp_path / "kept"
+    command = ["experiment.py", "--library", tmp_path, "--work", tmp_path / "work", "--rows",
+               kept, "--budgets", "60", "--seeds", "0,1", "--examples", 2, "--tests", 2,
+               "--draws", 2, "--model", paths.model, "--output", result]  # fmt: skip
 
     def call(methods):
         monkeypatch.setattr(sys, "argv", [*map(str, command), "--methods", methods])
@@ -172,6 +173,12 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
         assert pairs[pair]["difference"] == pytest.approx(np.mean(gaps), abs=1e-3)
         assert pairs[pair]["seeds"] == [0, 1]
     assert "random" not in capsys.readouterr().out
+    # Rows outlive the work directory, one line each.
+    shutil.rmtree(tmp_path / "work")
+    lines = {file: file.read_text() for file in kept.iterdir()}
+    assert all(text.count("\n") == 1 for file, text in lines.items() if file.stem != "settings")
+    assert call("random;auto;K-Means;D2C, mean;rank alone") == second
+    assert lines == {file: file.read_text() for file in kept.iterdir()}
     # What is kept is of these adapters and test rows.
     weights = paths.adapters / NAMES[0] / "adapter_model.safetensors"
     before = weights.read_bytes()
