@@ -134,8 +134,8 @@ def _entry(entry: str) -> list[Source]:
     hub = None if there else parse_hub_id(entry)
     if hub is None:
         raise AdapterError(
-            f"{entry}: no such directory and no Hugging Face id; --adapters names the folder of"
-            " them, or adapters one by one (directories, .gguf files, owner/name[@revision])"
+            f"{entry}: no such directory and no Hugging Face id; expected an adapter (a directory,"
+            " a .gguf file or owner/name[@revision]) or a folder of them"
         )
     return [_from_hub(hub)]
 
