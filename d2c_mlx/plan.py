@@ -8,8 +8,11 @@ program.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,9 +138,38 @@ def choose(
         LinearConstraint(stored, -np.inf, n_tasks if max_adapters is None else max_adapters),
     ]
     regrets = np.array([one.regret for one in candidates])
-    found = milp(
-        regrets, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1), constraints=constraints
-    )
+    with _silent_stdout():
+        found = milp(
+            regrets, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1),
+            constraints=constraints,
+        )  # fmt: skip
     if found.x is None:
         raise BudgetError(f"budget: no choice of {len(candidates)} candidates fits {nbytes:,.0f} B")
     return np.flatnonzero(found.x > 0.5).tolist()
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what C code prints meanwhile.
+
+    HiGHS prints a line of debugging at times, which would stand in what `--json` prints
+    (https://github.com/ERGO-Code/HiGHS/issues/2783).
+    """
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:
+        # Who closed stdout reads nothing from it.
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        # Into a pipe, C keeps lines back.
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

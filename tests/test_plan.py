@@ -1,6 +1,10 @@
 """Choosing a pack: against enumeration of every set partition; allocations against their rules."""
 
 import itertools
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +54,57 @@ def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, most, seed):
 def test_a_task_that_nothing_serves():
     with pytest.raises(BudgetError, match="no choice of 1 candidates"):
         choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 2, 100)
+
+
+def candidates_that_highs_talks_about():
+    """With scipy 1.17.1: found among 700 such."""
+    rng, found = np.random.default_rng(208), []
+    n = int(rng.integers(20, 31))
+    for i in range(n):
+        found.append(Candidate((i,), "base", 0, {}, 0, 1.0))
+        for bits in (2, 3, 4, 8):
+            nbytes = int(rng.integers(100, 10000) * bits)
+            found.append(Candidate((i,), "own", 1, {}, nbytes, float(rng.random() - 0.1 * bits)))
+    for _ in range(20):
+        members = tuple(sorted(set(map(int, rng.integers(0, n, 3)))))
+        nbytes = int(rng.integers(100, 10000))
+        found.append(Candidate(members, "merged", 1, {}, nbytes, float(rng.random() * 2)))
+    return found, n, float(rng.integers(1, 300000)), int(rng.integers(1, n + 1))
+
+
+# In a process of its own: C's stdout, into a pipe.
+PRINTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_plan import candidates_that_highs_talks_about
+from d2c_mlx.plan import _silent_stdout, choose
+import ctypes
+libc = ctypes.CDLL(None)
+libc.puts(b"before")
+with _silent_stdout():
+    libc.puts(b"meanwhile")
+print(len(choose(*candidates_that_highs_talks_about())) > 0, flush=True)
+libc.puts(b"after")
+"""
+PRINTS_NOTHING = """
+import sys
+from d2c_mlx.plan import Candidate, choose
+print(choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 1, 100), file=sys.stderr)
+"""
+
+
+def test_nothing_is_printed_meanwhile():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS, str(Path(__file__).parent)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["before", "True", "after"]
+
+
+def test_a_closed_stdout_is_no_matter():
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(PRINTS_NOTHING)} >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "[0]\n", "")
 
 
 def spent(levels, widths):
