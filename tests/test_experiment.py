@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from itertools import combinations
+from types import SimpleNamespace
 
 import experiment
 import numpy as np
@@ -17,6 +18,7 @@ from d2c_mlx.config import RunConfig
 from d2c_mlx.pipeline import run
 from d2c_mlx.schedule import Workers
 
+RESULTS = experiment.RESULT.parent
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 
 
@@ -191,3 +193,9 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
         SystemExit, match=r"settings\.json: found .*'tests': 2.*expected .*'tests': 3"
     ):
         call("auto")
+
+
+def test_what_is_published_is_what_its_rows_say():
+    published = json.loads((RESULTS / "experiment_24.json").read_text())
+    options = SimpleNamespace(rows=RESULTS / "rows_24", **published["settings"])
+    assert json.loads(json.dumps(experiment.summary(options))) == published

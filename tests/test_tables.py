@@ -57,7 +57,7 @@ def with_other_numbers(directory, seed=0):
     # Of a whole range: with a few factors, some ratio of two numbers would stay as it is.
     rng = random.Random(seed)
     factors = iter(lambda: rng.uniform(2, 17), None)
-    for path in sorted((directory / "results").iterdir()):
+    for path in sorted((directory / "results").glob("*.json")):
         found = other(json.loads(path.read_text()), factors)
         path.write_text(json.dumps(found))
 
