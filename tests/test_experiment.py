@@ -59,7 +59,7 @@ def test_bytes_that_hold_no_adapter_are_refused(ws):
         slots_of(ws, 1000)
 
 
-def flat(adapters):
+def flat_updates(adapters):
     """`(n, numbers)` of every dW, modules that are missing as zeros."""
     shapes = {path: lora.shape for one in adapters for path, lora in one.modules.items()}
     return np.array([
@@ -79,7 +79,7 @@ def cosine(a, b):
 def test_adapters_that_arrive_join_the_slot_that_is_most_alike(seed):
     rng = np.random.default_rng(seed)
     adapters = adapters_of(rng, 7, {"a": (6, 5), "b": (4, 6)})
-    rows, slots = flat(adapters), []
+    rows, slots = flat_updates(adapters), []
     for i in np.random.default_rng(seed).permutation(7):
         if len(slots) < 3:
             slots.append([i])
@@ -98,7 +98,7 @@ def test_clusters_follow_kinds_or_languages():
 
 def test_average_linkage_of_cosines():
     adapters = adapters_of(np.random.default_rng(3), 6, {"a": (6, 5)})
-    rows, groups = flat(adapters), [[i] for i in range(6)]
+    rows, groups = flat_updates(adapters), [[i] for i in range(6)]
     while len(groups) > 2:
         a, b = max(
             combinations(groups, 2),
@@ -195,7 +195,20 @@ def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeyp
         call("auto")
 
 
+def flat(value, path=()):
+    """Path -> every word and number of JSON."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {at: one for key, part in parts for at, one in flat(part, (*path, key)).items()}
+
+
 def test_what_is_published_is_what_its_rows_say():
     published = json.loads((RESULTS / "experiment_24.json").read_text())
     options = SimpleNamespace(rows=RESULTS / "rows_24", **published["settings"])
-    assert json.loads(json.dumps(experiment.summary(options))) == published
+    found, expected = map(flat, (experiment.summary(options), published))
+    assert set(found) == set(expected)
+    # Sums differ in their last digits between machines, and with them what ties are counted as.
+    for path, value in expected.items():
+        near = 2e-3 if path[-1] == "p" else 1e-6
+        assert found[path] == pytest.approx(value, abs=near), path
