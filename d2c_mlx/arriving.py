@@ -53,7 +53,7 @@ def arrive(
         InputError: every problem of pack, adapter, tasks and budget; nothing is written.
     """
     with opened(pack) as found:
-        sources = find_adapters(adapter)
+        sources = find_adapters(adapter, "ADAPTER")
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = _base_of(found, model)

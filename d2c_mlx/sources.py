@@ -50,7 +50,7 @@ class Source:
     folder: Path | None = None
 
 
-def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
+def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -> list[Source]:
     """Every adapter that an option names, sorted by name.
 
     Args:
@@ -61,6 +61,7 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
             only case that uses the network. An adapter is called as its directory, file or
             repository; `NAME=ENTRY` calls it otherwise. Names are directories wherever they go:
             of at most 240 bytes, not hidden, and no two of them one name on a Mac.
+        field: what the user gave it as, for errors.
 
     Raises:
         InputError: the problems of all entries, one line each.
@@ -68,7 +69,9 @@ def find_adapters(spec: str | Path | Sequence[str]) -> list[Source]:
     entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
     if isinstance(spec, str) and not _exists(Path(spec)):
         entries = [entry.strip() for entry in spec.split(",")]
-    found = [one for some in gather(partial(_entry, entry) for entry in entries) for one in some]
+    found = [
+        one for some in gather(partial(_entry, entry, field) for entry in entries) for one in some
+    ]
     problems = _name_problems([one.name for one in found], ", ".join(entries))
     if problems:
         raise AdapterError(problems)
@@ -111,7 +114,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 
 
-def _entry(entry: str) -> list[Source]:
+def _entry(entry: str, field: str) -> list[Source]:
     if not entry:
         raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
     path = Path(os.path.expanduser(entry))
@@ -121,7 +124,7 @@ def _entry(entry: str) -> list[Source]:
         # No call for every sign: text that is no adapter may have thousands.
         while (more := rest.partition("=")[2]) and not _exists(Path(os.path.expanduser(rest))):
             rest = more
-        found = _entry(rest)
+        found = _entry(rest, field)
         if len(found) > 1:
             raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
         return [replace(one, name=name) for one in found]
@@ -134,8 +137,8 @@ def _entry(entry: str) -> list[Source]:
     hub = None if there else parse_hub_id(entry)
     if hub is None:
         raise AdapterError(
-            f"{entry}: no such directory and no Hugging Face id; expected an adapter (a directory,"
-            " a .gguf file or owner/name[@revision]) or a folder of them"
+            f"{entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
+            " directory, a .gguf file or owner/name[@revision]) or a folder of them"
         )
     return [_from_hub(hub)]
 

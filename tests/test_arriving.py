@@ -125,6 +125,8 @@ def test_what_cannot_arrive(whole, tmp_path):
         arrive(pack.path, str(paths.adapters / "c"))
     with pytest.raises(TaskError, match="no such directory; expected probe.jsonl"):
         arrive(pack.path, f"other={paths.adapters / 'c'}", paths.tasks, model=str(paths.model))
+    with pytest.raises(InputError, match="nope: no such directory .* ADAPTER is an adapter"):
+        arrive(pack.path, "nope", model=str(paths.model))
     config = paths.model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
     with pytest.raises(ModelError, match="is not the config of 'm'"):
