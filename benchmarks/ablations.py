@@ -110,7 +110,7 @@ CASES = (
     ("agreement", "K-Means, mean", 10, by_features, "linear"),
     ("agreement", "D2C, mean", 10, PAPER, "linear"),
     ("agreement", "D2C, moves, mean", 10, MOVES, "linear"),
-    ("agreement", "D2C, moves", 10, MOVES, "regmean++"),
+    ("agreement", "D2C, moves, RegMean++", 10, MOVES, "regmean++"),
     *(("init", one, 10, by_d2c(search="paper", init=(one,)), "linear") for one in INITS),
     *(
         ("restarts", str(n), 10, by_d2c(search="paper", init=("adapters",), restarts=n), "linear")
