@@ -1,7 +1,7 @@
 """What D2C's choices are worth, on the library of the experiment, at one budget.
 
     python benchmarks/ablations.py --library DIR --work DIR [--budget 12.5] [--seeds 0,1,2]
-        [--cases "agreement;examples: 3, mean"]
+        [--cases "agreement;examples: 3, mean"] [--rows DIR] [--list]
 
 - `examples`: 1, 3, 5, 10, 20 probe rows per task decide.
 - `init`, `restarts`: starts of the paper's loop, and how many from single adapters, the first of
@@ -13,7 +13,8 @@
 DIR and the work directory are those of experiment.py, and so are seeds: each takes other probe rows
 of every task, never test rows. Tasks of 40 probe rows have 20 of them for two seeds only, which is
 said. Judged by held-out excess, in nats per target token, and by task metrics of greedy answers.
-Resumes case by case: results/ablations.json.
+Resumes case by case: rows are kept as those of experiment.py are, in a directory beside them, and
+what was measured of all cases is in results/ablations.json; `--list` only writes that.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from metrics import row_stats, task_score
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, bench_methods
 from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
+from d2c_mlx.files import write_json, write_text
 
 RESULT = Path(__file__).parent / "results" / "ablations.json"
 MOVES = by_d2c(search="moves")
@@ -157,26 +158,43 @@ def main():
     parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
     parser.add_argument("--cases", default="agreement;init;restarts;score;examples")
     parser.add_argument("--tests", type=int, default=20)
+    parser.add_argument("--rows", type=Path, help="kept, and used again; default: WORK/rows")
+    parser.add_argument("--list", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    claim(options, options.work)
+    options.rows = options.rows or options.work / "rows"
+    claim(options, options.work, options.rows)
     options.budgets = str(options.budget)
     os.environ.setdefault("D2C_MLX_CACHE", str(options.work / "cache"))
-    found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
-    for seed in map(int, options.seeds.split(",")):
-        found = measure_seed(options, seed, found)
+    some = wanted(options.cases)
+    for seed in () if options.list else map(int, options.seeds.split(",")):
+        missing = [one for one in some if not place(options, *one[:2], seed).exists()]
+        measure_seed(options, seed, missing)
+    write_json(options.output, summary(options))
 
 
-def measure_seed(options, seed, found):
-    """What is missing of one seed; all rows."""
+def place(options, case, value, seed):
+    """The file of a row."""
+    name = f"{case}-{value}-{options.budget:g}-{seed}.json".replace(", ", "-").replace(" ", "-")
+    return options.rows / "ablations" / name
+
+
+def summary(options):
+    """What results/ablations.json holds: all rows at the budget, by case and seed."""
+    order = [one[:2] for one in CASES]
+    files = (options.rows / "ablations").glob("*.json")
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = [row for row in rows if row["budget"] == options.budget]
+    rows.sort(key=lambda row: (order.index((row["case"], row["value"])), row["seed"]))
+    return {"rows": rows}
+
+
+def measure_seed(options, seed, cases):
+    """Some cases of one seed."""
     spaces, most = {}, fewest_probes(options.library) // (seed + 1)
-    for case, value, n, partition, method in wanted(options.cases):
+    for case, value, n, partition, method in cases:
         if n > most:
             print(f"seed {seed}, {case}: {value}: not measured, too few probe rows", flush=True)
-            continue
-        about = {"case": case, "value": value, "budget": options.budget, "seed": seed,
-                 "tests": options.tests}  # fmt: skip
-        if any(about.items() <= row.items() for row in found["rows"]):
             continue
         started = time.perf_counter()
         options.examples = n
@@ -188,16 +206,17 @@ def measure_seed(options, seed, found):
         # As experiment.py draws first.
         stored = merged(ws, partition, method, allowed, 1000 * seed)
         tasks = Judge(ws, options.work / "answers").row(stored)["tasks"]
-        score = float(np.mean([one["score"] for one in tasks.values()]))
-        row = about | judged(ws, stored) | {"score": score}
+        about = {"case": case, "value": value, "budget": options.budget, "seed": seed,
+                 "tests": options.tests}  # fmt: skip
+        row = about | judged(ws, stored)
+        row["score"] = float(np.mean([one["score"] for one in tasks.values()]))
         if case == "agreement":
             row |= agreement(ws, stored)
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        found = {"machine": machine(), "rows": [*found["rows"], row]}
-        write_json(options.output, found)
+        row |= {"seconds": round(time.perf_counter() - started, 1), "machine": machine()}
+        write_text(place(options, case, value, seed), json.dumps(row, allow_nan=False) + "\n")
+        write_json(options.output, summary(options))
         print(f"seed {seed}, {case}: {value}: excess {row['excess']:.4f}, {row['seconds']} s",
               flush=True)  # fmt: skip
-    return found
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """benchmarks/ablations.py: all of it on a tiny model, beside dense oracles, and resumed."""
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import ablations
 import numpy as np
@@ -42,7 +44,7 @@ def call(paths, tmp_path, monkeypatch):
     return measured
 
 
-def test_all_cases_and_seeds_and_none_twice(call, capsys):
+def test_all_cases_and_seeds_and_none_twice(call, capsys, tmp_path):
     rows = call(seeds="0,1")
     counts = {case: [row["seed"] for row in rows if row["case"] == case] for case in CASES}
     # Twenty probe rows of twenty are those of one seed.
@@ -52,6 +54,15 @@ def test_all_cases_and_seeds_and_none_twice(call, capsys):
     assert "seed 1, examples: 20, mean: not measured, too few probe rows" in out
     assert call(seeds="0,1", cases="init;score") == rows
     assert not capsys.readouterr().out
+    # Rows outlive the work directory, one line each; what is published of others is not mixed in.
+    kept = shutil.move(tmp_path / "work" / "rows", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "work")
+    (tmp_path / "found.json").write_text('{"rows": [{"case": "init"}]}')
+    files = list((kept / "ablations").iterdir())
+    assert len(files) == len(rows) and all(file.read_text().count("\n") == 1 for file in files)
+    assert call(seeds="0,1", rows=kept, cases="init;score") == rows
+    with pytest.raises(SystemExit, match=r"settings\.json: found .*'tests': 2, .*'tests': 3"):
+        call(seeds="0,1", rows=kept, tests=3)
     # The paper's loop starts where K-Means ends, and only goes down by what decides.
     named = {(row["case"], row["value"], row["seed"]): row for row in rows}
     for seed in (0, 1):
@@ -104,3 +115,9 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
     assert found["own_is_best"] == (own == best).mean()
     cost = (by_tests[rows, chosen] - by_tests[rows, best]).mean()
     assert found["costs"] == pytest.approx(cost, abs=1e-5)
+
+
+def test_what_is_published_is_what_its_rows_say():
+    published = json.loads(ablations.RESULT.read_text())
+    options = SimpleNamespace(rows=ablations.RESULT.parent / "rows_24", budget=12.5)
+    assert ablations.summary(options) == published
