@@ -16,18 +16,24 @@ test: .venv/test blas
 	$(BIN)/mypy --platform darwin
 	$(BIN)/pytest
 
-# The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. A day on two
-# cores; what is done is kept in $(BENCH), and a run that was stopped goes on.
+# The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. Days on two
+# cores; what is done is kept in $(BENCH), and a run that was stopped goes on. A part of it:
+# make benchmark EXPERIMENT="--budgets 12.5 --seeds 0" ABLATIONS="--cases init --seeds 0"
 BENCH ?= runs/benchmark
+RECIPE ?= benchmarks/library/recipe.yaml
+# More options of the scripts of these names.
+ROWS ?=
+EXPERIMENT ?=
+ABLATIONS ?=
 LIBRARY := --library $(BENCH) --work $(BENCH)/work
 
 benchmark: .venv/benchmark blas
-	$(BIN)/python benchmarks/library/rows.py --output $(BENCH)/tasks --cache $(BENCH)/downloads
-	$(BIN)/python benchmarks/train.py --recipe benchmarks/library/recipe.yaml --tasks $(BENCH)/tasks \
+	$(BIN)/python benchmarks/library/rows.py --output $(BENCH)/tasks --cache $(BENCH)/downloads $(ROWS)
+	$(BIN)/python benchmarks/train.py --recipe $(RECIPE) --tasks $(BENCH)/tasks \
 	  --output $(BENCH) --result benchmarks/results/library.json
 	$(BIN)/python benchmarks/decay.py $(BENCH)
-	$(BIN)/python benchmarks/experiment.py $(LIBRARY)
-	$(BIN)/python benchmarks/ablations.py $(LIBRARY)
+	$(BIN)/python benchmarks/experiment.py $(LIBRARY) $(EXPERIMENT)
+	$(BIN)/python benchmarks/ablations.py $(LIBRARY) $(ABLATIONS)
 	$(BIN)/python benchmarks/tables.py
 
 # Tables and plots of benchmarks/README.md from the results that are there.

@@ -47,7 +47,9 @@ found: dict = {}
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("families")
     program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("families.py"))]
-    subprocess.run([*program, str(path)], check=True, capture_output=True)
+    # Models are tiny: threads of torch only wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
     for family in FAMILIES:
         tiny_tokenizer().save_pretrained(path / family / "model")
     return path
