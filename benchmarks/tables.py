@@ -19,6 +19,7 @@ import plots_of_results as plots
 import tables_of_experiment as paper
 import tables_of_packs as packs
 import tables_of_speed as speed
+from findings import findings
 from result_files import reader
 
 from d2c_mlx.charts import svg_file
@@ -39,6 +40,7 @@ TABLES = {
     "library": paper.library,
     "train-mlx": paper.train_mlx,
     "decay": paper.decay,
+    "findings": partial(findings, template="experiment.md.jinja", file="experiment"),
     "experiment": paper.experiment,
     "pairs": paper.pairs,
     "worse": paper.worse,
@@ -48,6 +50,7 @@ TABLES = {
     "pairs-24": partial(paper.pairs, file="experiment_24"),
     "ablations": paper.ablations,
     "agreement": paper.agreement,
+    "findings-24": partial(findings, template="ablations.md.jinja", file="experiment_24"),
 }
 # plots/<name>.svg -> function(read) that returns a matplotlib figure.
 PLOTS = {
