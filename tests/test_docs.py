@@ -5,6 +5,8 @@ import json
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -208,3 +210,14 @@ def test_workflow_and_ci_call_the_readme_command():
     assert {"run": ".ci/run"} in steps["jobs"]["test"]["steps"]
     readme = (ROOT / "README.md").read_text()
     assert "make demo" in readme and "make test" in readme
+
+
+def test_commands_that_tests_start_have_no_torch_like_a_user_s():
+    """Only by an import can one tell: the pipeline, the CLI, and the base model's classes."""
+    code = (
+        "import d2c_mlx.pipeline, d2c_mlx_cli.main, importlib.util, mlx_lm\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "try:\n    import torch\nexcept ModuleNotFoundError:\n    print('none')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "none\n"), done.stderr

@@ -47,8 +47,8 @@ found: dict = {}
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("families")
     program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("families.py"))]
-    # Models are tiny: threads of torch only wait for each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # With torch. Models are tiny, its threads would only wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
     for family in FAMILIES:
         tiny_tokenizer().save_pretrained(path / family / "model")
