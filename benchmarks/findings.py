@@ -45,7 +45,10 @@ class Rows:
     @property
     def kept(self):
         """Score over the ceiling's."""
-        return self.score / averages(self._ceiling)[0]
+        ceiling, _ = averages(self._ceiling)
+        if not ceiling:
+            raise LookupError("the individual adapters have no score")
+        return self.score / ceiling
 
     @property
     def kept_each(self):
@@ -107,6 +110,8 @@ class Ablations:
         """Smallest and largest number of that name, in rows with that `case` or `value`."""
         rows = rows_with(self._rows, wanted)
         values = [row[key] for row in rows if row.get(key) is not None]
+        if not values:
+            raise LookupError(key)
         return min(values), max(values)
 
 

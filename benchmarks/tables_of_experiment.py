@@ -44,12 +44,17 @@ def ends(result):
     return [next(row for row in result["rows"] if row["method"] == name) for name in ENDS]
 
 
+def share(score, ceiling):
+    """Of the ceiling, which is 0 where no adapter answers any row well enough for its metric."""
+    return f"{score / ceiling:.1%}" if ceiling else ""
+
+
 def experiment(read, file="experiment"):
     """The table in the paper's form: average score and storage, and the share of the ceiling."""
     result = read(file)
     base, ceiling = map(averages, ends(result))
     lines = [
-        ("0%", "base", f"{base[0]:.1f}", f"{base[0] / ceiling[0]:.1%}", "0%",
+        ("0%", "base", f"{base[0]:.1f}", share(base[0], ceiling[0]), "0%",
          f"{base[1] - ceiling[1]:.4f}", "", ""),
         ("100%", "individual", f"{ceiling[0]:.1f}", "100%", "100%", "0", "", ""),
     ]  # fmt: skip
@@ -58,7 +63,7 @@ def experiment(read, file="experiment"):
         ahead = [row["auto_against_it"] for row in rows if "auto_against_it" in row]
         lines.append((
             budget, method, spread(scores, ".1f"),
-            f"{statistics.mean(scores) / ceiling[0]:.1%}",
+            share(statistics.mean(scores), ceiling[0]),
             f"{statistics.mean(row['share'] for row in rows):.2%}",
             spread([loss - ceiling[1] for loss in losses], ".4f"), interval(ahead),
             f"{len({row['seed'] for row in rows})} x {len({row['draw'] for row in rows})}",

@@ -6,6 +6,7 @@ import findings
 import numpy as np
 import pytest
 from result_files import reader
+from tables import TABLES
 
 # Shares of the bytes, which name rows, and the paper's own scores.
 TYPED = {"12.5", "6.25", "1.5", "26.0", "22.5"}
@@ -99,6 +100,23 @@ def test_what_was_not_measured_is_said_and_mistakes_are_refused(tmp_path, monkey
     assert said(line, tmp_path, monkeypatch, experiment=some) == expected
     line = '{{ it("auto").scores_of("nope") }}'
     assert said(line, tmp_path, monkeypatch) == "- *Not measured: no task is of kind nope.*"
+    line = '{{ case.range_of("nope", case="init") }}'
+    assert said(line, tmp_path, monkeypatch) == "- *Not measured: nope.*"
     for line in ("{{ nope | points }}", "{{ it. }}"):
         with pytest.raises(SystemExit, match=r"one\.jinja:1: "):
             said(line, tmp_path, monkeypatch)
+
+
+def test_adapters_that_score_nothing_are_the_ceiling_of_nothing(tmp_path, monkeypatch):
+    result = RESULTS["experiment"]
+    rows = [
+        row | {"tasks": {task: [loss, 0.0] for task, (loss, _) in row["tasks"].items()}}
+        for row in result["rows"]
+    ]
+    none = {**result, "rows": rows}
+    line = '- {{ it("auto").kept | percent }}'
+    expected = "- *Not measured: the individual adapters have no score.*"
+    assert said(line, tmp_path, monkeypatch, experiment=none) == expected
+    table = TABLES["experiment"](reader(experiment=none))
+    assert len(table) == len(TABLES["experiment"](reader()))
+    assert all(line.split("|")[4].strip() == "" for line in table[4:])
