@@ -80,8 +80,8 @@ class Experiment:
     def __init__(self, result):
         """Of results/experiment*.json."""
         self._result = result
-        _, self._ceiling = ends(result)
-        self.ceiling = Rows([self._ceiling], self._ceiling)
+        base, self._ceiling = ends(result)
+        self.base, self.ceiling = (Rows([row], self._ceiling) for row in (base, self._ceiling))
 
     def __call__(self, method, budget=12.5, seed=None):
         """`Rows` of a method at a budget in percent, of all seeds or of one."""
