@@ -192,6 +192,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):  # 
         "print(json.dumps([float(abs(a - b).max()), float(abs(a - c).max())]))",
     ]
     (tmp_path / "work").mkdir()
+    more["PYTHONPATH"] = ""  # with torch
     ran = hub.run(tmp_path / "home", code="\n".join(lines), cwd=tmp_path / "work", **more)
     assert ran.returncode == 0, ran.stderr
     same, close = json.loads(ran.stdout.splitlines()[-1])
