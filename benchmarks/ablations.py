@@ -29,14 +29,13 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 # isort: split
 import numpy as np
 from answering import Answers
-from experiment import Judge, claim, workspace
+from experiment import Judge, claim, file_name, workspace, write_row
 from methods import PAPER, by_d2c, by_features, follows, merged
 from metrics import row_stats, task_score
 
 from d2c_mlx.answers import question
 from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json, write_text
+from d2c_mlx.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "ablations.json"
 MOVES = by_d2c(search="moves")
@@ -175,8 +174,7 @@ def main():
 
 def place(options, case, value, seed):
     """The file of a row."""
-    name = f"{case}-{value}-{options.budget:g}-{seed}.json".replace(", ", "-").replace(" ", "-")
-    return options.rows / "ablations" / name
+    return options.rows / "ablations" / file_name(case, value, f"{options.budget:g}", seed)
 
 
 def summary(options):
@@ -212,8 +210,8 @@ def measure_seed(options, seed, cases):
         row["score"] = float(np.mean([one["score"] for one in tasks.values()]))
         if case == "agreement":
             row |= agreement(ws, stored)
-        row |= {"seconds": round(time.perf_counter() - started, 1), "machine": machine()}
-        write_text(place(options, case, value, seed), json.dumps(row, allow_nan=False) + "\n")
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        write_row(place(options, case, value, seed), row)
         write_json(options.output, summary(options))
         print(f"seed {seed}, {case}: {value}: excess {row['excess']:.4f}, {row['seconds']} s",
               flush=True)  # fmt: skip

@@ -126,8 +126,17 @@ def claim(options, *directories):
 
 def place(options, seed, budget, method, draw):
     """The file of a row."""
-    name = f"{method}-{budget}-{seed}-{draw}-{options.examples}.json"
-    return options.rows / name.replace(", ", "-").replace(" ", "-")
+    return options.rows / file_name(method, budget, seed, draw, options.examples)
+
+
+def file_name(*parts):
+    """Of a row that is known by these."""
+    return "-".join(map(str, parts)).replace(", ", "-").replace(" ", "-") + ".json"
+
+
+def write_row(path, row):
+    """In one line, with the machine that measured it."""
+    write_text(path, json.dumps(row | {"machine": machine()}, allow_nan=False) + "\n")
 
 
 def workspace(options, seed):
@@ -145,8 +154,7 @@ def workspace(options, seed):
 
 def write(path, about, row, seconds):
     """A row of the experiment."""
-    kept = about | row | {"seconds": seconds, "machine": machine()}
-    write_text(path, json.dumps(kept, allow_nan=False) + "\n")
+    write_row(path, about | row | {"seconds": seconds})
     score = np.mean([one["score"] for one in row["tasks"].values()])
     loss = np.mean([one["loss"] for one in row["tasks"].values()])
     print(*about.values(), f"{row['share']:.2%} score {score:.2f} loss {loss:.4f} {seconds} s",

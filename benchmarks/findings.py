@@ -64,7 +64,10 @@ class Rows:
     @property
     def regret(self):
         """On the probe rows that decided."""
-        return statistics.mean(row["probe_regret"] for row in self._rows)
+        found = [row["probe_regret"] for row in self._rows]
+        if None in found:
+            raise LookupError("probe rows that decided")
+        return statistics.mean(found)
 
     def scores_of(self, kind):
         """Mean over tasks of a kind."""

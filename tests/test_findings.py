@@ -36,17 +36,21 @@ def test_all_that_is_said_was_measured(name):
     assert all(line.startswith("- ") and "Not measured" not in line for line in lines)
 
 
+def rows_of(result, method, budget):
+    """Of all seeds and draws."""
+    return [row for row in result["rows"] if (row["method"], row.get("budget")) == (method, budget)]
+
+
 def scores(result, method, budget, kind=""):
     """`(rows, tasks)`."""
-    rows = [row for row in result["rows"] if (row["method"], row.get("budget")) == (method, budget)]
     return np.array([
         [score for task, (_, score) in row["tasks"].items() if task.startswith(kind)]
-        for row in rows
+        for row in rows_of(result, method, budget)
     ])  # fmt: skip
 
 
 def losses(result, method, budget):
-    rows = [row for row in result["rows"] if (row["method"], row.get("budget")) == (method, budget)]
+    rows = rows_of(result, method, budget)
     return np.array([[loss for loss, _ in row["tasks"].values()] for row in rows])
 
 
@@ -64,16 +68,13 @@ def test_numbers_are_those_of_the_results(tmp_path, monkeypatch):
     each, mean, one, excess, gec, top, regret, ahead = said(line, tmp_path, monkeypatch).split("|")
     assert each.split("; ") == [f"{100 * x / ceiling:.1f} %" for x in auto]
     assert mean == f"{100 * auto.mean() / ceiling:.1f} %"
-    (second,) = (
-        row for row in result["rows"]
-        if (row["method"], row.get("budget"), row.get("seed")) == ("auto", "6.25%", 1)
-    )  # fmt: skip
+    (second,) = (row for row in rows_of(result, "auto", "6.25%") if row["seed"] == 1)
     assert one == f"{np.mean([score for _, score in second['tasks'].values()]):.1f}"
     gap = losses(result, "auto", "6.25%").mean() - losses(result, "individual", None).mean()
     assert excess == f"{gap:.3f}"
     assert gec == f"{scores(result, 'K-Means', '12.5%', 'gec-').mean():.1f}"
     assert top == f"{ceiling:.1f}"
-    (plain,) = (row for row in result["rows"] if row["method"] == "D2C, mean")
+    (plain,) = rows_of(result, "D2C, mean", "12.5%")
     assert regret == f"{plain['probe_regret']:.3f}"
     moves, kmeans = (scores(result, name, "12.5%").mean() for name in ("D2C, moves", "K-Means"))
     assert ahead == f"{moves - kmeans:.1f}"
@@ -102,6 +103,8 @@ def test_what_was_not_measured_is_said_and_mistakes_are_refused(tmp_path, monkey
     assert said(line, tmp_path, monkeypatch) == "- *Not measured: no task is of kind nope.*"
     line = '{{ case.range_of("nope", case="init") }}'
     assert said(line, tmp_path, monkeypatch) == "- *Not measured: nope.*"
+    line = '{{ it("K-Means").regret | nats }}'
+    assert said(line, tmp_path, monkeypatch) == "- *Not measured: probe rows that decided.*"
     for line in ("{{ nope | points }}", "{{ it. }}"):
         with pytest.raises(SystemExit, match=r"one\.jinja:1: "):
             said(line, tmp_path, monkeypatch)
