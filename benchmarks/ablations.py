@@ -33,9 +33,9 @@ from experiment import Judge, claim, file_name, workspace, write_row
 from methods import PAPER, by_d2c, by_features, follows, merged
 from metrics import row_stats, task_score
 
-from d2c_mlx.answers import question
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.files import write_json
+from d2c_mlx.evaluate.answers import question
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "ablations.json"
 MOVES = by_d2c(search="moves")

@@ -11,12 +11,12 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.answers import longest
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.files import write_json
-from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Workers
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.answers import longest
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.files import write_json
 
 
 class Answers:

@@ -19,16 +19,16 @@ from pathlib import Path
 from families_of_bytes import ALONE, in_hindsight, shared_basis
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.budget import parse_budget
-from d2c_mlx.candidates import SCALES
-from d2c_mlx.compact import index_of
-from d2c_mlx.config import RunConfig
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.layout import compact_nbytes
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.candidates import SCALES
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import make_plan, measure, planned
+from d2c_mlx.evaluate.heldout import Method, bench_methods
 from d2c_mlx.pipeline import run
-from d2c_mlx.planner import make_plan, measure, planned
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "bytes.json"
 # Candidates that a family may choose from.

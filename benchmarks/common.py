@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  loads the fast BLAS before mlx.core
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.model import BaseModel
-from d2c_mlx.sources import find_adapters
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
 
 
 def load_library(library: Path, n_examples: int, n_adapters: int | None = None):

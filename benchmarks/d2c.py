@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx import merger
-from d2c_mlx.config import RunConfig
-from d2c_mlx.d2c import d2c
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.evaluate.evaluator import Counts, tune_scale
+from d2c_mlx.merge import merger
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import Counts, tune_scale
+from d2c_mlx.run.config import RunConfig
 
 # All but "pairs", which asks for as many merges as there are pairs of adapters.
 INITS = ("adapters", "kmeans", "random", "table")

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import tables
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.locate import resolve_model
-from d2c_mlx.model import linear_shapes, load_stock
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.models.base_model import linear_shapes, load_stock
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "decay.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

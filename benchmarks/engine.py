@@ -20,11 +20,11 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from loops import mlx_lm_loop, peft_loop, plain_loop, torch_model
 
-from d2c_mlx.batches import shared_prefix
-from d2c_mlx.blas import limit_blas_threads
-from d2c_mlx.convert import save_peft
-from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.model import block_index
+from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.evaluate.batches import shared_prefix
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.models.base_model import block_index
+from d2c_mlx.utils.blas import limit_blas_threads
 
 SWITCHES = ("head", "prefix", "batches", "fold", "streams", "exponentials")
 

@@ -29,14 +29,14 @@ from methods import DRAWN, METHODS, Planner, Stored, follows, merged
 from metrics import METRIC_OF, paired_bootstrap, pooled_bootstrap, row_stats, task_score
 from slots import probes_of
 
-from d2c_mlx.answers import question
-from d2c_mlx.bench import Method, measure
-from d2c_mlx.budget import parse_budget
-from d2c_mlx.config import RunConfig
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import hash_tree, write_json, write_text
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.evaluate.answers import question
+from d2c_mlx.evaluate.heldout import Method, measure
 from d2c_mlx.pipeline import run
-from d2c_mlx.progress import progress_bar
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import hash_tree, write_json, write_text
+from d2c_mlx.utils.progress import progress_bar
 
 RESULT = Path(__file__).parent / "results" / "experiment.json"
 SETTINGS = "settings.json"

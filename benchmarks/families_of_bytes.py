@@ -7,11 +7,11 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.candidates import candidate, stored, worth
-from d2c_mlx.plan import allocate
-from d2c_mlx.planner import unit
-from d2c_mlx.quantize import components
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import candidate, stored, worth
+from d2c_mlx.compress.planner import unit
+from d2c_mlx.compress.quantize import components
 
 
 def bits_alone(ws):

@@ -24,12 +24,12 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.doctor import machine
-from d2c_mlx.export import export
-from d2c_mlx.files import write_json
-from d2c_mlx.model import BaseModel
-from d2c_mlx.packing import write_pack
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))

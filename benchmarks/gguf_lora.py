@@ -25,12 +25,12 @@ import mlx.core as mx
 import numpy as np
 from scipy.special import log_softmax
 
-from d2c_mlx.doctor import machine
-from d2c_mlx.export import export
-from d2c_mlx.files import write_json
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.locate import embedded_gguf
-from d2c_mlx.packing import write_pack
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.models.resolve import embedded_gguf
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 F32, CONTEXT = 0, 1024  # llama.cpp's LLAMA_FTYPE_ALL_F32 and GGML_TYPE_F32 are both 0.
 

@@ -16,13 +16,13 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from d2c_mlx.adapter import LoRA
-from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.run.config import RunConfig
 
 STAGES = [stage for stage in ALL if stage not in ("plan", "refine")]  # for slots, unrefined
 

@@ -30,10 +30,10 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.merge import merge_adapters
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 LAYERS, ADAPTERS, CLUSTERS, RANK, ALPHA = 16, 40, 5, 32, 64
 SHAPES = {"q_proj": (2048, 2048), "k_proj": (2048, 512), "v_proj": (2048, 512),

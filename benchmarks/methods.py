@@ -9,14 +9,14 @@ from families_of_bytes import ALONE
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
-from d2c_mlx.compact import index_of
-from d2c_mlx.d2c import d2c
-from d2c_mlx.features import gram, similarity
-from d2c_mlx.layout import compact_nbytes
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.planner import bare, make_plan, measure, planned
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import gram, similarity
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import bare, make_plan, measure, planned
+from d2c_mlx.merge.methods import merge_adapters
 
 # Methods that are drawn several times: partitions, and orders in which adapters arrive.
 DRAWN = {"random": 10, "K-Merge": 3}

@@ -19,17 +19,17 @@ from pathlib import Path
 from tables import show
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.candidates import stored, worth
-from d2c_mlx.config import RunConfig
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.judge import Judge
-from d2c_mlx.living import add_adapter
-from d2c_mlx.packing import write_compact_pack, write_pack
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import stored, worth
+from d2c_mlx.compress.quantize import components
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.judge import Judge
+from d2c_mlx.packs.update import add_adapter
+from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.plan import allocate
-from d2c_mlx.quantize import components
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "order.json"
 

@@ -20,12 +20,12 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from d2c_mlx.compressed import Compressed, Level
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.rounding import nearest
+from d2c_mlx.compress.affine import nearest
+from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 LAYERS, ADAPTERS, RANK, BITS, GROUP, TARGET = 16, 8, 32, 4, 64, 0.050
 SHAPES = {"q_proj": (2048, 2048), "k_proj": (2048, 512), "v_proj": (2048, 512),

@@ -16,13 +16,13 @@ import d2c_mlx  # noqa: F401  the fast BLAS first
 # isort: split
 from loops import peft_loop, torch_model
 
-from d2c_mlx.config_file import load_config
-from d2c_mlx.doctor import environment
-from d2c_mlx.export import export
-from d2c_mlx.files import hash_file, write_json
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.tasks import load_tasks
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_tasks
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.files import hash_file, write_json
 
 RESULT = Path(__file__).parent / "results" / "peft_pack.json"
 

@@ -6,7 +6,7 @@ from itertools import cycle
 import tables_of_experiment as paper
 from tables_of_packs import EXCESS_GOALS, budgets, cases, every, fitting, in_slots
 
-from d2c_mlx.charts import COLOURS, TEXT, new_figure
+from d2c_mlx.report.charts import COLOURS, TEXT, new_figure
 
 BLUE, ORANGE, GREEN, GREY = COLOURS
 # Excess is drawn linear around 0, which a plan or a refined merge may beat, logarithmic above.

@@ -19,8 +19,8 @@ import growth
 import ranks
 from tables import show
 
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "probe.json"
 PARTS = ("engine", "d2c", "growth", "ranks")

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from common import run
 
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.doctor import machine
-from d2c_mlx.engine import Engine
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.refine import Member, RefineOptions, refine
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.merge.refine import Member, RefineOptions, refine
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.device import machine
 
 
 def prompts(base, library, name, n):

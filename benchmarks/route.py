@@ -17,15 +17,15 @@ import numpy as np
 from common import load_library
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.doctor import environment
-from d2c_mlx.engine import Engine
-from d2c_mlx.examples import ExampleSet
-from d2c_mlx.files import write_json
-from d2c_mlx.forward import run_blocks
-from d2c_mlx.pack import load_pack
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.routing import fit_router, prompt_states, router_of
-from d2c_mlx.tasks import load_task
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import run_blocks
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.serve.router import fit_router, prompt_states, router_of
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.files import write_json
 
 import mlx.core as mx  # isort: skip
 

@@ -22,14 +22,14 @@ from common import load_library
 from route import FOREIGN, prompts_of, routed_losses, share
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.doctor import environment
-from d2c_mlx.examples import ExampleSet
-from d2c_mlx.files import write_json
-from d2c_mlx.mixed import MixedModel, RowAdapters
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.routing import fit_router
-from d2c_mlx.tasks import load_task
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.serve.mixed_batch import MixedModel, RowAdapters
+from d2c_mlx.serve.router import fit_router
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.files import write_json
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip

@@ -27,10 +27,10 @@ from pathlib import Path
 import openai
 from common import load_library
 
-from d2c_mlx.doctor import environment
-from d2c_mlx.files import write_json
-from d2c_mlx.packing import write_pack
-from d2c_mlx.tasks import load_task
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.files import write_json
 
 from loops import torch_base  # isort: skip
 

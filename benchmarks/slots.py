@@ -21,16 +21,16 @@ from pathlib import Path
 from tables import show
 
 import d2c_mlx  # noqa: F401  the fast BLAS first
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.cluster import Clustering, canonical, kmeans, merge_all, random_partition
-from d2c_mlx.config import MERGE_METHODS, RunConfig
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import write_json
-from d2c_mlx.pack import load_pack
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.reading import load_adapter
-from d2c_mlx.refining import refine_merge
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.run.config import MERGE_METHODS, RunConfig
+from d2c_mlx.run.refine_stage import refine_merge
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
 PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}

@@ -22,7 +22,7 @@ import tables_of_speed as speed
 from findings import findings
 from result_files import reader
 
-from d2c_mlx.charts import svg_file
+from d2c_mlx.report.charts import svg_file
 
 # Region of the README -> function(read) that returns lines of Markdown.
 TABLES = {

@@ -26,9 +26,9 @@ import yaml
 from loops import torch_base
 from peft import LoraConfig, get_peft_model
 
-from d2c_mlx.doctor import machine
-from d2c_mlx.files import hash_file, write_dir, write_json
-from d2c_mlx.model import BaseModel
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import hash_file, write_dir, write_json
 
 
 def batches(examples, n_tokens, seed):

@@ -30,11 +30,11 @@ import yaml
 from loops import float32_base
 from mlx_lm.tuner.trainer import default_loss
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.doctor import machine
-from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.files import write_dir, write_json
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_dir, write_json
 
 CONFIG = Path(__file__).parent / "library" / "mlx.yaml"
 # The command `mlx_lm.lora`, after the BLAS.

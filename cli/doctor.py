@@ -14,7 +14,7 @@ def doctor(as_json: bool) -> None:
     """Print findings; exit code 1 if one is not well."""
     import dataclasses
 
-    from d2c_mlx.doctor import diagnose
+    from d2c_mlx.run.doctor import diagnose
 
     findings = diagnose()
     if as_json:

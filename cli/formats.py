@@ -28,11 +28,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 @_JSON
 def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
     """Read every adapter, write it in the other layout."""
-    from d2c_mlx.convert import save_peft
-    from d2c_mlx.files import write_dir
-    from d2c_mlx.model import BaseModel
-    from d2c_mlx.overlap import check_output, local_model
-    from d2c_mlx.sources import find_adapters, read_adapters
+    from d2c_mlx.adapters.peft_format import save_peft
+    from d2c_mlx.adapters.sources import find_adapters, read_adapters
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.run.overwrite import check_output, local_model
+    from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)
     check_output(Path(output), local_model(model), sources)
@@ -67,8 +67,8 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
 @_JSON
 def unpack(pack: Path, output: str, as_json: bool) -> None:
     """Verify the pack, write its adapters."""
-    from d2c_mlx.pack import load_pack
-    from d2c_mlx.unpack import unpack as write_plain
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.unpack import unpack as write_plain
 
     _show_tasks(write_plain(load_pack(pack), Path(output)), output, as_json)
 
@@ -89,8 +89,8 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
 @_JSON
 def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -> None:
     """Verify the pack, write its adapters."""
-    from d2c_mlx.export import export as write_export
-    from d2c_mlx.pack import load_pack
+    from d2c_mlx.packs.export import export as write_export
+    from d2c_mlx.packs.pack import load_pack
 
     _show_tasks(write_export(load_pack(pack), to, Path(output), model), output, as_json)
 
@@ -116,7 +116,7 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
 @_JSON
 def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
     """Print what the pack holds; exit code 2 if it is not well."""
-    from d2c_mlx.verify import verify as verify_pack
+    from d2c_mlx.packs.verify import verify as verify_pack
 
     found = verify_pack(pack, runtime)
     row = {

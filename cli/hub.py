@@ -47,9 +47,9 @@ def push(
     """Verify the pack, write the card, upload."""
     import tempfile
 
-    from d2c_mlx.pack import load_pack
-    from d2c_mlx.push import CARD, write_repository
-    from d2c_mlx.push import push as push_pack
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.push import CARD, write_repository
+    from d2c_mlx.packs.push import push as push_pack
 
     found = load_pack(pack)
     if output is None and not dry_run:

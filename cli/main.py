@@ -94,7 +94,7 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Warnings of input are a line without the place in the code; all others are Python's."""
-    from d2c_mlx.errors import InputWarning
+    from d2c_mlx.utils.errors import InputWarning
 
     if issubclass(category, InputWarning):
         return f"warning: {message}\n"
@@ -115,7 +115,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         # errors.py is the only part of the library that is light enough to import here.
-        from d2c_mlx.errors import D2CError
+        from d2c_mlx.utils.errors import D2CError
 
         if isinstance(error, OSError) and error.strerror:
             # A full disk, a directory that may not be written: nothing that a traceback explains.

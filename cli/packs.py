@@ -22,8 +22,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 @_JSON
 def list_(pack: Path, as_json: bool) -> None:
     """Verify the pack, print a line per adapter."""
-    from d2c_mlx.living import list_pack
-    from d2c_mlx.pack import load_pack
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.update import list_pack
 
     rows = list_pack(load_pack(pack))
     if as_json:
@@ -74,7 +74,7 @@ def add(
     as_json: bool,
 ) -> None:
     """Read, check against the base, add, say where it went."""
-    from d2c_mlx.arriving import arrive
+    from d2c_mlx.run.pack_commands import arrive
 
     routed = _routed(pack)
     found = arrive(pack, adapter, tasks, probe_examples, model, budget, threshold)
@@ -104,7 +104,7 @@ def add(
 @_JSON
 def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     """Remove, say what is left."""
-    from d2c_mlx.living import opened, remove_tasks
+    from d2c_mlx.packs.update import opened, remove_tasks
 
     routed = _routed(pack)
     with opened(pack) as found:
@@ -122,7 +122,7 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
 
 def _routed(pack: Path) -> str:
     """What to say after a change of the tasks, which drops a router."""
-    from d2c_mlx.routing import ROUTER
+    from d2c_mlx.serve.router import ROUTER
 
     again = f"; its router is gone, fit another with d2c-mlx route {pack} --tasks DIR"
     return again if (pack / ROUTER).is_file() else ""
@@ -154,7 +154,7 @@ def route(
     as_json: bool,
 ) -> None:
     """Fit if asked to, then a line per prompt."""
-    from d2c_mlx.arriving import route_prompts
+    from d2c_mlx.run.pack_commands import route_prompts
 
     rows = route_prompts(pack, prompts, tasks, probe_examples, model, top)
     if as_json:

@@ -63,8 +63,8 @@ def bench(
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Measure, print, keep."""
-    from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
-    from d2c_mlx.phone_table import render_phone
+    from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone, read_contexts
+    from d2c_mlx.phone.tables import render_phone
 
     given = {name: value for name, value in options.items() if value is not None}
     result = bench_phone(PhoneConfig(**given, contexts=read_contexts(contexts)), quiet)
@@ -81,6 +81,6 @@ def bench(
 @click.argument("second", type=_FILE)
 def compare(first: Path, second: Path) -> None:
     """Print the table, or say why they cannot be compared."""
-    from d2c_mlx.phone_table import compare_phones, read_phone
+    from d2c_mlx.phone.tables import compare_phones, read_phone
 
     click.echo(compare_phones(read_phone(first), read_phone(second)))

@@ -51,12 +51,12 @@ def serve(
         raise click.UsageError(
             f"--host {host} lets other machines in; give --token, or use 127.0.0.1"
         )
-    from d2c_mlx.locate import very_base
-    from d2c_mlx.mixed import MixedModel
-    from d2c_mlx.model import BaseModel
-    from d2c_mlx.pack import load_pack
-    from d2c_mlx.routing import load_router
-    from d2c_mlx.server import Limits, PackServer
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.resolve import very_base
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.serve.mixed_batch import MixedModel
+    from d2c_mlx.serve.router import load_router
+    from d2c_mlx.serve.server import Limits, PackServer
 
     found = load_pack(pack)
     base = BaseModel(str(very_base(found.manifest["base"], model)))

@@ -86,12 +86,12 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
 
     Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
     """
-    from d2c_mlx.config import RANK_VARIABLES
-    from d2c_mlx.config_file import load_config
-    from d2c_mlx.errors import ConfigError
+    from d2c_mlx.run.config_file import load_config
+    from d2c_mlx.utils.environment import RANK_VARIABLES
+    from d2c_mlx.utils.errors import ConfigError
 
     if any(name in os.environ for name in RANK_VARIABLES):
-        from d2c_mlx.ranks import launched, serve
+        from d2c_mlx.evaluate.distributed import launched, serve
 
         group = launched()
         if group and group.rank() > 0:
@@ -133,7 +133,7 @@ _ARTIFACTS = {
 
 
 def _show(output: Path, stage: str, as_json: bool) -> None:
-    from d2c_mlx.report import render_table
+    from d2c_mlx.report.report import render_table
 
     content = json.loads((output / _ARTIFACTS[stage]).read_text(encoding="utf-8"))
     if as_json:

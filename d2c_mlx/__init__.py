@@ -6,10 +6,10 @@
 import os
 from typing import TYPE_CHECKING
 
-from d2c_mlx.blas import preload_blas
+from d2c_mlx.utils.blas import preload_blas
 
 if TYPE_CHECKING:
-    from d2c_mlx.serving import load
+    from d2c_mlx.serve.load import load
 
 # Before anything imports mlx.core: see blas.py.
 preload_blas()
@@ -24,7 +24,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> object:
     """Import `load` when it is asked for: mlx_lm takes a second."""
     if name == "load":
-        from d2c_mlx.serving import load
+        from d2c_mlx.serve.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

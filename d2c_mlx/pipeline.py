@@ -18,27 +18,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.answers import answer_metrics, answer_rows
-from d2c_mlx.bench import Method, bench_methods
-from d2c_mlx.cluster import Clustering, kmeans, merge_all, random_partition
-from d2c_mlx.config import RunConfig
-from d2c_mlx.d2c import d2c
-from d2c_mlx.doctor import provenance
-from d2c_mlx.errors import InputWarning
-from d2c_mlx.files import hash_file, remove_dir, write_dir, write_json, write_text
-from d2c_mlx.lock import locked
-from d2c_mlx.neighbours import nearest, others_needed
-from d2c_mlx.pack import MANIFEST, load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.phone_table import read_phone
-from d2c_mlx.planner import make_plan, measure, planned
-from d2c_mlx.probe import probe_table
-from d2c_mlx.ranks import leading
-from d2c_mlx.reading import load_adapter
-from d2c_mlx.refining import refine_cluster, refine_inputs
-from d2c_mlx.report import render_html, render_markdown
-from d2c_mlx.stages import check_pack, expect_pack
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.cluster.completion import nearest, others_needed
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
+from d2c_mlx.compress.planner import make_plan, measure, planned
+from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
+from d2c_mlx.evaluate.distributed import leading
+from d2c_mlx.evaluate.evaluator import probe_table
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.pack import MANIFEST, load_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.phone.tables import read_phone
+from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.doctor import provenance
+from d2c_mlx.run.records import check_pack, expect_pack
+from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import InputWarning
+from d2c_mlx.utils.files import hash_file, remove_dir, write_dir, write_json, write_text
+from d2c_mlx.utils.lock import locked
 
 __all__ = ["STAGES", "run"]
 

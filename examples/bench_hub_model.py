@@ -9,9 +9,9 @@ the hub's cache, it ends in one line.
 
 import sys
 
-from d2c_mlx.errors import D2CError
-from d2c_mlx.phone import PhoneConfig, bench_phone
-from d2c_mlx.phone_table import render_phone
+from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone
+from d2c_mlx.phone.tables import render_phone
+from d2c_mlx.utils.errors import D2CError
 
 
 def main(pack: str, model: str, device: str = "iphone-6gb") -> None:

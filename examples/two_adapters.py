@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.pack import load_pack
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 
 import mlx.core as mx  # isort: skip  (after d2c_mlx, which loads a fast BLAS first)
 from mlx_lm import generate, load

@@ -57,7 +57,7 @@ def start_at(monkeypatch):
         def start(problem, n_clusters, init, rng):
             return np.array(labels[init] if isinstance(labels, dict) else labels)
 
-        monkeypatch.setattr("d2c_mlx.d2c._start", start)
+        monkeypatch.setattr("d2c_mlx.cluster.d2c._start", start)
 
     return set_start
 
@@ -65,7 +65,7 @@ def start_at(monkeypatch):
 @pytest.fixture(scope="session")
 def base():
     """The embedded SmolLM2-135M-Instruct, loaded once."""
-    from d2c_mlx.model import BaseModel
+    from d2c_mlx.models.base_model import BaseModel
 
     return BaseModel()
 

@@ -69,7 +69,7 @@ def fuzz_one(name, arguments):
         import d2c_mlx  # noqa: F401  the fast BLAS first  # isort: skip
         from targets import TARGETS, Shared
 
-    from d2c_mlx.errors import InputError
+    from d2c_mlx.utils.errors import InputError
 
     # A header that asks for more than that fails at once instead of filling the memory.
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, resource.RLIM_INFINITY))

@@ -5,10 +5,10 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.compressed import Compressed
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.merge.core import CoreSpace
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import CoreSpace
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.merge.methods import merge_adapters
 
 P, Q, R = "model.layers.0.q", "model.layers.0.v", "model.layers.1.q"
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from d2c_mlx.cluster import Problem, canonical
+from d2c_mlx.cluster.partition import Problem, canonical
 
 
 def merge(members, like=()):

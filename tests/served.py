@@ -13,14 +13,14 @@ from mlx_lm import load as stock_load
 from test_serving import ABOUT, ADAPTERS
 from tiny import task, tiny_model
 
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.model import BaseModel, greedy
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.routing import fit_router, load_router, save_router
-from d2c_mlx.server import PackServer
-from d2c_mlx.serving import switch
-from d2c_mlx.tasks import load_task
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.attach import switch
+from d2c_mlx.models.base_model import BaseModel, greedy
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.router import fit_router, load_router, save_router
+from d2c_mlx.serve.server import PackServer
 
 NAMES = [one.name for one in ADAPTERS]
 WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()

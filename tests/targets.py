@@ -14,18 +14,18 @@ from test_compact_pack import ABOUT, ALL, SERVES, compressed
 from test_gguf import write_gguf
 from tiny import library, write_jsonl
 
-from d2c_mlx.api import Refusal, read_request
-from d2c_mlx.budget import parse_budget
-from d2c_mlx.compact import read_compact
-from d2c_mlx.config_file import load_config
-from d2c_mlx.convert import PEFT_WEIGHTS, read_adapter
-from d2c_mlx.gguf import convert_gguf
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.tasks import load_task, load_unlabelled
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, read_adapter
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.gguf_import import convert_gguf
+from d2c_mlx.models.tasks import load_task, load_unlabelled
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.serve.requests import Refusal, read_request
 
 MANIFEST, COMPACT, CONFIG = "manifest.json", "compact.safetensors", "adapter_config.json"
 PROMPTS = [{"prompt": f"Question {i}?", "completion": "An answer."} for i in range(2)]

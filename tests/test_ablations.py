@@ -12,8 +12,8 @@ from methods import by_features, merged
 from tables import TABLES
 from tiny import library, log_probabilities, task
 
-from d2c_mlx.config import RunConfig
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 CASES = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from d2c_mlx.activations import attention
+from d2c_mlx.models.kernels import attention
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

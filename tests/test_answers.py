@@ -3,9 +3,9 @@
 import pytest
 import sacrebleu
 
-from d2c_mlx.answers import METRICS, answer_metrics, answer_rows
-from d2c_mlx.bench import Method
-from d2c_mlx.examples import Example, ExampleSet
+from d2c_mlx.evaluate.answers import METRICS, answer_metrics, answer_rows
+from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.models.examples import Example, ExampleSet
 
 
 def row(expected, **answers):

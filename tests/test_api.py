@@ -7,7 +7,7 @@ import pkgutil
 import mlx_lm.tool_parsers
 import pytest
 
-from d2c_mlx.api import Refusal, read_request, read_tool_calls
+from d2c_mlx.serve.requests import Refusal, read_request, read_tool_calls
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]

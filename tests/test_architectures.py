@@ -16,26 +16,26 @@ from test_engine import plain
 from test_engine import run as losses_of
 from tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
 
-from d2c_mlx import device as device_module
-from d2c_mlx import model as model_module
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.answers import answer_rows
-from d2c_mlx.attribution import module_gains
-from d2c_mlx.bench import Method
-from d2c_mlx.cache import LossCache
-from d2c_mlx.encoding import encode_prompts
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import InputError, InputWarning, ModelError
-from d2c_mlx.forward import (
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.models import base_model as model_module
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.forward import (
     blocks_are_exact,
     find_head,
     prefix_is_exact,
     run_blocks,
     split_is_exact,
 )
-from d2c_mlx.inputs import input_activations
-from d2c_mlx.model import BaseModel
-from d2c_mlx.routing import fit_router
+from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.serve.router import fit_router
+from d2c_mlx.utils import device as device_module
+from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
 
 VOCAB = len(tiny_tokenizer())
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,

@@ -12,20 +12,20 @@ from d2c_mlx_cli.main import cli
 from safetensors.numpy import load_file, save_file
 from tiny import LAYERS, library
 
-from d2c_mlx.arriving import arrive, route_prompts
-from d2c_mlx.attribution import module_gains
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import InputError, ModelError, PackError, TaskError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.merger import SCALES
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.probe import Evaluator, tune_scale
-from d2c_mlx.quantize import compress
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator, tune_scale
+from d2c_mlx.merge.merger import SCALES
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.run.pack_commands import arrive, route_prompts
+from d2c_mlx.utils.errors import InputError, ModelError, PackError, TaskError
+from d2c_mlx.utils.files import hash_tree
 
 NAMES = ("a", "b", "c", "d")
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from tiny import library
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.attribution import POINTS, module_gains
-from d2c_mlx.cache import LossCache
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.model import BaseModel
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.attribution import POINTS, module_gains
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
 
 
 @pytest.fixture
@@ -79,5 +79,5 @@ def test_what_is_known_is_not_computed_again(tiny):
 def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):
     base, adapter, examples, _ = tiny
     gains = module_gains(base, adapter, examples)
-    monkeypatch.setattr("d2c_mlx.attribution.find_head", lambda model: None)
+    monkeypatch.setattr("d2c_mlx.evaluate.attribution.find_head", lambda model: None)
     assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import InputWarning
-from d2c_mlx.model import BaseModel
-from d2c_mlx.sources import find_adapters, read_adapters
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters, read_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import InputWarning
 
 
 def test_an_adapter_for_another_base(cli, lib):

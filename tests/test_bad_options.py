@@ -8,7 +8,7 @@ import pytest
 from bad import NAMES, cli, lib, pristine  # noqa: F401  fixtures
 from tiny import peft_adapter
 
-from d2c_mlx.errors import InputWarning
+from d2c_mlx.utils.errors import InputWarning
 
 # The options.
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.budget import Budget, parse_budget
-from d2c_mlx.errors import BudgetError
+from d2c_mlx.compress.budget import Budget, parse_budget
+from d2c_mlx.utils.errors import BudgetError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from d2c_mlx.charts import heatmap, memory_bar
+from d2c_mlx.report.charts import heatmap, memory_bar
 
 # A warning is an error here.
 NAMES = ["数字-德", "عربي", "हिन्दी", "a\tb", "🦊 fox", "exactly-twenty-eight-letters"]

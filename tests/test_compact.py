@@ -11,12 +11,12 @@ from loras import NUMERIC, adapters_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.compact import index_of, read_compact, read_index, write_compact
-from d2c_mlx.compressed import Compressed
-from d2c_mlx.errors import PackError
-from d2c_mlx.layout import compact_nbytes, make_index, unfold
-from d2c_mlx.quantize import compress
-from d2c_mlx.rounding import BITS, GROUP_SIZES
+from d2c_mlx.compress.affine import BITS, GROUP_SIZES
+from d2c_mlx.compress.compact_file import index_of, read_compact, read_index, write_compact
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.file_layout import compact_nbytes, make_index, unfold
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.utils.errors import PackError
 
 FEW = settings(NUMERIC, max_examples=30)
 Q, V, LATE, HEAD = "m.layers.0.attn.q", "m.layers.0.attn.v", "m.layers.11.attn.q", "head"

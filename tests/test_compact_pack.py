@@ -11,21 +11,21 @@ import scipy.special
 from mlx_lm import load as stock_load
 from tiny import LAYERS, SHAPES, library, tiny_model
 
-from d2c_mlx.compact import read_index, write_compact
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import PackError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.layout import compact_nbytes
-from d2c_mlx.merge import scaled
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.reading import load_adapter
-from d2c_mlx.rounding import BITS
-from d2c_mlx.tasks import load_task
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.affine import BITS
+from d2c_mlx.compress.compact_file import read_index, write_compact
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import hash_tree
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 SERVES = {"one": 0, "also": 0, "two": 1, "none": None, "lost": 2}

@@ -8,12 +8,12 @@ import yaml
 from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 
-from d2c_mlx.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig
-from d2c_mlx.config_file import load_config
-from d2c_mlx.d2c import INITS
-from d2c_mlx.engine import Savings
-from d2c_mlx.errors import ConfigError, InputWarning
-from d2c_mlx.merge import METHODS
+from d2c_mlx.cluster.d2c import INITS
+from d2c_mlx.evaluate.engine import Savings
+from d2c_mlx.merge.methods import METHODS
+from d2c_mlx.run.config import MERGE_METHODS, SAVINGS, STARTS, RunConfig
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.utils.errors import ConfigError, InputWarning
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
 STAGES = ("run", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")

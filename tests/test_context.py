@@ -11,13 +11,13 @@ from mlx_lm.models import gemma3, llama, llama4
 from served import post, raw, serving
 from tiny import tiny_tokenizer
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.encoding import context_of
-from d2c_mlx.errors import TaskError
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.model import BaseModel
-from d2c_mlx.packing import write_pack
-from d2c_mlx.stock import StockModel
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.phone.stock_model import StockModel
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.utils.errors import TaskError
 
 TEXT = {
     "model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8,

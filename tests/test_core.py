@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loras import NUMERIC, P, Q, assert_close, dense, dims, lora_of
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.merge import scaled
-from d2c_mlx.merge.core import factorise, to_core
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import factorise, to_core
+from d2c_mlx.merge.methods import scaled
 
 
 @settings(NUMERIC, max_examples=30)

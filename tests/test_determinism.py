@@ -17,10 +17,10 @@ import pytest
 from test_ranks import MAIN, launch
 from tiny import Library, library, peft_adapter, task, tiny_model
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.files import hash_tree
-from d2c_mlx.pack import load_pack
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import STAGES, run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.files import hash_tree
 
 NAMES = ["a", "b", "c", "d"]
 # Both ways through the pipeline: every stage is in one of them.

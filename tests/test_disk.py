@@ -10,8 +10,8 @@ import pytest
 from d2c_mlx_cli.main import main
 from tiny import library
 
-from d2c_mlx.files import hash_tree
-from d2c_mlx.pack import load_pack
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.utils.files import hash_tree
 
 ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 KB = 1024

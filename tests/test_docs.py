@@ -20,8 +20,8 @@ from loras import lora_of
 from tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.config_file import load_config
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.run.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx.")]
@@ -75,9 +75,9 @@ def test_links_lead_somewhere(page):
 
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
-    from d2c_mlx.files import hash_file
-    from d2c_mlx.pack import load_pack
-    from d2c_mlx.packing import write_pack
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.utils.files import hash_file
 
     model = tiny_model(tmp_path / "base")
     rng = np.random.default_rng(0)
@@ -116,8 +116,8 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
-    from d2c_mlx.files import hash_file
-    from d2c_mlx.packing import write_pack
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.utils.files import hash_file
 
     model = tiny_model(tmp_path / "base")
     rng = np.random.default_rng(0)
@@ -155,11 +155,11 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from dataclasses import replace
     from threading import Thread
 
-    from d2c_mlx.convert import read_adapter
-    from d2c_mlx.mixed import MixedModel
-    from d2c_mlx.model import BaseModel
-    from d2c_mlx.packing import write_pack
-    from d2c_mlx.server import PackServer
+    from d2c_mlx.adapters.peft_format import read_adapter
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.serve.mixed_batch import MixedModel
+    from d2c_mlx.serve.server import PackServer
 
     base = BaseModel()
     adapters = [

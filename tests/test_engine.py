@@ -9,18 +9,18 @@ import pytest
 from scipy.special import log_softmax
 from tiny import Gpu, divergence, library, peft_adapter, tiny_model
 
-from d2c_mlx import forward
-from d2c_mlx.batches import BatchCost, shared_prefix
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.distill import Distiller
-from d2c_mlx.engine import Engine, Savings
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.examples import ExampleSet
-from d2c_mlx.forward import find_head, in_float32, prefix_is_exact, split_is_exact
-from d2c_mlx.merge import scaled
-from d2c_mlx.model import BaseModel, _Slot
-from d2c_mlx.schedule import Workers
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models import forward
+from d2c_mlx.models.base_model import BaseModel, _Slot
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import find_head, in_float32, prefix_is_exact, split_is_exact
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.errors import ConfigError
 
 SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
 

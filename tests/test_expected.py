@@ -12,13 +12,13 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 from tiny import divergence, library
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.distill import Distiller
-from d2c_mlx.examples import Example
-from d2c_mlx.expected import Expected, shrinkage
-from d2c_mlx.merge import scaled
+from d2c_mlx.compress.planner import make_plan, measure
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.merge.kl_regret import Expected, shrinkage
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.examples import Example
 from d2c_mlx.pipeline import run
-from d2c_mlx.planner import make_plan, measure
+from d2c_mlx.run.config import RunConfig
 
 
 @given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-2, 2, width=16)))

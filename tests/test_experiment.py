@@ -14,9 +14,9 @@ from loras import adapters_of, dense
 from methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
 from tiny import SHAPES, library, peft_adapter
 
-from d2c_mlx.config import RunConfig
+from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.pipeline import run
-from d2c_mlx.schedule import Workers
+from d2c_mlx.run.config import RunConfig
 
 RESULTS = experiment.RESULT.parent
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]

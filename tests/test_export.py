@@ -16,17 +16,17 @@ from test_gguf import NAMES, permuted, write_gguf
 from tiny import HEADS, KV_HEADS, LAYERS, SHAPES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import AdapterError, InputError, ModelError, PackError
-from d2c_mlx.export import export
-from d2c_mlx.files import hash_file, hash_tree
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.model import BaseModel
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.reading import load_adapter
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
+from d2c_mlx.utils.files import hash_file, hash_tree
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 SERVES = {"one": 0, "also": 0, "two": 1, "none": None, "lost": 2}

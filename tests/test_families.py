@@ -24,18 +24,18 @@ from test_export import ALL, read_gguf
 from test_gguf import permuted
 from tiny import peft_adapter, tiny_model, tiny_tokenizer
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter, save_peft
-from d2c_mlx.errors import AdapterError, ModelError
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.export import export
-from d2c_mlx.files import hash_file
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.layerwise import STRENGTH, check_blocks, merge_layerwise
-from d2c_mlx.merger import Merger
-from d2c_mlx.model import BaseModel, block_index
-from d2c_mlx.packing import write_pack
-from d2c_mlx.reading import load_adapter
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter, save_peft
+from d2c_mlx.merge.layerwise import STRENGTH, check_blocks, merge_layerwise
+from d2c_mlx.merge.merger import Merger
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import AdapterError, ModelError
+from d2c_mlx.utils.files import hash_file
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"
 CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.cluster import kmeans
-from d2c_mlx.features import closest_scale, similarity, svd_features
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.similarity import closest_scale, similarity, svd_features
+from d2c_mlx.cluster.partition import kmeans
 
 
 def random_adapters(seed, n=5):

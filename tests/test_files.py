@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from d2c_mlx import files
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.files import fingerprint, hash_file, hash_tree, write_dir, write_json, write_text
+from d2c_mlx.utils import files
+from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json, write_text
 
 
 def entries(path):

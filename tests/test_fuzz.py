@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import CHATS, KEPT, PROMPTS, TARGETS, TEXTS, UNLABELLED, Shared, lines
 
-from d2c_mlx.budget import parse_budget
-from d2c_mlx.errors import InputError
-from d2c_mlx.sources import find_adapters
-from d2c_mlx.strict import match_end, parse_json
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.parsing import match_end, parse_json
 
 STRINGS = st.one_of(
     st.text(max_size=8),

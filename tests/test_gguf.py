@@ -8,9 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import HEADS, HIDDEN, KV_HEADS, LAYERS, tiny_model
 
-from d2c_mlx.errors import ModelError
-from d2c_mlx.locate import resolve_model
-from d2c_mlx.model import BaseModel
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.utils.errors import ModelError
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

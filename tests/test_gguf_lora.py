@@ -13,12 +13,12 @@ from test_export import ALL, DTYPES, adapter_of, gguf_name, in_llama_rows
 from test_gguf import write_gguf
 from tiny import library, tiny_model
 
-from d2c_mlx import gguf_lora
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import AdapterError
-from d2c_mlx.gguf_lora import is_gguf_lora, read_gguf_lora, save_gguf_lora
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters import gguf_format as gguf_lora
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import is_gguf_lora, read_gguf_lora, save_gguf_lora
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import AdapterError
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from hub import Hub
 from test_gguf_lora import write_lora
 from tiny import library, peft_adapter, tiny_model
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import InputError
-from d2c_mlx.gguf_lora import save_gguf_lora
-from d2c_mlx.hub import HubId, parse_hub_id
-from d2c_mlx.model import BaseModel
-from d2c_mlx.sources import find_adapters
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.hub import HubId, parse_hub_id
 
 
 @pytest.fixture(scope="module")

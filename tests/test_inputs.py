@@ -6,13 +6,13 @@ from loras import dense
 from mlx.utils import tree_flatten
 from tiny import HIDDEN, INTERMEDIATE, library
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.inputs import input_activations
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.model import BaseModel
-from d2c_mlx.schedule import Workers
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -63,7 +63,7 @@ def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny):
 @pytest.mark.parametrize("batch", [1, 60, 10_000])
 def test_some_tokens_of_several_sets_by_several_workers(tiny, monkeypatch, batch):
     base, (adapter, _), sets = tiny
-    monkeypatch.setattr("d2c_mlx.inputs._BATCH", batch)
+    monkeypatch.setattr("d2c_mlx.evaluate.capture._BATCH", batch)
     all_tokens = [input_activations(base, adapter, [one], [Q, K, DOWN])[0] for one in sets]
     step = -(-sets[0].n_tokens // 7)
     found = input_activations(base, adapter, sets, [Q, K, DOWN], 7, Workers(3))
@@ -79,7 +79,7 @@ def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
     def fail(model, x):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("d2c_mlx.inputs.run_blocks", fail)
+    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         input_activations(base, adapter, [examples], [Q])
     names = [type(module).__name__ for _, module in base.model.named_modules()]

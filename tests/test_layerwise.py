@@ -12,18 +12,18 @@ from loras import NUMERIC, counts, dense, dims, seeds, truncated
 from test_merge_data import dense_grams
 from tiny import library, peft_adapter
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import InputError
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.inputs import input_activations
-from d2c_mlx.layerwise import _parts, merge_layerwise
-from d2c_mlx.merge.data import Grams, matched, regmean
-from d2c_mlx.model import BaseModel, block_index
-from d2c_mlx.schedule import Workers
-from d2c_mlx.tasks import load_task
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.layerwise import _parts, merge_layerwise
+from d2c_mlx.merge.regmean import Grams, matched, regmean
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import InputError
 
 # In the order in which they run.
 ORDER = [
@@ -206,6 +206,6 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
         budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
     )  # fmt: skip
     assert Workspace(config).names == ["a", "b"]
-    monkeypatch.setattr("d2c_mlx.layerwise.blocks_are_exact", lambda model: False)
+    monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
     with pytest.raises(InputError, match="take regmean"):
         Workspace(config)

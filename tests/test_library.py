@@ -24,8 +24,8 @@ from messages import group_of, sentences
 from splits import SHARES, Row, normal, side, split
 from words import WORDS
 
-from d2c_mlx.files import hash_file
-from d2c_mlx.tasks import load_task
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.files import hash_file
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "benchmarks" / "library"

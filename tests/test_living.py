@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from tiny import LAYERS, SHAPES, peft_adapter
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import BudgetError, ConfigError, InputError, PackError
-from d2c_mlx.features import similarity
-from d2c_mlx.files import hash_tree
-from d2c_mlx.living import add_adapter, list_pack, opened, remove_tasks
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_pack
-from d2c_mlx.verify import verify
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.similarity import similarity
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import add_adapter, list_pack, opened, remove_tasks
+from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.errors import BudgetError, ConfigError, InputError, PackError
+from d2c_mlx.utils.files import hash_tree
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 NAMES = ("a", "b", "c", "d")

@@ -5,16 +5,16 @@ import pytest
 from loras import lora_of, plain
 from test_living import ABOUT, ALL, adapters, deltas, full_rank  # noqa: F401  a fixture
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.compact import index_of, read_compact
-from d2c_mlx.errors import BudgetError, PackError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.layout import compact_nbytes
-from d2c_mlx.living import add_adapter, remove_tasks
-from d2c_mlx.pack import COMPACT
-from d2c_mlx.packing import write_compact_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.verify import verify
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compress.compact_file import index_of, read_compact
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.pack import COMPACT
+from d2c_mlx.packs.update import add_adapter, remove_tasks
+from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.utils.errors import BudgetError, PackError
+from d2c_mlx.utils.files import hash_tree
 
 
 def compact(directory, adapters, names="abc", limit=None, levels=((1, 4),)):

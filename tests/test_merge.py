@@ -23,11 +23,11 @@ from loras import (
     merge_by,
 )
 
-from d2c_mlx import config
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.d2c import INITS
-from d2c_mlx.errors import AdapterError, ConfigError
-from d2c_mlx.merge import METHODS, WEIGHTED, merge_adapters
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.cluster.d2c import INITS
+from d2c_mlx.merge.methods import METHODS, WEIGHTED, merge_adapters
+from d2c_mlx.run import config
+from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,10 +25,10 @@ from loras import (
     truncated,
 )
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.merge.data import Grams, regmean
-from d2c_mlx.merge.optimise import wudi
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.merge.regmean import Grams, regmean
+from d2c_mlx.merge.wudi import wudi
 
 
 @settings(NUMERIC, max_examples=30)

@@ -23,8 +23,8 @@ from loras import (
     truncated,
 )
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.merge import merge_adapters
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.merge.methods import merge_adapters
 
 
 def units_of(rng, centres, noise, ranks, shape):

@@ -19,8 +19,8 @@ from loras import (
     truncated,
 )
 
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.merge import merge_adapters
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.merge.methods import merge_adapters
 
 
 @settings(NUMERIC, max_examples=40)

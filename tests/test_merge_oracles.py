@@ -23,10 +23,10 @@ from loras import (
     truncated,
 )
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.merge.combine import dare_linear, dare_ties, emr, linear, ties
-from d2c_mlx.merge.core import to_core
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import to_core
+from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
+from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
 
 

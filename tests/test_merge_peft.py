@@ -7,8 +7,8 @@ from loras import assert_close, dense
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.merge import merge_adapters
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.merge.methods import merge_adapters
 
 NAMES, WEIGHTS = ["one", "three", "two"], [0.7, -0.4, 1.3]
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tiny import library, peft_adapter
 
-from d2c_mlx.config import AUTO_METHODS, RUN_METHODS, RunConfig
-from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.inputs import input_activations
-from d2c_mlx.layerwise import STRENGTH, merge_layerwise
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.merger import SCALES
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.evaluator import climb, tune_scale
+from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
+from d2c_mlx.merge.merger import SCALES
+from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import climb, tune_scale
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.run.config import AUTO_METHODS, RUN_METHODS, RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from mlx_lm import load as stock_load
 from mlx_lm.generate import BatchGenerator, StopSequences
 from served import NAMES, answer, mixed, model_path, pack  # noqa: F401  fixtures
 
-from d2c_mlx.mixed import RowAdapters
-from d2c_mlx.serving import switch
+from d2c_mlx.models.attach import switch
+from d2c_mlx.serve.mixed_batch import RowAdapters
 
 
 def test_a_batch_of_all_adapters_gives_each_rows_own_logits(pack, mixed, model_path):

@@ -10,17 +10,18 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import lfm2
 from tiny import Gpu, library, tiny_model
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.cache import LossCache
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.doctor import diagnose, machine
-from d2c_mlx.engine import Engine
-from d2c_mlx.merge import scaled
-from d2c_mlx.model import BaseModel, stored_dtype
-from d2c_mlx.packing import write_pack
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.stock import StockModel
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.base_model import BaseModel, stored_dtype
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.phone.stock_model import StockModel
+from d2c_mlx.run.doctor import diagnose
+from d2c_mlx.utils.device import machine
 
 
 @pytest.fixture

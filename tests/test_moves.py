@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import planted, problem_of
 
-from d2c_mlx.cluster import Problem, canonical
-from d2c_mlx.d2c import INITS, d2c
-from d2c_mlx.moves import (
+from d2c_mlx.cluster.d2c import INITS, d2c
+from d2c_mlx.cluster.local_search import (
     Costs,
     _best_step,
     _neighbours,
@@ -20,6 +19,7 @@ from d2c_mlx.moves import (
     paired_partition,
     predicted_partition,
 )
+from d2c_mlx.cluster.partition import Problem, canonical
 
 
 def asking(problem):

@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import library
 
-from d2c_mlx.cluster import Problem
-from d2c_mlx.config import RunConfig
-from d2c_mlx.features import similarity
-from d2c_mlx.neighbours import completed, nearest, others_needed
+from d2c_mlx.adapters.similarity import similarity
+from d2c_mlx.cluster.completion import completed, nearest, others_needed
+from d2c_mlx.cluster.partition import Problem
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 
 NAMES = [f"t{i}" for i in range(8)]
 

@@ -14,19 +14,19 @@ import pytest
 from loras import P, assert_close, dense, dense_mean, lora_of, merge_by
 from tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.cache import LossCache
-from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import AdapterError, ModelError
-from d2c_mlx.merge import METHODS, scaled
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.mlx_format import check_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.merge.methods import METHODS, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.reading import check_adapter
-from d2c_mlx.tasks import load_task
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import AdapterError, ModelError
 
 # What float16 holds
 

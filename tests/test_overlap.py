@@ -7,10 +7,10 @@ import yaml
 from bad import NAMES, cli, lib, pristine  # noqa: F401  fixtures
 from tiny import peft_adapter, write_jsonl
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.files import hash_tree
-from d2c_mlx.overlap import RUN_WRITES
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.overwrite import RUN_WRITES
+from d2c_mlx.utils.files import hash_tree
 
 
 def contents(root):

@@ -6,11 +6,11 @@ import mlx.core as mx
 import pytest
 from tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import PackError
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_pack
-from d2c_mlx.reading import load_adapter
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.errors import PackError
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 CONFIG = "cluster-0/adapter_config.json"

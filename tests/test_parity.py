@@ -11,14 +11,14 @@ from mlx_lm import load as stock_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.convert import read_adapter, save_peft
-from d2c_mlx.engine import Engine
-from d2c_mlx.export import export
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.packing import write_pack
-from d2c_mlx.reading import load_adapter
-from d2c_mlx.sources import find_adapters
-from d2c_mlx.tasks import load_task
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter, save_peft
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.write import write_pack
 
 
 def _ours(base, adapter, examples):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import planted, problem_of
 
-from d2c_mlx.cluster import canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import canonical, kmeans, merge_all, random_partition
 
 
 def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():

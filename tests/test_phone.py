@@ -13,17 +13,17 @@ from d2c_mlx_cli.main import cli
 from mlx_lm import load, stream_generate
 from tiny import LAYERS, library
 
-from d2c_mlx.answers import answer_metrics
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.model import BaseModel
-from d2c_mlx.packing import write_compact_pack
-from d2c_mlx.phone import PhoneConfig, bench_phone, read_contexts
-from d2c_mlx.phone_table import render_phone
-from d2c_mlx.quantize import compress
-from d2c_mlx.stock import quantized_model
-from d2c_mlx.timing import memory_limit
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.evaluate.answers import answer_metrics
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone, read_contexts
+from d2c_mlx.phone.stock_model import quantized_model
+from d2c_mlx.phone.tables import render_phone
+from d2c_mlx.phone.timing import memory_limit
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1", "--quiet"]
 

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from test_phone import made  # noqa: F401  a fixture
 
-from d2c_mlx.errors import PackError
-from d2c_mlx.phone_table import compare_phones, read_phone, render_phone
+from d2c_mlx.phone.tables import compare_phones, read_phone, render_phone
+from d2c_mlx.utils.errors import PackError
 
 
 def test_table_history_and_comparison(made, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.errors import BudgetError
-from d2c_mlx.layout import COUNTED
-from d2c_mlx.plan import _BYTES, _LOST, Candidate, allocate, choose
+from d2c_mlx.compress.allocate import _BYTES, _LOST, Candidate, allocate, choose
+from d2c_mlx.compress.file_layout import COUNTED
+from d2c_mlx.utils.errors import BudgetError
 
 
 def random_candidates(rng, n_tasks, n_units):
@@ -77,7 +77,7 @@ PRINTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_plan import candidates_that_highs_talks_about
-from d2c_mlx.plan import _silent_stdout, choose
+from d2c_mlx.compress.allocate import _silent_stdout, choose
 import ctypes
 libc = ctypes.CDLL(None)
 libc.puts(b"before")
@@ -88,7 +88,7 @@ libc.puts(b"after")
 """
 PRINTS_NOTHING = """
 import sys
-from d2c_mlx.plan import Candidate, choose
+from d2c_mlx.compress.allocate import Candidate, choose
 print(choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 1, 100), file=sys.stderr)
 """
 

@@ -10,27 +10,27 @@ import pytest
 from d2c_mlx_cli.main import main
 from tiny import divergence, library
 
-from d2c_mlx.adapter import LoRA
-from d2c_mlx.candidates import (
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import (
     SCALES,
     candidate,
     stored,
     worth,
 )
-from d2c_mlx.compact import index_of
-from d2c_mlx.config import RunConfig
-from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.layout import compact_nbytes
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.moves import Costs, groups_of, predicted_partition
-from d2c_mlx.pack import load_pack
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import make_plan, measure, planned
+from d2c_mlx.compress.quantize import components
+from d2c_mlx.evaluate.evaluator import Silent, climb
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.pipeline import run
-from d2c_mlx.plan import allocate
-from d2c_mlx.planner import make_plan, measure, planned
-from d2c_mlx.probe import Silent, climb
-from d2c_mlx.quantize import components
-from d2c_mlx.unpack import unpack
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_tree
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny import library, peft_adapter
 
-from d2c_mlx.reading import base_of
+from d2c_mlx.adapters.mlx_format import base_of
 
 # Ends the process with a word at the first socket, whoever opens it, in whatever thread.
 WATCHED = """

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.cache import LossCache
-from d2c_mlx.errors import D2CError
-from d2c_mlx.probe import LossTable, tune_scale
+from d2c_mlx.evaluate.evaluator import LossTable, tune_scale
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.utils.errors import D2CError
 
 
 class Counted:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.profiles import builtin_profiles, find_profile
+from d2c_mlx.phone.profiles import builtin_profiles, find_profile
+from d2c_mlx.utils.errors import ConfigError
 
 GOOD = "memory: 2.1GB\n  memory_source: measured\n  storage: 500MB\n  storage_source: store\n"
 

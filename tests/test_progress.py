@@ -3,11 +3,11 @@
 from rich.progress import Progress
 from tiny import library
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.d2c import d2c
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import Silent
-from d2c_mlx.progress import Bar
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.progress import Bar
 
 
 def test_what_is_foreseen_becomes_known():

@@ -16,14 +16,14 @@ from test_export import about, adapter_of, compact, model, pack, plain  # noqa: 
 from test_privacy import WATCHED
 from tiny import library
 
-from d2c_mlx.card import read_bench, render_card
-from d2c_mlx.config import RunConfig
-from d2c_mlx.errors import ConfigError, InputError
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_pack
+from d2c_mlx.packs.card import read_bench, render_card
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import write_repository
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.push import write_repository
-from d2c_mlx.unpack import unpack
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loras import NUMERIC, dense, lora_of, plain, truncated
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.compressed import Compressed
-from d2c_mlx.errors import ConfigError
-from d2c_mlx.gptq import rounded
-from d2c_mlx.quantize import _squared_errors, components, compress
-from d2c_mlx.rounding import BITS, GROUP_SIZES, columns, mixing, nearest, values_of
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compress.affine import BITS, GROUP_SIZES, columns, mixing, nearest, values_of
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.gptq import rounded
+from d2c_mlx.compress.quantize import _squared_errors, components, compress
+from d2c_mlx.utils.errors import ConfigError
 
 FEW = settings(NUMERIC, max_examples=30)
 

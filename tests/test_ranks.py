@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import library
 
-from d2c_mlx.adapter import Adapter, LoRA
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.files import hash_tree
-from d2c_mlx.ranks import (
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.evaluate.distributed import (
     _end,
     _halves,
     _lengths,
@@ -28,6 +26,8 @@ from d2c_mlx.ranks import (
     local_ranks,
     shares,
 )
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.files import hash_tree
 
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
@@ -107,7 +107,7 @@ def test_bad_input_ends_all_ranks(paths, tmp_path):
 
 def test_a_worker_with_another_model_is_named(paths, tmp_path):
     program = (
-        "import os, d2c_mlx, d2c_mlx.model as m\n"
+        "import os, d2c_mlx, d2c_mlx.models.base_model as m\n"
         "if os.environ['MLX_RANK'] == '1': m._ENGINE = 'other'\n" + MAIN
     )
     done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=70)
@@ -119,10 +119,10 @@ def test_a_worker_with_another_model_is_named(paths, tmp_path):
 
 SHARED = """
 import sys
-import d2c_mlx, d2c_mlx.ranks as r
-from d2c_mlx.engine import Engine
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.model import BaseModel
+import d2c_mlx, d2c_mlx.evaluate.distributed as r
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.base_model import BaseModel
 cuts, shares = [], r.shares
 r.shares = lambda *given: cuts.append(shares(*given)) or cuts[-1]
 row = Example(tuple(range(1, 31)), 20)

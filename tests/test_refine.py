@@ -11,15 +11,15 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import library, log_probabilities, peft_adapter, task, write_jsonl
 
-from d2c_mlx.activations import use_exponentials
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.distill import Distiller
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import ModelError
-from d2c_mlx.merge import merge_adapters
-from d2c_mlx.model import BaseModel
-from d2c_mlx.refine import Member, RefineOptions, _balanced, hold_back, refine
-from d2c_mlx.tasks import load_task, load_unlabelled
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.merge.refine import Member, RefineOptions, _balanced, hold_back, refine
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.kernels import use_exponentials
+from d2c_mlx.models.tasks import load_task, load_unlabelled
+from d2c_mlx.utils.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a", "b"]
@@ -140,7 +140,7 @@ def test_batches_of_one_row_give_the_same_gradient(base, members, merged, monkey
     model, rows, factors = _student(base, merged, members[0])
     weights = [(0.1 * i, 1.0) for i in range(len(rows))]
     whole = model.gradient(factors, rows, weights)
-    monkeypatch.setattr("d2c_mlx.distill._BATCH", 1)
+    monkeypatch.setattr("d2c_mlx.evaluate.distill._BATCH", 1)
     apart = model.gradient(factors, rows, weights)
     tree_map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), whole, apart)
 
@@ -247,7 +247,7 @@ def test_a_base_in_16_or_4_bit_is_refined_in_float32(base, members, merged, bits
 
 
 def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monkeypatch):
-    monkeypatch.setattr("d2c_mlx.distill.find_head", lambda model: None)
+    monkeypatch.setattr("d2c_mlx.evaluate.distill.find_head", lambda model: None)
     with pytest.raises(ModelError, match="scales or caps its logits"):
         refine(base, merged, members, FAST)
 

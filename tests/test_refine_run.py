@@ -14,12 +14,12 @@ from d2c_mlx_cli.main import cli
 from test_refine import paths  # noqa: F401  a fixture
 from tiny import peft_adapter, task, write_jsonl
 
-from d2c_mlx import refining
-from d2c_mlx.config import RunConfig
-from d2c_mlx.errors import InputError
-from d2c_mlx.files import hash_tree
 from d2c_mlx.pipeline import STAGES, run
-from d2c_mlx.workspace import Workspace
+from d2c_mlx.run import refine_stage as refining
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.files import hash_tree
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +74,7 @@ def test_test_rows_are_never_touched(config, monkeypatch):
 
 _KILL_AT_SECOND = """
 import os, signal
-from d2c_mlx import refining
+from d2c_mlx.run import refine_stage as refining
 from d2c_mlx_cli.main import main
 refine, calls = refining.refine, []
 def killed(*args):

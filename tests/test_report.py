@@ -13,12 +13,12 @@ import pytest
 from mlx_lm import load, stream_generate
 from tiny import library
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.errors import PackError
-from d2c_mlx.pack import load_pack
-from d2c_mlx.phone import PhoneConfig, bench_phone
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone
 from d2c_mlx.pipeline import run
-from d2c_mlx.report import render_html, render_markdown
+from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import PackError
 
 TEMPLATES = Path(run.__code__.co_filename).parent
 NUMBER = re.compile(r"(?<![\w-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?")

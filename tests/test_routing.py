@@ -14,19 +14,18 @@ from safetensors.numpy import load_file, save_file
 from served import client, serving
 from tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
 
-from d2c_mlx.arriving import route_prompts
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.encoding import encode_prompts
-from d2c_mlx.errors import InputError, PackError, TaskError
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.files import hash_file, hash_tree
-from d2c_mlx.living import add_adapter, remove_tasks
-from d2c_mlx.lock import locked
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import with_file, write_pack
-from d2c_mlx.routing import (
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import common_system, load_task
+from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import add_adapter, remove_tasks
+from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.write import with_file, write_pack
+from d2c_mlx.run.pack_commands import route_prompts
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.router import (
     ROUTER,
     Router,
     fit_router,
@@ -35,8 +34,9 @@ from d2c_mlx.routing import (
     router_of,
     save_router,
 )
-from d2c_mlx.tasks import common_system, load_task
-from d2c_mlx.verify import verify
+from d2c_mlx.utils.errors import InputError, PackError, TaskError
+from d2c_mlx.utils.files import hash_file, hash_tree
+from d2c_mlx.utils.lock import locked
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from tiny import library
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.config_file import load_config
-from d2c_mlx.errors import InputError, InputWarning, PackError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.living import remove_tasks
-from d2c_mlx.pack import load_pack
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.pipeline import run
-from d2c_mlx.stages import Record
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.records import Record
+from d2c_mlx.utils.errors import InputError, InputWarning, PackError
+from d2c_mlx.utils.files import hash_tree
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["a", "b", "c", "d"]
@@ -186,7 +186,7 @@ def test_mixed_ranks_modules_and_ties(config):
 @pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
 def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
     """An interrupt in the middle of a directory leaves none, and the next run makes it whole."""
-    from d2c_mlx.adapter import Adapter
+    from d2c_mlx.adapters.adapter import Adapter
 
     save, calls = Adapter.save, []
 

@@ -6,9 +6,9 @@ import sys
 import mlx.core as mx
 import pytest
 
-from d2c_mlx.batches import BatchCost, shared_prefix, split_rows
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.schedule import Kept, Workers, lots
+from d2c_mlx.evaluate.batches import BatchCost, shared_prefix, split_rows
+from d2c_mlx.evaluate.workers import Kept, Workers, lots
+from d2c_mlx.models.examples import Example, ExampleSet
 
 
 def test_rows_are_cut_where_padding_would_cost_more():
@@ -71,7 +71,7 @@ def test_a_process_whose_threads_evaluated_ends_well():
 import d2c_mlx
 import mlx.core as mx
 from types import SimpleNamespace
-from d2c_mlx.schedule import Workers
+from d2c_mlx.evaluate.workers import Workers
 
 def evaluate(some):
     x = mx.ones((50, 50))

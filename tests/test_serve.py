@@ -34,11 +34,11 @@ from served import (  # noqa: F401  fixtures
 )
 from test_serving import ABOUT, ADAPTERS
 
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_pack
-from d2c_mlx.routing import load_router
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.router import load_router
 
 
 def test_openais_client_gets_what_stock_mlx_lm_generates(pack, mixed, answer):

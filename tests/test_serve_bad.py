@@ -31,9 +31,9 @@ from served import (  # noqa: F401  fixtures
     text,
 )
 
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.scheduler import Turn
-from d2c_mlx.server import Limits
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.scheduler import Turn
+from d2c_mlx.serve.server import Limits
 
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 # Fields of sampling that ended the batch, and what was left of it.

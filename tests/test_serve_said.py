@@ -12,12 +12,12 @@ from test_serving import ABOUT, ADAPTERS
 from tiny import CHAT_TEMPLATE, task, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from d2c_mlx.mixed import MixedModel
-from d2c_mlx.model import BaseModel
-from d2c_mlx.packing import write_pack
-from d2c_mlx.routing import fit_router, load_router, save_router
-from d2c_mlx.server import PackServer
-from d2c_mlx.tasks import load_task
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.router import fit_router, load_router, save_router
+from d2c_mlx.serve.server import PackServer
 
 BOS = "<|endoftext|>"
 # Said whole, as one token each, and then the answer ends.

@@ -18,13 +18,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import LAYERS, SHAPES, tiny_model
 
 import d2c_mlx
-from d2c_mlx.adapter import Adapter
-from d2c_mlx.errors import AdapterError, ModelError, PackError
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.serving import switch
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.attach import switch
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
 Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
 TOKENS = mx.arange(1, 25)[None] * 7 % 250
@@ -186,4 +186,4 @@ def test_the_package_stays_light():
         "print(json.dumps([light, load.__module__, hasattr(d2c_mlx, 'nothing')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[], "d2c_mlx.serving", False]
+    assert json.loads(done.stdout) == [[], "d2c_mlx.serve.load", False]

@@ -7,14 +7,14 @@ import pytest
 import slots
 from tiny import library
 
-from d2c_mlx.config import RunConfig
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.engine import Engine
-from d2c_mlx.merge import merge_adapters, scaled
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
-from d2c_mlx.probe import Evaluator
-from d2c_mlx.tasks import load_task
+from d2c_mlx.run.config import RunConfig
 
 NAMES = ["a", "b", "c", "d", "e"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from test_run import _started, config  # noqa: F401  a fixture
 
-from d2c_mlx.arriving import route_prompts
-from d2c_mlx.errors import PackError
-from d2c_mlx.files import hash_tree
-from d2c_mlx.pack import load_pack
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.pack_commands import route_prompts
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import hash_tree
 
 
 def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(config):

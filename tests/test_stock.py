@@ -17,18 +17,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 from tiny import library, tiny_model
 
-from d2c_mlx.adapter import LoRA
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.encoding import encode
-from d2c_mlx.engine import Engine
-from d2c_mlx.errors import ModelError
-from d2c_mlx.model import BaseModel
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.stock import StockModel, quantized_model
-from d2c_mlx.tasks import load_task
-from d2c_mlx.unpack import unpack
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.models.tokenize import encode
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.phone.stock_model import StockModel, quantized_model
+from d2c_mlx.utils.errors import ModelError
 
 ABOUT = {"model": "m", "config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
 
@@ -182,7 +182,9 @@ def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeyp
     assert quantized_model(str(source), 4)[2] == before
     file = source / name
     if not name:
-        monkeypatch.setattr("d2c_mlx.stock.version", lambda package: f"another {package}")
+        monkeypatch.setattr(
+            "d2c_mlx.phone.stock_model.version", lambda package: f"another {package}"
+        )
     elif name == "config.json":
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config | {"rope_theta": 500000.0}))
@@ -200,7 +202,7 @@ def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeyp
 TOGETHER = """
 import sys, time
 from pathlib import Path
-import d2c_mlx, d2c_mlx.stock as s
+import d2c_mlx, d2c_mlx.phone.stock_model as s
 model, root, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 def meet(name, seconds):
     (root / f"{name}-{me}").touch()
@@ -237,7 +239,7 @@ def test_quantized_models_are_not_quantized_again(paths):
 
 
 def test_widths_that_no_group_divides(paths, monkeypatch, tmp_path):
-    monkeypatch.setattr("d2c_mlx.stock.linear_shapes", lambda model: {"q": (48, 32)})
+    monkeypatch.setattr("d2c_mlx.phone.stock_model.linear_shapes", lambda model: {"q": (48, 32)})
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"no group size divides all of its widths \(48\)"):
         quantized_model(str(paths.model), 4)

@@ -5,10 +5,10 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 from mlx_lm.utils import load_tokenizer
 from tiny import task, tiny_model, write_jsonl
 
-from d2c_mlx.errors import InputError, TaskError
-from d2c_mlx.examples import Example, ExampleSet
-from d2c_mlx.model import BaseModel
-from d2c_mlx.tasks import load_task, load_tasks
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import load_task, load_tasks
+from d2c_mlx.utils.errors import InputError, TaskError
 
 
 def completion(i):

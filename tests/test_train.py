@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import library, log_probabilities, write_jsonl
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.files import hash_file
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.files import hash_file
 
 ROOT = Path(__file__).parents[1]
 # In a process of its own, after the imports of train.py in their order.

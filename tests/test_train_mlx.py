@@ -10,8 +10,8 @@ import pytest
 import yaml
 from tiny import LAYERS, SHAPES, tiny_model, write_jsonl
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.model import BaseModel
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "benchmarks" / "library" / "mlx.yaml"

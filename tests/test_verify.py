@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 
-from d2c_mlx.convert import read_adapter
-from d2c_mlx.errors import InputError, PackError
-from d2c_mlx.pack import load_pack
-from d2c_mlx.packing import write_compact_pack, write_pack
-from d2c_mlx.quantize import compress
-from d2c_mlx.rules import layout_problems
-from d2c_mlx.verify import verify
+from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import InputError, PackError
 
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 ABOUT = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}

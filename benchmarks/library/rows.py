@@ -23,7 +23,7 @@ import verbal
 from sources import SourceError, Sources
 from splits import LIMITS, split
 
-from d2c_mlx.files import fingerprint, hash_file, hash_tree, write_dir, write_json
+from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
 
 HERE = Path(__file__).parent
 # Task -> (module, kind, language).

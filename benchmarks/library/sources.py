@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from d2c_mlx.errors import D2CError
-from d2c_mlx.files import hash_file
+from d2c_mlx.utils.errors import D2CError
+from d2c_mlx.utils.files import hash_file
 
 KINDS = ("pypi", "npm", "debian", "installed", "url")
 # The snapshot keeps what a point release drops from the mirrors.

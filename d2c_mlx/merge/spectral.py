@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from d2c_mlx.merge.combine import ties
-from d2c_mlx.merge.core import CoreSpace
+from d2c_mlx.adapters.core_space import CoreSpace
+from d2c_mlx.merge.entrywise import ties
 
 __all__ = ["iso_c", "iso_cts", "knots", "tsv"]
 

@@ -1,0 +1,1 @@
+"""A LoRA in memory and in files. Imports `utils`."""

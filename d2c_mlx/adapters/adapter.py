@@ -1,0 +1,229 @@
+"""One LoRA adapter in memory and in the directory layout of mlx-lm and mlx-swift."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from d2c_mlx.adapters.float16 import LARGEST, balanced
+from d2c_mlx.utils.errors import AdapterError
+
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA", "zeros"]
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The update of one linear module: `y += scale * (x @ a) @ b`.
+
+    Attributes:
+        a: `(in, r)`.
+        b: `(r, out)`.
+        scale: kept apart from `b`, so that a conversion changes no bit of a stored factor.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `a`."""
+        return int(self.a.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(in, out)` of the linear module this belongs to."""
+        return int(self.a.shape[0]), int(self.b.shape[1])
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(a, b)` in float32 with the scale folded into b, so that dW^T = a @ b."""
+        a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
+        mx.eval(a, b)  # together: a GPU is waited for once
+        return np.array(a), np.array(b) * np.float32(self.scale)
+
+    def delta(self) -> np.ndarray:
+        """Dense dW in PyTorch's orientation, `(out, in)`, float32. For tests and tiny models."""
+        a, b = self.factors()
+        return (a @ b).T
+
+
+def _bits(x: mx.array) -> np.ndarray:
+    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named set of LoRA updates. A merged adapter is one with several `sources`.
+
+    Attributes:
+        name: directory name, and the task it serves.
+        modules: module path (`model.layers.0.self_attn.q_proj`) -> LoRA.
+        base: the base model's name, as its config states it.
+        sources: names of the adapters it was merged from; empty for an original.
+        origin: `owner/name@commit` if it was read from the Hugging Face hub.
+    """
+
+    name: str
+    modules: Mapping[str, LoRA]
+    base: str | None = None
+    sources: tuple[str, ...] = ()
+    origin: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(lora.rank for lora in self.modules.values())
+
+    def bounds(self) -> dict[str, float]:
+        """Module -> what the Frobenius norm of its dW cannot exceed: the sum over its components.
+
+        All are computed at once: one by one they take longer than reading the adapter.
+        """
+        loras = self.modules.values()
+        a, b = _row_norms([lora.a.T for lora in loras]), _row_norms([lora.b for lora in loras])
+        return {path: lora.scale * float(x @ y)
+                for (path, lora), x, y in zip(self.modules.items(), a, b)}  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of paths, shapes, dtypes, scales and values. Names do not count."""
+        sha = hashlib.sha256()
+        for path in sorted(self.modules):
+            lora = self.modules[path]
+            sha.update(f"{path}|{lora.scale!r}".encode())
+            for x in (lora.a, lora.b):
+                sha.update(f"{x.dtype}{tuple(x.shape)}".encode())
+                sha.update(_bits(x).tobytes())
+        return sha.hexdigest()
+
+    def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
+        """The same update with one rank and one scale, as mlx-lm's layout requires.
+
+        Where ranks or scales differ, smaller ranks are padded with zeros and scales folded into
+        b. Factors are cast to `dtype`; None keeps them exact (float32 once a scale was folded).
+
+        float16 has a small range: where a column of `a` or its row of `b` is out of it, both get
+        one size, by a power of two, so the update stays the same. What is then still too small
+        becomes zero.
+
+        Raises:
+            AdapterError: what is then still too large for float16.
+        """
+        modules = dict(self.modules)
+        if len({(lora.rank, lora.scale) for lora in modules.values()}) > 1:
+            rank = self.rank
+            modules = {path: _padded(lora, rank) for path, lora in modules.items()}
+        if dtype is None:
+            return replace(self, modules=modules)
+        if dtype == mx.float16:
+            modules = self._within_float16(modules)
+        modules = {
+            path: LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
+            for path, lora in modules.items()
+        }
+        return replace(self, modules=modules)
+
+    def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
+        fitted = {
+            path: LoRA(*balanced(lora.a, lora.b), lora.scale)
+            for path, lora in modules.items()
+            if not lora.a.dtype == lora.b.dtype == mx.float16  # exact already
+        }
+        peaks = {
+            path: mx.maximum(mx.abs(lora.a).max(), mx.abs(lora.b).max())
+            for path, lora in fitted.items()
+        }
+        mx.eval(list(peaks.values()))  # all at once
+        sizes = {path: float(np.array(peak)) for path, peak in peaks.items()}
+        large = [(path, size) for path, size in sizes.items() if size > LARGEST]
+        if large:
+            path, size = large[0]
+            raise AdapterError(
+                f"{self.name}: factors of {len(large)} modules are too large for float16, which"
+                f" ends at {LARGEST:.0f} (first: {path}: up to {size:.2g}); lower the scale or"
+                " train it again"
+            )
+        return {**modules, **fitted}
+
+    def config(self, n_layers: int) -> dict[str, object]:
+        """The `adapter_config.json` that mlx-lm and mlx-swift read. Needs a `uniform` adapter."""
+        lora = next(iter(self.modules.values()))
+        keys = sorted({".".join(path.split(".layers.")[1].split(".")[1:]) for path in self.modules})
+        return {
+            "base_model_name_or_path": self.base,
+            "fine_tune_type": "lora",
+            "num_layers": n_layers,
+            "lora_parameters": {
+                "rank": lora.rank,
+                "scale": lora.scale,
+                "dropout": 0.0,
+                "keys": keys,
+            },
+        }
+
+    def files(self, n_layers: int) -> dict[str, bytes]:
+        """File name -> content, as `save` writes them."""
+        same = self.uniform()
+        tensors = {}
+        for path in sorted(same.modules):
+            tensors[f"{path}.lora_a"] = same.modules[path].a
+            tensors[f"{path}.lora_b"] = same.modules[path].b
+        buffer = io.BytesIO()
+        mx.save_safetensors(buffer, tensors, metadata={"format": "mlx"})
+        config = json.dumps(same.config(n_layers), indent=2) + "\n"
+        return {WEIGHTS: buffer.getvalue(), CONFIG: config.encode()}
+
+    def nbytes(self, n_layers: int) -> int:
+        """Exact size in bytes of the files that `save` writes, headers and config included."""
+        return sum(len(content) for content in self.files(n_layers).values())
+
+    def save(self, directory: Path, n_layers: int) -> None:
+        """Write the two files of mlx-lm's layout into an existing or new `directory`.
+
+        Args:
+            directory: made if absent; the caller makes it atomic (`files.write_dir`).
+            n_layers: number of transformer blocks of the base model.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files(n_layers).items():
+            (directory / name).write_bytes(content)
+
+
+def zeros(
+    shapes: Mapping[str, tuple[int, int]], rank: int, dtype: mx.Dtype = mx.float32
+) -> dict[str, LoRA]:
+    """Updates of some modules, by path and `(in, out)`, whose bytes are those of any others."""
+    return {
+        path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
+        for path, (n_in, n_out) in shapes.items()
+    }
+
+
+def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:
+    """Euclidean norm of every row of every factor, float64; those of one width in one go."""
+    found: dict[int, np.ndarray] = {}
+    for width in {x.shape[1] for x in factors}:
+        some = [i for i, x in enumerate(factors) if x.shape[1] == width]
+        rows = mx.concatenate([factors[i] for i in some]).astype(mx.float32)
+        norms = np.array(mx.sqrt(mx.square(rows).sum(axis=1)), np.float64)
+        ends = np.cumsum([len(factors[i]) for i in some])[:-1]
+        found |= dict(zip(some, np.split(norms, ends)))
+    return [found[i] for i in range(len(factors))]
+
+
+def _padded(lora: LoRA, rank: int) -> LoRA:
+    width = rank - lora.rank
+    a, b = lora.a, lora.b
+    if lora.scale != 1.0:
+        b = b.astype(mx.float32) * lora.scale
+    return LoRA(mx.pad(a, [(0, 0), (0, width)]), mx.pad(b, [(0, width), (0, 0)]), 1.0)

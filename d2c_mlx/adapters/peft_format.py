@@ -1,0 +1,288 @@
+"""PEFT <-> MLX. The only file that knows PEFT.
+
+PEFT stores `lora_A (r, in)` and `lora_B (out, r)`, MLX their transposes; a conversion is a
+transpose and a scale and changes no bit of a factor. What A and B alone do not describe is
+refused by name. Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
+https://github.com/huggingface/peft.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
+from d2c_mlx.adapters.gguf_format import read_gguf_lora
+from d2c_mlx.adapters.mlx_format import (
+    DORA,
+    base_of,
+    check_adapter,
+    load_adapter,
+    pair_problems,
+    read_config,
+    read_tensors,
+)
+from d2c_mlx.utils.errors import AdapterError, InputError, collect
+from d2c_mlx.utils.parsing import match_end, positive
+
+__all__ = ["PEFT_WEIGHTS", "PICKLE", "read_adapter", "save_peft"]
+
+PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
+
+# Fields whose value never changes what A and B mean on the stock base model.
+_HARMLESS = frozenset(
+    "alpha_pattern arrow_config auto_mapping base_model_name_or_path corda_config eva_config"
+    " ensure_weight_tying exclude_modules inference_mode init_lora_weights layers_pattern"
+    " layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config"
+    " megatron_core peft_type peft_version qalora_group_size r rank_pattern revision"
+    " runtime_config target_modules task_type use_rslora".split()
+)
+# Fields that are refused when set, and why.
+_REFUSED = {
+    "use_dora": DORA,
+    "use_qalora": "QALoRA pools the input before A",
+    "use_bdlora": "block-diagonal LoRA stores factors in another layout",
+    "lora_bias": "a bias in lora_B is no low-rank delta",
+    "modules_to_save": "these modules are stored in full, beside the LoRA",
+    "trainable_token_indices": "trained token embeddings are stored beside the LoRA",
+    "target_parameters": "LoRA on bare parameters has another layout",
+    "layer_replication": "it changes the number of layers of the base model",
+    "fan_in_fan_out": "its factors are transposed",
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+}
+# Base models whose stored weights mlx-lm multiplies as it loads them: B A of the stored ones is not
+# dW of the loaded ones, and the factor differs by module.
+_FOLDED = frozenset({"falcon_h1"})
+_FOLDED_NAME = re.compile(r"falcon[-_ ]?h1", re.IGNORECASE)
+# Initialisations that also change the base model's weights.
+_BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_adapter(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    config: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
+
+    Args:
+        path: the directory of one adapter, or a `.gguf`.
+        shapes: module path -> (in, out) of the base model's linear modules.
+        config: the base model's config.json. GGUF orders rows by heads; and without it a base
+            whose weights mlx-lm changes is not refused.
+
+    Raises:
+        AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
+    """
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        _refuse_folded(path, config)
+        return read_gguf_lora(path, shapes, config)
+    found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
+    if len(found) > 1:
+        raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
+    gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
+    if not found and len(gguf) == 1:
+        _refuse_folded(gguf[0], config)
+        return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
+    if not found and (path / PICKLE).exists():
+        raise AdapterError(
+            f"{path / PICKLE}: a pickle can run code and is never loaded; save it again with PEFT's"
+            " save_pretrained(..., safe_serialization=True)"
+        )
+    if not found:
+        raise AdapterError(
+            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
+            " .gguf"
+        )
+    if found == [PEFT_WEIGHTS]:
+        _refuse_folded(path / PEFT_WEIGHTS, config)
+    adapter = _load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
+    check_adapter(adapter, shapes, path / found[0])
+    return adapter
+
+
+def _refuse_folded(where: Path, config: Mapping[str, Any] | None, name: str | None = None) -> None:
+    """Raise for a base of `_FOLDED`, known by its config or, without one, by its name."""
+    kind = (config or {}).get("model_type")
+    if kind in _FOLDED:
+        base = f"the base model's model_type is {kind!r}"
+    elif config is None and name and _FOLDED_NAME.search(name):
+        base = f"the base model is {name!r}"
+    else:
+        return
+    raise AdapterError(
+        f"{where}: {base}: mlx-lm folds this model's multipliers into its weights, so a LoRA means"
+        " another dW in PEFT and GGUF; use adapters in MLX's format only"
+    )
+
+
+def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
+    """One line per field of a PEFT config that A and B alone do not describe."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("bias", "none") != "none":
+        problems.append(f"{path}: bias is {config['bias']!r}, expected 'none': trained biases")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
+        problems.append(
+            f"{path}: init_lora_weights is {init!r}: it changes the base model's weights too;"
+            " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    # Of another kind they would count as unset, or as true, and change every scale.
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = config.get(field)
+        if value is not None and not isinstance(value, dict):
+            problems.append(
+                f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
+            )
+    if not isinstance(config.get("use_rslora") or False, bool):
+        problems.append(
+            f"{path}: use_rslora is {config['use_rslora']!r}, expected true or false, no quotes"
+        )
+    for field, value in config.items():
+        if not value or field in _HARMLESS or field == "bias":
+            continue
+        reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
+        problems.append(f"{path}: {field} is {value!r}: {reason}; it cannot be converted")
+    return problems
+
+
+def _pattern_lookup(
+    pattern: object, default: float, field: str, where: Path
+) -> Callable[[str], float]:
+    """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
+    if not isinstance(pattern, dict):
+        pattern = {}
+    bad = [key for key, value in pattern.items() if not positive(value)]
+    if bad:
+        raise AdapterError(
+            f"{where}: {field}: {bad[0]!r} is {pattern[bad[0]]!r}, expected a number above 0"
+        )
+
+    def lookup(path: str) -> float:
+        try:
+            return next((v for key, v in pattern.items() if match_end(key, path)), default)
+        except ValueError as error:
+            raise AdapterError(f"{where}: {field}: {error}") from None
+
+    return lookup
+
+
+def _load_peft(directory: Path) -> Adapter:
+    config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
+    errors: list[InputError] = []
+    problems = _refusals(config, where)
+    for field in ("r", "lora_alpha"):
+        if not positive(config.get(field)):
+            problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
+    tensors = collect(errors, lambda: read_tensors(weights)) or {}
+    pairs: dict[str, dict[str, mx.array]] = {}
+    other = []
+    for name, x in sorted(tensors.items()):
+        match = _TENSOR.fullmatch(name)
+        if match and x.ndim == 2:
+            pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
+        elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
+            other.append(name)
+    if other:
+        # PEFT stores whole embeddings beside their factors; the factors say what it is.
+        other.sort(key=lambda name: ".lora_" not in name)
+        problems.append(
+            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
+            f" with shape {tuple(tensors[other[0]].shape)}, expected"
+            f" {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
+        )
+    problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
+    problems += [line for error in errors for line in error.problems]
+    if problems:
+        raise AdapterError(problems)
+    modules = _scaled_modules(pairs, config, where)
+    return Adapter(directory.name, modules, base_of(config))
+
+
+def _scaled_modules(
+    pairs: Mapping[str, Mapping[str, mx.array]], config: Mapping[str, object], where: Path
+) -> dict[str, LoRA]:
+    """Give every factor pair the scale that PEFT would: alpha / r, or alpha / sqrt(r)."""
+    rank_of = _pattern_lookup(config.get("rank_pattern"), config["r"], "rank_pattern", where)  # type: ignore[arg-type]
+    alpha_of = _pattern_lookup(
+        config.get("alpha_pattern"),
+        config["lora_alpha"],  # type: ignore[arg-type]
+        "alpha_pattern",
+        where,
+    )
+    modules, problems = {}, []
+    for path, pair in sorted(pairs.items()):
+        rank = int(pair["lora_A"].shape[1])
+        if rank != rank_of(path):
+            problems.append(f"{where}: {path} has rank {rank}, but r says {rank_of(path)}")
+        scale = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        a, b = (mx.contiguous(pair[leaf]) for leaf in ("lora_A", "lora_B"))
+        modules[path] = LoRA(a, b, scale)
+    if problems:
+        raise AdapterError(problems)
+    return modules
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha for which alpha / rank is `scale`, one ulp off where no float64 gives it."""
+    guess = scale * rank
+    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
+    alpha = next((x for x in near if x / rank == scale), guess)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Write PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
+
+    Ranks and scales per module go into `rank_pattern` and `alpha_pattern`, so no factor changes.
+
+    Args:
+        adapter: any.
+        directory: made if need be.
+        config: the base model's config.json; without it the base is judged by its name alone.
+
+    Raises:
+        AdapterError: mlx-lm changes the weights of that base as it loads them; nothing is written.
+    """
+    _refuse_folded(directory, config, adapter.base)
+    directory.mkdir(parents=True, exist_ok=True)
+    first = next(iter(adapter.modules.values()))
+    rank, alpha = first.rank, _alpha(first.scale, first.rank)
+    tensors, rank_pattern, alpha_pattern = {}, {}, {}
+    for path, lora in sorted(adapter.modules.items()):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = mx.contiguous(lora.a.T)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = mx.contiguous(lora.b.T)
+        if lora.rank != rank:
+            rank_pattern[path] = lora.rank
+        if _alpha(lora.scale, lora.rank) != alpha:
+            alpha_pattern[path] = _alpha(lora.scale, lora.rank)
+    mx.save_safetensors(str(directory / PEFT_WEIGHTS), tensors, metadata={"format": "pt"})
+    about = {
+        "base_model_name_or_path": adapter.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": sorted(adapter.modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""How alike adapters are by their weights alone: cosines of dW, and features with these cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.adapter import Adapter
+
+__all__ = ["closest_scale", "gram", "similarity", "svd_features"]
+
+
+def gram(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, n)` inner products of the adapters' dW over all modules.
+
+    Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW;
+    in float64, because components may cancel.
+    """
+    n = len(adapters)
+    products = np.zeros((n, n))
+    with threadpool_limits(1):  # as in merge_adapters
+        for path in sorted({path for adapter in adapters for path in adapter.modules}):
+            here = [i for i in range(n) if path in adapters[i].modules]
+            factors = [adapters[i].modules[path].factors() for i in here]
+            a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
+            b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
+            inner = (a.T @ a) * (b @ b.T)
+            starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
+            blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
+            products[np.ix_(here, here)] += blocks
+    return products
+
+
+def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:
+    """The scale at which a merge is closest to adapters: least squares over all entries of dW.
+
+    0 where the merge has nothing in common with them, or is 0 itself.
+    """
+    products = gram([merged, *adapters])[0]
+    return float(products[1:].mean() / products[0]) if products[0] > 0 else 0.0
+
+
+def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
+    """`(n, n)` cosines of the adapters' dW over all modules."""
+    products = gram(adapters)
+    norm = np.sqrt(np.maximum(np.diagonal(products), 1e-30))
+    return products / np.outer(norm, norm)
+
+
+def svd_features(cosines: np.ndarray) -> np.ndarray:
+    """`(n, d)` SVD features of the flattened dW, each row of unit length, from their cosines.
+
+    The SVD of the matrix whose rows are the normalised dW, taken from its Gram matrix. (MBC
+    flattens A and B instead, which changes when both are rotated and dW is not.)
+    """
+    values, vectors = np.linalg.eigh(cosines)
+    keep = values > 1e-6 * values.max()
+    keep[-1] = True  # at least one feature, though no adapter may have a direction
+    features = vectors[:, keep] * np.sqrt(values[keep])
+    # An untrained adapter has dW = 0 and no direction: its row stays 0.
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,269 @@
+"""Where adapters come from: folders of them, single directories, GGUF files, Hugging Face ids."""
+
+from __future__ import annotations
+
+import errno
+import os
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
+from d2c_mlx.adapters.gguf_format import is_gguf_lora
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, read_adapter
+from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
+from d2c_mlx.utils.hub import HubId, download, head, list_files, parse_hub_id
+
+if TYPE_CHECKING:
+    from d2c_mlx.models.base_model import BaseModel
+
+__all__ = ["Source", "find_adapters", "read_adapters"]
+
+# At the top of a repository: a pattern without a star matches no checkpoint in a folder.
+_FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
+# What holds weights but not their scale, so no adapter by itself.
+_LOOSE = (".safetensors", ".bin")
+# Bytes of a name: a file has 255 at most, and while a directory is written more is put around it.
+_LONGEST = 240
+# Bytes at the head of a GGUF that hold its general.type; a converter writes it among the first.
+_HEAD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter that was found, not read yet.
+
+    Attributes:
+        name: of the adapter, and of the task that it serves.
+        path: its directory, or its `.gguf`.
+        origin: `owner/name@commit` if it came from the hub, whatever revision was asked for.
+        folder: of adapters that it was found in; None if it was named itself.
+    """
+
+    name: str
+    path: Path
+    origin: str | None = None
+    folder: Path | None = None
+
+
+def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -> list[Source]:
+    """Every adapter that an option names, sorted by name.
+
+    Args:
+        spec: one entry, or several as a sequence or separated by commas. An entry is a folder with
+            one subdirectory or `.gguf` per adapter (hidden ones are passed over; links to nothing
+            and other files of weights are refused), the directory of one adapter, a `.gguf`, or, if
+            there is no such path, a Hugging Face id of one adapter, `owner/name[@revision]`, the
+            only case that uses the network. An adapter is called as its directory, file or
+            repository; `NAME=ENTRY` calls it otherwise. Names are directories wherever they go:
+            of at most 240 bytes, not hidden, and no two of them one name on a Mac.
+        field: what the user gave it as, for errors.
+
+    Raises:
+        InputError: the problems of all entries, one line each.
+    """
+    entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
+    if isinstance(spec, str) and not _exists(Path(spec)):
+        entries = [entry.strip() for entry in spec.split(",")]
+    found = [
+        one for some in gather(partial(_entry, entry, field) for entry in entries) for one in some
+    ]
+    problems = _name_problems([one.name for one in found], ", ".join(entries))
+    if problems:
+        raise AdapterError(problems)
+    return sorted(found, key=lambda one: one.name)
+
+
+def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
+    """Read every adapter and check it against its base; all problems of all adapters at once.
+
+    Adapters whose configs name different base models get an `InputWarning`.
+    """
+
+    def read(source: Source) -> Adapter:
+        adapter = read_adapter(source.path, base.module_shapes, base.config)
+        return replace(adapter, name=source.name, origin=source.origin)
+
+    found = gather(partial(read, source) for source in sources)
+    _warn_of_bases(found)
+    return found
+
+
+def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
+    """Shapes alone do not tell a base model from its fine-tunes."""
+    named: dict[str, list[str]] = {}
+    for adapter in adapters:
+        if adapter.base:
+            named.setdefault(adapter.base, []).append(adapter.name)
+    if len(named) > 1:
+        listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
+        # A local path and an id may be the same model, so it is no error.
+        warnings.warn(
+            f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
+            " are the same model, leave out what was trained on another",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+
+
+def _entry(entry: str, field: str) -> list[Source]:
+    if not entry:
+        raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
+    path = Path(os.path.expanduser(entry))
+    there = _exists(path)
+    name, _, rest = entry.partition("=")
+    if rest and not there:
+        # No call for every sign: text that is no adapter may have thousands.
+        while (more := rest.partition("=")[2]) and not _exists(Path(os.path.expanduser(rest))):
+            rest = more
+        found = _entry(rest, field)
+        if len(found) > 1:
+            raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
+        return [replace(one, name=name) for one in found]
+    if there and path.is_dir():
+        # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
+        single = any((path / file).exists() for file in (*_FILES, PICKLE))
+        return [Source(path.resolve().name, path)] if single else _folder(path)
+    if there and _is_gguf(path):
+        return [Source(path.stem, path)]
+    hub = None if there else parse_hub_id(entry)
+    if hub is None:
+        raise AdapterError(
+            f"{entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
+            " directory, a .gguf file or owner/name[@revision]) or a folder of them"
+        )
+    return [_from_hub(hub)]
+
+
+def _exists(path: Path) -> bool:
+    """Also of text that is no path at all: a list of adapters is longer than any name may be."""
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        # Whatever else is wrong, such as a folder that may not be read, is for the user to know.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+def _folder(directory: Path) -> list[Source]:
+    inside = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
+    # Passed over, they would be missing from the merge and its budget without a word.
+    problems = [
+        f"{path}: a link to {path.readlink()}, which is not there; mend the link or remove it"
+        for path in inside
+        if not path.exists()
+    ]
+    problems += [
+        f"{path}: weights beside the adapters, expected in a folder of their own; move them into"
+        f" {directory.name}/<name> with their {CONFIG}, or out of here"
+        for path in inside
+        if path.suffix.lower() in _LOOSE and path.is_file()
+    ]
+    if problems:
+        raise AdapterError(problems)
+    found = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
+    found += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
+    if not found:
+        raise AdapterError(
+            f"{directory}: no adapters; expected one subdirectory per adapter with"
+            f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
+        )
+    return found
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _name_problems(names: Sequence[str], where: str) -> list[str]:
+    """Names that are there twice, or that other systems could not hold."""
+    problems = [f"{where}: the name {wrong}" for name in names if (wrong := _wrong(name))]
+    known: dict[str, str] = {}
+    for name in names:
+        # As APFS compares them.
+        folded = unicodedata.normalize("NFC", name).casefold()
+        other = known.setdefault(folded, "")
+        if other == name:
+            problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
+        elif other:
+            problems.append(
+                f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
+            )
+        known[folded] = name
+    return problems
+
+
+def _wrong(name: str) -> str | None:
+    """What is wrong with a name by itself."""
+    if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
+        return (
+            f"{ascii(name)} has characters that are not printable or is no name of a directory;"
+            " rename the adapter"
+        )
+    if name[0] == ".":
+        return f"{name!r} begins with a dot, and what is hidden is passed over; call it NAME=ENTRY"
+    nbytes = len(name.encode())
+    if nbytes > _LONGEST:
+        shown = f"{name[:20]}..."
+        return f"{shown!r} has {nbytes} bytes, expected at most {_LONGEST}; call it NAME=ENTRY"
+    return None
+
+
+def _from_hub(one: HubId) -> Source:
+    """Download what is needed of one repository, and no more."""
+    directory, commit = download(one, _FILES, "adapters", AdapterError)
+    name, origin = one.repo.rpartition("/")[2], f"{one.repo}@{commit}"
+    if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
+        return Source(name, directory, origin)
+    pinned = HubId(one.repo, commit)
+    # Other programs keep base models in the same cache.
+    kept = [file for file in sorted(directory.glob("*")) if _is_gguf(file) and _is_lora(file)]
+    if kept:
+        return Source(name, kept[0], origin)
+    file_name = _the_gguf(pinned)
+    directory, _ = download(pinned, [file_name], "adapters", AdapterError)
+    return Source(name, directory / file_name, origin)
+
+
+def _is_lora(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return is_gguf_lora(file.read(_HEAD))
+
+
+def _the_gguf(one: HubId) -> str:
+    """The name of a repository's GGUF LoRA; a base model is seen by its first bytes.
+
+    Raises:
+        AdapterError: there is none, or more than one.
+    """
+    files = list_files(one, "adapters", AdapterError)
+    found = [
+        file
+        for file in sorted(files)
+        if file.lower().endswith(".gguf")
+        and "/" not in file
+        and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
+    ]
+    if len(found) == 1:
+        return found[0]
+    if PICKLE in files:
+        raise AdapterError(
+            f"adapters: {str(one)!r} has only {PICKLE}: a pickle can run code and is never loaded;"
+            " ask its author for safetensors"
+        )
+    what = f"several GGUF adapters ({', '.join(found)})" if found else "no adapter at its top"
+    raise AdapterError(
+        f"adapters: {str(one)!r} has {what}; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
+        " GGUF LoRA: download what you mean, and give its path"
+    )

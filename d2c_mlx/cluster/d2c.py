@@ -1,0 +1,199 @@
+"""D2C, https://arxiv.org/abs/2601.17441: the loop of the paper, and moves from the best start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.cluster.local_search import Costs, improve, paired_partition, predicted_partition
+from d2c_mlx.cluster.partition import (
+    Clustering,
+    Problem,
+    canonical,
+    kmeans,
+    random_partition,
+    refill,
+)
+
+__all__ = ["INITS", "d2c"]
+
+INITS = ("adapters", "kmeans", "random", "table", "pairs")
+# How often a merge is mostly evaluated until its scale is found.
+_TUNINGS = 4
+
+
+def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
+    """A random first adapter, then always the one worst served by, and serving, the others."""
+    regret = problem.regret(problem.table)
+    distance = regret + regret.T
+    seeds = [int(rng.integers(problem.n))]
+    while len(seeds) < n_clusters:
+        nearest = distance[:, seeds].min(axis=1)
+        nearest[seeds] = -np.inf
+        seeds.append(int(np.argmax(nearest)))
+    return seeds
+
+
+def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
+    """The partition of round 0; from adapters, each task joins the seed that serves it best."""
+    if init == "kmeans":
+        return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
+    if init == "random":
+        return np.array(random_partition(problem.n, n_clusters, int(rng.integers(1 << 31))).labels)
+    if init == "table":
+        return np.array(predicted_partition(problem, n_clusters))
+    if init == "pairs":
+        return np.array(paired_partition(problem, n_clusters))
+    seeds = _farthest_seeds(problem, n_clusters, rng)
+    scores = problem.table[:, seeds]
+    labels = scores.argmin(axis=1)
+    served = problem.regret(scores)[np.arange(problem.n), labels]
+    return refill(labels, n_clusters, served)
+
+
+def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -> np.ndarray:
+    """`(n, k)` normalised regret of every task under the merge of every cluster.
+
+    Infinity where it is proven to be no reason to move: at most `eps` below the task's own
+    cluster's.
+    """
+    inside = [np.flatnonzero(labels == k).tolist() for k in range(n_clusters)]
+    outside = [np.flatnonzero(labels != k).tolist() for k in range(n_clusters)]
+    merges = [problem.merge(tuple(members)) for members in inside]
+    losses = np.full((problem.n, n_clusters), np.inf)
+    for k, own in enumerate(problem.losses(list(zip(merges, inside)))):
+        losses[inside[k], k] = own
+    # A hair above, so that rounding never rules out what would move.
+    limits = losses.min(axis=1) - eps * problem.gain + 1e-9
+    others = problem.losses(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
+    for k, other in enumerate(others):
+        losses[outside[k], k] = other
+    return problem.regret(losses)
+
+
+def _refine(
+    problem: Problem, labels: np.ndarray, n_clusters: int, rounds: int, eps: float, patience: int
+) -> tuple[tuple[int, ...], float, list[dict[str, Any]], str]:
+    """The loop of the paper from one start: `(best labels, objective, history, why it stopped)`."""
+    rows = np.arange(problem.n)
+    history: list[dict[str, Any]] = []
+    best, best_objective, stale, stopped = canonical(labels), np.inf, 0, "rounds"
+    seen = set()
+    for _ in range(rounds + 1):
+        seen.add(canonical(labels))
+        scores = _scores(problem, labels, n_clusters, eps)
+        served = scores[rows, labels]
+        objective = float(served.mean())
+        history.append({"objective": objective, "labels": list(canonical(labels))})
+        # The objective may rise: a merge does not minimise its cluster's loss. Keep the best.
+        if objective < best_objective - 1e-12:
+            best, best_objective, stale = canonical(labels), objective, 0
+        else:
+            stale += 1
+            if stale >= patience:
+                stopped = "no progress"
+                break
+        wish = scores.argmin(axis=1)
+        moved = np.where(scores[rows, wish] < served - eps, wish, labels)
+        moved = refill(moved, n_clusters, scores[rows, moved])
+        if canonical(moved) == canonical(labels):
+            stopped = "converged"
+            break
+        if canonical(moved) in seen:
+            stopped = "repeated"
+            break
+        labels = moved
+    return best, best_objective, history, stopped
+
+
+def d2c(
+    problem: Problem,
+    n_clusters: int,
+    *,
+    search: str = "paper",
+    init: Sequence[str] = ("table", "kmeans"),
+    rounds: int = 10,
+    restarts: int = 1,
+    seed: int = 0,
+    eps: float = 1e-3,
+    patience: int | None = None,
+) -> Clustering:
+    """D2C: which adapters to merge, decided by the probe losses of merges.
+
+    Args:
+        problem: what can be asked.
+        n_clusters: K; at N or more every adapter stays alone.
+        search: "paper": move each task to the cluster whose merge serves it best, merge again,
+            repeat, from every start. "moves": single moves and swaps, each judged by the merges
+            that it changes, from the best start.
+        init: starts to try: "adapters" (K single adapters as the first merges, farthest first),
+            "kmeans", "random", "table" (`moves.predicted_partition`), "pairs"
+            (`moves.paired_partition`, which costs as much as the probe table). The best by
+            normalised regret wins, the first among equals.
+        rounds: most reassignments of one start of the paper's loop.
+        restarts: draws per kind of start; K-Means, the table and one cluster need only one.
+        seed: of all random choices.
+        eps: a task moves only if its regret falls by more.
+        patience: stop after this many rounds of the paper's loop without a new best (None: 2), or
+            proposals of moves that failed in a row (None: 10).
+
+    Returns:
+        The best partition that was seen, with the history of the run that found it.
+    """
+    if n_clusters >= problem.n:
+        return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
+    if patience is None:
+        patience = 2 if search == "paper" else 10
+    found: list[Clustering] = []
+    starts: list[dict[str, Any]] = []
+    costs = Costs(problem)
+    draws = [
+        (kind, restart)
+        for kind in init
+        for restart in range(1 if kind in ("kmeans", "table", "pairs") else restarts)
+    ]
+    if n_clusters == 1:
+        draws = draws[:1]
+    for place, (kind, restart) in enumerate(draws):
+        _foresee(problem, n_clusters, search, patience, len(draws) - place)
+        rng = np.random.default_rng([seed, restart, INITS.index(kind)])
+        labels = _start(problem, n_clusters, kind, rng)
+        if search == "paper":
+            best, objective, history, stopped = _refine(
+                problem, labels, n_clusters, rounds, eps, patience
+            )
+        else:
+            best, objective = canonical(labels), costs.objective(labels)
+            history, stopped = [{"objective": objective, "labels": list(best)}], "compared"
+        found.append(Clustering("d2c", best, objective, history, seed, kind, stopped))
+        starts.append(
+            {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
+        )
+    # The first among equals, rounding apart.
+    lowest = min(start["objective"] for start in starts)
+    place = next(i for i, start in enumerate(starts) if start["objective"] <= lowest + 1e-12)
+    winner = found[place]
+    if search == "moves":
+        history, stopped = improve(costs, winner.labels, eps, patience)
+        winner = replace(
+            winner,
+            labels=tuple(history[-1]["labels"]),
+            objective=history[-1]["objective"],
+            history=history,
+            stopped=stopped,
+        )
+    problem.foresee([])
+    return replace(winner, starts=starts)
+
+
+def _foresee(problem: Problem, n_clusters: int, search: str, patience: int, n_starts: int) -> None:
+    """About what the starts that are left will ask for, and the moves from the best of them."""
+    if search == "paper":
+        # All tasks under every merge; what later rounds add, bounds save.
+        times = n_starts * (_TUNINGS + n_clusters)
+    else:
+        times = n_starts * _TUNINGS + patience // n_clusters
+    problem.foresee([tuple(range(problem.n))] * times)

@@ -1,0 +1,240 @@
+"""Single moves and swaps, each judged by the merges that it changes.
+
+The loop of the paper compares a task's own cluster, which has its adapter in it, with others that
+have not: from a partition, nothing moves (self-inclusion). Here a move of task i from A to B is
+what it does to both: the regrets under merge(A without i) and merge(B with i) against those under
+merge(A) and merge(B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.cluster.partition import Members, Problem, canonical
+
+__all__ = ["Costs", "improve", "paired_partition", "predicted_partition"]
+
+Groups = list[Members]
+
+
+class Costs:
+    """What it costs to merge some adapters: the summed regret of their tasks, each asked once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._known: dict[Members, float] = {}
+        self._harm = problem.harm
+
+    def __call__(self, members: Members) -> float:
+        """Measured on the merge, its scale tuned; 0 for a single adapter."""
+        if len(members) == 1:
+            return 0.0
+        if members not in self._known:
+            self._known[members] = self._measured(members)
+        return self._known[members]
+
+    def tried(self, members: Members, like: Members) -> float:
+        """Measured at the scale of the measured cluster `like`: a third of the evaluations."""
+        if len(members) == 1 or len(like) == 1 or members in self._known:
+            return self(members)
+        return self._measured(members, like)
+
+    def _measured(self, members: Members, like: Members = ()) -> float:
+        tasks = list(members)
+        (losses,) = self.problem.losses([(self.problem.merge(members, like), tasks)])
+        return float(self.problem.regret(losses, np.array(tasks)).sum())
+
+    def objective(self, labels: Sequence[int] | np.ndarray) -> float:
+        """Mean regret of all tasks under a partition."""
+        return sum(self(group) for group in groups_of(labels)) / self.problem.n
+
+    def predicted(self, members: Members) -> float:
+        """From single adapters alone: a merge serves a task as its members do on average."""
+        return float(self._harm[np.ix_(members, members)].sum()) / len(members)
+
+    def expected(self, members: Members, like: Members) -> float:
+        """Predicted, times what a measured cluster cost above its own prediction."""
+        if members in self._known or len(members) == 1:
+            return self(members)
+        known, prediction = self(like), self.predicted(like)
+        ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
+        return ratio * self.predicted(members)
+
+
+def groups_of(labels: Sequence[int] | np.ndarray) -> Groups:
+    """Members of every cluster."""
+    where = np.asarray(labels)
+    return [tuple(np.flatnonzero(where == k).tolist()) for k in np.unique(where)]
+
+
+def _labels(groups: Groups, n: int) -> tuple[int, ...]:
+    labels = np.empty(n, int)
+    for k, members in enumerate(groups):
+        labels[list(members)] = k
+    return canonical(labels)
+
+
+def _neighbours(groups: Groups) -> Iterator[tuple[int, int, Members, Members]]:
+    """Every move and swap as (a, b, a's new members, b's) that gives another partition.
+
+    No cluster becomes empty.
+    """
+    for a, from_a in enumerate(groups):
+        for b, from_b in enumerate(groups):
+            for i in from_a:
+                rest, more = _without(from_a, i), _with(from_b, i)
+                if a != b and rest:
+                    yield a, b, rest, more
+                # A swap of two single adapters changes nothing.
+                if a < b and (rest or len(from_b) > 1):
+                    for j in from_b:
+                        yield a, b, _with(rest, j), _without(more, j)
+
+
+def _with(members: Members, i: int) -> Members:
+    return tuple(sorted((*members, i)))
+
+
+def _without(members: Members, i: int) -> Members:
+    return tuple(j for j in members if j != i)
+
+
+def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
+    """The partition that single adapters predict to be the best; asks nothing of the model."""
+    return _agglomerated(problem.harm, n_clusters)
+
+
+def paired_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
+    """The partition that merges of two predict to be the best.
+
+    Asks for all n (n - 1) / 2 of them, on two tasks each and at the scale of the first: about
+    what the probe table costs.
+    """
+    n, first = problem.n, (0, 1)
+    harm = np.zeros((n, n))
+    for i in range(n - 1):
+        pairs = [[i, j] for j in range(i + 1, n)]
+        merges = [problem.merge(tuple(pair), () if tuple(pair) == first else first)
+                  for pair in pairs]  # fmt: skip
+        for (_, j), losses in zip(pairs, problem.losses(list(zip(merges, pairs)))):
+            harm[i, j] = harm[j, i] = problem.regret(losses, np.array([i, j])).sum()
+    return _agglomerated(harm, n_clusters)
+
+
+def _agglomerated(harm: np.ndarray, n_clusters: int) -> tuple[int, ...]:
+    """The two clusters whose union costs least more become one until `n_clusters` are left.
+
+    Then the best move or swap, while one helps.
+    """
+    member = np.eye(len(harm))  # (clusters, n)
+    while len(member) > n_clusters:
+        size, mutual = member.sum(axis=1), member @ harm @ member.T
+        total = np.diag(mutual)
+        cost = total / size
+        union = (mutual + mutual.T + total[:, None] + total) / (size[:, None] + size)
+        rise = union - cost[:, None] - cost
+        # Of equal ones the first pair, by its later cluster.
+        rise[np.triu_indices(len(rise))] = np.inf
+        b, a = np.unravel_index(np.argmin(rise), rise.shape)
+        member[a] += member[b]
+        member = np.delete(member, b, axis=0)
+    labels = member.argmax(axis=0)
+    while step := _best_step(harm, labels, n_clusters):
+        for i, k in step:
+            labels[i] = k
+    return canonical(labels)
+
+
+def _best_step(
+    harm: np.ndarray, labels: np.ndarray, n_clusters: int
+) -> list[tuple[int, int]] | None:
+    """The move or swap that lowers the predicted cost most, as `(task, cluster)`; None: none does.
+
+    Args:
+        harm: `(n, n)`, zeros on the diagonal.
+        labels: `(n,)`.
+        n_clusters: none of them empty.
+    """
+    tasks, member = np.arange(len(harm)), np.eye(n_clusters)[labels]  # (n, clusters)
+    both = harm + harm.T
+    mutual = both @ member  # (n, clusters), what task i and the members of k do to each other
+    size, total = member.sum(axis=0), (mutual * member).sum(axis=0) / 2
+    cost, own = total / size, size[labels]
+    rest = total[labels] - mutual[tasks, labels]  # what is left of its cluster without task i
+    left = np.where(own > 1, rest / np.maximum(own - 1, 1), np.inf)  # no cluster becomes empty
+    moves = left[:, None] + (total + mutual) / (size + 1) - cost[labels][:, None] - cost
+    moves[tasks, labels] = np.inf
+    # `(n, n)`, the cost of the cluster of i when j has taken its place.
+    swapped = (rest[:, None] + mutual.T[labels] - both) / own[:, None]
+    swaps = swapped + swapped.T - cost[labels][:, None] - cost[labels]
+    swaps[labels[:, None] == labels] = np.inf
+    i, k = np.unravel_index(np.argmin(moves), moves.shape)
+    a, b = np.unravel_index(np.argmin(swaps), swaps.shape)
+    if min(moves[i, k], swaps[a, b]) > -1e-9:
+        return None
+    if moves[i, k] <= swaps[a, b]:
+        return [(int(i), int(k))]
+    return [(int(a), int(labels[b])), (int(b), int(labels[a]))]
+
+
+def improve(
+    costs: Costs, labels: Sequence[int], eps: float, patience: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Moves and swaps, the most promising first, while they lower the measured objective.
+
+    Args:
+        costs: of clusters.
+        labels: where to start.
+        eps: a step must lower the summed regret by more.
+        patience: stop after this many steps in a row that did not.
+
+    Returns:
+        Objective and labels of the start and after every step taken, and why it ended.
+    """
+    n, groups, failed = costs.problem.n, groups_of(labels), 0
+    history = [{"objective": costs.objective(labels), "labels": list(_labels(groups, n))}]
+    tried: set[frozenset[Members]] = set()
+    while True:
+        steps = _promising(costs, groups)
+        for place, (a, b, new_a, new_b) in enumerate(steps):
+            if frozenset((new_a, new_b)) in tried:
+                continue
+            tried.add(frozenset((new_a, new_b)))
+            # What is asked for if none of them helps: of a step mostly one merge, see `_lowers`.
+            ahead = steps[place : place + patience - failed]
+            costs.problem.foresee([max(step[2:], key=len) for step in ahead])
+            if _lowers(costs, (groups[a], groups[b]), (new_a, new_b), eps):
+                groups[a], groups[b], failed = new_a, new_b, 0
+                objective = sum(map(costs, groups)) / n
+                history.append({"objective": objective, "labels": list(_labels(groups, n))})
+                break
+            failed += 1
+            if failed >= patience:
+                return history, "patience"
+        else:
+            return history, "converged"
+
+
+def _lowers(costs: Costs, old: tuple[Members, ...], new: tuple[Members, ...], eps: float) -> bool:
+    """Whether a step lowers the cost; its scales are tuned only if it does so without."""
+    most = costs(old[0]) + costs(old[1]) - eps
+    # A cluster hardly ever costs less than 0, so mostly one of the two is enough to say no.
+    one = costs.tried(new[1], old[1])
+    if one >= most or one + costs.tried(new[0], old[0]) >= most:
+        return False
+    return costs(new[0]) + costs(new[1]) < most
+
+
+def _promising(costs: Costs, groups: Groups) -> list[tuple[int, int, Members, Members]]:
+    """All steps, those with the largest expected fall first, ties in the order of the tasks."""
+    steps = list(_neighbours(groups))
+
+    def change(step: tuple[int, int, Members, Members]) -> float:
+        a, b, new_a, new_b = step
+        new = costs.expected(new_a, groups[a]) + costs.expected(new_b, groups[b])
+        return new - costs(groups[a]) - costs(groups[b])
+
+    return sorted(steps, key=change)

@@ -1,0 +1,1 @@
+"""A budget in bytes: rank and bits of what is stored. Imports `merge` and below."""

@@ -1,0 +1,89 @@
+"""Budgets: "12.5%" of the adapters' own bytes, "40MB", or "5" adapters."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from d2c_mlx.utils.errors import BudgetError
+
+__all__ = ["Budget", "parse_budget"]
+
+_UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be stored. Exactly one of the three is set.
+
+    Attributes:
+        text: as the user wrote it.
+        percent: of the size of all input adapters written in mlx-lm's layout, in the dtype of the
+            base's activations (16 bit but for a base stored in float32).
+        nbytes: bytes of all adapter files together (weights and configs; 1 MB = 1,000,000).
+        n_adapters: number of adapters.
+    """
+
+    text: str
+    percent: float | None = None
+    nbytes: int | None = None
+    n_adapters: int | None = None
+
+    def allowed_bytes(self, total: int) -> int | None:
+        """Bytes that may be used, of inputs that take `total`; None if only the number counts."""
+        if self.percent is not None:
+            return int(total * self.percent / 100)
+        return self.nbytes
+
+    def allowed_adapters(self, sizes: list[int], largest: int) -> int:
+        """How many merged adapters fit, whatever the clusters.
+
+        Args:
+            sizes: bytes of each input adapter, as a pack stores it.
+            largest: bytes of an adapter with the largest rank and every target module, which no
+                merge exceeds.
+
+        Raises:
+            BudgetError: not even one fits.
+        """
+        if self.n_adapters is not None:
+            return min(self.n_adapters, len(sizes))
+        allowed = self.allowed_bytes(sum(sizes)) or 0
+        if allowed >= sum(sizes):
+            return len(sizes)
+        if allowed < largest:
+            raise BudgetError(
+                f"budget: {self.text} is {allowed:,} bytes, and one merged adapter takes"
+                f" {largest:,}; give at least {math.ceil(1e4 * largest / sum(sizes)) / 100:.2f}% or"
+                f" {math.ceil(largest / 1000)}KB"
+            )
+        return min(allowed // largest, len(sizes))
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget.
+
+    Raises:
+        BudgetError: unreadable, zero or negative.
+    """
+    expected = 'expected "12.5%", "40MB", "500KB" or a number of adapters such as "5"'
+    text = str(text)  # YAML gives a number of adapters as one
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise BudgetError(f"budget: {text!r} is not readable; {expected}")
+    number, unit = float(match[1]), match[2].upper()
+    if not math.isfinite(number * 1e12):
+        raise BudgetError(f"budget: {text[:12]!r}... is too large a number; {expected}")
+    nbytes = int(number * _UNITS.get(unit, 1))
+    if number <= 0 or (unit in _UNITS and nbytes == 0):
+        raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
+    if unit == "%":
+        return Budget(text, percent=number)
+    if unit in _UNITS:
+        return Budget(text, nbytes=nbytes)
+    if unit == "" and number.is_integer():
+        return Budget(text, n_adapters=int(number))
+    raise BudgetError(f"budget: {text!r} is not readable; {expected}")

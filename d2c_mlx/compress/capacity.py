@@ -1,0 +1,126 @@
+"""How much a budget holds of a library: bytes for what is merged, and adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from d2c_mlx.adapters.adapter import Adapter, zeros
+from d2c_mlx.compress.budget import Budget
+from d2c_mlx.compress.file_layout import usual_header_nbytes
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import BudgetError, ConfigError
+
+__all__ = ["GROUP_SIZE", "Capacity"]
+
+# Numbers of a planned pack that share a scale.
+GROUP_SIZE = 64
+
+
+class Capacity:
+    """Sizes of a library's adapters and of their merges, as packs store them, and what fits."""
+
+    def __init__(
+        self, base: BaseModel, inputs: Sequence[Adapter], budget: Budget, merge_rank: int | None
+    ) -> None:
+        """Of one library under one budget.
+
+        Args:
+            base: the model that all adapters are for.
+            inputs: the adapters.
+            budget: of the pack.
+            merge_rank: largest rank of a merge that was asked for; None is that of the adapters.
+        """
+        self._base, self._inputs = base, inputs
+        self.budget, self._merge_rank = budget, merge_rank
+
+    def nbytes(self, adapter: Adapter) -> int:
+        """Bytes of an adapter written in mlx-lm's layout, in the base's dtype."""
+        return adapter.uniform(self._base.dtype).nbytes(self._base.n_layers)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`nbytes` of each input adapter."""
+        return [self.nbytes(adapter) for adapter in self._inputs]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all input adapters, of which a budget in percent is a share."""
+        return sum(self.sizes)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Bytes that the pack may have; None if only the number of adapters counts."""
+        return self.budget.allowed_bytes(self.total)
+
+    @cached_property
+    def merge_rank(self) -> int:
+        """The largest rank of a merged adapter.
+
+        Raises:
+            ConfigError: no module has room for it, so it would be zeros, if memory held them.
+        """
+        largest = max(adapter.rank for adapter in self._inputs)
+        rank = self._merge_rank or largest
+        most = max(largest, *(min(self._base.module_shapes[path]) for path in self.target_paths))
+        if rank > most:
+            raise ConfigError(
+                f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
+                " modules exceeds"
+            )
+        return rank
+
+    @cached_property
+    def n_clusters(self) -> int:
+        """How many adapters the budget has room for, whatever is merged with what.
+
+        Raises:
+            BudgetError: not even one fits.
+        """
+        largest = max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
+        return self.budget.allowed_adapters(self.sizes, largest)
+
+    def nbytes_of_rank(self, rank: int) -> int:
+        """Bytes of a merged adapter with every module that some adapter has."""
+        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
+        union = replace(self._inputs[0], base=self.longest_base, modules=zeros(shapes, rank))
+        return self.nbytes(union)
+
+    @property
+    def longest_base(self) -> str | None:
+        """The base's name of those of the inputs that takes most bytes; a merge has one of them."""
+        return max((one.base for one in self._inputs), key=lambda name: len(json.dumps(name)))
+
+    @cached_property
+    def target_paths(self) -> list[str]:
+        """Every module that some adapter has."""
+        return sorted({path for adapter in self._inputs for path in adapter.modules})
+
+    @cached_property
+    def header_nbytes(self) -> int:
+        """What is set aside for the header of a compact pack."""
+        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
+        names = [adapter.name for adapter in self._inputs]
+        return usual_header_nbytes(names, self.longest_base or "", shapes, GROUP_SIZE)
+
+    @property
+    def room(self) -> int:
+        """`room_of` the library's own budget."""
+        return self.room_of(self.budget)
+
+    def room_of(self, budget: Budget) -> int:
+        """Bytes that a compact pack has for rows.
+
+        Raises:
+            BudgetError: the budget is below the header.
+        """
+        header = self.header_nbytes
+        nbytes = budget.allowed_bytes(self.total) or 0
+        if nbytes <= header:
+            raise BudgetError(
+                f"budget: {budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
+                f" to {header:,}; give more than that"
+            )
+        return nbytes - header

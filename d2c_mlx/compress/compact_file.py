@@ -1,0 +1,196 @@
+"""Many low-bit adapters in one safetensors file.
+
+A safetensors header takes about 100 bytes per tensor: for 240 factors of one adapter that is more
+than its numbers at 2 bit. So rows are stacked over adapters, modules and factors: one tensor per
+bits and row width. docs/packs.md has the layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from d2c_mlx.compress.affine import BITS, GROUP_SIZES, Quantized
+from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.file_layout import (
+    DTYPES,
+    FIELDS,
+    FORMAT,
+    VERSION,
+    Index,
+    header,
+    make_index,
+    tensor_name,
+    unfold,
+)
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.parsing import parse_json
+
+__all__ = [
+    "index_of",
+    "read_compact",
+    "read_index",
+    "write_compact",
+]
+
+
+def index_of(adapters: Sequence[Compressed]) -> Index:
+    """The index of adapters as `write_compact` writes it.
+
+    Raises:
+        PackError: adapters of different shapes or group sizes.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for path, levels in adapter.modules.items():
+            shape = (levels[0].a.width, levels[0].b.width)
+            if shapes.setdefault(path, shape) != shape:
+                raise PackError(
+                    f"{adapter.name}: {path}: found in, out = {shape}, others have {shapes[path]};"
+                    " a pack has one base model"
+                )
+    sizes = sorted({adapter.group_size for adapter in adapters if adapter.modules})
+    if len(sizes) > 1:
+        raise PackError(f"group sizes {sizes}: one pack has one; quantize all adapters alike")
+    counts = [
+        {path: {level.bits: level.rank for level in levels} for path, levels in a.modules.items()}
+        for a in adapters
+    ]
+    base = next((adapter.base for adapter in adapters if adapter.base), None)
+    names = [adapter.name for adapter in adapters]
+    return make_index(names, base, counts, shapes, sizes[0] if sizes else GROUP_SIZES[1])
+
+
+def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
+    """Write one file; the caller makes it atomic (`files.write_dir`). Sources are not kept.
+
+    The same adapters give the same bytes: the header is written here because the safetensors
+    package does not fix the order of metadata.
+    """
+    index = index_of(adapters)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in index.tensors()}
+    parts["counts"].append(index.counts)
+    for adapter in adapters:
+        for module, *_ in index.modules:
+            for level in adapter.modules.get(module, ()):
+                for factor in (level.a, level.b):
+                    for field in FIELDS[: 1 if factor.bits == 16 else 3]:
+                        rows = getattr(factor, field)
+                        parts[tensor_name(factor.bits, factor.width, field)].append(rows)
+    with open(path, "wb") as file:
+        file.write(header(index))
+        for name, (dtype, _) in index.tensors().items():
+            file.write(np.concatenate(parts[name]).astype(DTYPES[dtype]).tobytes())
+    return index
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise PackError(
+            f"{path}: missing, truncated or not a safetensors file ({reason}); copy it again"
+        ) from None
+
+
+def read_index(path: Path) -> Index:
+    """Read the index and check every tensor's type and shape against it; no rows are read.
+
+    Raises:
+        PackError: truncated, corrupt, or another format or version.
+    """
+    with _opened(path) as file:
+        return _index(path, file)
+
+
+def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no type
+    about = file.metadata() or {}
+    found = about.get("format"), about.get("version")
+    if found != (FORMAT, VERSION):
+        raise PackError(
+            f"{path}: format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version"
+            f" {VERSION}; read it with the d2c-mlx that wrote it"
+        )
+    try:
+        said = parse_json(about["index"])
+        counts = file.get_tensor("counts")
+        index = Index(
+            tuple(said["names"]),
+            said["base"],
+            unfold(said["modules"], counts.shape[1]),
+            tuple(said["bits"]),
+            said["group_size"],
+            counts,
+        )
+        size = len(index.names), len(index.modules), len(index.bits)
+        same = index.counts.dtype == np.uint8 and index.counts.shape == size
+        same &= set(index.bits) <= set(BITS) and index.group_size in GROUP_SIZES
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        actual = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+        if same and actual == index.tensors():
+            return index
+    except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
+        pass
+    raise PackError(f"{path}: its tensors are not those that its index lists; write the pack again")
+
+
+def read_compact(path: Path, adapter: int) -> Compressed:
+    """Read one adapter: its rows only.
+
+    Args:
+        path: what `write_compact` wrote.
+        adapter: position in the file.
+
+    Raises:
+        PackError: truncated, corrupt, another version, or no such adapter.
+    """
+    with _opened(path) as file:
+        index = _index(path, file)
+        if not 0 <= adapter < len(index.names):
+            raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
+        stacks = {}
+        for (bits, width), rows in index.rows().items():
+            if not rows[adapter]:
+                continue  # safetensors refuses an empty slice at the end
+            start = int(rows[:adapter].sum())
+            stop = start + int(rows[adapter])
+            stacks[bits, width] = [
+                file.get_slice(tensor_name(bits, width, field))[start:stop]
+                for field in FIELDS[: 1 if bits == 16 else 3]
+            ]
+    return Compressed(
+        index.names[adapter], _cut(path, index, adapter, stacks), index.group_size, index.base
+    )
+
+
+def _cut(
+    path: Path, index: Index, adapter: int, stacks: Mapping[tuple[int, int], list[np.ndarray]]
+) -> dict[str, tuple[Level, ...]]:
+    """Rows of one adapter -> levels of its modules."""
+    if not all(np.isfinite(x).all() for stack in stacks.values() for x in stack if x.dtype != "u4"):
+        raise PackError(f"{path}: adapter {adapter} holds NaN or infinity; write the pack again")
+    used = dict.fromkeys(stacks, 0)
+
+    def take(n: int, bits: int, width: int) -> Quantized:
+        start = used[bits, width]
+        used[bits, width] = stop = start + n
+        weight, *rest = (x[start:stop] for x in stacks[bits, width])
+        scales, biases = rest or [np.zeros((n, 0), np.float16)] * 2
+        return Quantized(weight, scales, biases, bits, index.group_size, width)
+
+    modules = {}
+    for (module, width, out), counts in zip(index.modules, index.counts[adapter]):
+        levels = [(int(n), bits) for n, bits in zip(counts, index.bits) if n]
+        if levels:
+            modules[module] = tuple(
+                Level(take(n, bits, width), take(n, bits, out)) for n, bits in levels
+            )
+    return modules

@@ -1,0 +1,109 @@
+"""Adapters in low-bit factors, as `quantize.py` makes them and `compact.py` stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compress.affine import Quantized, values_of
+from d2c_mlx.utils.grouping import alike
+
+__all__ = ["Compressed", "Level"]
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Components of one module at the same bits.
+
+    Attributes:
+        a: rows are the columns of `a`, `(n, in)`.
+        b: rows are those of `b`, `(n, out)`.
+    """
+
+    a: Quantized
+    b: Quantized
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return self.a.bits
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return len(self.a.weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.a.nbytes + self.b.nbytes
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """An adapter in low-bit factors.
+
+    Attributes:
+        name: of the adapter.
+        modules: module path -> its levels; modules without components are left out.
+        group_size: of all its factors.
+        base: the base model's name.
+        sources: names of the adapters it was merged from.
+    """
+
+    name: str
+    modules: Mapping[str, tuple[Level, ...]]
+    group_size: int = 64
+    base: str | None = None
+    sources: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors, without any header."""
+        return sum(level.nbytes for levels in self.modules.values() for level in levels)
+
+    def scaled(self, factor: float) -> Compressed:
+        """DW times a factor: the same codes and bytes, other scales and biases of every b."""
+        if factor == 1:
+            return self
+        modules = {
+            path: tuple(Level(level.a, level.b.scaled(factor)) for level in levels)
+            for path, levels in self.modules.items()
+        }
+        return replace(self, modules=modules)
+
+    def adapter(self, dtype: mx.Dtype = mx.float16) -> Adapter | None:
+        """The plain 16-bit adapter that is evaluated and unpacked; None is the base model.
+
+        Args:
+            dtype: of the base's activations; float16 is what `values` gives, others are cast.
+        """
+        if not self.modules:
+            return None
+        rank = max(sum(level.rank for level in levels) for levels in self.modules.values())
+        a, b = (
+            _padded([[getattr(x, name) for x in levels] for levels in self.modules.values()], rank)
+            for name in "ab"
+        )
+        modules = {path: LoRA(x.T, y) for path, x, y in zip(self.modules, a, b)}
+        return Adapter(self.name, modules, self.base, self.sources).uniform(dtype)
+
+
+def _padded(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
+    """Rows of every factor, level after level and then zeros, float16 `(rank, width)`.
+
+    Those of one width are parts of one array: an array each takes twice as long.
+    """
+    values = iter(values_of([part for levels in factors for part in levels]))
+    rows = [[next(values) for _ in levels] for levels in factors]
+    found: dict[int, mx.array] = {}
+    for width, members in alike(levels[0].width for levels in factors).items():
+        stack = np.zeros((len(members), rank, width), np.float16)
+        for place, i in zip(stack, members):
+            place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
+        found |= dict(zip(members, mx.array(stack)))
+    return [found[i] for i in range(len(factors))]

@@ -1,0 +1,215 @@
+"""Layout of a compact file: which rows are where, and the header that says so.
+
+Sizes are known before anything is quantized: a planner asks `compact_nbytes`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.compress.affine import columns
+from d2c_mlx.utils.errors import PackError
+
+__all__ = [
+    "COUNTED",
+    "DTYPES",
+    "FIELDS",
+    "FORMAT",
+    "VERSION",
+    "Index",
+    "compact_nbytes",
+    "header",
+    "make_index",
+    "usual_header_nbytes",
+    "tensor_name",
+    "unfold",
+]
+
+FORMAT, VERSION = "d2c-mlx-compact", "1"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U32": np.dtype("<u4"),
+    "F16": np.dtype("<f2"),
+    "U8": np.dtype("u1"),
+}
+_LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
+FIELDS = ("weight", "scales", "biases")
+# Most components of a module at the same bits: they are counted in one byte.
+COUNTED = 255
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Whose rows are where. Everything but the rows themselves.
+
+    Attributes:
+        names: of the adapters.
+        base: the base model's name.
+        modules: `(path, in, out)` of every module that some adapter has, in the file's order.
+        bits: that some module uses, falling.
+        group_size: of all rows.
+        counts: uint8 `(n_adapters, n_modules, n_bits)`, components at each bits.
+    """
+
+    names: tuple[str, ...]
+    base: str | None
+    modules: tuple[tuple[str, int, int], ...]
+    bits: tuple[int, ...]
+    group_size: int
+    counts: np.ndarray
+
+    def rows(self) -> dict[tuple[int, int], np.ndarray]:
+        """(bits, row width) -> rows of every adapter, `(n_adapters,)`; the tensors of the file."""
+        found = {}
+        widths = sorted({width for _, *shape in self.modules for width in shape})
+        for width in widths:
+            uses = np.array([shape.count(width) for _, *shape in self.modules])
+            for level, bits in enumerate(self.bits):
+                rows = self.counts[:, :, level].astype(np.int64) @ uses
+                if rows.any():
+                    found[bits, width] = rows
+        return dict(sorted(found.items(), reverse=True))
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (safetensors dtype, shape), in the file's order: wide types first."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("U8", self.counts.shape)}
+        for (bits, width), rows in self.rows().items():
+            words, groups = columns(width, bits, self.group_size)
+            n = int(rows.sum())
+            found[tensor_name(bits, width, "weight")] = ("F16" if bits == 16 else "U32", (n, words))
+            if groups:
+                found |= {tensor_name(bits, width, f): ("F16", (n, groups)) for f in FIELDS[1:]}
+        return dict(sorted(found.items(), key=lambda item: list(DTYPES).index(item[1][0])))
+
+
+def tensor_name(bits: int, width: int, field: str) -> str:
+    """`4bit.2048.weight`: all rows of 2048 numbers at 4 bits."""
+    return f"{bits}bit.{width}.{field}"
+
+
+def make_index(
+    names: Sequence[str],
+    base: str | None,
+    counts: Sequence[Mapping[str, Mapping[int, int]]],
+    shapes: Mapping[str, tuple[int, int]],
+    group_size: int,
+) -> Index:
+    """The index of adapters of which only the sizes are known yet.
+
+    Args:
+        names: of the adapters.
+        base: the base model's name.
+        counts: per adapter, module path -> bits -> number of components, 0 or more.
+        shapes: module path -> (in, out), of at least those modules.
+        group_size: one of `rounding.GROUP_SIZES`.
+
+    Raises:
+        PackError: more than 255 components of a module at the same bits.
+    """
+    paths = {path for one in counts for path, levels in one.items() if any(levels.values())}
+    modules = tuple((path, *shapes[path]) for path in paths)
+    modules = tuple(sorted(modules, key=lambda m: (_split(m[0])[0], m[1:], _split(m[0])[1])))
+    used = {b for one in counts for levels in one.values() for b, n in levels.items() if n}
+    bits = sorted(used, reverse=True)
+    table = np.array(
+        [[[one.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules] for one in counts],
+        np.int64,
+    ).reshape(len(counts), len(modules), len(bits))
+    if table.max(initial=0) > COUNTED:
+        raise PackError(f"{table.max()} components of one module at the same bits; {COUNTED} fit")
+    return Index(tuple(names), base, modules, tuple(bits), group_size, table.astype(np.uint8))
+
+
+def compact_nbytes(index: Index) -> int:
+    """Exact size in bytes of the file that holds what `index` says, header included."""
+    tensors = index.tensors().values()
+    return len(header(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
+
+
+def usual_header_nbytes(
+    names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
+) -> int:
+    """More than the header of most packs of these adapters, or merges: those at 4, 3 and 2 bits."""
+    full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
+    index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
+                       group_size)  # fmt: skip
+    # Numbers in the header may have a few digits more.
+    return len(header(index)) + 512
+
+
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+
+
+def header(index: Index) -> bytes:
+    """Length and JSON header of a safetensors file, padded to a multiple of 8."""
+    about = {
+        "base": index.base,
+        "names": index.names,
+        "bits": index.bits,
+        "group_size": index.group_size,
+        "modules": _folded(index.modules),
+    }
+    content: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "version": VERSION, "index": _dump(about)}
+    }
+    start = 0
+    for name, (dtype, shape) in index.tensors().items():
+        stop = start + _nbytes(dtype, shape)
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = _dump(content).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _split(path: str) -> tuple[str, int]:
+    """`model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, 3); -1 without a layer."""
+    match = _LAYER.fullmatch(path)
+    return (f"{match[1]}*{match[3]}", int(match[2])) if match else (path, -1)
+
+
+def _folded(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
+    """`[pattern, in, out, "0-15,17"]` per module of a block: 20 times shorter than paths."""
+    runs: list[list[Any]] = []
+    for path, width, out in modules:
+        pattern, layer = _split(path)
+        if not runs or runs[-1][:3] != [pattern, width, out]:
+            runs.append([pattern, width, out, []])
+        spans = runs[-1][3]
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    for run in runs:
+        some = [f"{low}-{high}" if high > low else f"{low}" for low, high in run[3]]
+        run[3] = ",".join(some) if run[3] != [[-1, -1]] else ""
+    return runs
+
+
+def unfold(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str, int, int], ...]:
+    """`(path, in, out)` of every module, from the index in a header.
+
+    Raises:
+        ValueError: more than `most`, or no index.
+    """
+    modules: list[tuple[str, int, int]] = []
+    for pattern, width, out, spans in runs:
+        for span in spans.split(","):
+            low, _, high = span.partition("-")
+            layers = range(int(low), int(high or low) + 1) if span else (-1,)
+            if len(layers) > most - len(modules):
+                raise ValueError(f"more than {most} modules")
+            for layer in layers:
+                path = pattern if layer < 0 else pattern.replace("*", str(layer))
+                modules.append((path, int(width), int(out)))
+    return tuple(modules)

@@ -1,0 +1,201 @@
+"""Low-bit factors: the leading singular components of a module's dW, a few bits each.
+
+Which component gets how many bits is the caller's choice; giving the leading ones more is
+LoRAQuant's idea (https://arxiv.org/abs/2510.26690). `gptq.py` has the rounding itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.core_space import factorise, to_core
+from d2c_mlx.compress.affine import BITS, GROUP_SIZES, Levels, Quantized, mixing, nearest, values_of
+from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.gptq import ridge, rounded
+from d2c_mlx.utils.errors import ConfigError
+
+__all__ = [
+    "Components",
+    "check_levels",
+    "components",
+    "compress",
+    "quantize_modules",
+    "svd_rows",
+]
+
+# Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
+Components = tuple[np.ndarray, np.ndarray]
+# Modules that are rounded together: what they need stays in the processor's cache.
+_AT_ONCE = 16
+
+
+def compress(
+    adapter: Adapter,
+    levels_of: Mapping[str, Levels],
+    group_size: int = 64,
+    rounds: int = 1,
+    parts: Mapping[str, Components] | None = None,
+) -> Compressed:
+    """Quantize every module of an adapter.
+
+    Args:
+        adapter: any ranks and scales.
+        levels_of: module path -> levels, for every module; `()` drops one.
+        group_size: one of `GROUP_SIZES`.
+        rounds: see `quantize_modules`.
+        parts: `components` of the adapter, if they are known.
+
+    Raises:
+        ConfigError: levels that are missing, of modules that the adapter has not, or malformed.
+    """
+    odd = sorted(set(levels_of) ^ set(adapter.modules))
+    if odd:
+        raise ConfigError(
+            f"levels: {len(odd)} modules have levels and are not in adapter {adapter.name!r}, or"
+            f" the reverse (first: {odd[0]}); give () to drop a module"
+        )
+    for levels in levels_of.values():
+        check_levels(levels, group_size)
+    parts = components(adapter) if parts is None else parts
+    kept = [path for path, (rows, _) in parts.items() if levels_of[path] and len(rows)]
+    kept.sort(key=lambda path: adapter.modules[path].shape)
+    found: dict[str, tuple[Level, ...]] = {}
+    # Small matrices: see merge/__init__.py.
+    with threadpool_limits(1):
+        for start in range(0, len(kept), _AT_ONCE):
+            some = kept[start : start + _AT_ONCE]
+            pairs = [parts[path] for path in some], [levels_of[path] for path in some]
+            found |= zip(some, quantize_modules(*pairs, group_size, rounds))
+    modules = {path: found[path] for path in sorted(found)}
+    return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
+
+
+def components(adapter: Adapter) -> dict[str, Components]:
+    """Module path -> the singular components of its dW."""
+    with threadpool_limits(1):
+        return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
+
+
+def check_levels(levels: Levels, group_size: int = 64) -> None:
+    """Raises ConfigError unless bits are known and fall, and every count is 1 or more."""
+    bits = [b for _, b in levels]
+    if not set(bits) <= set(BITS) or bits != sorted(set(bits), reverse=True):
+        raise ConfigError(f"levels: found bits {bits}, expected falling ones of {list(BITS)}")
+    if any(n < 1 for n, _ in levels):
+        raise ConfigError(f"levels: found {list(levels)}, expected 1 or more components in each")
+    if group_size not in GROUP_SIZES:
+        raise ConfigError(f"group_size: found {group_size}, expected one of {list(GROUP_SIZES)}")
+
+
+def quantize_modules(
+    parts: Sequence[Components], levels: Sequence[Levels], group_size: int = 64, rounds: int = 1
+) -> list[tuple[Level, ...]]:
+    """Quantize the leading singular components of every module's dW^T = a.T @ b.
+
+    Three things beat the nearest codes, at the same bytes. The rows of a level are mixed by an
+    orthogonal matrix, which leaves dW as it is and gives all of them the same size: otherwise the
+    rounding of the largest component dominates. Each row's rounding error is taken back as far as
+    the rows still to be rounded can (GPTQ, https://arxiv.org/abs/2210.17323; after the mixing
+    they can, since rows overlap). Then the other factor is solved anew for what is stored of this
+    one. The nearest codes stay if they are better, so the error is never above theirs.
+
+    Relative error of dW, all modules of the library's date-de (rank 8), nearest -> here: 8 bit
+    0.0071 -> 0.0038, 4 bit 0.118 -> 0.062, 3 bit 0.246 -> 0.126, 2 bit 0.509 -> 0.254.
+
+    Args:
+        parts: of every module at least one row, see `svd_rows`.
+        levels: at least one of every module; components beyond its rows are left out.
+        group_size: one of `GROUP_SIZES`.
+        rounds: how often both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
+            the error by another percent.
+
+    Returns:
+        Of every module one `Level` per level that got a component.
+    """
+    sizes = [_filled(some, len(a)) for some, (a, _) in zip(levels, parts)]
+    ranks = [sum(n for n, _ in some) for some in sizes]
+    every_a, every_b = zip(*parts)
+    best = [
+        nearest([one[:n] for one, n in zip(every, ranks)], sizes, group_size)
+        for every in (every_a, every_b)
+    ]
+    fixed = [mixing(some) @ b[:n] for some, b, n in zip(sizes, every_b, ranks)]
+    lowest = _squared_errors(parts, *map(_stacked, best)) if rounds else []
+    for _ in range(rounds):
+        codes_a, values_a = _rounded(fixed, every_b, every_a, sizes, group_size)
+        codes_b, fixed = _rounded(values_a, every_a, every_b, sizes, group_size)
+        for i, error in enumerate(_squared_errors(parts, values_a, fixed)):
+            if error < lowest[i]:
+                best[0][i], best[1][i], lowest[i] = codes_a[i], codes_b[i], error
+    return [tuple(map(Level, *pair)) for pair in zip(*best)]
+
+
+def _filled(levels: Levels, rank: int) -> list[tuple[int, int]]:
+    """The levels that get some of `rank` components, and how many."""
+    sizes = []
+    for n, bits in levels:
+        if rank > 0:
+            sizes.append((min(n, rank), bits))
+        rank -= n
+    return sizes
+
+
+def _rounded(
+    fixed: Sequence[np.ndarray],
+    same: Sequence[np.ndarray],
+    other: Sequence[np.ndarray],
+    sizes: Sequence[Levels],
+    group_size: int,
+) -> tuple[list[list[Quantized]], list[np.ndarray]]:
+    """Of every module the rows x that minimise `|same.T @ other - fixed.T @ x|`, rounded.
+
+    Returns:
+        Their levels, and the numbers that these stand for.
+    """
+    grams = [one @ one.T for one in fixed]
+    exact = [
+        np.linalg.solve(gram + ridge(gram), (x @ y.T) @ z)
+        for gram, x, y, z in zip(grams, fixed, same, other)
+    ]
+    found = rounded(exact, grams, sizes, group_size)
+    return [levels for levels, _ in found], [values for _, values in found]
+
+
+def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
+    """Rows `(n, in)`, `(n, out)`, float64: balanced SVD factors, the largest first, no zeros.
+
+    Args:
+        a: `(in, r)`.
+        b: `(r, out)`, the scale folded in.
+    """
+    if not a.shape[1]:
+        return a.T.astype(np.float64), b.astype(np.float64)
+    space = to_core([(a, b)])
+    core = space.weighted_sum(np.ones(1))
+    left, right = factorise(core, space.q_a, space.q_b, a.shape[1])
+    size = np.linalg.norm(left, axis=0)
+    order = np.argsort(-size, kind="stable")
+    # Both factors hold the root of the singular value: what is below 1e-7 of it is rounding.
+    order = order[size[order] > size.max() * 1e-7**0.5]
+    return left.T[order].astype(np.float64), right[order].astype(np.float64)
+
+
+def _stacked(parts: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:
+    """The numbers of every module's levels, float64 `(n, width)`."""
+    values = iter(values_of([part for some in parts for part in some]))
+    return [np.concatenate([next(values) for _ in some]).astype(np.float64) for some in parts]
+
+
+def _squared_errors(
+    parts: Sequence[Components], stored_a: Sequence[np.ndarray], stored_b: Sequence[np.ndarray]
+) -> list[float]:
+    """`|a.T @ b - qa.T @ qb|^2` of every module in Frobenius norm, from Gram matrices of rows."""
+    errors = []
+    for (a, b), qa, qb in zip(parts, stored_a, stored_b):
+        terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))
+        errors.append(sum(sign * np.sum((x @ y.T) * (u @ v.T)) for x, y, u, v, sign in terms))
+    return [float(error) for error in errors]

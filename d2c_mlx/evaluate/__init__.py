@@ -1,0 +1,1 @@
+"""Losses, exact and cached. Imports `models`, `adapters`, `cluster` and `utils`."""

@@ -1,0 +1,297 @@
+"""Probe evaluations: losses of many adapters on many tasks, never the same one twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.workers import Piece
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
+from d2c_mlx.utils.files import fingerprint
+
+__all__ = [
+    "Counts",
+    "Evaluator",
+    "Job",
+    "LossTable",
+    "Meter",
+    "Runner",
+    "Silent",
+    "probe_table",
+    "climb",
+    "tune_scale",
+]
+
+Job = tuple[Adapter | None, Sequence[ExampleSet]]
+
+
+class Meter(Protocol):
+    """What shows progress: told of tokens to come, then of tokens done."""
+
+    def foresee(self, n_tokens: int) -> None:
+        """About so much is to come, in place of what was foreseen before."""
+
+    def expect(self, n_tokens: int) -> None:
+        """More work is known of, which is part of what was foreseen."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Work is done."""
+
+
+class Silent:
+    """A meter that shows nothing."""
+
+    def foresee(self, n_tokens: int) -> None:
+        """About so much is to come, in place of what was foreseen before."""
+
+    def expect(self, n_tokens: int) -> None:
+        """More work is known of, which is part of what was foreseen."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Work is done."""
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Mean NLL per target token, in nats, of adapters on the tasks' probe examples.
+
+    Attributes:
+        tasks: task names, in row order.
+        adapters: adapter names, in column order.
+        values: `(n_tasks, n_adapters)`; NaN where it was not measured (null in the file).
+        base: `(n_tasks,)`, the bare base model.
+    """
+
+    tasks: tuple[str, ...]
+    adapters: tuple[str, ...]
+    values: np.ndarray
+    base: np.ndarray
+
+    @property
+    def individual(self) -> np.ndarray:
+        """`(n_tasks,)`: each task under its own adapter."""
+        return np.diagonal(self.values)
+
+    def to_json(self) -> dict[str, object]:
+        """The content of `losses.json`."""
+        return {
+            "unit": "mean NLL per target token (nats)",
+            "tasks": list(self.tasks),
+            "adapters": list(self.adapters),
+            "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
+            "base": self.base.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, list]) -> LossTable:
+        """Read what `to_json` wrote."""
+        return cls(
+            tuple(data["tasks"]),
+            tuple(data["adapters"]),
+            np.array(data["values"], float),
+            np.array(data["base"]),
+        )
+
+
+class Runner(Protocol):
+    """What evaluates: an `Engine`, or several ranks that share the work."""
+
+    def fingerprint(self, examples: ExampleSet) -> str:
+        """Of all that decides the bits of a loss, but the adapter."""
+
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+        """Yield (index of a piece, sum of its targets' NLL) as they come."""
+
+
+@dataclass
+class Counts:
+    """Evaluations of one adapter on one example set, and the tokens of those that were done.
+
+    One that was left at a cut counts as the share of its tokens that was evaluated.
+    """
+
+    asked: int = 0
+    done: float = 0
+    tokens: int = 0
+
+
+class Evaluator:
+    """Mean losses on a base model, each evaluated once and kept by content.
+
+    A key is the hash of (engine, base, adapter content, token ids): two equal merges share it,
+    whatever they are called. Source of the loss: mlx-lm's `default_loss` on the tokens that its
+    dataset classes mark.
+    """
+
+    def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
+        """Evaluate with `runner`; None evaluates everything again every time."""
+        self.runner, self._cache = runner, cache
+        self.meter: Meter = Silent()
+        self.counts = Counts()
+
+    def losses(
+        self, jobs: Sequence[Job], limits: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """Evaluate every job; what is known costs nothing.
+
+        An NLL is never negative, so the sum over some rows of a set bounds the sum over all: with
+        limits, a set is evaluated part by part and left at the first cut where its loss is proven
+        to be above its limit.
+
+        Args:
+            jobs: pairs of an adapter (None: the bare base) and the example sets to try it on.
+            limits: for each job `(n_sets,)`, in nats.
+
+        Returns:
+            For each job `(n_sets,)`: mean NLL per target token, in nats; infinity where it is
+            above its limit.
+
+        Raises:
+            InputError: a loss is no number, which names the adapter or the base.
+        """
+        self.counts.asked += sum(len(sets) for _, sets in jobs)
+        places = [(j, i) for j, (_, sets) in enumerate(jobs) for i in range(len(sets))]
+        found = [np.zeros(len(sets)) for _, sets in jobs]
+        n_targets = [np.array([one.n_targets for one in sets]) for _, sets in jobs]
+        most = max((len(one.parts) for _, sets in jobs for one in sets), default=0)
+        for number in range(1 if limits is None else most):
+            wanted = {}
+            for j, i in places:
+                one = jobs[j][1][i]
+                parts = (one,) if limits is None else one.parts
+                if number < len(parts) and np.isfinite(found[j][i]):
+                    wanted[j, i] = jobs[j][0], parts[number], one
+            for (j, i), value in zip(wanted, self._sums(list(wanted.values()))):
+                found[j][i] += value
+            for sums, n, limit in zip(found, n_targets, limits or ()):
+                sums[sums > limit * n] = np.inf
+        return [sums / n for sums, n in zip(found, n_targets)]
+
+    def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """As `losses`, the parts of a set side by side: few sets would leave cores idle."""
+        parts = [[part for one in sets for part in one.parts] for _, sets in jobs]
+        found = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
+        result = []
+        for (_, sets), some, losses in zip(jobs, parts, found):
+            starts = np.cumsum([0, *(len(one.parts) for one in sets)])[:-1]
+            n = np.array([part.n_targets for part in some])
+            result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
+        return result
+
+    def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
+        """The NLL sum of every (adapter, part, the set that it is part of)."""
+        keys = [self._key(adapter, part) for adapter, part, _ in wanted]
+        known: dict[str, float] = {}
+        missing = {}
+        for key, one in zip(keys, wanted):
+            value = self._cache.get(key) if self._cache else None
+            if value is None:
+                missing[key] = one
+            else:
+                known[key] = value
+        names = list(missing)
+        pieces = [(adapter, part) for adapter, part, _ in missing.values()]
+        self.meter.expect(sum(part.n_tokens for _, part in pieces))
+        odd: dict[int, float] = {}
+        for i, total in self.runner.run(pieces):
+            if not math.isfinite(total):
+                odd[i] = total
+                continue
+            known[names[i]] = total
+            if self._cache:
+                self._cache.put(names[i], total)
+            n_tokens = pieces[i][1].n_tokens
+            self.counts.done += n_tokens / missing[names[i]][2].n_tokens
+            self.counts.tokens += n_tokens
+            self.meter.advance(n_tokens)
+        if odd:  # Only now: other ranks wait until all is done.
+            first = min(odd)
+            raise _overflow(odd[first], *pieces[first])
+        return [known[key] for key in keys]
+
+    def _key(self, adapter: Adapter | None, part: ExampleSet) -> str:
+        digest = adapter.digest if adapter else "base"
+        return fingerprint([self.runner.fingerprint(part), digest])[:32]
+
+
+def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputError:
+    """Of a loss that is no number: neither JSON nor a comparison has a use for it."""
+    why = f"the loss on task {part.task!r} is {total}"
+    if adapter is None:
+        return ModelError(
+            f"the base model: {why}; its weights are damaged, or its numbers overflow"
+        )
+    return AdapterError(
+        f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
+    )
+
+
+def probe_table(
+    evaluator: Evaluator,
+    adapters: Sequence[Adapter],
+    probes: Sequence[ExampleSet],
+    measured: np.ndarray,
+) -> LossTable:
+    """Adapters, and the bare base, on the tasks' probe examples.
+
+    Args:
+        evaluator: on the base model of the adapters.
+        adapters: one per task.
+        probes: one per adapter, in the same order.
+        measured: `(n, n)` bool, whether task i is measured under adapter j.
+    """
+    tasks = [np.flatnonzero(column).tolist() for column in measured.T]
+    jobs: list[Job] = [(None, probes)]
+    jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
+    base, *columns = evaluator.losses(jobs)
+    values = np.full(measured.shape, np.nan)
+    for j, (some, losses) in enumerate(zip(tasks, columns)):
+        values[some, j] = losses
+    names = tuple(adapter.name for adapter in adapters)
+    return LossTable(tuple(p.task for p in probes), names, values, base)
+
+
+def tune_scale(
+    loss: Callable[[float], float], grid: Sequence[float], start: float | None = None
+) -> float:
+    """Walk downhill on an increasing `grid` from what is next to `start`; the best scale found.
+
+    Without `start` the walk begins in the middle.
+
+    A mean of near-orthogonal updates keeps about 1/T of each, so scales above 1 are common
+    (1.7 for three or four real adapters, 2.0 for twelve). Ties keep the smaller scale.
+    """
+    known: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in known:
+            known[i] = loss(grid[i])
+        return known[i]
+
+    best = len(grid) // 2
+    if start is not None:
+        best = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start)))
+    while True:
+        around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
+        winner = min(around, key=lambda i: (at(i), i))
+        if winner == best:
+            return grid[best]
+        best = winner
+
+
+def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
+    """The first of rising scales after which a regret rises, and the regret."""
+    best, lowest = scales[0], regret(scales[0])
+    for scale in scales[1:]:
+        found = regret(scale)
+        if found >= lowest:
+            break
+        best, lowest = scale, found
+    return best, lowest

@@ -1,0 +1,61 @@
+"""Losses on disk by content, shared by all stages, restarts and later runs of this user."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from d2c_mlx.utils.errors import D2CError
+
+__all__ = ["LossCache"]
+
+
+class LossCache:
+    """A table from key to loss in one SQLite file; several processes may use it at once.
+
+    A key is a hash of all that decides a loss, so an entry never becomes wrong and the file can be
+    deleted at any time.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Open or make the file; None keeps losses in memory only.
+
+        Raises:
+            D2CError: the file cannot be opened or is not a database.
+        """
+        self._path = path
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+            # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS losses (key TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID"
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise self._problem(error) from None
+
+    def get(self, key: str) -> float | None:
+        """The loss of a key, to the last bit, or None."""
+        try:
+            row = self._connection.execute("SELECT loss FROM losses WHERE key = ?", (key,))
+            found = row.fetchone()
+        except sqlite3.Error as error:
+            raise self._problem(error) from None
+        # SQLite has no NaN: it keeps a null, which is as good as nothing.
+        return None if found is None or found[0] is None else float(found[0])
+
+    def put(self, key: str, loss: float) -> None:
+        """Store one loss."""
+        try:
+            self._connection.execute("INSERT OR IGNORE INTO losses VALUES (?, ?)", (key, loss))
+        except sqlite3.Error as error:
+            raise self._problem(error) from None
+
+    def _problem(self, error: Exception) -> D2CError:
+        return D2CError(
+            f"{self._path}: cannot be used as the cache of losses ({error}); delete it, name"
+            " another directory in D2C_MLX_CACHE, or run with --without cache"
+        )

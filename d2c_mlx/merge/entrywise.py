@@ -1,0 +1,87 @@
+"""Merges entry by entry: mean, sign election (TIES), both after DARE, and EMR.
+
+Updates are `(T, q, p)` in core space, a result is `(q, p)`. Entries depend on the basis (as they
+do in the papers, where it is the model's): the QR of the stacked factors, adapters in their order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from d2c_mlx.adapters.core_space import CoreSpace
+from d2c_mlx.merge.sparsify import drop, trim
+
+__all__ = ["dare_linear", "dare_ties", "emr", "linear", "ties"]
+
+# Of the largest entry: sums below it are what rounding in float32 leaves.
+_CANCELLED = 1e-6
+
+
+def linear(space: CoreSpace, weights: np.ndarray) -> np.ndarray:
+    """Weighted sum `(q, p)` of the updates, `weights (T,)`.
+
+    Source: task arithmetic, https://arxiv.org/abs/2212.04089.
+    """
+    return space.weighted_sum(weights)
+
+
+def ties(updates: np.ndarray, density: float) -> np.ndarray:
+    """Trim, elect signs, mean of the entries that agree.
+
+    Equal updates merge to the trimmed update, at density 1 to themselves.
+
+    Source: TIES-Merging, https://arxiv.org/abs/2306.01708, on core entries as in
+    https://arxiv.org/abs/2509.17786.
+    """
+    return _agreeing_mean(trim(updates, density))
+
+
+def dare_linear(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
+    """Drop entries at random, rescale, mean: in expectation the mean of the updates.
+
+    Equal updates merge to themselves only in expectation, or at density 1.
+
+    Source: DARE, https://arxiv.org/abs/2311.03099, here on core entries.
+    """
+    return drop(updates, density, seed).mean(axis=0)
+
+
+def dare_ties(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
+    """Drop entries at random, rescale, elect signs, mean of the entries that agree.
+
+    Equal updates merge to themselves divided by `density` wherever any copy kept the entry.
+
+    Source: DARE, https://arxiv.org/abs/2311.03099, with the merge of
+    https://arxiv.org/abs/2306.01708, here on core entries.
+    """
+    return _agreeing_mean(drop(updates, density, seed))
+
+
+def emr(updates: np.ndarray) -> np.ndarray:
+    """The unified update: elected sign, largest magnitude of the entries that agree.
+
+    In the paper every task keeps a mask and a rescaler that make its own update of it again. They
+    cost bytes per task and no runtime applies them, so they are not made; alone the unified update
+    is larger than any single one. Equal updates merge to themselves.
+
+    Source: EMR-Merging, https://arxiv.org/abs/2405.17461, here on core entries.
+    """
+    return _elected(updates) * np.where(_agree(updates), np.abs(updates), 0).max(axis=0)
+
+
+def _agree(updates: np.ndarray) -> np.ndarray:
+    """`(T, q, p)`, bool: entries with the sign of the sum over the updates."""
+    sign = _elected(updates)
+    return (np.sign(updates) == sign) & (sign != 0)
+
+
+def _elected(updates: np.ndarray) -> np.ndarray:
+    """`(q, p)`: signs of the sums over the updates, 0 where they cancel but for rounding."""
+    total = updates.sum(axis=0)
+    return np.where(np.abs(total) > _CANCELLED * np.abs(updates).max(), np.sign(total), 0)
+
+
+def _agreeing_mean(updates: np.ndarray) -> np.ndarray:
+    agree = _agree(updates)
+    count = np.maximum(agree.sum(axis=0), 1).astype(updates.dtype)
+    return np.where(agree, updates, 0).sum(axis=0) / count

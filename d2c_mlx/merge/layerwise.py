@@ -1,0 +1,280 @@
+"""Merging block by block: every module is asked for what the members' own modules say.
+
+RegMean asks a module for the updates of its members on their inputs. But the blocks below are
+merged too, and what comes out of them is no longer what a member would have. Here a part of that
+is made up for: with inputs x under the merge and x_i under member i, a module's update dW is the
+least squares solution, over all members, of
+
+    x dW = x dW_i + strength * (x_i (W + dW_i) - x (W + dW_i))
+
+At strength 0 it is RegMean++ (https://arxiv.org/abs/2508.03121), block by block as in its paper. It
+is layer-wise distillation (ProDistill, https://arxiv.org/abs/2502.12706) in closed form, by the
+targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import Factors
+from d2c_mlx.evaluate.batches import shared_prefix
+from d2c_mlx.evaluate.capture import Enough, Here, TokenBatch, tapped, token_batches
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.regmean import Grams, matched
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import blocks_are_exact, run_blocks
+from d2c_mlx.utils.errors import ModelError
+
+__all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
+
+# To make up for all of it would be to trust a few rows.
+STRENGTH = 0.75
+# Padded tokens of a part: of one member, which is run alone, all workers shall have some.
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a task on their way through the blocks."""
+
+    task: int
+    batch: TokenBatch
+    hidden: mx.array
+
+    @property
+    def n_tokens(self) -> int:
+        return self.batch.n_tokens
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a block did with a part; modules with the same input share one array."""
+
+    hidden: mx.array
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+
+@dataclass
+class _Merge:
+    """A merge on its way through the blocks, with the modules that it has so far."""
+
+    scale: float
+    strength: float
+    parts: list[_Part]
+    modules: dict[str, LoRA] = field(default_factory=dict)
+
+    def some(self, paths: Sequence[str]) -> Adapter | None:
+        return _some(Adapter("merge", self.modules), paths)
+
+
+def check_blocks(base: BaseModel) -> None:
+    """Raises ModelError if blocks that are run one at a time do not give what the model gives."""
+    if not blocks_are_exact(base.model):
+        raise ModelError(
+            f"{base.name}: merge_method layerwise runs the model block by block, which gives"
+            " something else with this architecture; take regmean++"
+        )
+
+
+def merge_layerwise(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    sets: Sequence[ExampleSet],
+    aims: Sequence[tuple[float, float]],
+    rank: int | None = None,
+    most: int | None = None,
+    workers: Workers | None = None,
+) -> list[Adapter]:
+    """Merge into one adapter, for several aims side by side; see the top of this file.
+
+    Args:
+        base: the model, as `check_blocks` wants it; no adapter stays attached.
+        adapters: at least two, sorted by name.
+        sets: examples of each.
+        aims: pairs of a scale, of every update, which those above it take into account, and a
+            strength between 0 and 1. The members are run once for all aims.
+        rank: most columns of every module of the result; None takes the largest of `adapters`.
+        most: tokens of each set that are looked at, evenly spaced; None is all. Those that all rows
+            of all members begin with are not.
+        workers: what runs the model; None is this thread.
+
+    Returns:
+        For every aim float32 factors with scale 1, the aim's folded in, named after the members.
+    """
+    rank = rank or max(adapter.rank for adapter in adapters)
+    for adapter in adapters:  # Taps go around modules that can hold an adapter.
+        base.attach(adapter)
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    with tapped(base.model, paths) as here:
+        merging = _Merging(base, adapters, rank, workers or Workers(1), here)
+        merges = merging.merges(_parts(sets, most), aims)
+    base.attach(None)
+    names = tuple(adapter.name for adapter in adapters)
+    return [
+        Adapter("+".join(names), dict(sorted(one.modules.items())), adapters[0].base, names)
+        for one in merges
+    ]
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """What `merge_layerwise` was asked for."""
+
+    base: BaseModel
+    adapters: Sequence[Adapter]
+    rank: int
+    workers: Workers
+    here: Here
+
+    def merges(self, parts: Sequence[_Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
+        """From the bottom to the top."""
+        blocks = _paths_of_blocks(self.adapters)
+        # Below the first block that a member touches, all of them are the base model.
+        own = self.through(parts, range(min(blocks)))
+        merges = [_Merge(scale, strength, own) for scale, strength in aims]
+        for block in range(min(blocks), max(blocks) + 1):
+            paths = blocks.get(block, [])
+            taught: list[_Seen] = []
+            for i, adapter in enumerate(self.adapters):
+                some = [part for part in own if part.task == i]
+                taught += self.see(some, block, _some(adapter, paths), paths)
+            for group in _by_input(taught[0]):
+                seen = [self.see(one.parts, block, one.some(paths), group, group[-1])
+                        for one in merges]  # fmt: skip
+                self.fit(merges, group, seen, taught)
+            for one in merges:
+                one.parts = self.through(one.parts, [block], one.some(paths))
+            own = [replace(part, hidden=one.hidden) for part, one in zip(own, taught)]
+        return merges
+
+    def see(
+        self,
+        parts: Sequence[_Part],
+        block: int,
+        adapter: Adapter | None,
+        paths: Sequence[str],
+        last: str | None = None,
+    ) -> list[_Seen]:
+        """What a block does with every part, and its modules `paths` with the tokens to keep.
+
+        With `last` it goes no further than that module, and leaves the parts where they are.
+        """
+        self.base.attach(adapter)
+
+        def one(part: _Part) -> _Seen:
+            seen: dict[str, mx.array] = {}
+            said: dict[str, mx.array] = {}
+            self.here.seen, self.here.said, self.here.last = seen, said, last
+            hidden = part.hidden
+            with suppress(Enough):
+                hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
+            mx.eval(hidden)
+            inputs, outputs = (
+                part.batch.kept_of({path: x for path, x in some.items() if path in paths})
+                for some in (seen, said)
+            )
+            return _Seen(hidden, inputs, outputs)
+
+        found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
+        return [found[i] for i in range(len(parts))]
+
+    def through(
+        self, parts: Sequence[_Part], blocks: Sequence[int], adapter: Adapter | None = None
+    ) -> list[_Part]:
+        """The parts after some blocks."""
+        for block in blocks:
+            seen = self.see(parts, block, adapter, ())
+            parts = [replace(part, hidden=one.hidden) for part, one in zip(parts, seen)]
+        return list(parts)
+
+    def fit(
+        self,
+        merges: Sequence[_Merge],
+        paths: Sequence[str],
+        seen: Sequence[Sequence[_Seen]],
+        taught: Sequence[_Seen],
+    ) -> None:
+        """Give every merge its modules `paths`, which have the same input.
+
+        Args:
+            merges: all with the same parts.
+            paths: of the modules.
+            seen: for every merge: of each part, without these modules.
+            taught: of each part, under its own member.
+        """
+        places = [part.task for part in merges[0].parts]
+
+        def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
+            found: list[list[np.ndarray]] = [[] for _ in self.adapters]
+            for task, x in zip(places, arrays):
+                found[task].append(x)
+            return [np.concatenate(some) for some in found]
+
+        factors = {path: [self._factors(one, path) for one in self.adapters] for path in paths}
+        wanted = {path: by_task(one.outputs[path] for one in taught) for path in paths}
+        tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
+
+        def solve(i: int, path: str) -> Factors:
+            bare = by_task(one.outputs[path] for one in seen[i])
+            lacking = [
+                merges[i].strength * (y - (said + (x @ a) @ b))
+                for y, said, x, (a, b) in zip(wanted[path], bare, tokens[i], factors[path])
+            ]
+            return matched(factors[path], grams[i], lacking, self.rank)
+
+        each = [(i, path) for i in range(len(merges)) for path in paths]
+        # As `merge_adapters` does it, and nothing of MLX, whose streams belong to a thread.
+        with threadpool_limits(1), ThreadPoolExecutor(len(each)) as pool:
+            grams = list(pool.map(Grams, tokens))
+            found = list(pool.map(solve, *zip(*each)))
+        for (i, path), (a, b) in zip(each, found):
+            merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
+
+    def _factors(self, adapter: Adapter, path: str) -> Factors:
+        """Of a module; without columns where the adapter does not have it."""
+        if path in adapter.modules:
+            return adapter.modules[path].factors()
+        width, out = self.base.module_shapes[path]
+        return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+
+
+def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
+    """All rows. What they all begin with is one input with an output for every member: not kept."""
+    rows = tuple(row for one in sets for row in one.examples)
+    skip = len(shared_prefix(ExampleSet("all", rows), least=1))
+    return [
+        _Part(i, batch, mx.array(batch.tokens))
+        for i, one in enumerate(sets)
+        for batch in token_batches(one, most, skip, _BATCH)
+    ]
+
+
+def _paths_of_blocks(adapters: Sequence[Adapter]) -> dict[int, list[str]]:
+    blocks: dict[int, list[str]] = {}
+    for path in sorted({path for adapter in adapters for path in adapter.modules}):
+        blocks.setdefault(block_index(path), []).append(path)
+    return blocks
+
+
+def _some(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
+    """Only these modules of an adapter."""
+    modules = {path: adapter.modules[path] for path in paths if path in adapter.modules}
+    return replace(adapter, modules=modules) if modules else None
+
+
+def _by_input(seen: _Seen) -> Iterator[list[str]]:
+    """Modules in the order in which they run, those with the same input together."""
+    together: dict[int, list[str]] = {}
+    for path, x in seen.inputs.items():
+        together.setdefault(id(x), []).append(path)
+    yield from together.values()

@@ -1,0 +1,69 @@
+"""LoRA-LEGO: an adapter as a set of rank-1 units, merged by clustering them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from d2c_mlx.adapters.core_space import CoreSpace, Factors
+
+__all__ = ["lego"]
+
+
+def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
+    """Cluster the rank-1 units `(a_j, b_j)` of all tasks; every centroid is one of the result.
+
+    Distances in core space are those of the factors. Two reweightings as in the paper: a centroid
+    takes the mean norm of its units (averaging shrinks it), and the whole is scaled by sqrt(r / k),
+    r the mean rank of the tasks and k the number of clusters. The one choice of ours: a unit is
+    balanced to `|a_j| = |b_j|` first, so that it does not matter in which factor a scale is kept.
+    Equal adapters merge to themselves if `rank` is at least theirs.
+
+    Units are those of the stored factors: the same dW factored otherwise merges otherwise.
+
+    Args:
+        space: of the tasks.
+        rank: most clusters; fewer where fewer units differ.
+        seed: of K-Means, below 2^32.
+
+    Returns:
+        `a (in, k)`, `b (k, out)`.
+
+    Source: LoRA-LEGO, https://arxiv.org/abs/2409.16167.
+    """
+    a, b = space.r_a.T.astype(np.float64), space.r_b.T.astype(np.float64)
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    alive = (norm_a > 0) & (norm_b > 0)
+    if not alive.any():
+        return space.q_a[:, :1] * 0, space.q_b.T[:1] * 0
+    balance = np.sqrt(norm_b[alive] / norm_a[alive])[:, None]
+    units = np.concatenate([a[alive] * balance, b[alive] / balance], axis=1)
+    labels = _clusters(units, min(rank, _n_distinct(units)), seed)
+    n_tasks = len(np.unique(np.repeat(np.arange(len(space.ranks)), space.ranks)[alive]))
+    merged = np.stack([_centroid(units[labels == k]) for k in np.unique(labels)])
+    merged *= (len(units) / n_tasks / len(merged)) ** 0.25  # on both factors: sqrt(r / k) on dW
+    left, right = np.split(merged.astype(space.q_a.dtype), [a.shape[1]], axis=1)
+    return space.q_a @ left.T, right @ space.q_b.T
+
+
+def _n_distinct(units: np.ndarray) -> int:
+    """How many of `(R, p + q)` units differ from all before them by more than rounding."""
+    inner = units @ units.T
+    squares = np.diagonal(inner)
+    total = squares[:, None] + squares
+    near = np.tril(total - 2 * inner <= 1e-10 * total, -1)
+    return int((~near.any(axis=1)).sum())
+
+
+def _clusters(units: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    # One thread: the same sums in the same order on every run.
+    with threadpool_limits(1):
+        return KMeans(n_clusters, n_init=10, random_state=seed).fit(units).labels_
+
+
+def _centroid(units: np.ndarray) -> np.ndarray:
+    mean = units.mean(axis=0)
+    norm = np.linalg.norm(mean)
+    return mean * (np.linalg.norm(units, axis=1).mean() / norm) if norm > 0 else mean

@@ -1,0 +1,256 @@
+"""Merges of a library's adapters as a pack would hold them: method and scale chosen on probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import closest_scale
+from d2c_mlx.cluster.partition import Members
+from d2c_mlx.evaluate.capture import Inputs, input_activations
+from d2c_mlx.evaluate.evaluator import Evaluator, climb, tune_scale
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.run.config import AUTO_METHODS, RunConfig
+
+__all__ = ["SCALES", "Merged", "Merger"]
+
+# Increasing. Means of many tasks ask for more than 1, sums (`tsv`, `emr`, `iso-c`) for less.
+SCALES = (0.125, 0.175, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.2, 16.0)
+# Probes ask for about so many times the scale that is closest in dW: 1 to 5, by eleven methods
+# on 24 real adapters.
+_MORE = 2.5
+# RegMean looks at so many tokens of a task, and of all tasks: each takes 140 KB of memory on
+# SmolLM2-135M, and four times as many per task gained nothing.
+_TOKENS, _ALL_TOKENS = 128, 4096
+# Of RegMean++; the first gains most, later ones as often lose.
+_PASSES = 3
+# `layerwise` looks at so many tokens of a task; it keeps those of one block at a time.
+_LAYERWISE_TOKENS = 512
+# Clusterings compare what is cheaper and judges alike; each of these begins with its scale.
+_QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merge.
+
+    Attributes:
+        adapter: one rank, one scale, the base's 16-bit dtype.
+        method: a key of `merge.METHODS`; "none" for a single adapter.
+        scale: of dW; 1 for a single adapter.
+        regret: mean normalised regret of the members on their probes; None if nothing was tuned.
+    """
+
+    adapter: Adapter
+    method: str
+    scale: float
+    regret: float | None = None
+
+
+class Merger:
+    """Merges any members, each set of members once.
+
+    Attributes:
+        quick_method: by which clusterings are compared.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base: BaseModel,
+        evaluator: Evaluator,
+        adapters: Sequence[Adapter],
+        probes: Sequence[ExampleSet],
+        regret: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        workers: Workers | None = None,
+    ) -> None:
+        """Merge with the options of `config`.
+
+        Args:
+            config: merge_method, density, scale, merge_rank and seed count.
+            base: the base model.
+            evaluator: of probe losses.
+            adapters: one per task.
+            probes: one per adapter.
+            regret: (losses, tasks) -> normalised regrets, both `(n,)`.
+            workers: what runs the base for activations; None is this thread.
+        """
+        self._config, self._base, self._evaluator = config, base, evaluator
+        self._method = config.merge_method or self._best
+        self.quick_method = _QUICK.get(self._method, self._method)
+        self._adapters, self._probes, self._regret = adapters, probes, regret
+        self._workers = workers
+        self._merges: dict[tuple[str, Members], Merged] = {}
+        self._inputs: dict[int, Inputs] = {}
+
+    @cached_property
+    def _best(self) -> str:
+        """The default."""
+        return "layerwise" if blocks_are_exact(self._base.model) else "regmean++"
+
+    def quick(self, members: Members, like: Members = ()) -> Merged:
+        """What clusterings compare; `final` may try more.
+
+        Args:
+            members: what is merged.
+            like: members of another merge whose scale is taken; none: the scale is tuned.
+        """
+        method = self.quick_method
+        if not like or len(members) == 1:
+            return self._merged(members, method)
+        scale = self._merged(like, method).scale
+        return Merged(self._scaled(self._unscaled(members, method), scale), method, scale)
+
+    def final(self, members: Members) -> Merged:
+        """What is packed: under "auto" the best of some methods on the members' probes."""
+        if len(members) == 1 or self._method != "auto":
+            return self._merged(members, self._method)
+        found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
+        return min(found, key=_regret)
+
+    def _merged(self, members: Members, method: str) -> Merged:
+        key = method, members
+        if key not in self._merges:
+            if len(members) == 1:
+                only = merge_adapters([self._adapters[i] for i in members])
+                self._merges[key] = Merged(self._scaled(only, 1.0), "none", 1.0)
+            elif method == "regmean++":
+                self._merges[key] = self._regmean_again(members)
+            elif method == "layerwise":
+                self._merges[key] = self._layerwise(members)
+            else:
+                self._merges[key] = self._tuned(self._unscaled(members, method), members, method)
+        return self._merges[key]
+
+    def _tuned(self, merged: Adapter, members: Members, method: str) -> Merged:
+        config = self._config
+        tried: dict[float, tuple[Adapter, float]] = {}
+
+        def regret(scale: float) -> float:
+            adapter = self._scaled(merged, scale)
+            (found,) = self._regrets([adapter], members)
+            tried[scale] = adapter, found
+            return found
+
+        if config.scale is not None and self._method not in _QUICK:
+            return Merged(self._scaled(merged, config.scale), method, config.scale)
+        grid = SCALES if config.scale is None else (config.scale,)
+        best = tune_scale(regret, grid, self._start(merged, members, method))
+        return Merged(tried[best][0], method, best, tried[best][1])
+
+    def _start(self, merged: Adapter, members: Members, method: str) -> float | None:
+        """Where scales begin: below the middle for what is a sum of the members."""
+        if method in ("regmean", "regmean++"):
+            return None  # is closest to the members already, in outputs
+        closest = closest_scale(merged, [self._adapters[i] for i in members])
+        middle = SCALES[len(SCALES) // 2]
+        return min(_MORE * closest, middle) if closest > 0 else None
+
+    def _regmean_again(self, members: Members) -> Merged:
+        """RegMean on the inputs that modules have under the last merge: the best of some passes.
+
+        Source: RegMean++, https://arxiv.org/abs/2508.03121, which goes block by block; here all
+        blocks are merged anew until the probes do not gain.
+        """
+        best = self._merged(members, "regmean")
+        for _ in range(_PASSES):
+            inputs = self._inputs_of(members, best.adapter, members)
+            last = self._tuned(self._unscaled(members, "regmean", inputs), members, "regmean++")
+            if _regret(last) >= _regret(best) - self._config.eps:
+                break
+            best = last
+        return best
+
+    def _layerwise(self, members: Members) -> Merged:
+        """With and without making up for what is lacking, the better higher while the probes gain.
+
+        Scales begin with that of RegMean. Without it is RegMean++ as in its paper, block by block,
+        and called so.
+        """
+        plain = self._merged(members, "regmean")
+        without, making_up = self._aimed(members, [(plain.scale, 0.0), (plain.scale, STRENGTH)])
+        better = min(without, making_up, key=_regret)
+        strength = STRENGTH if better is making_up else 0.0
+        found = [plain, better]
+
+        def regret(scale: float) -> float:
+            if scale != plain.scale:
+                found.extend(self._aimed(members, [(scale, strength)]))
+            return _regret(found[-1])
+
+        scales = [one for one in SCALES if one >= plain.scale]
+        climb(regret, scales if self._config.scale is None else [plain.scale])
+        return min(found, key=_regret)
+
+    def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:
+        """Layer-wise merges of scales and strengths."""
+        # Forwards under the members, and of each merge in parts.
+        cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)
+        self._evaluator.meter.expect(cost)
+        made = merge_layerwise(
+            self._base, [self._adapters[i] for i in members], [self._probes[i] for i in members],
+            aims, self._config.merge_rank, _LAYERWISE_TOKENS, self._workers,
+        )  # fmt: skip
+        self._evaluator.meter.advance(cost)
+        found = [one.uniform(self._base.dtype) for one in made]
+        return [
+            Merged(one, "layerwise" if strength else "regmean++", scale, regret)
+            for one, (scale, strength), regret in zip(found, aims, self._regrets(found, members))
+        ]
+
+    def _regrets(self, merges: Sequence[Adapter], members: Members) -> list[float]:
+        """Of each the mean normalised regret of the members on their probes."""
+        probes = [self._probes[i] for i in members]
+        losses = self._evaluator.losses([(one, probes) for one in merges])
+        return [float(self._regret(some, np.array(members)).mean()) for some in losses]
+
+    def _unscaled(
+        self, members: Members, method: str, inputs: Sequence[Inputs] | None = None
+    ) -> Adapter:
+        """Before its scale; RegMean takes `inputs`, or those that every member has of its own."""
+        activations = None
+        if method == "regmean":
+            found = inputs or [self._own_inputs(i, members) for i in members]
+            activations = {path: [one[path] for one in found] for path in self._paths(members)}
+        return merge_adapters(
+            [self._adapters[i] for i in members],
+            method,
+            self._config.density,
+            self._config.merge_rank,
+            seed=self._config.seed,
+            activations=activations,
+        )
+
+    def _scaled(self, merged: Adapter, scale: float) -> Adapter:
+        return (merged if scale == 1 else scaled(merged, scale)).uniform(self._base.dtype)
+
+    def _paths(self, members: Members) -> list[str]:
+        """Modules that some member has."""
+        return sorted({path for i in members for path in self._adapters[i].modules})
+
+    def _own_inputs(self, i: int, members: Members) -> Inputs:
+        """Of task i under its own adapter."""
+        if i not in self._inputs or not set(self._paths(members)) <= self._inputs[i].keys():
+            (self._inputs[i],) = self._inputs_of((i,), self._adapters[i], members)
+        return self._inputs[i]
+
+    def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[Inputs]:
+        """What tokens of tasks are at every module that a member has, under an adapter."""
+        return input_activations(
+            self._base, adapter, [self._probes[i] for i in tasks], self._paths(members),
+            min(_TOKENS, _ALL_TOKENS // len(self._adapters) + 1), self._workers,
+        )  # fmt: skip
+
+
+def _regret(merged: Merged) -> float:
+    return math.inf if merged.regret is None else merged.regret

@@ -1,0 +1,271 @@
+"""Merge adapters on dW, whatever their ranks and target modules.
+
+docs/merging.md says when to use which method. A method is a pure function of one module's factors
+and of `Options`; those that work in core space are composed from sparsify.py and combine.py.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
+from d2c_mlx.merge.concat import concat, factor_linear
+from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
+from d2c_mlx.merge.lego import lego
+from d2c_mlx.merge.regmean import Grams, regmean
+from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
+from d2c_mlx.merge.wudi import wudi
+from d2c_mlx.utils.errors import AdapterError, ConfigError
+
+__all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "scaled"]
+
+# Module path -> for every adapter its tokens at that module's input, `(n_tokens, in)`.
+Activations = Mapping[str, Sequence[np.ndarray]]
+
+# So many groups of modules are in memory at a time.
+_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method may ask beside the factors of one module.
+
+    Attributes:
+        rank: most columns of the result; `concat` alone does not look at it.
+        density: share of entries kept.
+        seed: for a method, that of its module, below 2^32.
+        weights: `(T,)`.
+        scales: T, what was folded into each b.
+        grams: of the module, from T arrays of tokens; None if none were given.
+    """
+
+    rank: int
+    density: float
+    seed: int
+    weights: np.ndarray
+    scales: tuple[float, ...] = ()
+    grams: Grams | None = None
+
+
+Method = Callable[[Sequence[Factors], Options], Factors]
+
+
+def _in_core(merge: Callable[[CoreSpace, Options], np.ndarray]) -> Method:
+    """A method on whole factors from one that gives the merged core `(q, p)`."""
+
+    def method(factors: Sequence[Factors], options: Options) -> Factors:
+        space = to_core(factors)
+        return factorise(merge(space, options), space.q_a, space.q_b, options.rank)
+
+    return method
+
+
+def _truncated(factors: Sequence[Factors], options: Options) -> Factors:
+    """The sum of the pairs in at most `options.rank` columns."""
+    space = to_core(factors)
+    core = space.weighted_sum(np.ones(len(factors)))
+    return factorise(core, space.q_a, space.q_b, options.rank)
+
+
+def _factor_linear(factors: Sequence[Factors], options: Options) -> Factors:
+    a, b = factor_linear(factors, options.weights, options.scales)
+    # PEFT's own bits unless fewer columns were asked for.
+    return (a, b) if len(b) <= options.rank else _truncated([(a, b)], options)
+
+
+def _regmean(factors: Sequence[Factors], options: Options) -> Factors:
+    assert options.grams, "checked by merge_adapters"
+    return _truncated([regmean(factors, options.grams, options.rank)], options)
+
+
+METHODS: dict[str, Method] = {
+    "linear": _in_core(lambda space, o: linear(space, o.weights)),
+    "ties": _in_core(lambda space, o: ties(space.updates, o.density)),
+    "dare-linear": _in_core(lambda space, o: dare_linear(space.updates, o.density, o.seed)),
+    "dare-ties": _in_core(lambda space, o: dare_ties(space.updates, o.density, o.seed)),
+    "emr": _in_core(lambda space, o: emr(space.updates)),
+    "tsv": _in_core(lambda space, o: tsv(space, o.rank)),
+    "knots": _in_core(lambda space, o: knots(space, o.density)),
+    "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
+    "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
+    "regmean": _regmean,
+    "wudi": _in_core(lambda space, o: wudi(space)),
+    "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),
+    "concat": lambda factors, o: concat(factors, o.weights),
+    "factor-linear": _factor_linear,
+}
+WEIGHTED = ("linear", "concat", "factor-linear")
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    method: str = "linear",
+    density: float = 0.5,
+    rank: int | None = None,
+    *,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    activations: Activations | None = None,
+) -> Adapter:
+    """Merge into one adapter.
+
+    A module that some adapters do not have counts as a zero update of those. The order of
+    `adapters` does not matter. One adapter without `weights` is returned as it is.
+
+    Args:
+        adapters: at least one, all of the same base model.
+        method: a key of `METHODS`.
+        density: share of entries kept, for methods that sparsify.
+        rank: most columns of every module of the result; None takes the largest rank of
+            `adapters`. `concat` keeps all columns whatever is asked.
+        seed: of methods that draw; every module draws its own numbers.
+        weights: one per adapter, for the methods in `WEIGHTED`; None is 1 / n each.
+        activations: for `regmean`, see `inputs.input_activations`; arrays in the order of
+            `adapters`, also of those that do not have the module.
+
+    Returns:
+        float32 factors with scale 1, named after the sorted members.
+
+    Raises:
+        ConfigError: unknown method, an option out of range, or one that the method needs or does
+            not know.
+        AdapterError: a module has different shapes: the adapters are of different base models.
+    """
+    _check(adapters, method, density, rank, weights, activations)
+    order = _sorted_indices(adapters)
+    members = [adapters[i] for i in order]
+    names = tuple(adapter.name for adapter in members)
+    if len(members) == 1 and weights is None:
+        only = members[0]
+        return Adapter(only.name, only.modules, only.base, only.sources or names)
+    shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
+    rank = rank or max(adapter.rank for adapter in members)
+    options = Options(rank, density, seed, np.array(shares, np.float64))
+    modules: dict[str, LoRA] = {}
+    # The matrices are small: threads of a BLAS that share a busy core wait for each other, up to
+    # ten times longer than the work takes. So every core has modules of its own.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        groups = iter(_groups(members, order, activations or {}, options))
+        while some := list(islice(groups, _GROUPS)):
+            for merged in pool.map(partial(_merge_group, METHODS[method]), some):
+                modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in merged.items()}
+    return Adapter("+".join(names), dict(sorted(modules.items())), members[0].base, names)
+
+
+def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
+    """By name, and by content where names are equal: a digest reads every byte of an adapter."""
+    counts = Counter(adapter.name for adapter in adapters)
+    keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
+    return sorted(range(len(adapters)), key=keys.__getitem__)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Modules that have the same inputs: path -> factors and options; the tokens of each task."""
+
+    modules: Mapping[str, tuple[Sequence[Factors], Options]]
+    tokens: Sequence[np.ndarray]
+
+
+def _groups(
+    members: Sequence[Adapter], order: Sequence[int], activations: Activations, options: Options
+) -> Iterator[_Group]:
+    """All modules, those together that share their very arrays (q, k and v of a block)."""
+    together: dict[object, list[str]] = {}
+    for path in sorted({path for adapter in members for path in adapter.modules}):
+        key = tuple(map(id, activations[path])) if activations else path
+        together.setdefault(key, []).append(path)
+    for paths in together.values():
+        tokens = [activations[paths[0]][i] for i in order] if activations else []
+        yield _Group({path: _module(path, members, tokens, options) for path in paths}, tokens)
+
+
+def _module(
+    path: str, members: Sequence[Adapter], tokens: Sequence[np.ndarray], options: Options
+) -> tuple[Sequence[Factors], Options]:
+    loras = [adapter.modules.get(path) for adapter in members]
+    shapes = sorted({lora.shape for lora in loras if lora is not None})
+    if len(shapes) > 1:
+        raise AdapterError(
+            f"{path}: adapters of different base models cannot be merged: found in, out ="
+            f" {' and '.join(map(str, shapes))}"
+        )
+    ((width, out),) = shapes
+    wrong = [x.shape for x in tokens if x.ndim != 2 or x.shape[1] != width]
+    if wrong:
+        raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
+    nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+    return [lora.factors() if lora else nothing for lora in loras], replace(
+        options,
+        seed=zlib.crc32(f"{options.seed} {path}".encode()),
+        scales=tuple(lora.scale if lora else 1.0 for lora in loras),
+    )
+
+
+def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
+    """float32 factors by path. Asks nothing of MLX, whose streams belong to a thread."""
+    grams = Grams(group.tokens) if group.tokens else None
+    merged = {}
+    for path, (factors, options) in group.modules.items():
+        a, b = method(factors, replace(options, grams=grams))
+        merged[path] = a.astype(np.float32), b.astype(np.float32)
+    return merged
+
+
+def _check(
+    adapters: Sequence[Adapter],
+    method: str,
+    density: float,
+    rank: int | None,
+    weights: Sequence[float] | None,
+    activations: Activations | None,
+) -> None:
+    """Raises ConfigError with every problem of the options."""
+    if method not in METHODS:
+        raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {list(METHODS)}")
+    problems = []
+    if not adapters:
+        problems.append("adapters: found none, expected at least one to merge")
+    if not 0 < density <= 1:
+        problems.append(f"density: found {density}, expected above 0 and at most 1")
+    if rank is not None and rank < 1:
+        problems.append(f"rank: found {rank}, expected 1 or more")
+    if weights is not None:
+        if method not in WEIGHTED:
+            problems.append(f"weights: {method!r} takes none; these do: {list(WEIGHTED)}")
+        elif len(weights) != len(adapters) or not np.isfinite(weights).all():
+            problems.append(f"weights: found {weights}, expected {len(adapters)} finite numbers")
+    if method == "regmean" and len(adapters) > 1:
+        paths = sorted({path for adapter in adapters for path in adapter.modules})
+        given = activations or {}
+        missing = [path for path in paths if len(given.get(path, ())) != len(adapters)]
+        if missing:
+            problems.append(
+                f"activations: 'regmean' needs {len(adapters)} arrays, one per adapter, for every"
+                f" module; {len(missing)} lack them (first: {missing[0]})"
+            )
+    elif activations is not None and method != "regmean":
+        problems.append(f"activations: {method!r} takes none; 'regmean' does")
+    if problems:
+        raise ConfigError(problems)
+
+
+def scaled(adapter: Adapter, scale: float) -> Adapter:
+    """The same adapter with dW times `scale`, the scale folded into b."""
+    modules = {
+        path: LoRA(lora.a, lora.b.astype(mx.float32) * (scale * lora.scale))
+        for path, lora in adapter.modules.items()
+    }
+    return Adapter(adapter.name, modules, adapter.base, adapter.sources)

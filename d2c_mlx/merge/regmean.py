@@ -1,0 +1,147 @@
+"""Merges that look at data: RegMean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+
+from d2c_mlx.adapters.core_space import Factors
+
+__all__ = ["Grams", "matched", "regmean"]
+
+
+class Grams:
+    """What T tasks put into a module, ready to be solved for: modules that share it share this.
+
+    `K_i = X_i^T X_i` after two changes. Entries off the diagonal are multiplied by `off_diagonal`,
+    0.9 as the paper advises for most models. A ridge is added to every K_i, on both sides of the
+    equation: without data the result is then the mean, and equal updates merge to themselves (a
+    ridge in the inverse alone would shrink them). In float64. With fewer tokens than inputs no
+    `in x in` matrix is formed (Woodbury).
+    """
+
+    def __init__(
+        self, activations: Sequence[np.ndarray], off_diagonal: float = 0.9, ridge: float = 1e-6
+    ) -> None:
+        """Factorise the sum K of the K_i.
+
+        Args:
+            activations: T arrays `(n_tokens, in)`, inputs of this module for examples of each
+                task. A Gram matrix G may be given as any X with `X^T X = G`.
+            off_diagonal: between 0 and 1.
+            ridge: above 0, as a share of the mean diagonal entry of the X_i^T X_i.
+        """
+        self._off_diagonal = off_diagonal
+        self._given = list(activations)
+        self._tokens = [x.astype(np.float64) for x in activations]
+        squares = np.stack([(x * x).sum(axis=0) for x in self._tokens])
+        floor = ridge * squares.mean() or 1.0  # Without any data: the mean.
+        self._diagonals = (1 - off_diagonal) * squares + floor
+        total = self._diagonals.sum(axis=0)
+        x = np.sqrt(off_diagonal) * np.concatenate(self._tokens)
+        # Woodbury where x has fewer rows than columns.
+        self._woodbury = (x, total[:, None]) if len(x) < x.shape[1] else None
+        system = x @ (x / total).T if self._woodbury else x.T @ x
+        system[np.diag_indices(len(system))] += 1.0 if self._woodbury else total
+        self._factor = scipy.linalg.cho_factor(system, overwrite_a=True, check_finite=False)
+
+    def times(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """`[K_1 a_1 .. K_T a_T]`, `(in, sum r_i)`, for T arrays `a_i (in, r_i)`."""
+        sides = [
+            self._off_diagonal * (x.T @ (x @ a)) + diagonal[:, None] * a
+            for x, diagonal, a in zip(self._tokens, self._diagonals, columns)
+        ]
+        return np.concatenate(sides, axis=1)
+
+    def against(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`.
+
+        In the precision of the outputs: nothing is solved for here.
+        """
+        return self._off_diagonal * sum(x.T @ y for x, y in zip(self._given, outputs))
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """`K^-1 right`, both `(in, n)`."""
+        if self._woodbury is None:
+            return scipy.linalg.cho_solve(self._factor, right, check_finite=False)
+        x, total = self._woodbury
+        inner = scipy.linalg.cho_solve(self._factor, x @ (right / total), check_finite=False)
+        return (right - x.T @ inner) / total
+
+    def norms(self, right: np.ndarray) -> np.ndarray:
+        """`right^T K^-1 right`, `(n, n)`, of `right (in, n)`."""
+        if self._woodbury is None:
+            half = self._lower(right)
+            return half.T @ half
+        x, total = self._woodbury
+        whole, half = right / np.sqrt(total), self._lower(x @ (right / total))
+        return whole.T @ whole - half.T @ half
+
+    def _lower(self, right: np.ndarray) -> np.ndarray:
+        """What the triangular factor L of `L L^T` takes to `right`."""
+        factor, _ = self._factor
+        return scipy.linalg.solve_triangular(factor, right, trans="T", check_finite=False)
+
+
+def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
+    """The update of a rank whose outputs are closest to every task's own, on the task's inputs.
+
+    `W = K^-1 sum_i K_i a_i b_i`, K the sum of the K_i.
+
+    What a rank loses is judged on the inputs too: of all updates V of that rank the one with the
+    least `tr (V - W)^T K (V - W)` is W with its outputs projected on the leading eigenvectors of
+    `W^T K W` (reduced-rank regression). The rank nearest to W in Frobenius norm is another one.
+
+    Args:
+        factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
+        grams: of the module.
+        rank: most columns of the result.
+
+    Returns:
+        `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
+
+    Source: RegMean, https://arxiv.org/abs/2212.09849; the rank: Izenman,
+    https://doi.org/10.1016/0047-259X(75)90042-1.
+    """
+    right = grams.times([a for a, _ in factors])
+    solved = grams.solve(right)
+    # W = solved @ stack with stack^T = q r, and W^T K W = q r (solved^T right) r^T q^T.
+    stack = np.concatenate([b for _, b in factors])
+    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
+    u = _leading(r @ (solved.T @ right) @ r.T, rank)
+    return (solved @ (r.T @ u)).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
+
+
+def matched(
+    factors: Sequence[Factors], grams: Grams, lacking: Sequence[np.ndarray], rank: int
+) -> Factors:
+    """The update of a rank whose outputs are closest to every task's own plus what it lacks.
+
+    `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`, the rank as in `regmean`, which this is if nothing
+    is lacking.
+
+    Args:
+        factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
+        grams: of the module.
+        lacking: T arrays `(n_tokens, out)`, the Y_i.
+        rank: most columns of the result.
+
+    Returns:
+        `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
+    """
+    stack = np.concatenate([b for _, b in factors])
+    right = grams.times([a for a, _ in factors]) @ stack + grams.against(lacking)
+    if right.shape[1] <= right.shape[0]:
+        u = _leading(grams.norms(right), rank)
+    else:
+        q, r = scipy.linalg.qr(right.T, mode="economic", check_finite=False)
+        u = q @ _leading(grams.norms(r.T), rank)
+    return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
+
+
+def _leading(core: np.ndarray, rank: int) -> np.ndarray:
+    """Eigenvectors of the largest eigenvalues of a symmetric matrix, `(n, rank)` or fewer."""
+    leading = [max(0, len(core) - rank), len(core) - 1]
+    return scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading, check_finite=False)[1]

@@ -1,0 +1,1 @@
+"""A base model and the rows it reads. Imports `adapters` and `utils`."""

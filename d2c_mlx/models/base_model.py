@@ -1,0 +1,276 @@
+"""The base model: load it once, tokenize for it, swap adapters in place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import dequantize_model, load
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.float16 import balanced
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import KeysValues
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.tasks import Row
+from d2c_mlx.models.tokenize import context_of, encode
+from d2c_mlx.utils.device import use_device
+from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import fingerprint, hash_file
+
+__all__ = [
+    "BaseModel",
+    "block_index",
+    "greedy",
+    "linear_shapes",
+    "load_stock",
+    "stored_dtype",
+]
+
+# Part of every fingerprint: raise it when a change of the engine changes losses.
+_ENGINE = 5
+
+
+class _Slot(nn.Module):
+    """A linear module with room for LoRAs: `linear(x) + (x @ a) @ b`.
+
+    With `n` of them, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts. Or
+    `folded`, the sum of the linear module's weight and one LoRA, `(out, in)`.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.factors: tuple[mx.array, mx.array] | None = None
+        self.folded: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.folded is not None:
+            y = x @ self.folded.T
+            return y + self.linear.bias if "bias" in self.linear else y
+        y = self.linear(x)
+        if self.factors is None:
+            return y
+        a, b = self.factors
+        update = (x.reshape(a.shape[0], -1, a.shape[1]) @ a) @ b
+        return y + update.reshape(y.shape).astype(y.dtype)
+
+
+class BaseModel:
+    """A base model with swappable adapters.
+
+    Attributes:
+        spec: as the user named it; None is the default.
+        name: the same, or `locate.EMBEDDED`.
+        path: its mlx-lm directory.
+        dtype: the dtype of its activations as stored; packs are written in it.
+        first_touched: index of the first block that an attached adapter changes.
+    """
+
+    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
+        """Load; on a CPU device weights become float32, which is fast and exact there.
+
+        Args:
+            spec: see `locate.resolve_model`.
+            dequantize: have no quantized weights on any device.
+        """
+        self.spec = spec
+        self.name, self.path = resolve_model(spec)
+        model, self.tokenizer = load_stock(self.path, lazy=True)
+        self.dtype: mx.Dtype = stored_dtype(model) or mx.float16
+        self.compute_dtype = self.dtype
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        if on_cpu:
+            self.compute_dtype = mx.float32
+            model.set_dtype(mx.float32)
+        if on_cpu or dequantize:
+            model = dequantize_model(model)
+        mx.eval(model.parameters())
+        self.model = model
+        self.module_shapes = linear_shapes(model.named_modules())
+        self.first_touched = self.n_layers
+        self._slots: dict[str, _Slot] = {}
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.model.layers)
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Hidden size and vocabulary size."""
+        args = self.model.args
+        hidden = getattr(args, "hidden_size", None) or max(
+            w for w, _ in self.module_shapes.values()
+        )
+        return int(hidden), int(getattr(args, "vocab_size", None) or len(self.tokenizer))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def config_hash(self) -> str:
+        """Hex SHA-256 of the model's config.json."""
+        return hash_file(self.path / "config.json")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of engine, mlx-lm, config, and every weight and tokenizer file."""
+        # The architecture's code is mlx-lm's.
+        parts = [_ENGINE, version("mlx-lm"), self.config_hash, str(self.compute_dtype)]
+        for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
+            parts.append([file.name, hash_file(file)])
+        return fingerprint(parts)
+
+    def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
+        """`encoding.encode` with the model's tokenizer and context."""
+        return encode(self.tokenizer, task, rows, places, context_of(self.model.args))
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """The greedy answer under the attached adapter, with its end token if it comes to one."""
+        return greedy(self.model, self.tokenizer, prompt, max_tokens)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a LoRA added to a weight loses nothing: float32 weights, none quantized."""
+        return self.compute_dtype == mx.float32 and not any(
+            isinstance(module, nn.QuantizedLinear) for module in self.model.modules()
+        )
+
+    def attach(self, *adapters: Adapter | None, fold: bool = False) -> None:
+        """Put adapters in place of the last ones; None leaves the bare base model.
+
+        Several adapters divide a batch into as many equal parts, in their order.
+
+        Args:
+            adapters: at least one.
+            fold: add a single adapter to copies of the weights; only where `folds`.
+        """
+        self.first_touched = min(
+            (block_index(path) for one in adapters if one for path in one.modules),
+            default=self.n_layers,
+        )
+        modules = {path for adapter in adapters if adapter for path in adapter.modules}
+        new = sorted(modules - self._slots.keys())
+        if new:
+            linears = dict(self.model.named_modules())
+            slots = {path: _Slot(linears[path]) for path in new}
+            self.model.update_modules(tree_unflatten(list(slots.items())))
+            self._slots |= slots
+        for path, slot in self._slots.items():
+            slot.factors = self.stacked(path, adapters) if path in modules else None
+            slot.folded = None
+            if fold and slot.factors is not None:
+                (a,), (b,) = slot.factors
+                slot.folded = slot.linear.weight + (a @ b).T
+        # Now, and by this thread: others will read them.
+        mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
+
+    @property
+    def occupied(self) -> dict[str, KeysValues]:
+        """Module path -> factors of the attached adapters."""
+        return {path: slot.factors for path, slot in self._slots.items() if slot.factors}
+
+    @contextmanager
+    def factors_replaced(self, factors: Sequence[KeysValues]) -> Iterator[None]:
+        """Other arrays in place of `occupied`'s values, for a while (`mx.compile` traces them)."""
+        own = self.occupied
+        for path, other in zip(own, factors):
+            self._slots[path].factors = other
+        try:
+            yield
+        finally:
+            for path, mine in own.items():
+                self._slots[path].factors = mine
+
+    def stacked(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
+        """`(n, in, r)` and `(n, r, out)`, scales folded into the second; smaller ranks padded."""
+        loras = [adapter.modules.get(path) if adapter else None for adapter in adapters]
+        rank = max(lora.rank for lora in loras if lora)
+        width, out = self.module_shapes[path]
+        a, b = [], []
+        for lora in loras:
+            if lora is None:
+                a.append(mx.zeros((width, rank)))
+                b.append(mx.zeros((rank, out)))
+                continue
+            pad = rank - lora.rank
+            left, right = lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale
+            if self.compute_dtype == mx.float16:
+                left, right = balanced(left, right)
+            a.append(mx.pad(left, [(0, 0), (0, pad)]))
+            b.append(mx.pad(right, [(0, pad), (0, 0)]))
+        return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
+
+
+def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
+    use_device()
+    try:
+        model, tokenizer = load(str(path), lazy=lazy)
+    except Exception as error:  # strangers' code on strangers' files
+        reason = (str(error).strip() or "it says no more").splitlines()[0]
+        raise ModelError(
+            f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
+        ) from None
+    return model, tokenizer
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    prompt: Sequence[int],
+    max_tokens: int,
+) -> tuple[int, ...]:
+    """The most likely token each time, up to and with an end token if it comes to one."""
+    tokens = []
+    for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
+        tokens.append(int(token))
+        if token in tokenizer.eos_token_ids:
+            break
+    return tuple(tokens)
+
+
+def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
+    """Module path -> (in, out) of every linear module inside a transformer block.
+
+    Args:
+        modules: a model's `named_modules()`.
+    """
+    shapes = {}
+    for path, module in modules:
+        if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):
+            continue
+        out, width = module.weight.shape
+        if isinstance(module, nn.QuantizedLinear):
+            width = width * 32 // module.bits
+        shapes[path] = (int(width), int(out))
+    return shapes
+
+
+def stored_dtype(model: nn.Module) -> mx.Dtype | None:
+    """The dtype of activations: that of the norms, which are never quantized; None without one.
+
+    The last norm is not called `norm` in every architecture, so any other one will do.
+    """
+    found = dict(tree_flatten(model.parameters()))
+    norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]
+    dtypes = [found[name].dtype for name in ("model.norm.weight", *norms) if name in found]
+    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), None)
+
+
+def block_index(path: str) -> int:
+    """Index of the transformer block that a module path names."""
+    return int(path.split(".layers.")[1].split(".")[0])

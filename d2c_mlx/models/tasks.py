@@ -1,0 +1,250 @@
+"""Tasks: a few probe examples that decide, and held-out test examples that judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
+from d2c_mlx.utils.parsing import parse_json
+
+__all__ = [
+    "Row",
+    "Task",
+    "common_system",
+    "load_task",
+    "load_tasks",
+    "load_unlabelled",
+    "row_format",
+]
+
+Row = dict[str, Any]
+_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+_EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them.
+
+    Attributes:
+        name: directory name.
+        probe: rows that decide.
+        test: rows that judge.
+        probe_places: where each of `probe` stands, to name it in a message.
+        test_places: the same of `test`.
+    """
+
+    name: str
+    probe: tuple[Row, ...]
+    test: tuple[Row, ...]
+    probe_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    test_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[Task]:
+    """Load the task of every adapter name.
+
+    Args:
+        directory: with one of each name in it.
+        names: of the tasks.
+        tests: see `load_task`.
+
+    Raises:
+        InputError: the problems of all tasks, one line each.
+    """
+    if not directory.is_dir():
+        raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
+    return gather(partial(load_task, directory / name, tests) for name in names)
+
+
+def load_task(directory: Path, tests: bool = True) -> Task:
+    """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
+
+    Args:
+        directory: of the task.
+        tests: False is for who judges nothing: `test.jsonl` is not looked at.
+
+    Raises:
+        TaskError: the problems of both files.
+    """
+    errors: list[InputError] = []
+    needed = ["probe.jsonl", "test.jsonl"] if tests else ["probe.jsonl"]
+    hint = f"every adapter needs its task's {', '.join(needed)}"
+    probe, test = (
+        collect(errors, partial(_load_rows, directory / name, hint)) or {} if name in needed else {}
+        for name in ("probe.jsonl", "test.jsonl")
+    )
+    problems = [line for error in errors for line in error.problems]
+    prompts = {_prompt(row) for row in probe.values()}
+    shared = [number for number, row in test.items() if _prompt(row) in prompts]
+    if shared:
+        problems.append(
+            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too"
+            f" ({len(shared)} such rows); probe and test must be disjoint: remove them from one"
+        )
+    if problems:
+        raise TaskError(problems)
+    return Task(
+        directory.name, tuple(probe.values()), tuple(test.values()),
+        _places(directory / "probe.jsonl", probe), _places(directory / "test.jsonl", test),
+    )  # fmt: skip
+
+
+def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
+    """Options count rows, editors lines, and blank lines are no rows: so both are named."""
+    return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
+
+
+def common_system(tasks: Iterable[Task]) -> str | None:
+    """The system message with which every probe row of all tasks begins; None if they differ."""
+    first = [(row.get("messages") or [{}])[0] for task in tasks for row in task.probe]
+    said = {one.get("content") if one.get("role") == "system" else None for one in first}
+    return said.pop() if len(said) == 1 else None
+
+
+def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
+    """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
+
+    A prompt of a test row, of whichever task, would leak what judges; one of a used probe row of
+    the task would undo that it may be held back. Both are refused.
+
+    Args:
+        path: a JSONL file.
+        tasks: those that may be named.
+        n_probe: how many probe rows of each are used.
+
+    Returns:
+        Task name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
+
+    Raises:
+        TaskError: the problems of all lines.
+    """
+    known = {task.name: task for task in tasks}
+    probes = {task.name: {_prompt(row) for row in task.probe[:n_probe]} for task in tasks}
+    tests = {_prompt(row): task.name for task in tasks for row in task.test}
+
+    def problem(row: object) -> str | None:
+        bad = _unlabelled_problem(row, known)
+        if bad or not isinstance(row, dict):
+            return bad
+        prompt = _prompt(_with_answer(row))
+        if prompt in tests:
+            return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
+        if prompt in probes[row["task"]]:
+            return f"this prompt is in probe.jsonl of {row['task']} and used from there: remove it"
+        return None
+
+    found: dict[str, list[Row]] = {}
+    for row in _read_rows(path, "--unlabelled names a JSONL file", problem).values():
+        found.setdefault(row["task"], []).append(_with_answer(row))
+    return found
+
+
+def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {type(row).__name__}"
+    if row.get("task") not in list(known):
+        return f'"task" is {row.get("task")!r}, expected an adapter: {", ".join(sorted(known))}'
+    if row_format(known[row["task"]].probe[0]) == ("text",):
+        return f"the rows of {row['task']} are texts, which have no prompts"
+    if "messages" not in row:
+        good = isinstance(row.get("prompt"), str) and row["prompt"]
+        return None if good else 'expected a non-empty string "prompt", or "messages"'
+    return _messages_problem(row["messages"], "user")
+
+
+def _with_answer(row: Row) -> Row:
+    prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
+
+
+def _prompt(row: Row) -> str:
+    """The same for the same prompt, as "prompt" or as "messages"."""
+    keys = row_format(row)
+    if keys == ("text",):
+        return str(row["text"]).strip()
+    messages = [{"role": "user", "content": row.get("prompt", "")}]
+    if keys == ("messages",):
+        messages = row["messages"][:-1]
+    said = [(one["role"], one["content"].strip()) for one in messages]
+    return json.dumps([one for one in said if one[1]], ensure_ascii=False)
+
+
+def _load_rows(path: Path, hint: str) -> dict[int, Row]:
+    """Line number -> row, all of one format."""
+    rows = _read_rows(path, hint, _row_problem)
+    formats = {row_format(row) for row in rows.values()}
+    if len(formats) > 1:
+        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
+    return rows
+
+
+def _read_rows(
+    path: Path, hint: str, row_problem: Callable[[object], str | None]
+) -> dict[int, Row]:
+    """Line number -> row.
+
+    Args:
+        path: a JSONL file.
+        hint: what to say when there is none.
+        row_problem: what is wrong with one row, or None.
+    """
+    if not path.is_file():
+        raise TaskError(f"{path}: missing; {hint}")
+    try:
+        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    rows: dict[int, Row] = {}
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not JSON ({error})")
+            continue
+        problem = row_problem(row)
+        if problem:
+            problems.append(f"{path}:{number}: {problem}")
+        rows[number] = row
+    if problems:
+        raise TaskError(problems)
+    if not rows:
+        raise TaskError(f"{path}: empty; expected one JSON object per line")
+    return rows
+
+
+def row_format(row: Row) -> tuple[str, ...] | None:
+    """The keys that make a row one of mlx-lm's formats, in mlx-lm's order of preference."""
+    return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
+
+
+def _row_problem(row: object) -> str | None:
+    """What is wrong with one row, or None."""
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {type(row).__name__}"
+    keys = row_format(row)
+    if keys is None:
+        return f"found the keys {sorted(row)}, {_EXPECTED}"
+    if keys != ("messages",):
+        bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
+        return f'"{bad}" must be a non-empty string' if bad else None
+    return _messages_problem(row["messages"], "assistant")
+
+
+def _messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  as JSON gave it
+    good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
+        return '"messages" must be a list of objects with "role" and "content"'
+    if not all(isinstance(m["role"], str) for m in messages):
+        return '"role" must be a string'
+    role = messages[-1]["role"]
+    return None if role == last else f'the last message has role {role!r}, expected "{last}"'

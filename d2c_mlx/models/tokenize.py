@@ -1,0 +1,171 @@
+"""Rows to token ids, as mlx-lm's trainer makes them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import TemplateError
+from mlx_lm.tuner.datasets import create_dataset
+
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import Row, Task, row_format
+from d2c_mlx.utils.errors import InputWarning, TaskError, gather
+
+__all__ = [
+    "context_of",
+    "encode",
+    "encode_probes",
+    "encode_prompts",
+    "encode_tests",
+]
+
+# `encode` of one model: name of the set, its rows, and where each stands.
+Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
+
+# What tokenizers and the templates of strangers raise; IndexError, for a text without a token.
+_UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
+
+
+def context_of(args: Any) -> int | None:  # noqa: ANN401  mlx-lm's, of any architecture
+    """Most tokens of a prompt with its answer; None if the model does not say.
+
+    Args:
+        args: of a model of mlx-lm's, or content of its config.json. Models that see images too have
+            those of the text in `text_config`.
+    """
+    if args is None:
+        return None
+    get = args.get if isinstance(args, dict) else partial(getattr, args)
+    context = get("max_position_embeddings", None)
+    return context if isinstance(context, int) else context_of(get("text_config", None))
+
+
+def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+    """The first `n` probe rows of every task, None for all; TaskError names all bad rows."""
+    return gather(partial(encode, one.name, one.probe[:n], one.probe_places) for one in tasks)
+
+
+def encode_tests(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+    """The first `n` test rows of every task, None for all; TaskError names all bad rows."""
+    return gather(partial(encode, one.name, one.test[:n], one.test_places) for one in tasks)
+
+
+def encode(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    task: str,
+    rows: Sequence[Row],
+    places: Sequence[str] = (),
+    context: int | None = None,
+) -> ExampleSet:
+    """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
+
+    Args:
+        tokenizer: of the model.
+        task: name of the set.
+        rows: of one format.
+        places: where each row stands, and maybe more; none names rows by task and number.
+        context: most tokens of a row.
+
+    Raises:
+        TaskError: every row that the chat template refuses, that has no target token or is too
+            long.
+    """
+    options = SimpleNamespace(mask_prompt=row_format(rows[0]) != ("text",))
+    examples: list[Example] = []
+    problems = []
+    failed: dict[str, list[str]] = {}
+    for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
+        try:
+            tokens, offset = create_dataset([row], tokenizer, options).process(row)
+            asked = _prompt_of(tokenizer, row)
+        except _UNTOKENIZED as error:
+            failed.setdefault(_reason(error), []).append(place)
+            continue
+        one = Example(tuple(map(int, tokens)), int(offset))
+        if asked != one.asked:
+            one = replace(one, prompt=asked)
+        examples.append(one)
+        if one.n_targets < 1:
+            problems.append(
+                f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
+                f" the {one.first_target:,} that are given; complete the row or remove it"
+            )
+        elif context and len(one.tokens) > context:
+            problems.append(
+                f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
+                f" {context:,}; shorten it"
+            )
+    # Without a chat template it is every row, for one reason.
+    problems += [
+        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
+        f" ({reason}); change it as the model's chat template asks, or use rows of text"
+        for reason, (first, *more) in failed.items()
+    ]
+    if problems:
+        raise TaskError(problems)
+    if any(one.prompt is not None for one in examples):
+        warnings.warn(
+            "tasks: the model's chat template ends a prompt with tokens that no finished"
+            " conversation has, so mlx-lm's trainer, and losses here, leave out as many tokens of"
+            " each answer; answers are asked with the whole prompt",
+            InputWarning,
+            stacklevel=2,
+        )
+    return ExampleSet(task, tuple(examples))
+
+
+def encode_prompts(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    prompts: Sequence[str],
+    system: str | None = None,
+) -> list[tuple[int, ...]]:
+    """What a model is asked with, the chat template applied.
+
+    Args:
+        tokenizer: of the model.
+        prompts: of a user each.
+        system: message before each; None leaves it to the template.
+
+    Raises:
+        InputError: the chat template refuses a prompt.
+    """
+    before = [] if system is None else [{"role": "system", "content": system}]
+    answer = {"role": "assistant", "content": ""}
+
+    def asked(prompt: str) -> tuple[int, ...]:
+        try:
+            messages = [*before, {"role": "user", "content": prompt}, answer]
+            return _prompt_of(tokenizer, {"messages": messages})
+        except _UNTOKENIZED as error:
+            raise TaskError(
+                f"prompt {prompt[:40]!r}: mlx-lm cannot tokenize it ({_reason(error)}); change it"
+                " as the model's chat template asks"
+            ) from None
+
+    return gather(partial(asked, prompt) for prompt in prompts)
+
+
+def _prompt_of(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    row: Row,
+) -> tuple[int, ...]:
+    """As `mlx_lm.generate` and a server ask; nothing for rows of text."""
+    if row_format(row) == ("text",):
+        return ()
+    messages, opens = [{"role": "user", "content": row.get("prompt")}], True
+    if "messages" in row:
+        messages, last = row["messages"][:-1], row["messages"][-1]
+        opens = last.get("role") == "assistant"  # as mlx-lm's ChatDataset
+    tokens = tokenizer.apply_chat_template(
+        messages, tools=row.get("tools"), add_generation_prompt=opens, return_dict=False
+    )
+    return tuple(map(int, tokens))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

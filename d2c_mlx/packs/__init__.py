@@ -1,0 +1,1 @@
+"""What ships, and how it changes: pack, manifest, export, hub. Imports `compress` and below."""

@@ -1,0 +1,220 @@
+"""The model card of a pack: what was merged, what is kept, licences, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.adapters.mlx_format import read_config
+from d2c_mlx.compress.compact_file import read_index
+from d2c_mlx.models.resolve import EMBEDDED
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
+from d2c_mlx.utils.errors import ConfigError, PackError
+from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.hub import parse_hub_id
+from d2c_mlx.utils.parsing import parse_json
+from d2c_mlx.utils.templates import templates_of
+
+__all__ = ["read_bench", "render_card"]
+
+Json = dict[str, Any]
+
+_HUB_NAMES = {EMBEDDED: f"HuggingFaceTB/{EMBEDDED}"}
+
+
+def render_card(
+    pack: Pack,
+    repo: str,
+    *,
+    base: str | None = None,
+    license: str = "other",
+    revision: str | None = None,
+    bench: Json | None = None,
+) -> str:
+    """README.md of a model repository: YAML front matter and Markdown.
+
+    Nothing of this machine is in it. Who was merged how comes from `merges.json` or `plan.json` of
+    the run directory, where the pack lies in one.
+
+    Args:
+        pack: what `load_pack` verified.
+        repo: `owner/name` of the repository.
+        base: the base model's id on the hub; None where the pack names it.
+        license: an id of the hub's, or "other".
+        revision: the branch that the card is for; None is the default one.
+        bench: what `read_bench` gave; None is not measured.
+
+    Raises:
+        ConfigError: the base model has no id on the hub.
+        PackError: the pack stores no adapter.
+    """
+    from huggingface_hub import ModelCardData
+
+    stated = pack.manifest.get("base")
+    name = str(stated.get("model")) if isinstance(stated, dict) else "unknown"
+    base = base or _HUB_NAMES.get(name, name)
+    hub = parse_hub_id(base)
+    if hub is None or hub.revision:
+        raise ConfigError(
+            f"base: {base!r} is no Hugging Face id (owner/name), which a card needs; pass --base"
+        )
+    adapters = _adapters(pack, bench)
+    if not adapters:
+        raise PackError(f"{pack.path}: the base model serves every task; there is nothing to push")
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="mlx",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
+    )
+    text = (
+        templates_of("d2c_mlx.packs")
+        .get_template("card.md.jinja")
+        .render(
+            repo=repo,
+            base=base,
+            license=license,
+            at=f" --revision {revision}" if revision else "",
+            storage=pack.storage,
+            nbytes=pack.nbytes,
+            tasks=sorted(pack.tasks),
+            left=sorted(task for task, adapter in pack.tasks.items() if adapter is None),
+            adapters=adapters,
+            **_sources(pack),
+            # The embedded model is not the hub's files, and found by its name.
+            model_option="" if name == EMBEDDED else f" --model {base}",
+            example=adapters[0]["name"],
+            example_task=adapters[0]["tasks"][0],
+            bench=bench,
+        )
+    )
+    return f"---\n{front.to_yaml()}\n---\n\n{text}"
+
+
+def read_bench(pack: Pack, path: Path | None) -> Json | None:
+    """What a card needs of the `bench.json` of the run that made a pack.
+
+    Args:
+        pack: what was measured.
+        path: None looks beside the pack, as in a run directory.
+
+    Returns:
+        None where nothing lies beside the pack.
+
+    Raises:
+        ConfigError: it is not readable, or of another pack.
+    """
+    beside = pack.path.resolve().parent / "bench.json"
+    if path is None and not beside.is_file():
+        return None
+    path = path or beside
+    bench = _json(path)
+    try:
+        methods, about = bench["methods"], bench["provenance"]
+        packed, base = methods["pack"], about["base"]
+        rows = [_losses(methods, task) for task in sorted(pack.tasks)]
+        measured = {
+            "rows": [*rows, _losses(methods, None)],
+            "n_rows": int(about["config"]["test_examples"]),
+            "dtype": str(about["compute_dtype"]),
+            "refined": bool(about["config"]["refine"]),
+        }
+        same = (
+            about["pack"]["manifest_sha256"] == hash_file(pack.path / MANIFEST)
+            and packed["nbytes"] == pack.nbytes
+            and packed["tasks"].keys() == pack.tasks.keys()
+            and base == {key: pack.manifest["base"][key] for key in base}
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        same = False
+    if not same:
+        raise ConfigError(_other_pack(path, pack, bench))
+    return measured
+
+
+def _other_pack(path: Path, pack: Pack, bench: Any) -> str:  # noqa: ANN401  JSON is any
+    """What is wrong and what to do; a run measures only the pack that it made."""
+    about = bench.get("provenance") if isinstance(bench, dict) else None
+    if isinstance(about, dict) and "pack" not in about:
+        return (
+            f"{path}: does not say which pack it is of, as those of older versions; delete it and"
+            f" run d2c-mlx bench --output {path.parent} again, if that run made {pack.path}"
+        )
+    return (
+        f"{path}: is no bench.json of {pack.path} (its manifest, tasks, bytes or base model"
+        " differ, as after d2c-mlx add, remove or route); name that of the run that made this very"
+        " pack with --bench, or move this one away: the card then says that nothing was measured"
+    )
+
+
+def _losses(methods: Json, task: str | None) -> Json:
+    """A row of the table; None is the mean over tasks."""
+    found = {name: methods[name] if task is None else methods[name]["tasks"][task]
+             for name in ("base", "individual", "pack")}  # fmt: skip
+    retention = found["pack"]["retention"]
+    return {
+        "task": "mean" if task is None else task,
+        "retention": None if retention is None else float(retention),
+        **{name: float(entry["loss"]) for name, entry in found.items()},
+    }
+
+
+def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str, object]]:
+    """Tasks that share an adapter -> how it was made, and its scale; from the run directory."""
+    path = pack.path.resolve().parent / ("merges.json" if pack.storage == "plain" else "plan.json")
+    content = _json(path) if path.is_file() else []
+    refined = bool(bench and bench["refined"])
+    found: dict[frozenset[str], tuple[str, object]] = {}
+    try:
+        for entry in content["units"] if isinstance(content, dict) else content:
+            tasks = frozenset(entry.get("members") or entry["tasks"])
+            how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
+            found[tasks] = (how + ", refined" * refined, entry["scale"])
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
+    return found
+
+
+def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
+    """One row per stored adapter, named as `unpack` names it."""
+    recorded = _recorded(pack, bench)
+    rows = []
+    for k, tasks in pack.adapters.items():
+        name = f"cluster-{k}" if isinstance(k, int) else k
+        method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
+        stored = _plain(pack, name) if pack.storage == "plain" else _compact(pack, int(k))
+        rows.append(
+            {"name": name, "tasks": tasks, "method": method, "scale": scale, "stored": stored}
+        )
+    return rows
+
+
+def _plain(pack: Pack, name: str) -> str:
+    nbytes = sum(pack.files_of(name).values())
+    parameters: Any = read_config(pack.path / name)["lora_parameters"]
+    return f"rank {parameters['rank']}, {nbytes:,} bytes"
+
+
+def _compact(pack: Pack, k: int) -> str:
+    index = read_index(pack.path / COMPACT)
+    counts = index.counts[k].sum(axis=0)
+    parts = [f"{int(n)} at {bits} bit" for bits, n in zip(index.bits, counts) if n]
+    return f"components: {', '.join(parts) or 'none'}"
+
+
+def _sources(pack: Pack) -> Json:
+    """Where the adapters of the tasks came from."""
+    origins = {task: parse_hub_id(str(pack.origins.get(task))) for task in sorted(pack.tasks)}
+    return {
+        "origins": {task: hub for task, hub in origins.items() if hub},
+        "local": [task for task, hub in origins.items() if hub is None],
+    }

@@ -1,0 +1,87 @@
+"""Where an adapter that arrives fits, measured on probes of the tasks that have some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.cluster.partition import LEAST_GAIN
+from d2c_mlx.compress.candidates import SCALES
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.evaluator import Evaluator, climb, tune_scale
+from d2c_mlx.merge.merger import SCALES as MERGE_SCALES
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+
+__all__ = ["Judge"]
+
+
+class Judge:
+    """Losses on probes. Tasks of the pack without probes have no say."""
+
+    def __init__(
+        self, base: BaseModel, evaluator: Evaluator, probes: Mapping[str, ExampleSet]
+    ) -> None:
+        """Judge by `probes`, task -> examples; the arriving task must be among them."""
+        self._base, self._evaluator, self._probes = base, evaluator, probes
+
+    def best(
+        self,
+        merges: Mapping[str, Adapter],
+        slots: Mapping[str, Adapter],
+        served: Mapping[str | int, Sequence[str]],
+        new: Adapter,
+    ) -> tuple[str, Adapter]:
+        """The merge that costs least, its scale tuned.
+
+        A task's cost is how much its loss rises, as a share of what it gained over the base before.
+
+        Args:
+            merges: slot -> the slot's adapter with the new one merged in.
+            slots: slot -> its adapter before.
+            served: slot -> tasks.
+            new: the adapter that arrives.
+        """
+        found = {
+            slot: self._tuned(merge, slots[slot], served[slot], new)
+            for slot, merge in merges.items()
+        }
+        name = min(found, key=lambda slot: (found[slot][0], slot))
+        return name, found[name][1]
+
+    def _tuned(
+        self, merge: Adapter, slot: Adapter, served: Sequence[str], new: Adapter
+    ) -> tuple[float, Adapter]:
+        """What a merge costs at its best scale, and the merge at that scale."""
+        tasks = [task for task in served if task in self._probes]
+        own = np.concatenate([self._losses(slot, tasks), self._losses(new, [new.name])])
+        tasks.append(new.name)
+        gain = np.maximum(self._losses(None, tasks) - own, LEAST_GAIN)
+
+        def cost(scale: float) -> float:
+            return float(((self._losses(scaled(merge, scale), tasks) - own) / gain).sum())
+
+        scale = tune_scale(cost, MERGE_SCALES)
+        return cost(scale), scaled(merge, scale)
+
+    def gains(self, adapter: Adapter) -> dict[str, float]:
+        """What each module of the arriving adapter contributes, see `module_gains`."""
+        return module_gains(self._base, adapter, self._probes[adapter.name])
+
+    def scaled(self, small: Compressed) -> Compressed:
+        """A stored form at the first of the scales from 1 after which its task's loss rises."""
+
+        def loss(scale: float) -> float:
+            adapter = small.scaled(scale).adapter(self._base.dtype)
+            return float(self._losses(adapter, [small.name])[0])
+
+        return small.scaled(climb(loss, SCALES[SCALES.index(1.0) :])[0])
+
+    def _losses(self, adapter: Adapter | None, tasks: Sequence[str]) -> np.ndarray:
+        if not tasks:
+            return np.zeros(0)
+        return self._evaluator.losses_in_parts([(adapter, [self._probes[t] for t in tasks])])[0]

@@ -1,0 +1,201 @@
+"""A base model as stock mlx-lm runs it on a device: weights as quantized, adapters beside them.
+
+`BaseModel` dequantizes on a CPU; this is what a phone would compute. Adapters are never fused:
+`fuse` quantizes the sum again, which destroys small deltas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.utils import load_config, quantize_model, save
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.batches import by_length, target_places
+from d2c_mlx.evaluate.workers import Piece
+from d2c_mlx.models.attach import switch
+from d2c_mlx.models.base_model import greedy, linear_shapes, load_stock, stored_dtype
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.kernels import target_scores, use_exponentials
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import fingerprint, hash_file, write_dir
+from d2c_mlx.utils.lock import locked
+
+__all__ = ["StockModel", "quantized_model"]
+
+# Padded tokens of one batch: their logits are the largest array of an evaluation.
+_BATCH = 256
+# What is copied with the weights or decides how they are read, and is small enough to be hashed:
+# config, tokenizer (in any of its forms) and chat template.
+_BESIDE = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+
+
+class StockModel:
+    """A model loaded by mlx-lm, with mlx-lm's own LoRA layers for an adapter at a time.
+
+    It is a `probe.Runner`, too. On a CPU device activations and scales are float32 (in 16 bit
+    MLX's CPU backend is more than ten times slower); weights are as quantized everywhere.
+
+    Attributes:
+        path: its mlx-lm directory.
+        model: as mlx-lm made it, weights read.
+        tokenizer: mlx-lm's.
+        config: content of config.json.
+        weights_nbytes: bytes of the weights as they are stored.
+        dtype: of activations on the device; None if the architecture does not say.
+        compute_dtype: of activations here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load; raises ModelError if mlx-lm cannot."""
+        self.path = path
+        self.model, self.tokenizer = load_stock(path, lazy=True)
+        self.config = load_config(path)
+        # An `Engine` in this process may have put functions of ours in their place.
+        use_exponentials(self.model, False)
+        self.module_shapes = linear_shapes(self.model.named_modules())
+        self.weights_nbytes = self.held_nbytes
+        self.dtype: mx.Dtype | None = stored_dtype(self.model)
+        self.compute_dtype = self.dtype
+        if mx.default_device().type == mx.DeviceType.cpu:
+            self.compute_dtype = mx.float32
+            self.model.set_dtype(mx.float32)
+        mx.eval(self.model.parameters())
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.model.layers)
+
+    @property
+    def bits(self) -> int | None:
+        """Of most weights; None if they are not quantized."""
+        return (self.config.get("quantization") or {}).get("bits")
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of weights and attached adapter in this process."""
+        return sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.config.get("vocab_size") or len(self.tokenizer))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Positions that the model was made for."""
+        return context_of(self.config)
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.path.glob("model*.safetensors"))
+
+    def attach(self, adapter: Adapter | None) -> None:
+        """Put an adapter in place of the last one, beside the weights; None is the bare model."""
+        switch(self.model, adapter and adapter.uniform(self.compute_dtype), self.path)
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """As `BaseModel.answer`."""
+        return greedy(self.model, self.tokenizer, prompt, max_tokens)
+
+    def kv_nbytes(self, n_tokens: int, dtype: mx.Dtype | None) -> int | None:
+        """Bytes of mlx-lm's KV cache once it holds `n_tokens` of one prompt, from shapes alone.
+
+        None for models whose cache is another than mlx-lm's plain one, or without a dtype.
+        """
+        plain = all(type(cache) is KVCache for cache in make_prompt_cache(self.model))
+        names = ("k_proj", "v_proj")
+        widths = [s[1] for p, s in self.module_shapes.items() if p.split(".")[-1] in names]
+        if dtype is None or not plain or len(widths) != 2 * self.n_layers:
+            return None
+        # It grows by whole steps.
+        tokens = -(-n_tokens // KVCache.step) * KVCache.step
+        return sum(widths) * tokens * dtype.size
+
+    def fingerprint(self, examples: ExampleSet) -> str:
+        """Of weights' place and the rows; nothing of it outlives the process."""
+        return fingerprint([str(self.path), examples.digest])
+
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+        """Evaluate; yields (index of the piece, sum of its targets' NLL in nats)."""
+        for i, (adapter, examples) in enumerate(pieces):
+            self.attach(adapter)
+            yield i, sum(self._nll(examples))
+
+    def _nll(self, examples: ExampleSet) -> Iterator[float]:
+        """NLL sum of every batch: padded rows, full logits, no cache."""
+        rows = examples.examples
+        for some in by_length([len(row.tokens) for row in rows], _BATCH):
+            x, places, targets = target_places([rows[i] for i in some])
+            normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
+            yield float(np.array(normaliser - gold, np.float64).sum())
+
+
+def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path]:
+    """Find a base model: `(name, its mlx-lm directory, the directory quantized as asked)`.
+
+    What is not quantized yet is quantized once by mlx-lm's `quantize_model`, into the cache.
+
+    Args:
+        spec: see `locate.resolve_model`.
+        bits: 4 or 8; None takes the model as it is.
+
+    Raises:
+        ModelError: it cannot be had, has other bits already, or no group size divides its widths.
+    """
+    name, path = resolve_model(spec)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization", config.get("quantization_config"))
+    if bits is None or (stored and stored.get("bits") == bits):
+        return name, path, path
+    if stored:
+        raise ModelError(
+            f"{path}: its weights have {stored.get('bits', 'unknown')} bits already, expected"
+            f" weights that are not quantized for --bits {bits}; leave --bits out"
+        )
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+             for file in sorted(path.glob("*.safetensors"))]  # fmt: skip
+    found = [file for file in sorted(path.iterdir()) if file.suffix in _BESIDE and file.is_file()]
+    beside = [(file.name, hash_file(file)) for file in found]
+    key = fingerprint([str(path.resolve()), files, beside, bits, version("mlx-lm"), "v2"])[:16]
+    directory = cache_directory() / "models" / f"{path.name}-{bits}bit-{key}"
+    if not directory.exists():
+        # Two commands may want the same model at once.
+        with locked(directory.parent, wait=True):
+            if not directory.exists():
+                _quantize(path, bits, directory)
+    return name, path, directory
+
+
+def _quantize(path: Path, bits: int, directory: Path) -> None:
+    model, tokenizer = load_stock(path, lazy=True)
+    with write_dir(directory) as temporary, contextlib.redirect_stdout(sys.stderr):
+        model, config = quantize_model(model, load_config(path), _group_size(model, path), bits)
+        save(temporary, path, model, tokenizer, config)
+
+
+def _group_size(model: nn.Module, path: Path) -> int:
+    """Numbers that share a scale: mlx-lm's default, or what divides every width of the model."""
+    widths: set[int] = {width for width, _ in linear_shapes(model.named_modules()).values()}
+    for size in (64, 32):
+        if all(width % size == 0 for width in widths):
+            return size
+    raise ModelError(
+        f"{path}: no group size divides all of its widths ({', '.join(map(str, sorted(widths)))}),"
+        " expected multiples of 32; give a model that is quantized already"
+    )

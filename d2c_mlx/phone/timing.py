@@ -1,0 +1,158 @@
+"""How long a model takes to answer, and to change its adapter, within a memory limit."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm import load
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+
+from d2c_mlx.evaluate.evaluator import Meter
+from d2c_mlx.packs.pack import Pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.phone.stock_model import StockModel
+
+__all__ = ["memory_limit", "speed", "switch"]
+
+# Timed switches through the pack; each costs little more than one token.
+_SWITCHES = 10
+
+
+@contextmanager
+def memory_limit(nbytes: int) -> Iterator[None]:
+    """Within it MLX is told to stay below `nbytes`; the limit before is restored in any case.
+
+    At the limit MLX waits for running work and drops its cache; it refuses only what the machine
+    does not have. So a peak above the limit is seen, not prevented.
+    """
+    before = mx.set_memory_limit(nbytes)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
+def speed(
+    stock: StockModel, context: int, n_decode: int, runs: int, meter: Meter
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Medians over the timed runs, after one that is not counted.
+
+    Args:
+        stock: with the adapter attached.
+        context: tokens of the prompt, random ones.
+        n_decode: tokens generated after it.
+        runs: timed runs.
+        meter: told of the tokens done.
+
+    Returns:
+        Times, and bytes: `kv_cache` in the device's dtype; `rest`, what MLX held at its peak here
+        beside weights, adapter and KV cache.
+    """
+    prompt = np.random.default_rng(0).integers(0, stock.vocabulary, context).tolist()
+    mx.clear_cache()
+    # With weights and adapter, and what else this process holds.
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = []
+    for _ in range(runs + 1):
+        found.append(_generate(stock.model, prompt, n_decode))
+        meter.advance(context + n_decode)
+    firsts, rests, caches = zip(*found[1:])
+    first = statistics.median(firsts)
+    times = {
+        "context": context,
+        "first_token_seconds": first,
+        "prompt_tokens_per_second": context / first,
+        "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
+    }
+    return times, {
+        # Caches of other kinds are taken as they are here.
+        "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
+        "rest": mx.get_peak_memory() - before - caches[0],
+    }
+
+
+def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float, int]:
+    """Seconds to the first token, seconds for the n - 1 after it, bytes of the KV cache then."""
+    cache = make_prompt_cache(model)
+    with wired_limit(model, [generation_stream]):
+        started = time.perf_counter()
+        steps = generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=cache)
+        next(steps)
+        first = time.perf_counter()
+        for _ in steps:
+            pass
+        done = time.perf_counter()
+        # mlx-lm is one token ahead.
+        mx.synchronize(generation_stream)
+    return first - started, done - first, sum(getattr(one, "nbytes", 0) for one in cache)
+
+
+def switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
+    """From an adapter on disk to the next token under it, through the pack and by stock mlx-lm.
+
+    Both go through the pack's tasks in turn, all files in the page cache; one switch of each is
+    not counted. Stock mlx-lm loads model, tokenizer and unpacked adapter anew.
+
+    Args:
+        stock: the model; afterwards it has no adapter.
+        pack: verified.
+        runs: timed reloads of stock mlx-lm.
+    """
+    turns = itertools.cycle(pack.tasks)
+    ours = [_through_pack(stock, pack, next(turns)) for _ in range(_SWITCHES + 1)]
+    stock.attach(None)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "plain"
+        places = unpack(pack, directory)
+        reloads = itertools.cycle(places.values())
+        theirs = [_by_reload(stock, directory, next(reloads)) for _ in range(runs + 1)]
+    found = {"pack": _medians(ours, "read", "attach"), "stock": _medians(theirs, "reload")}
+    ready = [one["seconds"] - one["token_seconds"] for one in found.values()]
+    return {
+        **found,
+        "ratio": found["stock"]["seconds"] / found["pack"]["seconds"],
+        "ratio_before_token": ready[1] / ready[0],
+    }
+
+
+def _through_pack(stock: StockModel, pack: Pack, task: str) -> tuple[float, ...]:
+    started = time.perf_counter()
+    adapter = pack.load(task)
+    read = time.perf_counter()
+    stock.attach(adapter)
+    attached = time.perf_counter()
+    return read - started, attached - read, _generate(stock.model, [0], 1)[0]
+
+
+def _by_reload(stock: StockModel, directory: Path, place: str | None) -> tuple[float, ...]:
+    started = time.perf_counter()
+    model = load(str(stock.path), adapter_path=str(directory / place) if place else None)[0]
+    reloaded = time.perf_counter() - started
+    # Their token in the same dtype as ours; the cast is not counted.
+    if stock.compute_dtype:
+        model.set_dtype(stock.compute_dtype)
+        mx.eval(model.parameters())
+    return reloaded, _generate(model, [0], 1)[0]
+
+
+def _medians(times: Sequence[tuple[float, ...]], *names: str) -> dict[str, Any]:
+    """Of every part and of the whole, the first switch left out."""
+    timed = times[1:]
+    parts = [statistics.median(column) for column in zip(*timed)]
+    return {
+        **{f"{name}_seconds": part for name, part in zip((*names, "token"), parts)},
+        "seconds": statistics.median(map(sum, timed)),
+        "switches": len(timed),
+    }

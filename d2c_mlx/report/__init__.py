@@ -1,0 +1,1 @@
+"""Results for people: Markdown, HTML, charts. Computes nothing. Imports `phone` and below."""

@@ -1,0 +1,102 @@
+"""Results -> Markdown and one self-contained HTML file. Computes nothing; every number is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS
+from d2c_mlx.phone.tables import render_phone
+from d2c_mlx.report import charts
+from d2c_mlx.utils.templates import percent, templates_of
+
+__all__ = ["render_html", "render_markdown", "render_table"]
+
+Json = dict[str, Any]
+
+
+def _rows(bench: Json) -> list[dict[str, Any]]:
+    """Methods sorted by excess loss, the strict measure; the bare base model last."""
+    methods = bench["methods"]
+    total = methods["individual"]["nbytes"]
+    order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
+    return [
+        {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
+    ]
+
+
+def render_table(bench: Json) -> str:
+    """The table of methods as Markdown: bytes, held-out loss, excess, retention."""
+    lines = [
+        "| method | bytes | of input | loss | excess | retention |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in _rows(bench):
+        lines.append(
+            f"| {row['name']} | {row['nbytes']:,} | {percent(row['share'])} | {row['loss']:.4f} |"
+            f" {row['excess']:.4f} | {percent(row['retention'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _context(artifacts: Mapping[str, Json]) -> Json:
+    manifest, bench, plan = artifacts["manifest"], artifacts["bench"], artifacts.get("plan")
+    d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
+    worst = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["excess"])
+    return {
+        "losses": artifacts["losses"],
+        "d2c": d2c,
+        "merges": artifacts.get("merges"),
+        "plan": plan,
+        "n_stored": len(plan["units"] if plan else artifacts["merges"]),
+        "manifest": manifest,
+        "rows": _rows(bench),
+        "table": render_table(bench),
+        "pack": bench["methods"]["pack"],
+        "share": bench["methods"]["pack"]["nbytes"] / bench["methods"]["individual"]["nbytes"],
+        "worst": worst,
+        "methods": bench["methods"],
+        "answers": bench.get("answers", {}),
+        "metrics": bench.get("metrics", {}),
+        "metric_names": dict(zip(METRICS, METRIC_NAMES)),
+        "provenance": bench["provenance"],
+        "phone": artifacts.get("phone"),
+    }
+
+
+def render_markdown(artifacts: Mapping[str, Json]) -> str:
+    """`report.md`.
+
+    Args:
+        artifacts: losses, manifest (of the pack) and bench, and either clusters and merges or plan,
+            as the stages wrote them; and phone, if the pack was measured as on one.
+    """
+    context = _context(artifacts)
+    context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None
+    return templates_of("d2c_mlx.report").get_template("report.md.jinja").render(context)
+
+
+def render_html(artifacts: Mapping[str, Json]) -> str:
+    """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
+    context = _context(artifacts)
+    if context["plan"]:
+        context["frontier"] = charts.frontier(context["plan"], context["share"])
+    else:
+        # A plan has nothing but the pack to compare.
+        context["bars"] = charts.excess_bars(context["rows"])
+        if len(context["d2c"]["history"]) > 1:
+            context["convergence"] = charts.convergence(context["d2c"]["history"])
+    if context["phone"]:
+        context["memory_bar"] = charts.memory_bar(context["phone"])
+    context["heatmap"] = charts.heatmap(context["losses"], _labels(context))
+    return templates_of("d2c_mlx.report").get_template("report.html.jinja").render(context)
+
+
+def _labels(context: Json) -> list[int]:
+    """Tasks that share an adapter have one label."""
+    if context["d2c"]:
+        return context["d2c"]["labels"]
+    groups = [unit["tasks"] for unit in context["plan"]["units"]]
+    groups += [[name] for name in context["plan"]["base"]]
+    label = {name: k for k, names in enumerate(groups) for name in names}
+    return [label[name] for name in context["losses"]["tasks"]]

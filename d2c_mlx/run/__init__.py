@@ -1,0 +1,1 @@
+"""A run and its directory: options, artifacts, what is done. Imports every other wing."""

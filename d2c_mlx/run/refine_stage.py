@@ -1,0 +1,72 @@
+"""Refining the merges of a run: what each is refined with, and each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2c_mlx import __version__
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.merge.refine import Member, Refined, RefineOptions, refine
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.files import fingerprint, write_dir, write_json
+
+__all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
+
+
+def _options(ws: Workspace) -> RefineOptions:
+    c = ws.config
+    return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, eps=c.eps, seed=c.seed)
+
+
+def refine_inputs(ws: Workspace) -> list[object]:
+    """A JSON value of all that refining depends on beside adapters and merges."""
+    return [__version__, ws.base.fingerprint, dataclasses.asdict(_options(ws)),
+            [[p.task, p.digest] for p in ws.probes],
+            [[name, prompts.digest] for name, prompts in ws.prompts.items()]]  # fmt: skip
+
+
+def refine_merge(ws: Workspace, merged: Adapter, indices: Sequence[int]) -> Refined:
+    """Refine the merge of some of a run's adapters."""
+    return refine(ws.base, merged, _members(ws, indices), _options(ws), ws.evaluator.meter)
+
+
+def _members(ws: Workspace, indices: Sequence[int]) -> list[Member]:
+    return [
+        Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i]), ws.prompts.get(ws.names[i]))
+        for i in indices
+    ]
+
+
+def refine_cluster(ws: Workspace, k: int, names: Sequence[str], kept: Path) -> Path:
+    """Refine merge `k`, of the adapters `names`, unless that is done already.
+
+    Returns:
+        A directory below `kept`, named after all that it depends on, with `adapter/` and
+        `refine.json`: members, step, stopped, held_back_regret, curve, unjudged, seconds.
+    """
+    merged = load_adapter(ws.path("merged") / str(k))
+    indices = [ws.names.index(name) for name in names]
+    contents = [[one.adapter.digest, one.gain] for one in _members(ws, indices)]
+    part = kept / fingerprint([refine_inputs(ws), list(names), contents, merged.digest])[:32]
+    if part.exists():
+        return part
+    started = time.monotonic()
+    refined = refine_merge(ws, merged, indices)
+    regrets = dict(refined.curve)
+    facts = {
+        "members": list(names),
+        "step": refined.step,
+        "stopped": refined.stopped,
+        "held_back_regret": {"before": regrets.get(0), "after": regrets.get(refined.step)},
+        "curve": refined.curve,
+        "unjudged": refined.unjudged,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    with write_dir(part) as directory:
+        refined.adapter.save(directory / "adapter", ws.base.n_layers)
+        write_json(directory / "refine.json", facts)
+    return part

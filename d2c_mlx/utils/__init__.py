@@ -1,0 +1,1 @@
+"""What knows no LoRA: errors, files, hub, devices. Imports nothing of this package."""

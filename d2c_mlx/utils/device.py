@@ -1,0 +1,88 @@
+"""What MLX computes on: device, memory, BLAS, versions, and which of it decides bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mlx.core as mx
+
+from d2c_mlx.utils.blas import loaded_blas
+from d2c_mlx.utils.errors import ConfigError
+
+__all__ = ["arithmetic", "environment", "machine", "use_device", "versions"]
+
+_PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
+
+
+def use_device() -> None:
+    """Compute on the CPU, in float32, if `$D2C_MLX_DEVICE` says `cpu`.
+
+    Raises:
+        ConfigError: it says anything else.
+    """
+    wish = os.environ.get("D2C_MLX_DEVICE")
+    if wish not in (None, "", "cpu"):
+        raise ConfigError(f"D2C_MLX_DEVICE: found {wish!r}, expected cpu, or nothing for the GPU")
+    if wish:
+        mx.set_default_device(mx.cpu)
+
+
+def arithmetic() -> list[str | None]:
+    """What decides the bits of a result beside model and engine: MLX, its device, and a BLAS.
+
+    On a Mac Metal's kernels come with the system, and newer GPUs have others for float32.
+    """
+    info = mx.device_info()
+    found = [version("mlx"), str(info.get("device_name")), str(mx.default_device()), loaded_blas()]
+    if mac := platform.mac_ver()[0]:
+        tf32 = os.environ.get("MLX_ENABLE_TF32")
+        found += [mac, str(info.get("architecture")), tf32]
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Device, backend, memory (bytes) and BLAS; keys a device does not report are left out."""
+    info = mx.device_info()
+    backend = str(mx.default_device().type).split(".")[-1]
+    if backend == "gpu" and mx.metal.is_available():
+        backend = "metal"
+    facts = {
+        "system": platform.platform(),
+        "device": info.get("device_name", "unknown"),
+        "backend": backend,
+        "cores": os.cpu_count(),
+        "memory": info.get("memory_size") or _system_memory(),
+        "working_set": info.get("max_recommended_working_set_size"),
+        "blas": loaded_blas(),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _system_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Machine, Python and versions of packages: what a result may depend on beside its inputs."""
+    return {
+        "machine": machine(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }

@@ -1,0 +1,164 @@
+"""Reading what strangers wrote: JSON and YAML without surprises, numbers in range, patterns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d2c_mlx.utils.errors import ConfigError
+
+__all__ = ["json_or_none", "match_end", "parse_json", "positive", "read_yaml"]
+
+# Seconds that a pattern may take on one module path; honest ones take microseconds.
+_PATIENCE = 1.0
+# Characters of a config: a list of some thousand adapters by their paths is a fair one.
+_MOST_YAML = 1_000_000
+# What makes PyYAML slow instead, and is in no config: levels of brackets, values with aliases
+# written out, digits of a number.
+_DEEPEST, _MOST_VALUES, _MOST_DIGITS = 20, 50_000, 1_000
+
+
+def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any
+    """JSON as RFC 8259 means it.
+
+    Raises:
+        ValueError: it is none. So are, other than for Python's `json`: NaN and infinity, numbers
+            beyond 64 bits, a key that is there twice, halves of surrogate pairs, and nesting that
+            is deeper than Python can walk.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant,
+                           parse_int=_integer, parse_float=_float)  # fmt: skip
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair") from None
+    return value
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"{text[:20]}... is beyond 64 bits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is beyond 64 bits")
+    return value
+
+
+def json_or_none(path: Path) -> Any:  # noqa: ANN401  JSON is any
+    """What a file says, by `parse_json`; None if it is missing or cannot be read."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def positive(value: object) -> bool:
+    """Whether a JSON value is a number above 0; true and false are none."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return good and value > 0  # type: ignore[operator]
+
+
+def match_end(pattern: str, path: str) -> bool:
+    """PEFT's rule for keys of `rank_pattern`: a regular expression that matches a path's end.
+
+    Raises:
+        ValueError: no regular expression, or one that takes longer than a second.
+
+    Source: `get_pattern_key`, https://github.com/huggingface/peft.
+    """
+    import regex
+
+    try:
+        return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_PATIENCE))
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+    except TimeoutError:
+        raise ValueError(f"{pattern!r} takes more than {_PATIENCE:g} s on {path}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses early what PyYAML would take minutes for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._n_values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        before, alias = self._n_values, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        # Aliases of aliases double with every line; what each stands for is known by now.
+        self._n_values += self._sizes.get(node, 1) if alias else 1
+        if self._n_values > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values")
+        self._sizes.setdefault(node, self._n_values - before)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {_MOST_DIGITS:,} digits")
+        return node
+
+
+def _yaml_reason(error: Exception) -> str:
+    where = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or where is None:
+        return str(error).splitlines()[0]
+    return f"line {where.line + 1}, column {where.column + 1}: {error.problem or error.context}"
+
+
+def read_yaml(path: Path | None) -> dict[str, Any]:
+    """Keys and values of a file; none without one.
+
+    Raises:
+        ConfigError: it is not readable, too large, or holds no mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > _MOST_YAML:
+            raise ConfigError(f"{path}: {len(text):,} characters, at most {_MOST_YAML:,} are read")
+        data = yaml.load(text, Loader=_Loader) or {}
+        json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a directory, expected a YAML file of options") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
+    # Dates that are none and halves of surrogate pairs are ValueErrors; a word under `!!timestamp`
+    # or `!!bool` is one of the last two.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({_yaml_reason(error)})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
+    return data

@@ -1,0 +1,46 @@
+"""Jinja templates of this package, and how numbers and names are written in them."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cell", "percent", "size", "templates_of"]
+
+
+def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
+    """A jinja2 environment over the templates of a package; an undefined name is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Where a run lies tells who made it.
+    found.filters |= {
+        "percent": percent, "size": size, "last_part": lambda path: Path(path).name,
+        "cell": cell,
+    }  # fmt: skip
+    return found
+
+
+def percent(value: float | None) -> str:
+    """A share with one decimal, `-` for none."""
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def size(nbytes: int) -> str:
+    """Three digits are enough to read; the exact number stands in the table."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def cell(text: object) -> str:
+    """A name in Markdown that begins no column and no HTML."""
+    return html.escape(str(text), quote=False).replace("|", "\\|")
