@@ -114,10 +114,16 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
             " plan for; pass the number as --max-adapters"
         )
 
-    from d2c_mlx.pipeline import run as run_pipeline
+    from d2c_mlx.run.config import stages_of
+    from d2c_mlx.run.directory import RunDirectory
 
-    workspace = run_pipeline(checked, until, quiet)
-    _show(workspace.output, until, as_json)
+    directory = RunDirectory(Path(checked.output))
+    # Asked here as well, since the pipeline takes seconds to import.
+    if not directory.is_finished(checked, stages_of(checked, until)):
+        from d2c_mlx.pipeline import run as run_pipeline
+
+        run_pipeline(checked, until, quiet)
+    _show(directory.root, until, as_json)
 
 
 _ARTIFACTS = {

@@ -21,7 +21,7 @@ from d2c_mlx.utils.hub import HubId, download, head, list_files, parse_hub_id
 if TYPE_CHECKING:
     from d2c_mlx.models.base_model import BaseModel
 
-__all__ = ["Source", "find_adapters", "read_adapters"]
+__all__ = ["Source", "find_adapters", "local_entries", "read_adapters"]
 
 # At the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
@@ -76,6 +76,22 @@ def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -
     if problems:
         raise AdapterError(problems)
     return sorted(found, key=lambda one: one.name)
+
+
+def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
+    """The paths that an option names, as `find_adapters` takes them; None if one is on the hub."""
+    entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
+    if isinstance(spec, str) and not _exists(Path(spec)):
+        entries = [entry.strip() for entry in spec.split(",")]
+    found = []
+    for entry in entries:
+        rest = entry
+        while not _exists(path := Path(os.path.expanduser(rest))) and "=" in rest:
+            rest = rest.partition("=")[2]
+        if not rest or not _exists(path):
+            return None
+        found.append(path)
+    return found
 
 
 def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:

@@ -7,12 +7,11 @@ those alone. What is expected of the others is what the task and the adapter do 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil
 
 import numpy as np
 
-from d2c_mlx.cluster.partition import Problem
+from d2c_mlx.cluster.partition import bounded
 
 __all__ = ["completed", "nearest", "others_needed"]
 
@@ -43,21 +42,23 @@ def nearest(similarity: np.ndarray, n_others: int) -> np.ndarray:
     return measured
 
 
-def completed(problem: Problem) -> Problem:
-    """With losses that are expected where the table has none (NaN).
+def completed(regrets: np.ndarray) -> np.ndarray:
+    """Estimate the regrets that were not measured (NaN).
 
-    A regret is expected to be a constant, plus what the task adds, plus what the adapter adds:
-    ridge regression on those that were measured, of tasks under other adapters than their own.
+    A regret is estimated as a constant, plus what the task adds, plus what the adapter adds: ridge
+    regression on those that were measured, of tasks under other adapters than their own.
+
+    Args:
+        regrets: `(n, n)`, task i under adapter j.
     """
-    missing = np.isnan(problem.table)
+    missing = np.isnan(regrets)
     if not missing.any():
-        return problem
+        return regrets
     from sklearn.linear_model import Ridge
 
-    each = np.eye(problem.n)
+    n, each = len(regrets), np.eye(len(regrets))
     tasks, adapters = np.nonzero(~missing & ~each.astype(bool))
-    harm = problem.harm[tasks, adapters]
+    harm = bounded(regrets[tasks, adapters])
     fit = Ridge().fit(np.hstack([each[tasks], each[adapters]]), harm)
-    expected = fit.intercept_ + fit.coef_[: problem.n, None] + fit.coef_[problem.n :]
-    losses = np.diagonal(problem.table)[:, None] + problem.gain[:, None] * expected
-    return replace(problem, table=np.where(missing, losses, problem.table))
+    estimated = fit.intercept_ + fit.coef_[:n, None] + fit.coef_[n:]
+    return np.where(missing, estimated, regrets)

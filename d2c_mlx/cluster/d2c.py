@@ -27,8 +27,7 @@ _TUNINGS = 4
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
     """A random first adapter, then always the one worst served by, and serving, the others."""
-    regret = problem.regret(problem.table)
-    distance = regret + regret.T
+    distance = problem.regrets + problem.regrets.T
     seeds = [int(rng.integers(problem.n))]
     while len(seeds) < n_clusters:
         nearest = distance[:, seeds].min(axis=1)
@@ -48,9 +47,9 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
     if init == "pairs":
         return np.array(paired_partition(problem, n_clusters))
     seeds = _farthest_seeds(problem, n_clusters, rng)
-    scores = problem.table[:, seeds]
+    scores = problem.regrets[:, seeds]
     labels = scores.argmin(axis=1)
-    served = problem.regret(scores)[np.arange(problem.n), labels]
+    served = scores[np.arange(problem.n), labels]
     return refill(labels, n_clusters, served)
 
 
@@ -63,15 +62,15 @@ def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -
     inside = [np.flatnonzero(labels == k).tolist() for k in range(n_clusters)]
     outside = [np.flatnonzero(labels != k).tolist() for k in range(n_clusters)]
     merges = [problem.merge(tuple(members)) for members in inside]
-    losses = np.full((problem.n, n_clusters), np.inf)
-    for k, own in enumerate(problem.losses(list(zip(merges, inside)))):
-        losses[inside[k], k] = own
+    regrets = np.full((problem.n, n_clusters), np.inf)
+    for k, own in enumerate(problem.measure(list(zip(merges, inside)))):
+        regrets[inside[k], k] = own
     # A hair above, so that rounding never rules out what would move.
-    limits = losses.min(axis=1) - eps * problem.gain + 1e-9
-    others = problem.losses(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
+    limits = regrets.min(axis=1) - eps + 1e-9
+    others = problem.measure(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
     for k, other in enumerate(others):
-        losses[outside[k], k] = other
-    return problem.regret(losses)
+        regrets[outside[k], k] = other
+    return regrets
 
 
 def _refine(

@@ -44,8 +44,8 @@ class Costs:
 
     def _measured(self, members: Members, like: Members = ()) -> float:
         tasks = list(members)
-        (losses,) = self.problem.losses([(self.problem.merge(members, like), tasks)])
-        return float(self.problem.regret(losses, np.array(tasks)).sum())
+        (regrets,) = self.problem.measure([(self.problem.merge(members, like), tasks)])
+        return float(regrets.sum())
 
     def objective(self, labels: Sequence[int] | np.ndarray) -> float:
         """Mean regret of all tasks under a partition."""
@@ -119,8 +119,8 @@ def paired_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
         pairs = [[i, j] for j in range(i + 1, n)]
         merges = [problem.merge(tuple(pair), () if tuple(pair) == first else first)
                   for pair in pairs]  # fmt: skip
-        for (_, j), losses in zip(pairs, problem.losses(list(zip(merges, pairs)))):
-            harm[i, j] = harm[j, i] = problem.regret(losses, np.array([i, j])).sum()
+        for (_, j), regrets in zip(pairs, problem.measure(list(zip(merges, pairs)))):
+            harm[i, j] = harm[j, i] = regrets.sum()
     return _agglomerated(harm, n_clusters)
 
 

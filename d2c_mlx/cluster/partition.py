@@ -1,6 +1,6 @@
 """Partitions of adapters, what may be asked about them, and the baselines.
 
-Clusterings are written against `Problem`: two callables (merge, losses) and a few numbers, so that
+Clusterings are written against `Problem`: two callables (merge, measure) and a few numbers, so that
 a numpy table is enough to test them.
 """
 
@@ -14,18 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 
 __all__ = [
-    "LEAST_GAIN",
     "Clustering",
+    "Members",
     "Problem",
+    "bounded",
     "canonical",
     "kmeans",
     "merge_all",
     "random_partition",
     "refill",
 ]
-
-# Nats; a smaller gain is not divided by.
-LEAST_GAIN = 0.05
 
 Members = tuple[int, ...]
 
@@ -42,71 +40,65 @@ class Merge(Protocol):
         """
 
 
-class Losses(Protocol):
-    """Probe losses of merges."""
+class Measure(Protocol):
+    """Normalised regrets of tasks under merges, measured on their calibration rows."""
 
     def __call__(
         self,
         jobs: Sequence[tuple[Any, Sequence[int]]],
         limits: Sequence[np.ndarray] | None = None,
     ) -> Sequence[np.ndarray]:
-        """For each (merge, tasks) `(n_tasks,)`; infinity may stand for one above its limit."""
+        """Measure every merge on its tasks.
+
+        Args:
+            jobs: pairs of a merge and the tasks that it is tried on.
+            limits: for each job `(n_tasks,)`; a regret above its limit need not be exact.
+
+        Returns:
+            For each job `(n_tasks,)`; infinity may stand for a regret above its limit.
+        """
 
 
-def _unseen(merges: Sequence[Members]) -> None:
-    """Nobody watches."""
+def _ignored(merges: Sequence[Members]) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """N tasks, one adapter each, and what can be asked about merges of them.
 
+    A regret is 0 at the task's own adapter and 1 at the base model: losses of different tasks are
+    not comparable, their regrets are.
+
     Attributes:
-        base: `(n,)` probe loss of every task under the bare base model.
-        table: `(n, n)` probe loss of task i under adapter j, or what is expected of it.
+        regrets: `(n, n)` regret of task i under adapter j, measured or estimated.
         merge: makes the merges.
-        losses: list of (merge, tasks) -> for each the probe losses.
+        measure: (merge, tasks) pairs -> for each the tasks' regrets.
         features: `(n, d)` one row per adapter, for K-Means.
         foresee: is told of merges whose members are about to be asked for, in place of those it
             was told of before.
     """
 
-    base: np.ndarray
-    table: np.ndarray
+    regrets: np.ndarray
     merge: Merge
-    losses: Losses
+    measure: Measure
     features: np.ndarray
-    foresee: Callable[[Sequence[Members]], None] = _unseen
+    foresee: Callable[[Sequence[Members]], None] = _ignored
 
     @property
     def n(self) -> int:
         """Number of tasks."""
-        return len(self.base)
-
-    @property
-    def gain(self) -> np.ndarray:
-        """`(n,)` what a task's own adapter gains over the base model, at least `LEAST_GAIN`.
-
-        The floor: an adapter that hardly helps must not outvote the others.
-        """
-        return np.maximum(self.base - np.diagonal(self.table), LEAST_GAIN)
+        return len(self.regrets)
 
     @property
     def harm(self) -> np.ndarray:
-        """`(n, n)` regret of task i under adapter j; a merge holds only a part of a harmful one."""
-        return np.clip(self.regret(self.table), -1, 2)
+        """`(n, n)` regrets within bounds: a merge holds only a part of a harmful adapter."""
+        return bounded(self.regrets)
 
-    def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Normalised regret: 0 at the task's own adapter, 1 at the base model.
 
-        Losses of different tasks are not comparable, their regrets are.
-
-        Args:
-            losses: `(n_tasks,)` or `(n_tasks, k)`.
-            tasks: which tasks the rows are.
-        """
-        wide = (slice(None),) + (None,) * (losses.ndim - 1)
-        return (losses - np.diagonal(self.table)[tasks][wide]) / self.gain[tasks][wide]
+def bounded(regrets: np.ndarray) -> np.ndarray:
+    """Regrets clipped to -1 and 2."""
+    return np.clip(regrets, -1, 2)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import COUNTED
 from d2c_mlx.utils.errors import BudgetError
 
@@ -42,6 +43,7 @@ class Candidate:
         nbytes: of its rows and its part of the index.
         regret: summed over the members, measured on their probes.
         scale: of dW.
+        stored: the form itself at scale 1, which a pack writes; None is the base model.
     """
 
     members: Members
@@ -51,6 +53,7 @@ class Candidate:
     nbytes: int
     regret: float
     scale: float = 1.0
+    stored: Compressed | None = None
 
 
 def allocate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels, columns
 from d2c_mlx.compress.allocate import Candidate, allocate
-from d2c_mlx.compress.capacity import GROUP_SIZE
+from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.quantize import Components, components, compress
-from d2c_mlx.evaluate.evaluator import climb
-from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.merge.study import Study
+from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
-__all__ = ["SCALES", "Form", "candidate", "sized", "stored", "worth"]
+__all__ = ["Form", "FormMeter", "stored", "worth"]
 
 # Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
 # grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
@@ -32,76 +33,109 @@ _STEPS = {"own": 0.5, "merged": 1.0}
 _MOST = {"own": 0.35, "merged": 0.54}
 # Share of the worth that all modules get alike.
 _EVENLY = 0.25
-SCALES = (0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0)
 
 Units = Sequence[tuple[Members, Adapter]]
-# Members, their adapter, the levels of some of its modules.
-Form = tuple[Members, Adapter, Mapping[str, Levels]]
 
 
-def sized(ws: Workspace, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
-    """Every unit at several sizes.
+@dataclass(frozen=True)
+class Form:
+    """One adapter in one stored form.
 
-    Args:
-        ws: with its probe table.
-        units: members and the adapter that serves them.
-        family: "own" or "merged".
-        rooms: bytes to plan for, rising.
-    """
-    widths = {path: sum(shape) for path, shape in ws.base.module_shapes.items()}
-    whole = [ws.capacity.nbytes(adapter) for _, adapter in units]
-    shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
-    tokens = [sum(ws.expected.sets[i].n_tokens for i in members) for members, _ in units]
-    found: list[Candidate] = []
-    for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
-        # Of every size at least two scales are tried.
-        ws.evaluator.meter.foresee(2 * len(shares) * sum(tokens[u:]))
-        parts = components(adapter)
-        values = worth(parts, [ws.gains[i] for i in members])
-        known: set[str] = set()
-        # The largest first: the less is kept, the larger is the best scale. Below 1 only where the
-        # rows themselves may say so.
-        least = SCALES[0] if any(ws.expected.trust[i] for i in members) else 1.0
-        for share in shares:
-            levels = allocate(values, widths, share * nbytes)
-            levels = {path: some for path, some in levels.items() if some}
-            if levels and repr(levels) not in known:
-                known.add(repr(levels))
-                one = candidate(ws, (members, adapter, levels), family, share, least, parts)
-                found.append(one)
-                least = one.scale
-    ws.evaluator.meter.foresee(0)
-    return found
-
-
-def candidate(
-    ws: Workspace,
-    form: Form,
-    family: str,
-    share: float,
-    least: float = 1.0,
-    parts: Mapping[str, Components] | None = None,
-) -> Candidate:
-    """Measure a stored form by `ws.expected`, its scale tuned.
-
-    Args:
-        ws: with its probe table.
-        form: what is stored.
-        family: of the candidate.
-        share: of the 16-bit bytes, as the candidate says it.
-        least: one of `SCALES`, below which none is tried.
+    Attributes:
+        members: the tasks that it serves.
+        adapter: it, before it is stored.
+        levels: module path -> how many components in how many bits; modules without are dropped.
         parts: `components` of the adapter, if they are known.
     """
-    members, adapter, levels = form
-    small = stored(adapter, levels, parts=parts)
 
-    def regret(scale: float) -> float:
-        plain = small.scaled(scale).adapter(ws.base.dtype)
-        return float(ws.expected.under(plain, members).sum())
+    members: Members
+    adapter: Adapter
+    levels: Mapping[str, Levels]
+    parts: Mapping[str, Components] | None = None
 
-    scale, lowest = climb(regret, SCALES[SCALES.index(least) :])
-    nbytes = _rows_nbytes(ws, levels) + _counts_nbytes(ws)
-    return Candidate(members, family, share, levels, nbytes, lowest, scale)
+
+class FormMeter:
+    """Measures adapters in stored forms, each at its best scale.
+
+    Regrets are those of `Study.teacher_regret`: by the answers of ten rows alone a small form may
+    look better than the adapter itself.
+    """
+
+    def __init__(self, study: Study, capacity: Capacity) -> None:
+        """Measure for a library under a budget.
+
+        Args:
+            study: the measured library.
+            capacity: sizes of its adapters.
+        """
+        self._study, self._capacity = study, capacity
+        self._library = study.library
+
+    def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
+        """Measure every unit at several sizes.
+
+        Args:
+            units: members and the adapter that serves them.
+            family: "own" or "merged".
+            rooms: bytes to plan for, rising.
+        """
+        teacher, meter = self._study.teacher_regret, self._library.evaluator.meter
+        widths = {path: sum(shape) for path, shape in self._library.base.module_shapes.items()}
+        whole = [self._capacity.nbytes(adapter) for _, adapter in units]
+        shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
+        tokens = [sum(teacher.sets[i].n_tokens for i in members) for members, _ in units]
+        found: list[Candidate] = []
+        for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
+            # Of every size at least two scales are tried.
+            meter.foresee(2 * len(shares) * sum(tokens[u:]))
+            parts = components(adapter)
+            values = worth(parts, [self._study.module_gains[i] for i in members])
+            known: set[str] = set()
+            # The largest first: the less is kept, the larger is the best scale. Below 1 only where
+            # the rows themselves may say so.
+            least = FINE_SCALES[0] if any(teacher.trust[i] for i in members) else 1.0
+            for share in shares:
+                levels = allocate(values, widths, share * nbytes)
+                levels = {path: some for path, some in levels.items() if some}
+                if levels and repr(levels) not in known:
+                    known.add(repr(levels))
+                    form = Form(members, adapter, levels, parts)
+                    found.append(self.measure(form, family, share, least))
+                    least = found[-1].scale
+        meter.foresee(0)
+        return found
+
+    def measure(self, form: Form, family: str, share: float, least: float = 1.0) -> Candidate:
+        """Measure one stored form, its scale tuned.
+
+        Args:
+            form: what is stored.
+            family: of the candidate.
+            share: of the 16-bit bytes, as the candidate says it.
+            least: one of `FINE_SCALES`, below which none is tried.
+        """
+        small = stored(form.adapter, form.levels, parts=form.parts)
+
+        def regret(scale: float) -> float:
+            plain = small.scaled(scale).adapter(self._library.base.dtype)
+            return float(self._study.teacher_regret.under(plain, form.members).sum())
+
+        scale, lowest = line_search(regret, FINE_SCALES[FINE_SCALES.index(least) :], least)
+        nbytes = self._rows_nbytes(form.levels) + self._counts_nbytes()
+        return Candidate(form.members, family, share, form.levels, nbytes, lowest, scale, small)
+
+    def _rows_nbytes(self, levels: Mapping[str, Levels]) -> int:
+        total = 0
+        for path, some in levels.items():
+            for n, bits in some:
+                for width in self._library.base.module_shapes[path]:
+                    words, groups = columns(width, bits, GROUP_SIZE)
+                    total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
+        return total
+
+    def _counts_nbytes(self) -> int:
+        """Bytes of one adapter in the index: one per module and bits, mostly three in a plan."""
+        return 3 * len(self._capacity.target_paths)
 
 
 def stored(
@@ -147,18 +181,3 @@ def worth(
         # Equal singular values are equal but for rounding, which may let them rise.
         values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
     return values
-
-
-def _rows_nbytes(ws: Workspace, levels: Mapping[str, Levels]) -> int:
-    total = 0
-    for path, some in levels.items():
-        for n, bits in some:
-            for width in ws.base.module_shapes[path]:
-                words, groups = columns(width, bits, GROUP_SIZE)
-                total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
-    return total
-
-
-def _counts_nbytes(ws: Workspace) -> int:
-    """Of one adapter in the index: a byte per module and bits, mostly three in a plan."""
-    return 3 * len(ws.capacity.target_paths)

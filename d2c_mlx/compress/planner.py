@@ -1,178 +1,194 @@
-"""Measuring what a pack could hold, from both ends, and planning it: `plan.json`.
+"""Measuring what a pack could hold, from both ends, and planning it.
 
 The individually compressed end comes first: every task's own adapter at several sizes around its
 share of the budget. Then merges, of half as many clusters each time, until a partition loses more
-before it is compressed, or is expected to, than the best plan so far loses in all.
+before it is compressed, or is estimated to, than the best plan so far loses in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.allocate import Candidate, choose
-from d2c_mlx.compress.candidates import sized, stored
-from d2c_mlx.compress.capacity import GROUP_SIZE
+from d2c_mlx.compress.candidates import FormMeter
+from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import compact_nbytes, make_index
 from d2c_mlx.merge.merger import Merged
-from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.merge.study import Study
 
-__all__ = ["bare", "make_plan", "measure", "planned", "unit"]
+__all__ = ["Plan", "Planner"]
 
 # A summed regret below which a prediction is rounding.
-_SAYS = 1e-6
-
+_ROUNDING = 1e-6
 # Budgets of the frontier, as multiples of the one that was asked for.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
 
-def measure(ws: Workspace, rooms: Sequence[float] = ()) -> list[Candidate]:
-    """Candidates from both ends; "base" is one for every task.
+@dataclass(frozen=True)
+class Plan:
+    """What to store: the chosen candidates, and what is said of the choice.
 
-    Args:
-        ws: with its probe table.
-        rooms: bytes to plan for; none: what the run's budget leaves.
+    Attributes:
+        chosen: one candidate for every task or group of tasks, those of the base model too.
+        content: `plan.json`: `units` (adapters chosen: tasks, family, scale, levels, nbytes,
+            regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
+            (at some budgets the regret of each family alone, null for merges if none was measured,
+            and of both), `trust` (tasks whose rows' own answers had a say, and its weight, see
+            `TeacherRegret`) and `candidates` (how many were measured).
     """
-    n, rooms = len(ws.names), sorted(rooms) or [ws.capacity.room]
-    candidates = bare(ws)
-    own = [((i,), adapter) for i, adapter in enumerate(ws.adapters)]
-    candidates += sized(ws, own, "own", rooms)
-    costs, ratio = Costs(ws.problem), 0.0
-    for groups in _partitions(ws):
-        best = _regret(candidates, choose(candidates, n, rooms[0], ws.config.max_adapters))
-        predicted = sum(map(costs.predicted, groups))
-        # What the last partition cost, of what single adapters predicted for it, spares the merges.
-        if ratio * predicted >= best:
-            break
-        merges, regret = {}, 0.0
-        # The worst first: the whole partition is not merged where one cluster is enough to say no.
-        for members in sorted(groups, key=costs.predicted, reverse=True):
-            if len(members) > 1 and regret < best:
-                one = ws.merger.final(members)
-                merges[members] = one.adapter
-                regret += _summed(ws, one, members)
-        if regret >= best:
-            break
-        # Of adapters that do each other no harm alone it says nothing.
-        ratio = max(0.0, regret) / predicted if predicted > _SAYS else 0.0
-        candidates += sized(ws, sorted(merges.items()), "merged", rooms)
-    return candidates
+
+    chosen: tuple[Candidate, ...]
+    content: dict[str, Any]
+
+    @property
+    def adapters(self) -> list[Compressed]:
+        """The stored form of every unit, in the order of `content["units"]`."""
+        return [one.stored.scaled(one.scale) for one in self.chosen if one.stored]
 
 
-def bare(ws: Workspace) -> list[Candidate]:
-    """Every task left to the base model, which costs no byte."""
-    regrets = ws.expected.under(None, range(len(ws.names)))
-    return [Candidate((i,), "base", 0.0, {}, 0, float(one)) for i, one in enumerate(regrets)]
+@dataclass(frozen=True)
+class Planner:
+    """Plans a budget in bytes for a measured library.
 
-
-def make_plan(ws: Workspace, candidates: Sequence[Candidate], room: float) -> dict[str, Any]:
-    """Choose what fits `room` bytes; a JSON value.
-
-    Returns:
-        `units` (adapters chosen: tasks, family, scale, levels, nbytes, regret), `base` (tasks left
-        to the base model), `regret` (mean over tasks), `frontier` (at some budgets the regret of
-        each family alone, null for merges if none was measured, and of both), `trust` (tasks whose
-        rows' own answers had a say, and its weight, see `Expected`) and `candidates` (how many were
-        measured).
+    Attributes:
+        study: the library; its merges must be tuned `by_teacher`, as stored forms are.
+        capacity: sizes, and bytes of the budget.
+        max_adapters: most adapters of a plan; None is any number.
     """
-    n, most = len(ws.names), ws.config.max_adapters
-    chosen = _fitting(ws, candidates, room)
-    return {
-        "units": [_entry(ws, one) for one in chosen if one.family != "base"],
-        "base": [ws.names[one.members[0]] for one in chosen if one.family == "base"],
-        "regret": sum(one.regret for one in chosen) / n,
-        "candidates": len(candidates),
-        "trust": {name: one for name, one in zip(ws.names, ws.expected.trust) if one},
-        "frontier": list(_frontier(candidates, n, room, ws.capacity.total, most)),
-    }
 
+    study: Study
+    capacity: Capacity
+    max_adapters: int | None = None
 
-def _fitting(ws: Workspace, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
-    """The best choice whose file is no larger than `room` and what is set aside for its header."""
-    free = room
-    while True:
-        chosen = [
-            candidates[j] for j in choose(candidates, len(ws.names), free, ws.config.max_adapters)
+    def measure(self, rooms: Sequence[float] = ()) -> list[Candidate]:
+        """Candidates from both ends; "base" is one for every task.
+
+        Args:
+            rooms: bytes to plan for; none is what the budget leaves.
+        """
+        study, rooms = self.study, sorted(rooms) or [self.capacity.room]
+        candidates = self.bare()
+        own = [((i,), adapter) for i, adapter in enumerate(study.library.adapters)]
+        candidates += self.forms.sized(own, "own", rooms)
+        costs, ratio = Costs(study.problem), 0.0
+        for groups in self._partitions():
+            best = _regret(candidates, self._choose(candidates, rooms[0]))
+            predicted = sum(map(costs.predicted, groups))
+            # What the last partition cost, of what single adapters predicted for it, spares merges.
+            if ratio * predicted >= best:
+                break
+            merges, regret = {}, 0.0
+            # The worst first: one cluster may be enough to say no to the whole partition.
+            for members in sorted(groups, key=costs.predicted, reverse=True):
+                if len(members) > 1 and regret < best:
+                    one = study.merger.final(members)
+                    merges[members] = one.adapter
+                    regret += self._summed(one, members)
+            if regret >= best:
+                break
+            # Of adapters that do each other no harm alone it says nothing.
+            ratio = max(0.0, regret) / predicted if predicted > _ROUNDING else 0.0
+            candidates += self.forms.sized(sorted(merges.items()), "merged", rooms)
+        return candidates
+
+    @property
+    def forms(self) -> FormMeter:
+        """What measures stored forms."""
+        return FormMeter(self.study, self.capacity)
+
+    def bare(self) -> list[Candidate]:
+        """Every task left to the base model, which costs no byte."""
+        regrets = self.study.teacher_regret.under(None, range(len(self.study.library.names)))
+        return [Candidate((i,), "base", 0.0, {}, 0, float(one)) for i, one in enumerate(regrets)]
+
+    def plan(self, candidates: Sequence[Candidate], room: float) -> Plan:
+        """Choose what fits `room` bytes."""
+        names, trust = self.study.library.names, self.study.teacher_regret.trust
+        chosen = self._fitting(candidates, room)
+        content = {
+            "units": [self._entry(one) for one in chosen if one.family != "base"],
+            "base": [names[one.members[0]] for one in chosen if one.family == "base"],
+            "regret": sum(one.regret for one in chosen) / len(names),
+            "candidates": len(candidates),
+            "trust": {name: one for name, one in zip(names, trust) if one},
+            "frontier": list(self._frontier(candidates, room)),
+        }
+        return Plan(tuple(chosen), content)
+
+    def unit(self, members: Members) -> Adapter:
+        """A task's own adapter, or the merge that serves several, before it is stored."""
+        if len(members) == 1:
+            return self.study.library.adapters[members[0]]
+        return self.study.merger.final(members).adapter
+
+    def _choose(self, candidates: Sequence[Candidate], room: float) -> list[int]:
+        return choose(candidates, len(self.study.library.names), room, self.max_adapters)
+
+    def _fitting(self, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
+        """The best choice whose file, with its header, is no larger than the budget."""
+        free = room
+        while True:
+            chosen = [candidates[j] for j in self._choose(candidates, free)]
+            over = self._file_nbytes(chosen) - room - self.capacity.header_nbytes
+            if over <= 0:
+                return chosen
+            free -= over
+
+    def _file_nbytes(self, chosen: Sequence[Candidate]) -> int:
+        """Bytes of the file; less if components turn out to be zero."""
+        some = [one for one in chosen if one.stored]
+        counts = [
+            {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
+            for one in some
         ]
-        over = _file_nbytes(ws, chosen) - room - ws.capacity.header_nbytes
-        if over <= 0:
-            return chosen
-        free -= over
+        forms = [one.stored for one in some if one.stored]
+        base = next((one.base for one in forms if one.base), None)
+        shapes = self.study.library.base.module_shapes
+        names = [one.name for one in forms]
+        return compact_nbytes(make_index(names, base, counts, shapes, GROUP_SIZE))
 
+    def _partitions(self) -> Iterator[list[Members]]:
+        """What single adapters predict to be good clusters, fewer each time."""
+        k = len(self.study.library.names)
+        while k > 1:
+            k //= 2
+            yield groups_of(predicted_partition(self.study.problem, k))
 
-def _file_nbytes(ws: Workspace, chosen: Sequence[Candidate]) -> int:
-    """Of the file; less if components turn out to be zero."""
-    some = [one for one in chosen if one.family != "base"]
-    units = [unit(ws, one.members) for one in some]
-    counts = [
-        {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
-        for one in some
-    ]
-    base = next((one.base for one in units if one.base), None)
-    names = [one.name for one in units]
-    return compact_nbytes(make_index(names, base, counts, ws.base.module_shapes, GROUP_SIZE))
+    def _summed(self, merged: Merged, members: Members) -> float:
+        if merged.regret is not None:
+            return merged.regret * len(members)
+        # Its scale was given, so nothing was measured yet.
+        return float(self.study.teacher_regret.under(merged.adapter, members).sum())
 
+    def _entry(self, one: Candidate) -> dict[str, Any]:
+        return {
+            "tasks": [self.study.library.names[i] for i in one.members],
+            "family": one.family,
+            "nbytes": one.nbytes,
+            "regret": one.regret / len(one.members),
+            "scale": one.scale,
+            "levels": {path: [list(level) for level in some] for path, some in one.levels.items()},
+        }
 
-def planned(ws: Workspace, plan: dict[str, Any]) -> tuple[list[Compressed], dict[str, int | None]]:
-    """The adapters of a plan in their stored form, and which of them serves each task."""
-    adapters: list[Compressed] = []
-    serves: dict[str, int | None] = dict.fromkeys(plan["base"])
-    for entry in plan["units"]:
-        members = tuple(ws.names.index(name) for name in entry["tasks"])
-        serves |= dict.fromkeys(entry["tasks"], len(adapters))
-        adapters.append(stored(unit(ws, members), entry["levels"], entry["scale"]))
-    return adapters, serves
-
-
-def unit(ws: Workspace, members: Members) -> Adapter:
-    """A task's own adapter, or the merge that serves several, as it is before it is stored."""
-    return ws.adapters[members[0]] if len(members) == 1 else ws.merger.final(members).adapter
-
-
-def _partitions(ws: Workspace) -> Iterator[list[Members]]:
-    """What single adapters predict to be good clusters, fewer each time."""
-    k = len(ws.names)
-    while k > 1:
-        k //= 2
-        yield groups_of(predicted_partition(ws.problem, k))
-
-
-def _summed(ws: Workspace, merged: Merged, members: Members) -> float:
-    if merged.regret is not None:
-        return merged.regret * len(members)
-    # Its scale was given, so nothing was measured yet.
-    return float(ws.expected.under(merged.adapter, members).sum())
+    def _frontier(self, candidates: Sequence[Candidate], free: float) -> Iterator[dict[str, Any]]:
+        """The best of what was measured at several budgets, of each family alone and of all."""
+        n, total = len(self.study.library.names), self.capacity.total
+        for multiple in _FRONTIER:
+            row: dict[str, Any] = {"share": multiple * free / total, "merged": None}
+            for name, families in (("own", ("own",)), ("merged", ("merged",)),
+                                   ("all", ("own", "merged"))):  # fmt: skip
+                some = [one for one in candidates if one.family in ("base", *families)]
+                # The rows for the base model alone would say that merges lose everything.
+                if name != "merged" or any(one.family == name for one in some):
+                    row[name] = _regret(some, self._choose(some, multiple * free)) / n
+            yield row
 
 
 def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:
     return sum(candidates[j].regret for j in chosen)
-
-
-def _entry(ws: Workspace, one: Candidate) -> dict[str, Any]:
-    return {
-        "tasks": [ws.names[i] for i in one.members],
-        "family": one.family,
-        "nbytes": one.nbytes,
-        "regret": one.regret / len(one.members),
-        "scale": one.scale,
-        "levels": {path: [list(level) for level in some] for path, some in one.levels.items()},
-    }
-
-
-def _frontier(
-    candidates: Sequence[Candidate], n: int, free: float, total: int, most: int | None
-) -> Iterator[dict[str, Any]]:
-    """The best of what was measured at several budgets, of each family alone and of all."""
-    for multiple in _FRONTIER:
-        row: dict[str, Any] = {"share": multiple * free / total, "merged": None}
-        for name, families in (("own", ("own",)), ("merged", ("merged",)),
-                               ("all", ("own", "merged"))):  # fmt: skip
-            some = [one for one in candidates if one.family in ("base", *families)]
-            # The rows for the base model alone would say that merges lose everything.
-            if name != "merged" or any(one.family == name for one in some):
-                row[name] = _regret(some, choose(some, n, multiple * free, most)) / n
-        yield row

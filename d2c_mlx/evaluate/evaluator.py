@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,13 +20,9 @@ __all__ = [
     "Counts",
     "Evaluator",
     "Job",
-    "LossTable",
     "Meter",
     "Runner",
     "Silent",
-    "probe_table",
-    "climb",
-    "tune_scale",
 ]
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
@@ -56,48 +52,6 @@ class Silent:
 
     def advance(self, n_tokens: int) -> None:
         """Work is done."""
-
-
-@dataclass(frozen=True)
-class LossTable:
-    """Mean NLL per target token, in nats, of adapters on the tasks' probe examples.
-
-    Attributes:
-        tasks: task names, in row order.
-        adapters: adapter names, in column order.
-        values: `(n_tasks, n_adapters)`; NaN where it was not measured (null in the file).
-        base: `(n_tasks,)`, the bare base model.
-    """
-
-    tasks: tuple[str, ...]
-    adapters: tuple[str, ...]
-    values: np.ndarray
-    base: np.ndarray
-
-    @property
-    def individual(self) -> np.ndarray:
-        """`(n_tasks,)`: each task under its own adapter."""
-        return np.diagonal(self.values)
-
-    def to_json(self) -> dict[str, object]:
-        """The content of `losses.json`."""
-        return {
-            "unit": "mean NLL per target token (nats)",
-            "tasks": list(self.tasks),
-            "adapters": list(self.adapters),
-            "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
-            "base": self.base.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, list]) -> LossTable:
-        """Read what `to_json` wrote."""
-        return cls(
-            tuple(data["tasks"]),
-            tuple(data["adapters"]),
-            np.array(data["values"], float),
-            np.array(data["base"]),
-        )
 
 
 class Runner(Protocol):
@@ -132,7 +86,7 @@ class Evaluator:
 
     def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
         """Evaluate with `runner`; None evaluates everything again every time."""
-        self.runner, self._cache = runner, cache
+        self.runner, self.cache = runner, cache
         self.meter: Meter = Silent()
         self.counts = Counts()
 
@@ -191,7 +145,7 @@ class Evaluator:
         known: dict[str, float] = {}
         missing = {}
         for key, one in zip(keys, wanted):
-            value = self._cache.get(key) if self._cache else None
+            value = self.cache.get(key) if self.cache else None
             if value is None:
                 missing[key] = one
             else:
@@ -205,8 +159,8 @@ class Evaluator:
                 odd[i] = total
                 continue
             known[names[i]] = total
-            if self._cache:
-                self._cache.put(names[i], total)
+            if self.cache:
+                self.cache.put(names[i], total)
             n_tokens = pieces[i][1].n_tokens
             self.counts.done += n_tokens / missing[names[i]][2].n_tokens
             self.counts.tokens += n_tokens
@@ -231,67 +185,3 @@ def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputE
     return AdapterError(
         f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
     )
-
-
-def probe_table(
-    evaluator: Evaluator,
-    adapters: Sequence[Adapter],
-    probes: Sequence[ExampleSet],
-    measured: np.ndarray,
-) -> LossTable:
-    """Adapters, and the bare base, on the tasks' probe examples.
-
-    Args:
-        evaluator: on the base model of the adapters.
-        adapters: one per task.
-        probes: one per adapter, in the same order.
-        measured: `(n, n)` bool, whether task i is measured under adapter j.
-    """
-    tasks = [np.flatnonzero(column).tolist() for column in measured.T]
-    jobs: list[Job] = [(None, probes)]
-    jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
-    base, *columns = evaluator.losses(jobs)
-    values = np.full(measured.shape, np.nan)
-    for j, (some, losses) in enumerate(zip(tasks, columns)):
-        values[some, j] = losses
-    names = tuple(adapter.name for adapter in adapters)
-    return LossTable(tuple(p.task for p in probes), names, values, base)
-
-
-def tune_scale(
-    loss: Callable[[float], float], grid: Sequence[float], start: float | None = None
-) -> float:
-    """Walk downhill on an increasing `grid` from what is next to `start`; the best scale found.
-
-    Without `start` the walk begins in the middle.
-
-    A mean of near-orthogonal updates keeps about 1/T of each, so scales above 1 are common
-    (1.7 for three or four real adapters, 2.0 for twelve). Ties keep the smaller scale.
-    """
-    known: dict[int, float] = {}
-
-    def at(i: int) -> float:
-        if i not in known:
-            known[i] = loss(grid[i])
-        return known[i]
-
-    best = len(grid) // 2
-    if start is not None:
-        best = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / start)))
-    while True:
-        around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
-        winner = min(around, key=lambda i: (at(i), i))
-        if winner == best:
-            return grid[best]
-        best = winner
-
-
-def climb(regret: Callable[[float], float], scales: Sequence[float]) -> tuple[float, float]:
-    """The first of rising scales after which a regret rises, and the regret."""
-    best, lowest = scales[0], regret(scales[0])
-    for scale in scales[1:]:
-        found = regret(scale)
-        if found >= lowest:
-            break
-        best, lowest = scale, found
-    return best, lowest

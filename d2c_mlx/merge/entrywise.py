@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from d2c_mlx.adapters.core_space import CoreSpace
-from d2c_mlx.merge.sparsify import drop, trim
 
-__all__ = ["dare_linear", "dare_ties", "emr", "linear", "ties"]
+__all__ = ["dare_linear", "dare_ties", "drop", "emr", "linear", "ties", "trim"]
 
 # Of the largest entry: sums below it are what rounding in float32 leaves.
 _CANCELLED = 1e-6
@@ -85,3 +84,23 @@ def _agreeing_mean(updates: np.ndarray) -> np.ndarray:
     agree = _agree(updates)
     count = np.maximum(agree.sum(axis=0), 1).astype(updates.dtype)
     return np.where(agree, updates, 0).sum(axis=0) / count
+
+
+def trim(updates: np.ndarray, density: float) -> np.ndarray:
+    """Keep the largest entries by magnitude of every update, at least one; ties are all kept.
+
+    Source: TIES-Merging, https://arxiv.org/abs/2306.01708 (there over all modules at once).
+    """
+    flat = np.abs(updates).reshape(len(updates), -1)
+    keep = max(1, round(density * flat.shape[1]))
+    threshold = np.partition(flat, -keep, axis=1)[:, -keep]
+    return np.where(np.abs(updates) >= threshold[:, None, None], updates, 0)
+
+
+def drop(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
+    """Keep entries at random and divide by `density`: the expectation is the update itself.
+
+    Source: DARE, https://arxiv.org/abs/2311.03099.
+    """
+    keep = np.random.default_rng(seed).random(updates.shape) < density
+    return np.where(keep, updates / updates.dtype.type(density), 0)

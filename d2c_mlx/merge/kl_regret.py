@@ -1,4 +1,4 @@
-"""What tasks lose under an adapter, as their own adapters expect it."""
+"""What tasks lose under an adapter, judged by the answers of their own adapters."""
 
 from __future__ import annotations
 
@@ -7,66 +7,57 @@ from collections.abc import Sequence
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.cluster.partition import Problem
 from d2c_mlx.evaluate.distill import Distiller, Row
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import ExampleSet
 
-__all__ = ["Expected", "shrinkage"]
+__all__ = ["TeacherRegret", "shrinkage"]
 
 # The strength at which an adapter is asked whether it is right: far enough for a loss to move.
 _WEAKER = 0.8
 
 
-class Expected:
-    """Regrets by the own adapters' answers to the probes, and by the rows' own as far as is safe.
+class TeacherRegret:
+    """Regrets by the task adapters' answers to the calibration rows, and by the rows' own.
 
-    KL(own adapter || another) over the gain of `cluster.Problem`: 0 at the own adapter, about 1 at
-    the base model. By the answers of ten rows alone a scale of 1.7 may look better than the adapter
-    itself, and a small form luckier than a large one. But an adapter that is better weaker or
-    stronger than it is shows it in the same direction on nearly all rows: then they have a say.
+    KL(task adapter || another) over the gain: 0 at the task adapter, about 1 at the base model. By
+    the answers of ten rows alone a scale of 1.7 may look better than the adapter itself, and a
+    small form luckier than a large one. An adapter that really is better weaker or stronger shows
+    it in the same direction on nearly all rows: then the rows' own answers count too.
+
+    Use it to judge stored forms of adapters; clusterings are judged by `LossTable.regret`.
 
     Attributes:
-        sets: the probes; with the own adapters' answers, if there are such.
+        sets: the calibration rows, with the task adapters' answers where the model allows it.
         trust: of each task, the weight of the rows' own answers, see `shrinkage`.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        evaluator: Evaluator,
-        adapters: Sequence[Adapter],
-        probes: Sequence[ExampleSet],
-        problem: Problem,
-        separate: bool,
-    ) -> None:
+    def __init__(self, library: Library, losses: LossTable) -> None:
         """Ask every adapter for its answers.
 
+        Where logits are scaled or capped (see `Distiller`), regrets are those of the rows' own
+        answers.
+
         Args:
-            base: the model.
-            evaluator: of losses on it.
-            adapters: one per task.
-            probes: one per adapter.
-            problem: has the gains.
-            separate: whether logits are a head's of hidden states. Where they are scaled or capped
-                (see `Distiller`), regrets are those of the probes' own answers.
+            library: adapters and rows.
+            losses: has the gains.
         """
-        self._evaluator, self._problem, self._separate = evaluator, problem, separate
-        self.sets, self.trust = list(probes), [0.0] * len(probes)
-        if separate:
-            model = Distiller(base)
-            for i, (adapter, probe) in enumerate(zip(adapters, probes)):
+        self._evaluator, self._losses = library.evaluator, losses
+        self._separate = library.engine.separate is not None
+        self.sets, self.trust = list(library.probes), [0.0] * len(library.probes)
+        if self._separate:
+            model = Distiller(library.base)
+            for i, (adapter, probe) in enumerate(zip(library.adapters, library.probes)):
                 rows = model.teach(adapter, probe)
                 self.trust[i] = trust = _trust(model, adapter, rows)
                 self.sets[i] = model.taught(adapter, probe, trust, None if trust else rows)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Normalised regrets `(n,)` of losses `(n,)` on the sets of `tasks`."""
+        """Normalised regrets `(n,)` of losses `(n,)`, in nats, on the sets of `tasks`."""
         if self._separate:
-            return losses / self._problem.gain[tasks]
-        return self._problem.regret(losses, tasks)
+            return losses / self._losses.gain[tasks]
+        return self._losses.regret(losses, tasks)
 
     def under(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:
         """Normalised regrets `(n_tasks,)` under an adapter, None for the bare base model."""

@@ -13,19 +13,18 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import closest_scale
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.evaluate.capture import Inputs, input_activations
-from d2c_mlx.evaluate.evaluator import Evaluator, climb, tune_scale
-from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
+from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
 from d2c_mlx.models.forward import blocks_are_exact
-from d2c_mlx.run.config import AUTO_METHODS, RunConfig
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
-__all__ = ["SCALES", "Merged", "Merger"]
+__all__ = ["Merged", "Merger", "Regret"]
 
-# Increasing. Means of many tasks ask for more than 1, sums (`tsv`, `emr`, `iso-c`) for less.
-SCALES = (0.125, 0.175, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.2, 16.0)
+# (losses, tasks) -> normalised regrets, both `(n,)`.
+Regret = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 # Probes ask for about so many times the scale that is closest in dW: 1 to 5, by eleven methods
 # on 24 real adapters.
 _MORE = 2.5
@@ -64,32 +63,20 @@ class Merger:
         quick_method: by which clusterings are compared.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        base: BaseModel,
-        evaluator: Evaluator,
-        adapters: Sequence[Adapter],
-        probes: Sequence[ExampleSet],
-        regret: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        workers: Workers | None = None,
-    ) -> None:
-        """Merge with the options of `config`.
+    def __init__(self, library: Library, options: MergeOptions, regret: Regret) -> None:
+        """Merge adapters of a library.
 
         Args:
-            config: merge_method, density, scale, merge_rank and seed count.
-            base: the base model.
-            evaluator: of probe losses.
-            adapters: one per task.
-            probes: one per adapter.
+            library: adapters, and the rows that tune their merges.
+            options: how to merge.
             regret: (losses, tasks) -> normalised regrets, both `(n,)`.
-            workers: what runs the base for activations; None is this thread.
         """
-        self._config, self._base, self._evaluator = config, base, evaluator
-        self._method = config.merge_method or self._best
+        self._options, self._regret = options, regret
+        self._base, self._evaluator = library.base, library.evaluator
+        self._adapters, self._probes = library.adapters, library.probes
+        self._workers = library.workers
+        self._method = options.method or self._best
         self.quick_method = _QUICK.get(self._method, self._method)
-        self._adapters, self._probes, self._regret = adapters, probes, regret
-        self._workers = workers
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._inputs: dict[int, Inputs] = {}
 
@@ -133,27 +120,26 @@ class Merger:
         return self._merges[key]
 
     def _tuned(self, merged: Adapter, members: Members, method: str) -> Merged:
-        config = self._config
-        tried: dict[float, tuple[Adapter, float]] = {}
+        options = self._options
+        tried: dict[float, Adapter] = {}
 
         def regret(scale: float) -> float:
-            adapter = self._scaled(merged, scale)
-            (found,) = self._regrets([adapter], members)
-            tried[scale] = adapter, found
+            tried[scale] = self._scaled(merged, scale)
+            (found,) = self._regrets([tried[scale]], members)
             return found
 
-        if config.scale is not None and self._method not in _QUICK:
-            return Merged(self._scaled(merged, config.scale), method, config.scale)
-        grid = SCALES if config.scale is None else (config.scale,)
-        best = tune_scale(regret, grid, self._start(merged, members, method))
-        return Merged(tried[best][0], method, best, tried[best][1])
+        if options.scale is not None and self._method not in _QUICK:
+            return Merged(self._scaled(merged, options.scale), method, options.scale)
+        scales = COARSE_SCALES if options.scale is None else (options.scale,)
+        best, lowest = line_search(regret, scales, self._start(merged, members, method))
+        return Merged(tried[best], method, best, lowest)
 
     def _start(self, merged: Adapter, members: Members, method: str) -> float | None:
         """Where scales begin: below the middle for what is a sum of the members."""
         if method in ("regmean", "regmean++"):
             return None  # is closest to the members already, in outputs
         closest = closest_scale(merged, [self._adapters[i] for i in members])
-        middle = SCALES[len(SCALES) // 2]
+        middle = COARSE_SCALES[len(COARSE_SCALES) // 2]
         return min(_MORE * closest, middle) if closest > 0 else None
 
     def _regmean_again(self, members: Members) -> Merged:
@@ -166,7 +152,7 @@ class Merger:
         for _ in range(_PASSES):
             inputs = self._inputs_of(members, best.adapter, members)
             last = self._tuned(self._unscaled(members, "regmean", inputs), members, "regmean++")
-            if _regret(last) >= _regret(best) - self._config.eps:
+            if _regret(last) >= _regret(best) - self._options.eps:
                 break
             best = last
         return best
@@ -188,8 +174,10 @@ class Merger:
                 found.extend(self._aimed(members, [(scale, strength)]))
             return _regret(found[-1])
 
-        scales = [one for one in SCALES if one >= plain.scale]
-        climb(regret, scales if self._config.scale is None else [plain.scale])
+        scales = [one for one in COARSE_SCALES if one >= plain.scale]
+        if self._options.scale is not None:
+            scales = [plain.scale]
+        line_search(regret, scales, scales[0])
         return min(found, key=_regret)
 
     def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:
@@ -199,7 +187,7 @@ class Merger:
         self._evaluator.meter.expect(cost)
         made = merge_layerwise(
             self._base, [self._adapters[i] for i in members], [self._probes[i] for i in members],
-            aims, self._config.merge_rank, _LAYERWISE_TOKENS, self._workers,
+            aims, self._options.rank, _LAYERWISE_TOKENS, self._workers,
         )  # fmt: skip
         self._evaluator.meter.advance(cost)
         found = [one.uniform(self._base.dtype) for one in made]
@@ -225,9 +213,9 @@ class Merger:
         return merge_adapters(
             [self._adapters[i] for i in members],
             method,
-            self._config.density,
-            self._config.merge_rank,
-            seed=self._config.seed,
+            self._options.density,
+            self._options.rank,
+            seed=self._options.seed,
             activations=activations,
         )
 

@@ -1,7 +1,7 @@
 """Merge adapters on dW, whatever their ranks and target modules.
 
 docs/merging.md says when to use which method. A method is a pure function of one module's factors
-and of `Options`; those that work in core space are composed from sparsify.py and combine.py.
+and of `Options`; those that work in core space are in entrywise.py and spectral.py.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from d2c_mlx.utils.lock import locked
 __all__ = [
     "EMBEDDED",
     "embedded_gguf",
+    "model_files",
     "resolve_base",
     "resolve_model",
     "very_base",
@@ -69,6 +70,17 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
             f"model: {spec!r} is no directory, no .gguf file and no Hugging Face id (owner/name)"
         )
     return hub.repo, download(hub, _PATTERNS, "model", ModelError)[0]
+
+
+def model_files(spec: str | None) -> list[Path] | None:
+    """Files and directories that `resolve_model` would read; None for an id of the hub.
+
+    Use it to tell whether a model changed; nothing is opened.
+    """
+    path = embedded_gguf() if spec is None else Path(os.path.expanduser(spec))
+    if path is None or not path.exists():
+        return None
+    return [path, *tokenizer_beside(path)] if path.is_file() else [path]
 
 
 def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.cluster.partition import LEAST_GAIN
-from d2c_mlx.compress.candidates import SCALES
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.evaluate.attribution import module_gains
-from d2c_mlx.evaluate.evaluator import Evaluator, climb, tune_scale
-from d2c_mlx.merge.merger import SCALES as MERGE_SCALES
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_table import normalized_regret
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.line_search import COARSE_SCALES, FINE_SCALES, line_search
 
 __all__ = ["Judge"]
 
@@ -60,13 +59,14 @@ class Judge:
         tasks = [task for task in served if task in self._probes]
         own = np.concatenate([self._losses(slot, tasks), self._losses(new, [new.name])])
         tasks.append(new.name)
-        gain = np.maximum(self._losses(None, tasks) - own, LEAST_GAIN)
+        base = self._losses(None, tasks)
 
         def cost(scale: float) -> float:
-            return float(((self._losses(scaled(merge, scale), tasks) - own) / gain).sum())
+            losses = self._losses(scaled(merge, scale), tasks)
+            return float(normalized_regret(losses, own, base).sum())
 
-        scale = tune_scale(cost, MERGE_SCALES)
-        return cost(scale), scaled(merge, scale)
+        scale, lowest = line_search(cost, COARSE_SCALES)
+        return lowest, scaled(merge, scale)
 
     def gains(self, adapter: Adapter) -> dict[str, float]:
         """What each module of the arriving adapter contributes, see `module_gains`."""
@@ -79,7 +79,7 @@ class Judge:
             adapter = small.scaled(scale).adapter(self._base.dtype)
             return float(self._losses(adapter, [small.name])[0])
 
-        return small.scaled(climb(loss, SCALES[SCALES.index(1.0) :])[0])
+        return small.scaled(line_search(loss, FINE_SCALES[FINE_SCALES.index(1.0) :], 1.0)[0])
 
     def _losses(self, adapter: Adapter | None, tasks: Sequence[str]) -> np.ndarray:
         if not tasks:

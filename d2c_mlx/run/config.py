@@ -10,30 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.compress.budget import Budget, parse_budget
+from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
 __all__ = [
-    "AUTO_METHODS",
     "BASELINES",
-    "MERGE_METHODS",
     "PLANS",
-    "RUN_METHODS",
     "SAVINGS",
     "SEARCHES",
+    "STAGES",
     "STARTS",
     "RunConfig",
     "is_planned",
+    "stages_of",
 ]
 
-# Repeated here so that the command line can name them without importing mlx; a test compares.
-MERGE_METHODS = (
-    "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
-    "regmean", "wudi", "lego", "concat", "factor-linear",
-)  # fmt: skip
-# Those of a run; the last three ask the model, so `Merger` makes them.
-RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
-# What "auto" tries on every cluster beside the default, the simplest first: it wins ties.
-AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")
+# The keys of `pipeline.STAGES`, named here so that a finished run imports no model code.
+STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
 STARTS = ("adapters", "kmeans", "random", "table", "pairs")
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("d2c", "auto")
@@ -233,6 +226,13 @@ class RunConfig:
         return problems
 
     @property
+    def merging(self) -> MergeOptions:
+        """How to merge."""
+        return MergeOptions(
+            self.merge_method, self.density, self.scale, self.merge_rank, self.eps, self.seed
+        )
+
+    @property
     def planned(self) -> bool:
         """Whether `planner` chooses what is stored."""
         return is_planned(self.plan, self.budget)
@@ -259,3 +259,11 @@ class RunConfig:
 def is_planned(plan: str, budget: str) -> bool:
     """Whether `planner` chooses what is stored; BudgetError for one that is unreadable."""
     return plan == "auto" and parse_budget(budget).n_adapters is None
+
+
+def stages_of(config: RunConfig, until: str = "report") -> list[str]:
+    """Names of the stages that a run up to and including `until` consists of, in their order."""
+    left_out = {"cluster", "merge", "refine"} if config.planned else {"plan"}
+    if not config.refine:
+        left_out.add("refine")
+    return [name for name in STAGES[: STAGES.index(until) + 1] if name not in left_out]

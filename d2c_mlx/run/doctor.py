@@ -6,17 +6,13 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.utils.blas import find_blas, loaded_blas
-from d2c_mlx.utils.device import environment, machine, use_device, versions
+from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory
 
-if TYPE_CHECKING:
-    from d2c_mlx.run.workspace import Workspace
-
-__all__ = ["Finding", "diagnose", "provenance"]
+__all__ = ["Finding", "diagnose"]
 
 
 @dataclass(frozen=True)
@@ -27,30 +23,6 @@ class Finding:
     value: str
     ok: bool = True
     advice: str = ""
-
-
-def provenance(ws: Workspace) -> dict[str, Any]:
-    """Everything needed to repeat a result: config, versions, machine, hashes of the inputs."""
-    return {
-        "config": ws.config.to_dict(),
-        "base": {"model": ws.base.name, "config_sha256": ws.base.config_hash},
-        "compute_dtype": str(ws.base.compute_dtype).split(".")[-1],
-        "budget": {
-            "text": ws.capacity.budget.text,
-            "nbytes": ws.capacity.max_bytes,
-            "input_nbytes": ws.capacity.total,
-        },
-        "inputs": {
-            adapter.name: {
-                "adapter": adapter.digest,
-                "probe": probe.digest,
-                "test": test.digest,
-                **({"origin": adapter.origin} if adapter.origin else {}),
-            }
-            for adapter, probe, test in zip(ws.inputs, ws.probes, ws.tests)
-        },
-        **environment(),
-    }
 
 
 def diagnose() -> list[Finding]:

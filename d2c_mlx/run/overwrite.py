@@ -26,9 +26,9 @@ Input = tuple[str, Path]
 
 # What a run replaces in its directory; a test compares.
 RUN_WRITES = (
-    "adapters", "merged", "refined", "refining", "pack", ".stages", ".lock", "config.yaml",
-    "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json", "bench.json",
-    "report.md", "report.html",
+    "adapters", "planned", "merged", "refined", "refining", "pack", ".stages", ".lock",
+    "config.yaml", "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json",
+    "bench.json", "report.md", "report.html",
 )  # fmt: skip
 # Adapters in a marked output: a directory, or an exported GGUF at its top.
 _ENTRY = re.compile(r"cluster-\d+(\.gguf)?")

@@ -20,8 +20,8 @@ from d2c_mlx.models.tokenize import encode_probes, encode_prompts
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.update import Arrival, add_adapter, opened
+from d2c_mlx.run.inputs import CUTS
 from d2c_mlx.run.records import keep_pack
-from d2c_mlx.run.workspace import CUTS
 from d2c_mlx.serve.router import fit_router, load_router, prompt_states, save_router
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import AdapterError, PackError, TaskError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import fingerprint, hash_tree, visible_files, write_json
 from d2c_mlx.utils.parsing import json_or_none, parse_json
 
-__all__ = ["Record", "check_pack", "expect_pack", "has_record", "keep_pack"]
+__all__ = [
+    "Record",
+    "check_pack",
+    "expect_pack",
+    "has_record",
+    "keep_pack",
+    "outputs_hold",
+    "read_finish",
+    "write_finish",
+]
+
+# Beside the records of the stages.
+_FINISH = "finish.json"
 
 # Files of the packs that a run makes; a router is put in later.
 _PACKED = re.compile(
@@ -26,24 +38,51 @@ class Record:
     """`.stages/<name>.json` of a run directory."""
 
     def __init__(self, output: Path, name: str, options: object, reads: Sequence[str]) -> None:
-        """Of one stage and what it is about to work on, see `Workspace.stage`."""
+        """Of one stage and what it is about to work on, see `Session.stage`."""
         self._output = output
         self._path = output / ".stages" / f"{name}.json"
         read = [hash_tree(output / file) for file in reads]
         self._inputs = fingerprint([__version__, options, read])
 
-    def holds(self) -> bool:
-        """Whether the stage ran on the same inputs and its outputs are untouched."""
+    def holds(self, writes: Sequence[str]) -> bool:
+        """Whether the stage ran on the same inputs and its outputs `writes` are untouched."""
         old = _read(self._path)
-        return old["inputs"] == self._inputs and all(
-            (self._output / file).exists() and hash_tree(self._output / file) == digest
-            for file, digest in old["outputs"].items()
+        return (
+            old["inputs"] == self._inputs
+            and old["outputs"].keys() == set(writes)
+            and _untouched(self._output, old["outputs"])
         )
 
     def write(self, writes: Sequence[str], measured: dict[str, object]) -> None:
         """Remember the artifacts `writes` as they are now, and what the stage measured."""
         outputs = {file: hash_tree(self._output / file) for file in writes}
         write_json(self._path, {"inputs": self._inputs, "outputs": outputs, **measured})
+
+
+def _untouched(output: Path, outputs: Mapping[str, str]) -> bool:
+    return all(
+        (output / file).exists() and hash_tree(output / file) == digest
+        for file, digest in outputs.items()
+    )
+
+
+def outputs_hold(output: Path, stages: Iterable[str]) -> bool:
+    """Whether every one of these stages left outputs, and all are untouched."""
+    records = [_read(output / ".stages" / f"{name}.json") for name in stages]
+    return all(one["outputs"] and _untouched(output, one["outputs"]) for one in records)
+
+
+def read_finish(output: Path) -> dict[str, Any] | None:
+    """What `write_finish` kept; None if there is nothing, or it is damaged."""
+    found = json_or_none(output / ".stages" / _FINISH)
+    good = isinstance(found, dict) and isinstance(found.get("stages"), list)
+    return found if good and isinstance(found.get("inputs"), str) else None
+
+
+def write_finish(output: Path, finish: dict[str, Any]) -> None:
+    """Keep which stages ended on which inputs, so that the next look needs no model."""
+    if read_finish(output) != finish:
+        write_json(output / ".stages" / _FINISH, finish)
 
 
 def has_record(output: Path) -> bool:

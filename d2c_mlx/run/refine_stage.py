@@ -11,51 +11,57 @@ from d2c_mlx import __version__
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.merge.refine import Member, Refined, RefineOptions, refine
-from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.run.session import Session
 from d2c_mlx.utils.files import fingerprint, write_dir, write_json
 
 __all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
 
 
-def _options(ws: Workspace) -> RefineOptions:
-    c = ws.config
+def _options(session: Session) -> RefineOptions:
+    c = session.config
     return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, eps=c.eps, seed=c.seed)
 
 
-def refine_inputs(ws: Workspace) -> list[object]:
+def refine_inputs(session: Session) -> list[object]:
     """A JSON value of all that refining depends on beside adapters and merges."""
-    return [__version__, ws.base.fingerprint, dataclasses.asdict(_options(ws)),
-            [[p.task, p.digest] for p in ws.probes],
-            [[name, prompts.digest] for name, prompts in ws.prompts.items()]]  # fmt: skip
+    inputs = session.inputs
+    return [__version__, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
+            [[p.task, p.digest] for p in inputs.probes],
+            [[name, prompts.digest] for name, prompts in inputs.prompts.items()]]  # fmt: skip
 
 
-def refine_merge(ws: Workspace, merged: Adapter, indices: Sequence[int]) -> Refined:
+def refine_merge(session: Session, merged: Adapter, indices: Sequence[int]) -> Refined:
     """Refine the merge of some of a run's adapters."""
-    return refine(ws.base, merged, _members(ws, indices), _options(ws), ws.evaluator.meter)
+    return refine(
+        session.inputs.base, merged, _members(session, indices), _options(session),
+        session.evaluator.meter,
+    )  # fmt: skip
 
 
-def _members(ws: Workspace, indices: Sequence[int]) -> list[Member]:
+def _members(session: Session, indices: Sequence[int]) -> list[Member]:
+    inputs, gain = session.inputs, session.study.losses.gain
     return [
-        Member(ws.adapters[i], ws.probes[i], float(ws.problem.gain[i]), ws.prompts.get(ws.names[i]))
+        Member(session.adapters[i], inputs.probes[i], float(gain[i]),
+               inputs.prompts.get(inputs.names[i]))
         for i in indices
-    ]
+    ]  # fmt: skip
 
 
-def refine_cluster(ws: Workspace, k: int, names: Sequence[str], kept: Path) -> Path:
+def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -> Path:
     """Refine merge `k`, of the adapters `names`, unless that is done already.
 
     Returns:
         A directory below `kept`, named after all that it depends on, with `adapter/` and
         `refine.json`: members, step, stopped, held_back_regret, curve, unjudged, seconds.
     """
-    merged = load_adapter(ws.path("merged") / str(k))
-    indices = [ws.names.index(name) for name in names]
-    contents = [[one.adapter.digest, one.gain] for one in _members(ws, indices)]
-    part = kept / fingerprint([refine_inputs(ws), list(names), contents, merged.digest])[:32]
+    merged = load_adapter(session.directory.path("merged") / str(k))
+    indices = [session.inputs.names.index(name) for name in names]
+    contents = [[one.adapter.digest, one.gain] for one in _members(session, indices)]
+    part = kept / fingerprint([refine_inputs(session), list(names), contents, merged.digest])[:32]
     if part.exists():
         return part
     started = time.monotonic()
-    refined = refine_merge(ws, merged, indices)
+    refined = refine_merge(session, merged, indices)
     regrets = dict(refined.curve)
     facts = {
         "members": list(names),
@@ -67,6 +73,6 @@ def refine_cluster(ws: Workspace, k: int, names: Sequence[str], kept: Path) -> P
         "seconds": round(time.monotonic() - started, 2),
     }
     with write_dir(part) as directory:
-        refined.adapter.save(directory / "adapter", ws.base.n_layers)
+        refined.adapter.save(directory / "adapter", session.inputs.base.n_layers)
         write_json(directory / "refine.json", facts)
     return part

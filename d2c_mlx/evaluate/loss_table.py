@@ -1,0 +1,125 @@
+"""The table of calibration losses: every adapter on every task, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.evaluator import Evaluator, Job
+from d2c_mlx.models.examples import ExampleSet
+
+__all__ = ["LossTable", "measure_losses", "normalized_regret"]
+
+# Nats; a smaller gain is not divided by.
+_LEAST_GAIN = 0.05
+
+
+def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Losses on a scale that tasks share: 0 at the task adapter, 1 at the base model.
+
+    A gain counts as at least 0.05 nats: an adapter that hardly helps must not outvote the others.
+
+    Args:
+        losses: `(n_tasks,)` or `(n_tasks, k)`, nats per target token.
+        own: `(n_tasks,)`, under each task's own adapter.
+        base: `(n_tasks,)`, under the bare base model.
+    """
+    wide = (slice(None),) + (None,) * (losses.ndim - 1)
+    return (losses - own[wide]) / np.maximum(base - own, _LEAST_GAIN)[wide]
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Mean NLL per target token, in nats, of adapters on the tasks' calibration rows.
+
+    Pure data: it knows what a loss is worth, not how it was measured.
+
+    Attributes:
+        tasks: task names, in row order.
+        adapters: adapter names, in column order.
+        values: `(n_tasks, n_adapters)`; NaN where it was not measured (null in the file).
+        base: `(n_tasks,)`, the bare base model.
+    """
+
+    tasks: tuple[str, ...]
+    adapters: tuple[str, ...]
+    values: np.ndarray
+    base: np.ndarray
+
+    @property
+    def individual(self) -> np.ndarray:
+        """`(n_tasks,)`: each task under its own adapter."""
+        return np.diagonal(self.values)
+
+    @cached_property
+    def gain(self) -> np.ndarray:
+        """`(n_tasks,)` nats that each task adapter gains over the base model, at least 0.05."""
+        return np.maximum(self.base - self.individual, _LEAST_GAIN)
+
+    def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Losses as `normalized_regret`, with the losses of this table at 0 and 1.
+
+        Args:
+            losses: `(n,)` or `(n, k)`, nats per target token.
+            tasks: `(n,)`, which tasks the rows are.
+        """
+        return normalized_regret(losses, self.individual[tasks], self.base[tasks])
+
+    def losses_at(self, regrets: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """`(n,)` losses of `tasks` that have these regrets."""
+        return self.individual[tasks] + self.gain[tasks] * regrets
+
+    @property
+    def regrets(self) -> np.ndarray:
+        """`(n_tasks, n_adapters)` regrets of the whole table; NaN where it was not measured."""
+        return self.regret(self.values)
+
+    def to_json(self) -> dict[str, object]:
+        """The content of `losses.json`."""
+        return {
+            "unit": "mean NLL per target token (nats)",
+            "tasks": list(self.tasks),
+            "adapters": list(self.adapters),
+            "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
+            "base": self.base.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, list]) -> LossTable:
+        """Read what `to_json` wrote."""
+        return cls(
+            tuple(data["tasks"]),
+            tuple(data["adapters"]),
+            np.array(data["values"], float),
+            np.array(data["base"]),
+        )
+
+
+def measure_losses(
+    evaluator: Evaluator,
+    adapters: Sequence[Adapter],
+    probes: Sequence[ExampleSet],
+    measured: np.ndarray,
+) -> LossTable:
+    """Evaluate adapters, and the bare base, on the tasks' calibration rows.
+
+    Args:
+        evaluator: on the base model of the adapters.
+        adapters: one per task.
+        probes: one per adapter, in the same order.
+        measured: `(n, n)` bool, whether task i is measured under adapter j.
+    """
+    tasks = [np.flatnonzero(column).tolist() for column in measured.T]
+    jobs: list[Job] = [(None, probes)]
+    jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
+    base, *columns = evaluator.losses(jobs)
+    values = np.full(measured.shape, np.nan)
+    for j, (some, losses) in enumerate(zip(tasks, columns)):
+        values[some, j] = losses
+    names = tuple(adapter.name for adapter in adapters)
+    return LossTable(tuple(p.task for p in probes), names, values, base)

@@ -1,0 +1,56 @@
+"""The adapters of one base model, with the rows and the engine that measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import similarity
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+
+__all__ = ["Library"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """N task adapters, N sets of calibration rows, and what evaluates one on the other.
+
+    Attributes:
+        engine: runs the base model.
+        evaluator: of losses on it, cached.
+        adapters: one per task, in the order of every table.
+        probes: calibration rows, one set per adapter.
+    """
+
+    engine: Engine
+    evaluator: Evaluator
+    adapters: Sequence[Adapter]
+    probes: Sequence[ExampleSet]
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model of all adapters."""
+        return self.engine.base
+
+    @property
+    def workers(self) -> Workers:
+        """Threads that run the base model."""
+        return self.engine.workers
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, which are those of the tasks."""
+        return [adapter.name for adapter in self.adapters]
+
+    @cached_property
+    def similarity(self) -> np.ndarray:
+        """`(n, n)` cosines of the adapters' dW."""
+        return similarity(self.adapters)

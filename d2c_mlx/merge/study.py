@@ -1,0 +1,110 @@
+"""A library of adapters and what measuring it tells: losses, regrets, merges.
+
+`Library` is what is measured, `Study` what was found. A study answers the clustering through
+`Study.problem`, makes merges through `Study.merger`, and judges stored forms through
+`Study.teacher_regret`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import svd_features
+from d2c_mlx.cluster.completion import completed
+from d2c_mlx.cluster.partition import Members, Problem
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.merge.kl_regret import TeacherRegret
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merger import Merger
+from d2c_mlx.merge.options import MergeOptions
+
+__all__ = ["Study"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measured library, and what follows from it; each part is made when it is asked for.
+
+    Attributes:
+        library: the adapters, their calibration rows and what evaluates them.
+        losses: of every adapter on every task.
+        options: how to merge.
+        by_teacher: tune merges by the answers of the task adapters, as stored forms are (a plan
+            compares both); else by the answers in the rows.
+        stop_early: leave an evaluation that is proven to change nothing.
+    """
+
+    library: Library
+    losses: LossTable
+    options: MergeOptions
+    by_teacher: bool = False
+    stop_early: bool = True
+
+    @cached_property
+    def module_gains(self) -> list[dict[str, float]]:
+        """What every module of each adapter contributes on its task's rows, in nats."""
+        library = self.library
+        # Forwards and backwards, at several points.
+        costs = [6 * probe.n_tokens for probe in library.probes]
+        library.evaluator.meter.expect(sum(costs))
+        found = []
+        for adapter, probe, cost in zip(library.adapters, library.probes, costs):
+            cache = library.evaluator.cache
+            found.append(module_gains(library.base, adapter, probe, cache=cache))
+            library.evaluator.meter.advance(cost)
+        return found
+
+    @cached_property
+    def teacher_regret(self) -> TeacherRegret:
+        """Regrets by what the task adapters answer."""
+        return TeacherRegret(self.library, self.losses)
+
+    @cached_property
+    def merger(self) -> Merger:
+        """What merges the adapters, each set of members once."""
+        return self.merger_with(self.options)
+
+    def merger_with(self, options: MergeOptions) -> Merger:
+        """A merger with other options."""
+        if self.by_teacher:
+            teacher = self.teacher_regret
+            return Merger(replace(self.library, probes=teacher.sets), options, teacher.regret)
+        return Merger(self.library, options, self.losses.regret)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What the clusterings may ask, answered by the model."""
+        return Problem(
+            regrets=completed(self.losses.regrets),
+            merge=lambda members, like=(): self.merger.quick(members, like).adapter,
+            measure=self._measure,
+            features=svd_features(self.library.similarity),
+            foresee=self._foresee,
+        )
+
+    def _foresee(self, merges: Sequence[Members]) -> None:
+        tokens = [probe.n_tokens for probe in self.library.probes]
+        n_tokens = sum(tokens[i] for members in merges for i in members)
+        self.library.evaluator.meter.foresee(n_tokens)
+
+    def _measure(
+        self,
+        jobs: Sequence[tuple[Adapter, Sequence[int]]],
+        limits: Sequence[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        tasks = [np.array(some, int) for _, some in jobs]
+        allowed = None
+        if limits is not None:
+            allowed = [self.losses.losses_at(limit, some) for limit, some in zip(limits, tasks)]
+            if not self.stop_early:
+                # The rows are still evaluated in parts, so stopping changes no bit.
+                allowed = [np.full_like(limit, np.inf) for limit in allowed]
+        sets = [(merge, [self.library.probes[i] for i in some]) for merge, some in jobs]
+        found = self.library.evaluator.losses(sets, allowed)
+        return [self.losses.regret(losses, some) for losses, some in zip(found, tasks)]

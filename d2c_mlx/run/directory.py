@@ -1,0 +1,57 @@
+"""The directory of a run: where its artifacts are, and what is in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.records import outputs_hold, read_finish, write_finish
+from d2c_mlx.run.snapshot import snapshot
+
+__all__ = ["RunDirectory"]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and artifacts of one run; it reads no model and no adapter.
+
+    Attributes:
+        root: the directory, which may not exist yet.
+    """
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        """Where an artifact is, or will be: `pack`, `bench.json`, `adapters/<name>`."""
+        return self.root / name
+
+    def read(self, name: str) -> Any:  # noqa: ANN401  JSON is any
+        """A JSON artifact."""
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def is_finished(self, config: RunConfig, stages: list[str]) -> bool:
+        """Whether these stages ran on the very inputs of `config` and nothing changed since.
+
+        Inputs are compared by path, size and time, so that no model has to be loaded; artifacts by
+        content. False is no verdict: the stages then look closer.
+
+        Args:
+            config: of the run.
+            stages: names of the stages that are wanted.
+        """
+        finish = read_finish(self.root)
+        return (
+            finish is not None
+            and set(stages) <= set(finish["stages"])
+            and finish["inputs"] == snapshot(config)
+            and outputs_hold(self.root, stages)
+        )
+
+    def remember_finish(self, config: RunConfig, stages: list[str]) -> None:
+        """Keep what `is_finished` compares with."""
+        inputs = snapshot(config)
+        if inputs is not None:
+            write_finish(self.root, {"inputs": inputs, "stages": stages})

@@ -1,0 +1,121 @@
+"""What a run reads, checked as a whole before anything is written."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from pathlib import Path
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.sources import find_adapters, read_adapters
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.capacity import Capacity
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.distributed import local_ranks
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.merge.layerwise import check_blocks
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.tasks import Task, load_tasks, load_unlabelled
+from d2c_mlx.models.tokenize import encode_probes, encode_tests
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.overwrite import check_run
+from d2c_mlx.utils.errors import InputError, collect, gather
+
+__all__ = ["CUTS", "Inputs"]
+
+# Shares of a task's calibration rows after which an evaluation may stop: most candidates of D2C are
+# several times worse than what a task has.
+CUTS = (0.2, 0.5)
+
+
+class Inputs:
+    """Base model, adapters, rows and budget of a run.
+
+    Attributes:
+        config: the options.
+        base: the base model.
+        engine: what evaluates on it.
+        adapters: as they were given, sorted by name.
+        tasks: one per adapter.
+        capacity: bytes of the adapters, and of the budget.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Read and check everything; nothing is written.
+
+        Raises:
+            InputError: every problem of adapters, tasks and budget, one line each; without a
+                base model, to which they must fit, the problem of the model alone.
+        """
+        self.config = config
+        self.base = BaseModel(config.model)
+        off = set(config.without) - {"cache", "bound"}
+        savings = Savings(stack=config.stack, compile=config.compile, **dict.fromkeys(off, False))
+        self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
+        errors: list[InputError] = []
+        sources = collect(errors, lambda: find_adapters(config.adapters)) or []
+        collect(errors, lambda: check_run(config, sources))
+        self.adapters: list[Adapter] = (
+            collect(errors, lambda: read_adapters(sources, self.base)) or []
+        )
+        names = [source.name for source in sources]
+        self.tasks: list[Task] = (
+            collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
+        )
+        budget = parse_budget(config.budget)
+        self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank)
+        self._check(errors)
+        if errors:
+            raise InputError([line for error in errors for line in error.problems])
+
+    def _check(self, errors: list[InputError]) -> None:
+        """Add what only shows when adapters, rows and model are put together."""
+        config = self.config
+        if not errors:
+            collect(errors, lambda: self.probes)
+            collect(errors, lambda: self.tests)
+            collect(errors, lambda: self.capacity.merge_rank and (
+                self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
+            collect(errors, lambda: self.prompts)
+        if config.refine:
+            collect(errors, lambda: Distiller(self.base))
+        if config.merge_method == "layerwise":
+            collect(errors, lambda: check_blocks(self.base))
+        if not errors:
+            sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
+            collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
+
+    @property
+    def names(self) -> list[str]:
+        """Adapter names, sorted; the order of every table."""
+        return [adapter.name for adapter in self.adapters]
+
+    @cached_property
+    def probes(self) -> list[ExampleSet]:
+        """Calibration rows of every task, which decide."""
+        n = self.config.probe_examples
+        return [one.cut(*CUTS) for one in encode_probes(self.base.encode, self.tasks, n)]
+
+    @cached_property
+    def tests(self) -> list[ExampleSet]:
+        """Held-out rows of every task, which judge."""
+        n = self.config.test_examples or None
+        # Halves, so that an adapter of one task keeps two cores busy.
+        return [one.cut(0.5) for one in encode_tests(self.base.encode, self.tasks, n)]
+
+    @cached_property
+    def prompts(self) -> dict[str, ExampleSet]:
+        """Task -> its prompts without answers, where there are some."""
+        if not self.config.unlabelled:
+            return {}
+        n = self.config.probe_examples
+        rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
+        names = sorted(rows)
+        encoded = gather(
+            partial(self.base.encode, name, rows[name], [
+                f"{self.config.unlabelled}: row {i + 1} of task {name}"
+                for i in range(len(rows[name]))
+            ])
+            for name in names
+        )  # fmt: skip
+        return dict(zip(names, encoded))

@@ -1,0 +1,125 @@
+"""What the stages of one run share, each thing loaded once and only if asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import yaml
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.evaluate.distributed import Group, Ranks
+from d2c_mlx.evaluate.evaluator import Counts, Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.study import Study
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.directory import RunDirectory
+from d2c_mlx.run.inputs import Inputs
+from d2c_mlx.run.records import Record
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.files import write_text
+from d2c_mlx.utils.progress import progress_bar
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One run at work: its inputs, its directory, and the study of its library.
+
+    Attributes:
+        config: the options.
+        directory: where artifacts are.
+        quiet: show no progress.
+    """
+
+    def __init__(self, config: RunConfig, quiet: bool = False, group: Group | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            config: of the run.
+            quiet: show no progress.
+            group: of the ranks that share the evaluations; None is this process alone.
+        """
+        self.config, self.quiet, self._group = config, quiet, group
+        self.directory = RunDirectory(Path(config.output))
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Base model, adapters and rows, checked: see `Inputs`, whose errors this raises."""
+        return Inputs(self.config)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Losses, cached, evaluated here or by all ranks."""
+        engine = self.inputs.engine
+        cache = None
+        if "cache" not in self.config.without:
+            cache = LossCache(cache_directory() / "losses.sqlite")
+        return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """The converted adapters, read back from the run directory."""
+        return [load_adapter(self.directory.path("adapters") / name) for name in self.inputs.names]
+
+    @cached_property
+    def library(self) -> Library:
+        """The converted adapters with what measures them."""
+        inputs = self.inputs
+        return Library(inputs.engine, self.evaluator, self.adapters, inputs.probes)
+
+    @cached_property
+    def study(self) -> Study:
+        """The library as `probe` measured it."""
+        return Study(
+            self.library,
+            LossTable.from_json(self.directory.read("losses.json")),
+            self.config.merging,
+            # A plan compares merges with adapters that are stored in few bits.
+            by_teacher=self.config.planned,
+            stop_early="bound" not in self.config.without,
+        )
+
+    def stage(
+        self,
+        name: str,
+        options: object,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        body: Callable[[], None],
+    ) -> None:
+        """Run `body` unless it already ran on the same inputs and its outputs are untouched.
+
+        Args:
+            name: of the stage.
+            options: JSON value of everything that matters beside files of the run directory.
+            reads: artifacts of earlier stages.
+            writes: artifacts that `body` makes.
+            body: does the work.
+        """
+        root = self.directory.root
+        record = Record(root, name, options, reads)
+        if record.holds(writes):
+            return
+        started = time.monotonic()
+        root.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        write_text(self.directory.path("config.yaml"), text)
+        self.evaluator.counts = Counts()
+        mx.reset_peak_memory()
+        with progress_bar(name, self.quiet) as bar:
+            self.evaluator.meter = bar
+            body()
+        measured = {
+            "seconds": round(time.monotonic() - started, 2),
+            "evaluations": asdict(self.evaluator.counts),
+            "peak_nbytes": mx.get_peak_memory(),
+        }
+        record.write(writes, measured)

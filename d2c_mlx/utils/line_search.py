@@ -1,0 +1,52 @@
+"""A walk downhill over scales, the one search that tunes how strong an adapter is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+__all__ = ["COARSE_SCALES", "FINE_SCALES", "SCALES", "line_search"]
+
+# Scales of dW, in steps of about the fourth root of 2. Means of many near-orthogonal updates ask
+# for more than 1 (a mean of T keeps about 1/T of each), sums for less.
+SCALES = (
+    0.125, 0.15, 0.175, 0.21, 0.25, 0.3, 0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0,
+    2.4, 2.8, 3.4, 4.0, 4.8, 5.6, 6.7, 8.0, 9.5, 11.2, 13.4, 16.0,
+)  # fmt: skip
+# A merge: every evaluation asks all its tasks, so steps are twice as long.
+COARSE_SCALES = SCALES[::2]
+# An adapter in fewer components: what was dropped is made up for by a scale of 1 to 4.
+FINE_SCALES = tuple(scale for scale in SCALES if 0.7 <= scale <= 4)
+
+
+def line_search(
+    loss: Callable[[float], float], scales: Sequence[float], start: float | None = None
+) -> tuple[float, float]:
+    """Walk downhill from the scale nearest to `start` until both neighbours are no better.
+
+    Each scale is asked once; ties keep the smaller one. From the first scale the walk only rises.
+
+    Args:
+        loss: of a scale.
+        scales: increasing.
+        start: where to begin, nearest in the logarithm; None is the middle of `scales`.
+
+    Returns:
+        The best scale found and its loss.
+    """
+    known: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if i not in known:
+            known[i] = loss(scales[i])
+        return known[i]
+
+    best = len(scales) // 2
+    if start is not None:
+        best = min(range(len(scales)), key=lambda i: abs(math.log(scales[i] / start)))
+    while True:
+        around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(scales)]
+        winner = min(around, key=lambda i: (at(i), i))
+        if winner == best:
+            return scales[best], at(best)
+        best = winner
