@@ -30,19 +30,35 @@ def invoke(*args):
 
 
 FORMS = (["bench", "compare", "--help"], ["bench", "pack", "--device", "mac-8gb", "--help"])
+HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS]
+# Prints every help in turn, with the heavy modules that are loaded by then.
+PRINTS_HELPS = f"""
+import contextlib, io, json, sys
+from d2c_mlx_cli.main import cli
+for args in {HELPS!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try: cli(args)
+        except SystemExit as stop: code = stop.code
+    print(json.dumps([code, out.getvalue(), [m for m in {HEAVY!r} if m in sys.modules]]))
+"""
 
 
-@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS])
-def test_help_imports_nothing_heavy(args):
-    code = (
-        "import sys\nfrom d2c_mlx_cli.main import cli\n"
-        f"try: cli({args!r})\nexcept SystemExit: pass\n"
-        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
-    assert "Usage:" in done.stdout
-    assert args == ["--help"] or "Example" in done.stdout
+@pytest.fixture(scope="module")
+def helps():
+    """Of every command in `HELPS`: exit code, text, heavy modules; all in one process."""
+    code = [sys.executable, "-c", PRINTS_HELPS]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("args", HELPS)
+def test_help_imports_nothing_heavy(args, helps):
+    code, text, heavy = helps[HELPS.index(args)]
+    assert code == 0
+    assert heavy == []
+    assert "Usage:" in text
+    assert args == ["--help"] or "Example" in text
 
 
 def test_convert_there_and_back(tmp_path):

@@ -20,7 +20,7 @@ from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import PackError
 
-TEMPLATES = Path(run.__code__.co_filename).parent
+TEMPLATES = Path(render_html.__code__.co_filename).parent
 NUMBER = re.compile(r"(?<![\w-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?")
 
 

@@ -1,8 +1,8 @@
 """Numbers at the ends of their range, and libraries at the ends of theirs.
 
 Elsewhere: NaN and infinity in files and options (test_bad_input, test_config), updates of zero,
-equal adapters and large 16-bit factors in every merge (test_merge), rows without a target
-(test_tasks, test_bad_input), stored forms (test_quantize).
+equal adapters, large and tiny factors and every rank in every merge (test_properties), rows without
+a target (test_tasks, test_bad_input), stored forms (test_quantize).
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import P, assert_close, dense, dense_mean, lora_of, merge_by
+from helpers.loras import P, assert_close, dense
 from helpers.tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -20,7 +20,6 @@ from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.merge.methods import METHODS, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
@@ -97,44 +96,6 @@ def test_scales_are_folded_within_float16s_range(tmp_path, size_a, size_b, scale
     attached = LoRA(*(x[0] for x in base.stacked(path, [Adapter("x", {path: lora})])))
     assert attached.a.dtype == attached.b.dtype == mx.float16
     assert_close(dense(attached), dense(lora), np.linalg.norm(dense(lora)), 1e-3)
-
-
-# Merges
-
-
-@pytest.mark.parametrize("rank", [1, 6], ids=["rank 1", "rank of the smaller side"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_at_the_ends_of_the_rank(method, rank):
-    rng = np.random.default_rng(0)
-    adapters = [Adapter(name, {P: lora_of(rng, (9, 6), rank, 2.0)}) for name in "ab"]
-    merged = merge_by(adapters, method, density=1.0, rank=rank)
-    lora = merged.uniform(mx.float16).modules[P]
-    assert lora.rank == (2 * rank if method == "concat" else rank)
-    size = np.linalg.norm(dense_mean(adapters, P, (9, 6)))
-    assert np.isfinite(dense(lora)).all() and 0.1 * size < np.linalg.norm(dense(lora)) < 10 * size
-    if method in ("linear", "concat") and (rank == 6 or method == "concat"):
-        assert_close(dense(lora), dense_mean(adapters, P, (9, 6)), size, 2e-3)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_merges_of_factors_beyond_float16_are_stored(method):
-    """1e6 beside 1e-4, with the largest scale that is tried: no infinity, and the same update."""
-    rng = np.random.default_rng(1)
-    loras = [lora_of(rng, (9, 6), 3) for _ in "ab"]
-    adapters = [Adapter(name, {P: LoRA(x.a * 1e6, x.b * 1e-4)}) for name, x in zip("ab", loras)]
-    whole = scaled(merge_by(adapters, method, density=1.0, rank=3), 4.0)
-    exact = dense(whole.modules[P])
-    half = whole.uniform(mx.float16).modules[P]
-    assert np.linalg.norm(exact) > 1
-    assert_close(dense(half), exact, np.linalg.norm(exact), 3e-3)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_merges_of_tiny_updates_are_tiny(method):
-    rng = np.random.default_rng(2)
-    adapters = [Adapter(name, {P: lora_of(rng, (9, 6), 3, size=1e-18)}) for name in "ab"]
-    merged = dense(merge_by(adapters, method, density=1.0, rank=3).modules[P])
-    assert np.isfinite(merged).all() and np.abs(merged).max() < 1e-30
 
 
 # What is refused at the door
