@@ -51,7 +51,7 @@ MADE = ("adapter", "tasks", "made by", "scale", "stored as")
 KEPT = ("task", "base", "own adapter", "here", "retention")
 
 
-def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):  # noqa: F811
+def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     write_repository(pack, "org/name", tmp_path / "out")
     unpack(pack, tmp_path / "mlx")
     found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
@@ -108,7 +108,7 @@ def test_the_card_of_a_run(tmp_path, budget):
             assert secret.encode() not in content, name
 
 
-def test_what_is_not_known_is_said(plain, tmp_path):  # noqa: F811
+def test_what_is_not_known_is_said(plain, tmp_path):
     manifest = {**plain.manifest, "origins": {"one": "org/a@" + "0" * 40}}
     (plain.path / "manifest.json").write_text(json.dumps(manifest))
     card = ModelCard(render_card(load_pack(plain.path), "org/name"))
@@ -120,7 +120,7 @@ def test_what_is_not_known_is_said(plain, tmp_path):  # noqa: F811
     assert "No licence was given" in card.text
 
 
-def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
     def refused(words, call):
         with pytest.raises(InputError, match=words) as caught:
             call()
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):  # noqa:
     refused("plan.json: no run wrote it", lambda: write(compact))
 
 
-def test_a_dry_run_opens_no_socket(plain, tmp_path):  # noqa: F811
+def test_a_dry_run_opens_no_socket(plain, tmp_path):
     def call(*args):
         argv = ["push", str(plain.path), "org/name", *args]
         return subprocess.run([sys.executable, "-c", WATCHED, *argv], capture_output=True,
@@ -159,7 +159,7 @@ def test_a_dry_run_opens_no_socket(plain, tmp_path):  # noqa: F811
     assert card.strip() == (tmp_path / "folder" / "README.md").read_text().strip()
 
 
-def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):  # noqa: F811
+def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     """Over LFS and the commit endpoint; then every snippet of the card, as it stands."""
     more = {"HF_TOKEN": TOKEN}
     options = ["--private", "--revision", "v1"]
@@ -199,7 +199,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):  # 
     assert same == 0 and close < 1e-2
 
 
-def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):  # noqa: F811
+def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
     hub.repos["org/name"] = {
         "main": {"picture.png": b"mine", "cluster-7/adapters.safetensors": b""}
     }
@@ -211,7 +211,7 @@ def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):  # noqa: F
         assert hub.files("org/name") == expected
 
 
-def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):  # noqa: F811
+def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):
     hub.repos["org/public"] = {"main": {}}
     hub.refused["other/name"] = (403, "", "You don't have the rights to create a model")
     token = {"HF_TOKEN": TOKEN}
