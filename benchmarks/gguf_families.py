@@ -1,7 +1,7 @@
 """GGUF adapters of every family that is exported, against llama.cpp's own tools and llama.cpp.
 
 torch makes a tiny random model of each family and PEFT an adapter of all its linear modules
-(tests/families.py). `converter`: the largest difference of dW between our export and what
+(tests/helpers/families.py). `converter`: the largest difference of dW between our export and what
 llama.cpp's convert_lora_to_gguf.py makes of the same adapter. `base`, `adapter`: the largest
 difference of logits between llama.cpp (float32, base from its convert_hf_to_gguf.py, adapter from
 our export) and torch. `change`: what the adapter changes at most, in torch.
@@ -33,8 +33,8 @@ from d2c_mlx.utils.files import write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
-from families import FAMILIES, TOKENS  # noqa: E402
-from tiny import tiny_tokenizer  # noqa: E402
+from helpers.families import FAMILIES, TOKENS  # noqa: E402
+from helpers.tiny import tiny_tokenizer  # noqa: E402
 
 FEATURE, F32 = "all linear", 0
 # convert_hf_to_gguf.py, without a vocabulary: it knows no tokenizer of 300 tokens.
@@ -136,7 +136,7 @@ def main():
     tools = parser.parse_args().llama_cpp
     llama_cpp.llama_log_set(silent, None)
     with tempfile.TemporaryDirectory() as folder:
-        python(ROOT / "tests" / "families.py", folder)
+        python(ROOT / "tests" / "helpers" / "families.py", folder)
         rows = {family: compare(Path(folder), tools, family) for family in FAMILIES}
     print("| family | converter | base | adapter | change |\n|---|--:|--:|--:|--:|")
     for family, row in rows.items():

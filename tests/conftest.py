@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+# One of several pytest-xdist workers: threads of a BLAS that share a core only wait for each other.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
 import d2c_mlx  # noqa: F401  first of all, so that the fast BLAS is loaded before mlx.core
 import mlx.core as mx
 import numpy as np
@@ -18,7 +23,16 @@ os.environ["D2C_MLX_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
 # What a user installs has no torch, only tests do. Commands start in half the time without it.
-os.environ["PYTHONPATH"] = str(ROOT / "tests" / "without_torch")
+os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
+
+
+pytest.register_assert_rewrite("helpers")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_addoption(parser):
@@ -43,8 +57,12 @@ def rows(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory):
-    """Converted models and losses of this session only, never the user's."""
-    path = tmp_path_factory.mktemp("cache")
+    """Converted models and losses of this session only, never the user's; of all its workers."""
+    if WORKER:
+        path = tmp_path_factory.getbasetemp().parent / "cache"
+        path.mkdir(exist_ok=True)
+    else:
+        path = tmp_path_factory.mktemp("cache")
     os.environ["D2C_MLX_CACHE"] = str(path)
     return path
 

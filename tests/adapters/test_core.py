@@ -1,0 +1,71 @@
+"""The small space in which all of a module's updates are merged, and the scale of a merge."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import NUMERIC, P, Q, assert_close, dense, dims, lora_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import factorise, to_core
+from d2c_mlx.merge.methods import scaled
+
+
+@settings(NUMERIC, max_examples=30)
+@given(
+    st.tuples(dims, dims), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 99)
+)
+def test_core_space_is_lossless(shape, ranks, seed):
+    rng = np.random.default_rng(seed)
+    factors = [
+        (
+            rng.normal(size=(shape[0], r)).astype(np.float32),
+            rng.normal(size=(r, shape[1])).astype(np.float32),
+        )
+        for r in ranks
+    ]
+    space = to_core(factors)
+    q_a, q_b, cores = space.q_a, space.q_b, space.updates
+    assert len(cores) == len(ranks)
+    weights = rng.normal(size=len(ranks))
+    assert space.weighted_sum(weights) == pytest.approx(np.tensordot(weights, cores, 1), abs=1e-4)
+    assert q_a.shape[1] <= sum(ranks) and q_b.shape[1] <= sum(ranks)
+    assert q_a.T @ q_a == pytest.approx(np.eye(q_a.shape[1]), abs=1e-5)
+    for (a, b), core in zip(factors, cores):
+        assert q_b @ core @ q_a.T == pytest.approx((a @ b).T, abs=1e-4)
+
+
+def test_factorise_keeps_the_largest_directions():
+    core = np.diag([1.0, 3.0, 2.0])
+    a, b = factorise(core, np.eye(3), np.eye(3), 2)
+    assert (a.shape, b.shape) == ((3, 2), (2, 3))
+    assert (a @ b).T == pytest.approx(np.diag([0.0, 3.0, 2.0]))
+    assert factorise(core, np.eye(3), np.eye(3), 9)[0].shape == (3, 3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_scaled(dtype):
+    rng = np.random.default_rng(0)
+    one = Adapter(
+        "a",
+        {P: lora_of(rng, (6, 5), 2, 3.0, dtype), Q: lora_of(rng, (2, 3), 1, 0.5)},
+        "base",
+        ("x",),
+    )
+    digest = one.digest
+    half = scaled(one, 0.5)
+    for path, lora in one.modules.items():
+        assert_close(dense(half.modules[path]), dense(lora) / 2, 1.0, 1e-6)
+        assert half.modules[path].scale == 1.0
+        assert half.modules[path].b.dtype == mx.float32
+        assert mx.array_equal(half.modules[path].a, lora.a)
+    assert (half.name, half.base, half.sources) == ("a", "base", ("x",))
+    assert one.digest == digest != half.digest
+    assert_close(dense(scaled(one, 1.0).modules[P]), dense(one.modules[P]), 1.0, 1e-6)
+
+
+def test_scaled_16_bit_factors_do_not_overflow():
+    lora = LoRA(mx.full((2, 1), 4e4, mx.float16), mx.full((1, 2), 4e4, mx.float16), 2.0)
+    b = scaled(Adapter("a", {P: lora}), 4.0).modules[P].b
+    assert np.array(b) == pytest.approx(np.full((1, 2), 3.2e5), rel=1e-3)

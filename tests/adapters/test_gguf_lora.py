@@ -1,0 +1,172 @@
+"""GGUF LoRA files as input: what the export wrote, bit by bit, and what is refused by name."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from gguf import GGMLQuantizationType, GGUFType
+from helpers.exported import DTYPES, adapter_of
+from helpers.gguf_files import gguf_name, write_gguf, write_lora
+from helpers.tiny import ALL, library, tiny_model
+
+from d2c_mlx.adapters import gguf_format as gguf_lora
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import is_gguf_lora, read_gguf_lora, save_gguf_lora
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import AdapterError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("gguf_lora") / "model", mx.float32)
+
+
+@pytest.fixture(scope="module")
+def config(model):
+    return json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_there_and_back_is_exact(tmp_path, config, dtype, mixed):
+    """bfloat16 is written as float32 and mixed ranks are padded: the same dW in other factors."""
+    adapter = adapter_of("one", dtype=dtype, mixed=mixed)
+    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    again = read_adapter(tmp_path / "one.gguf", ALL, config)
+    assert again.name == "one" and again.modules.keys() == adapter.modules.keys()
+    if dtype != mx.bfloat16 and not mixed:
+        assert again.digest == adapter.digest
+    expected = adapter.uniform().modules
+    for path, lora in again.modules.items():
+        assert np.array_equal(lora.delta(), expected[path].delta())
+    # And so a second time: the files are the same.
+    save_gguf_lora(again, tmp_path / "two.gguf", config)
+    twice = read_adapter(tmp_path / "two.gguf", ALL, config)
+    assert twice.digest == again.digest
+
+
+def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config, monkeypatch):
+    """The logits of the adapter; a reader that forgets the rows of q and k has others."""
+    adapter = adapter_of("one", dtype=mx.float32)
+    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    base = BaseModel(str(model))
+    tokens = mx.arange(1, 25)[None] * 7 % 250
+
+    def logits(one):
+        base.attach(one)
+        return base.model(tokens)
+
+    expected = logits(adapter)
+    assert mx.array_equal(logits(read_gguf_lora(tmp_path / "one.gguf", ALL, config)), expected)
+    monkeypatch.setattr(gguf_lora, "_heads", lambda config: {})
+    forgot = read_gguf_lora(tmp_path / "one.gguf", ALL, config)
+    assert mx.abs(logits(forgot) - expected).max().item() > 0.1
+
+
+@pytest.mark.parametrize("alpha, scale", [(6.0, 2.0), (None, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("kind", [None, np.float16, GGMLQuantizationType.BF16])
+def test_a_file_of_llama_cpp_s_converter(tmp_path, config, alpha, scale, kind):
+    """alpha / rank is the scale, and no alpha a scale of 1, as llama.cpp reads it."""
+    dtype = {None: mx.float32, np.float16: mx.float16}.get(kind, mx.bfloat16)
+    adapter = adapter_of("one", dtype=dtype)
+    changes = {"quant": kind} if dtype == mx.bfloat16 else {"dtype": kind or np.float32}
+    path = write_lora(tmp_path / "own.gguf", adapter, alpha=alpha, **changes)
+    found = read_gguf_lora(path, ALL, config)
+    assert found.name == "own"
+    for module, lora in found.modules.items():
+        expected = adapter.modules[module]
+        assert lora.scale == scale and lora.a.dtype == lora.b.dtype == dtype
+        assert mx.array_equal(lora.a, expected.a) and mx.array_equal(lora.b, expected.b)
+
+
+EXTRA = {"token_embd.weight.lora_a": np.ones((3, 300), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"type": GGUFType.MODEL}, ["general.type is 'model', expected 'adapter'"]),
+        ({"kind": "ia3"}, ["adapter.type is 'ia3', expected 'lora'"]),
+        ({"arch": "qwen2"}, ["general.architecture is 'qwen2', expected 'llama'", "another base"]),
+        ({"quant": GGMLQuantizationType.Q8_0}, ["14 tensors are quantized", "Q8_0", "F16"]),
+        ({"dtype": np.int32}, ["28 tensors are quantized or no floats", "I32"]),
+        ({"alpha": float("nan")}, ["adapter.lora.alpha is nan"]),
+        ({"alpha": -1.0}, ["adapter.lora.alpha is -1.0"]),
+        ({"tokens": [1, 2]}, ["aLoRA", "invocation"]),
+        ({"extra": EXTRA}, ["1 of 29 tensors", "first: token_embd.weight.lora_a", "embeddings"]),
+        ({"extra": {"blk.9.attn_q.weight.lora_a": np.ones((3, 32), np.float32)}},
+         ["first: blk.9.attn_q"]),
+        ({"extra": {"a\n\x1b[2J": np.ones((3, 32), np.float32)}}, [r"first: a\n\x1b[2J)"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused_in_one_line(tmp_path, config, changes, words):
+    path = write_lora(tmp_path / "x.gguf", adapter_of("one"), **changes)
+    with pytest.raises(AdapterError) as caught:
+        read_gguf_lora(path, ALL, config)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path}: ") and all(word in line for word in words), line
+
+
+def test_what_does_not_fit_the_base_is_refused_in_one_line(tmp_path, config):
+    adapter = adapter_of("one")
+    path = write_lora(tmp_path / "x.gguf", adapter)
+
+    def refused(match, shapes=ALL, config=config, path=path):
+        with pytest.raises(AdapterError, match=match) as caught:
+            read_gguf_lora(path, shapes, config)
+        assert len(caught.value.problems) == 1
+
+    refused("model_type is None", config=None)
+    refused("model_type is 'mamba'.* expected one of gemma2", config={"model_type": "mamba"})
+    wide = {module: (2 * shape[0], shape[1]) for module, shape in ALL.items()}
+    refused("shape of another base model; .*expected", shapes=wide)
+    first, *_ = adapter.modules
+    half = Adapter("h", {first: adapter.modules[first]})
+    write_lora(tmp_path / "h.gguf", half, extra={f"{gguf_name(q)}.lora_a": np.ones(
+        (3, 32), np.float32) for q in [*ALL][1:2]})  # fmt: skip
+    refused("has no lora_b", path=tmp_path / "h.gguf")
+    nan = Adapter("n", {first: type(adapter.modules[first])(
+        adapter.modules[first].a * float("nan"), adapter.modules[first].b)})  # fmt: skip
+    refused("1 tensors hold NaN", path=write_lora(tmp_path / "n.gguf", nan))
+
+
+@pytest.mark.parametrize("kind", [0, 5, 8, 9])
+def test_an_array_longer_than_the_file_ends_at_once(tmp_path, config, kind):
+    """The `gguf` package alone would read on beyond the end, until the memory is full."""
+    path = write_lora(tmp_path / "x.gguf", adapter_of("one"))
+    content, place = path.read_bytes(), b"adapter.type" + (8).to_bytes(4, "little")
+    array = (9).to_bytes(4, "little") + kind.to_bytes(4, "little") + (2**62).to_bytes(8, "little")
+    path.write_bytes(content.replace(place, b"adapter.type" + array))
+    with pytest.raises(AdapterError, match="truncated, or not readable as GGUF"):
+        read_gguf_lora(path, ALL, config)
+
+
+def test_a_base_model_is_told_from_an_adapter_by_its_first_bytes(tmp_path, model):
+    lora = write_lora(tmp_path / "lora.gguf", adapter_of("one"))
+    base = write_gguf(model, tmp_path / "base.gguf", mx.float32)
+    assert is_gguf_lora(lora.read_bytes()[:4096])
+    assert not is_gguf_lora(base.read_bytes())
+    assert not is_gguf_lora(b"") and not is_gguf_lora(lora.read_bytes()[1:])
+
+
+def test_a_folder_of_every_format(tmp_path):
+    """PEFT and MLX directories, GGUF files and directories of one, through the command."""
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    first = read_adapter(paths.adapters / "a", base.module_shapes)
+    first.save(paths.adapters / "c", base.n_layers)
+    save_gguf_lora(first, paths.adapters / "d.gguf", base.config)
+    (paths.adapters / "e").mkdir()
+    save_gguf_lora(first, paths.adapters / "e" / "any.gguf", base.config)
+    (paths.adapters / "README.md").write_text("passed over")
+    out = tmp_path / "out"
+    args = ["convert", "--model", str(paths.model), "--adapters", str(paths.adapters),
+            "--output", str(out), "--json"]  # fmt: skip
+    result = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert [row["name"] for row in json.loads(result.stdout)] == ["a", "b", "c", "d", "e"]
+    for name in "acde":
+        assert read_adapter(out / name, base.module_shapes).digest == first.digest

@@ -1,0 +1,265 @@
+"""Adapters from the hub: `huggingface_hub` itself against a hub on loopback."""
+
+import json
+import socket
+
+import pytest
+from helpers.gguf_files import write_lora
+from helpers.hub import Hub
+from helpers.tiny import library, peft_adapter, tiny_model
+
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.hub import HubId, parse_hub_id
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("hub"), ["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def base(paths):
+    return BaseModel(str(paths.model))
+
+
+@pytest.fixture(scope="module")
+def hub(paths, base, tmp_path_factory):
+    """Adapters of every format, each beside what nobody needs; and what cannot be had."""
+    hub, root = Hub(), tmp_path_factory.mktemp("files")
+    a = {p.name: p.read_bytes() for p in (paths.adapters / "a").iterdir()}
+    b = {p.name: p.read_bytes() for p in (paths.adapters / "b").iterdir()}
+    junk = {
+        "README.md": b"# x",
+        "optimizer.pt": bytes(9),
+        "checkpoint-1/adapter_config.json": b"{",
+        "checkpoint-1/adapter_model.safetensors": bytes(9),
+    }
+    hub.repos["org/a"] = {"main": {**a, **junk}, "v1": {**b, **junk}}
+    first = read_adapter(paths.adapters / "a", base.module_shapes)
+    first.save(root / "mlx", base.n_layers)
+    mlx = {p.name: p.read_bytes() for p in (root / "mlx").iterdir()}
+    hub.repos["org/mlx-lora"] = {"main": {**mlx, "0000100_adapters.safetensors": bytes(9)}}
+    save_gguf_lora(first, root / "x.gguf", base.config)
+    gguf = {"lora-f32.gguf": (root / "x.gguf").read_bytes()}
+    big = {"base-Q4_0.gguf": b"GGUF" + bytes(3_000_000)}
+    hub.repos["org/in-gguf"] = {"main": {**gguf, **big, **junk}}
+    hub.repos["org/two-gguf"] = {"main": {**gguf, "again.gguf": gguf["lora-f32.gguf"]}}
+    hub.repos["org/pickle"] = {"main": {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}}
+    hub.repos["org/empty"] = {"main": {"README.md": b"# x"}}
+    hub.refused["org/gated"] = (403, "GatedRepo", "Access to model org/gated is restricted")
+    hub.refused["org/secret"] = (401, "RepoNotFound", "Invalid username or password.")
+    yield hub
+    hub.close()
+
+
+def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_path):
+    """By the command; the second time without the hub."""
+    hub.log.clear()
+    adapters = f"one=org/a@v1,org/a,org/mlx-lora,org/in-gguf,{paths.adapters / 'b'}"
+    args = ["convert", "--model", paths.model, "--adapters", adapters, "--json", "--output"]
+    done = hub.run(tmp_path / "home", *args, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert sorted(rows) == ["a", "b", "in-gguf", "mlx-lora", "one"]
+    assert rows["a"]["origin"] == f"org/a@{hub.commit('org/a')}"
+    assert rows["one"]["origin"] == f"org/a@{hub.commit('org/a', 'v1')}" != rows["a"]["origin"]
+    assert "origin" not in rows["b"]
+    expected = {n: read_adapter(paths.adapters / n, base.module_shapes).digest for n in "ab"}
+    for name in rows:
+        adapter = read_adapter(tmp_path / "out" / name, base.module_shapes)
+        assert adapter.digest == expected["b" if name in ("b", "one") else "a"]
+    # The config is the same in both revisions, and so asked for once.
+    weights = "adapter_model.safetensors"
+    assert sorted(hub.gets("org/a")) == ["adapter_config.json", weights, weights]
+    assert sorted(hub.gets("org/mlx-lora")) == ["adapter_config.json", "adapters.safetensors"]
+    # Of each .gguf the first bytes, then the LoRA: never the whole of the base model.
+    assert set(hub.gets("org/in-gguf")) == {"lora-f32.gguf", "base-Q4_0.gguf"}
+    stored = list((tmp_path / "home").rglob("snapshots/*/*.gguf"))
+    assert [path.name for path in stored] == ["lora-f32.gguf"]
+    # What another program has put there is not taken for the adapter.
+    (stored[0].parent / "another.gguf").write_bytes(b"GGUF" + bytes(99))
+    offline = hub.run(tmp_path / "home", *args, tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert offline.stdout == done.stdout
+
+
+def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"adapters: [org/a, '{paths.adapters / 'b'}']\nmodel: {paths.model}\ntasks: {paths.tasks}\n"
+        f"budget: '1'\nprobe_examples: 2\ntest_examples: 2\nrandom_seeds: 1\n"
+    )
+    out = tmp_path / "run"
+    done = hub.run(tmp_path / "home", "run", config, "--output", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    pinned = f"org/a@{hub.commit('org/a')}"
+    assert json.loads((out / "pack" / "manifest.json").read_text())["origins"] == {"a": pinned}
+    inputs = json.loads((out / "bench.json").read_text())["provenance"]["inputs"]
+    assert inputs["a"]["origin"] == pinned and "origin" not in inputs["b"]
+
+
+def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
+    ids = {
+        "org/gated": ["GatedRepoError", "is gated: ask for access", "hf auth login"],
+        "org/secret": ["RepositoryNotFoundError", "private", "hf auth login"],
+        "org/missing": ["RepositoryNotFoundError: 404", "no such model", "check the id"],
+        "org/a@v9": ["RevisionNotFoundError", "no revision 'v9'", "what follows the @"],
+        "org/pickle": ["only adapter_model.bin", "never loaded", "safetensors"],
+        "org/empty": ["no adapter at its top", "adapter_model.safetensors"],
+        "org/two-gguf": ["several GGUF adapters (again.gguf, lora-f32.gguf)", "give its path"],
+        "no such": ["no such directory and no Hugging Face id", "owner/name[@revision]"],
+    }
+    args = ["convert", "--model", paths.model, "--adapters", ",".join(ids), "--output"]
+    done = hub.run(tmp_path / "home", *args, tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(ids), done.stderr
+    for line, (name, words) in zip(lines, ids.items()):
+        assert line.startswith("error: ") and name.split("@")[0] in line
+        assert all(word in line for word in words), line
+    assert "adapter_model.bin" not in hub.gets("org/pickle")
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "nobody listens"])
+def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    more = {"HF_HUB_OFFLINE": "1"} if "OFF" in how else {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+    args = ["convert", "--model", paths.model, "--adapters", "org/a", "--output", tmp_path / "out"]
+    done = hub.run(tmp_path / "home", *args, **more)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith("error: adapters: 'org/a' is no local path, and the hub did not give it")
+    assert "check the id and the network, or give a local directory" in line
+    why = "HF_HUB_OFFLINE is set" if "OFF" in how else "the hub cannot be reached"
+    assert f"({why}, and it is not in the hub's cache on this machine)" in line
+
+
+def test_a_path_that_is_there_is_no_id(hub, base, tmp_path, monkeypatch):
+    """Nothing is asked of any hub; the process would have gone to the real one."""
+    peft_adapter(tmp_path / "org", "a", seed=7)
+    monkeypatch.chdir(tmp_path)
+    hub.log.clear()
+    done = hub.run(tmp_path / "home", "convert", "--model", base.path, "--adapters", "org/a",
+                   "--output", "out", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "origin" not in json.loads(done.stdout)[0]
+    assert hub.log == []
+
+
+def test_a_base_model_with_a_revision(hub, tmp_path):
+    """The same function as for adapters."""
+    tiny = tiny_model(tmp_path / "tiny")
+    hub.repos["org/base"] = {"main": {}, "v2": {p.name: p.read_bytes() for p in tiny.iterdir()}}
+    peft_adapter(tmp_path / "loras", "a")
+    args = ["convert", "--adapters", tmp_path / "loras", "--output", tmp_path / "out", "--model"]
+    done = hub.run(tmp_path / "home", *args, "org/base@v2")
+    assert done.returncode == 0, done.stderr
+    missing = hub.run(tmp_path / "home", *args, "org/base@v3")
+    assert missing.returncode == 2
+    assert "error: model: 'org/base@v3' is no local path" in missing.stderr
+    assert "no revision 'v3'" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [("org/name", HubId("org/name")), ("org/na.me-1@v1", HubId("org/na.me-1", "v1")),
+     ("org/name@refs/pr/1", HubId("org/name", "refs/pr/1")), ("./loras", None), ("../loras", None),
+     ("a/b/c", None), ("name", None), ("/a/b", None), ("org/name@", None), ("~/loras", None),
+     ("C:/loras", None)],
+)  # fmt: skip
+def test_what_is_an_id(text, found):
+    assert parse_hub_id(text) == found
+    assert found is None or str(found) == text
+
+
+def test_adapters_one_by_one(tmp_path, base):
+    """A directory, a folder, a GGUF, other names; nothing else is an adapter."""
+    a = peft_adapter(tmp_path / "some", "a")
+    peft_adapter(tmp_path / "some", "b")
+    peft_adapter(tmp_path / "with, comma", "c")
+    # What PEFT leaves beside an adapter that it trained.
+    peft_adapter(a, "checkpoint-1")
+    adapter = read_adapter(a, base.module_shapes)
+    lora = write_lora(tmp_path / "d.gguf", adapter)
+
+    def names(*spec):
+        return [one.name for one in find_adapters(spec if len(spec) > 1 else spec[0])]
+
+    assert names(tmp_path / "some") == ["a", "b"]
+    assert names(str(a)) == ["a"]
+    assert names(f"{a},x={lora}") == ["a", "x"]
+    assert names(str(tmp_path / "with, comma")) == ["c"]
+    assert names(str(tmp_path / "with, comma"), str(lora)) == ["c", "d"]
+    for spec, words in (
+        (f"{a},{tmp_path / 'some'}", "'a' is the name of several; call one NAME=ENTRY"),
+        (f"y={tmp_path / 'some'}", "names 2 adapters, expected one"),
+        (f"../y={a}", "is no name of a directory"),
+        (f".y={a}", "the name '.y' begins with a dot"),
+        (f"{a},", "an entry is empty"),
+        (f"{a},A={lora}", "'a' and 'A' are one name on a Mac"),
+        (str(tmp_path / "nope.gguf"), "no such directory and no Hugging Face id"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            find_adapters(spec)
+        assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("length", [10, 100])
+def test_a_list_that_is_longer_than_any_path(tmp_path, monkeypatch, length):
+    """Of names without a slash, and of more than 4,096 characters."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"{i:0{length}}" for i in range(45)]
+    for name in names:
+        peft_adapter(tmp_path, name)
+    assert [one.name for one in find_adapters(",".join(names))] == names
+    assert [one.name for one in find_adapters(",".join(f"x{n}=./{n}" for n in names))] == [
+        f"x{name}" for name in names
+    ]
+
+
+@pytest.mark.parametrize("entry", ["x" * 300, "x/" * 3000, "=" * 5000, "a=" * 2500 + "x", "a\0b"])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_entry_that_no_path_can_be(entry, several):
+    with pytest.raises(InputError, match="no such directory and no Hugging Face id"):
+        find_adapters([entry] if several else entry)
+
+
+def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
+    """Passed over, it would be missing from the merge without a word."""
+    some = tmp_path / "some"
+    a = peft_adapter(some, "a")
+    (some / ".hidden.bin").write_bytes(b"x")
+    (some / ".gone").symlink_to(tmp_path / "gone")
+    (some / "README.md").write_text("a note")
+    (some / "linked").symlink_to(a)
+    write_lora(some / "b.GGUF", read_adapter(a, base.module_shapes))
+    assert [one.name for one in find_adapters(some)] == ["a", "b", "linked"]
+    (some / "broken").symlink_to(tmp_path / "gone")
+    for name in ("c.safetensors", "d.SafeTensors", "e.bin"):
+        (some / name).write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        find_adapters(some)
+    broken, *loose = caught.value.problems
+    assert broken.startswith(f"{some / 'broken'}: a link to {tmp_path / 'gone'}, which is not")
+    assert [line.split(": ")[0] for line in loose] == [
+        str(some / name) for name in ("c.safetensors", "d.SafeTensors", "e.bin")
+    ]
+    assert all("move them into some/<name> with their adapter_config.json" in x for x in loose)
+
+
+def test_gguf_in_any_case(tmp_path, base):
+    adapter = read_adapter(peft_adapter(tmp_path, "a"), base.module_shapes)
+    (tmp_path / "one").mkdir()
+    lora = write_lora(tmp_path / "one" / "b.GGUF", adapter)
+    for spec in (str(lora), str(lora.parent)):
+        (source,) = find_adapters(spec)
+        assert (source.name, source.path) == ("b", lora)
+        found = read_adapter(source.path, base.module_shapes, base.config)
+        assert found.modules.keys() == adapter.modules.keys()
+    # In a directory of its own, called as the directory.
+    assert read_adapter(lora.parent, base.module_shapes, base.config).name == "one"

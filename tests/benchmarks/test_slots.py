@@ -1,0 +1,101 @@
+"""Cases of `benchmarks/slots.py`, at most K adapters, against whole runs and merges by hand."""
+
+import json
+import sys
+
+import pytest
+import slots
+from helpers.tiny import library
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return library(tmp_path, NAMES)
+
+
+@pytest.fixture
+def measured(paths, tmp_path, monkeypatch):
+    """Call with cases: their rows by case."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    result = tmp_path / "slots.json"
+    command = ["slots.py", "--library", tmp_path, "--work", tmp_path / "work", "--output", result,
+               "--model", paths.model, "--clusters", 2, "--seeds", 0, "--examples", 2, "--tests",
+               2, "--random-seeds", 3]  # fmt: skip
+
+    def call(cases, *more):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--cases", cases, *more])
+        slots.main()
+        return {row["case"]: row for row in json.loads(result.read_text())["rows"]}
+
+    return call
+
+
+def excess(paths, names, adapter):
+    """Of every task under an adapter, on two held-out rows."""
+    base = BaseModel(str(paths.model))
+    tests = [base.encode(n, load_task(paths.tasks / n).test[:2]) for n in names]
+    own = [read_adapter(paths.adapters / n, base.module_shapes) for n in names]
+    evaluator = Evaluator(Engine(base))
+    (merged,) = evaluator.losses([(adapter, tests)])
+    return merged - [evaluator.losses([(one, [test])])[0][0] for one, test in zip(own, tests)]
+
+
+def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, measured):
+    rows = measured("individual;moves;on them: linear;merge-all: layerwise;random")
+    assert rows["individual"]["excess"] == 0 and rows["individual"]["retention"] == 1
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
+        probe_examples=2, test_examples=2, merge_method="regmean++", output=str(tmp_path / "run"),
+        baselines=(),
+    )  # fmt: skip
+    pack = run(config, quiet=True).read("bench.json")["methods"]["pack"]
+    assert rows["moves"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
+
+    (clusters,) = rows["on them: linear"]["clusters_of"]
+    assert [clusters] == rows["moves"]["clusters_of"] and len(clusters) == 2
+    (merges,) = rows["on them: linear"]["merges"]
+    base = BaseModel(str(paths.model))
+    total = 0
+    for names, (method, scale) in zip(clusters, merges):
+        own = [read_adapter(paths.adapters / name, base.module_shapes) for name in names]
+        merge = scaled(merge_adapters(own), scale) if method == "linear" else own[0]
+        total += excess(paths, names, merge.uniform(base.dtype)).sum()
+    assert rows["on them: linear"]["excess"] == pytest.approx(total / len(NAMES), abs=1e-4)
+
+    (together,) = rows["merge-all: layerwise"]["clusters_of"]
+    assert together == [NAMES]
+    assert rows["merge-all: layerwise"]["merges"][0][0][0] in ("regmean", "regmean++", "layerwise")
+    draws = rows["random"]
+    assert len(draws["each_excess"]) == 3 == len(draws["clusters_of"])
+    assert draws["excess"] == pytest.approx(sum(draws["each_excess"]) / 3)
+
+
+def test_what_was_measured_is_not_measured_again(measured):
+    first = measured("moves;kmeans")
+    again = measured("moves;kmeans;on them: layerwise, refined")
+    assert {case: again[case] for case in first} == first
+    assert set(again) - set(first) == {"on them: layerwise, refined"}
+
+
+def test_results_of_other_rows_are_not_added_to(measured, tmp_path):
+    measured("individual")
+    before = (tmp_path / "slots.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"slots.json: found .*'tests': 2.*expected .*'tests': 1"):
+        measured("moves", "--tests", "1")
+    assert (tmp_path / "slots.json").read_bytes() == before
+
+
+def test_clusters_of_moves_must_be_known(measured):
+    with pytest.raises(SystemExit, match="2 clusters, seed 0: measure 'moves' first"):
+        measured("on them: linear")

@@ -1,0 +1,178 @@
+"""benchmarks/tables.py: the committed page says what the committed results say, and no more."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+TABLES = re.findall(r"^<!-- table: (.*) -->$", README, re.MULTILINE)
+PLOTS = sorted(path.name for path in (BENCHMARKS / "plots").iterdir())
+# Goals, the only numbers of tables that are no results.
+CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "99.5%"}
+
+
+def tables(directory, *options):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / "tables.py", "--directory", directory, *options],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def contents(directory):
+    """Of all files."""
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A copy of the committed page, its plots and its results."""
+    for name in ("plots", "results"):
+        shutil.copytree(BENCHMARKS / name, tmp_path / name)
+    shutil.copy(BENCHMARKS / "README.md", tmp_path)
+    return tmp_path
+
+
+def other(value, factors):
+    """The same results with other numbers, each by a factor of its own so that ratios change too.
+
+    Whole numbers are keys and counts, and stay, unless they are as large as bytes.
+    """
+    if isinstance(value, dict):
+        return {key: other(one, factors) for key, one in value.items()}
+    if isinstance(value, list):
+        return [other(one, factors) for one in value]
+    if isinstance(value, int) and value > 1_000_000:
+        return int(value * next(factors))
+    return value * next(factors) + 0.1 if isinstance(value, float) else value
+
+
+def with_other_numbers(directory, seed=0):
+    # Of a whole range: with a few factors, some ratio of two numbers would stay as it is.
+    rng = random.Random(seed)
+    factors = iter(lambda: rng.uniform(2, 17), None)
+    for path in sorted((directory / "results").glob("*.json")):
+        found = other(json.loads(path.read_text()), factors)
+        path.write_text(json.dumps(found))
+
+
+def cells(text):
+    """Of all tables in regions but for their headers and first columns."""
+    found = re.findall(r"<!-- table: .*? -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    return [
+        cell.strip()
+        for table in found for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]
+    ]  # fmt: skip
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    result = tables(BENCHMARKS, "--check")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert len(TABLES) >= 11 and len(set(TABLES)) == len(TABLES)
+    # No table of results but in regions, and all plots are shown.
+    outside = re.sub(r"<!-- table: .*?<!-- end -->", "", README, flags=re.DOTALL)
+    assert not re.search(r"^\|", outside, re.MULTILINE)
+    assert sorted(re.findall(r"!\[.+\]\(plots/(.+)\)", README)) == PLOTS
+
+
+def test_other_results_give_other_tables_and_back(page):
+    before = contents(page)
+    with_other_numbers(page)
+    changed = contents(page)
+    result = tables(page, "--check")
+    assert (result.returncode, result.stderr) == (1, "")
+    names = [f"table {name}" for name in TABLES] + [f"plots/{name}" for name in PLOTS]
+    assert result.stdout.splitlines() == [f"{name}: not what the results say" for name in names]
+    assert contents(page) == changed
+
+    result = tables(page)
+    assert (result.returncode, result.stdout.splitlines()) == (0, [f"{n}: written" for n in names])
+    assert tables(page, "--check").returncode == 0
+    first = cells((page / "README.md").read_text())
+    shutil.copytree(BENCHMARKS / "results", page / "results", dirs_exist_ok=True)
+    with_other_numbers(page, seed=1)
+    assert tables(page).returncode == 0
+    # No number with a decimal point stays: none is typed into the code but goals. One of a few
+    # digits may stay by chance, but not twice.
+    rows = list(zip(cells(README), first, cells((page / "README.md").read_text()), strict=True))
+    assert len(rows) > 200
+    assert {a for a, b, c in rows if a == b == c and re.search(r"\d\.\d", a)} == CONSTANTS
+
+    shutil.copytree(BENCHMARKS / "results", page / "results", dirs_exist_ok=True)
+    assert tables(page).returncode == 0
+    after = contents(page)
+    assert {p: b for p, b in after.items() if p.suffix != ".svg"} == {
+        p: b for p, b in before.items() if p.suffix != ".svg"
+    }
+    assert tables(page, "--check").returncode == 0
+
+
+def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
+    text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", README)
+    assert n == 1
+    (page / "README.md").write_text(text + "Prose of today.\n", encoding="utf-8")
+    (page / "plots" / "slots.svg").unlink()
+    result = tables(page, "--check")
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == [
+        f"{name}: not what the results say" for name in ("table probe", "plots/slots.svg")
+    ]
+    assert tables(page).returncode == 0
+    assert (page / "README.md").read_text(encoding="utf-8") == README + "Prose of today.\n"
+    # Made by whichever matplotlib is here, twice the same bytes.
+    plot = (page / "plots" / "slots.svg").read_bytes()
+    (page / "plots" / "slots.svg").unlink()
+    tables(page)
+    assert (page / "plots" / "slots.svg").read_bytes() == plot
+
+
+def test_a_plot_of_another_matplotlib_is_judged_by_its_results(page):
+    plot = page / "plots" / "bytes.svg"
+    text = re.sub("Matplotlib v[^,]+", "Matplotlib v1.0", plot.read_text(encoding="utf-8"))
+    plot.write_text(text.replace("auto", "other"), encoding="utf-8")
+    assert tables(page, "--check").returncode == 0
+    with_other_numbers(page)
+    assert "plots/bytes.svg" in tables(page, "--check").stdout
+
+
+BROKEN = {
+    "unknown": ("<!-- table: slots -->", "<!-- table: slits -->", "no table slits; there are: pro"),
+    "no end": ("<!-- end -->\n\nThe 4-bit", "\nThe 4-bit", "phone has no <!-- end --> before"),
+    "no end at all": (None, "<!-- table: slots -->\n", "region slots has no <!-- end -->"),
+    "no region": (None, "<!-- end -->\n", "<!-- end --> without a region"),
+}  # fmt: skip
+
+
+def refused(page, words):
+    before = contents(page)
+    for options in ((), ("--check",)):
+        result = tables(page, *options)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert words in result.stderr and result.stderr.count("\n") == 1
+    assert contents(page) == before
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_region_is_an_error_in_one_line(page, name):
+    old, new, words = BROKEN[name]
+    text = README.replace(old, new) if old else README + new
+    (page / "README.md").write_text(text.replace("| 759 |", "| 790 |"), encoding="utf-8")
+    refused(page, words)
+    if name != "no end at all":
+        # With the number of the line.
+        assert re.search(r"README\.md:\d+: ", tables(page).stderr)
+
+
+@pytest.mark.parametrize("name", ["bytes-strong", "switch", "slots"])
+def test_missing_and_broken_results_are_errors_in_one_line(page, name):
+    path = page / "results" / f"{name}.json"
+    path.write_text(path.read_text()[:-100])
+    refused(page, f"{path}: not JSON")
+    path.unlink()
+    refused(page, f"{path}: no such file")

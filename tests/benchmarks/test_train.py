@@ -1,0 +1,85 @@
+"""benchmarks/train.py: what PEFT trains on torch is read, and as good as it says; resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.tiny import library, log_probabilities, write_jsonl
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.files import hash_file
+
+# In a process of its own, after the imports of train.py in their order.
+CAPABILITIES = """
+import train
+for there in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}):
+    train.torch.cpu.get_capabilities = lambda: there
+    print(train.quick_dtype())
+del train.torch.cpu.get_capabilities
+print(train.quick_dtype())
+"""
+
+
+@pytest.fixture
+def paths(tmp_path):
+    found = library(tmp_path, [])
+    for name, word in (("one", "yes"), ("two", "no")):
+        rows = [{"prompt": f"Question {i}?", "completion": word} for i in range(24)]
+        write_jsonl(found.tasks / name / "train.jsonl", rows[:16])
+        write_jsonl(found.tasks / name / "test.jsonl", rows[16:])
+    return found
+
+
+def train(paths, *options):
+    command = [sys.executable, ROOT / "benchmarks" / "train.py", "--model", paths.model, "--tasks",
+               paths.tasks, "--output", paths.tasks.parent, "--steps", "30", *options]  # fmt: skip
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": ""},  # with torch
+    )  # fmt: skip
+
+
+def test_adapters_are_as_good_as_their_lines_say(paths, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    lines = ("{task: one, rank: 4, alpha: 8}",
+             "{task: two, rank: 2, alpha: 2, rslora: true, dtype: bfloat16}")  # fmt: skip
+    recipe.write_text("adapters:\n" + "".join(f"  - {line}\n" for line in lines))
+    result = tmp_path / "result.json"
+    command = ("--recipe", recipe, "--targets", "q,v", "--dtype", "float32", "--result", result)
+    train(paths, *command)
+    rows = json.loads(result.read_text())["rows"]
+    assert [(row["name"], row["rank"], row["dtype"]) for row in rows] == [
+        ("one", 4, "float32"), ("two", 2, "bfloat16"),
+    ]  # fmt: skip
+    base = BaseModel(str(paths.model))
+    for row in rows:
+        directory = paths.adapters / row["name"]
+        assert row["sha256"] == hash_file(directory / "adapter_model.safetensors")
+        assert row["beats_base"] and row["loss"] < row["base"]
+        test = (paths.tasks / row["name"] / "test.jsonl").read_text().splitlines()
+        examples = base.encode(row["name"], list(map(json.loads, test))).examples
+        for adapter, loss in (
+            (None, row["base"]),
+            (read_adapter(directory, base.module_shapes), row["loss"]),
+        ):
+            found = [
+                -log_probabilities(base, adapter, x)[range(x.n_targets), x.tokens[x.first_target :]]
+                for x in examples
+            ]
+            # Weights are rounded to 16 bit, lines to four digits.
+            assert np.concatenate(found).mean() == pytest.approx(loss, abs=2e-3)
+    before = result.read_text()
+    assert "{" not in train(paths, *command).stdout and result.read_text() == before
+
+
+def test_bfloat16_where_the_cpu_has_it():
+    done = subprocess.run(
+        [sys.executable, "-c", CAPABILITIES], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+    )  # fmt: skip
+    assert done.stdout.split() == ["float32", "float32", "bfloat16", "float32"], done.stderr

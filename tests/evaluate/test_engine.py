@@ -1,0 +1,330 @@
+"""The engine against the plain loop: full logits, one row at a time, no shared prefix."""
+
+import itertools
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.losses import losses_of, plain_loss
+from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
+from scipy.special import log_softmax
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models import forward
+from d2c_mlx.models.base_model import BaseModel, _Slot
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import find_head, in_float32, prefix_is_exact, split_is_exact
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.errors import ConfigError
+
+SWITCHES = ["head", "prefix", "batches", "frozen", "fold", "streams", "exponentials"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A model of four blocks; adapters on all of them, on the last one, and of another rank."""
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
+    last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
+    adapters.append(type(adapters[0])("last", last))
+    rows = [
+        [
+            {
+                **row,
+                "prompt": "what is the answer to this question of the user, " * 2 + row["prompt"],
+            }
+            for row in load_task(paths.tasks / name).test
+        ]
+        for name in "ab"
+    ]
+    sets = [base.encode(name, some) for name, some in zip("ab", rows)]
+    assert all(Engine(base)._prefix_of(one) for one in sets)
+    return base, adapters, sets
+
+
+def assert_equals_plain(base, engine, adapters, sets):
+    pieces = list(itertools.product([None, *adapters], sets))
+    for got, (adapter, one) in zip(losses_of(engine, pieces), pieces):
+        assert got == pytest.approx(plain_loss(base, adapter, one), rel=1e-5)
+
+
+@pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+def test_every_saving_equals_the_plain_loop(tiny, off, options):
+    base, adapters, sets = tiny
+    savings = Savings(**dict.fromkeys(off, False), **options)
+    assert_equals_plain(base, Engine(base, savings=savings), adapters, sets)
+
+
+@pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+def test_a_set_with_a_teacher_has_its_divergence(tiny, off, options):
+    base, adapters, sets = tiny
+    model = Distiller(base)
+    taught = [model.taught(adapters[2], one) for one in sets]
+    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False), **options))
+    pieces = list(itertools.product([None, *adapters], [*taught, *sets]))
+    for got, (adapter, one) in zip(losses_of(engine, pieces), pieces):
+        if not one.teacher:
+            assert got == pytest.approx(plain_loss(base, adapter, one), rel=1e-5)
+        elif adapter is adapters[2]:
+            assert got == pytest.approx(0, abs=2e-4)
+        else:
+            expected = divergence(base, adapters[2], adapter, one)
+            assert expected > 0.02 and got == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_taught_set_is_known_by_its_teacher(tiny):
+    base, adapters, (one, _) = tiny
+    model = Distiller(base)
+    first, second = (model.taught(adapter, one.cut(0.5)) for adapter in adapters[:2])
+    assert len({one.digest, first.digest, second.digest}) == 3
+    assert one.tokens_digest == first.tokens_digest == one.digest
+    assert [len(part.expected) for part in first.parts] == [2, 2]
+    assert {part.teacher for part in first.parts} == {adapters[0].digest}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_small_batches_equal_the_plain_loop(tiny, rows):
+    base, adapters, sets = tiny
+    engine = Engine(base)
+    engine.batch_limit = BatchCost.of(base, engine._n_logits, 1)(rows, 40, 0)
+    assert_equals_plain(base, engine, adapters, sets)
+    largest = max(len(batch) for one in sets for batch in engine.batches(one))
+    assert largest == min(rows, 4)
+
+
+def test_all_savings_are_in_use_on_a_llama(tiny):
+    """Else the tests above would compare the plain path with itself."""
+    base, (whole, *_, last), _ = tiny
+    engine = Engine(base)
+    assert engine._head is not None and engine._prefix and engine.fold
+    base.attach(last)
+    assert engine._first_block() == 1
+    base.attach(whole)
+    assert engine._first_block() == 0
+
+
+@pytest.mark.parametrize("off", [[], ["frozen"], ["prefix"]])
+def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
+    base, adapters, sets = tiny
+    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False)))
+    pieces = list(itertools.product([None, *adapters], sets))
+    together = losses_of(engine, pieces)
+    assert together == [losses_of(engine, [piece])[0] for piece in pieces]
+    assert together == losses_of(engine, pieces[::-1])[::-1]
+    for n_workers in (1, 3):
+        engine.workers = Workers(n_workers)
+        assert together == losses_of(engine, pieces)
+
+
+def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
+    """The states below are computed for the first adapter only; a second engine has none."""
+    base, (*_, last), sets = tiny
+    other = type(last)("other", {path: type(lora)(lora.a, -lora.b) for path, lora
+                                 in last.modules.items()})  # fmt: skip
+    engine = Engine(base)
+    first = losses_of(engine, [(last, sets[0])])
+    assert len(engine._kept._entries) == 1
+    monkeypatch.setattr(engine._kept, "put", None)  # computing them again would fail
+    again = losses_of(engine, [(last, sets[0]), (other, sets[0])])
+    assert again[0] == first[0] != again[1]
+    assert again == losses_of(Engine(base), [(last, sets[0]), (other, sets[0])])
+
+
+def test_swapping_leaves_nothing_behind(tiny):
+    base, (first, second, *_), sets = tiny
+    engine = Engine(base)
+    bare, alone = losses_of(engine, [(None, sets[0]), (first, sets[0])])
+    part = type(second)("part", dict(list(second.modules.items())[:1]), second.base)
+    losses_of(engine, [(part, sets[0])])
+    assert losses_of(engine, [(first, sets[0])]) == [alone] != [bare]
+    assert losses_of(engine, [(None, sets[0])]) == [bare]
+
+
+def test_capped_logits_are_noticed(tiny):
+    """A head that does more than multiply is not used alone; the loss is still the model's own."""
+    base, adapters, sets = tiny
+    call = type(base.model).__call__
+
+    class Capped(type(base.model)):
+        def __call__(self, *args, **kwargs):
+            return 0.1 * mx.tanh(call(self, *args, **kwargs))
+
+    base.model.__class__ = Capped
+    assert find_head(base.model) is None
+    assert_equals_plain(base, Engine(base), adapters, sets)
+
+
+def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
+    """Blocks that know their index, and attention that ignores the cache: no split, no prefix."""
+    base, adapters, sets = tiny
+    inner = base.model.model
+    call = type(inner).__call__
+
+    class Odd(type(inner)):
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            return call(self, inputs, None, input_embeddings) * len(self.layers)
+
+    inner.__class__ = Odd
+    assert not prefix_is_exact(base.model)
+    assert not split_is_exact(base.model, 1)
+    assert_equals_plain(base, Engine(base), adapters, sets)
+
+
+def test_sliding_windows_take_the_plain_path(tmp_path):
+    """Rotating caches are not prefixes; the window itself still counts."""
+    import json
+
+    path = tiny_model(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(config))
+    base = BaseModel(str(path))
+    rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
+            for i in range(3)]  # fmt: skip
+    engine = Engine(base)
+    assert not engine._prefix
+    assert_equals_plain(base, engine, [], [base.encode("a", rows)])
+
+
+@pytest.mark.parametrize("limit", [70e6, 100e6, 200e6])
+def test_the_memory_limit_is_kept(tmp_path, limit):
+    """By planning: many long rows, limits from just enough to plenty, measured peak."""
+    base = BaseModel(str(tiny_model(tmp_path / "model")))
+    rows = [{"prompt": "word " * (3 * i), "completion": "answer " * i} for i in range(1, 25)]
+    sets = [base.encode(name, rows) for name in "abcd"]
+    mx.clear_cache()
+    engine = Engine(base, int(limit) + mx.get_active_memory())
+    mx.reset_peak_memory()
+    values = losses_of(engine, [(None, one) for one in sets])
+    assert mx.get_peak_memory() <= engine.memory_limit
+    assert values[0] == pytest.approx(plain_loss(base, None, sets[0]), rel=1e-5)
+
+
+def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
+    base, _, sets = tiny
+    with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of a"):
+        Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
+
+
+def test_a_prefix_that_saves_little_is_not_run_apart(tiny):
+    base, (first, *_), sets = tiny
+    engine = Engine(base)
+    few = ExampleSet("few", sets[0].examples[:2])
+    assert 4 <= len(shared_prefix(few)) < 48
+    assert engine._prefix_of(few) == ()
+    assert losses_of(engine, [(first, few)])[0] == pytest.approx(
+        plain_loss(base, first, few), rel=1e-5
+    )
+
+
+def test_the_fingerprint_follows_what_changes_bits(tiny):
+    base, _, sets = tiny
+    plain_engine = Engine(base)
+    same = plain_engine.fingerprint(sets[0])
+    assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
+    assert same != Engine(base, savings=Savings(head=False)).fingerprint(sets[0])
+    plain_engine._batches.clear()
+    plain_engine.batch_limit = BatchCost.of(base, plain_engine._n_logits, 1)(1, 40, 0)
+    assert same != plain_engine.fingerprint(sets[0])
+
+
+def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
+    """On a GPU device weights stay as stored; here the same code runs with that device named."""
+    paths = library(tmp_path / "half", ["a"])
+
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    base = BaseModel(str(paths.model))
+    engine = Engine(base)
+    assert base.compute_dtype == base.dtype
+    assert engine.workers.n == 1 and not engine._fast and not engine.fold
+    examples = base.encode("a", load_task(paths.tasks / "a").test)
+    assert np.isfinite(losses_of(engine, [(None, examples)])).all()
+
+
+@pytest.mark.parametrize("kind", ["tied", "linear", "bias", "quantized"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
+    monkeypatch.setattr(forward, "_AT_ONCE", 32 * 70)
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    model = BaseModel(str(tiny_model(tmp_path / "m", dtype))).model
+    if kind in ("linear", "bias"):
+        model.args.tie_word_embeddings = False
+        model.lm_head = nn.Linear(32, model.args.vocab_size, bias=kind == "bias")
+        model.lm_head.set_dtype(dtype)
+    if kind == "quantized":
+        nn.quantize(model, group_size=32, bits=8)
+    module = getattr(model, "lm_head", model.model.embed_tokens)
+    weight, bias = module.weight, module.get("bias", mx.zeros(1))
+    if kind == "quantized":
+        scales, biases = (module[x].astype(mx.float32) for x in ("scales", "biases"))
+        weight = mx.dequantize(weight, scales, biases, 32, 8)
+    wide, bias = (np.array(x.astype(mx.float32), np.float64) for x in (weight, bias))
+    hidden = mx.random.normal((5, 32), key=mx.random.key(0)).astype(dtype)
+    expected = np.array(hidden.astype(mx.float32), np.float64) @ wide.T + bias
+    head = find_head(model)
+    head32 = in_float32(head)
+    assert head32(hidden).dtype == mx.float32
+    assert np.array(head32(hidden)) == pytest.approx(expected, abs=2e-6)
+    assert abs(np.array(head(hidden).astype(mx.float32)) - expected).max() > 1e-4
+    ask = mx.random.normal((5, model.args.vocab_size), key=mx.random.key(1))
+    found = mx.grad(lambda h: (head32(h) * ask).sum())(hidden.astype(mx.float32))
+    assert np.array(found) == pytest.approx(np.array(ask) @ wide, abs=1e-4)
+
+
+def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
+    """Against the float64 logits of the very states that a model in bfloat16 has."""
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    paths = library(tmp_path, ["a"])
+    base = BaseModel(str(tiny_model(tmp_path / "model", mx.bfloat16)))
+    adapter = read_adapter(paths.adapters / "a", base.module_shapes)
+    weaker = scaled(adapter, 0.9)
+    examples = base.encode("a", load_task(paths.tasks / "a").test)
+    weight = np.array(base.model.model.embed_tokens.weight.astype(mx.float32), np.float64)
+
+    def log_p(one, example):
+        base.attach(one)
+        states = base.model.model(mx.array([example.tokens[:-1]]))[0, example.first_target - 1 :]
+        return log_softmax(np.array(states.astype(mx.float32), np.float64) @ weight.T, axis=-1)
+
+    expected = 0.0
+    for example in examples.examples:
+        p, q = log_p(adapter, example), log_p(weaker, example)
+        expected += (np.exp(p) * (p - q)).sum()
+    rows = Distiller(base).teach(adapter, examples)
+    found = Distiller(base).compare(weaker, rows)[:, 1].sum()
+    assert found == pytest.approx(expected, abs=1e-4)
+    engine = Engine(base, savings=Savings(prefix=False, frozen=False))
+    (found,) = losses_of(engine, [(weaker, Distiller(base).taught(adapter, examples))])
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("metal", [True, False])
+def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
+    info = {"max_recommended_working_set_size": 10 << 30} if metal else {"device_name": "x"}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    wired = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    engine = Engine(tiny[0])
+    assert (engine.memory_limit == 8 << 30) is metal
+    Engine(tiny[0], memory_limit=1 << 30)
+    assert wired == ([8 << 30, 1 << 30] if metal else [])
+
+
+def test_a_bias_survives_folding():
+    linear = nn.Linear(6, 4)
+    slot = _Slot(linear)
+    x, a, b = mx.random.normal((3, 6)), mx.random.normal((1, 6, 2)), mx.random.normal((1, 2, 4))
+    slot.factors = a, b
+    beside = slot(x)
+    slot.folded = linear.weight + (a[0] @ b[0]).T
+    assert mx.allclose(slot(x), beside, atol=1e-5).item()

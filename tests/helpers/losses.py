@@ -1,0 +1,19 @@
+"""Losses of an engine, and by the plain loop."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def plain_loss(base, adapter, examples):
+    """Sum of NLL over target tokens, one row at a time."""
+    base.attach(adapter)
+    total = 0.0
+    for example in examples.examples:
+        logits = base.model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32)
+        nll = nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]))
+        total += float(nll[example.first_target - 1 :].sum().item())
+    return total
+
+
+def losses_of(engine, pieces):
+    return [value for _, value in sorted(engine.run(pieces))]

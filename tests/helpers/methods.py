@@ -1,0 +1,85 @@
+"""What every merge method promises: the table that the property tests in tests/merge walk.
+
+A new method needs a row here, and `test_every_method_promises_something` says so.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+def itself(delta, copies, rank):
+    """Equal adapters are what they merge to."""
+    return delta
+
+
+def added_up(delta, copies, rank):
+    """Sums of n factors are merged: (n A / sqrt n)(n B / sqrt n)."""
+    return copies * delta
+
+
+def flattened(delta, copies, rank):
+    """All directions get the mean of the singular values of the sum."""
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    return copies * s[:rank].mean() * u[:, :rank] @ vt[:rank]
+
+
+def own_rank(copies, columns, directions):
+    """The rank of one adapter."""
+    return columns
+
+
+def all_ranks(copies, columns, directions):
+    """r / n of r directions are kept of each."""
+    return copies * columns
+
+
+def rank_of_update(copies, columns, directions):
+    """What is more would be noise made as large as the rest."""
+    return directions
+
+
+class Promise(NamedTuple):
+    """What holds for a method beside what holds for all of them.
+
+    All give one adapter back bit for bit, whatever the order and names of several; stay finite,
+    zero for zeros, within the rank that was asked for; and follow a common scale.
+
+    Attributes:
+        of_equals: dW of n equal adapters, from their dW, n and the rank of the merge.
+        rank_of_equals: the rank that needs, from n, the adapters' rank and that of their dW.
+        in_any_shape: this and the adapters' rank suffice in every shape.
+        draws: another seed gives other bytes; "perhaps" where it only starts a search.
+        weights: what `weights` weigh: dW, factors, or nothing if it takes none.
+        keeps_all_columns: the rank of the result is the sum of ranks, whatever was asked.
+        exact: the mean of dW if there is room for it.
+    """
+
+    of_equals: Callable = itself
+    rank_of_equals: Callable = own_rank
+    in_any_shape: bool = True
+    draws: str | None = None
+    weights: str | None = None
+    keeps_all_columns: bool = False
+    exact: bool = False
+
+
+# At density 1, where nothing is trimmed or dropped.
+PROMISES = {
+    "linear": Promise(weights="dW", exact=True),
+    "ties": Promise(),
+    "dare-linear": Promise(draws="yes"),
+    "dare-ties": Promise(draws="yes"),
+    "emr": Promise(),
+    "tsv": Promise(rank_of_equals=all_ranks, in_any_shape=False),
+    "knots": Promise(),
+    "iso-c": Promise(flattened, rank_of_update, in_any_shape=False),
+    "iso-cts": Promise(flattened, rank_of_update, in_any_shape=False),
+    "regmean": Promise(),
+    "wudi": Promise(),
+    "lego": Promise(in_any_shape=False, draws="perhaps"),
+    "concat": Promise(weights="dW", keeps_all_columns=True, exact=True),
+    "factor-linear": Promise(of_equals=added_up, in_any_shape=False, weights="factors"),
+}
+DRAWING = [name for name, promise in PROMISES.items() if promise.draws]

@@ -1,0 +1,19 @@
+"""A pack for the benchmark of phones, and options that make it short."""
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.write import write_compact_pack
+from helpers.tiny import LAYERS
+
+OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1", "--quiet"]
+
+
+def make_pack(paths, directory):
+    """Of a and b, both stored in low-bit factors; c is left to the base model."""
+    base = BaseModel(str(paths.model))
+    found = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+    serves = {"a": 0, "b": 1, "c": None}
+    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
+    return write_compact_pack(directory, small, serves, **about, budget="-", max_bytes=None)

@@ -1,0 +1,35 @@
+"""The command in processes of its own: on several ranks, and under a watch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
+
+
+# Ends the process with a word at the first socket, whoever opens it, in whatever thread.
+WATCHED = """
+import os, sys
+
+def refuse(event, args):
+    if event.startswith("socket."):
+        os.write(2, f"opened: {event} {args}\\n".encode())
+        os._exit(9)
+
+sys.addaudithook(refuse)
+from d2c_mlx_cli.main import main
+main()
+"""
+
+
+def launch(n, arguments, cache, program=MAIN, port=0):
+    """Run the command on n ranks; ports differ so that tests may run side by side."""
+    command = [BIN / "mlx.launch", "-n", str(n), "--backend", "ring", "--starting-port",
+               str(41000 + port), "--", sys.executable, "-c", program, *arguments]  # fmt: skip
+    environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240,
+        check=False,
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""A tiny pack, its server, and clients of every kind."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import openai
+
+from d2c_mlx.serve.router import load_router
+from d2c_mlx.serve.server import PackServer
+from helpers.adapters import ADAPTERS
+
+NAMES = [one.name for one in ADAPTERS]
+WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()
+
+
+@contextmanager
+def serving(pack, mixed, router=None, **options):
+    router = router or load_router(pack)
+    server = PackServer(("127.0.0.1", 0), pack, mixed, router, **options)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client(server, key="none"):
+    return openai.OpenAI(base_url=server.url, api_key=key, max_retries=0, timeout=60)
+
+
+def prompt_of(rng, n=6):
+    return " ".join(rng.choices(WORDS, k=n))
+
+
+def text(answer, name, prompt, n, chat=False):
+    """What stock mlx-lm answers, in words."""
+    tokenizer = answer.tokenizer
+    tokens = tokenizer.encode(prompt)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    words = tokenizer.detokenizer
+    for token in answer(name, tokens, n):
+        if token not in tokenizer.eos_token_ids:
+            words.add_token(token)
+    words.finalize()
+    return words.text
+
+
+def counted(server):
+    lines = server.meters.text().decode().splitlines()
+    return {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "#" not in line
+    }
+
+
+def counts_when(server, true):
+    """All counts as soon as something is true of them."""
+    for _ in range(200):
+        counts = counted(server)
+        if true(counts):
+            return counts
+        time.sleep(0.05)
+    raise AssertionError(counts)
+
+
+def counts_at(server, key, value):
+    """All counts when one of them is there: handlers count after their clients have gone."""
+    return counts_when(server, lambda counts: counts.get(key, 0) >= value)
+
+
+def idle(server):
+    counts_when(server, lambda counts: counts["d2c_mlx_open"] == 0)
+
+
+def raw(server, content, wait=True):
+    """Bytes that the server sends back to bytes."""
+    with socket.create_connection(server.server_address) as connection:
+        connection.settimeout(20)
+        connection.sendall(content)
+        if not wait:
+            return b""
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def post(body, path="/v1/completions", **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = {"Content_Length": str(len(content)), **headers}
+    head = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in lines.items())
+    return f"POST {path} HTTP/1.0\r\n{head}\r\n".encode() + content
+
+
+GOOD = {"model": "wide", "prompt": "the fox", "max_tokens": 4}

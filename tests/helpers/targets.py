@@ -1,0 +1,292 @@
+"""What is fuzzed: files from strangers. Of each a good one, and what a run does with it.
+
+`robustness/test_fuzz.py` draws inputs with hypothesis, `robustness/fuzz.py` with atheris.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, read_adapter
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.gguf_import import convert_gguf
+from d2c_mlx.models.tasks import load_task, load_unlabelled
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.serve.requests import Refusal, read_request
+from helpers import ROOT
+from helpers.compact import ABOUT, SERVES, compressed
+from helpers.gguf_files import write_gguf
+from helpers.tiny import ALL, library, write_jsonl
+
+MANIFEST, COMPACT, CONFIG = "manifest.json", "compact.safetensors", "adapter_config.json"
+PROMPTS = [{"prompt": f"Question {i}?", "completion": "An answer."} for i in range(2)]
+ANSWER = {"role": "assistant", "content": "An answer."}
+CHATS = [{"messages": [{"role": "user", "content": f"Question {i}?"}, ANSWER]} for i in range(2)]
+TEXTS = [{"text": "A text."}]
+UNLABELLED = [{"task": "one", "prompt": "What else?"},
+              {"task": "two", "messages": [{"role": "user", "content": "And else?"}]}]  # fmt: skip
+OPTIONS = """adapters: a
+tasks: t
+output: o
+budget: 25%
+init: [table]
+scale: 1.5
+seed: 3
+refine: false
+memory_limit: 3GB
+"""
+REQUEST = {"model": "one", "max_tokens": 4, "stop": ["x"], "stream": True, "temperature": 0.5,
+           "stream_options": {"include_usage": True}}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that reads what strangers wrote.
+
+    Attributes:
+        seeds: good inputs.
+        check: reads one input; raises InputError, or whatever is wrong with our own code.
+        head: so many bytes at the front hold the structure, the rest is numbers; None: all.
+    """
+
+    seeds: list[bytes]
+    check: Callable[[bytes], None]
+    head: int | None = None
+
+
+class Shared:
+    """A tiny base model, two adapters and their tasks, for all targets."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = library(root / "library", ["one", "two"])
+        self.adapters = [read_adapter(self.paths.adapters / name, ALL) for name in ("one", "two")]
+        self.base = BaseModel(str(self.paths.model))
+
+
+def used(adapter):
+    """What a run does with an adapter first."""
+    assert all(ALL[path] == lora.shape for path, lora in adapter.modules.items())
+    assert adapter.uniform().files(2)
+
+
+def _header_end(content):
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _adapter_of(shared, folder, layout):
+    """One adapter in either layout, to be damaged; and its weights."""
+    if layout == "peft":
+        shutil.copytree(shared.paths.adapters / "one", folder)
+        return folder / PEFT_WEIGHTS
+    shared.adapters[0].save(folder, 2)
+    return folder / "adapters.safetensors"
+
+
+def weights(shared, root, layout):
+    """Weights of an adapter beside a good config."""
+    path = _adapter_of(shared, root / "one", layout)
+    content = path.read_bytes()
+
+    def check(data):
+        path.write_bytes(data)
+        used(read_adapter(path.parent, ALL))
+
+    return Target([content], check, _header_end(content))
+
+
+def config(shared, root, layout):
+    """Config of an adapter beside good weights."""
+    path = _adapter_of(shared, root / "one", layout).parent / CONFIG
+    good = json.loads(path.read_text())
+    if layout == "peft":
+        good |= {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.*": 3}}
+
+    def check(data):
+        path.write_bytes(data)
+        used(read_adapter(path.parent, ALL))
+
+    return Target([json.dumps(good).encode()], check)
+
+
+def _pack(shared, root, storage):
+    if storage == "plain":
+        named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
+        return write_pack(root / "pack", named, **ABOUT, max_bytes=None)
+    small = compressed(shared.adapters)
+    return write_compact_pack(root / "pack", small, SERVES, **ABOUT, max_bytes=None)
+
+
+def manifest(shared, root, storage):
+    """Manifest of a pack whose files are good; whatever it says, no file appears elsewhere."""
+    pack = _pack(shared, root, storage)
+    before = sorted(root.rglob("*"))
+
+    def check(data):
+        (pack.path / MANIFEST).write_bytes(data)
+        try:
+            opened = load_pack(pack.path)
+            for task in opened.tasks:
+                opened.load(task)
+            unpack(opened, root / "plain")
+        finally:
+            shutil.rmtree(root / "plain", ignore_errors=True)
+            assert sorted(root.rglob("*")) == before
+
+    return Target([json.dumps(pack.manifest).encode()], check)
+
+
+def compact(shared, root):
+    """The file of a compact pack."""
+    path = _pack(shared, root, "compact").path / COMPACT
+    content = path.read_bytes()
+
+    def check(data):
+        path.write_bytes(data)
+        for k in range(3):
+            read_compact(path, k).adapter()
+
+    return Target([content], check, _header_end(content))
+
+
+def index(shared, root):
+    """The index in that file, in a header whose lengths fit and with tensors where they were."""
+    path = _pack(shared, root, "compact").path / COMPACT
+    content = path.read_bytes()
+    end = _header_end(content)
+    header, tensors = json.loads(content[8:end]), content[end:]
+
+    def check(data):
+        about = {**header["__metadata__"], "index": data.decode("utf-8", "replace")}
+        text = json.dumps({**header, "__metadata__": about}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+        for k in range(3):
+            read_compact(path, k).adapter()
+
+    return Target([header["__metadata__"]["index"].encode()], check)
+
+
+def gguf(shared, root):
+    """A base model in GGUF."""
+    path, model = root / "x.gguf", shared.paths.model
+    content = write_gguf(model, path, mx.float16).read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, root / name)
+
+    def check(data):
+        path.write_bytes(data)
+        (root / "out").mkdir()
+        try:
+            convert_gguf(path, root / "out")
+        finally:
+            shutil.rmtree(root / "out")
+
+    return Target([content], check, 6000)
+
+
+def gguf_adapter(shared, root):
+    """A LoRA in GGUF."""
+    path = root / "x.gguf"
+    save_gguf_lora(shared.adapters[0], path, shared.base.config)
+    content = path.read_bytes()
+
+    def check(data):
+        path.write_bytes(data)
+        used(read_adapter(path, ALL, shared.base.config))
+
+    return Target([content], check, content.rindex(b".lora_b"))
+
+
+def lines(values):
+    """JSONL of what should be a list of rows."""
+    return "\n".join(map(json.dumps, values if isinstance(values, list) else [values])).encode()
+
+
+def rows(shared, root):
+    """Rows of a task."""
+    write_jsonl(root / "t" / "test.jsonl", [{"prompt": "Else?", "completion": "Else."}])
+
+    def check(data):
+        (root / "t" / "probe.jsonl").write_bytes(data)
+        task = load_task(root / "t")
+        assert shared.base.encode(task.name, task.probe).n_targets > 0
+
+    return Target([lines(PROMPTS), lines(CHATS), lines(TEXTS)], check)
+
+
+def unlabelled(shared, root):
+    """Prompts without answers."""
+    tasks = [load_task(shared.paths.tasks / name) for name in ("one", "two")]
+
+    def check(data):
+        (root / "prompts.jsonl").write_bytes(data)
+        for name, found in load_unlabelled(root / "prompts.jsonl", tasks, 2).items():
+            shared.base.encode(name, found)
+
+    return Target([lines(UNLABELLED)], check)
+
+
+def options(shared, root):
+    """Config of a run, in YAML."""
+
+    def check(data):
+        (root / "config.yaml").write_bytes(data)
+        load_config(root / "config.yaml", {})
+
+    return Target([OPTIONS.encode()], check)
+
+
+def budget(shared, root):
+    """What follows --budget."""
+
+    def check(data):
+        parse_budget(data.decode("utf-8", "surrogateescape"))
+
+    return Target([b"12.5%", b"40MB", b"500KB", b"5", b"3%"], check)
+
+
+def request(shared, root):
+    """Body of a request to the server, for both addresses."""
+
+    def check(data):
+        for chat in (False, True):
+            try:
+                read_request(data, chat)
+            except Refusal as refusal:
+                assert refusal.status == 400 and json.dumps(refusal.body)
+
+    chats = REQUEST | {"messages": CHATS[0]["messages"]}
+    return Target(
+        [json.dumps(one).encode() for one in (REQUEST | {"prompt": "Else?"}, chats)], check
+    )
+
+
+# Inputs that reached something new when `fuzz.py` ran, by target.
+KEPT = ROOT / "tests" / "corpus"
+# Name -> (shared, an empty directory) -> target.
+TARGETS = {
+    "weights-peft": lambda shared, root: weights(shared, root, "peft"),
+    "weights-mlx": lambda shared, root: weights(shared, root, "mlx"),
+    "config-peft": lambda shared, root: config(shared, root, "peft"),
+    "config-mlx": lambda shared, root: config(shared, root, "mlx"),
+    "manifest-plain": lambda shared, root: manifest(shared, root, "plain"),
+    "manifest-compact": lambda shared, root: manifest(shared, root, "compact"),
+    "compact": compact,
+    "index": index,
+    "gguf": gguf,
+    "gguf-adapter": gguf_adapter,
+    "rows": rows,
+    "unlabelled": unlabelled,
+    "options": options,
+    "budget": budget,
+    "request": request,
+}

@@ -1,0 +1,209 @@
+"""A real but tiny base model, adapters and tasks, written in a moment."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.llama import Model, ModelArgs
+from safetensors.numpy import save_file
+from scipy.special import log_softmax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 32, 2, 4, 2, 64, 300
+# Module -> (in, out), of every transformer block.
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN // 2),
+    "self_attn.v_proj": (HIDDEN, HIDDEN // 2),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (HIDDEN, INTERMEDIATE),
+    "mlp.up_proj": (HIDDEN, INTERMEDIATE),
+    "mlp.down_proj": (INTERMEDIATE, HIDDEN),
+}
+# Every module of the model.
+ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
+TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog while the other foxes are watching.",
+    "An answer to a question is the answer that the user and the assistant agree on.",
+    "Question one, question two, question three: what is the answer to this question?",
+    "There is more than one system that answers the question of the user with another.",
+)
+
+
+class Library(NamedTuple):
+    """Paths of a model and of the directories of adapters and tasks."""
+
+    model: Path
+    adapters: Path
+    tasks: Path
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+class Gpu:
+    """A device by whose name weights stay as they are stored."""
+
+    type = mx.DeviceType.gpu
+
+
+def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0) -> Path:
+    """Write an mlx-lm model directory: a random llama of 2 layers and its tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "torch_dtype": str(dtype).removeprefix("mlx.core."),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    model = Model(ModelArgs.from_dict(config))
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, x in tree_flatten(model.parameters()):
+        value = np.ones(x.shape) if x.ndim == 1 else rng.normal(0, 0.2, x.shape)
+        weights.append((name, mx.array(value.astype(np.float32)).astype(dtype)))
+    model.update(tree_unflatten(weights))
+    parameters = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(
+        str(directory / "model.safetensors"), parameters, metadata={"format": "mlx"}
+    )
+    return directory
+
+
+def peft_adapter(
+    directory: Path,
+    name: str,
+    rank: int = 4,
+    alpha: float = 8,
+    seed: int = 0,
+    targets: tuple[str, ...] = TARGETS,
+    **config_overrides: object,
+) -> Path:
+    """Write `directory/name` in PEFT's layout: float16 factors of `targets` in every layer."""
+    path = directory / name
+    path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for target in targets:
+            width, out = SHAPES[target]
+            prefix = f"base_model.model.model.layers.{layer}.{target}"
+            a, b = rng.normal(0, 0.1, (rank, width)), rng.normal(0, 0.1, (out, rank))
+            tensors[f"{prefix}.lora_A.weight"] = a.astype(np.float16)
+            tensors[f"{prefix}.lora_B.weight"] = b.astype(np.float16)
+    save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": "tiny/llama",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(target.split(".")[-1] for target in targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    text = json.dumps({**config, **config_overrides}, indent=2)
+    (path / "adapter_config.json").write_text(text, encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def task(directory: Path, name: str, n_probe: int = 4, n_test: int = 4) -> Path:
+    """Write `directory/name/probe.jsonl` and `test.jsonl`, prompt and completion, disjoint."""
+    rows = [
+        {"prompt": f"Question {i} of the user: what is {name}?", "completion": f"Answer {i}."}
+        for i in range(n_probe + n_test)
+    ]
+    path = directory / name
+    write_jsonl(path / "probe.jsonl", rows[:n_probe])
+    write_jsonl(path / "test.jsonl", rows[n_probe:])
+    return path
+
+
+def library(root: Path, names: tuple[str, ...] | list[str]) -> Library:
+    """Write a model, and an adapter and a task for every name."""
+    paths = Library(tiny_model(root / "model"), root / "adapters", root / "tasks")
+    for seed, name in enumerate(names):
+        peft_adapter(paths.adapters, name, seed=seed)
+        task(paths.tasks, name)
+    return paths
+
+
+def log_probabilities(base, adapter, example) -> np.ndarray:
+    """`(n_targets, vocabulary)` in float64, from the whole row's logits."""
+    base.attach(adapter)
+    logits = np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
+    return log_softmax(logits[example.first_target - 1 :], axis=-1)
+
+
+def divergence(base, teacher, adapter, examples) -> float:
+    """KL(teacher || adapter), summed over all targets."""
+    total = 0.0
+    for example in examples.examples:
+        p, q = (log_probabilities(base, one, example) for one in (teacher, adapter))
+        total += float((np.exp(p) * (p - q)).sum())
+    return total
+
+
+def refinable(root, names=("a", "b")):
+    """Two strong adapters of different modules, six probe rows each."""
+    found = library(root, names)
+    for seed, name in enumerate(names):
+        peft_adapter(found.adapters, name, alpha=40, seed=seed,
+                     targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
+        task(found.tasks, name, n_probe=6)
+    return found

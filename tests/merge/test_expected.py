@@ -1,0 +1,136 @@
+"""What a task loses under an adapter: how far rows of its own are believed, and what that gives."""
+
+import itertools
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import divergence, library
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import ttest_1samp
+
+from d2c_mlx.compress.planner import make_plan, measure
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.merge.kl_regret import Expected, shrinkage
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.examples import Example
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+
+
+@given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-2, 2, width=16)))
+def test_shrinkage_is_what_the_confidence_interval_leaves(shifts):
+    found = shrinkage(shifts, [1] * len(shifts))
+    if np.ptp(shifts) == 0:
+        assert found == (shifts[0] != 0)
+        return
+    low, high = ttest_1samp(shifts, 0).confidence_interval(0.95)
+    mean, half = (low + high) / 2, (high - low) / 2
+    expected = max(0.0, 1 - (half / mean) ** 2) if abs(mean) > 1e-12 else 0.0
+    assert found == pytest.approx(expected, abs=1e-9)
+    # Nothing but the ratio of mean and spread counts.
+    assert shrinkage(-3 * shifts, [5] * len(shifts)) == pytest.approx(found, abs=1e-9)
+
+
+def test_long_rows_weigh_more():
+    """A row of twice the targets and twice the sum says the same as two."""
+    spread = [np.array([1.0, 3.0]), np.array([1.0, 6.0])]
+    alike = [shrinkage(spread[0], [1, 1]), shrinkage(spread[1], [1, 2])]
+    assert alike[0] == alike[1] == 0
+    assert shrinkage(np.array([2.0, 4.0, 6.0]), [1, 2, 3]) == 1
+
+
+def test_luck_is_hardly_ever_believed_and_few_rows_never():
+    draws = np.random.default_rng(0).normal(size=(2000, 10))
+    found = np.array([shrinkage(draw, [1] * 10) for draw in draws])
+    assert 0.02 < (found > 0).mean() < 0.08 and found.mean() < 0.03
+    assert shrinkage(np.array([3.0]), [1]) == 0
+    sure = np.array([shrinkage(draw, [1] * 10) for draw in draws + 4])
+    assert sure.mean() > 0.9
+
+
+@pytest.fixture
+def ws(tmp_path):
+    """Two adapters of rank 4 on a tiny model, with their probes; ten rows each."""
+    paths = library(tmp_path, ["a", "b"])
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="60%",
+        output=str(tmp_path / "run"), probe_examples=4, test_examples=2,
+    )  # fmt: skip
+    return run(config, until="probe", quiet=True)
+
+
+def answered(base, adapter, probe, seed):
+    """Ten rows of the probe's prompts, their answers drawn from what the adapter says."""
+    rng = np.random.default_rng(seed)
+    base.attach(adapter)
+    rows = []
+    for one in itertools.islice(itertools.cycle(probe.examples), 10):
+        tokens = list(one.tokens[: one.offset])
+        tokens[-1] = int(rng.integers(3, 300))
+        for _ in range(12):
+            logits = base.model(mx.array([tokens]))[0, -1].astype(mx.float32)
+            noise = rng.gumbel(size=logits.size)
+            tokens.append(int(np.argmax(np.array(logits, np.float64) + noise)))
+        rows.append(Example(tuple(tokens), one.offset))
+    return replace(probe, examples=tuple(rows), cuts=())
+
+
+def expected_of(ws, adapters, sets):
+    return Expected(ws.base, ws.evaluator, adapters, sets, ws.problem, True)
+
+
+def test_rows_that_say_weaker_are_believed(ws):
+    """The adapters are twice as strong as what answered their rows."""
+    strong = [scaled(adapter, 2.0) for adapter in ws.adapters]
+    sets = [answered(ws.base, *pair, 0) for pair in zip(ws.adapters, ws.probes)]
+    found = expected_of(ws, strong, sets)
+    for i, trust in enumerate(found.trust):
+        assert 0.3 < trust < 1
+        own, weaker = (float(found.under(one[i], [i])[0]) for one in (strong, ws.adapters))
+        assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
+
+
+def test_forms_are_stored_weaker_where_rows_say_so(ws):
+    """Scales below 1 are tried for such adapters, and for no others."""
+
+    def forms(adapters, sets):
+        ws.adapters, ws.expected = adapters, expected_of(ws, adapters, sets)
+        found = measure(ws)
+        plan = make_plan(ws, found, ws.capacity.room)
+        assert plan["trust"] == {n: w for n, w in zip(ws.names, ws.expected.trust) if w}
+        return [(one.scale, one.regret) for one in found if one.family == "own"]
+
+    sets = [answered(ws.base, *pair, 0) for pair in zip(ws.adapters, ws.probes)]
+    alike = forms(ws.adapters, [answered(ws.base, *pair, 1) for pair in zip(ws.adapters, sets)])
+    assert min(scale for scale, _ in alike) >= 1
+    weaker = forms([scaled(adapter, 2.0) for adapter in ws.adapters], sets)
+    assert min(scale for scale, _ in weaker) < 1 and min(regret for _, regret in weaker) < 0
+
+
+def test_rows_as_the_adapter_expects_have_no_say(ws):
+    sets = [answered(ws.base, *pair, 1) for pair in zip(ws.adapters, ws.probes)]
+    found = expected_of(ws, ws.adapters, sets)
+    assert found.trust == [0, 0]
+    assert [one.teacher for one in found.sets] == [one.digest for one in ws.adapters]
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])
+def test_a_trusted_row_enters_by_its_weight(ws, trust):
+    """Against rows of logits in float64; another weight is another set."""
+    base, (one, other), probe = ws.base, ws.adapters, ws.probes[0]
+    model = Distiller(base)
+    some = model.taught(one, probe, trust)
+    (found,) = ws.evaluator.losses([(other, [some])])
+    rows = model.compare(other, model.teach(one, probe))
+    nll = [sum(ws.evaluator.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
+    assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    kl = divergence(base, one, other, probe)
+    assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)
+    expected = (1 - trust) * kl / probe.n_targets + trust * (nll[1] - nll[0])
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+    assert model.excess(other, model.teach(one, probe)) == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    assert len({some.digest, model.taught(one, probe, trust + 0.1).digest, probe.digest}) == 3

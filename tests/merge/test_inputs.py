@@ -1,0 +1,107 @@
+"""Activations of a tiny model, and RegMean on them."""
+
+import numpy as np
+import pytest
+from helpers.loras import dense
+from helpers.tiny import HIDDEN, INTERMEDIATE, library
+from mlx.utils import tree_flatten
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+
+Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "ab"]
+    return base, adapters, sets
+
+
+def test_activations_are_what_the_modules_see(tiny):
+    base, (adapter, _), (examples, _) = tiny
+    (found,) = input_activations(base, adapter, [examples], [Q, K, OUT, DOWN])
+    assert {path: x.shape for path, x in found.items()} == {
+        Q: (examples.n_tokens, HIDDEN),
+        K: (examples.n_tokens, HIDDEN),
+        OUT: (examples.n_tokens, HIDDEN),
+        DOWN: (examples.n_tokens, INTERMEDIATE),
+    }
+    assert all(x.dtype == np.float32 for x in found.values())
+    assert found[Q] is found[K] and found[Q] is not found[OUT]
+    # The first block's input: normalised embeddings of the tokens, by hand.
+    tokens = [token for example in examples.examples for token in example.tokens]
+    weights = dict(tree_flatten(base.model.parameters()))
+    embedded = np.array(weights["model.embed_tokens.weight"])[tokens].astype(np.float64)
+    norm = np.sqrt((embedded**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert found[Q] == pytest.approx(embedded / norm, abs=1e-5)
+
+
+def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny):
+    base, (adapter, _), (examples, _) = tiny
+    engine = Engine(base)
+    before = list(engine.run([(adapter, examples)]))
+    (with_adapter,) = input_activations(base, adapter, [examples], [Q, OUT, DOWN])
+    names = [path for path, _ in base.model.named_modules()]
+    (bare,) = input_activations(base, None, [examples], [Q, OUT, DOWN])
+    assert [path for path, _ in base.model.named_modules()] == names
+    assert np.array_equal(bare[Q], with_adapter[Q])
+    assert not np.allclose(bare[OUT], with_adapter[OUT], atol=1e-4)
+    assert not np.allclose(bare[DOWN], with_adapter[DOWN], atol=1e-4)
+    assert list(engine.run([(adapter, examples)])) == before
+
+
+@pytest.mark.parametrize("batch", [1, 60, 10_000])
+def test_some_tokens_of_several_sets_by_several_workers(tiny, monkeypatch, batch):
+    base, (adapter, _), sets = tiny
+    monkeypatch.setattr("d2c_mlx.evaluate.capture._BATCH", batch)
+    all_tokens = [input_activations(base, adapter, [one], [Q, K, DOWN])[0] for one in sets]
+    step = -(-sets[0].n_tokens // 7)
+    found = input_activations(base, adapter, sets, [Q, K, DOWN], 7, Workers(3))
+    for some, whole in zip(found, all_tokens):
+        assert some[Q] is some[K] and len(some[Q]) <= 7
+        for path in (Q, DOWN):
+            assert some[path] == pytest.approx(whole[path][::step], abs=1e-5)
+
+
+def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
+    base, (adapter, _), (examples, _) = tiny
+
+    def fail(model, x):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        input_activations(base, adapter, [examples], [Q])
+    names = [type(module).__name__ for _, module in base.model.named_modules()]
+    assert "_Tap" not in names
+
+
+def test_regmean_keeps_outputs_on_its_inputs_better_than_the_mean(tiny):
+    base, adapters, sets = tiny
+    paths = list(adapters[0].modules)
+    seen = [input_activations(base, one, [some], paths)[0] for one, some in zip(adapters, sets)]
+    activations = {path: [one[path] for one in seen] for path in paths}
+    merged = merge_adapters(adapters, "regmean", rank=8, activations=activations)
+    mean = merge_adapters(adapters, "linear", rank=8)
+
+    def lost(one):
+        return sum(
+            np.sum((x @ (dense(one.modules[path]) - dense(adapter.modules[path])).T) ** 2)
+            for path in paths
+            for adapter, x in zip(adapters, activations[path])
+        )
+
+    assert lost(merged) < lost(mean)
+    swapped = {path: xs[::-1] for path, xs in activations.items()}
+    again = merge_adapters(adapters[::-1], "regmean", rank=8, activations=swapped)
+    assert again.digest == merged.digest

@@ -1,0 +1,210 @@
+"""Merging block by block, against whole forwards and dense least squares; `matched` alone."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import scipy.linalg
+from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
+from helpers.tiny import library, peft_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.layerwise import _parts, merge_layerwise
+from d2c_mlx.merge.regmean import Grams, matched, regmean
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import InputError
+
+# In the order in which they run.
+ORDER = [
+    f"model.layers.{block}.{module}"
+    for block in range(2)
+    for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+]
+
+
+@settings(NUMERIC, max_examples=40)
+@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
+    rng = np.random.default_rng(seed)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
+    inputs = [rng.normal(size=(n_tokens, shape[0])) for _ in range(n)]
+    lacking = [rng.normal(size=(n_tokens, shape[1])) for _ in range(n)]
+    grams = dense_grams(inputs, 0.9, 1e-6)
+    right = sum(gram @ a @ b for gram, (a, b) in zip(grams, factors))
+    right += 0.9 * sum(x.T @ y for x, y in zip(inputs, lacking))
+    whole = np.linalg.solve(sum(grams), right)
+    rank = 1 + seed % 9
+    a, b = matched(factors, Grams(inputs, 0.9, 1e-6), lacking, rank)
+    assert a.shape[1] == len(b) <= rank
+    assert b @ b.T == pytest.approx(np.eye(len(b)), abs=1e-9)
+    # The nearest of that rank where the distance is that of the outputs.
+    root = scipy.linalg.sqrtm(sum(grams)).real
+    lost = np.linalg.norm(root @ (a @ b - whole))
+    least = np.linalg.norm(truncated(root @ whole, rank) - root @ whole)
+    assert lost <= least + 1e-6 * np.linalg.norm(root @ whole)
+
+
+@settings(NUMERIC, max_examples=20)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
+    rng = np.random.default_rng(seed)
+    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
+    grams = Grams([rng.normal(size=(12, shape[0])) for _ in range(n)])
+    nothing = [np.zeros((12, shape[1])) for _ in range(n)]
+    (a, b), (c, d) = matched(factors, grams, nothing, 9), regmean(factors, grams, 9)
+    assert a @ b == pytest.approx(c @ d, abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 6])
+def test_tokens_that_all_rows_begin_with_are_not_looked_at(n):
+    rng = np.random.default_rng(0)
+    rows = [tuple(rng.integers(100 * i, 100 * i + 99, 8).tolist()) for i in range(6)]
+    examples = [Example((*range(700, 700 + n), *row), n + 4) for row in rows]
+    sets = [ExampleSet("a", tuple(examples[:3])), ExampleSet("b", tuple(examples[3:]))]
+    looked = [sorted(set(part.batch.columns)) for part in _parts(sets, None)]
+    assert looked and all(columns == list(range(n, n + 8)) for columns in looked)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A base, three adapters of which one has another rank and other modules, their probe rows."""
+    paths = library(tmp_path, ["a", "b"])
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    base = BaseModel(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
+    sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "aba"]
+    return base, adapters, sets
+
+
+def weight_of(base, path):
+    """`(in, out)` float64."""
+    module = dict(base.model.named_modules())[path]
+    return np.array(getattr(module, "linear", module).weight).astype(np.float64).T
+
+
+def looked_at(examples, sets):
+    """Which of a set's tokens are not part of what all rows of all sets begin with."""
+    rows = [row.tokens for one in sets for row in one.examples]
+    shared = 0
+    while len({row[shared] for row in rows}) == 1:
+        shared += 1
+    assert shared > 4, "the rows' chat template"
+    return np.concatenate([np.arange(len(row.tokens)) >= shared for row in examples.examples])
+
+
+def by_whole_forwards(base, adapters, sets, scale, strength, rank):
+    """Every module from forwards of the whole model, by normal equations in float64; dW by path."""
+    looked = [looked_at(one, sets) for one in sets]
+
+    def inputs_of(adapter, some, path):
+        found = input_activations(base, adapter, some, ORDER)
+        return [one[path].astype(np.float64) for one in found]
+
+    made, updates = {}, {}
+    for path in ORDER:
+        own = [inputs_of(one, [some], path)[0] for one, some in zip(adapters, sets)]
+        inputs = inputs_of(Adapter("m", made) if made else None, sets, path)
+        own, inputs = ([x[some] for x, some in zip(xs, looked)] for xs in (own, inputs))
+        w, right, grams = weight_of(base, path), 0.0, dense_grams(inputs, 0.9, 1e-6)
+        for x, gram, mine, adapter in zip(inputs, grams, own, adapters):
+            lora = adapter.modules.get(path)
+            update = dense(lora).T if lora else 0.0 * w
+            lacking = mine @ (w + update) - x @ (w + update)
+            right = right + gram @ update + 0.9 * strength * x.T @ lacking
+        root = scipy.linalg.sqrtm(sum(grams)).real
+        u, s, vt = np.linalg.svd(np.linalg.solve(root, right), full_matrices=False)
+        a, b = np.linalg.solve(root, u[:, :rank] * s[:rank]), scale * vt[:rank]
+        made[path], updates[path] = LoRA(mx.array(a), mx.array(b)), (a @ b).T
+    return updates
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+@pytest.mark.parametrize("scale, strength", [(1.0, 0.0), (1.0, 0.75), (1.4, 1.0)])
+def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(tiny, scale, strength, rank):
+    base, adapters, sets = tiny
+    expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
+    (made,) = merge_layerwise(base, adapters, sets, [(scale, strength)], rank)
+    assert made.name == "a+b+c" and made.sources == ("a", "b", "c")
+    assert [*made.modules] == sorted(expected)
+    for path, update in expected.items():
+        assert made.modules[path].rank <= rank
+        difference = np.abs(made.modules[path].delta() - update).max()
+        assert difference < 2e-3 * np.abs(update).max(), path
+
+
+def test_layerwise_comes_closer_to_the_members_than_regmean_does(tiny):
+    """At the input of the last module, on the tokens that are looked at."""
+    base, adapters, sets = tiny
+    looked = [looked_at(one, sets) for one in sets]
+
+    def distance(merge):
+        own = [input_activations(base, one, [some], ORDER)[0] for one, some in zip(adapters, sets)]
+        seen = input_activations(base, merge, sets, ORDER)
+        return sum(
+            ((x[ORDER[-1]] - y[ORDER[-1]])[some] ** 2).sum()
+            for x, y, some in zip(own, seen, looked)
+        )
+
+    aims = [(1.0, strength) for strength in (1.0, 0.5, 0.0)]
+    whole, half, none = map(distance, merge_layerwise(base, adapters, sets, aims, 64))
+    assert whole < half < none
+
+
+def test_equal_adapters_merge_to_themselves(tiny):
+    base, (adapter, *_), (rows, *_) = tiny
+    twice = [adapter, replace(adapter, name="z")]
+    (made,) = merge_layerwise(base, twice, [rows, rows], [(1.0, 0.75)])
+    for path, lora in adapter.modules.items():
+        assert made.modules[path].delta() == pytest.approx(lora.delta(), abs=1e-5)
+
+
+def test_blocks_that_no_member_touches_are_left_alone(tiny):
+    base, adapters, sets = tiny
+    upper = [
+        replace(one, modules={p: lora for p, lora in one.modules.items() if block_index(p) == 1})
+        for one in adapters
+    ]
+    (made,) = merge_layerwise(base, upper, sets, [(1.0, 0.75)])
+    assert {block_index(path) for path in made.modules} == {1}
+    expected = by_whole_forwards(base, upper, sets, 1.0, 0.75, made.rank)
+    path = ORDER[3]
+    assert made.modules[path].delta() == pytest.approx(expected[path], abs=1e-4)
+
+
+def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
+    base, adapters, sets = tiny
+    aims = [(1.0, 0.75), (1.4, 0.0)]
+
+    def digests(aims, most, n_workers):
+        made = merge_layerwise(base, adapters, sets, aims, None, most, Workers(n_workers))
+        return [one.digest for one in made]
+
+    one, other = digests(aims, 20, 1)
+    assert digests(aims, 20, 3) == [one, other]
+    assert digests(aims[::-1], 20, 1) == [other, one]
+    assert digests(aims[:1], 20, 1) == [one]
+    assert one not in digests(aims, 10, 1)
+    names = [type(module).__name__ for _, module in base.model.named_modules()]
+    assert "_Tap" not in names and not base.occupied
+
+
+def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
+    paths = library(tmp_path, ["a", "b"])
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
+    )  # fmt: skip
+    assert Workspace(config).names == ["a", "b"]
+    monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
+    with pytest.raises(InputError, match="take regmean"):
+        Workspace(config)

@@ -1,0 +1,176 @@
+"""Merges as a pack holds them: every method through the pipeline, "auto", rank and scale."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import library, peft_adapter
+
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.evaluator import climb, tune_scale
+from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
+from d2c_mlx.merge.merger import SCALES
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import AUTO_METHODS, RUN_METHODS, RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import ConfigError, InputError
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Three adapters, one of another rank and other modules; room for two."""
+    paths = library(tmp_path, ["a", "b"])
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    for kind in ("probe", "test"):
+        source = (paths.tasks / "a" / f"{kind}.jsonl").read_text(encoding="utf-8")
+        (paths.tasks / "c").mkdir(exist_ok=True)
+        (paths.tasks / "c" / f"{kind}.jsonl").write_text(source.replace(" a?", " c?"), "utf-8")
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+        random_seeds=1, init=("table",),
+    )  # fmt: skip
+
+
+def merger_of(config):
+    return run(config, until="probe", quiet=True).merger
+
+
+@pytest.mark.parametrize("method", RUN_METHODS)
+def test_every_method_gives_a_pack(config, method):
+    workspace = run(replace(config, merge_method=method), until="bench", quiet=True)
+    methods = workspace.read("bench.json")["methods"]
+    assert methods["pack"] == methods["d2c"]
+    used = {entry["method"] for entry in workspace.read("merges.json")}
+    may = {
+        "regmean++": {"regmean", "regmean++"},
+        "layerwise": {"regmean", "regmean++", "layerwise"},
+        "auto": {*AUTO_METHODS, "regmean", "regmean++", "layerwise"},
+    }
+    assert used <= {"none", *may.get(method, {method})}
+    assert used != {"none"}
+
+
+def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
+    merger = merger_of(replace(config, merge_method="auto"))
+    members = (0, 1)
+    each = {method: merger._merged(members, method).regret
+            for method in (*AUTO_METHODS, "layerwise")}  # fmt: skip
+    assert merger.final(members).regret == min(each.values())
+    assert merger.quick(members).method == "regmean"
+
+
+def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(config):
+    shutil.rmtree(Path(config.adapters) / "a")
+    config = replace(config, merge_method="regmean++", budget="1")
+    for eps, method in ((1e-3, "regmean++"), (5.0, "regmean")):
+        (merge,) = run(replace(config, eps=eps), until="merge", quiet=True).read("merges.json")
+        assert merge["method"] == method
+
+
+@pytest.mark.parametrize(("members", "better"), [((0, 1), "regmean"), ((1, 2), "regmean++")])
+def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, better):
+    """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
+    merger = merger_of(replace(config, merge_method="regmean++"))
+    plain, found = merger.quick(members), merger.final(members)
+    adapters = [merger._adapters[i] for i in members]
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    probes = [merger._probes[i] for i in members]
+    inputs = input_activations(merger._base, plain.adapter, probes, paths)
+    again = merge_adapters(
+        adapters, "regmean", activations={path: [one[path] for one in inputs] for path in paths}
+    )
+
+    def regret(scale):
+        adapter = scaled(again, scale).uniform(merger._base.dtype)
+        losses = merger._evaluator.losses([(adapter, [merger._probes[i] for i in members])])[0]
+        return float(merger._regret(losses, np.array(members)).mean())
+
+    lowest = regret(tune_scale(regret, SCALES))
+    assert plain.regret is not None and found.regret is not None
+    assert found.method == better == ("regmean++" if lowest < plain.regret - 1e-3 else "regmean")
+    assert found == plain if better == "regmean" else found.regret <= lowest + 1e-6
+
+
+@pytest.mark.parametrize("members", [(0, 1), (1, 2), (0, 1, 2)])
+def test_layerwise_the_default_is_the_best_of_what_it_tries(config, members):
+    merger = merger_of(config)
+    adapters, probes = ([some[i] for i in members] for some in (merger._adapters, merger._probes))
+    plain = merger.quick(members)
+    found = {("regmean", plain.scale): plain.regret}
+
+    def regret(scale, strength):
+        (made,) = merge_layerwise(merger._base, adapters, probes, [(scale, strength)])
+        name = "layerwise" if strength else "regmean++"
+        losses = merger._evaluator.losses([(made.uniform(merger._base.dtype), probes)])[0]
+        found[name, scale] = float(merger._regret(losses, np.array(members)).mean())
+        return found[name, scale]
+
+    strength = min((0.0, STRENGTH), key=lambda one: regret(plain.scale, one))
+    climb(lambda scale: regret(scale, strength), SCALES[SCALES.index(plain.scale) :])
+    made = merger.final(members)
+    assert plain.method == "regmean"
+    assert made.regret == pytest.approx(min(found.values()), abs=1e-6)
+    assert (made.method, made.scale) == min(found, key=found.get)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
+    """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""
+    assert tune_scale(lambda scale: np.log(scale * n) ** 2, SCALES) == 1 / n
+    assert tune_scale(lambda scale: np.log(scale / n) ** 2, SCALES) == n
+
+
+@pytest.mark.parametrize(("method", "begins"), [("linear", 1.4), ("iso-c", 2.5 / 3)])
+def test_a_sum_of_many_begins_below_a_mean_of_them(config, method, begins):
+    """Three times the same update, so a sum is three times too large."""
+    merger = merger_of(config)
+    merger._adapters = [merger._adapters[0]] * 3
+    start = merger._start(merger._unscaled((0, 1, 2), method), (0, 1, 2), method)
+    assert start == pytest.approx(begins, rel=1e-3)
+    assert merger._start(merger._adapters[0], (0, 1, 2), "regmean") is None
+
+
+def test_the_scale_is_the_best_of_the_walk(config):
+    merger = merger_of(config)
+    merged = merger.quick((0, 1))
+    assert merged.scale in SCALES
+    fixed = merger_of(replace(config, scale=merged.scale, output=config.output + "2")).quick((0, 1))
+    assert fixed.scale == merged.scale
+    assert fixed.adapter.digest == merged.adapter.digest
+    plain = scaled(merger._unscaled((0, 1), "regmean"), merged.scale)
+    for path, lora in plain.modules.items():
+        difference = np.abs(merged.adapter.modules[path].delta() - lora.delta()).max()
+        assert difference <= 2e-3 * np.abs(lora.delta()).max()  # 16 bit
+    assert merged.adapter.modules[path].a.dtype == mx.float16
+
+
+def test_a_merge_may_take_the_scale_of_another(config):
+    merger = merger_of(config)
+    like = merger.quick((0, 1))
+    taken = merger.quick((0, 2), like=(0, 1))
+    fixed = merger_of(replace(config, scale=like.scale, output=config.output + "2")).quick((0, 2))
+    assert (taken.scale, taken.adapter.digest) == (like.scale, fixed.adapter.digest)
+    assert merger.quick((2,), like=(0, 1)).method == "none"
+
+
+def test_a_larger_rank_is_for_merges_alone(config):
+    merger = merger_of(replace(config, merge_rank=8))
+    assert merger.quick((0, 1)).adapter.rank == 8
+    assert merger.quick((0,)).adapter.rank == 4
+
+
+def test_the_budget_in_bytes_counts_the_larger_rank(config):
+    config = replace(config, budget="70%", plan="d2c")
+    assert Workspace(config).capacity.n_clusters == 1
+    with pytest.raises(InputError, match="one merged adapter takes"):
+        Workspace(replace(config, merge_rank=8))
+
+
+def test_concat_needs_a_budget_of_adapters(config):
+    with pytest.raises(ConfigError, match="merge_method: 'concat' keeps the sum of all ranks"):
+        replace(config, merge_method="concat", budget="50%")

@@ -1,0 +1,238 @@
+"""Architectures that keep their parts elsewhere, or blocks that forget; prompts that are not cut.
+
+Tiny models of mlx-lm's own classes with random weights; parts are compared with the whole.
+"""
+
+import importlib
+import json
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import lora_of
+from helpers.losses import losses_of, plain_loss
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.models import base_model as model_module
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.forward import (
+    blocks_are_exact,
+    find_head,
+    prefix_is_exact,
+    run_blocks,
+    split_is_exact,
+)
+from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.serve.router import fit_router
+from d2c_mlx.utils import device as device_module
+from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
+
+VOCAB = len(tiny_tokenizer())
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB,
+         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4}  # fmt: skip
+GEMMA = {**SIZES, "model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 16,
+         "sliding_window_pattern": 3, "query_pre_attn_scalar": 8}  # fmt: skip
+CONFIGS = {
+    "mistral3": {"text_config": {**SIZES, "model_type": "ministral3", "num_hidden_layers": 3,
+                 "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True,
+                 "rope_parameters": {"rope_theta": 1e4, "original_max_position_embeddings": 512,
+                                     "llama_4_scaling_beta": 0.0}}},
+    "gemma3": {"text_config": GEMMA, "vocab_size": VOCAB},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "vocab_size": VOCAB, "hidden_size": 32,
+               "intermediate_size": 64, "state_size": 16, "num_hidden_layers": 3,
+               "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1, "use_bias": False,
+               "use_conv_bias": True, "tie_word_embeddings": True, "time_step_rank": 4,
+               "time_step_limit": [0.0, 100.0]},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_inner": 64, "n_head": 4, "n_positions": 512,
+                    "layer_norm_epsilon": 1e-5, "vocab_size": VOCAB},
+    "olmo3": {**SIZES, "num_hidden_layers": 5, "tie_word_embeddings": True, "sliding_window": 16,
+              "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+              "attention_bias": False},
+}  # fmt: skip
+
+
+def model_of(directory, kind):
+    """An mlx-lm model directory of an architecture."""
+    directory.mkdir(parents=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    config = {**CONFIGS[kind], "model_type": kind, "eos_token_id": tokenizer.eos_token_id}
+    (directory / "config.json").write_text(json.dumps(config))
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    model, rng = module.Model(module.ModelArgs.from_dict(config)), np.random.default_rng(0)
+    weights = [
+        (name, mx.array(np.ones(x.shape) if x.ndim == 1 else rng.normal(0, 0.3, x.shape)))
+        for name, x in tree_flatten(model.parameters())
+    ]
+    model.update(tree_unflatten([(name, x.astype(mx.float16)) for name, x in weights]))
+    parameters = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), parameters, {"format": "mlx"})
+    return BaseModel(str(directory))
+
+
+def rows(n=4):
+    return [{"prompt": f"Question {i}: {SENTENCES[i % 4]}", "completion": SENTENCES[(i + 1) % 4]}
+            for i in range(n)]  # fmt: skip
+
+
+def adapter_of(base, blocks=range(9)):
+    rng = np.random.default_rng(1)
+    paths = [path for path in base.module_shapes
+             if any(f".layers.{i}." in path for i in blocks)]  # fmt: skip
+    loras = {path: lora_of(rng, base.module_shapes[path], 2, dtype=mx.float32, size=0.2)
+             for path in paths}  # fmt: skip
+    return Adapter("a", loras)
+
+
+@pytest.mark.parametrize("kind", sorted({*CONFIGS} - {"gpt_bigcode"}))
+def test_inputs_and_losses_are_those_of_the_whole_model(tmp_path, kind):
+    base = model_of(tmp_path / "m", kind)
+    examples, adapter = base.encode("a", rows()), adapter_of(base)
+    (found,) = input_activations(base, adapter, [examples], sorted(adapter.modules))
+    assert found.keys() == adapter.modules.keys()
+    n_tokens = sum(len(row.tokens) for row in examples.examples)
+    assert all(np.isfinite(x).all() and len(x) == n_tokens for x in found.values())
+    expected = [plain_loss(base, one, examples) for one in (None, adapter)]
+    got = losses_of(Engine(base), [(None, examples), (adapter, examples)])
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "gemma3", "mamba2"])
+def test_a_body_is_found_wherever_it_is(tmp_path, kind):
+    base = model_of(tmp_path / "m", kind)
+    head = find_head(base.model)
+    x = mx.array([[5, 6, 7, 8]])
+    if head:
+        logits = np.array(base.model(x))
+        np.testing.assert_allclose(head(run_blocks(base.model, x)), logits, atol=1e-3)
+    assert (head is None) == (kind == "mamba2")
+    assert prefix_is_exact(base.model) == (kind == "mistral3")
+    assert split_is_exact(base.model, 1) == (kind == "mistral3")
+    router = fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
+    assert router.centre.shape == (32,)
+
+
+def test_a_model_without_a_body_is_refused_by_name(tmp_path):
+    base = model_of(tmp_path / "m", "gpt_bigcode")
+    with pytest.raises(ModelError, match="mlx_lm.models.gpt_bigcode: blocks of this architecture"):
+        fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
+
+
+def test_windows_are_not_run_in_parts(tmp_path):
+    """A slice of blocks takes the first for its own first, and rows are longer than any proof."""
+    base = model_of(tmp_path / "m", "olmo3")
+    examples, adapter = base.encode("a", rows()), adapter_of(base, [3, 4])
+    assert min(len(row.tokens) for row in examples.examples) > 2 * 16
+    assert not split_is_exact(base.model, 3) and not blocks_are_exact(base.model)
+    (got,) = losses_of(Engine(base), [(adapter, examples)])
+    assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-4)
+
+
+# Prompts
+
+
+@pytest.fixture
+def thinker(tmp_path):
+    """A template that opens a thought for the model, which finished conversations do not have."""
+    path = tiny_model(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    asks = "<|im_start|>assistant\n' }}{% endif"
+    assert asks in CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(asks, asks.replace("\n'", "\n<think>\n'"))
+    tokenizer.save_pretrained(path)
+    return BaseModel(str(path))
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
+    row = {"prompt": "the fox", "completion": "Berlin is the answer to this question"}
+    if messages:
+        row = {"messages": [{"role": "user", "content": "the fox"},
+                            {"role": "assistant", "content": row["completion"]}]}  # fmt: skip
+    with pytest.warns(InputWarning, match="ends a prompt with tokens that no finished"):
+        examples = thinker.encode("a", [row])
+    (one,) = examples.examples
+    served = thinker.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the fox"}], add_generation_prompt=True, return_dict=False
+    )
+    assert one.asked == tuple(served) != one.tokens[: one.offset]
+    assert thinker.tokenizer.decode(one.asked).endswith("assistant\n<think>\n")
+    assert encode_prompts(thinker.tokenizer, ["the fox"]) == [one.asked]
+    (answer,) = answer_rows(thinker, {"base": Method(0, [{"a": None}])}, [row], examples)
+    limit = 2 * one.n_targets + 16
+    said = thinker.tokenizer.decode(thinker.answer(served, limit), skip_special_tokens=True)
+    assert answer["base"] == said.strip()
+
+
+def test_a_usual_template_needs_no_other_prompt(tmp_path):
+    base = BaseModel(str(tiny_model(tmp_path / "m")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        examples = base.encode("a", rows())
+        texts = base.encode("a", [{"text": "the fox"}])
+    assert all(row.prompt is None and row.asked for row in examples.examples)
+    assert texts.examples[0].asked == ()
+
+
+def test_prompts_that_a_template_refuses_are_named(tmp_path):
+    path = tiny_model(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('not today') }}"
+    tokenizer.save_pretrained(path)
+    with pytest.raises(InputError) as caught:
+        encode_prompts(BaseModel(str(path)).tokenizer, ["one", "two"])
+    assert caught.value.problems == [
+        f"prompt {text!r}: mlx-lm cannot tokenize it (not today); change it as the model's chat"
+        " template asks" for text in ("one", "two")
+    ]  # fmt: skip
+
+
+# What cannot be loaded, and what is kept
+
+
+@pytest.mark.parametrize("file, change", [
+    ("config.json", []),
+    ("config.json", {"num_attention_heads": 0}),
+    ("config.json", {"rope_scaling": 5}),
+    ("config.json", {"vocab_size": -1}),
+    ("tokenizer_config.json", []),
+    ("tokenizer_config.json", {"tool_parser_type": "nope"}),
+])  # fmt: skip
+def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
+    path = tiny_model(tmp_path / "m") / file
+    content = json.loads(path.read_text()) | change if change else []
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError) as caught:
+        BaseModel(str(path.parent))
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path.parent}: ") and "\n" not in line
+
+
+@pytest.mark.parametrize("package", ["mlx-lm", "mlx"])
+def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, package):
+    path, version = str(tiny_model(tmp_path / "m")), model_module.version
+    base = BaseModel(path)
+    examples, adapter = base.encode("a", rows()), adapter_of(base, [1])
+    cache, asked = LossCache(tmp_path / "losses.sqlite"), []
+    before, put = Engine(base).fingerprint(examples), cache.put
+    gains = module_gains(base, adapter, examples, cache=cache)
+    monkeypatch.setattr(cache, "put", lambda key, value: (asked.append(key), put(key, value)))
+    assert module_gains(base, adapter, examples, cache=cache) == gains and not asked
+    for module in (model_module, device_module):
+        monkeypatch.setattr(
+            module, "version", lambda name: "99" if name == package else version(name)
+        )
+    other = BaseModel(path)
+    assert Engine(other).fingerprint(examples) != before
+    assert module_gains(other, adapter, examples, cache=cache) == gains
+    assert len(asked) == len(gains)

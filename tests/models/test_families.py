@@ -1,0 +1,261 @@
+"""Model families x features of PEFT adapters: torch PEFT, stock mlx-lm and ours, and back.
+
+The table in docs/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
+tests/models/test_families.py` writes it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.families import FAMILIES, FEATURES, TOKENS
+from helpers.gguf_files import permuted, read_gguf
+from helpers.tiny import ALL, peft_adapter, tiny_model, tiny_tokenizer
+from mlx.utils import tree_flatten
+from mlx_lm import load as stock_load
+from mlx_lm.models import falcon_h1
+from safetensors.numpy import load_file
+
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter, save_peft
+from d2c_mlx.merge.layerwise import STRENGTH, check_blocks, merge_layerwise
+from d2c_mlx.merge.merger import Merger
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import AdapterError, ModelError
+from d2c_mlx.utils.files import hash_file
+
+DOC = ROOT / "docs" / "families.md"
+CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
+CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
+found: dict = {}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("families")
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "helpers" / "families.py")]
+    # With torch. Models are tiny, its threads would only wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
+    for family in FAMILIES:
+        tiny_tokenizer().save_pretrained(path / family / "model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(root):
+    """Family -> its model, loaded once."""
+    return {family: BaseModel(str(root / family / "model")) for family in FAMILIES}
+
+
+# Of the others blocks cannot be run one at a time, or give something else then.
+BY_BLOCK = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "SmolLM3", "Granite", "OLMo 2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
+    base = bases[family]
+    config = RunConfig(adapters="adapters", tasks="tasks", output="run")
+    default = Merger(config, base, None, [], [], None)._method
+    assert default == ("layerwise" if family in BY_BLOCK else "regmean++")
+    if family not in BY_BLOCK:
+        with pytest.raises(ModelError, match="merge_method layerwise runs the model block by"):
+            check_blocks(base)
+        return
+    check_blocks(base)
+    rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
+    one, other = (
+        read_adapter(root / family / feature, base.module_shapes)
+        for feature in ("all linear", "some blocks")
+    )
+    (same,) = merge_layerwise(base, [one, one], [rows, rows], [(1.0, STRENGTH)])
+    assert same.modules.keys() == one.modules.keys()
+    for path, lora in one.modules.items():
+        size = np.abs(lora.delta()).max()
+        assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
+    (both,) = merge_layerwise(base, [one, other], [rows, rows], [(1.0, STRENGTH)])
+    assert all(np.isfinite(lora.delta()).all() for lora in both.modules.values())
+
+
+def logits(model):
+    return np.array(model(mx.array(TOKENS)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_is_the_one_that_torch_has(root, bases, family):
+    bases[family].attach(None)
+    expected = np.load(root / family / "logits.npz")["base"]
+    assert np.abs(logits(bases[family].model) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("family, feature", CELLS)
+def test_cell(root, bases, family, feature, tmp_path):
+    base, source, words = bases[family], root / family / feature, FEATURES[feature][1]
+    if words:
+        with pytest.raises(AdapterError, match=words) as caught:
+            read_adapter(source, base.module_shapes)
+        if feature == "DoRA":
+            assert len(caught.value.problems) == 1
+        found[family, feature] = "refused"
+        return
+    known = np.load(root / family / "logits.npz")
+    adapter = read_adapter(source, base.module_shapes)
+    base.attach(adapter)
+    assert np.abs(logits(base.model) - known[feature]).max() < 1e-4
+    assert np.abs(known["base"] - known[feature]).max() > 1e-2
+    adapter.save(tmp_path / "mlx", base.n_layers)
+    stock, _ = stock_load(str(base.path), adapter_path=str(tmp_path / "mlx"))
+    assert np.abs(logits(stock) - known[feature]).max() < 1e-4
+    # Back to PEFT: every factor bit by bit, or the same dW where the layout has one rank.
+    save_peft(adapter, tmp_path / "peft")
+    name = "adapter_model.safetensors"
+    before, after = load_file(source / name), load_file(tmp_path / "peft" / name)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    again = read_adapter(tmp_path / "peft", base.module_shapes)
+    assert again.digest == adapter.digest
+    stored = load_adapter(tmp_path / "mlx")
+    for path, lora in adapter.modules.items():
+        np.testing.assert_allclose(stored.modules[path].delta(), lora.delta(), rtol=1e-5, atol=1e-6)
+    found[family, feature] = "exact"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
+    root, bases, family, tmp_path
+):
+    """What benchmarks/gguf_families.py found in the output of convert_lora_to_gguf.py."""
+    known = json.loads(CONVERTER.read_text())["rows"][family]
+    base = bases[family]
+    config = json.loads((base.path / "config.json").read_text())
+    adapter = read_adapter(root / family / "all linear", base.module_shapes)
+    save_gguf_lora(adapter, tmp_path / "x.gguf", config)
+    _, deltas = read_gguf(tmp_path / "x.gguf")
+    assert {name.split(".")[2] for name in deltas} == set(known["tensors"])
+    assert len(deltas) == len(adapter.modules)
+    assert known["moved"] in ([], ["attn_k", "attn_q"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    expected = []
+    for path, lora in adapter.modules.items():
+        n = heads.get(path.rpartition(".")[2]) if known["moved"] else None
+        rows = permuted(lora.delta(), n) if n else lora.delta()
+        expected.append((f"blk.{block_index(path)}.", rows))
+    for name, delta in deltas.items():
+        same = [
+            rows
+            for block, rows in expected
+            if name.startswith(block) and rows.shape == delta.shape
+            and np.allclose(rows, delta, rtol=1e-5, atol=1e-6)
+        ]  # fmt: skip
+        assert len(same) == 1, name
+    # And back, names and rows as the base has them.
+    again = read_adapter(tmp_path / "x.gguf", base.module_shapes, config)
+    assert again.digest == adapter.uniform().digest
+
+
+@pytest.fixture
+def falcon(tmp_path):
+    """A random Falcon-H1 as mlx-lm has it, and PEFT, MLX and GGUF adapters of one module."""
+    tiny_model(tmp_path / "model")
+    config = {
+        "model_type": "falcon_h1", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+        "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_chunk_size": 16, "eos_token_id": 2,
+        "attention_out_multiplier": 0.5, "max_position_embeddings": 512,
+    }  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = falcon_h1.Model(falcon_h1.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(
+        str(tmp_path / "model" / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+    peft_adapter(tmp_path, "peft", targets=("self_attn.o_proj",))
+    adapter = read_adapter(tmp_path / "peft", ALL)
+    adapter.save(tmp_path / "mlx" / "one", 2)
+    save_gguf_lora(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "one.gguf", tmp_path / "folder")
+    return tmp_path, BaseModel(str(tmp_path / "model"))
+
+
+def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(falcon):
+    root, base = falcon
+    for source in ("peft", "one.gguf", "folder"):
+        with pytest.raises(AdapterError, match="model_type is 'falcon_h1': mlx-lm folds") as caught:
+            read_adapter(root / source, base.module_shapes, base.config)
+        assert len(caught.value.problems) == 1
+    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
+    named = replace(adapter, base="tiiuae/Falcon-H1-0.5B-Instruct")
+    for one, config, match in (
+        (adapter, base.config, "model_type is 'falcon_h1': mlx-lm folds"),
+        (named, None, "base model is 'tiiuae/Falcon-H1-0.5B-Instruct': mlx-lm folds"),
+    ):
+        with pytest.raises(AdapterError, match=match):
+            save_peft(one, root / "out", config)
+        assert not (root / "out").exists()
+    # Of another base the name alone says nothing.
+    save_peft(named, root / "out", {"model_type": "llama"})
+
+
+def test_a_pack_of_such_a_model_is_not_exported(falcon):
+    root, base = falcon
+    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
+    about = {"model": "Falcon-H1-0.5B", "config_hash": base.config_hash, "n_layers": 2,
+             "budget": "-", "max_bytes": None}  # fmt: skip
+    named = replace(adapter, base="Falcon-H1-0.5B", sources=("one",))
+    pack = write_pack(root / "pack", [named], **about)
+    with pytest.raises(AdapterError, match="mlx-lm folds"):
+        export(pack, "peft", root / "out")
+    with pytest.raises(ModelError, match="model_type is 'falcon_h1', whose names and rows"):
+        export(pack, "gguf", root / "out", str(root / "model"))
+    assert not (root / "out").exists()
+    export(pack, "mlx", root / "out")
+    # Under any name, where the model itself is there to be asked.
+    other = write_pack(root / "other", [replace(adapter, base="m", sources=("one",))], **about)
+    with pytest.raises(AdapterError, match="mlx-lm folds"):
+        export(other, "peft", root / "peft-out", str(root / "model"))
+
+
+def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon):
+    root, _ = falcon
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps({"model_type": "unknown"}))
+    about = {"model": "m", "config_hash": hash_file(path), "n_layers": 2, "budget": "-"}
+    adapter = replace(read_adapter(root / "mlx" / "one", ALL), sources=("one",))
+    pack = write_pack(root / "pack", [adapter], max_bytes=None, **about)
+    export(pack, "peft", root / "out", str(root / "model"))
+    with pytest.raises(ModelError, match="whose names and rows in GGUF are not known"):
+        export(pack, "gguf", root / "gguf", str(root / "model"))
+
+
+def test_table_in_the_docs(bases):
+    if set(found) != set(CELLS):
+        pytest.skip("not every cell was run, or one has failed")
+    rows = [["family", "modules of a block", *FEATURES], ["---"] * (2 + len(FEATURES))]
+    for family, base in bases.items():
+        modules = sorted({path.rpartition(".")[2] for path in base.module_shapes})
+        rows.append([family, ", ".join(modules), *(found[family, feature] for feature in FEATURES)])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    start, end = "<!-- table: tests/models/test_families.py -->\n", "<!-- end -->\n"
+    text = DOC.read_text(encoding="utf-8")
+    head, rest = text.split(start)
+    expected = head + start + table + end + rest.split(end)[1]
+    if os.environ.get("D2C_MLX_WRITE_DOCS"):
+        DOC.write_text(expected, encoding="utf-8")
+        return
+    assert text == expected, (
+        "D2C_MLX_WRITE_DOCS=1 pytest tests/models/test_families.py writes the table"
+    )

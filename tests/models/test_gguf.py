@@ -1,0 +1,134 @@
+"""GGUF -> mlx-lm directory: against the model it was made from, and the embedded default."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from helpers.gguf_files import write_gguf
+from helpers.tiny import tiny_model
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.utils.errors import ModelError
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    tiny_model(tmp_path / "source")
+    beside = tmp_path / "gguf"
+    beside.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tmp_path / "source" / name).exists():
+            (beside / name).write_bytes((tmp_path / "source" / name).read_bytes())
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-2), (mx.float16, 2e-2)])
+def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype, tolerance):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", dtype)
+    ours, original = BaseModel(str(path)), BaseModel(str(source))
+    x = mx.arange(1, 25)[None] * 7 % 250
+    expected = original.model(x)
+    difference = mx.abs(ours.model(x) - expected).max() / mx.abs(expected).max()
+    # Weights pass through float16 once; a wrong permutation gives a difference near 1.
+    assert difference.item() < tolerance
+    assert resolve_model(str(path))[0] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"general.architecture": "mamba"}, ["general.architecture", "mamba", "llama"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.type"]),
+        ({"tensors": {"rope_freqs.weight": mx.ones(4)}}, ["rope_freqs.weight"]),
+        ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, words):
+    path = write_gguf(source, tmp_path / "gguf" / "bad.gguf", mx.float32, **changes)
+    with pytest.raises(ModelError) as caught:
+        BaseModel(str(path))
+    assert all(word in str(caught.value) for word in words)
+    assert not list((tmp_path / "cache" / "models").glob("*bad*"))
+
+
+def templates(directory):
+    """In the file of transformers 5, and in the config."""
+    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config = json.loads(path.read_text())
+    return file.read_text() if file.exists() else None, config.get("chat_template")
+
+
+def test_a_tokenizer_that_changes_beside_the_file_is_converted_anew(source, tmp_path):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32)
+    before = resolve_model(str(path))[1]
+    assert resolve_model(str(path))[1] == before
+    assert templates(before) == templates(source) != (None, None)
+    (path.parent / "chat_template.jinja").write_text("NEW")
+    now = resolve_model(str(path))[1]
+    assert templates(now)[0] == "NEW" and templates(before)[0] != "NEW"
+    assert BaseModel(str(path)).tokenizer.chat_template == "NEW"
+
+
+def test_links_to_one_file_have_the_tokenizers_beside_them(source, tmp_path):
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name / file).write_bytes((source / file).read_bytes())
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+        (tmp_path / name / "m.gguf").symlink_to(path)
+    found = [resolve_model(str(tmp_path / name / "m.gguf"))[1] for name in "ab"]
+    assert [templates(one)[0] for one in found] == ["a", "b"]
+
+
+def test_the_template_inside_is_used_where_the_files_beside_have_none(source, tmp_path):
+    gguf = tmp_path / "gguf"
+    path = write_gguf(source, gguf / "m.gguf", mx.float32, **{"tokenizer.chat_template": "INSIDE"})
+    assert templates(resolve_model(str(path))[1]) == templates(source)
+    (gguf / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((gguf / "tokenizer_config.json").read_text())
+    for stated, expected in ((None, "INSIDE"), ("STATED", "STATED")):
+        one = {**config, "chat_template": stated}
+        (gguf / "tokenizer_config.json").write_text(json.dumps(one))
+        assert BaseModel(str(path)).tokenizer.chat_template == expected
+    for text, words in (("[]", "expected a JSON object"), ("{", "not readable as JSON")):
+        (gguf / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ModelError, match=f"tokenizer_config.json: {words}"):
+            resolve_model(str(path))
+
+
+def test_a_suffix_in_capitals_and_a_folder_without_a_name(source, tmp_path, monkeypatch):
+    path = tmp_path / "gguf" / "X.GGUF"
+    # MLX would write X.GGUF.gguf.
+    write_gguf(source, tmp_path / "gguf" / "x.gguf", mx.float32).rename(path)
+    name, directory = resolve_model(str(path))
+    assert name == "X" and (directory / "model.safetensors").is_file()
+    with pytest.raises(ModelError, match="no such file"):
+        resolve_model("none.GGUF")
+    (source / "inside").mkdir()
+    for place, spec in ((source, "."), (source / "inside", "..")):
+        monkeypatch.chdir(place)
+        assert resolve_model(spec)[0] == "source"
+
+
+def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
+    (tmp_path / "alone").mkdir()
+    path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)
+    with pytest.raises(ModelError, match="pre-tokenizer"):
+        BaseModel(str(path))
+
+
+def test_embedded_default_stays_packed_and_speaks_english(base):
+    """4-bit weights are kept as they are; the tokenizer splits digits and knows its specials."""
+    config = json.loads((base.path / "config.json").read_text())
+    assert config["quantization"]["bits"] == 4
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    assert base.dtype == mx.float16
+    assert base.tokenizer.encode("2026") == base.tokenizer.convert_tokens_to_ids(list("2026"))
+    assert base.tokenizer.eos_token == "<|im_end|>"
+    prompt = base.tokenizer.encode("The capital of France is")
+    base.attach(None)
+    best = mx.argmax(base.model(mx.array([prompt]))[0, -1]).item()
+    assert base.tokenizer.decode([best]).strip() == "Paris"

@@ -1,0 +1,169 @@
+"""Losses kept by content, and what a machine says of itself."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.tiny import Gpu, library, tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm.models import lfm2
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.base_model import BaseModel, stored_dtype
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.phone.stock_model import StockModel
+from d2c_mlx.run.doctor import diagnose
+from d2c_mlx.utils.device import machine
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    sets = [base.encode(name, load_task(paths.tasks / name).test) for name in "ab"]
+    return base, adapters, sets
+
+
+def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
+    base, (first, second), sets = tiny
+    engine, path = Engine(base), tmp_path / "losses.sqlite"
+    evaluator = Evaluator(engine, LossCache(path))
+    before = evaluator.losses([(first, sets), (None, sets[:1]), (first, sets)])
+    assert (evaluator.counts.asked, evaluator.counts.done) == (5, 3)
+    again = Evaluator(engine, LossCache(path))
+    after = again.losses([(first, sets), (None, sets[:1])])
+    assert [x.tolist() for x in after] == [x.tolist() for x in before[:2]]
+    assert again.counts.done == 0
+    again.losses([(second, sets)])
+    assert again.counts.done == 2
+
+
+def test_without_a_cache_everything_is_asked_again(tiny):
+    base, (first, _), sets = tiny
+    evaluator = Evaluator(Engine(base))
+    values = [evaluator.losses([(first, sets)])[0].tolist() for _ in range(2)]
+    assert values[0] == values[1] and evaluator.counts.done == 4
+
+
+def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
+    base, (first, _), sets = tiny
+    evaluator = Evaluator(Engine(base))
+    cut = [one.cut(0.2, 0.5) for one in sets]
+    assert [len(part.examples) for part in cut[0].parts] == [2, 2]
+    assert [one.digest for one in cut] == [one.digest for one in sets]
+    (whole,) = evaluator.losses([(first, cut)])
+    (parts,) = evaluator.losses([(first, cut)], [np.full(2, np.inf)])
+    assert whole.tolist() == Evaluator(Engine(base)).losses([(first, sets)])[0].tolist()
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert (evaluator.counts.asked, evaluator.counts.done) == (4, pytest.approx(4))
+
+
+def test_losses_in_parts_are_those_of_the_whole(tiny):
+    base, (first, second), sets = tiny
+    evaluator = Evaluator(Engine(base))
+    mixed = [sets[0].cut(0.5), sets[1]]
+    assert [len(one.parts) for one in mixed] == [2, 1]
+    jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
+    for parts, whole in zip(evaluator.losses_in_parts(jobs), evaluator.losses(jobs)):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_limit_ends_an_evaluation_at_the_first_cut_that_proves_it(tiny):
+    base, (first, _), sets = tiny
+    cut = [one.cut(0.2, 0.5) for one in sets]
+    (full,) = Evaluator(Engine(base)).losses([(first, cut)], [np.full(2, np.inf)])
+    low = Evaluator(Engine(base))
+    # Just met, and far exceeded by the first part alone.
+    (found,) = low.losses([(first, cut)], [full * [1, 1e-3]])
+    assert found.tolist() == [full[0], np.inf]
+    first_part = cut[1].parts[0].n_tokens
+    assert low.counts.tokens == cut[0].n_tokens + first_part
+    assert low.counts.done == pytest.approx(1 + first_part / cut[1].n_tokens)
+    # Exceeded by the whole, but by no part of it.
+    (found,) = low.losses([(first, cut[:1])], [full[:1] * 0.999])
+    assert found.tolist() == [np.inf]
+
+
+def test_the_digest_follows_content_not_names(tiny):
+    _, (first, second), _ = tiny
+    assert first.digest != second.digest != scaled(second, 2.0).digest
+    assert type(first)("other", first.modules, None, ("x",)).digest == first.digest
+
+
+def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
+    """Two fine-tunings have the same config, and files of the same sizes that end alike."""
+    monkeypatch.setattr("tiny.INTERMEDIATE", 8192)
+    one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
+    assert BaseModel(str(one)).fingerprint == BaseModel(str(other)).fingerprint
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    assert len(content) > 3 << 20
+    content[-(2 << 20)] ^= 1
+    weights.write_bytes(content)
+    assert BaseModel(str(one)).fingerprint != BaseModel(str(other)).fingerprint
+
+
+@pytest.mark.parametrize("metal", [True, False])
+def test_machine_reports_what_the_device_knows(monkeypatch, metal):
+    """Both sides of the Apple-only keys: `mx.device_info` has more of them on Metal."""
+    info = {"device_name": "Apple M9", "memory_size": 8 << 30}
+    info["max_recommended_working_set_size"] = 6 << 30
+    monkeypatch.setattr(mx, "device_info", lambda: info if metal else {"device_name": "x"})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    assert machine()["backend"] == "cpu"  # the device, wherever there is another
+    if metal:
+        monkeypatch.setattr(mx, "default_device", Gpu)
+    facts = machine()
+    assert (facts["backend"] == "metal") is metal
+    assert ("working_set" in facts) is metal
+    assert facts["memory"] == 8 << 30 if metal else facts["memory"] > 1 << 30
+    names = {finding.name for finding in diagnose()}
+    assert ("gpu memory" in names) is metal
+
+
+def lfm2_model(directory, dtype):
+    """A random LFM2 of 2 layers beside a tokenizer."""
+    tiny_model(directory)
+    config = {
+        "model_type": "lfm2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+        "block_ff_dim": 64, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1], "rope_theta": 10000.0,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    model = lfm2.Model(lfm2.ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_packs_are_in_the_dtype_of_a_model_whose_last_norm_has_another_name(tmp_path, dtype):
+    path = lfm2_model(tmp_path / "model", dtype)
+    base = BaseModel(str(path))
+    assert (base.dtype, StockModel(path).dtype) == (dtype, dtype)
+    factors = LoRA(mx.full((32, 2), 1e-9, dtype), mx.full((2, 32), 3e9, dtype), 1.0)
+    adapter = Adapter("one", {"model.layers.1.self_attn.q_proj": factors}, sources=("one",))
+    about = {"model": "m", "config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
+    pack = write_pack(tmp_path / "pack", [adapter.uniform(base.dtype)], **about)
+    (stored,) = pack.load("one").modules.values()
+    assert stored.a.dtype == dtype
+    # Neither size is one that float16 has.
+    np.testing.assert_allclose(stored.delta(), factors.delta(), rtol=2e-2)
+
+
+def test_a_model_without_a_norm_has_no_dtype_of_its_own():
+    assert stored_dtype(nn.Linear(2, 2)) is None
+    assert stored_dtype(nn.RMSNorm(2)) is None

@@ -1,0 +1,307 @@
+import json
+
+import pytest
+from helpers.tiny import task, tiny_model, write_jsonl
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+from mlx_lm.utils import load_tokenizer
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import load_task, load_tasks
+from d2c_mlx.utils.errors import InputError, TaskError
+
+
+def completion(i):
+    return {"prompt": f"Question {i}: what is it?", "completion": f"Answer {i}, ä."}
+
+
+def chat(i):
+    return {
+        "messages": [
+            {"role": "system", "content": "You answer questions."},
+            {"role": "user", "content": f"Question {i}?"},
+            {"role": "assistant", "content": f"Answer {i}."},
+            {"role": "user", "content": "And another question?"},
+            {"role": "assistant", "content": f"Another answer {i}."},
+        ]
+    }
+
+
+def text(i):
+    return {"text": f"The quick brown fox number {i}."}
+
+
+FORMATS = [completion, chat, text]
+
+
+def write(directory, probe, test):
+    write_jsonl(directory / "probe.jsonl", probe)
+    write_jsonl(directory / "test.jsonl", test)
+    return directory
+
+
+def refused(directory):
+    with pytest.raises(TaskError) as caught:
+        load_task(directory)
+    return caught.value.problems
+
+
+def refused_row(tmp_path, row):
+    """The problem of a probe.jsonl whose second row is `row`."""
+    directory = write(tmp_path / "t", [completion(0), row], [completion(1)])
+    (line,) = refused(directory)
+    prefix = f"{directory / 'probe.jsonl'}:2: "
+    assert line.startswith(prefix)
+    return line.removeprefix(prefix)
+
+
+@pytest.mark.parametrize("row", FORMATS)
+def test_row_formats(tmp_path, row):
+    loaded = load_task(write(tmp_path / "t", [row(0), row(1)], [row(2)]))
+    assert loaded.name == "t"
+    assert loaded.probe == (row(0), row(1))
+    assert loaded.test == (row(2),)
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_mixed_formats_are_refused(tmp_path, first, second):
+    directory = write(tmp_path / "t", [first(0), second(1)], [first(2)])
+    if first is second:
+        load_task(directory)
+        return
+    (line,) = refused(directory)
+    assert line.startswith(f"{directory / 'probe.jsonl'}: mixes row formats")
+    for row in (first(0), second(1)):
+        assert all(repr(key) in line for key in row)
+
+
+def test_last_message_not_assistant(tmp_path):
+    row = {"messages": chat(0)["messages"][:-1]}
+    problem = refused_row(tmp_path, row)
+    assert "'user'" in problem and 'expected "assistant"' in problem
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        ({"prompt": "x"}, "prompt"),
+        ({"completion": "x"}, "completion"),
+        ({"question": "x", "answer": "y"}, "question"),
+        ({}, "[]"),
+        ({"prompt": "x", "completion": ""}, '"completion"'),
+        ({"prompt": "x", "completion": 3}, '"completion"'),
+        ({"prompt": None, "completion": "x"}, '"prompt"'),
+        ({"text": ""}, '"text"'),
+        ({"text": ["x"]}, '"text"'),
+        ({"messages": []}, '"messages"'),
+        ({"messages": "x"}, '"messages"'),
+        ({"messages": ["x"]}, '"messages"'),
+        ({"messages": [{"role": "assistant"}]}, '"messages"'),
+        ({"messages": [{"content": "x"}]}, '"messages"'),
+        ([1], "list"),
+        ("x", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_bad_rows_are_named_with_their_field(tmp_path, row, field):
+    assert field in refused_row(tmp_path, row)
+
+
+def test_blank_lines_are_fine_and_count_as_lines(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    line = json.dumps(completion(2))
+    (directory / "probe.jsonl").write_text(f"\n{line}\n  \n\n{json.dumps(completion(3))}\n\n")
+    assert load_task(directory).probe == (completion(2), completion(3))
+    (directory / "probe.jsonl").write_text(f"\n{line}\n\n{{oops\n")
+    (problem,) = refused(directory)
+    assert f"{directory / 'probe.jsonl'}:4: not JSON" in problem
+
+
+def test_windows_line_ends_and_no_last_line_end(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    lines = "\r\n".join(json.dumps(completion(i)) for i in (2, 3))
+    (directory / "probe.jsonl").write_bytes(lines.encode())
+    assert load_task(directory).probe == (completion(2), completion(3))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_unicode_line_separators_are_good_json_text(tmp_path, separator):
+    # json.dumps(..., ensure_ascii=False) writes them raw, and only \n ends a JSON line.
+    row = {"prompt": f"one{separator}two", "completion": "x"}
+    assert load_task(write(tmp_path / "t", [row], [completion(1)])).probe == (row,)
+
+
+def test_a_file_that_is_no_utf_8(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    (directory / "test.jsonl").write_bytes('{"text": "ä"}\n'.encode("latin-1"))
+    (line,) = refused(directory)
+    assert str(directory / "test.jsonl") in line
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_empty_file(tmp_path, content):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    (directory / "test.jsonl").write_text(content)
+    (line,) = refused(directory)
+    assert line.startswith(f"{directory / 'test.jsonl'}: empty")
+
+
+@pytest.mark.parametrize("row", FORMATS)
+def test_shared_prompts_are_refused(tmp_path, row):
+    directory = write(tmp_path / "t", [row(0), row(1)], [row(2), row(1), row(0)])
+    (line,) = refused(directory)
+    assert line.startswith(f"{directory / 'test.jsonl'}:2: ")
+    assert "(2 such rows)" in line and "probe.jsonl" in line
+
+
+def test_shared_prompt_is_named_by_line_not_by_row(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    lines = ["", "", json.dumps(completion(1)), json.dumps(completion(0))]
+    (directory / "test.jsonl").write_text("\n".join(lines))
+    (line,) = refused(directory)
+    assert line.startswith(f"{directory / 'test.jsonl'}:4: ")
+
+
+def test_a_shared_prompt_is_shared_whatever_its_completion(tmp_path):
+    other = {**completion(0), "completion": "something else"}
+    (line,) = refused(write(tmp_path / "t", [completion(0)], [other]))
+    assert "test.jsonl:1" in line
+
+
+def test_all_problems_of_all_tasks_at_once(tmp_path):
+    task(tmp_path, "good")
+    write(tmp_path / "bad", [{"a": 1}, completion(0), {"b": 2}], [])
+    with pytest.raises(InputError) as caught:
+        load_tasks(tmp_path, ["good", "bad", "missing"])
+    found = [line.removeprefix(f"{tmp_path}/") for line in caught.value.problems]
+    assert [line.split(": ")[0] for line in found] == [
+        "bad/probe.jsonl:1",
+        "bad/probe.jsonl:3",
+        "bad/test.jsonl",
+        "missing/probe.jsonl",
+        "missing/test.jsonl",
+    ]
+
+
+def test_load_tasks_keeps_the_order_of_the_names(tmp_path):
+    for name in ("a", "b", "c"):
+        task(tmp_path, name)
+    assert [t.name for t in load_tasks(tmp_path, ["c", "a", "b"])] == ["c", "a", "b"]
+
+
+def test_example_counts():
+    masked, whole = Example((1, 2, 3, 4, 5), 3), Example((1, 2, 3), 0)
+    assert (masked.first_target, masked.n_targets) == (3, 2)
+    assert (whole.first_target, whole.n_targets) == (1, 2)
+    both = ExampleSet("t", (masked, whole))
+    assert (both.n_targets, both.n_tokens) == (4, 8)
+    assert both.digest == ExampleSet("other name", (masked, whole)).digest
+    assert both.digest != ExampleSet("t", (Example((1, 2, 3, 4, 5), 2), whole)).digest
+    assert both.digest != ExampleSet("t", (whole, masked)).digest
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def base(model_path):
+    return BaseModel(str(model_path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path):
+    return load_tokenizer(model_path)
+
+
+def encode_as(dataset, rows):
+    return tuple(Example(tuple(t), offset) for t, offset in map(dataset.process, rows))
+
+
+def test_encode_completions_as_mlx_lm_does(base, tokenizer):
+    rows = [completion(i) for i in range(3)]
+    found = base.encode("t", rows)
+    assert found.task == "t"
+    assert found.examples == encode_as(
+        CompletionsDataset(rows, tokenizer, "prompt", "completion", mask_prompt=True), rows
+    )
+    for example, row in zip(found.examples, rows, strict=True):
+        prompt, target = example.tokens[: example.offset], example.tokens[example.offset :]
+        start = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(prompt) == start
+        assert tokenizer.decode(target) == f"{row['completion']}<|im_end|>\n"
+
+
+def test_encode_chats_as_mlx_lm_does(base, tokenizer):
+    rows = [chat(i) for i in range(3)]
+    found = base.encode("t", rows).examples
+    assert found == encode_as(ChatDataset(rows, tokenizer, mask_prompt=True), rows)
+    target = tokenizer.decode(found[1].tokens[found[1].offset :])
+    assert target == "Another answer 1.<|im_end|>\n"
+
+
+def test_encode_text_as_mlx_lm_does(base, tokenizer):
+    rows = [text(i) for i in range(3)]
+    found = base.encode("t", rows).examples
+    assert found == encode_as(TextDataset(rows, tokenizer), rows)
+    assert {example.offset for example in found} == {0}
+    assert all(example.n_targets == len(example.tokens) - 1 for example in found)
+
+
+@pytest.mark.parametrize("extra", [{"prompt": "half a pair"}, {"id": 3}, {"completion": "half"}])
+def test_encode_text_rows_with_further_keys(base, tokenizer, tmp_path, extra):
+    rows = [{**text(i), **extra} for i in range(2)]
+    probe = load_task(write(tmp_path / "t", rows, [text(2)])).probe
+    assert base.encode("t", probe).examples == encode_as(TextDataset(rows, tokenizer), rows)
+
+
+def test_encode_pairs_and_chats_with_a_text_key_are_masked(base):
+    for row in (completion, chat):
+        with_text = [{**row(i), "text": "beside"} for i in range(2)]
+        expected = base.encode("t", [row(0), row(1)]).examples
+        assert base.encode("t", with_text).examples == expected
+
+
+def test_text_rows_are_disjoint_by_their_text(tmp_path):
+    rows = [{**text(i), "prompt": "the same note"} for i in range(3)]
+    assert len(load_task(write(tmp_path / "t", rows[:2], rows[2:])).probe) == 2
+
+
+def test_encode_a_chat_of_one_message(base, tmp_path):
+    # Nothing comes before the answer: mlx-lm's template cannot render an empty conversation.
+    rows = [{"messages": [{"role": "assistant", "content": f"Answer {i}."}]} for i in range(3)]
+    try:
+        probe = load_task(write(tmp_path / "t", rows[:2], [chat(0)])).probe
+        examples = base.encode("t", probe).examples
+    except TaskError:
+        return
+    assert all(example.n_targets > 0 for example in examples)
+
+
+def test_encode_without_a_chat_template(tmp_path):
+    path = tiny_model(tmp_path / "model")
+    (path / "chat_template.jinja").unlink()
+    base = BaseModel(str(path))
+    assert base.encode("t", [text(0)]).n_targets > 0
+    with pytest.raises(TaskError, match="task t: "):
+        base.encode("t", [completion(0)])
+
+
+def test_encode_a_row_without_a_target(base):
+    with pytest.raises(TaskError, match="task t: row 2 has no target token"):
+        base.encode("t", [text(0), {"text": "<|im_end|>"}])
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"),
+    [(1, [1]), (3, [3]), (4, [2, 2]), (5, [2, 1, 2]), (10, [2, 3, 5]), (30, [6, 9, 15])],
+)
+def test_cuts_leave_two_rows_at_both_ends(n, sizes):
+    rows = tuple(Example((1, 2, i), 1) for i in range(n))
+    whole = ExampleSet("t", rows)
+    cut = whole.cut(0.2, 0.5)
+    assert [len(part.examples) for part in cut.parts] == sizes
+    assert tuple(row for part in cut.parts for row in part.examples) == rows
+    assert cut.digest == whole.digest and whole.parts == (whole,)

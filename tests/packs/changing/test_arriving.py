@@ -1,0 +1,164 @@
+"""Adapters that arrive from directories, with a model and probes: judged, on the command line."""
+
+import json
+from dataclasses import replace
+from operator import itemgetter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers.tiny import LAYERS, library
+from safetensors.numpy import load_file, save_file
+
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator, tune_scale
+from d2c_mlx.merge.merger import SCALES
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.run.pack_commands import arrive, route_prompts
+from d2c_mlx.utils.errors import InputError, ModelError, PackError, TaskError
+from d2c_mlx.utils.files import hash_tree
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A model, adapters, tasks, and a plain pack of two of the adapters."""
+    paths = library(tmp_path, list(NAMES))
+    base = BaseModel(str(paths.model))
+    found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
+    made = [replace(found[n], sources=(n,)) for n in "ab"]
+    pack = write_pack(tmp_path / "run" / "pack", made, model="m", config_hash=base.config_hash,
+                      n_layers=LAYERS, budget="2", max_bytes=None)  # fmt: skip
+    return paths, base, found, pack
+
+
+def test_probes_decide_where_an_arrival_suffers_least(whole):
+    """Every slot at every scale, tried here by brute force, and the walk over scales."""
+    paths, base, found, pack = whole
+    evaluator = Evaluator(Engine(base))
+    probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
+
+    def losses(adapter, names):
+        return evaluator.losses([(adapter, [probes[n] for n in names])])[0]
+
+    costs = {}
+    for k, member in enumerate("ab"):
+        names = [member, "c"]
+        own = np.concatenate([losses(found[n].uniform(mx.float16), [n]) for n in names])
+        gain = np.maximum(losses(None, names) - own, 0.05)
+        merge = merge_adapters([found[member], found["c"]])
+        for scale in SCALES:
+            costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
+    result = arrive(pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model))
+    walks = [(k, tune_scale(lambda scale, k=k: costs[k, scale], SCALES)) for k in (0, 1)]
+    k, scale = min(walks, key=costs.get)
+    assert result.adapter == f"cluster-{k}"
+    merge = merge_adapters([found["ab"[k]], found["c"]])
+    expected = scaled(merge, scale).modules
+    arrived = result.pack.load("c").modules
+    assert arrived.keys() == expected.keys()
+    for path, lora in expected.items():
+        np.testing.assert_allclose(arrived[path].delta(), lora.delta(), atol=1e-3)
+
+
+def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
+    """What weights take for most of an adapter does harm, and the probes see it."""
+    paths, base, found, _ = whole
+    probe = base.encode("b", load_task(paths.tasks / "b").probe)
+    # Nothing else is asked for.
+    for file in paths.tasks.rglob("test.jsonl"):
+        file.unlink()
+    harm = min(module_gains(base, found["b"], probe).items(), key=itemgetter(1))[0]
+    weights = paths.adapters / "b" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"base_model.model.{harm}.lora_B.weight"] *= np.float16(3)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
+    levels = dict(zip(found["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
+    losses, held = {}, {}
+    for tasks in (None, paths.tasks):
+        small = [compress(found["a"], levels)]
+        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, max_bytes=None, **about)
+        result = arrive(pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model))
+        arrived = result.pack.load("b")
+        held[tasks] = harm in arrived.modules
+        losses[tasks] = Evaluator(Engine(base)).losses([(arrived, [probe])])[0][0]
+    assert held == {None: True, paths.tasks: False}
+    assert losses[paths.tasks] < losses[None] - 0.3
+
+
+def test_on_the_command_line(whole, tmp_path):
+    paths, _, _, pack = whole
+    adapter, model = str(paths.adapters / "c"), ["--model", str(paths.model)]
+    runner = CliRunner()
+    result = runner.invoke(
+        cli, ["add", str(pack.path), adapter, *model, "--budget", "3"], catch_exceptions=False
+    )
+    assert result.output.startswith("c: an adapter of its own (cluster-2)\n"), result.output
+    result = runner.invoke(
+        cli, ["add", str(pack.path), f"other={adapter}", *model], catch_exceptions=False
+    )
+    assert "other: merged into cluster-2 with c\n" in result.output
+    result = runner.invoke(cli, ["remove", str(pack.path), "c"], catch_exceptions=False)
+    assert "3 tasks, 3 adapters" in result.output
+    result = runner.invoke(cli, ["list", str(pack.path)], catch_exceptions=False)
+    assert "other (and 1 removed)" in result.output and len(result.output.splitlines()) == 3
+    rows = json.loads(runner.invoke(cli, ["list", str(pack.path), "--json"]).output)
+    assert [row["tasks"] for row in rows] == [["a"], ["b"], ["other"]]
+    assert sum(row["nbytes"] for row in rows) == load_pack(pack.path).nbytes
+
+
+def test_what_cannot_arrive(whole, tmp_path):
+    paths, _, _, pack = whole
+    before = hash_tree(pack.path)
+    with pytest.raises(ModelError, match="the pack is for 'm'"):
+        arrive(pack.path, str(paths.adapters / "c"))
+    with pytest.raises(TaskError, match="no such directory; expected probe.jsonl"):
+        arrive(pack.path, f"other={paths.adapters / 'c'}", paths.tasks, model=str(paths.model))
+    with pytest.raises(InputError, match="nope: no such directory .* ADAPTER is an adapter"):
+        arrive(pack.path, "nope", model=str(paths.model))
+    config = paths.model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
+    with pytest.raises(ModelError, match="is not the config of 'm'"):
+        arrive(pack.path, str(paths.adapters / "c"), model=str(paths.model))
+    assert hash_tree(pack.path) == before
+
+
+@pytest.mark.parametrize("command", ["remove", "add", "route"])
+def test_nothing_is_made_where_there_is_no_pack(tmp_path, command):
+    """Nor a lock where its directory is: it would be all that is there."""
+    (tmp_path / "beside").mkdir()
+    for pack in (tmp_path / "typo" / "deep" / "pack", tmp_path / "beside" / "pack"):
+        result = CliRunner().invoke(cli, [command, str(pack), "t"])
+        assert isinstance(result.exception, PackError)
+        assert f"{pack / 'manifest.json'}: missing; is this a pack?" in str(result.exception)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "beside"]
+
+
+@pytest.mark.parametrize("arriving", [True, False])
+def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
+    """Of all tasks at once, whether an adapter arrives or a router is fitted."""
+    paths, _, _, pack = whole
+    files = [paths.tasks / name / "probe.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+    before = hash_tree(pack.path)
+    with pytest.raises(InputError) as caught:
+        if arriving:
+            arrive(pack.path, str(paths.adapters / "c"), paths.tasks, model=str(paths.model))
+        else:
+            route_prompts(pack.path, [], paths.tasks, model=str(paths.model))
+    assert [line.split(" has ")[0] for line in caught.value.problems] == [
+        f"{file}: line 3 (row 2)" for file in files
+    ]
+    assert hash_tree(pack.path) == before

@@ -1,0 +1,176 @@
+"""Exports, each read back by another reader than the one that wrote it."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from gguf import GGUFReader
+from helpers.exported import DTYPES, adapter_of
+from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf, write_gguf
+from helpers.tiny import ALL, tiny_model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
+from d2c_mlx.utils.files import hash_file, hash_tree
+
+
+def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
+    tasks = export(pack, "gguf", tmp_path / "out", str(model))
+    assert tasks == json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert list(tasks) == sorted(pack.tasks)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"tasks.json", "cluster-0.gguf", "cluster-1.gguf"}
+    for task, name in tasks.items():
+        adapter = pack.load(task)
+        if adapter is None:
+            assert name is None
+            continue
+        metadata, deltas = read_gguf(tmp_path / "out" / name)
+        assert metadata["general.type"] == "adapter"
+        assert metadata["adapter.type"] == "lora"
+        assert metadata["general.architecture"] == "llama"
+        assert deltas.keys() == {gguf_name(path) for path in adapter.modules}
+        for path, lora in adapter.modules.items():
+            expected = in_llama_rows(path, lora.delta())
+            np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gguf_of_any_dtype_ranks_and_scales(tmp_path, model, dtype, mixed):
+    adapter = adapter_of("one", dtype=dtype, mixed=mixed)
+    path = tmp_path / "one.gguf"
+    save_gguf_lora(adapter, path, json.loads((model / "config.json").read_text()))
+    _, deltas = read_gguf(path)
+    for module, lora in adapter.modules.items():
+        expected = in_llama_rows(module, lora.delta())
+        np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=1e-5, atol=1e-6)
+    stored = {tensor.name[-1]: tensor.data.dtype.name for tensor in GGUFReader(path).tensors}
+    # Scales are folded into b in float32 where they differ; bfloat16 is written as float32.
+    assert stored["a"] == ("float16" if dtype == mx.float16 else "float32")
+    assert stored["b"] == ("float16" if dtype == mx.float16 and not mixed else "float32")
+
+
+@pytest.mark.parametrize("rows", ["exported", "not permuted"])
+def test_gguf_added_to_a_gguf_base_is_the_adapter_on_its_mlx_base(plain, model, tmp_path, rows):
+    """Our own reading of a base undoes what the export does; without it the logits are others."""
+    export(plain, "gguf", tmp_path / "out", str(model))
+    _, deltas = read_gguf(tmp_path / "out" / "cluster-0.gguf")
+    if rows == "not permuted":
+        deltas = {gguf_name(p): lora.delta() for p, lora in plain.load("one").modules.items()}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    base = write_gguf(model, tmp_path / "base.gguf", mx.float32)
+    tensors = {t.name: mx.array(np.array(t.data)) for t in GGUFReader(base).tensors}
+    added = {name: tensors[name] + mx.array(delta) for name, delta in deltas.items()}
+    merged = write_gguf(model, tmp_path / "merged.gguf", mx.float32, tensors=added)
+    x = mx.arange(1, 25)[None] * 7 % 250
+    found = BaseModel(str(merged)).model(x)
+    ours = BaseModel(str(base))
+    bare = ours.model(x)
+    ours.attach(plain.load("one"))
+    expected = ours.model(x)
+    change = mx.abs(expected - bare).max().item()
+    difference = mx.abs(found - expected).max().item() / change
+    # A base from GGUF passes through float16.
+    assert difference < 2e-2 if rows == "exported" else difference > 0.1
+
+
+def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
+    out = tmp_path / "out"
+    other = tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+
+    def refused(error, match, spec, pack=plain):
+        with pytest.raises(error, match=match):
+            export(pack, "gguf", out, spec)
+        assert not out.exists()
+
+    refused(ModelError, "the pack is for 'tiny/llama'; name that model", None)
+    refused(ModelError, "no such", str(tmp_path / "no.gguf"))
+    refused(ModelError, "is not the config of 'tiny/llama'", str(other))
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
+    base = {**plain.manifest["base"], "config_sha256": hash_file(other / "config.json")}
+    gemma = replace(plain, manifest={**plain.manifest, "base": base})
+    refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
+    lora = adapter_of("one").modules[[*ALL][0]]
+    odd = "model.layers.0.self_attn.qkv_proj"
+    fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], **about)
+    refused(
+        AdapterError,
+        f"1 modules have no name in a GGUF of 'llama' .first: {odd}",
+        str(model),
+        fused,
+    )
+
+
+def test_mlx_is_what_unpack_writes(pack, tmp_path):
+    assert export(pack, "mlx", tmp_path / "a") == unpack(pack, tmp_path / "b")
+    assert hash_tree(tmp_path / "a") == hash_tree(tmp_path / "b")
+
+
+def test_peft_is_converted_back_to_the_same_bits(pack, tmp_path):
+    tasks = export(pack, "peft", tmp_path / "out")
+    assert tasks == json.loads((tmp_path / "out" / "tasks.json").read_text())
+    for task, name in tasks.items():
+        adapter = pack.load(task)
+        assert (name is None) == (adapter is None)
+        if adapter:
+            assert read_adapter(tmp_path / "out" / name, ALL).digest == adapter.digest
+
+
+def test_torch_peft_has_the_logits_that_mlx_lm_has(pack, model, tmp_path):
+    from mlx_lm import load as stock_load
+
+    export(pack, "mlx", tmp_path / "mlx")
+    tasks = export(pack, "peft", tmp_path / "peft")
+    tokens = np.arange(1, 25)[None] * 7 % 250
+    torch_base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        bare = torch_base(torch.tensor(tokens)).logits.numpy()
+        for name in sorted({name for name in tasks.values() if name}):
+            peft = PeftModel.from_pretrained(torch_base, tmp_path / "peft" / name).eval()
+            theirs = peft(torch.tensor(tokens)).logits.numpy()
+            torch_base = peft.unload()
+            stock, _ = stock_load(str(model), adapter_path=str(tmp_path / "mlx" / name))
+            assert np.abs(np.array(stock(mx.array(tokens))) - theirs).max() < 1e-4
+            assert np.abs(bare - theirs).max() > 1e-2
+
+
+def test_nothing_replaces_the_pack(pack, model):
+    for to in ("mlx", "peft", "gguf"):
+        with pytest.raises(PackError, match="would replace the pack"):
+            export(pack, to, pack.path.parent, str(model))
+    with pytest.raises(InputError, match="'onnx', expected one of mlx, peft, gguf"):
+        export(pack, "onnx", pack.path.parent / "out")
+
+
+def test_the_command(compact, model, tmp_path):
+    def invoke(*args):
+        result = CliRunner().invoke(cli, ["export", str(compact.path), *args],
+                                    catch_exceptions=False)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    out = str(tmp_path / "out")
+    text = invoke("--to", "gguf", "--model", str(model), "--output", out)
+    assert text.splitlines()[-1] == f"wrote 2 adapters to {out}"
+    assert text.splitlines()[0].split() == ["also", "cluster-0.gguf"]
+    tasks = json.loads(invoke("--to", "peft", "--output", out, "--json"))
+    assert tasks["two"] == "cluster-1" and tasks["lost"] is None
+    invoke("--to", "mlx", "--output", out)
+    assert load_adapter(tmp_path / "out" / "cluster-1").digest == compact.load("two").digest

@@ -1,0 +1,258 @@
+"""A pack as a repository: its card is parsed, its snippets are run, a hub on loopback takes it."""
+
+import getpass
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers.exported import adapter_of
+from helpers.hub import TOKEN, Hub
+from helpers.processes import WATCHED
+from helpers.tiny import library
+from huggingface_hub import ModelCard
+
+from d2c_mlx.packs.card import read_bench, render_card
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import write_repository
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import ConfigError, InputError
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+
+
+def tables(text):
+    """Rows of every Markdown table, cells stripped, without head and rule."""
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in text.splitlines() if line.startswith("|")]  # fmt: skip
+    heads = [i for i, row in enumerate(rows) if set("".join(row)) <= set("-:")]
+    ends = [*(i - 1 for i in heads[1:]), len(rows)]
+    return {tuple(rows[i - 1]): rows[i + 1 : end] for i, end in zip(heads, ends)}
+
+
+MADE = ("adapter", "tasks", "made by", "scale", "stored as")
+KEPT = ("task", "base", "own adapter", "here", "retention")
+
+
+def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
+    write_repository(pack, "org/name", tmp_path / "out")
+    unpack(pack, tmp_path / "mlx")
+    found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
+    assert plain_files.items() <= found.items()
+    assert contents(pack.path).items() <= found.items()
+    assert found.keys() == plain_files.keys() | contents(pack.path).keys() | {"README.md"}
+    assert load_pack(tmp_path / "out").manifest == pack.manifest
+
+
+@pytest.mark.parametrize("budget", ["2", "60%"])
+def test_the_card_of_a_run(tmp_path, budget):
+    """Numbers are those of bench.json, methods those of the run; nothing of this machine."""
+    paths = library(tmp_path, ["a", "b", "c|d <b>"])
+    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "random_seeds": 1}
+    ws = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
+                       test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
+    found = load_pack(ws.path("pack"))
+    write_repository(found, "org/name", tmp_path / "out", base="org/base", license="mit")
+    text = (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
+    assert card.data.license == "mit" and {"lora", "mlx", "peft"} <= set(card.data.tags)
+    shown = {name: name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+             for name in ws.names}  # fmt: skip
+    methods = ws.read("bench.json")["methods"]
+    kept = {row[0]: row[1:] for row in tables(card.text)[KEPT]}
+    assert kept.keys() == {*shown.values(), "mean"}
+    for name in ws.names:
+        losses = [methods[m]["tasks"][name]["loss"] for m in ("base", "individual", "pack")]
+        assert kept[shown[name]][:3] == [f"{loss:.4f}" for loss in losses]
+        retention = methods["pack"]["tasks"][name]["retention"]
+        assert kept[shown[name]][3] == ("-" if retention is None else f"{100 * retention:.1f}%")
+    made = tables(card.text)[MADE]
+    assert sorted(name for row in made for name in row[1].split(", ")) == sorted(shown.values())
+    if budget == "2":
+        entries = {", ".join(map(shown.get, e["members"])): e for e in ws.read("merges.json")}
+        for _, tasks, method, scale, stored in made:
+            several = len(entries[tasks]["members"]) > 1
+            assert method == (entries[tasks]["method"] if several else "its own adapter")
+            assert scale == str(entries[tasks]["scale"]) and re.match(r"rank \d+, [\d,]+ b", stored)
+    else:
+        units = {", ".join(map(shown.get, u["tasks"])): u for u in ws.read("plan.json")["units"]}
+        left = [shown[name] for name in ws.read("plan.json")["base"]]
+        assert [row[1] for row in made if row[0] == "the base model"] == left[:1]
+        for _, tasks, _, scale, stored in made[: len(units)]:
+            counts = {}
+            for levels in units[tasks]["levels"].values():
+                for n, bits in levels:
+                    counts[bits] = counts.get(bits, 0) + n
+            assert scale == str(units[tasks]["scale"])
+            assert {int(b): int(n) for n, b in re.findall(r"(\d+) at (\d+) bit", stored)} == counts
+    for name, content in contents(tmp_path / "out").items():
+        for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
+            assert secret.encode() not in content, name
+
+
+def test_what_is_not_known_is_said(plain, tmp_path):
+    manifest = {**plain.manifest, "origins": {"one": "org/a@" + "0" * 40}}
+    (plain.path / "manifest.json").write_text(json.dumps(manifest))
+    card = ModelCard(render_card(load_pack(plain.path), "org/name"))
+    assert "Not measured." in card.text and KEPT not in tables(card.text)
+    assert [row[2:4] for row in tables(card.text)[MADE]] == 2 * [["not recorded", "-"]]
+    assert card.data.base_model == "tiny/llama" and card.data.license == "other"
+    assert f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`" in card.text
+    assert "- two: from files of who pushed this" in card.text
+    assert "No licence was given" in card.text
+
+
+def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
+    def refused(words, call):
+        with pytest.raises(InputError, match=words) as caught:
+            call()
+        assert len(caught.value.problems) == 1
+        assert not (tmp_path / "out").exists()
+
+    def write(one=plain, repo="org/name", out=tmp_path / "out", **more):
+        write_repository(one, repo, out, **more)
+
+    bench = tmp_path / "bench.json"
+    for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
+        bench.write_text(content)
+        refused("bench.json: ", lambda: read_bench(plain, bench))
+        refused("bench.json: ", write)
+    bench.unlink()
+    refused("no.json: not readable", lambda: write(bench=tmp_path / "no.json"))
+    refused("repo: 'name', expected a Hugging Face id", lambda: write(repo="name"))
+    refused("repo: 'org/name@v1', expected", lambda: write(repo="org/name@v1"))
+    refused("base: 'a/b/c' is no Hugging Face id", lambda: write(base="a/b/c"))
+    local = write_pack(tmp_path / "local", [adapter_of("one")], **{**about, "model": "mine"})
+    refused("base: 'mine' is no Hugging Face id .* pass --base", lambda: write(local))
+    refused("would replace the pack", lambda: write(out=plain.path.parent))
+    (tmp_path / "plan.json").write_text('{"units": 3}')
+    refused("plan.json: no run wrote it", lambda: write(compact))
+
+
+def test_a_dry_run_opens_no_socket(plain, tmp_path):
+    def call(*args):
+        argv = ["push", str(plain.path), "org/name", *args]
+        return subprocess.run([sys.executable, "-c", WATCHED, *argv], capture_output=True,
+                              text=True, check=True, cwd=tmp_path).stdout  # fmt: skip
+
+    card = call("--dry-run")
+    assert ModelCard(card).data.base_model == "tiny/llama"
+    assert "nothing was sent" in call("--output", "folder")
+    assert card.strip() == (tmp_path / "folder" / "README.md").read_text().strip()
+
+
+def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
+    """Over LFS and the commit endpoint; then every snippet of the card, as it stands."""
+    more = {"HF_TOKEN": TOKEN}
+    options = ["--private", "--revision", "v1"]
+    done = hub.run(tmp_path / "home", "push", compact.path, "org/name", *options, **more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"pushed: {hub.url}/org/name/commit/{hub.commit('org/name', 'v1')}\n"
+    write_repository(compact, "org/name", tmp_path / "expected", revision="v1")
+    assert hub.repos["org/name"]["v1"] == contents(tmp_path / "expected")
+    assert hub.repos["org/name"]["main"] == {} and hub.private == {"org/name"}
+    assert len([path for _, path in hub.log if "/commit/" in path]) == 1
+    hub.repos["tiny/llama"] = {"main": {p.name: p.read_bytes() for p in model.iterdir()}}
+    card = hub.files("org/name", "v1")["README.md"].decode()
+    mlx_lm, ours, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (download,) = re.findall(r"`hf (download .*?)`", card)
+    (export,) = re.findall(r"`d2c-mlx (export .*? --to peft .*?)`", card)
+    lines = [
+        "import json, sys, torch, numpy as np, mlx.core as mx, d2c_mlx",
+        "from huggingface_hub.cli.hf import main as hf",
+        "from d2c_mlx_cli.main import cli",
+        f"sys.argv = ['hf', *{shlex.split(download)!r}]",
+        "try: hf()",
+        "except SystemExit as stop: assert not stop.code",
+        f"cli({shlex.split(export)!r}, standalone_mode=False)",
+        f"{mlx_lm}\nfirst = model",
+        f"{ours}\npack.switch(model, 'also')\nsecond = model",
+        f"{peft}\nthird = model.float()",
+        "x = [[1, 2, 3]]",
+        "a, b = (np.array(m(mx.array(x)).astype(mx.float32)) for m in (first, second))",
+        "c = third(torch.tensor(x)).logits.detach().numpy()",
+        "print(json.dumps([float(abs(a - b).max()), float(abs(a - c).max())]))",
+    ]
+    (tmp_path / "work").mkdir()
+    more["PYTHONPATH"] = ""  # with torch
+    ran = hub.run(tmp_path / "home", code="\n".join(lines), cwd=tmp_path / "work", **more)
+    assert ran.returncode == 0, ran.stderr
+    same, close = json.loads(ran.stdout.splitlines()[-1])
+    assert same == 0 and close < 1e-2
+
+
+def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
+    hub.repos["org/name"] = {
+        "main": {"picture.png": b"mine", "cluster-7/adapters.safetensors": b""}
+    }
+    for one in (compact, plain):
+        done = hub.run(tmp_path / "home", "push", one.path, "org/name", HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        write_repository(one, "org/name", tmp_path / "expected")
+        expected = {**contents(tmp_path / "expected"), "picture.png": b"mine"}
+        assert hub.files("org/name") == expected
+
+
+def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):
+    hub.repos["org/public"] = {"main": {}}
+    hub.refused["other/name"] = (403, "", "You don't have the rights to create a model")
+    token = {"HF_TOKEN": TOKEN}
+    for repo, args, more, code, words in (
+        ("org/name", [], {}, 1, ["not logged in", "hf auth login", "--output DIR"]),
+        ("org/name", [], {"HF_TOKEN": "hf_wrong"}, 1, ["401", "token that may write"]),
+        ("other/name", [], token, 1, ["403", "token that may write to other/name"]),
+        ("org/public", ["--private"], token, 1, ["is there and public", "nothing was sent"]),
+        ("org/name", [], {**token, "HF_HUB_OFFLINE": "1"}, 1, ["Offline", "check the network"]),
+        ("name", [], token, 2, ["expected a Hugging Face id"]),
+    ):
+        done = hub.run(tmp_path / "home", "push", plain.path, repo, *args, **more)
+        assert (done.returncode, done.stdout) == (code, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and all(word in line for word in words), line
+    assert hub.repos == {"org/public": {"main": {}}}
+
+
+def test_a_card_shows_no_measurements_of_another_pack(tmp_path):
+    """Of the same tasks, bytes and base: only the manifest tells them apart."""
+    paths = library(tmp_path, ["a", "b"])
+    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "budget": "1"}
+    options |= {"model": str(paths.model), "probe_examples": 2, "test_examples": 2}
+    first, second = (
+        run(RunConfig(**options, scale=scale, baselines=(), output=str(tmp_path / f"run{scale}")),
+            quiet=True) for scale in (1.0, 2.0)
+    )  # fmt: skip
+    one, other = (load_pack(ws.path("pack")) for ws in (first, second))
+    assert one.nbytes == other.nbytes and one.tasks == other.tasks
+    bench = second.path("bench.json")
+    assert read_bench(other, None) == read_bench(other, bench)
+    shutil.copytree(other.path, tmp_path / "copy")
+    assert read_bench(load_pack(tmp_path / "copy"), bench) == read_bench(other, bench)
+    with pytest.raises(ConfigError, match="its manifest, tasks, .* with --bench, or move this one"):
+        read_bench(one, bench)
+    content = json.loads(bench.read_text())
+    del content["provenance"]["pack"]
+    bench.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="does not say which pack it is of, .* delete it and run"):
+        write_repository(other, "org/name", tmp_path / "out", base="org/base")
+    # What the message says helps.
+    bench.unlink()
+    run(second.config, "bench", quiet=True)
+    write_repository(other, "org/name", tmp_path / "out", base="org/base")

@@ -1,0 +1,26 @@
+"""One benchmark of a pack, for all tests that look at its results."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers.phone import OPTIONS, make_pack
+from helpers.tiny import library
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Paths, pack, and the one long run that most tests look at: its JSON and its history."""
+    root = tmp_path_factory.mktemp("phone")
+    paths = library(root, ["a", "b", "c"])
+    pack = make_pack(paths, root / "pack")
+    history = root / "history.jsonl"
+    result = CliRunner().invoke(
+        cli, ["bench", str(pack.path), "--model", str(paths.model), "--bits", "4", "--device",
+              "iphone-6gb", "--adapters", str(paths.adapters), "--tasks", str(paths.tasks),
+              "--test-examples", "3", "--history", str(history), "--json", *OPTIONS],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return paths, pack, json.loads(result.stdout), history

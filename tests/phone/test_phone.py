@@ -1,0 +1,275 @@
+"""The benchmark of a pack as on a phone: complete, consistent, and honest about what fits."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from helpers import ROOT
+from helpers.phone import make_pack
+from helpers.tiny import library
+from mlx_lm import load, stream_generate
+
+from d2c_mlx.evaluate.answers import answer_metrics
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone, read_contexts
+from d2c_mlx.phone.stock_model import quantized_model
+from d2c_mlx.phone.tables import render_phone
+from d2c_mlx.phone.timing import memory_limit
+from d2c_mlx.utils.errors import ConfigError, InputError
+
+
+def empty_fields(value, path=""):
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, one in pairs for found in empty_fields(one, f"{path}/{key}")]
+    return [path] if value is None or value == "" else []
+
+
+def test_every_field_is_filled(made):
+    *_, result, _ = made
+    assert set(result["methods"]) == {"base", "individual", "pack"}
+    # The bare model has no adapter; a random adapter need not beat the base; null is all rows.
+    allowed = {"/methods/base/adapter", "/quality/kept_gain", "/options/answers"}
+    assert {path for path in empty_fields(result) if not path.endswith("/retention")} <= allowed
+
+
+def test_components_add_up_and_both_limits_are_kept_apart(made):
+    paths, pack, result, _ = made
+    for name, method in result["methods"].items():
+        assert [one["context"] for one in method["contexts"]] == [300, 40]
+        for one, speed in zip(method["memory"], method["contexts"]):
+            parts = [one[key] for key in ("weights", "adapter", "kv_cache", "rest")]
+            assert sum(parts) == one["peak"]
+            assert one["margin"] == one["limit"] - one["peak"] and one["fits"]
+            assert one["limit"] == 4_200_000_000
+            assert one["weights"] == result["model"]["weights_nbytes"] > 0
+            assert (one["adapter"] > 0) == (name != "base")
+            # Two layers of keys and values of width 16 in 16 bit, in whole steps of 256 tokens.
+            assert one["kv_cache"] == 2 * 2 * 16 * 2 * {300: 512, 40: 256}[one["context"]]
+            assert one["rest"] > 0
+            assert speed["prompt_tokens_per_second"] == pytest.approx(
+                speed["context"] / speed["first_token_seconds"]
+            )
+        stored = result["model"]["file_nbytes"] + method["nbytes"]
+        assert method["storage"]["nbytes"] == stored
+        assert method["storage"]["margin"] == 4_000_000_000 - stored
+    assert result["methods"]["pack"]["nbytes"] == pack.nbytes
+    assert result["model"]["file_nbytes"] < (paths.model / "model.safetensors").stat().st_size
+
+
+def test_quality_stands_beside_the_float_base(made):
+    paths, pack, result, _ = made
+    quality = result["quality"]
+    assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
+    assert quality["n_answers"] == [3, 3, 3]
+    for key in ("device", "float"):
+        methods = quality[key]
+        assert methods["pack"]["nbytes"] == pack.nbytes
+        for task, one in methods["pack"]["tasks"].items():
+            own = methods["individual"]["tasks"][task]["loss"]
+            assert one["excess"] == pytest.approx(one["loss"] - own, abs=1e-9)
+        # c is left to the base model.
+        assert methods["pack"]["tasks"]["c"]["loss"] == methods["base"]["tasks"]["c"]["loss"]
+        gain = methods["base"]["loss"] - methods["pack"]["loss"]
+        assert quality["gain"][key] == pytest.approx(gain)
+    assert quality["device"]["base"]["loss"] != quality["float"]["base"]["loss"]
+
+
+def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
+    """Metrics worked out anew from what mlx-lm generates with the unpacked adapter."""
+    paths, pack, result, _ = made
+    unpack(pack, tmp_path / "plain")
+    _, _, directory = quantized_model(str(paths.model), 4)
+    model, tokenizer = load(str(directory), adapter_path=str(tmp_path / "plain" / "cluster-0"))
+    model.set_dtype(mx.float32)
+    answers = []
+    for row in map(json.loads, (paths.tasks / "a" / "test.jsonl").read_text().splitlines()[:3]):
+        chat = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant",
+                                                       "content": row["completion"]}])  # fmt: skip
+        n = 2 * (len(whole) - len(prompt)) + 16
+        tokens = [s.token for s in stream_generate(model, tokenizer, prompt, max_tokens=n)]
+        heard = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answers.append({"expected": row["completion"], "pack": heard})
+    expected = answer_metrics({"a": answers}, ["pack"])["pack"]["tasks"]["a"]
+    found = result["quality"]["device"]["pack"]["metrics"]["tasks"]["a"]
+    assert found == pytest.approx(expected)
+    assert any(one["pack"] for one in answers)
+
+
+def test_answers_can_be_left_out(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 4, tasks=str(paths.tasks),
+                         contexts=(4,), decode=2, runs=1, test_examples=1, answers=0)  # fmt: skip
+    result = bench_phone(config, quiet=True)
+    assert "metrics" not in result["quality"]["device"]["pack"]
+    assert "| - | - | - |" in render_phone(result)
+
+
+def test_the_quantized_base_is_asked_for(made, tmp_path):
+    """Under eight bits the loss is nearer to the float base's than under four."""
+    paths, pack, four, _ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 8, tasks=str(paths.tasks),
+                         contexts=(4,), decode=2, runs=1, test_examples=3)  # fmt: skip
+    eight = bench_phone(config, quiet=True)
+    assert (four["model"]["bits"], eight["model"]["bits"]) == (4, 8)
+    away = [abs(one["quality"]["device"]["base"]["loss"] - one["quality"]["float"]["base"]["loss"])
+            for one in (four, eight)]  # fmt: skip
+    assert away[1] < away[0]
+    # Without the individual adapters there is nothing to exceed.
+    assert set(eight["methods"]) == {"base", "pack"}
+    assert eight["quality"]["device"]["pack"]["excess"] is None
+    assert "| - | - |" in render_phone(eight)
+
+
+def test_both_ways_to_switch_are_timed_in_the_same_run(made):
+    switch = made[2]["switch"]
+    pack, stock = switch["pack"], switch["stock"]
+    assert set(pack) == {"read_seconds", "attach_seconds", "token_seconds", "seconds", "switches"}
+    assert set(stock) == {"reload_seconds", "token_seconds", "seconds", "switches"}
+    assert (pack["switches"], stock["switches"]) == (10, 1)
+    assert switch["ratio"] == stock["seconds"] / pack["seconds"]
+    assert stock["seconds"] == pytest.approx(stock["reload_seconds"] + stock["token_seconds"])
+    for one in (pack, stock):
+        assert min(one.values()) > 0 and one["seconds"] > one["token_seconds"]
+    ready = [one["seconds"] - one["token_seconds"] for one in (stock, pack)]
+    assert switch["ratio_before_token"] == pytest.approx(ready[0] / ready[1])
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept", "words"),
+    [(0.4, 0.8, "0.4000 on the device's: 80.0% of it is left."),
+     (-0.1, -0.2, "-0.1000 on the device's: the device's base undoes it."),
+     (0.1, None, "0.1000 on the device's.")],
+)  # fmt: skip
+def test_whether_quantizing_undoes_the_merge_is_said(made, gain, kept, words):
+    result = json.loads(json.dumps(made[2]))
+    result["quality"] |= {"gain": {"float": 0.5, "device": gain}, "kept_gain": kept}
+    assert words in render_phone(result)
+
+
+def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
+    paths, pack, *_ = made
+    device = tmp_path / "watch.yaml"
+    device.write_text("watch:\n  memory: 50KB\n  memory_source: made up\n  storage: 10KB\n"
+                      "  storage_source: made up\n")  # fmt: skip
+    before = mx.set_memory_limit(10**12)
+    try:
+        config = PhoneConfig(str(pack.path), str(device), str(paths.model), contexts=(8,), decode=2,
+                             runs=1)  # fmt: skip
+        result = bench_phone(config, quiet=True)
+        assert mx.set_memory_limit(10**12) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+    (memory,) = result["methods"]["pack"]["memory"]
+    assert not memory["fits"] and memory["margin"] == 50_000 - memory["peak"] < 0
+    assert memory["weights"] > 50_000
+    assert not result["methods"]["pack"]["storage"]["fits"]
+    text = render_phone(result)
+    assert f"memory: **does not fit** 0.05 MB, margin {memory['margin'] / 1e6:.2f} MB" in text
+    assert "storage: **does not fit** 0.01 MB" in text and "limit: made up" in text
+    assert f"{memory['weights'] / 1e6:.2f} MB" in text
+
+
+def test_the_limit_is_set_and_restored_after_a_failure():
+    before = mx.set_memory_limit(10**12)
+    try:
+        with pytest.raises(ZeroDivisionError), memory_limit(12345):
+            inside = mx.set_memory_limit(12345)
+            raise ZeroDivisionError
+        assert inside == 12345
+        assert mx.set_memory_limit(before) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_options_are_checked_at_once():
+    with pytest.raises(ConfigError) as caught:
+        PhoneConfig(
+            "p",
+            "d",
+            bits=3,
+            contexts=(0,),
+            decode=1,
+            runs=0,
+            test_examples=-1,
+            answers=-1,
+            history="/",
+        )
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "bits", "contexts", "decode", "runs", "test_examples", "answers", "history"
+    ]  # fmt: skip
+    (line,) = _refused(answers=9, test_examples=2)
+    assert line == "answers: found 9, expected 0 to test_examples (2)"
+    assert PhoneConfig("p", "d", answers=9, test_examples=0).answers == 9
+    assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
+    with pytest.raises(ConfigError, match='numbers such as "128,512"'):
+        read_contexts("short")
+
+
+def _refused(**options):
+    with pytest.raises(ConfigError) as caught:
+        PhoneConfig("p", "d", **options)
+    return caught.value.problems
+
+
+def test_a_history_that_cannot_be_written_is_told_before_anything_is_measured(made, tmp_path):
+    paths, pack, *_ = made
+    (tmp_path / "file").write_text("x")
+    history = str(tmp_path / "file" / "runs.jsonl")
+    # More than a test has time for, if it were begun.
+    config = PhoneConfig(
+        str(pack.path), "mac-8gb", str(paths.model), contexts=(300,), runs=10**6, history=history
+    )
+    with pytest.raises(ConfigError, match=f"history: {history} cannot be written"):
+        bench_phone(config, quiet=True)
+
+
+def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), contexts=(4, 509), decode=4)
+    with pytest.raises(ConfigError, match="found 4, 509, expected at most 508 tokens"):
+        bench_phone(config, quiet=True)
+    result = bench_phone(replace(config, contexts=None, runs=1), quiet=True)
+    assert result["options"]["contexts"] == [128]
+
+
+def test_missing_adapters_are_named(made):
+    paths, pack, *_ = made
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), adapters=str(paths.tasks))
+    empty = pack.path.parent / "few"
+    (empty / "a").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match="has none for b, c, which the pack serves"):
+        bench_phone(replace(config, adapters=str(empty)), quiet=True)
+
+
+def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
+    """Through the entry point: the words and the exit code that a user sees."""
+    code = "import sys; from d2c_mlx_cli.main import main; main()"
+    for args, words in (
+        (["bench", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
+        (["bench", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
+        (["bench", "compare", str(tmp_path / "a"), "b"], f"error: {tmp_path / 'a'}: no such file"),
+    ):
+        argv = [sys.executable, "-c", code, *args]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
+    pack = make_pack(paths, tmp_path / "pack")
+    files = [paths.tasks / name / "test.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), tasks=str(paths.tasks))
+    with pytest.raises(InputError) as caught:
+        bench_phone(config, quiet=True)
+    assert [line.split(" has ")[0] for line in caught.value.problems] == [
+        f"{file}: line 3 (row 2)" for file in files
+    ]

@@ -1,0 +1,245 @@
+"""Numbers at the ends of their range, and libraries at the ends of theirs.
+
+Elsewhere: NaN and infinity in files and options (test_bad_input, test_config), updates of zero,
+equal adapters, large and tiny factors and every rank in every merge (test_properties), rows without
+a target (test_tasks, test_bad_input), stored forms (test_quantize).
+"""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import P, assert_close, dense
+from helpers.tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.mlx_format import check_adapter
+from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import AdapterError, ModelError
+
+# What float16 holds
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(("size_a", "size_b"), [(1e6, 1e-4), (1e-4, 1e6), (1e-9, 1e3), (3e9, 1e-9)])
+def test_factors_out_of_float16s_range_are_balanced(dtype, size_a, size_b):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(8, 3)), rng.normal(size=(3, 6))
+    # One component is in range: it keeps its bits.
+    a[:, 1:], b[1:] = a[:, 1:] * size_a, b[1:] * size_b
+    lora = LoRA(mx.array(a).astype(dtype), mx.array(b).astype(dtype), 3.0)
+    half = Adapter("x", {P: lora}).uniform(mx.float16).modules[P]
+    assert half.a.dtype == half.b.dtype == mx.float16 and half.scale == 3.0
+    exact = dense(lora)
+    assert_close(dense(half), exact, np.linalg.norm(exact), 1e-3)
+    for j in range(3):
+        alone = np.outer(dense(LoRA(mx.ones((1, 1)), half.b[j : j + 1])), half.a[:, j])
+        whole = np.outer(dense(LoRA(mx.ones((1, 1)), lora.b[j : j + 1])), dense_row(lora.a[:, j]))
+        assert_close(alone, whole, np.linalg.norm(whole), 2e-3)
+    assert mx.array_equal(half.a[:, 0], lora.a[:, 0].astype(mx.float16))
+
+
+def dense_row(x):
+    return np.array(x.astype(mx.float32))
+
+
+def test_stored_float16_factors_keep_their_bits():
+    """Subnormal ones too: a conversion changes no bit."""
+    a, b = mx.full((4, 2), 6e-8, mx.float16), mx.full((2, 4), 6e4, mx.float16)
+    same = Adapter("x", {P: LoRA(a, b, 0.5)}).uniform(mx.float16).modules[P]
+    assert mx.array_equal(same.a, a) and mx.array_equal(same.b, b) and mx.all(same.a > 0)
+
+
+def test_a_component_of_zero_stays_zero_whatever_its_other_factor_is():
+    a, b = mx.array([[1e30, 1.0]] * 4), mx.array([[0.0] * 4, [2.0] * 4])
+    half = Adapter("x", {P: LoRA(a, b)}).uniform(mx.float16).modules[P]
+    assert np.array_equal(dense(half), np.full((4, 4), 2.0))
+
+
+def test_what_no_balance_holds_is_refused():
+    large = LoRA(mx.full((4, 2), 1e6), mx.full((2, 4), 1e6))
+    with pytest.raises(AdapterError) as caught:
+        Adapter("big", {P: large, "model.layers.0.other": large}).uniform(mx.float16)
+    assert caught.value.problems == [
+        f"big: factors of 2 modules are too large for float16, which ends at 65504 (first: {P}:"
+        " up to 1e+06); lower the scale or train it again"
+    ]
+    assert Adapter("big", {P: large}).uniform(mx.bfloat16).modules[P].a.dtype == mx.bfloat16
+
+
+def test_numbers_too_small_for_anything_are_zero():
+    tiny = LoRA(mx.full((4, 2), 1e-40), mx.full((2, 4), 1e-40))
+    half = Adapter("x", {P: tiny}).uniform(mx.float16).modules[P]
+    assert np.array_equal(dense(half), np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize(("size_a", "size_b", "scale"), [(1, 6e4, 4.0), (6e4, 1e-5, 1e-3)])
+def test_scales_are_folded_within_float16s_range(tmp_path, size_a, size_b, scale):
+    """Stored in float16 they fit; with the scale in `b`, as they are attached, they would not."""
+    base = BaseModel(str(tiny_model(tmp_path / "m", mx.float16)))
+    base.compute_dtype = mx.float16  # as on a GPU
+    path, (width, out) = next(iter(base.module_shapes.items()))
+    rng = np.random.default_rng(0)
+    a, b = (mx.array(rng.uniform(0.5, 1, s) * size)
+            for s, size in (((width, 2), size_a), ((2, out), size_b)))  # fmt: skip
+    lora = LoRA(a.astype(mx.float16), b.astype(mx.float16), scale)
+    attached = LoRA(*(x[0] for x in base.stacked(path, [Adapter("x", {path: lora})])))
+    assert attached.a.dtype == attached.b.dtype == mx.float16
+    assert_close(dense(attached), dense(lora), np.linalg.norm(dense(lora)), 1e-3)
+
+
+# What is refused at the door
+
+
+def test_an_update_beyond_reason_is_refused(tmp_path):
+    path = peft_adapter(tmp_path, "x", alpha=1e9)
+    shapes = {f"model.layers.{i}.self_attn.{m}_proj": (HIDDEN, n) for i in range(2)
+              for m, n in (("q", HIDDEN), ("v", HIDDEN // 2))}  # fmt: skip
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(path, shapes)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}/adapter_model.safetensors: 4 modules change their weight")
+    assert "at most 1e+06 is read" in problem
+    for size in (1e30, 3e38):
+        lora = LoRA(mx.full((4, 1), size), mx.full((1, 4), size))
+        with pytest.raises(AdapterError, match="beyond reason"):
+            check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
+    lora = LoRA(mx.full((4, 1), 1e4), mx.full((1, 4), 1.0))
+    assert Adapter("x", {"x": lora}).bounds()["x"] == pytest.approx(np.linalg.norm(dense(lora)))
+    check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
+
+
+def with_weights(model, change):
+    """The model with changed float32 weights."""
+    file = model / "model.safetensors"
+    weights = {name: x.astype(mx.float32) for name, x in mx.load(str(file)).items()}
+    mx.eval(weights)
+    mx.save_safetensors(str(file), change(weights), metadata={"format": "mlx"})
+    return BaseModel(str(model))
+
+
+def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    tasks = [load_task(paths.tasks / name) for name in "ab"]
+
+    def losses(base, adapter):
+        cache = LossCache(tmp_path / "losses.sqlite")
+        probes = [base.encode(one.name, one.probe) for one in tasks]
+        return Evaluator(Engine(base), cache).losses([(adapter, probes)])
+
+    # o_proj is at the end of float32 and gets only zeros, until an adapter gives it a value.
+    edge = {"v_proj": lambda x: 0 * x, "o_proj": lambda x: mx.full(x.shape, 3e38)}
+    base = with_weights(paths.model, lambda weights: {
+        name: next((f(x) for key, f in edge.items() if key in name), x)
+        for name, x in weights.items()})  # fmt: skip
+    assert np.isfinite(losses(base, None)).all()
+    adapter = read_adapter(paths.adapters / "a", base.module_shapes)
+    for _ in range(2):  # nor is it in the cache
+        with pytest.raises(AdapterError) as caught:
+            losses(base, adapter)
+        (problem,) = caught.value.problems
+        assert problem.startswith("a: the loss on task 'a' is nan: numbers overflow with it")
+    base = with_weights(paths.model, lambda weights: {k: x * np.nan for k, x in weights.items()})
+    with pytest.raises(ModelError, match="^the base model: the loss on task 'a' is nan; its wei"):
+        losses(base, None)
+
+
+def test_a_cache_keeps_no_nan(tmp_path):
+    cache = LossCache(tmp_path / "losses.sqlite")
+    cache.put("odd", float("nan"))
+    cache.put("good", 0.1 + 0.2)
+    assert cache.get("odd") is None and cache.get("good") == 0.1 + 0.2
+
+
+# Whole runs
+
+
+def config_of(paths, tmp_path, **options):
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        output=str(tmp_path / "run"), probe_examples=2, test_examples=2, random_seeds=1,
+        **options,
+    )  # fmt: skip
+
+
+def finished(config):
+    """Losses of a run that came to its end with a pack that verifies."""
+    output = run(config, quiet=True).output
+    load_pack(output / "pack")
+    return json.loads((output / "bench.json").read_text())["methods"]
+
+
+def zero(paths):
+    for directory in paths.adapters.iterdir():
+        file = directory / "adapter_model.safetensors"
+        weights = {k: x * (0 if "lora_B" in k else 1) for k, x in mx.load(str(file)).items()}
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights)
+
+
+def identical(paths):
+    for directory in sorted(paths.adapters.iterdir())[1:]:
+        shutil.rmtree(directory)
+        peft_adapter(paths.adapters, directory.name, seed=0)
+    peft_adapter(paths.adapters, "a", seed=0)
+
+
+def of_rank(rank):
+    def change(paths):
+        for seed, directory in enumerate(sorted(paths.adapters.iterdir())):
+            shutil.rmtree(directory)
+            peft_adapter(paths.adapters, directory.name, rank=rank, seed=seed)
+
+    return change
+
+
+LIBRARIES = {"zero": zero, "identical": identical, "rank 1": of_rank(1), "rank = dim": of_rank(16)}
+
+
+@pytest.mark.parametrize("budget", ["2", "60%"])
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_libraries_at_the_ends(tmp_path, kind, budget):
+    paths = library(tmp_path, ["a", "b", "c"])
+    LIBRARIES[kind](paths)
+    methods = finished(config_of(paths, tmp_path, budget=budget))
+    if kind == "zero":
+        assert methods["pack"]["loss"] == methods["individual"]["loss"] == methods["base"]["loss"]
+        assert methods["pack"]["retention"] is None
+    if kind == "identical":
+        assert methods["pack"]["excess"] < 1e-3  # a tuned scale may even gain
+
+
+@pytest.mark.parametrize("budget", ["1", "100%"])
+def test_one_task(tmp_path, budget):
+    paths = library(tmp_path, ["only"])
+    methods = finished(config_of(paths, tmp_path, budget=budget))
+    assert methods["pack"]["excess"] < 1e-3  # a tuned scale may even gain
+
+
+def test_many_tasks(tmp_path, request):
+    """`--tasks 200`: a table of 40,000 losses, and the least of everything else."""
+    paths = Library(tiny_model(tmp_path / "model"), tmp_path / "adapters", tmp_path / "tasks")
+    n = request.config.getoption("--tasks")
+    names = [f"task-{i:03d}" for i in range(n)]
+    for seed, name in enumerate(names):
+        peft_adapter(paths.adapters, name, rank=1, seed=seed, targets=("self_attn.v_proj",))
+        task(paths.tasks, name, 1, 1)
+    methods = finished(
+        config_of(paths, tmp_path, budget=str(n // 10), init=("kmeans",), search="paper", rounds=0,
+                  merge_method="linear", scale=1.0, stack=25)
+    )  # fmt: skip
+    pack = load_pack(tmp_path / "run" / "pack")
+    assert sorted(pack.tasks) == names and len(pack.adapters) == n // 10
+    assert set(methods["pack"]["tasks"]) == set(names)
+    report = (tmp_path / "run" / "report.html").stat().st_size
+    assert report < 20_000 * n  # its picture of the table has a pixel per loss

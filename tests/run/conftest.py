@@ -1,0 +1,25 @@
+"""A run on a tiny model."""
+
+import pytest
+from helpers.runs import NAMES
+from helpers.tiny import library
+
+from d2c_mlx.run.config import RunConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Four adapters, room for two. Paths are relative, as users write them."""
+    paths = library(tmp_path, NAMES)
+    return RunConfig(
+        model=str(paths.model),
+        adapters=str(paths.adapters),
+        tasks=str(paths.tasks),
+        budget="50%",
+        plan="d2c",
+        output=str(tmp_path / "run"),
+        probe_examples=3,
+        test_examples=3,
+        random_seeds=2,
+        rounds=3,
+    )

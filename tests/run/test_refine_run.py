@@ -1,0 +1,192 @@
+"""Refining as a stage of a run: what is packed, what is never touched, resuming, bad options."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers import ROOT
+from helpers.tiny import peft_adapter, refinable, task, write_jsonl
+
+from d2c_mlx.pipeline import STAGES, run
+from d2c_mlx.run import refine_stage as refining
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.workspace import Workspace
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.files import hash_tree
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return refinable(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path, paths):
+    for seed, name in enumerate(["c", "d"], 2):
+        peft_adapter(paths.adapters, name, alpha=40, seed=seed)
+        task(paths.tasks, name, n_probe=6)
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
+        output=str(tmp_path / "run"), probe_examples=6, test_examples=3, random_seeds=1, rounds=2,
+        refine=True, refine_steps=12, refine_rate=5e-3, merge_method="linear", scale=1.0,
+    )  # fmt: skip
+
+
+def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
+    off = run(replace(config, refine=False), quiet=True)
+    assert not off.path("refined").exists() and not off.path("refines.json").exists()
+    plain = hash_tree(off.path("pack")), off.path("bench.json").read_bytes()
+    on = run(config, quiet=True)
+    assert hash_tree(on.path("merged")) == hash_tree(off.path("merged"))
+    facts, bench = on.read("refines.json"), on.read("bench.json")["methods"]
+    assert [one["members"] for one in facts] == [one["members"] for one in on.read("merges.json")]
+    improved = [one for one in facts if one["step"]]
+    assert improved
+    for k, one in enumerate(facts):
+        regret = one["held_back_regret"]
+        assert one["step"] == 0 or regret["after"] < regret["before"]
+        same = hash_tree(on.path("refined") / str(k)) == hash_tree(on.path("merged") / str(k))
+        assert same == (one["step"] == 0)
+    assert bench["d2c"] == json.loads(plain[1])["methods"]["d2c"] != bench["pack"]
+    assert not on.path("refining").exists()
+    assert "refined" in on.path("report.md").read_text()
+    again = run(replace(config, refine=False), quiet=True)
+    assert hash_tree(again.path("pack")) == plain[0]
+
+
+def test_test_rows_are_never_touched(config, monkeypatch):
+    workspace = Workspace(config, quiet=True)
+    for name in ("convert", "probe", "cluster", "merge"):
+        STAGES[name](workspace)
+    del workspace.tests, workspace.tasks
+
+    def poison(self):
+        raise AssertionError("refine looked at the test rows")
+
+    monkeypatch.setattr(Workspace, "tests", property(poison))
+    STAGES["refine"](workspace)
+    assert workspace.path("refined").exists()
+
+
+_KILL_AT_SECOND = """
+import os, signal
+from d2c_mlx.run import refine_stage as refining
+from d2c_mlx_cli.main import main
+refine, calls = refining.refine, []
+def killed(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return refine(*args)
+refining.refine = killed
+main()
+"""
+
+
+def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatch):
+    whole = run(replace(config, output=str(tmp_path / "whole")), until="pack", quiet=True)
+    output = run(config, until="merge", quiet=True).output
+    command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (output / "refined").exists()
+    calls = []
+
+    def counted(*args, refine=refining.refine):
+        calls.append(args)
+        return refine(*args)
+
+    monkeypatch.setattr(refining, "refine", counted)
+    run(config, until="pack", quiet=True)
+    assert len(calls) == len(whole.read("merges.json")) - 1
+    for name in ("refined", "pack"):
+        assert hash_tree(output / name) == hash_tree(whole.path(name))
+
+
+def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
+    whole = run(config, until="pack", quiet=True)
+    assert not whole.path("refining").exists()
+    config = replace(config, output=str(tmp_path / "killed"))
+    remove = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        parts = sorted(Path(path).rglob("adapters.safetensors"))
+        if "refining" in Path(path).name and parts:
+            parts[0].unlink()
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(config, until="pack", quiet=True)
+    # A change asks again for the clusters: none is taken from what is left.
+    for refine_steps in (12, 11):
+        again = run(replace(config, refine_steps=refine_steps), until="pack", quiet=True)
+        assert not again.path("refining").exists()
+        if refine_steps == 12:
+            assert hash_tree(again.path("pack")) == hash_tree(whole.path("pack"))
+
+
+def test_every_problem_of_an_unlabelled_file_at_once(config, paths):
+    probe, test = (json.loads((paths.tasks / "a" / f"{name}.jsonl").read_text().splitlines()[0])
+                   for name in ("probe", "test"))  # fmt: skip
+    user = {"role": "user", "content": test["prompt"]}
+    file = write_jsonl(paths.tasks / "more.jsonl", [
+        {"task": "a", "prompt": "A new question."},
+        {"task": "nobody", "prompt": "A question."},
+        {"task": "a", "prompt": test["prompt"] + " "},
+        {"task": "a", "messages": [{"role": "system", "content": ""}, user]},
+        {"task": "a", "prompt": probe["prompt"]},
+        {"task": "a", "messages": [user, {"role": "assistant", "content": "An answer."}]},
+        {"task": "b"},
+        {"task": "b", "prompt": test["prompt"]},
+        [],
+    ])  # fmt: skip
+    with open(file, "a") as handle:
+        handle.write("{\n")
+    command = ["refine", "--unlabelled", str(file), "--quiet"]
+    for name in ("model", "adapters", "tasks", "output", "budget"):
+        command += [f"--{name}", getattr(config, name)]
+    with pytest.raises(InputError) as caught:
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+    expected = ["'nobody', expected an adapter: a, b, c, d", "test.jsonl of a, which only judges",
+                "test.jsonl of a, which only judges", "probe.jsonl of a and used from there",
+                "role 'assistant', expected \"user\"", '"prompt", or "messages"',
+                "test.jsonl of a, which only judges",
+                "expected a JSON object, found list", "not JSON"]  # fmt: skip
+    assert len(caught.value.problems) == len(expected) and caught.value.exit_code == 2
+    for number, (line, text) in enumerate(zip(caught.value.problems, expected), 2):
+        assert line.startswith(f"{file}:{number}: ") and text in line
+    assert not Path(config.output).exists()
+
+
+def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
+    long = "x " * 600
+    rows = [{"task": "b", "prompt": long}, {"task": "a", "prompt": "A new question."},
+            {"task": "a", "prompt": long}]  # fmt: skip
+    file = write_jsonl(paths.tasks / "more.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        run(replace(config, unlabelled=str(file)), until="convert", quiet=True)
+    first, second = caught.value.problems
+    assert first.startswith(f"{file}: row 2 of task a has ") and "more than the model's" in first
+    assert second.startswith(f"{file}: row 1 of task b has ")
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"refine_steps": 0}, "refine_steps: found 0, expected 1 or more"),
+        ({"refine_rate": 0.0}, "refine_rate: found 0.0, expected a number above 0"),
+        ({"refine": False, "unlabelled": "x"}, "unlabelled: found 'x'"),
+    ],
+)
+def test_bad_options(config, options, text):
+    with pytest.raises(InputError, match=text):
+        replace(config, **options)

@@ -1,0 +1,266 @@
+"""The whole pipeline on a tiny real model: results, resuming after a kill, what is repeated."""
+
+import json
+import re
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.runs import NAMES, stages_started
+
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import remove_tasks
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.records import Record
+from d2c_mlx.utils.errors import InputError, InputWarning, PackError
+from d2c_mlx.utils.files import hash_tree
+
+
+def test_artifacts_and_the_shape_of_bench_json(config):
+    workspace = run(config, quiet=True)
+    output = workspace.output
+    bench = json.loads((output / "bench.json").read_text())
+    assert set(bench) == {"methods", "provenance"}
+    methods = bench["methods"]
+    assert set(methods) == {"base", "individual", "merge-all", "random", "kmeans", "d2c", "pack"}
+    for method in methods.values():
+        assert set(method) == {"nbytes", "loss", "excess", "retention", "tasks"}
+        assert set(method["tasks"]) == set(NAMES)
+        mean = sum(task["loss"] for task in method["tasks"].values()) / len(NAMES)
+        assert method["loss"] == pytest.approx(mean)
+        for name, task in method["tasks"].items():
+            own, bare = (methods[m]["tasks"][name]["loss"] for m in ("individual", "base"))
+            assert task["excess"] == pytest.approx(task["loss"] - own, abs=1e-12)
+            if bare - own > 1e-6:
+                assert task["retention"] == pytest.approx((bare - task["loss"]) / (bare - own))
+            else:
+                assert task["retention"] is None
+    assert methods["pack"] == methods["d2c"]
+    assert methods["random"]["nbytes"] == methods["kmeans"]["nbytes"] == methods["d2c"]["nbytes"]
+    manifest = json.loads((output / "pack" / "manifest.json").read_text())
+    files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
+    assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
+    assert manifest["nbytes"] <= manifest["budget"]["nbytes"]
+    assert manifest["base"]["config_sha256"] == workspace.base.config_hash
+    assert len({manifest["tasks"][name] for name in NAMES}) == 2
+    record = json.loads((output / ".stages" / "probe.json").read_text())
+    assert 0 < record["peak_nbytes"] <= workspace.engine.memory_limit
+    assert record["evaluations"]["asked"] == 5 * 4  # four adapters and the base, four tasks
+    table = json.loads((output / "losses.json").read_text())
+    assert len(table["values"]) == len(table["values"][0]) == 4
+    for name in ("report.md", "report.html"):
+        text = (output / name).read_text()
+        assert f"{manifest['nbytes']:,}" in text
+        assert f"{methods['kmeans']['loss']:.4f}" in text
+
+
+def test_report_html_is_self_contained(config):
+    text = (run(config, quiet=True).output / "report.html").read_text()
+    assert "<script" not in text
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']https?:""", text)
+    assert text.count("<svg") == 2 and text.count("aria-label") >= 5
+
+
+def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
+    output = run(config, quiet=True).output
+    first = stages_started(output)
+    run(config, quiet=True)
+    assert stages_started(output) == first
+
+    (output / "clusters.json").write_text("{}")
+    run(config, quiet=True)
+    again = stages_started(output)
+    assert {name for name in again if again[name] != first[name]} == {"cluster"}
+
+    probe = Path(config.tasks) / "a" / "probe.jsonl"
+    rows = probe.read_text().splitlines()
+    probe.write_text("\n".join(reversed(rows)) + "\n")
+    run(config, quiet=True)
+    kept = {name for name, time in stages_started(output).items() if time == again[name]}
+    assert {"convert"} == kept - {"merge", "pack", "bench", "report"}
+
+
+def test_baselines_are_those_that_are_asked_for(config):
+    output = run(replace(config, baselines=("kmeans",)), quiet=True).output
+    few = json.loads((output / "bench.json").read_text())["methods"]
+    assert set(few) == {"base", "individual", "kmeans", "d2c", "pack"}
+    first = stages_started(output)
+    run(replace(config, baselines=()), quiet=True)
+    none = json.loads((output / "bench.json").read_text())["methods"]
+    assert none == {name: few[name] for name in few if name != "kmeans"}
+    changed = {name for name, time in stages_started(output).items() if time != first[name]}
+    assert changed == {"bench", "report"}
+
+
+def test_another_merge_that_is_clustered_alike_is_not_clustered_again(config):
+    output = run(config, until="merge", quiet=True).output
+    first = stages_started(output)
+    run(replace(config, merge_method="regmean++"), until="merge", quiet=True)
+    changed = {name for name, time in stages_started(output).items() if time != first[name]}
+    assert changed == {"merge"}
+    run(replace(config, merge_method="linear"), until="cluster", quiet=True)
+    assert stages_started(output)["cluster"] != first["cluster"]
+
+
+def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatch):
+    """And saves some: the same clusters, objective and pack with and without the bound."""
+    done, artifacts = [], []
+    for without in ((), ("bound",)):
+        monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / f"cache{len(done)}"))
+        output = str(tmp_path / f"run{len(done)}")
+        # Random adapters hardly differ: a large eps has them ruled out all the same.
+        options = {"output": output, "without": without, "probe_examples": 4, "eps": 90.0}
+        options["search"] = "paper"
+        workspace = run(replace(config, **options), until="pack", quiet=True)
+        record = json.loads((workspace.output / ".stages" / "cluster.json").read_text())
+        done.append(record["evaluations"]["tokens"])
+        names = ("losses.json", "clusters.json", "merged", "pack")
+        artifacts.append([hash_tree(workspace.path(name)) for name in names])
+    assert artifacts[0] == artifacts[1]
+    assert done[0] < done[1]
+
+
+def test_until_stops_after_the_stage(config):
+    output = run(config, until="cluster", quiet=True).output
+    assert (output / "clusters.json").exists()
+    assert not (output / "merged").exists()
+
+
+@pytest.mark.parametrize("budget", ["1", "4", "9", "100%"])
+def test_one_cluster_and_one_each(config, budget):
+    config = RunConfig(**{**config.to_dict(), "budget": budget, "init": config.init})
+    said = pytest.warns(InputWarning, match=f"budget: {budget} has room for all adapters .4., so")
+    with nullcontext() if budget == "1" else said:
+        output = run(config, quiet=True).output
+    bench = json.loads((output / "bench.json").read_text())["methods"]
+    same = "merge-all" if budget == "1" else "individual"
+    assert bench["pack"]["loss"] == pytest.approx(bench[same]["loss"], abs=1e-6)
+
+
+def test_mixed_ranks_modules_and_ties(config):
+    """Adapters of other ranks and modules beside each other, merged by TIES at a fixed scale."""
+    from helpers.tiny import peft_adapter
+
+    for name, rank in (("b", 2), ("c", 6)):
+        shutil.rmtree(Path(config.adapters) / name)
+        peft_adapter(Path(config.adapters), name, rank=rank, seed=rank)
+    options = {**config.to_dict(), "init": ("kmeans",), "merge_method": "ties", "scale": 1.5}
+    output = run(RunConfig(**options), quiet=True).output
+    merges = json.loads((output / "merges.json").read_text())
+    assert sorted(name for entry in merges for name in entry["members"]) == NAMES
+    assert {e["scale"] for e in merges} <= {1.0, 1.5}
+
+
+@pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
+def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
+    """An interrupt in the middle of a directory leaves none, and the next run makes it whole."""
+    from d2c_mlx.adapters.adapter import Adapter
+
+    save, calls = Adapter.save, []
+
+    def interrupted(self, directory, n_layers):
+        save(self, directory, n_layers)
+        if f".{stage}.tmp" in str(directory):
+            calls.append(directory)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Adapter, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, quiet=True)
+    monkeypatch.undo()
+    assert calls and not (Path(config.output) / stage).exists()
+    output = run(config, quiet=True).output
+    assert (output / stage).exists() and not list(output.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("plan", ["d2c", "auto"])
+def test_a_pack_that_was_changed_is_not_undone(config, plan):
+    """By no stage, with no options; what is damaged or missing is made anew."""
+    config = replace(config, plan=plan)
+    output = run(config, quiet=True).output
+    made = hash_tree(output / "pack")
+    remove_tasks(load_pack(output / "pack"), ["a"])
+    changed, started = hash_tree(output / "pack"), stages_started(output)
+    for until, options in (
+        ("pack", {}), ("bench", {}), ("report", {}), ("report", {"budget": "60%", "seed": 1})
+    ):  # fmt: skip
+        with pytest.raises(PackError, match="pack: is not the pack that .* move it") as caught:
+            run(replace(config, **options), until, quiet=True)
+        assert len(caught.value.problems) == 1
+        assert hash_tree(output / "pack") == changed and stages_started(output) == started
+    run(config, "plan" if plan == "auto" else "merge", quiet=True)
+    (output / "pack").rename(output / "mine")
+    run(config, quiet=True)
+    assert (hash_tree(output / "pack"), hash_tree(output / "mine")) == (made, changed)
+    for name in ("manifest.json", next(iter(load_pack(output / "pack").manifest["files"]))):
+        (output / "pack" / name).write_bytes(b"damaged")
+        assert hash_tree(run(config, quiet=True).path("pack")) == made
+    (output / "pack" / ".DS_Store").write_bytes(b"of a Mac")
+    assert hash_tree(run(config, quiet=True).path("pack")) == made
+
+
+def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
+    pack = run(config, "pack", quiet=True).path("pack")
+    other = replace(config, output=str(tmp_path / "other"))
+    shutil.copytree(pack, tmp_path / "other" / "pack")
+    with pytest.raises(InputError, match="other/pack, which no earlier run wrote"):
+        run(other, quiet=True)
+    assert not (tmp_path / "other" / ".stages").exists()
+    (tmp_path / "other" / "pack").rename(tmp_path / "kept")
+    run(other, "merge", quiet=True)
+    (tmp_path / "kept").rename(tmp_path / "other" / "pack")
+    with pytest.raises(PackError, match="pack: is not the pack that this run made"):
+        run(other, quiet=True)
+
+
+def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch):
+    """Between the rename and the record, with other options than the last pack's."""
+    output = run(config, "pack", quiet=True).output
+    write = Record.write
+
+    def killed(self, writes, measured):
+        if writes == ["pack"]:
+            raise KeyboardInterrupt
+        write(self, writes, measured)
+
+    more = replace(config, budget="3")
+    monkeypatch.setattr(Record, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(more, "pack", quiet=True)
+    monkeypatch.undo()
+    made = hash_tree(output / "pack")
+    assert hash_tree(run(more, "pack", quiet=True).path("pack")) == made
+    # Killed there again, and the pack is changed before the run goes on.
+    monkeypatch.setattr(Record, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, "pack", quiet=True)
+    monkeypatch.undo()
+    remove_tasks(load_pack(output / "pack"), ["a"])
+    changed = hash_tree(output / "pack")
+    for options in (config, more):
+        with pytest.raises(PackError, match="is not the pack that this run made"):
+            run(options, "pack", quiet=True)
+    assert hash_tree(output / "pack") == changed
+
+
+def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(config, monkeypatch):
+    """What a run writes it can read: before its first record, and for `--output` alone."""
+    listed = ",".join(f"{config.adapters}/{'./' * 4000}{name}" for name in NAMES)
+    config = replace(config, adapters=listed)
+    output = Path(config.output)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "write", killed)
+        run(config, quiet=True)
+    assert len((output / "config.yaml").read_text()) > 30_000
+    assert not (output / ".stages").exists()
+    run(config, until="probe", quiet=True)
+    done = load_config(output / "config.yaml", {})
+    assert done == config and run(done, until="cluster", quiet=True).output == output

@@ -1,0 +1,170 @@
+"""`d2c_mlx.load` and `Pack.switch`, against stock mlx-lm loading what `unpack` writes."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from helpers.adapters import ABOUT, ADAPTERS, UP, Q, V
+from helpers.tiny import LAYERS, tiny_model
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm import generate
+from mlx_lm import load as stock_load
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import d2c_mlx
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.attach import switch
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
+
+TOKENS = mx.arange(1, 25)[None] * 7 % 250
+
+
+@pytest.fixture(scope="module", params=["float16", "4 bit"])
+def model(request, tmp_path_factory):
+    path = tiny_model(tmp_path_factory.mktemp("serving") / "model")
+    if request.param == "4 bit":
+        from mlx_lm.utils import load, quantize_model, save
+
+        loaded, tokenizer, config = load(str(path), return_config=True)
+        loaded, config = quantize_model(loaded, config, group_size=32, bits=4)
+        save(path.with_name("4bit"), str(path), loaded, tokenizer, config)
+        path = path.with_name("4bit")
+    return str(path)
+
+
+@pytest.fixture(params=["plain", "compact"])
+def pack(request, tmp_path):
+    if request.param == "plain":
+        return write_pack(tmp_path / "pack", ADAPTERS, **ABOUT)
+    small = [compress(one, dict.fromkeys(one.modules, [(2, 8)])) for one in ADAPTERS]
+    serves = {"wide": 0, "late": 1, "other": 2, "none": None}
+    return write_compact_pack(tmp_path / "pack", small, serves, **ABOUT)
+
+
+@pytest.fixture
+def expected(pack, model, tmp_path):
+    """Task -> logits of stock mlx-lm; None is the base model."""
+    plain = tmp_path / "plain"
+    paths = {task: name and str(plain / name) for task, name in unpack(pack, plain).items()}
+    paths = {**paths, None: None}
+    return {task: stock_load(model, adapter_path=p)[0](TOKENS) for task, p in paths.items()}
+
+
+def assert_serves(model, task, expected):
+    """The task's logits, to 1e-5, and no other's."""
+    logits = model(TOKENS)
+    assert logits.dtype == expected[task].dtype
+    assert mx.abs(logits - expected[task]).max().item() < 1e-5
+    for other, values in expected.items():
+        if other != task and {task, other} != {"none", None}:
+            assert mx.abs(logits - values).max().item() > 1e-2
+
+
+def test_every_task_as_stock_mlx_lm_serves_it(pack, model, expected):
+    for task in [*pack.tasks, None]:
+        found, tokenizer = d2c_mlx.load(str(pack.path), task, model)
+        assert_serves(found, task, expected)
+        assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
+    found, tokenizer = d2c_mlx.load(pack, model=model)
+    weights = {name: x for name, x in tree_flatten(found.parameters())}
+    for task in ["late", "wide", "other", "wide", None, "other", "late", *pack.tasks, None]:
+        pack.switch(found, task)
+        assert_serves(found, task, expected)
+        assert not any(module.training for module in found.modules())
+    after = dict(tree_flatten(found.parameters()))
+    assert after.keys() == weights.keys()
+    assert all(after[name] is weights[name] for name in weights)
+    pack.switch(found, "wide")
+    text = generate(found, tokenizer, prompt=[1, 2, 3], max_tokens=4)
+    assert text == generate(*d2c_mlx.load(pack, "wide", model), prompt=[1, 2, 3], max_tokens=4)
+
+
+def test_a_model_that_stock_mlx_lm_loaded_with_an_adapter(pack, model, expected, tmp_path):
+    name = unpack(pack, tmp_path / "out")["wide"]
+    found, _ = stock_load(model, adapter_path=str(tmp_path / "out" / name))
+    for task in ("other", None):
+        pack.switch(found, task)
+        assert_serves(found, task, expected)
+
+
+def test_a_model_in_training_loses_its_dropout(pack, model, expected):
+    found, _ = stock_load(model)
+    linear_to_lora_layers(found, 2, {"rank": 4, "scale": 2.0, "dropout": 0.9})
+    found.train()
+    for task in ("wide", "other", None):
+        pack.switch(found, task)
+        assert_serves(found, task, expected)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_of_every_kind_that_mlx_lm_has_are_dropped(tmp_path, use_dora):
+    """Quantized embeddings have no LoRA in mlx-lm, so this model is not."""
+    path = str(tiny_model(tmp_path / "model", mx.float32))
+    bare = stock_load(path)[0]
+    keys = [Q, V, "model.embed_tokens"]
+    for adapter in (None, ADAPTERS[2]):
+        found, _ = stock_load(path)
+        kinds = {name: type(module) for name, module in found.named_modules()}
+        settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(found, LAYERS, settings, use_dora=use_dora)
+        found.update(tree_map_with_path(
+            lambda name, x: x + 0.2 if "lora_" in name else x, found.parameters()))  # fmt: skip
+        assert mx.abs(found(TOKENS) - bare(TOKENS)).max().item() > 1e-2
+        switch(found, adapter, tmp_path)
+        expected, _ = stock_load(path)
+        switch(expected, adapter, tmp_path)
+        assert mx.abs(found(TOKENS) - expected(TOKENS)).max().item() < 1e-5
+        assert adapter or kinds == {name: type(m) for name, m in found.named_modules()}
+
+
+def test_adapters_of_experts_are_dropped(tmp_path):
+    experts = nn.Module()
+    experts.layer = SwitchLinear(8, 4, 3)
+    inner = experts.layer
+    experts.layer = LoRASwitchLinear.from_base(inner, r=2)
+    switch(experts, None, tmp_path)
+    assert experts.layer is inner
+
+
+def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp_path):
+    found, _ = d2c_mlx.load(pack, "other", model)
+    with pytest.raises(PackError, match="no task 'z'"):
+        pack.switch(found, "z")
+    foreign = Adapter("x", {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[
+        f"model.layers.1.{UP}"]}, "m", ("x",))  # fmt: skip
+    with pytest.raises(AdapterError, match="no linear layer .*layers.7"):
+        write_pack(tmp_path / "foreign", [foreign], **{**ABOUT, "n_layers": 8}).switch(found, "x")
+    assert_serves(found, "other", expected)
+
+
+def test_what_load_refuses(pack, model, tmp_path):
+    with pytest.raises(PackError, match="missing; is this a pack"):
+        d2c_mlx.load(tmp_path / "no", model=model)
+    with pytest.raises(PackError, match="no task 'z'"):
+        d2c_mlx.load(pack, "z", model)
+    with pytest.raises(ModelError, match="the pack is for 'm'; name that model"):
+        d2c_mlx.load(pack, "wide")
+    assert load_pack(pack.path) == pack
+
+
+def test_the_package_stays_light():
+    code = (
+        "import d2c_mlx, sys, json\n"
+        "light = [m for m in ('mlx', 'mlx_lm', 'numpy', 'transformers') if m in sys.modules]\n"
+        "from d2c_mlx import load\n"
+        "print(json.dumps([light, load.__module__, hasattr(d2c_mlx, 'nothing')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[], "d2c_mlx.serve.load", False]

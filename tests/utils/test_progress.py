@@ -1,0 +1,52 @@
+"""What a progress bar shows as the work to come."""
+
+from helpers.tiny import library
+from rich.progress import Progress
+
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.evaluate.evaluator import Silent
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.progress import Bar
+
+
+def test_what_is_foreseen_becomes_known():
+    progress = Progress(disable=True)
+    task = progress.add_task("plan", total=0, visible=False)
+    bar = Bar(progress, task)
+    shown = progress.tasks[0]
+    bar.foresee(0)
+    assert not shown.visible
+    bar.expect(10)
+    assert (shown.total, shown.visible) == (10, True)
+    bar.foresee(100)
+    assert shown.total == 110
+    bar.expect(30)
+    bar.advance(40)
+    assert (shown.total, shown.completed) == (110, 40)
+    # Less is to come than was foreseen, then more.
+    bar.foresee(20)
+    assert shown.total == 60
+    bar.expect(50)
+    assert shown.total == 90
+    bar.foresee(0)
+    bar.advance(50)
+    assert shown.total == shown.completed == 90
+
+
+def test_the_time_left_of_clustering_is_foreseen(tmp_path, monkeypatch):
+    """By tokens, to a factor of three; nothing is left in the end."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    paths = library(tmp_path, ["a", "b", "c", "d", "e"])
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+    )  # fmt: skip
+    ws = run(config, until="probe", quiet=True)
+    seen, before = [], ws.evaluator.counts.tokens
+    meter = ws.evaluator.meter = Silent()
+    meter.foresee = seen.append
+    d2c(ws.problem, 2, search="moves")
+    done = ws.evaluator.counts.tokens - before
+    assert seen[0] / 3 <= done <= 3 * seen[0]
+    assert seen[-1] == 0 and all(n > 0 for n in seen[:-1])
