@@ -1,4 +1,4 @@
-"""benchmarks/tables.py: the committed page says what the committed results say, and no more."""
+"""benchmarks/tables: the committed page says what the committed results say, and no more."""
 
 import json
 import random
@@ -20,8 +20,8 @@ CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "
 
 def tables(directory, *options):
     return subprocess.run(
-        [sys.executable, BENCHMARKS / "tables.py", "--directory", directory, *options],
-        capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.tables", "--directory", directory, *options],
+        capture_output=True, text=True, cwd=BENCHMARKS.parent,
     )  # fmt: skip
 
 
