@@ -36,7 +36,7 @@ benchmark: .venv/benchmark blas
 	$(BIN)/python -m benchmarks.quality.ablations $(LIBRARY) $(ABLATIONS)
 	$(BIN)/python -m benchmarks.tables
 
-# Tables and plots of benchmarks/README.md from the results that are there.
+# Tables and plots of benchmarks/pages/ from the results that are there.
 tables: .venv/demo
 	$(BIN)/python -m benchmarks.tables
 

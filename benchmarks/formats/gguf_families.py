@@ -10,7 +10,6 @@ our export) and torch. `change`: what the adapter changes at most, in torch.
     python -m benchmarks.formats.gguf_families LLAMA_CPP_DIRECTORY
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.models.base_model import BaseModel
@@ -126,7 +125,7 @@ def compare(folder, tools, family):
 
 def main():
     """Compare, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("llama_cpp", type=Path, help="a checkout, for its converters")
     tools = parser.parse_args().llama_cpp
     version = llama_cpp().__version__

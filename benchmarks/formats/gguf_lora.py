@@ -11,7 +11,6 @@ quantized, and we compute in float32: so the row `base` says what its arithmetic
     python -m benchmarks.formats.gguf_lora [--library DIR] [--rows N]
 """
 
-import argparse
 import ctypes
 import json
 import tempfile
@@ -22,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 from scipy.special import log_softmax
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.common import load_library
 from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
@@ -116,7 +115,7 @@ def compare(base, adapters, sets, folder):
 
 def main():
     """Compare, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--rows", type=int, default=2, help="probe rows per adapter")
     arguments = parser.parse_args()

@@ -6,12 +6,11 @@ Every task under the adapter that the pack has for it, on the rows that bench ju
 float32, the cross entropy of its logits in float64.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.speed.loops import peft_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.models.base_model import BaseModel
@@ -27,7 +26,7 @@ RESULT = RESULTS / "peft_pack.json"
 
 def main():
     """Compare, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()

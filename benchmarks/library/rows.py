@@ -8,12 +8,12 @@ of and its hashes go to `<task>/made.json`, all of them to `--manifest`. A sourc
 is one line; tasks without it are made, and the exit code is 1.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from statistics import mean
 
+from benchmarks import command_line
 from benchmarks.library.sources import SourceError, Sources
 from benchmarks.library.splits import LIMITS, split
 from benchmarks.library.tasks import gec, num_date, qa, reply, summ, tone
@@ -81,7 +81,7 @@ def ready(name: str, sources: Sources, seed: int, output: Path, code: str) -> tu
 
 def parse(arguments=None):
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--output", type=Path, required=True, help="<task>/*.jsonl, outside git")
     parser.add_argument("--cache", type=Path, required=True, help="downloads")
     parser.add_argument("--only", help="tasks, separated by commas")

@@ -22,6 +22,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from benchmarks import command_line
 from benchmarks.stock_models import torch_base
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.device import machine
@@ -147,7 +148,7 @@ def adapt(base, model, task, options):
 
 def parse():
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")

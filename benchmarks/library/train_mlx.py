@@ -13,7 +13,6 @@ loss function. Seconds are those of mlx-lm's command, loading included.
 Weights are float32: on a CPU quantized or 16-bit ones cannot be trained at a useful speed.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import mlx_lm
 import yaml
 from mlx_lm.tuner.trainer import default_loss
 
+from benchmarks import command_line
 from benchmarks.stock_models import float32_base
 from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.evaluate.engine import Engine, Savings
@@ -129,7 +129,7 @@ def setting(text):
 
 def parse():
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--tasks", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--names", required=True, help="tasks, separated by commas")

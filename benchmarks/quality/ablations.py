@@ -17,7 +17,6 @@ Resumes case by case: rows are kept as those of experiment.py are, in a director
 what was measured of all cases is in results/ablations.json; `--list` only writes that.
 """
 
-import argparse
 import json
 import os
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.experiment import Judge, claim, file_name, workspace, write_row
 from benchmarks.quality.methods import PAPER, by_d2c, by_features, follows, merged
@@ -147,7 +146,7 @@ def fewest_probes(library):
 
 def main():
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")

@@ -9,7 +9,6 @@ choosing by ten probe rows costs. Bytes are those of the compact file; a shared 
 its factors alone are counted. D2C in 16 bit is what slots.py measures.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -17,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.quality.byte_families import ALONE, in_hindsight, shared_basis
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.candidates import SCALES
@@ -137,7 +136,7 @@ def continued(output, facts, families):
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--budgets", default="25,12.5,6.25,3,1.5,0.75", help="percent")
     parser.add_argument("--families", default=",".join(FAMILIES))

@@ -14,14 +14,13 @@ Effective rank is exp of the entropy of the singular values as shares of their s
 of energies over the largest.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -112,7 +111,7 @@ def measure_library(library, shapes):
 
 def main():
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("libraries", type=Path, nargs="+")
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=RESULT)

@@ -14,7 +14,6 @@ What was measured of all that was asked for is in results/experiment.json; `--li
 that.
 """
 
-import argparse
 import json
 import os
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.methods import DRAWN, METHODS, Planner, Stored, follows, merged
 from benchmarks.quality.metrics import (
@@ -251,7 +250,7 @@ def paired(rows, stats):
 
 def main():
     """Measure what is missing, write all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="kept, and used again")
     parser.add_argument("--rows", type=Path, help="kept, and used again; default: WORK/rows")

@@ -9,14 +9,13 @@ task (`d2c-mlx add --tasks`). The packs at the end are judged on held-out rows o
 pack by pack.
 """
 
-import argparse
 import json
 import random
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import stored, worth
@@ -60,7 +59,7 @@ def grown(ws, kind, budget, order, judge):
 
 def main():
     """Measure what is missing, print all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--orders", type=int, default=10)
     parser.add_argument("--slots", default="6")

@@ -7,13 +7,13 @@ Scale is given, not tuned. Prompts without answers are those of `train.jsonl`.
     python -m benchmarks.quality.refine --library DIR reply-de,reply-en gec-de,gec-en [--seeds 0,1]
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import command_line
 from benchmarks.common import run
 from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.evaluate.engine import Engine
@@ -78,7 +78,7 @@ def measure(base, engine, names, args):
 
 def main():
     """Parse, measure every cluster, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("clusters", nargs="+", help="adapter names, comma-separated")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.4)

@@ -11,7 +11,6 @@ that was stopped continues: cases that are in the results are not repeated. Resu
 results/slots.json.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -19,7 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -210,7 +209,7 @@ def measure_all(options, directory):
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--clusters", default="3,6,12")

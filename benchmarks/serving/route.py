@@ -8,7 +8,6 @@ here. With a pack, also the held-out loss of every row under the adapter that it
 beside that under its own task's. Seconds are of one prompt alone, after one that is not counted.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.common import load_library
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
@@ -122,7 +121,7 @@ def routed_losses(base, pack, tests, found):
 
 def main():
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--pack", type=Path)
     parser.add_argument("--tests", type=int, default=30)

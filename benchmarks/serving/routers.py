@@ -13,7 +13,6 @@ The loss is of held-out rows under what was chosen; seconds are the median of on
 until the choice is known, in which Arrow by token needs none.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.common import load_library
 from benchmarks.serving.route import FOREIGN, prompts_of, routed_losses, share
 from d2c_mlx.models.base_model import BaseModel
@@ -164,7 +163,7 @@ def measure(router, base, pack, tests, foreign):
 
 def main():
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--tests", type=int, default=10)

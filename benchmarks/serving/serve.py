@@ -12,7 +12,6 @@ their own on the same cores as the clients; seconds are those of the clients, st
 them.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import openai
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.common import load_library
 from benchmarks.stock_models import torch_base
 from d2c_mlx.models.tasks import load_task
@@ -117,7 +116,7 @@ def messages_of(row):
 
 def main():
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--clients", default="1,4,16")

@@ -26,7 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.merge.methods import merge_adapters
@@ -159,7 +159,7 @@ def errors(sides):
 
 def main():
     """Measure both, print the table, write results/merge.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--layers", type=int, default=LAYERS, help="of PEFT's side  [default: 16]")
     parser.add_argument("--quick", action="store_true", help="the same as --layers 1")
     parser.add_argument("--threads", type=int, default=1, help="of both sides  [default: 1]")

@@ -9,7 +9,6 @@ written), dequantizing to float16. "verify" is `load_pack`, which hashes the who
     python -m benchmarks.speed.pack_load [--repeats N]
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from d2c_mlx.compress.affine import nearest
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.packs.pack import load_pack
@@ -64,7 +63,7 @@ def evaluated(pack, task):
 
 def main():
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     adapters = [compressed(k) for k in range(ADAPTERS)]

@@ -12,11 +12,10 @@ compare numbers of one run.
 - ranks: two ranks on one machine (ranks.py)
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from benchmarks import RESULTS
+from benchmarks import RESULTS, command_line
 from benchmarks.speed import engine, evaluations, growth, ranks
 from benchmarks.tables.pages import show
 from d2c_mlx.utils.device import machine
@@ -40,7 +39,7 @@ def measure(part, library, quick, sizes):
 
 def main():
     """Measure, save after each part, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, others are kept")

@@ -1,1 +1,1 @@
-"""Pages of tables and plots, made from results/*.json."""
+"""Tables and plots of pages/*.md, made from results/*.json."""

@@ -1,4 +1,4 @@
-"""Regions of Markdown and the plots: which function makes which.
+"""Regions of pages/*.md and the plots: which function makes which.
 
 What stands between `<!-- table: NAME -->` and `<!-- end -->` is made by TABLES[NAME], and
 plots/NAME.svg by PLOTS[NAME]. Another table is a function that gets `read` (result_files.py), a row
@@ -16,7 +16,7 @@ from benchmarks.tables.findings import findings
 from benchmarks.tables.result_files import reader
 from d2c_mlx.report.charts import svg_file
 
-# Region of the README -> function(read) that returns lines of Markdown.
+# Region of a page -> function(read) that returns lines of Markdown.
 TABLES = {
     "probe": speed.probe,
     "merge": speed.merge,
@@ -112,15 +112,17 @@ def same(old, new):
 
 
 def update(directory, check):
-    """Make README and plots of a directory what its results say; returns what was not."""
-    read, readme = reader(directory / "results"), directory / "README.md"
-    changed, text = [], []
-    for name, lines in regions(readme):
-        made = TABLES[name](read) if name else lines
-        if made != lines:
-            changed.append(f"table {name}")
-        text += made
-    files = {readme: "\n".join(text) + "\n"} if changed else {}
+    """Make pages and plots of a directory what its results say; returns what was not."""
+    read, changed, files = reader(directory / "results"), [], {}
+    for page in sorted((directory / "pages").glob("*.md")):
+        text, before = [], len(changed)
+        for name, lines in regions(page):
+            made = TABLES[name](read) if name else lines
+            if made != lines:
+                changed.append(f"table {name}")
+            text += made
+        if len(changed) > before:
+            files[page] = "\n".join(text) + "\n"
     for name in PLOTS:
         path, made = directory / "plots" / f"{name}.svg", drawn(name, read)
         if not path.exists() or not same(path.read_text(encoding="utf-8"), made):

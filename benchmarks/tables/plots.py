@@ -1,4 +1,4 @@
-"""The plots of benchmarks/README.md. Each function gets `read` of result_files.py."""
+"""The plots of pages/*.md. Each function gets `read` of result_files.py."""
 
 import statistics
 from itertools import cycle
