@@ -41,17 +41,17 @@ ABLATIONS ?=
 LIBRARY := --library $(BENCH) --work $(BENCH)/work
 
 benchmark: .venv/benchmark blas
-	$(BIN)/python benchmarks/library/rows.py --output $(BENCH)/tasks --cache $(BENCH)/downloads $(ROWS)
-	$(BIN)/python benchmarks/train.py --recipe $(RECIPE) --tasks $(BENCH)/tasks \
+	$(BIN)/python -m benchmarks.library.rows --output $(BENCH)/tasks --cache $(BENCH)/downloads $(ROWS)
+	$(BIN)/python -m benchmarks.library.train --recipe $(RECIPE) --tasks $(BENCH)/tasks \
 	  --output $(BENCH) --result benchmarks/results/library.json
-	$(BIN)/python benchmarks/decay.py $(BENCH)
-	$(BIN)/python benchmarks/experiment.py $(LIBRARY) $(EXPERIMENT)
-	$(BIN)/python benchmarks/ablations.py $(LIBRARY) $(ABLATIONS)
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.quality.decay $(BENCH)
+	$(BIN)/python -m benchmarks.quality.experiment $(LIBRARY) $(EXPERIMENT)
+	$(BIN)/python -m benchmarks.quality.ablations $(LIBRARY) $(ABLATIONS)
+	$(BIN)/python -m benchmarks.tables
 
-# Tables and plots of benchmarks/README.md from the results that are there.
+# Tables and plots of benchmarks/pages/ from the results that are there.
 tables: .venv/demo
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.tables
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """Make the rows of an open task library from text of packages that anybody can install.
 
-    python benchmarks/library/rows.py --output DIR --cache DIR [--only gec-de,qa-en]
+    python -m benchmarks.library.rows --output DIR --cache DIR [--only gec-de,qa-en]
 
 Writes `<task>/{train,probe,test}.jsonl`, one task at a time, whole or not at all; a stopped run
 continues with the first task that is missing or was made of something else. What a task was made
@@ -8,28 +8,25 @@ of and its hashes go to `<task>/made.json`, all of them to `--manifest`. A sourc
 is one line; tasks without it are made, and the exit code is 1.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from statistics import mean
 
-import gec
-import qa
-import reply
-import summ
-import tone
-import verbal
-from sources import SourceError, Sources
-from splits import LIMITS, split
-
-from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
+from benchmarks import command_line
+from benchmarks.library.sources import SourceError, Sources
+from benchmarks.library.splits import LIMITS, split
+from benchmarks.library.tasks import gec, num_date, qa, reply, summ, tone
+from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
 
 HERE = Path(__file__).parent
+# What decides the rows, beside seed and pins.
+CODE = (Path(__file__), HERE / "sources.py", HERE / "splits.py",
+        *sorted((HERE / "tasks").glob("*.py")), HERE / "tasks" / "words.yaml")  # fmt: skip
 # Task -> (module, kind, language).
 TASKS = {
     f"{kind}-{language}": (module, kind, language)
-    for module in (gec, qa, summ, reply, tone, verbal)
+    for module in (gec, qa, summ, reply, tone, num_date)
     for kind, languages in module.LANGUAGES.items()
     for language in languages
 }
@@ -84,7 +81,7 @@ def ready(name: str, sources: Sources, seed: int, output: Path, code: str) -> tu
 
 def parse(arguments=None):
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, __spec__)
     parser.add_argument("--output", type=Path, required=True, help="<task>/*.jsonl, outside git")
     parser.add_argument("--cache", type=Path, required=True, help="downloads")
     parser.add_argument("--only", help="tasks, separated by commas")
@@ -103,8 +100,7 @@ def main(arguments=None) -> int:
     """Make what is missing; 1 if a source or a task failed."""
     options = parse(arguments)
     sources = Sources(options.sources, options.cache)
-    code = fingerprint([hash_tree(file) for file in sorted(HERE.glob("*.py"))]
-                       + [hash_file(HERE / "words.yaml")])  # fmt: skip
+    code = fingerprint([hash_file(file) for file in CODE])
     lines, failed = {}, {}
     for i, name in enumerate(options.names, 1):
         try:

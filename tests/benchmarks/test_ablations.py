@@ -1,17 +1,17 @@
-"""benchmarks/ablations.py: all of it on a tiny model, beside dense oracles, and resumed."""
+"""benchmarks/quality/ablations.py: all of it on a tiny model, beside dense oracles, and resumed."""
 
 import json
 import shutil
 import sys
 from types import SimpleNamespace
 
-import ablations
 import numpy as np
 import pytest
 from helpers.tiny import library, log_probabilities, task
-from methods import by_features, merged
-from tables import TABLES
 
+from benchmarks.quality import ablations
+from benchmarks.quality.methods import by_features, merged
+from benchmarks.tables.pages import TABLES
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 

@@ -6,14 +6,15 @@ import sys
 from itertools import combinations
 from types import SimpleNamespace
 
-import experiment
 import numpy as np
 import pytest
-from answering import batched_answers
 from helpers.loras import adapters_of, dense
 from helpers.tiny import SHAPES, library, peft_adapter
-from methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
 
+
+from benchmarks.quality import experiment
+from benchmarks.quality.answering import batched_answers
+from benchmarks.quality.methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig

@@ -1,12 +1,13 @@
-"""benchmarks/findings.py: sentences on the committed results, beside numbers taken by numpy."""
+"""tables/findings.py: sentences on the committed results, beside numbers taken by numpy."""
 
 import re
 
-import findings
 import numpy as np
 import pytest
-from result_files import reader
-from tables import TABLES
+
+from benchmarks.tables import findings
+from benchmarks.tables.pages import TABLES
+from benchmarks.tables.result_files import reader
 
 # Shares of the bytes, which name rows, and the paper's own scores.
 TYPED = {"12.5", "6.25", "1.5", "26.0", "22.5"}

@@ -9,21 +9,17 @@ import subprocess
 import sys
 import tarfile
 
-import gec
 import pytest
-import qa
-import rows as library
-import summ
-import tone
-import verbal
 import yaml
 from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import group_of, sentences
-from splits import SHARES, Row, normal, side, split
-from words import WORDS
 
+from benchmarks.library import rows as library
+from benchmarks.library.splits import SHARES, Row, normal, side, split
+from benchmarks.library.tasks import gec, num_date, qa, summ, tone
+from benchmarks.library.tasks.messages import group_of, sentences
+from benchmarks.library.tasks.words import WORDS
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.files import hash_file
 
@@ -132,9 +128,10 @@ def run(tmp_path, pins, names):
     (tmp_path / "sources.yaml").write_text(yaml.safe_dump(pins))
     paths = {"output": "rows", "cache": "cache", "sources": "sources.yaml"}
     options = [f"--{name}={tmp_path / path}" for name, path in paths.items()]
-    command = [sys.executable, LIBRARY / "rows.py", *options, "--only", names]
+    command = [sys.executable, "-m", "benchmarks.library.rows", *options, "--only", names]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120,
+                          cwd=ROOT)  # fmt: skip
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/index.xz", "file:///nowhere/index.xz", "sha"])
@@ -183,7 +180,7 @@ def test_errors_are_put_in(language):
 
 def test_texts_are_parsed():
     pattern, months = "d 'de' MMMM 'de' y", {"3": "março"}
-    assert verbal.write_date(verbal.datetime.date(2001, 3, 9), pattern, months) == (
+    assert num_date.write_date(num_date.datetime.date(2001, 3, 9), pattern, months) == (
         "9 de março de 2001"
     )
     assert {summ.family(one) for one in ("libfoo1", "foo-doc", "python3-foo", "libfoo-dev")} == {
@@ -224,7 +221,7 @@ def test_words_are_text():
 def test_peft_takes_every_line_of_the_recipe():
     # In a process of its own, with the imports of train.py in their order.
     script = (
-        "import sys, yaml, argparse; from train import lora_config\n"
+        "import sys, yaml, argparse; from benchmarks.library.train import lora_config\n"
         "lines = yaml.safe_load(open(sys.argv[1]))['adapters']\n"
         "found = [lora_config(argparse.Namespace(**line), 30) for line in lines]\n"
         "for line, one in zip(lines, found):\n"
@@ -235,6 +232,6 @@ def test_peft_takes_every_line_of_the_recipe():
     )
     done = subprocess.run(
         [sys.executable, "-c", script, LIBRARY / "recipe.yaml"],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

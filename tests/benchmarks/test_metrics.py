@@ -1,4 +1,4 @@
-"""benchmarks/metrics.py: every metric by hand, against another way to it, and what must hold."""
+"""quality/metrics.py: every metric by hand, against another way to it, and what must hold."""
 
 import re
 import time
@@ -11,7 +11,10 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metrics import (
+from scipy.stats import bootstrap
+from sklearn.metrics import fbeta_score
+
+from benchmarks.quality.metrics import (
     METRIC_OF,
     paired_bootstrap,
     pooled_bootstrap,
@@ -19,8 +22,6 @@ from metrics import (
     source_edits,
     task_score,
 )
-from scipy.stats import bootstrap
-from sklearn.metrics import fbeta_score
 
 words = st.sampled_from("Das das ist Їжак п’ять mañana mañanas año , .".split())
 sentences = st.lists(words, min_size=1, max_size=9).map(" ".join)

@@ -1,12 +1,12 @@
-"""Cases of `benchmarks/slots.py`, at most K adapters, against whole runs and merges by hand."""
+"""Cases of `quality/slots.py`, at most K adapters, against whole runs and merges by hand."""
 
 import json
 import sys
 
 import pytest
-import slots
 from helpers.tiny import library
 
+from benchmarks.quality import slots
 from d2c_mlx.adapters.peft_format import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator

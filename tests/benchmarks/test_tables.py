@@ -1,4 +1,4 @@
-"""benchmarks/tables.py: the committed page says what the committed results say, and no more."""
+"""benchmarks/tables: the committed pages say what the committed results say, and no more."""
 
 import json
 import random
@@ -11,8 +11,11 @@ import pytest
 from helpers import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-TABLES = re.findall(r"^<!-- table: (.*) -->$", README, re.MULTILINE)
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.glob("pages/*.md"))
+}
+ALL = "\n".join(PAGES.values())
+TABLES = re.findall(r"^<!-- table: (.*) -->$", ALL, re.MULTILINE)
 PLOTS = sorted(path.name for path in (BENCHMARKS / "plots").iterdir())
 # Goals, the only numbers of tables that are no results.
 CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "99.5%"}
@@ -20,8 +23,8 @@ CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "
 
 def tables(directory, *options):
     return subprocess.run(
-        [sys.executable, BENCHMARKS / "tables.py", "--directory", directory, *options],
-        capture_output=True, text=True,
+        [sys.executable, "-m", "benchmarks.tables", "--directory", directory, *options],
+        capture_output=True, text=True, cwd=BENCHMARKS.parent,
     )  # fmt: skip
 
 
@@ -32,11 +35,15 @@ def contents(directory):
 
 @pytest.fixture
 def page(tmp_path):
-    """A copy of the committed page, its plots and its results."""
-    for name in ("plots", "results"):
+    """A copy of the committed pages, their plots and their results."""
+    for name in ("pages", "plots", "results"):
         shutil.copytree(BENCHMARKS / name, tmp_path / name)
-    shutil.copy(BENCHMARKS / "README.md", tmp_path)
     return tmp_path
+
+
+def all_of(directory):
+    """The text of all pages."""
+    return "\n".join(path.read_text() for path in sorted(directory.glob("pages/*.md")))
 
 
 def other(value, factors):
@@ -71,14 +78,16 @@ def cells(text):
     ]  # fmt: skip
 
 
-def test_the_committed_page_is_what_the_committed_results_say():
+def test_the_committed_pages_are_what_the_committed_results_say():
     result = tables(BENCHMARKS, "--check")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert len(TABLES) >= 11 and len(set(TABLES)) == len(TABLES)
     # No table of results but in regions, and all plots are shown.
-    outside = re.sub(r"<!-- table: .*?<!-- end -->", "", README, flags=re.DOTALL)
+    others = [BENCHMARKS / "README.md", *BENCHMARKS.glob("notes/*.md")]
+    every = "\n".join([ALL, *(path.read_text(encoding="utf-8") for path in others)])
+    outside = re.sub(r"<!-- table: .*?<!-- end -->", "", every, flags=re.DOTALL)
     assert not re.search(r"^\|", outside, re.MULTILINE)
-    assert sorted(re.findall(r"!\[.+\]\(plots/(.+)\)", README)) == PLOTS
+    assert sorted(re.findall(r"!\[.+\]\(../plots/(.+)\)", ALL)) == PLOTS
 
 
 def test_other_results_give_other_tables_and_back(page):
@@ -94,13 +103,13 @@ def test_other_results_give_other_tables_and_back(page):
     result = tables(page)
     assert (result.returncode, result.stdout.splitlines()) == (0, [f"{n}: written" for n in names])
     assert tables(page, "--check").returncode == 0
-    first = cells((page / "README.md").read_text())
+    first = cells(all_of(page))
     shutil.copytree(BENCHMARKS / "results", page / "results", dirs_exist_ok=True)
     with_other_numbers(page, seed=1)
     assert tables(page).returncode == 0
     # No number with a decimal point stays: none is typed into the code but goals. One of a few
     # digits may stay by chance, but not twice.
-    rows = list(zip(cells(README), first, cells((page / "README.md").read_text()), strict=True))
+    rows = list(zip(cells(ALL), first, cells(all_of(page)), strict=True))
     assert len(rows) > 200
     assert {a for a, b, c in rows if a == b == c and re.search(r"\d\.\d", a)} == CONSTANTS
 
@@ -114,9 +123,10 @@ def test_other_results_give_other_tables_and_back(page):
 
 
 def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
-    text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", README)
+    path, before = page / "pages" / "engine.md", PAGES["engine.md"]
+    text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", before)
     assert n == 1
-    (page / "README.md").write_text(text + "Prose of today.\n", encoding="utf-8")
+    path.write_text(text + "Prose of today.\n", encoding="utf-8")
     (page / "plots" / "slots.svg").unlink()
     result = tables(page, "--check")
     assert result.returncode == 1
@@ -124,7 +134,7 @@ def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
         f"{name}: not what the results say" for name in ("table probe", "plots/slots.svg")
     ]
     assert tables(page).returncode == 0
-    assert (page / "README.md").read_text(encoding="utf-8") == README + "Prose of today.\n"
+    assert path.read_text(encoding="utf-8") == before + "Prose of today.\n"
     # Made by whichever matplotlib is here, twice the same bytes.
     plot = (page / "plots" / "slots.svg").read_bytes()
     (page / "plots" / "slots.svg").unlink()
@@ -141,11 +151,14 @@ def test_a_plot_of_another_matplotlib_is_judged_by_its_results(page):
     assert "plots/bytes.svg" in tables(page, "--check").stdout
 
 
+# Page, what stands there, what shall, and words of the error.
 BROKEN = {
-    "unknown": ("<!-- table: slots -->", "<!-- table: slits -->", "no table slits; there are: pro"),
-    "no end": ("<!-- end -->\n\nThe 4-bit", "\nThe 4-bit", "phone has no <!-- end --> before"),
-    "no end at all": (None, "<!-- table: slots -->\n", "region slots has no <!-- end -->"),
-    "no region": (None, "<!-- end -->\n", "<!-- end --> without a region"),
+    "unknown": ("slots", "<!-- table: slots -->", "<!-- table: slits -->",
+                "no table slits; there are: pro"),
+    "no end": ("phone", "<!-- end -->\n\nThe 4-bit", "\nThe 4-bit",
+               "phone has no <!-- end --> before"),
+    "no end at all": ("slots", None, "<!-- table: slots -->\n", "region slots has no <!-- end -->"),
+    "no region": ("slots", None, "<!-- end -->\n", "<!-- end --> without a region"),
 }  # fmt: skip
 
 
@@ -160,13 +173,18 @@ def refused(page, words):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_region_is_an_error_in_one_line(page, name):
-    old, new, words = BROKEN[name]
-    text = README.replace(old, new) if old else README + new
-    (page / "README.md").write_text(text.replace("| 759 |", "| 790 |"), encoding="utf-8")
+    file, old, new, words = BROKEN[name]
+    before = PAGES[f"{file}.md"]
+    text = before.replace(old, new) if old else before + new
+    assert text != before
+    (page / "pages" / f"{file}.md").write_text(text, encoding="utf-8")
+    # Another page has a number typed by hand, which is left as well.
+    typed = PAGES["engine.md"].replace("| d2c-mlx, tokens/s | ", "| d2c-mlx, tokens/s | 1")
+    (page / "pages" / "engine.md").write_text(typed, encoding="utf-8")
     refused(page, words)
     if name != "no end at all":
         # With the number of the line.
-        assert re.search(r"README\.md:\d+: ", tables(page).stderr)
+        assert re.search(rf"{file}\.md:\d+: ", tables(page).stderr)
 
 
 @pytest.mark.parametrize("name", ["bytes-strong", "switch", "slots"])

@@ -1,4 +1,4 @@
-"""benchmarks/train.py: what PEFT trains on torch is read, and as good as it says; resumed."""
+"""library/train.py: what PEFT trains on torch is read, and as good as it says; resumed."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from d2c_mlx.utils.files import hash_file
 
 # In a process of its own, after the imports of train.py in their order.
 CAPABILITIES = """
-import train
+from benchmarks.library import train
 for there in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}):
     train.torch.cpu.get_capabilities = lambda: there
     print(train.quick_dtype())
@@ -36,10 +36,10 @@ def paths(tmp_path):
 
 
 def train(paths, *options):
-    command = [sys.executable, ROOT / "benchmarks" / "train.py", "--model", paths.model, "--tasks",
+    command = [sys.executable, "-m", "benchmarks.library.train", "--model", paths.model, "--tasks",
                paths.tasks, "--output", paths.tasks.parent, "--steps", "30", *options]  # fmt: skip
     return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, check=True,
+        [*map(str, command)], capture_output=True, text=True, check=True, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": ""},  # with torch
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_adapters_are_as_good_as_their_lines_say(paths, tmp_path):
 
 def test_bfloat16_where_the_cpu_has_it():
     done = subprocess.run(
-        [sys.executable, "-c", CAPABILITIES], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+        [sys.executable, "-c", CAPABILITIES], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.split() == ["float32", "float32", "bfloat16", "float32"], done.stderr

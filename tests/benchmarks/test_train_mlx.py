@@ -1,4 +1,4 @@
-"""benchmarks/train_mlx.py: what mlx-lm's own trainer writes is read, and judged as mlx-lm does."""
+"""library/train_mlx.py: what mlx-lm's own trainer writes is read, and judged as mlx-lm does."""
 
 import json
 import subprocess
@@ -39,10 +39,11 @@ def settings(*changes):
 
 
 def train(root, *options, names="one"):
-    command = [sys.executable, ROOT / "benchmarks" / "train_mlx.py", "--model", root / "model",
+    command = [sys.executable, "-m", "benchmarks.library.train_mlx", "--model", root / "model",
                "--tasks", root / "tasks", "--output", root / "library", "--names", names,
                *options]  # fmt: skip
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240,
+                          cwd=ROOT)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

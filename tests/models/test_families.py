@@ -136,7 +136,7 @@ def test_cell(root, bases, family, feature, tmp_path):
 def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
     root, bases, family, tmp_path
 ):
-    """What benchmarks/gguf_families.py found in the output of convert_lora_to_gguf.py."""
+    """What benchmarks/formats/gguf_families.py found in the output of convert_lora_to_gguf.py."""
     known = json.loads(CONVERTER.read_text())["rows"][family]
     base = bases[family]
     config = json.loads((base.path / "config.json").read_text())

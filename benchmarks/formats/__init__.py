@@ -1,0 +1,1 @@
+"""Formats: exported packs in other programs, beside ours."""

@@ -1,0 +1,1 @@
+"""The open task library: its rows and the training of its adapters."""

@@ -1,0 +1,1 @@
+"""Quality: losses and scores of answers, by budget, method, and choice of options."""

@@ -1,0 +1,170 @@
+"""The byte budget: what `--plan auto` chooses at several budgets, and each family alone.
+
+    python -m benchmarks.quality.bytes --library DIR [--budgets 25,12.5,6.25,3,1.5,0.75]
+        [--families auto]
+
+Candidates are measured once for all budgets, on probes only; the choices are then judged on
+held-out rows. The family "hindsight" chooses among the candidates of "auto" by held-out rows: what
+choosing by ten probe rows costs. Bytes are those of the compact file; a shared basis has no file,
+its factors alone are counted. D2C in 16 bit is what slots.py measures.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import RESULTS, command_line
+from benchmarks.quality.byte_families import ALONE, in_hindsight, shared_basis
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.candidates import SCALES
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import make_plan, measure, planned
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
+
+RESULT = RESULTS / "bytes.json"
+# Candidates that a family may choose from.
+FAMILIES = {
+    "auto": ("base", "own", "merged"),
+    "rank and bits": ("base", "own"),
+    "merges": ("base", "merged"),
+    "bits alone": ("base", "bits"),
+    "rank alone": ("base", "rank"),
+    "shared basis": (),
+    "hindsight": ("base", "own", "merged"),
+}
+
+
+def judge(ws, adapters, serves, nbytes):
+    """Held-out rows of stored adapters: excess loss, retention."""
+    plain = [one.adapter(ws.base.dtype) for one in adapters]
+    served = {name: None if k is None else plain[k] for name, k in serves.items()}
+    methods = {
+        "base": Method(0, [dict.fromkeys(ws.names)]),
+        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        "plan": Method(nbytes, [served]),
+    }
+    benched = bench_methods(ws.evaluator, methods, ws.tests)["plan"]
+    worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
+    share = nbytes / ws.capacity.total
+    keys = ("nbytes", "excess", "retention")
+    return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
+
+
+def chosen(ws, name, room, candidates):
+    """What a family chooses for a budget, and what that is worth."""
+    plan = make_plan(ws, [one for one in candidates if one.family in FAMILIES[name]], room)
+    adapters, serves = planned(ws, plan)
+    merged = [unit["family"] for unit in plan["units"]].count("merged")
+    stored = {"own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"])}
+    judged = judge(ws, adapters, serves, compact_nbytes(index_of(adapters)))
+    return {"probe_regret": plan["regret"], **stored, **judged}
+
+
+def basis(ws, room):
+    """The row of a shared basis, if one fits."""
+    found = shared_basis(ws, room)
+    if found is None:
+        return None
+    adapters, nbytes, regret = found
+    serves = {name: i for i, name in enumerate(ws.names)}
+    counts = {"own": len(adapters), "merged": 0, "base": 0}
+    return {"probe_regret": regret, **counts, **judge(ws, adapters, serves, nbytes)}
+
+
+def line(one):
+    """Of the table."""
+    return (
+        f"| {one['budget']} | {one['family']} | {one['share']:.2%} | {one['probe_regret']:.4f} |"
+        f" {one['excess']:.4f} | {one['retention']:.2%} | {one['own']} own, {one['merged']} merged,"
+        f" {one['base']} base |"
+    )
+
+
+def rows_of(ws, name, budgets, rooms, candidates):
+    """Yield the rows of a family."""
+    pool = candidates
+    if name in ALONE:
+        pool = [*candidates, *ALONE[name](ws)]
+    elif name == "hindsight":
+        pool = in_hindsight(ws, candidates)
+    for budget, room in zip(budgets, rooms):
+        found = basis(ws, room) if name == "shared basis" else chosen(ws, name, room, pool)
+        if found:
+            yield {"budget": budget, "family": name, **found}
+
+
+def measured(ws, rooms):
+    """The candidates for all budgets, and what they cost."""
+    before, started = replace(ws.evaluator.counts), time.perf_counter()
+    candidates = measure(ws, rooms)
+    counts = ws.evaluator.counts
+    every = sum(
+        len(SCALES) * len(ws.probes[i].parts)
+        for one in candidates if one.family != "base" for i in one.members
+    )  # fmt: skip
+    return candidates, {
+        "candidates": len(candidates),
+        "seconds": round(time.perf_counter() - started, 1),
+        # Of one adapter on a part of a task's probes. `every`: all candidates at all scales.
+        "asked": counts.asked - before.asked,
+        "every": every,
+        "tokens": counts.tokens - before.tokens,
+    }
+
+
+def continued(output, facts, families):
+    """What to write: facts, and rows of other families that are there; costs are the first run's.
+
+    A run that continues finds its losses in the cache, and says nothing of what they cost.
+    """
+    if not output.exists():
+        return facts | {"rows": []}
+    before = json.loads(output.read_text())
+    same = ("candidates", "every", "examples", "tests", "machine")
+    if any(before.get(key) != facts[key] for key in same):
+        raise SystemExit(f"{output}: of other candidates, rows or another machine; move it away")
+    return before | {"rows": [row for row in before["rows"] if row["family"] not in families]}
+
+
+def main():
+    """Measure and print."""
+    parser = command_line(__doc__, __spec__)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--budgets", default="25,12.5,6.25,3,1.5,0.75", help="percent")
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    budgets = [f"{x}%" for x in options.budgets.split(",")]
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("D2C_MLX_CACHE", directory)
+        config = RunConfig(
+            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
+            output=str(Path(directory) / "run"), budget=budgets[0],
+            probe_examples=options.examples, test_examples=options.tests,
+        )  # fmt: skip
+        ws = run(config, until="probe", quiet=True)
+        rooms = [ws.capacity.room_of(parse_budget(one)) for one in budgets]
+        candidates, facts = measured(ws, rooms)
+        facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
+        print(json.dumps(facts), flush=True)
+        asked = options.families.split(",")
+        result = continued(options.output, facts, asked)
+        for name in asked:
+            for one in rows_of(ws, name, budgets, rooms, candidates):
+                result["rows"].append(one)
+                write_json(options.output, result)
+                print(line(one), flush=True)
+
+
+if __name__ == "__main__":
+    main()

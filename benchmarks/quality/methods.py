@@ -1,0 +1,201 @@
+"""The methods of the experiment: what each stores of a library, in how many bytes."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score
+
+from benchmarks.quality.byte_families import ALONE
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import gram, similarity
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import bare, make_plan, measure, planned
+from d2c_mlx.merge.methods import merge_adapters
+
+# Methods that are drawn several times: partitions, and orders in which adapters arrive.
+DRAWN = {"random": 10, "K-Merge": 3}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a method stores.
+
+    Attributes:
+        serves: task -> the adapter that serves it, None for the bare base model.
+        nbytes: of all adapters.
+        n_adapters: how many there are.
+        about: JSON value: clusters, merge methods and scales, rank.
+    """
+
+    serves: dict[str, Adapter | None]
+    nbytes: int
+    n_adapters: int
+    about: dict[str, object]
+
+
+class Planner:
+    """Plans at several budgets; candidates are measured once for all."""
+
+    def __init__(self, ws, rooms: Sequence[int]) -> None:
+        """Of a workspace with its probe table, and of the bytes that compact packs have."""
+        self._ws, self._rooms, self._candidates = ws, rooms, {}
+
+    def stored(self, method: str, room: int) -> Stored:
+        """The plan for a budget: of `--plan auto`, or of a family alone (`ALONE`)."""
+        ws = self._ws
+        if method not in self._candidates:
+            self._candidates[method] = (
+                [*bare(ws), *ALONE[method](ws)] if method in ALONE else measure(ws, self._rooms)
+            )
+        candidates = self._candidates[method]
+        plan = make_plan(ws, candidates, room)
+        adapters, serves = planned(ws, plan)
+        plain = [one.adapter(ws.base.dtype) for one in adapters]
+        about = {
+            "candidates": len(candidates),
+            "clusters": [unit["tasks"] for unit in plan["units"]],
+            "probe_regret": plan["regret"],
+        }
+        return Stored(
+            {name: None if k is None else plain[k] for name, k in serves.items()},
+            compact_nbytes(index_of(adapters)), len(adapters), about,
+        )  # fmt: skip
+
+
+def slots_of(ws, nbytes: int, k: int | None = None) -> tuple[int, int]:
+    """`(K, rank)` of merged adapters for so many bytes.
+
+    K is the paper's unless it is given: the budget's share of N, one at least. As adapters differ
+    in size, the rank is then the largest with which K adapters of every module take no more bytes
+    than the budget; where rank 1 takes more, K is less.
+
+    Raises:
+        ValueError: not even one adapter of rank 1 fits.
+    """
+    most = max(one.rank for one in ws.inputs)
+    share = max(1, round(len(ws.names) * nbytes / ws.capacity.total))
+    for n in range(k or share, 0, -1):
+        rank = bisect_right(range(1, most + 1), nbytes / n, key=ws.capacity.nbytes_of_rank)
+        if rank:
+            return n, rank
+    raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")
+
+
+def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
+    """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
+    k, rank = slots_of(ws, nbytes, 1 if partition is all_in_one else None)
+    merger = ws.merger_of(replace(ws.config, merge_method=merge_method, merge_rank=rank))
+    problem = replace(
+        ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
+    )
+    # With one cluster there is nothing to choose.
+    clustering = partition(problem, ws.adapters, k, seed) if k > 1 else merge_all(problem.n)
+    merges = [merger.final(members) for members in clustering.groups]
+    adapters = [
+        # An adapter that is alone may take no more than a merge does.
+        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(ws.base.dtype)
+        if one.adapter.rank > rank else one.adapter
+        for one in merges
+    ]  # fmt: skip
+    about = {
+        "clusters": [[ws.names[i] for i in members] for members in clustering.groups],
+        "merges": [[one.method, one.scale] for one in merges],
+        "rank": rank,
+        "probe_regret": clustering.objective,
+    }
+    return Stored(
+        {ws.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
+        sum(one.nbytes(ws.base.n_layers) for one in adapters), len(adapters), about,
+    )  # fmt: skip
+
+
+def follows(clusters: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Adjusted Rand index of clusters of tasks `kind-language` with `kinds` and `languages`.
+
+    1: they are these groups; 0: they have no more to do with them than chance.
+    """
+    placed = [(name.split("-"), c) for c, names in enumerate(clusters) for name in names]
+    labels = [c for _, c in placed]
+    truths = zip(*(parts for parts, _ in placed))
+    return {
+        what: float(adjusted_rand_score(truth, labels))
+        for what, truth in zip(("kinds", "languages"), truths)
+    }
+
+
+def all_in_one(problem, _adapters, _k, _seed) -> Clustering:
+    """One adapter for all tasks, in the rank that the whole budget holds."""
+    return merge_all(problem.n)
+
+
+def at_random(problem, _adapters, k, seed) -> Clustering:
+    """Every adapter into any cluster."""
+    return random_partition(problem.n, k, seed)
+
+
+def by_features(problem, _adapters, k, seed) -> Clustering:
+    """K-Means on SVD features of dW."""
+    return kmeans(problem.features, k, seed)
+
+
+def by_d2c(**options):
+    """D2C with options of its own."""
+    return lambda problem, _adapters, k, seed: d2c(problem, k, seed=seed, **options)
+
+
+def by_linkage(_problem, adapters, k, _seed) -> Clustering:
+    """Average linkage of 1 - cosine of dW."""
+    distance = np.clip(1 - similarity(adapters), 0, None)
+    np.fill_diagonal(distance, 0)
+    fit = AgglomerativeClustering(k, metric="precomputed", linkage="average").fit(distance)
+    return Clustering("agglomerative", canonical(fit.labels_))
+
+
+def by_arrival(_problem, adapters, k, seed) -> Clustering:
+    """Adapters arrive in any order; when all slots are taken, into the most alike by cosine of dW.
+
+    A slot is the mean of what is in it, as in K-Merge (https://arxiv.org/abs/2510.13537). Merges
+    are then made of all members at once, which is that mean before any rank is cut.
+    """
+    products = gram(adapters)
+    slots: list[list[int]] = []
+    for i in np.random.default_rng(seed).permutation(len(adapters)):
+        if len(slots) < k:
+            slots.append([int(i)])
+            continue
+        # The length of the new adapter, and the number in the slot, change no comparison.
+        alike = [
+            products[i, slot].sum() / np.sqrt(max(products[np.ix_(slot, slot)].sum(), 1e-30))
+            for slot in slots
+        ]
+        slots[int(np.argmax(alike))].append(int(i))
+    labels = np.empty(len(adapters), int)
+    for c, slot in enumerate(slots):
+        labels[slot] = c
+    return Clustering("k-merge", canonical(labels))
+
+
+# The loop of the paper from single adapters; which start it has, the paper does not say.
+PAPER = by_d2c(search="paper", init=("adapters",))
+# Name -> how adapters are clustered, and how clusters are merged. "mean" is that of dW; the scale
+# of every merge is tuned on the probes of its members, whoever clustered them. None: a plan.
+METHODS = {
+    "merge-all": (all_in_one, "linear"),
+    "random": (at_random, "linear"),
+    "K-Means": (by_features, "linear"),
+    "agglomerative": (by_linkage, "linear"),
+    "K-Merge": (by_arrival, "linear"),
+    "D2C, mean": (PAPER, "linear"),
+    "D2C, TIES": (PAPER, "ties"),
+    "D2C, best merge": (PAPER, "auto"),
+    "K-Means, layerwise": (by_features, "layerwise"),
+    "D2C, moves": (by_d2c(search="moves"), "layerwise"),
+    **dict.fromkeys(ALONE),
+    "auto": None,
+}

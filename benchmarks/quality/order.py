@@ -1,0 +1,108 @@
+"""Adapters that arrive one by one at a pack, in several orders, against planning all at once.
+
+    python -m benchmarks.quality.order --library DIR [--orders 10] [--slots 6] [--budget 6.25]
+    python -m benchmarks.quality.order --library DIR --probes 10 --kinds bytes --orders 3
+
+Every order starts with a pack of its first adapter alone, and the others are added: into so many
+slots, and into so many percent of the 16-bit bytes; by weights alone, or by so many probes of every
+task (`d2c-mlx add --tasks`). The packs at the end are judged on held-out rows of all tasks. Resumes
+pack by pack.
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import RESULTS, command_line
+from benchmarks.tables.pages import show
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import stored, worth
+from d2c_mlx.compress.quantize import components
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.judge import Judge
+from d2c_mlx.packs.update import add_adapter
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
+
+RESULT = RESULTS / "order.json"
+
+
+def first_pack(ws, kind, directory, adapter, budget):
+    """A pack of one adapter, to which the others come."""
+    about = {"model": ws.base.name, "config_hash": ws.base.config_hash,
+             "n_layers": ws.base.n_layers}  # fmt: skip
+    if kind == "slots":
+        made = [replace(ws.packed(adapter), sources=(adapter.name,))]
+        return write_pack(directory, made, **about, budget=budget, max_bytes=None)
+    limit = int(ws.capacity.total * float(budget) / 100)
+    widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
+    levels = allocate(worth(components(adapter), [{}]), widths, limit)
+    small = stored(adapter, {path: some for path, some in levels.items() if some})
+    return write_compact_pack(directory, [small], {adapter.name: 0}, **about,
+                              budget=f"{limit}B", max_bytes=limit, dtype=ws.base.dtype)  # fmt: skip
+
+
+def grown(ws, kind, budget, order, judge):
+    """What serves each task after all have arrived, and the bytes."""
+    by_name = dict(zip(ws.names, ws.adapters))
+    with tempfile.TemporaryDirectory() as directory:
+        pack = first_pack(ws, kind, Path(directory) / "pack", by_name[order[0]], budget)
+        for name in order[1:]:
+            pack = add_adapter(pack, by_name[name], judge=judge).pack
+        return Method(pack.nbytes, [{name: pack.load(name) for name in ws.names}])
+
+
+def main():
+    """Measure what is missing, print all of it."""
+    parser = command_line(__doc__, __spec__)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--orders", type=int, default=10)
+    parser.add_argument("--slots", default="6")
+    parser.add_argument("--budget", default="6.25", help="percent")
+    parser.add_argument("--probes", type=int, default=0)
+    parser.add_argument("--kinds", default="slots,bytes")
+    parser.add_argument("--tests", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    with tempfile.TemporaryDirectory() as directory:
+        config = RunConfig(
+            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
+            output=str(Path(directory) / "run"), budget=options.slots,
+            probe_examples=options.probes or 3,
+            test_examples=options.tests,
+        )  # fmt: skip
+        ws = run(config, until="convert", quiet=True)
+        plain = {
+            "base": Method(0, [dict.fromkeys(ws.names)]),
+            "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        }
+        probes = {one.task: one for one in ws.probes}
+        judge = Judge(ws.base, ws.evaluator, probes) if options.probes else None
+        budgets = {"slots": options.slots, "bytes": options.budget}
+        for seed in range(options.orders):
+            order = random.Random(seed).sample(ws.names, len(ws.names))
+            for kind in options.kinds.split(","):
+                budget = budgets[kind]
+                about = {"kind": kind, "budget": budget, "probes": options.probes, "seed": seed,
+                         "tests": options.tests}  # fmt: skip
+                if any(about.items() <= row.items() for row in found["rows"]):
+                    continue
+                methods = {**plain, "pack": grown(ws, kind, budget, order, judge)}
+                judged = bench_methods(ws.evaluator, methods, ws.tests)["pack"]
+                keys = ("nbytes", "excess", "retention")
+                row = about | {key: judged[key] for key in keys} | {"order": order}
+                found = {"machine": machine(), "rows": [*found["rows"], row]}
+                write_json(options.output, found)
+                print(f"{kind:<6} {budget:>5} order {seed}: excess {row['excess']:.4f},"
+                      f" retention {row['retention']:.1%}", flush=True)  # fmt: skip
+    show("order", order=found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""At most K adapters: clusterings, merge methods, rank and refining, on held-out rows.
+
+    python -m benchmarks.quality.slots --library DIR [--clusters 3,6,12] [--seeds 0,1,2]
+        [--cases A;B]
+
+A seed takes other probe rows of every task (rows 0-9, 10-19, ...), never test rows. A case is
+a whole `d2c-mlx run` with other options up to its pack, or clusters merged another way: "on them:
+layerwise" those of `moves`, "kmeans: layerwise" those of K-Means. Losses are shared through one
+cache, so what two cases have in common is evaluated once; seconds are those of what was new. A run
+that was stopped continues: cases that are in the results are not repeated. Results:
+results/slots.json.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import RESULTS, command_line
+from benchmarks.tables.pages import show
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import MERGE_METHODS, RunConfig
+from d2c_mlx.run.refine_stage import refine_merge
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
+
+RESULT = RESULTS / "slots.json"
+PAPER = {"search": "paper", "init": ("adapters", "kmeans", "random")}
+# By what all is merged that names nothing else: cheaper than the default, `layerwise`, for which
+# the clusters would be the same, so that is measured "on them".
+PLAIN = {"merge_method": "regmean++"}
+RUNS = {
+    "moves": PLAIN,
+    "moves, refined": {**PLAIN, "refine": True},
+    "paper, linear": {**PAPER, "merge_method": "linear"},
+    "paper, ties": {**PAPER, "merge_method": "ties"},
+    "moves from pairs": {**PLAIN, "init": ("pairs",)},
+    "moves from 8 neighbours": {**PLAIN, "neighbours": 8},
+}
+# What the clusters of `moves` are when they are merged another way.
+MERGES = {
+    "scale 1": {"scale": 1.0},
+    "rank 32": {"merge_rank": 32},
+    "auto": {"merge_method": "auto"},
+    "layerwise": {"merge_method": "layerwise"},
+    "layerwise, refined": {"merge_method": "layerwise", "refine": True},
+    **{name: {"merge_method": name} for name in MERGE_METHODS},
+}
+BASELINES = ("individual", "merge-all", "kmeans", "random")
+# (seed, clusters, options) -> merges: those of "layerwise" are refined next.
+MADE = {}
+CASES = (
+    *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
+    *(f"on them: {name}" for name in MERGES),
+)  # fmt: skip
+
+
+def probes_of(library, seed, n_examples, directory):
+    """The seed's probe rows, and the same test rows, of every adapter's task; returns where."""
+    for adapter in find_adapters(library / "adapters"):
+        path = library / "tasks" / adapter.name
+        rows = (path / "probe.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        some = rows[seed * n_examples : (seed + 1) * n_examples]
+        if len(some) < n_examples:
+            raise SystemExit(f"{path}: {len(rows)} probe rows are too few for seed {seed}")
+        (directory / path.name).mkdir(parents=True, exist_ok=True)
+        (directory / path.name / "probe.jsonl").write_text("".join(some), encoding="utf-8")
+        test = (path / "test.jsonl").read_text(encoding="utf-8")
+        (directory / path.name / "test.jsonl").write_text(test, encoding="utf-8")
+    return directory
+
+
+def served(ws, clustering, changes):
+    """What serves every task when the clusters are merged with other options; and the scales."""
+    options = {**PLAIN, **{name: value for name, value in changes.items() if name != "refine"}}
+    key = ws.config.seed, clustering.labels, tuple(options.items())
+    if key not in MADE:
+        merger = ws.merger_of(replace(ws.config, **options))
+        MADE[key] = [merger.final(members) for members in clustering.groups]
+    merges, found = MADE[key], [one.adapter for one in MADE[key]]
+    if "refine" in changes:
+        each = zip(found, clustering.groups)
+        found = [refine_merge(ws, one, members).adapter for one, members in each]
+    adapters = {ws.names[i]: found[k] for i, k in enumerate(clustering.labels)}
+    return adapters, [[one.method, one.scale] for one in merges]
+
+
+def packed(ws):
+    """What serves every task of the run's pack; and what was merged and refined."""
+    pack = load_pack(ws.path("pack"))
+    merges = [[one["method"], one["scale"]] for one in ws.read("merges.json")]
+    adapters = {name: load_adapter(pack.adapter_path(name)) for name in ws.names}
+    return adapters, merges
+
+
+def partitions(ws, kind, results, options):
+    """The clusterings of a kind whose clusters are merged here, not by a run."""
+    if kind == "on them":
+        return [clusters_of_moves(ws, results)]
+    n, k, seed = len(ws.names), ws.capacity.n_clusters, ws.config.seed
+    if kind == "random":
+        return [random_partition(n, k, seed * options.random_seeds + i)
+                for i in range(options.random_seeds)]  # fmt: skip
+    if kind == "merge-all":
+        return [merge_all(n)]
+    if kind == "kmeans":
+        return [kmeans(ws.problem.features, k, seed)]
+    return [Clustering("individual", tuple(range(n)))]
+
+
+def clusters_of_moves(ws, results):
+    """The clustering of the row `moves` with the same seed and number of clusters."""
+    k, seed = ws.capacity.n_clusters, ws.config.seed
+    for one in results:
+        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "moves"):
+            (groups,) = one["clusters_of"]
+            labels = [i for name in ws.names for i, g in enumerate(groups) if name in g]
+            return Clustering("d2c", canonical(labels), *one["probe_regret"])
+    raise SystemExit(f"{k} clusters, seed {seed}: measure 'moves' first")
+
+
+def measure(config, case, results, options):
+    """One case: its row."""
+    started = time.perf_counter()
+    if case in RUNS:
+        ws = run(replace(config, **RUNS[case]), until="pack", quiet=True)
+        (saved,) = ws.read("clusters.json")["methods"]["d2c"]
+        clusterings = [Clustering(**{**saved, "labels": tuple(saved["labels"])})]
+        found = [packed(ws)]
+    else:
+        ws = run(config, until="probe", quiet=True)
+        kind, _, how = case.partition(": ")
+        clusterings = partitions(ws, kind, results, options)
+        changes = MERGES.get(how, {})
+        found = [served(ws, one, changes) for one in clusterings]
+    methods = {
+        "base": Method(0, [dict.fromkeys(ws.names)]),
+        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        **{f"{i}": Method(0, [adapters]) for i, (adapters, _) in enumerate(found)},
+    }
+    benched = bench_methods(ws.evaluator, methods, ws.tests)
+    rows = [benched[f"{i}"] for i in range(len(found))]
+    return {
+        "excess": sum(one["excess"] for one in rows) / len(rows),
+        "retention": sum(one["retention"] for one in rows) / len(rows),
+        "each_excess": [one["excess"] for one in rows],
+        "each_retention": [one["retention"] for one in rows],
+        "tasks": {name: [one["tasks"][name]["loss"] for one in rows] for name in ws.names},
+        "base": {name: benched["base"]["tasks"][name]["loss"] for name in ws.names},
+        "clusters_of": [[[ws.names[i] for i in g] for g in one.groups] for one in clusterings],
+        "probe_regret": [one.objective for one in clusterings],
+        "merges": [merges for _, merges in found],
+        "asked_tokens": ws.evaluator.counts.tokens,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def measured_before(output, settings):
+    """Results that are there already.
+
+    Raises:
+        SystemExit: they are of other rows; in one line.
+    """
+    if not output.exists():
+        return []
+    before = json.loads(output.read_text())
+    if before["settings"] != settings:
+        raise SystemExit(
+            f"{output}: found {before['settings']}, expected {settings}; give --examples and"
+            " --tests as there, or another --output"
+        )
+    return before["rows"]
+
+
+def measure_all(options, directory):
+    """Run what is missing; results are written after every case."""
+    output, settings = options.output, {"examples": options.examples, "tests": options.tests}
+    results = measured_before(output, settings)
+    done = {(one["clusters"], one["seed"], one["case"]) for one in results}
+    for seed in map(int, options.seeds.split(",")):
+        tasks = probes_of(options.library, seed, options.examples, directory / f"tasks-{seed}")
+        for n_clusters in map(int, options.clusters.split(",")):
+            for case in options.cases.split(";"):
+                if (n_clusters, seed, case) in done:
+                    continue
+                # Refining goes on with the run of `moves`, other cases have one of their own.
+                place = case.split(",")[0] if case in RUNS else "moves"
+                config = RunConfig(
+                    adapters=str(options.library / "adapters"), tasks=str(tasks),
+                    output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
+                    budget=str(n_clusters), probe_examples=options.examples,
+                    test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
+                )  # fmt: skip
+                entry = {"clusters": n_clusters, "seed": seed, "case": case}
+                entry |= measure(config, case, results, options)
+                results.append(entry)
+                write_json(output, {"settings": settings, "rows": results, "machine": machine()})
+                print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['retention']:.1%}",
+                      entry["merges"][0][:6], entry["seconds"], flush=True)  # fmt: skip
+    return results
+
+
+def main():
+    """Measure and print."""
+    parser = command_line(__doc__, __spec__)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--model", help="default: the embedded one")
+    parser.add_argument("--clusters", default="3,6,12")
+    parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
+    parser.add_argument("--cases", default=";".join(CASES), help="separated by semicolons")
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--random-seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="run directories, to be used again")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("D2C_MLX_CACHE", directory)
+        results = measure_all(options, options.work or Path(directory))
+    show("slots", slots={"rows": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Serving: routing of prompts, and a server under load."""

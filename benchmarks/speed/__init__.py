@@ -1,0 +1,1 @@
+"""Speed: seconds, memory and evaluations of the engine, of merging and of loading."""

@@ -1,0 +1,165 @@
+"""The engine against the loops a user would write, PEFT on torch, and the machine.
+
+One process (but for the mlx-lm loops with the wheel's own BLAS), the same rows. Every timing
+includes building graphs, the evaluation and reading the losses back; for mlx-lm's loops also
+loading base and adapter, as those loops do.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.common import load_library, run
+from benchmarks.speed.loops import mlx_lm_loop, peft_loop, plain_loop
+from benchmarks.stock_models import torch_model
+from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.evaluate.batches import shared_prefix
+from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.models.base_model import block_index
+from d2c_mlx.utils.blas import limit_blas_threads
+
+SWITCHES = ("head", "prefix", "batches", "fold", "streams", "exponentials")
+
+
+def upper_blocks(adapter, first):
+    """The adapter without its updates below block `first`, as mlx-lm's default trains them."""
+    modules = {p: lora for p, lora in adapter.modules.items() if block_index(p) >= first}
+    return type(adapter)(adapter.name, modules)
+
+
+def timed(body, repeats):
+    """`(median seconds, result)` of `repeats` calls."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        result = body()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), result
+
+
+def matmul_rate():
+    """FLOP/s of a plain float32 matmul on all cores, the best of this model's MLP and a square."""
+    limit_blas_threads(os.cpu_count())
+    best = 0.0
+    for m, k, n in ((430, 576, 1536), (2048, 2048, 2048)):
+        a, b = mx.random.normal((m, k)), mx.random.normal((k, n))
+        mx.eval(a, b)
+        calls = max(1, int(4e10 / (2 * m * k * n)))
+
+        def body(a=a, b=b, calls=calls):
+            for _ in range(calls):
+                mx.eval(a @ b)
+
+        body()
+        best = max(best, 2 * m * k * n * calls / timed(body, 5)[0])
+    return best
+
+
+def useful_flops(base, sets):
+    """2 x parameters x needed tokens, each once; the head at targets only."""
+    body = sum(width * out for width, out in base.module_shapes.values())
+    hidden, vocabulary = base.dimensions
+    needed = 0
+    for one in sets:
+        n_prefix = len(shared_prefix(one))
+        needed += n_prefix + sum(len(row.tokens) - 1 - n_prefix for row in one.examples)
+    return 2 * (needed * body + sum(one.n_targets for one in sets) * hidden * vocabulary)
+
+
+def wheel_loop(base, adapter, rows, float32):
+    """Seconds of loading and per token of mlx-lm's loop with the wheel's own BLAS."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(rows, file)
+        file.flush()
+        script = Path(__file__).with_name("stock_loop.py")
+        command = [sys.executable, script, base.path, adapter, file.name]
+        command += ["--float32"] if float32 else []
+        out = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    loading, seconds, tokens = json.loads(out.stdout.splitlines()[-1])
+    return loading, seconds / tokens
+
+
+def measure(library, n_adapters, n_examples, repeats):
+    """Seconds and losses of everything, as the keys of results/probe.json."""
+    base, adapters, _, sets = load_library(library, n_examples)
+    adapters = adapters[:n_adapters]
+    pieces = [(adapter, one) for adapter in adapters for one in sets]
+    n_targets = np.array([one.n_targets for _, one in pieces])
+    n_tokens = n_adapters * sum(one.n_tokens for one in sets)
+    seconds, values = {}, {}
+
+    def record(name, body, times=1):
+        seconds[name], values[name] = timed(body, times)
+        print(f"{name}: {seconds[name]:.1f} s", flush=True)
+
+    run(Engine(base), pieces[:2])
+    record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
+    for name in SWITCHES:
+        engine = Engine(base, savings=Savings(**{name: False}))
+        record(f"without {name}", lambda e=engine: run(e, pieces))
+    last16 = [(upper_blocks(adapter, base.n_layers - 16), one) for adapter, one in pieces]
+    for name, frozen in (("last 16 blocks", True), ("last 16 blocks without frozen", False)):
+        engine = Engine(base, savings=Savings(frozen=frozen))
+        record(name, lambda e=engine: run(e, last16))
+    engine = Engine(base, savings=Savings(stack=2, fold=False))
+    record("stack 2", lambda: run(engine, pieces))
+    with tempfile.TemporaryDirectory() as directory:
+        record("d2c-mlx again", lambda: run(Engine(base), pieces), repeats)
+        Engine(base, savings=Savings(streams=False, exponentials=False))  # mlx-lm's own, all cores
+        stock = []
+        for adapter in adapters:
+            stock.append(Path(directory) / "mlx" / adapter.name)
+            adapter.save(stock[-1], base.n_layers)
+            save_peft(adapter, Path(directory) / "peft" / adapter.name)
+        record("mlx-lm loop", lambda: mlx_lm_loop(base.path, stock, sets))
+        values["plain"] = plain_loop(base, adapters, sets)
+        for name, float32, rows in (
+            ("mlx-lm loop, own BLAS", True,
+             [(one.examples[0].tokens, one.examples[0].first_target) for one in sets[:6]]),
+            ("mlx-lm loop, own BLAS, 4 bit as stored", False,
+             [(sets[0].examples[0].tokens[:12], 1)]),
+        ):  # fmt: skip
+            loading, per_token = wheel_loop(base, stock[0], rows, float32)
+            seconds[name] = n_adapters * loading + n_tokens * per_token
+        mx.clear_cache()
+        (Path(directory) / "base").mkdir()
+        peft = [Path(directory) / "peft" / adapter.name for adapter in adapters]
+        model = torch_model(base, peft, Path(directory) / "base")
+        record("PEFT", lambda: peft_loop(model, [path.name for path in peft], sets), repeats)
+    ours = statistics.mean([seconds["d2c-mlx"], seconds["d2c-mlx again"]])
+    rate, useful = matmul_rate(), n_adapters * useful_flops(base, sets) / ours
+
+    def difference(name, other):
+        gap = np.array(values[name]) - np.array(values[other])
+        return float(np.abs(gap / n_targets).max())
+
+    exact = [name for name in values if "last" not in name and name != "plain"]
+    exact = [name for name in exact if name not in ("mlx-lm loop", "PEFT")]
+    return {
+        "n_adapters_timed": n_adapters, "n_tasks": len(sets), "n_examples": n_examples,
+        "n_tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / ours,
+        "speedup_vs_mlx_lm_loop": seconds["mlx-lm loop"] / ours,
+        "speedup_vs_mlx_lm_loop_own_blas": seconds["mlx-lm loop, own BLAS"] / ours,
+        "speedup_vs_mlx_lm_loop_as_stored":
+            seconds["mlx-lm loop, own BLAS, 4 bit as stored"] / ours,
+        "speedup_vs_peft": seconds["PEFT"] / ours,
+        # Against the run just before them: the machine changes within minutes.
+        "savings": {name: seconds[f"without {name}"] / seconds["d2c-mlx"] for name in SWITCHES} | {
+            "frozen": seconds["last 16 blocks without frozen"] / seconds["last 16 blocks"],
+            "stack 2": seconds["d2c-mlx"] / seconds["stack 2"],
+        },
+        "useful_flops": useful, "matmul_flops": rate, "sgemm_share": useful / rate,
+        "max_loss_difference": max(difference(name, "plain") for name in exact),
+        "loss_difference_of_mlx_lm": difference("mlx-lm loop", "plain"),
+        "loss_difference_of_peft": difference("PEFT", "plain"),
+        "loss_difference_of_frozen":
+            difference("last 16 blocks", "last 16 blocks without frozen"),
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+"""How many of the evaluations that a full D2C asks for are done.
+
+An evaluation is one adapter (or merge) on the probe examples of one task; one that is left at a
+cut counts as the share of its tokens that was evaluated. Asked for is what the loop asks when it
+remembers nothing: in every round of every start each cluster's line search (at each step the best
+scale so far and its neighbours, on the members' tasks) and each cluster's merge on all tasks.
+Seconds include merging; the cache is cold, rows are tokenized and adapters loaded before.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.evaluate.evaluator import Counts, tune_scale
+from d2c_mlx.merge import merger
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+
+# All but "pairs", which asks for as many merges as there are pairs of adapters.
+INITS = ("adapters", "kmeans", "random", "table")
+
+
+def forgetful(asked, grid):
+    """How often a walk of `tune_scale` from the middle asks when it forgets what it knows.
+
+    Args:
+        asked: scale -> value, of all that the walk evaluated.
+        grid: the scales.
+    """
+    best, n = len(grid) // 2, 0
+    while True:
+        around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
+        n += len(around)
+        winner = min(around, key=lambda i: (asked[grid[i]], i))
+        if winner == best:
+            return n
+        best = winner
+
+
+def measure(library, n_clusters, restarts, n_examples):
+    """D2C on every adapter of a library from a cold cache."""
+    before = os.environ.get("D2C_MLX_CACHE")
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["D2C_MLX_CACHE"] = directory
+        config = RunConfig(
+            adapters=str(library / "adapters"), tasks=str(library / "tasks"),
+            output=str(Path(directory) / "run"), budget=str(n_clusters),
+            probe_examples=n_examples, test_examples=1, restarts=restarts,
+        )  # fmt: skip
+        ws = run(config, until="probe", quiet=True)
+        counts = ws.evaluator.counts = Counts()
+        searches, asked, walks = {}, 0, []
+
+        def search(loss, grid, start):
+            values = {}
+
+            def once(scale):
+                values[scale] = loss(scale)
+                return values[scale]
+
+            best = tune_scale(once, grid, start)  # None: RegMean begins in the middle
+            walks.append(forgetful(values, grid))
+            return best
+
+        def merge(members, like=()):
+            nonlocal asked
+            if members not in searches:
+                walks[:] = [0]
+                ws.problem.merge(members)
+                searches[members] = walks[-1] * len(members)
+            asked += searches[members]
+            return ws.problem.merge(members)
+
+        def losses(jobs, limits=None):
+            nonlocal asked
+            asked += sum(len(tasks) for _, tasks in jobs)
+            return ws.problem.losses(jobs, limits)
+
+        merger.tune_scale = search
+        try:
+            problem = dataclasses.replace(ws.problem, merge=merge, losses=losses)
+            started = time.perf_counter()
+            found = d2c(problem, n_clusters, search="paper", init=INITS, restarts=restarts)
+            seconds = time.perf_counter() - started
+        finally:
+            merger.tune_scale = tune_scale
+            os.environ.pop("D2C_MLX_CACHE")
+            if before is not None:
+                os.environ["D2C_MLX_CACHE"] = before
+    return {
+        "d2c_adapters": problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
+        "d2c_examples": n_examples, "d2c_starts": found.starts, "d2c_merges": len(searches),
+        "evaluations_asked": asked, "evaluations_done": round(counts.done, 1),
+        "evaluations_ratio": asked / counts.done, "d2c_seconds": seconds,
+    }  # fmt: skip

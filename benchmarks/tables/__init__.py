@@ -1,0 +1,1 @@
+"""Tables and plots of pages/*.md, made from results/*.json."""

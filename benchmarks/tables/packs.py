@@ -1,0 +1,137 @@
+"""Tables of what packs lose: in slots, in bytes, and when adapters arrive one by one.
+
+Each function gets `read` of result_files.py and returns lines of Markdown. Excess is in nats per
+target token over the individual adapters.
+"""
+
+import statistics
+
+from benchmarks.tables.result_files import markdown
+
+# What this project set itself, not results: of the library, and of strongly trained adapters.
+EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
+RETENTION_GOALS = {"12.5%": "99.5%", "6.25%": "99%", "3%": "97%", "1.5%": "93%", "0.75%": "85%"}
+STRONG_GOALS = {"6.25%": "0.005", "3%": "0.02", "1%": "0.04"}
+
+
+def cases(read):
+    """`(K, case, rows)` of slots.json, a row per seed; the best case of each K first.
+
+    The individual adapters, with which all is compared, have an excess of 0 and are left out.
+    """
+    groups = {}
+    for one in read("slots")["rows"]:
+        if one["case"] != "individual":
+            groups.setdefault((one["clusters"], one["case"]), []).append(one)
+    found = [(*key, rows) for key, rows in groups.items()]
+    return sorted(found, key=lambda one: (one[0], statistics.mean(every(one[2], "excess"))))
+
+
+def every(rows, key):
+    """Values of all seeds, and of all draws of `random`: "excess" or "retention"."""
+    return [value for one in rows for value in one[f"each_{key}"]]
+
+
+def slots(read):
+    """At most K adapters: the mean, and the range over seeds (and draws, of `random`)."""
+    rows = [
+        (f"{k}", case, spread(every(some, "excess"), ".3f"),
+         spread(every(some, "retention"), ".1%"),
+         ", ".join(sorted(f"{one['seed']}" for one in some)))
+        for k, case, some in cases(read)
+    ]  # fmt: skip
+    return markdown(("K", "case", "excess", "retention", "seeds"), rows, left=2)
+
+
+def spread(values, form):
+    """The mean, and the range if there are several."""
+    middle = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def in_slots(read, n_clusters):
+    """The row of the default in slots.json with so many clusters and seed 0, or None."""
+    for one in read("slots")["rows"]:
+        if (one["clusters"], one["seed"], one["case"]) == (n_clusters, 0, "on them: layerwise"):
+            return one
+    return None
+
+
+def fitting(read, budget):
+    """How many 16-bit adapters fit a budget in percent: those of the library are of one size."""
+    return int(len(read("slots")["rows"][0]["tasks"]) * float(budget.rstrip("%")) / 100)
+
+
+def budgets(result):
+    """Budgets and families of a result of `bytes.py` in its order, and rows by both."""
+    rows = {(one["budget"], one["family"]): one for one in result["rows"]}
+    each, families = (list(dict.fromkeys(keys)) for keys in zip(*rows))
+    return each, families, rows
+
+
+def families_at(read, key, form, goals):
+    """A measure of every family at every budget: the header and the rows."""
+    each, families, rows = budgets(read("bytes"))
+    first = [name for name in ("auto", "hindsight") if name in families]
+    others = [name for name in families if name not in first]
+    lines = []
+    for budget in each:
+
+        def cell(name, budget=budget):
+            one = rows.get((budget, name))
+            return format(one[key], form) if one else "-"
+
+        n = fitting(read, budget)
+        merged = in_slots(read, n)
+        missing = "not measured" if n else "nothing fits"
+        lines.append([budget, *map(cell, first), goals.get(budget, ""), *map(cell, others),
+                      format(merged[key], form) if merged else missing])  # fmt: skip
+    return ["budget", *first, "goal", *others, "D2C in 16 bit"], lines
+
+
+def bytes_excess(read):
+    """Excess loss of every family at every budget."""
+    return markdown(*families_at(read, "excess", ".4f", EXCESS_GOALS), left=0)
+
+
+def bytes_retention(read):
+    """Retention of every family at every budget, and the bytes of the file of `auto`."""
+    header, lines = families_at(read, "retention", ".1%", RETENTION_GOALS)
+    _, _, rows = budgets(read("bytes"))
+    lines = [[*line, f"{rows[line[0], 'auto']['nbytes']:,}"] for line in lines]
+    return markdown([*header, "bytes of auto"], lines, left=0)
+
+
+def bytes_strong(read):
+    """Strongly trained adapters: `auto` beside its goal, and in hindsight."""
+    each, _, rows = budgets(read("bytes-strong"))
+    lines = [
+        (budget, f"{rows[budget, 'auto']['excess']:.4f}", STRONG_GOALS.get(budget, ""),
+         f"{rows[budget, 'auto']['retention']:.1%}", f"{rows[budget, 'hindsight']['excess']:.4f}")
+        for budget in each
+    ]  # fmt: skip
+    header = ("budget", "auto, excess", "goal", "auto, retention", "hindsight, excess")
+    return markdown(header, lines, left=0)
+
+
+def order(read):
+    """Arrivals in several orders, and what planning all at once reaches."""
+    groups = {}
+    for one in read("order")["rows"]:
+        groups.setdefault((one["kind"], one["budget"], one["probes"]), []).append(one["excess"])
+    _, _, planned = budgets(read("bytes"))
+    rows = []
+    for (kind, budget, probes), excess in groups.items():
+        if kind == "slots":
+            words, at_once = f"{budget} slots", in_slots(read, int(budget))
+        else:
+            words, at_once = f"{budget}% of the bytes", planned.get((f"{budget}%", "auto"))
+        rows.append((
+            words, f"{probes} probe rows per task" if probes else "weights", f"{len(excess)}",
+            *(f"{x:.3f}" for x in (statistics.mean(excess), min(excess), max(excess))),
+            f"{at_once['excess']:.3f}" if at_once else "not measured",
+        ))  # fmt: skip
+    header = ("pack", "added by", "orders", "mean", "best", "worst", "planned at once")
+    return markdown(header, rows, left=2)

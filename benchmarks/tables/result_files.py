@@ -1,0 +1,29 @@
+"""Reading results/*.json, and tables in Markdown; for all of this folder."""
+
+import json
+
+from benchmarks import RESULTS
+
+
+def reader(directory=RESULTS, **known):
+    """Returns `read(name)`: what is known, as of a script that just measured it, or the file's."""
+
+    def read(name):
+        if name in known:
+            return known[name]
+        path = directory / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SystemExit(f"{path}: no such file; the script of this name writes it") from None
+        except ValueError as error:
+            raise SystemExit(f"{path}: not JSON: {error}") from None
+
+    return read
+
+
+def markdown(header, rows, left=1):
+    """Lines of a table, all columns but the first so many to the right."""
+    marks = ["---"] * left + ["--:"] * (len(header) - left)
+    first, *others = (f"| {' | '.join(line)} |" for line in (header, *rows))
+    return [first, f"|{'|'.join(marks)}|", *others]

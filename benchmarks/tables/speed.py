@@ -1,0 +1,169 @@
+"""Tables of what is fast and small: the engine, merging, phone, routing and server.
+
+Each function gets `read` of result_files.py and returns lines of Markdown.
+"""
+
+from benchmarks.tables.result_files import markdown
+
+# As docs/living.md calls them.
+ROUTERS = {
+    "states": "states: `d2c-mlx route`, fitted on probes",
+    "arrow by prompt": "Arrow, the adapter with most votes of a prompt",
+    "entropy": "lowest entropy of the first token, the base model among the candidates",
+    "arrow by token, 1": "Arrow, per token and module, best 1",
+    "arrow by token, 4": "Arrow, per token and module, best 4",
+}
+
+
+def probe(read):
+    """The probe engine: whatever was measured of it, and targets."""
+    result = read("probe")
+    rows = []
+    if "tokens_per_second" in result:
+        rows += engine(result)
+    if "evaluations_asked" in result:
+        rows += [
+            ("D2C: evaluations asked for", f"{result['evaluations_asked']}", ""),
+            ("D2C: evaluations done", f"{result['evaluations_done']:.0f}", ""),
+            ("D2C: asked for / done", f"{result['evaluations_ratio']:.2f}", "5"),
+            ("D2C: seconds", f"{result['d2c_seconds']:.0f}", ""),
+        ]
+    for stage, one in result.get("growth", {}).items():
+        sizes = ", ".join(map(str, result["growth_sizes"]))
+        seconds = ", ".join(f"{s:.1f}" for s in one["seconds"])
+        target = "2" if stage == "probe" else "1"
+        rows.append((f"{stage}: seconds for N = {sizes}; exponent",
+                     f"{seconds}; {one['exponent']:.2f}", target))  # fmt: skip
+    if "ranks_ratio" in result:
+        same = "the same bytes" if result["ranks_same_bytes"] else "OTHER BYTES"
+        seconds = ", ".join(f"{one:.1f}" for one in result["ranks_seconds"].values())
+        rows.append(("one rank on all cores, two on the same, two under mlx.launch: seconds",
+                     f"{seconds}; {result['ranks_ratio']:.2f}, {same}", ""))  # fmt: skip
+    return markdown(("what", "value", "target"), rows)
+
+
+def engine(result):
+    """The engine's rows of the table above."""
+    return [
+        ("d2c-mlx, tokens/s", f"{result['tokens_per_second']:.0f}", ""),
+        *((f"without {name}: times slower", f"{ratio:.2f}", "")
+          for name, ratio in result["savings"].items() if name not in ("frozen", "stack 2")),
+        ("`frozen`, adapters on the last 16 blocks: times faster",
+         f"{result['savings']['frozen']:.2f}", ""),
+        ("`--stack 2`: times faster", f"{result['savings']['stack 2']:.2f}", ""),
+        ("mlx-lm loop, float32, our BLAS: times slower",
+         f"{result['speedup_vs_mlx_lm_loop']:.2f}", "10"),
+        ("mlx-lm loop, float32, the wheel's BLAS: times slower (6 rows, scaled)",
+         f"{result['speedup_vs_mlx_lm_loop_own_blas']:.0f}", ""),
+        ("mlx-lm loop, 4 bit as stored, the wheel's BLAS: times slower (12 tokens, scaled)",
+         f"{result['speedup_vs_mlx_lm_loop_as_stored']:.0f}", ""),
+        ("PEFT on torch: times slower", f"{result['speedup_vs_peft']:.2f}", "2"),
+        ("useful FLOPs, share of a plain float32 matmul", f"{result['sgemm_share']:.0%}", "50%"),
+        ("largest loss difference to the plain loop (nats per token)",
+         f"{result['max_loss_difference']:.1e}", "1e-4"),
+    ]  # fmt: skip
+
+
+def merge(read):
+    """Merging against PEFT, and the ratio of what it takes."""
+    result = read("merge")
+    layers, of = result["peft"]["layers"], result["ours"]["layers"]
+    note = f", extrapolated from {layers} of {of} layers" if layers < of else ""
+    rows = [
+        (label, f"{one['seconds_all_layers']:.1f}", f"{one['cpu_seconds_all_layers']:.1f}",
+         f"{one['peak_nbytes'] / 1e9:.2f}", f"{one['error']:.1e}",
+         f"{one['excess_truncation_error']:.1e}")
+        for label, one in (("d2c-mlx `linear`", result["ours"]),
+                           (f"PEFT `svd` on torch{note}", result["peft"]))
+    ]  # fmt: skip
+    ratio = result["ratio"]
+    rows.append(("ratio", f"{ratio['seconds']:.1f}", f"{ratio['cpu_seconds']:.1f}", "", "", ""))
+    header = ("side", "seconds", "CPU seconds", "peak GB", "largest relative error of dW",
+              "truncation error above the best")  # fmt: skip
+    return markdown(header, rows)
+
+
+def phone(read):
+    """A pack as on a phone: base, individual adapters and the pack, at the ends of the contexts."""
+    result = read("phone")
+    methods, quality = result["methods"], result["quality"]
+    some = list(methods.values())
+    ends = [f"{one['context']:,}" for one in (some[0]["contexts"][0], some[0]["contexts"][-1])]
+    limit = result["device"]["memory"] / 1e6
+    n_rows = sum(quality["n_rows"]) / len(quality["n_rows"])
+
+    def line(words, cell, of):
+        return (words, *(cell(one) for one in of.values()))
+
+    def metrics(one):
+        return ", ".join(f"{one['metrics'][key]:.1f}" for key in ("exact_match", "f1", "chrf"))
+
+    def first(one):
+        return ", ".join(f"{one['contexts'][i]['first_token_seconds']:.1f}" for i in (0, -1))
+
+    rows = [
+        line("adapters on disk, bytes", lambda one: f"{one['nbytes']:,}", methods),
+        line(f"peak at {ends[1]} tokens, MB (limit {limit:,.0f})",
+             lambda one: f"{one['memory'][-1]['peak'] / 1e6:.0f}", methods),
+        line(f"first token after {ends[0]}, {ends[1]} tokens, s", first, methods),
+        line(f"decoding after {ends[0]} tokens, tokens/s",
+             lambda one: f"{one['contexts'][0]['decode_tokens_per_second']:.1f}", methods),
+        line(f"held-out loss, {result['model']['bits']}-bit base, {n_rows:g} rows per task",
+             lambda one: f"{one['loss']:.4f}", quality["device"]),
+        line("the same under the float base", lambda one: f"{one['loss']:.4f}", quality["float"]),
+        line(f"exact match, F1, chrF of {sum(quality['n_answers'])} answers", metrics,
+             quality["device"]),
+    ]  # fmt: skip
+    return markdown(("", *methods), rows)
+
+
+def switch(read):
+    """Change of adapter in every run that measured it alone, and in the run of the table above."""
+    runs = {f"{i + 1}": one for i, one in enumerate(read("switch")["runs"])}
+    rows = []
+    for name, run in {**runs, "phone.json, before": read("phone")["switch"]}.items():
+        pack, stock = run["pack"], run["stock"]
+        ready = pack["read_seconds"] + pack["attach_seconds"]
+        rows.append((
+            name, f"{1000 * ready:.0f}", f"{1000 * stock['reload_seconds']:.0f}",
+            f"{run['ratio_before_token']:.1f}", f"{1000 * pack['seconds']:.0f}",
+            f"{1000 * stock['seconds']:.0f}", f"{run['ratio']:.1f}",
+        ))  # fmt: skip
+    header = ("run", "model ready, ms", "stock mlx-lm's reload, ms", "times less (target 20)",
+              "with one token, ms", "stock, ms", "times less")  # fmt: skip
+    return markdown(header, rows)
+
+
+def routers(read):
+    """Routing that needs no probes beside the router that is fitted on them, best first."""
+    result = read("routers")
+    rows = [("the task is named", "100%", "", f"{result['labelled_loss']:.3f}", "")]
+    for name, one in sorted(result["routers"].items(), key=lambda item: item[1]["loss"]):
+        chosen = "right" in one
+        rows.append((
+            ROUTERS.get(name, name), f"{one['right']:.1f}%" if chosen else "",
+            f"{one['foreign_accepted']:.0f}%" if chosen else "", f"{one['loss']:.3f}",
+            f"{one['seconds']:.3f}" if "seconds" in one else "",
+        ))  # fmt: skip
+    return markdown(("router", "right", "foreign prompts taken for a task", "loss", "s"), rows)
+
+
+def serve(read):
+    """Tokens per second of the server, by clients."""
+    found = {(one["server"], one["adapters"], one["clients"]): one for one in read("serve")["rows"]}
+    rows = []
+    for n in dict.fromkeys(n for _, _, n in found):
+        one, mixed, stock = (
+            found[server, kind, n]
+            for server, kind in (("d2c-mlx", "one"), ("d2c-mlx", "mixed"),
+                                 ("mlx_lm.server", "mixed"))
+        )  # fmt: skip
+        rates = [row["tokens_per_s"] for row in (one, mixed, stock)]
+        rows.append((
+            f"{n}", f"{rates[0]:.1f}", f"{rates[1]:.1f}", f"{rates[1] / rates[0]:.2f}",
+            f"{mixed['first_token_s']:.2f} s", f"{rates[2]:.1f}", f"{rates[1] / rates[2]:.1f}",
+        ))  # fmt: skip
+    header = ("clients", "all on one adapter, tokens/s", "eight mixed", "ratio (target 0.8)",
+              "first token, mixed", "`mlx_lm.server`, mixed",
+              "times faster (target 10)")  # fmt: skip
+    return markdown(header, rows, left=0)
