@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import d2c_mlx  # noqa: F401  loads the fast BLAS before mlx.core
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel

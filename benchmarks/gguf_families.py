@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.write import write_pack

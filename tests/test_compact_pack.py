@@ -12,7 +12,7 @@ from mlx_lm import load as stock_load
 from tiny import LAYERS, SHAPES, library, tiny_model
 
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.affine import BITS
 from d2c_mlx.compress.compact_file import read_index, write_compact
 from d2c_mlx.compress.file_layout import compact_nbytes

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import log_softmax
 from tiny import Gpu, divergence, library, peft_adapter, tiny_model
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine, Savings

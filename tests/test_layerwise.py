@@ -13,7 +13,7 @@ from test_merge_data import dense_grams
 from tiny import library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.layerwise import _parts, merge_layerwise

@@ -9,7 +9,7 @@ import pytest
 from tiny import LAYERS, SHAPES, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.packs.pack import load_pack

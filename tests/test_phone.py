@@ -13,7 +13,7 @@ from d2c_mlx_cli.main import cli
 from mlx_lm import load, stream_generate
 from tiny import LAYERS, library
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.answers import answer_metrics
 from d2c_mlx.models.base_model import BaseModel

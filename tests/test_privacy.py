@@ -9,7 +9,7 @@ import sys
 import pytest
 from tiny import library, peft_adapter
 
-from d2c_mlx.adapters.mlx_format import base_of
+from d2c_mlx.adapters.adapter_config import base_name
 
 # Ends the process with a word at the first socket, whoever opens it, in whatever thread.
 WATCHED = """
@@ -21,6 +21,7 @@ def refuse(event, args):
         os._exit(9)
 
 sys.addaudithook(refuse)
+from d2c_mlx.adapters.adapter_config import base_name
 from d2c_mlx_cli.main import main
 main()
 """
@@ -68,4 +69,4 @@ def test_the_watch_sees_a_socket():
 )  # fmt: skip
 def test_the_base_of_an_adapter(stated, name):
     config = json.loads(json.dumps({"base_model_name_or_path": stated}))
-    assert base_of(config) == name
+    assert base_name(config) == name

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from tiny import library, log_probabilities, peft_adapter, task, write_jsonl
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters

@@ -81,7 +81,8 @@ class Workspace:
         errors: list[InputError] = []
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []
         collect(errors, lambda: check_run(config, sources))
-        inputs = collect(errors, lambda: read_adapters(sources, self.base)) or []
+        shapes, about = self.base.module_shapes, self.base.config
+        inputs = collect(errors, lambda: read_adapters(sources, shapes, about)) or []
         names = [source.name for source in sources]
         tasks = collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
         self.inputs: list[Adapter] = inputs
