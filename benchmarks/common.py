@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel

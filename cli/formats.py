@@ -37,7 +37,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     sources = find_adapters(adapters)
     check_output(Path(output), local_model(model), sources)
     base = BaseModel(model)
-    found = read_adapters(sources, base)
+    found = read_adapters(sources, base.module_shapes, base.config)
     with write_dir(Path(output)) as directory:
         for adapter in found:
             if to == "peft":

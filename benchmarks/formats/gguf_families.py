@@ -22,7 +22,7 @@ from gguf import GGUFReader
 
 from benchmarks import RESULTS, command_line
 from benchmarks.formats.bindings import F32, llama_cpp
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.write import write_pack

@@ -27,7 +27,7 @@ from mlx_lm.tuner.trainer import default_loss
 
 from benchmarks import command_line
 from benchmarks.stock_models import float32_base
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine, Savings
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.device import machine

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import linear_shapes, load_stock
 from d2c_mlx.models.resolve import resolve_model

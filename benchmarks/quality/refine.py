@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.common import run
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import Method, bench_methods

@@ -25,7 +25,7 @@ from gguf import (
 )
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.mlx_format import check_adapter, check_finite, pair_problems
+from d2c_mlx.adapters.checks import check_adapter, check_finite, pair_problems
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.gguf_file import UNREADABLE, open_gguf
 

@@ -13,11 +13,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.adapters.mlx_format import read_config
-from d2c_mlx.utils.errors import AdapterError, InputError, collect
+from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.tensor_file import Header, read_header
+from d2c_mlx.utils.errors import InputError, collect
 
 __all__ = ["layout_problems"]
 
@@ -25,8 +24,6 @@ _TENSOR = re.compile(
     r"(?P<blocks>(?:.+?\.)?layers)\.(?P<block>\d+)\.(?P<key>.+)\.(?P<leaf>lora_[ab])"
 )
 _FLOATS = ("F16", "BF16", "F32")
-# Tensor name -> (dtype as safetensors names it, shape).
-_Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
@@ -39,7 +36,7 @@ def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
     shown = shown or directory
     errors: list[InputError] = []
     config = collect(errors, lambda: read_config(directory))
-    header = collect(errors, lambda: _read_header(directory / WEIGHTS))
+    header = collect(errors, lambda: read_header(directory / WEIGHTS))
     problems = [line for error in errors for line in error.problems]
     if config is not None:
         problems += [f"{shown / CONFIG}: {line}" for line in _config_problems(config)]
@@ -48,18 +45,6 @@ def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
     if not problems and config is not None and header is not None:
         problems += [f"{shown}: {line}" for line in _disagreements(config, header)]
     return problems
-
-
-def _read_header(path: Path) -> _Header:
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterError(
-            f"{path}: missing, truncated or not a safetensors file ({reason}); copy it again"
-        ) from None
 
 
 def _whole(value: object) -> bool:
@@ -97,7 +82,7 @@ def _config_problems(config: Mapping[str, object]) -> list[str]:
     return problems
 
 
-def _tensor_problems(header: _Header) -> list[str]:
+def _tensor_problems(header: Header) -> list[str]:
     if not header:
         return ["holds no tensors"]
     outside = [name for name, (_, shape) in header.items()
@@ -125,7 +110,7 @@ def _tensor_problems(header: _Header) -> list[str]:
     return problems
 
 
-def _disagreements(config: Mapping[str, object], header: _Header) -> list[str]:
+def _disagreements(config: Mapping[str, object], header: Header) -> list[str]:
     """Between a config and tensors that are each well formed."""
     parameters: dict[str, object] = config["lora_parameters"]  # type: ignore[assignment]
     keys, rank = parameters["keys"], parameters["rank"]

@@ -12,27 +12,19 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
-from d2c_mlx.adapters.gguf_format import read_gguf_lora
-from d2c_mlx.adapters.mlx_format import (
-    DORA,
-    base_of,
-    check_adapter,
-    load_adapter,
-    pair_problems,
-    read_config,
-    read_tensors,
-)
+from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
+from d2c_mlx.adapters.adapter_config import base_name, read_config
+from d2c_mlx.adapters.checks import DORA, check_base, pair_problems
+from d2c_mlx.adapters.tensor_file import read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.parsing import match_end, positive
 
-__all__ = ["PEFT_WEIGHTS", "PICKLE", "read_adapter", "save_peft"]
+__all__ = ["PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
 
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -59,70 +51,8 @@ _REFUSED = {
     "fan_in_fan_out": "its factors are transposed",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
 }
-# Base models whose stored weights mlx-lm multiplies as it loads them: B A of the stored ones is not
-# dW of the loaded ones, and the factor differs by module.
-_FOLDED = frozenset({"falcon_h1"})
-_FOLDED_NAME = re.compile(r"falcon[-_ ]?h1", re.IGNORECASE)
 # Initialisations that also change the base model's weights.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def read_adapter(
-    path: Path,
-    shapes: Mapping[str, tuple[int, int]],
-    config: Mapping[str, Any] | None = None,
-) -> Adapter:
-    """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
-
-    Args:
-        path: the directory of one adapter, or a `.gguf`.
-        shapes: module path -> (in, out) of the base model's linear modules.
-        config: the base model's config.json. GGUF orders rows by heads; and without it a base
-            whose weights mlx-lm changes is not refused.
-
-    Raises:
-        AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
-    """
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        _refuse_folded(path, config)
-        return read_gguf_lora(path, shapes, config)
-    found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
-    if len(found) > 1:
-        raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
-    gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
-    if not found and len(gguf) == 1:
-        _refuse_folded(gguf[0], config)
-        return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
-    if not found and (path / PICKLE).exists():
-        raise AdapterError(
-            f"{path / PICKLE}: a pickle can run code and is never loaded; save it again with PEFT's"
-            " save_pretrained(..., safe_serialization=True)"
-        )
-    if not found:
-        raise AdapterError(
-            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
-            " .gguf"
-        )
-    if found == [PEFT_WEIGHTS]:
-        _refuse_folded(path / PEFT_WEIGHTS, config)
-    adapter = _load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
-    check_adapter(adapter, shapes, path / found[0])
-    return adapter
-
-
-def _refuse_folded(where: Path, config: Mapping[str, Any] | None, name: str | None = None) -> None:
-    """Raise for a base of `_FOLDED`, known by its config or, without one, by its name."""
-    kind = (config or {}).get("model_type")
-    if kind in _FOLDED:
-        base = f"the base model's model_type is {kind!r}"
-    elif config is None and name and _FOLDED_NAME.search(name):
-        base = f"the base model is {name!r}"
-    else:
-        return
-    raise AdapterError(
-        f"{where}: {base}: mlx-lm folds this model's multipliers into its weights, so a LoRA means"
-        " another dW in PEFT and GGUF; use adapters in MLX's format only"
-    )
 
 
 def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
@@ -178,7 +108,15 @@ def _pattern_lookup(
     return lookup
 
 
-def _load_peft(directory: Path) -> Adapter:
+def load_peft(directory: Path) -> Adapter:
+    """Load PEFT's layout (`adapter_model.safetensors` + `adapter_config.json`).
+
+    `read_adapter` recognises a layout by itself and checks the adapter against its base.
+
+    Raises:
+        AdapterError: listing every problem of the directory, fields that A and B alone do not
+            describe among them.
+    """
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
     errors: list[InputError] = []
     problems = _refusals(config, where)
@@ -207,7 +145,7 @@ def _load_peft(directory: Path) -> Adapter:
     if problems:
         raise AdapterError(problems)
     modules = _scaled_modules(pairs, config, where)
-    return Adapter(directory.name, modules, base_of(config))
+    return Adapter(directory.name, modules, base_name(config))
 
 
 def _scaled_modules(
@@ -255,7 +193,7 @@ def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | Non
     Raises:
         AdapterError: mlx-lm changes the weights of that base as it loads them; nothing is written.
     """
-    _refuse_folded(directory, config, adapter.base)
+    check_base(directory, config, adapter.base)
     directory.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.modules.values()))
     rank, alpha = first.rank, _alpha(first.scale, first.rank)

@@ -6,20 +6,18 @@ import errno
 import os
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, read_adapter
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 from d2c_mlx.utils.hub import HubId, download, head, list_files, parse_hub_id
-
-if TYPE_CHECKING:
-    from d2c_mlx.models.base_model import BaseModel
 
 __all__ = ["Source", "find_adapters", "local_entries", "read_adapters"]
 
@@ -94,14 +92,26 @@ def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
     return found
 
 
-def read_adapters(sources: Sequence[Source], base: BaseModel) -> list[Adapter]:
-    """Read every adapter and check it against its base; all problems of all adapters at once.
+def read_adapters(
+    sources: Sequence[Source],
+    shapes: Mapping[str, tuple[int, int]],
+    config: Mapping[str, Any],
+) -> list[Adapter]:
+    """Read every adapter and check it against the base model.
 
     Adapters whose configs name different base models get an `InputWarning`.
+
+    Args:
+        sources: what `find_adapters` found.
+        shapes: module path -> (in, out) of the base model's linear modules.
+        config: the base model's config.json, see `read_adapter`.
+
+    Raises:
+        InputError: the problems of all adapters, one line each.
     """
 
     def read(source: Source) -> Adapter:
-        adapter = read_adapter(source.path, base.module_shapes, base.config)
+        adapter = read_adapter(source.path, shapes, config)
         return replace(adapter, name=source.name, origin=source.origin)
 
     found = gather(partial(read, source) for source in sources)

@@ -7,14 +7,13 @@ bits and row width. docs/packs.md has the layout.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from d2c_mlx.adapters.tensor_file import TensorFile, open_tensors
 from d2c_mlx.compress.affine import BITS, GROUP_SIZES, Quantized
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.compress.file_layout import (
@@ -89,30 +88,18 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
     return index
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise PackError(
-            f"{path}: missing, truncated or not a safetensors file ({reason}); copy it again"
-        ) from None
-
-
 def read_index(path: Path) -> Index:
     """Read the index and check every tensor's type and shape against it; no rows are read.
 
     Raises:
         PackError: truncated, corrupt, or another format or version.
     """
-    with _opened(path) as file:
+    with open_tensors(path, PackError) as file:
         return _index(path, file)
 
 
-def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no type
-    about = file.metadata() or {}
+def _index(path: Path, file: TensorFile) -> Index:
+    about = file.metadata
     found = about.get("format"), about.get("version")
     if found != (FORMAT, VERSION):
         raise PackError(
@@ -121,7 +108,7 @@ def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no ty
         )
     try:
         said = parse_json(about["index"])
-        counts = file.get_tensor("counts")
+        counts = file.handle.get_tensor("counts")
         index = Index(
             tuple(said["names"]),
             said["base"],
@@ -133,9 +120,7 @@ def _index(path: Path, file: Any) -> Index:  # noqa: ANN401  safe_open has no ty
         size = len(index.names), len(index.modules), len(index.bits)
         same = index.counts.dtype == np.uint8 and index.counts.shape == size
         same &= set(index.bits) <= set(BITS) and index.group_size in GROUP_SIZES
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        actual = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
-        if same and actual == index.tensors():
+        if same and file.header == index.tensors():
             return index
     except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
         pass
@@ -152,7 +137,7 @@ def read_compact(path: Path, adapter: int) -> Compressed:
     Raises:
         PackError: truncated, corrupt, another version, or no such adapter.
     """
-    with _opened(path) as file:
+    with open_tensors(path, PackError) as file:
         index = _index(path, file)
         if not 0 <= adapter < len(index.names):
             raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
@@ -163,7 +148,7 @@ def read_compact(path: Path, adapter: int) -> Compressed:
             start = int(rows[:adapter].sum())
             stop = start + int(rows[adapter])
             stacks[bits, width] = [
-                file.get_slice(tensor_name(bits, width, field))[start:stop]
+                file.handle.get_slice(tensor_name(bits, width, field))[start:stop]
                 for field in FIELDS[: 1 if bits == 16 else 3]
             ]
     return Compressed(

@@ -12,7 +12,7 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import check_adapter
+from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.models.base_model import linear_shapes
 
 __all__ = ["switch"]

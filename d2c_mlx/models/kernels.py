@@ -1,9 +1,9 @@
 """Exponentials on MLX's CPU backend, and how much of a graph it is given at a time.
 
 MLX 0.32 on x86 takes about 9 ns for one exp, but 3 for tanh and for power (measured:
-benchmarks/notes/2026-11-26-engine-savings.md). SwiGLU, attention and the sum over the vocabulary are
-mostly exponentials. Written with the fast ones they are the same functions, and closer to a float64
-reference than mlx-lm's own.
+benchmarks/notes/2026-11-26-engine-savings.md). SwiGLU, attention and the sum over the vocabulary
+are mostly exponentials. Written with the fast ones they are the same functions, and closer to a
+float64 reference than mlx-lm's own.
 """
 
 from __future__ import annotations

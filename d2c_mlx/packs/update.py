@@ -26,7 +26,8 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
-from d2c_mlx.adapters.mlx_format import load_adapter, read_config
+from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.compress.compact_file import read_compact

@@ -21,8 +21,8 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import check_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.checks import check_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.heldout import Method
 from d2c_mlx.models.tasks import load_tasks

@@ -56,7 +56,10 @@ class Inputs:
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []
         collect(errors, lambda: check_run(config, sources))
         self.adapters: list[Adapter] = (
-            collect(errors, lambda: read_adapters(sources, self.base)) or []
+            collect(
+                errors, lambda: read_adapters(sources, self.base.module_shapes, self.base.config)
+            )
+            or []
         )
         names = [source.name for source in sources]
         self.tasks: list[Task] = (

@@ -58,7 +58,7 @@ def arrive(
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = _base_of(found, model)
-        (new,) = read_adapters(sources, base)
+        (new,) = read_adapters(sources, base.module_shapes, base.config)
         judge = None
         if tasks:
             probes = _probes(base, tasks, new.name, found.tasks, n_probe)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from d2c_mlx.adapters.mlx_format import check_adapter
+from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import Pack
 

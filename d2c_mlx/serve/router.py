@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.evaluate.batches import by_length
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
@@ -199,10 +199,10 @@ def load_router(pack: Pack) -> Router | None:
         return None
     path = pack.path / ROUTER
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            about: Any = parse_json((file.metadata() or {})["router"])
+        with open_tensors(path, PackError) as file:
+            about: Any = parse_json(file.metadata["router"])
             centre, directions = (
-                file.get_tensor(name).astype(np.float32) for name in ("centre", "directions")
+                file.handle.get_tensor(name).astype(np.float32) for name in ("centre", "directions")
             )
         router = Router(
             tuple(about["tasks"]), centre, directions, float(about["threshold"]),
@@ -212,7 +212,7 @@ def load_router(pack: Pack) -> Router | None:
         good &= bool(np.isfinite(directions).all() and np.isfinite(centre).all())
         good &= set(router.tasks) <= pack.tasks.keys() and router.n_blocks > 0
         good &= router.system is None or isinstance(router.system, str)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (PackError, KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise PackError(f"{path}: no router of this pack; fit it again with d2c-mlx route --tasks")

@@ -15,7 +15,7 @@ from helpers.tiny import ALL, library, tiny_model
 from d2c_mlx.adapters import gguf_format as gguf_lora
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import is_gguf_lora, read_gguf_lora, save_gguf_lora
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import AdapterError
 

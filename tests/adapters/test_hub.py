@@ -9,7 +9,7 @@ from helpers.hub import Hub
 from helpers.tiny import library, peft_adapter, tiny_model
 
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import InputError

@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter, save_peft
+from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters, scaled

@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 from helpers.tiny import HIDDEN, LAYERS, SHAPES, TARGETS, peft_adapter, tiny_model, write_jsonl
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 
 

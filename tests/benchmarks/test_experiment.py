@@ -11,7 +11,6 @@ import pytest
 from helpers.loras import adapters_of, dense
 from helpers.tiny import SHAPES, library, peft_adapter
 
-
 from benchmarks.quality import experiment
 from benchmarks.quality.answering import batched_answers
 from benchmarks.quality.methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of

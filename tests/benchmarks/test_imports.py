@@ -4,11 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILES = [path for path in sorted(ROOT.glob("benchmarks/**/*.py")) if path.name != "__init__.py"]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
 SCRIPTS = [name for name, path in zip(MODULES, FILES) if "__main__" in path.read_text()]

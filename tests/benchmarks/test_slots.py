@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny import library
 
 from benchmarks.quality import slots
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.merge.methods import merge_adapters, scaled

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 from helpers.tiny import library, log_probabilities, write_jsonl
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.files import hash_file
 

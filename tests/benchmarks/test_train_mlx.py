@@ -10,7 +10,7 @@ import yaml
 from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, tiny_model, write_jsonl
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 
 CONFIG = ROOT / "benchmarks" / "library" / "mlx.yaml"

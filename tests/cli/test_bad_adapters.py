@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters, read_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import InputWarning
@@ -136,10 +136,10 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
     )
     base = BaseModel(str(lib.model))
     with pytest.warns(InputWarning, match="found 2 names of base models"):
-        read_adapters(find_adapters(lib.adapters), base)
+        read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)
     # Without a name it may be of any; warnings are errors here.
     edit_config(lib.adapters / "beta", base_model_name_or_path=None)
-    assert len(read_adapters(find_adapters(lib.adapters), base)) == 3
+    assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
 
 
 FEATURES = [

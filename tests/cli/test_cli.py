@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import _COMMANDS, cli
 from helpers.tiny import LAYERS, SHAPES, library
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.write import write_compact_pack

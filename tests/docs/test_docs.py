@@ -154,7 +154,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from dataclasses import replace
     from threading import Thread
 
-    from d2c_mlx.adapters.peft_format import read_adapter
+    from d2c_mlx.adapters.reading import read_adapter
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.mixed_batch import MixedModel

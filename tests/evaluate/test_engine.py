@@ -10,7 +10,7 @@ from helpers.losses import losses_of, plain_loss
 from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
 from scipy.special import log_softmax
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine, Savings

@@ -1,6 +1,6 @@
 """Four adapters, and what is known of a pack of them."""
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from helpers.tiny import ALL, LAYERS, peft_adapter
 
 NAMES = ("a", "b", "c", "d")

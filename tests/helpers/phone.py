@@ -1,6 +1,6 @@
 """A pack for the benchmark of phones, and options that make it short."""
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.write import write_compact_pack

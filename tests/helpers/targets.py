@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, read_adapter
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.models.base_model import BaseModel

@@ -6,7 +6,7 @@ from helpers.loras import dense
 from helpers.tiny import HIDDEN, INTERMEDIATE, library
 from mlx.utils import tree_flatten
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers

@@ -6,13 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.linalg
+from d2c_mlx.run.workspace import Workspace
 from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
 from helpers.tiny import library, peft_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.layerwise import _parts, merge_layerwise
@@ -21,7 +22,6 @@ from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.workspace import Workspace
 from d2c_mlx.utils.errors import InputError
 
 # In the order in which they run.

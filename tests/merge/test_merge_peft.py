@@ -7,7 +7,7 @@ from helpers.loras import assert_close, dense
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.merge.methods import merge_adapters
 
 NAMES, WEIGHTS = ["one", "three", "two"], [0.7, -0.4, 1.3]

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from d2c_mlx.run.workspace import Workspace
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.evaluate.capture import input_activations
@@ -16,7 +17,6 @@ from d2c_mlx.merge.merger import SCALES
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import AUTO_METHODS, RUN_METHODS, RunConfig
-from d2c_mlx.run.workspace import Workspace
 from d2c_mlx.utils.errors import ConfigError, InputError
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.tiny import log_probabilities, refinable, write_jsonl
 from mlx.utils import tree_flatten, tree_map
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters

@@ -25,7 +25,8 @@ from safetensors.numpy import load_file
 
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter, save_peft
+from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.merge.layerwise import STRENGTH, check_blocks, merge_layerwise
 from d2c_mlx.merge.merger import Merger
 from d2c_mlx.models.base_model import BaseModel, block_index

@@ -13,7 +13,7 @@ from helpers.tiny import ALL, LAYERS, library, tiny_model
 from mlx_lm import load as stock_load
 
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.affine import BITS
 from d2c_mlx.compress.compact_file import read_index, write_compact
 from d2c_mlx.compress.file_layout import compact_nbytes

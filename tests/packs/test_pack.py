@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import PackError

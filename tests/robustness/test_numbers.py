@@ -15,8 +15,8 @@ from helpers.loras import P, assert_close, dense
 from helpers.tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.mlx_format import check_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.checks import check_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache

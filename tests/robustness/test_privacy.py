@@ -10,7 +10,7 @@ import pytest
 from helpers.processes import WATCHED
 from helpers.tiny import library, peft_adapter
 
-from d2c_mlx.adapters.mlx_format import base_of
+from d2c_mlx.adapters.adapter_config import base_name
 
 
 @pytest.fixture(params=["2", "60%"])
@@ -55,4 +55,4 @@ def test_the_watch_sees_a_socket():
 )  # fmt: skip
 def test_the_base_of_an_adapter(stated, name):
     config = json.loads(json.dumps({"base_model_name_or_path": stated}))
-    assert base_of(config) == name
+    assert base_name(config) == name

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from d2c_mlx.run.workspace import Workspace
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.tiny import peft_adapter, refinable, task, write_jsonl
@@ -17,7 +18,6 @@ from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.workspace import Workspace
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.files import hash_tree
 

@@ -14,7 +14,7 @@ from helpers.served import client, serving
 from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import common_system, load_task

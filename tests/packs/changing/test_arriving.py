@@ -12,7 +12,7 @@ from d2c_mlx_cli.main import cli
 from helpers.tiny import LAYERS, library
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.engine import Engine

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import read_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.unpack import unpack

@@ -1,0 +1,40 @@
+"""`adapter_config.json`, which PEFT and mlx-lm both write beside an adapter's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from d2c_mlx.adapters.adapter import CONFIG
+from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.utils.parsing import parse_json
+
+__all__ = ["base_name", "read_config"]
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """Read `adapter_config.json`; raises AdapterError when it is missing or no JSON object."""
+    path = directory / CONFIG
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: missing; an adapter needs its adapter_config.json") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def base_name(config: Mapping[str, object]) -> str | None:
+    """The base model's name as a config states it; of a path that is no hub id the last part.
+
+    The rest tells who trained the adapter, and a pack would carry it on.
+    """
+    name = str(config.get("base_model_name_or_path") or config.get("model") or "")
+    # Absolute, a home directory, ./ or ../, an address, or of Windows.
+    if name.startswith(("/", "~", ".")) or {":", "\\"} & set(name):
+        parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]
+        name = parts[-1] if parts and parts[-1][0] != "~" else ""
+    return name or None

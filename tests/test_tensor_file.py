@@ -1,0 +1,85 @@
+"""The one reader of safetensors headers, and what it refuses that safetensors takes."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from d2c_mlx.adapters.tensor_file import open_tensors, read_header, read_tensors
+from d2c_mlx.utils.errors import AdapterError, PackError
+from d2c_mlx.utils.parsing import parse_json
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+def write(path, header, body=bytes(4)):
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + body)
+    return path
+
+
+def test_names_dtypes_shapes_metadata_and_single_tensors(tmp_path):
+    path = tmp_path / "one.safetensors"
+    tensors = {"a": np.ones((2, 3), np.float16), "b": np.arange(4, dtype=np.float32)}
+    save_file(tensors, path, metadata={"what": "two"})
+    with open_tensors(path) as file:
+        assert file.header == {"a": ("F16", (2, 3)), "b": ("F32", (4,))}
+        assert file.metadata == {"what": "two"}
+        assert np.array_equal(file.handle.get_tensor("b"), tensors["b"])
+    assert read_header(path) == file.header
+    save_file(tensors, path)
+    with open_tensors(path) as file:
+        assert file.metadata == {}
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    """Readers differ in which of them they take; safetensors takes the last."""
+    path = write(tmp_path / "twice.safetensors", f'{{"a":{ENTRY},"a":{ENTRY}}}')
+    with safe_open(path, framework="numpy") as file:
+        assert list(file.keys()) == ["a"]
+    for read in (read_header, read_tensors):
+        with pytest.raises(AdapterError, match="the key 'a' is there twice"):
+            read(path)
+    with pytest.raises(PackError, match="copy it again"), open_tensors(path, PackError):
+        pass
+
+
+@pytest.mark.parametrize(
+    "header, body",
+    [
+        (f'{{"a":{ENTRY}}}', bytes(3)),
+        (f'{{"a":{ENTRY}}}', bytes(5)),
+        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', bytes(4)),
+        (f'{{"a":{ENTRY},"b":{ENTRY}}}', bytes(4)),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(8)),
+        ('{"a":{"dtype":"X32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+        ("[]", b""),
+        ("", b""),
+    ],
+)
+def test_a_header_that_does_not_fit_its_file(tmp_path, header, body):
+    path = write(tmp_path / "bad.safetensors", header, body)
+    for read in (read_header, read_tensors):
+        with pytest.raises(AdapterError, match="truncated or not a safetensors file") as caught:
+            read(path)
+        (line,) = caught.value.problems
+        assert line.startswith(str(path))
+
+
+def test_a_length_beyond_the_file(tmp_path):
+    path = write(tmp_path / "long.safetensors", f'{{"a":{ENTRY}}}')
+    for length in (0, 1, 1 << 40, (1 << 64) - 1):
+        path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+        with pytest.raises(AdapterError, match="copy it again"):
+            read_header(path)
+    with pytest.raises(AdapterError, match="missing"):
+        read_header(tmp_path / "none.safetensors")
+
+
+def test_a_key_that_is_there_twice_is_found_in_one_pass():
+    """Counting every key in the list of all took minutes for as many."""
+    text = json.dumps({f"k{i}": i for i in range(200_000)})
+    with pytest.raises(ValueError, match="the key 'k199999' is there twice"):
+        parse_json(text[:-1] + ', "k199999": 0}')
