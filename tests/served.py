@@ -21,6 +21,7 @@ from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.server import PackServer
+from d2c_mlx.serve.service import Access, PackService
 
 NAMES = [one.name for one in ADAPTERS]
 WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()
@@ -75,9 +76,9 @@ def answer(pack, model_path):
 
 
 @contextmanager
-def serving(pack, mixed, router=None, **options):
-    router = router or load_router(pack)
-    server = PackServer(("127.0.0.1", 0), pack, mixed, router, **options)
+def serving(pack, mixed, router=None, limits=None, **access):
+    service = PackService(pack, mixed, router or load_router(pack), Access(**access), limits)
+    server = PackServer(("127.0.0.1", 0), service)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -112,7 +113,7 @@ def text(answer, name, prompt, n, chat=False):
 
 
 def counted(server):
-    lines = server.meters.text().decode().splitlines()
+    lines = server.service.metrics.render().decode().splitlines()
     return {
         line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "#" not in line
     }

@@ -37,7 +37,7 @@ from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.run.records import Record
-from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.environment import cache_directory, require_extra
 from d2c_mlx.utils.errors import InputError, collect, gather
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.progress import progress_bar
@@ -79,6 +79,8 @@ class Workspace:
         )
         self.runner = Ranks(self.engine, group) if group else self.engine
         errors: list[InputError] = []
+        if config.answers:
+            collect(errors, lambda: require_extra("answers", "answers", ", or leave answers out"))
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []
         collect(errors, lambda: check_run(config, sources))
         inputs = collect(errors, lambda: read_adapters(sources, self.base)) or []
