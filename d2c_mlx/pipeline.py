@@ -29,7 +29,7 @@ from d2c_mlx.evaluate.evaluator import probe_table
 from d2c_mlx.evaluate.heldout import Method, bench_methods
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.phone.tables import read_phone
+from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import provenance
@@ -260,7 +260,7 @@ def report(ws: Workspace) -> None:
     """The results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if ws.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
-    # What `bench PACK --json` of this pack printed, where the user put it.
+    # What `phone PACK --json` of this pack printed, where the user put it.
     phone = ws.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
