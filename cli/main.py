@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from pathlib import Path
 
 import click
 
@@ -26,24 +25,25 @@ _COMMANDS = {
     "remove": "packs:remove",
     "route": "packs:route",
     "serve": "serve:serve",
+    "phone": "phone:phone",
     "unpack": "formats:unpack",
     "export": "formats:export",
     "push": "hub:push",
     "doctor": "doctor:doctor",
 }
 # Forms of a command that take options of their own.
-_FORMS = {"bench PACK": "phone:bench", "bench compare": "phone:compare"}
+_FORMS = {"bench compare": "phone:compare"}
 
 
 def _form(args: list[str]) -> tuple[str, list[str]]:
     """Which command these arguments ask for, and what is left for it."""
     name, *rest = args
-    if name == "bench" and rest:
-        if rest[0] == "compare":
-            return "bench compare", rest[1:]
-        of_pack = (Path(rest[0]) / "manifest.json").is_file()
-        if of_pack or any(arg.startswith("--device") for arg in rest):
-            return "bench PACK", rest
+    if name == "bench" and rest[:1] == ["compare"]:
+        return "bench compare", rest[1:]
+    # Its name before there was `phone`; no other form of `bench` has that option.
+    if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
+        click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
+        return "phone", rest
     return name, rest
 
 
@@ -65,7 +65,7 @@ class _LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, rest = _form(args)
         _, command, rest = super().resolve_command(ctx, [name, *rest])
-        return name.removesuffix(" PACK"), command, rest
+        return name, command, rest
 
 
 @click.group(

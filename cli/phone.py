@@ -1,4 +1,4 @@
-"""`bench` of a pack as on a phone, and two such results side by side."""
+"""The command that measures a pack as on a phone, and two of its results side by side."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FILE = UserPath(path_type=Path)
 @click.command(
     help="Memory, speed, change of adapter, held-out loss and answers of PACK on a quantized base"
     " model, and whether it fits a device.\n\n\b\nExamples:\n"
-    "  d2c-mlx bench runs/first/pack --device iphone-6gb\n"
-    "  d2c-mlx bench pack --model M --bits 4 --device iphone-8gb --tasks tasks --adapters loras\n"
-    "  d2c-mlx bench pack --device phone.yaml --json --history runs.jsonl > here.json"
+    "  d2c-mlx phone runs/first/pack --device iphone-6gb\n"
+    "  d2c-mlx phone pack --model M --bits 4 --device iphone-8gb --tasks tasks --adapters loras\n"
+    "  d2c-mlx phone pack --device phone.yaml --json --history runs.jsonl > here.json"
 )
 @click.argument("pack", type=_DIR)
 @click.option(
@@ -56,14 +56,15 @@ _FILE = UserPath(path_type=Path)
 @click.option("--history", type=_DIR, metavar="FILE", help="add the result as a line of JSON")
 @click.option("--quiet", is_flag=True, help="no progress bars")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-def bench(
+def phone(
     contexts: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
-    """Measure, print, keep."""
-    from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone, read_contexts
+    """Measure, print and keep the result."""
+    from d2c_mlx.phone.benchmark import bench_phone
+    from d2c_mlx.phone.config import PhoneConfig, read_contexts
     from d2c_mlx.phone.tables import render_phone
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -74,13 +75,14 @@ def bench(
 
 
 @click.command(
-    help="Two results of `bench PACK --json`, or the last lines of two histories, side by side."
+    help="Two results of `phone PACK --json`, or the last lines of two histories, side by side."
     "\n\n\b\nExample:\n  d2c-mlx bench compare here.json there.json"
 )
 @click.argument("first", type=_FILE)
 @click.argument("second", type=_FILE)
 def compare(first: Path, second: Path) -> None:
     """Print the table, or say why they cannot be compared."""
-    from d2c_mlx.phone.tables import compare_phones, read_phone
+    from d2c_mlx.phone.compare import compare_phones
+    from d2c_mlx.phone.result import read_phone
 
     click.echo(compare_phones(read_phone(first), read_phone(second)))

@@ -51,21 +51,24 @@ def serve(
         raise click.UsageError(
             f"--host {host} lets other machines in; give --token, or use 127.0.0.1"
         )
+    from d2c_mlx.utils.environment import require_extra
+
+    require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.models.resolve import very_base
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.router import load_router
-    from d2c_mlx.serve.server import Limits, PackServer
+    from d2c_mlx.serve.server import PackServer
+    from d2c_mlx.serve.service import Access, Limits, PackService
 
     found = load_pack(pack)
     base = BaseModel(str(very_base(found.manifest["base"], model)))
     mixed, router = MixedModel(base, found), load_router(found)
     limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
+    service = PackService(found, mixed, router, Access(token or None, origins), limits)
     try:
-        opened = PackServer(
-            (host, port), found, mixed, router, token=token or None, origins=origins, limits=limits
-        )
+        opened = PackServer((host, port), service)
     except OSError as error:
         raise click.ClickException(
             f"--host {host} --port {port}: {error.strerror}; give another --port"

@@ -208,8 +208,7 @@ bench = _stage_command(
     "bench",
     "Held-out loss of every method -> bench.json." + _RESUME
     + "\n\n\b\nExamples:\n  d2c-mlx bench --output runs/first --test-examples 0\n\n\b\n"
-    "Of a pack as on a phone, and two results of that (each has a --help of its own):\n"
-    "  d2c-mlx bench PACK --device iphone-6gb\n"
+    "A pack as on a phone: d2c-mlx phone PACK. Two results of that side by side:\n"
     "  d2c-mlx bench compare A.json B.json",
 )  # fmt: skip
 report = _stage_command(

@@ -23,7 +23,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.serve.router import fit_router, prompt_states, router_of
+from d2c_mlx.serve.router import fit_router, prompt_states, router_from_states
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
@@ -82,7 +82,7 @@ def left_out(fitted, states, n_blocks):
     """Of every task's held-out prompts, those that a router without it gives to another task."""
     wrong = []
     for test, own in states.items():
-        router = router_of({t: x for t, x in fitted.items() if t != test}, n_blocks)
+        router = router_from_states({t: x for t, x in fitted.items() if t != test}, n_blocks)
         wrong += [task is not None for task in routed(router, own)]
     return share(wrong)
 

@@ -1,8 +1,8 @@
 """A pack on a quantized model as a stand-in for a phone: memory, speed, switching, quality.
 
-    d2c-mlx bench PACK --model M --bits 4 --device iphone-6gb
+    d2c-mlx phone PACK --model M --bits 4 --device iphone-6gb
 
-Times are those of this machine; what is a phone's are bytes, and whether they fit its profile.
+Bytes, and whether they fit the phone's limits, are the phone's. Times are those of this machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -28,19 +28,20 @@ from d2c_mlx.evaluate.heldout import Method
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.models.tokenize import encode, encode_tests
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.phone.config import CONTEXTS, PhoneConfig
 from d2c_mlx.phone.profiles import Profile, find_profile
-from d2c_mlx.phone.quality import HeldOut, measure_quality
+from d2c_mlx.phone.quality import HeldOutRows, measure_quality
+from d2c_mlx.phone.result import FORMAT
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
-from d2c_mlx.phone.tables import FORMAT
-from d2c_mlx.phone.timing import memory_limit, speed, switch
+from d2c_mlx.phone.timing import measure_speed, measure_switch, memory_limit
 from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
 from d2c_mlx.utils.progress import Bar, progress_bar
 
-__all__ = ["CONTEXTS", "PhoneConfig", "bench_phone", "read_contexts"]
+__all__ = ["bench_phone"]
 
-CONTEXTS = (128, 512, 1024)
 _INCLUDES = (
     "first token: prefill and one decode step, the model loaded, one sequence, greedy; decode: the"
     " tokens after it; medians after one run that is not counted; switch: reading the adapter from"
@@ -51,107 +52,50 @@ _INCLUDES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class PhoneConfig:
-    """Options of `d2c-mlx bench PACK`.
-
-    Attributes:
-        pack: directory of the pack.
-        device: name of a profile, or a `.yaml` file with one.
-        model: base model, see `locate.resolve_model`; None is the embedded default.
-        bits: 4 or 8, for a model that is not quantized yet; None takes it as it is.
-        adapters: the individual adapters, one directory each; None leaves them out.
-        tasks: `<task>/test.jsonl` to judge by; None leaves quality out.
-        contexts: tokens of the prompts; None is those of `CONTEXTS` that the model has room for.
-        decode: tokens generated after each prompt.
-        runs: timed runs of each.
-        test_examples: rows of test.jsonl that judge, the first ones; 0 is all.
-        answers: of how many of these rows of each task answers are generated and compared with the
-            expected ones; None is all of them, 0 none.
-        history: file to which the result is added as a line of JSON; None keeps none.
-    """
-
-    pack: str
-    device: str
-    model: str | None = None
-    bits: int | None = None
-    adapters: str | None = None
-    tasks: str | None = None
-    contexts: tuple[int, ...] | None = None
-    decode: int = 32
-    runs: int = 3
-    test_examples: int = 10
-    answers: int | None = None
-    history: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError listing every value that is out of range."""
-        checks = {
-            "bits": (self.bits in (None, 4, 8), "4 or 8"),
-            "contexts": (self.contexts is None or (self.contexts and min(self.contexts) >= 1),
-                         "numbers of 1 or more"),
-            "decode": (self.decode >= 2, "2 or more"),
-            "runs": (self.runs >= 1, "1 or more"),
-            "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            # Rows that do not judge are not tokenized, so there is nothing to answer.
-            "answers": (self.answers is None or (0 <= self.answers
-                        and not 0 < self.test_examples < self.answers),
-                        f"0 to test_examples ({self.test_examples or 'all'})"),
-            "history": (not self.history or not Path(self.history).is_dir(), "a file"),
-        }  # fmt: skip
-        problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
-                    for name, (good, expected) in checks.items() if not good]  # fmt: skip
-        if problems:
-            raise ConfigError(problems)
-
-
-def read_contexts(text: str | None) -> tuple[int, ...] | None:
-    """Read "128,512"; raises ConfigError for anything but numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f'contexts: found {text!r}, expected numbers such as "128,512"') from None
-
-
 def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
-    """Measure; returns a JSON object, see docs/phone.md.
+    """Measure a pack on a quantized base model against the limits of a device.
+
+    Use it to decide whether a pack can ship, and what quantizing the base costs. The held-out loss
+    on the float base alone is the `bench` stage of a run.
+
+    Args:
+        config: what to measure.
+        quiet: show no progress.
+
+    Returns:
+        A JSON object, see docs/phone.md: times in seconds, sizes in bytes, losses in nats per
+        target token.
 
     Raises:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
+    if config.tasks and config.answers != 0:
+        require_extra("answers", "answers", ", or give --answers 0")
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
     name, source, path = quantized_model(config.model, config.bits)
     stock = StockModel(path)
-    methods = _methods(config, pack, stock)
-    contexts = _contexts(config, stock)
-    tests = _tests(config, pack, stock)
+    methods = _load_methods(config, pack, stock)
+    config = dataclasses.replace(config, contexts=_fitting_contexts(config, stock))
+    tests = _load_tests(config, pack, stock)
     if config.history:
         _check_history(Path(config.history))
-    # mlx-lm prints warnings of its own, and standard output is for the result.
-    with contextlib.redirect_stdout(sys.stderr), progress_bar("bench", quiet) as bar:
+    # mlx-lm prints warnings of its own; standard output is for the result.
+    with contextlib.redirect_stdout(sys.stderr), progress_bar("phone", quiet) as bar:
         with memory_limit(profile.memory):
             measured = {
-                name: _method(stock, profile, method, contexts, config, bar)
+                name: _measure_method(stock, profile, method, config, bar)
                 for name, method in methods.items()
             }
-            switches = switch(stock, pack, config.runs)
+            switches = measure_switch(stock, pack, config.runs)
         quality = measure_quality(config.model, stock, methods, tests, bar) if tests else None
     result = {
         "format": FORMAT,
         "version": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": _about_model(name, source, stock, pack),
-        "pack": {
-            "path": str(pack.path),
-            "manifest_sha256": hash_file(pack.path / MANIFEST),
-            "storage": pack.storage,
-            "nbytes": pack.nbytes,
-            "n_tasks": len(pack.tasks),
-        },
+        "model": _describe_model(name, source, stock, pack),
+        "pack": _describe_pack(pack),
         "device": dataclasses.asdict(profile),
-        "options": {**dataclasses.asdict(config), "contexts": list(contexts)},
+        "options": {**dataclasses.asdict(config), "contexts": list(config.contexts or ())},
         "methods": measured,
         "switch": switches,
         "quality": quality,
@@ -163,7 +107,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
 
 
 def _check_history(path: Path) -> None:
-    """Before all is measured in vain: raises ConfigError for a file that cannot be added to."""
+    """Check before measuring that the file can be written; raises ConfigError if not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         open(path, "a", encoding="utf-8").close()
@@ -182,8 +126,8 @@ def _append(path: Path, result: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _about_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict[str, Any]:
-    """Of the model as the user named it, and as it ran."""
+def _describe_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict[str, Any]:
+    """The base model as the user named it, and as it ran."""
     quantization = stock.config.get("quantization") or {}
     return {
         "name": name,
@@ -203,12 +147,22 @@ def _about_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict
     }
 
 
+def _describe_pack(pack: Pack) -> dict[str, Any]:
+    return {
+        "path": str(pack.path),
+        "manifest_sha256": hash_file(pack.path / MANIFEST),
+        "storage": pack.storage,
+        "nbytes": pack.nbytes,
+        "n_tasks": len(pack.tasks),
+    }
+
+
 def _dtype(dtype: mx.Dtype | None) -> str:
     return str(dtype).split(".")[-1]
 
 
-def _methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Method]:
-    """What serves each task: nothing, its own adapter if there is one, the pack."""
+def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Method]:
+    """What serves each task: the base alone, its own adapter if `adapters` is given, the pack."""
     packed = {task: pack.load(task) for task in pack.tasks}
     for adapter in packed.values():
         if adapter:
@@ -232,7 +186,8 @@ def _methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Me
     return {**methods, "pack": Method(pack.nbytes, [packed])}
 
 
-def _contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
+def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
+    """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
     most = stock.max_tokens
     room = None if most is None else most - config.decode
     wanted = config.contexts or CONTEXTS
@@ -245,60 +200,55 @@ def _contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
     return fitting
 
 
-def _largest(method: Method) -> Adapter | None:
-    """The adapter that costs most, of those that serve tasks."""
+def _largest_adapter(method: Method) -> Adapter | None:
+    """The adapter with most bytes of those that serve tasks."""
     (served,) = method.variants
-    return max((one for one in served.values() if one), key=_nbytes, default=None)
+    return max((one for one in served.values() if one), key=_factor_nbytes, default=None)
 
 
-def _nbytes(adapter: Adapter | None) -> int:
+def _factor_nbytes(adapter: Adapter | None) -> int:
     """Bytes of the factors in memory."""
     loras = adapter.modules.values() if adapter else ()
     return sum(lora.a.nbytes + lora.b.nbytes for lora in loras)
 
 
-def _method(
-    stock: StockModel,
-    profile: Profile,
-    method: Method,
-    contexts: Sequence[int],
-    config: PhoneConfig,
-    bar: Bar,
+def _measure_method(
+    stock: StockModel, profile: Profile, method: Method, config: PhoneConfig, bar: Bar
 ) -> dict[str, Any]:
     """Speed at every context, and memory and storage against the profile's limits."""
-    adapter = _largest(method)
+    adapter, contexts = _largest_adapter(method), config.contexts or ()
     stock.attach(adapter)
     bar.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
-    found = [speed(stock, n, config.decode, config.runs, bar) for n in contexts]
-    fixed = {"weights": stock.weights_nbytes, "adapter": _nbytes(adapter)}
+    found = [measure_speed(stock, n, config.decode, config.runs, bar) for n in contexts]
+    fixed = {"weights": stock.weights_nbytes, "adapter": _factor_nbytes(adapter)}
     stored = stock.file_nbytes + method.nbytes
     return {
         "nbytes": method.nbytes,
         "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
         "contexts": [times for times, _ in found],
         "memory": [
-            {"context": times["context"], **_memory({**fixed, **grown}, profile)}
+            {"context": times["context"], **_peak({**fixed, **grown}, profile)}
             for times, grown in found
         ],
-        "storage": {"nbytes": stored, **_fit(stored, profile.storage)},
+        "storage": {"nbytes": stored, **_against_limit(stored, profile.storage)},
     }
 
 
-def _fit(nbytes: int, limit: int) -> dict[str, Any]:
+def _against_limit(nbytes: int, limit: int) -> dict[str, Any]:
     return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
 
 
-def _memory(parts: Mapping[str, int], profile: Profile) -> dict[str, Any]:
-    """By component, in bytes on the device; rest is activations and logits, as measured here."""
+def _peak(parts: Mapping[str, int], profile: Profile) -> dict[str, Any]:
+    """Bytes on the device by part, and their sum; `rest` is activations and logits as run here."""
     peak = sum(parts.values())
-    return {**parts, "peak": peak, **_fit(peak, profile.memory)}
+    return {**parts, "peak": peak, **_against_limit(peak, profile.memory)}
 
 
-def _tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOut]:
-    """Held-out rows of every task that the pack serves; none without `tasks`."""
+def _load_tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOutRows]:
+    """Held-out rows of every task that the pack serves; empty without `tasks`."""
     if not config.tasks:
         return []
     n, answers = config.test_examples or None, config.answers
     tasks = load_tasks(Path(config.tasks), pack.tasks)
     encoded = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
-    return [HeldOut(one, task.test[:n][:answers]) for one, task in zip(encoded, tasks)]
+    return [HeldOutRows(one, task.test[:n][:answers]) for one, task in zip(encoded, tasks)]

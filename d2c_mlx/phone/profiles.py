@@ -1,4 +1,4 @@
-"""Devices as two numbers: the memory that an app may use, and the storage that may ship."""
+"""Device profiles: the memory that an app may use, and the storage that may ship."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BUILTIN = Path(__file__).with_name("profiles.yaml")
 
 @dataclass(frozen=True)
 class Profile:
-    """A device.
+    """The limits of a device.
 
     Attributes:
-        name: of the device.
+        name: name of the device.
         memory: bytes that one app may use.
         memory_source: where that figure is from, in words.
         storage: bytes that base model and pack may take together.
@@ -36,12 +36,12 @@ class Profile:
 
 
 def builtin_profiles() -> dict[str, Profile]:
-    """Name -> profile of every device in `profiles.yaml`."""
+    """The profiles of `profiles.yaml`, by name."""
     return _read(_BUILTIN)
 
 
 def find_profile(spec: str) -> Profile:
-    """A built-in profile by its name, or the one in a `.yaml` file.
+    """Find a built-in profile by its name, or read the one of a `.yaml` file.
 
     Raises:
         ConfigError: no such profile, or every problem of the file, one line each.
@@ -52,7 +52,7 @@ def find_profile(spec: str) -> Profile:
         if spec not in known:
             raise ConfigError(
                 f"device: {spec!r} is no profile; expected {', '.join(known)}, or a .yaml file of"
-                " the same form as d2c_mlx/profiles.yaml"
+                " the same form as d2c_mlx/phone/profiles.yaml"
             )
         return known[spec]
     if not path.is_file():
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Profile]:
 
 
 def _profile(where: str, name: str, entry: Any, problems: list[str]) -> Profile | None:  # noqa: ANN401  as YAML gave it
-    """One profile; or None, and what is wrong with it is added to `problems`."""
+    """Read one profile; if something is wrong, add it to `problems` and return None."""
     keys = [field.name for field in fields(Profile)][1:]
     if not isinstance(entry, dict):
         problems.append(f"{where}: found {entry!r}, expected {', '.join(keys)}")

@@ -1,4 +1,4 @@
-"""What a quantized base leaves of a pack: held-out losses and answers, beside a float base's."""
+"""Quality of a pack on a quantized base: held-out losses and answers, beside a float base."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from d2c_mlx.models.tasks import Row
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.progress import Bar
 
-__all__ = ["HeldOut", "measure_quality"]
+__all__ = ["HeldOutRows", "measure_quality"]
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutRows:
     """Held-out rows of one task.
 
     Attributes:
-        examples: whose loss is measured.
-        rows: the first of them as read, which are answered.
+        examples: all of them tokenized, to measure the loss.
+        rows: the first of them as read, to be answered.
     """
 
     examples: ExampleSet
@@ -36,21 +36,25 @@ def measure_quality(
     model: str | None,
     stock: StockModel,
     methods: Mapping[str, Method],
-    tests: Sequence[HeldOut],
+    tests: Sequence[HeldOutRows],
     bar: Bar,
 ) -> dict[str, Any]:
-    """The `quality` part of a result.
+    """Measure the `quality` part of a result: what quantizing the base leaves of a pack's gain.
 
     Args:
         model: the base model as the user named it, for a float base of the same weights.
         stock: the base as on the device.
-        methods: must have "base" and "pack".
-        tests: of every task.
+        methods: name -> what serves the tasks; "base" and "pack" must be there.
+        tests: held-out rows of every task.
         bar: told of the tokens done.
+
+    Returns:
+        A JSON object: losses, answers' scores and gains under both bases. Losses are means in nats
+        per target token.
     """
-    device = _under(stock, stock, methods, tests, bar)
+    device = _measure_under(stock, stock, methods, tests, bar)
     base = BaseModel(model, dequantize=True)
-    floating = _under(base, Engine(base), methods, tests, bar)
+    floating = _measure_under(base, Engine(base), methods, tests, bar)
     gains = [found["base"]["loss"] - found["pack"]["loss"] for found in (device, floating)]
     return {
         "device": device,
@@ -64,14 +68,14 @@ def measure_quality(
     }
 
 
-def _under(
+def _measure_under(
     model: BaseModel | StockModel,
     runner: Runner,
     methods: Mapping[str, Method],
-    tests: Sequence[HeldOut],
+    tests: Sequence[HeldOutRows],
     bar: Bar,
 ) -> dict[str, Any]:
-    """Losses, and where rows are answered the metrics, of every method under one base."""
+    """Losses of every method under one base, and scores of the answers if rows are answered."""
     evaluator = Evaluator(runner)
     evaluator.meter = bar
     found = bench_methods(evaluator, methods, [test.examples for test in tests])

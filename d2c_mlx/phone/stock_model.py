@@ -1,7 +1,8 @@
 """A base model as stock mlx-lm runs it on a device: weights as quantized, adapters beside them.
 
-`BaseModel` dequantizes on a CPU; this is what a phone would compute. Adapters are never fused:
-`fuse` quantizes the sum again, which destroys small deltas.
+`BaseModel` is not used here: on a CPU it dequantizes to float32, and a phone would not. The
+held-out losses of both come from the same `bench_methods`, so they differ by their base alone.
+Adapters are never fused: mlx-lm's `fuse` quantizes the sum again, which destroys small deltas.
 """
 
 from __future__ import annotations
@@ -37,34 +38,35 @@ from d2c_mlx.utils.lock import locked
 __all__ = ["StockModel", "quantized_model"]
 
 # Padded tokens of one batch: their logits are the largest array of an evaluation.
-_BATCH = 256
-# What is copied with the weights or decides how they are read, and is small enough to be hashed:
-# config, tokenizer (in any of its forms) and chat template.
-_BESIDE = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+_BATCH_TOKENS = 256
+# Files beside the weights that are copied with them or decide how they are read: config, tokenizer
+# in any of its forms, chat template. They are small enough to be hashed.
+_SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
 class StockModel:
-    """A model loaded by mlx-lm, with mlx-lm's own LoRA layers for an adapter at a time.
+    """A model loaded by mlx-lm, with mlx-lm's own LoRA layers, one adapter at a time.
 
-    It is a `probe.Runner`, too. On a CPU device activations and scales are float32 (in 16 bit
-    MLX's CPU backend is more than ten times slower); weights are as quantized everywhere.
+    It is a `Runner` of `evaluate.evaluator` too. On a CPU, activations and scales are float32:
+    MLX's CPU backend is more than ten times slower in 16 bit. Weights are as quantized everywhere.
 
     Attributes:
-        path: its mlx-lm directory.
-        model: as mlx-lm made it, weights read.
+        path: mlx-lm directory.
+        model: the mlx-lm model, its weights read.
         tokenizer: mlx-lm's.
         config: content of config.json.
-        weights_nbytes: bytes of the weights as they are stored.
-        dtype: of activations on the device; None if the architecture does not say.
-        compute_dtype: of activations here.
+        module_shapes: path of each linear module -> (inputs, outputs).
+        weights_nbytes: bytes of the weights as stored.
+        dtype: dtype of activations on the device; None if the architecture does not say.
+        compute_dtype: dtype of activations here.
     """
 
     def __init__(self, path: Path) -> None:
-        """Load; raises ModelError if mlx-lm cannot."""
+        """Load the model; raises ModelError if mlx-lm cannot."""
         self.path = path
         self.model, self.tokenizer = load_stock(path, lazy=True)
         self.config = load_config(path)
-        # An `Engine` in this process may have put functions of ours in their place.
+        # An `Engine` in this process may have replaced mlx-lm's functions by ours.
         use_exponentials(self.model, False)
         self.module_shapes = linear_shapes(self.model.named_modules())
         self.weights_nbytes = self.held_nbytes
@@ -82,12 +84,12 @@ class StockModel:
 
     @property
     def bits(self) -> int | None:
-        """Of most weights; None if they are not quantized."""
+        """Bits of most weights; None if they are not quantized."""
         return (self.config.get("quantization") or {}).get("bits")
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of weights and attached adapter in this process."""
+        """Bytes of the weights and the attached adapter in this process."""
         return sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
 
     @property
@@ -97,7 +99,7 @@ class StockModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Positions that the model was made for."""
+        """Positions that the model was made for; None if it does not say."""
         return context_of(self.config)
 
     @property
@@ -106,57 +108,61 @@ class StockModel:
         return sum(file.stat().st_size for file in self.path.glob("model*.safetensors"))
 
     def attach(self, adapter: Adapter | None) -> None:
-        """Put an adapter in place of the last one, beside the weights; None is the bare model."""
+        """Replace the attached adapter, beside the weights; None leaves the base alone."""
         switch(self.model, adapter and adapter.uniform(self.compute_dtype), self.path)
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """As `BaseModel.answer`."""
+        """The greedy answer to token ids, see `BaseModel.answer`."""
         return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     def kv_nbytes(self, n_tokens: int, dtype: mx.Dtype | None) -> int | None:
-        """Bytes of mlx-lm's KV cache once it holds `n_tokens` of one prompt, from shapes alone.
+        """Bytes of mlx-lm's KV cache that holds `n_tokens` of one prompt, from shapes alone.
 
-        None for models whose cache is another than mlx-lm's plain one, or without a dtype.
+        None if the model's cache is not mlx-lm's plain one, or `dtype` is None.
         """
         plain = all(type(cache) is KVCache for cache in make_prompt_cache(self.model))
         names = ("k_proj", "v_proj")
         widths = [s[1] for p, s in self.module_shapes.items() if p.split(".")[-1] in names]
         if dtype is None or not plain or len(widths) != 2 * self.n_layers:
             return None
-        # It grows by whole steps.
+        # The cache grows by whole steps.
         tokens = -(-n_tokens // KVCache.step) * KVCache.step
         return sum(widths) * tokens * dtype.size
 
     def fingerprint(self, examples: ExampleSet) -> str:
-        """Of weights' place and the rows; nothing of it outlives the process."""
+        """Key of the weights' path and the rows; nothing is kept beyond this process."""
         return fingerprint([str(self.path), examples.digest])
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
-        """Evaluate; yields (index of the piece, sum of its targets' NLL in nats)."""
+        """Evaluate pieces; yields (index of the piece, sum of its targets' NLL in nats)."""
         for i, (adapter, examples) in enumerate(pieces):
             self.attach(adapter)
             yield i, sum(self._nll(examples))
 
     def _nll(self, examples: ExampleSet) -> Iterator[float]:
-        """NLL sum of every batch: padded rows, full logits, no cache."""
+        """Yield the NLL sum of every batch, in nats: padded rows, full logits, no cache."""
         rows = examples.examples
-        for some in by_length([len(row.tokens) for row in rows], _BATCH):
+        for some in by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
             x, places, targets = target_places([rows[i] for i in some])
             normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
             yield float(np.array(normaliser - gold, np.float64).sum())
 
 
 def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path]:
-    """Find a base model: `(name, its mlx-lm directory, the directory quantized as asked)`.
+    """Find a base model, quantized as asked.
 
-    What is not quantized yet is quantized once by mlx-lm's `quantize_model`, into the cache.
+    A model that is not quantized yet is quantized by mlx-lm's `quantize_model`, once, into the
+    cache.
 
     Args:
-        spec: see `locate.resolve_model`.
+        spec: see `models.resolve.resolve_model`.
         bits: 4 or 8; None takes the model as it is.
 
+    Returns:
+        Its name, its mlx-lm directory, and the directory of the quantized model.
+
     Raises:
-        ModelError: it cannot be had, has other bits already, or no group size divides its widths.
+        ModelError: no such model, it has other bits already, or no group size divides its widths.
     """
     name, path = resolve_model(spec)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -170,12 +176,14 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         )
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
              for file in sorted(path.glob("*.safetensors"))]  # fmt: skip
-    found = [file for file in sorted(path.iterdir()) if file.suffix in _BESIDE and file.is_file()]
+    found = [
+        file for file in sorted(path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file()
+    ]
     beside = [(file.name, hash_file(file)) for file in found]
     key = fingerprint([str(path.resolve()), files, beside, bits, version("mlx-lm"), "v2"])[:16]
     directory = cache_directory() / "models" / f"{path.name}-{bits}bit-{key}"
     if not directory.exists():
-        # Two commands may want the same model at once.
+        # Two commands may need the same model at once.
         with locked(directory.parent, wait=True):
             if not directory.exists():
                 _quantize(path, bits, directory)
@@ -190,7 +198,7 @@ def _quantize(path: Path, bits: int, directory: Path) -> None:
 
 
 def _group_size(model: nn.Module, path: Path) -> int:
-    """Numbers that share a scale: mlx-lm's default, or what divides every width of the model."""
+    """Weights that share a scale: mlx-lm's default if it divides every width, else 32."""
     widths: set[int] = {width for width, _ in linear_shapes(model.named_modules()).values()}
     for size in (64, 32):
         if all(width % size == 0 for width in widths):

@@ -1,4 +1,4 @@
-"""How long a model takes to answer, and to change its adapter, within a memory limit."""
+"""Times of answers and of adapter changes, within a memory limit."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from d2c_mlx.packs.pack import Pack
 from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.phone.stock_model import StockModel
 
-__all__ = ["memory_limit", "speed", "switch"]
+__all__ = ["measure_speed", "measure_switch", "memory_limit"]
 
-# Timed switches through the pack; each costs little more than one token.
-_SWITCHES = 10
+# Timed switches through the pack; each takes little more than one token.
+_N_SWITCHES = 10
 
 
 @contextmanager
 def memory_limit(nbytes: int) -> Iterator[None]:
-    """Within it MLX is told to stay below `nbytes`; the limit before is restored in any case.
+    """Set MLX's memory limit to `nbytes` within the block, and restore it afterwards.
 
-    At the limit MLX waits for running work and drops its cache; it refuses only what the machine
-    does not have. So a peak above the limit is seen, not prevented.
+    At the limit MLX waits for running work and drops its buffer cache; it refuses only what the
+    machine does not have. So a peak above the limit is measured, not prevented.
     """
     before = mx.set_memory_limit(nbytes)
     try:
@@ -43,25 +43,25 @@ def memory_limit(nbytes: int) -> Iterator[None]:
         mx.set_memory_limit(before)
 
 
-def speed(
+def measure_speed(
     stock: StockModel, context: int, n_decode: int, runs: int, meter: Meter
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Medians over the timed runs, after one that is not counted.
+    """Measure greedy generation: medians over the timed runs, after one that is not counted.
 
     Args:
-        stock: with the adapter attached.
-        context: tokens of the prompt, random ones.
+        stock: the model with the adapter attached.
+        context: tokens of the prompt, which are random.
         n_decode: tokens generated after it.
         runs: timed runs.
         meter: told of the tokens done.
 
     Returns:
-        Times, and bytes: `kv_cache` in the device's dtype; `rest`, what MLX held at its peak here
-        beside weights, adapter and KV cache.
+        Times (seconds and tokens per second), and bytes: `kv_cache` in the device's dtype; `rest`,
+        what MLX held at its peak here besides weights, adapter and KV cache.
     """
     prompt = np.random.default_rng(0).integers(0, stock.vocabulary, context).tolist()
     mx.clear_cache()
-    # With weights and adapter, and what else this process holds.
+    # Weights, adapter, and whatever else this process holds.
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     found = []
@@ -77,7 +77,7 @@ def speed(
         "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
     }
     return times, {
-        # Caches of other kinds are taken as they are here.
+        # A cache of another kind is taken as it is here.
         "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
         "rest": mx.get_peak_memory() - before - caches[0],
     }
@@ -99,19 +99,22 @@ def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float
     return first - started, done - first, sum(getattr(one, "nbytes", 0) for one in cache)
 
 
-def switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
-    """From an adapter on disk to the next token under it, through the pack and by stock mlx-lm.
+def measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
+    """Time from an adapter on disk to the next token under it: our pack beside stock mlx-lm.
 
-    Both go through the pack's tasks in turn, all files in the page cache; one switch of each is
-    not counted. Stock mlx-lm loads model, tokenizer and unpacked adapter anew.
+    Both go through the pack's tasks in turn, with all files in the page cache; the first switch of
+    each is not counted. Stock mlx-lm loads model, tokenizer and unpacked adapter anew.
 
     Args:
-        stock: the model; afterwards it has no adapter.
+        stock: the model; it has no adapter afterwards.
         pack: verified.
         runs: timed reloads of stock mlx-lm.
+
+    Returns:
+        Medians in seconds of each way and its parts, and how many times faster the pack is.
     """
     turns = itertools.cycle(pack.tasks)
-    ours = [_through_pack(stock, pack, next(turns)) for _ in range(_SWITCHES + 1)]
+    ours = [_through_pack(stock, pack, next(turns)) for _ in range(_N_SWITCHES + 1)]
     stock.attach(None)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "plain"
@@ -140,7 +143,7 @@ def _by_reload(stock: StockModel, directory: Path, place: str | None) -> tuple[f
     started = time.perf_counter()
     model = load(str(stock.path), adapter_path=str(directory / place) if place else None)[0]
     reloaded = time.perf_counter() - started
-    # Their token in the same dtype as ours; the cast is not counted.
+    # The token is computed in the same dtype as ours; the cast is not timed.
     if stock.compute_dtype:
         model.set_dtype(stock.compute_dtype)
         mx.eval(model.parameters())
@@ -148,7 +151,7 @@ def _by_reload(stock: StockModel, directory: Path, place: str | None) -> tuple[f
 
 
 def _medians(times: Sequence[tuple[float, ...]], *names: str) -> dict[str, Any]:
-    """Of every part and of the whole, the first switch left out."""
+    """Medians of every part and of the whole, without the first switch."""
     timed = times[1:]
     parts = [statistics.median(column) for column in zip(*timed)]
     return {

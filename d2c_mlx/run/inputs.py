@@ -19,6 +19,7 @@ from d2c_mlx.models.tasks import Task, load_tasks, load_unlabelled
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.overwrite import check_run
+from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import InputError, collect, gather
 
 __all__ = ["CUTS", "Inputs"]
@@ -80,6 +81,8 @@ class Inputs:
             collect(errors, lambda: self.capacity.merge_rank and (
                 self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
             collect(errors, lambda: self.prompts)
+        if config.answers:
+            collect(errors, lambda: require_extra("answers", "answers", ", or leave answers out"))
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
         if config.merge_method == "layerwise":

@@ -1,4 +1,4 @@
-"""A pack in a program that uses mlx-lm: one line to load, one to change the task."""
+"""A pack in a program that uses mlx-lm: one line to load it, one to change the task."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ __all__ = ["load"]
 def load(
     pack: str | Path | Pack, task: str | None = None, model: str | None = None
 ) -> tuple[Any, Any]:
-    """An mlx-lm model and tokenizer, as `mlx_lm.load` gives them, with a task's adapter attached.
+    """Load a pack's base model as `mlx_lm.load` does, with the adapter of a task attached.
+
+    To change the task later, call `switch(model, pack.load(task), pack.path)`.
 
     Args:
-        pack: its directory, which is verified, or what `load_pack` gave.
-        task: one of `pack.tasks`; None is the base model.
+        pack: its directory, which is verified first, or a `Pack` from `load_pack`.
+        task: one of `pack.tasks`; None attaches no adapter.
         model: the pack's base model: an mlx-lm directory, a `.gguf` file, or a Hugging Face id (the
-            only case that may use the network). None is enough where it is the embedded default.
+            only one that may use the network). None works if the base is the embedded default.
+
+    Returns:
+        The mlx-lm model and its tokenizer.
 
     Raises:
         InputError: no such pack, task or model, or adapters of another base model.
@@ -31,6 +36,6 @@ def load(
         pack = load_pack(Path(pack))
     adapter = None if task is None else pack.load(task)
     _, directory = resolve_base(pack.manifest["base"]["model"], model)
-    found, tokenizer = load_stock(directory)
-    switch(found, adapter, pack.path)
-    return found, tokenizer
+    loaded, tokenizer = load_stock(directory)
+    switch(loaded, adapter, pack.path)
+    return loaded, tokenizer

@@ -1,12 +1,12 @@
-"""Which task a prompt without a label is of, by the base model's own hidden states.
+"""Routing: finds the task of a prompt from the base model's own hidden states.
 
     d2c-mlx route PACK --tasks DIR          # fit on probe prompts, keep it in the pack
     d2c-mlx route PACK "Write this number in German words: 896"
 
-A task is the mean direction of its probe prompts' states (task representations as in LORAUTER,
-https://arxiv.org/abs/2601.21795, without a second model). A state is that of the last prompt token
-after half of the blocks: the mean over tokens is nearly the same for all prompts there, since the
-first token outweighs the rest.
+A task is represented by the mean direction of its probe prompts' states (as in LORAUTER,
+https://arxiv.org/abs/2601.21795, but without a second model). The state of a prompt is the hidden
+state of its last token after half of the blocks. A mean over tokens would be nearly the same for
+all prompts there, since the first token outweighs the rest.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ __all__ = [
     "fit_router",
     "load_router",
     "prompt_states",
-    "router_of",
+    "router_from_states",
     "save_router",
 ]
 
 ROUTER = "router.safetensors"
 # Padded tokens of a batch.
-_BATCH = 512
+_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Match:
-    """One task for a prompt.
+    """A task found for a prompt.
 
     Attributes:
         task: its name.
-        similarity: cosine of the prompt's state and the task's, both from the mean of all.
+        similarity: cosine between the states of prompt and task, both minus the mean of all tasks.
     """
 
     task: str
@@ -62,16 +62,18 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """Tasks as directions.
+    """Tasks of a pack as directions in the space of hidden states.
+
+    Make one with `fit_router`; `load_router` reads the one of a pack.
 
     Attributes:
         tasks: names.
         centre: `(hidden,)`, the mean state of all tasks.
-        directions: `(n_tasks, hidden)`, of length 1.
-        threshold: a prompt whose best similarity is below it is of none of the tasks.
-        n_blocks: after so many blocks states are taken.
-        system: the system message of all prompts that it learned from. A chat template may have one
-            of its own for prompts that have none, which moves every state.
+        directions: `(n_tasks, hidden)`, unit vectors.
+        threshold: a prompt whose best similarity is lower belongs to no task.
+        n_blocks: number of blocks after which states are taken.
+        system: system message of all prompts that it was fitted on, if they had one. A chat
+            template may add one of its own where there is none, which moves every state.
     """
 
     tasks: tuple[str, ...]
@@ -82,47 +84,53 @@ class Router:
     system: str | None = None
 
     def matches(self, state: np.ndarray, k: int = 1) -> list[Match]:
-        """The `k` tasks nearest to a prompt's state `(hidden,)`, the nearest first."""
+        """The `k` tasks nearest to the state `(hidden,)` of a prompt, nearest first."""
         cosines = self.directions @ _unit(state - self.centre)
         order = np.argsort(-cosines, kind="stable")[:k]
         return [Match(self.tasks[i], float(cosines[i])) for i in order]
 
     def best(self, state: np.ndarray) -> Match | None:
-        """The nearest task, or None: it is too far, the base model should answer."""
+        """The task nearest to a state; None if all are too far and the base should answer."""
         (match,) = self.matches(state)
         return match if match.similarity >= self.threshold else None
 
     def route(self, model: nn.Module, prompt: Sequence[int]) -> Match | None:
-        """The task of a prompt, or None: the base model should answer.
+        """The task of a prompt; None if the base model should answer.
 
         Args:
-            model: of mlx-lm, the pack's base without an adapter.
+            model: mlx-lm's, the pack's base without an adapter.
             prompt: token ids, the chat template applied.
         """
         return self.best(prompt_states(model, [prompt], self.n_blocks)[0])
 
 
 def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: int) -> np.ndarray:
-    """`(n, hidden)` states of every prompt's last token after `n_blocks` blocks, float32."""
+    """Hidden states `(n, hidden)` of each prompt's last token after `n_blocks` blocks, float32.
+
+    Args:
+        model: mlx-lm's, without an adapter.
+        prompts: token ids of each.
+        n_blocks: number of blocks.
+    """
     found: dict[int, np.ndarray] = {}
-    for some in by_length([len(prompt) for prompt in prompts], _BATCH):
-        tokens = np.zeros((len(some), max(len(prompts[i]) for i in some)), np.int32)
-        for row, i in zip(tokens, some):
+    for batch in by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
+        tokens = np.zeros((len(batch), max(len(prompts[i]) for i in batch)), np.int32)
+        for row, i in zip(tokens, batch):
             row[: len(prompts[i])] = prompts[i]
         states = run_blocks(model, mx.array(tokens), stop=n_blocks)
-        last = mx.array([len(prompts[i]) - 1 for i in some])
-        rows = np.array(states[mx.arange(len(some)), last].astype(mx.float32))
-        found |= dict(zip(some, rows))
+        last = mx.array([len(prompts[i]) - 1 for i in batch])
+        rows = np.array(states[mx.arange(len(batch)), last].astype(mx.float32))
+        found |= dict(zip(batch, rows))
     return np.stack([found[i] for i in range(len(prompts))])
 
 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
-    """Learn tasks from their probe prompts; answers are not looked at.
+    """Fit a router on the probe prompts of each task; the answers are not used.
 
     Args:
-        model: of mlx-lm, without an adapter.
-        probes: of each task, two prompts at least.
-        system: see `Router`.
+        model: mlx-lm's, without an adapter.
+        probes: examples of each task, at least two.
+        system: system message of all prompts, see `Router`.
 
     Raises:
         TaskError: tasks with fewer prompts, or prompts without a token.
@@ -140,18 +148,18 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
         one.task: prompt_states(model, [row.asked for row in one.examples], n_blocks)
         for one in probes
     }
-    return replace(router_of(states, n_blocks), system=system)
+    return replace(router_from_states(states, n_blocks), system=system)
 
 
-def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
-    """The router that states give.
+def router_from_states(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
+    """Make a router from states; use `fit_router` if there are only prompts.
 
-    The threshold is what all of them reach, each compared with its task as the others give it: a
-    prompt that goes to the base model by mistake loses all that its adapter gains.
+    The threshold is the lowest similarity of any state to its task as the other states give it:
+    a prompt that goes to the base model by mistake loses all that its adapter gains.
 
     Args:
-        states: task -> `(n, hidden)` of two or more prompts.
-        n_blocks: after which they were taken.
+        states: task -> `(n, hidden)` states of two or more prompts.
+        n_blocks: number of blocks after which they were taken.
     """
     centre = np.mean([x.mean(axis=0) for x in states.values()], axis=0)
     rows = [_unit(x - centre) for x in states.values()]
@@ -166,11 +174,14 @@ def router_of(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
 
 
 def save_router(pack: Pack, router: Router) -> Pack:
-    """Keep a router in the pack, as one of its files; its bytes count.
+    """Store a router as a file of the pack; its bytes count towards the budget.
+
+    Returns:
+        The pack with its router.
 
     Raises:
-        PackError: it is over the pack's budget, or for a task that the pack does not serve; the
-            pack stays as it is.
+        PackError: the pack has no room for it, or does not serve one of its tasks; nothing is
+            changed.
     """
     unknown = sorted(set(router.tasks) - pack.tasks.keys())
     if unknown:
@@ -179,7 +190,7 @@ def save_router(pack: Pack, router: Router) -> Pack:
     def write(path: Path) -> None:
         about = {"tasks": list(router.tasks), "threshold": router.threshold,
                  "n_blocks": router.n_blocks, "system": router.system}  # fmt: skip
-        # Single channels of a state can be beyond float16, those of a unit vector cannot.
+        # A channel of a state can exceed the range of float16; one of a unit vector cannot.
         tensors: dict[str, np.ndarray] = {
             "centre": router.centre.astype(np.float32),
             "directions": router.directions.astype(np.float16),
@@ -190,10 +201,10 @@ def save_router(pack: Pack, router: Router) -> Pack:
 
 
 def load_router(pack: Pack) -> Router | None:
-    """The router of a verified pack, if it has one.
+    """Read the router of a verified pack; None if it has none.
 
     Raises:
-        PackError: it is damaged, or for tasks that the pack does not serve.
+        PackError: the router is damaged, or the pack does not serve one of its tasks.
     """
     if ROUTER not in pack.manifest["files"]:
         return None

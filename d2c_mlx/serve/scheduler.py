@@ -1,7 +1,7 @@
-"""The thread that generates: requests come in at any time, one batch runs, tokens go out.
+"""The thread that generates: requests join a running batch at any time, and tokens stream out.
 
-mlx-lm's `BatchGenerator` does the batching; here are the requests around it: routing those without
-a task, a limit to how many wait, and clients that leave.
+mlx-lm's `BatchGenerator` does the batching. The scheduler adds what a server needs around it:
+routing of requests without a task, a limit to the queue, and clients that leave.
 """
 
 from __future__ import annotations
@@ -18,86 +18,89 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.server import Response
 
-from d2c_mlx.serve.metrics import Meters
+from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.requests import Refusal
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.router import Router
 
-__all__ = ["TEXT", "Scheduler", "Turn"]
+__all__ = ["TEXT_ONLY", "Job", "Scheduler"]
 
 _log = logging.getLogger(__name__)
-# Seconds between two looks at whether a client is still there, and at an empty queue.
-_LOOK = 0.2
-# Prompt tokens of a row between two steps of the others.
-_PREFILL = 512
-# In place of a token where a response has text alone.
-TEXT = -1
+# Seconds between two checks of whether a client is still there, or the queue still empty.
+_POLL_SECONDS = 0.2
+# Prompt tokens of one row that are processed between two steps of the others.
+_PREFILL_TOKENS = 512
+# Token of a response that has text but no token of its own.
+TEXT_ONLY = -1
 
 
 @dataclass(eq=False)
-class Turn:
-    """One request on its way.
+class Job:
+    """One request on its way through the scheduler; written by two threads, see `events`.
 
     Attributes:
         prompt: token ids.
         task: of the pack; None is the base model.
-        route: token ids of the prompt by which the task is chosen; None: it is given.
+        routing_prompt: token ids by which the router chooses the task; None if it is given.
         max_tokens: of the answer.
-        sampler: of mlx-lm; None takes the most likely token.
+        sampler: mlx-lm's; None takes the most likely token.
         processors: mlx-lm's logits processors.
-        stops: tokens that end an answer.
-        stop_words: text that ends it, and is not part of it.
-        n_tokens: of the answer so far.
-        untold: tokens and their log-probabilities that the client was not told yet.
-        gone: set it when nobody waits any more.
+        stop_sequences: token ids that end an answer.
+        stop_words: text that ends an answer, and is not part of it.
+        n_tokens: tokens of the answer so far.
+        unsent: token ids and log-probabilities (nats) that the client was not sent yet.
+        cancelled: set it when the client waits no more; the scheduler then drops the job.
+        submitted: when the job was made, by `time.perf_counter`.
+        events: what the scheduler tells, in order: "routed", progress of the prompt as a tuple,
+            responses, and at the end None or an exception.
     """
 
     prompt: list[int]
     task: str | None
-    route: list[int] | None
+    routing_prompt: list[int] | None
     max_tokens: int
     sampler: Callable[[mx.array], mx.array] | None
     processors: list[Any]
-    stops: StopSequences
+    stop_sequences: StopSequences
     stop_words: Sequence[str] = ()
     n_tokens: int = 0
-    untold: list[tuple[int, float]] = field(default_factory=list)
-    gone: bool = False
-    asked: float = field(default_factory=time.perf_counter)
+    unsent: list[tuple[int, float]] = field(default_factory=list)
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.perf_counter)
     events: Queue[Any] = field(default_factory=Queue)
 
     def wait_for_task(self, check: Callable[[], None]) -> None:
-        """Wait until the router has chosen; see `responses`."""
+        """Wait until the router has chosen `task`; arguments and errors as in `responses`."""
         self._next(check)
 
     def responses(
         self, check: Callable[[], None], progress: Callable[[int, int], None]
     ) -> Iterator[Response]:
-        """Yield what is generated, a token each, and text alone with the token `TEXT`.
+        """Yield what is generated: a response per token, and text with the token `TEXT_ONLY`.
 
         Args:
-            check: is called now and then; what it raises ends the waiting.
-            progress: is told how many tokens of the prompt are done, of how many.
+            check: called every 0.2 seconds; an exception of it ends the waiting.
+            progress: called with (prompt tokens done, all prompt tokens).
 
         Raises:
             RuntimeError: generating failed.
         """
-        looked = time.perf_counter()
+        checked = time.perf_counter()
         while (event := self._next(check)) is not None:
-            if time.perf_counter() - looked > _LOOK:
+            if time.perf_counter() - checked > _POLL_SECONDS:
                 check()
-                looked = time.perf_counter()
+                checked = time.perf_counter()
             if isinstance(event, tuple):
                 progress(*event)
             else:
-                if event.token != TEXT:
-                    self.untold.append((event.token, event.logprob))
+                if event.token != TEXT_ONLY:
+                    self.unsent.append((event.token, event.logprob))
                 yield event
 
     def _next(self, check: Callable[[], None]) -> Any:  # noqa: ANN401  see `responses`
         while True:
             try:
-                event = self.events.get(timeout=_LOOK)
+                event = self.events.get(timeout=_POLL_SECONDS)
             except Empty:
                 check()
                 continue
@@ -106,68 +109,68 @@ class Turn:
             return event
 
 
-class _Answer:
-    """A turn that runs, its tokens as text.
+class _RunningJob:
+    """A job in the batch, with its tokens as text.
 
-    mlx-lm's handler leaves out text that comes with the reason "stop" or was held back until then,
-    and its generator finds a stop word only where its tokens are those of the word alone.
+    It looks for stop words in the text: mlx-lm's generator finds one only if its tokens are those
+    of the word alone.
     """
 
-    def __init__(self, turn: Turn, detokenizer: Any) -> None:  # noqa: ANN401  mlx-lm's
-        self.turn, self.ended = turn, False
-        self._text = detokenizer
-        # What a stop word may have begun with.
+    def __init__(self, job: Job, detokenizer: Any) -> None:  # noqa: ANN401  mlx-lm's
+        self.job, self.ended = job, False
+        self._detokenizer = detokenizer
+        # Text that is held back because a stop word may have begun in it.
         self._held = ""
 
-    def add(self, one: Any) -> Iterator[Response]:  # noqa: ANN401  mlx-lm's
-        """Yield what to tell the client about a token."""
-        self.turn.n_tokens += 1
-        reason = one.finish_reason
+    def add(self, generated: Any) -> Iterator[Response]:  # noqa: ANN401  mlx-lm's
+        """Yield the responses that a generated token gives."""
+        self.job.n_tokens += 1
+        reason = generated.finish_reason
         if reason != "stop":
-            self._text.add_token(one.token)
+            self._detokenizer.add_token(generated.token)
         if reason is not None:
-            self._text.finalize()
-        text = self._held + self._text.last_segment
-        found = [text.index(word) for word in self.turn.stop_words if word in text]
+            self._detokenizer.finalize()
+        text = self._held + self._detokenizer.last_segment
+        found = [text.index(word) for word in self.job.stop_words if word in text]
         if found:
             reason, text = "stop", text[: min(found)]
         self.ended = reason is not None
-        held = 0 if self.ended else _begun(text, self.turn.stop_words)
+        held = 0 if self.ended else _partial_stop(text, self.job.stop_words)
         text, self._held = text[: len(text) - held], text[len(text) - held :]
-        logprob = float(one.logprobs[one.token].item())
+        logprob = float(generated.logprobs[generated.token].item())
         if reason == "stop":
-            # With that reason mlx-lm's handler would leave this text out, and what it has held back
-            # because a control marker may begin so; with "length" it gives out both.
-            yield Response(text, TEXT, 0.0, "length", ())
+            # With "stop" mlx-lm's handler leaves out this text, and the text that it holds back
+            # itself because a control marker may begin so; with "length" it gives out both.
+            yield Response(text, TEXT_ONLY, 0.0, "length", ())
             text = ""
-        yield Response(text, one.token, logprob, reason, ())
+        yield Response(text, generated.token, logprob, reason, ())
 
 
-def _begun(text: str, words: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of one of the words."""
+def _partial_stop(text: str, words: Sequence[str]) -> int:
+    """Number of characters at the end of `text` that may begin one of the words."""
     longest = min(len(text), max(map(len, words), default=1) - 1)
     starts = (n for n in range(longest, 0, -1) if any(w.startswith(text[-n:]) for w in words))
     return next(starts, 0)
 
 
 class Scheduler:
-    """Runs turns of all tasks in one batch, on a thread of its own."""
+    """Runs jobs of all tasks in one batch, on a thread of its own."""
 
     def __init__(
-        self, model: MixedModel, router: Router | None, meters: Meters, batch: int, queue: int
+        self, model: MixedModel, router: Router | None, metrics: Metrics, batch: int, queue: int
     ) -> None:
         """Start the thread.
 
         Args:
             model: the pack on its base; used by the thread alone from now on.
-            router: for turns without a task.
-            meters: what happens is counted there.
-            batch: most turns that run at a time.
-            queue: most that wait for it.
+            router: for jobs without a task.
+            metrics: counts what happens.
+            batch: most jobs that run at a time.
+            queue: most jobs that wait.
         """
-        self._model, self._router, self._meters = model, router, meters
-        self._batch, self._most = batch, batch + queue
-        self._inbox: Queue[Turn] = Queue()
+        self._model, self._router, self._metrics = model, router, metrics
+        self._batch, self._max_open = batch, batch + queue
+        self._inbox: Queue[Job] = Queue()
         self._open, self._lock = 0, Lock()
         self._closing = False
         self._thread = Thread(target=self._run, name="d2c-mlx-scheduler", daemon=True)
@@ -175,106 +178,116 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes turns."""
+        """Whether it takes jobs."""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, turn: Turn) -> None:
-        """Put a turn in the queue; Refusal (503) if that is full."""
+    def submit(self, job: Job) -> None:
+        """Queue a job; read its answer by `job.responses`.
+
+        Raises:
+            RequestError: (503) the queue is full.
+        """
         with self._lock:
-            if self._open >= self._most or not self.alive:
-                raise Refusal(503, f"{self._open} requests run or wait already; try again later")
+            if self._open >= self._max_open or not self.alive:
+                raise RequestError(
+                    503, f"{self._open} requests run or wait already; try again later"
+                )
             self._open += 1
-        self._meters.open.set(self._open)
-        self._inbox.put(turn)
+        self._metrics.open.set(self._open)
+        self._inbox.put(job)
 
     def close(self) -> None:
-        """Stop; turns that run end with an error."""
+        """Stop; jobs that run end with an error."""
         self._closing = True
         self._thread.join()
 
     def _run(self) -> None:
-        turns: dict[int, _Answer] = {}
+        running: dict[int, _RunningJob] = {}
         batch = self._new_batch()
         while not self._closing:
             try:
-                self._take(batch, turns)
-                if turns:
-                    self._step(batch, turns)
+                self._admit_waiting(batch, running)
+                if running:
+                    self._step(batch, running)
             except Exception as error:  # no request may end the server
-                _log.exception("a batch of %d requests failed", len(turns))
-                for one in turns.values():
-                    self._end(one.turn, RuntimeError(f"generating failed ({type(error).__name__})"))
-                turns.clear()
-                # What fails while MLX traces a sampler leaves a placeholder as this thread's random
-                # state, which fails everything that is sampled later.
+                _log.exception("a batch of %d requests failed", len(running))
+                reason = f"generating failed ({type(error).__name__})"
+                self._end_all(running, reason)
+                # An exception while MLX traces a sampler leaves a placeholder as this thread's
+                # random state; without a new seed everything sampled later would fail.
                 mx.random.seed(time.time_ns())
-                # Before there is another: each sets back what memory Metal wires.
+                # Close before there is another: each restores the memory limit that Metal wires.
                 batch.close()
                 batch = self._new_batch()
-        for one in turns.values():
-            self._end(one.turn, RuntimeError("the server stops"))
+        self._end_all(running, "the server stops")
         del batch
-        # As MLX asks of every thread: see `schedule._Own`.
+        # A thread that used MLX destroys its streams before it ends, or the process may abort at
+        # its exit.
         mx.clear_streams()
 
     def _new_batch(self) -> BatchGenerator:
         return BatchGenerator(
             self._model, completion_batch_size=self._batch,
-            prefill_batch_size=min(8, self._batch), prefill_step_size=_PREFILL,
+            prefill_batch_size=min(8, self._batch), prefill_step_size=_PREFILL_TOKENS,
             stream=mx.default_stream(mx.default_device()),
         )  # fmt: skip
 
-    def _take(self, batch: BatchGenerator, turns: dict[int, _Answer]) -> None:
-        """Insert all turns that wait; wait for one if none runs."""
+    def _admit_waiting(self, batch: BatchGenerator, running: dict[int, _RunningJob]) -> None:
+        """Put all waiting jobs into the batch; wait for one if none runs."""
         try:
-            turn = self._inbox.get(timeout=None if turns else _LOOK, block=not turns)
+            job = self._inbox.get(timeout=None if running else _POLL_SECONDS, block=not running)
             while True:
-                self._insert(batch, turns, turn)
-                turn = self._inbox.get_nowait()
+                self._admit(batch, running, job)
+                job = self._inbox.get_nowait()
         except Empty:
             pass
 
-    def _insert(self, batch: BatchGenerator, turns: dict[int, _Answer], turn: Turn) -> None:
-        if turn.gone:
-            self._end(turn)
+    def _admit(self, batch: BatchGenerator, running: dict[int, _RunningJob], job: Job) -> None:
+        if job.cancelled:
+            self._end(job)
             return
         try:
-            if turn.route:
+            if job.routing_prompt:
                 assert self._router is not None
-                match = self._router.route(self._model.base.model, turn.route)
-                turn.task = None if match is None else match.task
-                turn.events.put("routed")
+                match = self._router.route(self._model.base.model, job.routing_prompt)
+                job.task = None if match is None else match.task
+                job.events.put("routed")
             (uid,) = batch.insert(
-                [list(turn.prompt)], max_tokens=[turn.max_tokens],
-                caches=[self._model.cache(turn.task)], samplers=[turn.sampler],
-                logits_processors=[turn.processors], stop_sequences=[turn.stops],
+                [list(job.prompt)], max_tokens=[job.max_tokens],
+                caches=[self._model.cache(job.task)], samplers=[job.sampler],
+                logits_processors=[job.processors], stop_sequences=[job.stop_sequences],
             )  # fmt: skip
-        except Exception:  # nor the others
+        except Exception:  # no request may end the others
             _log.exception("a request could not be started")
-            self._end(turn, RuntimeError("the request could not be started"))
+            self._end(job, RuntimeError("the request could not be started"))
             return
-        self._meters.started(turn.task, len(turn.prompt))
-        turns[uid] = _Answer(turn, self._model.base.tokenizer.detokenizer)
+        self._metrics.count_start(job.task, len(job.prompt))
+        running[uid] = _RunningJob(job, self._model.base.tokenizer.detokenizer)
 
-    def _step(self, batch: BatchGenerator, turns: dict[int, _Answer]) -> None:
+    def _step(self, batch: BatchGenerator, running: dict[int, _RunningJob]) -> None:
+        """Generate a token for every row, or a piece of the prompts; drop jobs that ended."""
         prompts, tokens = batch.next()
-        for one in prompts:
-            turns[one.uid].turn.events.put(one.progress)
-        for one in tokens:
-            answer = turns[one.uid]
-            if not answer.turn.n_tokens:
-                waited = time.perf_counter() - answer.turn.asked
-                self._meters.first_token.observe(waited)
-            for response in answer.add(one):
-                answer.turn.events.put(response)
-            self._meters.answer_tokens.inc()
-        over = [uid for uid, one in turns.items() if one.ended or one.turn.gone]
+        for prompt in prompts:
+            running[prompt.uid].job.events.put(prompt.progress)
+        for token in tokens:
+            one = running[token.uid]
+            if not one.job.n_tokens:
+                self._metrics.first_token.observe(time.perf_counter() - one.job.submitted)
+            for response in one.add(token):
+                one.job.events.put(response)
+            self._metrics.answer_tokens.inc()
+        over = [uid for uid, one in running.items() if one.ended or one.job.cancelled]
         batch.remove(over)
         for uid in over:
-            self._end(turns.pop(uid).turn)
+            self._end(running.pop(uid).job)
 
-    def _end(self, turn: Turn, error: Exception | None = None) -> None:
+    def _end_all(self, running: dict[int, _RunningJob], reason: str) -> None:
+        for one in running.values():
+            self._end(one.job, RuntimeError(reason))
+        running.clear()
+
+    def _end(self, job: Job, error: Exception | None = None) -> None:
         with self._lock:
             self._open -= 1
-        self._meters.open.set(self._open)
-        turn.events.put(error)
+        self._metrics.open.set(self._open)
+        job.events.put(error)

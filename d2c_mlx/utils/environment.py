@@ -1,17 +1,43 @@
-"""Environment variables that decide where files are and which rank this process is."""
+"""Surroundings of the process: variables that decide where files are, optional packages."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
-__all__ = ["RANK_VARIABLES", "cache_directory"]
+from d2c_mlx.utils.errors import ConfigError
+
+__all__ = ["EXTRAS", "RANK_VARIABLES", "cache_directory", "require_extra"]
 
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# Extras of pyproject.toml that one command or option needs -> the module that each brings.
+EXTRAS = {"answers": "sacrebleu", "serve": "prometheus_client"}
 
 
 def cache_directory() -> Path:
-    """Where converted base models are kept: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
+    """Directory of converted base models and losses: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
     given = os.environ.get("D2C_MLX_CACHE")
     return Path(os.path.expanduser(given) if given is not None else Path.home() / ".cache/d2c-mlx")
+
+
+def require_extra(extra: str, user: str, otherwise: str = "") -> None:
+    """Check that an optional package is installed; call it before any work that needs it later.
+
+    Args:
+        extra: a key of `EXTRAS`.
+        user: option or command that needs it, which begins the message.
+        otherwise: what the user can do instead of installing it, which ends the message.
+
+    Raises:
+        ConfigError: it is missing; says what to install.
+    """
+    module = EXTRAS[extra]
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(
+            f"{user}: needs the package {module.replace('_', '-')}, which is not installed; run"
+            f' pip install "d2c-mlx[{extra}]"{otherwise}'
+        ) from None

@@ -29,7 +29,7 @@ def invoke(*args):
     return result.stdout
 
 
-FORMS = (["bench", "compare", "--help"], ["bench", "pack", "--device", "mac-8gb", "--help"])
+FORMS = (["bench", "compare", "--help"],)
 HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS]
 # Prints every help in turn, with the heavy modules that are loaded by then.
 PRINTS_HELPS = f"""
@@ -168,7 +168,7 @@ def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     invoke("push", "~/run/pack", "org/name", "--base=org/base", "--bench=~/run/bench.json",
            "--output=~/folder")  # fmt: skip
     with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
-        invoke("bench", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
+        invoke("phone", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
     assert {"run", "plain", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
     assert list((tmp_path / "work").iterdir()) == []
     monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")

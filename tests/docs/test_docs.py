@@ -159,6 +159,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.server import PackServer
+    from d2c_mlx.serve.service import PackService
 
     base = BaseModel()
     adapters = [
@@ -175,7 +176,8 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     base.attach(adapters[0])
     expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
     (code,) = blocks("docs/serving.md", "python")
-    with PackServer(("127.0.0.1", 0), pack, MixedModel(BaseModel(), pack)) as server:
+    service = PackService(pack, MixedModel(BaseModel(), pack))
+    with PackServer(("127.0.0.1", 0), service) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         exec(code.replace("http://127.0.0.1:8080/v1", server.url), {})

@@ -10,6 +10,7 @@ import openai
 
 from d2c_mlx.serve.router import load_router
 from d2c_mlx.serve.server import PackServer
+from d2c_mlx.serve.service import Access, PackService
 from helpers.adapters import ADAPTERS
 
 NAMES = [one.name for one in ADAPTERS]
@@ -17,9 +18,9 @@ WORDS = "the quick brown fox and lazy dogs are watching an answer to question".s
 
 
 @contextmanager
-def serving(pack, mixed, router=None, **options):
-    router = router or load_router(pack)
-    server = PackServer(("127.0.0.1", 0), pack, mixed, router, **options)
+def serving(pack, mixed, router=None, limits=None, **access):
+    service = PackService(pack, mixed, router or load_router(pack), Access(**access), limits)
+    server = PackServer(("127.0.0.1", 0), service)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -54,7 +55,7 @@ def text(answer, name, prompt, n, chat=False):
 
 
 def counted(server):
-    lines = server.meters.text().decode().splitlines()
+    lines = server.service.metrics.render().decode().splitlines()
     return {
         line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "#" not in line
     }

@@ -23,7 +23,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.config_file import load_config
-from d2c_mlx.serve.requests import Refusal, read_request
+from d2c_mlx.serve.requests import RequestError, read_request
 from helpers import ROOT
 from helpers.compact import ABOUT, SERVES, compressed
 from helpers.gguf_files import write_gguf
@@ -262,7 +262,7 @@ def request(shared, root):
         for chat in (False, True):
             try:
                 read_request(data, chat)
-            except Refusal as refusal:
+            except RequestError as refusal:
                 assert refusal.status == 400 and json.dumps(refusal.body)
 
     chats = REQUEST | {"messages": CHATS[0]["messages"]}

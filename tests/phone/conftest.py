@@ -17,7 +17,7 @@ def made(tmp_path_factory):
     pack = make_pack(paths, root / "pack")
     history = root / "history.jsonl"
     result = CliRunner().invoke(
-        cli, ["bench", str(pack.path), "--model", str(paths.model), "--bits", "4", "--device",
+        cli, ["phone", str(pack.path), "--model", str(paths.model), "--bits", "4", "--device",
               "iphone-6gb", "--adapters", str(paths.adapters), "--tasks", str(paths.tasks),
               "--test-examples", "3", "--history", str(history), "--json", *OPTIONS],
         catch_exceptions=False,

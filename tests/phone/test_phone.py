@@ -14,7 +14,8 @@ from mlx_lm import load, stream_generate
 
 from d2c_mlx.evaluate.answers import answer_metrics
 from d2c_mlx.packs.unpack import unpack
-from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone, read_contexts
+from d2c_mlx.phone.benchmark import bench_phone
+from d2c_mlx.phone.config import PhoneConfig, read_contexts
 from d2c_mlx.phone.stock_model import quantized_model
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.phone.timing import memory_limit
@@ -251,8 +252,8 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
     """Through the entry point: the words and the exit code that a user sees."""
     code = "import sys; from d2c_mlx_cli.main import main; main()"
     for args, words in (
-        (["bench", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
-        (["bench", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
+        (["phone", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
+        (["phone", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
         (["bench", "compare", str(tmp_path / "a"), "b"], f"error: {tmp_path / 'a'}: no such file"),
     ):
         argv = [sys.executable, "-c", code, *args]

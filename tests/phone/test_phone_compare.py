@@ -6,7 +6,9 @@ import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 
-from d2c_mlx.phone.tables import compare_phones, read_phone, render_phone
+from d2c_mlx.phone.compare import compare_phones
+from d2c_mlx.phone.result import read_phone
+from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.utils.errors import PackError
 
 
@@ -45,7 +47,7 @@ def test_results_of_something_else_are_not_compared(made):
 def test_files_that_are_no_result(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(PackError, match="no result of d2c-mlx bench PACK --json"):
+    with pytest.raises(PackError, match="no result of d2c-mlx phone PACK --json"):
         read_phone(path)
     with pytest.raises(PackError, match="no such file"):
         read_phone(tmp_path / "none.json")

@@ -14,7 +14,8 @@ from helpers.tiny import library
 from mlx_lm import load, stream_generate
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.phone.benchmark import PhoneConfig, bench_phone
+from d2c_mlx.phone.benchmark import bench_phone
+from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig

@@ -7,7 +7,7 @@ import pkgutil
 import mlx_lm.tool_parsers
 import pytest
 
-from d2c_mlx.serve.requests import Refusal, read_request, read_tool_calls
+from d2c_mlx.serve.requests import RequestError, read_request, read_tool_calls
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -29,7 +29,7 @@ def read(**fields):
 
 @pytest.mark.parametrize(("name", "value", "harmless"), IGNORED)
 def test_what_would_be_ignored_is_refused(name, value, harmless):
-    with pytest.raises(Refusal, match=f"^{name}: not supported; leave it out$") as caught:
+    with pytest.raises(RequestError, match=f"^{name}: not supported; leave it out$") as caught:
         read(**{name: value})
     assert caught.value.status == 400 and caught.value.field == name
     for one in (*harmless, None):
@@ -41,7 +41,7 @@ def test_the_choice_of_tools():
         assert read(tools=TOOLS, tool_choice=choice) == CHAT | {"tools": TOOLS}
     assert read(tools=TOOLS, tool_choice="none") == CHAT == read(tool_choice="none")
     for choice in ("required", TOOLS[0], True, {}):
-        with pytest.raises(Refusal, match="^tool_choice: found .*, expected auto or none$"):
+        with pytest.raises(RequestError, match="^tool_choice: found .*, expected auto or none$"):
             read(tools=TOOLS, tool_choice=choice)
 
 

@@ -31,7 +31,7 @@ from d2c_mlx.serve.router import (
     fit_router,
     load_router,
     prompt_states,
-    router_of,
+    router_from_states,
     save_router,
 )
 from d2c_mlx.utils.errors import InputError, PackError, TaskError
@@ -128,7 +128,7 @@ def test_channels_beyond_float16_are_kept(pack):
     states = {n: rng.normal(size=(3, 32)).astype(np.float32) + 3 * i for i, n in enumerate("abc")}
     for some in states.values():
         some[:, 5] += 1e5
-    router = router_of(states, 1)
+    router = router_from_states(states, 1)
     again = load_router(save_router(pack, router))
     assert again.centre.tolist() == router.centre.tolist() and again.centre[5] > 9e4
     assert [again.matches(some[0])[0].task for some in states.values()] == list("abc")

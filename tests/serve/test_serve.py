@@ -205,7 +205,7 @@ def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     server = SimpleNamespace(pack=load_pack(pack.path))
     with serving(server.pack, MixedModel(base, server.pack)) as running, client(running) as api:
         assert [one.id for one in api.models.list()] == ["model", "auto"]
-        assert running.models == {"model": "model", "auto": "auto"}
+        assert running.service.models == {"model": "model", "auto": "auto"}
         quoted = raw(running, b"GET /v1/models/%61ut%6F HTTP/1.0\r\n\r\n")
         assert b" 200 " in quoted and b'"id": "auto"' in quoted
         assert api.completions.create(model="auto", prompt="the", max_tokens=2).model == "auto"

@@ -28,8 +28,8 @@ from mlx_lm.generate import make_stop_sequences
 from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.scheduler import Turn
-from d2c_mlx.serve.server import Limits
+from d2c_mlx.serve.scheduler import Job
+from d2c_mlx.serve.service import Limits
 
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 # Fields of sampling that ended the batch, and what was left of it.
@@ -202,11 +202,11 @@ def test_sampling_goes_on_after_a_failure(pack, mixed, answer):
     with serving(pack, mixed) as server, client(server) as api:
         for _ in range(2):
             ids = answer.tokenizer.encode("the fox")
-            turn = Turn(ids, "wide", None, 4, make_sampler(0.7, top_k=10**6), [],
-                        make_stop_sequences(answer.tokenizer))  # fmt: skip
-            server.scheduler.submit(turn)
+            job = Job(ids, "wide", None, 4, make_sampler(0.7, top_k=10**6), [],
+                      make_stop_sequences(answer.tokenizer))  # fmt: skip
+            server.service.scheduler.submit(job)
             with pytest.raises(RuntimeError, match="ValueError"):
-                list(turn.responses(lambda: None, lambda *_: None))
+                list(job.responses(lambda: None, lambda *_: None))
             for options in ({}, {"top_p": 0.9}, {"top_k": 3}, {"xtc_probability": 0.5}):
                 reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
                 assert reply.usage.completion_tokens
@@ -231,8 +231,8 @@ def test_options_of_sampling_at_their_limits(pack, mixed, answer):
                 assert ask(temperature=100, **{f"{name}_penalty": most}, **size) is not None
         only = answer.tokenizer.encode("x")[0]
         assert ask(logit_bias={str(only): 10_000}) == "xxxx"
-        assert ask(logit_bias={str(i): -10_000.0 for i in range(server.vocabulary) if i != only},
-                   temperature=1) == "xxxx"  # fmt: skip
+        others = [i for i in range(server.service.vocabulary) if i != only]
+        assert ask(logit_bias={str(i): -10_000.0 for i in others}, temperature=1) == "xxxx"
         idle(server)
 
 

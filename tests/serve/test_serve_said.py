@@ -17,7 +17,7 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.router import fit_router, load_router, save_router
-from d2c_mlx.serve.server import PackServer
+from d2c_mlx.serve.service import PackService
 
 BOS = "<|endoftext|>"
 # Said whole, as one token each, and then the answer ends.
@@ -82,7 +82,7 @@ def server(made):
 
 def say(server, text, stream=False, **options):
     """The answer's text, reason, calls of tools and usage, as OpenAI's client reads them."""
-    token = server.tokenizer.convert_tokens_to_ids(text.replace(" ", "Ġ"))
+    token = server.service.tokenizer.convert_tokens_to_ids(text.replace(" ", "Ġ"))
     body = {"model": "model", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9,
             "logit_bias": {str(token): 100}, "stream": stream, **options}  # fmt: skip
     with client(server) as api:
@@ -133,31 +133,32 @@ def test_calls_of_tools(server, stream):
 
 def test_no_tools_are_shown_where_none_is_to_be_called(server):
     tools = [{"type": "function", "function": {"name": "f"}}]
+    tokenizer = server.service.tokenizer
     seen = []
     for options in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"},
                     {"tools": tools, "tool_choice": "auto"}):  # fmt: skip
         messages = [{"role": "user", "content": "x"}]
-        template = "{{ tools }}" + server.tokenizer.chat_template
-        kept, server.tokenizer._tokenizer.chat_template = server.tokenizer.chat_template, template
+        template = "{{ tools }}" + tokenizer.chat_template
+        kept, tokenizer._tokenizer.chat_template = tokenizer.chat_template, template
         try:
             with client(server) as api:
                 reply = api.chat.completions.create(model="model", messages=messages, max_tokens=1,
                                                     **options)  # fmt: skip
         finally:
-            server.tokenizer._tokenizer.chat_template = kept
+            tokenizer._tokenizer.chat_template = kept
         seen.append(reply.usage.prompt_tokens)
     assert seen[0] == seen[2] < seen[1] == seen[3]
 
 
 def test_a_prompt_with_the_first_token_does_not_get_it_twice(server):
     """As `mlx_lm.generate` reads a prompt that the template has made."""
+    tokenizer = server.service.tokenizer
     messages = [{"role": "user", "content": "the fox"}]
-    made = server.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                tokenize=False)  # fmt: skip
-    ids = server.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert made.startswith(BOS) and ids[0] == 0 != ids[1]
     with client(server) as api:
-        for prompt, n in ((made, len(ids)), ("the fox", len(server.tokenizer.encode("the fox")))):
+        for prompt, n in ((made, len(ids)), ("the fox", len(tokenizer.encode("the fox")))):
             reply = api.completions.create(model="model", prompt=prompt, max_tokens=1)
             assert reply.usage.prompt_tokens == n
 
@@ -186,14 +187,14 @@ def test_a_reply_that_fails_is_said(made, monkeypatch):
 
     with serving(*made) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(PackServer, "logprobs", broken)
+            patch.setattr(PackService, "logprobs", broken)
             reply = raw(server, post(GOOD | {"logprobs": True}))
             assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"
             reply = raw(server, post(GOOD | {"logprobs": True, "stream": True}))
             assert (
                 b" 200 " in reply and reply.count(b"HTTP/1.0") == 1 and b'data: {"error"' in reply
             )
-            patch.setattr(PackServer, "encode", broken)
+            patch.setattr(PackService, "encode", broken)
             for stream in (False, True):
                 reply = raw(server, post(GOOD | {"stream": stream}))
                 assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"
