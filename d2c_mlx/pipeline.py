@@ -80,9 +80,7 @@ def convert(ws: Workspace) -> None:
 def probe(ws: Workspace) -> None:
     """Every adapter on the probe examples of its task and of those most alike -> `losses.json`."""
     c, n = ws.config, len(ws.names)
-    # From single adapters the loop of the paper begins, so it asks for all of them.
-    least = n if "adapters" in c.init and not c.planned else c.neighbours
-    n_others = others_needed(n, least, None if c.planned else ws.capacity.n_clusters)
+    n_others = others_needed(n, c.neighbours, None if c.planned else ws.capacity.n_clusters)
 
     def body() -> None:
         measured = nearest(ws.similarity, n_others)
@@ -118,8 +116,8 @@ def cluster(ws: Workspace) -> None:
         )
 
     def body() -> None:
-        found = d2c(ws.problem, k, search=c.search, init=c.init, rounds=c.rounds,
-                    restarts=c.restarts, seed=c.seed, eps=c.eps, patience=c.patience)  # fmt: skip
+        found = d2c(ws.problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
+                    patience=c.patience)  # fmt: skip
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(ws.problem.features, k, c.seed)],
@@ -137,9 +135,9 @@ def cluster(ws: Workspace) -> None:
         write_json(ws.path("clusters.json"), content)
 
     # A merge that is clustered alike is not clustered again.
-    like = dataclasses.replace(c, merge_method=ws.merger.quick_method)
+    like = c.replace(merge_method=ws.merger.quick_method)
     options = [ws.base.fingerprint, [p.digest for p in ws.probes], k, _merge_options(like),
-               c.search, c.patience, c.init, c.rounds, c.restarts, c.random_seeds]  # fmt: skip
+               c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
     ws.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 

@@ -17,10 +17,11 @@ from d2c_mlx.evaluate.evaluator import Evaluator, climb, tune_scale
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.merge.options import AUTO_METHODS
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import blocks_are_exact
-from d2c_mlx.run.config import AUTO_METHODS, RunConfig
+from d2c_mlx.run.config import RunConfig
 
 __all__ = ["SCALES", "Merged", "Merger"]
 

@@ -72,7 +72,6 @@ class Workspace:
             config.memory_bytes,
             Savings(
                 stack=config.stack,
-                compile=config.compile,
                 **dict.fromkeys(set(config.without) - {"cache", "bound"}, False),
             ),
             local_ranks(),

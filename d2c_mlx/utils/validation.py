@@ -30,13 +30,13 @@ from typing import (
     get_type_hints,
 )
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError, InputError, Problem
 
-__all__ = ["Checked", "expects", "found_text", "problems_of", "refused"]
+__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "refused"]
 
 Path = tuple[str | int, ...]
 T = TypeVar("T", bound="Checked")
@@ -57,6 +57,21 @@ def expects(words: str) -> PydanticCustomError:
 def refused(sentence: str) -> PydanticCustomError:
     """The error for a validator to raise where its own sentence says more: "field: SENTENCE"."""
     return PydanticCustomError("refused", "{words}", {"words": sentence})
+
+
+def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
+    """A field that is an option, said once for checks, command line, config file and documents.
+
+    Args:
+        default: `...` is none: it must be given.
+        help: one phrase, to follow the option's name.
+        details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`), and of ours `group`
+            and `metavar` for the command line, `choices` of a name or of each name in a list,
+            `default_text` where the default says too little, `path` for a path, and `expected`,
+            `missing`, `remedy` as any field may have them.
+    """
+    limits = {key: details.pop(key) for key in ("ge", "gt", "le", "min_length") if key in details}
+    return Field(default, description=help, json_schema_extra=details, **limits)
 
 
 class Checked(BaseModel):
@@ -81,6 +96,15 @@ class Checked(BaseModel):
     # As pydantic's own RootModel does: without it a nested model would be made by `__init__`, and
     # raise its problems alone.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_choice(cls, value: object, info: ValidationInfo) -> object:
+        choices = _about(cls.model_fields.get(info.field_name or "")).get("choices")
+        names = value if isinstance(value, tuple) else () if value is None else (value,)
+        if choices and not set(names) <= set(choices):
+            raise expects(_choice(choices, isinstance(value, tuple)))
+        return value
 
     @classmethod
     def read(cls: type[T], values: object, place: str | Mapping[str, str] = "") -> T:
@@ -246,13 +270,15 @@ def _expected(kind: Any, field: FieldInfo | None, details: ErrorDetails) -> str:
         return str(own)
     kind = _plain(kind)
     if get_origin(kind) is Literal:
-        return f"one of {list(get_args(kind))}"
+        return _choice(get_args(kind), False)
     items = get_args(kind)
     if get_origin(kind) in (list, tuple) and items:
         item = _plain(items[0])
         if get_origin(item) is Literal:
             whole = details["type"] in ("tuple_type", "list_type")
-            return _LIST_WORDS[str] if whole else f"some of {list(get_args(item))}"
+            return _LIST_WORDS[str] if whole else _choice(get_args(item), True)
+        if details["type"] == "too_short" and "choices" in _about(field):
+            return _choice(_about(field)["choices"], True)
         return _LIST_WORDS.get(item, "a list")
     limits = _limits(field)
     if not details["type"].endswith(("_type", "_parsing", "_from_float", "missing")) and limits:
@@ -264,6 +290,10 @@ def _expected(kind: Any, field: FieldInfo | None, details: ErrorDetails) -> str:
         return _TYPE_WORDS[kind]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return message[:1].lower() + message[1:]
+
+
+def _choice(choices: Sequence[str], several: bool) -> str:
+    return f"{'some' if several else 'one'} of {list(choices)}"
 
 
 def _limits(field: FieldInfo | None) -> dict[str, float]:
