@@ -29,7 +29,7 @@ from d2c_mlx.evaluate.evaluator import probe_table
 from d2c_mlx.evaluate.heldout import Method, bench_methods
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.phone.tables import read_phone
+from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import provenance

@@ -13,8 +13,8 @@ from d2c_mlx.cluster.partition import Clustering, Problem, canonical, kmeans, re
 
 __all__ = ["INITS", "d2c"]
 
-# A run offers the last two. Single adapters are for the experiment of the paper, whose loop they are
-# the one start to move: every task of a partition prefers the merge that its own adapter is in.
+# A run offers the last two. Single adapters are for the experiment of the paper: they are the start
+# from which its loop moves; in a partition every task prefers the merge that has its own adapter.
 INITS = ("adapters", "kmeans", "table")
 # Rounds of the paper's loop without a new best, after which it ends.
 _STALE_ROUNDS = 2

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -28,19 +26,19 @@ from d2c_mlx.evaluate.heldout import Method
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.models.tokenize import encode, encode_tests
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.phone.config import CONTEXTS, PhoneConfig
 from d2c_mlx.phone.profiles import Profile, find_profile
 from d2c_mlx.phone.quality import HeldOut, measure_quality
+from d2c_mlx.phone.result import FORMAT
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
-from d2c_mlx.phone.tables import FORMAT
 from d2c_mlx.phone.timing import memory_limit, speed, switch
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
 from d2c_mlx.utils.progress import Bar, progress_bar
 
-__all__ = ["CONTEXTS", "PhoneConfig", "bench_phone", "read_contexts"]
+__all__ = ["bench_phone"]
 
-CONTEXTS = (128, 512, 1024)
 _INCLUDES = (
     "first token: prefill and one decode step, the model loaded, one sequence, greedy; decode: the"
     " tokens after it; medians after one run that is not counted; switch: reading the adapter from"
@@ -49,70 +47,6 @@ _INCLUDES = (
     " memory: weights, adapter and KV cache in the model's dtype, the rest of MLX's peak as"
     " measured in compute_dtype, not the app around it"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class PhoneConfig:
-    """Options of `d2c-mlx bench PACK`.
-
-    Attributes:
-        pack: directory of the pack.
-        device: name of a profile, or a `.yaml` file with one.
-        model: base model, see `locate.resolve_model`; None is the embedded default.
-        bits: 4 or 8, for a model that is not quantized yet; None takes it as it is.
-        adapters: the individual adapters, one directory each; None leaves them out.
-        tasks: `<task>/test.jsonl` to judge by; None leaves quality out.
-        contexts: tokens of the prompts; None is those of `CONTEXTS` that the model has room for.
-        decode: tokens generated after each prompt.
-        runs: timed runs of each.
-        test_examples: rows of test.jsonl that judge, the first ones; 0 is all.
-        answers: of how many of these rows of each task answers are generated and compared with the
-            expected ones; None is all of them, 0 none.
-        history: file to which the result is added as a line of JSON; None keeps none.
-    """
-
-    pack: str
-    device: str
-    model: str | None = None
-    bits: int | None = None
-    adapters: str | None = None
-    tasks: str | None = None
-    contexts: tuple[int, ...] | None = None
-    decode: int = 32
-    runs: int = 3
-    test_examples: int = 10
-    answers: int | None = None
-    history: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError listing every value that is out of range."""
-        checks = {
-            "bits": (self.bits in (None, 4, 8), "4 or 8"),
-            "contexts": (self.contexts is None or (self.contexts and min(self.contexts) >= 1),
-                         "numbers of 1 or more"),
-            "decode": (self.decode >= 2, "2 or more"),
-            "runs": (self.runs >= 1, "1 or more"),
-            "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            # Rows that do not judge are not tokenized, so there is nothing to answer.
-            "answers": (self.answers is None or (0 <= self.answers
-                        and not 0 < self.test_examples < self.answers),
-                        f"0 to test_examples ({self.test_examples or 'all'})"),
-            "history": (not self.history or not Path(self.history).is_dir(), "a file"),
-        }  # fmt: skip
-        problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
-                    for name, (good, expected) in checks.items() if not good]  # fmt: skip
-        if problems:
-            raise ConfigError(problems)
-
-
-def read_contexts(text: str | None) -> tuple[int, ...] | None:
-    """Read "128,512"; raises ConfigError for anything but numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f'contexts: found {text!r}, expected numbers such as "128,512"') from None
 
 
 def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
@@ -127,8 +61,6 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     methods = _methods(config, pack, stock)
     contexts = _contexts(config, stock)
     tests = _tests(config, pack, stock)
-    if config.history:
-        _check_history(Path(config.history))
     # mlx-lm prints warnings of its own, and standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), progress_bar("bench", quiet) as bar:
         with memory_limit(profile.memory):
@@ -138,7 +70,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
             }
             switches = switch(stock, pack, config.runs)
         quality = measure_quality(config.model, stock, methods, tests, bar) if tests else None
-    result = {
+    return {
         "format": FORMAT,
         "version": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,35 +83,12 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
             "n_tasks": len(pack.tasks),
         },
         "device": dataclasses.asdict(profile),
-        "options": {**dataclasses.asdict(config), "contexts": list(contexts)},
+        "options": {**config.model_dump(), "contexts": list(contexts)},
         "methods": measured,
         "switch": switches,
         "quality": quality,
         "provenance": {**environment(), "includes": _INCLUDES},
     }
-    if config.history:
-        _append(Path(config.history), result)
-    return result
-
-
-def _check_history(path: Path) -> None:
-    """Before all is measured in vain: raises ConfigError for a file that cannot be added to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a", encoding="utf-8").close()
-    except OSError as error:
-        raise ConfigError(
-            f"history: {path} cannot be written ({error.strerror}); name another file"
-        ) from None
-
-
-def _append(path: Path, result: Mapping[str, Any]) -> None:
-    """Add one line of JSON to a history file."""
-    line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _about_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict[str, Any]:

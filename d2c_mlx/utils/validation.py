@@ -36,7 +36,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError, InputError, Problem
 
-__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "refused"]
+__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "range_of", "refused"]
 
 Path = tuple[str | int, ...]
 T = TypeVar("T", bound="Checked")
@@ -174,6 +174,16 @@ def found_text(value: object) -> str:
         return "a number beyond 64 bits"
     text = repr(value)
     return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."
+
+
+def range_of(field: FieldInfo) -> str:
+    """What a field takes, in words for a document; "" if its type says it all."""
+    about, several = _about(field), get_origin(_plain(field.annotation)) is tuple
+    if "choices" in about:
+        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}"
+    limits = _limits(field)
+    return str(about.get("expected", "")) or (
+        _range(_plain(field.annotation), limits) if limits else "")  # fmt: skip
 
 
 def _unknown_first(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
