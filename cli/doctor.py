@@ -6,12 +6,19 @@ import json
 
 import click
 
+from .help import Command
 
-@click.command(help="What this machine has, and what to do about what is missing.\n\n\b\nExample:\n"
-               "  d2c-mlx doctor --json")  # fmt: skip
+
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def doctor(as_json: bool) -> None:
-    """Print findings; exit code 1 if one is not well."""
+    """Tell what this machine has and what is missing.
+
+    With what to do about it; the exit code is 1 if something is missing.
+
+    Example:
+      d2c-mlx doctor --json
+    """
     import dataclasses
 
     from d2c_mlx.run.doctor import diagnose

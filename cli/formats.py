@@ -7,19 +7,14 @@ from pathlib import Path
 
 import click
 
+from .help import Command
 from .paths import UserPath
 
 _DIR = UserPath(path_type=str)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
-@click.command(
-    help="Convert adapters (PEFT, MLX, GGUF) to MLX or PEFT, exactly, or say why not.\n\n\b\n"
-    "Examples:\n"
-    "  d2c-mlx convert --adapters loras --output mlx-loras\n"
-    "  d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft\n"
-    "  d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras"
-)
+@click.command(cls=Command)
 @click.option("--model", metavar="M", help="the base model, to check every tensor against")
 @click.option("--adapters", required=True, type=_DIR, metavar="A", help="folder of them, or a list"
               " with commas: directories, .gguf files, owner/name[@revision]")  # fmt: skip
@@ -27,7 +22,16 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 @click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
 @_JSON
 def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
-    """Read every adapter, write it in the other layout."""
+    """Convert adapters to MLX or PEFT, exactly.
+
+    Adapters may be PEFT, MLX or GGUF. One that cannot be converted exactly is refused, with the
+    reason.
+
+    Examples:
+      d2c-mlx convert --adapters loras --output mlx-loras
+      d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
+      d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
+    """
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.sources import find_adapters, read_adapters
     from d2c_mlx.models.base_model import BaseModel
@@ -57,30 +61,25 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     click.echo(f"wrote {len(rows)} adapters to {output}")
 
 
-@click.command(
-    help="Write the adapters of a pack as directories that stock mlx-lm loads, and tasks.json: task"
-    " -> directory, or null for the base model.\n\n\b\nExample:\n"
-    "  d2c-mlx unpack runs/first/pack --output adapters"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @_JSON
 def unpack(pack: Path, output: str, as_json: bool) -> None:
-    """Verify the pack, write its adapters."""
+    """Write the adapters of a pack for stock mlx-lm.
+
+    A directory for each adapter, and tasks.json: task -> directory, or null for the base model.
+
+    Example:
+      d2c-mlx unpack runs/first/pack --output adapters
+    """
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.unpack import unpack as write_plain
 
     _show_tasks(write_plain(load_pack(pack), Path(output)), output, as_json)
 
 
-@click.command(
-    help="Write the adapters of a pack for another program, and tasks.json: task -> file or"
-    " directory, or null for the base model.\n\n"
-    "mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT."
-    " gguf: files for llama.cpp, of the model families in docs/families.md.\n\n\b\nExamples:\n"
-    "  d2c-mlx export runs/first/pack --to peft --output peft-loras\n"
-    "  d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
@@ -88,7 +87,17 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
               " heads")  # fmt: skip
 @_JSON
 def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -> None:
-    """Verify the pack, write its adapters."""
+    """Write the adapters of a pack for other programs.
+
+    Beside them is tasks.json: task -> file or directory, or null for the base model.
+
+    mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT. gguf:
+    files for llama.cpp, of the model families in docs/families.md.
+
+    Examples:
+      d2c-mlx export runs/first/pack --to peft --output peft-loras
+      d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras
+    """
     from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
 
@@ -104,18 +113,21 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
     click.echo(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
 
 
-@click.command(
-    help="Check every file of a pack against its manifest, every adapter's values and, with --for,"
-    " the layout that another program asks for. All problems at once.\n\n\b\nExamples:\n"
-    "  d2c-mlx verify runs/first/pack\n"
-    "  d2c-mlx verify runs/first/pack --for mlx-swift"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
               " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
 @_JSON
 def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
-    """Print what the pack holds; exit code 2 if it is not well."""
+    """Check a pack against its manifest.
+
+    Every file, every adapter's values and, with --for, the layout that another program asks for.
+    All problems are told at once; then the exit code is 2.
+
+    Examples:
+      d2c-mlx verify runs/first/pack
+      d2c-mlx verify runs/first/pack --for mlx-swift
+    """
     from d2c_mlx.packs.verify import verify as verify_pack
 
     found = verify_pack(pack, runtime)

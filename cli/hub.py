@@ -7,18 +7,13 @@ from pathlib import Path
 
 import click
 
+from .help import Command
 from .paths import UserPath
 
 _PATH = UserPath(path_type=Path)
 
 
-@click.command(
-    help="Upload a pack with a model card to the Hugging Face hub: the pack, plain adapters that"
-    " mlx-lm loads, tasks.json and README.md, in one commit.\n\n\b\nExamples:\n"
-    "  d2c-mlx push runs/first/pack org/name --private\n"
-    "  d2c-mlx push runs/first/pack org/name --dry-run            # print the card\n"
-    "  d2c-mlx push runs/first/pack org/name --output folder      # to look at; no upload"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=_PATH)
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="make a new repository private; refuse a public one")
@@ -44,7 +39,15 @@ def push(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Verify the pack, write the card, upload."""
+    """Upload a pack with a model card to the Hugging Face hub.
+
+    The pack, plain adapters that mlx-lm loads, tasks.json and README.md go up in one commit.
+
+    Examples:
+      d2c-mlx push runs/first/pack org/name --private
+      d2c-mlx push runs/first/pack org/name --dry-run            # print the card
+      d2c-mlx push runs/first/pack org/name --output folder      # to look at; no upload
+    """
     import tempfile
 
     from d2c_mlx.packs.pack import load_pack

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 
 import click
 
+from .help import Entry, LazyGroup
+from .removed import COMMANDS
+
+_RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
+# Each command with its place, section and first sentence, so that help imports none of them.
 _COMMANDS = {
-    "run": "stages:run",
-    "convert": "formats:convert",
-    "probe": "stages:probe",
-    "plan": "stages:plan",
-    "cluster": "stages:cluster",
-    "merge": "stages:merge",
-    "refine": "stages:refine",
-    "pack": "stages:pack",
-    "bench": "stages:bench",
-    "report": "stages:report",
-    "verify": "formats:verify",
-    "list": "packs:list_",
-    "add": "packs:add",
-    "remove": "packs:remove",
-    "route": "packs:route",
-    "serve": "serve:serve",
-    "phone": "phone:phone",
-    "unpack": "formats:unpack",
-    "export": "formats:export",
-    "push": "hub:push",
-    "doctor": "doctor:doctor",
+    "run": Entry(
+        "stages:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
+    ),
+    "probe": Entry("stages:probe", _RUNS, "Measure every adapter on the tasks' calibration rows."),
+    "plan": Entry("stages:plan", _RUNS, "Choose what to store for a budget in bytes."),
+    "cluster": Entry("stages:cluster", _RUNS, "Choose which adapters to merge."),
+    "merge": Entry("stages:merge", _RUNS, "Merge each cluster into one adapter."),
+    "refine": Entry("stages:refine", _RUNS, "Train each merge to match its members."),
+    "pack": Entry("stages:pack", _RUNS, "Write what ships: adapters and a manifest."),
+    "bench": Entry("stages:bench", _RUNS, "Measure every method on held-out rows."),
+    "report": Entry("stages:report", _RUNS, "Write the results for people."),
+    "list": Entry("packs:list_", _PACKS, "Show the adapters of a pack and the tasks they serve."),
+    "add": Entry("packs:add", _PACKS, "Add an adapter to a pack, within its budget."),
+    "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
+    "route": Entry("packs:route", _PACKS, "Tell which task of a pack each prompt is of."),
+    "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
+    "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
+    "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
+    "unpack": Entry("formats:unpack", _PACKS, "Write the adapters of a pack for stock mlx-lm."),
+    "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
+    "push": Entry("hub:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."),
+    "convert": Entry("formats:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
+    "doctor": Entry("doctor:doctor", _OTHER, "Tell what this machine has and what is missing."),
 }
-# Forms of a command that take options of their own.
-_FORMS = {"bench compare": "phone:compare"}
 
 
 def _form(args: list[str]) -> tuple[str, list[str]]:
     """Which command these arguments ask for, and what is left for it."""
     name, *rest = args
-    if name == "bench" and rest[:1] == ["compare"]:
-        return "bench compare", rest[1:]
+    if gone := COMMANDS.get((name, rest[0] if rest else "")):
+        raise click.UsageError(f"{name} {rest[0]}: no longer a command; {gone}")
     # Its name before there was `phone`; no other form of `bench` has that option.
     if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
         click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
@@ -47,18 +51,8 @@ def _form(args: list[str]) -> tuple[str, list[str]]:
     return name, rest
 
 
-class _LazyGroup(click.Group):
-    """A group whose commands are imported when they are named."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = {**_COMMANDS, **_FORMS}.get(cmd_name)
-        if place is None:
-            return None
-        module, name = place.split(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+class _Commands(LazyGroup):
+    """The commands, and the form of `bench` that is told by its arguments."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -69,13 +63,14 @@ class _LazyGroup(click.Group):
 
 
 @click.group(
-    cls=_LazyGroup,
+    cls=_Commands,
+    entries=_COMMANDS,
     epilog="Start with: d2c-mlx run --adapters DIR --tasks DIR --budget 5 --output runs/first",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="d2c-mlx")
 def cli() -> None:
-    """Fit many LoRA adapters into the room there is.
+    """Merge and compress many LoRA adapters to fit a storage budget.
 
     Adapters, about ten examples per task and a budget go in; a verified pack comes out. Of a number
     of adapters ("5") stock mlx-lm loads it; of bytes ("3%") d2c-mlx unpack makes adapters that it

@@ -7,21 +7,24 @@ from pathlib import Path
 
 import click
 
+from .help import Command
 from .paths import UserPath
 
 _PACK = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
-@click.command(
-    "list",
-    help="The adapters of PACK: the tasks that each serves, how many adapters are in it, rank and"
-    " bytes.\n\n\b\nExample:\n  d2c-mlx list runs/first/pack",
-)
+@click.command("list", cls=Command)
 @click.argument("pack", type=_PACK)
 @_JSON
 def list_(pack: Path, as_json: bool) -> None:
-    """Verify the pack, print a line per adapter."""
+    """Show the adapters of a pack and the tasks they serve.
+
+    A line for each adapter of PACK, with its rank and bytes and how many adapters were merged.
+
+    Example:
+      d2c-mlx list runs/first/pack
+    """
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.update import list_pack
 
@@ -37,20 +40,7 @@ def list_(pack: Path, as_json: bool) -> None:
         click.echo(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
 
 
-@click.command(
-    help="Add ADAPTER to PACK, as a new task called like it, within the pack's budget."
-    " It is a directory (PEFT or MLX), a .gguf or a Hugging Face id; NAME=ADAPTER calls it"
-    " otherwise.\n\n"
-    "A plain pack gives it a slot of its own while there is one, else merges it into the slot that"
-    " is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an"
-    " equal share of the bytes and drops what the other adapters need least. A router is"
-    " dropped. For the full search put ADAPTER beside the others, move the changed pack elsewhere"
-    " and run d2c-mlx run again: losses that it measured before are in the cache."
-    "\n\n\b\nExamples:\n"
-    "  d2c-mlx add runs/first/pack loras/gec-nl\n"
-    "  d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base\n"
-    "  d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=_PACK)
 @click.argument("adapter")
 @click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
@@ -60,8 +50,6 @@ def list_(pack: Path, as_json: bool) -> None:
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
               " it is that]")  # fmt: skip
 @click.option("--budget", help='another budget: bytes such as "20MB", or a number of adapters')
-@click.option("--threshold", type=float, help="open another slot only if no similarity is at or"
-              " above it (K-Merge++: 0.02 to 0.03)  [default: while there are slots]")  # fmt: skip
 @_JSON
 def add(
     pack: Path,
@@ -70,14 +58,28 @@ def add(
     probe_examples: int,
     model: str | None,
     budget: str | None,
-    threshold: float | None,
     as_json: bool,
 ) -> None:
-    """Read, check against the base, add, say where it went."""
+    """Add an adapter to a pack, within its budget.
+
+    ADAPTER becomes a new task of PACK, called like it. It is a directory (PEFT or MLX), a .gguf or
+    a Hugging Face id; NAME=ADAPTER gives the task another name.
+
+    A plain pack gives it a slot of its own while there is one, else merges it into the slot that
+    is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an equal
+    share of the bytes and drops what the other adapters need least. A router is dropped. For the
+    full search put ADAPTER beside the others, move the changed pack elsewhere and run d2c-mlx run
+    again: losses that it measured before are in the cache.
+
+    Examples:
+      d2c-mlx add runs/first/pack loras/gec-nl
+      d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base
+      d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8
+    """
     from d2c_mlx.run.pack_commands import arrive
 
     routed = _routed(pack)
-    found = arrive(pack, adapter, tasks, probe_examples, model, budget, threshold)
+    found = arrive(pack, adapter, tasks, probe_examples, model, budget)
     if as_json:
         content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
                    "similarity": found.similarity, "dropped": found.dropped,
@@ -95,15 +97,18 @@ def add(
     click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes{routed}")
 
 
-@click.command(
-    help="Remove TASKS from PACK, and adapters that serve no other. A merge that serves others"
-    " stays as it is.\n\n\b\nExample:\n  d2c-mlx remove runs/first/pack gec-de gec-fr"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=_PACK)
 @click.argument("tasks", nargs=-1, required=True)
 @_JSON
 def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
-    """Remove, say what is left."""
+    """Remove tasks from a pack.
+
+    Adapters of PACK that serve none but TASKS go too. A merge that serves others stays as it is.
+
+    Example:
+      d2c-mlx remove runs/first/pack gec-de gec-fr
+    """
     from d2c_mlx.packs.update import opened, remove_tasks
 
     routed = _routed(pack)
@@ -128,13 +133,7 @@ def _routed(pack: Path) -> str:
     return again if (pack / ROUTER).is_file() else ""
 
 
-@click.command(
-    help="Which task of PACK each PROMPT is of, by the base model's hidden states; none of them is"
-    " the base model's.\n\nWith --tasks the router is fitted on probe prompts first and kept in the"
-    " pack, where its bytes count; add and remove drop it.\n\n\b\nExamples:\n"
-    "  d2c-mlx route runs/first/pack --tasks tasks\n"
-    '  d2c-mlx route runs/first/pack "Write this number in German words: 896"'
-)
+@click.command(cls=Command)
 @click.argument("pack", type=_PACK)
 @click.argument("prompts", nargs=-1)
 @click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the pack's tasks")
@@ -153,7 +152,18 @@ def route(
     top: int,
     as_json: bool,
 ) -> None:
-    """Fit if asked to, then a line per prompt."""
+    """Tell which task of a pack each prompt is of.
+
+    The base model's hidden states decide; a PROMPT that is of no task of PACK is left to the base
+    model.
+
+    With --tasks the router is fitted on the prompts of the calibration rows first and kept in the
+    pack, where its bytes count; add and remove drop it.
+
+    Examples:
+      d2c-mlx route runs/first/pack --tasks tasks
+      d2c-mlx route runs/first/pack "Write this number in German words: 896"
+    """
     from d2c_mlx.run.pack_commands import route_prompts
 
     rows = route_prompts(pack, prompts, tasks, probe_examples, model, top)

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import click
 
+from .help import Command
 from .paths import UserPath
 
 
-@click.command(
-    help="Serve PACK behind OpenAI's API: chat and text completions, streaming or not.\n\n"
-    "The field `model` of a request names a task; the base model's own name asks the base, `auto`"
-    " lets the pack's router choose (d2c-mlx route PACK --tasks DIR fits one). Requests of all"
-    " tasks run in one batch. /v1/models lists the names, /health and /metrics say how it is.\n\n"
-    "\b\nExamples:\n  d2c-mlx serve runs/first/pack\n"
-    "  d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET"
-)
+@click.command(cls=Command)
 @click.argument("pack", type=UserPath(path_type=Path))
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
               " it is that]")  # fmt: skip
@@ -46,7 +40,17 @@ def serve(
     queue: int,
     max_tokens: int,
 ) -> None:
-    """Verify, load, listen until interrupted."""
+    """Serve a pack behind OpenAI's API.
+
+    Chat and text completions, streaming or not. The field `model` of a request names a task of
+    PACK; the base model's own name asks the base, `auto` lets the pack's router choose (d2c-mlx
+    route PACK --tasks DIR fits one). Requests of all tasks run in one batch. /v1/models lists the
+    names, /health and /metrics say how it is.
+
+    Examples:
+      d2c-mlx serve runs/first/pack
+      d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET
+    """
     if not token and not _loopback(host):
         raise click.UsageError(
             f"--host {host} lets other machines in; give --token, or use 127.0.0.1"

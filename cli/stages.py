@@ -6,79 +6,21 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from .help import Command
+from .options import RUN_OPTIONS
 from .paths import UserPath
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_DIR = UserPath(path_type=str)
-_OPTIONS = [
-    click.option("--model", metavar="M", help="mlx-lm directory, Hugging Face id or .gguf file"
-                 "  [default: the embedded SmolLM2-135M-Instruct]"),
-    click.option("--adapters", type=_DIR, metavar="A", help="folder with one subdirectory per"
-                 " adapter (PEFT, MLX or GGUF), or a list with commas: directories, .gguf files,"
-                 " Hugging Face ids owner/name[@revision]"),
-    click.option("--tasks", type=_DIR, metavar="DIR", help="<adapter>/probe.jsonl and test.jsonl"),
-    click.option("--budget", metavar="B", help='"12.5%", "40MB", "500KB" or a number of adapters'
-                 "  [default: 12.5%]"),
-    click.option("--output", type=_DIR, metavar="DIR", help="run directory; resumable"),
-    click.option("--plan", metavar="NAME", help="auto: clusters, rank and bits for a budget in"
-                 " bytes, by measuring; d2c: merge, in 16 bit  [default: auto]"),
-    click.option("--max-adapters", type=int, help="most adapters that a plan may store  [default:"
-                 " any number]"),
-    click.option("--merge-method", metavar="NAME", help="linear, ties, ..., auto (docs/merging.md)"
-                 "  [default: layerwise, or regmean++ where a model cannot be run by blocks]"),
-    click.option("--density", type=float, help="share of entries kept by methods that sparsify"
-                 "  [default: 0.5]"),
-    click.option("--scale", type=float, help="scale of every merge  [default: tuned on probes]"),
-    click.option("--merge-rank", type=int, help="largest rank of a merged adapter  [default: the"
-                 " largest of the inputs]"),
-    click.option("--search", metavar="NAME", help="moves, or paper: the plain loop of D2C"
-                 "  [default: moves]"),
-    click.option("--patience", type=int, help="rounds of paper without a new best, or"
-                 " proposals of moves in a row that may fail  [default: 2 or 10]"),
-    click.option("--init", metavar="LIST", help="starts of D2C: adapters, kmeans, random,"
-                 " table, pairs  [default: table,kmeans]"),
-    click.option("--rounds", type=int, help="most rounds of one start  [default: 10]"),
-    click.option("--restarts", type=int, help="draws per kind of start  [default: 1]"),
-    click.option("--eps", type=float, help="smallest fall of regret that moves a task"
-                 "  [default: 0.001]"),
-    click.option("--seed", type=int, help="of all random choices  [default: 0]"),
-    click.option("--probe-examples", type=int, help="rows that decide  [default: 10]"),
-    click.option("--neighbours", type=int, help="other adapters under which a task is probed, the"
-                 " most alike; or twice as many as share a slot  [default: 32]"),
-    click.option("--test-examples", type=int, help="rows that judge, 0 is all  [default: 100]"),
-    click.option("--answers", type=int, help="held-out rows of each task that are answered and"
-                 " compared with the expected answers  [default: 0]"),
-    click.option("--baselines", metavar="LIST", help="partitions that bench merges too, to compare;"
-                 ' "" is none  [default: merge-all,random,kmeans]'),
-    click.option("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
-    click.option("--memory-limit", metavar="M", help='"3GB", "800MB"  [default: what the device'
-                 " recommends, else half the memory]"),
-    click.option("--without", metavar="LIST", help="savings of the evaluation to switch off: head,"
-                 " prefix, batches, frozen, fold, streams, exponentials, cache, bound"),
-    click.option("--stack", type=int, help="adapters evaluated in one batch  [default: 1]"),
-    click.option("--compile/--no-compile", default=None, help="evaluate through mx.compile"
-                 "  [default: no]"),
-    click.option("--refine/--no-refine", default=None, help="train every merge for a while to match"
-                 " its members (docs/refining.md)  [default: no]"),
-    click.option("--refine-steps", type=int, help="most steps of it  [default: 40]"),
-    click.option("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
-    click.option("--unlabelled", type=_DIR, metavar="FILE", help='prompts without answers for it:'
-                 ' JSONL, {"task": NAME, "prompt": ...} or with "messages"'),
-]  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
-
-
-def _run_options(command: F) -> F:
-    """The options of RunConfig, and the optional YAML file they override."""
-    for option in [*reversed(_OPTIONS), _QUIET, _JSON]:
-        command = option(command)
-    return click.argument("config", required=False, type=UserPath(path_type=Path))(command)
+_CONFIG = click.argument("config", required=False, type=UserPath(path_type=Path))
+_RESUMES = (
+    "Stages before it that are not done run first. With --output, and neither CONFIG nor"
+    " --adapters, options that are not given are those of that run directory."
+)
 
 
 def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
@@ -100,14 +42,15 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     given = {name: value for name, value in options.items() if value is not None}
     if until == "refine":
         given["refine"] = True
-    if until in ("plan", "cluster", "merge", "refine"):
-        given["plan"] = "auto" if until == "plan" else "d2c"
+    if until == "plan":
+        given["plan"] = "auto"
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
     if resumed and saved.is_file():
         config = saved
 
-    checked = load_config(config, given, saved=resumed)
+    merged = until in ("cluster", "merge", "refine")
+    checked = load_config(config, given, saved=resumed, merged=merged)
     if until == "plan" and not checked.planned:
         raise ConfigError(
             f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"
@@ -152,67 +95,122 @@ def _show(output: Path, stage: str, as_json: bool) -> None:
         click.echo(f"wrote {output / _ARTIFACTS[stage]}")
 
 
-def _stage_command(name: str, help: str, until: str | None = None) -> click.Command:
-    @click.command(name, help=help)
-    @_run_options
+def _stage(about: Callable[[], None]) -> click.Command:
+    """The command of a stage, called and described as a function is that has no body.
+
+    It has the options of RunConfig, and the optional YAML file that they override.
+    """
+    name = about.__name__
+
     def command(config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-        _execute(until or name, config, quiet, as_json, **options)
+        _execute("report" if name == "run" else name, config, quiet, as_json, **options)
 
-    return command
+    for option in reversed((_CONFIG, *RUN_OPTIONS, _QUIET, _JSON)):
+        command = option(command)
+    epilog = None if name == "run" else _RESUMES
+    return click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)
 
 
-_RESUME = "\n\nRuns what comes before it too, unless it is done. With --output, and neither"
-_RESUME += " CONFIG nor --adapters, options that are not given are those of that run directory."
+@_stage
+def run() -> None:
+    """Convert, probe, cluster, merge, pack, bench and report in one go.
 
-run = _stage_command(
-    "run",
-    "Convert, probe, cluster, merge, pack, bench and report.\n\n\b\nExamples:\n"
-    "  d2c-mlx run --adapters loras --tasks tasks --budget 25% --output runs/first\n"
-    "  d2c-mlx run config.yaml --budget 20MB\n"
-    "  d2c-mlx run --output runs/first          # continue, or repeat what changed",
-    "report",
-)
-probe = _stage_command(
-    "probe",
-    "Losses of the adapters on the tasks' probe examples -> losses.json." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx probe --adapters loras --tasks tasks --output runs/first",
-)  # fmt: skip
-plan = _stage_command(
-    "plan",
-    "What to store for a budget in bytes, by measuring -> plan.json." + _RESUME
-    + " From then on, that includes --plan auto.\n\n\b\nExample:\n"
-    "  d2c-mlx plan --output runs/first --budget 3%",
-)  # fmt: skip
-cluster = _stage_command(
-    "cluster",
-    "Which adapters to merge: D2C and the baselines -> clusters.json." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx cluster --output runs/first --restarts 3 --json",
-)  # fmt: skip
-merge = _stage_command(
-    "merge",
-    "One adapter per cluster -> merged/<k>/." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx merge --output runs/first --merge-method ties",
-)  # fmt: skip
-refine = _stage_command(
-    "refine",
-    "Train every merge to match its members -> refined/<k>/." + _RESUME
-    + " From then on, that includes --refine.\n\n\b\nExample:\n"
-    "  d2c-mlx refine --output runs/first --refine-steps 50",
-)  # fmt: skip
-pack = _stage_command(
-    "pack",
-    "Adapters and a manifest that ship -> pack/." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx pack --output runs/first --json",
-)  # fmt: skip
-bench = _stage_command(
-    "bench",
-    "Held-out loss of every method -> bench.json." + _RESUME
-    + "\n\n\b\nExamples:\n  d2c-mlx bench --output runs/first --test-examples 0\n\n\b\n"
-    "A pack as on a phone: d2c-mlx phone PACK. Two results of that side by side:\n"
-    "  d2c-mlx bench compare A.json B.json",
-)  # fmt: skip
-report = _stage_command(
-    "report",
-    "The results for people -> report.md, report.html." + _RESUME
-    + "\n\n\b\nExample:\n  d2c-mlx report --output runs/first",
-)  # fmt: skip
+    CONFIG is a YAML file of options; an option on the command line goes before it.
+
+    Examples:
+      d2c-mlx run --adapters loras --tasks tasks --budget 25% --output runs/first
+      d2c-mlx run config.yaml --budget 20MB
+      d2c-mlx run --output runs/first          # continue, or repeat what changed
+    """
+
+
+@_stage
+def probe() -> None:
+    """Measure every adapter on the tasks' calibration rows.
+
+    The losses go to losses.json.
+
+    Example:
+      d2c-mlx probe --adapters loras --tasks tasks --output runs/first
+    """
+
+
+@_stage
+def plan() -> None:
+    """Choose what to store for a budget in bytes.
+
+    Clusters, rank and bits are chosen by measuring, into plan.json. From then on the options of the
+    run directory include --plan auto.
+
+    Example:
+      d2c-mlx plan --output runs/first --budget 3%
+    """
+
+
+@_stage
+def cluster() -> None:
+    """Choose which adapters to merge.
+
+    The clusters of D2C and of the baselines go to clusters.json. A budget in bytes is not planned
+    then, but merged: from then on the options of the run directory include --plan d2c.
+
+    Example:
+      d2c-mlx cluster --output runs/first --budget 4 --json
+    """
+
+
+@_stage
+def merge() -> None:
+    """Merge each cluster into one adapter.
+
+    The adapters go to merged/<k>/.
+
+    Example:
+      d2c-mlx merge --output runs/first --merge-method ties
+    """
+
+
+@_stage
+def refine() -> None:
+    """Train each merge to match its members.
+
+    The adapters go to refined/<k>/. From then on the options of the run directory include --refine.
+
+    Example:
+      d2c-mlx refine --output runs/first --refine-steps 50
+    """
+
+
+@_stage
+def pack() -> None:
+    """Write what ships: adapters and a manifest.
+
+    They go to pack/.
+
+    Example:
+      d2c-mlx pack --output runs/first --json
+    """
+
+
+@_stage
+def bench() -> None:
+    """Measure every method on held-out rows.
+
+    The losses go to bench.json.
+
+    A pack as on a phone is measured by d2c-mlx phone PACK.
+
+    Example:
+      d2c-mlx bench --output runs/first --test-examples 0
+    """
+
+
+@_stage
+def report() -> None:
+    """Write the results for people.
+
+    They go to report.md and report.html.
+
+    Example:
+      d2c-mlx report --output runs/first
+    """

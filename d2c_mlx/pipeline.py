@@ -90,10 +90,8 @@ def convert(session: Session) -> None:
 def probe(session: Session) -> None:
     """Losses of every adapter on the calibration rows of similar tasks -> `losses.json`."""
     c, inputs = session.config, session.inputs
-    n = len(inputs.names)
-    # From single adapters the loop of the paper begins, so it asks for all of them.
-    least = n if "adapters" in c.init and not c.planned else c.neighbours
-    n_others = others_needed(n, least, None if c.planned else inputs.capacity.n_clusters)
+    n_clusters = None if c.planned else inputs.capacity.n_clusters
+    n_others = others_needed(len(inputs.names), c.neighbours, n_clusters)
 
     def body() -> None:
         measured = nearest(session.library.similarity, n_others)
@@ -137,8 +135,8 @@ def cluster(session: Session) -> None:
 
     def body() -> None:
         problem = session.study.problem
-        found = d2c(problem, k, search=c.search, init=c.init, rounds=c.rounds,
-                    restarts=c.restarts, seed=c.seed, eps=c.eps, patience=c.patience)  # fmt: skip
+        found = d2c(problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
+                    patience=c.patience)  # fmt: skip
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],
@@ -156,9 +154,9 @@ def cluster(session: Session) -> None:
         write_json(session.directory.path("clusters.json"), content)
 
     # A merge that is clustered alike is not clustered again.
-    like = dataclasses.replace(c, merge_method=session.study.merger.quick_method)
+    like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
-               c.search, c.patience, c.init, c.rounds, c.restarts, c.random_seeds]  # fmt: skip
+               c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
     session.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 

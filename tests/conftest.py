@@ -1,4 +1,4 @@
-# ruff: noqa: I001
+# ruff: noqa: I001, E402
 """Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
 
 import os

@@ -90,7 +90,7 @@ def slots_of(ws, nbytes: int, k: int | None = None) -> tuple[int, int]:
 def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
     """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
     k, rank = slots_of(ws, nbytes, 1 if partition is all_in_one else None)
-    merger = ws.merger_of(replace(ws.config, merge_method=merge_method, merge_rank=rank))
+    merger = ws.merger_of(ws.config.replace(merge_method=merge_method, merge_rank=rank))
     problem = replace(
         ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
     )

@@ -15,7 +15,6 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import RESULTS, command_line
@@ -24,9 +23,10 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import MERGE_METHODS, RunConfig
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.refine_stage import refine_merge
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
@@ -82,7 +82,7 @@ def served(ws, clustering, changes):
     options = {**PLAIN, **{name: value for name, value in changes.items() if name != "refine"}}
     key = ws.config.seed, clustering.labels, tuple(options.items())
     if key not in MADE:
-        merger = ws.merger_of(replace(ws.config, **options))
+        merger = ws.merger_of(ws.config.replace(**options))
         MADE[key] = [merger.final(members) for members in clustering.groups]
     merges, found = MADE[key], [one.adapter for one in MADE[key]]
     if "refine" in changes:
@@ -130,7 +130,7 @@ def measure(config, case, results, options):
     """One case: its row."""
     started = time.perf_counter()
     if case in RUNS:
-        ws = run(replace(config, **RUNS[case]), until="pack", quiet=True)
+        ws = run(config.replace(**RUNS[case]), until="pack", quiet=True)
         (saved,) = ws.read("clusters.json")["methods"]["d2c"]
         clusterings = [Clustering(**{**saved, "labels": tuple(saved["labels"])})]
         found = [packed(ws)]

@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.cluster.local_search import Costs, improve, paired_partition, predicted_partition
-from d2c_mlx.cluster.partition import (
-    Clustering,
-    Problem,
-    canonical,
-    kmeans,
-    random_partition,
-    refill,
-)
+from d2c_mlx.cluster.local_search import Costs, improve, predicted_partition
+from d2c_mlx.cluster.partition import Clustering, Problem, canonical, kmeans, refill
 
 __all__ = ["INITS", "d2c"]
 
-INITS = ("adapters", "kmeans", "random", "table", "pairs")
+# A run offers the last two. Single adapters are for the experiment of the paper: they are the start
+# from which its loop moves; in a partition every task prefers the merge that has its own adapter.
+INITS = ("adapters", "kmeans", "table")
+# Rounds of the paper's loop without a new best, after which it ends.
+_STALE_ROUNDS = 2
 # How often a merge is mostly evaluated until its scale is found.
 _TUNINGS = 4
 
@@ -40,12 +37,8 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
     """The partition of round 0; from adapters, each task joins the seed that serves it best."""
     if init == "kmeans":
         return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
-    if init == "random":
-        return np.array(random_partition(problem.n, n_clusters, int(rng.integers(1 << 31))).labels)
     if init == "table":
         return np.array(predicted_partition(problem, n_clusters))
-    if init == "pairs":
-        return np.array(paired_partition(problem, n_clusters))
     seeds = _farthest_seeds(problem, n_clusters, rng)
     scores = problem.regrets[:, seeds]
     labels = scores.argmin(axis=1)
@@ -74,7 +67,7 @@ def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -
 
 
 def _refine(
-    problem: Problem, labels: np.ndarray, n_clusters: int, rounds: int, eps: float, patience: int
+    problem: Problem, labels: np.ndarray, n_clusters: int, rounds: int, eps: float
 ) -> tuple[tuple[int, ...], float, list[dict[str, Any]], str]:
     """The loop of the paper from one start: `(best labels, objective, history, why it stopped)`."""
     rows = np.arange(problem.n)
@@ -92,7 +85,7 @@ def _refine(
             best, best_objective, stale = canonical(labels), objective, 0
         else:
             stale += 1
-            if stale >= patience:
+            if stale >= _STALE_ROUNDS:
                 stopped = "no progress"
                 break
         wish = scores.argmin(axis=1)
@@ -118,7 +111,7 @@ def d2c(
     restarts: int = 1,
     seed: int = 0,
     eps: float = 1e-3,
-    patience: int | None = None,
+    patience: int = 10,
 ) -> Clustering:
     """D2C: which adapters to merge, decided by the probe losses of merges.
 
@@ -128,31 +121,25 @@ def d2c(
         search: "paper": move each task to the cluster whose merge serves it best, merge again,
             repeat, from every start. "moves": single moves and swaps, each judged by the merges
             that it changes, from the best start.
-        init: starts to try: "adapters" (K single adapters as the first merges, farthest first),
-            "kmeans", "random", "table" (`moves.predicted_partition`), "pairs"
-            (`moves.paired_partition`, which costs as much as the probe table). The best by
-            normalised regret wins, the first among equals.
+        init: starts to try: "table" (`local_search.predicted_partition`), "kmeans", "adapters" (K
+            single adapters as the first merges, farthest first; it needs the whole probe table).
+            The best by normalised regret wins, the first among equals.
         rounds: most reassignments of one start of the paper's loop.
-        restarts: draws per kind of start; K-Means, the table and one cluster need only one.
+        restarts: draws of a start from "adapters"; the others, and one cluster, need only one.
         seed: of all random choices.
         eps: a task moves only if its regret falls by more.
-        patience: stop after this many rounds of the paper's loop without a new best (None: 2), or
-            proposals of moves that failed in a row (None: 10).
+        patience: stop "moves" after so many proposals in a row that failed.
 
     Returns:
         The best partition that was seen, with the history of the run that found it.
     """
     if n_clusters >= problem.n:
         return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
-    if patience is None:
-        patience = 2 if search == "paper" else 10
     found: list[Clustering] = []
     starts: list[dict[str, Any]] = []
     costs = Costs(problem)
     draws = [
-        (kind, restart)
-        for kind in init
-        for restart in range(1 if kind in ("kmeans", "table", "pairs") else restarts)
+        (kind, restart) for kind in init for restart in range(restarts if kind == "adapters" else 1)
     ]
     if n_clusters == 1:
         draws = draws[:1]
@@ -161,9 +148,7 @@ def d2c(
         rng = np.random.default_rng([seed, restart, INITS.index(kind)])
         labels = _start(problem, n_clusters, kind, rng)
         if search == "paper":
-            best, objective, history, stopped = _refine(
-                problem, labels, n_clusters, rounds, eps, patience
-            )
+            best, objective, history, stopped = _refine(problem, labels, n_clusters, rounds, eps)
         else:
             best, objective = canonical(labels), costs.objective(labels)
             history, stopped = [{"objective": objective, "labels": list(best)}], "compared"

@@ -15,7 +15,7 @@ import numpy as np
 
 from d2c_mlx.cluster.partition import Members, Problem, canonical
 
-__all__ = ["Costs", "improve", "paired_partition", "predicted_partition"]
+__all__ = ["Costs", "improve", "predicted_partition"]
 
 Groups = list[Members]
 
@@ -103,32 +103,12 @@ def _without(members: Members, i: int) -> Members:
 
 
 def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
-    """The partition that single adapters predict to be the best; asks nothing of the model."""
-    return _agglomerated(problem.harm, n_clusters)
+    """The partition that single adapters predict to be the best; asks nothing of the model.
 
-
-def paired_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
-    """The partition that merges of two predict to be the best.
-
-    Asks for all n (n - 1) / 2 of them, on two tasks each and at the scale of the first: about
-    what the probe table costs.
+    The two clusters whose union costs least more become one until `n_clusters` are left. Then the
+    best move or swap, while one helps.
     """
-    n, first = problem.n, (0, 1)
-    harm = np.zeros((n, n))
-    for i in range(n - 1):
-        pairs = [[i, j] for j in range(i + 1, n)]
-        merges = [problem.merge(tuple(pair), () if tuple(pair) == first else first)
-                  for pair in pairs]  # fmt: skip
-        for (_, j), regrets in zip(pairs, problem.measure(list(zip(merges, pairs)))):
-            harm[i, j] = harm[j, i] = regrets.sum()
-    return _agglomerated(harm, n_clusters)
-
-
-def _agglomerated(harm: np.ndarray, n_clusters: int) -> tuple[int, ...]:
-    """The two clusters whose union costs least more become one until `n_clusters` are left.
-
-    Then the best move or swap, while one helps.
-    """
+    harm = problem.harm
     member = np.eye(len(harm))  # (clusters, n)
     while len(member) > n_clusters:
         size, mutual = member.sum(axis=1), member @ harm @ member.T

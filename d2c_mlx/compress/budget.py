@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from d2c_mlx.utils.errors import BudgetError
 
-__all__ = ["Budget", "parse_budget"]
+__all__ = ["Budget", "bytes_of", "parse_budget"]
 
 _UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -87,3 +87,11 @@ def parse_budget(text: str) -> Budget:
     if unit == "" and number.is_integer():
         return Budget(text, n_adapters=int(number))
     raise BudgetError(f"budget: {text!r} is not readable; {expected}")
+
+
+def bytes_of(text: object) -> int | None:
+    """Bytes of "40MB" and the like; None for anything else, a share or a number among it."""
+    try:
+        return parse_budget(text).nbytes if isinstance(text, str) else None
+    except BudgetError:
+        return None

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +53,6 @@ class Savings:
         fold: float32 adapters added to copies of the weights, else beside them.
         streams: on a CPU device one set per core side by side, else one set on all cores.
         exponentials: on a CPU device the faster ones of activations.py.
-        compile: blocks through `mx.compile`, widths rounded up to multiples of 16.
         stack: adapters in one batch.
     """
 
@@ -65,7 +63,6 @@ class Savings:
     fold: bool = True
     streams: bool = True
     exponentials: bool = True
-    compile: bool = False
     stack: int = 1
 
 
@@ -102,13 +99,12 @@ class Engine:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         self._fast = on_cpu and self.savings.exponentials
         use_exponentials(base.model, self._fast)
-        self.workers = workers_here(self.savings.streams and not self.savings.compile, n_processes)
+        self.workers = workers_here(self.savings.streams, n_processes)
         head = find_head(base.model)
         self.separate = in_float32(head) if head else None
         self._head = head if self.savings.head else None
         self._prefix = self.savings.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
-        self._compiled: dict[Any, Any] = {}
         self._batches: dict[str, list[list[int]]] = {}
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
@@ -117,7 +113,7 @@ class Engine:
         weights = sum(width * out for width, out in base.module_shapes.values())
         folded = weights * base.compute_dtype.size
         savings = self.savings
-        self.fold = savings.fold and base.folds and not savings.compile and 3 * folded < free
+        self.fold = savings.fold and base.folds and 3 * folded < free
         if self.fold:
             free -= folded
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
@@ -143,7 +139,8 @@ class Engine:
         """
         if examples.tokens_digest not in self._batches:
             n_prefix = len(self._prefix_of(examples))
-            lengths = [self._width(len(row.tokens) - n_prefix) for row in examples.examples]
+            # The last token predicts nothing.
+            lengths = [len(row.tokens) - n_prefix - 1 for row in examples.examples]
             copies = self.savings.stack
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
@@ -269,7 +266,7 @@ class Engine:
             logits = full_logits(self.base.model, x, states)[rows, columns]
             normaliser, gold = target_scores(logits, targets, self._fast)
             return normaliser - gold
-        hidden = self._blocks(x, states, first)[rows, columns]
+        hidden = run_blocks(self.base.model, x, states, first)[rows, columns]
         means = mx.array(np.concatenate([*expected] * copies)) if expected else None
         parts: list[mx.array] = []
         for i in range(0, n * copies, self._n_logits):
@@ -281,36 +278,14 @@ class Engine:
             parts.append(normaliser - gold)
         return mx.concatenate(parts)
 
-    def _blocks(self, x: mx.array, states: list[KeysValues] | None, first: int) -> mx.array:
-        if not self.savings.compile:
-            return run_blocks(self.base.model, x, states, first)
-        # Compiled code keeps the slots of its trace: one function for each.
-        slots = self.base.occupied
-        key = first, tuple(slots)
-        if key not in self._compiled:
-
-            def blocks(
-                x: mx.array, states: list[KeysValues] | None, factors: list[KeysValues]
-            ) -> mx.array:
-                with self.base.factors_replaced(factors):
-                    return run_blocks(self.base.model, x, states, first)
-
-            self._compiled[key] = mx.compile(blocks)
-        return self._compiled[key](x, states, list(slots.values()))
-
     def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
         prefix = shared_prefix(examples) if self._prefix else ()
         # A pass of its own, on few tokens, must save more than it costs.
         return prefix if len(prefix) * (len(examples.examples) - 1) >= _WORTH else ()
 
-    def _width(self, n_tokens: int) -> int:
-        """Input width of a row; the last token predicts nothing."""
-        n = n_tokens - 1
-        return -(-n // 16) * 16 if self.savings.compile else n
-
     def _tokens(self, batch: Sequence[Example], n_prefix: int) -> np.ndarray:
         """`(rows, width)` token ids after the prefix, padded on the right."""
-        width = self._width(max(len(example.tokens) for example in batch) - n_prefix)
+        width = max(len(example.tokens) for example in batch) - n_prefix - 1
         x = np.zeros((len(batch), width), np.int32)
         for i, example in enumerate(batch):
             inputs = example.tokens[n_prefix:-1]

@@ -151,7 +151,7 @@ def workers_here(several: bool, n_processes: int) -> Workers:
     Then OpenBLAS is held to a thread's share of the cores.
 
     Args:
-        several: more than one thread; a graph that is compiled has the stream of its first call.
+        several: more than one thread.
         n_processes: how many share this machine's cores.
     """
     if mx.default_device().type != mx.DeviceType.cpu:

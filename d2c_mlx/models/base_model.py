@@ -185,7 +185,7 @@ class BaseModel:
 
     @contextmanager
     def factors_replaced(self, factors: Sequence[KeysValues]) -> Iterator[None]:
-        """Other arrays in place of `occupied`'s values, for a while (`mx.compile` traces them)."""
+        """Other arrays in place of `occupied`'s values, for a while (a gradient traces them)."""
         own = self.occupied
         for path, other in zip(own, factors):
             self._slots[path].factors = other

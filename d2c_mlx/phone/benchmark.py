@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -75,10 +73,8 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     name, source, path = quantized_model(config.model, config.bits)
     stock = StockModel(path)
     methods = _load_methods(config, pack, stock)
-    config = dataclasses.replace(config, contexts=_fitting_contexts(config, stock))
+    contexts = _fitting_contexts(config, stock)
     tests = _load_tests(config, pack, stock)
-    if config.history:
-        _check_history(Path(config.history))
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), progress_bar("phone", quiet) as bar:
         with memory_limit(profile.memory):
@@ -88,42 +84,19 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
             }
             switches = measure_switch(stock, pack, config.runs)
         quality = measure_quality(config.model, stock, methods, tests, bar) if tests else None
-    result = {
+    return {
         "format": FORMAT,
         "version": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": _describe_model(name, source, stock, pack),
         "pack": _describe_pack(pack),
         "device": dataclasses.asdict(profile),
-        "options": {**dataclasses.asdict(config), "contexts": list(config.contexts or ())},
+        "options": {**config.model_dump(), "contexts": list(contexts)},
         "methods": measured,
         "switch": switches,
         "quality": quality,
         "provenance": {**environment(), "includes": _INCLUDES},
     }
-    if config.history:
-        _append(Path(config.history), result)
-    return result
-
-
-def _check_history(path: Path) -> None:
-    """Check before measuring that the file can be written; raises ConfigError if not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a", encoding="utf-8").close()
-    except OSError as error:
-        raise ConfigError(
-            f"history: {path} cannot be written ({error.strerror}); name another file"
-        ) from None
-
-
-def _append(path: Path, result: Mapping[str, Any]) -> None:
-    """Add one line of JSON to a history file."""
-    line = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _describe_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict[str, Any]:

@@ -1,77 +1,113 @@
-"""Options of the phone benchmark, checked."""
+"""The options of a pack on a phone stand-in; the command line is written from them, as a run's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from d2c_mlx.utils.errors import ConfigError
+from pydantic import Field, ValidationInfo, field_validator
 
-__all__ = ["CONTEXTS", "PhoneConfig", "read_contexts"]
+from d2c_mlx.utils.validation import Checked, expects, option
 
-# Prompt lengths in tokens if none are given.
+__all__ = ["CONTEXTS", "PhoneConfig"]
+
+# Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
+_LIMITS, _QUALITY, _TIMES = "Model and device", "Quality", "Measurement"
 
 
-@dataclass(frozen=True)
-class PhoneConfig:
-    """Options of `d2c-mlx phone PACK`.
+class PhoneConfig(Checked):
+    """What to measure of a pack, see docs/phone.md.
 
-    Attributes:
-        pack: directory of the pack.
-        device: name of a profile, or a `.yaml` file with one.
-        model: base model, see `models.resolve.resolve_model`; None is the embedded default.
-        bits: 4 or 8, to quantize a model that is not quantized yet; None takes it as it is.
-        adapters: directory of the task adapters, to measure them too; None leaves them out.
-        tasks: directory of `<task>/test.jsonl`, to measure quality; None leaves it out.
-        contexts: prompt lengths in tokens; None is those of `CONTEXTS` that fit into the model.
-        decode: tokens generated after each prompt.
-        runs: timed runs of each measurement.
-        test_examples: held-out rows per task, the first of test.jsonl; 0 is all.
-        answers: how many of these rows are answered, to compare with the expected answers; None is
-            all of them, 0 none.
-        history: file to which the result is added as a line of JSON; None writes none.
+    Raises:
+        ConfigError: every value of another type, out of range or at odds with another, one line
+            each.
     """
 
-    pack: str
-    device: str
-    model: str | None = None
-    bits: int | None = None
-    adapters: str | None = None
-    tasks: str | None = None
-    contexts: tuple[int, ...] | None = None
-    decode: int = 32
-    runs: int = 3
-    test_examples: int = 10
-    answers: int | None = None
-    history: str | None = None
+    pack: str = Field(description="directory of the pack")
+    device: str = option(
+        ...,
+        "iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml file of"
+        " your own",
+        group=_LIMITS,
+        metavar="PROFILE",
+    )
+    model: str | None = option(
+        None,
+        "mlx-lm directory, Hugging Face id or .gguf file",
+        group=_LIMITS,
+        metavar="M",
+        default_text="the embedded SmolLM2-135M-Instruct",
+    )
+    bits: int | None = option(
+        None,
+        "4 or 8, if M is not quantized yet",
+        group=_LIMITS,
+        default_text="M as it is",
+        expected="4 or 8",
+    )
+    adapters: str | None = option(
+        None,
+        "the individual adapters, to measure them too",
+        group=_QUALITY,
+        metavar="A",
+        path=True,
+    )
+    tasks: str | None = option(
+        None,
+        "<task>/test.jsonl, to measure quality too",
+        group=_QUALITY,
+        metavar="DIR",
+        path=True,
+    )
+    test_examples: int = option(
+        10, "rows that judge, 0 is all", group=_QUALITY, ge=0, expected="0 (all) or more"
+    )
+    answers: int | None = option(
+        None,
+        "how many of them are answered and compared, 0 is none",
+        group=_QUALITY,
+        default_text="all of them",
+        ge=0,
+    )
+    contexts: tuple[int, ...] | None = option(
+        None,
+        "tokens of the prompts",
+        group=_TIMES,
+        metavar="LIST",
+        default_text=f"{','.join(map(str, CONTEXTS))}, if the model has room",
+        expected='numbers of 1 or more, such as "128,512"',
+    )
+    decode: int = option(32, "tokens generated after each", group=_TIMES, ge=2)
+    runs: int = option(3, "timed runs of each", group=_TIMES, ge=1)
 
-    def __post_init__(self) -> None:
-        """Check all values; raises ConfigError with every one that is out of range."""
-        checks = {
-            "bits": (self.bits in (None, 4, 8), "4 or 8"),
-            "contexts": (self.contexts is None or (self.contexts and min(self.contexts) >= 1),
-                         "numbers of 1 or more"),
-            "decode": (self.decode >= 2, "2 or more"),
-            "runs": (self.runs >= 1, "1 or more"),
-            "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            # Other rows are not tokenized, so they cannot be answered.
-            "answers": (self.answers is None or (0 <= self.answers
-                        and not 0 < self.test_examples < self.answers),
-                        f"0 to test_examples ({self.test_examples or 'all'})"),
-            "history": (not self.history or not Path(self.history).is_dir(), "a file"),
-        }  # fmt: skip
-        problems = [f"{name}: found {getattr(self, name)!r}, expected {expected}"
-                    for name, (good, expected) in checks.items() if not good]  # fmt: skip
-        if problems:
-            raise ConfigError(problems)
+    @field_validator("contexts", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
+        """The list of the command line, "128,512"."""
+        if isinstance(value, str):
+            parts = value.split(",")
+            return tuple(int(one) if one.strip().isdecimal() else one for one in parts)
+        return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("contexts")
+    @classmethod
+    def _above_zero(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and min(value, default=0) < 1:
+            raise expects('numbers of 1 or more, such as "128,512"')
+        return value
 
-def read_contexts(text: str | None) -> tuple[int, ...] | None:
-    """Parse prompt lengths such as "128,512"; raises ConfigError for anything but numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f'contexts: found {text!r}, expected numbers such as "128,512"') from None
+    @field_validator("bits")
+    @classmethod
+    def _known(cls, bits: int | None) -> int | None:
+        if bits not in (None, 4, 8):
+            raise expects("4 or 8")
+        return bits
+
+    @field_validator("answers")
+    @classmethod
+    def _of_the_rows(cls, n: int | None, info: ValidationInfo) -> int | None:
+        """Rows that do not judge are not tokenized, so there is nothing to answer."""
+        most = info.data.get("test_examples")
+        if n is not None and most and n > most:
+            raise expects(f"0 to test_examples ({most})")
+        return n

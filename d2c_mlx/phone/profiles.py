@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.utils.errors import BudgetError, ConfigError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from d2c_mlx.compress.budget import bytes_of
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import read_yaml
+from d2c_mlx.utils.validation import Checked, expects
 
 __all__ = ["Profile", "builtin_profiles", "find_profile"]
 
 _BUILTIN = Path(__file__).with_name("profiles.yaml")
+_BYTES, _SOURCE = 'bytes such as "4.2GB"', "where the figure is from, in words"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,39 @@ class Profile:
     memory_source: str
     storage: int
     storage_source: str
+
+
+def _nbytes(value: object) -> int:
+    nbytes = bytes_of(value)
+    if nbytes is None:
+        raise expects(_BYTES)
+    return nbytes
+
+
+def _words(value: str) -> str:
+    if not value.strip():
+        raise expects(_SOURCE)
+    return value
+
+
+_Bytes = Annotated[int, BeforeValidator(_nbytes)]
+_Source = Annotated[str, AfterValidator(_words)]
+
+
+class _Entry(Checked):
+    """A profile in a file."""
+
+    memory: _Bytes = Field(json_schema_extra={"expected": _BYTES})
+    memory_source: _Source = Field(json_schema_extra={"expected": _SOURCE})
+    storage: _Bytes = Field(json_schema_extra={"expected": _BYTES})
+    storage_source: _Source = Field(json_schema_extra={"expected": _SOURCE})
+
+
+class _File(Checked):
+    """Names, and a profile below each."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Entry]
 
 
 def builtin_profiles() -> dict[str, Profile]:
@@ -68,40 +105,5 @@ def _read(path: Path) -> dict[str, Profile]:
     if not content:
         raise ConfigError(f"{path}: expected NAME: and below it memory, memory_source, storage and"
                           " storage_source")  # fmt: skip
-    problems: list[str] = []
-    found = {str(k): _profile(f"{path}: {k}", str(k), v, problems) for k, v in content.items()}
-    if problems:
-        raise ConfigError(problems)
-    return {name: profile for name, profile in found.items() if profile}
-
-
-def _profile(where: str, name: str, entry: Any, problems: list[str]) -> Profile | None:  # noqa: ANN401  as YAML gave it
-    """Read one profile; if something is wrong, add it to `problems` and return None."""
-    keys = [field.name for field in fields(Profile)][1:]
-    if not isinstance(entry, dict):
-        problems.append(f"{where}: found {entry!r}, expected {', '.join(keys)}")
-        return None
-    n_before = len(problems)
-    problems += [f"{where}.{key}: unknown, expected {', '.join(keys)}"
-                 for key in entry if key not in keys]  # fmt: skip
-    values: dict[str, Any] = {}
-    for key in keys:
-        value = entry.get(key)
-        if key.endswith("_source"):
-            if not isinstance(value, str) or not value.strip():
-                problems.append(
-                    f"{where}.{key}: found {value!r}, expected where the figure is from, in words"
-                )
-            values[key] = value
-        else:
-            values[key] = _nbytes(value)
-            if values[key] is None:
-                problems.append(f'{where}.{key}: found {value!r}, expected bytes such as "4.2GB"')
-    return Profile(name, **values) if len(problems) == n_before else None
-
-
-def _nbytes(value: object) -> int | None:
-    try:
-        return parse_budget(value).nbytes if isinstance(value, str) else None
-    except BudgetError:
-        return None
+    found = _File.read({str(name): entry for name, entry in content.items()}, str(path))
+    return {name: Profile(name, **dict(entry)) for name, entry in (found.model_extra or {}).items()}

@@ -1,75 +1,190 @@
-"""The JSON result of the phone benchmark: its format, and reading it from a file."""
+"""What a result of the phone benchmark must hold, so that it can be shown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, ValidationError
+
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.validation import Checked, problems_of
 
 __all__ = ["FORMAT", "read_phone"]
 
-Json = dict[str, Any]
 FORMAT = "d2c-mlx-phone"
-# Fields that a result must have, by where they are; * is any key or index.
-_PARTS = {
-    "model.": ("source_sha256", "bits", "name", "compute_dtype"),
-    "pack.": ("manifest_sha256", "n_tasks"),
-    "options.": ("contexts", "decode", "runs"),
-    "": ("time", "quality"),
-    "device.": ("name", "memory", "memory_source", "storage_source"),
-    "methods.pack.storage.": ("nbytes", "limit", "margin", "fits"),
-    "methods.*.": ("nbytes",),
-    "methods.*.contexts.*.": ("context", "first_token_seconds", "prompt_tokens_per_second",
-                              "decode_tokens_per_second"),
-    "methods.*.memory.*.": ("context", "weights", "adapter", "kv_cache", "rest", "peak", "limit",
-                            "margin", "fits"),
-    "switch.": ("ratio", "ratio_before_token"),
-    "switch.pack.": ("read_seconds", "attach_seconds", "token_seconds", "seconds"),
-    "switch.stock.": ("reload_seconds", "token_seconds", "seconds"),
-    "provenance.": ("includes", "versions"),
-    "provenance.machine.": ("device", "system", "backend"),
-}  # fmt: skip
-_QUALITY = {
-    "": ("n_rows", "float_dtype", "float_weights", "kept_gain"),
-    "gain.": ("float", "device"),
-    "float.*.": ("loss", "excess", "retention"),
-    "device.*.": ("loss", "excess", "retention"),
-    "device.pack.": ("loss",),
-}
+_COMMAND = "d2c-mlx phone PACK --json"
 
 
-def read_phone(path: Path, of: Path | None = None) -> Json:
-    """Read a result that `d2c-mlx phone --json` printed, or the last line of a history.
+class _Part(Checked):
+    """Of an object that may hold more."""
+
+    model_config = ConfigDict(extra="allow")
+    error = PackError
+    remedy = "write it again"
+
+
+class _Model(_Part):
+    bits: int | None
+    name: str
+    compute_dtype: str
+
+
+class _Pack(_Part):
+    manifest_sha256: str
+    n_tasks: int
+
+
+class _Options(_Part):
+    decode: int
+    runs: int
+
+
+class _Device(_Part):
+    name: str
+    memory: int
+    memory_source: str
+    storage_source: str
+
+
+class _Times(_Part):
+    context: int
+    first_token_seconds: float
+    prompt_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+class _Fit(_Part):
+    limit: int
+    margin: int
+    fits: bool
+
+
+class _Memory(_Fit):
+    context: int
+    weights: int
+    adapter: int
+    kv_cache: int
+    rest: int
+    peak: int
+
+
+class _Storage(_Fit):
+    nbytes: int
+
+
+class _Method(_Part):
+    nbytes: int
+    contexts: list[_Times]
+    memory: list[_Memory]
+
+
+class _PackMethod(_Method):
+    storage: _Storage
+
+
+class _Methods(_Part):
+    __pydantic_extra__: dict[str, _Method]
+    pack: _PackMethod
+
+
+class _PackSwitch(_Part):
+    read_seconds: float
+    attach_seconds: float
+    token_seconds: float
+    seconds: float
+
+
+class _StockSwitch(_Part):
+    reload_seconds: float
+    token_seconds: float
+    seconds: float
+
+
+class _Switch(_Part):
+    ratio: float
+    ratio_before_token: float
+    pack: _PackSwitch
+    stock: _StockSwitch
+
+
+class _Loss(_Part):
+    loss: float
+    excess: float | None
+    retention: float | None
+
+
+class _Losses(_Part):
+    __pydantic_extra__: dict[str, _Loss]
+
+
+class _DeviceLosses(_Losses):
+    pack: _Loss
+
+
+class _Gain(_Part):
+    on_float: float = Field(alias="float")
+    device: float
+
+
+class _Quality(_Part):
+    n_rows: list[int]
+    float_dtype: str
+    float_weights: str
+    kept_gain: float | None
+    gain: _Gain
+    on_float: _Losses = Field(alias="float")
+    device: _DeviceLosses
+
+
+class _Machine(_Part):
+    device: str
+    system: str
+    backend: str
+
+
+class _Provenance(_Part):
+    includes: str
+    versions: dict[str, str]
+    machine: _Machine
+
+
+class _Result(_Part):
+    model: _Model
+    pack: _Pack
+    options: _Options
+    time: str
+    device: _Device
+    methods: _Methods
+    switch: _Switch
+    quality: _Quality | None
+    provenance: _Provenance
+
+
+def read_phone(path: Path, of: Path | None = None) -> dict[str, Any]:
+    """Read a result.
 
     Args:
-        path: file of the result.
-        of: directory of the pack that was measured; None takes the result of any pack.
+        path: of the file.
+        of: a pack that it must be of.
 
     Raises:
-        PackError: no such file, not a whole result, or one of another pack.
+        PackError: no such file, no result, one that lacks parts, or one of another pack.
     """
     if not path.is_file():
-        raise PackError(f"{path}: no such file; write one with d2c-mlx phone PACK --json > {path}")
-    text = path.read_text(encoding="utf-8").strip()
-    for candidate in (text, text.split("\n")[-1]):
-        try:
-            result = json.loads(candidate)
-        except ValueError:
-            continue
-        if isinstance(result, dict) and result.get("format") == FORMAT:
-            break
-    else:
-        raise PackError(f"{path}: no result of d2c-mlx phone PACK --json, nor a history of them")
-    if missing := _missing(result):
-        more = f" and {len(missing) - 3} fields more" if len(missing) > 3 else ""
-        raise PackError(
-            f"{path}: has no {', '.join(missing[:3])}{more}, expected a whole result of d2c-mlx"
-            " phone PACK --json; write it again"
-        )
+        raise PackError(f"{path}: no such file; write one with {_COMMAND} > {path}")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise PackError(f"{path}: no result of {_COMMAND}")
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        raise PackError(_problems(path, result, error)) from None
     if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
         raise PackError(
             f"{path}: it is of another pack than {of}; measure this one with d2c-mlx phone {of}"
@@ -78,20 +193,13 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
     return result
 
 
-def _missing(result: Json) -> list[str]:
-    """Dotted names of all fields that a result lacks."""
-    paths = [start + key for start, keys in _PARTS.items() for key in keys]
-    if result.get("quality") is not None:
-        paths += [f"quality.{start}{key}" for start, keys in _QUALITY.items() for key in keys]
-    return list(dict.fromkeys(gap for path in paths for gap in _gaps(result, path)))
-
-
-def _gaps(value: object, path: str) -> Iterator[str]:
-    """Yield the dotted path up to the first missing key, for every branch that `path` names."""
-    key, _, rest = path.partition(".")
-    items = dict(enumerate(value)) if isinstance(value, list) else value
-    if not isinstance(items, dict) or (key != "*" and key not in items) or not items:
-        yield key
-        return
-    for name in items if key == "*" else [key]:
-        yield from (f"{name}.{gap}" for gap in (_gaps(items[name], rest) if rest else ()))
+def _problems(path: Path, result: object, error: ValidationError) -> list[str]:
+    """One line for all that is missing, one for each value that is wrong."""
+    found = problems_of(error, _Result, result, str(path))
+    missing = [problem.field for problem in found if not problem.found]
+    lines = [str(problem) for problem in found if problem.found]
+    if missing:
+        more = f" and {len(missing) - 3} fields more" if len(missing) > 3 else ""
+        lines.insert(0, f"{path}: has no {', '.join(missing[:3])}{more}, expected a whole result of"
+                        f" {_COMMAND}; write it again")  # fmt: skip
+    return lines

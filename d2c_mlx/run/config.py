@@ -1,17 +1,22 @@
-"""The options of a run: what there is, defaults, and what a value may be."""
+"""The options of a run, each said once: type, default, range, help and group.
+
+The command line (`cli/options.py`) and docs/options.md are written from these fields by
+`python -m d2c_mlx.run.options`; a test fails when they are not what it would write.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.compress.budget import Budget, parse_budget
+from pydantic import ValidationInfo, field_validator
+
+from d2c_mlx.compress.budget import bytes_of, parse_budget
 from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
-from d2c_mlx.utils.errors import BudgetError, ConfigError
+from d2c_mlx.run.removed import REMOVED_VALUES
+from d2c_mlx.utils.errors import BudgetError
+from d2c_mlx.utils.validation import Checked, expects, option, refused
 
 __all__ = [
     "BASELINES",
@@ -27,9 +32,9 @@ __all__ = [
 
 # The keys of `pipeline.STAGES`, named here so that a finished run imports no model code.
 STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
-STARTS = ("adapters", "kmeans", "random", "table", "pairs")
+STARTS = ("table", "kmeans")
 BASELINES = ("merge-all", "random", "kmeans")
-PLANS = ("d2c", "auto")
+PLANS = ("auto", "d2c")
 SEARCHES = ("moves", "paper")
 SAVINGS = (
     "head",
@@ -45,185 +50,313 @@ SAVINGS = (
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
 # Tuned scales end at a few, and sums of hundreds of adapters at hundreds; beyond, float16 ends.
-_MOST_SCALE = 1_000.0
+_MOST_SCALE = 1_000
 # Of scikit-learn and NumPy's older generators.
-_SEEDS = 2**32
+_MOST_SEED = 2**32 - 1
+
+_INPUT, _BUDGET, _MERGE = "Adapters and tasks", "Budget", "Merge"
+_SEARCH, _EVALUATION, _REFINE = "Search", "Evaluation", "Refine"
+_NOT_GIVEN = "not given; pass --{} or set it in the YAML file"
 
 
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Options of `d2c-mlx run`. Every field is a YAML key and a command-line option.
 
-    Attributes:
-        model: mlx-lm directory, Hugging Face id or .gguf; None is the embedded default.
-        adapters: a directory with one subdirectory per adapter, or adapters one by one, see
-            `sources.find_adapters`.
-        tasks: directory with `<adapter>/probe.jsonl` and `<adapter>/test.jsonl`.
-        budget: "12.5%", "40MB", "500KB" or a number of adapters.
-        output: run directory.
-        plan: "auto" chooses clusters, rank and bits for a budget in bytes by measuring (see
-            `planned`), and merges by D2C for a budget in adapters; "d2c" does that for both.
-        max_adapters: most adapters that a plan may store; None is any number.
-        merge_method: one of `RUN_METHODS`, see docs/merging.md; None is "layerwise", or "regmean++"
-            where an architecture cannot be run block by block. These and "auto" cluster by
-            "regmean"; "auto" packs for every cluster the best of `AUTO_METHODS` and the default on
-            its probes.
-        merge_rank: largest rank of a merged adapter, at most that of the base model's widest
-            module; None takes the largest of the inputs, and "concat" their sum.
-        density: share of entries kept by methods that sparsify.
-        scale: of every merge; None tunes it per cluster on the probes.
-        search: "paper", the loop of D2C, or "moves" from the best partition that it starts from.
-        init: starts of D2C, see `d2c.d2c`.
-        rounds: most rounds of one start of the loop.
-        patience: rounds of "paper" without a new best, or proposals of "moves" in a row that may
-            fail; None is 2 rounds or 10 proposals.
-        restarts: draws per kind of start.
-        eps: a task moves only if its normalised regret falls by more.
-        seed: of all random choices.
-        probe_examples: how many rows of probe.jsonl decide, the first ones.
-        neighbours: a task is probed under so many other adapters, the most alike in dW, or twice as
-            many as share a slot; all of them for a start from "adapters".
-        test_examples: how many rows of test.jsonl judge, the first ones; 0 is all.
-        answers: how many held-out rows of each task are answered and compared with the expected
-            answers, the first of those that judge; the report shows three.
-        baselines: partitions that `bench` merges too and compares, some of `BASELINES`; each takes
-            about as long to merge as what is packed.
-        random_seeds: how many random partitions the `random` row averages.
-        memory_limit: "3GB", "800MB", of the evaluation; None is what the device recommends.
-        without: savings of the evaluation to do without, see `engine.Savings`; also "cache" and
-            "bound" (stopping an evaluation that is proven to change nothing).
-        stack: adapters evaluated in one batch; above 1 losses depend on their neighbours in it by
-            rounding.
-        compile: evaluate through `mx.compile`.
-        refine: train every merge for a while to match its members, see docs/refining.md.
-        refine_steps: most steps of it.
-        refine_rate: its learning rate.
-        unlabelled: JSONL file of prompts without answers that refining uses too.
+    Raises:
+        ConfigError: every value that is missing, of another type, out of range or at odds with
+            another, one line each.
     """
 
-    adapters: str | tuple[str, ...] = ""
-    tasks: str = ""
-    output: str = ""
-    budget: str = "12.5%"
-    model: str | None = None
-    plan: str = "auto"
-    max_adapters: int | None = None
-    merge_method: str | None = None
-    density: float = 0.5
-    scale: float | None = None
-    merge_rank: int | None = None
-    search: str = "moves"
-    patience: int | None = None
-    init: tuple[str, ...] = ("table", "kmeans")
-    rounds: int = 10
-    restarts: int = 1
-    eps: float = 1e-3
-    seed: int = 0
-    probe_examples: int = 10
-    neighbours: int = 32
-    test_examples: int = 100
-    answers: int = 0
-    baselines: tuple[str, ...] = BASELINES
-    random_seeds: int = 3
-    memory_limit: str | None = None
-    without: tuple[str, ...] = ()
-    stack: int = 1
-    compile: bool = False
-    refine: bool = False
-    refine_steps: int = 40
-    refine_rate: float = 5e-4
-    unlabelled: str | None = None
+    adapters: str | tuple[str, ...] = option(
+        ...,
+        "folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with commas:"
+        " directories, .gguf files, Hugging Face ids owner/name[@revision]",
+        group=_INPUT,
+        metavar="A",
+        path=True,
+        expected="a list of strings",
+        missing=_NOT_GIVEN.format("adapters"),
+    )
+    tasks: str = option(
+        ...,
+        "folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
+        group=_INPUT,
+        metavar="DIR",
+        path=True,
+        missing=_NOT_GIVEN.format("tasks"),
+    )
+    model: str | None = option(
+        None,
+        "base model: mlx-lm directory, Hugging Face id or .gguf file",
+        group=_INPUT,
+        metavar="M",
+        default_text="the embedded SmolLM2-135M-Instruct",
+    )
+    output: str = option(
+        ...,
+        "run directory; the same command continues there",
+        group=_INPUT,
+        metavar="DIR",
+        path=True,
+        missing=_NOT_GIVEN.format("output"),
+    )
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError listing every value that is missing or out of range."""
-        for name in ("tasks", "output", "unlabelled"):
-            if path := getattr(self, name):
-                # As `adapters` and `model` are, whose entries may be ids, where they are looked up.
-                object.__setattr__(self, name, os.path.expanduser(path))
-        # A start that is named twice would make the same draws twice.
-        object.__setattr__(self, "init", tuple(dict.fromkeys(self.init)))
-        problems = [
-            f"{name}: not given; pass --{name} or set it in the YAML file"
-            for name in ("adapters", "tasks", "output")
-            if not getattr(self, name)
-        ]
-        checks = {
-            "merge_method": (
-                self.merge_method in (None, *RUN_METHODS),
-                f"one of {list(RUN_METHODS)}",
-            ),
-            "plan": (self.plan in PLANS, f"one of {list(PLANS)}"),
-            "max_adapters": (self.max_adapters is None or self.max_adapters >= 1, "1 or more"),
-            "merge_rank": (
-                self.merge_rank is None or 1 <= self.merge_rank <= _MOST_RANK,
-                f"1 to {_MOST_RANK:,}",
-            ),
-            "search": (self.search in SEARCHES, f"one of {list(SEARCHES)}"),
-            "patience": (self.patience is None or self.patience >= 1, "1 or more"),
-            "density": (0 < self.density <= 1, "a number above 0 and at most 1"),
-            "scale": (
-                self.scale is None or 0 < self.scale <= _MOST_SCALE,
-                f"a number above 0 and at most {_MOST_SCALE:g}",
-            ),
-            "init": (self.init and set(self.init) <= set(STARTS), f"some of {list(STARTS)}"),
-            "rounds": (self.rounds >= 0, "0 or more"),
-            "restarts": (self.restarts >= 1, "1 or more"),
-            "eps": (0 <= self.eps < math.inf, "0 or more"),
-            "seed": (0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1:,}"),
-            "probe_examples": (self.probe_examples >= 1, "1 or more"),
-            "test_examples": (self.test_examples >= 0, "0 (all) or more"),
-            # Rows that do not judge are not tokenized, so there is nothing to answer.
-            "answers": (
-                0 <= self.answers and not 0 < self.test_examples < self.answers,
-                f"0 to test_examples ({self.test_examples or 'all'})",
-            ),
-            "baselines": (set(self.baselines) <= set(BASELINES), f"some of {list(BASELINES)}"),
-            "random_seeds": (self.random_seeds >= 1, "1 or more"),
-            "neighbours": (self.neighbours >= 1, "1 or more"),
-            "memory_limit": (self._limit_is_bytes(), 'something like "3GB" or "800MB"'),
-            "without": (set(self.without) <= set(SAVINGS), f"some of {list(SAVINGS)}"),
-            "stack": (self.stack >= 1, "1 or more"),
-            "refine_steps": (self.refine_steps >= 1, "1 or more"),
-            "refine_rate": (0 < self.refine_rate < math.inf, "a number above 0"),
-            "unlabelled": (self.refine or not self.unlabelled, '"" unless with --refine'),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                problems.append(f"{name}: found {getattr(self, name)!r}, expected {expected}")
-        if self.output and Path(self.output).is_file():
-            problems.append(f"output: {self.output} is a file, expected a directory or a new name")
+    budget: str = option(
+        "12.5%", '"12.5%", "40MB", "500KB" or a number of adapters', group=_BUDGET, metavar="B"
+    )
+    plan: str = option(
+        "auto",
+        "of a budget in bytes: auto chooses clusters, rank and bits by measuring; d2c merges in 16"
+        " bit, as a number of adapters always does",
+        group=_BUDGET,
+        metavar="NAME",
+        choices=PLANS,
+    )
+    max_adapters: int | None = option(
+        None,
+        "most adapters that a plan may store",
+        group=_BUDGET,
+        default_text="any number",
+        ge=1,
+    )
+
+    merge_method: str | None = option(
+        None,
+        "linear, ties, ..., auto (docs/merging.md); auto packs for every cluster the best of seven"
+        " on its calibration rows",
+        group=_MERGE,
+        metavar="NAME",
+        default_text="layerwise, or regmean++ where a model cannot be run by blocks",
+        choices=RUN_METHODS,
+    )
+    merge_rank: int | None = option(
+        None,
+        "largest rank of a merged adapter",
+        group=_MERGE,
+        default_text="the largest of the inputs",
+        ge=1,
+        le=_MOST_RANK,
+    )
+    density: float = option(
+        0.5, "share of entries kept by methods that sparsify", group=_MERGE, gt=0, le=1
+    )
+    scale: float | None = option(
+        None,
+        "scale of every merge",
+        group=_MERGE,
+        default_text="tuned per cluster on the calibration rows",
+        gt=0,
+        le=_MOST_SCALE,
+    )
+
+    search: str = option(
+        "moves",
+        "moves: single moves and swaps from the best start; paper: the plain loop of D2C from every"
+        " start",
+        group=_SEARCH,
+        metavar="NAME",
+        choices=SEARCHES,
+    )
+    init: tuple[str, ...] = option(
+        STARTS, "starts: table, kmeans", group=_SEARCH, metavar="LIST", choices=STARTS, min_length=1
+    )
+    patience: int = option(
+        10, "proposals of moves in a row that may fail before it ends", group=_SEARCH, ge=1
+    )
+    eps: float = option(0.001, "smallest fall of regret that moves a task", group=_SEARCH, ge=0)
+    neighbours: int = option(
+        32,
+        "other adapters under which a task is probed, the most alike; or twice as many as share a"
+        " slot",
+        group=_SEARCH,
+        ge=1,
+    )
+    seed: int = option(0, "of all random choices", group=_SEARCH, ge=0, le=_MOST_SEED)
+
+    probe_examples: int = option(
+        10, "calibration rows that decide, the first of probe.jsonl", group=_EVALUATION, ge=1
+    )
+    test_examples: int = option(
+        100,
+        "held-out rows that judge, the first of test.jsonl; 0 is all",
+        group=_EVALUATION,
+        ge=0,
+        expected="0 (all) or more",
+    )
+    answers: int = option(
+        0,
+        "held-out rows of each task that are answered and compared with the expected answers",
+        group=_EVALUATION,
+        ge=0,
+    )
+    baselines: tuple[str, ...] = option(
+        BASELINES,
+        'partitions that bench merges too, to compare; "" is none',
+        group=_EVALUATION,
+        metavar="LIST",
+        choices=BASELINES,
+    )
+    random_seeds: int = option(3, "random partitions to average", group=_EVALUATION, ge=1)
+    memory_limit: str | None = option(
+        None,
+        '"3GB", "800MB"',
+        group=_EVALUATION,
+        metavar="M",
+        default_text="what the device recommends, else half the memory",
+        expected='something like "3GB" or "800MB"',
+    )
+    without: tuple[str, ...] = option(
+        (),
+        f"optimizations of the evaluation to switch off: {', '.join(SAVINGS)}",
+        group=_EVALUATION,
+        metavar="LIST",
+        choices=SAVINGS,
+    )
+    stack: int = option(
+        1,
+        "adapters evaluated in one batch; above 1 a loss depends on the others by rounding",
+        group=_EVALUATION,
+        ge=1,
+    )
+
+    refine: bool = option(
+        False,
+        "train every merge for a while to match its members (docs/refining.md)",
+        group=_REFINE,
+        default_text="no",
+    )
+    refine_steps: int = option(40, "most steps of it", group=_REFINE, ge=1)
+    refine_rate: float = option(0.0005, "its learning rate", group=_REFINE, gt=0)
+    unlabelled: str | None = option(
+        None,
+        'prompts without answers for it: JSONL, {"task": NAME, "prompt": ...} or with "messages"',
+        group=_REFINE,
+        metavar="FILE",
+        path=True,
+        expected='"" unless with --refine',
+    )
+
+    @field_validator("adapters", "init", "baselines", "without", mode="before")
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
+        """Lists of YAML, and lists with commas; a start that is named twice is one."""
+        if isinstance(value, str) and info.field_name != "adapters":
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            return value
+        names = tuple(map(str, value))
+        gone = REMOVED_VALUES.get(str(info.field_name), {})
+        if said := [gone[name] for name in names if name in gone]:
+            raise refused("; ".join(said))
+        return tuple(dict.fromkeys(names)) if info.field_name == "init" else names
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:  # noqa: ANN401  as YAML gave it
+        """YAML gives a number of adapters as a number."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if number else value
+
+    @field_validator("adapters", "tasks", "output")
+    @classmethod
+    def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
+        if not value:
+            raise refused(_NOT_GIVEN.format(info.field_name))
+        return value
+
+    @field_validator("tasks", "output", "unlabelled")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        """As `adapters` and `model` are, whose entries may be ids, where they are looked up."""
+        return os.path.expanduser(value) if value else value
+
+    @field_validator("output")
+    @classmethod
+    def _is_no_file(cls, value: str) -> str:
+        if Path(value).is_file():
+            raise refused(f"{value} is a file, expected a directory or a new name")
+        return value
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_budget(cls, value: str) -> str:
         try:
-            problems += self._budget_problems(parse_budget(self.budget))
+            parse_budget(value)
         except BudgetError as error:
-            problems += error.problems
-        if problems:
-            raise ConfigError(problems)
+            raise refused(str(error).removeprefix("budget: ")) from None
+        return value
 
-    def _budget_problems(self, budget: Budget) -> list[str]:
-        """What does not go with the kind of budget."""
-        in_bytes = budget.n_adapters is None
-        problems = []
-        if self.merge_method == "concat" and in_bytes:
-            problems.append(
-                "merge_method: 'concat' keeps the sum of all ranks, so only a number of adapters"
-                f" can be its budget; found {self.budget!r}"
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_bytes(cls, value: str | None) -> str | None:
+        if value is not None and bytes_of(value) is None:
+            raise expects('something like "3GB" or "800MB"')
+        return value
+
+    # What does not go with another option that is good itself. The fields above are in `info.data`.
+
+    @field_validator("plan")
+    @classmethod
+    def _with_bytes(cls, plan: str, info: ValidationInfo) -> str:
+        if plan == "d2c" and _in_bytes(info) is False:
+            raise expects(
+                f"{'auto'!r} with a number of adapters as the budget, which is always merged by"
+                " D2C; leave --plan out"
             )
-        if self.refine and in_bytes and self.plan == "auto":
-            problems.append(
-                "refine: found True, expected False where a budget in bytes is planned; pass"
-                " --plan d2c, or a number of adapters as the budget"
+        return plan
+
+    @field_validator("max_adapters")
+    @classmethod
+    def _with_a_plan(cls, most: int | None, info: ValidationInfo) -> int | None:
+        budget, plan = info.data.get("budget"), info.data.get("plan")
+        if most is not None and budget and plan and not is_planned(plan, budget):
+            raise expects(
+                f"none unless a budget in bytes is planned (budget {budget!r}, plan {plan!r})"
             )
-        if self.max_adapters is not None and not (in_bytes and self.plan == "auto"):
-            problems.append(
-                f"max_adapters: found {self.max_adapters}, expected none unless a budget in bytes"
-                f" is planned (budget {self.budget!r}, plan {self.plan!r})"
+        return most
+
+    @field_validator("merge_method")
+    @classmethod
+    def _with_slots(cls, method: str | None, info: ValidationInfo) -> str | None:
+        if method == "concat" and _in_bytes(info):
+            raise refused(
+                "'concat' keeps the sum of all ranks, so only a number of adapters can be its"
+                f" budget; found {info.data['budget']!r}"
             )
-        if self.merge_rank is not None and self.merge_method == "concat":
-            problems.append(
-                f"merge_rank: found {self.merge_rank}, expected none with merge_method 'concat',"
-                " which keeps the sum of all ranks"
+        return method
+
+    @field_validator("merge_rank")
+    @classmethod
+    def _with_a_method(cls, rank: int | None, info: ValidationInfo) -> int | None:
+        if rank is not None and info.data.get("merge_method") == "concat":
+            raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
+        return rank
+
+    @field_validator("answers")
+    @classmethod
+    def _of_the_rows(cls, n: int, info: ValidationInfo) -> int:
+        """Rows that do not judge are not tokenized, so there is nothing to answer."""
+        most = info.data.get("test_examples")
+        if most and n > most:
+            raise expects(f"0 to test_examples ({most})")
+        return n
+
+    @field_validator("refine")
+    @classmethod
+    def _with_merges(cls, refine: bool, info: ValidationInfo) -> bool:
+        if refine and _in_bytes(info) and info.data.get("plan") == "auto":
+            raise expects(
+                "False where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
+                " as the budget"
             )
-        return problems
+        return refine
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _with_refine(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path and info.data.get("refine") is False:
+            raise expects('"" unless with --refine')
+        return path
 
     @property
     def merging(self) -> MergeOptions:
@@ -237,23 +370,14 @@ class RunConfig:
         """Whether `planner` chooses what is stored."""
         return is_planned(self.plan, self.budget)
 
-    def _limit_is_bytes(self) -> bool:
-        try:
-            return self.memory_limit is None or self.memory_bytes is not None
-        except BudgetError:
-            return False
-
     @property
     def memory_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
-        return parse_budget(self.memory_limit).nbytes if self.memory_limit else None
+        return bytes_of(self.memory_limit) if self.memory_limit else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
 
 
 def is_planned(plan: str, budget: str) -> bool:
@@ -267,3 +391,9 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
     if not config.refine:
         left_out.add("refine")
     return [name for name in STAGES[: STAGES.index(until) + 1] if name not in left_out]
+
+
+def _in_bytes(info: ValidationInfo) -> bool | None:
+    """Whether the budget is one of bytes; None if there is no good one."""
+    budget = info.data.get("budget")
+    return None if budget is None else parse_budget(budget).n_adapters is None

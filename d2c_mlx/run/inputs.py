@@ -51,7 +51,7 @@ class Inputs:
         self.config = config
         self.base = BaseModel(config.model)
         off = set(config.without) - {"cache", "bound"}
-        savings = Savings(stack=config.stack, compile=config.compile, **dict.fromkeys(off, False))
+        savings = Savings(stack=config.stack, **dict.fromkeys(off, False))
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
         errors: list[InputError] = []
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []

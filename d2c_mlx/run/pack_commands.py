@@ -37,7 +37,6 @@ def arrive(
     n_probe: int = 10,
     model: str | None = None,
     budget: str | None = None,
-    threshold: float | None = None,
 ) -> Arrival:
     """Read an adapter and add it to a pack, see `living.add_adapter`.
 
@@ -48,7 +47,6 @@ def arrive(
         n_probe: rows of probe.jsonl that decide.
         model: the pack's base model, see `locate.resolve_model`.
         budget: see `add_adapter`.
-        threshold: see `add_adapter`.
 
     Raises:
         InputError: every problem of pack, adapter, tasks and budget; nothing is written.
@@ -64,7 +62,7 @@ def arrive(
             probes = _probes(base, tasks, new.name, found.tasks, n_probe)
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
-        return add_adapter(found, new, budget=budget, threshold=threshold, judge=judge)
+        return add_adapter(found, new, budget=budget, judge=judge)
 
 
 def route_prompts(

@@ -16,6 +16,7 @@ wrong and may be right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "InputWarning",
     "ModelError",
     "PackError",
+    "Problem",
     "TaskError",
     "collect",
     "gather",
@@ -82,6 +84,33 @@ class PackError(InputError):
 
 class InputWarning(UserWarning):
     """Input that is likely, but not surely, wrong; one line."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the input; `str` is the line that an `InputError` takes.
+
+    Attributes:
+        field: option, key or dotted path of keys; "" is the whole.
+        found: the value as text; "" is a value that is not there.
+        expected: in words, to follow "expected".
+        place: file that the field is in; "" is the command line, or a call.
+        remedy: what to do, where `expected` does not say it.
+        said: a sentence in place of `found` and `expected`.
+    """
+
+    field: str
+    found: str = ""
+    expected: str = ""
+    place: str = ""
+    remedy: str = ""
+    said: str = ""
+
+    def __str__(self) -> str:
+        found = f"found {self.found}" if self.found else "missing"
+        said = self.said or ", expected ".join(part for part in (found, self.expected) if part)
+        where = ": ".join(part for part in (self.place, self.field, said) if part)
+        return f"{where}; {self.remedy}" if self.remedy else where
 
 
 def _printable(text: str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import _COMMANDS, cli
@@ -15,12 +16,13 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ConfigError, InputError
 from d2c_mlx.utils.files import hash_tree
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
-HEAVY = ("mlx", "numpy", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
+HEAVY = ("mlx", "numpy", "pydantic", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
 
 
 def invoke(*args):
@@ -29,7 +31,7 @@ def invoke(*args):
     return result.stdout
 
 
-FORMS = (["bench", "compare", "--help"],)
+FORMS = (["bench", "pack", "--device", "mac-8gb", "--help"],)
 HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS]
 # Prints every help in turn, with the heavy modules that are loaded by then.
 PRINTS_HELPS = f"""
@@ -59,6 +61,30 @@ def test_help_imports_nothing_heavy(args, helps):
     assert heavy == []
     assert "Usage:" in text
     assert args == ["--help"] or "Example" in text
+
+
+def test_the_parent_s_help_imports_no_command():
+    code = (
+        "import sys\nfrom d2c_mlx_cli.main import cli\n"
+        "try: cli(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted(m for m in sys.modules if m.startswith('d2c_mlx')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parts = ["", ".help", ".main", ".removed"]
+    assert done.stderr.strip() == str([f"d2c_mlx_cli{part}" for part in parts])
+    assert all(f"{entry.section}:" in done.stdout for entry in _COMMANDS.values())
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_a_command_begins_its_help_as_its_parent_says(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert command.help.split("\n\n")[0].replace("\n", " ") == _COMMANDS[name].help
+
+
+def test_every_option_of_a_run_has_a_group_in_the_help():
+    text = invoke("cluster", "--help")
+    groups = {field.json_schema_extra["group"] for field in RunConfig.model_fields.values()}
+    assert all(f"\n{group}:\n" in text for group in groups) and len(groups) == 6
 
 
 def test_convert_there_and_back(tmp_path):

@@ -68,8 +68,8 @@ def test_reassignment_repairs_a_wrong_start(seed, start_at):
     for group in range(3):
         wrong[hidden.index(group)] = (group + 1) % 3
     start_at(wrong)
-    assert d2c(problem, 3, init=["random"], rounds=0).labels == canonical(wrong)
-    found = d2c(problem, 3, init=["random"])
+    assert d2c(problem, 3, init=["adapters"], rounds=0).labels == canonical(wrong)
+    found = d2c(problem, 3, init=["adapters"])
     assert found.labels == hidden
     assert len(found.history) > 1
     assert found.objective == pytest.approx(found.history[-1]["objective"])
@@ -78,7 +78,7 @@ def test_reassignment_repairs_a_wrong_start(seed, start_at):
 def test_objective_is_the_mean_normalised_regret(start_at):
     problem, hidden = planted((2, 3), 3)
     start_at(hidden)
-    found = d2c(problem, 2, init=["random"])
+    found = d2c(problem, 2, init=["adapters"])
     own, total = np.diagonal(problem.table), 0.0
     for task, label in enumerate(hidden):
         members = [j for j in range(5) if hidden[j] == label]
@@ -128,7 +128,7 @@ def test_the_worst_served_task_refills(start_at):
         return [0.1, 0.2, 0.3, 0.9][task] if 0 in members else 2.0
 
     start_at([0, 0, 1, 1])
-    found = d2c(problem_of(loss, 4), 2, init=["random"])
+    found = d2c(problem_of(loss, 4), 2, init=["adapters"])
     # Both tasks of cluster 1, served alike there, leave it. In cluster 0 task 3 is served worst.
     assert found.history[1]["labels"] == [0, 0, 0, 1]
     assert found.labels == (0, 0, 0, 1)
@@ -171,7 +171,7 @@ def test_a_task_stays_unless_it_gains_more_than_eps(eps, moves, start_at):
         return 0.0 if task in members else 1.0
 
     start_at([0, 0, 1])
-    found = d2c(problem_of(loss, 3), 2, init=["random"], eps=eps)
+    found = d2c(problem_of(loss, 3), 2, init=["adapters"], eps=eps)
     assert found.labels == ((0, 1, 1) if moves else (0, 0, 1))
     assert found.stopped == "converged"
 
@@ -179,7 +179,7 @@ def test_a_task_stays_unless_it_gains_more_than_eps(eps, moves, start_at):
 def test_a_tie_keeps_a_task_where_it_is(start_at):
     # Everything is equal, so argmin names cluster 0 for all: nobody may move, even with eps 0.
     start_at([0, 1, 1, 0])
-    found = d2c(problem_of(lambda members, task: 0.5, 4), 2, init=["random"], eps=0)
+    found = d2c(problem_of(lambda members, task: 0.5, 4), 2, init=["adapters"], eps=0)
     assert found.labels == (0, 1, 1, 0)
     assert (found.stopped, len(found.history)) == ("converged", 1)
 
@@ -224,9 +224,9 @@ def test_a_bound_changes_nothing(n, n_clusters, seed, eps, ties):
 
 
 def test_restarts_differ_and_can_only_help():
-    problem, _ = planted((3, 3, 3), 1, noise=0.6)
-    once = d2c(problem, 3, init=["random"], rounds=0)
-    often = d2c(problem, 3, init=["random"], rounds=0, restarts=20)
+    problem, _ = planted((3, 3, 3), 1, noise=0.8)
+    once = d2c(problem, 3, init=["adapters"], rounds=0)
+    often = d2c(problem, 3, init=["adapters"], rounds=0, restarts=20)
     assert often.objective < once.objective
 
 
@@ -239,8 +239,8 @@ def test_same_seed_same_result(seed):
 
 
 def test_seeds_start_at_different_partitions():
-    problem, _ = planted((3, 3, 3), 0, noise=0.6)
-    starts = {d2c(problem, 3, init=["random"], rounds=0, seed=seed).labels for seed in range(8)}
+    problem, _ = planted((8, 8, 8), 0, noise=0.8)
+    starts = {d2c(problem, 3, init=["adapters"], rounds=0, seed=seed).labels for seed in range(8)}
     assert len(starts) > 4
 
 

@@ -150,7 +150,7 @@ def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path,
 
 @pytest.mark.parametrize("budget", ["200%", "1MB"])
 def test_with_room_for_everything_everything_is_kept(config, budget):
-    plan = run(replace(config, budget=budget), until="plan", quiet=True).read("plan.json")
+    plan = run(config.replace(budget=budget), until="plan", quiet=True).read("plan.json")
     assert plan["base"] == [] and plan["regret"] < 0.02
     assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
 
@@ -160,7 +160,7 @@ def test_few_adapters_are_merges_however_much_room_there_is(config):
     first = Path(config.adapters) / "a"
     for name in "bcd":
         shutil.copytree(first, first.parent / name, dirs_exist_ok=True)
-    plan = run(replace(config, budget="150%", max_adapters=1), until="plan", quiet=True)
+    plan = run(config.replace(budget="150%", max_adapters=1), until="plan", quiet=True)
     (unit,) = plan.read("plan.json")["units"]
     assert unit["family"] == "merged" and unit["tasks"] == ["a", "b", "c", "d"]
     assert plan.read("plan.json")["regret"] < 0.02
@@ -187,16 +187,16 @@ def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
 
 def test_the_same_plan_again_and_at_most_so_many_adapters(config, tmp_path):
     first = run(config, until="pack", quiet=True)
-    again = run(replace(config, output=str(tmp_path / "again")), until="pack", quiet=True)
+    again = run(config.replace(output=str(tmp_path / "again")), until="pack", quiet=True)
     assert hash_tree(first.path("pack")) == hash_tree(again.path("pack"))
-    few = run(replace(config, max_adapters=1), until="plan", quiet=True).read("plan.json")
+    few = run(config.replace(max_adapters=1), until="plan", quiet=True).read("plan.json")
     assert len(few["units"]) <= 1
     assert few["regret"] >= first.read("plan.json")["regret"] - 1e-9
 
 
 def test_a_budget_below_the_header_is_refused_before_anything_is_written(config):
     with pytest.raises(InputError, match="budget: 100B is 100 bytes, and the header"):
-        run(replace(config, budget="100B"), quiet=True)
+        run(config.replace(budget="100B"), quiet=True)
     assert not Path(config.output).exists()
 
 
@@ -212,13 +212,13 @@ def test_a_budget_below_the_header_is_refused_before_anything_is_written(config)
 )
 def test_options_that_do_not_go_together(config, change, message):
     with pytest.raises(ConfigError, match=message):
-        replace(config, **change)
+        config.replace(**change)
 
 
 def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
     assert config.planned
-    assert not replace(config, plan="d2c").planned
-    slots = replace(config, budget="2")
+    assert not config.replace(plan="d2c").planned
+    slots = config.replace(budget="2")
     assert not slots.planned
     ws = run(slots, until="merge", quiet=True)
     assert ws.path("merges.json").exists() and not ws.path("plan.json").exists()
@@ -291,7 +291,7 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
 def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     """By tokens, to a factor of two; nothing is left in the end."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
-    config = replace(config, output=str(tmp_path / "run"))
+    config = config.replace(output=str(tmp_path / "run"))
     ws = run(config, until="probe", quiet=True)
     seen = []
     meter = ws.evaluator.meter = Silent()
@@ -308,7 +308,7 @@ def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
 
 def test_a_candidate_is_measured_as_it_is_packed(config):
     """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
-    ws = run(replace(config, probe_examples=4), until="probe", quiet=True)
+    ws = run(config.replace(probe_examples=4), until="probe", quiet=True)
     assert all(len(probe.parts) == 2 for probe in ws.probes)
     path = max(ws.adapters[2].modules)
     form = ((0, 2), ws.adapters[2], {path: ((1, 2),)})

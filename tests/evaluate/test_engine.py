@@ -57,7 +57,7 @@ def assert_equals_plain(base, engine, adapters, sets):
 
 
 @pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
-@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}])
 def test_every_saving_equals_the_plain_loop(tiny, off, options):
     base, adapters, sets = tiny
     savings = Savings(**dict.fromkeys(off, False), **options)
@@ -65,7 +65,7 @@ def test_every_saving_equals_the_plain_loop(tiny, off, options):
 
 
 @pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
-@pytest.mark.parametrize("options", [{}, {"stack": 3}, {"compile": True}])
+@pytest.mark.parametrize("options", [{}, {"stack": 3}])
 def test_a_set_with_a_teacher_has_its_divergence(tiny, off, options):
     base, adapters, sets = tiny
     model = Distiller(base)

@@ -18,6 +18,7 @@ from helpers.loras import (
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.merge.methods import METHODS, merge_adapters
+from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.run import config
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
@@ -81,5 +82,5 @@ def test_unknown_method():
 
 
 def test_lists_repeated_in_config_are_true():
-    assert config.MERGE_METHODS == tuple(METHODS)
+    assert MERGE_METHODS == tuple(METHODS)
     assert config.STARTS == INITS

@@ -1,7 +1,6 @@
 """Merges as a pack holds them: every method through the pipeline, "auto", rank and scale."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +14,9 @@ from d2c_mlx.evaluate.evaluator import climb, tune_scale
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.merger import SCALES
 from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.merge.options import AUTO_METHODS, RUN_METHODS
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import AUTO_METHODS, RUN_METHODS, RunConfig
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, InputError
 
 
@@ -42,7 +42,7 @@ def merger_of(config):
 
 @pytest.mark.parametrize("method", RUN_METHODS)
 def test_every_method_gives_a_pack(config, method):
-    workspace = run(replace(config, merge_method=method), until="bench", quiet=True)
+    workspace = run(config.replace(merge_method=method), until="bench", quiet=True)
     methods = workspace.read("bench.json")["methods"]
     assert methods["pack"] == methods["d2c"]
     used = {entry["method"] for entry in workspace.read("merges.json")}
@@ -56,7 +56,7 @@ def test_every_method_gives_a_pack(config, method):
 
 
 def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
-    merger = merger_of(replace(config, merge_method="auto"))
+    merger = merger_of(config.replace(merge_method="auto"))
     members = (0, 1)
     each = {method: merger._merged(members, method).regret
             for method in (*AUTO_METHODS, "layerwise")}  # fmt: skip
@@ -66,16 +66,16 @@ def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
 
 def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(config):
     shutil.rmtree(Path(config.adapters) / "a")
-    config = replace(config, merge_method="regmean++", budget="1")
+    config = config.replace(merge_method="regmean++", budget="1")
     for eps, method in ((1e-3, "regmean++"), (5.0, "regmean")):
-        (merge,) = run(replace(config, eps=eps), until="merge", quiet=True).read("merges.json")
+        (merge,) = run(config.replace(eps=eps), until="merge", quiet=True).read("merges.json")
         assert merge["method"] == method
 
 
 @pytest.mark.parametrize(("members", "better"), [((0, 1), "regmean"), ((1, 2), "regmean++")])
 def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, better):
     """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
-    merger = merger_of(replace(config, merge_method="regmean++"))
+    merger = merger_of(config.replace(merge_method="regmean++"))
     plain, found = merger.quick(members), merger.final(members)
     adapters = [merger._adapters[i] for i in members]
     paths = sorted({path for adapter in adapters for path in adapter.modules})
@@ -139,7 +139,7 @@ def test_the_scale_is_the_best_of_the_walk(config):
     merger = merger_of(config)
     merged = merger.quick((0, 1))
     assert merged.scale in SCALES
-    fixed = merger_of(replace(config, scale=merged.scale, output=config.output + "2")).quick((0, 1))
+    fixed = merger_of(config.replace(scale=merged.scale, output=config.output + "2")).quick((0, 1))
     assert fixed.scale == merged.scale
     assert fixed.adapter.digest == merged.adapter.digest
     plain = scaled(merger._unscaled((0, 1), "regmean"), merged.scale)
@@ -153,24 +153,24 @@ def test_a_merge_may_take_the_scale_of_another(config):
     merger = merger_of(config)
     like = merger.quick((0, 1))
     taken = merger.quick((0, 2), like=(0, 1))
-    fixed = merger_of(replace(config, scale=like.scale, output=config.output + "2")).quick((0, 2))
+    fixed = merger_of(config.replace(scale=like.scale, output=config.output + "2")).quick((0, 2))
     assert (taken.scale, taken.adapter.digest) == (like.scale, fixed.adapter.digest)
     assert merger.quick((2,), like=(0, 1)).method == "none"
 
 
 def test_a_larger_rank_is_for_merges_alone(config):
-    merger = merger_of(replace(config, merge_rank=8))
+    merger = merger_of(config.replace(merge_rank=8))
     assert merger.quick((0, 1)).adapter.rank == 8
     assert merger.quick((0,)).adapter.rank == 4
 
 
 def test_the_budget_in_bytes_counts_the_larger_rank(config):
-    config = replace(config, budget="70%", plan="d2c")
+    config = config.replace(budget="70%", plan="d2c")
     assert Workspace(config).capacity.n_clusters == 1
     with pytest.raises(InputError, match="one merged adapter takes"):
-        Workspace(replace(config, merge_rank=8))
+        Workspace(config.replace(merge_rank=8))
 
 
 def test_concat_needs_a_budget_of_adapters(config):
     with pytest.raises(ConfigError, match="merge_method: 'concat' keeps the sum of all ranks"):
-        replace(config, merge_method="concat", budget="50%")
+        config.replace(merge_method="concat", budget="50%")

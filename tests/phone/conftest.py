@@ -11,16 +11,15 @@ from helpers.tiny import library
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Paths, pack, and the one long run that most tests look at: its JSON and its history."""
+    """Paths, pack, and the one long run that most tests look at: its JSON."""
     root = tmp_path_factory.mktemp("phone")
     paths = library(root, ["a", "b", "c"])
     pack = make_pack(paths, root / "pack")
-    history = root / "history.jsonl"
     result = CliRunner().invoke(
         cli, ["phone", str(pack.path), "--model", str(paths.model), "--bits", "4", "--device",
               "iphone-6gb", "--adapters", str(paths.adapters), "--tasks", str(paths.tasks),
-              "--test-examples", "3", "--history", str(history), "--json", *OPTIONS],
+              "--test-examples", "3", "--json", *OPTIONS],
         catch_exceptions=False,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    return paths, pack, json.loads(result.stdout), history
+    return paths, pack, json.loads(result.stdout)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -15,7 +14,7 @@ from mlx_lm import load, stream_generate
 from d2c_mlx.evaluate.answers import answer_metrics
 from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.phone.benchmark import bench_phone
-from d2c_mlx.phone.config import PhoneConfig, read_contexts
+from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.phone.stock_model import quantized_model
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.phone.timing import memory_limit
@@ -30,7 +29,7 @@ def empty_fields(value, path=""):
 
 
 def test_every_field_is_filled(made):
-    *_, result, _ = made
+    *_, result = made
     assert set(result["methods"]) == {"base", "individual", "pack"}
     # The bare model has no adapter; a random adapter need not beat the base; null is all rows.
     allowed = {"/methods/base/adapter", "/quality/kept_gain", "/options/answers"}
@@ -38,7 +37,7 @@ def test_every_field_is_filled(made):
 
 
 def test_components_add_up_and_both_limits_are_kept_apart(made):
-    paths, pack, result, _ = made
+    paths, pack, result = made
     for name, method in result["methods"].items():
         assert [one["context"] for one in method["contexts"]] == [300, 40]
         for one, speed in zip(method["memory"], method["contexts"]):
@@ -62,7 +61,7 @@ def test_components_add_up_and_both_limits_are_kept_apart(made):
 
 
 def test_quality_stands_beside_the_float_base(made):
-    paths, pack, result, _ = made
+    paths, pack, result = made
     quality = result["quality"]
     assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
     assert quality["n_answers"] == [3, 3, 3]
@@ -81,7 +80,7 @@ def test_quality_stands_beside_the_float_base(made):
 
 def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
     """Metrics worked out anew from what mlx-lm generates with the unpacked adapter."""
-    paths, pack, result, _ = made
+    paths, pack, result = made
     unpack(pack, tmp_path / "plain")
     _, _, directory = quantized_model(str(paths.model), 4)
     model, tokenizer = load(str(directory), adapter_path=str(tmp_path / "plain" / "cluster-0"))
@@ -104,8 +103,9 @@ def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path)
 
 def test_answers_can_be_left_out(made):
     paths, pack, *_ = made
-    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 4, tasks=str(paths.tasks),
-                         contexts=(4,), decode=2, runs=1, test_examples=1, answers=0)  # fmt: skip
+    config = PhoneConfig(pack=str(pack.path), device="mac-8gb", model=str(paths.model), bits=4,
+                         tasks=str(paths.tasks), contexts=(4,), decode=2, runs=1, test_examples=1,
+                         answers=0)  # fmt: skip
     result = bench_phone(config, quiet=True)
     assert "metrics" not in result["quality"]["device"]["pack"]
     assert "| - | - | - |" in render_phone(result)
@@ -113,9 +113,10 @@ def test_answers_can_be_left_out(made):
 
 def test_the_quantized_base_is_asked_for(made, tmp_path):
     """Under eight bits the loss is nearer to the float base's than under four."""
-    paths, pack, four, _ = made
-    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), 8, tasks=str(paths.tasks),
-                         contexts=(4,), decode=2, runs=1, test_examples=3)  # fmt: skip
+    paths, pack, four = made
+    config = PhoneConfig(pack=str(pack.path), device="mac-8gb", model=str(paths.model), bits=8,
+                         tasks=str(paths.tasks), contexts=(4,), decode=2, runs=1,
+                         test_examples=3)  # fmt: skip
     eight = bench_phone(config, quiet=True)
     assert (four["model"]["bits"], eight["model"]["bits"]) == (4, 8)
     away = [abs(one["quality"]["device"]["base"]["loss"] - one["quality"]["float"]["base"]["loss"])
@@ -160,8 +161,8 @@ def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
                       "  storage_source: made up\n")  # fmt: skip
     before = mx.set_memory_limit(10**12)
     try:
-        config = PhoneConfig(str(pack.path), str(device), str(paths.model), contexts=(8,), decode=2,
-                             runs=1)  # fmt: skip
+        config = PhoneConfig(pack=str(pack.path), device=str(device), model=str(paths.model),
+                             contexts=(8,), decode=2, runs=1)  # fmt: skip
         result = bench_phone(config, quiet=True)
         assert mx.set_memory_limit(10**12) == 10**12
     finally:
@@ -191,61 +192,54 @@ def test_the_limit_is_set_and_restored_after_a_failure():
 def test_options_are_checked_at_once():
     with pytest.raises(ConfigError) as caught:
         PhoneConfig(
-            "p",
-            "d",
+            pack="p",
+            device="d",
             bits=3,
             contexts=(0,),
             decode=1,
             runs=0,
             test_examples=-1,
             answers=-1,
-            history="/",
         )
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "bits", "contexts", "decode", "runs", "test_examples", "answers", "history"
+        "bits", "test_examples", "answers", "contexts", "decode", "runs"
     ]  # fmt: skip
     (line,) = _refused(answers=9, test_examples=2)
     assert line == "answers: found 9, expected 0 to test_examples (2)"
-    assert PhoneConfig("p", "d", answers=9, test_examples=0).answers == 9
-    assert read_contexts("1,20") == (1, 20) and read_contexts(None) is None
-    with pytest.raises(ConfigError, match='numbers such as "128,512"'):
-        read_contexts("short")
+    assert PhoneConfig(pack="p", device="d", answers=9, test_examples=0).answers == 9
+    assert PhoneConfig(pack="p", device="d", contexts="1,20").contexts == (1, 20)
+    assert PhoneConfig(pack="p", device="d").contexts is None
+    for text in ("short", "1,x", "0"):
+        (line,) = _refused(contexts=text)
+        assert line == f'contexts: found {text!r}, expected numbers of 1 or more, such as "128,512"'
 
 
 def _refused(**options):
     with pytest.raises(ConfigError) as caught:
-        PhoneConfig("p", "d", **options)
+        PhoneConfig(pack="p", device="d", **options)
     return caught.value.problems
-
-
-def test_a_history_that_cannot_be_written_is_told_before_anything_is_measured(made, tmp_path):
-    paths, pack, *_ = made
-    (tmp_path / "file").write_text("x")
-    history = str(tmp_path / "file" / "runs.jsonl")
-    # More than a test has time for, if it were begun.
-    config = PhoneConfig(
-        str(pack.path), "mac-8gb", str(paths.model), contexts=(300,), runs=10**6, history=history
-    )
-    with pytest.raises(ConfigError, match=f"history: {history} cannot be written"):
-        bench_phone(config, quiet=True)
 
 
 def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
     paths, pack, *_ = made
-    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), contexts=(4, 509), decode=4)
+    config = PhoneConfig(
+        pack=str(pack.path), device="mac-8gb", model=str(paths.model), contexts=(4, 509), decode=4
+    )
     with pytest.raises(ConfigError, match="found 4, 509, expected at most 508 tokens"):
         bench_phone(config, quiet=True)
-    result = bench_phone(replace(config, contexts=None, runs=1), quiet=True)
+    result = bench_phone(config.replace(contexts=None, runs=1), quiet=True)
     assert result["options"]["contexts"] == [128]
 
 
 def test_missing_adapters_are_named(made):
     paths, pack, *_ = made
-    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), adapters=str(paths.tasks))
+    config = PhoneConfig(
+        pack=str(pack.path), device="mac-8gb", model=str(paths.model), adapters=str(paths.tasks)
+    )
     empty = pack.path.parent / "few"
     (empty / "a").mkdir(parents=True, exist_ok=True)
     with pytest.raises(ConfigError, match="has none for b, c, which the pack serves"):
-        bench_phone(replace(config, adapters=str(empty)), quiet=True)
+        bench_phone(config.replace(adapters=str(empty)), quiet=True)
 
 
 def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
@@ -254,7 +248,7 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
     for args, words in (
         (["phone", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
         (["phone", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
-        (["bench", "compare", str(tmp_path / "a"), "b"], f"error: {tmp_path / 'a'}: no such file"),
+        (["phone", str(tmp_path), "--device", "mac-8gb", "--bits", "3"], "error: bits: found 3"),
     ):
         argv = [sys.executable, "-c", code, *args]
         done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
@@ -268,7 +262,9 @@ def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):
     files = [paths.tasks / name / "test.jsonl" for name in "ab"]
     for file in files:
         file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
-    config = PhoneConfig(str(pack.path), "mac-8gb", str(paths.model), tasks=str(paths.tasks))
+    config = PhoneConfig(
+        pack=str(pack.path), device="mac-8gb", model=str(paths.model), tasks=str(paths.tasks)
+    )
     with pytest.raises(InputError) as caught:
         bench_phone(config, quiet=True)
     assert [line.split(" has ")[0] for line in caught.value.problems] == [

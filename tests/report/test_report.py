@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -36,11 +35,11 @@ def runs(tmp_path_factory):
     found = {}
     for kind, budget in (("d2c", "2"), ("auto", "60%")):
         output = root / kind
-        config = replace(common, plan=kind, budget=budget, output=str(output))
+        config = common.replace(budget=budget, output=str(output))
         run(config, quiet=True)
-        phone = PhoneConfig(str(output / "pack"), "iphone-6gb", str(paths.model), 4,
-                            contexts=(8,), decode=2, runs=1)  # fmt: skip
-        phone = bench_phone(replace(phone, tasks=str(paths.tasks), test_examples=2), quiet=True)
+        phone = PhoneConfig(pack=str(output / "pack"), device="iphone-6gb", model=str(paths.model),
+                            bits=4, contexts=(8,), decode=2, runs=1)  # fmt: skip
+        phone = bench_phone(phone.replace(tasks=str(paths.tasks), test_examples=2), quiet=True)
         (output / "phone.json").write_text(json.dumps(phone))
         run(config, quiet=True)
         found[kind] = output
@@ -168,8 +167,7 @@ def test_a_measurement_of_another_pack_is_refused(runs, tmp_path):
     shutil.copytree(runs["d2c"], output)
     shutil.copyfile(runs["auto"] / "phone.json", output / "phone.json")
     config = json.loads((output / "bench.json").read_text())["provenance"]["config"]
-    config = RunConfig(**{**config, "output": str(output), "init": tuple(config["init"]),
-                          "without": tuple(config["without"])})  # fmt: skip
+    config = RunConfig(**{**config, "output": str(output)})
     with pytest.raises(PackError, match="it is of another pack than .* or delete the file"):
         run(config, quiet=True)
 

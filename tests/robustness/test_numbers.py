@@ -235,7 +235,7 @@ def test_many_tasks(tmp_path, request):
         peft_adapter(paths.adapters, name, rank=1, seed=seed, targets=("self_attn.v_proj",))
         task(paths.tasks, name, 1, 1)
     methods = finished(
-        config_of(paths, tmp_path, budget=str(n // 10), init=("kmeans",), search="paper", rounds=0,
+        config_of(paths, tmp_path, budget=str(n // 10), init=("kmeans",), patience=1,
                   merge_method="linear", scale=1.0, stack=25)
     )  # fmt: skip
     pack = load_pack(tmp_path / "run" / "pack")

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,13 +33,13 @@ def config(tmp_path, paths):
         task(paths.tasks, name, n_probe=6)
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        output=str(tmp_path / "run"), probe_examples=6, test_examples=3, random_seeds=1, rounds=2,
+        output=str(tmp_path / "run"), probe_examples=6, test_examples=3, random_seeds=1,
         refine=True, refine_steps=12, refine_rate=5e-3, merge_method="linear", scale=1.0,
     )  # fmt: skip
 
 
 def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
-    off = run(replace(config, refine=False), quiet=True)
+    off = run(config.replace(refine=False), quiet=True)
     assert not off.path("refined").exists() and not off.path("refines.json").exists()
     plain = hash_tree(off.path("pack")), off.path("bench.json").read_bytes()
     on = run(config, quiet=True)
@@ -57,7 +56,7 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     assert bench["d2c"] == json.loads(plain[1])["methods"]["d2c"] != bench["pack"]
     assert not on.path("refining").exists()
     assert "refined" in on.path("report.md").read_text()
-    again = run(replace(config, refine=False), quiet=True)
+    again = run(config.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == plain[0]
 
 
@@ -91,7 +90,7 @@ main()
 
 
 def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatch):
-    whole = run(replace(config, output=str(tmp_path / "whole")), until="pack", quiet=True)
+    whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
     output = run(config, until="merge", quiet=True).output
     command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
@@ -113,7 +112,7 @@ def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatc
 def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
     whole = run(config, until="pack", quiet=True)
     assert not whole.path("refining").exists()
-    config = replace(config, output=str(tmp_path / "killed"))
+    config = config.replace(output=str(tmp_path / "killed"))
     remove = shutil.rmtree
 
     def killed(path, *args, **kwargs):
@@ -128,7 +127,7 @@ def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
         run(config, until="pack", quiet=True)
     # A change asks again for the clusters: none is taken from what is left.
     for refine_steps in (12, 11):
-        again = run(replace(config, refine_steps=refine_steps), until="pack", quiet=True)
+        again = run(config.replace(refine_steps=refine_steps), until="pack", quiet=True)
         assert not again.path("refining").exists()
         if refine_steps == 12:
             assert hash_tree(again.path("pack")) == hash_tree(whole.path("pack"))
@@ -173,7 +172,7 @@ def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
             {"task": "a", "prompt": long}]  # fmt: skip
     file = write_jsonl(paths.tasks / "more.jsonl", rows)
     with pytest.raises(InputError) as caught:
-        run(replace(config, unlabelled=str(file)), until="convert", quiet=True)
+        run(config.replace(unlabelled=str(file)), until="convert", quiet=True)
     first, second = caught.value.problems
     assert first.startswith(f"{file}: row 2 of task a has ") and "more than the model's" in first
     assert second.startswith(f"{file}: row 1 of task b has ")
@@ -189,4 +188,4 @@ def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
 )
 def test_bad_options(config, options, text):
     with pytest.raises(InputError, match=text):
-        replace(config, **options)
+        config.replace(**options)

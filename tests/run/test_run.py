@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,11 +84,11 @@ def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
 
 
 def test_baselines_are_those_that_are_asked_for(config):
-    output = run(replace(config, baselines=("kmeans",)), quiet=True).output
+    output = run(config.replace(baselines=("kmeans",)), quiet=True).output
     few = json.loads((output / "bench.json").read_text())["methods"]
     assert set(few) == {"base", "individual", "kmeans", "d2c", "pack"}
     first = stages_started(output)
-    run(replace(config, baselines=()), quiet=True)
+    run(config.replace(baselines=()), quiet=True)
     none = json.loads((output / "bench.json").read_text())["methods"]
     assert none == {name: few[name] for name in few if name != "kmeans"}
     changed = {name for name, time in stages_started(output).items() if time != first[name]}
@@ -99,10 +98,10 @@ def test_baselines_are_those_that_are_asked_for(config):
 def test_another_merge_that_is_clustered_alike_is_not_clustered_again(config):
     output = run(config, until="merge", quiet=True).output
     first = stages_started(output)
-    run(replace(config, merge_method="regmean++"), until="merge", quiet=True)
+    run(config.replace(merge_method="regmean++"), until="merge", quiet=True)
     changed = {name for name, time in stages_started(output).items() if time != first[name]}
     assert changed == {"merge"}
-    run(replace(config, merge_method="linear"), until="cluster", quiet=True)
+    run(config.replace(merge_method="linear"), until="cluster", quiet=True)
     assert stages_started(output)["cluster"] != first["cluster"]
 
 
@@ -115,7 +114,7 @@ def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatc
         # Random adapters hardly differ: a large eps has them ruled out all the same.
         options = {"output": output, "without": without, "probe_examples": 4, "eps": 90.0}
         options["search"] = "paper"
-        workspace = run(replace(config, **options), until="pack", quiet=True)
+        workspace = run(config.replace(**options), until="pack", quiet=True)
         record = json.loads((workspace.output / ".stages" / "cluster.json").read_text())
         done.append(record["evaluations"]["tokens"])
         names = ("losses.json", "clusters.json", "merged", "pack")
@@ -132,7 +131,7 @@ def test_until_stops_after_the_stage(config):
 
 @pytest.mark.parametrize("budget", ["1", "4", "9", "100%"])
 def test_one_cluster_and_one_each(config, budget):
-    config = RunConfig(**{**config.to_dict(), "budget": budget, "init": config.init})
+    config = config.replace(budget=budget, plan="d2c" if budget == "100%" else "auto")
     said = pytest.warns(InputWarning, match=f"budget: {budget} has room for all adapters .4., so")
     with nullcontext() if budget == "1" else said:
         output = run(config, quiet=True).output
@@ -180,7 +179,7 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
 @pytest.mark.parametrize("plan", ["d2c", "auto"])
 def test_a_pack_that_was_changed_is_not_undone(config, plan):
     """By no stage, with no options; what is damaged or missing is made anew."""
-    config = replace(config, plan=plan)
+    config = config.replace(plan=plan)
     output = run(config, quiet=True).output
     made = hash_tree(output / "pack")
     remove_tasks(load_pack(output / "pack"), ["a"])
@@ -189,7 +188,7 @@ def test_a_pack_that_was_changed_is_not_undone(config, plan):
         ("pack", {}), ("bench", {}), ("report", {}), ("report", {"budget": "60%", "seed": 1})
     ):  # fmt: skip
         with pytest.raises(PackError, match="pack: is not the pack that .* move it") as caught:
-            run(replace(config, **options), until, quiet=True)
+            run(config.replace(**options), until, quiet=True)
         assert len(caught.value.problems) == 1
         assert hash_tree(output / "pack") == changed and stages_started(output) == started
     run(config, "plan" if plan == "auto" else "merge", quiet=True)
@@ -205,7 +204,7 @@ def test_a_pack_that_was_changed_is_not_undone(config, plan):
 
 def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
     pack = run(config, "pack", quiet=True).path("pack")
-    other = replace(config, output=str(tmp_path / "other"))
+    other = config.replace(output=str(tmp_path / "other"))
     shutil.copytree(pack, tmp_path / "other" / "pack")
     with pytest.raises(InputError, match="other/pack, which no earlier run wrote"):
         run(other, quiet=True)
@@ -227,7 +226,7 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
             raise KeyboardInterrupt
         write(self, writes, measured)
 
-    more = replace(config, budget="3")
+    more = config.replace(budget="3")
     monkeypatch.setattr(Record, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(more, "pack", quiet=True)
@@ -250,7 +249,7 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
 def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(config, monkeypatch):
     """What a run writes it can read: before its first record, and for `--output` alone."""
     listed = ",".join(f"{config.adapters}/{'./' * 4000}{name}" for name in NAMES)
-    config = replace(config, adapters=listed)
+    config = config.replace(adapters=listed)
     output = Path(config.output)
 
     def killed(*args):

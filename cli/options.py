@@ -1,0 +1,311 @@
+"""The options of the configs, as click has them. Written by `make options`; edit the configs."""
+
+from __future__ import annotations
+
+import click
+
+from .help import GroupedOption
+from .paths import UserPath
+
+__all__ = ["PHONE_OPTIONS", "RUN_OPTIONS"]
+
+_PATH = UserPath(path_type=str)
+
+RUN_OPTIONS = (
+    click.option(
+        "--adapters",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        type=_PATH,
+        metavar="A",
+        help="folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with"
+        " commas: directories, .gguf files, Hugging Face ids owner/name[@revision]",
+    ),
+    click.option(
+        "--tasks",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        type=_PATH,
+        metavar="DIR",
+        help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
+    ),
+    click.option(
+        "--model",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        metavar="M",
+        help="base model: mlx-lm directory, Hugging Face id or .gguf file  [default: the"
+        " embedded SmolLM2-135M-Instruct]",
+    ),
+    click.option(
+        "--output",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        type=_PATH,
+        metavar="DIR",
+        help="run directory; the same command continues there",
+    ),
+    click.option(
+        "--budget",
+        cls=GroupedOption,
+        group="Budget",
+        metavar="B",
+        help='"12.5%", "40MB", "500KB" or a number of adapters  [default: 12.5%]',
+    ),
+    click.option(
+        "--plan",
+        cls=GroupedOption,
+        group="Budget",
+        metavar="NAME",
+        help="of a budget in bytes: auto chooses clusters, rank and bits by measuring; d2c"
+        " merges in 16 bit, as a number of adapters always does  [default: auto]",
+    ),
+    click.option(
+        "--max-adapters",
+        cls=GroupedOption,
+        group="Budget",
+        type=int,
+        help="most adapters that a plan may store  [default: any number]",
+    ),
+    click.option(
+        "--merge-method",
+        cls=GroupedOption,
+        group="Merge",
+        metavar="NAME",
+        help="linear, ties, ..., auto (docs/merging.md); auto packs for every cluster the best"
+        " of seven on its calibration rows  [default: layerwise, or regmean++ where a"
+        " model cannot be run by blocks]",
+    ),
+    click.option(
+        "--merge-rank",
+        cls=GroupedOption,
+        group="Merge",
+        type=int,
+        help="largest rank of a merged adapter  [default: the largest of the inputs]",
+    ),
+    click.option(
+        "--density",
+        cls=GroupedOption,
+        group="Merge",
+        type=float,
+        help="share of entries kept by methods that sparsify  [default: 0.5]",
+    ),
+    click.option(
+        "--scale",
+        cls=GroupedOption,
+        group="Merge",
+        type=float,
+        help="scale of every merge  [default: tuned per cluster on the calibration rows]",
+    ),
+    click.option(
+        "--search",
+        cls=GroupedOption,
+        group="Search",
+        metavar="NAME",
+        help="moves: single moves and swaps from the best start; paper: the plain loop of D2C"
+        " from every start  [default: moves]",
+    ),
+    click.option(
+        "--init",
+        cls=GroupedOption,
+        group="Search",
+        metavar="LIST",
+        help="starts: table, kmeans  [default: table,kmeans]",
+    ),
+    click.option(
+        "--patience",
+        cls=GroupedOption,
+        group="Search",
+        type=int,
+        help="proposals of moves in a row that may fail before it ends  [default: 10]",
+    ),
+    click.option(
+        "--eps",
+        cls=GroupedOption,
+        group="Search",
+        type=float,
+        help="smallest fall of regret that moves a task  [default: 0.001]",
+    ),
+    click.option(
+        "--neighbours",
+        cls=GroupedOption,
+        group="Search",
+        type=int,
+        help="other adapters under which a task is probed, the most alike; or twice as many as"
+        " share a slot  [default: 32]",
+    ),
+    click.option(
+        "--seed",
+        cls=GroupedOption,
+        group="Search",
+        type=int,
+        help="of all random choices  [default: 0]",
+    ),
+    click.option(
+        "--probe-examples",
+        cls=GroupedOption,
+        group="Evaluation",
+        type=int,
+        help="calibration rows that decide, the first of probe.jsonl  [default: 10]",
+    ),
+    click.option(
+        "--test-examples",
+        cls=GroupedOption,
+        group="Evaluation",
+        type=int,
+        help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
+    ),
+    click.option(
+        "--answers",
+        cls=GroupedOption,
+        group="Evaluation",
+        type=int,
+        help="held-out rows of each task that are answered and compared with the expected"
+        " answers  [default: 0]",
+    ),
+    click.option(
+        "--baselines",
+        cls=GroupedOption,
+        group="Evaluation",
+        metavar="LIST",
+        help='partitions that bench merges too, to compare; "" is none  [default:'
+        " merge-all,random,kmeans]",
+    ),
+    click.option(
+        "--random-seeds",
+        cls=GroupedOption,
+        group="Evaluation",
+        type=int,
+        help="random partitions to average  [default: 3]",
+    ),
+    click.option(
+        "--memory-limit",
+        cls=GroupedOption,
+        group="Evaluation",
+        metavar="M",
+        help='"3GB", "800MB"  [default: what the device recommends, else half the memory]',
+    ),
+    click.option(
+        "--without",
+        cls=GroupedOption,
+        group="Evaluation",
+        metavar="LIST",
+        help="optimizations of the evaluation to switch off: head, prefix, batches, frozen,"
+        " fold, streams, exponentials, cache, bound",
+    ),
+    click.option(
+        "--stack",
+        cls=GroupedOption,
+        group="Evaluation",
+        type=int,
+        help="adapters evaluated in one batch; above 1 a loss depends on the others by"
+        " rounding  [default: 1]",
+    ),
+    click.option(
+        "--refine/--no-refine",
+        cls=GroupedOption,
+        group="Refine",
+        default=None,
+        help="train every merge for a while to match its members (docs/refining.md)  [default: no]",
+    ),
+    click.option(
+        "--refine-steps",
+        cls=GroupedOption,
+        group="Refine",
+        type=int,
+        help="most steps of it  [default: 40]",
+    ),
+    click.option(
+        "--refine-rate",
+        cls=GroupedOption,
+        group="Refine",
+        type=float,
+        help="its learning rate  [default: 0.0005]",
+    ),
+    click.option(
+        "--unlabelled",
+        cls=GroupedOption,
+        group="Refine",
+        type=_PATH,
+        metavar="FILE",
+        help='prompts without answers for it: JSONL, {"task": NAME, "prompt": ...} or with'
+        ' "messages"',
+    ),
+)
+PHONE_OPTIONS = (
+    click.option(
+        "--device",
+        cls=GroupedOption,
+        group="Model and device",
+        metavar="PROFILE",
+        required=True,
+        help="iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml"
+        " file of your own",
+    ),
+    click.option(
+        "--model",
+        cls=GroupedOption,
+        group="Model and device",
+        metavar="M",
+        help="mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
+        " SmolLM2-135M-Instruct]",
+    ),
+    click.option(
+        "--bits",
+        cls=GroupedOption,
+        group="Model and device",
+        type=int,
+        help="4 or 8, if M is not quantized yet  [default: M as it is]",
+    ),
+    click.option(
+        "--adapters",
+        cls=GroupedOption,
+        group="Quality",
+        type=_PATH,
+        metavar="A",
+        help="the individual adapters, to measure them too",
+    ),
+    click.option(
+        "--tasks",
+        cls=GroupedOption,
+        group="Quality",
+        type=_PATH,
+        metavar="DIR",
+        help="<task>/test.jsonl, to measure quality too",
+    ),
+    click.option(
+        "--test-examples",
+        cls=GroupedOption,
+        group="Quality",
+        type=int,
+        help="rows that judge, 0 is all  [default: 10]",
+    ),
+    click.option(
+        "--answers",
+        cls=GroupedOption,
+        group="Quality",
+        type=int,
+        help="how many of them are answered and compared, 0 is none  [default: all of them]",
+    ),
+    click.option(
+        "--contexts",
+        cls=GroupedOption,
+        group="Measurement",
+        metavar="LIST",
+        help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
+    ),
+    click.option(
+        "--decode",
+        cls=GroupedOption,
+        group="Measurement",
+        type=int,
+        help="tokens generated after each  [default: 32]",
+    ),
+    click.option(
+        "--runs",
+        cls=GroupedOption,
+        group="Measurement",
+        type=int,
+        help="timed runs of each  [default: 3]",
+    ),
+)

@@ -1,0 +1,191 @@
+"""The command line's options and docs/options.md, written from the fields of the configs.
+
+    python -m d2c_mlx.run.options            # or: make options
+
+What it writes is checked in, so that `--help` imports neither pydantic nor MLX.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from d2c_mlx.phone.config import PhoneConfig
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.files import write_text
+from d2c_mlx.utils.validation import Checked, range_of
+
+__all__ = ["FILES", "command_line", "documents", "main"]
+
+_CLICK_HEAD = '''\
+"""The options of the configs, as click has them. Written by `make options`; edit the configs."""
+
+from __future__ import annotations
+
+import click
+
+from .help import GroupedOption
+from .paths import UserPath
+
+__all__ = [{names}]
+
+_PATH = UserPath(path_type=str)
+'''
+_DOCS_HEAD = """\
+# Options
+Written by `make options` from [d2c_mlx/run/config.py](../d2c_mlx/run/config.py) and \
+[d2c_mlx/phone/config.py](../d2c_mlx/phone/config.py).
+"""
+# Name in the generated code, model, heading of the documents, and what is said below it.
+_CONFIGS: tuple[tuple[str, type[Checked], str, str], ...] = (
+    (
+        "RUN_OPTIONS",
+        RunConfig,
+        "A run and its stages",
+        "Every option is also a key of the YAML file, with `_` for `-`; a list is one in YAML, or a"
+        " text with commas. What is given on the command line goes before the file. `--output` of"
+        " an earlier run, with neither a file nor `--adapters`, takes its options.",
+    ),
+    (
+        "PHONE_OPTIONS",
+        PhoneConfig,
+        "A pack on a phone stand-in",
+        "What is measured is in [phone.md](phone.md).",
+    ),
+)
+
+
+class _Option(NamedTuple):
+    """A field as the command line has it."""
+
+    name: str
+    group: str
+    help: str
+    kind: type
+    default: str
+    values: str
+    metavar: str | None
+    path: bool
+    required: bool
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def _options(config: type[Checked]) -> Iterator[_Option]:
+    """All fields with a group; others are arguments."""
+    for name, field in config.model_fields.items():
+        about: dict[str, Any] = dict(field.json_schema_extra or {})  # type: ignore[arg-type]
+        if "group" not in about:
+            continue
+        kinds = [one for one in (*get_args(field.annotation), field.annotation)
+                 if one in (int, float, bool)]  # fmt: skip
+        # A list comes as one text, which the config cuts.
+        kind = str if about.get("metavar") else kinds[0]
+        yield _Option(
+            name, about["group"], field.description or "", kind,
+            about.get("default_text") or _text(field.get_default()), range_of(field),
+            about.get("metavar"), bool(about.get("path")), field.is_required(),
+        )  # fmt: skip
+
+
+def _text(default: object) -> str:
+    if default is None or not isinstance(default, str | int | float | tuple):
+        return ""
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+def command_line() -> str:
+    """The module of the command line that has all options; none of them has a default of its own.
+
+    A default there would override the YAML file.
+    """
+    names = ", ".join(f'"{name}"' for name, *_ in sorted(_CONFIGS))
+    parts = [_CLICK_HEAD.format(names=names)]
+    for name, config, *_ in _CONFIGS:
+        lines = [line for one in _options(config) for line in _click(one, config is RunConfig)]
+        parts.append("\n".join([f"{name} = (", *lines, ")"]))
+    return "\n".join(parts) + "\n"
+
+
+def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
+    """Lines of one `click.option`, as ruff formats them."""
+    flag = option.flag
+    names = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
+    help = option.help + (f"  [default: {option.default}]" if option.default else "")
+    yield "    click.option("
+    yield f"        {json.dumps(names)},"
+    yield "        cls=GroupedOption,"
+    yield f"        group={json.dumps(option.group)},"
+    if option.path:
+        yield "        type=_PATH,"
+    elif option.kind in (int, float):
+        yield f"        type={option.kind.__name__},"
+    if option.kind is bool:
+        yield "        default=None,"
+    if option.metavar:
+        yield f'        metavar="{option.metavar}",'
+    # What a file may hold is looked for by the config.
+    if option.required and not in_a_file:
+        yield "        required=True,"
+    yield from _wrapped("        help=", help)
+    yield "    ),"
+
+
+def _wrapped(start: str, text: str) -> Iterator[str]:
+    """A string on lines of at most 100 characters, one after the other."""
+    if len(f"{start}{_quoted(text)},") <= 100:
+        yield f"{start}{_quoted(text)},"
+        return
+    lines = textwrap.wrap(text, 80, drop_whitespace=False, break_on_hyphens=False)
+    # The blank goes to the front of the next line, as all of this repository has it.
+    for i in range(len(lines) - 1):
+        kept = lines[i].rstrip()
+        lines[i], lines[i + 1] = kept, lines[i][len(kept) :] + lines[i + 1]
+    yield f"{start}{_quoted(lines[0])}"
+    yield from (f"        {_quoted(line)}" for line in lines[1:-1])
+    yield f"        {_quoted(lines[-1])},"
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if '"' in text else f'"{text}"'
+
+
+def documents() -> str:
+    """The page with all options in tables, a table for each group."""
+    parts = [_DOCS_HEAD]
+    for _, config, heading, about in _CONFIGS:
+        parts.append(f"## {heading}\n{about}\n")
+        options = list(_options(config))
+        for group in dict.fromkeys(one.group for one in options):
+            rows = [_row(one) for one in options if one.group == group]
+            head = "| option | what it is | values | default |\n|---|---|---|---|"
+            parts.append("\n".join([f"### {group}", head, *rows, ""]))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _row(option: _Option) -> str:
+    default = option.default or ("must be given" if option.required else "none")
+    cells = (f"`{option.flag}`", option.help, option.values, default)
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+
+
+# Path in the repository -> what writes it.
+FILES = {"cli/options.py": command_line, "docs/options.md": documents}
+
+
+def main() -> None:
+    """Write both files into the repository in the working directory."""
+    if not Path("cli/main.py").is_file():
+        sys.exit("cli/main.py: no such file; run this in the root of the repository")
+    for name, text in FILES.items():
+        write_text(Path(name), text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Checked values: pydantic models whose problems are our one-line messages, all at once.
+
+    class Profile(Checked):
+        memory: str = Field(max_length=9, json_schema_extra={"expected": 'bytes like "4GB"'})
+
+    Profile.read({"memory": 3, "ram": 4}, place="phone.yaml")
+    # phone.yaml: ram: unknown key; known: memory
+    # phone.yaml: memory: found 3, expected bytes like "4GB"
+
+What a message expects is a field's own `expected`, else derived from its type and its range. A
+field may also say what to do when it is absent (`missing`) or wrong (`remedy`). A validator of a
+field raises `expects("words")`, or `refused("a sentence")` where "found X, expected Y" does not
+fit; `info.data` has the fields before it, so that rules about two fields are told with all others.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from d2c_mlx.utils.errors import ConfigError, InputError, Problem
+
+__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "range_of", "refused"]
+
+Path = tuple[str | int, ...]
+T = TypeVar("T", bound="Checked")
+
+_TYPE_WORDS = {int: "int", float: "float", str: "str", bool: "true or false"}
+# A list by its items; any other is "a list".
+_LIST_WORDS = {str: "a list of strings", int: "a list of whole numbers"}
+# Characters of a value that a message repeats.
+_MOST_FOUND = 200
+_MOST_INT = 2**64
+
+
+def expects(words: str) -> PydanticCustomError:
+    """The error for a validator to raise: "field: found VALUE, expected WORDS"."""
+    return PydanticCustomError("expects", "{words}", {"words": words})
+
+
+def refused(sentence: str) -> PydanticCustomError:
+    """The error for a validator to raise where its own sentence says more: "field: SENTENCE"."""
+    return PydanticCustomError("refused", "{words}", {"words": sentence})
+
+
+def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
+    """A field that is an option, said once for checks, command line, config file and documents.
+
+    Args:
+        default: `...` is none: it must be given.
+        help: one phrase, to follow the option's name.
+        details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`), and of ours `group`
+            and `metavar` for the command line, `choices` of a name or of each name in a list,
+            `default_text` where the default says too little, `path` for a path, and `expected`,
+            `missing`, `remedy` as any field may have them.
+    """
+    limits = {key: details.pop(key) for key in ("ge", "gt", "le", "min_length") if key in details}
+    return Field(default, description=help, json_schema_extra=details, **limits)
+
+
+class Checked(BaseModel):
+    """A frozen model that takes no unknown keys and converts nothing but whole numbers to floats.
+
+    Both `Model(**values)` and `Model.read(values)` raise `error` with every problem, one line each.
+    A nested model adds its problems to those of the outer one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # Raised for bad values, and said of every problem whose field names no remedy of its own.
+    error: ClassVar[type[InputError]] = ConfigError
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401  validated here
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self.error(map(str, problems_of(error, type(self), values))) from None
+
+    # As pydantic's own RootModel does: without it a nested model would be made by `__init__`, and
+    # raise its problems alone.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_choice(cls, value: object, info: ValidationInfo) -> object:
+        choices = _about(cls.model_fields.get(info.field_name or "")).get("choices")
+        names = value if isinstance(value, tuple) else () if value is None else (value,)
+        if choices and not set(names) <= set(choices):
+            raise expects(_choice(choices, isinstance(value, tuple)))
+        return value
+
+    @classmethod
+    def read(cls: type[T], values: object, place: str | Mapping[str, str] = "") -> T:
+        """Check values from a file.
+
+        Args:
+            values: a mapping, or whatever was there in place of one.
+            place: the file that is named before every field; by top-level key where they differ.
+
+        Raises:
+            InputError: `cls.error`, one line per problem.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise cls.error(map(str, problems_of(error, cls, values, place))) from None
+
+    def replace(self: T, **changes: object) -> T:
+        """The same with other values for some fields, checked again."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+
+def problems_of(
+    error: ValidationError,
+    model: type[BaseModel],
+    values: object,
+    place: str | Mapping[str, str] = "",
+) -> list[Problem]:
+    """One problem per field, unknown keys before the other problems beside them.
+
+    Args:
+        error: what pydantic raised.
+        model: that was to be made.
+        values: it was to be made of, for what was found.
+        place: see `Checked.read`.
+    """
+    found: dict[Path, Problem] = {}
+    for details in _unknown_first(error.errors(include_url=False)):
+        path, field, kind, parent = _follow(model, details)
+        if path in found:
+            continue
+        name, words = ".".join(map(_key_text, path)), details.get("ctx", {}).get("words", "")
+        where = place if isinstance(place, str) else place.get(str(path[0]) if path else "", "")
+        about, absent = _about(field), details["type"] == "missing"
+        if details["type"] == "extra_forbidden":
+            words = f"unknown key; {_known(path[-1], parent)}"
+        elif absent:
+            words = about.get("missing", "")
+        elif details["type"] != "refused":
+            words = ""
+        if words:
+            found[path] = Problem(name, said=words, place=where)
+            continue
+        found[path] = Problem(
+            name,
+            "" if absent else found_text(_value(values, path, details["input"])),
+            _expected(kind, field, details),
+            where,
+            str(about.get("remedy", getattr(model, "remedy", ""))),
+        )
+    return list(found.values())
+
+
+def found_text(value: object) -> str:
+    """How a message repeats a value that may be anything."""
+    if isinstance(value, int) and abs(value) >= _MOST_INT:
+        return "a number beyond 64 bits"
+    text = repr(value)
+    return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."
+
+
+def range_of(field: FieldInfo) -> str:
+    """What a field takes, in words for a document; "" if its type says it all."""
+    about, several = _about(field), get_origin(_plain(field.annotation)) is tuple
+    if "choices" in about:
+        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}"
+    limits = _limits(field)
+    return str(about.get("expected", "")) or (
+        _range(_plain(field.annotation), limits) if limits else "")  # fmt: skip
+
+
+def _unknown_first(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Pydantic tells the unknown keys of an object after its fields; they often explain those."""
+    result = list(errors)
+    for details in errors:
+        if details["type"] == "extra_forbidden":
+            parent = details["loc"][:-1]
+            result.remove(details)
+            beside = (i for i, other in enumerate(result)
+                      if other["loc"][: len(parent)] == parent
+                      and other["type"] != "extra_forbidden")  # fmt: skip
+            result.insert(next(beside, len(result)), details)
+    return result
+
+
+def _follow(
+    model: type[BaseModel], details: ErrorDetails
+) -> tuple[Path, FieldInfo | None, Any, type[BaseModel] | None]:
+    """The field that an error is about: `(path, its definition, its type, model it belongs to)`.
+
+    The path ends where pydantic's goes on into the members of a union, or the items of a list of
+    plain values: such a value is shown and expected as a whole.
+    """
+    kind: Any = model
+    field: FieldInfo | None = None
+    parent: type[BaseModel] | None = None
+    path: Path = ()
+    for part in details["loc"]:
+        kind = _plain(kind)
+        items = get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            parent, field = kind, _field(kind, part)
+            kind = field.annotation if field else _extra_kind(kind)
+        elif get_origin(kind) in (dict, Mapping) and items:
+            # Pydantic marks what is wrong with a key itself by a part more.
+            parent, field, kind = None, None, None if part == "[key]" else items[1]
+        elif get_origin(kind) in (list, tuple) and items and _is_object(items[0]):
+            parent, field, kind = None, None, items[0]
+        else:
+            break
+        path = (*path, part) if part != "[key]" else path
+    return path, field, kind, parent
+
+
+def _plain(kind: Any) -> Any:  # noqa: ANN401  types are any
+    """A type without `Annotated` and without `| None`."""
+    while True:
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        elif get_origin(kind) in (Union, types.UnionType):
+            members = [one for one in get_args(kind) if one is not type(None)]
+            if len(members) > 1:
+                return kind
+            kind = members[0]
+        else:
+            return kind
+
+
+def _is_object(kind: Any) -> bool:  # noqa: ANN401  types are any
+    kind = _plain(kind)
+    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+    return is_model or get_origin(kind) in (dict, Mapping)
+
+
+def _field(model: type[BaseModel], key: str | int) -> FieldInfo | None:
+    by_alias = (one for one in model.model_fields.values() if one.alias == key)
+    return model.model_fields.get(str(key)) or next(by_alias, None)
+
+
+def _extra_kind(model: type[BaseModel]) -> Any:  # noqa: ANN401  types are any
+    """Type of the keys that a model lets in without naming them, where it says one."""
+    said = get_type_hints(model).get("__pydantic_extra__")
+    members = get_args(_plain(said))
+    return members[1] if members else None
+
+
+def _about(field: FieldInfo | None) -> Mapping[str, Any]:
+    extra = field.json_schema_extra if field else None
+    return extra if isinstance(extra, dict) else {}
+
+
+def _known(key: str | int, parent: type[BaseModel] | None) -> str:
+    names = [one.alias or name for name, one in parent.model_fields.items()] if parent else []
+    close = difflib.get_close_matches(str(key), names, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def _expected(kind: Any, field: FieldInfo | None, details: ErrorDetails) -> str:  # noqa: ANN401
+    """In words, from the type of a field and its range."""
+    if details["type"] == "expects":
+        return str(details["ctx"]["words"])
+    if own := _about(field).get("expected"):
+        return str(own)
+    kind = _plain(kind)
+    if get_origin(kind) is Literal:
+        return _choice(get_args(kind), False)
+    items = get_args(kind)
+    if get_origin(kind) in (list, tuple) and items:
+        item = _plain(items[0])
+        if get_origin(item) is Literal:
+            whole = details["type"] in ("tuple_type", "list_type")
+            return _LIST_WORDS[str] if whole else _choice(get_args(item), True)
+        if details["type"] == "too_short" and "choices" in _about(field):
+            return _choice(_about(field)["choices"], True)
+        return _LIST_WORDS.get(item, "a list")
+    limits = _limits(field)
+    if not details["type"].endswith(("_type", "_parsing", "_from_float", "missing")) and limits:
+        return _range(kind, limits)
+    if get_origin(kind) in (dict, Mapping) or _is_object(kind):
+        names = ", ".join(getattr(kind, "model_fields", ()))
+        return f"an object with {names}" if names else "an object"
+    if kind in _TYPE_WORDS:
+        return _TYPE_WORDS[kind]
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return message[:1].lower() + message[1:]
+
+
+def _choice(choices: Sequence[str], several: bool) -> str:
+    return f"{'some' if several else 'one'} of {list(choices)}"
+
+
+def _limits(field: FieldInfo | None) -> dict[str, float]:
+    """`{"ge": 1, "le": 10}` and the like of a field."""
+    return {
+        name: getattr(one, name)
+        for one in (field.metadata if field else ())
+        for name in ("gt", "ge", "lt", "le")
+        if getattr(one, name, None) is not None
+    }
+
+
+def _range(kind: Any, limits: Mapping[str, float]) -> str:  # noqa: ANN401  types are any
+    """`1 or more`, `0 to 100`, `a number above 0 and at most 1`."""
+    if limits.keys() == {"ge"}:
+        return f"{limits['ge']:,} or more"
+    if limits.keys() == {"ge", "le"}:
+        return f"{limits['ge']:,} to {limits['le']:,}"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    number = "a whole number" if kind is int else "a number"
+    return f"{number} {' and '.join(f'{words[name]} {one:g}' for name, one in limits.items())}"
+
+
+def _value(values: object, path: Path, default: object) -> object:
+    """What a path leads to in what was given; `default` where it leads nowhere."""
+    for part in path:
+        try:
+            values = values[part]  # type: ignore[index]
+        except (TypeError, LookupError):
+            return default
+    return values
+
+
+def _key_text(key: str | int) -> str:
+    """A key from a stranger's file; it may be long."""
+    text = str(key)
+    return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."

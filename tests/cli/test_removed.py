@@ -1,0 +1,99 @@
+"""Options, values and commands that are gone: each says what to use instead, and old runs go on."""
+
+import re
+import sys
+
+import pytest
+import yaml
+from d2c_mlx_cli.main import main
+from d2c_mlx_cli.removed import COMMANDS, OPTIONS
+
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
+from d2c_mlx.utils.errors import ConfigError, InputWarning
+
+NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The last line of a command that must be refused."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["d2c-mlx", *argv])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out) == (2, "")
+        return err.splitlines()[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("key", REMOVED)
+@pytest.mark.parametrize("command", ["run", "cluster", "bench"])
+def test_an_option_of_a_run(refused, command, key):
+    for option in (f"--{key}=3", f"--{key}", *(["--no-compile"] if key == "compile" else [])):
+        line = refused(command, option)
+        assert line == f"Error: {option.split('=')[0]}: {REMOVED[key]}"
+        assert "no longer an option; " in line
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_an_option_of_another_command(refused, command, option):
+    if command == "phone":
+        command = "bench"
+    line = refused(command, "pack", "adapter", option, "x", *["--device=x"] * (command == "bench"))
+    assert line == f"Error: {option}: no longer an option; {OPTIONS[command, option]}"
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command(refused, words):
+    line = refused(*words, "a.json", "b.json")
+    assert line == f"Error: {' '.join(words)}: no longer a command; {COMMANDS[words]}"
+
+
+def test_an_option_that_never_was(refused):
+    assert "No such option" in refused("run", "--nothing") and "Did you mean" not in refused("add")
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_key_of_a_file(tmp_path, key):
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump({**NEEDED, key: REMOVED[key].default, "seed": -1}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {})
+    assert caught.value.problems == [
+        f"{path}: {key}: {REMOVED[key]}",
+        f"{path}: seed: found -1, expected 0 to 4,294,967,295",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in REMOVED_VALUES.items() for value in values]
+)
+def test_a_value(key, value):
+    for given in ([value, "table"], value, f"table,{value}"):
+        with pytest.raises(ConfigError) as caught:
+            RunConfig(**NEEDED, **{key: given})
+        assert caught.value.problems == [f"{key}: {REMOVED_VALUES[key][value]}"]
+
+
+def test_a_run_of_before_goes_on(tmp_path):
+    """Its config has every option of its day; what was asked for and is gone is told."""
+    path = tmp_path / "config.yaml"
+    old = {**NEEDED, "budget": "2", "plan": "d2c", "patience": None}
+    old |= {key: gone.default for key, gone in REMOVED.items()}
+    path.write_text(yaml.safe_dump(old))
+    assert load_config(path, {}, saved=True) == RunConfig(**NEEDED, budget="2")
+    path.write_text(yaml.safe_dump(old | {"restarts": 4, "init": ["adapters", "kmeans"]}))
+    with pytest.warns(InputWarning) as warned:
+        found = load_config(path, {}, saved=True)
+    assert found == RunConfig(**NEEDED, budget="2", init=("kmeans",))
+    assert sorted(re.split(" (?:of|is)", str(one.message))[0] for one in warned) == [
+        "init: adapters", "restarts: 4",
+    ]  # fmt: skip
+    path.write_text(yaml.safe_dump(old | {"init": ["random"]}))
+    with pytest.warns(InputWarning, match="init: random of .* is left out: 'random' is no longer"):
+        assert load_config(path, {}, saved=True) == RunConfig(**NEEDED, budget="2")
