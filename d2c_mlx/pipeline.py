@@ -23,7 +23,7 @@ from d2c_mlx.cluster.completion import nearest, others_needed
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import read_compact, write_compact
-from d2c_mlx.compress.planner import Planner
+from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.distributed import leading
 from d2c_mlx.evaluate.heldout import Method, bench_methods
@@ -65,9 +65,9 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         if session.directory.is_finished(config, wanted):
             return session
         session.inputs  # noqa: B018  every problem shows before anything is written
-        with locked(session.directory.root):
+        with locked(session.output):
             if "pack" in wanted:
-                check_pack(session.directory.root)
+                check_pack(session.output)
             for name in wanted:
                 STAGES[name](session)
             session.directory.remember_finish(config, wanted)
@@ -79,7 +79,7 @@ def convert(session: Session) -> None:
     inputs = session.inputs
 
     def body() -> None:
-        with write_dir(session.directory.path("adapters")) as directory:
+        with write_dir(session.path("adapters")) as directory:
             for adapter in inputs.adapters:
                 adapter.save(directory / adapter.name, inputs.base.n_layers)
 
@@ -96,7 +96,7 @@ def probe(session: Session) -> None:
     def body() -> None:
         measured = nearest(session.library.similarity, n_others)
         table = measure_losses(session.evaluator, session.adapters, inputs.probes, measured)
-        write_json(session.directory.path("losses.json"), table.to_json())
+        write_json(session.path("losses.json"), table.to_json())
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], n_others]
     session.stage("probe", options, ["adapters"], ["losses.json"], body)
@@ -110,11 +110,10 @@ def plan(session: Session) -> None:
     c, inputs = session.config, session.inputs
 
     def body() -> None:
-        planner = Planner(session.study, inputs.capacity, c.max_adapters)
-        found = planner.plan(planner.measure(), inputs.capacity.room)
-        with write_dir(session.directory.path("planned")) as directory:
+        found = session.planner.plan(session.planner.measure(), inputs.capacity.room)
+        with write_dir(session.path("planned")) as directory:
             write_compact(directory / COMPACT, found.adapters)
-        write_json(session.directory.path("plan.json"), found.content)
+        write_json(session.path("plan.json"), found.content)
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters]  # fmt: skip
@@ -151,7 +150,7 @@ def cluster(session: Session) -> None:
                 for name, clusterings in methods.items()
             },
         }
-        write_json(session.directory.path("clusters.json"), content)
+        write_json(session.path("clusters.json"), content)
 
     # A merge that is clustered alike is not clustered again.
     like = c.replace(merge_method=session.study.merger.quick_method)
@@ -167,13 +166,13 @@ def merge(session: Session) -> None:
     def body() -> None:
         (clustering,) = _clusterings(session)["d2c"]
         merges = []
-        with write_dir(session.directory.path("merged")) as directory:
+        with write_dir(session.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
                 merged = session.study.merger.final(members)
                 merged.adapter.save(directory / str(k), inputs.base.n_layers)
                 names = [inputs.names[i] for i in members]
                 merges.append({"members": names, "method": merged.method, "scale": merged.scale})
-        write_json(session.directory.path("merges.json"), merges)
+        write_json(session.path("merges.json"), merges)
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
     reads = ["adapters", "losses.json", "clusters.json"]
@@ -182,27 +181,26 @@ def merge(session: Session) -> None:
 
 def refine(session: Session) -> None:
     """If asked for: each merge trained to match its members -> `refined/<k>/`, `refines.json`."""
-    directory = session.directory
 
     def body() -> None:
         # A cluster takes minutes: each is kept as soon as it is done.
-        parts = [refine_cluster(session, k, entry["members"], directory.path("refining"))
-                 for k, entry in enumerate(directory.read("merges.json"))]  # fmt: skip
-        with write_dir(directory.path("refined")) as refined:
+        parts = [refine_cluster(session, k, entry["members"], session.path("refining"))
+                 for k, entry in enumerate(session.read("merges.json"))]  # fmt: skip
+        with write_dir(session.path("refined")) as refined:
             for k, part in enumerate(parts):
                 shutil.copytree(part / "adapter", refined / str(k))
         facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
-        write_json(directory.path("refines.json"), facts)
+        write_json(session.path("refines.json"), facts)
 
     reads = ["adapters", "losses.json", "merged", "merges.json"]
     session.stage("refine", refine_inputs(session), reads, ["refined", "refines.json"], body)
     # Not before the stage is recorded: what is half removed would be taken for done.
-    remove_dir(directory.path("refining"))
+    remove_dir(session.path("refining"))
 
 
 def pack(session: Session) -> None:
     """Adapters and a manifest -> `pack/`, within the budget: merges in 16 bit, or as planned."""
-    c, inputs, directory = session.config, session.inputs, session.directory
+    c, inputs = session.config, session.inputs
     about: dict[str, Any] = {
         "model": inputs.base.name,
         "config_hash": inputs.base.config_hash,
@@ -210,26 +208,23 @@ def pack(session: Session) -> None:
         "budget": inputs.capacity.budget.text,
         "max_bytes": inputs.capacity.max_bytes,
         "origins": {adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
-        "ready": partial(expect_pack, directory.root),
+        "ready": partial(expect_pack, session.output),
     }
     source = "refined" if c.refine else "merged"
 
     def merges() -> None:
         adapters = [
-            dataclasses.replace(load_adapter(directory.path(source) / str(k)), sources=tuple(names))
-            for k, names in enumerate(entry["members"] for entry in directory.read("merges.json"))
+            dataclasses.replace(load_adapter(session.path(source) / str(k)), sources=tuple(names))
+            for k, names in enumerate(entry["members"] for entry in session.read("merges.json"))
         ]
-        write_pack(directory.path("pack"), adapters, **about)
+        write_pack(session.path("pack"), adapters, **about)
 
     def compact() -> None:
-        plan = directory.read("plan.json")
-        serves: dict[str, int | None] = dict.fromkeys(plan["base"])
-        for k, unit in enumerate(plan["units"]):
-            serves |= dict.fromkeys(unit["tasks"], k)
-        file = directory.path("planned") / COMPACT
+        plan = session.read("plan.json")
+        file = session.path("planned") / COMPACT
         adapters = [read_compact(file, k) for k in range(len(plan["units"]))]
         write_compact_pack(
-            directory.path("pack"), adapters, serves, dtype=inputs.base.dtype, **about
+            session.path("pack"), adapters, serves_of(plan), dtype=inputs.base.dtype, **about
         )
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
@@ -241,10 +236,10 @@ def pack(session: Session) -> None:
 
 def bench(session: Session) -> None:
     """Every method on the held-out rows -> `bench.json`."""
-    c, inputs, directory = session.config, session.inputs, session.directory
+    c, inputs = session.config, session.inputs
 
     def body() -> None:
-        packed = load_pack(directory.path("pack"))
+        packed = load_pack(session.path("pack"))
         methods = {
             "base": Method(0, [dict.fromkeys(inputs.names)]),
             "individual": Method(
@@ -255,7 +250,7 @@ def bench(session: Session) -> None:
         }
         results = bench_methods(session.evaluator, methods, inputs.tests)
         # Which pack was measured: a card of another one must not show this.
-        of = {"pack": {"manifest_sha256": hash_file(directory.path("pack") / MANIFEST)}}
+        of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content = {"methods": results, "provenance": {**provenance(inputs), **of}}
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
@@ -264,7 +259,7 @@ def bench(session: Session) -> None:
                 for task, rows in zip(inputs.tasks, inputs.tests)
             }
             content["metrics"] = answer_metrics(content["answers"], list(shown))
-        write_json(directory.path("bench.json"), content)
+        write_json(session.path("bench.json"), content)
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
@@ -274,20 +269,19 @@ def bench(session: Session) -> None:
 
 def report(session: Session) -> None:
     """The results for people -> `report.md`, `report.html`."""
-    directory = session.directory
     chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
     # What `phone PACK --json` of this pack printed, where the user put it.
-    phone = directory.path("phone.json")
+    phone = session.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
 
     def body() -> None:
-        artifacts = {Path(name).stem: directory.read(name) for name in reads}
+        artifacts = {Path(name).stem: session.read(name) for name in reads}
         if phone.exists():
-            artifacts["phone"] = read_phone(phone, of=directory.path("pack"))
+            artifacts["phone"] = read_phone(phone, of=session.path("pack"))
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):
-            write_text(directory.path(name), render(artifacts))
+            write_text(session.path(name), render(artifacts))
 
     session.stage("report", None, reads, ["report.md", "report.html"], body)
 
@@ -305,7 +299,7 @@ def _merge_options(config: RunConfig) -> list[object]:
 
 def _clusterings(session: Session) -> dict[str, list[Clustering]]:
     """Method -> clusterings, from `clusters.json`, best-known baselines first."""
-    methods: dict[str, list[dict[str, Any]]] = session.directory.read("clusters.json")["methods"]
+    methods: dict[str, list[dict[str, Any]]] = session.read("clusters.json")["methods"]
     return {
         name: [Clustering(**{**entry, "labels": tuple(entry["labels"])}) for entry in methods[name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
@@ -322,7 +316,7 @@ def _merged_methods(session: Session) -> dict[str, Method]:
         variants, nbytes = [], []
         for clustering in clusterings:
             if method == "d2c":
-                folder = session.directory.path("merged")
+                folder = session.path("merged")
                 merged = [load_adapter(folder / str(k)) for k in range(clustering.n_clusters)]
             else:
                 merged = [session.study.merger.final(one).adapter for one in clustering.groups]

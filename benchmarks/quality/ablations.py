@@ -32,6 +32,7 @@ from benchmarks.quality.methods import PAPER, by_d2c, by_features, follows, merg
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.answers import question
 from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.loss_table import normalized_regret
 from d2c_mlx.utils.files import write_json
 
 RESULT = RESULTS / "ablations.json"
@@ -41,27 +42,31 @@ FROM_KMEANS = by_d2c(search="paper", init=("kmeans",), rounds=4)
 INITS = ("adapters", "kmeans", "random", "table", "pairs")
 
 
-def judged(ws, stored):
+def judged(session, stored):
     """Held-out rows of what is stored."""
     methods = {
-        "base": Method(0, [dict.fromkeys(ws.names)]),
-        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
         "it": Method(stored.nbytes, [stored.serves]),
     }
-    found = bench_methods(ws.evaluator, methods, ws.tests)["it"]
+    found = bench_methods(session.evaluator, methods, session.inputs.tests)["it"]
     kept = {key: found[key] for key in ("excess", "retention")}
     return kept | stored.about | {"follows": follows(stored.about["clusters"])}
 
 
-def agreement(ws, stored):
+def agreement(session, stored):
     """Which cluster serves a task best: by its probes, and by its test rows."""
     adapters = list({one.digest: one for one in stored.serves.values()}.values())
     table, held_out = (
-        np.stack(ws.evaluator.losses([(one, sets) for one in adapters]), axis=1)
-        for sets in (ws.probes, ws.tests)
+        np.stack(session.evaluator.losses([(one, sets) for one in adapters]), axis=1)
+        for sets in (session.inputs.probes, session.inputs.tests)
     )
-    chosen, best, rows = table.argmin(axis=1), held_out.argmin(axis=1), np.arange(len(ws.names))
-    own = np.array([adapters.index(stored.serves[name]) for name in ws.names])
+    chosen, best, rows = (
+        table.argmin(axis=1),
+        held_out.argmin(axis=1),
+        np.arange(len(session.inputs.names)),
+    )
+    own = np.array([adapters.index(stored.serves[name]) for name in session.inputs.names])
     cost = held_out[rows, chosen] - held_out[rows, best]
     return {
         "agree": float((chosen == best).mean()),
@@ -71,12 +76,15 @@ def agreement(ws, stored):
     }
 
 
-def by_metric(ws, directory):
+def by_metric(session, directory):
     """The loop of the paper, from K-Means, on 1 - score of answers to the probes."""
-    answers = Answers(directory, ws.probes, ws.config.model, ws.engine.workers)
-    n = ws.config.probe_examples
+    answers = Answers(
+        directory, session.inputs.probes, session.config.model, session.inputs.engine.workers
+    )
+    n = session.config.probe_examples
     rows = {
-        task.name: [tuple(question(row).values()) for row in task.probe[:n]] for task in ws.tasks
+        task.name: [tuple(question(row).values()) for row in task.probe[:n]]
+        for task in session.inputs.tasks
     }
 
     def cost(name, found):
@@ -86,7 +94,7 @@ def by_metric(ws, directory):
     def losses(jobs, _limits=None):
         found = []
         for adapter, tasks in jobs:
-            names = [ws.names[i] for i in tasks]
+            names = [session.inputs.names[i] for i in tasks]
             texts = answers.of(adapter, names)
             found.append(np.array([cost(name, texts[name]) for name in names]))
         return found
@@ -94,9 +102,17 @@ def by_metric(ws, directory):
     def partition(problem, adapters, k, seed):
         everything = list(range(problem.n))
         (base,) = losses([(None, everything)])
-        # Nothing but its diagonal is asked for when the start is K-Means.
-        own = [float(losses([(one, [i])])[0][0]) for i, one in enumerate(adapters)]
-        other = replace(problem, base=base, table=np.diag(own), losses=losses)
+        # K-Means asks for no regret of single adapters.
+        own = np.array([float(losses([(one, [i])])[0][0]) for i, one in enumerate(adapters)])
+
+        def measure(jobs, _limits=None):
+            sets = [list(tasks) for _, tasks in jobs]
+            return [
+                normalized_regret(found, own[tasks], base[tasks])
+                for tasks, found in zip(sets, losses(jobs))
+            ]
+
+        other = replace(problem, regrets=np.zeros((problem.n, problem.n)), measure=measure)
         return FROM_KMEANS(other, adapters, k, seed)
 
     return partition
@@ -195,18 +211,18 @@ def measure_seed(options, seed, cases):
         options.examples = n
         if n not in spaces:
             spaces[n] = workspace(options, seed)
-        ws = spaces[n]
-        partition = partition or by_metric(ws, options.work / f"probe-answers-{seed}")
-        allowed = int(ws.capacity.total * options.budget / 100)
+        session = spaces[n]
+        partition = partition or by_metric(session, options.work / f"probe-answers-{seed}")
+        allowed = int(session.inputs.capacity.total * options.budget / 100)
         # As experiment.py draws first.
-        stored = merged(ws, partition, method, allowed, 1000 * seed)
-        tasks = Judge(ws, options.work / "answers").row(stored)["tasks"]
+        stored = merged(session, partition, method, allowed, 1000 * seed)
+        tasks = Judge(session, options.work / "answers").row(stored)["tasks"]
         about = {"case": case, "value": value, "budget": options.budget, "seed": seed,
                  "tests": options.tests}  # fmt: skip
-        row = about | judged(ws, stored)
+        row = about | judged(session, stored)
         row["score"] = float(np.mean([one["score"] for one in tasks.values()]))
         if case == "agreement":
-            row |= agreement(ws, stored)
+            row |= agreement(session, stored)
         row["seconds"] = round(time.perf_counter() - started, 1)
         write_row(place(options, case, value, seed), row)
         write_json(options.output, summary(options))

@@ -19,15 +19,14 @@ from pathlib import Path
 from benchmarks import RESULTS, command_line
 from benchmarks.quality.byte_families import ALONE, in_hindsight, shared_basis
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.candidates import SCALES
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.planner import make_plan, measure, planned
 from d2c_mlx.evaluate.heldout import Method, bench_methods
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
+from d2c_mlx.utils.line_search import FINE_SCALES
 
 RESULT = RESULTS / "bytes.json"
 # Candidates that a family may choose from.
@@ -42,41 +41,42 @@ FAMILIES = {
 }
 
 
-def judge(ws, adapters, serves, nbytes):
+def judge(session, adapters, serves, nbytes):
     """Held-out rows of stored adapters: excess loss, retention."""
-    plain = [one.adapter(ws.base.dtype) for one in adapters]
+    plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
-        "base": Method(0, [dict.fromkeys(ws.names)]),
-        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
         "plan": Method(nbytes, [served]),
     }
-    benched = bench_methods(ws.evaluator, methods, ws.tests)["plan"]
+    benched = bench_methods(session.evaluator, methods, session.inputs.tests)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
-    share = nbytes / ws.capacity.total
+    share = nbytes / session.inputs.capacity.total
     keys = ("nbytes", "excess", "retention")
     return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
 
-def chosen(ws, name, room, candidates):
+def chosen(session, name, room, candidates):
     """What a family chooses for a budget, and what that is worth."""
-    plan = make_plan(ws, [one for one in candidates if one.family in FAMILIES[name]], room)
-    adapters, serves = planned(ws, plan)
+    some = [one for one in candidates if one.family in FAMILIES[name]]
+    found = session.planner.plan(some, room)
+    plan, adapters, serves = found.content, found.adapters, found.serves
     merged = [unit["family"] for unit in plan["units"]].count("merged")
     stored = {"own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"])}
-    judged = judge(ws, adapters, serves, compact_nbytes(index_of(adapters)))
+    judged = judge(session, adapters, serves, compact_nbytes(index_of(adapters)))
     return {"probe_regret": plan["regret"], **stored, **judged}
 
 
-def basis(ws, room):
+def basis(session, room):
     """The row of a shared basis, if one fits."""
-    found = shared_basis(ws, room)
+    found = shared_basis(session, room)
     if found is None:
         return None
     adapters, nbytes, regret = found
-    serves = {name: i for i, name in enumerate(ws.names)}
+    serves = {name: i for i, name in enumerate(session.inputs.names)}
     counts = {"own": len(adapters), "merged": 0, "base": 0}
-    return {"probe_regret": regret, **counts, **judge(ws, adapters, serves, nbytes)}
+    return {"probe_regret": regret, **counts, **judge(session, adapters, serves, nbytes)}
 
 
 def line(one):
@@ -88,26 +88,28 @@ def line(one):
     )
 
 
-def rows_of(ws, name, budgets, rooms, candidates):
+def rows_of(session, name, budgets, rooms, candidates):
     """Yield the rows of a family."""
     pool = candidates
     if name in ALONE:
-        pool = [*candidates, *ALONE[name](ws)]
+        pool = [*candidates, *ALONE[name](session)]
     elif name == "hindsight":
-        pool = in_hindsight(ws, candidates)
+        pool = in_hindsight(session, candidates)
     for budget, room in zip(budgets, rooms):
-        found = basis(ws, room) if name == "shared basis" else chosen(ws, name, room, pool)
+        found = (
+            basis(session, room) if name == "shared basis" else chosen(session, name, room, pool)
+        )
         if found:
             yield {"budget": budget, "family": name, **found}
 
 
-def measured(ws, rooms):
+def measured(session, rooms):
     """The candidates for all budgets, and what they cost."""
-    before, started = replace(ws.evaluator.counts), time.perf_counter()
-    candidates = measure(ws, rooms)
-    counts = ws.evaluator.counts
+    before, started = replace(session.evaluator.counts), time.perf_counter()
+    candidates = session.planner.measure(rooms)
+    counts = session.evaluator.counts
     every = sum(
-        len(SCALES) * len(ws.probes[i].parts)
+        len(FINE_SCALES) * len(session.inputs.probes[i].parts)
         for one in candidates if one.family != "base" for i in one.members
     )  # fmt: skip
     return candidates, {
@@ -152,15 +154,15 @@ def main():
             output=str(Path(directory) / "run"), budget=budgets[0],
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
-        ws = run(config, until="probe", quiet=True)
-        rooms = [ws.capacity.room_of(parse_budget(one)) for one in budgets]
-        candidates, facts = measured(ws, rooms)
+        session = run(config, until="probe", quiet=True)
+        rooms = [session.inputs.capacity.room_of(parse_budget(one)) for one in budgets]
+        candidates, facts = measured(session, rooms)
         facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
         print(json.dumps(facts), flush=True)
         asked = options.families.split(",")
         result = continued(options.output, facts, asked)
         for name in asked:
-            for one in rows_of(ws, name, budgets, rooms, candidates):
+            for one in rows_of(session, name, budgets, rooms, candidates):
                 result["rows"].append(one)
                 write_json(options.output, result)
                 print(line(one), flush=True)

@@ -60,21 +60,26 @@ PAIRS = (
 class Judge:
     """Losses and scores of what a method stores, on the same test rows for all."""
 
-    def __init__(self, ws, directory: Path) -> None:
+    def __init__(self, session, directory: Path) -> None:
         """Of a workspace; answers are kept in a directory."""
-        self._ws = ws
-        self._answers = Answers(directory, ws.tests, ws.config.model, ws.engine.workers)
-        n = ws.config.test_examples
+        self._session = session
+        self._answers = Answers(
+            directory, session.inputs.tests, session.config.model, session.inputs.engine.workers
+        )
+        n = session.config.test_examples
         self._rows = {
-            task.name: [tuple(question(row).values()) for row in task.test[:n]] for task in ws.tasks
+            task.name: [tuple(question(row).values()) for row in task.test[:n]]
+            for task in session.inputs.tasks
         }
 
     def row(self, stored: Stored) -> dict[str, object]:
         """`tasks`: task -> loss, score, and of every test row what the score is made of."""
-        losses = measure(self._ws.evaluator, Method(0, [stored.serves]), self._ws.tests)
+        losses = measure(
+            self._session.evaluator, Method(0, [stored.serves]), self._session.inputs.tests
+        )
         answers = self._all_answers(stored.serves)
         tasks = {}
-        for name, loss in zip(self._ws.names, losses):
+        for name, loss in zip(self._session.inputs.names, losses):
             stats = [
                 row_stats(name, prompt, expected, answer)
                 for (prompt, expected), answer in zip(self._rows[name], answers[name])
@@ -83,7 +88,7 @@ class Judge:
             tasks[name] = {"loss": float(loss), "score": score, "stats": stats}
         return {
             "nbytes": stored.nbytes,
-            "share": stored.nbytes / self._ws.capacity.total,
+            "share": stored.nbytes / self._session.inputs.capacity.total,
             "n_adapters": stored.n_adapters,
             **stored.about,
             "tasks": tasks,
@@ -166,11 +171,16 @@ def write(path, about, row, seconds):
 
 def measure_seed(options, seed, wanted):
     """What is missing of one seed."""
-    ws = workspace(options, seed)
-    judge = Judge(ws, options.work / "answers")
+    session = workspace(options, seed)
+    judge = Judge(session, options.work / "answers")
     ends = {
-        FLOOR: Stored(dict.fromkeys(ws.names), 0, 0, {}),
-        CEILING: Stored(dict(zip(ws.names, ws.adapters)), ws.capacity.total, len(ws.names), {}),
+        FLOOR: Stored(dict.fromkeys(session.inputs.names), 0, 0, {}),
+        CEILING: Stored(
+            dict(zip(session.inputs.names, session.adapters)),
+            session.inputs.capacity.total,
+            len(session.inputs.names),
+            {},
+        ),
     }
     for name, stored in ends.items():
         path, started = options.rows / f"{name}.json", time.perf_counter()
@@ -179,19 +189,19 @@ def measure_seed(options, seed, wanted):
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
     # All budgets, also those that are done: the candidates of a plan do not depend on what is left.
     rooms = {
-        budget: ws.capacity.room_of(parse_budget(f"{budget}%"))
+        budget: session.inputs.capacity.room_of(parse_budget(f"{budget}%"))
         for budget in options.budgets.split(",")
     }
-    planner = Planner(ws, list(rooms.values()))
+    planner = Planner(session, list(rooms.values()))
     began = time.perf_counter()
     for done, (budget, method, draw) in enumerate(wanted, 1):
         started = time.perf_counter()
-        with progress_bar(f"{method}, {budget}%") as ws.evaluator.meter:
+        with progress_bar(f"{method}, {budget}%") as session.evaluator.meter:
             if METHODS[method] is None:
                 stored = planner.stored(method, rooms[budget])
             else:
-                allowed = int(ws.capacity.total * float(budget) / 100)
-                stored = merged(ws, *METHODS[method], allowed, 1000 * seed + draw)
+                allowed = int(session.inputs.capacity.total * float(budget) / 100)
+                stored = merged(session, *METHODS[method], allowed, 1000 * seed + draw)
             row = judge.row(stored)
         about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw,
                  "examples": options.examples}  # fmt: skip

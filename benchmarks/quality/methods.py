@@ -15,7 +15,6 @@ from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.planner import bare, make_plan, measure, planned
 from d2c_mlx.merge.methods import merge_adapters
 
 # Methods that are drawn several times: partitions, and orders in which adapters arrive.
@@ -42,21 +41,23 @@ class Stored:
 class Planner:
     """Plans at several budgets; candidates are measured once for all."""
 
-    def __init__(self, ws, rooms: Sequence[int]) -> None:
-        """Of a workspace with its probe table, and of the bytes that compact packs have."""
-        self._ws, self._rooms, self._candidates = ws, rooms, {}
+    def __init__(self, session, rooms: Sequence[int]) -> None:
+        """Of a session with its probe table, and of the bytes that compact packs have."""
+        self._session, self._rooms, self._candidates = session, rooms, {}
 
     def stored(self, method: str, room: int) -> Stored:
         """The plan for a budget: of `--plan auto`, or of a family alone (`ALONE`)."""
-        ws = self._ws
+        session = self._session
         if method not in self._candidates:
             self._candidates[method] = (
-                [*bare(ws), *ALONE[method](ws)] if method in ALONE else measure(ws, self._rooms)
+                [*session.planner.bare(), *ALONE[method](session)]
+                if method in ALONE
+                else session.planner.measure(self._rooms)
             )
         candidates = self._candidates[method]
-        plan = make_plan(ws, candidates, room)
-        adapters, serves = planned(ws, plan)
-        plain = [one.adapter(ws.base.dtype) for one in adapters]
+        found = session.planner.plan(candidates, room)
+        plan, adapters, serves = found.content, found.adapters, found.serves
+        plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
         about = {
             "candidates": len(candidates),
             "clusters": [unit["tasks"] for unit in plan["units"]],
@@ -68,7 +69,7 @@ class Planner:
         )  # fmt: skip
 
 
-def slots_of(ws, nbytes: int, k: int | None = None) -> tuple[int, int]:
+def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:
     """`(K, rank)` of merged adapters for so many bytes.
 
     K is the paper's unless it is given: the budget's share of N, one at least. As adapters differ
@@ -78,40 +79,43 @@ def slots_of(ws, nbytes: int, k: int | None = None) -> tuple[int, int]:
     Raises:
         ValueError: not even one adapter of rank 1 fits.
     """
-    most = max(one.rank for one in ws.inputs)
-    share = max(1, round(len(ws.names) * nbytes / ws.capacity.total))
+    most = max(one.rank for one in session.inputs.adapters)
+    share = max(1, round(len(session.inputs.names) * nbytes / session.inputs.capacity.total))
     for n in range(k or share, 0, -1):
-        rank = bisect_right(range(1, most + 1), nbytes / n, key=ws.capacity.nbytes_of_rank)
+        rank = bisect_right(
+            range(1, most + 1), nbytes / n, key=session.inputs.capacity.nbytes_of_rank
+        )
         if rank:
             return n, rank
     raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")
 
 
-def merged(ws, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
+def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
     """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
-    k, rank = slots_of(ws, nbytes, 1 if partition is all_in_one else None)
-    merger = ws.merger_of(ws.config.replace(merge_method=merge_method, merge_rank=rank))
+    k, rank = slots_of(session, nbytes, 1 if partition is all_in_one else None)
+    options = replace(session.config.merging, method=merge_method, rank=rank)
+    merger = session.study.merger_with(options)
     problem = replace(
-        ws.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
+        session.study.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
     )
     # With one cluster there is nothing to choose.
-    clustering = partition(problem, ws.adapters, k, seed) if k > 1 else merge_all(problem.n)
+    clustering = partition(problem, session.adapters, k, seed) if k > 1 else merge_all(problem.n)
     merges = [merger.final(members) for members in clustering.groups]
     adapters = [
         # An adapter that is alone may take no more than a merge does.
-        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(ws.base.dtype)
+        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(session.inputs.base.dtype)
         if one.adapter.rank > rank else one.adapter
         for one in merges
     ]  # fmt: skip
     about = {
-        "clusters": [[ws.names[i] for i in members] for members in clustering.groups],
+        "clusters": [[session.inputs.names[i] for i in members] for members in clustering.groups],
         "merges": [[one.method, one.scale] for one in merges],
         "rank": rank,
         "probe_regret": clustering.objective,
     }
     return Stored(
-        {ws.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
-        sum(one.nbytes(ws.base.n_layers) for one in adapters), len(adapters), about,
+        {session.inputs.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
+        sum(one.nbytes(session.inputs.base.n_layers) for one in adapters), len(adapters), about,
     )  # fmt: skip
 
 

@@ -32,29 +32,29 @@ from d2c_mlx.utils.files import write_json
 RESULT = RESULTS / "order.json"
 
 
-def first_pack(ws, kind, directory, adapter, budget):
+def first_pack(session, kind, directory, adapter, budget):
     """A pack of one adapter, to which the others come."""
-    about = {"model": ws.base.name, "config_hash": ws.base.config_hash,
-             "n_layers": ws.base.n_layers}  # fmt: skip
+    about = {"model": session.inputs.base.name, "config_hash": session.inputs.base.config_hash,
+             "n_layers": session.inputs.base.n_layers}  # fmt: skip
     if kind == "slots":
-        made = [replace(ws.packed(adapter), sources=(adapter.name,))]
+        made = [replace(adapter.uniform(session.inputs.base.dtype), sources=(adapter.name,))]
         return write_pack(directory, made, **about, budget=budget, max_bytes=None)
-    limit = int(ws.capacity.total * float(budget) / 100)
+    limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})
-    return write_compact_pack(directory, [small], {adapter.name: 0}, **about,
-                              budget=f"{limit}B", max_bytes=limit, dtype=ws.base.dtype)  # fmt: skip
+    about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": session.inputs.base.dtype}
+    return write_compact_pack(directory, [small], {adapter.name: 0}, **about)
 
 
-def grown(ws, kind, budget, order, judge):
+def grown(session, kind, budget, order, judge):
     """What serves each task after all have arrived, and the bytes."""
-    by_name = dict(zip(ws.names, ws.adapters))
+    by_name = dict(zip(session.inputs.names, session.adapters))
     with tempfile.TemporaryDirectory() as directory:
-        pack = first_pack(ws, kind, Path(directory) / "pack", by_name[order[0]], budget)
+        pack = first_pack(session, kind, Path(directory) / "pack", by_name[order[0]], budget)
         for name in order[1:]:
             pack = add_adapter(pack, by_name[name], judge=judge).pack
-        return Method(pack.nbytes, [{name: pack.load(name) for name in ws.names}])
+        return Method(pack.nbytes, [{name: pack.load(name) for name in session.inputs.names}])
 
 
 def main():
@@ -77,24 +77,24 @@ def main():
             probe_examples=options.probes or 3,
             test_examples=options.tests,
         )  # fmt: skip
-        ws = run(config, until="convert", quiet=True)
+        session = run(config, until="convert", quiet=True)
         plain = {
-            "base": Method(0, [dict.fromkeys(ws.names)]),
-            "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+            "base": Method(0, [dict.fromkeys(session.inputs.names)]),
+            "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
         }
-        probes = {one.task: one for one in ws.probes}
-        judge = Judge(ws.base, ws.evaluator, probes) if options.probes else None
+        probes = {one.task: one for one in session.inputs.probes}
+        judge = Judge(session.inputs.base, session.evaluator, probes) if options.probes else None
         budgets = {"slots": options.slots, "bytes": options.budget}
         for seed in range(options.orders):
-            order = random.Random(seed).sample(ws.names, len(ws.names))
+            order = random.Random(seed).sample(session.inputs.names, len(session.inputs.names))
             for kind in options.kinds.split(","):
                 budget = budgets[kind]
                 about = {"kind": kind, "budget": budget, "probes": options.probes, "seed": seed,
                          "tests": options.tests}  # fmt: skip
                 if any(about.items() <= row.items() for row in found["rows"]):
                     continue
-                methods = {**plain, "pack": grown(ws, kind, budget, order, judge)}
-                judged = bench_methods(ws.evaluator, methods, ws.tests)["pack"]
+                methods = {**plain, "pack": grown(session, kind, budget, order, judge)}
+                judged = bench_methods(session.evaluator, methods, session.inputs.tests)["pack"]
                 keys = ("nbytes", "excess", "retention")
                 row = about | {key: judged[key] for key in keys} | {"order": order}
                 found = {"machine": machine(), "rows": [*found["rows"], row]}

@@ -77,51 +77,51 @@ def probes_of(library, seed, n_examples, directory):
     return directory
 
 
-def served(ws, clustering, changes):
+def served(session, clustering, changes):
     """What serves every task when the clusters are merged with other options; and the scales."""
     options = {**PLAIN, **{name: value for name, value in changes.items() if name != "refine"}}
-    key = ws.config.seed, clustering.labels, tuple(options.items())
+    key = session.config.seed, clustering.labels, tuple(options.items())
     if key not in MADE:
-        merger = ws.merger_of(ws.config.replace(**options))
+        merger = session.study.merger_with(session.config.replace(**options).merging)
         MADE[key] = [merger.final(members) for members in clustering.groups]
     merges, found = MADE[key], [one.adapter for one in MADE[key]]
     if "refine" in changes:
         each = zip(found, clustering.groups)
-        found = [refine_merge(ws, one, members).adapter for one, members in each]
-    adapters = {ws.names[i]: found[k] for i, k in enumerate(clustering.labels)}
+        found = [refine_merge(session, one, members).adapter for one, members in each]
+    adapters = {session.inputs.names[i]: found[k] for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]
 
 
-def packed(ws):
+def packed(session):
     """What serves every task of the run's pack; and what was merged and refined."""
-    pack = load_pack(ws.path("pack"))
-    merges = [[one["method"], one["scale"]] for one in ws.read("merges.json")]
-    adapters = {name: load_adapter(pack.adapter_path(name)) for name in ws.names}
+    pack = load_pack(session.path("pack"))
+    merges = [[one["method"], one["scale"]] for one in session.read("merges.json")]
+    adapters = {name: load_adapter(pack.adapter_path(name)) for name in session.inputs.names}
     return adapters, merges
 
 
-def partitions(ws, kind, results, options):
+def partitions(session, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
     if kind == "on them":
-        return [clusters_of_moves(ws, results)]
-    n, k, seed = len(ws.names), ws.capacity.n_clusters, ws.config.seed
+        return [clusters_of_moves(session, results)]
+    n, k, seed = len(session.inputs.names), session.inputs.capacity.n_clusters, session.config.seed
     if kind == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
     if kind == "merge-all":
         return [merge_all(n)]
     if kind == "kmeans":
-        return [kmeans(ws.problem.features, k, seed)]
+        return [kmeans(session.study.problem.features, k, seed)]
     return [Clustering("individual", tuple(range(n)))]
 
 
-def clusters_of_moves(ws, results):
+def clusters_of_moves(session, results):
     """The clustering of the row `moves` with the same seed and number of clusters."""
-    k, seed = ws.capacity.n_clusters, ws.config.seed
+    k, seed = session.inputs.capacity.n_clusters, session.config.seed
     for one in results:
         if (one["clusters"], one["seed"], one["case"]) == (k, seed, "moves"):
             (groups,) = one["clusters_of"]
-            labels = [i for name in ws.names for i, g in enumerate(groups) if name in g]
+            labels = [i for name in session.inputs.names for i, g in enumerate(groups) if name in g]
             return Clustering("d2c", canonical(labels), *one["probe_regret"])
     raise SystemExit(f"{k} clusters, seed {seed}: measure 'moves' first")
 
@@ -130,34 +130,38 @@ def measure(config, case, results, options):
     """One case: its row."""
     started = time.perf_counter()
     if case in RUNS:
-        ws = run(config.replace(**RUNS[case]), until="pack", quiet=True)
-        (saved,) = ws.read("clusters.json")["methods"]["d2c"]
+        session = run(config.replace(**RUNS[case]), until="pack", quiet=True)
+        (saved,) = session.read("clusters.json")["methods"]["d2c"]
         clusterings = [Clustering(**{**saved, "labels": tuple(saved["labels"])})]
-        found = [packed(ws)]
+        found = [packed(session)]
     else:
-        ws = run(config, until="probe", quiet=True)
+        session = run(config, until="probe", quiet=True)
         kind, _, how = case.partition(": ")
-        clusterings = partitions(ws, kind, results, options)
+        clusterings = partitions(session, kind, results, options)
         changes = MERGES.get(how, {})
-        found = [served(ws, one, changes) for one in clusterings]
+        found = [served(session, one, changes) for one in clusterings]
     methods = {
-        "base": Method(0, [dict.fromkeys(ws.names)]),
-        "individual": Method(0, [dict(zip(ws.names, ws.adapters))]),
+        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
         **{f"{i}": Method(0, [adapters]) for i, (adapters, _) in enumerate(found)},
     }
-    benched = bench_methods(ws.evaluator, methods, ws.tests)
+    benched = bench_methods(session.evaluator, methods, session.inputs.tests)
     rows = [benched[f"{i}"] for i in range(len(found))]
     return {
         "excess": sum(one["excess"] for one in rows) / len(rows),
         "retention": sum(one["retention"] for one in rows) / len(rows),
         "each_excess": [one["excess"] for one in rows],
         "each_retention": [one["retention"] for one in rows],
-        "tasks": {name: [one["tasks"][name]["loss"] for one in rows] for name in ws.names},
-        "base": {name: benched["base"]["tasks"][name]["loss"] for name in ws.names},
-        "clusters_of": [[[ws.names[i] for i in g] for g in one.groups] for one in clusterings],
+        "tasks": {
+            name: [one["tasks"][name]["loss"] for one in rows] for name in session.inputs.names
+        },
+        "base": {name: benched["base"]["tasks"][name]["loss"] for name in session.inputs.names},
+        "clusters_of": [
+            [[session.inputs.names[i] for i in g] for g in one.groups] for one in clusterings
+        ],
         "probe_regret": [one.objective for one in clusterings],
         "merges": [merges for _, merges in found],
-        "asked_tokens": ws.evaluator.counts.tokens,
+        "asked_tokens": session.evaluator.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -14,17 +14,18 @@ import time
 from pathlib import Path
 
 from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.evaluate.evaluator import Counts, tune_scale
+from d2c_mlx.evaluate.evaluator import Counts
 from d2c_mlx.merge import merger
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.line_search import line_search
 
 # All but "pairs", which asks for as many merges as there are pairs of adapters.
 INITS = ("adapters", "kmeans", "random", "table")
 
 
 def forgetful(asked, grid):
-    """How often a walk of `tune_scale` from the middle asks when it forgets what it knows.
+    """How often a `line_search` from the middle asks when it forgets what it knows.
 
     Args:
         asked: scale -> value, of all that the walk evaluated.
@@ -50,18 +51,18 @@ def measure(library, n_clusters, restarts, n_examples):
             output=str(Path(directory) / "run"), budget=str(n_clusters),
             probe_examples=n_examples, test_examples=1, restarts=restarts,
         )  # fmt: skip
-        ws = run(config, until="probe", quiet=True)
-        counts = ws.evaluator.counts = Counts()
+        session = run(config, until="probe", quiet=True)
+        counts = session.evaluator.counts = Counts()
         searches, asked, walks = {}, 0, []
 
-        def search(loss, grid, start):
+        def search(loss, grid, start=None):
             values = {}
 
             def once(scale):
                 values[scale] = loss(scale)
                 return values[scale]
 
-            best = tune_scale(once, grid, start)  # None: RegMean begins in the middle
+            best = line_search(once, grid, start)  # None: RegMean begins in the middle
             walks.append(forgetful(values, grid))
             return best
 
@@ -69,24 +70,24 @@ def measure(library, n_clusters, restarts, n_examples):
             nonlocal asked
             if members not in searches:
                 walks[:] = [0]
-                ws.problem.merge(members)
+                session.study.problem.merge(members)
                 searches[members] = walks[-1] * len(members)
             asked += searches[members]
-            return ws.problem.merge(members)
+            return session.study.problem.merge(members)
 
-        def losses(jobs, limits=None):
+        def measured(jobs, limits=None):
             nonlocal asked
             asked += sum(len(tasks) for _, tasks in jobs)
-            return ws.problem.losses(jobs, limits)
+            return session.study.problem.measure(jobs, limits)
 
-        merger.tune_scale = search
+        merger.line_search = search
         try:
-            problem = dataclasses.replace(ws.problem, merge=merge, losses=losses)
+            problem = dataclasses.replace(session.study.problem, merge=merge, measure=measured)
             started = time.perf_counter()
             found = d2c(problem, n_clusters, search="paper", init=INITS, restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
-            merger.tune_scale = tune_scale
+            merger.line_search = line_search
             os.environ.pop("D2C_MLX_CACHE")
             if before is not None:
                 os.environ["D2C_MLX_CACHE"] = before

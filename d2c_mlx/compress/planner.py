@@ -7,11 +7,10 @@ before it is compressed, or is estimated to, than the best plan so far loses in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.allocate import Candidate, choose
@@ -22,7 +21,7 @@ from d2c_mlx.compress.file_layout import compact_nbytes, make_index
 from d2c_mlx.merge.merger import Merged
 from d2c_mlx.merge.study import Study
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["Plan", "Planner", "serves_of"]
 
 # A summed regret below which a prediction is rounding.
 _ROUNDING = 1e-6
@@ -47,9 +46,22 @@ class Plan:
     content: dict[str, Any]
 
     @property
+    def serves(self) -> dict[str, int | None]:
+        """Task -> position in `adapters`; None leaves it to the base model."""
+        return serves_of(self.content)
+
+    @property
     def adapters(self) -> list[Compressed]:
         """The stored form of every unit, in the order of `content["units"]`."""
         return [one.stored.scaled(one.scale) for one in self.chosen if one.stored]
+
+
+def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:
+    """What serves each task by a `plan.json`: the position of a unit, None is the base model."""
+    serves: dict[str, int | None] = dict.fromkeys(plan["base"])
+    for k, unit in enumerate(plan["units"]):
+        serves |= dict.fromkeys(unit["tasks"], k)
+    return serves
 
 
 @dataclass(frozen=True)
@@ -120,12 +132,6 @@ class Planner:
             "frontier": list(self._frontier(candidates, room)),
         }
         return Plan(tuple(chosen), content)
-
-    def unit(self, members: Members) -> Adapter:
-        """A task's own adapter, or the merge that serves several, before it is stored."""
-        if len(members) == 1:
-            return self.study.library.adapters[members[0]]
-        return self.study.merger.final(members).adapter
 
     def _choose(self, candidates: Sequence[Candidate], room: float) -> list[int]:
         return choose(candidates, len(self.study.library.names), room, self.max_adapters)

@@ -68,13 +68,13 @@ class Study:
     @cached_property
     def merger(self) -> Merger:
         """What merges the adapters, each set of members once."""
-        return self.merger_with(self.options)
+        if not self.by_teacher:
+            return self.merger_with(self.options)
+        teacher = self.teacher_regret
+        return Merger(replace(self.library, probes=teacher.sets), self.options, teacher.regret)
 
     def merger_with(self, options: MergeOptions) -> Merger:
-        """A merger with other options."""
-        if self.by_teacher:
-            teacher = self.teacher_regret
-            return Merger(replace(self.library, probes=teacher.sets), options, teacher.regret)
+        """A merger with other options, tuned by the answers in the rows."""
         return Merger(self.library, options, self.losses.regret)
 
     @cached_property

@@ -54,7 +54,7 @@ def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -
         A directory below `kept`, named after all that it depends on, with `adapter/` and
         `refine.json`: members, step, stopped, held_back_regret, curve, unjudged, seconds.
     """
-    merged = load_adapter(session.directory.path("merged") / str(k))
+    merged = load_adapter(session.path("merged") / str(k))
     indices = [session.inputs.names.index(name) for name in names]
     contents = [[one.adapter.digest, one.gain] for one in _members(session, indices)]
     part = kept / fingerprint([refine_inputs(session), list(names), contents, merged.digest])[:32]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.evaluator import Counts, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
@@ -50,6 +52,19 @@ class Session:
         self.config, self.quiet, self._group = config, quiet, group
         self.directory = RunDirectory(Path(config.output))
 
+    @property
+    def output(self) -> Path:
+        """The run directory."""
+        return self.directory.root
+
+    def path(self, name: str) -> Path:
+        """Where an artifact of the run is: `pack`, `bench.json`."""
+        return self.directory.path(name)
+
+    def read(self, name: str) -> Any:  # noqa: ANN401  JSON is any
+        """A JSON artifact of the run: `bench.json`, `merges.json`."""
+        return self.directory.read(name)
+
     @cached_property
     def inputs(self) -> Inputs:
         """Base model, adapters and rows, checked: see `Inputs`, whose errors this raises."""
@@ -67,7 +82,7 @@ class Session:
     @cached_property
     def adapters(self) -> list[Adapter]:
         """The converted adapters, read back from the run directory."""
-        return [load_adapter(self.directory.path("adapters") / name) for name in self.inputs.names]
+        return [load_adapter(self.path("adapters") / name) for name in self.inputs.names]
 
     @cached_property
     def library(self) -> Library:
@@ -80,12 +95,17 @@ class Session:
         """The library as `probe` measured it."""
         return Study(
             self.library,
-            LossTable.from_json(self.directory.read("losses.json")),
+            LossTable.from_json(self.read("losses.json")),
             self.config.merging,
             # A plan compares merges with adapters that are stored in few bits.
             by_teacher=self.config.planned,
             stop_early="bound" not in self.config.without,
         )
+
+    @property
+    def planner(self) -> Planner:
+        """What plans a budget in bytes."""
+        return Planner(self.study, self.inputs.capacity, self.config.max_adapters)
 
     def stage(
         self,
@@ -104,14 +124,13 @@ class Session:
             writes: artifacts that `body` makes.
             body: does the work.
         """
-        root = self.directory.root
-        record = Record(root, name, options, reads)
+        record = Record(self.output, name, options, reads)
         if record.holds(writes):
             return
         started = time.monotonic()
-        root.mkdir(parents=True, exist_ok=True)
+        self.output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        write_text(self.directory.path("config.yaml"), text)
+        write_text(self.path("config.yaml"), text)
         self.evaluator.counts = Counts()
         mx.reset_peak_memory()
         with progress_bar(name, self.quiet) as bar:

@@ -93,24 +93,26 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         output=str(tmp_path / "run"), budget="50%", probe_examples=10, test_examples=4,
     )  # fmt: skip
-    ws = run(config, until="probe", quiet=True)
-    stored = merged(ws, by_features, "linear", int(0.5 * ws.capacity.total), 0)
+    session = run(config, until="probe", quiet=True)
+    stored = merged(session, by_features, "linear", int(0.5 * session.inputs.capacity.total), 0)
     adapters = list({one.digest: one for one in stored.serves.values()}.values())
     assert len(adapters) == 3
 
     def loss(adapter, one):
-        each = [log_probabilities(ws.base, adapter, example) for example in one.examples]
+        each = [
+            log_probabilities(session.inputs.base, adapter, example) for example in one.examples
+        ]
         targets = [example.tokens[example.first_target :] for example in one.examples]
         found = [-p[range(len(t)), list(t)] for p, t in zip(each, targets)]
         return np.concatenate(found).mean()
 
     by_probes, by_tests = (
         np.array([[loss(adapter, one) for adapter in adapters] for one in sets])
-        for sets in (ws.probes, ws.tests)
+        for sets in (session.inputs.probes, session.inputs.tests)
     )
-    own = np.array([adapters.index(stored.serves[name]) for name in ws.names])
+    own = np.array([adapters.index(stored.serves[name]) for name in session.inputs.names])
     chosen, best, rows = by_probes.argmin(axis=1), by_tests.argmin(axis=1), range(len(NAMES))
-    found = ablations.agreement(ws, stored)
+    found = ablations.agreement(session, stored)
     assert found["agree"] == (chosen == best).mean()
     assert found["own_is_best"] == (own == best).mean()
     cost = (by_tests[rows, chosen] - by_tests[rows, best]).mean()

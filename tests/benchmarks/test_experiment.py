@@ -31,7 +31,7 @@ def paths(tmp_path):
 
 
 @pytest.fixture
-def ws(paths, tmp_path):
+def session(paths, tmp_path):
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         output=str(tmp_path / "run"), budget="90%", probe_examples=2, test_examples=2,
@@ -40,11 +40,11 @@ def ws(paths, tmp_path):
 
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how])
-def test_a_method_stores_no_more_than_its_budget(ws, method):
-    nbytes = int(0.5 * ws.capacity.total)
-    assert slots_of(ws, nbytes)[0] == 3
-    k, rank = slots_of(ws, nbytes, 1 if method == "merge-all" else None)
-    stored = merged(ws, *METHODS[method], nbytes, 0)
+def test_a_method_stores_no_more_than_its_budget(session, method):
+    nbytes = int(0.5 * session.inputs.capacity.total)
+    assert slots_of(session, nbytes)[0] == 3
+    k, rank = slots_of(session, nbytes, 1 if method == "merge-all" else None)
+    stored = merged(session, *METHODS[method], nbytes, 0)
     assert stored.nbytes <= nbytes and set(stored.serves) == set(NAMES)
     assert stored.n_adapters == k
     assert max(one.rank for one in stored.serves.values()) <= rank
@@ -54,9 +54,9 @@ def test_a_method_stores_no_more_than_its_budget(ws, method):
         assert len({stored.serves[name].digest for name in names}) == 1
 
 
-def test_bytes_that_hold_no_adapter_are_refused(ws):
+def test_bytes_that_hold_no_adapter_are_refused(session):
     with pytest.raises(ValueError, match="1,000 bytes: no adapter of rank 1 fits"):
-        slots_of(ws, 1000)
+        slots_of(session, 1000)
 
 
 def flat_updates(adapters):
@@ -110,16 +110,20 @@ def test_average_linkage_of_cosines():
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 99])
-def test_answers_in_batches_are_those_one_by_one(ws, n_workers):
-    for adapter in (None, ws.adapters[0]):
-        found = batched_answers(ws.base, adapter, ws.tests, Workers(n_workers))
-        ws.base.attach(adapter)
-        for one in ws.tests:
+def test_answers_in_batches_are_those_one_by_one(session, n_workers):
+    for adapter in (None, session.adapters[0]):
+        found = batched_answers(
+            session.inputs.base, adapter, session.inputs.tests, Workers(n_workers)
+        )
+        session.inputs.base.attach(adapter)
+        for one in session.inputs.tests:
             for example, text in zip(one.examples, found[one.task]):
-                tokens = ws.base.answer(
+                tokens = session.inputs.base.answer(
                     example.tokens[: example.offset], 2 * example.n_targets + 16
                 )
-                alone = ws.base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                alone = session.inputs.base.tokenizer.decode(
+                    tokens, skip_special_tokens=True
+                ).strip()
                 assert text == alone
 
 

@@ -27,7 +27,7 @@ def scripted(path, values):
         return [scores[k][list(tasks)] for k, (_, tasks) in enumerate(jobs)]
 
     n = len(path[0])
-    return Problem(np.ones(n), 1 - np.eye(n), merge, losses, np.eye(n))
+    return Problem(1 - np.eye(n), merge, losses, np.eye(n))
 
 
 def _groups(labels):
@@ -131,7 +131,7 @@ def test_the_best_start_wins(winner, order, start_at):
             np.array([now if task in members else 2.0 for task in tasks]) for members, tasks in jobs
         ]
 
-    problem = Problem(np.ones(4), 1 - np.eye(4), merge, losses, np.eye(4))
+    problem = Problem(1 - np.eye(4), merge, losses, np.eye(4))
     found = d2c(problem, 2, init=order)
     assert (found.init, list(found.labels), found.objective) == (winner, starts[winner], 0.25)
     assert found.history == [{"objective": 0.25, "labels": starts[winner]}]

@@ -29,9 +29,7 @@ def asking(problem):
         asked.append((members, like))
         return problem.merge(members)
 
-    return type(problem)(
-        problem.base, problem.table, merge, problem.losses, problem.features
-    ), asked
+    return type(problem)(problem.regrets, merge, problem.measure, problem.features), asked
 
 
 def partitions(n, n_clusters):
@@ -147,7 +145,7 @@ def test_a_step_is_taken_if_it_helps_at_the_old_scale_and_tuned(helps):
 
         return [np.full(len(tasks), regret(*merged)) for merged, tasks in jobs]
 
-    problem = Problem(np.ones(4), 1 - np.eye(4), merge, losses, np.eye(4))
+    problem = Problem(1 - np.eye(4), merge, losses, np.eye(4))
     history, _ = improve(Costs(problem), [0, 1, 0, 1], 0.0, patience=20)
     assert (groups_of(history[-1]["labels"]) == [(0, 1), (2, 3)]) == (helps == "both")
     tuned = {members for members, like in asked if not like}

@@ -1,7 +1,6 @@
 """A probe table of the most alike alone: what is measured, and what is expected of the rest."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.cluster.completion import completed, nearest, others_needed
-from d2c_mlx.cluster.partition import Problem
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -53,81 +51,75 @@ def test_a_task_is_measured_under_its_own_adapter_and_the_most_alike(n, n_others
     assert (cosines == before).all()
 
 
-def random_problem(seed, n, additive):
-    """Losses of n tasks; additive: what the task adds and the adapter adds."""
+def random_table(seed, n, additive):
+    """Regrets of n tasks; additive: what the task adds and the adapter adds."""
     rng = np.random.default_rng(seed)
-    base, own = rng.uniform(2, 4, n), rng.uniform(0.5, 1.5, n)
-    regret = rng.uniform(0, 0.9, (n, 1)) + rng.uniform(0, 0.9, n)
-    regret = regret if additive else rng.uniform(-0.5, 1.5, (n, n))
-    np.fill_diagonal(regret, 0)
-    table = own[:, None] + (base - own)[:, None] * regret
-    return Problem(base, table, merge=None, losses=None, features=None)
+    regrets = rng.uniform(0, 0.9, (n, 1)) + rng.uniform(0, 0.9, n)
+    regrets = regrets if additive else rng.uniform(-0.5, 1.5, (n, n))
+    np.fill_diagonal(regrets, 0)
+    return regrets
 
 
-def hidden(problem, seed, share):
-    """A share of the losses off the diagonal is not measured."""
-    n = problem.n
+def hidden(regrets, seed, share):
+    """A share of the regrets off the diagonal is not measured."""
+    n = len(regrets)
     missing = (np.random.default_rng(seed).random((n, n)) < share) & ~np.eye(n, dtype=bool)
-    return replace(problem, table=np.where(missing, np.nan, problem.table)), missing
+    return np.where(missing, np.nan, regrets), missing
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000))
 def test_expected_losses_are_those_of_ridge_regression(seed):
     """Against least squares with a row for every penalty."""
-    n, problem = 8, random_problem(seed, 8, additive=False)
-    partial, missing = hidden(problem, seed, 0.5)
-    found = completed(partial).table
-    assert (found[~missing] == problem.table[~missing]).all()
+    n, regrets = 8, random_table(seed, 8, additive=False)
+    partial, missing = hidden(regrets, seed, 0.5)
+    found = completed(partial)
+    assert (found[~missing] == regrets[~missing]).all()
 
-    own, gain = problem.table.diagonal(), problem.base - problem.table.diagonal()
     tasks, adapters = np.nonzero(~missing & ~np.eye(n, dtype=bool))
     assume(len(tasks) > 0)
     rows = np.zeros((len(tasks) + 2 * n, 2 * n + 1))
     each = np.arange(len(tasks))
     rows[each, 0] = rows[each, 1 + tasks] = rows[each, 1 + n + adapters] = 1
     rows[len(tasks) :, 1:] = np.eye(2 * n)
-    asked = (problem.table[tasks, adapters] - own[tasks]) / gain[tasks]
+    asked = regrets[tasks, adapters]
     fit = np.linalg.lstsq(rows, np.concatenate([asked, np.zeros(2 * n)]), rcond=None)[0]
-    regret = fit[0] + fit[1 : n + 1, None] + fit[n + 1 :]
-    expected = own[:, None] + gain[:, None] * regret
+    expected = fit[0] + fit[1 : n + 1, None] + fit[n + 1 :]
     assert found[missing] == pytest.approx(expected[missing], abs=1e-6)
 
 
 def test_what_tasks_and_adapters_add_is_recovered():
     """Of forty, from a third of the table, to a tenth of what regrets vary by."""
-    problem = random_problem(0, 40, additive=True)
-    partial, missing = hidden(problem, 0, 0.66)
-    gain = (problem.base - problem.table.diagonal())[:, None]
-    error = ((completed(partial).table - problem.table) / gain)[missing]
-    spread = ((problem.table - problem.table.diagonal()[:, None]) / gain)[missing].std()
-    assert np.sqrt((error**2).mean()) < 0.1 * spread
+    regrets = random_table(0, 40, additive=True)
+    partial, missing = hidden(regrets, 0, 0.66)
+    error = (completed(partial) - regrets)[missing]
+    assert np.sqrt((error**2).mean()) < 0.1 * regrets[missing].std()
 
 
 def test_a_harmful_adapter_counts_within_bounds():
     """A regret of a million is one of two."""
-    problem = random_problem(0, 8, additive=True)
-    problem.table[1:, 0] = 1e6
-    partial, missing = hidden(problem, 3, 0.3)
-    assert completed(partial).table[missing].max() < 20
+    regrets = random_table(0, 8, additive=True)
+    regrets[1:, 0] = 1e6
+    partial, missing = hidden(regrets, 3, 0.3)
+    assert completed(partial)[missing].max() < 20
 
 
 def test_a_whole_table_stays_what_it_is():
-    problem = random_problem(0, 8, additive=False)
-    assert completed(problem) is problem
+    regrets = random_table(0, 8, additive=False)
+    assert completed(regrets) is regrets
 
 
 def test_a_run_measures_the_most_alike_and_packs(config):
     """Twice two share a slot, so it is four others of seven."""
-    ws = run(config, until="report", quiet=True)
-    measured = nearest(similarity(ws.adapters), 4)
-    values = np.array(ws.read("losses.json")["values"], float)
+    session = run(config, until="report", quiet=True)
+    measured = nearest(similarity(session.adapters), 4)
+    values = np.array(session.read("losses.json")["values"], float)
     assert (np.isnan(values) == ~measured).all()
-    record = json.loads((ws.output / ".stages" / "probe.json").read_text())
+    record = json.loads((session.output / ".stages" / "probe.json").read_text())
     assert record["evaluations"]["asked"] == 8 + 8 * 5
-    assert np.isfinite(ws.problem.table).all()
-    assert ws.read("bench.json")["methods"]["pack"]["tasks"].keys() == set(NAMES)
-    assert "<svg" in (ws.output / "report.html").read_text()
+    assert np.isfinite(session.study.problem.regrets).all()
+    assert session.read("bench.json")["methods"]["pack"]["tasks"].keys() == set(NAMES)
+    assert "<svg" in (session.output / "report.html").read_text()
 
     whole = run(config.replace(neighbours=7), until="probe", quiet=True)
     everything = np.array(whole.read("losses.json")["values"], float)
@@ -140,11 +132,11 @@ def test_a_run_measures_the_most_alike_and_packs(config):
     [({"search": "paper"}, 4), ({"budget": "50%"}, 2), ({"budget": "1"}, 7)],
 )
 def test_one_slot_asks_for_all_and_a_plan_for_the_least(config, changes, n_others):
-    ws = run(config.replace(**changes), until="probe", quiet=True)
-    measured = np.isfinite(np.array(ws.read("losses.json")["values"], float))
+    session = run(config.replace(**changes), until="probe", quiet=True)
+    measured = np.isfinite(np.array(session.read("losses.json")["values"], float))
     assert (measured.sum(axis=1) == n_others + 1).all()
 
 
 def test_a_plan_needs_no_more(config):
-    ws = run(config.replace(budget="50%"), until="bench", quiet=True)
-    assert ws.read("plan.json")["units"]
+    session = run(config.replace(budget="50%"), until="bench", quiet=True)
+    assert session.read("plan.json")["units"]

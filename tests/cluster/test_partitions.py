@@ -1,28 +1,12 @@
-"""Regret, and partitions that need no search: K-Means, random, all in one."""
+"""Partitions that need no search: K-Means, random, all in one."""
 
 import numpy as np
 import pytest
-from helpers.planted import planted, problem_of
+from helpers.planted import planted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.cluster.partition import canonical, kmeans, merge_all, random_partition
-
-
-def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():
-    problem, _ = planted((3, 2))
-    assert problem.regret(np.diagonal(problem.table)) == pytest.approx(np.zeros(5))
-    assert problem.regret(problem.base) == pytest.approx(np.ones(5))
-    both = problem.regret(np.stack([problem.base, np.diagonal(problem.table)], axis=1))
-    assert both == pytest.approx(np.tile([1.0, 0.0], (5, 1)))
-    assert problem.regret(problem.base[[3, 1]], np.array([3, 1])) == pytest.approx(np.ones(2))
-
-
-def test_regret_counts_gains_below_a_floor_as_the_floor():
-    # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
-    base = [1.5, 1.05, 1.01, 1.0, 0.0]
-    problem = problem_of(None, 5, base, np.eye(5))
-    assert problem.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
 
 
 def test_canonical():

@@ -13,17 +13,11 @@ from helpers.tiny import divergence, library
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import (
-    SCALES,
-    candidate,
-    stored,
-    worth,
-)
+from d2c_mlx.compress.candidates import Form, stored, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.planner import make_plan, measure, planned
 from d2c_mlx.compress.quantize import components
-from d2c_mlx.evaluate.evaluator import Silent, climb
+from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.unpack import unpack
@@ -31,6 +25,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, InputError
 from d2c_mlx.utils.files import hash_tree
+from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 
 @pytest.fixture
@@ -44,28 +39,33 @@ def config(tmp_path):
     )  # fmt: skip
 
 
-def expected_regret(ws, i, adapter):
+def expected_regret(session, i, adapter):
     """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
-    table = ws.read("losses.json")
+    table = session.read("losses.json")
     gain = max(table["base"][i] - table["values"][i][i], 0.05)
     return (
-        divergence(ws.base, ws.adapters[i], adapter, ws.probes[i]) / ws.probes[i].n_targets / gain
+        divergence(session.inputs.base, session.adapters[i], adapter, session.inputs.probes[i])
+        / session.inputs.probes[i].n_targets
+        / gain
     )
 
 
 def test_a_plan_becomes_a_pack_within_its_budget(config):
-    ws = run(config, quiet=True)
-    plan, pack = ws.read("plan.json"), load_pack(ws.path("pack"))
-    assert pack.storage == "compact" and pack.nbytes <= 0.6 * ws.capacity.total
+    session = run(config, quiet=True)
+    plan, pack = session.read("plan.json"), load_pack(session.path("pack"))
+    assert pack.storage == "compact" and pack.nbytes <= 0.6 * session.inputs.capacity.total
     served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
-    assert sorted(served) == ws.names == sorted(pack.tasks)
+    assert sorted(served) == session.inputs.names == sorted(pack.tasks)
     # What was measured is what is packed.
-    loaded = [pack.load(name) for name in ws.names]
-    found = [float(ws.expected.under(adapter, [i])[0]) for i, adapter in enumerate(loaded)]
+    loaded = [pack.load(name) for name in session.inputs.names]
+    found = [
+        float(session.study.teacher_regret.under(adapter, [i])[0])
+        for i, adapter in enumerate(loaded)
+    ]
     assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
-    regrets = [expected_regret(ws, i, adapter) for i, adapter in enumerate(loaded)]
+    regrets = [expected_regret(session, i, adapter) for i, adapter in enumerate(loaded)]
     assert regrets == pytest.approx(found, abs=1e-4)
-    of = dict(zip(ws.names, regrets))
+    of = dict(zip(session.inputs.names, regrets))
     for unit in plan["units"]:
         found = np.mean([of[name] for name in unit["tasks"]])
         assert unit["regret"] == pytest.approx(found, abs=1e-4)
@@ -75,22 +75,22 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     assert [row["all"] for row in plan["frontier"]] == sorted(
         (row["all"] for row in plan["frontier"]), reverse=True
     )
-    assert set(ws.read("bench.json")["methods"]) == {"base", "individual", "pack"}
+    assert set(session.read("bench.json")["methods"]) == {"base", "individual", "pack"}
     for name in ("report.md", "report.html"):
-        assert "own adapters only" in ws.path(name).read_text(encoding="utf-8")
-    html = ws.path("report.html").read_text(encoding="utf-8")
+        assert "own adapters only" in session.path(name).read_text(encoding="utf-8")
+    html = session.path("report.html").read_text(encoding="utf-8")
     assert html.count("<svg") == 2 and "% of the adapters' 16-bit bytes" in html
 
 
 def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
     """All four bits in one plan, more than the header has room for; or no room for it at all."""
-    ws = run(config, until="probe", quiet=True)
-    candidates = measure(ws, [ws.capacity.room])
+    session = run(config, until="probe", quiet=True)
+    candidates = session.planner.measure([session.inputs.capacity.room])
     assert any("8" in str(one.levels) for one in candidates)
-    for set_aside in (ws.capacity.header_nbytes, 1500, 0):
-        ws.capacity.header_nbytes = set_aside
+    for set_aside in (session.inputs.capacity.header_nbytes, 1500, 0):
+        session.inputs.capacity.header_nbytes = set_aside
         for room in range(1500, 6000, 250):
-            adapters, _ = planned(ws, make_plan(ws, candidates, room))
+            adapters = session.planner.plan(candidates, room).adapters
             assert compact_nbytes(index_of(adapters)) <= room + set_aside
 
 
@@ -106,28 +106,30 @@ def probed(tmp_path, budget, **options):
 @pytest.mark.parametrize("harm", [0.0, -0.02])
 def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
     """What a merge of them costs, of a prediction of nothing, says nothing of larger merges."""
-    ws = probed(tmp_path, "30%")
+    session = probed(tmp_path, "30%")
     twins = np.arange(12) // 2
     table = np.where(twins[:, None] == twins, harm, 1.0)
     np.fill_diagonal(table, 0)
-    ws.problem = replace(ws.problem, base=np.full(12, 2.0), table=1 + table)
-    final, asked = ws.merger.final, []
+    vars(session.study)["problem"] = replace(session.study.problem, regrets=table)
+    final, asked = session.study.merger.final, []
 
     def cheap(members):
         asked.append(members)
         return replace(final(members), regret=1e-3)
 
-    ws.merger.final = cheap
-    measure(ws, [ws.capacity.room])
+    session.study.merger.final = cheap
+    session.planner.measure([session.inputs.capacity.room])
     assert {len(members) for members in asked} > {2}
 
 
 def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
-    ws = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
-    final, asked = ws.merger.final, []
-    ws.merger.final = lambda members: asked.append(members) or final(members)
-    candidates = measure(ws, [ws.capacity.room])
-    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
+    session = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
+    final, asked = session.study.merger.final, []
+    session.study.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = session.planner.measure([session.inputs.capacity.room])
+    merges = [
+        one for one in groups_of(predicted_partition(session.study.problem, 6)) if len(one) > 1
+    ]
     assert asked and {*asked} <= {*merges} and final(asked[0]).regret is None
     assert "merged" not in {one.family for one in candidates}
 
@@ -135,15 +137,20 @@ def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
 @pytest.mark.parametrize("budget", ["90%", "30%"])
 def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
     """The cluster with the worst prediction first; nothing of it becomes a candidate then."""
-    ws = probed(tmp_path, budget)
-    final, asked = ws.merger.final, []
-    ws.merger.final = lambda members: asked.append(members) or final(members)
-    candidates = measure(ws, [ws.capacity.room])
+    session = probed(tmp_path, budget)
+    final, asked = session.study.merger.final, []
+    session.study.merger.final = lambda members: asked.append(members) or final(members)
+    candidates = session.planner.measure([session.inputs.capacity.room])
     lost = [final(members).regret * len(members) for members in asked]
-    best = len(ws.names) * make_plan(ws, candidates, ws.capacity.room)["regret"]
+    best = (
+        len(session.inputs.names)
+        * session.planner.plan(candidates, session.inputs.capacity.room).content["regret"]
+    )
     assert sum(lost[:-1]) < best <= sum(lost)
-    merges = [one for one in groups_of(predicted_partition(ws.problem, 6)) if len(one) > 1]
-    predicted = Costs(ws.problem).predicted
+    merges = [
+        one for one in groups_of(predicted_partition(session.study.problem, 6)) if len(one) > 1
+    ]
+    predicted = Costs(session.study.problem).predicted
     assert asked == sorted(merges, key=predicted, reverse=True)[: len(asked)] and asked != merges
     assert "merged" not in {one.family for one in candidates}
 
@@ -177,8 +184,8 @@ def test_worth_falls_where_singular_values_are_equal():
 
 
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
-    ws = run(config, until="pack", quiet=True)
-    pack = load_pack(ws.path("pack"))
+    session = run(config, until="pack", quiet=True)
+    pack = load_pack(session.path("pack"))
     tasks = unpack(pack, tmp_path / "plain")
     for name, directory in tasks.items():
         assert (directory is None) == (pack.load(name) is None)
@@ -220,8 +227,8 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
     assert not config.replace(plan="d2c").planned
     slots = config.replace(budget="2")
     assert not slots.planned
-    ws = run(slots, until="merge", quiet=True)
-    assert ws.path("merges.json").exists() and not ws.path("plan.json").exists()
+    session = run(slots, until="merge", quiet=True)
+    assert session.path("merges.json").exists() and not session.path("plan.json").exists()
     monkeypatch.setattr("sys.argv", ["d2c-mlx", "plan", "--output", slots.output, "--quiet"])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -230,8 +237,8 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
 
 
 def test_worth_is_energy_times_gain_and_a_part_for_all(config):
-    ws = run(config, until="convert", quiet=True)
-    one, two = ws.adapters[:2]
+    session = run(config, until="convert", quiet=True)
+    one, two = session.adapters[:2]
     paths = sorted(one.modules)
     gains = [
         {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
@@ -252,24 +259,26 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
 
 def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
     """By their answers another scale is better; by what the adapter expects none is."""
-    ws = run(config, until="probe", quiet=True)
-    for i, adapter in enumerate(ws.adapters):
+    session = run(config, until="probe", quiet=True)
+    for i, adapter in enumerate(session.adapters):
         scaled = [
             replace(adapter, modules={
                 path: LoRA(one.a, one.b, scale * one.scale) for path, one in adapter.modules.items()
             })
             for scale in (1.0, 0.8, 1.4)
         ]  # fmt: skip
-        found = [float(ws.expected.under(one, [i])[0]) for one in scaled]
+        found = [float(session.study.teacher_regret.under(one, [i])[0]) for one in scaled]
         assert found[0] == pytest.approx(0, abs=1e-4) and min(found[1:]) > 1e-3
 
 
 def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
-    ws = run(config, until="probe", quiet=True)
-    ws.engine.separate = None
-    found = ws.expected.under(ws.adapters[0], range(4))
-    assert found == pytest.approx(ws.problem.regret(ws.table.values[:, 0]), abs=1e-6)
-    assert ws.expected.under(None, [2]) == pytest.approx(ws.problem.regret(ws.table.base)[2])
+    session = run(config, until="probe", quiet=True)
+    session.inputs.engine.separate = None
+    found = session.study.teacher_regret.under(session.adapters[0], range(4))
+    assert found == pytest.approx(session.study.losses.regrets[:, 0], abs=1e-6)
+    assert session.study.teacher_regret.under(None, [2]) == pytest.approx(
+        session.study.losses.regret(session.study.losses.base)[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,7 +293,7 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
         seen.append(scale)
         return losses[scales.index(scale)]
 
-    assert climb(regret, scales) == (scales[best], losses[best])
+    assert line_search(regret, scales, scales[0]) == (scales[best], losses[best])
     assert seen == scales[:asked]
 
 
@@ -292,30 +301,32 @@ def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     """By tokens, to a factor of two; nothing is left in the end."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
     config = config.replace(output=str(tmp_path / "run"))
-    ws = run(config, until="probe", quiet=True)
+    session = run(config, until="probe", quiet=True)
     seen = []
-    meter = ws.evaluator.meter = Silent()
-    meter.foresee = lambda n: seen.append((n, ws.evaluator.counts.tokens))
-    found = measure(ws)
+    meter = session.evaluator.meter = Silent()
+    meter.foresee = lambda n: seen.append((n, session.evaluator.counts.tokens))
+    found = session.planner.measure()
     assert {one.family for one in found} >= {"own"}
     (first, before), *_, (last, after) = seen
     assert last == 0 and all(n >= 0 for n, _ in seen)
-    own = [n for n, _ in seen[: len(ws.names)]]
+    own = [n for n, _ in seen[: len(session.inputs.names)]]
     assert own == sorted(own, reverse=True)
-    done = seen[len(ws.names)][1] - before
+    done = seen[len(session.inputs.names)][1] - before
     assert done / 2 <= first <= 2 * done and after >= done
 
 
 def test_a_candidate_is_measured_as_it_is_packed(config):
     """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
-    ws = run(config.replace(probe_examples=4), until="probe", quiet=True)
-    assert all(len(probe.parts) == 2 for probe in ws.probes)
-    path = max(ws.adapters[2].modules)
-    form = ((0, 2), ws.adapters[2], {path: ((1, 2),)})
-    one = candidate(ws, form, "merged", 0.1)
+    session = run(config.replace(probe_examples=4), until="probe", quiet=True)
+    assert all(len(probe.parts) == 2 for probe in session.inputs.probes)
+    path = max(session.adapters[2].modules)
+    form = Form((0, 2), session.adapters[2], {path: ((1, 2),)})
+    one = session.planner.forms.measure(form, "merged", 0.1)
     assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
-    plain = stored(*form[1:], one.scale).adapter(ws.base.dtype)
-    assert one.regret == pytest.approx(sum(expected_regret(ws, i, plain) for i in (0, 2)), abs=1e-4)
-    other = candidate(ws, form, "merged", 0.1, 2.0)
-    assert other.scale >= 2 and one.scale in SCALES
+    plain = stored(form.adapter, form.levels, one.scale).adapter(session.inputs.base.dtype)
+    assert one.regret == pytest.approx(
+        sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
+    )
+    other = session.planner.forms.measure(form, "merged", 0.1, 2.0)
+    assert other.scale >= 2 and one.scale in FINE_SCALES
     assert other.nbytes == one.nbytes

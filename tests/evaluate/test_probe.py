@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.evaluate.evaluator import LossTable, tune_scale
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.utils.errors import D2CError
+from d2c_mlx.utils.line_search import line_search
 
 
 class Counted:
@@ -28,23 +29,23 @@ def test_walks_to_the_minimum_at_every_index(size):
     for best in range(size):
         # Uneven slopes, so that the minimum is not simply the middle of the range.
         loss = Counted(grid, [(i - best) * (3 if i > best else -1) for i in range(size)])
-        assert tune_scale(loss, grid) == grid[best]
-        assert len(loss.asked) == len(set(loss.asked))
+        assert line_search(loss, grid)[0] == grid[best]
+        assert len(loss.asked)[0] == len(set(loss.asked))
 
 
 def test_evaluates_only_the_way_down():
     grid = list(range(101))
     loss = Counted(grid, [abs(i - 52) for i in grid])
-    assert tune_scale(loss, grid) == 52
-    assert sorted(loss.asked) == [49, 50, 51, 52, 53]
+    assert line_search(loss, grid)[0] == 52
+    assert sorted(loss.asked)[0] == [49, 50, 51, 52, 53]
 
 
 @pytest.mark.parametrize(("start", "first"), [(0.01, 0), (1.3, 0), (1.5, 1), (5.0, 2), (99, 3)])
 def test_begins_next_to_its_start_by_ratio(start, first):
     grid = [1.0, 2.0, 4.0, 8.0]
     loss = Counted(grid, [abs(i - first) for i in range(4)])
-    assert tune_scale(loss, grid, start) == grid[first]
-    assert sorted(loss.asked) == grid[max(first - 1, 0) : first + 2]
+    assert line_search(loss, grid, start)[0] == grid[first]
+    assert sorted(loss.asked)[0] == grid[max(first - 1, 0) : first + 2]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_begins_next_to_its_start_by_ratio(start, first):
 )
 def test_ties_keep_the_smaller(values, best):
     grid = [1.0, 1.25, 1.5, 1.75, 2.0]
-    assert tune_scale(Counted(grid, values), grid) == grid[best]
+    assert line_search(Counted(grid, values), grid)[0] == grid[best]
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +69,7 @@ def test_ties_keep_the_smaller(values, best):
 def test_any_loss_ends_in_a_local_minimum(values, start):
     grid = [0.1 * (i + 1) for i in range(len(values))]
     loss = Counted(grid, values)
-    i = grid.index(tune_scale(loss, grid, start))
+    i = grid.index(line_search(loss, grid, start)[0])
     assert len(loss.asked) == len(set(loss.asked))
     assert i == 0 or values[i - 1] > values[i]
     assert i == len(values) - 1 or values[i + 1] >= values[i]

@@ -18,10 +18,17 @@ def problem_of(loss, n, base=None, table=None, features=None):
     base = np.ones(n) if base is None else np.asarray(base, float)
     table = 1 - np.eye(n) if table is None else np.asarray(table, float)
 
-    def losses(jobs, limits=None):
-        return [np.array([loss(members, task) for task in tasks]) for members, tasks in jobs]
+    own = np.diagonal(table)
+    gain = np.maximum(base - own, 0.05)
 
-    return Problem(base, table, merge, losses, np.eye(n) if features is None else features)
+    def measure(jobs, limits=None):
+        return [
+            np.array([(loss(members, task) - own[task]) / gain[task] for task in tasks])
+            for members, tasks in jobs
+        ]
+
+    regrets = (table - own[:, None]) / gain[:, None]
+    return Problem(regrets, merge, measure, np.eye(n) if features is None else features)
 
 
 def planted(sizes, seed=0, noise=0.05):

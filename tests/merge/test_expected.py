@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
-from d2c_mlx.compress.planner import make_plan, measure
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.merge.kl_regret import Expected, shrinkage
+from d2c_mlx.merge.kl_regret import TeacherRegret, shrinkage
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import Example
 from d2c_mlx.pipeline import run
@@ -53,7 +52,7 @@ def test_luck_is_hardly_ever_believed_and_few_rows_never():
 
 
 @pytest.fixture
-def ws(tmp_path):
+def session(tmp_path):
     """Two adapters of rank 4 on a tiny model, with their probes; ten rows each."""
     paths = library(tmp_path, ["a", "b"])
     config = RunConfig(
@@ -79,54 +78,71 @@ def answered(base, adapter, probe, seed):
     return replace(probe, examples=tuple(rows), cuts=())
 
 
-def expected_of(ws, adapters, sets):
-    return Expected(ws.base, ws.evaluator, adapters, sets, ws.problem, True)
+def expected_of(session, adapters, sets):
+    library = replace(session.library, adapters=adapters, probes=sets)
+    return TeacherRegret(library, session.study.losses)
 
 
-def test_rows_that_say_weaker_are_believed(ws):
+def test_rows_that_say_weaker_are_believed(session):
     """The adapters are twice as strong as what answered their rows."""
-    strong = [scaled(adapter, 2.0) for adapter in ws.adapters]
-    sets = [answered(ws.base, *pair, 0) for pair in zip(ws.adapters, ws.probes)]
-    found = expected_of(ws, strong, sets)
+    strong = [scaled(adapter, 2.0) for adapter in session.adapters]
+    sets = [
+        answered(session.inputs.base, *pair, 0)
+        for pair in zip(session.adapters, session.inputs.probes)
+    ]
+    found = expected_of(session, strong, sets)
     for i, trust in enumerate(found.trust):
         assert 0.3 < trust < 1
-        own, weaker = (float(found.under(one[i], [i])[0]) for one in (strong, ws.adapters))
+        own, weaker = (float(found.under(one[i], [i])[0]) for one in (strong, session.adapters))
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
-def test_forms_are_stored_weaker_where_rows_say_so(ws):
+def test_forms_are_stored_weaker_where_rows_say_so(session):
     """Scales below 1 are tried for such adapters, and for no others."""
 
     def forms(adapters, sets):
-        ws.adapters, ws.expected = adapters, expected_of(ws, adapters, sets)
-        found = measure(ws)
-        plan = make_plan(ws, found, ws.capacity.room)
-        assert plan["trust"] == {n: w for n, w in zip(ws.names, ws.expected.trust) if w}
+        session.adapters = adapters
+        vars(session).pop("library", None), vars(session).pop("study", None)
+        vars(session.study)["teacher_regret"] = expected_of(session, adapters, sets)
+        found = session.planner.measure()
+        plan = session.planner.plan(found, session.inputs.capacity.room).content
+        assert plan["trust"] == {
+            n: w for n, w in zip(session.inputs.names, session.study.teacher_regret.trust) if w
+        }
         return [(one.scale, one.regret) for one in found if one.family == "own"]
 
-    sets = [answered(ws.base, *pair, 0) for pair in zip(ws.adapters, ws.probes)]
-    alike = forms(ws.adapters, [answered(ws.base, *pair, 1) for pair in zip(ws.adapters, sets)])
+    sets = [
+        answered(session.inputs.base, *pair, 0)
+        for pair in zip(session.adapters, session.inputs.probes)
+    ]
+    alike = forms(
+        session.adapters,
+        [answered(session.inputs.base, *pair, 1) for pair in zip(session.adapters, sets)],
+    )
     assert min(scale for scale, _ in alike) >= 1
-    weaker = forms([scaled(adapter, 2.0) for adapter in ws.adapters], sets)
+    weaker = forms([scaled(adapter, 2.0) for adapter in session.adapters], sets)
     assert min(scale for scale, _ in weaker) < 1 and min(regret for _, regret in weaker) < 0
 
 
-def test_rows_as_the_adapter_expects_have_no_say(ws):
-    sets = [answered(ws.base, *pair, 1) for pair in zip(ws.adapters, ws.probes)]
-    found = expected_of(ws, ws.adapters, sets)
+def test_rows_as_the_adapter_expects_have_no_say(session):
+    sets = [
+        answered(session.inputs.base, *pair, 1)
+        for pair in zip(session.adapters, session.inputs.probes)
+    ]
+    found = expected_of(session, session.adapters, sets)
     assert found.trust == [0, 0]
-    assert [one.teacher for one in found.sets] == [one.digest for one in ws.adapters]
+    assert [one.teacher for one in found.sets] == [one.digest for one in session.adapters]
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])
-def test_a_trusted_row_enters_by_its_weight(ws, trust):
+def test_a_trusted_row_enters_by_its_weight(session, trust):
     """Against rows of logits in float64; another weight is another set."""
-    base, (one, other), probe = ws.base, ws.adapters, ws.probes[0]
+    base, (one, other), probe = session.inputs.base, session.adapters, session.inputs.probes[0]
     model = Distiller(base)
     some = model.taught(one, probe, trust)
-    (found,) = ws.evaluator.losses([(other, [some])])
+    (found,) = session.evaluator.losses([(other, [some])])
     rows = model.compare(other, model.teach(one, probe))
-    nll = [sum(ws.evaluator.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
+    nll = [sum(session.evaluator.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
     assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
     kl = divergence(base, one, other, probe)
     assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)

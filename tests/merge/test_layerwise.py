@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import scipy.linalg
-from d2c_mlx.run.workspace import Workspace
 from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
 from helpers.tiny import library, peft_adapter
 from hypothesis import given, settings
@@ -22,6 +21,7 @@ from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.session import Session
 from d2c_mlx.utils.errors import InputError
 
 # In the order in which they run.
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
     )  # fmt: skip
-    assert Workspace(config).names == ["a", "b"]
+    assert Session(config).inputs.names == ["a", "b"]
     monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
     with pytest.raises(InputError, match="take regmean"):
-        Workspace(config)
+        _ = Session(config).inputs

@@ -6,18 +6,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from d2c_mlx.run.workspace import Workspace
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.evaluate.capture import input_activations
-from d2c_mlx.evaluate.evaluator import climb, tune_scale
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
-from d2c_mlx.merge.merger import SCALES
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, RUN_METHODS
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.session import Session
 from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 
 @pytest.fixture
@@ -37,15 +36,15 @@ def config(tmp_path):
 
 
 def merger_of(config):
-    return run(config, until="probe", quiet=True).merger
+    return run(config, until="probe", quiet=True).study.merger
 
 
 @pytest.mark.parametrize("method", RUN_METHODS)
 def test_every_method_gives_a_pack(config, method):
-    workspace = run(config.replace(merge_method=method), until="bench", quiet=True)
-    methods = workspace.read("bench.json")["methods"]
+    session = run(config.replace(merge_method=method), until="bench", quiet=True)
+    methods = session.read("bench.json")["methods"]
     assert methods["pack"] == methods["d2c"]
-    used = {entry["method"] for entry in workspace.read("merges.json")}
+    used = {entry["method"] for entry in session.read("merges.json")}
     may = {
         "regmean++": {"regmean", "regmean++"},
         "layerwise": {"regmean", "regmean++", "layerwise"},
@@ -90,7 +89,7 @@ def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, bet
         losses = merger._evaluator.losses([(adapter, [merger._probes[i] for i in members])])[0]
         return float(merger._regret(losses, np.array(members)).mean())
 
-    lowest = regret(tune_scale(regret, SCALES))
+    lowest = line_search(regret, COARSE_SCALES)[1]
     assert plain.regret is not None and found.regret is not None
     assert found.method == better == ("regmean++" if lowest < plain.regret - 1e-3 else "regmean")
     assert found == plain if better == "regmean" else found.regret <= lowest + 1e-6
@@ -111,7 +110,8 @@ def test_layerwise_the_default_is_the_best_of_what_it_tries(config, members):
         return found[name, scale]
 
     strength = min((0.0, STRENGTH), key=lambda one: regret(plain.scale, one))
-    climb(lambda scale: regret(scale, strength), SCALES[SCALES.index(plain.scale) :])
+    scales = COARSE_SCALES[COARSE_SCALES.index(plain.scale) :]
+    line_search(lambda scale: regret(scale, strength), scales, plain.scale)
     made = merger.final(members)
     assert plain.method == "regmean"
     assert made.regret == pytest.approx(min(found.values()), abs=1e-6)
@@ -121,8 +121,8 @@ def test_layerwise_the_default_is_the_best_of_what_it_tries(config, members):
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
     """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""
-    assert tune_scale(lambda scale: np.log(scale * n) ** 2, SCALES) == 1 / n
-    assert tune_scale(lambda scale: np.log(scale / n) ** 2, SCALES) == n
+    assert line_search(lambda scale: np.log(scale * n) ** 2, COARSE_SCALES)[0] == 1 / n
+    assert line_search(lambda scale: np.log(scale / n) ** 2, COARSE_SCALES)[0] == n
 
 
 @pytest.mark.parametrize(("method", "begins"), [("linear", 1.4), ("iso-c", 2.5 / 3)])
@@ -138,7 +138,7 @@ def test_a_sum_of_many_begins_below_a_mean_of_them(config, method, begins):
 def test_the_scale_is_the_best_of_the_walk(config):
     merger = merger_of(config)
     merged = merger.quick((0, 1))
-    assert merged.scale in SCALES
+    assert merged.scale in COARSE_SCALES
     fixed = merger_of(config.replace(scale=merged.scale, output=config.output + "2")).quick((0, 1))
     assert fixed.scale == merged.scale
     assert fixed.adapter.digest == merged.adapter.digest
@@ -166,9 +166,9 @@ def test_a_larger_rank_is_for_merges_alone(config):
 
 def test_the_budget_in_bytes_counts_the_larger_rank(config):
     config = config.replace(budget="70%", plan="d2c")
-    assert Workspace(config).capacity.n_clusters == 1
+    assert Session(config).inputs.capacity.n_clusters == 1
     with pytest.raises(InputError, match="one merged adapter takes"):
-        Workspace(config.replace(merge_rank=8))
+        _ = Session(config.replace(merge_rank=8)).inputs
 
 
 def test_concat_needs_a_budget_of_adapters(config):

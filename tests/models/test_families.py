@@ -27,13 +27,15 @@ from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.layerwise import STRENGTH, check_blocks, merge_layerwise
+from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merger import Merger
+from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError, ModelError
 from d2c_mlx.utils.files import hash_file
 
@@ -68,8 +70,8 @@ BY_BLOCK = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "SmolLM3", "Granite",
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
     base = bases[family]
-    config = RunConfig(adapters="adapters", tasks="tasks", output="run")
-    default = Merger(config, base, None, [], [], None)._method
+    library = Library(Engine(base), None, [], [])
+    default = Merger(library, MergeOptions(), None)._method
     assert default == ("layerwise" if family in BY_BLOCK else "regmean++")
     if family not in BY_BLOCK:
         with pytest.raises(ModelError, match="merge_method layerwise runs the model block by"):

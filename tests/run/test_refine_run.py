@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from d2c_mlx.run.workspace import Workspace
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.tiny import peft_adapter, refinable, task, write_jsonl
@@ -17,6 +16,8 @@ from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.inputs import Inputs
+from d2c_mlx.run.session import Session
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.files import hash_tree
 
@@ -61,17 +62,18 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
 
 
 def test_test_rows_are_never_touched(config, monkeypatch):
-    workspace = Workspace(config, quiet=True)
+    session = Session(config, quiet=True)
     for name in ("convert", "probe", "cluster", "merge"):
-        STAGES[name](workspace)
-    del workspace.tests, workspace.tasks
+        STAGES[name](session)
+    vars(session.inputs).pop("tests", None)
+    del session.inputs.tasks
 
     def poison(self):
         raise AssertionError("refine looked at the test rows")
 
-    monkeypatch.setattr(Workspace, "tests", property(poison))
-    STAGES["refine"](workspace)
-    assert workspace.path("refined").exists()
+    monkeypatch.setattr(Inputs, "tests", property(poison))
+    STAGES["refine"](session)
+    assert session.path("refined").exists()
 
 
 _KILL_AT_SECOND = """

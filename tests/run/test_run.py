@@ -20,8 +20,8 @@ from d2c_mlx.utils.files import hash_tree
 
 
 def test_artifacts_and_the_shape_of_bench_json(config):
-    workspace = run(config, quiet=True)
-    output = workspace.output
+    session = run(config, quiet=True)
+    output = session.output
     bench = json.loads((output / "bench.json").read_text())
     assert set(bench) == {"methods", "provenance"}
     methods = bench["methods"]
@@ -44,10 +44,10 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
     assert manifest["nbytes"] <= manifest["budget"]["nbytes"]
-    assert manifest["base"]["config_sha256"] == workspace.base.config_hash
+    assert manifest["base"]["config_sha256"] == session.base.config_hash
     assert len({manifest["tasks"][name] for name in NAMES}) == 2
     record = json.loads((output / ".stages" / "probe.json").read_text())
-    assert 0 < record["peak_nbytes"] <= workspace.engine.memory_limit
+    assert 0 < record["peak_nbytes"] <= session.engine.memory_limit
     assert record["evaluations"]["asked"] == 5 * 4  # four adapters and the base, four tasks
     table = json.loads((output / "losses.json").read_text())
     assert len(table["values"]) == len(table["values"][0]) == 4
@@ -114,11 +114,11 @@ def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatc
         # Random adapters hardly differ: a large eps has them ruled out all the same.
         options = {"output": output, "without": without, "probe_examples": 4, "eps": 90.0}
         options["search"] = "paper"
-        workspace = run(config.replace(**options), until="pack", quiet=True)
-        record = json.loads((workspace.output / ".stages" / "cluster.json").read_text())
+        session = run(config.replace(**options), until="pack", quiet=True)
+        record = json.loads((session.output / ".stages" / "cluster.json").read_text())
         done.append(record["evaluations"]["tokens"])
         names = ("losses.json", "clusters.json", "merged", "pack")
-        artifacts.append([hash_tree(workspace.path(name)) for name in names])
+        artifacts.append([hash_tree(session.path(name)) for name in names])
     assert artifacts[0] == artifacts[1]
     assert done[0] < done[1]
 

@@ -42,11 +42,11 @@ def test_the_time_left_of_clustering_is_foreseen(tmp_path, monkeypatch):
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
     )  # fmt: skip
-    ws = run(config, until="probe", quiet=True)
-    seen, before = [], ws.evaluator.counts.tokens
-    meter = ws.evaluator.meter = Silent()
+    session = run(config, until="probe", quiet=True)
+    seen, before = [], session.evaluator.counts.tokens
+    meter = session.evaluator.meter = Silent()
     meter.foresee = seen.append
-    d2c(ws.problem, 2, search="moves")
-    done = ws.evaluator.counts.tokens - before
+    d2c(session.study.problem, 2, search="moves")
+    done = session.evaluator.counts.tokens - before
     assert seen[0] / 3 <= done <= 3 * seen[0]
     assert seen[-1] == 0 and all(n > 0 for n in seen[:-1])

@@ -16,8 +16,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator, tune_scale
-from d2c_mlx.merge.merger import SCALES
+from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
@@ -26,6 +25,7 @@ from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.pack_commands import arrive, route_prompts
 from d2c_mlx.utils.errors import InputError, ModelError, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 NAMES = ("a", "b", "c", "d")
 
@@ -57,10 +57,10 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
         own = np.concatenate([losses(found[n].uniform(mx.float16), [n]) for n in names])
         gain = np.maximum(losses(None, names) - own, 0.05)
         merge = merge_adapters([found[member], found["c"]])
-        for scale in SCALES:
+        for scale in COARSE_SCALES:
             costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
     result = arrive(pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model))
-    walks = [(k, tune_scale(lambda scale, k=k: costs[k, scale], SCALES)) for k in (0, 1)]
+    walks = [(k, line_search(lambda scale, k=k: costs[k, scale], COARSE_SCALES)[0]) for k in (0, 1)]
     k, scale = min(walks, key=costs.get)
     assert result.adapter == f"cluster-{k}"
     merge = merge_adapters([found["ab"[k]], found["c"]])

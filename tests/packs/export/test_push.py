@@ -66,20 +66,20 @@ def test_the_card_of_a_run(tmp_path, budget):
     """Numbers are those of bench.json, methods those of the run; nothing of this machine."""
     paths = library(tmp_path, ["a", "b", "c|d <b>"])
     options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "random_seeds": 1}
-    ws = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
+    session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
                        test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
-    found = load_pack(ws.path("pack"))
+    found = load_pack(session.path("pack"))
     write_repository(found, "org/name", tmp_path / "out", base="org/base", license="mit")
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
     assert card.data.license == "mit" and {"lora", "mlx", "peft"} <= set(card.data.tags)
     shown = {name: name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
-             for name in ws.names}  # fmt: skip
-    methods = ws.read("bench.json")["methods"]
+             for name in session.inputs.names}  # fmt: skip
+    methods = session.read("bench.json")["methods"]
     kept = {row[0]: row[1:] for row in tables(card.text)[KEPT]}
     assert kept.keys() == {*shown.values(), "mean"}
-    for name in ws.names:
+    for name in session.inputs.names:
         losses = [methods[m]["tasks"][name]["loss"] for m in ("base", "individual", "pack")]
         assert kept[shown[name]][:3] == [f"{loss:.4f}" for loss in losses]
         retention = methods["pack"]["tasks"][name]["retention"]
@@ -87,14 +87,16 @@ def test_the_card_of_a_run(tmp_path, budget):
     made = tables(card.text)[MADE]
     assert sorted(name for row in made for name in row[1].split(", ")) == sorted(shown.values())
     if budget == "2":
-        entries = {", ".join(map(shown.get, e["members"])): e for e in ws.read("merges.json")}
+        entries = {", ".join(map(shown.get, e["members"])): e for e in session.read("merges.json")}
         for _, tasks, method, scale, stored in made:
             several = len(entries[tasks]["members"]) > 1
             assert method == (entries[tasks]["method"] if several else "its own adapter")
             assert scale == str(entries[tasks]["scale"]) and re.match(r"rank \d+, [\d,]+ b", stored)
     else:
-        units = {", ".join(map(shown.get, u["tasks"])): u for u in ws.read("plan.json")["units"]}
-        left = [shown[name] for name in ws.read("plan.json")["base"]]
+        units = {
+            ", ".join(map(shown.get, u["tasks"])): u for u in session.read("plan.json")["units"]
+        }
+        left = [shown[name] for name in session.read("plan.json")["base"]]
         assert [row[1] for row in made if row[0] == "the base model"] == left[:1]
         for _, tasks, _, scale, stored in made[: len(units)]:
             counts = {}
@@ -239,7 +241,7 @@ def test_a_card_shows_no_measurements_of_another_pack(tmp_path):
         run(RunConfig(**options, scale=scale, baselines=(), output=str(tmp_path / f"run{scale}")),
             quiet=True) for scale in (1.0, 2.0)
     )  # fmt: skip
-    one, other = (load_pack(ws.path("pack")) for ws in (first, second))
+    one, other = (load_pack(session.path("pack")) for session in (first, second))
     assert one.nbytes == other.nbytes and one.tasks == other.tasks
     bench = second.path("bench.json")
     assert read_bench(other, None) == read_bench(other, bench)

@@ -1,0 +1,44 @@
+"""Regret: losses on a scale that tasks share."""
+
+import numpy as np
+import pytest
+
+from d2c_mlx.evaluate.loss_table import LossTable
+
+
+def table_of(base, values):
+    names = tuple("abcdefgh"[: len(base)])
+    return LossTable(names, names, np.asarray(values, float), np.asarray(base, float))
+
+
+def random_table(n=5):
+    """Tasks that differ in difficulty and in what there is to gain."""
+    rng = np.random.default_rng(0)
+    own, gain = rng.uniform(0.2, 4, n), rng.uniform(0.2, 3, n)
+    regret = rng.uniform(0, 2, (n, n))
+    np.fill_diagonal(regret, 0)
+    return table_of(own + gain, own[:, None] + gain[:, None] * regret), regret
+
+
+def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():
+    table, regret = random_table()
+    assert table.regret(table.individual) == pytest.approx(np.zeros(5))
+    assert table.regret(table.base) == pytest.approx(np.ones(5))
+    both = table.regret(np.stack([table.base, table.individual], axis=1))
+    assert both == pytest.approx(np.tile([1.0, 0.0], (5, 1)))
+    assert table.regret(table.base[[3, 1]], np.array([3, 1])) == pytest.approx(np.ones(2))
+    assert table.regrets == pytest.approx(regret)
+
+
+def test_losses_at_a_regret_have_that_regret():
+    table, regret = random_table()
+    tasks = np.array([4, 0, 2])
+    losses = table.losses_at(regret[tasks, 1], tasks)
+    assert table.regret(losses, tasks) == pytest.approx(regret[tasks, 1])
+
+
+def test_regret_counts_gains_below_a_floor_as_the_floor():
+    # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
+    table = table_of([1.5, 1.05, 1.01, 1.0, 0.0], np.eye(5))
+    assert table.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
+    assert table.gain == pytest.approx([0.5, 0.05, 0.05, 0.05, 0.05])
