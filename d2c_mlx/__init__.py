@@ -1,30 +1,90 @@
-"""d2c-mlx: merge many LoRA adapters into the few that fit, on MLX.
+"""d2c-mlx: merge and compress many LoRA adapters to fit a storage budget, on MLX.
 
-`pipeline.run(config)` is the whole program on one page; start reading there.
+`pipeline.py` is the whole program on one page; start reading there. What a program may import is in
+`_NAMES`, each name from its own module when it is asked for: mlx_lm alone takes a second.
 """
 
 import os
+from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from d2c_mlx.utils.blas import preload_blas
 
-if TYPE_CHECKING:
-    from d2c_mlx.serve.load import load
-
-# Before anything imports mlx.core: see blas.py.
+# Before anything imports mlx.core: see utils/blas.py.
 preload_blas()
 # On the GPUs that have it (M5, NVIDIA) MLX would round float32 products to 10 bits by default; what
 # is said to be in float32 here is meant to be.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+if TYPE_CHECKING:
+    from d2c_mlx.adapters.adapter import Adapter, LoRA
+    from d2c_mlx.adapters.peft_format import save_peft
+    from d2c_mlx.adapters.reading import read_adapter
+    from d2c_mlx.merge.methods import merge_adapters
+    from d2c_mlx.packs.export import export, unpack
+    from d2c_mlx.packs.pack import Pack, load_pack
+    from d2c_mlx.packs.verify import verify
+    from d2c_mlx.phone.benchmark import bench_phone
+    from d2c_mlx.phone.config import PhoneConfig
+    from d2c_mlx.pipeline import run as run_pipeline
+    from d2c_mlx.run.config import RunConfig
+    from d2c_mlx.serve.load import load
+    from d2c_mlx.utils.errors import D2CError, InputError
+
+__version__ = version("d2c-mlx")
+__all__ = [
+    "Adapter",
+    "D2CError",
+    "InputError",
+    "LoRA",
+    "Pack",
+    "PhoneConfig",
+    "RunConfig",
+    "__version__",
+    "bench_phone",
+    "export",
+    "load",
+    "load_pack",
+    "merge_adapters",
+    "read_adapter",
+    "run_pipeline",
+    "save_peft",
+    "unpack",
+    "verify",
+]
+
+# Public name -> where it is, and its name there. `run` alone would be the wing of that name.
+_NAMES = {
+    "Adapter": ("adapters.adapter", "Adapter"),
+    "D2CError": ("utils.errors", "D2CError"),
+    "InputError": ("utils.errors", "InputError"),
+    "LoRA": ("adapters.adapter", "LoRA"),
+    "Pack": ("packs.pack", "Pack"),
+    "PhoneConfig": ("phone.config", "PhoneConfig"),
+    "RunConfig": ("run.config", "RunConfig"),
+    "bench_phone": ("phone.benchmark", "bench_phone"),
+    "export": ("packs.export", "export"),
+    "load": ("serve.load", "load"),
+    "load_pack": ("packs.pack", "load_pack"),
+    "merge_adapters": ("merge.methods", "merge_adapters"),
+    "read_adapter": ("adapters.reading", "read_adapter"),
+    "run_pipeline": ("pipeline", "run"),
+    "save_peft": ("adapters.peft_format", "save_peft"),
+    "unpack": ("packs.export", "unpack"),
+    "verify": ("packs.verify", "verify"),
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import `load` when it is asked for: mlx_lm takes a second."""
-    if name == "load":
-        from d2c_mlx.serve.load import load
+    """Import a public name from its module, once."""
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inner = _NAMES[name]
+    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), inner)
+    return found
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx import __version__
 from d2c_mlx.packs.manifest import read_manifest
 from d2c_mlx.packs.pack import MANIFEST, load_pack
+from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import fingerprint, hash_tree, visible_files, write_json
 from d2c_mlx.utils.parsing import json_or_none, parse_json
@@ -42,7 +42,7 @@ class Record:
         self._output = output
         self._path = output / ".stages" / f"{name}.json"
         read = [hash_tree(output / file) for file in reads]
-        self._inputs = fingerprint([__version__, options, read])
+        self._inputs = fingerprint([VERSION, options, read])
 
     def holds(self, writes: Sequence[str]) -> bool:
         """Whether the stage ran on the same inputs and its outputs `writes` are untouched."""

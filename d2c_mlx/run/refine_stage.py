@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2c_mlx import __version__
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.merge.refine import Member, Refined, RefineOptions, refine
 from d2c_mlx.run.session import Session
+from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.files import fingerprint, write_dir, write_json
 
 __all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
@@ -25,7 +25,7 @@ def _options(session: Session) -> RefineOptions:
 def refine_inputs(session: Session) -> list[object]:
     """A JSON value of all that refining depends on beside adapters and merges."""
     inputs = session.inputs
-    return [__version__, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
+    return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
             [[p.task, p.digest] for p in inputs.probes],
             [[name, prompts.digest] for name, prompts in inputs.prompts.items()]]  # fmt: skip
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx import __version__
 from d2c_mlx.adapters.sources import local_entries
 from d2c_mlx.models.resolve import model_files
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import arithmetic, use_device, versions
+from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.files import fingerprint
 
 __all__ = ["snapshot"]
@@ -34,7 +34,7 @@ def snapshot(config: RunConfig) -> str | None:
     # What a person put there for the report.
     paths.append(Path(config.output) / "phone.json")
     return fingerprint(
-        [__version__, versions(), arithmetic(), options, [_state(path) for path in paths]]
+        [VERSION, versions(), arithmetic(), options, [_state(path) for path in paths]]
     )
 
 

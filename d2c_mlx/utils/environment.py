@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["EXTRAS", "RANK_VARIABLES", "cache_directory", "require_extra"]
+__all__ = ["EXTRAS", "RANK_VARIABLES", "VERSION", "cache_directory", "require_extra"]
 
+# Of this package, as it is installed.
+VERSION = version("d2c-mlx")
 # One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Extras of pyproject.toml that one command or option needs -> the module that each brings.
