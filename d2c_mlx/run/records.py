@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx import __version__
-from d2c_mlx.packs.manifest import read_manifest
+from d2c_mlx.packs.manifest import check_format
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import fingerprint, hash_tree, visible_files, write_json
@@ -121,7 +121,7 @@ def _other_version(pack: Path) -> bool:
     if json_or_none(pack / MANIFEST) is None:
         return False
     try:
-        read_manifest(pack / MANIFEST)
+        check_format(pack / MANIFEST)
     except PackError:
         return True
     return False
