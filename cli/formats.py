@@ -35,7 +35,8 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.sources import find_adapters, read_adapters
     from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.run.overwrite import check_output, local_model
+    from d2c_mlx.packs.marker import mark
+    from d2c_mlx.packs.overwrite import check_output, local_model
     from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)
@@ -48,6 +49,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
                 save_peft(adapter, directory / adapter.name, base.config)
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
+        mark(directory, "convert")
     rows = [
         {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base,
          **({"origin": a.origin} if a.origin else {})}
@@ -73,10 +75,10 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     Example:
       d2c-mlx unpack runs/first/pack --output adapters
     """
+    from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.packs.unpack import unpack as write_plain
 
-    _show_tasks(write_plain(load_pack(pack), Path(output)), output, as_json)
+    _show_tasks(write_export(load_pack(pack), "mlx", Path(output)), output, as_json)
 
 
 @click.command(cls=Command)

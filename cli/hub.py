@@ -50,21 +50,22 @@ def push(
     """
     import tempfile
 
+    from d2c_mlx.packs.card import CardOptions
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.push import CARD, write_repository
     from d2c_mlx.packs.push import push as push_pack
+    from d2c_mlx.utils.files import visible_files
 
     found = load_pack(pack)
+    options = CardOptions(base, license, revision, bench)
     if output is None and not dry_run:
-        url = push_pack(found, repo, private=private, revision=revision, base=base,
-                        license=license, bench=bench)  # fmt: skip
+        url = push_pack(found, repo, options, private=private)
         click.echo(json.dumps({"repo": repo, "commit": url}) if as_json else f"pushed: {url}")
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = output or Path(temporary) / "repository"
-        write_repository(found, repo, folder, base=base, license=license, revision=revision,
-                         bench=bench)  # fmt: skip
-        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        write_repository(found, repo, folder, options)
+        files = [path.relative_to(folder).as_posix() for path in visible_files(folder)]
         card = (folder / CARD).read_text(encoding="utf-8")
     if as_json:
         where = str(output) if output else None

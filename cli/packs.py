@@ -76,10 +76,10 @@ def add(
       d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base
       d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8
     """
-    from d2c_mlx.run.pack_commands import arrive
+    from d2c_mlx.packs.add import AddOptions, add_from_path
 
     routed = _routed(pack)
-    found = arrive(pack, adapter, tasks, probe_examples, model, budget)
+    found = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
     if as_json:
         content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
                    "similarity": found.similarity, "dropped": found.dropped,
@@ -164,9 +164,9 @@ def route(
       d2c-mlx route runs/first/pack --tasks tasks
       d2c-mlx route runs/first/pack "Write this number in German words: 896"
     """
-    from d2c_mlx.run.pack_commands import route_prompts
+    from d2c_mlx.run.route import RouteOptions, route_prompts
 
-    rows = route_prompts(pack, prompts, tasks, probe_examples, model, top)
+    rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top))
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return

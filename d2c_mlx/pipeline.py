@@ -28,7 +28,8 @@ from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.distributed import leading
 from d2c_mlx.evaluate.heldout import Method, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, load_pack
+from d2c_mlx.packs.marker import mark
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
@@ -82,6 +83,7 @@ def convert(session: Session) -> None:
         with write_dir(session.path("adapters")) as directory:
             for adapter in inputs.adapters:
                 adapter.save(directory / adapter.name, inputs.base.n_layers)
+            mark(directory, "run")
 
     options = [[adapter.name, adapter.base, adapter.digest] for adapter in inputs.adapters]
     session.stage("convert", options, [], ["adapters"], body)
@@ -113,6 +115,7 @@ def plan(session: Session) -> None:
         found = session.planner.plan(session.planner.measure(), inputs.capacity.room)
         with write_dir(session.path("planned")) as directory:
             write_compact(directory / COMPACT, found.adapters)
+            mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
@@ -172,6 +175,7 @@ def merge(session: Session) -> None:
                 merged.adapter.save(directory / str(k), inputs.base.n_layers)
                 names = [inputs.names[i] for i in members]
                 merges.append({"members": names, "method": merged.method, "scale": merged.scale})
+            mark(directory, "run")
         write_json(session.path("merges.json"), merges)
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
@@ -189,6 +193,7 @@ def refine(session: Session) -> None:
         with write_dir(session.path("refined")) as refined:
             for k, part in enumerate(parts):
                 shutil.copytree(part / "adapter", refined / str(k))
+            mark(refined, "run")
         facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
         write_json(session.path("refines.json"), facts)
 
@@ -201,15 +206,16 @@ def refine(session: Session) -> None:
 def pack(session: Session) -> None:
     """Adapters and a manifest -> `pack/`, within the budget: merges in 16 bit, or as planned."""
     c, inputs = session.config, session.inputs
-    about: dict[str, Any] = {
-        "model": inputs.base.name,
-        "config_hash": inputs.base.config_hash,
-        "n_layers": inputs.base.n_layers,
-        "budget": inputs.capacity.budget.text,
-        "max_bytes": inputs.capacity.max_bytes,
-        "origins": {adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
-        "ready": partial(expect_pack, session.output),
-    }
+    info = PackInfo(
+        model=inputs.base.name,
+        config_hash=inputs.base.config_hash,
+        n_layers=inputs.base.n_layers,
+        budget=inputs.capacity.budget.text,
+        max_bytes=inputs.capacity.max_bytes,
+        origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
+        dtype=inputs.base.dtype,
+    )
+    ready = partial(expect_pack, session.output)
     source = "refined" if c.refine else "merged"
 
     def merges() -> None:
@@ -217,20 +223,17 @@ def pack(session: Session) -> None:
             dataclasses.replace(load_adapter(session.path(source) / str(k)), sources=tuple(names))
             for k, names in enumerate(entry["members"] for entry in session.read("merges.json"))
         ]
-        write_pack(session.path("pack"), adapters, **about)
+        write_pack(session.path("pack"), adapters, info, ready)
 
     def compact() -> None:
         plan = session.read("plan.json")
         file = session.path("planned") / COMPACT
         adapters = [read_compact(file, k) for k in range(len(plan["units"]))]
-        write_compact_pack(
-            session.path("pack"), adapters, serves_of(plan), dtype=inputs.base.dtype, **about
-        )
+        write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
         ["plan.json", "planned"], compact)  # fmt: skip
-    options = [inputs.base.name, inputs.base.config_hash, about["budget"], inputs.capacity.total,
-               about["origins"]]  # fmt: skip
+    options = [info.model, info.config_hash, info.budget, inputs.capacity.total, info.origins]
     session.stage("pack", options, reads, ["pack"], body)
 
 

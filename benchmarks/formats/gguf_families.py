@@ -25,6 +25,7 @@ from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
@@ -92,9 +93,10 @@ def compare(folder, tools, family):
     base = BaseModel(str(model))
     adapter = replace(read_adapter(source, base.module_shapes), sources=("task",))
     pack = write_pack(
-        out / "pack", [adapter.uniform(mx.float32)], model=family, config_hash=base.config_hash,
-        n_layers=base.n_layers, budget="-", max_bytes=None,
-    )  # fmt: skip
+        out / "pack",
+        [adapter.uniform(mx.float32)],
+        PackInfo(model=family, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
+    )
     ours = out / "gguf" / export(pack, "gguf", out / "gguf", str(model))["task"]
     theirs, gguf = out / "theirs.gguf", out / "base.gguf"
     python(tools / "convert_lora_to_gguf.py", "--base", model, "--outtype", "f32", "--outfile",

@@ -27,6 +27,7 @@ from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
@@ -79,9 +80,10 @@ def compare(base, adapters, sets, folder):
     """Weights and what was attached -> differences over all adapters."""
     named = [replace(a, sources=(a.name,)).uniform(base.dtype) for a in adapters]
     pack = write_pack(
-        folder / "pack", named, model=base.name, config_hash=base.config_hash,
-        n_layers=base.n_layers, budget="-", max_bytes=None,
-    )  # fmt: skip
+        folder / "pack",
+        named,
+        PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
+    )
     tasks = export(pack, "gguf", folder / "gguf")
     # With two rows a head there is nothing to permute.
     n_heads = [base.module_shapes[f"model.layers.0.self_attn.{m}_proj"][1] // 2 for m in "qk"]

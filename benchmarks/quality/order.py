@@ -21,8 +21,9 @@ from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import stored, worth
 from d2c_mlx.compress.quantize import components
 from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.judge import Judge
-from d2c_mlx.packs.update import add_adapter
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -38,13 +39,13 @@ def first_pack(session, kind, directory, adapter, budget):
              "n_layers": session.inputs.base.n_layers}  # fmt: skip
     if kind == "slots":
         made = [replace(adapter.uniform(session.inputs.base.dtype), sources=(adapter.name,))]
-        return write_pack(directory, made, **about, budget=budget, max_bytes=None)
+        return write_pack(directory, made, PackInfo(**about, budget=budget))
     limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": session.inputs.base.dtype}
-    return write_compact_pack(directory, [small], {adapter.name: 0}, **about)
+    return write_compact_pack(directory, [small], {adapter.name: 0}, PackInfo(**about))
 
 
 def grown(session, kind, budget, order, judge):

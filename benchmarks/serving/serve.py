@@ -30,6 +30,7 @@ from benchmarks import RESULTS, command_line
 from benchmarks.common import load_library
 from benchmarks.stock_models import torch_base
 from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
@@ -131,9 +132,13 @@ def main():
         pack = write_pack(
             Path(directory) / "run" / "pack",
             [replace(one, sources=(name,)) for one, name in zip(adapters, names)],
-            model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
-            budget=str(len(names)), max_bytes=None,
-        )  # fmt: skip
+            PackInfo(
+                model=base.name,
+                config_hash=base.config_hash,
+                n_layers=base.n_layers,
+                budget=str(len(names)),
+            ),
+        )
         known = {}
 
         def differing(jobs, texts, task):

@@ -2,7 +2,9 @@
 
 A safetensors header takes about 100 bytes per tensor: for 240 factors of one adapter that is more
 than its numbers at 2 bit. So rows are stacked over adapters, modules and factors: one tensor per
-bits and row width. docs/packs.md has the layout.
+bits and row width, which needs the fewest headers and makes one adapter one slice per tensor.
+Low-bit codes are read in float32 and rounded to float16, so that every device has the same bits.
+docs/packs.md has the layout.
 """
 
 from __future__ import annotations

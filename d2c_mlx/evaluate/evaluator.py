@@ -17,6 +17,7 @@ from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
 from d2c_mlx.utils.files import fingerprint
 
 __all__ = [
+    "CUTS",
     "Counts",
     "Evaluator",
     "Job",
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
+
+# Shares of a task's calibration rows after which an evaluation may stop: most candidates of D2C are
+# several times worse than what a task has.
+CUTS = (0.2, 0.5)
 
 
 class Meter(Protocol):

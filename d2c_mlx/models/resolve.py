@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
 from d2c_mlx.utils.environment import cache_directory
@@ -101,21 +99,22 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     return resolve_model(spec)
 
 
-def very_base(about: Mapping[str, Any], spec: str | None) -> Path:
+def very_base(name: str, config_hash: str, spec: str | None) -> Path:
     """Find the very base model of a pack, whose config is compared: its mlx-lm directory.
 
     Args:
-        about: `base` of the pack's manifest.
+        name: of the base model, as the pack has it.
+        config_hash: hex SHA-256 of its config.json, as the pack has it.
         spec: as for `resolve_base`.
 
     Raises:
         ModelError: as `resolve_base`, or it is another model.
     """
-    _, directory = resolve_base(about["model"], spec)
+    _, directory = resolve_base(name, spec)
     path = directory / "config.json"
-    if hash_file(path) != about["config_sha256"]:
+    if hash_file(path) != config_hash:
         raise ModelError(
-            f"{path}: is not the config of {about['model']!r}, which the pack was made with (its"
+            f"{path}: is not the config of {name!r}, which the pack was made with (its"
             " sha256 differs); name that very model with --model"
         )
     return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,40 @@ from d2c_mlx.utils.hub import parse_hub_id
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.templates import templates_of
 
-__all__ = ["read_bench", "render_card"]
+__all__ = ["CardOptions", "read_bench", "render_card"]
 
 Json = dict[str, Any]
 
 _HUB_NAMES = {EMBEDDED: f"HuggingFaceTB/{EMBEDDED}"}
 
 
-def render_card(
-    pack: Pack,
-    repo: str,
-    *,
-    base: str | None = None,
-    license: str = "other",
-    revision: str | None = None,
-    bench: Json | None = None,
-) -> str:
+@dataclass(frozen=True)
+class CardOptions:
+    """What whoever pushes a pack says of it.
+
+    Attributes:
+        base: the base model's id on the hub; None where the pack names it.
+        license: an id as the hub names licences, or "other".
+        revision: the branch that the card is for; None is the default one.
+        bench: `bench.json` of the run that made the pack; None looks beside the pack.
+    """
+
+    base: str | None = None
+    license: str = "other"
+    revision: str | None = None
+    bench: Path | None = None
+
+
+def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None = None) -> str:
     """README.md of a model repository: YAML front matter and Markdown.
 
-    Nothing of this machine is in it. Who was merged how comes from `merges.json` or `plan.json` of
-    the run directory, where the pack lies in one.
+    It holds nothing of this machine. How each adapter was made comes from `merges.json` or
+    `plan.json` of the run directory, where the pack is in one.
 
     Args:
         pack: what `load_pack` verified.
         repo: `owner/name` of the repository.
-        base: the base model's id on the hub; None where the pack names it.
-        license: an id of the hub's, or "other".
-        revision: the branch that the card is for; None is the default one.
+        options: see `CardOptions`.
         bench: what `read_bench` gave; None is not measured.
 
     Raises:
@@ -50,9 +58,8 @@ def render_card(
     """
     from huggingface_hub import ModelCardData
 
-    stated = pack.manifest.get("base")
-    name = str(stated.get("model")) if isinstance(stated, dict) else "unknown"
-    base = base or _HUB_NAMES.get(name, name)
+    name = pack.manifest.base.model
+    base = options.base or _HUB_NAMES.get(name, name)
     hub = parse_hub_id(base)
     if hub is None or hub.revision:
         raise ConfigError(
@@ -65,7 +72,7 @@ def render_card(
         base_model=base,
         base_model_relation="adapter",
         library_name="mlx",
-        license=license,
+        license=options.license,
         pipeline_tag="text-generation",
         tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
     )
@@ -75,8 +82,8 @@ def render_card(
         .render(
             repo=repo,
             base=base,
-            license=license,
-            at=f" --revision {revision}" if revision else "",
+            license=options.license,
+            at=f" --revision {options.revision}" if options.revision else "",
             storage=pack.storage,
             nbytes=pack.nbytes,
             tasks=sorted(pack.tasks),
@@ -94,10 +101,10 @@ def render_card(
 
 
 def read_bench(pack: Pack, path: Path | None) -> Json | None:
-    """What a card needs of the `bench.json` of the run that made a pack.
+    """The measurements for a card, from the `bench.json` of the run that made a pack.
 
     Args:
-        pack: what was measured.
+        pack: that was measured.
         path: None looks beside the pack, as in a run directory.
 
     Returns:
@@ -110,7 +117,7 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
     if path is None and not beside.is_file():
         return None
     path = path or beside
-    bench = _json(path)
+    bench, stated = _json(path), pack.manifest.base.model_dump()
     try:
         methods, about = bench["methods"], bench["provenance"]
         packed, base = methods["pack"], about["base"]
@@ -125,7 +132,7 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
             about["pack"]["manifest_sha256"] == hash_file(pack.path / MANIFEST)
             and packed["nbytes"] == pack.nbytes
             and packed["tasks"].keys() == pack.tasks.keys()
-            and base == {key: pack.manifest["base"][key] for key in base}
+            and base == {key: stated[key] for key in base}
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         same = False
@@ -135,7 +142,7 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
 
 
 def _other_pack(path: Path, pack: Pack, bench: Any) -> str:  # noqa: ANN401  JSON is any
-    """What is wrong and what to do; a run measures only the pack that it made."""
+    """The line for a `bench.json` of another pack: a run measures only the pack that it made."""
     about = bench.get("provenance") if isinstance(bench, dict) else None
     if isinstance(about, dict) and "pack" not in about:
         return (
@@ -150,7 +157,7 @@ def _other_pack(path: Path, pack: Pack, bench: Any) -> str:  # noqa: ANN401  JSO
 
 
 def _losses(methods: Json, task: str | None) -> Json:
-    """A row of the table; None is the mean over tasks."""
+    """A row of the table; the task None is the mean over tasks."""
     found = {name: methods[name] if task is None else methods[name]["tasks"][task]
              for name in ("base", "individual", "pack")}  # fmt: skip
     retention = found["pack"]["retention"]
@@ -169,7 +176,7 @@ def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
 
 
 def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str, object]]:
-    """Tasks that share an adapter -> how it was made, and its scale; from the run directory."""
+    """Map tasks that share an adapter to how it was made and its scale, by the run directory."""
     path = pack.path.resolve().parent / ("merges.json" if pack.storage == "plain" else "plan.json")
     content = _json(path) if path.is_file() else []
     refined = bool(bench and bench["refined"])
@@ -185,7 +192,7 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
 
 
 def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
-    """One row per stored adapter, named as `unpack` names it."""
+    """One row per stored adapter, named as `export` names it."""
     recorded = _recorded(pack, bench)
     rows = []
     for k, tasks in pack.adapters.items():

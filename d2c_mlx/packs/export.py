@@ -1,23 +1,30 @@
-"""A pack for other programs: mlx-lm and mlx-swift, PEFT, llama.cpp."""
+"""The adapters of a pack, written for other programs: mlx-lm and mlx-swift, PEFT, llama.cpp."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.models.resolve import very_base
+from d2c_mlx.packs.manifest import CompactManifest
+from d2c_mlx.packs.marker import mark
+from d2c_mlx.packs.overwrite import check_output, local_model
 from d2c_mlx.packs.pack import Pack
-from d2c_mlx.packs.unpack import unpack, write_adapters
-from d2c_mlx.run.overwrite import check_output, local_model
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
+from d2c_mlx.utils.files import write_dir, write_json
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "export", "write_plain"]
 
 FORMATS = ("mlx", "peft", "gguf")
+
+# Writes one adapter to a path that does not exist yet.
+Write = Callable[[Adapter, Path], None]
 
 
 def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> dict[str, str | None]:
@@ -25,8 +32,9 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 
     Args:
         pack: what `load_pack` verified.
-        to: `mlx` (what `unpack` writes), `peft` (a directory each) or `gguf` (a file each).
-        directory: replaced as a whole.
+        to: `mlx` (a directory `cluster-<k>` each, that mlx-lm and mlx-swift load), `peft` (a
+            directory each) or `gguf` (a file `cluster-<k>.gguf` each).
+        directory: replaced as a whole, only once everything is in it.
         model: the pack's base model, as for `resolve_model`. Only gguf needs it, for its
             architecture and heads; None is enough where the base is the embedded default.
 
@@ -35,29 +43,64 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 
     Raises:
         InputError: an unknown format, an architecture that is not known in GGUF, another base
-            model, or what `write_adapters` raises; nothing is written.
+            model, a directory that must not be replaced (see `check_output`), or an adapter that
+            cannot be read; nothing is written.
     """
     check_output(directory, [("pack", pack.path), *local_model(model)], error=PackError)
-    if to == "mlx":
-        return unpack(pack, directory)
-    if to == "peft":
-        config = _base_config(pack, model)[1] if model else None
-        return write_adapters(pack, directory, partial(save_peft, config=config))
-    if to != "gguf":
+    if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
-    write = partial(save_gguf_lora, config=_gguf_config(pack, model))
-    return write_adapters(pack, directory, write, ".gguf")
+    write, suffix = partial(_write_mlx, pack), ""
+    if to == "peft":
+        write = partial(save_peft, config=_base_config(pack, model)[1] if model else None)
+    if to == "gguf":
+        write, suffix = partial(save_gguf_lora, config=_gguf_config(pack, model)), ".gguf"
+    with write_dir(directory) as temporary:
+        tasks = _write_adapters(pack, temporary, write, suffix)
+        mark(temporary, "export")
+    return tasks
+
+
+def write_plain(pack: Pack, directory: Path) -> None:
+    """Write what `export` to `mlx` writes into a directory that is empty, without its marker."""
+    _write_adapters(pack, directory, partial(_write_mlx, pack), "")
+
+
+def _write_adapters(
+    pack: Pack, directory: Path, write: Write, suffix: str
+) -> dict[str, str | None]:
+    tasks: dict[str, str | None] = {}
+    for k, served in pack.adapters.items():
+        adapter = pack.load(served[0])
+        name = None
+        if adapter:
+            name = (f"cluster-{k}" if isinstance(k, int) else k) + suffix
+            write(adapter, directory / name)
+        tasks |= dict.fromkeys(served, name)
+    tasks |= {task: None for task, adapter in pack.tasks.items() if adapter is None}
+    tasks = dict(sorted(tasks.items()))
+    write_json(directory / "tasks.json", tasks)
+    return tasks
+
+
+def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
+    if isinstance(pack.manifest, CompactManifest):
+        adapter.save(path, pack.manifest.base.n_layers)
+        return
+    path.mkdir()
+    # What the manifest verified, and nothing that lies beside it.
+    for file in pack.files_of(path.name):
+        shutil.copyfile(pack.path / file, path.parent / file)
 
 
 def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:
-    """The config.json of the model that the pack was made for: where, and what it says."""
-    path = very_base(pack.manifest["base"], model) / "config.json"
+    """The config.json of the model that the pack was made for: its path and content."""
+    path = pack.base_directory(model) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return path, config
 
 
 def _gguf_config(pack: Pack, model: str | None) -> dict[str, Any]:
-    """That of an architecture whose tensors in GGUF are known."""
+    """The config of a base model whose tensors in GGUF are known."""
     path, config = _base_config(pack, model)
     if config.get("model_type") not in ARCHITECTURES:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Where an adapter that arrives fits, measured on probes of the tasks that have some."""
+"""Measure where an adapter that arrives fits, on calibration rows of the tasks that have some."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Losses on probes. Tasks of the pack without probes have no say."""
+    """Decides by losses on calibration rows; `add_adapter` without one goes by weights.
+
+    Tasks of the pack without rows have no say.
+    """
 
     def __init__(
         self, base: BaseModel, evaluator: Evaluator, probes: Mapping[str, ExampleSet]
     ) -> None:
-        """Judge by `probes`, task -> examples; the arriving task must be among them."""
+        """Judge on a base model.
+
+        Args:
+            base: the pack's base model.
+            evaluator: of losses on it.
+            probes: task -> calibration rows; the arriving task must be among them.
+        """
         self._base, self._evaluator, self._probes = base, evaluator, probes
 
     def best(
@@ -35,15 +44,18 @@ class Judge:
         served: Mapping[str | int, Sequence[str]],
         new: Adapter,
     ) -> tuple[str, Adapter]:
-        """The merge that costs least, its scale tuned.
+        """Find the merge that costs least, and tune its scale.
 
-        A task's cost is how much its loss rises, as a share of what it gained over the base before.
+        A task's cost is the rise of its loss, as a share of its gain over the base before.
 
         Args:
             merges: slot -> the slot's adapter with the new one merged in.
             slots: slot -> its adapter before.
             served: slot -> tasks.
             new: the adapter that arrives.
+
+        Returns:
+            The slot, and its merge at the best scale.
         """
         found = {
             slot: self._tuned(merge, slots[slot], served[slot], new)
@@ -55,7 +67,7 @@ class Judge:
     def _tuned(
         self, merge: Adapter, slot: Adapter, served: Sequence[str], new: Adapter
     ) -> tuple[float, Adapter]:
-        """What a merge costs at its best scale, and the merge at that scale."""
+        """The cost of a merge at its best scale, and the merge at that scale."""
         tasks = [task for task in served if task in self._probes]
         own = np.concatenate([self._losses(slot, tasks), self._losses(new, [new.name])])
         tasks.append(new.name)
@@ -69,11 +81,11 @@ class Judge:
         return lowest, scaled(merge, scale)
 
     def gains(self, adapter: Adapter) -> dict[str, float]:
-        """What each module of the arriving adapter contributes, see `module_gains`."""
+        """Contribution of each module of the arriving adapter, in nats, see `module_gains`."""
         return module_gains(self._base, adapter, self._probes[adapter.name])
 
     def scaled(self, small: Compressed) -> Compressed:
-        """A stored form at the first of the scales from 1 after which its task's loss rises."""
+        """The stored form at the first scale from 1 up after which its task's loss rises."""
 
         def loss(scale: float) -> float:
             adapter = small.scaled(scale).adapter(self._base.dtype)

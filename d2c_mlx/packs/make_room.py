@@ -1,4 +1,4 @@
-"""Room for another adapter among stored ones: what they need least is dropped, the rest stays."""
+"""Make room for another adapter in a compact pack: drop what the stored ones need least."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARTS = 256
 
 @dataclass(frozen=True)
 class Room:
-    """Adapters that fit together.
+    """Adapters that fit into one file together.
 
     Attributes:
         others: those that were there, in their order.
@@ -47,15 +47,16 @@ def make_room(
 ) -> Room:
     """Store an adapter in an equal share of the bytes beside others.
 
-    Components at the same bits of a module are mixed in their rows, so they go together or not at
-    all; what stays keeps its codes, and nothing is rounded twice. First goes what holds the least
-    energy per byte, as a share of its own adapter's.
+    Use it to add to a compact pack. Components at the same bits of a module are mixed in their
+    rows, so they are dropped together or not at all; the rest keeps its codes, and nothing is
+    rounded twice. The least energy per byte is dropped first, as a share of its adapter's energy.
 
     Args:
         others: of one group size.
         adapter: any ranks and scales.
-        limit: most bytes of the file; None stores the arrival in the others' mean size.
-        judge: tells what the arrival's modules are worth and its scale; None goes by energy.
+        limit: the most bytes of the file; None stores the arrival in the others' mean size.
+        judge: measures the contribution of the arrival's modules, and its scale; None goes by
+            energy.
 
     Raises:
         BudgetError: another adapter would lose all it has.
@@ -92,7 +93,7 @@ def make_room(
 def _arrival(
     adapter: Adapter, nbytes: float, limit: int | None, size: int, judge: Judge | None
 ) -> Compressed:
-    """In `nbytes`, or fewer if the file, alone, would be larger than `limit`."""
+    """The arrival in `nbytes`, or in fewer if a file of it alone would be over `limit`."""
     parts = components(adapter)
     values = worth(parts, [judge.gains(adapter) if judge else {}])
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
@@ -122,7 +123,16 @@ def _file_nbytes(alone: Compressed) -> int:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One level of a module of an adapter: what can be dropped."""
+    """One level of a module of an adapter, which can be dropped.
+
+    Attributes:
+        adapter: position of the adapter.
+        path: of the module.
+        bits: of the level.
+        rank: number of its components.
+        energy: its share of the adapter's `|dW|^2`.
+        per_byte: `energy` per stored byte.
+    """
 
     adapter: int
     path: str
@@ -133,7 +143,7 @@ class _Piece:
 
 
 def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
-    """The least energy per byte first; ties by adapter, module and bits."""
+    """All levels, the least energy per byte first; ties by adapter, module and bits."""
     pieces = []
     for k, one in enumerate(others):
         energies = {

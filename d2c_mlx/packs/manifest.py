@@ -1,42 +1,175 @@
-"""The manifest of a pack: what it must say, and whether it is true of the pack's files."""
+"""The manifest of a pack: its fields, and whether it is true of the pack's files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import parse_json
+from d2c_mlx.utils.validation import Checked, problems_of
 
 __all__ = [
     "COMPACT",
-    "DTYPES",
     "FORMAT",
     "MANIFEST",
     "VERSIONS",
-    "manifest_problems",
+    "Base",
+    "CompactBase",
+    "CompactManifest",
+    "Manifest",
+    "PackBudget",
+    "PackFile",
+    "PlainManifest",
+    "check_format",
     "read_manifest",
 ]
 
 MANIFEST, FORMAT, COMPACT = "manifest.json", "d2c-mlx-pack", "compact.safetensors"
-# Storage -> version of the format. A plain pack is what version 1 always was; its manifests of
-# before there was another storage do not name it.
+# Storage -> version of the format. Plain packs are still version 1: their manifests from before
+# there were compact packs do not name a storage.
 VERSIONS = {"plain": 1, "compact": 2}
-# Of the base's activations, as compact packs name them.
-DTYPES = ("float16", "bfloat16", "float32")
+# Characters of a value that a message repeats.
+_MOST_FOUND = 60
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest of a format and version that we know; what else it says may be anything.
+def _expected(words: str, above: int | None = None) -> Any:  # noqa: ANN401  as pydantic has it
+    return Field(json_schema_extra={"expected": words}, gt=above)
+
+
+class _Part(Checked):
+    """Unknown keys are passed over: a later version may say more."""
+
+    model_config = ConfigDict(extra="ignore")
+    error = PackError
+
+
+class Base(_Part):
+    """The base model that a pack was made for.
+
+    Attributes:
+        model: its name or hub id.
+        config_sha256: hex SHA-256 of its config.json.
+    """
+
+    model: str = _expected("a string")
+    config_sha256: str = _expected("a string")
+
+
+class CompactBase(Base):
+    """The base model of a compact pack.
+
+    Attributes:
+        n_layers: number of transformer blocks, which adapters in mlx-lm's layout state.
+    """
+
+    n_layers: int = _expected("a whole number above 0", above=0)
+
+
+class PackBudget(_Part):
+    """The budget that a pack was made within.
+
+    Attributes:
+        text: as the user wrote it, such as "25%"; whoever changes the pack parses it.
+        nbytes: the most bytes that all adapter files may take, or None.
+    """
+
+    text: str = _expected("a string")
+    nbytes: int | None = _expected("a whole number above 0 or null", above=0)
+
+
+class PackFile(_Part):
+    """One file of a pack.
+
+    Attributes:
+        nbytes: its size.
+        sha256: hex digest of its content.
+    """
+
+    nbytes: int
+    sha256: str
+
+
+class Manifest(_Part):
+    """What the manifests of both storages say; `read_manifest` gives one of the two below.
+
+    `check_format` has looked at format and version.
+
+    Attributes:
+        base: the base model.
+        budget: the budget, in bytes or adapters.
+        origins: task -> `owner/name@commit` of adapters from the hub; empty if none is.
+        tasks: task -> adapter.
+        merged: adapter -> number of adapters in it, where that is not the number of its tasks.
+        files: path relative to the pack -> size and hash.
+        nbytes: bytes of all files.
+    """
+
+    storage: str
+    base: Base
+    budget: PackBudget
+    origins: Mapping[str, str] = {}
+    tasks: Mapping[str, str | int | None]
+    merged: Mapping[str, int] = {}
+    files: Mapping[str, PackFile]
+    nbytes: int
+
+    # Neither decides what a pack serves, so neither makes it unreadable.
+    @field_validator("origins", mode="before")
+    @classmethod
+    def _strings(cls, value: object) -> object:
+        return _only(value, str)
+
+    @field_validator("merged", mode="before")
+    @classmethod
+    def _counts(cls, value: object) -> object:
+        return _only(value, int)
+
+
+class PlainManifest(Manifest):
+    """The manifest of a pack of directories.
+
+    Attributes:
+        tasks: task -> directory relative to the pack.
+    """
+
+    storage: Literal["plain"] = "plain"
+    tasks: Mapping[str, str]
+
+
+class CompactManifest(Manifest):
+    """The manifest of a pack in one file.
+
+    Attributes:
+        base: the base model, with its number of blocks.
+        dtype: of the base's activations.
+        tasks: task -> position of its adapter in the file; None is the base model.
+    """
+
+    storage: Literal["compact"]
+    base: CompactBase
+    dtype: Literal["float16", "bfloat16", "float32"]
+    tasks: Mapping[str, int | None]
+
+
+def _only(value: object, kind: type) -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: one for key, one in items if type(one) is kind}
+
+
+def check_format(path: Path) -> dict[str, Any]:
+    """Read a manifest of a format and version that we know; its other fields may be anything.
 
     Raises:
         PackError: no pack, not JSON, or another format, storage or version.
     """
     try:
-        manifest = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise PackError(f"{path}: missing; is this a pack?") from None
     except (IsADirectoryError, PermissionError) as error:
@@ -46,35 +179,58 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise PackError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(manifest, dict):
-        raise PackError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
-    storage = manifest.get("storage", "plain")
+    if not isinstance(content, dict):
+        raise PackError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    storage = content.get("storage", "plain")
     version = VERSIONS.get(storage) if isinstance(storage, str) else None
     if version is None:
         raise PackError(f"{path}: storage {storage!r}, expected one of {list(VERSIONS)}")
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != version:
+    if content.get("format") != FORMAT or content.get("format_version") != version:
         raise PackError(
-            f"{path}: format {manifest.get('format')!r} version {manifest.get('format_version')!r},"
+            f"{path}: format {content.get('format')!r} version {content.get('format_version')!r},"
             f" expected {FORMAT!r} version {version}"
         )
+    return content
+
+
+def read_manifest(path: Path) -> PlainManifest | CompactManifest:
+    """Read a manifest, and check it against the files beside it.
+
+    Use it through `load_pack`, which also looks into the files.
+
+    Raises:
+        PackError: what `check_format` raises, or every field that is missing or wrong and every
+            file that is missing or differs, one line each.
+    """
+    content = check_format(path)
+    model = CompactManifest if content.get("storage") == "compact" else PlainManifest
+    # The fields of an object that is missing are told one by one.
+    for key in ("base", "budget"):
+        if not isinstance(content.get(key), dict):
+            content[key] = {}
+    try:
+        manifest, error = model.model_validate(content), None
+    except ValidationError as caught:
+        manifest, error = None, caught
+    problems = [
+        *_content_problems(path, content, error),
+        *_about_problems(path, model, content, error),
+    ]
+    if problems or manifest is None:
+        raise PackError(problems)
     return manifest
 
 
-def manifest_problems(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Everything that a manifest lacks, and that is not so of the files; one line each.
-
-    What passes can be served, listed and changed: nothing that these read of it is missing.
-
-    Args:
-        directory: of the pack.
-        manifest: what `read_manifest` gave.
-    """
-    path = directory / MANIFEST
-    tasks, files = manifest.get("tasks"), manifest.get("files")
+def _content_problems(
+    path: Path, content: Mapping[str, Any], error: ValidationError | None
+) -> list[str]:
+    """Problems of tasks, files and their bytes, which speak of each other."""
+    wrong = {details["loc"][:2] for details in error.errors()} if error else set()
+    tasks, files = content.get("tasks"), content.get("files")
     problems = []
     sizes: list[int] | None = None
     if not isinstance(tasks, dict) or not tasks:
-        found = "none" if tasks == {} else _said(manifest, "tasks")
+        found = "none" if tasks == {} else _said(content, "tasks")
         problems.append(f"{path}: tasks: found {found}, expected one or more; write the pack again")
         tasks = {}
     problems += [
@@ -83,24 +239,27 @@ def manifest_problems(directory: Path, manifest: Mapping[str, Any]) -> list[str]
         if not name.isprintable()
     ]
     if not isinstance(files, dict):
-        found = _said(manifest, "files")
-        false = [f"{path}: files: found {found}, expected an object; write the pack again"]
+        found = _said(content, "files")
+        bad = [f"{path}: files: found {found}, expected an object; write the pack again"]
     else:
-        compact = manifest.get("storage", "plain") == "compact"
-        false = (_compact_problems if compact else _plain_problems)(path, tasks, files)
+        ill = [task for task in tasks if ("tasks", task) in wrong]
+        compact = content.get("storage") == "compact"
+        bad = (_compact_problems if compact else _plain_problems)(path, tasks, files, ill)
         for name, entry in files.items():
-            false += _file_problems(directory, name, entry)
-        # Files that are not as listed, or not listed, have no sum to compare.
-        sizes = None if false else [entry["nbytes"] for entry in files.values()]
-    return [*problems, *false, *_sum_problems(path, manifest, sizes), *_about(path, manifest)]
+            bad += _file_problems(path.parent, name, entry, ("files", name) in wrong)
+        # The sum is not known where files differ from what is listed.
+        sizes = None if bad else [entry["nbytes"] for entry in files.values()]
+    return [*problems, *bad, *_sum_problems(path, content, sizes)]
 
 
-def _plain_problems(path: Path, tasks: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+def _plain_problems(
+    path: Path, tasks: Mapping[str, Any], files: Mapping[str, Any], ill: Sequence[str]
+) -> list[str]:
     problems = []
     for task, folder in tasks.items():
         missing = [file for file in (WEIGHTS, CONFIG) if f"{folder}/{file}" not in files]
-        # "../x" would lead out of the pack, and `unpack` would write there.
-        if not _inside(folder, 1):
+        # "../x" would lead out of the pack, and an export would write there.
+        if task in ill or not _inside(folder, 1):
             problems.append(f"{path}: task {task!r} points to {folder!r}, no directory of a pack")
         elif missing:
             problems.append(
@@ -110,82 +269,70 @@ def _plain_problems(path: Path, tasks: Mapping[str, Any], files: Mapping[str, An
     return problems
 
 
-def _compact_problems(path: Path, tasks: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+def _compact_problems(
+    path: Path, tasks: Mapping[str, Any], files: Mapping[str, Any], ill: Sequence[str]
+) -> list[str]:
     problems = []
     if COMPACT not in files:
         problems.append(f"{path}: {COMPACT} is not among its files; write the pack again")
     return problems + [
-        f"{path}: task {task!r} points to {k!r}, expected the position of an adapter or null"
-        for task, k in tasks.items()
-        if k is not None and type(k) is not int
+        f"{path}: task {task!r} points to {tasks[task]!r}, expected the position of an adapter or"
+        " null"
+        for task in ill
     ]
 
 
 def _inside(name: object, depth: int) -> bool:
-    """Whether a manifest's name is a path of at most so many parts that stays in the pack."""
+    """True if a name is a relative path of at most `depth` parts that stays in the pack."""
     if not isinstance(name, str) or not name.isprintable():
         return False
     parts = name.split("/")
-    # Asking for a longer name is an error of its own.
+    # The file system raises an error of its own for a longer name.
     short = all(len(part.encode()) <= 255 for part in parts)
     return short and len(parts) <= depth and not {"", ".", ".."} & set(parts)
 
 
-def _file_problems(directory: Path, name: str, entry: object) -> list[str]:
+def _file_problems(directory: Path, name: str, entry: Any, ill: bool) -> list[str]:  # noqa: ANN401
     file = directory / name
     if not _inside(name, 2) or not isinstance(entry, dict):
         return [f"{directory / MANIFEST}: files: {ascii(name)} is no file of a pack"]
     if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
         return [f"{file}: missing, but the manifest lists it"]
-    nbytes = entry.get("nbytes")
-    # 5.0 and, of one byte, true would be equal, but are no sizes.
-    same = type(nbytes) is int and file.stat().st_size == nbytes
-    if not same or hash_file(file) != entry.get("sha256"):
+    same = not ill and file.stat().st_size == entry["nbytes"]
+    if not same or hash_file(file) != entry["sha256"]:
         return [f"{file}: differs from the manifest's size or sha256; copy it again"]
     return []
 
 
-def _sum_problems(
-    path: Path, manifest: Mapping[str, Any], sizes: Sequence[int] | None
-) -> list[str]:
-    """Of `nbytes`; `sizes` is None where those of the files are not known."""
-    nbytes = manifest.get("nbytes")
+def _sum_problems(path: Path, content: Mapping[str, Any], sizes: Sequence[int] | None) -> list[str]:
+    """Problems of `nbytes`; `sizes` is None where those of the files are not known."""
+    nbytes = content.get("nbytes")
     if type(nbytes) is int and (sizes is None or nbytes == sum(sizes)):
         return []
     expected = "a number of bytes" if sizes is None else f"{sum(sizes)}, the bytes of its files"
-    found = _said(manifest, "nbytes")
+    found = _said(content, "nbytes")
     return [f"{path}: nbytes: found {found}, expected {expected}; write the pack again"]
 
 
-def _about(path: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Problems of what is said about base and budget, a line for each of them."""
-    text, whole = "a string", "a whole number above 0"
-    base = {"model": text, "config_sha256": text}
-    compact = manifest.get("storage", "plain") == "compact"
-    if compact:
-        base["n_layers"] = whole
-    # A budget's text is what the caller of `write_pack` said; who changes the pack parses it.
-    expected = {"base": base, "budget": {"text": text, "nbytes": f"{whole} or null"}}
-    problems = []
-    for field, keys in expected.items():
-        entry = manifest.get(field)
-        entry = entry if isinstance(entry, dict) else {}
-        bad = []
-        for key, kind in keys.items():
-            value = entry.get(key, ...)
-            good = type(value) is int and value > 0 if kind != text else isinstance(value, str)
-            if not good and not (value is None and "null" in kind):
-                more = "" if value is ... else f", expected {kind}"
-                bad.append(f"{field}.{key} is {_said(entry, key)}{more}")
-        if bad:
-            problems.append(f"{path}: {'; '.join(bad)}; write the pack again")
-    # It may be anything, a list too.
-    if compact and manifest.get("dtype") not in list(DTYPES):
-        found = _said(manifest, "dtype")
-        problems.append(f"{path}: dtype {found}, expected one of {list(DTYPES)}")
-    return problems
+def _about_problems(
+    path: Path, model: type[Manifest], content: Mapping[str, Any], error: ValidationError | None
+) -> list[str]:
+    """Problems of base, budget and dtype, one line for each of the three."""
+    parts: dict[str, list[str]] = {"base": [], "budget": []}
+    dtype = []
+    for problem in problems_of(error, model, content) if error else ():
+        place, _, key = problem.field.partition(".")
+        if place in parts:
+            found = _said(content[place], key)
+            more = f", expected {problem.expected}" if problem.found else ""
+            parts[place].append(f"{problem.field} is {found}{more}")
+        elif place == "dtype":
+            found = _said(content, place)
+            dtype.append(f"{path}: dtype {found}, expected {problem.expected}")
+    lines = [f"{path}: {'; '.join(some)}; write the pack again" for some in parts.values() if some]
+    return lines + dtype
 
 
 def _said(place: Mapping[str, Any], key: str) -> str:
-    """How a message speaks of a value that may be anything."""
-    return repr(place[key])[:60] if key in place else "missing"
+    """How a message repeats a value that may be anything."""
+    return repr(place[key])[:_MOST_FOUND] if key in place else "missing"

@@ -1,14 +1,15 @@
 """The pack: what ships. Adapters, and a manifest that can be checked.
 
 Plain packs hold directories that stock mlx-lm loads; compact ones hold all adapters at a few bits
-in one file, and `unpack` makes plain directories of either (docs/packs.md).
+in one file, and `export` writes plain directories of either (docs/packs.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -16,46 +17,73 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
+from d2c_mlx.models.resolve import very_base
 from d2c_mlx.packs.manifest import (
     COMPACT,
-    DTYPES,
     FORMAT,
     MANIFEST,
     VERSIONS,
-    manifest_problems,
+    CompactManifest,
+    PlainManifest,
     read_manifest,
 )
 from d2c_mlx.utils.errors import PackError
 
-__all__ = ["COMPACT", "FORMAT", "MANIFEST", "VERSIONS", "Pack", "load_pack"]
+__all__ = ["COMPACT", "FORMAT", "MANIFEST", "VERSIONS", "Pack", "PackInfo", "load_pack"]
 
-_DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
+
+@dataclass(frozen=True)
+class PackInfo:
+    """What a manifest says of a pack beside its adapters, tasks and files.
+
+    Attributes:
+        model: name or hub id of the base model.
+        config_hash: hex SHA-256 of the base model's config.json.
+        n_layers: number of transformer blocks of the base model. A plain pack does not store it:
+            its adapters do, and `Pack.info` says 0.
+        budget: as the user wrote it.
+        max_bytes: the most bytes that all adapter files may take, or None.
+        origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
+            from the hub.
+        merged: adapter, as in `Pack.tasks` -> number of adapters in it; one for each task that it
+            serves where it is not named.
+        dtype: of the base's activations, in which adapters of a compact pack are read.
+    """
+
+    model: str
+    config_hash: str
+    n_layers: int = 0
+    budget: str = "-"
+    max_bytes: int | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+    merged: Mapping[str | int, int] = field(default_factory=dict)
+    dtype: mx.Dtype = mx.float16
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A verified pack on disk.
+    """A verified pack on disk; `load_pack` makes one.
 
     Attributes:
         path: its directory.
-        manifest: content of `manifest.json`.
+        manifest: what its `manifest.json` says.
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: PlainManifest | CompactManifest
 
     @property
-    def storage(self) -> str:
+    def storage(self) -> Literal["plain", "compact"]:
         """`plain` or `compact`."""
-        return self.manifest.get("storage", "plain")
+        return self.manifest.storage
 
     @property
-    def tasks(self) -> dict[str, str | int | None]:
+    def tasks(self) -> Mapping[str, str | int | None]:
         """Task -> adapter: a directory relative to `path`, in a compact pack its position.
 
         None, in compact packs only: the base model serves the task as it is.
         """
-        return self.manifest["tasks"]
+        return self.manifest.tasks
 
     @property
     def adapters(self) -> dict[str | int, list[str]]:
@@ -69,37 +97,56 @@ class Pack:
 
     def files_of(self, adapter: str) -> dict[str, int]:
         """Files of a plain pack's adapter -> their bytes."""
-        files = self.manifest["files"].items()
-        return {name: entry["nbytes"] for name, entry in files if name.startswith(f"{adapter}/")}
+        files = self.manifest.files.items()
+        return {name: entry.nbytes for name, entry in files if name.startswith(f"{adapter}/")}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all adapter files."""
-        return self.manifest["nbytes"]
+        return self.manifest.nbytes
 
     def merged(self, adapter: str | int) -> int:
-        """How many adapters are in this one; removed ones stay in their merge and count.
+        """Number of adapters in this one; removed ones stay in their merge and count.
 
         Args:
             adapter: as in `tasks`.
         """
-        counts = self.manifest.get("merged")
-        found = counts.get(str(adapter)) if isinstance(counts, dict) else None
-        served = len(self.adapters[adapter])
-        return found if type(found) is int and found > served else served
+        return self._merged(adapter, self.adapters[adapter])
+
+    def _merged(self, adapter: str | int, tasks: Sequence[str]) -> int:
+        return max(self.manifest.merged.get(str(adapter), 0), len(tasks))
 
     @property
-    def origins(self) -> dict[str, str]:
+    def origins(self) -> Mapping[str, str]:
         """Task -> `owner/name@commit` of adapters from the hub; removed ones stay in a merge."""
-        found = self.manifest.get("origins")
-        return found if isinstance(found, dict) else {}
+        return self.manifest.origins
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What a compact pack says of its base, as `write_compact_pack` takes it."""
-        base = self.manifest["base"]
-        return {"model": base["model"], "config_hash": base["config_sha256"],
-                "n_layers": base["n_layers"], "dtype": _DTYPES[self.manifest["dtype"]]}  # fmt: skip
+    def info(self) -> PackInfo:
+        """What the pack says of itself, to write it again with some of it changed."""
+        found = self.manifest
+        info = PackInfo(
+            model=found.base.model,
+            config_hash=found.base.config_sha256,
+            budget=found.budget.text,
+            max_bytes=found.budget.nbytes,
+            origins=found.origins,
+            merged={key: self._merged(key, tasks) for key, tasks in self.adapters.items()},
+        )
+        if isinstance(found, CompactManifest):
+            return replace(info, n_layers=found.base.n_layers, dtype=getattr(mx, found.dtype))
+        return info
+
+    def base_directory(self, model: str | None) -> Path:
+        """The mlx-lm directory of the very base model that the pack was made for.
+
+        Args:
+            model: as for `resolve_model`; None is enough where it is the embedded default.
+
+        Raises:
+            ModelError: it is needed and not given, cannot be had, or is another model.
+        """
+        return very_base(self.manifest.base.model, self.manifest.base.config_sha256, model)
 
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
@@ -124,8 +171,9 @@ class Pack:
         adapter = self._served_by(task)
         if adapter is None:
             return None
-        if isinstance(adapter, int):
-            return _read(self, adapter)
+        if isinstance(self.manifest, CompactManifest):
+            dtype = getattr(mx, self.manifest.dtype)
+            return read_compact(self.path / COMPACT, int(adapter)).adapter(dtype)
         return load_adapter(self.adapter_path(task))
 
     def switch(self, model: Any, task: str | None) -> None:  # noqa: ANN401  any nn.Module
@@ -151,35 +199,28 @@ class Pack:
         return self.tasks[task]
 
 
-def _read(pack: Pack, adapter: int) -> Adapter | None:
-    return read_compact(pack.path / COMPACT, adapter).adapter(_DTYPES[pack.manifest["dtype"]])
-
-
 def load_pack(directory: Path) -> Pack:
-    """Open a pack and verify all that its manifest says, in a plain pack the adapters' layout too.
+    """Open a pack: verify its manifest, its files and, in a plain pack, the adapters' layout.
 
     Raises:
         PackError: no pack, another version, a manifest that is incomplete or false, files that are
             missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
-    manifest = read_manifest(directory / MANIFEST)
-    problems = manifest_problems(directory, manifest)
-    pack = Pack(directory, manifest)
-    if not problems:
-        problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
+    pack = Pack(directory, read_manifest(directory / MANIFEST))
+    problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
     if problems:
         raise PackError(problems)
     return pack
 
 
 def _plain_problems(pack: Pack) -> list[str]:
-    """Of the layout of files that are those of the manifest."""
+    """Problems of the adapters' layout."""
     folders = sorted({str(folder) for folder in pack.tasks.values()})
     return [line for folder in folders for line in layout_problems(pack.path / folder)]
 
 
 def _compact_problems(pack: Pack) -> list[str]:
-    """Between the manifest and the adapters in the file."""
+    """Problems of the file's index, and what the manifest says of adapters that it lacks."""
     path = pack.path / COMPACT
     names = read_index(path).names
     problems = [

@@ -1,4 +1,8 @@
-"""A pack as a repository of the Hugging Face hub: itself, plain adapters, and a model card."""
+"""A pack as a repository of the Hugging Face hub: itself, plain adapters, and a model card.
+
+The repository is the pack with plain adapters beside it, not a folder of either: one address serves
+programs that read packs and those that do not, and of a plain pack no file is there twice.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from d2c_mlx.packs.card import read_bench, render_card
+from d2c_mlx.packs.card import CardOptions, read_bench, render_card
+from d2c_mlx.packs.export import write_plain
+from d2c_mlx.packs.marker import MARKER, mark
+from d2c_mlx.packs.overwrite import check_output
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
-from d2c_mlx.packs.unpack import unpack
-from d2c_mlx.run.overwrite import check_output
 from d2c_mlx.utils.errors import ConfigError, PackError
 from d2c_mlx.utils.files import write_dir, write_text
 from d2c_mlx.utils.hub import parse_hub_id, upload
@@ -22,68 +27,49 @@ _OURS = ("cluster-*", "compact.safetensors")
 
 
 def write_repository(
-    pack: Pack,
-    repo: str,
-    directory: Path,
-    *,
-    base: str | None = None,
-    license: str = "other",
-    revision: str | None = None,
-    bench: Path | None = None,
+    pack: Pack, repo: str, directory: Path, options: CardOptions | None = None
 ) -> None:
     """Write the folder that `push` uploads. Needs no network.
 
-    It is the pack (its manifest and files) and plain adapters with `tasks.json`, as `unpack` writes
-    them, which for a plain pack are the same files, and README.md.
+    It holds the pack (its manifest and files), plain adapters with `tasks.json` as `export` to
+    `mlx` writes them, which for a plain pack are the same files, and README.md.
 
     Args:
         pack: what `load_pack` verified.
         repo: `owner/name`, for the card.
         directory: replaced as a whole.
-        base: see `render_card`.
-        license: see `render_card`.
-        revision: see `render_card`.
-        bench: see `read_bench`.
+        options: of the card.
 
     Raises:
-        InputError: a wrong id, what `render_card`, `read_bench` and `unpack` raise; nothing is
+        InputError: a wrong id, what `render_card`, `read_bench` and `export` raise; nothing is
             written.
     """
+    options = options or CardOptions()
     hub = parse_hub_id(repo)
     if hub is None or hub.revision:
         raise ConfigError(f"repo: {repo!r}, expected a Hugging Face id, owner/name")
     check_output(directory, [("pack", pack.path)], error=PackError)
-    measured = read_bench(pack, bench)
-    card = render_card(pack, repo, base=base, license=license, revision=revision, bench=measured)
+    card = render_card(pack, repo, options, read_bench(pack, options.bench))
     with write_dir(directory) as temporary:
-        unpack(pack, temporary)
-        for file in (*pack.manifest["files"], MANIFEST):
+        write_plain(pack, temporary)
+        for file in (*pack.manifest.files, MANIFEST):
             if not (temporary / file).exists():
                 shutil.copyfile(pack.path / file, temporary / file)
         write_text(temporary / CARD, card)
         load_pack(temporary)
+        mark(temporary, "push")
 
 
 def push(
-    pack: Pack,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    base: str | None = None,
-    license: str = "other",
-    bench: Path | None = None,
+    pack: Pack, repo: str, options: CardOptions | None = None, *, private: bool = False
 ) -> str:
     """Upload what `write_repository` writes, in one commit.
 
     Args:
         pack: what `load_pack` verified.
         repo: `owner/name`, created if need be.
+        options: of the card; its `revision` is the branch that is uploaded to, made if need be.
         private: see `hub.upload`.
-        revision: a branch, made if need be; None is the default one.
-        base: see `render_card`.
-        license: see `render_card`.
-        bench: see `read_bench`.
 
     Returns:
         The address of the commit.
@@ -92,9 +78,10 @@ def push(
         InputError: as `write_repository`; nothing is sent.
         D2CError: the hub does not take it, see `hub.upload`.
     """
+    options = options or CardOptions()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
-        write_repository(
-            pack, repo, folder, base=base, license=license, revision=revision, bench=bench
-        )
-        return upload(folder, repo, private, revision, _OURS)
+        write_repository(pack, repo, folder, options)
+        # It speaks of a directory on this machine.
+        (folder / MARKER).unlink()
+        return upload(folder, repo, private, options.revision, _OURS)

@@ -1,4 +1,4 @@
-"""Whether a pack is whole, and whether another program can load what it holds."""
+"""Verify a pack: its files are complete, and another program can load its adapters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.utils.errors import ConfigError, PackError, gather
 
 __all__ = ["RUNTIMES", "verify"]
@@ -19,13 +19,18 @@ RUNTIMES = ("mlx-swift",)
 def verify(directory: Path, runtime: str | None = None) -> Pack:
     """Check a pack's files, every adapter's values and, for a runtime, their layout.
 
+    Use it where a pack arrives from elsewhere; `load_pack` alone does not read adapters' values.
+
     Args:
         directory: of the pack.
-        runtime: one of `RUNTIMES`. A compact pack is unpacked into a temporary directory for it;
-            a plain one is always checked.
+        runtime: one of `RUNTIMES`. A compact pack is exported to a temporary directory for it; the
+            layout of a plain pack is always checked.
+
+    Returns:
+        The pack.
 
     Raises:
-        InputError: every problem found.
+        InputError: every problem found, one line each.
     """
     if runtime not in (None, *RUNTIMES):
         raise ConfigError(f"for: {runtime!r}, expected one of {', '.join(RUNTIMES)}")
@@ -34,7 +39,7 @@ def verify(directory: Path, runtime: str | None = None) -> Pack:
     if runtime and pack.storage == "compact":
         with tempfile.TemporaryDirectory() as temporary:
             plain = Path(temporary) / "plain"
-            names = sorted({name for name in unpack(pack, plain).values() if name})
+            names = sorted({name for name in export(pack, "mlx", plain).values() if name})
             problems = [
                 line for name in names for line in layout_problems(plain / name, directory / name)
             ]

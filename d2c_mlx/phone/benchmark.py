@@ -116,7 +116,7 @@ def _describe_model(name: str, source: Path, stock: StockModel, pack: Pack) -> d
         "weights_nbytes": stock.weights_nbytes,
         "dtype": _dtype(stock.dtype),
         "compute_dtype": _dtype(stock.compute_dtype),
-        "pack_was_made_for": pack.manifest["base"]["model"],
+        "pack_was_made_for": pack.manifest.base.model,
     }
 
 

@@ -19,8 +19,8 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.evaluate.evaluator import Meter
+from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack
-from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.phone.stock_model import StockModel
 
 __all__ = ["measure_speed", "measure_switch", "memory_limit"]
@@ -118,7 +118,7 @@ def measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
     stock.attach(None)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "plain"
-        places = unpack(pack, directory)
+        places = export(pack, "mlx", directory)
         reloads = itertools.cycle(places.values())
         theirs = [_by_reload(stock, directory, next(reloads)) for _ in range(runs + 1)]
     found = {"pack": _medians(ours, "read", "attach"), "stock": _medians(theirs, "reload")}

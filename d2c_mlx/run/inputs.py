@@ -12,6 +12,7 @@ from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
 from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -22,11 +23,7 @@ from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import InputError, collect, gather
 
-__all__ = ["CUTS", "Inputs"]
-
-# Shares of a task's calibration rows after which an evaluation may stop: most candidates of D2C are
-# several times worse than what a task has.
-CUTS = (0.2, 0.5)
+__all__ = ["Inputs"]
 
 
 class Inputs:

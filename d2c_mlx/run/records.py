@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.packs.manifest import read_manifest
+from d2c_mlx.packs.manifest import check_format
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError
@@ -121,7 +121,7 @@ def _other_version(pack: Path) -> bool:
     if json_or_none(pack / MANIFEST) is None:
         return False
     try:
-        read_manifest(pack / MANIFEST)
+        check_format(pack / MANIFEST)
     except PackError:
         return True
     return False

@@ -24,6 +24,7 @@ from d2c_mlx.merge.study import Study
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory
 from d2c_mlx.run.inputs import Inputs
+from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_text
@@ -128,7 +129,7 @@ class Session:
         if record.holds(writes):
             return
         started = time.monotonic()
-        self.output.mkdir(parents=True, exist_ok=True)
+        mark_run(self.output)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         write_text(self.path("config.yaml"), text)
         self.evaluator.counts = Counts()

@@ -35,7 +35,7 @@ def load(
     if not isinstance(pack, Pack):
         pack = load_pack(Path(pack))
     adapter = None if task is None else pack.load(task)
-    _, directory = resolve_base(pack.manifest["base"]["model"], model)
+    _, directory = resolve_base(pack.manifest.base.model, model)
     loaded, tokenizer = load_stock(directory)
     switch(loaded, adapter, pack.path)
     return loaded, tokenizer

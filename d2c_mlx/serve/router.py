@@ -206,7 +206,7 @@ def load_router(pack: Pack) -> Router | None:
     Raises:
         PackError: the router is damaged, or the pack does not serve one of its tasks.
     """
-    if ROUTER not in pack.manifest["files"]:
+    if ROUTER not in pack.manifest.files:
         return None
     path = pack.path / ROUTER
     try:

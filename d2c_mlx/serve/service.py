@@ -107,7 +107,7 @@ class PackService:
         self.context = context_of(model.base.model.args)
         _, self.vocabulary = model.base.dimensions
         self.xtc_special_tokens = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
-        self.base_name: str = pack.manifest["base"]["model"]
+        self.base_name: str = pack.manifest.base.model
         self.models: dict[str, str | None] = {self.base_name: None, **{t: t for t in pack.tasks}}
         self.names = list(dict.fromkeys([*self.models, *([AUTO] if router else [])]))
         self.cli_args = Namespace(

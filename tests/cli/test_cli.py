@@ -15,6 +15,7 @@ from helpers.tiny import LAYERS, SHAPES, library
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.environment import cache_directory
@@ -124,7 +125,7 @@ def test_unpack(tmp_path):
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
-    write_compact_pack(tmp_path / "pack", small, serves, **about)
+    write_compact_pack(tmp_path / "pack", small, serves, PackInfo(**about))
     options = [str(tmp_path / "pack"), "--output", str(tmp_path / "plain")]
     text = invoke("unpack", *options)
     assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text

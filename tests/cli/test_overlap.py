@@ -9,7 +9,7 @@ from helpers.tiny import peft_adapter, write_jsonl
 
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.overwrite import RUN_WRITES
+from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -82,9 +82,13 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
     for argv in (["run", "config.yaml"], ["run", "--output", "."], cli.argv(output=".")):
         (line,) = refused(cli, argv)
         assert "would replace your config.yaml, which no earlier run wrote; give another" in line
-    # A run that was killed in its first stage wrote one too, and goes on.
+    # So is one with every option: a copy of that of another run, perhaps edited.
     written = RunConfig(**{**values, "output": ".", "budget": "1"}).to_dict()
     (cli.root / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    (line,) = refused(cli, ["run", "config.yaml"])
+    assert "would replace your config.yaml, which no earlier run wrote; give another" in line
+    # A run that was killed in its first stage wrote one too, beside its marker, and goes on.
+    mark_run(cli.root)
     assert cli(["probe", "config.yaml", "--quiet"])[0] == 0
     assert cli(["probe", "--output", ".", "--quiet"])[0] == 0
 

@@ -19,8 +19,8 @@ from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import components
 from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, InputError
@@ -186,7 +186,7 @@ def test_worth_falls_where_singular_values_are_equal():
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
     session = run(config, until="pack", quiet=True)
     pack = load_pack(session.path("pack"))
-    tasks = unpack(pack, tmp_path / "plain")
+    tasks = export(pack, "mlx", tmp_path / "plain")
     for name, directory in tasks.items():
         assert (directory is None) == (pack.load(name) is None)
     assert json.loads((tmp_path / "plain" / "tasks.json").read_text("utf-8")) == tasks

@@ -74,7 +74,7 @@ def test_links_lead_somewhere(page):
 
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
-    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.pack import PackInfo, load_pack
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
 
@@ -87,9 +87,12 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
         made[name].save(tmp_path / "loras" / name, LAYERS)
     task(tmp_path / "tasks", "qa-nl")
     write_pack(
-        tmp_path / "runs" / "first" / "pack", [made["num-de"]], model="tiny",
-        config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1", max_bytes=None,
-    )  # fmt: skip
+        tmp_path / "runs" / "first" / "pack",
+        [made["num-de"]],
+        PackInfo(
+            model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1"
+        ),
+    )
     monkeypatch.chdir(tmp_path)
     commands, routes = blocks("docs/living.md", "sh")
     for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
@@ -115,6 +118,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
+    from d2c_mlx.packs.pack import PackInfo
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
 
@@ -123,11 +127,14 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     path = "model.layers.1.self_attn.q_proj"
     write_pack(
         tmp_path / "runs" / "first" / "pack",
-        [Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
-         for n in ("num-de", "num-es")],
-        model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2",
-        max_bytes=None,
-    )  # fmt: skip
+        [
+            Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+            for n in ("num-de", "num-es")
+        ],
+        PackInfo(
+            model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2"
+        ),
+    )
     monkeypatch.chdir(tmp_path)
     (commands,) = blocks("docs/using.md", "sh")
     for line in commands.strip().splitlines():
@@ -156,6 +163,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
 
     from d2c_mlx.adapters.reading import read_adapter
     from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.packs.pack import PackInfo
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.server import PackServer
@@ -167,9 +175,10 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
         for n in ("num-de", "num-es")
     ]
     pack = write_pack(
-        tmp_path / "run" / "pack", adapters, model=base.name, config_hash=base.config_hash,
-        n_layers=base.n_layers, budget="2", max_bytes=None,
-    )  # fmt: skip
+        tmp_path / "run" / "pack",
+        adapters,
+        PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="2"),
+    )
     tokenizer = base.tokenizer
     messages = [{"role": "user", "content": "Write 896 in German words:"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)

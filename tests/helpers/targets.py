@@ -19,8 +19,8 @@ from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_import import convert_gguf
 from d2c_mlx.models.tasks import load_task, load_unlabelled
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.serve.requests import RequestError, read_request
@@ -122,9 +122,9 @@ def config(shared, root, layout):
 def _pack(shared, root, storage):
     if storage == "plain":
         named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
-        return write_pack(root / "pack", named, **ABOUT, max_bytes=None)
+        return write_pack(root / "pack", named, PackInfo(**ABOUT))
     small = compressed(shared.adapters)
-    return write_compact_pack(root / "pack", small, SERVES, **ABOUT, max_bytes=None)
+    return write_compact_pack(root / "pack", small, SERVES, PackInfo(**ABOUT))
 
 
 def manifest(shared, root, storage):
@@ -138,12 +138,12 @@ def manifest(shared, root, storage):
             opened = load_pack(pack.path)
             for task in opened.tasks:
                 opened.load(task)
-            unpack(opened, root / "plain")
+            export(opened, "mlx", root / "plain")
         finally:
             shutil.rmtree(root / "plain", ignore_errors=True)
             assert sorted(root.rglob("*")) == before
 
-    return Target([json.dumps(pack.manifest).encode()], check)
+    return Target([(pack.path / MANIFEST).read_bytes()], check)
 
 
 def compact(shared, root):

@@ -14,6 +14,7 @@ from mlx_lm.models import gemma3, llama, llama4
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.serve.mixed_batch import MixedModel
@@ -72,7 +73,9 @@ def test_requests_beyond_it_are_refused(path, tmp_path):
     lora = lora_of(np.random.default_rng(0), base.module_shapes[module], 2, 1.0, mx.float16, 0.1)
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": 2, "budget": "-",
              "max_bytes": None}  # fmt: skip
-    pack = write_pack(tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], **about)
+    pack = write_pack(
+        tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], PackInfo(**about)
+    )
     with serving(pack, MixedModel(base, pack), object()) as server:
         reply = raw(server, post({"model": "a", "prompt": LONG, "max_tokens": 4}))
         assert b" 400 " in reply and b"context of 64" in reply

@@ -21,9 +21,9 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.unpack import unpack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.write import with_file, write_compact_pack, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -47,7 +47,9 @@ def adapters(paths):
 
 
 def write(directory, adapters, max_bytes=None, serves=SERVES, **options):
-    return write_compact_pack(directory, adapters, serves, **ABOUT, max_bytes=max_bytes, **options)
+    return write_compact_pack(
+        directory, adapters, serves, PackInfo(**ABOUT, max_bytes=max_bytes, **options)
+    )
 
 
 @pytest.fixture
@@ -89,6 +91,28 @@ def test_manifest(pack):
     assert pack.nbytes == compact_nbytes(read_index(pack.path / "compact.safetensors"))
 
 
+def test_the_order_of_the_keys_is_part_of_the_bytes(pack):
+    """Packs of before and after a change of our code have the same hash."""
+
+    def keys(one):
+        return list(json.loads((one.path / "manifest.json").read_text()))
+
+    head, tail = ["format", "format_version", "storage"], ["tasks", "files", "nbytes"]
+    assert keys(pack) == [*head, "base", "dtype", "budget", *tail]
+    more = with_file(pack, "more", lambda path: path.write_bytes(b"x"))
+    assert keys(more) == [*head, "base", "budget", "dtype", *tail]
+    assert more.info == pack.info and set(more.manifest.files) == {"more", "compact.safetensors"}
+
+
+@pytest.mark.parametrize("said", [3, [], {"0": "x", "1": True}, {"one": 3, "0": None}])
+def test_what_decides_nothing_may_be_anything(pack, said):
+    """Origins and counts are for people and for later merges; later versions may say more."""
+    edit(pack, origins=said, merged=said, later=said)
+    again = load_pack(pack.path)
+    assert again.origins == {} or again.origins == {"0": "x"}
+    assert [again.merged(k) for k in again.adapters] == [2, 1, 1]
+
+
 def test_load_gives_what_was_compressed(pack, adapters):
     expected = [small.adapter() for small in compressed(adapters)]
     assert pack.load("one").digest == pack.load("also").digest == expected[0].digest
@@ -118,7 +142,7 @@ def test_no_adapter_directories(pack):
 
 def test_budget(tmp_path, pack, adapters):
     exact = write(tmp_path / "exact", compressed(adapters), pack.nbytes)
-    assert exact.manifest["budget"]["nbytes"] == pack.nbytes
+    assert exact.manifest.budget.nbytes == pack.nbytes
     with pytest.raises(PackError, match="over the budget"):
         write(tmp_path / "over", compressed(adapters), pack.nbytes - 1)
     with pytest.raises(PackError, match="task 'x' has adapter 3 of 3"):
@@ -176,7 +200,7 @@ def test_an_adapter_in_the_file_whose_name_is_not_printable(pack, adapters):
 
 def test_old_plain_packs_still_load(tmp_path, adapters):
     named = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
-    pack = write_pack(tmp_path / "plain", named, **ABOUT, max_bytes=None)
+    pack = write_pack(tmp_path / "plain", named, PackInfo(**ABOUT))
     edit(pack, storage=...)
     again = load_pack(pack.path)
     assert again.storage == "plain" and again.load("two").digest == adapters[1].digest
@@ -196,7 +220,7 @@ def stock_loss(model, examples):
 @pytest.mark.parametrize("bits", BITS)
 def test_stock_mlx_lm_has_the_loss_of_what_pack_load_gives(tmp_path, paths, adapters, bits):
     pack = write(tmp_path / "pack", compressed(adapters, bits))
-    tasks = unpack(pack, tmp_path / "plain")
+    tasks = export(pack, "mlx", tmp_path / "plain")
     base = BaseModel(str(paths.model))
     for name in ("one", "two"):
         examples = base.encode(name, load_task(paths.tasks / name).test)
@@ -209,12 +233,13 @@ def test_stock_mlx_lm_has_the_loss_of_what_pack_load_gives(tmp_path, paths, adap
 
 def test_unpack(tmp_path, pack):
     output = tmp_path / "plain"
-    tasks = unpack(pack, output)
+    tasks = export(pack, "mlx", output)
     assert tasks == json.loads((output / "tasks.json").read_text())
     assert tasks == {
         "also": "cluster-0", "lost": None, "none": None, "one": "cluster-0", "two": "cluster-1",
     }  # fmt: skip
     assert sorted(path.name for path in output.iterdir()) == [
+        ".d2c-mlx.json",
         "cluster-0",
         "cluster-1",
         "tasks.json",
@@ -228,8 +253,8 @@ def test_unpack(tmp_path, pack):
 
 def test_unpack_a_plain_pack(tmp_path, adapters):
     named = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
-    pack = write_pack(tmp_path / "pack", named, **ABOUT, max_bytes=None)
-    assert unpack(pack, tmp_path / "plain") == {"one": "cluster-0", "two": "cluster-1"}
+    pack = write_pack(tmp_path / "pack", named, PackInfo(**ABOUT))
+    assert export(pack, "mlx", tmp_path / "plain") == {"one": "cluster-0", "two": "cluster-1"}
     for k in (0, 1):
         assert hash_tree(tmp_path / "plain" / f"cluster-{k}") == hash_tree(
             pack.path / f"cluster-{k}"
@@ -239,5 +264,5 @@ def test_unpack_a_plain_pack(tmp_path, adapters):
 def test_unpack_never_replaces_the_pack(pack):
     for output in (pack.path, pack.path.parent):
         with pytest.raises(PackError, match="would replace the pack"):
-            unpack(pack, output)
+            export(pack, "mlx", output)
     assert load_pack(pack.path) == pack

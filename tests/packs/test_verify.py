@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.errors import InputError, PackError
@@ -150,16 +150,17 @@ def test_all_problems_at_once(directory):
 def rehashed(pack):
     """The pack with a manifest that is true of its files again."""
     files = {}
-    for name in pack.manifest["files"]:
+    for name in pack.manifest.files:
         content = (pack.path / name).read_bytes()
         files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     nbytes = sum(entry["nbytes"] for entry in files.values())
-    manifest = {**pack.manifest, "files": files, "nbytes": nbytes}
+    manifest = json.loads((pack.path / "manifest.json").read_text())
+    manifest |= {"files": files, "nbytes": nbytes}
     (pack.path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_plain_pack_is_always_checked(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, **ABOUT)
+    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
     assert verify(pack.path) == verify(pack.path, "mlx-swift") == pack
     change_config(pack.path / "cluster-0", num_layers=-1)
     change_config(pack.path / "cluster-1", lora={"keys": ["q_proj"]})
@@ -177,15 +178,15 @@ def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, adapters)
     one, two = adapters
     mixed = replace(one, modules={**one.modules, Q0: replace(one.modules[Q0], scale=3.0)})
     with pytest.raises(PackError) as caught:
-        write_pack(tmp_path / "pack", [mixed, two], **ABOUT)
+        write_pack(tmp_path / "pack", [mixed, two], PackInfo(**ABOUT))
     (line,) = caught.value.problems
     assert f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes F16, F32" in line
     assert not (tmp_path / "pack").exists()
-    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], **ABOUT).path)
+    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], PackInfo(**ABOUT)).path)
 
 
 def test_values_that_are_not_finite(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, **ABOUT)
+    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
     for k in (0, 1):
         infinite = {f"{Q0}.lora_a": np.full((32, 4), np.inf, "f2")}
         change_tensors(pack.path / f"cluster-{k}", lambda t, new=infinite: t.update(new))
@@ -199,12 +200,13 @@ def test_values_that_are_not_finite(tmp_path, adapters):
 def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters]
     pack = write_compact_pack(
-        tmp_path / "pack", small, {"a": 0, "b": 1, "c": None}, **ABOUT, dtype=mx.bfloat16
+        tmp_path / "pack", small, {"a": 0, "b": 1, "c": None}, PackInfo(**ABOUT, dtype=mx.bfloat16)
     )
     assert verify(pack.path, "mlx-swift") == verify(pack.path) == pack
     # A manifest can say too few blocks; no hash covers it.
-    base = {**pack.manifest["base"], "n_layers": 1}
-    (pack.path / "manifest.json").write_text(json.dumps({**pack.manifest, "base": base}))
+    manifest = json.loads((pack.path / "manifest.json").read_text())
+    manifest["base"]["n_layers"] = 1
+    (pack.path / "manifest.json").write_text(json.dumps(manifest))
     verify(pack.path)
     with pytest.raises(PackError) as caught:
         verify(pack.path, "mlx-swift")
@@ -219,7 +221,7 @@ def test_an_unknown_runtime(tmp_path):
 
 
 def test_the_command(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, **ABOUT)
+    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
     argv = [sys.executable, "-c", MAIN, "verify", str(pack.path)]
     good = subprocess.run([*argv, "--for", "mlx-swift"], capture_output=True, text=True)
     assert good.returncode == 0

@@ -12,7 +12,7 @@ from helpers.tiny import library
 from mlx_lm import load, stream_generate
 
 from d2c_mlx.evaluate.answers import answer_metrics
-from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.export import export
 from d2c_mlx.phone.benchmark import bench_phone
 from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.phone.stock_model import quantized_model
@@ -81,7 +81,7 @@ def test_quality_stands_beside_the_float_base(made):
 def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
     """Metrics worked out anew from what mlx-lm generates with the unpacked adapter."""
     paths, pack, result = made
-    unpack(pack, tmp_path / "plain")
+    export(pack, "mlx", tmp_path / "plain")
     _, _, directory = quantized_model(str(paths.model), 4)
     model, tokenizer = load(str(directory), adapter_path=str(tmp_path / "plain" / "cluster-0"))
     model.set_dtype(mx.float32)

@@ -24,8 +24,8 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.models.tokenize import encode
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
 from d2c_mlx.utils.errors import ModelError
@@ -70,11 +70,11 @@ def test_losses_are_those_of_stock_mlx_lm_with_the_unpacked_adapter(
     found = adapters(paths, stock.module_shapes)
     if storage == "plain":
         merged = [replace(one.uniform(mx.float16), sources=(one.name,)) for one in found]
-        pack = write_pack(tmp_path / "pack", merged, **ABOUT)
+        pack = write_pack(tmp_path / "pack", merged, PackInfo(**ABOUT))
     else:
         small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
-        pack = write_compact_pack(tmp_path / "pack", small, {"a": 0, "b": 1}, **ABOUT)
-    directories = unpack(load_pack(pack.path), tmp_path / "plain")
+        pack = write_compact_pack(tmp_path / "pack", small, {"a": 0, "b": 1}, PackInfo(**ABOUT))
+    directories = export(load_pack(pack.path), "mlx", tmp_path / "plain")
     losses = {}
     for name in "ab":
         examples = examples_of(paths, stock, name)

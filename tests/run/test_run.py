@@ -195,7 +195,7 @@ def test_a_pack_that_was_changed_is_not_undone(config, plan):
     (output / "pack").rename(output / "mine")
     run(config, quiet=True)
     assert (hash_tree(output / "pack"), hash_tree(output / "mine")) == (made, changed)
-    for name in ("manifest.json", next(iter(load_pack(output / "pack").manifest["files"]))):
+    for name in ("manifest.json", next(iter(load_pack(output / "pack").manifest.files))):
         (output / "pack" / name).write_bytes(b"damaged")
         assert hash_tree(run(config, quiet=True).path("pack")) == made
     (output / "pack" / ".DS_Store").write_bytes(b"of a Mac")

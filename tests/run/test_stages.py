@@ -9,7 +9,7 @@ from helpers.runs import stages_started
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.pack_commands import route_prompts
+from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -65,7 +65,9 @@ def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     # Fitted anew as often as one likes, the pack given as a path relative to its run or not.
     for directory, path in ((output, "pack"), (output.parent, "run/pack")):
         monkeypatch.chdir(directory)
-        assert route_prompts(Path(path), [], Path(config.tasks), 3, config.model) == []
+        assert (
+            route_prompts(Path(path), [], RouteOptions(Path(config.tasks), 3, config.model)) == []
+        )
     routed, nbytes = hash_tree(pack), load_pack(pack).nbytes
     assert (pack / "router.safetensors").exists()
     run(config, quiet=True)
@@ -80,7 +82,7 @@ def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     # No run is beside a copy: nothing is recorded there.
     shutil.rmtree(pack)
     other = shutil.copytree(run(config, "pack", quiet=True).path("pack"), output / "copy")
-    route_prompts(other, [], Path(config.tasks), 3, config.model)
+    route_prompts(other, [], RouteOptions(Path(config.tasks), 3, config.model))
     run(config, "pack", quiet=True)
     assert not (pack / "router.safetensors").exists()
 

@@ -19,11 +19,12 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import common_system, load_task
 from d2c_mlx.models.tokenize import encode_prompts
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import add_adapter, remove_tasks
+from d2c_mlx.packs.add import add_adapter
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import with_file, write_pack
-from d2c_mlx.run.pack_commands import route_prompts
+from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.router import (
     ROUTER,
@@ -57,8 +58,11 @@ def pack(made, tmp_path):
     paths, base, _ = made
     found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
              for n in "abc"]  # fmt: skip
-    return write_pack(tmp_path / "run" / "pack", found, model="m", config_hash=base.config_hash,
-                      n_layers=LAYERS, budget="3", max_bytes=None)  # fmt: skip
+    return write_pack(
+        tmp_path / "run" / "pack",
+        found,
+        PackInfo(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="3"),
+    )
 
 
 def prompts_of(examples):
@@ -154,8 +158,8 @@ def test_its_bytes_count(made, tmp_path):
     paths, base, probes = made
     one = replace(read_adapter(paths.adapters / "a", base.module_shapes), sources=("a", "b", "c"))
     about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    size = write_pack(tmp_path / "pack", [one], **about, max_bytes=None).nbytes
-    pack = write_pack(tmp_path / "pack", [one], **about, max_bytes=size + 10)
+    size = write_pack(tmp_path / "pack", [one], PackInfo(**about)).nbytes
+    pack = write_pack(tmp_path / "pack", [one], PackInfo(**about, max_bytes=size + 10))
     before = hash_tree(pack.path)
     with pytest.raises(PackError, match="over the budget"):
         save_router(pack, fit_router(base.model, probes))
@@ -168,10 +172,10 @@ def test_its_bytes_are_free_for_an_arrival(made, tmp_path):
     found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
     slots = [replace(found["a"], sources=("a",)), replace(found["b"], sources=("b", "c"))]
     about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    size = write_pack(tmp_path / "pack", slots, **about, max_bytes=None).nbytes
+    size = write_pack(tmp_path / "pack", slots, PackInfo(**about)).nbytes
     exact = size + found["c"].uniform(mx.float16).nbytes(LAYERS)
     pack = save_router(
-        write_pack(tmp_path / "pack", slots, **about, max_bytes=exact),
+        write_pack(tmp_path / "pack", slots, PackInfo(**about, max_bytes=exact)),
         fit_router(base.model, probes),
     )
     assert pack.nbytes > size
@@ -223,11 +227,11 @@ def test_only_probe_rows_are_needed(made, pack, tmp_path):
         (tmp_path / "tasks" / name).mkdir(parents=True)
         rows = paths.tasks / name / "probe.jsonl"
         shutil.copyfile(rows, tmp_path / "tasks" / name / "probe.jsonl")
-    route_prompts(pack.path, [], tmp_path / "tasks", model=str(paths.model))
+    route_prompts(pack.path, [], RouteOptions(tmp_path / "tasks", model=str(paths.model)))
     assert load_router(load_pack(pack.path)).tasks == ("a", "b", "c")
     (tmp_path / "tasks" / "b" / "probe.jsonl").unlink()
     with pytest.raises(InputError) as caught:
-        route_prompts(pack.path, [], tmp_path / "tasks", model=str(paths.model))
+        route_prompts(pack.path, [], RouteOptions(tmp_path / "tasks", model=str(paths.model)))
     (line,) = caught.value.problems
     assert "b/probe.jsonl: missing" in line and "test.jsonl" not in line
 
@@ -287,14 +291,14 @@ def spoken(tmp_path):
     found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
              for n in "ab"]  # fmt: skip
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return paths, write_pack(tmp_path / "run" / "pack", found, **about, budget="3", max_bytes=None)
+    return paths, write_pack(tmp_path / "run" / "pack", found, PackInfo(**about, budget="3"))
 
 
 def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     paths, pack = spoken
     rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
     prompts = [row["messages"][1]["content"] for row in rows]
-    found = route_prompts(pack.path, prompts, paths.tasks, model=str(paths.model))
+    found = route_prompts(pack.path, prompts, RouteOptions(paths.tasks, model=str(paths.model)))
     assert [one["task"] for one in found] == [*"aaaabbbb"]
     again = load_router(load_pack(pack.path))
     assert again.system == ""
@@ -318,7 +322,7 @@ def test_rows_with_several_system_messages_have_none_in_common(spoken):
 def test_a_server_routes_as_the_rows_were(spoken):
     """And answers the prompt that was asked."""
     paths, pack = spoken
-    route_prompts(pack.path, [], paths.tasks, model=str(paths.model))
+    route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
     pack = load_pack(pack.path)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": "Who is it? Answer 2"}]

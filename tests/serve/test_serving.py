@@ -20,8 +20,8 @@ import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.attach import switch
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
@@ -44,17 +44,17 @@ def model(request, tmp_path_factory):
 @pytest.fixture(params=["plain", "compact"])
 def pack(request, tmp_path):
     if request.param == "plain":
-        return write_pack(tmp_path / "pack", ADAPTERS, **ABOUT)
+        return write_pack(tmp_path / "pack", ADAPTERS, PackInfo(**ABOUT))
     small = [compress(one, dict.fromkeys(one.modules, [(2, 8)])) for one in ADAPTERS]
     serves = {"wide": 0, "late": 1, "other": 2, "none": None}
-    return write_compact_pack(tmp_path / "pack", small, serves, **ABOUT)
+    return write_compact_pack(tmp_path / "pack", small, serves, PackInfo(**ABOUT))
 
 
 @pytest.fixture
 def expected(pack, model, tmp_path):
     """Task -> logits of stock mlx-lm; None is the base model."""
     plain = tmp_path / "plain"
-    paths = {task: name and str(plain / name) for task, name in unpack(pack, plain).items()}
+    paths = {task: name and str(plain / name) for task, name in export(pack, "mlx", plain).items()}
     paths = {**paths, None: None}
     return {task: stock_load(model, adapter_path=p)[0](TOKENS) for task, p in paths.items()}
 
@@ -92,7 +92,7 @@ def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
 
 
 def test_a_model_that_stock_mlx_lm_loaded_with_an_adapter(pack, model, expected, tmp_path):
-    name = unpack(pack, tmp_path / "out")["wide"]
+    name = export(pack, "mlx", tmp_path / "out")["wide"]
     found, _ = stock_load(model, adapter_path=str(tmp_path / "out" / name))
     for task in ("other", None):
         pack.switch(found, task)
@@ -145,7 +145,9 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp
     foreign = Adapter("x", {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[
         f"model.layers.1.{UP}"]}, "m", ("x",))  # fmt: skip
     with pytest.raises(AdapterError, match="no linear layer .*layers.7"):
-        write_pack(tmp_path / "foreign", [foreign], **{**ABOUT, "n_layers": 8}).switch(found, "x")
+        write_pack(tmp_path / "foreign", [foreign], PackInfo(**{**ABOUT, "n_layers": 8})).switch(
+            found, "x"
+        )
     assert_serves(found, "other", expected)
 
 

@@ -20,9 +20,10 @@ from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.run.pack_commands import arrive, route_prompts
+from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.utils.errors import InputError, ModelError, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
@@ -37,8 +38,11 @@ def whole(tmp_path):
     base = BaseModel(str(paths.model))
     found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
     made = [replace(found[n], sources=(n,)) for n in "ab"]
-    pack = write_pack(tmp_path / "run" / "pack", made, model="m", config_hash=base.config_hash,
-                      n_layers=LAYERS, budget="2", max_bytes=None)  # fmt: skip
+    pack = write_pack(
+        tmp_path / "run" / "pack",
+        made,
+        PackInfo(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="2"),
+    )
     return paths, base, found, pack
 
 
@@ -59,7 +63,9 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
         merge = merge_adapters([found[member], found["c"]])
         for scale in COARSE_SCALES:
             costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
-    result = arrive(pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model))
+    result = add_from_path(
+        pack.path, str(paths.adapters / "c"), AddOptions(tasks=paths.tasks, model=str(paths.model))
+    )
     walks = [(k, line_search(lambda scale, k=k: costs[k, scale], COARSE_SCALES)[0]) for k in (0, 1)]
     k, scale = min(walks, key=costs.get)
     assert result.adapter == f"cluster-{k}"
@@ -88,8 +94,10 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     losses, held = {}, {}
     for tasks in (None, paths.tasks):
         small = [compress(found["a"], levels)]
-        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, max_bytes=None, **about)
-        result = arrive(pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model))
+        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, PackInfo(**about))
+        result = add_from_path(
+            pack.path, str(paths.adapters / "b"), AddOptions(tasks=tasks, model=str(paths.model))
+        )
         arrived = result.pack.load("b")
         held[tasks] = harm in arrived.modules
         losses[tasks] = Evaluator(Engine(base)).losses([(arrived, [probe])])[0][0]
@@ -122,15 +130,19 @@ def test_what_cannot_arrive(whole, tmp_path):
     paths, _, _, pack = whole
     before = hash_tree(pack.path)
     with pytest.raises(ModelError, match="the pack is for 'm'"):
-        arrive(pack.path, str(paths.adapters / "c"))
+        add_from_path(pack.path, str(paths.adapters / "c"))
     with pytest.raises(TaskError, match="no such directory; expected probe.jsonl"):
-        arrive(pack.path, f"other={paths.adapters / 'c'}", paths.tasks, model=str(paths.model))
+        add_from_path(
+            pack.path,
+            f"other={paths.adapters / 'c'}",
+            AddOptions(paths.tasks, model=str(paths.model)),
+        )
     with pytest.raises(InputError, match="nope: no such directory .* ADAPTER is an adapter"):
-        arrive(pack.path, "nope", model=str(paths.model))
+        add_from_path(pack.path, "nope", AddOptions(model=str(paths.model)))
     config = paths.model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
     with pytest.raises(ModelError, match="is not the config of 'm'"):
-        arrive(pack.path, str(paths.adapters / "c"), model=str(paths.model))
+        add_from_path(pack.path, str(paths.adapters / "c"), AddOptions(model=str(paths.model)))
     assert hash_tree(pack.path) == before
 
 
@@ -155,9 +167,13 @@ def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
     before = hash_tree(pack.path)
     with pytest.raises(InputError) as caught:
         if arriving:
-            arrive(pack.path, str(paths.adapters / "c"), paths.tasks, model=str(paths.model))
+            add_from_path(
+                pack.path,
+                str(paths.adapters / "c"),
+                AddOptions(paths.tasks, model=str(paths.model)),
+            )
         else:
-            route_prompts(pack.path, [], paths.tasks, model=str(paths.model))
+            route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
     assert [line.split(" has ")[0] for line in caught.value.problems] == [
         f"{file}: line 3 (row 2)" for file in files
     ]

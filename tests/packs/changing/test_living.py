@@ -1,5 +1,6 @@
 """Packs that change: against dense oracles, within the budget, nothing else touched."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ from helpers.tiny import LAYERS
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import add_adapter, list_pack, opened, remove_tasks
+from d2c_mlx.packs.add import add_adapter
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.update import list_pack, opened, remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import BudgetError, ConfigError, InputError, PackError
@@ -22,7 +24,7 @@ from d2c_mlx.utils.files import hash_tree
 
 def plain(directory, slots, budget="2", max_bytes=None):
     made = [replace(adapter, sources=tuple(tasks)) for adapter, tasks in slots]
-    return write_pack(directory, made, budget=budget, max_bytes=max_bytes, **ABOUT)
+    return write_pack(directory, made, PackInfo(budget=budget, max_bytes=max_bytes, **ABOUT))
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def test_an_arrival_gets_a_slot_of_its_own_while_there_is_one(pack, adapters):
     assert now.tasks == {"a": "cluster-0", "b": "cluster-1", "c": "cluster-2"}
     assert now.load("c").digest == adapters["c"].uniform().digest
     assert {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"} == before
-    assert now.manifest["budget"] == {"text": "3", "nbytes": None}
-    assert "merged" not in now.manifest
+    assert now.manifest.budget.model_dump() == {"text": "3", "nbytes": None}
+    assert "merged" not in json.loads((now.path / "manifest.json").read_text())
 
 
 def test_a_full_pack_merges_into_the_slot_most_alike(pack, adapters):
@@ -81,7 +83,7 @@ def test_arrivals_one_by_one_are_the_mean_of_all(tmp_path, adapters):
     assert list_pack(pack)[0]["merged"] == 4
     # What left is still in it: the next one weighs a fifth.
     pack = remove_tasks(pack, ["b", "c"])
-    assert pack.manifest["merged"] == {"cluster-0": 4}
+    assert pack.manifest.merged == {"cluster-0": 4}
     pack = add_adapter(pack, replace(adapters["b"], name="again")).pack
     fifth = {p: 0.8 * mean[p] + 0.2 * deltas(adapters["b"])[p] for p in mean}
     assert_close(pack.load("again"), fifth, atol=3e-4)
@@ -165,7 +167,7 @@ def test_a_slot_without_room_is_passed_over_and_none_is_no_room(tmp_path, adapte
 def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack, adapters):
     new = replace(adapters["c"], origin="org/c@1234")
     full = add_adapter(pack, new).pack
-    assert full.manifest["origins"] == {"c": "org/c@1234"}
+    assert full.manifest.origins == {"c": "org/c@1234"}
     # Still in the merge after its task has left; gone with an adapter of its own.
     assert remove_tasks(full, ["c"]).origins == {"c": "org/c@1234"}
     own = add_adapter(load_pack(pack.path), replace(new, name="d"), budget="3").pack
@@ -177,14 +179,14 @@ def test_an_origin_goes_with_its_merge_and_with_its_name(tmp_path, adapters):
     slots = [replace(both, sources=("a", "b")), replace(adapters["c"], sources=("c",))]
     origins = {"a": "org/a@1", "b": "org/b@2", "c": "org/c@3"}
     path = tmp_path / "pack"
-    pack = write_pack(path, slots, budget="9", max_bytes=None, origins=origins, **ABOUT)
+    pack = write_pack(path, slots, PackInfo(budget="9", origins=origins, **ABOUT))
     left = remove_tasks(pack, ["b"])
     assert left.origins == origins
     # Another b, of this machine: not what is in the merge.
     local = replace(adapters["d"], name="b")
     assert add_adapter(left, local).pack.origins == {"a": "org/a@1", "c": "org/c@3"}
     path = tmp_path / "other"
-    pack = write_pack(path, slots, budget="9", max_bytes=None, origins=origins, **ABOUT)
+    pack = write_pack(path, slots, PackInfo(budget="9", origins=origins, **ABOUT))
     pack = remove_tasks(remove_tasks(pack, ["b"]), ["a"])
     assert pack.origins == {"c": "org/c@3"}
 
@@ -216,7 +218,7 @@ def test_a_pack_whose_budget_is_no_budget(tmp_path, adapters):
     assert line.endswith("; give another with --budget")
     assert add_adapter(pack, adapters["c"], budget="3").adapter == "cluster-2"
     pack = plain(tmp_path / "pack", [(adapters["a"], ["a"]), (adapters["b"], ["b"])], "-")
-    assert remove_tasks(pack, ["b"]).manifest["budget"]["text"] == "-"
+    assert remove_tasks(pack, ["b"]).manifest.budget.text == "-"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.compact_file import index_of, read_compact
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.packs.pack import COMPACT
-from d2c_mlx.packs.update import add_adapter, remove_tasks
+from d2c_mlx.packs.add import add_adapter
+from d2c_mlx.packs.pack import COMPACT, PackInfo
+from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.utils.errors import BudgetError, PackError
@@ -22,8 +23,8 @@ def compact(directory, adapters, names="abc", limit=None, levels=((1, 4),)):
     stored = [compress(adapters[n], dict.fromkeys(adapters[n].modules, levels)) for n in names]
     serves = {name: i for i, name in enumerate(names)} | {"bare": None}
     return write_compact_pack(
-        directory, stored, serves, budget="9MB", max_bytes=limit, **ABOUT
-    )  # fmt: skip
+        directory, stored, serves, PackInfo(budget="9MB", max_bytes=limit, **ABOUT)
+    )
 
 
 def test_a_compact_pack_makes_room_by_what_the_others_need_least(tmp_path):

@@ -7,6 +7,7 @@ from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS, tiny_model
 
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.files import hash_file
 
@@ -31,7 +32,7 @@ def about(model):
 def plain(tmp_path, about):
     """All modules, and one module of one block only."""
     adapters = [adapter_of("one"), adapter_of("two", [*ALL][-7:-6], seed=1)]
-    return write_pack(tmp_path / "plain", adapters, **about)
+    return write_pack(tmp_path / "plain", adapters, PackInfo(**about))
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def compact(tmp_path, about):
         compress(two, {p: [(1, 16), (1, 8)] if "v_proj" in p else [(1, 16)] for p in two.modules}),
         compress(one, dict.fromkeys(one.modules, ())),
     ]
-    return write_compact_pack(tmp_path / "compact", adapters, SERVES, **about)
+    return write_compact_pack(tmp_path / "compact", adapters, SERVES, PackInfo(**about))
 
 
 @pytest.fixture(params=["plain", "compact"])

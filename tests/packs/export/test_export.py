@@ -22,7 +22,8 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.unpack import unpack
+from d2c_mlx.packs.marker import MARKER
+from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.utils.files import hash_file, hash_tree
@@ -33,7 +34,7 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
     assert tasks == json.loads((tmp_path / "out" / "tasks.json").read_text())
     assert list(tasks) == sorted(pack.tasks)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"tasks.json", "cluster-0.gguf", "cluster-1.gguf"}
+    assert written == {MARKER, "tasks.json", "cluster-0.gguf", "cluster-1.gguf"}
     for task, name in tasks.items():
         adapter = pack.load(task)
         if adapter is None:
@@ -104,12 +105,14 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     refused(ModelError, "no such", str(tmp_path / "no.gguf"))
     refused(ModelError, "is not the config of 'tiny/llama'", str(other))
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
-    base = {**plain.manifest["base"], "config_sha256": hash_file(other / "config.json")}
-    gemma = replace(plain, manifest={**plain.manifest, "base": base})
+    base = plain.manifest.base.replace(config_sha256=hash_file(other / "config.json"))
+    gemma = replace(plain, manifest=plain.manifest.replace(base=base))
     refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
     lora = adapter_of("one").modules[[*ALL][0]]
     odd = "model.layers.0.self_attn.qkv_proj"
-    fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], **about)
+    fused = write_pack(
+        tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], PackInfo(**about)
+    )
     refused(
         AdapterError,
         f"1 modules have no name in a GGUF of 'llama' .first: {odd}",
@@ -119,8 +122,11 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
 
 
 def test_mlx_is_what_unpack_writes(pack, tmp_path):
-    assert export(pack, "mlx", tmp_path / "a") == unpack(pack, tmp_path / "b")
-    assert hash_tree(tmp_path / "a") == hash_tree(tmp_path / "b")
+    for command in (["export", "--to", "mlx"], ["unpack"]):
+        argv = [*command, str(pack.path), "--output", str(tmp_path / command[0])]
+        done = CliRunner().invoke(cli, argv, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert hash_tree(tmp_path / "export") == hash_tree(tmp_path / "unpack")
 
 
 def test_peft_is_converted_back_to_the_same_bits(pack, tmp_path):

@@ -16,10 +16,11 @@ from helpers.processes import WATCHED
 from helpers.tiny import library
 from huggingface_hub import ModelCard
 
-from d2c_mlx.packs.card import read_bench, render_card
-from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.card import CardOptions, read_bench, render_card
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.marker import MARKER
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.push import write_repository
-from d2c_mlx.packs.unpack import unpack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -34,8 +35,9 @@ def hub():
 
 
 def contents(folder):
+    """File -> bytes; the marker stays on this machine."""
     return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+            for p in folder.rglob("*") if p.is_file() and p.name != MARKER}  # fmt: skip
 
 
 def tables(text):
@@ -53,7 +55,7 @@ KEPT = ("task", "base", "own adapter", "here", "retention")
 
 def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     write_repository(pack, "org/name", tmp_path / "out")
-    unpack(pack, tmp_path / "mlx")
+    export(pack, "mlx", tmp_path / "mlx")
     found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
     assert plain_files.items() <= found.items()
     assert contents(pack.path).items() <= found.items()
@@ -69,7 +71,7 @@ def test_the_card_of_a_run(tmp_path, budget):
     session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
                        test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
     found = load_pack(session.path("pack"))
-    write_repository(found, "org/name", tmp_path / "out", base="org/base", license="mit")
+    write_repository(found, "org/name", tmp_path / "out", CardOptions("org/base", "mit"))
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
@@ -111,9 +113,10 @@ def test_the_card_of_a_run(tmp_path, budget):
 
 
 def test_what_is_not_known_is_said(plain, tmp_path):
-    manifest = {**plain.manifest, "origins": {"one": "org/a@" + "0" * 40}}
+    manifest = json.loads((plain.path / "manifest.json").read_text())
+    manifest["origins"] = {"one": "org/a@" + "0" * 40}
     (plain.path / "manifest.json").write_text(json.dumps(manifest))
-    card = ModelCard(render_card(load_pack(plain.path), "org/name"))
+    card = ModelCard(render_card(load_pack(plain.path), "org/name", CardOptions()))
     assert "Not measured." in card.text and KEPT not in tables(card.text)
     assert [row[2:4] for row in tables(card.text)[MADE]] == 2 * [["not recorded", "-"]]
     assert card.data.base_model == "tiny/llama" and card.data.license == "other"
@@ -130,7 +133,7 @@ def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
         assert not (tmp_path / "out").exists()
 
     def write(one=plain, repo="org/name", out=tmp_path / "out", **more):
-        write_repository(one, repo, out, **more)
+        write_repository(one, repo, out, CardOptions(**more))
 
     bench = tmp_path / "bench.json"
     for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
@@ -142,7 +145,9 @@ def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
     refused("repo: 'name', expected a Hugging Face id", lambda: write(repo="name"))
     refused("repo: 'org/name@v1', expected", lambda: write(repo="org/name@v1"))
     refused("base: 'a/b/c' is no Hugging Face id", lambda: write(base="a/b/c"))
-    local = write_pack(tmp_path / "local", [adapter_of("one")], **{**about, "model": "mine"})
+    local = write_pack(
+        tmp_path / "local", [adapter_of("one")], PackInfo(**{**about, "model": "mine"})
+    )
     refused("base: 'mine' is no Hugging Face id .* pass --base", lambda: write(local))
     refused("would replace the pack", lambda: write(out=plain.path.parent))
     (tmp_path / "plan.json").write_text('{"units": 3}')
@@ -168,7 +173,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     done = hub.run(tmp_path / "home", "push", compact.path, "org/name", *options, **more)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"pushed: {hub.url}/org/name/commit/{hub.commit('org/name', 'v1')}\n"
-    write_repository(compact, "org/name", tmp_path / "expected", revision="v1")
+    write_repository(compact, "org/name", tmp_path / "expected", CardOptions(revision="v1"))
     assert hub.repos["org/name"]["v1"] == contents(tmp_path / "expected")
     assert hub.repos["org/name"]["main"] == {} and hub.private == {"org/name"}
     assert len([path for _, path in hub.log if "/commit/" in path]) == 1
@@ -253,8 +258,8 @@ def test_a_card_shows_no_measurements_of_another_pack(tmp_path):
     del content["provenance"]["pack"]
     bench.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="does not say which pack it is of, .* delete it and run"):
-        write_repository(other, "org/name", tmp_path / "out", base="org/base")
+        write_repository(other, "org/name", tmp_path / "out", CardOptions("org/base"))
     # What the message says helps.
     bench.unlink()
     run(second.config, "bench", quiet=True)
-    write_repository(other, "org/name", tmp_path / "out", base="org/base")
+    write_repository(other, "org/name", tmp_path / "out", CardOptions("org/base"))

@@ -1,0 +1,305 @@
+"""Add the adapter of a new task to a pack, within its budget.
+
+    d2c-mlx add PACK loras/gec-nl --tasks tasks
+
+In a plain pack an arrival gets a slot of its own while there is one, and then is merged into the
+slot that suits it (K-Merge, https://arxiv.org/abs/2510.13537). In a compact pack it is stored in an
+equal share of the bytes, and what the other adapters need least makes room: merging unlike adapters
+costs more than bytes do (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from d2c_mlx.adapters.adapter import Adapter, zeros
+from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.similarity import similarity
+from d2c_mlx.adapters.sources import find_adapters, read_adapters
+from d2c_mlx.compress.budget import Budget, parse_budget
+from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.tasks import load_tasks
+from d2c_mlx.models.tokenize import encode_probes
+from d2c_mlx.packs.judge import Judge
+from d2c_mlx.packs.make_room import make_room
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
+from d2c_mlx.packs.update import opened
+from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import AdapterError, BudgetError, ConfigError, PackError, TaskError
+
+__all__ = ["AddOptions", "Arrival", "add_adapter", "add_from_path"]
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """How an adapter is added.
+
+    Attributes:
+        tasks: directory of `<task>/probe.jsonl`, of the new task and of those in the pack that are
+            to have a say; None goes by weights alone.
+        n_probe: rows of probe.jsonl that decide, the first ones.
+        model: the pack's base model, as for `resolve_model`.
+        budget: in bytes or adapters; None is the pack's own.
+    """
+
+    tasks: Path | None = None
+    n_probe: int = 10
+    model: str | None = None
+    budget: str | None = None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What became of an adapter that was added.
+
+    Attributes:
+        pack: the pack with it.
+        task: the new one.
+        adapter: that serves the new task, as in `Pack.tasks`.
+        joined: tasks that it serves as well; none for an adapter of its own.
+        similarity: largest cosine of dW with an adapter of the pack; None in compact packs.
+        dropped: components of other adapters that made room, in compact packs.
+        dropped_energy: the largest share of an adapter's energy that went with them.
+    """
+
+    pack: Pack
+    task: str
+    adapter: str | int
+    joined: tuple[str, ...] = ()
+    similarity: float | None = None
+    dropped: int = 0
+    dropped_energy: float = 0.0
+
+
+def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -> Arrival:
+    """Read an adapter, check it against the pack's base model and add it, see `add_adapter`.
+
+    Args:
+        pack: directory of the pack.
+        adapter: an entry as `find_adapters` takes it; the task is called as the adapter.
+        options: how it is added.
+
+    Raises:
+        InputError: every problem of pack, adapter, tasks and budget; nothing is written.
+        D2CError: another process is at work on the pack.
+    """
+    options = options or AddOptions()
+    with opened(pack) as found:
+        sources = find_adapters(adapter, "ADAPTER")
+        if len(sources) > 1:
+            raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
+        base = BaseModel(str(found.base_directory(options.model)))
+        (new,) = read_adapters(sources, base.module_shapes, base.config)
+        judge = None
+        if options.tasks:
+            probes = _probes(base, options.tasks, new.name, found.tasks, options.n_probe)
+            cache = LossCache(cache_directory() / "losses.sqlite")
+            judge = Judge(base, Evaluator(Engine(base), cache), probes)
+        return add_adapter(found, new, budget=options.budget, judge=judge)
+
+
+def _probes(
+    base: BaseModel, directory: Path, new: str, tasks: Mapping[str, object], n: int
+) -> dict[str, ExampleSet]:
+    """Calibration rows of the new task, and of those in the pack that have a directory."""
+    if not (directory / new).is_dir():
+        raise TaskError(
+            f"{directory / new}: no such directory; expected probe.jsonl of the new task"
+        )
+    names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
+    encoded = encode_probes(base.encode, load_tasks(directory, names, tests=False), n)
+    return {one.task: one.cut(*CUTS) for one in encoded}
+
+
+def add_adapter(
+    pack: Pack,
+    adapter: Adapter,
+    *,
+    budget: str | None = None,
+    threshold: float | None = None,
+    judge: Judge | None = None,
+) -> Arrival:
+    """Add the adapter of a new task, named after it; the pack is replaced as a whole.
+
+    Args:
+        pack: what `load_pack` verified, held by `opened`.
+        adapter: checked against the pack's base model.
+        budget: see `AddOptions`.
+        threshold: open another slot only if all similarities are below it, from 0 to 1 (K-Merge++;
+            0.02 to 0.03 there); None opens slots while there are any. Plain packs only.
+        judge: measures on probes where an arrival fits best, and its form; None goes by weights.
+
+    Raises:
+        ConfigError: `threshold` is out of range.
+        PackError: the task is there already, or `threshold` for a compact pack.
+        BudgetError: the budget has no room, whatever is merged or dropped.
+    """
+    if adapter.name in pack.tasks:
+        raise PackError(
+            f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
+            f" d2c-mlx remove {pack.path} {adapter.name}"
+        )
+    # Cosines are at most 1, and below 0 hardly anything is: it would open no slot at all.
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold: found {threshold}, expected a number from 0 to 1")
+    rules = _Rules(*_budget(pack, budget), threshold, judge)
+    if pack.storage == "plain":
+        return _into_slots(pack, adapter, rules)
+    if threshold is not None:
+        raise PackError(f"{pack.path}: threshold is for plain packs, and this one is compact")
+    return _into_bytes(pack, adapter, rules)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """The budget, its bytes, and what else decides where an arrival goes, see `add_adapter`."""
+
+    budget: Budget
+    limit: int | None
+    threshold: float | None
+    judge: Judge | None
+
+
+def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
+    """The budget and its bytes; the bytes of a share are those that the pack stores."""
+    if text is None:
+        try:
+            return parse_budget(pack.info.budget), pack.info.max_bytes
+        except BudgetError as error:
+            raise BudgetError(
+                f"{pack.path / MANIFEST}: {error}; give another with --budget"
+            ) from None
+    budget = parse_budget(text)
+    if budget.percent is not None:
+        raise BudgetError(
+            f"budget: {text!r} is a share of adapters that the pack does not hold; expected bytes,"
+            ' such as "20MB", or a number of adapters'
+        )
+    return budget, budget.nbytes
+
+
+def _into_slots(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
+    budget, limit, judge = rules.budget, rules.limit, rules.judge
+    if budget.n_adapters is not None and len(pack.adapters) > budget.n_adapters:
+        raise BudgetError(
+            f"budget: found {budget.text}, expected at least {len(pack.adapters)}: so many adapters"
+            f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
+        )
+    held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
+    n: dict[str | int, int] = {slot: pack.merged(slot) for slot in held}
+    first = next(iter(held))
+    dtype = next(iter(held[first].modules.values())).a.dtype
+    n_layers = int(str(read_config(pack.path / first)["num_layers"]))
+    new = adapter.uniform(dtype)
+    alike = dict(zip(held, similarity([*held.values(), new])[-1]))
+    most = max(alike.values())
+    fits = budget.n_adapters is None or len(held) < budget.n_adapters
+    # A router is dropped, so its bytes do not count.
+    nbytes = sum(sum(pack.files_of(slot).values()) for slot in held)
+    fits &= limit is None or nbytes + new.nbytes(n_layers) <= limit
+    if fits and (rules.threshold is None or most < rules.threshold):
+        name = next(free for k in count() if (free := f"cluster-{k}") not in held)
+        changed, n[name] = new, 1
+    else:
+        ranks = _ranks_that_fit(pack, held, new, n_layers, limit)
+        closest = max(ranks, key=alike.__getitem__)
+        pairs = {
+            slot: merge_adapters(
+                [held[slot], new], rank=rank,
+                weights=[n[slot] / (n[slot] + 1), 1 / (n[slot] + 1)],
+            )
+            for slot, rank in ranks.items() if judge or slot == closest
+        }  # fmt: skip
+        if judge:
+            name, merge = judge.best(pairs, held, pack.adapters, new)
+        else:
+            (name, merge), *_ = pairs.items()
+        changed = merge.uniform(dtype)
+        n[name] += 1
+    tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
+    info = replace(pack.info, n_layers=n_layers, budget=budget.text, max_bytes=limit, merged=n,
+                   origins=_origins(pack, adapter))  # fmt: skip
+    now = rewrite_pack(pack, {name: changed}, tasks, info)
+    return Arrival(now, adapter.name, name, tuple(pack.adapters.get(name, ())), float(most))
+
+
+def _ranks_that_fit(
+    pack: Pack, held: Mapping[str, Adapter], new: Adapter, n_layers: int, limit: int | None
+) -> Mapping[str, int | None]:
+    """Slot -> the largest rank at which the arrival may be merged into it, at most its own.
+
+    A merge has the modules of both, so at the rank of the slot it may be larger than that was.
+    Slots where rank 1 is too large are left out; without a limit, None stands for any rank.
+
+    Raises:
+        BudgetError: it is too large in every slot.
+    """
+    if limit is None:
+        return dict.fromkeys(held)
+    sizes = {slot: sum(pack.files_of(slot).values()) for slot in held}
+    dtype = next(iter(new.modules.values())).a.dtype
+    found, least = {}, []
+    for slot, old in held.items():
+        nbytes = partial(_merged_nbytes, old, new, dtype, n_layers)
+        room = limit - sum(sizes.values()) + sizes[slot]
+        found[slot] = bisect_right(range(1, old.rank + 1), room, key=nbytes)
+        least.append(limit - room + nbytes(1))
+    fitting = {slot: rank for slot, rank in found.items() if rank}
+    if not fitting:
+        raise BudgetError(
+            f"budget: found {limit:,} bytes, expected at least {min(least):,}: so many take the"
+            f" adapters in {pack.path} with {new.name!r} merged into one at rank 1; give more, or"
+            " remove a task"
+        )
+    return fitting
+
+
+def _merged_nbytes(old: Adapter, new: Adapter, dtype: mx.Dtype, n_layers: int, rank: int) -> int:
+    """Bytes of a merge's files: they depend on shapes, and on the longer name of a base."""
+    shapes = {path: lora.shape for one in (old, new) for path, lora in one.modules.items()}
+    base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
+    return Adapter(new.name, zeros(shapes, rank, dtype), base).nbytes(n_layers)
+
+
+def _into_bytes(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
+    budget, limit = rules.budget, rules.limit
+    keys = [key for key in pack.adapters if isinstance(key, int)]
+    if budget.n_adapters is not None and len(keys) >= budget.n_adapters:
+        raise BudgetError(
+            f"budget: {budget.text} adapters are in {pack.path} already, and a compact pack merges"
+            " none; give bytes, or run the plan anew"
+        )
+    stored = [read_compact(pack.path / COMPACT, key) for key in keys]
+    made = make_room(stored, adapter, limit, rules.judge)
+    place = {key: i for i, key in enumerate(keys)}
+    serves = {task: place[k] if isinstance(k, int) else None for task, k in pack.tasks.items()}
+    merged: dict[str | int, int] = {place[key]: pack.merged(key) for key in keys}
+    info = replace(pack.info, budget=budget.text, max_bytes=limit, merged=merged,
+                   origins=_origins(pack, adapter))  # fmt: skip
+    now = write_compact_pack(
+        pack.path, [*made.others, made.arrival], serves | {adapter.name: len(keys)}, info
+    )
+    return Arrival(now, adapter.name, len(keys), dropped=made.dropped, dropped_energy=made.energy)
+
+
+def _origins(pack: Pack, adapter: Adapter) -> dict[str, str]:
+    """Origins with that of an arrival, in place of an earlier adapter's of its name."""
+    others = {task: origin for task, origin in pack.origins.items() if task != adapter.name}
+    return others | ({adapter.name: adapter.origin} if adapter.origin else {})

@@ -1,0 +1,162 @@
+"""Checks before a directory is replaced: nothing that a command reads, nothing that is not ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2c_mlx.packs.marker import MARKER, read_marker
+from d2c_mlx.utils.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from d2c_mlx.adapters.sources import Source
+
+__all__ = [
+    "Input",
+    "adapter_inputs",
+    "all_files",
+    "check_output",
+    "local_model",
+    "replaced_inputs",
+    "within_adapters",
+]
+
+# An option, and a path that it names.
+Input = tuple[str, Path]
+
+
+def local_model(spec: str | None) -> list[Input]:
+    """The base model as an input, if `--model` names a directory or a file."""
+    path = Path(os.path.expanduser(spec or ""))
+    return [("model", path)] if spec and path.exists() else []
+
+
+def adapter_inputs(sources: Sequence[Source]) -> list[Input]:
+    """Adapters as inputs. Folders come first: one of them says more than the adapters in it."""
+    folders = dict.fromkeys(one.folder for one in sources if one.folder)
+    return [("adapters", path) for path in (*folders, *(one.path for one in sources))]
+
+
+def check_output(
+    output: Path,
+    inputs: Sequence[Input],
+    sources: Sequence[Source] = (),
+    error: type[InputError] = ConfigError,
+) -> None:
+    """Refuse an output directory that must not be replaced as a whole.
+
+    Call it before anything is written there. A directory may be replaced if it is empty or holds
+    only files that its marker lists, unchanged: those of `unpack`, `export` and `push`, and for
+    `convert` also those of an earlier `convert` of adapters of the same names.
+
+    Args:
+        output: the directory, which may not exist.
+        inputs: what is read while it is written.
+        sources: adapters that `convert` reads; none for other commands.
+        error: raised for an input that would be replaced.
+
+    Raises:
+        InputError: an input is in it; it is a file, the working directory or one around that, or
+            holds a file that is not ours.
+    """
+    replaced = replaced_inputs([*inputs, *adapter_inputs(sources)], [output])
+    problems = [line for _, line in replaced] + within_adapters(sources, output)
+    if problems:
+        raise error(problems)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {output} is a file, expected a directory or a new name")
+    if Path(os.path.realpath(output)) in (here := Path.cwd().resolve(), *here.parents):
+        raise ConfigError(
+            f"output: {output} is replaced as a whole, and you are in it; name another directory"
+        )
+    if foreign := _foreign(output, [one.name for one in sources]):
+        raise ConfigError(
+            f"output: {output} is replaced as a whole, and {foreign} in it is of no earlier output"
+            " of this kind; name another directory, or empty this one"
+        )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of one directory: links, and capitals on a Mac."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _around(path: Path) -> set[tuple[int, int]]:
+    """Identities of a path and of all directories around it; a link is in two places."""
+    ways = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    found = {_identity(one) for way in ways for one in (way, *way.parents)}
+    return {identity for identity in found if identity}
+
+
+def replaced_inputs(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tuple[Path, str]]:
+    """A target and a line, for every target and option of which a path is in that target."""
+    places = {identity: path for path in targets if (identity := _identity(path))}
+    found: dict[tuple[str, Path], Path] = {}
+    for option, path in inputs:
+        for identity in _around(path) & places.keys():
+            found.setdefault((option, places[identity]), path)
+    return [
+        (target, f"output: {target} is made anew, which would replace the {option} {path}; give"
+         " another --output")
+        for (option, target), path in found.items()
+    ]  # fmt: skip
+
+
+def within_adapters(sources: Sequence[Source], output: Path) -> list[str]:
+    """A line for every folder of adapters in which the output would be one more of them."""
+    around = _around(output)
+    folders = dict.fromkeys(one.folder for one in sources if one.folder)
+    return [
+        f"output: {output} is in the adapters' folder {folder}, where the next command would take"
+        " it for an adapter; give another --output"
+        for folder in folders
+        if _identity(folder) in around and not _hidden(folder, output)
+    ]
+
+
+def _hidden(folder: Path, path: Path) -> bool:
+    """True if a listing of the folder would skip this path."""
+    inside = Path(os.path.realpath(path)).parts[len(Path(os.path.realpath(folder)).parts) :]
+    return bool(inside) and inside[0][0] == "."
+
+
+def _foreign(directory: Path, names: Collection[str]) -> Path | None:
+    """A file that no earlier output wrote, if there is one.
+
+    Args:
+        directory: that would be replaced.
+        names: of the adapters that `convert` writes again.
+    """
+    marker = read_marker(directory)
+    for path in all_files(directory):
+        if marker is None:
+            return path
+        if path == directory / MARKER:
+            continue
+        top = path.relative_to(directory).parts[0]
+        ours = marker.kind in ("export", "push") or (marker.kind == "convert" and top in names)
+        if not ours or not marker.wrote(directory, path):
+            return path
+    return None
+
+
+def all_files(directory: Path) -> Iterator[Path]:
+    """All files below a directory in order, but those that a Mac leaves by itself.
+
+    A link to a directory counts as a file: it would be lost, and nothing behind it.
+    """
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            path = Path(folder) / name
+            # One in a folder, the other beside a file on a drive of another system.
+            beside = name[:2] == "._" and path.with_name(name[2:]).exists()
+            if name != ".DS_Store" and not beside:
+                yield path

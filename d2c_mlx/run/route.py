@@ -1,0 +1,91 @@
+"""Prompts to tasks of a pack: fit its router on calibration rows, ask it.
+
+    d2c-mlx route PACK --tasks DIR
+    d2c-mlx route PACK "Write this number in German words: 896"
+
+`serve/router.py` has the router itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import common_system, load_tasks
+from d2c_mlx.models.tokenize import encode_probes, encode_prompts
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import opened
+from d2c_mlx.run.records import keep_pack
+from d2c_mlx.serve.router import fit_router, load_router, prompt_states, save_router
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import hash_tree
+
+__all__ = ["RouteOptions", "route_prompts"]
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """How prompts are routed.
+
+    Attributes:
+        tasks: directory of `<task>/probe.jsonl` of all tasks of the pack, to fit the router on
+            first; None asks the one that the pack has.
+        n_probe: rows of probe.jsonl, the first ones.
+        model: the pack's base model, as for `resolve_model`.
+        top: number of matches that are listed.
+    """
+
+    tasks: Path | None = None
+    n_probe: int = 10
+    model: str | None = None
+    top: int = 3
+
+
+def route_prompts(
+    pack: Path, prompts: Sequence[str], options: RouteOptions | None = None
+) -> list[dict[str, Any]]:
+    """Tell which task of a pack each prompt belongs to.
+
+    Args:
+        pack: directory of the pack.
+        prompts: what a user says, each a conversation of its own; none only fits the router.
+        options: see `RouteOptions`.
+
+    Returns:
+        For each prompt `prompt`, `task` (None: the base model) and `matches`, best first.
+
+    Raises:
+        InputError: no such pack or model, problems of tasks, or no router and no `tasks`.
+        D2CError: the router is to be fitted, and another process is at work on the pack.
+    """
+    options = options or RouteOptions()
+    tasks = options.tasks
+    # A reader neither waits for others nor keeps them out.
+    with opened(pack) if tasks else nullcontext(load_pack(pack)) as found:
+        base = BaseModel(str(found.base_directory(options.model)))
+        if tasks:
+            own = load_tasks(tasks, sorted(found.tasks), tests=False)
+            probes = encode_probes(base.encode, own, options.n_probe)
+            before = hash_tree(found.path)
+            found = save_router(found, fit_router(base.model, probes, common_system(own)))
+            keep_pack(found.path.resolve(), before)
+    router = load_router(found)
+    if router is None:
+        raise PackError(f"{pack}: has no router; fit one with d2c-mlx route {pack} --tasks DIR")
+    if not prompts:
+        return []
+    asked = encode_prompts(base.tokenizer, prompts, router.system)
+    states = prompt_states(base.model, asked, router.n_blocks)
+    result = []
+    for prompt, state in zip(prompts, states):
+        best = router.best(state)
+        result.append({
+            "prompt": prompt,
+            "task": best and best.task,
+            "matches": [asdict(one) for one in router.matches(state, options.top)],
+        })  # fmt: skip
+    return result

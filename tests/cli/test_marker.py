@@ -1,0 +1,266 @@
+"""Markers: they list what a command wrote, and nothing that they do not list is replaced."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.command import refused
+from helpers.tiny import peft_adapter
+
+from d2c_mlx.packs.marker import MARKER, mark, read_marker, write_marker
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
+from d2c_mlx.utils.files import hash_file, hash_tree
+
+
+@pytest.fixture
+def pack(cli):
+    """A pack, made by a run."""
+    assert cli(cli.argv("pack", "--quiet", budget="2"))[0] == 0
+    return cli.output / "pack"
+
+
+@pytest.fixture
+def commands(lib, pack):
+    """All that write a directory, but for a run; without --output."""
+    convert = ["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)]
+    return {
+        "unpack": ["unpack", str(pack)],
+        "export": ["export", str(pack), "--to", "peft"],
+        "push": ["push", str(pack), "org/name", "--base", "org/base"],
+        "convert": convert,
+    }
+
+
+def made(cli, command, name="out"):
+    output = cli.root / name
+    code, _, err = cli([*command, "--output", str(output)])
+    assert code == 0, err
+    return output
+
+
+@pytest.mark.parametrize("name", ["unpack", "export", "push", "convert"])
+def test_every_output_lists_its_files_and_nothing_of_this_machine(cli, commands, name):
+    output = made(cli, commands[name], name)
+    marker = read_marker(output)
+    files = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if p.is_file()}
+    del files[MARKER]
+    assert marker.kind == {"unpack": "export"}.get(name, name)
+    assert marker.files == {path: hash_file(file) for path, file in files.items()}
+    assert str(cli.root) not in (output / MARKER).read_text()
+
+
+def test_a_run_marks_its_directory_and_its_folders(cli, pack):
+    assert set(read_marker(cli.output).files) == set(RUN_WRITES)
+    for folder in ("adapters", "merged"):
+        marker = read_marker(cli.output / folder)
+        assert marker.kind == "run" and set(marker.files) == {
+            path.relative_to(cli.output / folder).as_posix()
+            for path in (cli.output / folder).rglob("adapter*") if path.is_file()
+        }  # fmt: skip
+    # A pack is known by its manifest.
+    assert not (pack / MARKER).exists()
+
+
+@pytest.mark.parametrize("name", ["unpack", "export", "push", "convert"])
+@pytest.mark.parametrize("change", ["added", "changed", "linked"])
+def test_what_is_not_as_it_was_written_is_not_replaced(cli, commands, name, change):
+    output = made(cli, commands[name])
+    adapter = output / ("alpha" if name == "convert" else "cluster-0")
+    mine = adapter / ("adapter_config.json" if change == "changed" else "mine")
+    if change == "linked":
+        mine.symlink_to(cli.root / "in")
+    else:
+        mine.write_text("{}")
+    (line,) = refused(cli, [*commands[name], "--output", str(output)])
+    assert line.endswith(
+        f"{output} is replaced as a whole, and {mine} in it is of no earlier output of this kind;"
+        " name another directory, or empty this one"
+    )
+
+
+def lying(directory, **changes):
+    """A marker in a directory of the user's."""
+    said = {"format": "d2c-mlx-output", "format_version": 1, "version": "0", "kind": "export",
+            "files": {}}  # fmt: skip
+    (directory / MARKER).write_text(json.dumps({**said, **changes}))
+
+
+@pytest.mark.parametrize("kind", ["export", "push", "convert", "run", "all", None])
+def test_a_marker_alone_lets_nothing_be_deleted(cli, commands, kind):
+    mine = cli.root / "mine"
+    file = peft_adapter(mine, "alpha") / "adapter_config.json"
+    listings = [
+        {},
+        [str(file.relative_to(mine))],
+        {str(file): hash_file(file)},
+        {"alpha": None, "*": None, ".": None, "../mine/alpha/adapter_config.json": None},
+        {"alpha/adapter_config.json": None, "alpha/adapter_model.safetensors": None},
+        {"alpha/adapter_config.json": "0" * 64, "alpha/adapter_model.safetensors": "0" * 64},
+        {"alpha/adapter_config.json": hash_file(file)},
+    ]
+    for files in listings:
+        lying(mine, kind=kind, files=files)
+        for command in commands.values():
+            (line,) = refused(cli, [*command, "--output", str(mine)])
+            assert f"{mine} is replaced as a whole, and {mine}/" in line
+
+
+def test_a_marker_of_a_run_alone_lets_nothing_be_deleted(cli, lib):
+    mine = cli.root / "mine"
+    peft_adapter(mine / "adapters", "alpha")
+    (mine / "report.md").write_text("mine")
+    known = dict.fromkeys(RUN_WRITES)
+    for kind, files, names in (
+        ("run", {}, ["adapters", MARKER, "report.md"]),
+        ("export", known, ["adapters", MARKER, "report.md"]),
+        ("run", {MARKER: None, "report.md": None}, ["adapters"]),
+        ("run", {MARKER: None, "adapters": None}, ["adapters/alpha", "report.md"]),
+        ("run", known, ["adapters/alpha"]),
+    ):
+        lying(mine, kind=kind, files=files)
+        (line,) = refused(cli, cli.argv(output=mine))
+        assert f"your {', '.join(str(mine / name) for name in names)}, which no" in line
+    # Nor one of another kind inside, nor one that lists other files.
+    for kind, files in (("export", ["alpha/adapter_config.json"]), ("run", ["alpha", "beta/x"])):
+        lying(mine / "adapters", kind=kind, files=dict.fromkeys(files))
+        (line,) = refused(cli, cli.argv(output=mine))
+        assert f"your {mine / 'adapters' / 'alpha'}, which no earlier run wrote" in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, {"format": "zip"}, {"format_version": 2},
+     {"format_version": "1"}, {"more": 1}, {"files": {"x": 3}}, {"kind": []}],
+)  # fmt: skip
+def test_a_file_of_that_name_that_is_none_of_ours(cli, commands, content):
+    """It is a file of the user's like any other, for a run too."""
+    output = made(cli, commands["unpack"])
+    if isinstance(content, dict):
+        lying(output, **{"files": dict(read_marker(output).files), **content})
+    else:
+        (output / MARKER).write_bytes(content)
+    assert read_marker(output) is None
+    (line,) = refused(cli, [*commands["unpack"], "--output", str(output)])
+    assert f"and {output / MARKER} in it is of no earlier output" in line
+    (line,) = refused(cli, cli.argv(output=output))
+    assert f"your {output / MARKER}, which no earlier run wrote" in line
+
+
+def test_a_marker_that_is_no_file(tmp_path):
+    (tmp_path / "folder" / MARKER).mkdir(parents=True)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / MARKER)
+    for name in ("folder", "pipe", "nowhere"):
+        assert read_marker(tmp_path / name) is None
+
+
+def test_outputs_of_earlier_versions(cli, commands, lib, pack):
+    """They have no marker: refused with what to do, or replaced when they are empty."""
+    for name, command in commands.items():
+        output = made(cli, command, name)
+        (output / MARKER).unlink()
+        (line,) = refused(cli, [*command, "--output", str(output)])
+        assert line.endswith("name another directory, or empty this one")
+        shutil.rmtree(output)
+        (output / "empty").mkdir(parents=True)
+        made(cli, command, name)
+    (cli.output / MARKER).unlink()
+    (line,) = refused(cli, cli.argv(budget="2"))
+    assert f"a run of an earlier version was at work in {cli.output}, which had no {MARKER}" in line
+    names = line.split("give another --output, or delete ")[1].split(", ")
+    for path in map(Path, names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli(cli.argv("probe", "--quiet", budget="2"))[0] == 0
+
+
+def test_a_run_that_was_killed_early_goes_on(cli, lib):
+    """Its marker is the first that it writes."""
+    mark_run(cli.output)
+    assert [path.name for path in cli.output.iterdir()] == [MARKER]
+    (cli.output / "config.yaml").write_text("half a con")
+    (cli.output / "losses.json").write_text("{}")
+    assert cli(cli.argv("probe", "--quiet"))[0] == 0
+    # In the middle of a later stage: adapters are written, and no record of it.
+    shutil.rmtree(cli.output / ".stages")
+    assert cli(cli.argv("probe", "--quiet"))[0] == 0
+
+
+def test_a_run_keeps_what_was_put_among_its_refinements(cli, lib):
+    mark_run(cli.output)
+    part = cli.output / "refining" / "0123"
+    part.mkdir(parents=True)
+    (part / "refine.json").write_text("{}")
+    mark(part, "run")
+    argv = [*cli.argv("refine", "--quiet", budget="2"), "--refine", "--refine-steps", "1"]
+    (part / "notes.txt").write_text("mine")
+    (line,) = refused(cli, argv)
+    assert f"your {part}, which no earlier run wrote" in line
+    (part / "notes.txt").rename(cli.output / "refining" / "notes.txt")
+    (line,) = refused(cli, argv)
+    assert f"your {cli.output / 'refining' / 'notes.txt'}, which" in line
+    (cli.output / "refining" / "notes.txt").unlink()
+    assert cli(argv)[0] == 0
+
+
+def test_an_adapter_that_was_trained_on_is_not_replaced(cli, lib, pack):
+    config = cli.output / "adapters" / "beta" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1}))
+    (line,) = refused(cli, cli.argv(budget="2"))
+    assert f"your {config.parent}, which no earlier run wrote" in line
+
+
+def test_what_was_put_among_the_planned_adapters_is_not_replaced(cli, lib):
+    assert cli(cli.argv("plan", "--quiet", budget="60%"))[0] == 0
+    mine = cli.output / "planned" / "rows.csv"
+    mine.write_text("mine")
+    (line,) = refused(cli, cli.argv("plan", "--quiet", budget="50%"))
+    assert f"your {mine}, which no earlier run wrote" in line
+    mine.unlink()
+    # What is damaged is made anew.
+    (cli.output / "planned" / "compact.safetensors").write_bytes(b"damaged")
+    assert cli(cli.argv("pack", "--quiet", budget="60%"))[0] == 0
+
+
+def test_a_link_in_a_folder_of_a_run_is_kept(cli, lib, pack):
+    """It leads to a directory of the user's, and would be gone."""
+    link = cli.output / "adapters" / "mine"
+    link.symlink_to(lib.adapters / "alpha")
+    (line,) = refused(cli, cli.argv(budget="1"))
+    assert f"your {link}, which no earlier run wrote" in line
+    link.unlink()
+    (cli.output / "adapters" / ".hidden").mkdir()
+    assert cli(cli.argv("probe", "--quiet", budget="1"))[0] == 0
+
+
+def test_listings_and_hashes_pass_over_markers(cli, commands, lib, pack):
+    """A converted folder is one of adapters like any other; a pack keeps its hash."""
+    converted = made(cli, commands["convert"], "converted")
+    again = cli.argv("pack", "--quiet", adapters=converted, output=cli.root / "again", budget="2")
+    assert cli(again)[0] == 0
+    assert hash_tree(cli.root / "again" / "pack") == hash_tree(pack)
+    before = hash_tree(converted)
+    (converted / MARKER).unlink()
+    assert hash_tree(converted) == before
+    # The folders of a run are such folders, too.
+    inside = cli.argv("pack", "--quiet", adapters=cli.output / "adapters", budget="2")
+    inside[inside.index("--output") + 1] = str(cli.root / "third")
+    assert cli(inside)[0] == 0
+
+
+def test_a_folder_to_push_is_a_pack_with_its_marker(cli, commands, pack):
+    output = made(cli, commands["push"])
+    assert load_pack(output).manifest == load_pack(pack).manifest
+    code, out, _ = cli([*commands["push"], "--output", str(output), "--json"])
+    assert code == 0 and MARKER not in json.loads(out)["files"]
+
+
+def test_only_the_listed_files_are_written_by_hand(tmp_path):
+    (tmp_path / "x").write_text("x")
+    write_marker(tmp_path, "run", {"x": None})
+    marker = read_marker(tmp_path)
+    assert marker.files == {"x": None} and not marker.wrote(tmp_path, tmp_path / "x")
+    mark(tmp_path, "export")
+    assert read_marker(tmp_path).wrote(tmp_path, tmp_path / "x")
