@@ -54,6 +54,7 @@ def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
     assert done.stderr == missing("serve", "prometheus-client", "serve") + "\n"
 
 
+@pytest.mark.slow
 def test_a_run_with_answers_says_so_beside_its_other_problems(paths, tmp_path):
     output = tmp_path / "run"
     options = ["--model", paths.model, "--adapters", paths.adapters, "--budget", "1", "--output",
@@ -67,6 +68,7 @@ def test_a_run_with_answers_says_so_beside_its_other_problems(paths, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_runs_need_no_extra_and_a_phone_only_for_answers(paths, tmp_path):
     output = tmp_path / "run"
     done = command("run", "--model", paths.model, "--adapters", paths.adapters, "--tasks",
@@ -87,6 +89,7 @@ def test_runs_need_no_extra_and_a_phone_only_for_answers(paths, tmp_path):
     assert "metrics" not in json.loads(done.stdout)["quality"]["device"]["pack"]
 
 
+@pytest.mark.slow
 def test_only_the_server_imports_an_extra():
     code = """
 import importlib, json, pkgutil
