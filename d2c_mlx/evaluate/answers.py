@@ -96,6 +96,9 @@ def answer_metrics(
     Returns:
         Method -> each metric as a mean over tasks, and `tasks`: task -> each metric.
     """
+    if not any(answers.values()):
+        return {}
+    # The extra `answers`; callers check with `require_extra` before they generate.
     from sacrebleu.metrics import CHRF
 
     chrf = CHRF()

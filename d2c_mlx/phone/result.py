@@ -1,4 +1,4 @@
-"""What a result of the phone benchmark must hold, so that it can be shown."""
+"""The JSON result of the phone benchmark: the fields it must have, and reading it from a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMMAND = "d2c-mlx phone PACK --json"
 
 
 class _Part(Checked):
-    """Of an object that may hold more."""
+    """An object that may have more fields than these."""
 
     model_config = ConfigDict(extra="allow")
     error = PackError
@@ -164,11 +164,11 @@ class _Result(_Part):
 
 
 def read_phone(path: Path, of: Path | None = None) -> dict[str, Any]:
-    """Read a result.
+    """Read a result that `d2c-mlx phone --json` printed, to show it or put it into a report.
 
     Args:
-        path: of the file.
-        of: a pack that it must be of.
+        path: file of the result.
+        of: directory of the pack that was measured; None takes the result of any pack.
 
     Raises:
         PackError: no such file, no result, one that lacks parts, or one of another pack.

@@ -6,6 +6,8 @@ import sys
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.phone import make_pack
 from helpers.tiny import library
@@ -254,6 +256,20 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+def test_the_old_spelling_works_and_says_the_new_one(tmp_path):
+    code = "import sys; from d2c_mlx_cli.main import main; main()"
+    note = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`"
+    for option in (["--device", "watch"], ["--device=watch"]):
+        argv = [sys.executable, "-c", code, "bench", str(tmp_path), *option]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        lines = done.stderr.splitlines()
+        assert lines[0] == note and lines[1].startswith("error: device: 'watch' is no profile")
+        assert len(lines) == 2
+    help = CliRunner().invoke(cli, ["bench", "pack", "--device", "mac-8gb", "--help"]).output
+    assert "Usage: cli phone [OPTIONS] PACK" in help
 
 
 def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):
