@@ -24,7 +24,7 @@ def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any 
 @click.option("--quiet", is_flag=True, help="no progress bars")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Measure a pack on a quantized base model, as on a phone.
+    """Measure a pack on a quantized model, as on a phone.
 
     Memory, speed, change of adapter, held-out loss and answers of PACK, and whether it fits a
     device.
