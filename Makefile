@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test benchmark tables blas check-dist check-lowest audit clean
+.PHONY: demo check test benchmark tables options blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -52,6 +52,10 @@ benchmark: .venv/benchmark blas
 # Tables and plots of benchmarks/pages/ from the results that are there.
 tables: .venv/demo
 	$(BIN)/python -m benchmarks.tables
+
+# The command line's options and docs/options.md from the fields of the configs.
+options: .venv/demo
+	$(BIN)/python -m d2c_mlx.run.options
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

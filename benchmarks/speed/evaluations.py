@@ -13,15 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.d2c import INITS, d2c
 from d2c_mlx.evaluate.evaluator import Counts
 from d2c_mlx.merge import merger
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.line_search import line_search
-
-# All but "pairs", which asks for as many merges as there are pairs of adapters.
-INITS = ("adapters", "kmeans", "random", "table")
 
 
 def forgetful(asked, grid):
@@ -49,7 +46,7 @@ def measure(library, n_clusters, restarts, n_examples):
         config = RunConfig(
             adapters=str(library / "adapters"), tasks=str(library / "tasks"),
             output=str(Path(directory) / "run"), budget=str(n_clusters),
-            probe_examples=n_examples, test_examples=1, restarts=restarts,
+            probe_examples=n_examples, test_examples=1,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
         counts = session.evaluator.counts = Counts()

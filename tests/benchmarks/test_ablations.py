@@ -12,12 +12,13 @@ from helpers.tiny import library, log_probabilities, task
 from benchmarks.quality import ablations
 from benchmarks.quality.methods import by_features, merged
 from benchmarks.tables.pages import TABLES
+from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 CASES = {
-    "agreement": 4, "init": len(ablations.INITS), "restarts": 3, "score": 2, "examples": 10,
+    "agreement": 4, "init": len(INITS), "restarts": 3, "score": 2, "examples": 10,
 }  # fmt: skip
 
 
@@ -86,6 +87,16 @@ def test_cases_by_name_and_value(call):
     ]  # fmt: skip
     with pytest.raises(SystemExit, match=r"found init: nope, none; expected .*init: table"):
         call(cases="init: nope;init;none")
+
+
+def test_a_start_that_is_gone_is_past(call):
+    """Its published row stays, in its place among the others; it cannot be measured again."""
+    gone = {value for case, value in ablations.PAST if case == "init"}
+    assert set(ablations.INITS) - gone == set(INITS)
+    with pytest.raises(SystemExit, match=r"found init: random; expected (?!.*init: random)"):
+        call(cases="init: random")
+    rows = json.loads(ablations.RESULT.read_text(encoding="utf-8"))["rows"]
+    assert [row["value"] for row in rows if row["case"] == "init"] == list(ablations.INITS)
 
 
 def test_agreement_is_that_of_plain_losses(paths, tmp_path):

@@ -88,6 +88,15 @@ def test_what_was_measured_is_not_measured_again(measured):
     assert set(again) - set(first) == {"on them: layerwise, refined"}
 
 
+def test_cases_of_the_past_are_kept_and_not_measured(measured):
+    with pytest.raises(SystemExit, match="found paper, ties, which no run can measure any more"):
+        measured("individual;paper, ties")
+    rows = json.loads(slots.RESULT.read_text(encoding="utf-8"))["rows"]
+    assert {row["case"] for row in rows} >= set(slots.PAST) and not set(slots.PAST) & set(
+        slots.CASES
+    )
+
+
 def test_results_of_other_rows_are_not_added_to(measured, tmp_path):
     measured("individual")
     before = (tmp_path / "slots.json").read_bytes()

@@ -51,8 +51,9 @@ def helps():
     """Of every command in `HELPS`: exit code, text, heavy modules; all in one process."""
     code = [sys.executable, "-c", PRINTS_HELPS]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
-    # The old spelling in `FORMS` says the new one.
-    assert done.stderr == "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`\n"
+    # Of the old name of `phone`.
+    said = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`\n"
+    assert done.stderr == said * len(FORMS)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -27,7 +27,6 @@ WAYS = {
         "refine": True,
         "refine_steps": 4,
         "merge_method": "linear",
-        "rounds": 2,
     },
     "bytes": {"budget": "20%"},
 }

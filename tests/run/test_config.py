@@ -381,5 +381,5 @@ def test_replacing_a_value_checks_it():
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_written_from_the_fields_is_up_to_date(name):
     """Else run `make options`."""
-    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
     assert text == FILES[name]()

@@ -226,7 +226,7 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
             raise KeyboardInterrupt
         write(self, writes, measured)
 
-    more = config.replace(budget="3")
+    more = config.replace(budget="3", plan="auto")
     monkeypatch.setattr(Record, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(more, "pack", quiet=True)

@@ -59,7 +59,7 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
 
 
 def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
-    config = config.replace(budget="2")
+    config = config.replace(budget="2", plan="auto")
     output = run(config, quiet=True).output
     pack, started = output / "pack", stages_started(output)
     # Fitted anew as often as one likes, the pack given as a path relative to its run or not.
