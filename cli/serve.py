@@ -59,7 +59,7 @@ def serve(
 
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.models.resolve import very_base
+    from d2c_mlx.models.resolve import resolve_exact_base
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.router import load_router
@@ -67,7 +67,7 @@ def serve(
     from d2c_mlx.serve.service import Access, Limits, PackService
 
     found = load_pack(pack)
-    base = BaseModel(str(very_base(found.manifest["base"], model)))
+    base = BaseModel(str(resolve_exact_base(found.manifest["base"], model)))
     mixed, router = MixedModel(base, found), load_router(found)
     limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
     service = PackService(found, mixed, router, Access(token or None, origins), limits)

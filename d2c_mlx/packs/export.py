@@ -9,7 +9,7 @@ from typing import Any
 
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.models.resolve import very_base
+from d2c_mlx.models.resolve import resolve_exact_base
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.packs.unpack import unpack, write_adapters
 from d2c_mlx.run.overwrite import check_output, local_model
@@ -51,7 +51,7 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 
 def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:
     """The config.json of the model that the pack was made for: where, and what it says."""
-    path = very_base(pack.manifest["base"], model) / "config.json"
+    path = resolve_exact_base(pack.manifest["base"], model) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return path, config
 

@@ -14,7 +14,7 @@ from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.resolve import very_base
+from d2c_mlx.models.resolve import resolve_exact_base
 from d2c_mlx.models.tasks import common_system, load_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_prompts
 from d2c_mlx.packs.judge import Judge
@@ -119,7 +119,7 @@ def route_prompts(
 
 def _base_of(pack: Pack, model: str | None) -> BaseModel:
     """The pack's base model; ModelError if it is another."""
-    return BaseModel(str(very_base(pack.manifest["base"], model)))
+    return BaseModel(str(resolve_exact_base(pack.manifest["base"], model)))
 
 
 def _probes(
