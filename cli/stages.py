@@ -33,11 +33,11 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     from d2c_mlx.utils.errors import ConfigError
 
     if any(name in os.environ for name in RANK_VARIABLES):
-        from d2c_mlx.evaluate.distributed import launched, serve
+        from d2c_mlx.evaluate.distributed import launched_group, run_worker
 
-        group = launched()
+        group = launched_group()
         if group and group.rank() > 0:
-            serve(group)
+            run_worker(group)
             return
     given = {name: value for name, value in options.items() if value is not None}
     if until == "refine":

@@ -25,8 +25,8 @@ from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_part
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
-from d2c_mlx.evaluate.distributed import leading
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.distributed import leading_rank
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
@@ -60,7 +60,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         InputError: bad input, all problems at once; nothing is written.
         D2CError: a stage failed, or another process is at work in the run directory.
     """
-    with leading() as group:
+    with leading_rank() as group:
         session = Session(config, quiet, group)
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
@@ -244,12 +244,14 @@ def bench(session: Session) -> None:
     def body() -> None:
         packed = load_pack(session.path("pack"))
         methods = {
-            "base": Method(0, [dict.fromkeys(inputs.names)]),
-            "individual": Method(
+            "base": BenchMethod(0, [dict.fromkeys(inputs.names)]),
+            "individual": BenchMethod(
                 inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
             ),
             **({} if c.planned else _merged_methods(session)),
-            "pack": Method(packed.nbytes, [{name: packed.load(name) for name in inputs.names}]),
+            "pack": BenchMethod(
+                packed.nbytes, [{name: packed.load(name) for name in inputs.names}]
+            ),
         }
         results = bench_methods(session.evaluator, methods, inputs.tests)
         # Which pack was measured: a card of another one must not show this.
@@ -309,7 +311,7 @@ def _clusterings(session: Session) -> dict[str, list[Clustering]]:
     }
 
 
-def _merged_methods(session: Session) -> dict[str, Method]:
+def _merged_methods(session: Session) -> dict[str, BenchMethod]:
     """What serves each task under D2C and the baselines: merges of `merged/`, or made alike."""
     names, n_layers = session.inputs.names, session.inputs.base.n_layers
     found = {}
@@ -325,5 +327,5 @@ def _merged_methods(session: Session) -> dict[str, Method]:
                 merged = [session.study.merger.final(one).adapter for one in clustering.groups]
             variants.append({names[i]: merged[k] for i, k in enumerate(clustering.labels)})
             nbytes.append(sum(adapter.nbytes(n_layers) for adapter in merged))
-        found[method] = Method(round(sum(nbytes) / len(nbytes)), variants)
+        found[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
     return found

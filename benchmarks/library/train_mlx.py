@@ -28,7 +28,7 @@ from mlx_lm.tuner.trainer import default_loss
 from benchmarks import command_line
 from benchmarks.stock_models import float32_base
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_dir, write_json
@@ -77,7 +77,7 @@ class Trainer:
         self.model = directory / self.base.name
         float32_base(self.base, self.model)
         # Its exponentials would be put into mlx-lm's model as well, which `stock_loss` measures.
-        self.engine = Engine(self.base, savings=Savings(exponentials=False))
+        self.engine = Engine(self.base, optimizations=Optimizations(exponentials=False))
 
     def loss(self, adapter, examples):
         """Mean NLL per target token by our engine, in nats."""

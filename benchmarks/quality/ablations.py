@@ -31,8 +31,8 @@ from benchmarks.quality.answering import Answers
 from benchmarks.quality.experiment import Judge, claim, file_name, workspace, write_row
 from benchmarks.quality.methods import PAPER, by_d2c, by_features, follows, merged
 from benchmarks.quality.metrics import row_stats, task_score
-from d2c_mlx.evaluate.answers import question
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.answers import prompt_and_expected
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import normalized_regret
 from d2c_mlx.utils.files import write_json
 
@@ -48,9 +48,9 @@ PAST = {("init", "random"), ("init", "pairs")}
 def judged(session, stored):
     """Held-out rows of what is stored."""
     methods = {
-        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
-        "it": Method(stored.nbytes, [stored.serves]),
+        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        "it": BenchMethod(stored.nbytes, [stored.serves]),
     }
     found = bench_methods(session.evaluator, methods, session.inputs.tests)["it"]
     kept = {key: found[key] for key in ("excess", "retention")}
@@ -86,7 +86,7 @@ def by_metric(session, directory):
     )
     n = session.config.probe_examples
     rows = {
-        task.name: [tuple(question(row).values()) for row in task.probe[:n]]
+        task.name: [tuple(prompt_and_expected(row).values()) for row in task.probe[:n]]
         for task in session.inputs.tasks
     }
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.answers import longest
+from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -73,7 +73,7 @@ def batched_answers(
             base.model,
             base.tokenizer,
             [list(x.tokens[: x.offset]) for _, _, x in share.rows],
-            max_tokens=[longest(x) for _, _, x in share.rows],
+            max_tokens=[max_answer_tokens(x) for _, _, x in share.rows],
             return_token_ids=True,
             stream=mx.default_stream(mx.default_device()),
         )

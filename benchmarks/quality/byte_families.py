@@ -8,7 +8,7 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import Form, worth
-from d2c_mlx.compress.quantize import components
+from d2c_mlx.compress.quantize import svd_components
 
 
 def bits_alone(session):
@@ -29,7 +29,7 @@ def rank_alone(session):
     widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
         for i, adapter in enumerate(session.adapters):
-            values = worth(components(adapter), [session.study.module_gains[i]])
+            values = worth(svd_components(adapter), [session.study.module_gains[i]])
             levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
             found.append(session.planner.forms.measure(Form((i,), adapter, kept), "rank", share))

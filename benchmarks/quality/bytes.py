@@ -21,7 +21,7 @@ from benchmarks.quality.byte_families import ALONE, in_hindsight, shared_basis
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
@@ -46,9 +46,9 @@ def judge(session, adapters, serves, nbytes):
     plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
-        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
-        "plan": Method(nbytes, [served]),
+        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        "plan": BenchMethod(nbytes, [served]),
     }
     benched = bench_methods(session.evaluator, methods, session.inputs.tests)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]

@@ -33,8 +33,8 @@ from benchmarks.quality.metrics import (
 )
 from benchmarks.quality.slots import probes_of
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.evaluate.answers import question
-from d2c_mlx.evaluate.heldout import Method, measure
+from d2c_mlx.evaluate.answers import prompt_and_expected
+from d2c_mlx.evaluate.heldout import BenchMethod, method_losses
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
@@ -68,14 +68,14 @@ class Judge:
         )
         n = session.config.test_examples
         self._rows = {
-            task.name: [tuple(question(row).values()) for row in task.test[:n]]
+            task.name: [tuple(prompt_and_expected(row).values()) for row in task.test[:n]]
             for task in session.inputs.tasks
         }
 
     def row(self, stored: Stored) -> dict[str, object]:
         """`tasks`: task -> loss, score, and of every test row what the score is made of."""
-        losses = measure(
-            self._session.evaluator, Method(0, [stored.serves]), self._session.inputs.tests
+        losses = method_losses(
+            self._session.evaluator, BenchMethod(0, [stored.serves]), self._session.inputs.tests
         )
         answers = self._all_answers(stored.serves)
         tasks = {}

@@ -23,7 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import CHRF
 
-from d2c_mlx.evaluate.answers import folded, word_f1
+from d2c_mlx.evaluate.answers import normalize_text, word_f1
 
 __all__ = ["METRIC_OF", "paired_bootstrap", "pooled_bootstrap", "row_stats", "source_edits",
            "task_score"]  # fmt: skip
@@ -73,7 +73,7 @@ def row_stats(task: str, prompt: str, expected: str, answer: str) -> tuple[float
         return (_rouge(answer, expected),)
     if metric == "chrF":
         return (CHRF2.sentence_score(answer, [expected]).score / 100,)
-    return (float(folded(answer) == folded(expected)),)
+    return (float(normalize_text(answer) == normalize_text(expected)),)
 
 
 def _kind(task: str) -> str:

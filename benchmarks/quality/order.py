@@ -19,8 +19,8 @@ from benchmarks import RESULTS, command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import stored, worth
-from d2c_mlx.compress.quantize import components
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.packs.pack import PackInfo
@@ -42,7 +42,7 @@ def first_pack(session, kind, directory, adapter, budget):
         return write_pack(directory, made, PackInfo(**about, budget=budget))
     limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
-    levels = allocate(worth(components(adapter), [{}]), widths, limit)
+    levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": session.inputs.base.dtype}
     return write_compact_pack(directory, [small], {adapter.name: 0}, PackInfo(**about))
@@ -55,7 +55,7 @@ def grown(session, kind, budget, order, judge):
         pack = first_pack(session, kind, Path(directory) / "pack", by_name[order[0]], budget)
         for name in order[1:]:
             pack = add_adapter(pack, by_name[name], judge=judge).pack
-        return Method(pack.nbytes, [{name: pack.load(name) for name in session.inputs.names}])
+        return BenchMethod(pack.nbytes, [{name: pack.load(name) for name in session.inputs.names}])
 
 
 def main():
@@ -80,8 +80,8 @@ def main():
         )  # fmt: skip
         session = run(config, until="convert", quiet=True)
         plain = {
-            "base": Method(0, [dict.fromkeys(session.inputs.names)]),
-            "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
+            "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
+            "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
         }
         probes = {one.task: one for one in session.inputs.probes}
         judge = Judge(session.inputs.base, session.evaluator, probes) if options.probes else None

@@ -18,7 +18,7 @@ from benchmarks.common import run
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.refine import Member, RefineOptions, refine
 from d2c_mlx.models.base_model import BaseModel
@@ -49,9 +49,9 @@ def measure(base, engine, names, args):
         for adapter, probe, gain in zip(adapters, probes, gains)
     ]
     methods = {
-        "base": Method(0, [dict.fromkeys(names)]),
-        "individual": Method(0, [dict(zip(names, adapters))]),
-        "merge": Method(0, [dict.fromkeys(names, merged)]),
+        "base": BenchMethod(0, [dict.fromkeys(names)]),
+        "individual": BenchMethod(0, [dict(zip(names, adapters))]),
+        "merge": BenchMethod(0, [dict.fromkeys(names, merged)]),
     }
     facts = {}
     for seed in args.seeds:
@@ -64,7 +64,7 @@ def measure(base, engine, names, args):
             "stopped": refined.stopped,
             "curve": refined.curve,
         }
-        methods[f"seed {seed}"] = Method(0, [dict.fromkeys(names, refined.adapter)])
+        methods[f"seed {seed}"] = BenchMethod(0, [dict.fromkeys(names, refined.adapter)])
     results = bench_methods(Evaluator(engine), methods, tests)
     print(f"\n{', '.join(names)}: merge {results['merge']['excess']:.4f} excess,"
           f" {results['merge']['retention']:.3f} retention")  # fmt: skip

@@ -22,7 +22,7 @@ from benchmarks.tables.pages import show
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -140,9 +140,9 @@ def measure(config, case, results, options):
         changes = MERGES.get(how, {})
         found = [served(session, one, changes) for one in clusterings]
     methods = {
-        "base": Method(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": Method(0, [dict(zip(session.inputs.names, session.adapters))]),
-        **{f"{i}": Method(0, [adapters]) for i, (adapters, _) in enumerate(found)},
+        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
+        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        **{f"{i}": BenchMethod(0, [adapters]) for i, (adapters, _) in enumerate(found)},
     }
     benched = bench_methods(session.evaluator, methods, session.inputs.tests)
     rows = [benched[f"{i}"] for i in range(len(found))]

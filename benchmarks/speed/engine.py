@@ -22,7 +22,7 @@ from benchmarks.speed.loops import mlx_lm_loop, peft_loop, plain_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.evaluate.batches import shared_prefix
-from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.models.base_model import block_index
 from d2c_mlx.utils.blas import limit_blas_threads
 
@@ -103,17 +103,19 @@ def measure(library, n_adapters, n_examples, repeats):
     run(Engine(base), pieces[:2])
     record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
     for name in SWITCHES:
-        engine = Engine(base, savings=Savings(**{name: False}))
+        engine = Engine(base, optimizations=Optimizations(**{name: False}))
         record(f"without {name}", lambda e=engine: run(e, pieces))
     last16 = [(upper_blocks(adapter, base.n_layers - 16), one) for adapter, one in pieces]
     for name, frozen in (("last 16 blocks", True), ("last 16 blocks without frozen", False)):
-        engine = Engine(base, savings=Savings(frozen=frozen))
+        engine = Engine(base, optimizations=Optimizations(frozen=frozen))
         record(name, lambda e=engine: run(e, last16))
-    engine = Engine(base, savings=Savings(stack=2, fold=False))
+    engine = Engine(base, optimizations=Optimizations(stack=2, fold=False))
     record("stack 2", lambda: run(engine, pieces))
     with tempfile.TemporaryDirectory() as directory:
         record("d2c-mlx again", lambda: run(Engine(base), pieces), repeats)
-        Engine(base, savings=Savings(streams=False, exponentials=False))  # mlx-lm's own, all cores
+        Engine(
+            base, optimizations=Optimizations(streams=False, exponentials=False)
+        )  # mlx-lm's own, all cores
         stock = []
         for adapter in adapters:
             stock.append(Path(directory) / "mlx" / adapter.name)

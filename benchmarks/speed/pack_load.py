@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import RESULTS, command_line
-from d2c_mlx.compress.affine import nearest
+from d2c_mlx.compress.affine import round_to_nearest
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
@@ -36,7 +36,7 @@ def compressed(k):
 
     def factor(width):
         rows = rng.standard_normal((RANK, width), np.float32) / np.float32(np.sqrt(width))
-        return nearest(rows, [(RANK, BITS)], GROUP)[0]
+        return round_to_nearest(rows, [(RANK, BITS)], GROUP)[0]
 
     modules = {
         f"model.layers.{layer}.self_attn.{name}": (Level(factor(width), factor(out)),)

@@ -1,4 +1,4 @@
-"""One LoRA adapter in memory and in the directory layout of mlx-lm and mlx-swift."""
+"""One LoRA adapter in memory, written in the directory layout of mlx-lm and mlx-swift."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.adapters.float16 import LARGEST, balanced
+from d2c_mlx.adapters.float16 import FLOAT16_MAX, balance_factors
 from d2c_mlx.utils.errors import AdapterError
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LoRA", "zeros"]
@@ -25,10 +25,13 @@ WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 class LoRA:
     """The update of one linear module: `y += scale * (x @ a) @ b`.
 
+    The scale is kept beside the factors instead of folded into `b`: so a conversion changes no bit
+    of a stored factor, and MLX -> PEFT -> MLX is exact.
+
     Attributes:
         a: `(in, r)`.
         b: `(r, out)`.
-        scale: kept apart from `b`, so that a conversion changes no bit of a stored factor.
+        scale: alpha / r, or alpha / sqrt(r), as the adapter's config has it.
     """
 
     a: mx.array
@@ -46,7 +49,7 @@ class LoRA:
         return int(self.a.shape[0]), int(self.b.shape[1])
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(a, b)` in float32 with the scale folded into b, so that dW^T = a @ b."""
+        """`(a, b)` as NumPy float32, the scale folded into b, so that dW^T = a @ b."""
         a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
         mx.eval(a, b)  # together: a GPU is waited for once
         return np.array(a), np.array(b) * np.float32(self.scale)
@@ -65,8 +68,11 @@ def _bits(x: mx.array) -> np.ndarray:
 class Adapter:
     """A named set of LoRA updates. A merged adapter is one with several `sources`.
 
+    `read_adapter` reads one and checks it; `save` writes mlx-lm's layout, `save_peft` and
+    `save_gguf_lora` the others.
+
     Attributes:
-        name: directory name, and the task it serves.
+        name: the adapter's name, which is that of its directory and of the task it serves.
         modules: module path (`model.layers.0.self_attn.q_proj`) -> LoRA.
         base: the base model's name, as its config states it.
         sources: names of the adapters it was merged from; empty for an original.
@@ -84,10 +90,11 @@ class Adapter:
         """The largest rank of any module."""
         return max(lora.rank for lora in self.modules.values())
 
-    def bounds(self) -> dict[str, float]:
-        """Module -> what the Frobenius norm of its dW cannot exceed: the sum over its components.
+    def norm_bounds(self) -> dict[str, float]:
+        """Module path -> an upper bound of the Frobenius norm of its dW.
 
-        All are computed at once: one by one they take longer than reading the adapter.
+        The bound is the sum of the norms of the components, without forming dW. All are computed at
+        once: one by one they take longer than reading the adapter.
         """
         loras = self.modules.values()
         a, b = _row_norms([lora.a.T for lora in loras]), _row_norms([lora.b for lora in loras])
@@ -96,7 +103,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of paths, shapes, dtypes, scales and values. Names do not count."""
+        """Hex SHA-256 of paths, shapes, dtypes, scales and values; names do not count."""
         sha = hashlib.sha256()
         for path in sorted(self.modules):
             lora = self.modules[path]
@@ -109,15 +116,18 @@ class Adapter:
     def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
         """The same update with one rank and one scale, as mlx-lm's layout requires.
 
-        Where ranks or scales differ, smaller ranks are padded with zeros and scales folded into
-        b. Factors are cast to `dtype`; None keeps them exact (float32 once a scale was folded).
+        Only where ranks or scales differ, smaller ranks are padded with zeros and scales folded
+        into b, in float32.
 
-        float16 has a small range: where a column of `a` or its row of `b` is out of it, both get
-        one size, by a power of two, so the update stays the same. What is then still too small
-        becomes zero.
+        float16 has a small range: where a column of `a` or its row of `b` is out of it, both are
+        brought to one size by a power of two, so the update stays the same. Numbers that are then
+        still too small become zero.
+
+        Args:
+            dtype: what factors are cast to; None keeps them exact.
 
         Raises:
-            AdapterError: what is then still too large for float16.
+            AdapterError: numbers that are then still too large for float16.
         """
         modules = dict(self.modules)
         if len({(lora.rank, lora.scale) for lora in modules.values()}) > 1:
@@ -135,7 +145,7 @@ class Adapter:
 
     def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
         fitted = {
-            path: LoRA(*balanced(lora.a, lora.b), lora.scale)
+            path: LoRA(*balance_factors(lora.a, lora.b), lora.scale)
             for path, lora in modules.items()
             if not lora.a.dtype == lora.b.dtype == mx.float16  # exact already
         }
@@ -145,18 +155,22 @@ class Adapter:
         }
         mx.eval(list(peaks.values()))  # all at once
         sizes = {path: float(np.array(peak)) for path, peak in peaks.items()}
-        large = [(path, size) for path, size in sizes.items() if size > LARGEST]
+        large = [(path, size) for path, size in sizes.items() if size > FLOAT16_MAX]
         if large:
             path, size = large[0]
             raise AdapterError(
                 f"{self.name}: factors of {len(large)} modules are too large for float16, which"
-                f" ends at {LARGEST:.0f} (first: {path}: up to {size:.2g}); lower the scale or"
+                f" ends at {FLOAT16_MAX:.0f} (first: {path}: up to {size:.2g}); lower the scale or"
                 " train it again"
             )
         return {**modules, **fitted}
 
     def config(self, n_layers: int) -> dict[str, object]:
-        """The `adapter_config.json` that mlx-lm and mlx-swift read. Needs a `uniform` adapter."""
+        """The `adapter_config.json` that mlx-lm and mlx-swift read, of a `uniform` adapter.
+
+        Args:
+            n_layers: number of transformer blocks of the base model; mlx-swift traps on -1.
+        """
         lora = next(iter(self.modules.values()))
         keys = sorted({".".join(path.split(".layers.")[1].split(".")[1:]) for path in self.modules})
         return {
@@ -172,7 +186,7 @@ class Adapter:
         }
 
     def files(self, n_layers: int) -> dict[str, bytes]:
-        """File name -> content, as `save` writes them."""
+        """File name -> content of the two files that `save` writes."""
         same = self.uniform()
         tensors = {}
         for path in sorted(same.modules):
@@ -202,7 +216,13 @@ class Adapter:
 def zeros(
     shapes: Mapping[str, tuple[int, int]], rank: int, dtype: mx.Dtype = mx.float32
 ) -> dict[str, LoRA]:
-    """Updates of some modules, by path and `(in, out)`, whose bytes are those of any others."""
+    """Zero updates, to know the bytes of any adapter with the same shapes before it is made.
+
+    Args:
+        shapes: module path -> (in, out).
+        rank: of all modules.
+        dtype: of all factors.
+    """
     return {
         path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
         for path, (n_in, n_out) in shapes.items()
@@ -210,7 +230,7 @@ def zeros(
 
 
 def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:
-    """Euclidean norm of every row of every factor, float64; those of one width in one go."""
+    """Euclidean norm of every row of every factor, float64; factors of one width go together."""
     found: dict[int, np.ndarray] = {}
     for width in {x.shape[1] for x in factors}:
         some = [i for i, x in enumerate(factors) if x.shape[1] == width]

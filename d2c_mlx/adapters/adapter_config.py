@@ -14,7 +14,11 @@ __all__ = ["base_name", "read_config"]
 
 
 def read_config(directory: Path) -> dict[str, object]:
-    """Read `adapter_config.json`; raises AdapterError when it is missing or no JSON object."""
+    """Read an adapter's `adapter_config.json`.
+
+    Raises:
+        AdapterError: it is missing, or no JSON object.
+    """
     path = directory / CONFIG
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
@@ -28,12 +32,16 @@ def read_config(directory: Path) -> dict[str, object]:
 
 
 def base_name(config: Mapping[str, object]) -> str | None:
-    """The base model's name as a config states it; of a path that is no hub id the last part.
+    """The base model's name as a config states it; None if it states none.
 
-    The rest tells who trained the adapter, and a pack would carry it on.
+    Only the last part is kept of a path: the rest tells who trained the adapter, and a pack would
+    carry it on.
+
+    Args:
+        config: an `adapter_config.json`, of PEFT or mlx-lm.
     """
     name = str(config.get("base_model_name_or_path") or config.get("model") or "")
-    # Absolute, a home directory, ./ or ../, an address, or of Windows.
+    # A path and no hub id: absolute, in a home directory, ./ or ../, an address, or of Windows.
     if name.startswith(("/", "~", ".")) or {":", "\\"} & set(name):
         parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]
         name = parts[-1] if parts and parts[-1][0] != "~" else ""

@@ -56,7 +56,7 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" found in, out = {adapter.modules[first].shape}, expected {shapes[first]}"
             f" (the adapter names base {adapter.base!r})"
         )
-    bounds = adapter.bounds()
+    bounds = adapter.norm_bounds()
     large = [module for module, bound in bounds.items() if not bound <= _MAX_NORM]
     if large:
         problems.append(

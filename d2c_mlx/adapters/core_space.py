@@ -1,8 +1,8 @@
-"""The core space: merge LoRA updates exactly without forming a dense dW.
+"""The core space, in which LoRA updates are merged exactly without forming a dense dW.
 
 Stack the factors of T adapters and take QR: `[a_1 .. a_T] = Q_a R_a`, `[b_1^T .. b_T^T] = Q_b R_b`.
-Every `dW_i = Q_b M_i Q_a^T` with a small `M_i`, so any method may work on the M_i. Lossless, for
-any mix of ranks. Source: Core Space Merging, https://arxiv.org/abs/2509.17786.
+Every `dW_i = Q_b M_i Q_a^T` with a small `M_i`, so any method may work on the M_i. It is
+lossless for any mix of ranks. Source: Core Space Merging, https://arxiv.org/abs/2509.17786.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CoreSpace:
         q_b: `(out, q)`, the same for the outputs.
         r_a: `(p, R)`, the stacked columns of `a` in these coordinates.
         r_b: `(q, R)`, the stacked rows of `b`.
-        ranks: of the T updates; their sum is R.
+        ranks: ranks of the T updates; their sum is R.
     """
 
     q_a: np.ndarray
@@ -38,23 +38,23 @@ class CoreSpace:
 
     @property
     def parts(self) -> list[Factors]:
-        """T pairs `(q, r_i)`, `(p, r_i)` of columns: `updates[i] = left @ right.T`."""
+        """T pairs of columns `(q, r_i)` and `(p, r_i)`: `updates[i] = left @ right.T`."""
         ends = np.cumsum(self.ranks)[:-1]
         return list(zip(np.split(self.r_b, ends, axis=1), np.split(self.r_a, ends, axis=1)))
 
     @property
     def updates(self) -> np.ndarray:
-        """`(T, q, p)` the updates, computed anew: much larger than their `parts` for many tasks."""
+        """The updates M_i, `(T, q, p)`, computed anew; for many tasks much larger than `parts`."""
         return np.stack([left @ right.T for left, right in self.parts])
 
     def weighted_sum(self, weights: np.ndarray) -> np.ndarray:
-        """`(q, p)` sum of the updates times `weights (T,)`, one product for all."""
+        """Sum of the updates times `weights (T,)`, `(q, p)`, in one product for all."""
         spread = np.repeat(weights, self.ranks).astype(self.r_b.dtype)
         return (self.r_b * spread) @ self.r_a.T
 
 
 def to_core(factors: Sequence[Factors]) -> CoreSpace:
-    """Move T updates of one module into their common core space.
+    """Move T updates of one module into their common core space; `factorise` leads back.
 
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`, scales folded into b; r_i may be 0.
@@ -72,7 +72,9 @@ def _qr(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> Factors:
-    """The best rank-`rank` factors of `q_b @ core @ q_a.T`, singular values split evenly.
+    """The best factors of `q_b @ core @ q_a.T` with a given rank, singular values split evenly.
+
+    No other factors of this rank are closer in Frobenius norm (Eckart-Young).
 
     The left singular vectors are eigenvectors of the core's Gram matrix, of which only the
     leading ones are computed. In float64 that loses singular values below 1e-8 of the largest,
@@ -85,8 +87,7 @@ def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> 
         rank: at least 1.
 
     Returns:
-        `a (in, r)`, `b (r, out)` with r = min(rank, size of the core). Eckart-Young: no other
-        factors of this rank are closer to dW in Frobenius norm.
+        `a (in, r)`, `b (r, out)` with r = min(rank, size of the core).
     """
     if core.shape[0] > core.shape[1]:
         b, a = factorise(core.T, q_b, q_a, rank)

@@ -1,4 +1,4 @@
-"""LoRA adapters of llama.cpp, in and out: with `gguf.py` the only files that know GGUF.
+"""Reading and writing LoRA adapters of llama.cpp, in GGUF.
 
 Tensors are `<name>.weight.lora_a (r, in)` and `.lora_b (out, r)`, the scale of each is alpha / r.
 Names and rows are those of the base as llama.cpp converts it: some architectures have the rows of q
@@ -27,11 +27,12 @@ from gguf import (
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_adapter, check_finite, pair_problems
 from d2c_mlx.utils.errors import AdapterError
-from d2c_mlx.utils.gguf_file import UNREADABLE, open_gguf
+from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
 __all__ = ["ARCHITECTURES", "is_gguf_lora", "read_gguf_lora", "save_gguf_lora"]
 
-# mlx-lm's model_type -> general.architecture, and whether its q and k rows are interleaved there.
+# mlx-lm's model_type -> general.architecture in GGUF, and True if its q and k rows are interleaved
+# there.
 ARCHITECTURES = {
     "gemma2": ("gemma2", False),
     "gemma3_text": ("gemma3", False),
@@ -55,7 +56,11 @@ _TYPES = {
 
 
 def is_gguf_lora(head: bytes) -> bool:
-    """Whether a file that begins so is a GGUF whose general.type is an adapter."""
+    """True if a file with this head is a GGUF whose general.type says that it is an adapter.
+
+    Args:
+        head: some 64 KB from the file's start; converters write that key among the first.
+    """
     text = (len(b"adapter")).to_bytes(8, "little") + b"adapter"
     string = (8).to_bytes(4, "little")  # GGUFValueType.STRING
     return head[:4] == b"GGUF" and Keys.General.TYPE.encode() + string + text in head
@@ -69,7 +74,7 @@ def _names(architecture: str, n_layers: int, modules: Iterable[str]) -> dict[str
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Last part of a module path -> its heads, of modules whose rows are interleaved."""
+    """Last part of a module path -> number of heads, for modules whose rows are interleaved."""
     if not ARCHITECTURES[config["model_type"]][1]:
         return {}
     n = int(config["num_attention_heads"])
@@ -79,15 +84,17 @@ def _heads(config: Mapping[str, Any]) -> dict[str, int]:
 def read_gguf_lora(
     path: Path, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any] | None
 ) -> Adapter:
-    """Read one adapter, names and rows as the base model has them in mlx-lm.
+    """Read one adapter, with names and rows as mlx-lm has them in the base model.
+
+    `read_adapter` calls it for a `.gguf`.
 
     Args:
-        path: the file; the adapter is called like it.
+        path: the file; the adapter gets its name.
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json.
 
     Raises:
-        AdapterError: no GGUF, no LoRA, of another architecture, quantized, or of another base.
+        AdapterError: the file is no GGUF or no LoRA, quantized, or of another base model.
     """
     metadata, tensors = _read(path)
     architecture = metadata.get(Keys.General.ARCHITECTURE)
@@ -142,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             x = mx.array(np.array(tensor.data))
             kind = _TYPES[tensor.tensor_type]
             tensors[tensor.name] = x.view(kind) if kind == mx.bfloat16 else x
-    except UNREADABLE as error:
+    except GGUF_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterError(
             f"{path}: truncated, or not readable as GGUF ({reason}); copy it again"
@@ -155,7 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 def _adapter(
     path: Path, tensors: Mapping[str, mx.array], modules: Mapping[str, str], alpha: object
 ) -> Adapter:
-    """Factors by module path, rows as they are in the file."""
+    """The adapter with module paths of mlx-lm, its rows still as they are in the file."""
     check_finite(tensors, path)
     if not isinstance(alpha, float | int | None) or not 0 <= (alpha or 0) < float("inf"):
         raise AdapterError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a number")
@@ -186,13 +193,13 @@ def _adapter(
 
 
 def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
-    """Write one adapter for llama.cpp: its base is what llama.cpp converts that model to.
+    """Write one adapter for llama.cpp, whose base is what llama.cpp converts the model to.
 
     Factors are `lora_a (r, in)` and `lora_b (out, r)` with one rank, padded if need be, and alpha =
     scale * rank. float16 and float32 stay, bfloat16 becomes float32: not every backend has it.
 
     Args:
-        adapter: of the model that `config` describes.
+        adapter: an adapter of the model that `config` describes.
         path: the file to write.
         config: the base model's config.json, its model_type one of `ARCHITECTURES`.
 
@@ -219,7 +226,7 @@ def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> N
         a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
         n = heads.get(module.rpartition(".")[2])
         if n:
-            # The inverse of what `gguf.py` does to the rows of the base.
+            # The inverse of what `gguf_import.py` does to the rows of the base.
             b = b.reshape(n, 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
         writer.add_tensor(f"{names[module]}.weight.lora_a", a)
         writer.add_tensor(f"{names[module]}.weight.lora_b", b)

@@ -1,9 +1,11 @@
-"""Rules of an adapter directory that loads in stock mlx-lm and in mlx-swift.
+"""Checking that an adapter directory loads in stock mlx-lm and in mlx-swift.
 
 mlx-lm is lenient where mlx-swift is not: Swift takes the last `num_layers` blocks and traps on a
 negative number, compares `keys` with paths inside a block, and throws on a tensor without a place.
 Neither notices a factor that is missing or a key that matches nothing: the module then stays as it
-is. Source: `LoRAContainer.swift`, https://github.com/ml-explore/mlx-swift-lm.
+is.
+
+Source: `LoRAContainer.swift`, https://github.com/ml-explore/mlx-swift-lm.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ _FLOATS = ("F16", "BF16", "F32")
 
 
 def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
-    """Every rule that an adapter directory breaks, one line each. Reads no values.
+    """List every rule that an adapter directory breaks, one line each; no numbers are read.
+
+    For directories that others load. `read_adapter` checks an adapter against its base model.
 
     Args:
-        directory: with `adapters.safetensors` and `adapter_config.json`.
-        shown: what messages call it, if not by its own path.
+        directory: holds `adapters.safetensors` and `adapter_config.json`.
+        shown: its path in messages; None is its own path.
     """
     shown = shown or directory
     errors: list[InputError] = []
@@ -47,11 +51,11 @@ def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
     return problems
 
 
-def _whole(value: object) -> bool:
+def _is_positive_int(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _finite(value: object) -> bool:
+def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
@@ -60,7 +64,7 @@ def _config_problems(config: Mapping[str, object]) -> list[str]:
     problems = []
     if kind != "lora":
         problems.append(f"fine_tune_type is {kind!r}, expected 'lora'")
-    if not _whole(n_layers):
+    if not _is_positive_int(n_layers):
         problems.append(
             f"num_layers is {n_layers!r}, expected the number of transformer blocks; mlx-swift"
             " traps on -1 and adapts no block at 0"
@@ -71,9 +75,9 @@ def _config_problems(config: Mapping[str, object]) -> list[str]:
     keys = parameters.get("keys")
     good_keys = isinstance(keys, list) and keys and all(isinstance(k, str) and k for k in keys)
     for name, good, expected in (
-        ("rank", _whole(parameters.get("rank")), "a whole number above 0"),
-        ("scale", _finite(parameters.get("scale")), "a number"),
-        ("dropout", _finite(parameters.get("dropout")), "a number"),
+        ("rank", _is_positive_int(parameters.get("rank")), "a whole number above 0"),
+        ("scale", _is_finite(parameters.get("scale")), "a number"),
+        ("dropout", _is_finite(parameters.get("dropout")), "a number"),
         ("keys", good_keys, "a list of module paths inside a block"),
     ):
         if not good:
@@ -111,7 +115,7 @@ def _tensor_problems(header: Header) -> list[str]:
 
 
 def _disagreements(config: Mapping[str, object], header: Header) -> list[str]:
-    """Between a config and tensors that are each well formed."""
+    """List what a config says and its tensors deny, both of them well formed."""
     parameters: dict[str, object] = config["lora_parameters"]  # type: ignore[assignment]
     keys, rank = parameters["keys"], parameters["rank"]
     parts = {name: match for name in sorted(header) if (match := _TENSOR.fullmatch(name))}
@@ -124,13 +128,13 @@ def _disagreements(config: Mapping[str, object], header: Header) -> list[str]:
             " expected lora_a (in, rank) and lora_b (rank, out), one rank for all modules"
         )
     used = {match["key"] for match in parts.values()}
-    for what, odd in (
+    for what, unmatched in (
         ("lora_parameters.keys does not name", used - set(keys)),  # type: ignore[call-overload]
         ("no tensor belongs to lora_parameters.keys", set(keys) - used),  # type: ignore[call-overload]
     ):
-        if odd:
+        if unmatched:
             problems.append(
-                f"{what} {', '.join(sorted(odd))}; expected paths inside a block, such as"
+                f"{what} {', '.join(sorted(unmatched))}; expected paths inside a block, such as"
                 " self_attn.q_proj, and each with tensors"
             )
     last = max(int(match["block"]) for match in parts.values())

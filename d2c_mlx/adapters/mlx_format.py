@@ -11,7 +11,7 @@ from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.checks import DORA, pair_problems
 from d2c_mlx.adapters.tensor_file import read_tensors
 from d2c_mlx.utils.errors import AdapterError
-from d2c_mlx.utils.parsing import positive
+from d2c_mlx.utils.parsing import is_positive
 
 __all__ = ["load_adapter"]
 
@@ -31,7 +31,7 @@ def load_adapter(directory: Path) -> Adapter:
         why = DORA if kind == "dora" else "only a plain LoRA is a low-rank delta on the stock base"
         raise AdapterError(f"{where}: fine_tune_type is {kind!r}, expected 'lora'; {why}")
     parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict) or not positive(parameters.get("scale")):
+    if not isinstance(parameters, dict) or not is_positive(parameters.get("scale")):
         raise AdapterError(f"{where}: lora_parameters.scale is missing or no number above 0")
     weights = read_tensors(directory / WEIGHTS)
     pairs: dict[str, dict[str, mx.array]] = {}

@@ -1,8 +1,10 @@
-"""PEFT <-> MLX. The only file that knows PEFT.
+"""Reading and writing PEFT's adapter directories.
 
-PEFT stores `lora_A (r, in)` and `lora_B (out, r)`, MLX their transposes; a conversion is a
-transpose and a scale and changes no bit of a factor. What A and B alone do not describe is
-refused by name. Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
+PEFT stores `lora_A (r, in)` and `lora_B (out, r)`, MLX their transposes: a conversion is a
+transpose and a scale, and changes no bit of a factor. A feature that A and B alone do not describe
+is refused by name.
+
+Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
 https://github.com/huggingface/peft.
 """
 
@@ -22,7 +24,7 @@ from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.checks import DORA, check_base, pair_problems
 from d2c_mlx.adapters.tensor_file import read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect
-from d2c_mlx.utils.parsing import match_end, positive
+from d2c_mlx.utils.parsing import is_positive, matches_end
 
 __all__ = ["PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
 
@@ -30,7 +32,7 @@ PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
 
-# Fields whose value never changes what A and B mean on the stock base model.
+# Fields of a config whose value never changes what A and B mean on the stock base model.
 _HARMLESS = frozenset(
     "alpha_pattern arrow_config auto_mapping base_model_name_or_path corda_config eva_config"
     " ensure_weight_tying exclude_modules inference_mode init_lora_weights layers_pattern"
@@ -38,7 +40,7 @@ _HARMLESS = frozenset(
     " megatron_core peft_type peft_version qalora_group_size r rank_pattern revision"
     " runtime_config target_modules task_type use_rslora".split()
 )
-# Fields that are refused when set, and why.
+# Fields of a config that are refused when set, and why.
 _REFUSED = {
     "use_dora": DORA,
     "use_qalora": "QALoRA pools the input before A",
@@ -56,7 +58,7 @@ _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
-    """One line per field of a PEFT config that A and B alone do not describe."""
+    """List the fields of a PEFT config that A and B alone do not describe, one line each."""
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
@@ -68,7 +70,7 @@ def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
             f"{path}: init_lora_weights is {init!r}: it changes the base model's weights too;"
             " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
-    # Of another kind they would count as unset, or as true, and change every scale.
+    # Values of another kind would count as unset, or as true, and change every scale.
     for field in ("rank_pattern", "alpha_pattern"):
         value = config.get(field)
         if value is not None and not isinstance(value, dict):
@@ -93,7 +95,7 @@ def _pattern_lookup(
     """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
     if not isinstance(pattern, dict):
         pattern = {}
-    bad = [key for key, value in pattern.items() if not positive(value)]
+    bad = [key for key, value in pattern.items() if not is_positive(value)]
     if bad:
         raise AdapterError(
             f"{where}: {field}: {bad[0]!r} is {pattern[bad[0]]!r}, expected a number above 0"
@@ -101,7 +103,7 @@ def _pattern_lookup(
 
     def lookup(path: str) -> float:
         try:
-            return next((v for key, v in pattern.items() if match_end(key, path)), default)
+            return next((v for key, v in pattern.items() if matches_end(key, path)), default)
         except ValueError as error:
             raise AdapterError(f"{where}: {field}: {error}") from None
 
@@ -121,7 +123,7 @@ def load_peft(directory: Path) -> Adapter:
     errors: list[InputError] = []
     problems = _refusals(config, where)
     for field in ("r", "lora_alpha"):
-        if not positive(config.get(field)):
+        if not is_positive(config.get(field)):
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs: dict[str, dict[str, mx.array]] = {}
@@ -133,7 +135,7 @@ def load_peft(directory: Path) -> Adapter:
         elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
             other.append(name)
     if other:
-        # PEFT stores whole embeddings beside their factors; the factors say what it is.
+        # PEFT stores whole embeddings beside their factors: name a factor, which tells more.
         other.sort(key=lambda name: ".lora_" not in name)
         problems.append(
             f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
@@ -173,7 +175,7 @@ def _scaled_modules(
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """The alpha for which alpha / rank is `scale`, one ulp off where no float64 gives it."""
+    """The alpha for which alpha / rank is `scale`; one ulp off where no float64 is exact."""
     guess = scale * rank
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
     alpha = next((x for x in near if x / rank == scale), guess)
@@ -186,8 +188,8 @@ def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | Non
     Ranks and scales per module go into `rank_pattern` and `alpha_pattern`, so no factor changes.
 
     Args:
-        adapter: any.
-        directory: made if need be.
+        adapter: any adapter.
+        directory: created if need be.
         config: the base model's config.json; without it the base is judged by its name alone.
 
     Raises:

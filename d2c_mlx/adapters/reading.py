@@ -24,11 +24,13 @@ def read_adapter(
 ) -> Adapter:
     """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
 
+    `sources.read_adapters` reads all adapters that an option names.
+
     Args:
         path: the directory of one adapter, or a `.gguf`.
         shapes: module path -> (in, out) of the base model's linear modules.
-        config: the base model's config.json. GGUF orders rows by heads; and without it a base
-            whose weights mlx-lm changes is not refused.
+        config: the base model's config.json. A GGUF needs it, as its rows are ordered by heads; and
+            without it a base whose weights mlx-lm changes is not refused.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.

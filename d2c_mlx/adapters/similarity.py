@@ -1,4 +1,4 @@
-"""How alike adapters are by their weights alone: cosines of dW, and features with these cosines."""
+"""Similarity of adapters by weights alone: cosines of dW, and features with these cosines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["closest_scale", "gram", "similarity", "svd_features"]
 
 
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
-    """`(n, n)` inner products of the adapters' dW over all modules.
+    """Inner products of the adapters' dW over all modules, `(n, n)`.
 
     Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW;
     in float64, because components may cancel.
@@ -34,26 +34,29 @@ def gram(adapters: Sequence[Adapter]) -> np.ndarray:
 
 
 def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:
-    """The scale at which a merge is closest to adapters: least squares over all entries of dW.
+    """The scale at which a merge is closest to adapters, by least squares over all entries of dW.
 
-    0 where the merge has nothing in common with them, or is 0 itself.
+    0 if the merge has nothing in common with them, or is zero itself.
     """
     products = gram([merged, *adapters])[0]
     return float(products[1:].mean() / products[0]) if products[0] > 0 else 0.0
 
 
 def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
-    """`(n, n)` cosines of the adapters' dW over all modules."""
+    """Cosines of the adapters' dW over all modules, `(n, n)`; 0 for an adapter that is zero."""
     products = gram(adapters)
     norm = np.sqrt(np.maximum(np.diagonal(products), 1e-30))
     return products / np.outer(norm, norm)
 
 
 def svd_features(cosines: np.ndarray) -> np.ndarray:
-    """`(n, d)` SVD features of the flattened dW, each row of unit length, from their cosines.
+    """SVD features of the flattened dW, `(n, d)` rows of unit length, to cluster adapters by.
 
-    The SVD of the matrix whose rows are the normalised dW, taken from its Gram matrix. (MBC
-    flattens A and B instead, which changes when both are rotated and dW is not.)
+    They come from the SVD of the matrix whose rows are the normalised dW, taken from its Gram
+    matrix. MBC flattens A and B instead, which changes when both are rotated and dW does not.
+
+    Args:
+        cosines: `(n, n)`, of `similarity`.
     """
     values, vectors = np.linalg.eigh(cosines)
     keep = values > 1e-6 * values.max()

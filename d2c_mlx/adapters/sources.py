@@ -1,4 +1,4 @@
-"""Where adapters come from: folders of them, single directories, GGUF files, Hugging Face ids."""
+"""Finding adapters: folders of them, single directories, GGUF files, Hugging Face ids."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
-from d2c_mlx.utils.hub import HubId, download, head, list_files, parse_hub_id
+from d2c_mlx.utils.hub import HubId, download, list_files, parse_hub_id, read_head
 
 __all__ = ["Source", "find_adapters", "local_entries", "read_adapters"]
 
-# At the top of a repository: a pattern without a star matches no checkpoint in a folder.
+# Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
-# What holds weights but not their scale, so no adapter by itself.
+# Suffixes of files that hold weights but not their scale, so no adapter by themselves.
 _LOOSE = (".safetensors", ".bin")
-# Bytes of a name: a file has 255 at most, and while a directory is written more is put around it.
-_LONGEST = 240
-# Bytes at the head of a GGUF that hold its general.type; a converter writes it among the first.
-_HEAD = 1 << 16
+# Most bytes of a name: a file has 255 at most, and more is put around it while it is written.
+_MAX_NAME_NBYTES = 240
+# Bytes at the head of a GGUF that hold its general.type; converters write it among the first.
+_HEAD_NBYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter that was found, not read yet.
+    """One adapter that was found and is not read yet.
 
     Attributes:
-        name: of the adapter, and of the task that it serves.
+        name: the name of the adapter, and of the task that it serves.
         path: its directory, or its `.gguf`.
         origin: `owner/name@commit` if it came from the hub, whatever revision was asked for.
-        folder: of adapters that it was found in; None if it was named itself.
+        folder: the folder of adapters that it was found in; None if it was named itself.
     """
 
     name: str
@@ -49,24 +49,29 @@ class Source:
 
 
 def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -> list[Source]:
-    """Every adapter that an option names, sorted by name.
+    """Find every adapter that an option names, sorted by name; nothing is read but hub downloads.
+
+    `read_adapters` reads them.
 
     Args:
-        spec: one entry, or several as a sequence or separated by commas. An entry is a folder with
-            one subdirectory or `.gguf` per adapter (hidden ones are passed over; links to nothing
-            and other files of weights are refused), the directory of one adapter, a `.gguf`, or, if
-            there is no such path, a Hugging Face id of one adapter, `owner/name[@revision]`, the
-            only case that uses the network. An adapter is called as its directory, file or
-            repository; `NAME=ENTRY` calls it otherwise. Names are directories wherever they go:
-            of at most 240 bytes, not hidden, and no two of them one name on a Mac.
-        field: what the user gave it as, for errors.
+        spec: one entry, or several as a sequence or separated by commas. An entry is one of
+
+            - a folder with one subdirectory or `.gguf` per adapter (hidden ones are passed over;
+              links to nothing and other files of weights are refused),
+            - the directory of one adapter, or a `.gguf`,
+            - a Hugging Face id of one adapter, `owner/name[@revision]`, if there is no such path:
+              the only case that uses the network,
+            - `NAME=ENTRY`, to give an adapter another name than that of its directory, file or
+              repository.
+
+            Names become directories: they have at most 240 bytes, are not hidden, and no two of
+            them are one name on a Mac.
+        field: the option, for messages.
 
     Raises:
         InputError: the problems of all entries, one line each.
     """
-    entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
-    if isinstance(spec, str) and not _exists(Path(spec)):
-        entries = [entry.strip() for entry in spec.split(",")]
+    entries = _entries(spec)
     found = [
         one for some in gather(partial(_entry, entry, field) for entry in entries) for one in some
     ]
@@ -77,12 +82,12 @@ def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -
 
 
 def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
-    """The paths that an option names, as `find_adapters` takes them; None if one is on the hub."""
-    entries = [str(spec)] if isinstance(spec, str | Path) else list(spec)
-    if isinstance(spec, str) and not _exists(Path(spec)):
-        entries = [entry.strip() for entry in spec.split(",")]
+    """The paths that an option names, as `find_adapters` takes them; None if one is on the hub.
+
+    Use it to tell whether adapters changed; nothing is opened.
+    """
     found = []
-    for entry in entries:
+    for entry in _entries(spec):
         rest = entry
         while not _exists(path := Path(os.path.expanduser(rest))) and "=" in rest:
             rest = rest.partition("=")[2]
@@ -119,8 +124,14 @@ def read_adapters(
     return found
 
 
+def _entries(spec: str | Path | Sequence[str]) -> list[str]:
+    if isinstance(spec, str) and not _exists(Path(spec)):
+        return [entry.strip() for entry in spec.split(",")]
+    return [str(spec)] if isinstance(spec, str | Path) else list(spec)
+
+
 def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
-    """Shapes alone do not tell a base model from its fine-tunes."""
+    """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
     named: dict[str, list[str]] = {}
     for adapter in adapters:
         if adapter.base:
@@ -147,7 +158,7 @@ def _entry(entry: str, field: str) -> list[Source]:
     there = _exists(path)
     name, _, rest = entry.partition("=")
     if rest and not there:
-        # No call for every sign: text that is no adapter may have thousands.
+        # A loop, not a call for every sign: text that is no adapter may have thousands.
         while (more := rest.partition("=")[2]) and not _exists(Path(os.path.expanduser(rest))):
             rest = more
         found = _entry(rest, field)
@@ -170,7 +181,7 @@ def _entry(entry: str, field: str) -> list[Source]:
 
 
 def _exists(path: Path) -> bool:
-    """Also of text that is no path at all: a list of adapters is longer than any name may be."""
+    """True if the path exists; text that is no path at all, such as a long list, does not."""
     try:
         return path.exists()
     except ValueError:
@@ -213,7 +224,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _name_problems(names: Sequence[str], where: str) -> list[str]:
-    """Names that are there twice, or that other systems could not hold."""
+    """Describe names that occur twice, or that other systems could not hold."""
     problems = [f"{where}: the name {wrong}" for name in names if (wrong := _wrong(name))]
     known: dict[str, str] = {}
     for name in names:
@@ -231,7 +242,7 @@ def _name_problems(names: Sequence[str], where: str) -> list[str]:
 
 
 def _wrong(name: str) -> str | None:
-    """What is wrong with a name by itself."""
+    """Describe what is wrong with a name by itself; None if nothing is."""
     if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
         return (
             f"{ascii(name)} has characters that are not printable or is no name of a directory;"
@@ -240,14 +251,16 @@ def _wrong(name: str) -> str | None:
     if name[0] == ".":
         return f"{name!r} begins with a dot, and what is hidden is passed over; call it NAME=ENTRY"
     nbytes = len(name.encode())
-    if nbytes > _LONGEST:
+    if nbytes > _MAX_NAME_NBYTES:
         shown = f"{name[:20]}..."
-        return f"{shown!r} has {nbytes} bytes, expected at most {_LONGEST}; call it NAME=ENTRY"
+        return (
+            f"{shown!r} has {nbytes} bytes, expected at most {_MAX_NAME_NBYTES}; call it NAME=ENTRY"
+        )
     return None
 
 
 def _from_hub(one: HubId) -> Source:
-    """Download what is needed of one repository, and no more."""
+    """Download the adapter of one repository, and nothing else of it."""
     directory, commit = download(one, _FILES, "adapters", AdapterError)
     name, origin = one.repo.rpartition("/")[2], f"{one.repo}@{commit}"
     if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
@@ -264,7 +277,7 @@ def _from_hub(one: HubId) -> Source:
 
 def _is_lora(path: Path) -> bool:
     with open(path, "rb") as file:
-        return is_gguf_lora(file.read(_HEAD))
+        return is_gguf_lora(file.read(_HEAD_NBYTES))
 
 
 def _the_gguf(one: HubId) -> str:
@@ -279,7 +292,7 @@ def _the_gguf(one: HubId) -> str:
         for file in sorted(files)
         if file.lower().endswith(".gguf")
         and "/" not in file
-        and is_gguf_lora(head(one, file, _HEAD, "adapters", AdapterError))
+        and is_gguf_lora(read_head(one, file, _HEAD_NBYTES, "adapters", AdapterError))
     ]
     if len(found) == 1:
         return found[0]

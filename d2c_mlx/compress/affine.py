@@ -1,7 +1,11 @@
-"""Rows of numbers in a few bits each, and the nearest codes for them.
+"""MLX's affine quantization: rows of numbers as codes of a few bits, and back.
 
-Codes, scales and biases are those of MLX's affine quantization, `value = scale * code + bias` per
-group, so `mx.dequantize` reads them. `gptq.py` rounds better.
+Every group of numbers of a row shares a scale and a bias, `value = scale * code + bias`, so
+`mx.dequantize` reads what is made here. This file rounds to nearest; `gptq.py` rounds with less
+error, and `quantize.py` decides what is rounded.
+
+Source: MLX's `quantize`,
+https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html.
 """
 
 from __future__ import annotations
@@ -13,25 +17,25 @@ import mlx.core as mx
 import numpy as np
 import scipy.linalg
 
-from d2c_mlx.utils.grouping import alike
+from d2c_mlx.utils.grouping import indices_by_key
 
 __all__ = [
     "BITS",
     "GROUP_SIZES",
     "Levels",
     "Quantized",
-    "columns",
-    "mixing",
-    "nearest",
-    "packed",
-    "padded",
-    "plain",
-    "values_of",
+    "as_float16",
+    "dequantize",
+    "hartley_rotation",
+    "pack_codes",
+    "packed_columns",
+    "pad_to_groups",
+    "round_to_nearest",
 ]
 
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
-# (number of components, bits), the leading components first: ((2, 4), (4, 2)) is two components
-# at 4 bit and the next four at 2.
+# A module's bit allocation, (number of components, bits), the leading components first:
+# ((2, 4), (4, 2)) is two components at 4 bit and the next four at 2.
 Levels = Sequence[tuple[int, int]]
 
 
@@ -61,13 +65,13 @@ class Quantized:
         """Bytes of the three arrays."""
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
 
-    def cut(self, start: int, stop: int) -> Quantized:
-        """Some of the rows."""
+    def take_rows(self, start: int, stop: int) -> Quantized:
+        """Rows `start` to `stop`."""
         names = ("weight", "scales", "biases")
         return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
 
     def scaled(self, factor: float) -> Quantized:
-        """The numbers times a factor, as far as float16 holds them; the same codes."""
+        """The numbers times a factor, as far as float16 holds them; the codes stay the same."""
         names = ("weight",) if self.bits == 16 else ("scales", "biases")
         changed = {
             name: (getattr(self, name) * np.float32(factor)).astype(np.float16) for name in names
@@ -75,92 +79,108 @@ class Quantized:
         return replace(self, **changed)
 
 
-def values_of(parts: Sequence[Quantized]) -> list[np.ndarray]:
-    """The numbers of every part, float16 `(rows, width)`.
+def dequantize(parts: Sequence[Quantized]) -> list[np.ndarray]:
+    """The numbers of every part, float16 `(rows, width)`, the same bits on every device.
 
-    Parts alike are computed in one call, a third faster than one by one. Computed in float32,
-    where scale * code is exact, so every device rounds to the same bits.
+    Use it for many parts at once: those of one kind are computed in one call, which takes a third
+    less time than a call for each.
     """
-    kinds = alike((part.bits, part.group_size, part.width) for part in parts)
+    kinds = indices_by_key((part.bits, part.group_size, part.width) for part in parts)
     values: dict[int, np.ndarray] = {}
     for (bits, group_size, width), members in kinds.items():
-        some = [parts[i] for i in members]
-        rows = np.concatenate([part.weight for part in some])
+        same = [parts[i] for i in members]
+        rows = np.concatenate([part.weight for part in same])
         if bits != 16:
+            # Codes are read in float32, where scale * code is exact, and then rounded to float16:
+            # so every device has the same bits. In float16 a kernel may
+            # round the product first.
             scales, biases = (
-                mx.array(np.concatenate([getattr(part, name) for part in some]).astype(np.float32))
+                mx.array(np.concatenate([getattr(part, name) for part in same]).astype(np.float32))
                 for name in ("scales", "biases")
             )
             numbers = mx.dequantize(mx.array(rows), scales, biases, group_size, bits)
             rows = np.array(numbers[:, :width].astype(mx.float16))
-        cuts = np.cumsum([len(part.weight) for part in some])[:-1]
-        values |= dict(zip(members, np.split(rows, cuts)))
+        ends = np.cumsum([len(part.weight) for part in same])[:-1]
+        values |= dict(zip(members, np.split(rows, ends)))
     return [values[i] for i in range(len(parts))]
 
 
-def columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
-    """`(columns of weight, groups)` of rows of `width` numbers."""
-    if bits == 16:
-        return width, 0
-    groups = -(-width // group_size)
-    return groups * group_size * bits // 32, groups
-
-
-def mixing(sizes: Levels) -> np.ndarray:
-    """Orthogonal, a block per level: the Hartley matrix, whose entries are nearly of one size."""
-    blocks = []
-    for n, bits in sizes:
-        angle = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
-        blocks.append(np.eye(n) if bits == 16 else (np.cos(angle) + np.sin(angle)) / np.sqrt(n))
-    return scipy.linalg.block_diag(*blocks)
-
-
-def padded(rows: np.ndarray, group_size: int) -> np.ndarray:
-    """Float32 rows of whole groups, zeros at the end."""
-    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
-
-
-def plain(rows: np.ndarray, group_size: int) -> Quantized:
-    """Rows at 16 bits."""
-    none = np.zeros((len(rows), 0), np.float16)
-    return Quantized(rows.astype(np.float16), none, none, 16, group_size, rows.shape[1])
-
-
-def nearest(
-    rows: Sequence[np.ndarray], sizes: Sequence[Levels], group_size: int
+def round_to_nearest(
+    rows: Sequence[np.ndarray], levels: Sequence[Levels], group_size: int
 ) -> list[list[Quantized]]:
-    """MLX's own rounding of every level; scales and biases are cut to float16 after it.
+    """Round many modules with MLX's own `quantize`; scales and biases become float16 after it.
+
+    The fastest rounding; `gptq.gptq_round` takes longer and leaves less error.
 
     Args:
-        rows: of every module, `(n, width)`.
-        sizes: levels of every module, n components in all.
+        rows: `(n, width)` of every module.
+        levels: bit allocation of every module, n components in all.
         group_size: one of `GROUP_SIZES`.
+
+    Returns:
+        For every module one `Quantized` per level.
     """
-    parts = [(part, bits) for pair in zip(rows, sizes) for part, bits in _by_level(*pair)]
+    parts = [(part, bits) for pair in zip(rows, levels) for part, bits in _split_levels(*pair)]
+    kinds = indices_by_key((bits, part.shape[1]) for part, bits in parts)
     found: dict[int, Quantized] = {}
-    for (bits, width), members in alike((bits, part.shape[1]) for part, bits in parts).items():
-        some = np.concatenate([parts[i][0] for i in members])
+    for (bits, width), members in kinds.items():
+        same = np.concatenate([parts[i][0] for i in members])
         if bits == 16:
-            whole = plain(some, group_size)
+            whole = as_float16(same, group_size)
         else:
-            codes = mx.quantize(mx.array(padded(some, group_size)), group_size, bits)
+            codes = mx.quantize(mx.array(pad_to_groups(same, group_size)), group_size, bits)
             weight, scales, biases = (np.array(x) for x in codes)
             scales, biases = scales.astype(np.float16), biases.astype(np.float16)
             whole = Quantized(weight, scales, biases, bits, group_size, width)
         stop = 0
         for i in members:
             start, stop = stop, stop + len(parts[i][0])
-            found[i] = whole.cut(start, stop)
+            found[i] = whole.take_rows(start, stop)
     each = iter(range(len(parts)))
-    return [[found[next(each)] for _ in levels] for levels in sizes]
+    return [[found[next(each)] for _ in module] for module in levels]
 
 
-def _by_level(rows: np.ndarray, sizes: Levels) -> list[tuple[np.ndarray, int]]:
-    ends = np.cumsum([n for n, _ in sizes])[:-1]
-    return [(part, bits) for part, (_, bits) in zip(np.split(rows, ends), sizes)]
+def _split_levels(rows: np.ndarray, levels: Levels) -> list[tuple[np.ndarray, int]]:
+    ends = np.cumsum([n for n, _ in levels])[:-1]
+    return [(part, bits) for part, (_, bits) in zip(np.split(rows, ends), levels)]
 
 
-def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 words of rows of codes, as one stream of bits from the lowest up."""
+def hartley_rotation(levels: Levels) -> np.ndarray:
+    """`(n, n)` orthogonal matrix that mixes the components within each level.
+
+    Each block is a Hartley matrix, whose entries are all of about one size, so after it the rows of
+    a level have one size too; components at 16 bits are left alone.
+    """
+    blocks = []
+    for n, bits in levels:
+        angle = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
+        blocks.append(np.eye(n) if bits == 16 else (np.cos(angle) + np.sin(angle)) / np.sqrt(n))
+    return scipy.linalg.block_diag(*blocks)
+
+
+def as_float16(rows: np.ndarray, group_size: int) -> Quantized:
+    """Rows at 16 bits, which have no groups; `group_size` is kept for the file's index."""
+    none = np.zeros((len(rows), 0), np.float16)
+    return Quantized(rows.astype(np.float16), none, none, 16, group_size, rows.shape[1])
+
+
+def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
+    """`(columns of weight, groups)` of rows of `width` numbers, to know sizes beforehand."""
+    if bits == 16:
+        return width, 0
+    groups = -(-width // group_size)
+    return groups * group_size * bits // 32, groups
+
+
+def pad_to_groups(rows: np.ndarray, group_size: int) -> np.ndarray:
+    """Rows in float32, padded with zeros at the end to whole groups."""
+    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack uint8 codes `(rows, n)` into uint32 words `(rows, n * bits / 32)`, the lowest bit first.
+
+    MLX packs inside `mx.quantize` only; this is for codes that were chosen otherwise.
+    """
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")

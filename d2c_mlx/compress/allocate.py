@@ -20,7 +20,7 @@ import numpy as np
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.file_layout import COUNTED
+from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.utils.errors import BudgetError
 
 __all__ = ["Candidate", "allocate", "choose"]
@@ -74,8 +74,8 @@ def allocate(
         offered: bits, rising. What 8 bits lose never shows, so 16 are not worth offering.
 
     Returns:
-        Module path -> levels, `()` for a module that gets nothing; at most `COUNTED` components of
-        a module at the same bits.
+        Module path -> levels, `()` for a module that gets nothing; at most `MAX_COUNT` components
+        of a module at the same bits.
     """
     steps = []
     for path, values in worth.items():
@@ -99,7 +99,7 @@ def allocate(
             # Only the next bits of a component, and a component only after all larger ones.
             ready = given[path].get(j, 1) == below[bits]
             ready &= j == 0 or given[path].get(j - 1, 0) >= bits
-            if ready and cost <= free and counts[path, bits] < COUNTED:
+            if ready and cost <= free and counts[path, bits] < MAX_COUNT:
                 given[path][j] = bits
                 counts[path, bits] += 1
                 counts[path, below[bits]] -= 1

@@ -14,11 +14,11 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.compress.affine import Levels, columns
+from d2c_mlx.compress.affine import Levels, packed_columns
 from d2c_mlx.compress.allocate import Candidate, allocate
 from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.quantize import Components, components, compress
+from d2c_mlx.compress.quantize import Components, compress, svd_components
 from d2c_mlx.merge.study import Study
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
@@ -45,7 +45,7 @@ class Form:
         members: the tasks that it serves.
         adapter: it, before it is stored.
         levels: module path -> how many components in how many bits; modules without are dropped.
-        parts: `components` of the adapter, if they are known.
+        parts: `svd_components` of the adapter, if they are known.
     """
 
     members: Members
@@ -88,7 +88,7 @@ class FormMeter:
         for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
             # Of every size at least two scales are tried.
             meter.foresee(2 * len(shares) * sum(tokens[u:]))
-            parts = components(adapter)
+            parts = svd_components(adapter)
             values = worth(parts, [self._study.module_gains[i] for i in members])
             known: set[str] = set()
             # The largest first: the less is kept, the larger is the best scale. Below 1 only where
@@ -129,7 +129,7 @@ class FormMeter:
         for path, some in levels.items():
             for n, bits in some:
                 for width in self._library.base.module_shapes[path]:
-                    words, groups = columns(width, bits, GROUP_SIZE)
+                    words, groups = packed_columns(width, bits, GROUP_SIZE)
                     total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
         return total
 
@@ -166,7 +166,7 @@ def worth(
     Ten rows say roughly what a module gains, so a part of the worth is shared out evenly.
 
     Args:
-        parts: `quantize.components` of an adapter of one task, or a merge.
+        parts: `quantize.svd_components` of an adapter of one task, or a merge.
         gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
 
     Returns:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.compress.budget import Budget
-from d2c_mlx.compress.file_layout import usual_header_nbytes
+from d2c_mlx.compress.file_layout import estimate_header_nbytes
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
@@ -103,7 +103,7 @@ class Capacity:
         """What is set aside for the header of a compact pack."""
         shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
         names = [adapter.name for adapter in self._inputs]
-        return usual_header_nbytes(names, self.longest_base or "", shapes, GROUP_SIZE)
+        return estimate_header_nbytes(names, self.longest_base or "", shapes, GROUP_SIZE)
 
     @property
     def room(self) -> int:

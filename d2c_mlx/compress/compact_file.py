@@ -1,4 +1,4 @@
-"""Many low-bit adapters in one safetensors file.
+"""Writing and reading many low-bit adapters in one safetensors file.
 
 A safetensors header takes about 100 bytes per tensor: for 240 factors of one adapter that is more
 than its numbers at 2 bit. So rows are stacked over adapters, modules and factors: one tensor per
@@ -24,10 +24,10 @@ from d2c_mlx.compress.file_layout import (
     FORMAT,
     VERSION,
     Index,
-    header,
+    expand_modules,
+    header_bytes,
     make_index,
     tensor_name,
-    unfold,
 )
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
@@ -68,10 +68,15 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
 
 
 def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
-    """Write one file; the caller makes it atomic (`files.write_dir`). Sources are not kept.
+    """Write adapters into one file; the same adapters give the same bytes.
 
-    The same adapters give the same bytes: the header is written here because the safetensors
-    package does not fix the order of metadata.
+    Their `sources` are not kept. The caller makes the write atomic (`files.write_dir`).
+
+    Returns:
+        What `index_of` gives.
+
+    Raises:
+        PackError: as `index_of`.
     """
     index = index_of(adapters)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in index.tensors()}
@@ -84,14 +89,14 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
                         rows = getattr(factor, field)
                         parts[tensor_name(factor.bits, factor.width, field)].append(rows)
     with open(path, "wb") as file:
-        file.write(header(index))
+        file.write(header_bytes(index))
         for name, (dtype, _) in index.tensors().items():
             file.write(np.concatenate(parts[name]).astype(DTYPES[dtype]).tobytes())
     return index
 
 
 def read_index(path: Path) -> Index:
-    """Read the index and check every tensor's type and shape against it; no rows are read.
+    """Read the index and check every tensor's dtype and shape against it; no rows are read.
 
     Raises:
         PackError: truncated, corrupt, or another format or version.
@@ -114,7 +119,7 @@ def _index(path: Path, file: TensorFile) -> Index:
         index = Index(
             tuple(said["names"]),
             said["base"],
-            unfold(said["modules"], counts.shape[1]),
+            expand_modules(said["modules"], counts.shape[1]),
             tuple(said["bits"]),
             said["group_size"],
             counts,
@@ -130,7 +135,7 @@ def _index(path: Path, file: TensorFile) -> Index:
 
 
 def read_compact(path: Path, adapter: int) -> Compressed:
-    """Read one adapter: its rows only.
+    """Read one adapter of a file, its rows only.
 
     Args:
         path: what `write_compact` wrote.
@@ -161,14 +166,14 @@ def read_compact(path: Path, adapter: int) -> Compressed:
 def _cut(
     path: Path, index: Index, adapter: int, stacks: Mapping[tuple[int, int], list[np.ndarray]]
 ) -> dict[str, tuple[Level, ...]]:
-    """Rows of one adapter -> levels of its modules."""
+    """Cut the rows of one adapter into the levels of its modules."""
     if not all(np.isfinite(x).all() for stack in stacks.values() for x in stack if x.dtype != "u4"):
         raise PackError(f"{path}: adapter {adapter} holds NaN or infinity; write the pack again")
-    used = dict.fromkeys(stacks, 0)
+    taken = dict.fromkeys(stacks, 0)
 
     def take(n: int, bits: int, width: int) -> Quantized:
-        start = used[bits, width]
-        used[bits, width] = stop = start + n
+        start = taken[bits, width]
+        taken[bits, width] = stop = start + n
         weight, *rest = (x[start:stop] for x in stacks[bits, width])
         scales, biases = rest or [np.zeros((n, 0), np.float16)] * 2
         return Quantized(weight, scales, biases, bits, index.group_size, width)

@@ -1,4 +1,4 @@
-"""Adapters in low-bit factors, as `quantize.py` makes them and `compact.py` stores them."""
+"""Adapters in low-bit factors, as `quantize.py` makes them and `compact_file.py` stores them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.affine import Quantized, values_of
-from d2c_mlx.utils.grouping import alike
+from d2c_mlx.compress.affine import Quantized, dequantize
+from d2c_mlx.utils.grouping import indices_by_key
 
 __all__ = ["Compressed", "Level"]
 
@@ -20,8 +20,8 @@ class Level:
     """Components of one module at the same bits.
 
     Attributes:
-        a: rows are the columns of `a`, `(n, in)`.
-        b: rows are those of `b`, `(n, out)`.
+        a: `(n, in)`, the columns of the LoRA's `a` as rows.
+        b: `(n, out)`, the rows of the LoRA's `b`.
     """
 
     a: Quantized
@@ -45,12 +45,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Compressed:
-    """An adapter in low-bit factors.
+    """An adapter in low-bit factors: what `compress` makes and a compact pack stores.
 
     Attributes:
-        name: of the adapter.
+        name: the adapter's name.
         modules: module path -> its levels; modules without components are left out.
-        group_size: of all its factors.
+        group_size: numbers that share a scale and a bias, in all factors.
         base: the base model's name.
         sources: names of the adapters it was merged from.
     """
@@ -67,7 +67,7 @@ class Compressed:
         return sum(level.nbytes for levels in self.modules.values() for level in levels)
 
     def scaled(self, factor: float) -> Compressed:
-        """DW times a factor: the same codes and bytes, other scales and biases of every b."""
+        """The adapter with every dW times a factor: the same codes and bytes, other scales of b."""
         if factor == 1:
             return self
         modules = {
@@ -77,31 +77,36 @@ class Compressed:
         return replace(self, modules=modules)
 
     def adapter(self, dtype: mx.Dtype = mx.float16) -> Adapter | None:
-        """The plain 16-bit adapter that is evaluated and unpacked; None is the base model.
+        """The plain 16-bit adapter, to evaluate, serve or unpack; None if no module is left.
 
         Args:
-            dtype: of the base's activations; float16 is what `values` gives, others are cast.
+            dtype: the dtype of the base's activations. `dequantize` gives float16; others are cast.
+
+        Raises:
+            AdapterError: as `Adapter.uniform`.
         """
         if not self.modules:
             return None
         rank = max(sum(level.rank for level in levels) for levels in self.modules.values())
         a, b = (
-            _padded([[getattr(x, name) for x in levels] for levels in self.modules.values()], rank)
+            _padded_factors(
+                [[getattr(x, name) for x in levels] for levels in self.modules.values()], rank
+            )
             for name in "ab"
         )
         modules = {path: LoRA(x.T, y) for path, x, y in zip(self.modules, a, b)}
         return Adapter(self.name, modules, self.base, self.sources).uniform(dtype)
 
 
-def _padded(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
+def _padded_factors(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
     """Rows of every factor, level after level and then zeros, float16 `(rank, width)`.
 
     Those of one width are parts of one array: an array each takes twice as long.
     """
-    values = iter(values_of([part for levels in factors for part in levels]))
+    values = iter(dequantize([part for levels in factors for part in levels]))
     rows = [[next(values) for _ in levels] for levels in factors]
     found: dict[int, mx.array] = {}
-    for width, members in alike(levels[0].width for levels in factors).items():
+    for width, members in indices_by_key(levels[0].width for levels in factors).items():
         stack = np.zeros((len(members), rank, width), np.float16)
         for place, i in zip(stack, members):
             place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])

@@ -1,6 +1,6 @@
 """Layout of a compact file: which rows are where, and the header that says so.
 
-Sizes are known before anything is quantized: a planner asks `compact_nbytes`.
+A file's size is known before anything is quantized: a planner asks `compact_nbytes`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.compress.affine import columns
+from d2c_mlx.compress.affine import packed_columns
 from d2c_mlx.utils.errors import PackError
 
 __all__ = [
-    "COUNTED",
     "DTYPES",
     "FIELDS",
     "FORMAT",
+    "MAX_COUNT",
     "VERSION",
     "Index",
     "compact_nbytes",
-    "header",
+    "estimate_header_nbytes",
+    "expand_modules",
+    "header_bytes",
     "make_index",
-    "usual_header_nbytes",
     "tensor_name",
-    "unfold",
 ]
 
 FORMAT, VERSION = "d2c-mlx-compact", "1"
@@ -39,21 +39,24 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
 FIELDS = ("weight", "scales", "biases")
-# Most components of a module at the same bits: they are counted in one byte.
-COUNTED = 255
+# Most components of a module at the same bits: one byte counts them.
+MAX_COUNT = 255
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Whose rows are where. Everything but the rows themselves.
+    """Everything in a compact file but the rows themselves: which adapter's rows are where.
+
+    Rows of all adapters are stacked by bits and width, not by module: that makes the fewest
+    headers, and one adapter is one slice of each tensor.
 
     Attributes:
-        names: of the adapters.
+        names: the adapters' names.
         base: the base model's name.
         modules: `(path, in, out)` of every module that some adapter has, in the file's order.
-        bits: that some module uses, falling.
-        group_size: of all rows.
-        counts: uint8 `(n_adapters, n_modules, n_bits)`, components at each bits.
+        bits: bit widths that some module uses, falling.
+        group_size: numbers that share a scale and a bias, in all rows.
+        counts: uint8 `(n_adapters, n_modules, n_bits)`, components at each bit width.
     """
 
     names: tuple[str, ...]
@@ -64,7 +67,7 @@ class Index:
     counts: np.ndarray
 
     def rows(self) -> dict[tuple[int, int], np.ndarray]:
-        """(bits, row width) -> rows of every adapter, `(n_adapters,)`; the tensors of the file."""
+        """(bits, row width) -> number of rows of every adapter, `(n_adapters,)`."""
         found = {}
         widths = sorted({width for _, *shape in self.modules for width in shape})
         for width in widths:
@@ -76,10 +79,10 @@ class Index:
         return dict(sorted(found.items(), reverse=True))
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (safetensors dtype, shape), in the file's order: wide types first."""
+        """Tensor name -> (safetensors dtype, shape), in the file's order: wide types first."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("U8", self.counts.shape)}
         for (bits, width), rows in self.rows().items():
-            words, groups = columns(width, bits, self.group_size)
+            words, groups = packed_columns(width, bits, self.group_size)
             n = int(rows.sum())
             found[tensor_name(bits, width, "weight")] = ("F16" if bits == 16 else "U32", (n, words))
             if groups:
@@ -88,7 +91,7 @@ class Index:
 
 
 def tensor_name(bits: int, width: int, field: str) -> str:
-    """`4bit.2048.weight`: all rows of 2048 numbers at 4 bits."""
+    """The name of one tensor: `4bit.2048.weight` has all rows of 2048 numbers at 4 bits."""
     return f"{bits}bit.{width}.{field}"
 
 
@@ -99,14 +102,16 @@ def make_index(
     shapes: Mapping[str, tuple[int, int]],
     group_size: int,
 ) -> Index:
-    """The index of adapters of which only the sizes are known yet.
+    """The index of adapters of which only sizes are known, to ask `compact_nbytes`.
+
+    `compact_file.index_of` makes that of quantized adapters.
 
     Args:
-        names: of the adapters.
+        names: the adapters' names.
         base: the base model's name.
         counts: per adapter, module path -> bits -> number of components, 0 or more.
         shapes: module path -> (in, out), of at least those modules.
-        group_size: one of `rounding.GROUP_SIZES`.
+        group_size: one of `affine.GROUP_SIZES`.
 
     Raises:
         PackError: more than 255 components of a module at the same bits.
@@ -120,40 +125,54 @@ def make_index(
         [[[one.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules] for one in counts],
         np.int64,
     ).reshape(len(counts), len(modules), len(bits))
-    if table.max(initial=0) > COUNTED:
-        raise PackError(f"{table.max()} components of one module at the same bits; {COUNTED} fit")
+    if table.max(initial=0) > MAX_COUNT:
+        raise PackError(f"{table.max()} components of one module at the same bits; {MAX_COUNT} fit")
     return Index(tuple(names), base, modules, tuple(bits), group_size, table.astype(np.uint8))
 
 
 def compact_nbytes(index: Index) -> int:
     """Exact size in bytes of the file that holds what `index` says, header included."""
     tensors = index.tensors().values()
-    return len(header(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
+    return len(header_bytes(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
 
 
-def usual_header_nbytes(
+def estimate_header_nbytes(
     names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
 ) -> int:
-    """More than the header of most packs of these adapters, or merges: those at 4, 3 and 2 bits."""
+    """Bytes that the header of nearly every pack of these adapters, merged or not, stays below.
+
+    For a first budget, before counts are known; `compact_nbytes` is exact. It is the header of a
+    pack of all adapters and their merge at 4, 3 and 2 bits.
+
+    Args:
+        names: the adapters' names.
+        base: the base model's name.
+        shapes: module path -> (in, out) of all modules.
+        group_size: one of `affine.GROUP_SIZES`.
+    """
     full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
     index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
                        group_size)  # fmt: skip
     # Numbers in the header may have a few digits more.
-    return len(header(index)) + 512
+    return len(header_bytes(index)) + 512
 
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
 
 
-def header(index: Index) -> bytes:
-    """Length and JSON header of a safetensors file, padded to a multiple of 8."""
+def header_bytes(index: Index) -> bytes:
+    """The beginning of the file: length and JSON header, padded to a multiple of 8 bytes.
+
+    Written here since the safetensors package does not fix the order of metadata, and the same
+    adapters shall give the same bytes.
+    """
     about = {
         "base": index.base,
         "names": index.names,
         "bits": index.bits,
         "group_size": index.group_size,
-        "modules": _folded(index.modules),
+        "modules": _collapse(index.modules),
     }
     content: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "version": VERSION, "index": _dump(about)}
@@ -178,8 +197,11 @@ def _split(path: str) -> tuple[str, int]:
     return (f"{match[1]}*{match[3]}", int(match[2])) if match else (path, -1)
 
 
-def _folded(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
-    """`[pattern, in, out, "0-15,17"]` per module of a block: 20 times shorter than paths."""
+def _collapse(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
+    """Modules as `[pattern, in, out, "0-15,17"]`, a line per module of a block.
+
+    That is 20 times shorter than all paths; `expand_modules` reads it.
+    """
     runs: list[list[Any]] = []
     for path, width, out in modules:
         pattern, layer = _split(path)
@@ -196,11 +218,15 @@ def _folded(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
     return runs
 
 
-def unfold(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str, int, int], ...]:
-    """`(path, in, out)` of every module, from the index in a header.
+def expand_modules(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str, int, int], ...]:
+    """`(path, in, out)` of every module, from the patterns in a header.
+
+    Args:
+        runs: `[pattern, in, out, layers]` each, with layers such as "0-15,17".
+        most: modules that the file's counts have room for.
 
     Raises:
-        ValueError: more than `most`, or no index.
+        ValueError: more than `most`, or no such patterns.
     """
     modules: list[tuple[str, int, int]] = []
     for pattern, width, out, spans in runs:

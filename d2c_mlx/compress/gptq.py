@@ -1,6 +1,8 @@
-"""Rounding rows one by one, the error of each made good by the rows that are left.
+"""GPTQ: rows are rounded one by one, and the rows that are left compensate the error of each.
 
-Source: GPTQ (https://arxiv.org/abs/2210.17323), with clipping. `quantize.py` says what it is for.
+With clipping, which GPTQ itself has not. `quantize.py` prepares the rows and says what they are.
+
+Source: https://arxiv.org/abs/2210.17323.
 """
 
 from __future__ import annotations
@@ -9,63 +11,66 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from d2c_mlx.compress.affine import Levels, Quantized, packed, padded, plain
-from d2c_mlx.utils.grouping import alike
+from d2c_mlx.compress.affine import Levels, Quantized, as_float16, pack_codes, pad_to_groups
+from d2c_mlx.utils.grouping import indices_by_key
 
-__all__ = ["Rounded", "ridge", "rounded"]
+__all__ = ["GPTQResult", "gptq_round", "ridge"]
 
 # A module's levels, and the numbers `(n, width)` that they stand for, float64.
-Rounded = tuple[list[Quantized], np.ndarray]
+GPTQResult = tuple[list[Quantized], np.ndarray]
 
 # Shares of a group's range that are tried: clipping the rare large entries pays when codes are few
 # (error of dW of a real adapter: 2 % less at 4 bit, 4 % at 3, 7 % at 2).
 _SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 3: (0.9, 0.75), 2: (0.9, 0.7)}
 
 
-def ridge(gram: np.ndarray) -> np.ndarray:
-    """Makes a Gram matrix regular where rounding left rows that are zero or equal."""
-    return (1e-9 * np.trace(gram) + 1e-30) * np.eye(len(gram))
-
-
-def rounded(
+def gptq_round(
     rows: Sequence[np.ndarray],
     grams: Sequence[np.ndarray],
-    sizes: Sequence[Levels],
+    levels: Sequence[Levels],
     group_size: int,
-) -> list[Rounded]:
-    """Round row by row, the error of each carried to the rows before it, which come later.
+) -> list[GPTQResult]:
+    """Round the rows of many modules, each row's error compensated by those not yet rounded.
 
-    The last level has the fewest bits and comes first: finer rows can mend what it does. Modules
-    of one width go together, the last row of each first: one by one they take three times as long.
+    Use it for rows that overlap (after `affine.hartley_rotation`, say): orthogonal rows cannot
+    compensate each other, and then `affine.round_to_nearest` is as good and faster.
 
     Args:
-        rows: of every module, `(n, width)`, the exact minimum of the error.
-        grams: `(n, n)` of the other factor's rows, the metric in which rows replace each other.
-        sizes: levels of every module, n components in all.
+        rows: `(n, width)` of every module, the exact minimum of the error.
+        grams: `(n, n)` Gram matrix of the other factor's rows, the metric in which rows replace
+            each other.
+        levels: bit allocation of every module, n components in all.
         group_size: one of `GROUP_SIZES`.
     """
-    found: dict[int, Rounded] = {}
-    for members in alike(one.shape[1] for one in rows).values():
+    found: dict[int, GPTQResult] = {}
+    # Modules of one width go together: one by one they take three times as long.
+    for members in indices_by_key(one.shape[1] for one in rows).values():
         # The most rows first: those that are left at a step are the first ones.
         members.sort(key=lambda i: -len(rows[i]))
-        some = [(rows[i], grams[i], sizes[i]) for i in members]
-        found |= dict(zip(members, _rounded_alike(some, group_size)))
+        modules = [(rows[i], grams[i], levels[i]) for i in members]
+        found |= dict(zip(members, _round_same_width(modules, group_size)))
     return [found[i] for i in range(len(rows))]
 
 
-def _rounded_alike(
+def ridge(gram: np.ndarray) -> np.ndarray:
+    """What to add to a Gram matrix so that it is regular where rounding left zero or equal rows."""
+    return (1e-9 * np.trace(gram) + 1e-30) * np.eye(len(gram))
+
+
+def _round_same_width(
     modules: Sequence[tuple[np.ndarray, np.ndarray, Levels]], group_size: int
-) -> list[Rounded]:
-    """`rounded` for rows, Gram matrices and levels of modules of one width, the most rows first."""
-    # Step k is the k-th row from each one's end.
+) -> list[GPTQResult]:
+    """`gptq_round` of modules of one width: rows, Gram matrix and levels, the most rows first."""
+    # Step k rounds the k-th row from each module's end. The last level has the fewest bits, so its
+    # errors come first and finer rows compensate them.
     m, (n, width) = len(modules), modules[0][0].shape
     groups = -(-width // group_size)
     left, metric = np.zeros((m, n, width)), np.tile(np.eye(n), (m, 1, 1))
     bits = np.zeros((m, n), int)
-    for i, (rows, gram, sizes) in enumerate(modules):
+    for i, (rows, gram, levels) in enumerate(modules):
         last = len(rows)
         left[i, :last], metric[i, :last, :last] = rows[::-1], (gram + ridge(gram))[::-1, ::-1]
-        bits[i, :last] = np.repeat([b for _, b in sizes], [count for count, _ in sizes])[::-1]
+        bits[i, :last] = np.repeat([b for _, b in levels], [count for count, _ in levels])[::-1]
     codes = np.zeros((m, n, groups * group_size), np.uint8)
     scales, biases = (np.zeros((m, n, groups), np.float16) for _ in range(2))
     values = np.zeros((m, n, width), np.float16)
@@ -77,42 +82,42 @@ def _rounded_alike(
             if b == 16:
                 values[at, k] = now[at]
             else:
-                fitted = _fitted(now[at], b, group_size)
+                fitted = _fit_codes(now[at], b, group_size)
                 codes[at, k], scales[at, k], biases[at, k], values[at, k] = fitted
         if k + 1 < n:
             later = metric[:active, k + 1 :]
             carry = np.linalg.solve(later[:, :, k + 1 :], later[:, :, k : k + 1])
             left[:active, k + 1 :] += carry * (now - values[:active, k])[:, None]
     found = []
-    for i, (rows, _, sizes) in enumerate(modules):
+    for i, (rows, _, levels) in enumerate(modules):
         mine = [x[i, len(rows) - 1 :: -1] for x in (values, codes, scales, biases)]
-        found.append((_levels(mine, sizes, group_size), mine[0].astype(np.float64)))
+        found.append((_by_level(mine, levels, group_size), mine[0].astype(np.float64)))
     return found
 
 
-def _levels(stored: Sequence[np.ndarray], sizes: Levels, group_size: int) -> list[Quantized]:
-    """One module's levels, of its rows' numbers, codes, scales and biases."""
+def _by_level(stored: Sequence[np.ndarray], levels: Levels, group_size: int) -> list[Quantized]:
+    """Cut one module's rows into its levels: their numbers, codes, scales and biases."""
     parts, stop = [], 0
-    for n, bits in sizes:
+    for n, bits in levels:
         start, stop = stop, stop + n
         rows, codes, scales, biases = (x[start:stop] for x in stored)
         if bits == 16:
-            parts.append(plain(rows, group_size))
+            parts.append(as_float16(rows, group_size))
         else:
-            weight = packed(np.ascontiguousarray(codes), bits)
+            weight = pack_codes(np.ascontiguousarray(codes), bits)
             parts.append(Quantized(weight, scales, biases, bits, group_size, rows.shape[1]))
     return parts
 
 
-def _fitted(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, ...]:
-    """Round rows: each group takes the clipping, refitted or not, with the least error.
+def _fit_codes(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, ...]:
+    """Round rows; each group takes the clipping with the least error, refitted or not.
 
     Returns:
         Codes `(rows, padded width)`, scales and biases `(rows, groups)` in float16, and the
         float16 values `(rows, width)` that they stand for.
     """
     n, width = rows.shape
-    groups = padded(rows, group_size).reshape(-1, group_size)
+    groups = pad_to_groups(rows, group_size).reshape(-1, group_size)
     low, high = groups.min(axis=1), groups.max(axis=1)
     shares = np.array(_SHRINK[bits], np.float32)[:, None]
     cut = (1 - shares) / 2 * (high - low)

@@ -1,7 +1,7 @@
-"""Low-bit factors: the leading singular components of a module's dW, a few bits each.
+"""Quantizing an adapter: the leading singular components of every dW, a few bits each.
 
-Which component gets how many bits is the caller's choice; giving the leading ones more is
-LoRAQuant's idea (https://arxiv.org/abs/2510.26690). `gptq.py` has the rounding itself.
+Which component gets how many bits is the caller's choice (`allocate.py` has one); that the leading
+ones get more is LoRAQuant's idea, https://arxiv.org/abs/2510.26690. `gptq.py` has the rounding.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
-from d2c_mlx.compress.affine import BITS, GROUP_SIZES, Levels, Quantized, mixing, nearest, values_of
+from d2c_mlx.compress.affine import (
+    BITS,
+    GROUP_SIZES,
+    Levels,
+    Quantized,
+    dequantize,
+    hartley_rotation,
+    round_to_nearest,
+)
 from d2c_mlx.compress.compressed import Compressed, Level
-from d2c_mlx.compress.gptq import ridge, rounded
+from d2c_mlx.compress.gptq import gptq_round, ridge
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
     "Components",
     "check_levels",
-    "components",
+    "svd_components",
     "compress",
     "quantize_modules",
     "svd_rows",
@@ -29,8 +37,8 @@ __all__ = [
 
 # Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
 Components = tuple[np.ndarray, np.ndarray]
-# Modules that are rounded together: what they need stays in the processor's cache.
-_AT_ONCE = 16
+# Modules that are rounded together: more of them would leave the processor's cache.
+_MODULES_AT_ONCE = 16
 
 
 def compress(
@@ -40,48 +48,55 @@ def compress(
     rounds: int = 1,
     parts: Mapping[str, Components] | None = None,
 ) -> Compressed:
-    """Quantize every module of an adapter.
+    """Quantize every module of an adapter; `Compressed.adapter` gives the numbers back.
+
+    `quantize_modules` says how, and takes factors that belong to no adapter.
 
     Args:
         adapter: any ranks and scales.
-        levels_of: module path -> levels, for every module; `()` drops one.
+        levels_of: module path -> bit allocation, for every module; `()` drops one.
         group_size: one of `GROUP_SIZES`.
         rounds: see `quantize_modules`.
-        parts: `components` of the adapter, if they are known.
+        parts: `svd_components` of the adapter, if they are known.
 
     Raises:
         ConfigError: levels that are missing, of modules that the adapter has not, or malformed.
     """
-    odd = sorted(set(levels_of) ^ set(adapter.modules))
-    if odd:
+    mismatched = sorted(set(levels_of) ^ set(adapter.modules))
+    if mismatched:
         raise ConfigError(
-            f"levels: {len(odd)} modules have levels and are not in adapter {adapter.name!r}, or"
-            f" the reverse (first: {odd[0]}); give () to drop a module"
+            f"levels: {len(mismatched)} modules have levels and are not in adapter"
+            f" {adapter.name!r}, or the reverse (first: {mismatched[0]}); give () to drop a module"
         )
     for levels in levels_of.values():
         check_levels(levels, group_size)
-    parts = components(adapter) if parts is None else parts
+    parts = svd_components(adapter) if parts is None else parts
     kept = [path for path, (rows, _) in parts.items() if levels_of[path] and len(rows)]
     kept.sort(key=lambda path: adapter.modules[path].shape)
     found: dict[str, tuple[Level, ...]] = {}
-    # Small matrices: see merge/__init__.py.
+    # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for start in range(0, len(kept), _AT_ONCE):
-            some = kept[start : start + _AT_ONCE]
-            pairs = [parts[path] for path in some], [levels_of[path] for path in some]
-            found |= zip(some, quantize_modules(*pairs, group_size, rounds))
+        for start in range(0, len(kept), _MODULES_AT_ONCE):
+            paths = kept[start : start + _MODULES_AT_ONCE]
+            pairs = [parts[path] for path in paths], [levels_of[path] for path in paths]
+            found |= zip(paths, quantize_modules(*pairs, group_size, rounds))
     modules = {path: found[path] for path in sorted(found)}
     return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
 
 
-def components(adapter: Adapter) -> dict[str, Components]:
-    """Module path -> the singular components of its dW."""
+def svd_components(adapter: Adapter) -> dict[str, Components]:
+    """Module path -> the singular components of its dW, see `svd_rows`."""
     with threadpool_limits(1):
         return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
 
 
 def check_levels(levels: Levels, group_size: int = 64) -> None:
-    """Raises ConfigError unless bits are known and fall, and every count is 1 or more."""
+    """Refuse a bit allocation that cannot be stored.
+
+    Raises:
+        ConfigError: bits that are unknown or do not fall, a count below 1, or an unknown group
+            size.
+    """
     bits = [b for _, b in levels]
     if not set(bits) <= set(BITS) or bits != sorted(set(bits), reverse=True):
         raise ConfigError(f"levels: found bits {bits}, expected falling ones of {list(BITS)}")
@@ -96,38 +111,44 @@ def quantize_modules(
 ) -> list[tuple[Level, ...]]:
     """Quantize the leading singular components of every module's dW^T = a.T @ b.
 
-    Three things beat the nearest codes, at the same bytes. The rows of a level are mixed by an
-    orthogonal matrix, which leaves dW as it is and gives all of them the same size: otherwise the
-    rounding of the largest component dominates. Each row's rounding error is taken back as far as
-    the rows still to be rounded can (GPTQ, https://arxiv.org/abs/2210.17323; after the mixing
-    they can, since rows overlap). Then the other factor is solved anew for what is stored of this
-    one. The nearest codes stay if they are better, so the error is never above theirs.
+    Three things make the error smaller than that of rounding to nearest, at the same bytes:
+
+    - The rows of a level are mixed by an orthogonal matrix, which leaves dW as it is and gives all
+      rows one size; otherwise the rounding of the largest component dominates.
+    - The rows still to be rounded compensate each row's error (GPTQ). After the mixing they can,
+      since rows overlap.
+    - The other factor is solved anew for what is stored of this one.
+
+    A module keeps the nearest codes where they are better, so the error is never above theirs.
 
     Relative error of dW, all modules of the library's date-de (rank 8), nearest -> here: 8 bit
     0.0071 -> 0.0038, 4 bit 0.118 -> 0.062, 3 bit 0.246 -> 0.126, 2 bit 0.509 -> 0.254.
 
     Args:
-        parts: of every module at least one row, see `svd_rows`.
-        levels: at least one of every module; components beyond its rows are left out.
+        parts: components of every module, at least one row, see `svd_rows`.
+        levels: bit allocation of every module, at least one level; components beyond the module's
+            rows are left out.
         group_size: one of `GROUP_SIZES`.
         rounds: how often both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
             the error by another percent.
 
     Returns:
-        Of every module one `Level` per level that got a component.
+        For every module one `Level` per level that got a component.
+
+    Source: GPTQ, https://arxiv.org/abs/2210.17323.
     """
-    sizes = [_filled(some, len(a)) for some, (a, _) in zip(levels, parts)]
-    ranks = [sum(n for n, _ in some) for some in sizes]
+    sizes = [_filled(module, len(a)) for module, (a, _) in zip(levels, parts)]
+    ranks = [sum(n for n, _ in module) for module in sizes]
     every_a, every_b = zip(*parts)
     best = [
-        nearest([one[:n] for one, n in zip(every, ranks)], sizes, group_size)
+        round_to_nearest([one[:n] for one, n in zip(every, ranks)], sizes, group_size)
         for every in (every_a, every_b)
     ]
-    fixed = [mixing(some) @ b[:n] for some, b, n in zip(sizes, every_b, ranks)]
+    fixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
     lowest = _squared_errors(parts, *map(_stacked, best)) if rounds else []
     for _ in range(rounds):
-        codes_a, values_a = _rounded(fixed, every_b, every_a, sizes, group_size)
-        codes_b, fixed = _rounded(values_a, every_a, every_b, sizes, group_size)
+        codes_a, values_a = _solve_and_round(fixed, every_b, every_a, sizes, group_size)
+        codes_b, fixed = _solve_and_round(values_a, every_a, every_b, sizes, group_size)
         for i, error in enumerate(_squared_errors(parts, values_a, fixed)):
             if error < lowest[i]:
                 best[0][i], best[1][i], lowest[i] = codes_a[i], codes_b[i], error
@@ -135,7 +156,7 @@ def quantize_modules(
 
 
 def _filled(levels: Levels, rank: int) -> list[tuple[int, int]]:
-    """The levels that get some of `rank` components, and how many."""
+    """The levels that get some of `rank` components, and how many each gets."""
     sizes = []
     for n, bits in levels:
         if rank > 0:
@@ -144,33 +165,37 @@ def _filled(levels: Levels, rank: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def _rounded(
+def _solve_and_round(
     fixed: Sequence[np.ndarray],
     same: Sequence[np.ndarray],
     other: Sequence[np.ndarray],
     sizes: Sequence[Levels],
     group_size: int,
 ) -> tuple[list[list[Quantized]], list[np.ndarray]]:
-    """Of every module the rows x that minimise `|same.T @ other - fixed.T @ x|`, rounded.
+    """Round the rows x that minimise `|same.T @ other - fixed.T @ x|`, for every module.
 
     Returns:
-        Their levels, and the numbers that these stand for.
+        The levels of x, and the numbers that these stand for.
     """
     grams = [one @ one.T for one in fixed]
     exact = [
         np.linalg.solve(gram + ridge(gram), (x @ y.T) @ z)
         for gram, x, y, z in zip(grams, fixed, same, other)
     ]
-    found = rounded(exact, grams, sizes, group_size)
+    found = gptq_round(exact, grams, sizes, group_size)
     return [levels for levels, _ in found], [values for _, values in found]
 
 
 def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
-    """Rows `(n, in)`, `(n, out)`, float64: balanced SVD factors, the largest first, no zeros.
+    """Singular components of one module's dW^T = a @ b, the largest first.
 
     Args:
         a: `(in, r)`.
         b: `(r, out)`, the scale folded in.
+
+    Returns:
+        Rows `(n, in)` and `(n, out)` in float64, each with the root of its singular value;
+        components that are zero are left out, so n may be below r.
     """
     if not a.shape[1]:
         return a.T.astype(np.float64), b.astype(np.float64)
@@ -186,14 +211,14 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
 
 def _stacked(parts: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:
     """The numbers of every module's levels, float64 `(n, width)`."""
-    values = iter(values_of([part for some in parts for part in some]))
-    return [np.concatenate([next(values) for _ in some]).astype(np.float64) for some in parts]
+    values = iter(dequantize([part for levels in parts for part in levels]))
+    return [np.concatenate([next(values) for _ in levels]).astype(np.float64) for levels in parts]
 
 
 def _squared_errors(
     parts: Sequence[Components], stored_a: Sequence[np.ndarray], stored_b: Sequence[np.ndarray]
 ) -> list[float]:
-    """`|a.T @ b - qa.T @ qb|^2` of every module in Frobenius norm, from Gram matrices of rows."""
+    """`|a.T @ b - qa.T @ qb|^2` in Frobenius norm for every module, from Gram matrices of rows."""
     errors = []
     for (a, b), qa, qb in zip(parts, stored_a, stored_b):
         terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))

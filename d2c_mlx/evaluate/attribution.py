@@ -1,4 +1,4 @@
-"""What every module of an adapter contributes to its gain: integrated gradients."""
+"""Attribution: what each module of an adapter contributes to its gain, by integrated gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import by_length, target_places
+from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -20,8 +20,8 @@ from d2c_mlx.utils.files import fingerprint
 
 __all__ = ["POINTS", "module_gains"]
 
-# How much of the adapter is there where derivatives are taken. A small pack is near the base; near
-# the whole adapter the loss of ten rows is flat, and its derivatives are noise.
+# Scales of the adapter at which derivatives are taken. A small pack is near the base; near the
+# whole adapter the loss of ten rows is flat, and its derivatives are noise.
 POINTS = (0.1, 0.3)
 # Padded tokens whose activations are kept at a time.
 _BATCH = 512
@@ -36,16 +36,16 @@ def module_gains(
 ) -> dict[str, float]:
     """How much each module of an adapter lowers the loss, in nats per target token.
 
-    The adapter is scaled from nothing (the base model) to all of itself, every module alike. What
-    the loss falls along the way is the integral of its derivatives by the scales of the modules:
-    over points of the whole way the gains add up to `NLL(base) - NLL(adapter)`.
+    All modules are scaled together from 0 (the base model) to 1. The fall of the loss along the way
+    is the integral of its derivatives by the scales of the modules, so over points of the whole way
+    the gains add up to `NLL(base) - NLL(adapter)`. A planner weighs bytes by them.
 
     Args:
-        base: the model; `adapter` stays attached to it.
-        adapter: of the task of `examples`.
-        examples: what the loss is measured on.
-        points: between 0 and 1, whose derivatives are averaged.
-        cache: has the gains of earlier calls, and gets these.
+        base: the base model; `adapter` stays attached to it.
+        adapter: the adapter of the examples' task.
+        examples: rows on which the loss is measured.
+        points: scales between 0 and 1 whose derivatives are averaged.
+        cache: has the gains of earlier calls, and gets these; None computes them anew.
 
     Returns:
         Module path -> gain; below 0 where a module does harm.
@@ -69,13 +69,13 @@ def _integrated(
 ) -> dict[str, float]:
     base.attach(adapter)
     head = find_head(base.model)
-    factors = base.occupied
+    factors = base.attached_factors
     fast = mx.default_device().type == mx.DeviceType.cpu
 
     def loss(scales: mx.array, some: Sequence[Example]) -> mx.array:
-        x, places, targets = target_places(some)
+        x, places, targets = pad_batch(some)
         scaled = [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
-        with base.factors_replaced(scaled):
+        with base.replaced_factors(scaled):
             if head:
                 logits = head(run_blocks(base.model, x)[places])
             else:
@@ -86,7 +86,7 @@ def _integrated(
     rows = examples.examples
     gains = np.zeros(len(factors))
     with all_cores():
-        for batch in by_length([len(row.tokens) for row in rows], _BATCH):
+        for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH):
             some = [rows[i] for i in batch]
             for x in points:
                 gradient = mx.grad(loss)(mx.full(len(factors), x), some)

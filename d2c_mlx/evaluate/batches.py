@@ -1,4 +1,8 @@
-"""Cutting rows into batches: little padding, and never more memory than allowed."""
+"""Cutting rows into batches: little padding, and never more memory than allowed.
+
+`split_rows` cuts for an evaluation, whose memory `BatchCost` estimates; `batches_by_length` cuts by
+a fixed number of tokens, for gradients and captured activations.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,26 @@ import numpy as np
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.forward import KeysValues
 
 __all__ = [
+    "Batch",
     "BatchCost",
-    "by_length",
-    "default_limit",
+    "batches_by_length",
+    "default_memory_limit",
     "shared_prefix",
     "split_rows",
-    "target_places",
+    "pad_batch",
 ]
 
 # What a batch costs beside its tokens, in tokens: small matrices are multiplied more slowly.
 _OVERHEAD = 16
-_LARGEST = 2048
+# Most padded tokens of a batch of several rows.
+_MAX_TOKENS = 2048
 
 
-def default_limit() -> int:
-    """Bytes an evaluation may take: most of Metal's recommended working set, half the RAM else."""
+def default_memory_limit() -> int:
+    """Bytes an evaluation may take: most of Metal's recommended working set, else half the RAM."""
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
         return int(working_set) * 4 // 5
@@ -36,17 +43,17 @@ def default_limit() -> int:
 
 @dataclass(frozen=True)
 class BatchCost:
-    """An upper estimate of what one batch holds at its peak, in bytes.
+    """An upper estimate of the bytes that one batch holds at its peak.
 
     Attributes:
         item: bytes of one activation.
         per_token: activations of one block per token, all linear outputs and the residual.
         kv_per_token: keys and values of one block per token.
         n_layers: number of blocks.
-        n_heads: attention heads.
+        n_heads: number of attention heads.
         vocabulary: size of the vocabulary.
-        n_logits: logits computed at once, in tokens; None is all tokens of the batch.
-        copies: adapters in one batch.
+        n_logits: tokens whose logits are computed at once; None is all tokens of the batch.
+        copies: number of adapters in one batch.
     """
 
     item: int
@@ -93,15 +100,52 @@ class BatchCost:
         return self.item * (block + scores + states) + 4 * logits
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one set, ready to run under every attached adapter.
+
+    Attributes:
+        rows: the examples.
+        teacher_targets: see `ExampleSet`; empty without a teacher.
+        x: `copies` times the rows, one adapter after the other: token ids, or hidden states before
+            block `first`.
+        copies: number of attached adapters.
+        n_prefix: tokens of the shared prefix, which are not in `x`.
+        states: keys and values of the prefix, for every block from `first` on.
+        first: index of the first block to run.
+    """
+
+    rows: Sequence[Example]
+    teacher_targets: Sequence[np.ndarray]
+    x: mx.array
+    copies: int
+    n_prefix: int
+    states: list[KeysValues] | None
+    first: int
+
+    def target_places(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Rows and columns of `x` that predict a target, and the targets' token ids."""
+        row, column, target = [], [], []
+        for i, example in enumerate(self.rows):
+            positions = range(example.first_target, len(example.tokens))
+            row += [i] * len(positions)
+            column += [t - 1 - self.n_prefix for t in positions]
+            target += [example.tokens[t] for t in positions]
+        rows = [copy * len(self.rows) + i for copy in range(self.copies) for i in row]
+        return mx.array(rows), mx.array(column * self.copies), mx.array(target * self.copies)
+
+
 def split_rows(
     lengths: Sequence[int], n_prefix: int, cost: BatchCost, limit: int
 ) -> list[list[int]] | None:
-    """Cut rows, sorted by length, into batches with as little padding as their overhead allows.
+    """Cut rows, sorted by length, where padding and overhead together cost least.
+
+    Exact, by dynamic programming over the sorted rows.
 
     Args:
         lengths: tokens of every row after the prefix.
         n_prefix: tokens of the prefix.
-        cost: bytes of a batch.
+        cost: estimates the bytes of a batch.
         limit: most bytes of one batch.
 
     Returns:
@@ -114,7 +158,7 @@ def split_rows(
         options = []
         for start in range(stop - 1, -1, -1):
             rows = stop - start
-            if rows > 1 and rows * width > _LARGEST:
+            if rows > 1 and rows * width > _MAX_TOKENS:
                 break
             if cost(rows, width, n_prefix) > limit:
                 break
@@ -133,9 +177,9 @@ def split_rows(
 
 
 def shared_prefix(examples: ExampleSet, least: int = 4) -> tuple[int, ...]:
-    """The longest common token prefix that ends before any position that predicts a target.
+    """The longest common token prefix of all rows that ends before any target is predicted.
 
-    Without a token if it has fewer than `least`, which are not worth a pass of their own.
+    Empty if it has fewer than `least` tokens, which are not worth a pass of their own.
     """
     rows = examples.examples
     if len(rows) < 2:
@@ -147,10 +191,10 @@ def shared_prefix(examples: ExampleSet, least: int = 4) -> tuple[int, ...]:
     return rows[0].tokens[:n] if n >= least else ()
 
 
-def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices of rows, shortest first, cut where a batch would have more than `most` padded tokens.
+def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of rows, shortest first, cut where a batch would exceed `most` padded tokens.
 
-    A row that is longer goes alone.
+    A row that is longer makes a batch alone. `split_rows` pads less and heeds memory.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -161,12 +205,14 @@ def by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield batch
 
 
-def target_places(
+def pad_batch(
     examples: Sequence[Example],
 ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
-    """Rows padded on the right: ids `(rows, width)`, where targets are predicted, the targets.
+    """Pad whole examples on the right, for a pass with a gradient.
 
-    The places are a pair of arrays `(n_targets,)`, row and column, the examples in their order.
+    Returns:
+        Token ids `(rows, width)`; a pair of arrays `(n_targets,)`, the row and column of every
+        position that predicts a target, examples in their order; the targets' ids `(n_targets,)`.
     """
     x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
     row: list[int] = []

@@ -1,4 +1,4 @@
-"""What reaches the linear modules of a model: the activations that RegMean needs."""
+"""Capturing what reaches the linear modules of a model: the activations that RegMean needs."""
 
 from __future__ import annotations
 
@@ -13,26 +13,40 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import by_length
+from d2c_mlx.evaluate.batches import batches_by_length
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["Enough", "Inputs", "TokenBatch", "input_activations", "tapped", "token_batches"]
+__all__ = [
+    "StopForward",
+    "ModuleInputs",
+    "TokenBatch",
+    "input_activations",
+    "capture_modules",
+    "token_batches",
+]
 
 # Padded tokens that a worker evaluates at a time.
 _BATCH = 512
 
 # Module path -> `(n_tokens, in)`, float32. Modules with the same input (q, k and v of a block)
 # share one array.
-Inputs = Mapping[str, np.ndarray]
+ModuleInputs = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some rows of a set, and where in them and in the set's result its kept tokens are."""
+    """Some rows of a set, and which of their tokens are kept.
+
+    Attributes:
+        tokens: int32 `(rows, length)`, padded on the right.
+        rows: the row of every kept token.
+        columns: the column of every kept token.
+        places: where each kept token goes in the set's result.
+    """
 
     tokens: np.ndarray
     rows: list[int]
@@ -41,19 +55,19 @@ class TokenBatch:
 
     @property
     def n_tokens(self) -> int:
-        """With padding."""
+        """Number of tokens, padding included."""
         return self.tokens.size
 
     def kept(self, x: mx.array) -> np.ndarray:
-        """`(n_kept, width)` float32 of `(rows, length, width)`."""
+        """The kept tokens of `x (rows, length, width)`, float32 `(n_kept, width)`."""
         return np.array(self._kept(x))
 
-    def kept_of(self, seen: Mapping[str, mx.array]) -> Inputs:
-        """`kept` of every module; those with the same array share one again."""
-        some = {id(x): self._kept(x) for x in seen.values()}
-        mx.eval(some)  # together: a GPU is waited for once
-        arrays = {key: np.array(x) for key, x in some.items()}
-        return {path: arrays[id(x)] for path, x in seen.items()}
+    def kept_by_module(self, inputs: Mapping[str, mx.array]) -> ModuleInputs:
+        """`kept` of every module; modules with the same array share one again."""
+        distinct = {id(x): self._kept(x) for x in inputs.values()}
+        mx.eval(distinct)  # together: a GPU is waited for once
+        arrays = {key: np.array(x) for key, x in distinct.items()}
+        return {path: arrays[id(x)] for path, x in inputs.items()}
 
     def _kept(self, x: mx.array) -> mx.array:
         return x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32)
@@ -66,27 +80,29 @@ def input_activations(
     paths: Sequence[str],
     most: int | None = None,
     workers: Workers | None = None,
-) -> list[Inputs]:
-    """Inputs of modules for tokens of examples, with `adapter` attached.
+) -> list[ModuleInputs]:
+    """Inputs of modules for the tokens of examples, with `adapter` attached.
+
+    `capture_modules` is the general tool, for outputs too and for passes of one's own.
 
     Args:
-        base: the model; `adapter` stays attached to it.
-        adapter: of the tasks, or None for the bare model.
-        sets: prompts and targets both count.
-        paths: keys of `base.module_shapes`.
-        most: tokens of each set, evenly spaced; None is all.
-        workers: what evaluates; None is this thread.
+        base: the base model; `adapter` stays attached to it.
+        adapter: None for the bare base model.
+        sets: the examples; prompts and targets both count.
+        paths: modules, keys of `base.module_shapes`.
+        most: tokens of each set, evenly spaced; None takes all.
+        workers: threads that evaluate; None takes this thread.
 
     Returns:
         For every set the inputs, tokens in their order.
     """
     batches = [(i, batch) for i, one in enumerate(sets) for batch in token_batches(one, most)]
-    found: list[list[tuple[TokenBatch, Inputs]]] = [[] for _ in sets]
+    found: list[list[tuple[TokenBatch, ModuleInputs]]] = [[] for _ in sets]
     base.attach(adapter)
-    with tapped(base.model, paths) as here:
+    with capture_modules(base.model, paths) as capture:
 
-        def body(some: Sequence[TokenBatch]) -> list[Inputs]:
-            return [_run(base, here, batch) for batch in some]
+        def body(some: Sequence[TokenBatch]) -> list[ModuleInputs]:
+            return [_run(base, capture, batch) for batch in some]
 
         for j, inputs in (workers or Workers(1)).run(body, [batch for _, batch in batches]):
             i, batch = batches[j]
@@ -97,14 +113,18 @@ def input_activations(
 def token_batches(
     examples: ExampleSet, most: int | None, skip: int = 0, batch: int = _BATCH
 ) -> Iterator[TokenBatch]:
-    """A set's rows, alike in length, and which tokens to keep: at most `most`, evenly spaced.
+    """Cut a set's rows into batches of similar length, and choose the tokens to keep.
 
-    None of the first `skip` of a row. A row or at most `batch` padded tokens together.
+    Args:
+        examples: the set.
+        most: tokens to keep, evenly spaced; None keeps all.
+        skip: tokens at the start of every row that are never kept.
+        batch: most padded tokens of a batch; a longer row makes a batch alone.
     """
     rows = [example.tokens for example in examples.examples]
     starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)])
     step = max(1, -(-int(starts[-1]) // most)) if most else 1
-    for some in by_length([len(row) for row in rows], batch):
+    for some in batches_by_length([len(row) for row in rows], batch):
         # Zeros on the right, which nothing before them sees.
         tokens = np.zeros((len(some), max(len(rows[i]) for i in some)), np.int32)
         kept = []
@@ -118,68 +138,75 @@ def token_batches(
             yield TokenBatch(tokens, r, columns, places)
 
 
-class Enough(Exception):  # noqa: N818  no error
-    """What a thread wanted to see has been seen."""
+class StopForward(Exception):  # noqa: N818  no error
+    """Ends a forward pass in which everything wanted has been captured."""
 
 
-class Here(threading.local):
-    """What modules were seen to do in this thread, by path.
+class Capture(threading.local):
+    """What `capture_modules` captures in this thread, by module path.
 
     Attributes:
-        seen: their inputs.
-        said: their outputs; None if nobody asks for them.
-        last: the module after which `Enough` is raised.
+        inputs: inputs of the modules; set it to an empty dict before a pass.
+        outputs: outputs of the modules; None, the default, captures none.
+        stop_after: path of the module after which `StopForward` is raised; None runs to the end.
     """
 
     def __init__(self) -> None:
-        self.seen: dict[str, mx.array] = {}
-        self.said: dict[str, mx.array] | None = None
-        self.last: str | None = None
+        self.inputs: dict[str, mx.array] = {}
+        self.outputs: dict[str, mx.array] | None = None
+        self.stop_after: str | None = None
 
 
-class _Tap(nn.Module):
-    """A module that tells its thread what it does."""
+class _CapturedModule(nn.Module):
+    """A module that stores its inputs and outputs for the thread that runs it."""
 
-    def __init__(self, path: str, module: nn.Module, here: Here) -> None:
+    def __init__(self, path: str, module: nn.Module, capture: Capture) -> None:
         super().__init__()
         self.module = module
-        self._path, self._here = path, here
+        self._path, self._capture = path, capture
 
     def __call__(self, x: mx.array) -> mx.array:
-        self._here.seen[self._path] = x
+        self._capture.inputs[self._path] = x
         y = self.module(x)
-        if self._here.said is not None:
-            self._here.said[self._path] = y
-        if self._here.last == self._path:
-            raise Enough
+        if self._capture.outputs is not None:
+            self._capture.outputs[self._path] = y
+        if self._capture.stop_after == self._path:
+            raise StopForward
         return y
 
 
 @contextmanager
-def tapped(model: nn.Module, paths: Sequence[str]) -> Iterator[Here]:
-    """Within it, these modules tell every thread what they do; see `Here`."""
-    here = Here()
+def capture_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[Capture]:
+    """Capture inputs, and outputs if wanted, of modules in every pass inside the block.
+
+    Each thread has captures of its own. `input_activations` does this for whole example sets.
+
+    Args:
+        model: any MLX model; its modules are as before after the block.
+        paths: the modules.
+    """
+    capture = Capture()
     modules = dict(model.named_modules())
     own = {path: modules[path] for path in paths}
-    taps = {path: _Tap(path, module, here) for path, module in own.items()}
-    model.update_modules(tree_unflatten(list(taps.items())))
+    captured = {path: _CapturedModule(path, module, capture) for path, module in own.items()}
+    model.update_modules(tree_unflatten(list(captured.items())))
     try:
-        yield here
+        yield capture
     finally:
         model.update_modules(tree_unflatten(list(own.items())))
 
 
-def _run(base: BaseModel, here: Here, batch: TokenBatch) -> Inputs:
-    here.seen = {}
+def _run(base: BaseModel, capture: Capture, batch: TokenBatch) -> ModuleInputs:
+    capture.inputs = {}
     tokens = mx.array(batch.tokens)
     try:
         mx.eval(run_blocks(base.model, tokens))
     except ModelError:
         mx.eval(base.model(tokens))  # its head cannot be left out
-    return batch.kept_of(here.seen)
+    return batch.kept_by_module(capture.inputs)
 
 
-def _joined(parts: Sequence[tuple[TokenBatch, Inputs]], paths: Sequence[str]) -> Inputs:
+def _joined(parts: Sequence[tuple[TokenBatch, ModuleInputs]], paths: Sequence[str]) -> ModuleInputs:
     """The tokens of all batches of a set in their order."""
     order = np.argsort([place for batch, _ in parts for place in batch.places])
     arrays: dict[tuple[int, ...], np.ndarray] = {}

@@ -1,4 +1,8 @@
-"""What an adapter says of its rows, and the gradient that brings another one to say the same."""
+"""Distillation: an adapter's predictions as teacher targets, and gradients towards them.
+
+Losses against a teacher come from `Distiller.with_teacher` and the engine, which is exact and
+cached; gradients and whole comparisons from `Distiller` itself.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ import numpy as np
 from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import by_length, target_places
+from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.forward import KeysValues, find_head, in_float32, run_blocks
+from d2c_mlx.models.forward import KeysValues, find_head, head_in_float32, run_blocks
 from d2c_mlx.models.kernels import target_scores
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["Distiller", "Factors", "Row"]
+__all__ = ["Distiller", "Factors", "TeacherRow"]
 
 # Padded tokens whose activations are kept at a time; a step adds the gradients of several batches.
 _BATCH = 512
@@ -28,18 +32,19 @@ Factors = dict[str, KeysValues]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row, and all that is needed of its teacher.
+class TeacherRow:
+    """A row and its teacher targets.
 
     Over the whole vocabulary KL(teacher || student) = `lse(z) - mean . h + constant`, for logits z
     and hidden states h of the student: the head is linear, so the teacher enters by its mean row of
-    the head and by one number per target. A hundred times smaller than logits, and exact with
-    `in_float32`: what 16 bits would round in z is not in the mean.
+    the head and by one number (its entropy, to a sign and a shift) per target. That is a hundred
+    times smaller than logits, and exact with `head_in_float32`: what 16 bits would round in z is
+    not in the mean. It is why an architecture whose head is not linear is refused.
 
     Attributes:
         example: the tokens.
-        answered: whether the answer is the user's; if not, the teacher's own.
-        mean: `(n_targets, hidden)`.
+        answered: True if the answer is the user's; else it is the teacher's own.
+        mean: `(n_targets, hidden)`, the head's rows averaged by the teacher's probabilities.
         constant: `(n_targets,)`.
         nll: sum over the targets under the teacher, in nats.
     """
@@ -52,7 +57,7 @@ class Row:
 
 
 class Distiller:
-    """The base model, with whichever adapter is attached last."""
+    """Teacher targets and gradients on one base model; the adapter attached last stays attached."""
 
     def __init__(self, base: BaseModel) -> None:
         """Find the head.
@@ -66,81 +71,88 @@ class Distiller:
                 f"{base.name}: refine needs a head that is linear in the hidden states; this"
                 " architecture scales or caps its logits"
             )
-        self.base, self._head = base, in_float32(head)
+        self.base, self._head = base, head_in_float32(head)
         self._fast = mx.default_device().type == mx.DeviceType.cpu
 
-    def teach(
+    def teacher_rows(
         self,
         adapter: Adapter,
         answered: ExampleSet,
         prompts: ExampleSet | None = None,
-        trust: float = 0.0,
-    ) -> list[Row]:
-        """Rows with the adapter as their teacher: the answered ones, then the prompts.
+        label_weight: float = 0.0,
+    ) -> list[TeacherRow]:
+        """Teacher targets of rows, for `compare` and `gradient`: the answered rows, then prompts.
 
         Args:
-            adapter: attached, and left so.
+            adapter: the teacher; it stays attached.
             answered: rows whose targets are given.
-            prompts: rows of which only the tokens up to `offset` are read; the adapter's greedy
-                answer follows, at most as long as the longest of `answered`.
-            trust: weight of the rows' own targets in `mean` and `constant`; the teacher has the
-                rest of 1.
+            prompts: rows of which only the prompt is read; the teacher's greedy answer follows, at
+                most as long as the longest of `answered`.
+            label_weight: weight of the rows' own targets in `mean` and `constant`, from 0 to 1; the
+                teacher has the rest.
+
+        Returns:
+            One `TeacherRow` per row.
         """
         self.base.attach(adapter)
         examples = list(answered.examples)
         longest = max(one.n_targets for one in examples)
         for one in prompts.examples if prompts else ():
-            prompt = one.asked
+            prompt = one.prompt_tokens
             examples.append(Example((*prompt, *self.base.answer(prompt, longest)), len(prompt)))
-        rows: dict[int, Row] = {}
-        for batch in by_length([len(one.tokens) for one in examples], _BATCH):
+        rows: dict[int, TeacherRow] = {}
+        for batch in batches_by_length([len(one.tokens) for one in examples], _BATCH):
             some = [examples[i] for i in batch]
             hidden, targets = self._hidden(some)
             ones = mx.ones(len(targets))
             (lse, gold), (mean,) = mx.vjp(
                 lambda h, targets=targets: self._scores(h, targets),
                 [hidden],
-                [(1 - trust) * ones, trust * ones],
+                [(1 - label_weight) * ones, label_weight * ones],
             )
             constant = (mean * hidden).sum(axis=-1) - lse
             ends = np.cumsum([one.n_targets for one in some])[:-1]
             parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
             for i, m, c, nll in zip(batch, *parts):
-                rows[i] = Row(examples[i], i < len(answered.examples), m, c, float(nll.sum()))
+                rows[i] = TeacherRow(
+                    examples[i], i < len(answered.examples), m, c, float(nll.sum())
+                )
         return [rows[i] for i in range(len(examples))]
 
-    def taught(
+    def with_teacher(
         self,
         adapter: Adapter,
         examples: ExampleSet,
-        trust: float = 0.0,
-        rows: Sequence[Row] | None = None,
+        label_weight: float = 0.0,
+        rows: Sequence[TeacherRow] | None = None,
     ) -> ExampleSet:
-        """The set with the adapter's answers as targets: a loss on it is KL(adapter || student).
+        """The set with teacher targets: the engine's loss on it is KL(adapter || student).
 
-        What the NLL is expected to rise by if the adapter is right, without the luck of the few
+        That is the expected rise of the NLL if the adapter is right, without the luck of the few
         answers at hand, of which a student may be surer than its teacher.
 
         Args:
             adapter: the teacher.
-            examples: their own answers only say where the adapter is asked.
-            trust: from 0 to 1; above 0 the loss is `(1 - trust) * KL + trust * (NLL of the rows'
-                own answers minus that under the adapter)`, which may be negative.
-            rows: `teach` of the same, if they are known.
+            examples: the rows; their own answers only say at which tokens the adapter is asked.
+            label_weight: from 0 to 1; above 0 the loss is `(1 - label_weight) * KL + label_weight *
+                (NLL of the rows' own answers minus that under the adapter)`, which may be negative.
+            rows: `teacher_rows` of the same arguments, if they are known.
         """
-        rows = rows or self.teach(adapter, examples, trust=trust)
-        expected = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
-        teacher = f"{adapter.digest} {trust!r}" if trust else adapter.digest
-        return replace(examples, teacher=teacher, expected=expected)
+        rows = rows or self.teacher_rows(adapter, examples, label_weight=label_weight)
+        targets = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
+        teacher = f"{adapter.digest} {label_weight!r}" if label_weight else adapter.digest
+        return replace(examples, teacher=teacher, teacher_targets=targets)
 
-    def compare(self, adapter: Adapter, rows: Sequence[Row]) -> np.ndarray:
-        """`(n_rows, 2)`: NLL minus the teacher's, and KL(teacher || adapter), summed over targets.
+    def compare(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> np.ndarray:
+        """Compare a student with the rows' teachers; it stays attached.
 
-        Attaches the adapter.
+        Returns:
+            `(n_rows, 2)`, summed over targets, in nats: NLL minus the teacher's NLL, and
+            KL(teacher || adapter).
         """
         self.base.attach(adapter)
         sums = np.empty((len(rows), 2))
-        for batch in by_length([len(row.example.tokens) for row in rows], _BATCH):
+        for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
             some = [rows[i] for i in batch]
             hidden, targets = self._hidden([row.example for row in some])
             lse, gold = self._scores(hidden, targets)
@@ -150,55 +162,55 @@ class Distiller:
         sums[:, 0] -= [row.nll for row in rows]
         return sums
 
-    def excess(self, adapter: Adapter, rows: Sequence[Row]) -> float:
-        """Mean NLL per target minus the teacher's; attaches the adapter."""
+    def excess(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:
+        """Mean NLL per target minus the teacher's, in nats; the adapter stays attached."""
         total = float(self.compare(adapter, rows)[:, 0].sum())
         return total / sum(row.example.n_targets for row in rows)
 
     def gradient(
-        self, factors: Factors, rows: Sequence[Row], weights: Sequence[tuple[float, float]]
+        self, factors: Factors, rows: Sequence[TeacherRow], weights: Sequence[tuple[float, float]]
     ) -> Factors:
-        """Of the sum over targets of `w_nll * NLL + w_kl * KL(teacher || student)`.
+        """The gradient of the sum over targets of `w_nll * NLL + w_kl * KL(teacher || student)`.
 
         Args:
-            factors: of the student, whose modules are those of the attached adapter.
-            rows: what to learn from.
+            factors: the student's factors, whose modules are those of the attached adapter.
+            rows: rows with their teacher targets.
             weights: `(w_nll, w_kl)` of every row.
         """
         # Weights are far below 1, and in float16 so would the gradients of states be, to nothing. A
         # power of two changes no digit.
         unit = 2.0 ** math.frexp(max(map(max, weights)))[1]
         total: Factors = tree_map(mx.zeros_like, factors)
-        for batch in by_length([len(row.example.tokens) for row in rows], _BATCH):
+        for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
             some = [rows[i] for i in batch]
             n_targets = [row.example.n_targets for row in some]
-            of_rows = np.array([weights[i] for i in batch], np.float32) / unit
-            each = np.repeat(of_rows, n_targets, axis=0)
+            by_row = np.array([weights[i] for i in batch], np.float32) / unit
+            each = np.repeat(by_row, n_targets, axis=0)
             gradient = mx.grad(self.loss)(factors, some, mx.array(each))
             total = tree_map(mx.add, total, gradient)
             mx.eval(total)
         return tree_map(lambda x: x * unit, total)
 
-    def loss(self, factors: Factors, rows: Sequence[Row], weights: mx.array) -> mx.array:
-        """What `gradient` differentiates; `weights (n_targets, 2)`."""
-        with self.base.factors_replaced([factors[path] for path in self.base.occupied]):
+    def loss(self, factors: Factors, rows: Sequence[TeacherRow], weights: mx.array) -> mx.array:
+        """The loss that `gradient` differentiates, with `weights (n_targets, 2)`."""
+        with self.base.replaced_factors([factors[path] for path in self.base.attached_factors]):
             hidden, targets = self._hidden([row.example for row in rows])
         lse, gold = self._scores(hidden, targets)
         divergence = _divergence(hidden, lse, rows)
         return (weights[:, 0] * (lse - gold) + weights[:, 1] * divergence).sum()
 
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
-        """`(n_targets, hidden)` states before every target in float32, and the targets' ids."""
-        x, places, targets = target_places(examples)
+        """States before every target, float32 `(n_targets, hidden)`, and the targets' ids."""
+        x, places, targets = pad_batch(examples)
         return run_blocks(self.base.model, x)[places].astype(mx.float32), targets
 
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        """`(n_targets,)` log of the sum over the vocabulary, and logit of the target."""
+        """`(n_targets,)` logsumexp over the vocabulary, and the logit of the target."""
         return target_scores(self._head(hidden), targets, self._fast)
 
 
-def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[Row]) -> mx.array:
-    """`(n_targets,)` KL(teacher || student), see `Row`."""
+def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[TeacherRow]) -> mx.array:
+    """`(n_targets,)` KL(teacher || student), see `TeacherRow`."""
     mean = mx.array(np.concatenate([row.mean for row in rows]))
     constant = mx.array(np.concatenate([row.constant for row in rows]))
     return lse - (mean * hidden).sum(axis=-1) + constant

@@ -1,4 +1,4 @@
-"""Held-out quality of every method, at the bytes it takes."""
+"""Held-out losses of every method, at the bytes it takes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,42 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.grouping import alike
+from d2c_mlx.utils.grouping import indices_by_key
 
-__all__ = ["Method", "bench_methods", "measure"]
+__all__ = ["BenchMethod", "bench_methods", "method_losses"]
 
 
 @dataclass(frozen=True)
-class Method:
-    """What serves each task under one method: `variants` are averaged (random partitions).
+class BenchMethod:
+    """One row of a comparison: which adapter serves each task, and at how many bytes.
 
     Attributes:
         nbytes: bytes of all adapter files.
         variants: each maps task -> the adapter that serves it, or None for the bare base model.
+            Losses are means over variants: `random` has several partitions, all others one.
     """
 
     nbytes: int
     variants: Sequence[Mapping[str, Adapter | None]]
 
 
-def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -> np.ndarray:
-    """`(n_tasks,)` mean NLL per target token, in nats, mean over the method's variants."""
+def method_losses(
+    evaluator: Evaluator, method: BenchMethod, tests: Sequence[ExampleSet]
+) -> np.ndarray:
+    """Mean NLL per target token of one method on every task, `(n_tasks,)` in nats.
+
+    `bench_methods` compares several methods.
+
+    Args:
+        evaluator: on the base model.
+        method: what serves the tasks; the mean over its variants is taken.
+        tests: held-out examples of every task.
+    """
     columns = []
     for variant in method.variants:
         # One job per adapter: its tasks are then evaluated side by side.
         adapters = [variant[test.task] for test in tests]
-        groups = list(alike(one.digest if one else "base" for one in adapters).values())
+        groups = list(indices_by_key(one.digest if one else "base" for one in adapters).values())
         jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
         losses = np.empty(len(tests))
         for group, values in zip(groups, evaluator.losses_in_parts(jobs)):
@@ -45,22 +56,26 @@ def measure(evaluator: Evaluator, method: Method, tests: Sequence[ExampleSet]) -
 
 
 def bench_methods(
-    evaluator: Evaluator, methods: Mapping[str, Method], tests: Sequence[ExampleSet]
+    evaluator: Evaluator, methods: Mapping[str, BenchMethod], tests: Sequence[ExampleSet]
 ) -> dict[str, Any]:
-    """The `methods` part of `bench.json`.
+    """Compare methods on held-out rows: the `methods` part of `bench.json`.
 
-    Of a task: excess = loss - individual (nats per target token; the strict one), retention =
-    (base - loss) / (base - individual), null where the individual adapter does not beat the
-    base. Of a method: means over tasks.
+    For each task there are two measures against its individual adapter. excess = loss - individual,
+    in nats per target token, is the strict one. retention = (base - loss) / (base - individual) is
+    null where the individual adapter does not beat the base. A method's numbers are means over
+    tasks.
 
     Args:
         evaluator: on the base model.
         methods: must have "base"; without "individual" there is no excess and no retention.
         tests: held-out examples of every task.
+
+    Returns:
+        Method -> `nbytes`, `loss`, `excess`, `retention`, and `tasks` with the last three by task.
     """
-    losses = {name: measure(evaluator, method, tests) for name, method in methods.items()}
+    losses = {name: method_losses(evaluator, method, tests) for name, method in methods.items()}
     base = losses["base"]
-    # Without an individual adapter nothing is known of it: NaN here, null in the file.
+    # NaN here is null in the file: without an individual adapter nothing is known.
     individual = losses.get("individual", np.full(len(tests), np.nan))
     gain = base - individual
     helped = gain > 1e-6

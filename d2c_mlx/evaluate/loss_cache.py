@@ -1,4 +1,4 @@
-"""Losses on disk by content, shared by all stages, restarts and later runs of this user."""
+"""The cache of losses: a file of losses by content, shared by all runs of this user."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["LossCache"]
 class LossCache:
     """A table from key to loss in one SQLite file; several processes may use it at once.
 
-    A key is a hash of all that decides a loss, so an entry never becomes wrong and the file can be
-    deleted at any time.
+    A key is a hash of all that decides a bit of the loss (`Engine.fingerprint` and the adapter), so
+    an entry never becomes wrong, and the file can be deleted at any time.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -44,7 +44,7 @@ class LossCache:
             found = row.fetchone()
         except sqlite3.Error as error:
             raise self._problem(error) from None
-        # SQLite has no NaN: it keeps a null, which is as good as nothing.
+        # SQLite has no NaN and keeps a null instead, which counts as no entry.
         return None if found is None or found[0] is None else float(found[0])
 
     def put(self, key: str, loss: float) -> None:

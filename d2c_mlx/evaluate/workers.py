@@ -1,4 +1,4 @@
-"""What the engine evaluates together, in which order, and what it keeps meanwhile."""
+"""Scheduling for the engine: groups of pieces, worker threads, and states kept between passes."""
 
 from __future__ import annotations
 
@@ -13,51 +13,70 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.kernels import paced
+from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
-from d2c_mlx.utils.grouping import alike
+from d2c_mlx.utils.grouping import indices_by_key
 
-__all__ = ["LOT", "Kept", "Piece", "Work", "Workers", "groups", "lots", "workers_here"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "StateCache",
+    "Piece",
+    "Work",
+    "Workers",
+    "group_pieces",
+    "split_chunks",
+    "make_workers",
+]
 
 
 class Work(Protocol):
-    """What a worker does at a time."""
+    """A unit of work: an example set, or a batch of one."""
 
     @property
     def n_tokens(self) -> int:
-        """What it costs."""
+        """Number of tokens: what it costs."""
 
 
 S = TypeVar("S", bound=Work)
 T = TypeVar("T")
 
 Piece = tuple[Adapter | None, ExampleSet]
-# Sets are evaluated in lots of about this many tokens: after each lot its losses are stored.
-LOT = 6144
+# Sets are evaluated in chunks of about this many tokens, and losses are stored after each.
+CHUNK_TOKENS = 6144
 
 
-def groups(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
-    """Piece indices by adapter; up to `stack` adapters that want the same sets go together."""
-    wanted = list(alike(one.digest if one else "base" for one, _ in pieces).values())
-    for same in alike(tuple(pieces[i][1].digest for i in indices) for indices in wanted).values():
+def group_pieces(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
+    """Group pieces into passes under the same adapters.
+
+    Args:
+        pieces: pairs of an adapter and an example set.
+        stack: most adapters that are attached together, where they want the same sets.
+
+    Yields:
+        For each attached adapter its piece indices, sets in the same order.
+    """
+    wanted = list(indices_by_key(one.digest if one else "base" for one, _ in pieces).values())
+    for same in indices_by_key(
+        tuple(pieces[i][1].digest for i in indices) for indices in wanted
+    ).values():
         group = [wanted[j] for j in same]
         yield from (group[start : start + stack] for start in range(0, len(group), stack))
 
 
-def lots(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Consecutive indices, cut when a lot has enough tokens."""
-    lot: list[int] = []
+def split_chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cut consecutive indices into chunks of `CHUNK_TOKENS` or a little more, by their tokens."""
+    chunk: list[int] = []
     for i, _ in enumerate(sizes):
-        lot.append(i)
-        if sum(sizes[j] for j in lot) >= LOT:
-            yield lot
-            lot = []
-    if lot:
-        yield lot
+        chunk.append(i)
+        if sum(sizes[j] for j in chunk) >= CHUNK_TOKENS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
-class Kept:
-    """Hidden states within a number of bytes; the least recently used go first."""
+class StateCache:
+    """Hidden states by key, within a number of bytes; the least recently used go first."""
 
     def __init__(self, nbytes: int) -> None:
         self._free = nbytes
@@ -65,14 +84,14 @@ class Kept:
         self._lock = threading.Lock()
 
     def get(self, key: object) -> list[mx.array] | None:
-        """What was put under `key`, if it is still there."""
+        """The arrays under `key`, or None if they are not there any more."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
     def put(self, key: object, arrays: list[mx.array]) -> None:
-        """Keep arrays, unless they alone are too large; others may have to go."""
+        """Keep arrays, unless they alone are too large; others are dropped to make room."""
         size = sum(x.nbytes for x in arrays)
         with self._lock:
             held = sum(x.nbytes for entry in self._entries.values() for x in entry)
@@ -85,11 +104,11 @@ class Kept:
             self._free -= size
 
 
-class _Own(threading.local):
-    """What a worker thread has: a stream, which is destroyed when the thread ends.
+class _ThreadState(threading.local):
+    """A worker thread's own stream, which is destroyed when the thread ends.
 
     Only the thread itself can destroy it, and MLX may abort at the interpreter's exit if one is
-    left (https://github.com/ml-explore/mlx/pull/4373). Of the module, to outlive every thread.
+    left (https://github.com/ml-explore/mlx/pull/4373).
     """
 
     stream: _Stream
@@ -103,34 +122,45 @@ class _Stream:
         mx.clear_streams()
 
 
-_own = _Own()
+# At module level, to outlive every thread.
+_thread = _ThreadState()
 
 
 class Workers:
     """Threads that evaluate side by side, each on a stream of its own.
 
+    `make_workers` chooses how many; `Workers(1)` is for a single thread.
+
     Attributes:
-        n: how many; with one, the calling thread does the work, in lots.
+        n: number of threads; with one, the calling thread does the work, in chunks.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
         device = mx.default_device()
         self._pool = ThreadPoolExecutor(
-            n, initializer=lambda: setattr(_own, "stream", _Stream(device))
+            n, initializer=lambda: setattr(_thread, "stream", _Stream(device))
         )
 
     def run(
         self, body: Callable[[Sequence[S]], Sequence[T]], sets: Sequence[S]
     ) -> Iterator[tuple[int, T]]:
-        """Yield (index of a set, what `body` gives for it) as they come, the largest first."""
+        """Run `body` over sets, the largest first.
+
+        Args:
+            body: gives one result per set of those it is called with.
+            sets: what to work on.
+
+        Yields:
+            (index of a set, its result), each as soon as it is known.
+        """
         if self.n == 1:
-            for lot in lots([one.n_tokens for one in sets]):
-                yield from zip(lot, body([sets[j] for j in lot]))
+            for chunk in split_chunks([one.n_tokens for one in sets]):
+                yield from zip(chunk, body([sets[j] for j in chunk]))
             return
 
         def work(one: S) -> T:
-            with mx.stream(_own.stream.stream), paced():
+            with mx.stream(_thread.stream.stream), eager_evaluation():
                 return body([one])[0]
 
         order = sorted(range(len(sets)), key=lambda j: (-sets[j].n_tokens, j))
@@ -139,20 +169,21 @@ class Workers:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
-            # Those that run use the attached adapter: nobody may go on before they end.
+            # Those that run use the attached adapter, so no other may be attached before they end.
             for future in futures:
                 future.cancel()
             wait(futures)
 
 
-def workers_here(several: bool, n_processes: int) -> Workers:
-    """One thread per core on a CPU device, where MLX runs elementwise work on a single core.
+def make_workers(several: bool, n_processes: int) -> Workers:
+    """Workers for this device: up to four threads on a CPU, else the calling thread alone.
 
-    Then OpenBLAS is held to a thread's share of the cores.
+    On a CPU MLX runs elementwise work on a single core, so sets are evaluated side by side, and
+    OpenBLAS is held to a thread's share of the cores.
 
     Args:
-        several: more than one thread.
-        n_processes: how many share this machine's cores.
+        several: False for the calling thread alone.
+        n_processes: number of processes that share this machine's cores.
     """
     if mx.default_device().type != mx.DeviceType.cpu:
         return Workers(1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.distill import Distiller, Row
+from d2c_mlx.evaluate.distill import Distiller, TeacherRow
 from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import scaled
@@ -44,14 +44,14 @@ class TeacherRegret:
             losses: has the gains.
         """
         self._evaluator, self._losses = library.evaluator, losses
-        self._separate = library.engine.separate is not None
+        self._separate = library.engine.float32_head is not None
         self.sets, self.trust = list(library.probes), [0.0] * len(library.probes)
         if self._separate:
             model = Distiller(library.base)
             for i, (adapter, probe) in enumerate(zip(library.adapters, library.probes)):
-                rows = model.teach(adapter, probe)
+                rows = model.teacher_rows(adapter, probe)
                 self.trust[i] = trust = _trust(model, adapter, rows)
-                self.sets[i] = model.taught(adapter, probe, trust, None if trust else rows)
+                self.sets[i] = model.with_teacher(adapter, probe, trust, None if trust else rows)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Normalised regrets `(n,)` of losses `(n,)`, in nats, on the sets of `tasks`."""
@@ -66,7 +66,7 @@ class TeacherRegret:
         return self.regret(losses, np.array(tasks))
 
 
-def _trust(model: Distiller, adapter: Adapter, rows: Sequence[Row]) -> float:
+def _trust(model: Distiller, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:
     """Of the rows' own answers, by what they say of the adapter, their teacher, made weaker."""
     rises = model.compare(scaled(adapter, _WEAKER), rows)
     # Both rise alike, luck apart, if the rows are answered as the adapter expects.

@@ -26,7 +26,13 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import Factors
 from d2c_mlx.evaluate.batches import shared_prefix
-from d2c_mlx.evaluate.capture import Enough, Here, TokenBatch, tapped, token_batches
+from d2c_mlx.evaluate.capture import (
+    Capture,
+    StopForward,
+    TokenBatch,
+    capture_modules,
+    token_batches,
+)
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.regmean import Grams, matched
 from d2c_mlx.models.base_model import BaseModel, block_index
@@ -115,7 +121,7 @@ def merge_layerwise(
     for adapter in adapters:  # Taps go around modules that can hold an adapter.
         base.attach(adapter)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
-    with tapped(base.model, paths) as here:
+    with capture_modules(base.model, paths) as here:
         merging = _Merging(base, adapters, rank, workers or Workers(1), here)
         merges = merging.merges(_parts(sets, most), aims)
     base.attach(None)
@@ -134,7 +140,7 @@ class _Merging:
     adapters: Sequence[Adapter]
     rank: int
     workers: Workers
-    here: Here
+    here: Capture
 
     def merges(self, parts: Sequence[_Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
         """From the bottom to the top."""
@@ -174,13 +180,13 @@ class _Merging:
         def one(part: _Part) -> _Seen:
             seen: dict[str, mx.array] = {}
             said: dict[str, mx.array] = {}
-            self.here.seen, self.here.said, self.here.last = seen, said, last
+            self.here.inputs, self.here.outputs, self.here.stop_after = seen, said, last
             hidden = part.hidden
-            with suppress(Enough):
+            with suppress(StopForward):
                 hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
             mx.eval(hidden)
             inputs, outputs = (
-                part.batch.kept_of({path: x for path, x in some.items() if path in paths})
+                part.batch.kept_by_module({path: x for path, x in some.items() if path in paths})
                 for some in (seen, said)
             )
             return _Seen(hidden, inputs, outputs)

@@ -12,7 +12,7 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import closest_scale
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.evaluate.capture import Inputs, input_activations
+from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
@@ -78,7 +78,7 @@ class Merger:
         self._method = options.method or self._best
         self.quick_method = _QUICK.get(self._method, self._method)
         self._merges: dict[tuple[str, Members], Merged] = {}
-        self._inputs: dict[int, Inputs] = {}
+        self._inputs: dict[int, ModuleInputs] = {}
 
     @cached_property
     def _best(self) -> str:
@@ -203,7 +203,7 @@ class Merger:
         return [float(self._regret(some, np.array(members)).mean()) for some in losses]
 
     def _unscaled(
-        self, members: Members, method: str, inputs: Sequence[Inputs] | None = None
+        self, members: Members, method: str, inputs: Sequence[ModuleInputs] | None = None
     ) -> Adapter:
         """Before its scale; RegMean takes `inputs`, or those that every member has of its own."""
         activations = None
@@ -226,13 +226,13 @@ class Merger:
         """Modules that some member has."""
         return sorted({path for i in members for path in self._adapters[i].modules})
 
-    def _own_inputs(self, i: int, members: Members) -> Inputs:
+    def _own_inputs(self, i: int, members: Members) -> ModuleInputs:
         """Of task i under its own adapter."""
         if i not in self._inputs or not set(self._paths(members)) <= self._inputs[i].keys():
             (self._inputs[i],) = self._inputs_of((i,), self._adapters[i], members)
         return self._inputs[i]
 
-    def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[Inputs]:
+    def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[ModuleInputs]:
         """What tokens of tasks are at every module that a member has, under an adapter."""
         return input_activations(
             self._base, adapter, [self._probes[i] for i in tasks], self._paths(members),

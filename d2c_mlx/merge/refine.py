@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.evaluate.distill import Distiller, Factors, Row
+from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -94,12 +94,12 @@ class _Rows:
     """Of one task: what is trained on, with and without answers, and what is held back."""
 
     gain: float
-    answered: list[Row]
-    prompts: list[Row]
-    held: list[Row]
+    answered: list[TeacherRow]
+    prompts: list[TeacherRow]
+    held: list[TeacherRow]
 
     @property
-    def trained(self) -> list[list[Row]]:
+    def trained(self) -> list[list[TeacherRow]]:
         return [some for some in (self.answered, self.prompts) if some]
 
 
@@ -142,7 +142,7 @@ def refine(
     with all_cores():
         tasks = []
         for one, (train, held) in zip(members, splits):
-            rows = model.teach(one.adapter, one.probe, one.prompts)
+            rows = model.teacher_rows(one.adapter, one.probe, one.prompts)
             prompts = rows[len(one.probe.examples) :]
             tasks.append(
                 _Rows(one.gain, [rows[i] for i in train], prompts, [rows[i] for i in held])
@@ -198,10 +198,10 @@ def _schedule(o: RefineOptions) -> Callable[[mx.array], mx.array]:
     return optim.join_schedules([rising, falling], [warm])
 
 
-def _turns(rows: Sequence[Row], n: int, seed: Sequence[int]) -> Iterator[list[Row]]:
+def _turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
     """`n` rows at a time, in rounds: every row once, in a new order."""
     rng = np.random.default_rng(seed)
-    waiting: list[Row] = []
+    waiting: list[TeacherRow] = []
     n = min(n, len(rows))
     while True:
         while len(waiting) < n:
@@ -217,8 +217,8 @@ def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
 
 
 def _weighted(
-    rows: Sequence[Sequence[Row]], tasks: Sequence[_Rows], kl_weight: float
-) -> tuple[list[Row], list[tuple[float, float]]]:
+    rows: Sequence[Sequence[TeacherRow]], tasks: Sequence[_Rows], kl_weight: float
+) -> tuple[list[TeacherRow], list[tuple[float, float]]]:
     """Rows and weights of their targets: the mean over tasks of mean loss / gain."""
     weights = []
     for some, task in zip(rows, tasks):

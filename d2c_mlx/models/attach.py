@@ -1,4 +1,4 @@
-"""Attaching an adapter to an mlx-lm model in place, and taking it off."""
+"""Attaching an adapter to a stock mlx-lm model in place, and taking it off."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from d2c_mlx.models.base_model import linear_shapes
 
 __all__ = ["switch"]
 
-# Every layer that mlx-lm puts in place of one of the model, kept in it as `linear` or `embedding`.
+# Layers that mlx-lm puts in place of the model's own, which they keep as `linear` or `embedding`.
 _LINEAR, _EMBEDDING = (LoRALinear, LoRASwitchLinear, DoRALinear), (LoRAEmbedding, DoRAEmbedding)
 
 
 def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: ANN401  any nn.Module
     """Replace the LoRAs of an mlx-lm model in place; base weights are neither read nor copied.
 
-    A prompt cache from before holds keys and values of the old adapter: begin a new one.
+    For models that stock mlx-lm runs; `BaseModel.attach` is for evaluation. A prompt cache from
+    before holds keys and values of the old adapter: begin a new one.
 
     Args:
-        model: of `mlx_lm.load` or `load`. LoRAs and DoRAs that it has are dropped.
+        model: from `mlx_lm.load` or `d2c_mlx.load`. LoRAs and DoRAs that it has are dropped.
         adapter: None leaves the base model.
-        where: what to name in messages.
+        where: the file or pack to name in messages.
 
     Raises:
         AdapterError: the adapter is of another base model; the model stays as it was.
@@ -37,7 +38,7 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
     # One walk through the model: it takes as long as half of the rest.
     modules = dict(model.named_modules())
     if adapter:
-        # The linear module inside a LoRA of mlx-lm is called `linear`.
+        # A LoRA of mlx-lm keeps the model's own linear module as `linear`.
         found = linear_shapes(modules.items())
         shapes = {path.removesuffix(".linear"): shape for path, shape in found.items()}
         check_adapter(adapter, shapes, where)

@@ -1,4 +1,4 @@
-"""The base model: load it once, tokenize for it, swap adapters in place."""
+"""The base model: loaded once, it tokenizes rows, and adapters are swapped in place."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import dequantize_model, load
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.float16 import balanced
+from d2c_mlx.adapters.float16 import balance_factors
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.tasks import Row
-from d2c_mlx.models.tokenize import context_of, encode
+from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.device import use_device
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file
@@ -37,15 +37,16 @@ __all__ = [
     "stored_dtype",
 ]
 
-# Part of every fingerprint: raise it when a change of the engine changes losses.
+# Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
+# engine changes losses.
 _ENGINE = 5
 
 
-class _Slot(nn.Module):
+class _AdaptedLinear(nn.Module):
     """A linear module with room for LoRAs: `linear(x) + (x @ a) @ b`.
 
-    With `n` of them, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts. Or
-    `folded`, the sum of the linear module's weight and one LoRA, `(out, in)`.
+    With n LoRAs, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts. With
+    `folded`, the sum of the linear module's weight and one LoRA, `(out, in)`, that is used instead.
     """
 
     def __init__(self, linear: nn.Module) -> None:
@@ -69,20 +70,29 @@ class _Slot(nn.Module):
 class BaseModel:
     """A base model with swappable adapters.
 
+    `Engine` evaluates losses on it. To generate with stock mlx-lm, use `d2c_mlx.load` instead.
+
     Attributes:
-        spec: as the user named it; None is the default.
-        name: the same, or `locate.EMBEDDED`.
+        spec: the model as the user named it; None is the default.
+        name: the model's name, see `resolve_model`.
         path: its mlx-lm directory.
+        model: the mlx-lm model.
+        tokenizer: the mlx-lm tokenizer.
         dtype: the dtype of its activations as stored; packs are written in it.
-        first_touched: index of the first block that an attached adapter changes.
+        compute_dtype: the dtype that it computes in here.
+        module_shapes: module path -> (in, out) of every linear module in a block.
+        first_adapted_block: index of the first block that an attached adapter changes.
     """
 
     def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
         """Load; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
-            spec: see `locate.resolve_model`.
+            spec: see `resolve_model`.
             dequantize: have no quantized weights on any device.
+
+        Raises:
+            ModelError: it cannot be found, or mlx-lm cannot load it.
         """
         self.spec = spec
         self.name, self.path = resolve_model(spec)
@@ -98,8 +108,8 @@ class BaseModel:
         mx.eval(model.parameters())
         self.model = model
         self.module_shapes = linear_shapes(model.named_modules())
-        self.first_touched = self.n_layers
-        self._slots: dict[str, _Slot] = {}
+        self.first_adapted_block = self.n_layers
+        self._slots: dict[str, _AdaptedLinear] = {}
 
     @property
     def n_layers(self) -> int:
@@ -135,30 +145,29 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """`encoding.encode` with the model's tokenizer and context."""
-        return encode(self.tokenizer, task, rows, places, context_of(self.model.args))
+        """`tokenize.encode` with the model's tokenizer and context length."""
+        return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """The greedy answer under the attached adapter, with its end token if it comes to one."""
+        """The greedy answer under the attached adapter, with its end token if it reaches one."""
         return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     @property
-    def folds(self) -> bool:
-        """Whether a LoRA added to a weight loses nothing: float32 weights, none quantized."""
+    def can_fold(self) -> bool:
+        """True if a LoRA added to a weight loses nothing: float32 weights, none quantized."""
         return self.compute_dtype == mx.float32 and not any(
             isinstance(module, nn.QuantizedLinear) for module in self.model.modules()
         )
 
     def attach(self, *adapters: Adapter | None, fold: bool = False) -> None:
-        """Put adapters in place of the last ones; None leaves the bare base model.
-
-        Several adapters divide a batch into as many equal parts, in their order.
+        """Put adapters in place of those attached before.
 
         Args:
-            adapters: at least one.
-            fold: add a single adapter to copies of the weights; only where `folds`.
+            adapters: at least one; None is the bare base model. Several divide a batch into as many
+                equal parts, in their order.
+            fold: add a single adapter to copies of the weights; only where `can_fold`.
         """
-        self.first_touched = min(
+        self.first_adapted_block = min(
             (block_index(path) for one in adapters if one for path in one.modules),
             default=self.n_layers,
         )
@@ -166,27 +175,31 @@ class BaseModel:
         new = sorted(modules - self._slots.keys())
         if new:
             linears = dict(self.model.named_modules())
-            slots = {path: _Slot(linears[path]) for path in new}
+            slots = {path: _AdaptedLinear(linears[path]) for path in new}
             self.model.update_modules(tree_unflatten(list(slots.items())))
             self._slots |= slots
         for path, slot in self._slots.items():
-            slot.factors = self.stacked(path, adapters) if path in modules else None
+            slot.factors = self.stacked_factors(path, adapters) if path in modules else None
             slot.folded = None
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors
                 slot.folded = slot.linear.weight + (a @ b).T
-        # Now, and by this thread: others will read them.
+        # Evaluated now, by this thread: others, with streams of their own, will read them.
         mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
 
     @property
-    def occupied(self) -> dict[str, KeysValues]:
+    def attached_factors(self) -> dict[str, KeysValues]:
         """Module path -> factors of the attached adapters."""
         return {path: slot.factors for path, slot in self._slots.items() if slot.factors}
 
     @contextmanager
-    def factors_replaced(self, factors: Sequence[KeysValues]) -> Iterator[None]:
-        """Other arrays in place of `occupied`'s values, for a while (a gradient traces them)."""
-        own = self.occupied
+    def replaced_factors(self, factors: Sequence[KeysValues]) -> Iterator[None]:
+        """Use other arrays for `attached_factors` inside the block, for `mx.grad` to trace.
+
+        Args:
+            factors: one pair per module, in the order of `attached_factors`.
+        """
+        own = self.attached_factors
         for path, other in zip(own, factors):
             self._slots[path].factors = other
         try:
@@ -195,8 +208,16 @@ class BaseModel:
             for path, mine in own.items():
                 self._slots[path].factors = mine
 
-    def stacked(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
-        """`(n, in, r)` and `(n, r, out)`, scales folded into the second; smaller ranks padded."""
+    def stacked_factors(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
+        """The factors of n adapters for one module, in the dtype of computation.
+
+        Args:
+            path: a module that at least one of the adapters has.
+            adapters: None is an adapter without modules.
+
+        Returns:
+            `a (n, in, r)` and `b (n, r, out)`, scales folded into b and smaller ranks padded.
+        """
         loras = [adapter.modules.get(path) if adapter else None for adapter in adapters]
         rank = max(lora.rank for lora in loras if lora)
         width, out = self.module_shapes[path]
@@ -209,14 +230,20 @@ class BaseModel:
             pad = rank - lora.rank
             left, right = lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale
             if self.compute_dtype == mx.float16:
-                left, right = balanced(left, right)
+                left, right = balance_factors(left, right)
             a.append(mx.pad(left, [(0, 0), (0, pad)]))
             b.append(mx.pad(right, [(0, pad), (0, 0)]))
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
 
 
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer as mlx-lm loads them; ModelError when it cannot."""
+    """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
+
+    For programs that must behave as stock mlx-lm does; everything else uses `BaseModel`.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
     use_device()
     try:
         model, tokenizer = load(str(path), lazy=lazy)
@@ -234,7 +261,14 @@ def greedy(
     prompt: Sequence[int],
     max_tokens: int,
 ) -> tuple[int, ...]:
-    """The most likely token each time, up to and with an end token if it comes to one."""
+    """Generate the most likely token each time, up to and with an end token.
+
+    Args:
+        model: of mlx-lm.
+        tokenizer: its tokenizer.
+        prompt: token ids.
+        max_tokens: most tokens of the answer.
+    """
     tokens = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
         tokens.append(int(token))
@@ -261,9 +295,10 @@ def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[i
 
 
 def stored_dtype(model: nn.Module) -> mx.Dtype | None:
-    """The dtype of activations: that of the norms, which are never quantized; None without one.
+    """The dtype of a model's activations: that of its norms, which are never quantized.
 
-    The last norm is not called `norm` in every architecture, so any other one will do.
+    The last norm is not called `norm` in every architecture, so any other one will do; None if
+    there is none.
     """
     found = dict(tree_flatten(model.parameters()))
     norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]

@@ -1,4 +1,4 @@
-"""Tokenized rows: what losses are measured on."""
+"""Tokenized rows, on which losses are measured."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Example:
     """Token ids of one row; `tokens[offset:]` are the targets that count in the loss.
 
     Attributes:
-        tokens: of prompt and answer.
-        offset: as mlx-lm's trainer masks: how long the prompt is.
-        prompt: what a model is asked with where that is not `tokens[:offset]`. Templates may open a
-            thought for the model, or leave one out of the answers that they are given.
+        tokens: token ids of prompt and answer.
+        offset: length of the prompt, as mlx-lm's trainer masks it.
+        prompt: the prompt that a model answers, where that is not `tokens[:offset]`. Templates may
+            open a thought for the model, or leave one out of the answers that they are given.
     """
 
     tokens: tuple[int, ...]
@@ -29,13 +29,13 @@ class Example:
     prompt: tuple[int, ...] | None = None
 
     @property
-    def asked(self) -> tuple[int, ...]:
-        """What a model is asked with; nothing in rows of text."""
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The prompt that a model answers; empty for rows of text."""
         return self.tokens[: self.offset] if self.prompt is None else self.prompt
 
     @property
     def first_target(self) -> int:
-        """Index of the first token that is predicted; nothing predicts token 0."""
+        """Index of the first token that counts in the loss; nothing predicts token 0."""
         return max(self.offset, 1)
 
     @property
@@ -49,35 +49,44 @@ class ExampleSet:
     """The tokenized probe or test examples of one task.
 
     Attributes:
-        task: its name.
+        task: the task's name.
         examples: one per row.
         cuts: row numbers at which an evaluation may stop early.
-        teacher: digest of the adapter whose answers are the targets; empty: those of the rows.
-        expected: of every example what the teacher says, `(n_targets, hidden + 1)` in float32: see
-            `Distiller.taught`.
+        teacher: digest of the adapter whose predictions are the targets; empty for the rows' own.
+        teacher_targets: per example `(n_targets, hidden + 1)` float32, the mean and the constant of
+            its `distill.TeacherRow`; empty without a teacher.
     """
 
     task: str
     examples: tuple[Example, ...]
     cuts: tuple[int, ...] = ()
     teacher: str = ""
-    expected: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    teacher_targets: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
     def parts(self) -> tuple[ExampleSet, ...]:
-        """What is evaluated as a whole: the rows between two cuts."""
+        """The rows between two cuts, each part evaluated as a whole.
+
+        Each part has a cache entry of its own, also when early stopping is off (`--without bound`):
+        so stopping changes no bit. Sets without cuts are evaluated whole, which is faster.
+        """
         if not self.cuts:
             return (self,)
         bounds = (0, *self.cuts, len(self.examples))
         return tuple(
-            replace(self, examples=self.examples[i:j], expected=self.expected[i:j], cuts=())
+            replace(
+                self,
+                examples=self.examples[i:j],
+                teacher_targets=self.teacher_targets[i:j],
+                cuts=(),
+            )
             for i, j in zip(bounds, bounds[1:])
         )
 
     def cut(self, *shares: float) -> ExampleSet:
         """The same set with cuts after these shares of its rows, rounded up.
 
-        Two rows at least before the first and after the last cut: a single row costs too much.
+        At least two rows are before the first and after the last cut: a single row costs too much.
         """
         n = len(self.examples)
         cuts = sorted({max(2, math.ceil(share * n)) for share in shares})
@@ -90,7 +99,7 @@ class ExampleSet:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, prompts included: what an evaluation costs."""
+        """Number of tokens, prompts included; an evaluation costs about in proportion."""
         return sum(len(example.tokens) for example in self.examples)
 
     @cached_property

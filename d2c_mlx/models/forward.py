@@ -1,7 +1,8 @@
-"""Running parts of a base model: blocks, a shared prefix, the head; each part proven on load.
+"""Running parts of a base model: blocks, a shared prefix, the head.
 
-mlx-lm's architectures differ (logit caps, sliding windows, embedding scales), so nothing here is
-assumed: a part is used only after it gave the whole model's own output on this model.
+mlx-lm's architectures differ (logit caps, sliding windows, embedding scales), so nothing is
+assumed: a part is used only after it gave the whole model's own output on this model. `find_head`
+and the functions `*_is_exact` try that.
 """
 
 from __future__ import annotations
@@ -21,42 +22,42 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from d2c_mlx.models.kernels import pace
+from d2c_mlx.models.kernels import eval_if_eager
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
     "KeysValues",
-    "after",
-    "body_of",
+    "wait_for",
+    "find_body",
     "blocks_are_exact",
     "find_head",
     "full_logits",
-    "in_float32",
+    "head_in_float32",
     "prefix_is_exact",
     "run_blocks",
     "run_prefix",
     "split_is_exact",
-    "tiled",
+    "tile_after",
 ]
 
 KeysValues = tuple[mx.array, mx.array]
-_PROOF = list(range(1, 13))
+_TEST_TOKENS = list(range(1, 13))
 # Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
 _WINDOWS = (RotatingKVCache, ChunkedKVCache)
-# What an architecture of another build raises when it is run in parts.
+# Errors of an architecture that cannot be run in parts.
 _ERRORS = (AttributeError, IndexError, TypeError, ValueError, ModelError)
-# Where architectures keep what is below the head.
+# Names under which architectures keep the part below the head.
 _BODIES = ("model", "backbone", "transformer")
 
 
 class _Recorder:
-    """A cache for a first pass: hands keys and values through and remembers them."""
+    """A cache for the pass over a prefix: hands keys and values through and remembers them."""
 
     offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
-        pace(keys, values)
+        eval_if_eager(keys, values)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -71,7 +72,7 @@ class _Prefix:
         self._keys, self._values, self.offset = keys, values, keys.shape[2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
-        pace(keys, values)
+        eval_if_eager(keys, values)
         return self._before(self._keys, keys), self._before(self._values, values)
 
     def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
@@ -112,7 +113,12 @@ def run_blocks(
 def run_prefix(
     model: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
 ) -> tuple[mx.array, list[KeysValues]]:
-    """`run_blocks`, and keys and values of these blocks, each `(rows, heads, width, dim)`."""
+    """Run blocks over a shared prefix, to pass its keys and values to `run_blocks`.
+
+    Returns:
+        What `run_blocks` returns, and keys and values of every block, each
+        `(rows, heads, width, dim)`.
+    """
     n_blocks = len(model.layers[first:stop])
     cache = [_Recorder() for _ in range(n_blocks)]
     hidden = _run(model, x, cache, first, stop)
@@ -122,7 +128,7 @@ def run_prefix(
 def _run(
     model: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
 ) -> mx.array:
-    inner = body_of(model)
+    inner = find_body(model)
     if first == 0 and stop is None:
         return inner(x, cache=cache)
     # A shallow copy has the same modules; the model itself stays whole for other threads.
@@ -132,16 +138,17 @@ def _run(
         part.norm = nn.Identity()
     if first == 0:
         return part(x, cache=cache)
-    # Hidden states go where token ids would; what else is done to embeddings, the proofs find out.
+    # Hidden states go in place of token ids. If an architecture does more to embeddings, the tests
+    # in `split_is_exact` and `blocks_are_exact` show it.
     part.embed_tokens = nn.Identity()
     return part(x, cache=cache)
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """What runs the blocks and the last norm: a model of mlx-lm's without its head.
+def find_body(model: nn.Module) -> nn.Module:
+    """The part of an mlx-lm model that runs the blocks and the last norm, without the head.
 
     Raises:
-        ModelError: nothing of it does.
+        ModelError: the architecture has no such part.
     """
     text = _text_part(model)
     for body in (getattr(text, name, None) for name in _BODIES):
@@ -153,25 +160,33 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 def _text_part(model: nn.Module) -> nn.Module:
-    """The language model of one that takes images, too."""
+    """The language model inside a model that takes images too; else the model itself."""
     return getattr(model, "language_model", model)
 
 
 def full_logits(
     model: nn.Module, x: mx.array, states: Sequence[KeysValues] | None = None
 ) -> mx.array:
-    """`(rows, width, vocabulary)` logits as the model itself gives them, after a shared prefix."""
+    """Logits of the whole model, `(rows, width, vocabulary)`.
+
+    For architectures without `find_head`; elsewhere the head is run at target positions only.
+
+    Args:
+        model: an mlx-lm model.
+        x: token ids `(rows, width)`.
+        states: keys and values of a shared prefix for every block.
+    """
     return model(x, cache=None if states is None else [_Prefix(*one) for one in states])
 
 
 def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
     """The head as a function of hidden states, if it gives the model's own logits here.
 
-    Some architectures scale or cap logits; then None, and full logits must be computed instead.
+    None where an architecture scales or caps its logits; then use `full_logits`.
     """
-    x = mx.array([_PROOF])
+    x = mx.array([_TEST_TOKENS])
     try:
-        inner = body_of(model)
+        inner = find_body(model)
         head = getattr(_text_part(model), "lm_head", None)
         if head is None:
             head = inner.embed_tokens.as_linear
@@ -180,13 +195,13 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
         return None
 
 
-def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """What `find_head` found, computed in float32 from weights of any dtype.
+def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """The head of `find_head`, computed in float32 from weights of any dtype.
 
     For differences of logits that are smaller than their rounding in 16 bits: between 16 and 32
     that is 1/8 in bfloat16. Weights that are quantized, or in float32, stay as they are.
     """
-    # Of a tied head, the embedding that it is a method of.
+    # A tied head is a method of the embedding.
     module: Any = getattr(head, "__self__", head)
     weight, bias = module["weight"], module.get("bias")
     if "scales" in module:
@@ -201,7 +216,7 @@ def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.
         hidden = hidden.astype(mx.float32)
         parts: list[mx.array] = []
         for i in range(0, len(weight), n):
-            parts.append(product(after(hidden, parts[-1:]), weight[i : i + n]))
+            parts.append(product(wait_for(hidden, parts[-1:]), weight[i : i + n]))
         logits = mx.concatenate(parts, axis=-1)
         return logits if bias is None else logits + bias
 
@@ -209,13 +224,13 @@ def in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.
 
 
 def prefix_is_exact(model: nn.Module) -> bool:
-    """Whether running a prefix once, then two rows after it, gives what whole rows give."""
+    """True if running a prefix once and then two rows after it gives what whole rows give."""
     if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
         return False
-    x = mx.array([_PROOF, _PROOF[::-1]])
+    x = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
     x[1, :5] = x[0, :5]
     try:
-        whole = body_of(model)(x)[:, 5:]
+        whole = find_body(model)(x)[:, 5:]
         _, states = run_prefix(model, x[:1, :5])
         return _close(run_blocks(model, x[:, 5:], states), whole)
     except _ERRORS:
@@ -223,34 +238,34 @@ def prefix_is_exact(model: nn.Module) -> bool:
 
 
 def split_is_exact(model: nn.Module, first: int) -> bool:
-    """Whether running the blocks below `first`, then the rest, gives what all at once gives."""
+    """True if running the blocks below `first` and then the rest gives what all at once give."""
     if _has_windows(model):
         return False
-    x = mx.array([_PROOF])
+    x = mx.array([_TEST_TOKENS])
     try:
         lower, below = run_prefix(model, x[:, :5], 0, first)
         _, above = run_prefix(model, lower, first)
         rest = run_blocks(model, x[:, 5:], below, 0, first)
-        return _close(run_blocks(model, rest, above, first), body_of(model)(x)[:, 5:])
+        return _close(run_blocks(model, rest, above, first), find_body(model)(x)[:, 5:])
     except _ERRORS:
         return False
 
 
 def blocks_are_exact(model: nn.Module) -> bool:
-    """Whether running the blocks one at a time gives what all at once gives."""
+    """True if running the blocks one at a time gives what all at once give."""
     if _has_windows(model):
         return False
-    hidden = tokens = mx.array([_PROOF])
+    hidden = tokens = mx.array([_TEST_TOKENS])
     try:
         for block in range(len(model.layers)):
             hidden = run_blocks(model, hidden, first=block, stop=block + 1)
-        return _close(hidden, body_of(model)(tokens))
+        return _close(hidden, find_body(model)(tokens))
     except _ERRORS:
         return False
 
 
 def _has_windows(model: nn.Module) -> bool:
-    """Whether some blocks forget; which of them, a part does not know, and no short proof shows."""
+    """True if some blocks have a sliding window: parts do not know which, and no test shows it."""
     return any(isinstance(one, _WINDOWS) for one in _flat(make_prompt_cache(model)))
 
 
@@ -259,14 +274,14 @@ def _flat(caches: Sequence[Any]) -> Iterator[Any]:
         yield from _flat(one.caches) if isinstance(one, CacheList) else (one,)
 
 
-def after(x: mx.array, done: Sequence[mx.array]) -> mx.array:
-    """`x`, but not before `done` is."""
+def wait_for(x: mx.array, done: Sequence[mx.array]) -> mx.array:
+    """`x`, evaluated only after `done` is: so that fewer arrays are in memory at once."""
     return mx.depends([x], list(done))[0] if done else x
 
 
-def tiled(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
-    """`copies` of `x`, one after the other, but not before `done` is."""
-    x = after(x, done)
+def tile_after(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
+    """`copies` of `x` along the first axis, evaluated only after `done` is."""
+    x = wait_for(x, done)
     return mx.concatenate([x] * copies) if copies > 1 else x
 
 

@@ -1,4 +1,4 @@
-"""Llama-type base models from GGUF; with `gguf_lora.py` the only files that know GGUF.
+"""Importing llama-type base models from GGUF.
 
 Q4_0, Q4_1 and Q8_0 stay packed: `mx.load` reads them as MLX affine quantization with groups of
 32. Tensor names and the RoPE row permutation follow llama.cpp's `convert_hf_to_gguf.py`,
@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.gguf_file import UNREADABLE, open_gguf
+from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
 __all__ = ["convert_gguf", "tokenizer_beside"]
 
@@ -55,7 +55,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
         # MLX's own reader trusts every length and offset, to the point of a segmentation fault.
         open_gguf(path)
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except UNREADABLE as error:
+    except GGUF_ERRORS as error:
         raise ModelError(
             f"{path}: truncated, or not readable as GGUF ({error}); download it again"
         ) from None
@@ -92,17 +92,17 @@ def _write_model(loaded: Any, path: Path, directory: Path) -> None:  # noqa: ANN
 
 
 def tokenizer_beside(path: Path) -> list[Path]:
-    """The files beside a GGUF that are used instead of the tokenizer inside it; none of too few."""
+    """The tokenizer files beside a GGUF, used instead of the one inside; none unless complete."""
     files = [path.parent / name for name in (*_TOKENIZER_FILES, _TEMPLATE)]
     there = [file for file in files if file.exists()]
     return there if set(files[:2]) <= set(there) else []
 
 
 def _has_template(files: Sequence[Path]) -> bool:
-    """Whether tokenizer files have a chat template, in the one place or the other."""
+    """True if tokenizer files have a chat template, in their config or in a file of its own."""
     (path,) = (file for file in files if file.name == _TOKENIZER_FILES[1])
     try:
-        # Not strictly: transformers writes 10 ** 30 for no limit of tokens.
+        # Not by `parse_json`: transformers writes 10 ** 30 for no limit of tokens.
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
@@ -188,7 +188,7 @@ def _config(
 
 
 def _quantization(tensors: dict[str, mx.array]) -> dict[str, object]:
-    """mlx-lm's `quantization` entry: the commonest bits, and the modules that differ."""
+    """The `quantization` entry of mlx-lm's config: the commonest bits, and modules that differ."""
     bits = {}
     for name, scales in tensors.items():
         if name.endswith(".scales"):

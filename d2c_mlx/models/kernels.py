@@ -1,4 +1,4 @@
-"""Exponentials on MLX's CPU backend, and how much of a graph it is given at a time.
+"""Faster kernels for MLX's CPU backend, and how much of a graph it is given at a time.
 
 MLX 0.32 on x86 takes about 9 ns for one exp, but 3 for tanh and for power (measured:
 benchmarks/notes/2026-11-26-engine-savings.md). SwiGLU, attention and the sum over the vocabulary
@@ -22,39 +22,40 @@ from mlx_lm.models.base import scaled_dot_product_attention
 __all__ = [
     "attention",
     "log_normaliser",
-    "pace",
-    "paced",
+    "eval_if_eager",
+    "eager_evaluation",
     "swiglu",
     "target_scores",
-    "use_exponentials",
+    "use_fast_exponentials",
 ]
 
 _thread = threading.local()
 
 
 @contextmanager
-def paced() -> Iterator[None]:
-    """Within it `pace` evaluates, in this thread.
+def eager_evaluation() -> Iterator[None]:
+    """Make `eval_if_eager` evaluate inside the block, in this thread.
 
-    MLX lets about a hundred operations wait, over all streams: a thread that has queued a whole
-    block keeps the others from queueing anything while their cores are idle.
+    For threads that evaluate side by side on a CPU. MLX lets about a hundred operations wait, over
+    all streams: a thread that has queued a whole forward pass keeps the others from queueing
+    anything while their cores are idle. So each queues about half a transformer block at a time.
     """
-    _thread.paced = True
+    _thread.eager = True
     try:
         yield
     finally:
-        _thread.paced = False
+        _thread.eager = False
 
 
-def pace(*arrays: mx.array) -> None:
-    """Evaluate these now, if this thread is paced: about half a transformer block each time."""
-    if getattr(_thread, "paced", False):
+def eval_if_eager(*arrays: mx.array) -> None:
+    """Evaluate these arrays now if this thread is inside `eager_evaluation`; else do nothing."""
+    if getattr(_thread, "eager", False):
         mx.eval(arrays)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`, with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
-    pace(gate, x)
+    eval_if_eager(gate, x)
     half = 0.5 * gate
     return (half + half * mx.tanh(half)) * x
 
@@ -75,9 +76,12 @@ def attention(
         keys: `(rows, kv_heads, span, dim)`; heads is a multiple of kv_heads.
         values: `(rows, kv_heads, span, value_dim)`.
         cache: mlx-lm's; a quantized one takes mlx-lm's own path, and so do sinks.
-        scale: of the scores.
+        scale: factor on the scores before the softmax.
         mask: "causal" (the last query sees all keys), boolean, additive, or None.
         sinks: see mlx-lm.
+
+    Returns:
+        `(rows, heads, width, value_dim)`.
     """
     if sinks is not None or hasattr(cache, "bits"):
         return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
@@ -104,11 +108,15 @@ _REPLACED = {
 }
 
 
-def use_exponentials(model: nn.Module, fast: bool) -> None:
-    """Have the model's architecture call `swiglu` and `attention` of this file, or mlx-lm's again.
+def use_fast_exponentials(model: nn.Module, fast: bool) -> None:
+    """Switch a model's architecture to `swiglu` and `attention` of this file, or back to mlx-lm's.
 
     mlx-lm's files import the functions by name, so a name is replaced where it is looked up: for
     every model of that architecture in this process.
+
+    Args:
+        model: of mlx-lm.
+        fast: True for this file's functions.
     """
     architecture = sys.modules[type(model).__module__]
     for name, functions in _REPLACED.items():
@@ -117,11 +125,11 @@ def use_exponentials(model: nn.Module, fast: bool) -> None:
 
 
 def target_scores(logits: mx.array, targets: mx.array, fast: bool) -> tuple[mx.array, mx.array]:
-    """`log_normaliser` and the target's logit, `(n,)` each; their difference is the NLL.
+    """`log_normaliser` and the target's logit, `(n,)` each in float32; their difference is the NLL.
 
     Args:
         logits: `(n, vocabulary)`, of any dtype.
-        targets: `(n,)` ids.
+        targets: `(n,)` token ids.
         fast: see `log_normaliser`.
     """
     logits = logits.astype(mx.float32)
@@ -130,14 +138,14 @@ def target_scores(logits: mx.array, targets: mx.array, fast: bool) -> tuple[mx.a
 
 
 def log_normaliser(logits: mx.array, fast: bool) -> mx.array:
-    """`(n,)` logsumexp of `(n, vocabulary)` in two steps of about sqrt(vocabulary) terms each.
+    """Logsumexp over the vocabulary, `(n,)`, in two steps of about sqrt(vocabulary) terms each.
 
     MLX's CPU kernel adds all terms one after the other in float32 and loses the small ones: a
     vocabulary of 49,152 came out up to 2e-4 nats too low.
 
     Args:
-        logits: float32.
-        fast: use `power` for the exponentials.
+        logits: float32 `(n, vocabulary)`.
+        fast: use `power` for the exponentials, which is faster on a CPU.
     """
     n, width = logits.shape[0], 256
     if logits.shape[1] % width:

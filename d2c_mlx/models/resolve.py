@@ -1,4 +1,4 @@
-"""Find a base model: the embedded default, a GGUF file, a directory or a Hugging Face id."""
+"""Finding a base model: the embedded default, a GGUF file, a directory or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "model_files",
     "resolve_base",
     "resolve_model",
-    "very_base",
+    "resolve_exact_base",
 ]
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -35,6 +35,9 @@ def embedded_gguf() -> Path | None:
 
 def resolve_model(spec: str | None) -> tuple[str, Path]:
     """Find a base model: `(name, mlx-lm model directory)`.
+
+    A `.gguf` is converted once into an mlx-lm directory in the cache, so that stock mlx-lm can load
+    the same base.
 
     Args:
         spec: an mlx-lm directory, a `.gguf` file, or a Hugging Face id, `owner/name` or
@@ -85,8 +88,8 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     """Find the base model of a pack: `(name, mlx-lm model directory)`.
 
     Args:
-        name: what the pack says its base is; only the embedded default is found by it, so that a
-            pack never makes a download start.
+        name: the base that the pack names; only the embedded default is found by it, so that a pack
+            never makes a download start.
         spec: as for `resolve_model`.
 
     Raises:
@@ -99,8 +102,10 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     return resolve_model(spec)
 
 
-def very_base(name: str, config_hash: str, spec: str | None) -> Path:
-    """Find the very base model of a pack, whose config is compared: its mlx-lm directory.
+def resolve_exact_base(name: str, config_hash: str, spec: str | None) -> Path:
+    """Find the mlx-lm directory of a pack's base model, and compare its config with the pack's.
+
+    For commands whose result is wrong on another model; `resolve_base` compares nothing.
 
     Args:
         name: of the base model, as the pack has it.
@@ -121,8 +126,9 @@ def very_base(name: str, config_hash: str, spec: str | None) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
+    """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
     stat = gguf.stat()
-    # Of links in two folders to one file, each is used with the tokenizer beside it.
+    # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
     key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, beside, "v2"])[:16]
     directory = cache_directory() / "models" / f"{gguf.stem}-{key}"

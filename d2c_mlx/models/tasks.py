@@ -1,4 +1,4 @@
-"""Tasks: a few probe examples that decide, and held-out test examples that judge."""
+"""Tasks: calibration rows (`probe.jsonl`) that decide, held-out rows (`test.jsonl`) that judge."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Task:
     """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them.
 
     Attributes:
-        name: directory name.
-        probe: rows that decide.
-        test: rows that judge.
-        probe_places: where each of `probe` stands, to name it in a message.
-        test_places: the same of `test`.
+        name: the name of its directory, and of the adapter.
+        probe: calibration rows, by which everything is decided.
+        test: held-out rows, which only judge.
+        probe_places: file and line of every row of `probe`, for messages.
+        test_places: file and line of every row of `test`.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Task:
 
 
 def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[Task]:
-    """Load the task of every adapter name.
+    """Load the task of every adapter.
 
     Args:
-        directory: with one of each name in it.
-        names: of the tasks.
+        directory: holds a directory per task.
+        names: names of the tasks, which are those of their adapters.
         tests: see `load_task`.
 
     Raises:
@@ -66,8 +66,8 @@ def load_task(directory: Path, tests: bool = True) -> Task:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
 
     Args:
-        directory: of the task.
-        tests: False is for who judges nothing: `test.jsonl` is not looked at.
+        directory: the task's directory.
+        tests: False leaves `test.jsonl` unread, for callers that judge nothing.
 
     Raises:
         TaskError: the problems of both files.
@@ -96,12 +96,12 @@ def load_task(directory: Path, tests: bool = True) -> Task:
 
 
 def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
-    """Options count rows, editors lines, and blank lines are no rows: so both are named."""
+    """Line and row of every row: options count rows, editors lines, and blank lines are no rows."""
     return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
 
 
 def common_system(tasks: Iterable[Task]) -> str | None:
-    """The system message with which every probe row of all tasks begins; None if they differ."""
+    """The system message that all calibration rows of all tasks begin with; None if they differ."""
     first = [(row.get("messages") or [{}])[0] for task in tasks for row in task.probe]
     said = {one.get("content") if one.get("role") == "system" else None for one in first}
     return said.pop() if len(said) == 1 else None
@@ -110,13 +110,14 @@ def common_system(tasks: Iterable[Task]) -> str | None:
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
     """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
 
-    A prompt of a test row, of whichever task, would leak what judges; one of a used probe row of
-    the task would undo that it may be held back. Both are refused.
+    Two kinds of prompts are refused. That of a held-out row, of whichever task, would leak into
+    what is judged by it; that of a used calibration row of the task could not be held back any
+    more.
 
     Args:
         path: a JSONL file.
-        tasks: those that may be named.
-        n_probe: how many probe rows of each are used.
+        tasks: tasks that may be named.
+        n_probe: number of calibration rows of each task that are used.
 
     Returns:
         Task name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
@@ -164,7 +165,7 @@ def _with_answer(row: Row) -> Row:
 
 
 def _prompt(row: Row) -> str:
-    """The same for the same prompt, as "prompt" or as "messages"."""
+    """A key of the row's prompt, the same whether it is given as "prompt" or as "messages"."""
     keys = row_format(row)
     if keys == ("text",):
         return str(row["text"]).strip()
@@ -191,8 +192,8 @@ def _read_rows(
 
     Args:
         path: a JSONL file.
-        hint: what to say when there is none.
-        row_problem: what is wrong with one row, or None.
+        hint: end of the message if there is no such file.
+        row_problem: gives what is wrong with one row, or None.
     """
     if not path.is_file():
         raise TaskError(f"{path}: missing; {hint}")
@@ -228,7 +229,7 @@ def row_format(row: Row) -> tuple[str, ...] | None:
 
 
 def _row_problem(row: object) -> str | None:
-    """What is wrong with one row, or None."""
+    """Describe what is wrong with one row; None if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
     keys = row_format(row)

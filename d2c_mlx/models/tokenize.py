@@ -1,4 +1,4 @@
-"""Rows to token ids, as mlx-lm's trainer makes them."""
+"""Tokenizing rows and prompts, as mlx-lm's trainer does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2c_mlx.models.tasks import Row, Task, row_format
 from d2c_mlx.utils.errors import InputWarning, TaskError, gather
 
 __all__ = [
-    "context_of",
+    "context_length",
     "encode",
     "encode_probes",
     "encode_prompts",
@@ -27,22 +27,22 @@ __all__ = [
 # `encode` of one model: name of the set, its rows, and where each stands.
 Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
-# What tokenizers and the templates of strangers raise; IndexError, for a text without a token.
+# Errors of tokenizers and of strangers' templates; IndexError is that of a text without a token.
 _UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 
 
-def context_of(args: Any) -> int | None:  # noqa: ANN401  mlx-lm's, of any architecture
-    """Most tokens of a prompt with its answer; None if the model does not say.
+def context_length(args: Any) -> int | None:  # noqa: ANN401  mlx-lm's, of any architecture
+    """The model's context length, in tokens of prompt and answer; None if it does not say.
 
     Args:
-        args: of a model of mlx-lm's, or content of its config.json. Models that see images too have
-            those of the text in `text_config`.
+        args: `args` of an mlx-lm model, or the content of its config.json. Models that see images
+            too have those of the text in `text_config`.
     """
     if args is None:
         return None
     get = args.get if isinstance(args, dict) else partial(getattr, args)
     context = get("max_position_embeddings", None)
-    return context if isinstance(context, int) else context_of(get("text_config", None))
+    return context if isinstance(context, int) else context_length(get("text_config", None))
 
 
 def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
@@ -65,11 +65,12 @@ def encode(
     """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         task: name of the set.
-        rows: of one format.
-        places: where each row stands, and maybe more; none names rows by task and number.
-        context: most tokens of a row.
+        rows: rows of one format.
+        places: file and line of every row, and maybe of more, for messages; without them rows are
+            named by task and number.
+        context: most tokens of a row; None sets no limit.
 
     Raises:
         TaskError: every row that the chat template refuses, that has no target token or is too
@@ -87,7 +88,7 @@ def encode(
             failed.setdefault(_reason(error), []).append(place)
             continue
         one = Example(tuple(map(int, tokens)), int(offset))
-        if asked != one.asked:
+        if asked != one.prompt_tokens:
             one = replace(one, prompt=asked)
         examples.append(one)
         if one.n_targets < 1:
@@ -124,12 +125,12 @@ def encode_prompts(
     prompts: Sequence[str],
     system: str | None = None,
 ) -> list[tuple[int, ...]]:
-    """What a model is asked with, the chat template applied.
+    """Token ids of prompts that have no answer yet, the chat template applied.
 
     Args:
-        tokenizer: of the model.
-        prompts: of a user each.
-        system: message before each; None leaves it to the template.
+        tokenizer: the model's.
+        prompts: user messages, one per prompt.
+        system: system message before each; None leaves it to the template.
 
     Raises:
         InputError: the chat template refuses a prompt.
@@ -137,7 +138,7 @@ def encode_prompts(
     before = [] if system is None else [{"role": "system", "content": system}]
     answer = {"role": "assistant", "content": ""}
 
-    def asked(prompt: str) -> tuple[int, ...]:
+    def tokens_of(prompt: str) -> tuple[int, ...]:
         try:
             messages = [*before, {"role": "user", "content": prompt}, answer]
             return _prompt_of(tokenizer, {"messages": messages})
@@ -147,7 +148,7 @@ def encode_prompts(
                 " as the model's chat template asks"
             ) from None
 
-    return gather(partial(asked, prompt) for prompt in prompts)
+    return gather(partial(tokens_of, prompt) for prompt in prompts)
 
 
 def _prompt_of(

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compress.affine import values_of
+from d2c_mlx.compress.affine import dequantize
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import stored, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.quantize import components
+from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.utils.errors import BudgetError
 
@@ -94,7 +94,7 @@ def _arrival(
     adapter: Adapter, nbytes: float, limit: int | None, size: int, judge: Judge | None
 ) -> Compressed:
     """The arrival in `nbytes`, or in fewer if a file of it alone would be over `limit`."""
-    parts = components(adapter)
+    parts = svd_components(adapter)
     values = worth(parts, [judge.gains(adapter) if judge else {}])
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
 
@@ -160,7 +160,7 @@ def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
 
 def _energy(level: Level) -> float:
     """`|a^T b|^2` in Frobenius norm."""
-    a, b = (x.astype(np.float64) for x in values_of([level.a, level.b]))
+    a, b = (x.astype(np.float64) for x in dequantize([level.a, level.b]))
     return float(np.sum((a @ a.T) * (b @ b.T)))
 
 

@@ -17,7 +17,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
-from d2c_mlx.models.resolve import very_base
+from d2c_mlx.models.resolve import resolve_exact_base
 from d2c_mlx.packs.manifest import (
     COMPACT,
     FORMAT,
@@ -146,7 +146,7 @@ class Pack:
         Raises:
             ModelError: it is needed and not given, cannot be had, or is another model.
         """
-        return very_base(self.manifest.base.model, self.manifest.base.config_sha256, model)
+        return resolve_exact_base(self.manifest.base.model, self.manifest.base.config_sha256, model)
 
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.

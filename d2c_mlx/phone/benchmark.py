@@ -22,7 +22,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.models.tokenize import encode, encode_tests
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
@@ -134,13 +134,13 @@ def _dtype(dtype: mx.Dtype | None) -> str:
     return str(dtype).split(".")[-1]
 
 
-def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, Method]:
+def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, BenchMethod]:
     """What serves each task: the base alone, its own adapter if `adapters` is given, the pack."""
     packed = {task: pack.load(task) for task in pack.tasks}
     for adapter in packed.values():
         if adapter:
             check_adapter(adapter, stock.module_shapes, pack.path)
-    methods = {"base": Method(0, [dict.fromkeys(packed)])}
+    methods = {"base": BenchMethod(0, [dict.fromkeys(packed)])}
     if config.adapters:
         sources = {source.name: source for source in find_adapters(config.adapters)}
         missing = sorted(packed.keys() - sources.keys())
@@ -155,8 +155,8 @@ def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[st
         )
         own = {task: one.uniform(stock.dtype or mx.float16) for task, one in zip(packed, found)}
         nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in own.values())
-        methods["individual"] = Method(nbytes, [own])
-    return {**methods, "pack": Method(pack.nbytes, [packed])}
+        methods["individual"] = BenchMethod(nbytes, [own])
+    return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
 
 
 def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]
     return fitting
 
 
-def _largest_adapter(method: Method) -> Adapter | None:
+def _largest_adapter(method: BenchMethod) -> Adapter | None:
     """The adapter with most bytes of those that serve tasks."""
     (served,) = method.variants
     return max((one for one in served.values() if one), key=_factor_nbytes, default=None)
@@ -186,7 +186,7 @@ def _factor_nbytes(adapter: Adapter | None) -> int:
 
 
 def _measure_method(
-    stock: StockModel, profile: Profile, method: Method, config: PhoneConfig, bar: Bar
+    stock: StockModel, profile: Profile, method: BenchMethod, config: PhoneConfig, bar: Bar
 ) -> dict[str, Any]:
     """Speed at every context, and memory and storage against the profile's limits."""
     adapter, contexts = _largest_adapter(method), config.contexts or ()

@@ -9,7 +9,7 @@ from typing import Any
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator, Runner
-from d2c_mlx.evaluate.heldout import Method, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.tasks import Row
@@ -35,7 +35,7 @@ class HeldOutRows:
 def measure_quality(
     model: str | None,
     stock: StockModel,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, BenchMethod],
     tests: Sequence[HeldOutRows],
     bar: Bar,
 ) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def measure_quality(
 def _measure_under(
     model: BaseModel | StockModel,
     runner: Runner,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, BenchMethod],
     tests: Sequence[HeldOutRows],
     bar: Bar,
 ) -> dict[str, Any]:

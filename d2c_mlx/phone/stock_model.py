@@ -22,14 +22,14 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load_config, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import by_length, target_places
+from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.attach import switch
 from d2c_mlx.models.base_model import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.kernels import target_scores, use_exponentials
+from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.models.resolve import resolve_model
-from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, write_dir
@@ -67,7 +67,7 @@ class StockModel:
         self.model, self.tokenizer = load_stock(path, lazy=True)
         self.config = load_config(path)
         # An `Engine` in this process may have replaced mlx-lm's functions by ours.
-        use_exponentials(self.model, False)
+        use_fast_exponentials(self.model, False)
         self.module_shapes = linear_shapes(self.model.named_modules())
         self.weights_nbytes = self.held_nbytes
         self.dtype: mx.Dtype | None = stored_dtype(self.model)
@@ -100,7 +100,7 @@ class StockModel:
     @property
     def max_tokens(self) -> int | None:
         """Positions that the model was made for; None if it does not say."""
-        return context_of(self.config)
+        return context_length(self.config)
 
     @property
     def file_nbytes(self) -> int:
@@ -142,8 +142,8 @@ class StockModel:
     def _nll(self, examples: ExampleSet) -> Iterator[float]:
         """Yield the NLL sum of every batch, in nats: padded rows, full logits, no cache."""
         rows = examples.examples
-        for some in by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
-            x, places, targets = target_places([rows[i] for i in some])
+        for some in batches_by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
+            x, places, targets = pad_batch([rows[i] for i in some])
             normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
             yield float(np.array(normaliser - gold, np.float64).sum())
 

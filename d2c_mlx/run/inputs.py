@@ -11,7 +11,7 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
-from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
@@ -48,7 +48,7 @@ class Inputs:
         self.config = config
         self.base = BaseModel(config.model)
         off = set(config.without) - {"cache", "bound"}
-        savings = Savings(stack=config.stack, **dict.fromkeys(off, False))
+        savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
         errors: list[InputError] = []
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []

@@ -121,7 +121,7 @@ class MixedModel:
         linears = dict(base.model.named_modules())
         modules = {}
         for path in sorted({path for one in adapters if one for path in one.modules}):
-            a, b = base.stacked(path, [None, *adapters])
+            a, b = base.stacked_factors(path, [None, *adapters])
             modules[path] = _MixedLoRA(linears[path], a, b, self._active)
         base.model.update_modules(tree_unflatten(list(modules.items())))
         factors = [(one.a, one.b) for one in modules.values()]

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from d2c_mlx.adapters.tensor_file import open_tensors
-from d2c_mlx.evaluate.batches import by_length
+from d2c_mlx.evaluate.batches import batches_by_length
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.packs.pack import Pack
@@ -113,7 +113,7 @@ def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: 
         n_blocks: number of blocks.
     """
     found: dict[int, np.ndarray] = {}
-    for batch in by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
+    for batch in batches_by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
         tokens = np.zeros((len(batch), max(len(prompts[i]) for i in batch)), np.int32)
         for row, i in zip(tokens, batch):
             row[: len(prompts[i])] = prompts[i]
@@ -136,7 +136,7 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
         TaskError: tasks with fewer prompts, or prompts without a token.
     """
     few = [one.task for one in probes if len(one.examples) < 2]
-    empty = [one.task for one in probes if any(not row.asked for row in one.examples)]
+    empty = [one.task for one in probes if any(not row.prompt_tokens for row in one.examples)]
     if few or empty:
         raise TaskError(
             [f"task {name!r}: found one probe prompt, expected two or more" for name in few]
@@ -145,7 +145,7 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
         )  # fmt: skip
     n_blocks = len(model.layers) // 2 + 1
     states = {
-        one.task: prompt_states(model, [row.asked for row in one.examples], n_blocks)
+        one.task: prompt_states(model, [row.prompt_tokens for row in one.examples], n_blocks)
         for one in probes
     }
     return replace(router_from_states(states, n_blocks), system=system)

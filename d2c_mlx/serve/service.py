@@ -16,7 +16,7 @@ from mlx_lm.generate import make_text_state_machine
 from mlx_lm.server import CompletionRequest, GenerationContext, process_message_content
 from transformers import PreTrainedTokenizerBase
 
-from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import MixedModel
@@ -104,7 +104,7 @@ class PackService:
         """
         self.access, self.limits, self.metrics = access or Access(), limits or Limits(), Metrics()
         self.tokenizer = model.base.tokenizer
-        self.context = context_of(model.base.model.args)
+        self.context = context_length(model.base.model.args)
         _, self.vocabulary = model.base.dimensions
         self.xtc_special_tokens = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         self.base_name: str = pack.manifest.base.model

@@ -1,4 +1,4 @@
-"""What MLX computes on: device, memory, BLAS, versions, and which of it decides bits."""
+"""The device that MLX computes on, this machine, and the versions that results depend on."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def use_device() -> None:
 
 
 def arithmetic() -> list[str | None]:
-    """What decides the bits of a result beside model and engine: MLX, its device, and a BLAS.
+    """Everything that decides the bits of a result beside model and engine; part of cache keys.
 
-    On a Mac Metal's kernels come with the system, and newer GPUs have others for float32.
+    That is MLX's version, the device and a preloaded BLAS. On a Mac Metal's kernels come with the
+    system, and newer GPUs have others for float32, so system, architecture and TF32 count too.
     """
     info = mx.device_info()
     found = [version("mlx"), str(info.get("device_name")), str(mx.default_device()), loaded_blas()]
@@ -80,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, Python and versions of packages: what a result may depend on beside its inputs."""
+    """Machine, Python and package versions: everything a result may depend on beside its inputs."""
     return {
         "machine": machine(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Write whole files or nothing; hash what was written."""
+"""Atomic writes of files and directories, and hashes of them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _fsync(path: Path) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename within a directory, which is then on the disk as well."""
+    """Rename within a directory, and have the renaming on the disk."""
     os.replace(source, target)
     _fsync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) under a temporary name, fsync, rename."""
+    """Write a UTF-8 file atomically: under a temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -55,12 +55,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  JSON is any
-    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which are no JSON.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _remove(path: Path) -> None:
-    """Remove what is there, whatever it is; of a link the link."""
+    """Remove a file, a directory or a link, if it is there; a link's target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -69,13 +73,17 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_dir(path: Path, ready: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Yield an empty sibling directory; on success it replaces `path`, on error it is removed.
+    """Write a directory atomically; at any moment the old one or the new one is whole.
 
-    A link stays one, and what it leads to is replaced.
+    If `path` is a link, it stays one and its target is replaced.
 
     Args:
-        path: of the directory.
-        ready: is called with the sibling when it is complete, before it takes its place.
+        path: the directory to create or replace.
+        ready: called with the new directory when it is complete, before it takes its place.
+
+    Yields:
+        An empty directory beside `path`. It replaces `path` after the block; after an error in the
+        block it is removed.
 
     Raises:
         ConfigError: `path` is there and no directory; nothing is touched.
@@ -111,12 +119,12 @@ def write_dir(path: Path, ready: Callable[[Path], None] | None = None) -> Iterat
 
 
 def old_dir(path: Path) -> Path:
-    """Where `write_dir` and `remove_dir` move what was there, until all is done."""
+    """The path to which `write_dir` and `remove_dir` move the old directory until they are done."""
     return path.with_name(f".{path.name}.old")
 
 
 def restore_dir(path: Path) -> None:
-    """Put back what `write_dir` had moved away when it ended before the new one was in place."""
+    """Put back the old directory if `write_dir` ended before the new one was in place."""
     old = old_dir(path)
     if old.is_dir() and not path.exists():
         os.replace(old, path)
@@ -141,7 +149,7 @@ def hash_file(path: Path) -> str:
 
 
 def visible_files(directory: Path) -> list[Path]:
-    """All files below a directory but hidden ones, such as the .DS_Store of a Mac's Finder."""
+    """All files below a directory except hidden ones, such as the .DS_Store of a Mac's Finder."""
     return sorted(
         file for file in directory.rglob("*")
         if not file.is_dir()
@@ -150,7 +158,7 @@ def visible_files(directory: Path) -> list[Path]:
 
 
 def hash_tree(path: Path) -> str:
-    """Hex SHA-256 over the names and contents of a file or of `visible_files` of a directory."""
+    """Hex SHA-256 of a file, or over names and contents of a directory's `visible_files`."""
     if path.is_file():
         return hash_file(path)
     files = [file for file in visible_files(path) if file.is_file()]

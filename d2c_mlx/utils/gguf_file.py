@@ -7,23 +7,23 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-__all__ = ["UNREADABLE", "open_gguf"]
+__all__ = ["GGUF_ERRORS", "open_gguf"]
 
-# What readers raise on bytes that are no GGUF.
-UNREADABLE = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-# Bytes of a value by its GGUFValueType; strings and arrays say how long they are.
+# Errors of readers on bytes that are no GGUF.
+GGUF_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+# Bytes of a value by its GGUFValueType; strings and arrays state their length.
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """A reader of a file whose metadata was walked first.
+    """Open a GGUF file with the `gguf` package after walking its metadata.
 
-    The `gguf` package takes an array for as long as it says it is, also beyond the end of the file:
-    a single damaged bit then fills the memory for hours.
+    The package takes an array for as long as it says it is, also beyond the end of the file: a
+    single damaged bit then fills the memory for hours.
 
     Raises:
-        UNREADABLE: any of them, for a file that is no GGUF.
+        GGUF_ERRORS: one of them, for a file that is no GGUF or is damaged.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError, InputError
 
-__all__ = ["HubId", "download", "head", "list_files", "parse_hub_id", "upload"]
+__all__ = ["HubId", "download", "read_head", "list_files", "parse_hub_id", "upload"]
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 
@@ -30,7 +30,7 @@ class HubId:
 
 
 def parse_hub_id(text: str) -> HubId | None:
-    """`owner/name` or `owner/name@revision`; None if it is neither."""
+    """Parse `owner/name` or `owner/name@revision`; None if the text is neither."""
     match = _ID.fullmatch(text)
     return HubId(match["repo"], match["revision"]) if match else None
 
@@ -38,25 +38,28 @@ def parse_hub_id(text: str) -> HubId | None:
 def download(
     one: HubId, patterns: Sequence[str], field: str, error: type[InputError]
 ) -> tuple[Path, str]:
-    """Files of a repository, from the hub or from its cache on this machine.
+    """Download files of a repository, or find them in the hub's cache on this machine.
 
     Args:
-        one: what the user named.
-        patterns: of the files that are needed; `*` stands for slashes too.
-        field: the option that it was named in, for the message.
-        error: what to raise if they cannot be had.
+        one: the repository.
+        patterns: patterns of the files that are needed; `*` stands for slashes too.
+        field: the option that named the repository, for messages.
+        error: raised if the files cannot be had.
 
     Returns:
-        A directory, which is not there if nothing fits the patterns, and the commit that it is of.
+        A directory, which does not exist if no file fits the patterns, and the commit it is of.
+
+    Raises:
+        InputError: `error`: no such repository or revision, no access, or no network.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
-    # It would warn that nothing fits the patterns, which the caller says better.
+    # The client would warn that nothing fits the patterns; our callers have better messages.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with _asked(one, field, error):
+        with _translate_errors(one, field, error):
             found = snapshot_download(
                 one.repo, revision=one.revision, allow_patterns=list(patterns)
             )
@@ -67,19 +70,19 @@ def download(
 
 
 def list_files(one: HubId, field: str, error: type[InputError]) -> list[str]:
-    """Paths of all files of a repository. Arguments as `download`."""
+    """Paths of all files of a repository. Arguments and errors as for `download`."""
     from huggingface_hub import HfApi
 
-    with _asked(one, field, error):
+    with _translate_errors(one, field, error):
         return HfApi().list_repo_files(one.repo, revision=one.revision)
 
 
-def head(one: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
-    """The first bytes of a file of a repository. Other arguments as `download`."""
+def read_head(one: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
+    """The first `nbytes` of a file of a repository. Else as `download`."""
     from huggingface_hub import HfFileSystem
 
     with (
-        _asked(one, field, error),
+        _translate_errors(one, field, error),
         HfFileSystem().open(f"{one}/{file}", "rb", block_size=nbytes) as remote,
     ):
         return remote.read(nbytes)
@@ -99,8 +102,8 @@ def _reason(caught: Exception) -> str:
 
 
 @contextmanager
-def _asked(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
-    """What the client raises when the hub does not give something, in our words."""
+def _translate_errors(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
+    """Raise `error`, in our words, for every error of the client inside the block."""
     from huggingface_hub import constants, errors
 
     try:
@@ -109,7 +112,7 @@ def _asked(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
         todo = "check the id and the network"
         reason = _reason(caught)
         if isinstance(caught, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            # Its own words are about its options.
+            # The client's own message is about its options.
             reason = "the hub cannot be reached"
             if constants.HF_HUB_OFFLINE:
                 reason = "HF_HUB_OFFLINE is set"
@@ -129,17 +132,17 @@ def _asked(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
 def upload(
     folder: Path, repo: str, private: bool, revision: str | None, replaced: Sequence[str]
 ) -> str:
-    """Make a repository what a folder holds, in one commit; it is created if need be.
+    """Upload a folder as one commit; the repository is created if need be.
 
     Args:
-        folder: all files that go up.
+        folder: the files to upload.
         repo: `owner/name`.
-        private: make a new repository private, and refuse one that is public.
-        revision: a branch, made if need be; None is the default one.
+        private: create a new repository as private, and refuse one that is public.
+        revision: a branch, created if need be; None is the default one.
         replaced: patterns of files to delete there if they are not in the folder.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         D2CError: not logged in, offline, no permission, or the hub does not answer.

@@ -1,4 +1,4 @@
-"""One process at a time in a directory."""
+"""A lock on a directory, for one process at a time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["locked"]
 def locked(
     directory: Path, wait: bool = False, advice: str = "wait for it or give another --output"
 ) -> Iterator[None]:
-    """Hold a directory while the block runs; it is made if it is not there.
+    """Lock a directory while the block runs; it is created if need be.
 
-    The kernel keeps the lock and lets go of it with the process, however that ends, so there is no
-    stale one to take over. The file stays: removing it would let two processes lock two files.
+    The kernel keeps the lock and releases it with the process, however that ends, so no lock is
+    ever stale. The lock file stays: removing it would let two processes lock two files.
 
     Args:
-        directory: of a run, or of a cache.
-        wait: until another process lets go of it.
-        advice: to whom it is refused; not every command has an --output.
+        directory: the directory of a run, or of a cache.
+        wait: wait until another process releases it.
+        advice: end of the message; not every command has an --output.
 
     Raises:
-        D2CError: another process holds it, whose id the message names; not with `wait`.
+        D2CError: another process holds the lock, and `wait` is False; the message names its id.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "a+", encoding="utf-8") as file:

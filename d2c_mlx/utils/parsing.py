@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: JSON and YAML without surprises, numbers in range, patterns."""
+"""Strict parsing of strangers' files: JSON and YAML without surprises, numbers, patterns."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import yaml
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["json_or_none", "match_end", "parse_json", "positive", "read_yaml"]
+__all__ = ["is_positive", "json_or_none", "matches_end", "parse_json", "read_yaml"]
 
 # Seconds that a pattern may take on one module path; honest ones take microseconds.
-_PATIENCE = 1.0
+_PATTERN_SECONDS = 1.0
 # Characters of a config: a list of some thousand adapters by their paths is a fair one.
-_MOST_YAML = 1_000_000
-# What makes PyYAML slow instead, and is in no config: levels of brackets, values with aliases
+_MAX_YAML = 1_000_000
+# Limits on what makes PyYAML slow and is in no config: levels of brackets, values with aliases
 # written out, digits of a number.
-_DEEPEST, _MOST_VALUES, _MOST_DIGITS = 20, 50_000, 1_000
+_MAX_LEVELS, _MAX_VALUES, _MAX_DIGITS = 20, 50_000, 1_000
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any
-    """JSON as RFC 8259 means it.
+    """Parse JSON as RFC 8259 defines it, more strictly than Python's `json`.
 
     Raises:
-        ValueError: it is none. So are, other than for Python's `json`: NaN and infinity, numbers
-            beyond 64 bits, a key that is there twice, halves of surrogate pairs, and nesting that
-            is deeper than Python can walk.
+        ValueError: it is no JSON, or has what Python's `json` takes all the same: NaN or infinity,
+            numbers beyond 64 bits, a key that is there twice, halves of surrogate pairs, nesting
+            that is deeper than Python can walk.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant,
@@ -71,39 +71,39 @@ def _float(text: str) -> float:
 
 
 def json_or_none(path: Path) -> Any:  # noqa: ANN401  JSON is any
-    """What a file says, by `parse_json`; None if it is missing or cannot be read."""
+    """The content of a JSON file, by `parse_json`; None if it is missing or cannot be read."""
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def positive(value: object) -> bool:
-    """Whether a JSON value is a number above 0; true and false are none."""
+def is_positive(value: object) -> bool:
+    """True if a JSON value is a number above 0; true and false are no numbers."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     return good and value > 0  # type: ignore[operator]
 
 
-def match_end(pattern: str, path: str) -> bool:
-    """PEFT's rule for keys of `rank_pattern`: a regular expression that matches a path's end.
+def matches_end(pattern: str, path: str) -> bool:
+    """True if a module path ends as a regular expression says, PEFT's rule for `rank_pattern`.
 
     Raises:
-        ValueError: no regular expression, or one that takes longer than a second.
+        ValueError: the pattern is no regular expression, or takes longer than a second.
 
     Source: `get_pattern_key`, https://github.com/huggingface/peft.
     """
     import regex
 
     try:
-        return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_PATIENCE))
+        return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_PATTERN_SECONDS))
     except regex.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
     except TimeoutError:
-        raise ValueError(f"{pattern!r} takes more than {_PATIENCE:g} s on {path}") from None
+        raise ValueError(f"{pattern!r} takes more than {_PATTERN_SECONDS:g} s on {path}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses early what PyYAML would take minutes for."""
+    """A loader that refuses early what PyYAML would take minutes for."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -113,19 +113,19 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         before, alias = self._n_values, self.check_event(yaml.AliasEvent)
         self._depth += 1
-        if self._depth > _DEEPEST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        if self._depth > _MAX_LEVELS:
+            raise yaml.YAMLError(f"more than {_MAX_LEVELS} levels")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:
             return None
         # Aliases of aliases double with every line; what each stands for is known by now.
         self._n_values += self._sizes.get(node, 1) if alias else 1
-        if self._n_values > _MOST_VALUES:
-            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values")
+        if self._n_values > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values")
         self._sizes.setdefault(node, self._n_values - before)
-        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
-            raise yaml.YAMLError(f"a number of more than {_MOST_DIGITS:,} digits")
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {_MAX_DIGITS:,} digits")
         return node
 
 
@@ -137,17 +137,17 @@ def _yaml_reason(error: Exception) -> str:
 
 
 def read_yaml(path: Path | None) -> dict[str, Any]:
-    """Keys and values of a file; none without one.
+    """Read the keys and values of a YAML file; `path` None gives none.
 
     Raises:
-        ConfigError: it is not readable, too large, or holds no mapping.
+        ConfigError: the file is not readable, too large, or holds no mapping.
     """
     if path is None:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        if len(text) > _MOST_YAML:
-            raise ConfigError(f"{path}: {len(text):,} characters, at most {_MOST_YAML:,} are read")
+        if len(text) > _MAX_YAML:
+            raise ConfigError(f"{path}: {len(text):,} characters, at most {_MAX_YAML:,} are read")
         data = yaml.load(text, Loader=_Loader) or {}
         json.dumps(data, ensure_ascii=False, skipkeys=True, default=str).encode()
     except FileNotFoundError:

@@ -19,7 +19,7 @@ __all__ = ["Bar", "progress_bar"]
 
 
 class Bar:
-    """One bar whose total grows as work becomes known; a `probe.Meter`."""
+    """One bar whose total grows as work becomes known; an `evaluator.Meter`."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task

@@ -1,4 +1,4 @@
-"""Jinja templates of this package, and how numbers and names are written in them."""
+"""Jinja templates of this package, and the filters that write numbers and names in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Where a run lies tells who made it.
+    # Only the last part of a path is shown: the rest tells who made the run.
     found.filters |= {
         "percent": percent, "size": size, "last_part": lambda path: Path(path).name,
         "cell": cell,
@@ -34,7 +34,7 @@ def percent(value: float | None) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Three digits are enough to read; the exact number stands in the table."""
+    """Bytes with three digits and a unit, to read; tables have the exact number."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
@@ -42,5 +42,5 @@ def size(nbytes: int) -> str:
 
 
 def cell(text: object) -> str:
-    """A name in Markdown that begins no column and no HTML."""
+    """Escape a name for a cell of a Markdown table: it begins no column and no HTML."""
     return html.escape(str(text), quote=False).replace("|", "\\|")

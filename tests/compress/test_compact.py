@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from d2c_mlx.compress.affine import BITS, GROUP_SIZES
 from d2c_mlx.compress.compact_file import index_of, read_compact, read_index, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.file_layout import compact_nbytes, make_index, unfold
+from d2c_mlx.compress.file_layout import compact_nbytes, expand_modules, make_index
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.utils.errors import PackError
 
@@ -137,7 +137,7 @@ def test_many_layers_take_one_line():
     index = make_index(["a"], None, counts, dict.fromkeys(paths, (8, 8)), 32)
     assert [path for path, *_ in index.modules] == paths
     pattern = ["model.layers.*.self_attn.q_proj", 8, 8, "0-29,40"]
-    assert unfold([pattern], 99) == index.modules
+    assert expand_modules([pattern], 99) == index.modules
     # 62 factors: their own tensors would take 6 KB of header.
     assert compact_nbytes(index) < 62 * (2 + 2 + 2 * 4) + 700
 

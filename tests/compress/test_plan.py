@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.compress.allocate import _BYTES, _LOST, Candidate, allocate, choose
-from d2c_mlx.compress.file_layout import COUNTED
+from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.utils.errors import BudgetError
 
 
@@ -133,6 +133,6 @@ def test_no_more_alike_than_a_pack_can_count():
     widths = dict.fromkeys(worth, 100)
     for nbytes in (6_000, 15_000, 1e9):
         levels = allocate(worth, widths, nbytes)
-        assert max(n for n, _ in levels["long"]) <= COUNTED
+        assert max(n for n, _ in levels["long"]) <= MAX_COUNT
         assert spent(levels, widths) <= nbytes
     assert sum(n for n, _ in levels["long"]) == 600 and levels["short"] == ((3, 8),)

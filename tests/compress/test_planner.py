@@ -16,7 +16,7 @@ from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import Form, stored, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.quantize import components
+from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.export import export
@@ -244,7 +244,7 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
         {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
         dict.fromkeys(paths, 2.0),
     ]
-    alone = worth(components(one), gains[:1])
+    alone = worth(svd_components(one), gains[:1])
     assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
         {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
     )
@@ -252,7 +252,7 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
         energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
         assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
     # A merge's are the mean of its members'.
-    merged = worth(components(merge_adapters([one, two])), gains)
+    merged = worth(svd_components(merge_adapters([one, two])), gains)
     assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
     assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
 
@@ -273,7 +273,7 @@ def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
 
 def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
     session = run(config, until="probe", quiet=True)
-    session.inputs.engine.separate = None
+    session.inputs.engine.float32_head = None
     found = session.study.teacher_regret.under(session.adapters[0], range(4))
     assert found == pytest.approx(session.study.losses.regrets[:, 0], abs=1e-6)
     assert session.study.teacher_regret.under(None, [2]) == pytest.approx(

@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.affine import BITS, GROUP_SIZES, columns, mixing, nearest, values_of
+from d2c_mlx.compress.affine import (
+    BITS,
+    GROUP_SIZES,
+    dequantize,
+    hartley_rotation,
+    packed_columns,
+    round_to_nearest,
+)
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.gptq import rounded
-from d2c_mlx.compress.quantize import _squared_errors, components, compress
+from d2c_mlx.compress.gptq import gptq_round
+from d2c_mlx.compress.quantize import _squared_errors, compress, svd_components
 from d2c_mlx.utils.errors import ConfigError
 
 FEW = settings(NUMERIC, max_examples=30)
@@ -88,9 +95,9 @@ def test_values_are_those_of_the_stored_codes(case):
     a, b = factors_of(np.random.default_rng(seed), shape, rank)
     found = quantize_module(a, b, levels, group)
     parts = [part for level in found for part in (level.a, level.b)]
-    for part, values in zip(parts, values_of(parts)):
+    for part, values in zip(parts, dequantize(parts)):
         assert np.array_equal(np.array(values), oracle(part))
-        words, groups = columns(part.width, part.bits, group)
+        words, groups = packed_columns(part.width, part.bits, group)
         assert part.weight.shape[1] == words and part.scales.shape[1] == groups
     lora = plain(found)
     assert lora.a.dtype == lora.b.dtype == mx.float16 and lora.scale == 1.0
@@ -189,7 +196,7 @@ def test_a_spectrum_that_falls_fast_stays_finite():
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(BITS)), min_size=1, max_size=3))
 def test_mixing_is_orthogonal_within_levels(sizes):
-    mix = mixing(sizes)
+    mix = hartley_rotation(sizes)
     assert np.allclose(mix @ mix.T, np.eye(len(mix)))
     for stop, (n, _) in zip(accumulate(n for n, _ in sizes), sizes):
         assert not mix[stop - n : stop, : stop - n].any() and not mix[stop - n : stop, stop:].any()
@@ -198,7 +205,7 @@ def test_mixing_is_orthogonal_within_levels(sizes):
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_nearest_is_what_mlx_reads(bits):
     rows = np.random.default_rng(5).normal(size=(3, 100))
-    ((part,),) = nearest([rows], [[(3, bits)]], 64)
+    ((part,),) = round_to_nearest([rows], [[(3, bits)]], 64)
     read = mx.dequantize(
         mx.array(part.weight), mx.array(part.scales), mx.array(part.biases), 64, bits
     )
@@ -252,7 +259,7 @@ def test_modules_that_are_rounded_together_are_rounded_as_alone():
             for a, b in ((one.a, other.a), (one.b, other.b)):
                 for name in ("weight", "scales", "biases"):
                     assert np.array_equal(getattr(a, name), getattr(b, name))
-    known = compress(whole, levels, parts=components(whole))
+    known = compress(whole, levels, parts=svd_components(whole))
     assert known.adapter().digest == small.adapter().digest
 
 
@@ -262,7 +269,7 @@ def test_rounding_knows_the_numbers_that_its_codes_stand_for(seed, width, levels
     rng = np.random.default_rng(seed)
     rank = sum(n for n, _ in levels)
     rows, other = rng.normal(size=(rank, width)), rng.normal(size=(rank, rank + 3))
-    ((parts, values),) = rounded([rows], [other @ other.T], [levels], group)
+    ((parts, values),) = gptq_round([rows], [other @ other.T], [levels], group)
     assert np.array_equal(values, np.concatenate([oracle(part) for part in parts]))
 
 

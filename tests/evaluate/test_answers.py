@@ -4,7 +4,7 @@ import pytest
 import sacrebleu
 
 from d2c_mlx.evaluate.answers import METRICS, answer_metrics, answer_rows
-from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -75,7 +75,7 @@ class Endless:
 def test_an_answer_is_cut_at_twice_the_expected_length_and_sixteen():
     examples = ExampleSet("t", (Example((1, 2, 3, 4, 5), 3),))
     rows = [{"prompt": "p", "completion": "c"}]
-    methods = {"base": Method(0, [{"t": None}])}
+    methods = {"base": BenchMethod(0, [{"t": None}])}
     (found,) = answer_rows(Endless(), methods, rows, examples)
     assert found == {"prompt": "p", "expected": "c", "base": " ".join(["3"] * (2 * 2 + 16))}
     # Rows of plain text have no prompt.

@@ -71,9 +71,9 @@ def test_what_is_known_is_not_computed_again(tiny):
     found = module_gains(base, adapter, examples, cache=cache)
     base.attach(None)
     assert module_gains(base, adapter, examples, cache=cache) == found
-    assert not base.occupied
+    assert not base.attached_factors
     assert module_gains(base, adapter, examples, points=(0.5,), cache=cache) != found
-    assert base.occupied
+    assert base.attached_factors
 
 
 def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):

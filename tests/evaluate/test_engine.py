@@ -13,13 +13,13 @@ from scipy.special import log_softmax
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.evaluate.engine import Engine, Savings
+from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
-from d2c_mlx.models.base_model import BaseModel, _Slot
+from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import find_head, in_float32, prefix_is_exact, split_is_exact
+from d2c_mlx.models.forward import find_head, head_in_float32, prefix_is_exact, split_is_exact
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError
 
@@ -60,8 +60,8 @@ def assert_equals_plain(base, engine, adapters, sets):
 @pytest.mark.parametrize("options", [{}, {"stack": 3}])
 def test_every_saving_equals_the_plain_loop(tiny, off, options):
     base, adapters, sets = tiny
-    savings = Savings(**dict.fromkeys(off, False), **options)
-    assert_equals_plain(base, Engine(base, savings=savings), adapters, sets)
+    savings = Optimizations(**dict.fromkeys(off, False), **options)
+    assert_equals_plain(base, Engine(base, optimizations=savings), adapters, sets)
 
 
 @pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
@@ -69,8 +69,8 @@ def test_every_saving_equals_the_plain_loop(tiny, off, options):
 def test_a_set_with_a_teacher_has_its_divergence(tiny, off, options):
     base, adapters, sets = tiny
     model = Distiller(base)
-    taught = [model.taught(adapters[2], one) for one in sets]
-    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False), **options))
+    taught = [model.with_teacher(adapters[2], one) for one in sets]
+    engine = Engine(base, optimizations=Optimizations(**dict.fromkeys(off, False), **options))
     pieces = list(itertools.product([None, *adapters], [*taught, *sets]))
     for got, (adapter, one) in zip(losses_of(engine, pieces), pieces):
         if not one.teacher:
@@ -85,10 +85,10 @@ def test_a_set_with_a_teacher_has_its_divergence(tiny, off, options):
 def test_a_taught_set_is_known_by_its_teacher(tiny):
     base, adapters, (one, _) = tiny
     model = Distiller(base)
-    first, second = (model.taught(adapter, one.cut(0.5)) for adapter in adapters[:2])
+    first, second = (model.with_teacher(adapter, one.cut(0.5)) for adapter in adapters[:2])
     assert len({one.digest, first.digest, second.digest}) == 3
     assert one.tokens_digest == first.tokens_digest == one.digest
-    assert [len(part.expected) for part in first.parts] == [2, 2]
+    assert [len(part.teacher_targets) for part in first.parts] == [2, 2]
     assert {part.teacher for part in first.parts} == {adapters[0].digest}
 
 
@@ -116,7 +116,7 @@ def test_all_savings_are_in_use_on_a_llama(tiny):
 @pytest.mark.parametrize("off", [[], ["frozen"], ["prefix"]])
 def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
     base, adapters, sets = tiny
-    engine = Engine(base, savings=Savings(**dict.fromkeys(off, False)))
+    engine = Engine(base, optimizations=Optimizations(**dict.fromkeys(off, False)))
     pieces = list(itertools.product([None, *adapters], sets))
     together = losses_of(engine, pieces)
     assert together == [losses_of(engine, [piece])[0] for piece in pieces]
@@ -232,7 +232,7 @@ def test_the_fingerprint_follows_what_changes_bits(tiny):
     plain_engine = Engine(base)
     same = plain_engine.fingerprint(sets[0])
     assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
-    assert same != Engine(base, savings=Savings(head=False)).fingerprint(sets[0])
+    assert same != Engine(base, optimizations=Optimizations(head=False)).fingerprint(sets[0])
     plain_engine._batches.clear()
     plain_engine.batch_limit = BatchCost.of(base, plain_engine._n_logits, 1)(1, 40, 0)
     assert same != plain_engine.fingerprint(sets[0])
@@ -272,7 +272,7 @@ def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
     hidden = mx.random.normal((5, 32), key=mx.random.key(0)).astype(dtype)
     expected = np.array(hidden.astype(mx.float32), np.float64) @ wide.T + bias
     head = find_head(model)
-    head32 = in_float32(head)
+    head32 = head_in_float32(head)
     assert head32(hidden).dtype == mx.float32
     assert np.array(head32(hidden)) == pytest.approx(expected, abs=2e-6)
     assert abs(np.array(head(hidden).astype(mx.float32)) - expected).max() > 1e-4
@@ -300,11 +300,11 @@ def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
     for example in examples.examples:
         p, q = log_p(adapter, example), log_p(weaker, example)
         expected += (np.exp(p) * (p - q)).sum()
-    rows = Distiller(base).teach(adapter, examples)
+    rows = Distiller(base).teacher_rows(adapter, examples)
     found = Distiller(base).compare(weaker, rows)[:, 1].sum()
     assert found == pytest.approx(expected, abs=1e-4)
-    engine = Engine(base, savings=Savings(prefix=False, frozen=False))
-    (found,) = losses_of(engine, [(weaker, Distiller(base).taught(adapter, examples))])
+    engine = Engine(base, optimizations=Optimizations(prefix=False, frozen=False))
+    (found,) = losses_of(engine, [(weaker, Distiller(base).with_teacher(adapter, examples))])
     assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -322,7 +322,7 @@ def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
 
 def test_a_bias_survives_folding():
     linear = nn.Linear(6, 4)
-    slot = _Slot(linear)
+    slot = _AdaptedLinear(linear)
     x, a, b = mx.random.normal((3, 6)), mx.random.normal((1, 6, 2)), mx.random.normal((1, 2, 4))
     slot.factors = a, b
     beside = slot(x)

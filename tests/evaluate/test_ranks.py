@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distributed import (
     _end,
-    _halves,
-    _lengths,
     _measured,
-    _packed,
-    _unpacked,
     _weights,
-    launched,
+    launched_group,
     local_ranks,
-    shares,
+    share_out,
 )
+from d2c_mlx.evaluate.messages import _join_lengths, _split_lengths, pack_pieces, unpack_pieces
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.files import hash_tree
 
@@ -108,16 +105,16 @@ import d2c_mlx, d2c_mlx.evaluate.distributed as r
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.base_model import BaseModel
-cuts, shares = [], r.shares
-r.shares = lambda *given: cuts.append(shares(*given)) or cuts[-1]
+cuts, shares = [], r.share_out
+r.share_out = lambda *given: cuts.append(shares(*given)) or cuts[-1]
 row = Example(tuple(range(1, 31)), 20)
 def pieces(n, n_rows):
     return [(None, ExampleSet(f"{n_rows}-{i}", (row,) * n_rows)) for i in range(n)]
-group = r.launched()
+group = r.launched_group()
 if group.rank():
-    r.serve(group)
+    r.run_worker(group)
 else:
-    with r.leading():
+    with r.leading_rank():
         engine = Engine(BaseModel(sys.argv[1]))
         for calls in ([pieces(1, 2), pieces(6, 2)], [pieces(4, 450)]):
             ranks = r.Ranks(engine, group)
@@ -155,7 +152,7 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
     tokens = [size] * max(2, 12288 // size)
     speed, rounds = np.array([3000.0, 10.0]), []
     for _ in range(80):
-        work = [size * len(mine) for mine in shares(tokens, _weights(speed))]
+        work = [size * len(mine) for mine in share_out(tokens, _weights(speed))]
         # What is measured of nothing is no speed.
         speed = _measured(speed, work, [n / 3000 or 1e-5 for n in work])
         rounds.append(work)
@@ -165,8 +162,8 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
 
 def test_a_message_may_have_more_than_four_gigabytes():
     group = mx.distributed.init()
-    sent = mx.array(_halves(7, 5_000_000_000))
-    assert _lengths(np.array(mx.distributed.all_sum(sent, group=group))) == [7, 5_000_000_000]
+    sent = mx.array(_split_lengths(7, 5_000_000_000))
+    assert _join_lengths(np.array(mx.distributed.all_sum(sent, group=group))) == [7, 5_000_000_000]
 
 
 def test_a_round_ends_before_its_adapters_are_too_large():
@@ -191,7 +188,7 @@ def test_ranks_that_never_had_work_stay_unknown():
 
 
 def test_alone_there_is_no_group(monkeypatch, tmp_path):
-    assert launched() is None and local_ranks() == 1
+    assert launched_group() is None and local_ranks() == 1
     hosts = tmp_path / "hosts.json"
     hosts.write_text('[["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.1:5001"]]')
     monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
@@ -205,7 +202,7 @@ def test_alone_there_is_no_group(monkeypatch, tmp_path):
     st.lists(st.floats(0.1, 100), min_size=1, max_size=5),
 )
 def test_every_piece_has_one_rank_and_faster_ranks_more(tokens, speed):
-    cut = shares(tokens, np.array(speed))
+    cut = share_out(tokens, np.array(speed))
     assert sorted(i for mine in cut for i in mine) == list(range(len(tokens)))
     assert len(cut) == len(speed)
     for mine, part in zip(cut, np.array(speed) / sum(speed)):
@@ -229,11 +226,14 @@ def test_pieces_arrive_as_they_left(dtype):
         "b", (Example((7, 8), 1), Example((7, 8, 9), 1)), (), "t", (said[:1], said[1:])
     )
     pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
-    header, floats = _packed(pieces, [[0], [1, 2]])
+    header, floats = pack_pieces(pieces, [[0], [1, 2]])
     assert len(header["adapters"]) == 1  # equal content travels once
-    back = _unpacked(header, floats)
+    back = unpack_pieces(header, floats)
     assert [one for _, one in back] == [sets[0], sets[1], sets[0]]
-    assert [x.tolist() for x in back[1][1].expected] == [said[:1].tolist(), said[1:].tolist()]
+    assert [x.tolist() for x in back[1][1].teacher_targets] == [
+        said[:1].tolist(),
+        said[1:].tolist(),
+    ]
     assert back[0][0] is None and back[1][0] is back[2][0]
     for path, lora in back[1][0].modules.items():
         for got, sent in ((lora.a, loras[path].a), (lora.b, loras[path].b)):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from d2c_mlx.evaluate.batches import BatchCost, shared_prefix, split_rows
-from d2c_mlx.evaluate.workers import Kept, Workers, lots
+from d2c_mlx.evaluate.workers import StateCache, Workers, split_chunks
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -32,7 +32,7 @@ def test_the_shared_prefix_ends_before_the_first_predicting_position():
 
 
 def test_kept_states_stay_within_their_bytes():
-    kept = Kept(100)
+    kept = StateCache(100)
     x = [mx.zeros(10)]
     for key in "abc":
         kept.put(key, x)
@@ -45,7 +45,7 @@ def test_kept_states_stay_within_their_bytes():
 
 
 def test_lots_keep_the_order():
-    assert list(lots([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
+    assert list(split_chunks([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
 
 
 def test_workers_take_the_largest_first_and_stop_when_no_one_listens():

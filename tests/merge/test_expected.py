@@ -139,14 +139,16 @@ def test_a_trusted_row_enters_by_its_weight(session, trust):
     """Against rows of logits in float64; another weight is another set."""
     base, (one, other), probe = session.inputs.base, session.adapters, session.inputs.probes[0]
     model = Distiller(base)
-    some = model.taught(one, probe, trust)
+    some = model.with_teacher(one, probe, trust)
     (found,) = session.evaluator.losses([(other, [some])])
-    rows = model.compare(other, model.teach(one, probe))
+    rows = model.compare(other, model.teacher_rows(one, probe))
     nll = [sum(session.evaluator.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
     assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
     kl = divergence(base, one, other, probe)
     assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)
     expected = (1 - trust) * kl / probe.n_targets + trust * (nll[1] - nll[0])
     assert found[0] == pytest.approx(expected, abs=1e-4)
-    assert model.excess(other, model.teach(one, probe)) == pytest.approx(nll[1] - nll[0], abs=1e-4)
-    assert len({some.digest, model.taught(one, probe, trust + 0.1).digest, probe.digest}) == 3
+    assert model.excess(other, model.teacher_rows(one, probe)) == pytest.approx(
+        nll[1] - nll[0], abs=1e-4
+    )
+    assert len({some.digest, model.with_teacher(one, probe, trust + 0.1).digest, probe.digest}) == 3

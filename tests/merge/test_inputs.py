@@ -83,7 +83,7 @@ def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="no memory"):
         input_activations(base, adapter, [examples], [Q])
     names = [type(module).__name__ for _, module in base.model.named_modules()]
-    assert "_Tap" not in names
+    assert "_CapturedModule" not in names
 
 
 def test_regmean_keeps_outputs_on_its_inputs_better_than_the_mean(tiny):

@@ -195,7 +195,7 @@ def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
     assert digests(aims[:1], 20, 1) == [one]
     assert one not in digests(aims, 10, 1)
     names = [type(module).__name__ for _, module in base.model.named_modules()]
-    assert "_Tap" not in names and not base.occupied
+    assert "_CapturedModule" not in names and not base.attached_factors
 
 
 def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.refine import Member, RefineOptions, _balanced, hold_back, refine
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.kernels import use_exponentials
+from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task, load_unlabelled
 from d2c_mlx.utils.errors import ModelError
 
@@ -55,7 +55,7 @@ FAST = RefineOptions(steps=20, rate=5e-3, every=4)
 
 def _student(base, merged, member):
     model = Distiller(base)
-    rows = model.teach(member.adapter, member.probe)
+    rows = model.teacher_rows(member.adapter, member.probe)
     base.attach(merged)
     return model, rows, _balanced(merged)
 
@@ -103,7 +103,7 @@ def test_gradient_against_finite_differences(base, members, merged):
 def test_gradient_through_our_exponentials_is_that_of_stock_mlx_lm(base, members, merged):
     found = []
     for fast in (True, False):
-        use_exponentials(base.model, fast)
+        use_fast_exponentials(base.model, fast)
         model, rows, factors = _student(base, merged, members[0])
         model._fast = fast
         found.append(model.gradient(factors, rows, [(1.0, 1.0)] * len(rows)))
@@ -249,7 +249,7 @@ def test_prompts_are_answered_by_their_own_adapter(paths, base, members, merged)
     file = write_jsonl(paths.tasks / "more.jsonl", [{"task": "a", "prompt": "What is a question?"}])
     rows = load_unlabelled(file, [load_task(paths.tasks / name) for name in NAMES], 6)
     prompts = base.encode("a", rows["a"])
-    row = Distiller(base).teach(members[0].adapter, members[0].probe, prompts)[-1]
+    row = Distiller(base).teacher_rows(members[0].adapter, members[0].probe, prompts)[-1]
     tokens = list(prompts.examples[0].tokens[: prompts.examples[0].offset])
     assert not row.answered and row.example.tokens[: len(tokens)] == tuple(tokens)
     for token in row.example.tokens[len(tokens) :]:

@@ -20,7 +20,7 @@ from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import Method
+from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
@@ -165,10 +165,10 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     served = thinker.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the fox"}], add_generation_prompt=True, return_dict=False
     )
-    assert one.asked == tuple(served) != one.tokens[: one.offset]
-    assert thinker.tokenizer.decode(one.asked).endswith("assistant\n<think>\n")
-    assert encode_prompts(thinker.tokenizer, ["the fox"]) == [one.asked]
-    (answer,) = answer_rows(thinker, {"base": Method(0, [{"a": None}])}, [row], examples)
+    assert one.prompt_tokens == tuple(served) != one.tokens[: one.offset]
+    assert thinker.tokenizer.decode(one.prompt_tokens).endswith("assistant\n<think>\n")
+    assert encode_prompts(thinker.tokenizer, ["the fox"]) == [one.prompt_tokens]
+    (answer,) = answer_rows(thinker, {"base": BenchMethod(0, [{"a": None}])}, [row], examples)
     limit = 2 * one.n_targets + 16
     said = thinker.tokenizer.decode(thinker.answer(served, limit), skip_special_tokens=True)
     assert answer["base"] == said.strip()
@@ -180,8 +180,8 @@ def test_a_usual_template_needs_no_other_prompt(tmp_path):
         warnings.simplefilter("error")
         examples = base.encode("a", rows())
         texts = base.encode("a", [{"text": "the fox"}])
-    assert all(row.prompt is None and row.asked for row in examples.examples)
-    assert texts.examples[0].asked == ()
+    assert all(row.prompt is None and row.prompt_tokens for row in examples.examples)
+    assert texts.examples[0].prompt_tokens == ()
 
 
 def test_prompts_that_a_template_refuses_are_named(tmp_path):

@@ -13,7 +13,7 @@ from mlx_lm.models import gemma3, llama, llama4
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tokenize import context_of
+from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
@@ -47,17 +47,17 @@ def path(tmp_path_factory):
 
 
 def test_of_mlx_lms_own_arguments():
-    assert context_of(gemma3.ModelArgs("gemma3", dict(TEXT), 300)) == 64
+    assert context_length(gemma3.ModelArgs("gemma3", dict(TEXT), 300)) == 64
     text = {"max_position_embeddings": 64, "model_type": "llama4_text"}
     fields = dict.fromkeys(llama4.TextArgs.__dataclass_fields__, 1)
     nested = llama4.ModelArgs.from_dict({"model_type": "llama4", "text_config": fields | text})
-    assert not isinstance(nested.text_config, dict) and context_of(nested) == 64
+    assert not isinstance(nested.text_config, dict) and context_length(nested) == 64
     plain = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9,
              "intermediate_size": 8, "num_attention_heads": 1, "rms_norm_eps": 1e-5}  # fmt: skip
-    assert context_of(llama.ModelArgs(**plain, max_position_embeddings=512)) == 512
-    assert context_of(llama.ModelArgs(**plain)) is None
+    assert context_length(llama.ModelArgs(**plain, max_position_embeddings=512)) == 512
+    assert context_length(llama.ModelArgs(**plain)) is None
     for odd in ({}, {"text_config": None}, {"text_config": "x"}, {"max_position_embeddings": "x"}):
-        assert context_of(odd) is None
+        assert context_length(odd) is None
 
 
 def test_rows_beyond_it_are_refused(path):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.utils.errors import InputError
-from d2c_mlx.utils.parsing import match_end, parse_json
+from d2c_mlx.utils.parsing import matches_end, parse_json
 
 STRINGS = st.one_of(
     st.text(max_size=8),
@@ -216,10 +216,10 @@ def test_json():
 
 def test_a_pattern_that_would_not_end():
     path = "model.layers.0.self_attn.q_proj"
-    assert match_end("q_proj", path) and match_end(r"layers\.[0-3]\..*proj", path)
-    assert not match_end("proj", path)
+    assert matches_end("q_proj", path) and matches_end(r"layers\.[0-3]\..*proj", path)
+    assert not matches_end("proj", path)
     with pytest.raises(ValueError, match="more than 1 s"):
-        match_end("(a|aa)+", "a" * 60 + "!")
+        matches_end("(a|aa)+", "a" * 60 + "!")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 
 from d2c_mlx.cluster.d2c import INITS
-from d2c_mlx.evaluate.engine import Savings
+from d2c_mlx.evaluate.engine import Optimizations
 from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.run.config import SAVINGS, STARTS, RunConfig
@@ -208,7 +208,7 @@ def test_names_of_methods_and_starts_are_the_library_s():
 
 
 def test_every_saving_can_be_switched_off():
-    switches = {field.name for field in fields(Savings) if field.default is True}
+    switches = {field.name for field in fields(Optimizations) if field.default is True}
     assert set(SAVINGS) == switches | {"cache", "bound"}
 
 

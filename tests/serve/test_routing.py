@@ -305,7 +305,7 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     base = BaseModel(str(paths.model))
     with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
     own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
-    assert with_it == [row.asked for rows in own for row in rows] != without
+    assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
     assert None in [again.route(base.model, prompt) for prompt in without]
 
 
