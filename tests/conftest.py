@@ -2,6 +2,7 @@
 """Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def cache_directory(tmp_path_factory):
         path = tmp_path_factory.mktemp("cache")
     os.environ["D2C_MLX_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command(*argv)`: what a shell sees of it, exit code, standard output and standard error.
+
+    In this process: any exception but SystemExit would be a traceback, and is raised here.
+    """
+    from d2c_mlx_cli.main import main
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["d2c-mlx", *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -134,13 +134,11 @@ def test_unpack(tmp_path):
     assert (tmp_path / "plain" / "cluster-1" / "adapters.safetensors").is_file()
 
 
-def test_unpack_says_what_is_wrong_in_one_line(tmp_path):
+def test_unpack_says_what_is_wrong_in_one_line(tmp_path, command):
     """Through the entry point, whose exit code and words a user sees."""
-    code = "import sys; from d2c_mlx_cli.main import main; main()"
-    argv = [sys.executable, "-c", code, "unpack", str(tmp_path), "--output", str(tmp_path / "o")]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'manifest.json'}: missing; is this a pack?\n"
+    code, _, err = command("unpack", tmp_path, "--output", tmp_path / "o")
+    assert code == 2
+    assert err == f"error: {tmp_path / 'manifest.json'}: missing; is this a pack?\n"
     assert not (tmp_path / "o").exists()
 
 

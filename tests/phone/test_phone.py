@@ -1,12 +1,9 @@
 """The benchmark of a pack as on a phone: complete, consistent, and honest about what fits."""
 
 import json
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
-from helpers import ROOT
 from helpers.phone import make_pack
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
@@ -242,18 +239,16 @@ def test_missing_adapters_are_named(made):
         bench_phone(config.replace(adapters=str(empty)), quiet=True)
 
 
-def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
+def test_bad_input_is_a_line_each_and_nothing_else(tmp_path, command):
     """Through the entry point: the words and the exit code that a user sees."""
-    code = "import sys; from d2c_mlx_cli.main import main; main()"
     for args, words in (
         (["phone", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
         (["phone", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
         (["phone", str(tmp_path), "--device", "mac-8gb", "--bits", "3"], "error: bits: found 3"),
     ):
-        argv = [sys.executable, "-c", code, *args]
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+        code, out, err = command(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith(words) and err.count("\n") == 1
 
 
 def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):
