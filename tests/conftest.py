@@ -23,14 +23,21 @@ mx.set_default_device(mx.cpu)
 os.environ["D2C_MLX_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
-# What a user installs has no torch, only tests do. Commands start in half the time without it.
-os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
 
 
 # No test cuts the power. Waiting for the disk, file by file, takes a fifth of a tiny run.
 os.fsync = lambda file: None
 
 pytest.register_assert_rewrite("helpers")
+
+
+def pytest_configure(config):
+    """What a user installs has no torch, only tests do. Commands start in half the time without it.
+
+    The process that starts workers runs no test itself, and workers need torch.
+    """
+    if WORKER or not config.getoption("numprocesses", None):
+        os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
 
 
 def pytest_collection_modifyitems(items):
