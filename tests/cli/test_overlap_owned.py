@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from helpers.command import edit_config, refused
 from helpers.tiny import peft_adapter
 
@@ -109,6 +110,7 @@ def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
             (mine / name).unlink()
 
 
+@pytest.mark.slow
 def test_earlier_outputs_are_replaced(cli, lib):
     """By the command that wrote them, and what a push wrote by others too."""
     plain, compact = packs(cli)

@@ -30,6 +30,7 @@ def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_readme_examples_run(monkeypatch, tmp_path, capsys):
     """The Python blocks of the README, on the embedded model; only its output goes elsewhere."""
     run, use = blocks("README.md", "python")
@@ -72,6 +73,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
     from d2c_mlx.packs.pack import load_pack
@@ -113,6 +115,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     assert names["match"] is None or names["match"].task in pack.tasks
 
 
+@pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
     from d2c_mlx.packs.write import write_pack
@@ -149,6 +152,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
+@pytest.mark.slow
 def test_serving_as_the_docs_say(tmp_path, capsys):
     """The Python block of docs/serving.md, on real weights, against the base model offline."""
     from dataclasses import replace
@@ -213,6 +217,7 @@ def test_workflow_and_ci_call_the_readme_command():
     assert "make demo" in readme and "make test" in readme
 
 
+@pytest.mark.slow
 def test_commands_that_tests_start_have_no_torch_like_a_user_s():
     """Only by an import can one tell: the pipeline, the CLI, and the base model's classes."""
     code = (

@@ -108,6 +108,7 @@ def test_answers_can_be_left_out(made):
     assert "| - | - | - |" in render_phone(result)
 
 
+@pytest.mark.slow
 def test_the_quantized_base_is_asked_for(made, tmp_path):
     """Under eight bits the loss is nearer to the float base's than under four."""
     paths, pack, four = made

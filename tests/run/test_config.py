@@ -268,6 +268,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
     path, began = write(tmp_path, text), time.perf_counter()
