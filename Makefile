@@ -76,7 +76,8 @@ tables: .venv/demo
 
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and
 # none comes along.
-DATA := d2c_mlx/card.md.jinja d2c_mlx/profiles.yaml d2c_mlx/py.typed d2c_mlx/report.html.jinja d2c_mlx/report.md.jinja
+DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
+  d2c_mlx/report/report.html.jinja d2c_mlx/report/report.md.jinja
 
 check-dist: .venv/tools
 	rm -rf dist build
@@ -85,7 +86,7 @@ check-dist: .venv/tools
 	.venv-tools/bin/twine check --strict dist/*
 	@found=$$($(PYTHON) -m zipfile -l dist/*.whl | awk 'NR > 1 {print $$1}' \
 	  | grep -vE '\.py$$|\.dist-info/' | sort | xargs); \
-	  [ "$$found" = "$(DATA)" ] || { echo "data files in the wheel: $$found"; exit 1; }
+	  [ "$$found" = "$(strip $(DATA))" ] || { echo "data files in the wheel: $$found"; exit 1; }
 	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks)/' || exit 1
 
 # Known vulnerabilities of what a user gets; asks pypi.org.

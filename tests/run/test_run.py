@@ -179,6 +179,7 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
     assert (output / stage).exists() and not list(output.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["d2c", "auto"])
 def test_a_pack_that_was_changed_is_not_undone(config, plan):
     """By no stage, with no options; what is damaged or missing is made anew."""
