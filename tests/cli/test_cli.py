@@ -101,6 +101,7 @@ def test_convert_there_and_back(tmp_path):
     assert hash_tree(tmp_path / "m") == hash_tree(tmp_path / "m2")
 
 
+@pytest.mark.slow
 def test_stages_continue_with_the_options_of_the_run_directory(tmp_path):
     paths = library(tmp_path, ["a", "b"])
     output = str(tmp_path / "run")

@@ -33,6 +33,7 @@ def test_what_no_run_wrote_is_not_replaced_by_one(cli, lib):
     assert f"your {project / 'adapters'}, which" in line
 
 
+@pytest.mark.slow
 def test_other_files_beside_a_run_do_not_matter(cli, lib):
     for name in (".DS_Store", "adapters/.DS_Store", "notes.ipynb", "data/pack/rows.csv", ".git/x"):
         (cli.output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ def test_other_files_beside_a_run_do_not_matter(cli, lib):
     assert (cli.output / "merged").is_symlink()
 
 
+@pytest.mark.slow
 def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
     assert cli(cli.argv("merge", "--quiet"))[0] == 0
     again = cli.argv("merge", "--quiet", budget="2")
@@ -87,6 +89,7 @@ def test_packs_are_not_replaced_by_other_outputs(cli, lib):
             assert f"{other} is replaced as a whole, and {other}/" in line
 
 
+@pytest.mark.slow
 def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
     plain, compact = packs(cli)
     mine = cli.root / "mine"

@@ -125,6 +125,7 @@ def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
     assert {len(members) for members in asked} > {2}
 
 
+@pytest.mark.slow
 def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
     session = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
     final, asked = session.study.merger.final, []
