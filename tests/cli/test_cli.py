@@ -31,23 +31,27 @@ def invoke(*args):
     return result.stdout
 
 
-FORMS = (["bench", "pack", "--device", "mac-8gb", "--help"],)
-HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), *FORMS]
+# An older way to ask for `phone`, which says so.
+FORMER = ["bench", "pack", "--device", "mac-8gb", "--help"]
+FORMER_WARNING = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`\n"
+HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS), FORMER]
 # Prints every help in turn, with the heavy modules that are loaded by then.
 PRINTS_HELPS = f"""
 import contextlib, io, json, sys
 from d2c_mlx_cli.main import cli
 for args in {HELPS!r}:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try: cli(args)
         except SystemExit as stop: code = stop.code
-    print(json.dumps([code, out.getvalue(), [m for m in {HEAVY!r} if m in sys.modules]]))
+    heavy = [m for m in {HEAVY!r} if m in sys.modules]
+    print(json.dumps([code, out.getvalue(), err.getvalue(), heavy]))
 """
 
 
 @pytest.fixture(scope="module")
 def helps():
-    """Of every command in `HELPS`: exit code, text, heavy modules; all in one process."""
+    """Of all `HELPS`, in one process: exit code, text, errors, heavy modules loaded by then."""
     code = [sys.executable, "-c", PRINTS_HELPS]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -56,9 +60,10 @@ def helps():
 
 @pytest.mark.parametrize("args", HELPS)
 def test_help_imports_nothing_heavy(args, helps):
-    code, text, heavy = helps[HELPS.index(args)]
+    code, text, errors, heavy = helps[HELPS.index(args)]
     assert code == 0
     assert heavy == []
+    assert errors == ("" if args != FORMER else FORMER_WARNING)
     assert "Usage:" in text
     assert args == ["--help"] or "Example" in text
 

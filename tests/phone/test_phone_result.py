@@ -22,7 +22,7 @@ def test_a_result_as_a_table(made):
 def test_files_that_are_no_result(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(PackError, match="no result of d2c-mlx bench PACK --json"):
+    with pytest.raises(PackError, match="no result of d2c-mlx phone PACK --json"):
         read_phone(path)
     with pytest.raises(PackError, match="no such file"):
         read_phone(tmp_path / "none.json")
@@ -55,7 +55,7 @@ def test_a_result_that_lacks_parts_is_refused_by_their_names(made, tmp_path):
         ({"model": 5}, "model: found 5, expected an object with bits, name, compute_dtype; write it"
                        " again"),
         ({"quality": {}}, "has no quality.n_rows, quality.float_dtype, quality.float_weights and 4"
-                          " fields more, expected a whole result of d2c-mlx bench PACK --json;"
+                          " fields more, expected a whole result of d2c-mlx phone PACK --json;"
                           " write it again"),
         ({"time": 3}, "time: found 3, expected str; write it again"),
     ):  # fmt: skip

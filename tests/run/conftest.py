@@ -21,5 +21,4 @@ def config(tmp_path):
         probe_examples=3,
         test_examples=3,
         random_seeds=2,
-        rounds=3,
     )

@@ -1,13 +1,13 @@
 import re
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import click
 import pytest
 import yaml
 from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
+from helpers import ROOT
 
 from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.evaluate.engine import Savings
@@ -382,5 +382,5 @@ def test_replacing_a_value_checks_it():
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_written_from_the_fields_is_up_to_date(name):
     """Else run `make options`."""
-    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert text == FILES[name]()
