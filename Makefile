@@ -90,7 +90,7 @@ check-dist: .venv/tools
 	.venv-tools/bin/twine check --strict dist/*
 	@found=$$($(PYTHON) -m zipfile -l dist/*.whl | awk 'NR > 1 {print $$1}' \
 	  | grep -vE '\.py$$|\.dist-info/' | sort | xargs); \
-	  [ "$$found" = "$(DATA)" ] || { echo "data files in the wheel: $$found"; exit 1; }
+	  [ "$$found" = "$(strip $(DATA))" ] || { echo "data files in the wheel: $$found"; exit 1; }
 	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks)/' || exit 1
 
 # Known vulnerabilities of what a user gets; asks pypi.org.

@@ -2,6 +2,7 @@
 """Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,21 @@ mx.set_default_device(mx.cpu)
 os.environ["D2C_MLX_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).parents[1]
-# What a user installs has no torch, only tests do. Commands start in half the time without it.
-os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
 
+
+# No test cuts the power. Waiting for the disk, file by file, takes a fifth of a tiny run.
+os.fsync = lambda file: None
 
 pytest.register_assert_rewrite("helpers")
+
+
+def pytest_configure(config):
+    """What a user installs has no torch, only tests do. Commands start in half the time without it.
+
+    The process that starts workers runs no test itself, and workers need torch.
+    """
+    if WORKER or not config.getoption("numprocesses", None):
+        os.environ["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "without_torch")
 
 
 def pytest_collection_modifyitems(items):
@@ -65,6 +76,27 @@ def cache_directory(tmp_path_factory):
         path = tmp_path_factory.mktemp("cache")
     os.environ["D2C_MLX_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command(*argv)`: what a shell sees of it, exit code, standard output and standard error.
+
+    In this process: any exception but SystemExit would be a traceback, and is raised here.
+    """
+    from d2c_mlx_cli.main import main
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["d2c-mlx", *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from d2c_mlx import __version__
+from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import hash_file, write_json
 from d2c_mlx.utils.parsing import json_or_none
@@ -38,7 +38,7 @@ class Marker(Checked):
 
     format: Literal["d2c-mlx-output"] = "d2c-mlx-output"
     format_version: Literal[1] = 1
-    version: str = __version__
+    version: str = VERSION
     kind: Kind
     files: Mapping[str, str | None]
 

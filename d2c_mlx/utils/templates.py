@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 __all__ = ["cell", "percent", "size", "templates_of"]
 
 
+@cache  # with its compiled templates
 def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
     """A jinja2 environment over the templates of a package; an undefined name is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined

@@ -56,6 +56,7 @@ def hub(paths, base, tmp_path_factory):
     hub.close()
 
 
+@pytest.mark.slow
 def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_path):
     """By the command; the second time without the hub."""
     hub.log.clear()
@@ -87,6 +88,7 @@ def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_
     assert offline.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -102,6 +104,7 @@ def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
     assert inputs["a"]["origin"] == pinned and "origin" not in inputs["b"]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     ids = {
         "org/gated": ["GatedRepoError", "is gated: ask for access", "hf auth login"],
@@ -124,6 +127,7 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     assert "adapter_model.bin" not in hub.gets("org/pickle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "nobody listens"])
 def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -139,6 +143,7 @@ def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
     assert f"({why}, and it is not in the hub's cache on this machine)" in line
 
 
+@pytest.mark.slow
 def test_a_path_that_is_there_is_no_id(hub, base, tmp_path, monkeypatch):
     """Nothing is asked of any hub; the process would have gone to the real one."""
     peft_adapter(tmp_path / "org", "a", seed=7)
@@ -151,6 +156,7 @@ def test_a_path_that_is_there_is_no_id(hub, base, tmp_path, monkeypatch):
     assert hub.log == []
 
 
+@pytest.mark.slow
 def test_a_base_model_with_a_revision(hub, tmp_path):
     """The same function as for adapters."""
     tiny = tiny_model(tmp_path / "tiny")

@@ -45,6 +45,7 @@ def torch_base(float_base):
     return AutoModelForCausalLM.from_pretrained(float_base, dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 def test_every_converted_adapter_has_the_loss_that_peft_has(base, torch_base, library, rows):
     worst = {}
     for source in find_adapters(library / "adapters"):
@@ -60,12 +61,14 @@ def test_every_converted_adapter_has_the_loss_that_peft_has(base, torch_base, li
     assert max(worst.values()) < 1e-4, worst
 
 
+@pytest.mark.slow
 def test_base_has_the_loss_that_torch_has(base, torch_base, library, rows):
     name = find_adapters(library / "adapters")[0].name
     examples = base.encode(name, load_task(library / "tasks" / name).test[:rows])
     assert _ours(base, None, examples) == pytest.approx(_torch_loss(torch_base, examples), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
     base, float_base, torch_base, library, tmp_path
 ):
@@ -96,6 +99,7 @@ def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
         model.unload()
 
 
+@pytest.mark.slow
 def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
     for source in find_adapters(library / "adapters"):
         name, path = source.name, source.path
@@ -107,6 +111,7 @@ def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
         assert again.base == first.base
 
 
+@pytest.mark.slow
 def test_peft_reads_what_we_export(base, torch_base, library, tmp_path):
     """Mixed ranks and scales through rank_pattern and alpha_pattern, read by PEFT itself."""
     name = find_adapters(library / "adapters")[0].name

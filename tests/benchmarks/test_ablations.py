@@ -16,6 +16,8 @@ from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 CASES = {
     "agreement": 4, "init": len(INITS), "restarts": 3, "score": 2, "examples": 10,

@@ -37,6 +37,7 @@ def measured(tmp_path_factory):
     return {line["name"]: line for line in lines}, done.stdout, adapters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "large"])
 @pytest.mark.parametrize("part", [None, "attention"])
 def test_spectra_are_those_of_the_dense_update(measured, name, part):

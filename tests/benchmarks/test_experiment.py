@@ -18,6 +18,8 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 RESULTS = experiment.RESULT.parent
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 

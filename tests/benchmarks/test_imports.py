@@ -40,6 +40,7 @@ def helps():
     return dict(zip(parts[::2], parts[1::2]))
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_and_every_script_has_help(helps):
     assert list(helps) == SCRIPTS and len(SCRIPTS) > 20
     for name, words in helps.items():

@@ -218,6 +218,7 @@ def test_words_are_text():
     assert not [leaf for leaf in leaves(WORDS) if isinstance(leaf, bool)]
 
 
+@pytest.mark.slow
 def test_peft_takes_every_line_of_the_recipe():
     # In a process of its own, with the imports of train.py in their order.
     script = (

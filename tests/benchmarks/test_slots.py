@@ -16,6 +16,8 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["a", "b", "c", "d", "e"]
 
 

@@ -14,6 +14,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.files import hash_file
 
+pytestmark = pytest.mark.slow
+
 # In a process of its own, after the imports of train.py in their order.
 CAPABILITIES = """
 from benchmarks.library import train

@@ -13,6 +13,8 @@ from helpers.tiny import LAYERS, SHAPES, tiny_model, write_jsonl
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ROOT / "benchmarks" / "library" / "mlx.yaml"
 FEW = ("iters=6", "num_layers=1", "learning_rate=0.01")
 

@@ -22,6 +22,6 @@ def lib(pristine, tmp_path):
 
 
 @pytest.fixture
-def cli(lib, tmp_path, monkeypatch, capsys):
+def cli(lib, tmp_path, monkeypatch, command):
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
-    return Command(lib, tmp_path, monkeypatch, capsys)
+    return Command(lib, tmp_path, command)

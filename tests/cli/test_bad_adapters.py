@@ -119,6 +119,7 @@ def test_weights_in_float64(cli, lib):
     ]
 
 
+@pytest.mark.slow
 def test_names_of_different_base_models_are_a_warning(cli, lib):
     """One line on standard error; the command goes on."""
     for name in ("alpha", "gamma"):

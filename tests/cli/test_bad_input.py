@@ -31,6 +31,7 @@ def test_convert_is_refused_in_the_same_words(cli, lib):
     assert not cli.output.exists()
 
 
+@pytest.mark.slow
 def test_a_real_process_prints_no_traceback(cli, lib):
     path = edit_config(lib.adapters / "beta", use_dora=True)
     command = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", *cli.argv()]

@@ -93,6 +93,7 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
     assert cli(["probe", "--output", ".", "--quiet"])[0] == 0
 
 
+@pytest.mark.slow
 def test_what_a_run_writes_is_known(lib, tmp_path):
     options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
     options |= {"output": str(tmp_path / "run"), "random_seeds": 1, "baselines": ()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from helpers.command import edit_config, refused
 from helpers.tiny import peft_adapter
 
@@ -32,6 +33,7 @@ def test_what_no_run_wrote_is_not_replaced_by_one(cli, lib):
     assert f"your {project / 'adapters'}, which" in line
 
 
+@pytest.mark.slow
 def test_other_files_beside_a_run_do_not_matter(cli, lib):
     for name in (".DS_Store", "adapters/.DS_Store", "notes.ipynb", "data/pack/rows.csv", ".git/x"):
         (cli.output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,7 @@ def test_other_files_beside_a_run_do_not_matter(cli, lib):
     assert (cli.output / "merged").is_symlink()
 
 
+@pytest.mark.slow
 def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
     assert cli(cli.argv("merge", "--quiet"))[0] == 0
     again = cli.argv("merge", "--quiet", budget="2")
@@ -86,6 +89,7 @@ def test_packs_are_not_replaced_by_other_outputs(cli, lib):
             assert f"{other} is replaced as a whole, and {other}/" in line
 
 
+@pytest.mark.slow
 def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
     plain, compact = packs(cli)
     mine = cli.root / "mine"
@@ -109,6 +113,7 @@ def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
             (mine / name).unlink()
 
 
+@pytest.mark.slow
 def test_earlier_outputs_are_replaced(cli, lib):
     """By the command that wrote them, and what a push wrote by others too."""
     plain, compact = packs(cli)

@@ -109,6 +109,7 @@ def test_a_whole_table_stays_what_it_is():
     assert completed(regrets) is regrets
 
 
+@pytest.mark.slow
 def test_a_run_measures_the_most_alike_and_packs(config):
     """Twice two share a slot, so it is four others of seven."""
     session = run(config, until="report", quiet=True)
@@ -137,6 +138,7 @@ def test_one_slot_asks_for_all_and_a_plan_for_the_least(config, changes, n_other
     assert (measured.sum(axis=1) == n_others + 1).all()
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_more(config):
     session = run(config.replace(budget="50%"), until="bench", quiet=True)
     assert session.read("plan.json")["units"]

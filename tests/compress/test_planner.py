@@ -50,6 +50,7 @@ def expected_regret(session, i, adapter):
     )
 
 
+@pytest.mark.slow
 def test_a_plan_becomes_a_pack_within_its_budget(config):
     session = run(config, quiet=True)
     plan, pack = session.read("plan.json"), load_pack(session.path("pack"))
@@ -82,6 +83,7 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     assert html.count("<svg") == 2 and "% of the adapters' 16-bit bytes" in html
 
 
+@pytest.mark.slow
 def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
     """All four bits in one plan, more than the header has room for; or no room for it at all."""
     session = run(config, until="probe", quiet=True)
@@ -103,6 +105,7 @@ def probed(tmp_path, budget, **options):
     return run(config, until="probe", quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [0.0, -0.02])
 def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
     """What a merge of them costs, of a prediction of nothing, says nothing of larger merges."""
@@ -122,6 +125,7 @@ def test_twins_that_do_each_other_no_harm_do_not_end_the_search(tmp_path, harm):
     assert {len(members) for members in asked} > {2}
 
 
+@pytest.mark.slow
 def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
     session = probed(tmp_path, "90%", merge_method="linear", scale=1.0)
     final, asked = session.study.merger.final, []
@@ -134,6 +138,7 @@ def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
     assert "merged" not in {one.family for one in candidates}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["90%", "30%"])
 def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
     """The cluster with the worst prediction first; nothing of it becomes a candidate then."""
@@ -192,6 +197,7 @@ def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
     assert json.loads((tmp_path / "plain" / "tasks.json").read_text("utf-8")) == tasks
 
 
+@pytest.mark.slow
 def test_the_same_plan_again_and_at_most_so_many_adapters(config, tmp_path):
     first = run(config, until="pack", quiet=True)
     again = run(config.replace(output=str(tmp_path / "again")), until="pack", quiet=True)
@@ -222,6 +228,7 @@ def test_options_that_do_not_go_together(config, change, message):
         config.replace(**change)
 
 
+@pytest.mark.slow
 def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
     assert config.planned
     assert not config.replace(plan="d2c").planned
@@ -297,6 +304,7 @@ def test_scales_are_tried_while_they_help(losses, best, asked):
     assert seen == scales[:asked]
 
 
+@pytest.mark.slow
 def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     """By tokens, to a factor of two; nothing is left in the end."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))

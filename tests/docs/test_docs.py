@@ -1,5 +1,6 @@
 """What the documents say is run, and every module says what it exports."""
 
+import ast
 import importlib
 import json
 import pkgutil
@@ -7,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_origin
 
 import mlx.core as mx
 import numpy as np
@@ -23,13 +26,16 @@ import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.run.config_file import load_config
 
-MODULES = [m.name for m in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx.")]
+WALKED = list(pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx."))
+MODULES = [one.name for one in WALKED if not one.ispkg]
+WINGS = [one.name for one in WALKED if one.ispkg]
 
 
 def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_readme_examples_run(monkeypatch, tmp_path, capsys):
     """The Python blocks of the README, on the embedded model; only its output goes elsewhere."""
     run, use = blocks("README.md", "python")
@@ -72,6 +78,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/living.md, in order; the last state is verified."""
     from d2c_mlx.packs.pack import PackInfo, load_pack
@@ -116,6 +123,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     assert names["match"] is None or names["match"].task in pack.tasks
 
 
+@pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
     from d2c_mlx.packs.pack import PackInfo
@@ -156,6 +164,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
+@pytest.mark.slow
 def test_serving_as_the_docs_say(tmp_path, capsys):
     """The Python block of docs/serving.md, on real weights, against the base model offline."""
     from dataclasses import replace
@@ -210,8 +219,17 @@ def test_every_exported_name_exists_and_is_documented(name):
     assert module.__doc__
     names = module.__all__
     assert len(set(names)) == len(names)
-    for public in names:
-        assert getattr(module, public).__doc__ is not None or not callable(getattr(module, public))
+    for value in (getattr(module, public) for public in names):
+        # A type in other words, like Callable[[int], int], cannot have any.
+        assert value.__doc__ is not None or not callable(value) or get_origin(value)
+
+
+@pytest.mark.parametrize("name", WINGS)
+def test_a_wing_is_introduced_and_imports_nothing(name):
+    """So that a command's help loads no more than it needs."""
+    source = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+    (docstring,) = ast.parse(source).body
+    assert isinstance(docstring.value, ast.Constant) and docstring.value.value.strip()
 
 
 def test_workflow_and_ci_call_the_readme_command():
@@ -222,6 +240,7 @@ def test_workflow_and_ci_call_the_readme_command():
     assert "make demo" in readme and "make test" in readme
 
 
+@pytest.mark.slow
 def test_commands_that_tests_start_have_no_torch_like_a_user_s():
     """Only by an import can one tell: the pipeline, the CLI, and the base model's classes."""
     code = (

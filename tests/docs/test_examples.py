@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
 from helpers.phone import make_pack
 from helpers.tiny import library
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = ROOT / "examples"
 

@@ -26,6 +26,8 @@ from d2c_mlx.evaluate.messages import _join_lengths, _split_lengths, pack_pieces
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.files import hash_tree
 
+pytestmark = pytest.mark.slow
+
 
 def options(paths, output, **more):
     values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks}

@@ -65,6 +65,7 @@ def test_workers_take_the_largest_first_and_stop_when_no_one_listens():
         next(found)
 
 
+@pytest.mark.slow
 def test_a_process_whose_threads_evaluated_ends_well():
     """MLX aborts at exit if a thread has left its stream: two processes in three did."""
     code = """

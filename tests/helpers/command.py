@@ -1,9 +1,7 @@
 """A tiny library, the real command on it, and what must hold when it refuses."""
 
 import json
-import sys
 
-from d2c_mlx_cli.main import main
 from safetensors.numpy import load_file, save_file
 
 NAMES = ("alpha", "beta", "gamma")
@@ -13,8 +11,8 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 class Command:
     """The command line on one library; options are replaced by name, None leaves one out."""
 
-    def __init__(self, lib, root, monkeypatch, capsys):
-        self.lib, self.root, self.monkeypatch, self.capsys = lib, root, monkeypatch, capsys
+    def __init__(self, lib, root, call):
+        self.lib, self.root, self.call = lib, root, call
         self.output = root / "runs" / "out"
 
     def argv(self, command="run", *arguments, **options):
@@ -34,15 +32,7 @@ class Command:
         return {p for p in self.root.rglob("*") if p.is_file() and p.name != ".lock"}
 
     def __call__(self, argv):
-        """Exit code, standard output and standard error. Any other exception is a traceback."""
-        self.monkeypatch.setattr(sys, "argv", ["d2c-mlx", *argv])
-        self.capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *self.capsys.readouterr()
+        return self.call(*argv)
 
     def fails(self, *arguments, **options):
         """The error lines of a `run` that must be refused."""

@@ -62,8 +62,10 @@ def main(root):
     """`<family>/model`, `<family>/<feature>` in PEFT's layout, and `logits.npz` of each."""
     import torch
     import transformers
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    # A page of words beside each adapter, which nobody reads, takes longer than the adapter.
+    PeftModel.create_or_update_model_card = lambda self, directory: None
     tokens = torch.tensor(TOKENS)
     for family, (kind, options, extra) in FAMILIES.items():
         torch.manual_seed(0)

@@ -97,6 +97,7 @@ def test_rows_that_say_weaker_are_believed(session):
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
+@pytest.mark.slow
 def test_forms_are_stored_weaker_where_rows_say_so(session):
     """Scales below 1 are tried for such adapters, and for no others."""
 

@@ -83,4 +83,4 @@ def test_unknown_method():
 
 def test_lists_repeated_in_config_are_true():
     assert MERGE_METHODS == tuple(METHODS)
-    assert config.STARTS == INITS
+    assert set(config.STARTS) < set(INITS)

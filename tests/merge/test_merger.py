@@ -39,6 +39,7 @@ def merger_of(config):
     return run(config, until="probe", quiet=True).study.merger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RUN_METHODS)
 def test_every_method_gives_a_pack(config, method):
     session = run(config.replace(merge_method=method), until="bench", quiet=True)

@@ -40,6 +40,8 @@ from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, ModelError
 from d2c_mlx.utils.files import hash_file
 
+pytestmark = pytest.mark.slow
+
 DOC = ROOT / "docs" / "families.md"
 CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]

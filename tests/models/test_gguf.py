@@ -120,6 +120,7 @@ def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
         BaseModel(str(path))
 
 
+@pytest.mark.slow
 def test_embedded_default_stays_packed_and_speaks_english(base):
     """4-bit weights are kept as they are; the tokenizer splits digits and knows its specials."""
     config = json.loads((base.path / "config.json").read_text())

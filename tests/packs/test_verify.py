@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -23,7 +21,6 @@ from d2c_mlx.utils.errors import InputError, PackError
 ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 ABOUT = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
 Q0 = "model.layers.0.self_attn.q_proj"
-MAIN = "import sys; from d2c_mlx_cli.main import main; main()"
 
 
 @pytest.fixture
@@ -34,16 +31,15 @@ def adapters(tmp_path):
     return [replace(adapter, sources=(adapter.name,)) for adapter in found]
 
 
-@pytest.mark.parametrize("command", ["verify", "list"])
-def test_what_is_no_pack_is_refused_in_one_line(command, tmp_path):
+@pytest.mark.parametrize("name", ["verify", "list"])
+def test_what_is_no_pack_is_refused_in_one_line(name, command, tmp_path):
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("{}")
     (folder / "manifest.json").mkdir(parents=True)
     for path, words in ((file, "missing; is this a pack?"), (folder, "no file that can be read")):
-        argv = [sys.executable, "-c", MAIN, command, str(path)]
-        done = subprocess.run(argv, capture_output=True, text=True)
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
+        code, _, err = command(name, path)
+        assert code == 2
+        (line,) = err.splitlines()
         assert line.startswith(f"error: {path / 'manifest.json'}: ") and words in line
 
 
@@ -220,20 +216,19 @@ def test_an_unknown_runtime(tmp_path):
         verify(tmp_path, "tvm")
 
 
-def test_the_command(tmp_path, adapters):
+def test_the_command(tmp_path, adapters, command):
     pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
-    argv = [sys.executable, "-c", MAIN, "verify", str(pack.path)]
-    good = subprocess.run([*argv, "--for", "mlx-swift"], capture_output=True, text=True)
-    assert good.returncode == 0
-    assert good.stdout == (
+    code, out, _ = command("verify", pack.path, "--for", "mlx-swift")
+    assert code == 0
+    assert out == (
         f"{pack.path}: plain, 2 adapters for 2 tasks, {pack.nbytes:,} bytes: verified for mlx-swift"
         "\n"
     )
-    row = json.loads(subprocess.run([*argv, "--json"], capture_output=True, text=True).stdout)
+    row = json.loads(command("verify", pack.path, "--json")[1])
     assert row["storage"] == "plain" and row["adapters"] == row["tasks"] == 2
     for k in (0, 1):
         change_config(pack.path / f"cluster-{k}", num_layers=-1)
     rehashed(pack)
-    bad = subprocess.run(argv, capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stdout == ""
-    assert [line[:7] for line in bad.stderr.splitlines()] == ["error: ", "error: "]
+    code, out, err = command("verify", pack.path)
+    assert code == 2 and out == ""
+    assert [line[:7] for line in err.splitlines()] == ["error: ", "error: "]

@@ -1,14 +1,11 @@
 """The benchmark of a pack as on a phone: complete, consistent, and honest about what fits."""
 
 import json
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
-from helpers import ROOT
 from helpers.phone import make_pack
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
@@ -113,6 +110,7 @@ def test_answers_can_be_left_out(made):
     assert "| - | - | - |" in render_phone(result)
 
 
+@pytest.mark.slow
 def test_the_quantized_base_is_asked_for(made, tmp_path):
     """Under eight bits the loss is nearer to the float base's than under four."""
     paths, pack, four = made
@@ -244,28 +242,24 @@ def test_missing_adapters_are_named(made):
         bench_phone(config.replace(adapters=str(empty)), quiet=True)
 
 
-def test_bad_input_is_a_line_each_and_nothing_else(tmp_path):
+def test_bad_input_is_a_line_each_and_nothing_else(tmp_path, command):
     """Through the entry point: the words and the exit code that a user sees."""
-    code = "import sys; from d2c_mlx_cli.main import main; main()"
     for args, words in (
         (["phone", str(tmp_path), "--device", "watch"], "error: device: 'watch' is no profile"),
         (["phone", str(tmp_path), "--device", "mac-8gb"], f"error: {tmp_path / 'manifest.json'}"),
         (["phone", str(tmp_path), "--device", "mac-8gb", "--bits", "3"], "error: bits: found 3"),
     ):
-        argv = [sys.executable, "-c", code, *args]
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+        code, out, err = command(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith(words) and err.count("\n") == 1
 
 
-def test_the_old_spelling_works_and_says_the_new_one(tmp_path):
-    code = "import sys; from d2c_mlx_cli.main import main; main()"
+def test_the_old_spelling_works_and_says_the_new_one(tmp_path, command):
     note = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`"
     for option in (["--device", "watch"], ["--device=watch"]):
-        argv = [sys.executable, "-c", code, "bench", str(tmp_path), *option]
-        done = subprocess.run(argv, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "")
-        lines = done.stderr.splitlines()
+        code, out, err = command("bench", str(tmp_path), *option)
+        assert (code, out) == (2, "")
+        lines = err.splitlines()
         assert lines[0] == note and lines[1].startswith("error: device: 'watch' is no profile")
         assert len(lines) == 2
     help = CliRunner().invoke(cli, ["bench", "pack", "--device", "mac-8gb", "--help"]).output

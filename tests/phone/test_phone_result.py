@@ -9,6 +9,7 @@ from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.utils.errors import PackError
 
 
+@pytest.mark.slow
 def test_a_result_as_a_table(made):
     result = made[2]
     text = render_phone(result)

@@ -216,6 +216,7 @@ print(s.quantized_model(model, 4)[2])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_quantize_one_model_do_it_once(paths, tmp_path):
     """Both write into the same temporary directory."""
     environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cache")}

@@ -20,6 +20,8 @@ from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import PackError
 
+pytestmark = pytest.mark.slow
+
 TEMPLATES = Path(render_html.__code__.co_filename).parent
 NUMBER = re.compile(r"(?<![\w-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?")
 

@@ -19,6 +19,8 @@ from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.lock import locked
 
+pytestmark = pytest.mark.slow
+
 MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", "--quiet"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {

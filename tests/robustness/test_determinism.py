@@ -22,6 +22,8 @@ from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.files import hash_tree
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["a", "b", "c", "d"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {

@@ -13,6 +13,8 @@ from helpers.tiny import library
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.utils.files import hash_tree
 
+pytestmark = pytest.mark.slow
+
 ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 KB = 1024
 # What a file takes of a tmpfs is whole pages.

@@ -20,6 +20,8 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.parsing import matches_end, parse_json
 
+pytestmark = pytest.mark.slow
+
 STRINGS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["", ".", "..", "../x", "/etc/passwd", "a\x00b", "\x1b[2J", "a/b", "(a+)+$",

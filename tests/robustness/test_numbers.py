@@ -208,6 +208,7 @@ def of_rank(rank):
 LIBRARIES = {"zero": zero, "identical": identical, "rank 1": of_rank(1), "rank = dim": of_rank(16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["2", "60%"])
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_libraries_at_the_ends(tmp_path, kind, budget):
@@ -228,6 +229,7 @@ def test_one_task(tmp_path, budget):
     assert methods["pack"]["excess"] < 1e-3  # a tuned scale may even gain
 
 
+@pytest.mark.slow
 def test_many_tasks(tmp_path, request):
     """`--tasks 200`: a table of 40,000 losses, and the least of everything else."""
     paths = Library(tiny_model(tmp_path / "model"), tmp_path / "adapters", tmp_path / "tasks")

@@ -12,6 +12,8 @@ from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.adapters.adapter_config import base_name
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["2", "60%"])
 def command(request, tmp_path):

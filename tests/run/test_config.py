@@ -1,13 +1,13 @@
 import re
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import click
 import pytest
 import yaml
 from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
+from helpers import ROOT
 
 from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.evaluate.engine import Optimizations
@@ -268,6 +268,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
     path, began = write(tmp_path, text), time.perf_counter()
@@ -381,5 +382,5 @@ def test_replacing_a_value_checks_it():
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_written_from_the_fields_is_up_to_date(name):
     """Else run `make options`."""
-    text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert text == FILES[name]()

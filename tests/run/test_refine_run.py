@@ -39,6 +39,7 @@ def config(tmp_path, paths):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     off = run(config.replace(refine=False), quiet=True)
     assert not off.path("refined").exists() and not off.path("refines.json").exists()
@@ -91,6 +92,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatch):
     whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
     output = run(config, until="merge", quiet=True).output
@@ -111,6 +113,7 @@ def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatc
         assert hash_tree(output / name) == hash_tree(whole.path(name))
 
 
+@pytest.mark.slow
 def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
     whole = run(config, until="pack", quiet=True)
     assert not whole.path("refining").exists()

@@ -19,6 +19,7 @@ from d2c_mlx.utils.errors import InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
 
 
+@pytest.mark.slow
 def test_artifacts_and_the_shape_of_bench_json(config):
     session = run(config, quiet=True)
     output = session.output
@@ -64,6 +65,7 @@ def test_report_html_is_self_contained(config):
     assert text.count("<svg") == 2 and text.count("aria-label") >= 5
 
 
+@pytest.mark.slow
 def test_second_run_repeats_nothing_and_a_change_only_what_follows(config):
     output = run(config, quiet=True).output
     first = stages_started(output)
@@ -154,6 +156,7 @@ def test_mixed_ranks_modules_and_ties(config):
     assert {e["scale"] for e in merges} <= {1.0, 1.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
 def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
     """An interrupt in the middle of a directory leaves none, and the next run makes it whole."""
@@ -176,6 +179,7 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
     assert (output / stage).exists() and not list(output.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["d2c", "auto"])
 def test_a_pack_that_was_changed_is_not_undone(config, plan):
     """By no stage, with no options; what is damaged or missing is made anew."""

@@ -14,6 +14,7 @@ from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
 
+@pytest.mark.slow
 def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(config):
     output = run(config, "merge", quiet=True).output
     pack = output / "pack"
@@ -58,6 +59,7 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
     refused()
 
 
+@pytest.mark.slow
 def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     config = config.replace(budget="2", plan="auto")
     output = run(config, quiet=True).output

@@ -60,6 +60,7 @@ def test_openais_client_gets_what_stock_mlx_lm_generates(pack, mixed, answer):
     assert sum(v for k, v in counts.items() if k.startswith("d2c_mlx_requests_total")) == 24
 
 
+@pytest.mark.slow
 def test_usage_stop_and_sampling(pack, mixed, answer):
     with serving(pack, mixed) as server, client(server) as api:
         whole = api.completions.create(model=NAMES[0], prompt="the fox", max_tokens=30)
@@ -170,6 +171,7 @@ def test_a_token_is_asked_for_and_pages_that_are_allowed_may_ask(pack, mixed):
         assert b" 204 " in allowed and f"Allow-Origin: {page}".encode() in allowed
 
 
+@pytest.mark.slow
 def test_the_command(pack, model_path, tmp_path):
     refused = CliRunner().invoke(cli, ["serve", str(pack.path), "--host", "0.0.0.0"])
     assert refused.exit_code == 2 and "--token" in refused.output

@@ -144,6 +144,7 @@ def test_who_leaves_frees_the_place(pack, mixed):
         assert raw(server, b"") == b""
 
 
+@pytest.mark.slow
 def test_more_than_may_wait_are_refused_at_once(pack, mixed):
     long = {"model": "wide", "prompt": "the", "max_tokens": 300,
             "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
@@ -236,6 +237,7 @@ def test_options_of_sampling_at_their_limits(pack, mixed, answer):
         idle(server)
 
 
+@pytest.mark.slow
 def test_thousands_of_requests_good_and_bad(pack, mixed, answer, request):
     """No wrong adapter ever, nothing left open, memory as before."""
     rng = random.Random(1)

@@ -161,6 +161,7 @@ def test_what_load_refuses(pack, model, tmp_path):
     assert load_pack(pack.path) == pack
 
 
+@pytest.mark.slow
 def test_the_package_stays_light():
     code = (
         "import d2c_mlx, sys, json\n"

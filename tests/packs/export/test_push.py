@@ -63,6 +63,7 @@ def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     assert load_pack(tmp_path / "out").manifest == pack.manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["2", "60%"])
 def test_the_card_of_a_run(tmp_path, budget):
     """Numbers are those of bench.json, methods those of the run; nothing of this machine."""
@@ -166,6 +167,7 @@ def test_a_dry_run_opens_no_socket(plain, tmp_path):
     assert card.strip() == (tmp_path / "folder" / "README.md").read_text().strip()
 
 
+@pytest.mark.slow
 def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     """Over LFS and the commit endpoint; then every snippet of the card, as it stands."""
     more = {"HF_TOKEN": TOKEN}
@@ -206,6 +208,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     assert same == 0 and close < 1e-2
 
 
+@pytest.mark.slow
 def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
     hub.repos["org/name"] = {
         "main": {"picture.png": b"mine", "cluster-7/adapters.safetensors": b""}
@@ -218,6 +221,7 @@ def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
         assert hub.files("org/name") == expected
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):
     hub.repos["org/public"] = {"main": {}}
     hub.refused["other/name"] = (403, "", "You don't have the rights to create a model")
