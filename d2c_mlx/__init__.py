@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapter
     from d2c_mlx.merge.methods import merge_adapters
-    from d2c_mlx.packs.export import export, unpack
+    from d2c_mlx.packs.export import export
     from d2c_mlx.packs.pack import Pack, load_pack
     from d2c_mlx.packs.verify import verify
     from d2c_mlx.phone.benchmark import bench_phone
@@ -50,7 +50,6 @@ __all__ = [
     "read_adapter",
     "run_pipeline",
     "save_peft",
-    "unpack",
     "verify",
 ]
 
@@ -71,7 +70,6 @@ _NAMES = {
     "read_adapter": ("adapters.reading", "read_adapter"),
     "run_pipeline": ("pipeline", "run"),
     "save_peft": ("adapters.peft_format", "save_peft"),
-    "unpack": ("packs.export", "unpack"),
     "verify": ("packs.verify", "verify"),
 }
 
