@@ -144,6 +144,8 @@ def keep_pack(pack: Path, before: str) -> None:
     record = _read(path)
     if record["outputs"].get(pack.name) == before:
         write_json(path, {**record, "outputs": {pack.name: hash_tree(pack)}})
+        # The stages after it read the pack, so the run is not finished.
+        (pack.parent / ".stages" / _FINISH).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
