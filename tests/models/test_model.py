@@ -102,7 +102,7 @@ def test_the_digest_follows_content_not_names(tiny):
 
 def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
     """Two fine-tunings have the same config, and files of the same sizes that end alike."""
-    monkeypatch.setattr("tiny.INTERMEDIATE", 8192)
+    monkeypatch.setattr("helpers.tiny.INTERMEDIATE", 8192)
     one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
     assert BaseModel(str(one)).fingerprint == BaseModel(str(other)).fingerprint
     weights = other / "model.safetensors"
