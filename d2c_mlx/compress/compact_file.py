@@ -1,10 +1,8 @@
 """Writing and reading many low-bit adapters in one safetensors file.
 
-A safetensors header takes about 100 bytes per tensor: for 240 factors of one adapter that is more
-than its numbers at 2 bit. So rows are stacked over adapters, modules and factors: one tensor per
-bits and row width, which needs the fewest headers and makes one adapter one slice per tensor.
-Low-bit codes are read in float32 and rounded to float16, so that every device has the same bits.
-docs/packs.md has the layout.
+A safetensors header takes about 100 bytes per tensor: for the 240 factors of one adapter that is
+more than its numbers at 2 bit. So rows are stacked over adapters, modules and factors, one tensor
+per bit width and row width. `file_layout.py` has the layout, docs/packs.md explains it.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def resolve_exact_base(name: str, config_hash: str, spec: str | None) -> Path:
     For commands whose result is wrong on another model; `resolve_base` compares nothing.
 
     Args:
-        name: of the base model, as the pack has it.
+        name: the base that the pack names.
         config_hash: hex SHA-256 of its config.json, as the pack has it.
         spec: as for `resolve_base`.
 
