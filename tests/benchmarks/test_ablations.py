@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.tiny import library, log_probabilities, task
 
+from benchmarks import RESULTS
 from benchmarks.quality import ablations
 from benchmarks.quality.methods import by_features, merged
 from benchmarks.tables.pages import TABLES
@@ -131,6 +132,6 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
 
 
 def test_what_is_published_is_what_its_rows_say():
-    published = json.loads(ablations.RESULT.read_text())
-    options = SimpleNamespace(rows=ablations.RESULT.parent / "rows_24", budget=12.5)
+    published = json.loads((RESULTS / "ablations.json").read_text())
+    options = SimpleNamespace(rows=RESULTS / "rows_24", budget=12.5)
     assert ablations.summary(options) == published
