@@ -96,7 +96,7 @@ def test_a_start_that_is_gone_is_past(call):
     assert set(ablations.INITS) - gone == set(INITS)
     with pytest.raises(SystemExit, match=r"found init: random; expected (?!.*init: random)"):
         call(cases="init: random")
-    rows = json.loads(ablations.RESULT.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))["rows"]
     assert [row["value"] for row in rows if row["case"] == "init"] == list(ablations.INITS)
 
 
