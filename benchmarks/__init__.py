@@ -14,14 +14,19 @@ import d2c_mlx  # noqa: F401
 RESULTS = Path(__file__).parent / "results"
 
 
-def command_line(doc: str, spec: ModuleSpec) -> ArgumentParser:
+def command_line(doc: str, spec: ModuleSpec, result: str | None = None) -> ArgumentParser:
     """A parser whose `--help` is a script's docstring, under the name it is run by.
 
     Args:
         doc: the script's `__doc__`.
         spec: its `__spec__`.
+        result: its file in results/, which `--output` replaces; None: it has no such option.
     """
-    name = spec.name.removesuffix(".__main__")
-    return ArgumentParser(
-        prog=f"python -m {name}", description=doc, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}", description=doc,
+        formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if result:
+        parser.add_argument("--output", type=Path, default=RESULTS / result,
+                            help=f"[default: benchmarks/results/{result}]")  # fmt: skip
+    return parser

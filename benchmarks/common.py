@@ -1,10 +1,11 @@
-"""What the benchmark scripts share."""
+"""A library and its base model in memory, for scripts of several folders."""
 
 from pathlib import Path
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 
@@ -24,3 +25,12 @@ def load_library(library: Path, n_examples: int, n_adapters: int | None = None):
 def run(engine: Engine, pieces):
     """NLL sums in the order of the pieces."""
     return [value for _, value in sorted(engine.run(pieces))]
+
+
+def ends(session):
+    """The base model and the individual adapters, by which `bench_methods` judges a method."""
+    names = session.inputs.names
+    return {
+        "base": BenchMethod(0, [dict.fromkeys(names)]),
+        "individual": BenchMethod(0, [dict(zip(names, session.adapters))]),
+    }

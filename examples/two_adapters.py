@@ -35,16 +35,17 @@ def main(output: Path) -> None:
         probe_examples=4,
         test_examples=4,
     )
-    workspace = run(config)
-    pack = load_pack(workspace.path("pack"))
-    losses = {name: row["loss"] for name, row in workspace.read("bench.json")["methods"].items()}
+    session = run(config)
+    pack = load_pack(session.path("pack"))
+    losses = {name: row["loss"] for name, row in session.read("bench.json")["methods"].items()}
     print(
         f"{pack.nbytes:,} bytes; loss {losses['pack']:.3f}, base model {losses['base']:.3f},"
         f" two adapters {losses['individual']:.3f}"
     )
 
     for name in TASKS:
-        model, tokenizer = load(str(workspace.base.path), adapter_path=str(pack.adapter_path(name)))
+        base, adapter = session.inputs.base.path, pack.adapter_path(name)
+        model, tokenizer = load(str(base), adapter_path=str(adapter))
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # MLX's CPU backend is slow in 16 bit
         row = json.loads((DEMO / "tasks" / name / "test.jsonl").read_text().splitlines()[0])

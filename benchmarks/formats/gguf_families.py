@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
@@ -126,9 +126,10 @@ def compare(folder, tools, family):
 
 def main():
     """Compare, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "gguf_families.json")
     parser.add_argument("llama_cpp", type=Path, help="a checkout, for its converters")
-    tools = parser.parse_args().llama_cpp
+    options = parser.parse_args()
+    tools = options.llama_cpp
     version = llama_cpp().__version__
     with tempfile.TemporaryDirectory() as folder:
         python(ROOT / "tests" / "helpers" / "families.py", folder)
@@ -143,7 +144,7 @@ def main():
         "llama_cpp_python": version,
         "rows": rows,
     }
-    write_json(RESULTS / "gguf_families.json", result)
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of our GGUF adapters: next-token log-probabilities beside ours.
+"""Exported GGUF adapters in llama.cpp: its next-token log-probabilities beside ours.
 
 The embedded SmolLM2-135M-Instruct is loaded by llama.cpp from the GGUF of the wheel, as it is
 (Q4_1) and as float32 (requantized by llama.cpp itself), each with adapters as
@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 from scipy.special import log_softmax
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.formats.bindings import F32, llama_cpp
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
@@ -43,14 +43,14 @@ def target_log_probs(logits, example):
 
 
 def ours(base, adapter, examples):
-    """By our model, float32."""
+    """Log-probabilities by our model, float32."""
     base.attach(adapter)
     rows = [base.model(mx.array([e.tokens[:-1]]))[0] for e in examples]
     return np.concatenate([target_log_probs(np.array(x), e) for x, e in zip(rows, examples)])
 
 
 def theirs(model, adapter, examples):
-    """By llama.cpp, whose context computes and caches in float32 where it can."""
+    """Log-probabilities by llama.cpp, whose context computes and caches in float32 where it can."""
     llm = llama_cpp().Llama(
         str(model), lora_path=adapter and str(adapter), n_ctx=CONTEXT, n_batch=CONTEXT,
         n_ubatch=CONTEXT, n_threads=1, logits_all=True, type_k=F32, type_v=F32, verbose=False,
@@ -117,12 +117,12 @@ def compare(base, adapters, sets, folder):
 
 def main():
     """Compare, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "gguf_lora.json")
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--rows", type=int, default=2, help="probe rows per adapter")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     version = llama_cpp().__version__
-    base, adapters, _, sets = load_library(arguments.library, arguments.rows)
+    base, adapters, _, sets = load_library(options.library, options.rows)
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(base, adapters, sets, Path(folder))
     print("| weights, adapter | tokens | our loss | llama.cpp's | mean difference | largest |")
@@ -134,10 +134,10 @@ def main():
         "machine": machine(),
         "mlx": mx.__version__,
         "llama_cpp_python": version,
-        "conditions": f"{len(adapters)} adapters, {arguments.rows} probe rows each",
+        "conditions": f"{len(adapters)} adapters, {options.rows} probe rows each",
         "rows": rows,
     }
-    write_json(RESULTS / "gguf_lora.json", result)
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.speed.loops import peft_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.models.base_model import BaseModel
@@ -21,14 +21,11 @@ from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file, write_json
 
-RESULT = RESULTS / "peft_pack.json"
-
 
 def main():
     """Compare, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "peft_pack.json")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml", {})
     bench = json.loads((options.run / "bench.json").read_text())["methods"]["pack"]["tasks"]

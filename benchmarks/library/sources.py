@@ -84,7 +84,7 @@ class Sources:
         return {".bz2": bz2, ".xz": lzma}[path.suffix].decompress(data).decode()
 
     def require(self, name: str) -> None:
-        """Whether a source can be had: download it, or see that its library is installed."""
+        """Download a source, or see that its library is installed."""
         if "installed" not in self.pins[name]:
             self.path(name)
             return
@@ -100,7 +100,7 @@ class Sources:
             )
 
     def provenance(self, name: str) -> dict[str, str]:
-        """Where a source comes from, for the manifest."""
+        """The origin of a source, for the manifest."""
         pin = self.pins[name]
         kind = next(kind for kind in KINDS if kind in pin)
         package, version = _named(pin[kind], pin.get("version"))

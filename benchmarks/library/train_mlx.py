@@ -68,7 +68,7 @@ def stock_loss(model, adapter, examples):
 
 
 class Trainer:
-    """What all adapters share: the base model, and the same weights in float32 for mlx-lm."""
+    """The base model, and the same weights in float32 for mlx-lm: shared by all adapters."""
 
     def __init__(self, options, directory):
         self.options = options

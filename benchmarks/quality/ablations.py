@@ -1,4 +1,4 @@
-"""What D2C's choices are worth, on the library of the experiment, at one budget.
+"""The worth of each choice inside D2C, on the library of the experiment, at one budget.
 
     python -m benchmarks.quality.ablations --library DIR --work DIR [--budget 12.5] [--seeds 0,1,2]
         [--cases "agreement;examples: 3, mean"] [--rows DIR] [--list]
@@ -26,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
+from benchmarks.common import ends
 from benchmarks.quality.answering import Answers
-from benchmarks.quality.experiment import Judge, claim, file_name, workspace, write_row
+from benchmarks.quality.experiment import Judge, claim, file_name, session_of, write_row
 from benchmarks.quality.methods import PAPER, by_d2c, by_features, follows, merged
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.answers import prompt_and_expected
@@ -36,7 +37,6 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import normalized_regret
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "ablations.json"
 MOVES = by_d2c(search="moves")
 # Answers to all probes under every merge take minutes a round.
 FROM_KMEANS = by_d2c(search="paper", init=("kmeans",), rounds=4)
@@ -48,8 +48,7 @@ PAST = {("init", "random"), ("init", "pairs")}
 def judged(session, stored):
     """Held-out rows of what is stored."""
     methods = {
-        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        **ends(session),
         "it": BenchMethod(stored.nbytes, [stored.serves]),
     }
     found = bench_methods(session.evaluator, methods, session.inputs.tests)["it"]
@@ -94,7 +93,7 @@ def by_metric(session, directory):
         stats = [row_stats(name, *pair, answer) for pair, answer in zip(rows[name], found)]
         return 1 - task_score(name, np.array(stats)) / 100
 
-    def losses(jobs, _limits=None):
+    def costs(jobs):
         found = []
         for adapter, tasks in jobs:
             names = [session.inputs.names[i] for i in tasks]
@@ -104,18 +103,17 @@ def by_metric(session, directory):
 
     def partition(problem, adapters, k, seed):
         everything = list(range(problem.n))
-        (base,) = losses([(None, everything)])
-        # K-Means asks for no regret of single adapters.
-        own = np.array([float(losses([(one, [i])])[0][0]) for i, one in enumerate(adapters)])
+        (base,) = costs([(None, everything)])
+        own = np.array([costs([(one, [i])])[0][0] for i, one in enumerate(adapters)])
 
         def measure(jobs, _limits=None):
-            sets = [list(tasks) for _, tasks in jobs]
-            return [
-                normalized_regret(found, own[tasks], base[tasks])
-                for tasks, found in zip(sets, losses(jobs))
-            ]
+            tasks = [list(some) for _, some in jobs]
+            return [normalized_regret(found, own[some], base[some])
+                    for found, some in zip(costs(jobs), tasks)]  # fmt: skip
 
-        other = replace(problem, regrets=np.zeros((problem.n, problem.n)), measure=measure)
+        # Nothing but its diagonal is asked for when the start is K-Means.
+        regrets = normalized_regret(np.diag(own), own, base)
+        other = replace(problem, regrets=regrets, measure=measure)
         return FROM_KMEANS(other, adapters, k, seed)
 
     return partition
@@ -166,7 +164,7 @@ def fewest_probes(library):
 
 def main():
     """Measure what is missing."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "ablations.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")
@@ -176,7 +174,6 @@ def main():
     parser.add_argument("--tests", type=int, default=20)
     parser.add_argument("--rows", type=Path, help="kept, and used again; default: WORK/rows")
     parser.add_argument("--list", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     options.rows = options.rows or options.work / "rows"
     claim(options, options.work, options.rows)
@@ -195,7 +192,7 @@ def place(options, case, value, seed):
 
 
 def summary(options):
-    """What results/ablations.json holds: all rows at the budget, by case and seed."""
+    """The content of results/ablations.json: all rows at the budget, by case and seed."""
     order = [one[:2] for one in CASES]
     files = (options.rows / "ablations").glob("*.json")
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -206,16 +203,16 @@ def summary(options):
 
 def measure_seed(options, seed, cases):
     """Some cases of one seed."""
-    spaces, most = {}, fewest_probes(options.library) // (seed + 1)
+    sessions, most = {}, fewest_probes(options.library) // (seed + 1)
     for case, value, n, partition, method in cases:
         if n > most:
             print(f"seed {seed}, {case}: {value}: not measured, too few probe rows", flush=True)
             continue
         started = time.perf_counter()
         options.examples = n
-        if n not in spaces:
-            spaces[n] = workspace(options, seed)
-        session = spaces[n]
+        if n not in sessions:
+            sessions[n] = session_of(options, seed)
+        session = sessions[n]
         partition = partition or by_metric(session, options.work / f"probe-answers-{seed}")
         allowed = int(session.inputs.capacity.total * options.budget / 100)
         # As experiment.py draws first.

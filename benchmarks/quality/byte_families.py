@@ -1,4 +1,4 @@
-"""Families of the byte budget that the planner does not offer, and what hindsight would choose."""
+"""Families of the byte budget that a run does not offer, and the choice of hindsight."""
 
 from dataclasses import replace
 
@@ -13,26 +13,24 @@ from d2c_mlx.compress.quantize import svd_components
 
 def bits_alone(session):
     """Candidates with all components of an adapter at the same bits."""
-    found = []
+    found, forms = [], session.planner.forms
     for bits in (2, 3, 4, 8):
         for i, adapter in enumerate(session.adapters):
             levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
-            found.append(
-                session.planner.forms.measure(Form((i,), adapter, levels), "bits", bits / 16)
-            )
+            found.append(forms.measure(Form((i,), adapter, levels), "bits", bits / 16))
     return found
 
 
 def rank_alone(session):
     """Candidates with some components of an adapter in 16 bit."""
-    found = []
+    found, forms = [], session.planner.forms
     widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
         for i, adapter in enumerate(session.adapters):
             values = worth(svd_components(adapter), [session.study.module_gains[i]])
             levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
-            found.append(session.planner.forms.measure(Form((i,), adapter, kept), "rank", share))
+            found.append(forms.measure(Form((i,), adapter, kept), "rank", share))
     return found
 
 
@@ -74,10 +72,10 @@ def shared_basis(session, room):
         for one, x in zip(modules, updates):
             one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
     adapters = [Adapter(name, one) for name, one in zip(session.inputs.names, modules)]
-    found = []
+    found, forms = [], session.planner.forms
     for i, one in enumerate(adapters):
         levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
-        found.append(session.planner.forms.measure(Form((i,), one, levels), "shared basis", 1.0))
+        found.append(forms.measure(Form((i,), one, levels), "shared basis", 1.0))
     served = [one.stored.scaled(one.scale) for one in found]
     return served, nbytes(rank), sum(one.regret for one in found) / len(found)
 

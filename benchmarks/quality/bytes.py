@@ -16,7 +16,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
+from benchmarks.common import ends
 from benchmarks.quality.byte_families import ALONE, in_hindsight, shared_basis
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
@@ -28,7 +29,6 @@ from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 from d2c_mlx.utils.line_search import FINE_SCALES
 
-RESULT = RESULTS / "bytes.json"
 # Candidates that a family may choose from.
 FAMILIES = {
     "auto": ("base", "own", "merged"),
@@ -46,8 +46,7 @@ def judge(session, adapters, serves, nbytes):
     plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
-        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        **ends(session),
         "plan": BenchMethod(nbytes, [served]),
     }
     benched = bench_methods(session.evaluator, methods, session.inputs.tests)["plan"]
@@ -58,14 +57,15 @@ def judge(session, adapters, serves, nbytes):
 
 
 def chosen(session, name, room, candidates):
-    """What a family chooses for a budget, and what that is worth."""
+    """The choice of a family for a budget, and its losses."""
     some = [one for one in candidates if one.family in FAMILIES[name]]
-    found = session.planner.plan(some, room)
-    plan, adapters, serves = found.content, found.adapters, found.serves
-    merged = [unit["family"] for unit in plan["units"]].count("merged")
-    stored = {"own": len(plan["units"]) - merged, "merged": merged, "base": len(plan["base"])}
-    judged = judge(session, adapters, serves, compact_nbytes(index_of(adapters)))
-    return {"probe_regret": plan["regret"], **stored, **judged}
+    plan = session.planner.plan(some, room)
+    units, left = plan.content["units"], plan.content["base"]
+    merged = [unit["family"] for unit in units].count("merged")
+    stored = {"own": len(units) - merged, "merged": merged, "base": len(left)}
+    nbytes = compact_nbytes(index_of(plan.adapters))
+    judged = judge(session, plan.adapters, plan.serves, nbytes)
+    return {"probe_regret": plan.content["regret"], **stored, **judged}
 
 
 def basis(session, room):
@@ -80,7 +80,7 @@ def basis(session, room):
 
 
 def line(one):
-    """Of the table."""
+    """A line of the printed table."""
     return (
         f"| {one['budget']} | {one['family']} | {one['share']:.2%} | {one['probe_regret']:.4f} |"
         f" {one['excess']:.4f} | {one['retention']:.2%} | {one['own']} own, {one['merged']} merged,"
@@ -123,9 +123,9 @@ def measured(session, rooms):
 
 
 def continued(output, facts, families):
-    """What to write: facts, and rows of other families that are there; costs are the first run's.
+    """The result to write: facts, and rows of other families that are there.
 
-    A run that continues finds its losses in the cache, and says nothing of what they cost.
+    Costs are the first run's: one that continues finds its losses in the cache.
     """
     if not output.exists():
         return facts | {"rows": []}
@@ -138,13 +138,12 @@ def continued(output, facts, families):
 
 def main():
     """Measure and print."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "bytes.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--budgets", default="25,12.5,6.25,3,1.5,0.75", help="percent")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     budgets = [f"{x}%" for x in options.budgets.split(",")]
     with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""How fast the singular values of dW fall, in weakly and in strongly trained adapters.
+"""The fall of the singular values of dW, in weakly and in strongly trained adapters.
 
     python -m benchmarks.quality.decay LIBRARY [LIBRARY ...] [--output FILE]
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -29,7 +29,6 @@ from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "decay.json"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -46,7 +45,7 @@ def cumulative_energy(values):
 
 
 def rank_for(cumulative, share):
-    """How many singular values hold so much of the energy."""
+    """The number of singular values that hold so much of the energy."""
     # The last share is 1 up to rounding.
     return int(np.argmax(cumulative >= min(share, cumulative[-1]))) + 1
 
@@ -111,10 +110,9 @@ def measure_library(library, shapes):
 
 def main():
     """Measure, write and print."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "decay.json")
     parser.add_argument("libraries", type=Path, nargs="+")
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M-Instruct")
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     model, _ = load_stock(resolve_model(options.model)[1], lazy=True)
     shapes = linear_shapes(model.named_modules())

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.quality.answering import Answers
-from benchmarks.quality.methods import DRAWN, METHODS, Planner, Stored, follows, merged
+from benchmarks.quality.methods import DRAWN, METHODS, Plans, Stored, follows, merged
 from benchmarks.quality.metrics import (
     METRIC_OF,
     paired_bootstrap,
@@ -41,7 +41,6 @@ from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import hash_tree, write_json, write_text
 from d2c_mlx.utils.progress import progress_bar
 
-RESULT = RESULTS / "experiment.json"
 SETTINGS = "settings.json"
 CEILING, FLOOR = "individual", "base"
 # What is compared, besides `auto` with all others: all draws of both that have the same probe rows.
@@ -61,7 +60,7 @@ class Judge:
     """Losses and scores of what a method stores, on the same test rows for all."""
 
     def __init__(self, session, directory: Path) -> None:
-        """Of a workspace; answers are kept in a directory."""
+        """Take a session; answers are kept in a directory."""
         self._session = session
         self._answers = Answers(
             directory, session.inputs.tests, session.config.model, session.inputs.engine.workers
@@ -138,7 +137,7 @@ def place(options, seed, budget, method, draw):
 
 
 def file_name(*parts):
-    """Of a row that is known by these."""
+    """The file of the row that these parts name."""
     return "-".join(map(str, parts)).replace(", ", "-").replace(" ", "-") + ".json"
 
 
@@ -147,8 +146,8 @@ def write_row(path, row):
     write_text(path, json.dumps(row | {"machine": machine()}, allow_nan=False) + "\n")
 
 
-def workspace(options, seed):
-    """The run of a seed up to its probe table."""
+def session_of(options, seed):
+    """The run of a seed up to its losses."""
     name = f"{seed}-{options.examples}"
     tasks = probes_of(options.library, seed, options.examples, options.work / f"tasks-{name}")
     config = RunConfig(
@@ -170,8 +169,8 @@ def write(path, about, row, seconds):
 
 
 def measure_seed(options, seed, wanted):
-    """What is missing of one seed."""
-    session = workspace(options, seed)
+    """Measure the rows of one seed that are missing."""
+    session = session_of(options, seed)
     judge = Judge(session, options.work / "answers")
     ends = {
         FLOOR: Stored(dict.fromkeys(session.inputs.names), 0, 0, {}),
@@ -192,13 +191,13 @@ def measure_seed(options, seed, wanted):
         budget: session.inputs.capacity.room_of(parse_budget(f"{budget}%"))
         for budget in options.budgets.split(",")
     }
-    planner = Planner(session, list(rooms.values()))
+    plans = Plans(session, list(rooms.values()))
     began = time.perf_counter()
     for done, (budget, method, draw) in enumerate(wanted, 1):
         started = time.perf_counter()
         with progress_bar(f"{method}, {budget}%") as session.evaluator.meter:
             if METHODS[method] is None:
-                stored = planner.stored(method, rooms[budget])
+                stored = plans.stored(method, rooms[budget])
             else:
                 allowed = int(session.inputs.capacity.total * float(budget) / 100)
                 stored = merged(session, *METHODS[method], allowed, 1000 * seed + draw)
@@ -212,7 +211,7 @@ def measure_seed(options, seed, wanted):
 
 
 def summary(options):
-    """What results/experiment.json holds: all rows, without the statistics of single test rows."""
+    """The content of results/experiment.json: all rows, without statistics of single test rows."""
     files = sorted(set(options.rows.glob("*.json")) - {options.rows / SETTINGS})
     rows = [json.loads(file.read_text("utf-8")) for file in files]
     rows = [row for row in rows if row.get("examples") in (None, options.examples)]
@@ -260,7 +259,7 @@ def paired(rows, stats):
 
 def main():
     """Measure what is missing, write all of it."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "experiment.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="kept, and used again")
     parser.add_argument("--rows", type=Path, help="kept, and used again; default: WORK/rows")
@@ -272,7 +271,6 @@ def main():
     parser.add_argument("--tests", type=int, default=20, help="test rows per task")
     parser.add_argument("--draws", type=int, default=10, help="at most, of methods that are drawn")
     parser.add_argument("--list", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     options.rows = options.rows or options.work / "rows"
     claim(options, options.work, options.rows)

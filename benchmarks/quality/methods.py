@@ -23,7 +23,7 @@ DRAWN = {"random": 10, "K-Merge": 3}
 
 @dataclass(frozen=True)
 class Stored:
-    """What a method stores.
+    """The adapters that a method stores.
 
     Attributes:
         serves: task -> the adapter that serves it, None for the bare base model.
@@ -38,34 +38,31 @@ class Stored:
     about: dict[str, object]
 
 
-class Planner:
+class Plans:
     """Plans at several budgets; candidates are measured once for all."""
 
     def __init__(self, session, rooms: Sequence[int]) -> None:
-        """Of a session with its probe table, and of the bytes that compact packs have."""
+        """Take a session with its losses, and the bytes that compact packs have."""
         self._session, self._rooms, self._candidates = session, rooms, {}
+        self._planner = session.planner
 
     def stored(self, method: str, room: int) -> Stored:
         """The plan for a budget: of `--plan auto`, or of a family alone (`ALONE`)."""
-        session = self._session
         if method not in self._candidates:
             self._candidates[method] = (
-                [*session.planner.bare(), *ALONE[method](session)]
-                if method in ALONE
-                else session.planner.measure(self._rooms)
-            )
-        candidates = self._candidates[method]
-        found = session.planner.plan(candidates, room)
-        plan, adapters, serves = found.content, found.adapters, found.serves
-        plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
+                [*self._planner.bare(), *ALONE[method](self._session)] if method in ALONE
+                else self._planner.measure(self._rooms)
+            )  # fmt: skip
+        plan = self._planner.plan(self._candidates[method], room)
+        plain = [one.adapter(self._session.inputs.base.dtype) for one in plan.adapters]
         about = {
-            "candidates": len(candidates),
-            "clusters": [unit["tasks"] for unit in plan["units"]],
-            "probe_regret": plan["regret"],
+            "candidates": len(self._candidates[method]),
+            "clusters": [unit["tasks"] for unit in plan.content["units"]],
+            "probe_regret": plan.content["regret"],
         }
         return Stored(
-            {name: None if k is None else plain[k] for name, k in serves.items()},
-            compact_nbytes(index_of(adapters)), len(adapters), about,
+            {name: None if k is None else plain[k] for name, k in plan.serves.items()},
+            compact_nbytes(index_of(plan.adapters)), len(plan.adapters), about,
         )  # fmt: skip
 
 
@@ -91,12 +88,13 @@ def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:
 
 
 def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
-    """What is stored when a function like those in `METHODS` clusters, and clusters are merged."""
+    """The merges of the clusters that a function like those in `METHODS` finds."""
     k, rank = slots_of(session, nbytes, 1 if partition is all_in_one else None)
-    options = replace(session.config.merging, method=merge_method, rank=rank)
-    merger = session.study.merger_with(options)
+    # Tuned by the answers in the rows, whatever the run's budget is.
+    study = replace(session.study, by_teacher=False)
+    merger = study.merger_with(replace(study.options, method=merge_method, rank=rank))
     problem = replace(
-        session.study.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
+        study.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
     )
     # With one cluster there is nothing to choose.
     clustering = partition(problem, session.adapters, k, seed) if k > 1 else merge_all(problem.n)

@@ -1,4 +1,4 @@
-"""How close greedy answers to rows of benchmarks/library are, by the metric of each type of task.
+"""Scores of greedy answers to rows of benchmarks/library, by the metric of each kind of task.
 
 | kind | metric | over rows |
 |---|---|---|
@@ -47,7 +47,7 @@ CHRF2 = CHRF()
 
 
 def row_stats(task: str, prompt: str, expected: str, answer: str) -> tuple[float, ...]:
-    """What the answer to one row adds to the score of its task.
+    """The contribution of the answer to one row to the score of its task.
 
     Args:
         task: `<kind>-<language>`.
@@ -88,7 +88,7 @@ def _rouge(answer: str, expected: str) -> float:
 
 
 def source_edits(source: str, target: str) -> list[Edit]:
-    """What makes one sentence another: (start, end, replacement) in tokens of the source.
+    """The edits that make one sentence another: (start, end, replacement) in tokens of the source.
 
     ERRANT without its English: tokens are words and single marks, the alignment is Levenshtein's,
     and neighbouring edits are merged by those rules of its merger that ask no tagger
@@ -171,7 +171,7 @@ def pooled_bootstrap(
     n: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Whether one method scores more than another on the same rows, by resampling them.
+    """The lead of one method over another on the same rows, by resampling them.
 
     Paired bootstrap, https://aclanthology.org/W04-3250. Rows are drawn within every task, the same
     for both methods and all pairs; tasks are not drawn, so nothing is said of other tasks, nor of

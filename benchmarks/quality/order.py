@@ -15,7 +15,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
+from benchmarks.common import ends
 from benchmarks.tables.pages import show
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import stored, worth
@@ -30,26 +31,24 @@ from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "order.json"
-
 
 def first_pack(session, kind, directory, adapter, budget):
     """A pack of one adapter, to which the others come."""
-    about = {"model": session.inputs.base.name, "config_hash": session.inputs.base.config_hash,
-             "n_layers": session.inputs.base.n_layers}  # fmt: skip
+    base = session.inputs.base
+    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": base.n_layers}
     if kind == "slots":
-        made = [replace(adapter.uniform(session.inputs.base.dtype), sources=(adapter.name,))]
+        made = [replace(adapter.uniform(base.dtype), sources=(adapter.name,))]
         return write_pack(directory, made, PackInfo(**about, budget=budget))
     limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
     small = stored(adapter, {path: some for path, some in levels.items() if some})
-    about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": session.inputs.base.dtype}
+    about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": base.dtype}
     return write_compact_pack(directory, [small], {adapter.name: 0}, PackInfo(**about))
 
 
 def grown(session, kind, budget, order, judge):
-    """What serves each task after all have arrived, and the bytes."""
+    """The adapter of each task after all have arrived, and the bytes."""
     by_name = dict(zip(session.inputs.names, session.adapters))
     with tempfile.TemporaryDirectory() as directory:
         pack = first_pack(session, kind, Path(directory) / "pack", by_name[order[0]], budget)
@@ -60,7 +59,7 @@ def grown(session, kind, budget, order, judge):
 
 def main():
     """Measure what is missing, print all of it."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "order.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--orders", type=int, default=10)
     parser.add_argument("--slots", default="6")
@@ -68,7 +67,6 @@ def main():
     parser.add_argument("--probes", type=int, default=0)
     parser.add_argument("--kinds", default="slots,bytes")
     parser.add_argument("--tests", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     with tempfile.TemporaryDirectory() as directory:
@@ -79,10 +77,7 @@ def main():
             test_examples=options.tests,
         )  # fmt: skip
         session = run(config, until="convert", quiet=True)
-        plain = {
-            "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
-            "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
-        }
+        plain = ends(session)
         probes = {one.task: one for one in session.inputs.probes}
         judge = Judge(session.inputs.base, session.evaluator, probes) if options.probes else None
         budgets = {"slots": options.slots, "bytes": options.budget}

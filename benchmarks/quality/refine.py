@@ -1,4 +1,4 @@
-"""What refining one merge adds on held-out rows, and what it takes.
+"""Refining one merge: the gain on held-out rows, and the seconds.
 
 Merges the named adapters, refines, and compares both on test rows that refining never sees.
 Seconds are those of `refine` alone: teachers, answers to prompts, training and held-back looks.

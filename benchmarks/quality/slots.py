@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
+from benchmarks.common import ends
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -31,7 +32,6 @@ from d2c_mlx.run.refine_stage import refine_merge
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "slots.json"
 # By what all is merged that names nothing else: cheaper than the default, `layerwise`, for which
 # the clusters would be the same, so that is measured "on them".
 PLAIN = {"merge_method": "regmean++"}
@@ -77,7 +77,7 @@ def probes_of(library, seed, n_examples, directory):
 
 
 def served(session, clustering, changes):
-    """What serves every task when the clusters are merged with other options; and the scales."""
+    """The adapter of every task when the clusters are merged with other options; and the scales."""
     options = {**PLAIN, **{name: value for name, value in changes.items() if name != "refine"}}
     key = session.config.seed, clustering.labels, tuple(options.items())
     if key not in MADE:
@@ -92,7 +92,7 @@ def served(session, clustering, changes):
 
 
 def packed(session):
-    """What serves every task of the run's pack; and what was merged and refined."""
+    """The adapter of every task of the run's pack; and what was merged and refined."""
     pack = load_pack(session.path("pack"))
     merges = [[one["method"], one["scale"]] for one in session.read("merges.json")]
     adapters = {name: load_adapter(pack.adapter_path(name)) for name in session.inputs.names}
@@ -140,8 +140,7 @@ def measure(config, case, results, options):
         changes = MERGES.get(how, {})
         found = [served(session, one, changes) for one in clusterings]
     methods = {
-        "base": BenchMethod(0, [dict.fromkeys(session.inputs.names)]),
-        "individual": BenchMethod(0, [dict(zip(session.inputs.names, session.adapters))]),
+        **ends(session),
         **{f"{i}": BenchMethod(0, [adapters]) for i, (adapters, _) in enumerate(found)},
     }
     benched = bench_methods(session.evaluator, methods, session.inputs.tests)
@@ -215,7 +214,7 @@ def measure_all(options, directory):
 
 def main():
     """Measure and print."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "slots.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--clusters", default="3,6,12")
@@ -225,7 +224,6 @@ def main():
     parser.add_argument("--tests", type=int, default=100)
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="run directories, to be used again")
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.common import load_library
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
@@ -27,7 +27,6 @@ from d2c_mlx.serve.router import fit_router, prompt_states, router_from_states
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "route.json"
 FOREIGN = (
     "What is the capital of Australia?",
     "Write a short poem about the sea.",
@@ -79,7 +78,7 @@ def share(values):
 
 
 def left_out(fitted, states, n_blocks):
-    """Of every task's held-out prompts, those that a router without it gives to another task."""
+    """The share of every task's held-out prompts that a router without it gives to another task."""
     wrong = []
     for test, own in states.items():
         router = router_from_states({t: x for t, x in fitted.items() if t != test}, n_blocks)
@@ -121,11 +120,10 @@ def routed_losses(base, pack, tests, found):
 
 def main():
     """Measure, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "route.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--pack", type=Path)
     parser.add_argument("--tests", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     base, _, paths, probes = load_library(options.library, 10)
     tests = [

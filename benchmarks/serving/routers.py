@@ -7,7 +7,7 @@ singular vector v of its dW, and an input x answers it by |v.x|. By prompt, the 
 tokens in most modules answer best; by token, every token in every module has the adapters that it
 answers there, weighted by the softmax of the best k. *Entropy* (as in TUNA,
 https://arxiv.org/abs/2508.08165): of all adapters and the base model, the one that is surest of the
-first token of the answer. *States* is `d2c-mlx route` (d2c_mlx/routing.py).
+first token of the answer. *States* is `d2c-mlx route` (d2c_mlx/serve/router.py).
 
 The loss is of held-out rows under what was chosen; seconds are the median of one prompt per task
 until the choice is known, in which Arrow by token needs none.
@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.serving.route import FOREIGN, prompts_of, routed_losses, share
 from d2c_mlx.models.base_model import BaseModel
@@ -33,8 +33,6 @@ from d2c_mlx.serve.mixed_batch import MixedModel, RowAdapters
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
-
-RESULT = RESULTS / "routers.json"
 
 
 class ArrowLinear(nn.Module):
@@ -54,7 +52,7 @@ class ArrowLinear(nn.Module):
         self.arrows = mx.array(np.stack(arrows, axis=1).astype(np.float32))
 
     def __call__(self, x):
-        """Of the base while votes are counted."""
+        """The output of the base; votes are counted on the way."""
         y, answers = self.linear(x), mx.abs(x @ self.arrows)
         if not self.k:
             best = answers.argmax(axis=-1, keepdims=True) == mx.arange(self.n)
@@ -148,7 +146,7 @@ def seconds(router, tests):
 
 
 def measure(router, base, pack, tests, foreign):
-    """What it chooses, and the loss under that."""
+    """The choices of a router, and the loss under them."""
     found = {test.task: [router.route(x) for x in prompts_of(test)] for test in tests}
     keys = pack.tasks
     right = [t is not None and keys[t] == keys[task] for task, own in found.items() for t in own]
@@ -163,11 +161,10 @@ def measure(router, base, pack, tests, foreign):
 
 def main():
     """Measure, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "routers.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--tests", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     base, _, paths, probes = load_library(options.library, 10)
     pack = load_pack(options.pack)

@@ -22,11 +22,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import openai
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.stock_models import torch_base
 from d2c_mlx.models.tasks import load_task
@@ -35,7 +36,6 @@ from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "serve.json"
 TOKENS = 32
 STOCK = "import sys, d2c_mlx; from mlx_lm.server import main; sys.argv[0] = 'mlx_lm.server'; main()"
 
@@ -96,7 +96,7 @@ def measure(url, jobs, n_clients, options):
 
 
 def offline(base, adapter, messages):
-    """What the base answers under an adapter, alone."""
+    """The answer of the base under an adapter, alone."""
     tokenizer = base.tokenizer
     prompt = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True)
     base.attach(adapter)
@@ -115,9 +115,71 @@ def messages_of(row):
     return [{"role": "user", "content": row["prompt"]}]
 
 
+class Requests:
+    """Prompts of held-out rows, one task after the other, and their answers offline."""
+
+    def __init__(self, base, adapters, tests):
+        """Take the base, and by task an adapter and rows."""
+        self._base, self._adapters, self._tests, self._known = base, adapters, tests, {}
+        self.names = list(adapters)
+
+    def first(self, n):
+        """The first n of them."""
+        tasks = [(i // len(self.names), self.names[i % len(self.names)]) for i in range(n)]
+        return [{"task": name, "messages": messages_of(self._tests[name][i])} for i, name in tasks]
+
+    def differing(self, jobs, texts, task):
+        """How many texts are not what the base answers offline, under the job's task or this."""
+        found = 0
+        for job, text in zip(jobs, texts):
+            name = task or job["task"]
+            key = name, json.dumps(job["messages"])
+            if key not in self._known:
+                self._known[key] = offline(self._base, self._adapters[name], job["messages"])
+            found += text != self._known[key]
+        return found
+
+
+def measure_ours(pack, requests, options):
+    """Rows of `d2c-mlx serve`: all clients on one adapter, and each on its own task's."""
+    code = "from d2c_mlx_cli.main import main; main()"
+    with server(code, "serve", pack.path, "--port", 0) as url:
+        for n in map(int, options.clients.split(",")):
+            jobs = requests.first(max(8, n * options.requests))
+            for kind, task in (("one", requests.names[0]), ("mixed", None)):
+                texts, row = measure(
+                    url, jobs, n, lambda job, task=task: {"model": task or job["task"]}
+                )
+                yield {"server": "d2c-mlx", "adapters": kind, **row,
+                       "not_as_offline": requests.differing(jobs, texts, task)}  # fmt: skip
+
+
+def measure_stock(pack, requests, options, model):
+    """Rows of `mlx_lm.server`, which loads the model again for each change of adapter."""
+
+    def named(job):
+        adapter = str(pack.adapter_path(job["task"]))
+        return {"model": str(model), "extra_body": {"adapters": adapter}}
+
+    with server(STOCK, "--model", model, "--port", 8979, "--log-level", "INFO") as url:
+        for n in map(int, options.clients.split(",")):
+            _, row = measure(url, requests.first(options.stock_requests), n, named)
+            yield {"server": "mlx_lm.server", "adapters": "mixed", **row}
+
+
+def float_model(base, directory):
+    """The base in float32 as mlx-lm's server loads it."""
+    directory.mkdir()
+    torch_base(base, directory)
+    for file in base.path.iterdir():
+        if file.name.startswith(("token", "chat_template")):
+            (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
 def main():
     """Measure, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "serve.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--clients", default="1,4,16")
@@ -126,67 +188,23 @@ def main():
     options = parser.parse_args()
     base, adapters, paths, _ = load_library(options.library, 1, options.adapters)
     names = [path.name for path in paths]
-    tests = [load_task(options.library / "tasks" / name).test for name in names]
-    rows = []
+    tests = {name: load_task(options.library / "tasks" / name).test for name in names}
+    requests, rows = Requests(base, dict(zip(names, adapters)), tests), []
     with tempfile.TemporaryDirectory() as directory:
         pack = write_pack(
             Path(directory) / "run" / "pack",
             [replace(one, sources=(name,)) for one, name in zip(adapters, names)],
-            PackInfo(
-                model=base.name,
-                config_hash=base.config_hash,
-                n_layers=base.n_layers,
-                budget=str(len(names)),
-            ),
-        )
-        known = {}
-
-        def differing(jobs, texts, task):
-            found = 0
-            for job, text in zip(jobs, texts):
-                name = task or job["task"]
-                key = name, json.dumps(job["messages"])
-                if key not in known:
-                    adapter = adapters[names.index(name)]
-                    known[key] = offline(base, adapter, job["messages"])
-                found += text != known[key]
-            return found
-
-        def jobs_of(n):
-            return [{"task": names[i % len(names)],
-                     "messages": messages_of(tests[i % len(names)][i // len(names)])}
-                    for i in range(n)]  # fmt: skip
-
-        def add(row):
+            PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
+                     budget=str(len(names))),
+        )  # fmt: skip
+        model = float_model(base, Path(directory) / "float")
+        for row in chain(
+            measure_ours(pack, requests, options), measure_stock(pack, requests, options, model)
+        ):
             rows.append(row)
             print(json.dumps(row), flush=True)
-            write_json(RESULT, {"max_tokens": TOKENS, "environment": environment(), "rows": rows})
-
-        code = "from d2c_mlx_cli.main import main; main()"
-        with server(code, "serve", pack.path, "--port", 0) as url:
-            for n in map(int, options.clients.split(",")):
-                jobs = jobs_of(max(8, n * options.requests))
-                for kind, task in (("one", names[0]), ("mixed", None)):
-                    texts, row = measure(
-                        url, jobs, n, lambda job, task=task: {"model": task or job["task"]}
-                    )
-                    add({"server": "d2c-mlx", "adapters": kind, **row,
-                         "not_as_offline": differing(jobs, texts, task)})  # fmt: skip
-        plain = Path(directory) / "float"
-        plain.mkdir()
-        torch_base(base, plain)
-        for file in base.path.iterdir():
-            if file.name.startswith(("token", "chat_template")):
-                (plain / file.name).write_bytes(file.read_bytes())
-        with server(STOCK, "--model", plain, "--port", 8979, "--log-level", "INFO") as url:
-
-            def named(job):
-                where = str(pack.adapter_path(job["task"]))
-                return {"model": str(plain), "extra_body": {"adapters": where}}
-
-            for n in map(int, options.clients.split(",")):
-                texts, row = measure(url, jobs_of(options.stock_requests), n, named)
-                add({"server": "mlx_lm.server", "adapters": "mixed", **row})
+            about = {"max_tokens": TOKENS, "environment": environment()}
+            write_json(options.output, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -87,64 +87,90 @@ def wheel_loop(base, adapter, rows, float32):
     return loading, seconds / tokens
 
 
-def measure(library, n_adapters, n_examples, repeats):
-    """Seconds and losses of everything, as the keys of results/probe.json."""
-    base, adapters, _, sets = load_library(library, n_examples)
-    adapters = adapters[:n_adapters]
-    pieces = [(adapter, one) for adapter in adapters for one in sets]
-    n_targets = np.array([one.n_targets for _, one in pieces])
-    n_tokens = n_adapters * sum(one.n_tokens for one in sets)
-    seconds, values = {}, {}
+class Clock:
+    """Seconds and losses by name."""
 
-    def record(name, body, times=1):
-        seconds[name], values[name] = timed(body, times)
-        print(f"{name}: {seconds[name]:.1f} s", flush=True)
+    def __init__(self):
+        """Nothing yet."""
+        self.seconds, self.values = {}, {}
 
+    def record(self, name, body, times=1):
+        """Time a body that returns losses, and say so."""
+        self.seconds[name], self.values[name] = timed(body, times)
+        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+
+    def differences(self, n_targets):
+        """Largest differences of losses, in nats per target token."""
+
+        def between(name, other):
+            gap = np.array(self.values[name]) - np.array(self.values[other])
+            return float(np.abs(gap / n_targets).max())
+
+        others = ("plain", "mlx-lm loop", "PEFT")
+        exact = [name for name in self.values if "last" not in name and name not in others]
+        return {
+            "max_loss_difference": max(between(name, "plain") for name in exact),
+            "loss_difference_of_mlx_lm": between("mlx-lm loop", "plain"),
+            "loss_difference_of_peft": between("PEFT", "plain"),
+            "loss_difference_of_frozen":
+                between("last 16 blocks", "last 16 blocks without frozen"),
+        }  # fmt: skip
+
+
+def measure_savings(clock, base, pieces, repeats):
+    """The engine as it is, and with each of its savings off."""
     run(Engine(base), pieces[:2])
-    record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
+    clock.record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
     for name in SWITCHES:
         engine = Engine(base, optimizations=Optimizations(**{name: False}))
-        record(f"without {name}", lambda e=engine: run(e, pieces))
+        clock.record(f"without {name}", lambda e=engine: run(e, pieces))
     last16 = [(upper_blocks(adapter, base.n_layers - 16), one) for adapter, one in pieces]
     for name, frozen in (("last 16 blocks", True), ("last 16 blocks without frozen", False)):
         engine = Engine(base, optimizations=Optimizations(frozen=frozen))
-        record(name, lambda e=engine: run(e, last16))
+        clock.record(name, lambda e=engine: run(e, last16))
     engine = Engine(base, optimizations=Optimizations(stack=2, fold=False))
-    record("stack 2", lambda: run(engine, pieces))
+    clock.record("stack 2", lambda: run(engine, pieces))
+
+
+def measure_loops(clock, base, adapters, sets, repeats):
+    """mlx-lm's loop, with our BLAS and with the wheel's; the plain one; PEFT."""
+    n_tokens = len(adapters) * sum(one.n_tokens for one in sets)
     with tempfile.TemporaryDirectory() as directory:
-        record("d2c-mlx again", lambda: run(Engine(base), pieces), repeats)
-        Engine(
-            base, optimizations=Optimizations(streams=False, exponentials=False)
-        )  # mlx-lm's own, all cores
-        stock = []
-        for adapter in adapters:
-            stock.append(Path(directory) / "mlx" / adapter.name)
-            adapter.save(stock[-1], base.n_layers)
-            save_peft(adapter, Path(directory) / "peft" / adapter.name)
-        record("mlx-lm loop", lambda: mlx_lm_loop(base.path, stock, sets))
-        values["plain"] = plain_loop(base, adapters, sets)
+        mlx, peft = ([Path(directory) / kind / adapter.name for adapter in adapters]
+                     for kind in ("mlx", "peft"))  # fmt: skip
+        for adapter, stock, plain in zip(adapters, mlx, peft):
+            adapter.save(stock, base.n_layers)
+            save_peft(adapter, plain)
+        clock.record("mlx-lm loop", lambda: mlx_lm_loop(base.path, mlx, sets))
+        clock.values["plain"] = plain_loop(base, adapters, sets)
         for name, float32, rows in (
             ("mlx-lm loop, own BLAS", True,
              [(one.examples[0].tokens, one.examples[0].first_target) for one in sets[:6]]),
             ("mlx-lm loop, own BLAS, 4 bit as stored", False,
              [(sets[0].examples[0].tokens[:12], 1)]),
         ):  # fmt: skip
-            loading, per_token = wheel_loop(base, stock[0], rows, float32)
-            seconds[name] = n_adapters * loading + n_tokens * per_token
+            loading, per_token = wheel_loop(base, mlx[0], rows, float32)
+            clock.seconds[name] = len(adapters) * loading + n_tokens * per_token
         mx.clear_cache()
         (Path(directory) / "base").mkdir()
-        peft = [Path(directory) / "peft" / adapter.name for adapter in adapters]
         model = torch_model(base, peft, Path(directory) / "base")
-        record("PEFT", lambda: peft_loop(model, [path.name for path in peft], sets), repeats)
+        clock.record("PEFT", lambda: peft_loop(model, [path.name for path in peft], sets), repeats)
+
+
+def measure(library, n_adapters, n_examples, repeats):
+    """Seconds and losses of everything, as the keys of results/probe.json."""
+    base, adapters, _, sets = load_library(library, n_examples)
+    adapters = adapters[:n_adapters]
+    pieces = [(adapter, one) for adapter in adapters for one in sets]
+    clock = Clock()
+    measure_savings(clock, base, pieces, repeats)
+    clock.record("d2c-mlx again", lambda: run(Engine(base), pieces), repeats)
+    # mlx-lm's own, all cores.
+    Engine(base, optimizations=Optimizations(streams=False, exponentials=False))
+    measure_loops(clock, base, adapters, sets, repeats)
+    seconds, n_tokens = clock.seconds, n_adapters * sum(one.n_tokens for one in sets)
     ours = statistics.mean([seconds["d2c-mlx"], seconds["d2c-mlx again"]])
     rate, useful = matmul_rate(), n_adapters * useful_flops(base, sets) / ours
-
-    def difference(name, other):
-        gap = np.array(values[name]) - np.array(values[other])
-        return float(np.abs(gap / n_targets).max())
-
-    exact = [name for name in values if "last" not in name and name != "plain"]
-    exact = [name for name in exact if name not in ("mlx-lm loop", "PEFT")]
     return {
         "n_adapters_timed": n_adapters, "n_tasks": len(sets), "n_examples": n_examples,
         "n_tokens": n_tokens, "seconds": seconds, "tokens_per_second": n_tokens / ours,
@@ -159,9 +185,5 @@ def measure(library, n_adapters, n_examples, repeats):
             "stack 2": seconds["d2c-mlx"] / seconds["stack 2"],
         },
         "useful_flops": useful, "matmul_flops": rate, "sgemm_share": useful / rate,
-        "max_loss_difference": max(difference(name, "plain") for name in exact),
-        "loss_difference_of_mlx_lm": difference("mlx-lm loop", "plain"),
-        "loss_difference_of_peft": difference("PEFT", "plain"),
-        "loss_difference_of_frozen":
-            difference("last 16 blocks", "last 16 blocks without frozen"),
+        **clock.differences(np.array([one.n_targets for _, one in pieces])),
     }  # fmt: skip

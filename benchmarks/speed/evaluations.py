@@ -1,4 +1,4 @@
-"""How many of the evaluations that a full D2C asks for are done.
+"""Evaluations that a full D2C asks for, and those that are done.
 
 An evaluation is one adapter (or merge) on the probe examples of one task; one that is left at a
 cut counts as the share of its tokens that was evaluated. Asked for is what the loop asks when it
@@ -22,7 +22,7 @@ from d2c_mlx.utils.line_search import line_search
 
 
 def forgetful(asked, grid):
-    """How often a `line_search` from the middle asks when it forgets what it knows.
+    """The questions of a `line_search` from the middle that forgets what it knows.
 
     Args:
         asked: scale -> value, of all that the walk evaluated.
@@ -38,6 +38,46 @@ def forgetful(asked, grid):
         best = winner
 
 
+class Counted:
+    """A problem that counts what the loop asks, as if it remembered nothing.
+
+    Attributes:
+        asked: evaluations so far.
+        searches: members -> evaluations of the line search of their merge.
+        problem: what the loop is given.
+    """
+
+    def __init__(self, problem):
+        """Count from nothing."""
+        self._problem, self._last = problem, 0
+        self.asked, self.searches = 0, {}
+        self.problem = dataclasses.replace(problem, merge=self._merge, measure=self._measure)
+
+    def line_search(self, loss, scales, start=None):
+        """Stand in for the search of the merger."""
+        values = {}
+
+        def once(scale):
+            values[scale] = loss(scale)
+            return values[scale]
+
+        found = line_search(once, scales, start)  # None: RegMean begins in the middle
+        self._last = forgetful(values, scales)
+        return found
+
+    def _merge(self, members, like=()):
+        if members not in self.searches:
+            self._last = 0
+            self._problem.merge(members)
+            self.searches[members] = self._last * len(members)
+        self.asked += self.searches[members]
+        return self._problem.merge(members)
+
+    def _measure(self, jobs, limits=None):
+        self.asked += sum(len(tasks) for _, tasks in jobs)
+        return self._problem.measure(jobs, limits)
+
+
 def measure(library, n_clusters, restarts, n_examples):
     """D2C on every adapter of a library from a cold cache."""
     before = os.environ.get("D2C_MLX_CACHE")
@@ -50,38 +90,11 @@ def measure(library, n_clusters, restarts, n_examples):
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
         counts = session.evaluator.counts = Counts()
-        searches, asked, walks = {}, 0, []
-
-        def search(loss, grid, start=None):
-            values = {}
-
-            def once(scale):
-                values[scale] = loss(scale)
-                return values[scale]
-
-            best = line_search(once, grid, start)  # None: RegMean begins in the middle
-            walks.append(forgetful(values, grid))
-            return best
-
-        def merge(members, like=()):
-            nonlocal asked
-            if members not in searches:
-                walks[:] = [0]
-                session.study.problem.merge(members)
-                searches[members] = walks[-1] * len(members)
-            asked += searches[members]
-            return session.study.problem.merge(members)
-
-        def measured(jobs, limits=None):
-            nonlocal asked
-            asked += sum(len(tasks) for _, tasks in jobs)
-            return session.study.problem.measure(jobs, limits)
-
-        merger.line_search = search
+        counted = Counted(session.study.problem)
+        merger.line_search = counted.line_search
         try:
-            problem = dataclasses.replace(session.study.problem, merge=merge, measure=measured)
             started = time.perf_counter()
-            found = d2c(problem, n_clusters, search="paper", init=INITS, restarts=restarts)
+            found = d2c(counted.problem, n_clusters, search="paper", init=INITS, restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
             merger.line_search = line_search
@@ -89,8 +102,9 @@ def measure(library, n_clusters, restarts, n_examples):
             if before is not None:
                 os.environ["D2C_MLX_CACHE"] = before
     return {
-        "d2c_adapters": problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
-        "d2c_examples": n_examples, "d2c_starts": found.starts, "d2c_merges": len(searches),
-        "evaluations_asked": asked, "evaluations_done": round(counts.done, 1),
-        "evaluations_ratio": asked / counts.done, "d2c_seconds": seconds,
+        "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
+        "d2c_examples": n_examples, "d2c_starts": found.starts,
+        "d2c_merges": len(counted.searches),
+        "evaluations_asked": counted.asked, "evaluations_done": round(counts.done, 1),
+        "evaluations_ratio": counted.asked / counts.done, "d2c_seconds": seconds,
     }  # fmt: skip

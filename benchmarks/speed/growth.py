@@ -1,4 +1,4 @@
-"""How the time of every stage grows with the number of adapters.
+"""Seconds of every stage against the number of adapters.
 
 Real adapters; where they run out, copies with 5 % noise on every factor, and other rows of the
 same tasks. K stays the same; the paper's loop starts from K-Means, and the whole probe table is

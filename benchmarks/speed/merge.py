@@ -26,7 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.merge.methods import merge_adapters
@@ -159,7 +159,7 @@ def errors(sides):
 
 def main():
     """Measure both, print the table, write results/merge.json."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "merge.json")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of PEFT's side  [default: 16]")
     parser.add_argument("--quick", action="store_true", help="the same as --layers 1")
     parser.add_argument("--threads", type=int, default=1, help="of both sides  [default: 1]")
@@ -188,7 +188,7 @@ def main():
     result = {**runs, "ratio": ratios, "threads": options.threads, "machine": machine()}
     show("merge", merge=result)
     if not options.quick:
-        write_json(RESULTS / "merge.json", result)
+        write_json(options.output, result)
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""How long one adapter takes to come out of a compact pack.
+"""Seconds until one adapter is out of a compact pack.
 
 Eight random adapters of Llama-3.2-1B shapes (16 layers, q, k, v, o; rank 32, 4 bit) in one file.
 "load" is what an app does when the task changes, `Pack.load(task)` and evaluating every factor:
@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from d2c_mlx.compress.affine import round_to_nearest
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.packs.pack import PackInfo, load_pack
@@ -36,7 +36,7 @@ def compressed(k):
 
     def factor(width):
         rows = rng.standard_normal((RANK, width), np.float32) / np.float32(np.sqrt(width))
-        return round_to_nearest(rows, [(RANK, BITS)], GROUP)[0]
+        return round_to_nearest([rows], [[(RANK, BITS)]], GROUP)[0][0]
 
     modules = {
         f"model.layers.{layer}.self_attn.{name}": (Level(factor(width), factor(out)),)
@@ -63,9 +63,10 @@ def evaluated(pack, task):
 
 def main():
     """Measure, print, write."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "pack_load.json")
     parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
+    options = parser.parse_args()
+    repeats = options.repeats
     adapters = [compressed(k) for k in range(ADAPTERS)]
     about = {"model": "llama", "config_hash": "0" * 64, "n_layers": LAYERS, "budget": "-"}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def main():
         "nbytes": sizes,
         "rows": rows,
     }
-    write_json(RESULTS / "pack_load.json", result)
+    write_json(options.output, result)
 
 
 if __name__ == "__main__":

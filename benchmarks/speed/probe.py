@@ -15,13 +15,12 @@ compare numbers of one run.
 import json
 from pathlib import Path
 
-from benchmarks import RESULTS, command_line
+from benchmarks import command_line
 from benchmarks.speed import engine, evaluations, growth, ranks
 from benchmarks.tables.pages import show
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
-RESULT = RESULTS / "probe.json"
 PARTS = ("engine", "d2c", "growth", "ranks")
 
 
@@ -39,19 +38,19 @@ def measure(part, library, quick, sizes):
 
 def main():
     """Measure, save after each part, print."""
-    parser = command_line(__doc__, __spec__)
+    parser = command_line(__doc__, __spec__, "probe.json")
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, others are kept")
     parser.add_argument("--sizes", default="8,16,32,64", help="numbers of adapters of growth")
     options = parser.parse_args()
     sizes = tuple(map(int, options.sizes.split(",")))
-    some = options.only != ",".join(PARTS) and RESULT.exists()
-    result = json.loads(RESULT.read_text()) if some else {}
+    some = options.only != ",".join(PARTS) and options.output.exists()
+    result = json.loads(options.output.read_text()) if some else {}
     for part in options.only.split(","):
         result |= measure(part, options.library, options.quick, sizes)
         result |= {"library": str(options.library), "quick": options.quick, "machine": machine()}
-        write_json(RESULT, result)
+        write_json(options.output, result)
     show("probe", probe=result)
 
 

@@ -14,7 +14,7 @@ RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def kind_of(task):
-    """What a task asks for."""
+    """The kind of a task: the part of its name before the language."""
     return task.split("-")[0]
 
 
@@ -45,7 +45,7 @@ def ends(result):
 
 
 def share(score, ceiling):
-    """Of the ceiling, which is 0 where no adapter answers any row well enough for its metric."""
+    """A score as a share of the ceiling, which is 0 where no adapter scores on any row."""
     return f"{score / ceiling:.1%}" if ceiling else ""
 
 
@@ -99,7 +99,7 @@ def pairs(read, file="experiment"):
 
 
 def worse(read):
-    """How many tasks have a higher loss than under their own adapters: over seeds and draws."""
+    """The number of tasks with a higher loss than under their own adapters, by seed and draw."""
     _, ceiling = ends(read("experiment"))
     lines = []
     for budget, method, rows in groups(read("experiment")):
@@ -132,7 +132,7 @@ def kinds(read):
 
 
 def clusters(read):
-    """Whether clusters follow what adapters do or their language: adjusted Rand index."""
+    """Adjusted Rand index of clusters with kinds of task, and with languages."""
     lines = []
     for budget, method, rows in groups(read("experiment")):
         found = [row["follows"] for row in rows if "follows" in row]
@@ -167,7 +167,7 @@ def ablations(read):
 
 
 def agreement(read):
-    """Whether probes choose the cluster that is best on test rows: mean and range over seeds."""
+    """Agreement of probe and test rows on the best cluster: mean and range over seeds."""
     found = {}
     for row in read("ablations")["rows"]:
         if "agree" in row:
@@ -182,7 +182,7 @@ def agreement(read):
 
 
 def library(read):
-    """What was trained, by kind of task: means over adapters."""
+    """Trained adapters by kind of task: means over adapters."""
     found = {}
     for row in read("library")["rows"]:
         found.setdefault(kind_of(row["name"]), []).append(row)

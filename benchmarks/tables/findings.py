@@ -1,4 +1,4 @@
-"""What the paper's experiment shows, in words: lines of templates/*.md.jinja with their numbers.
+"""Findings of the paper's experiment: lines of templates/*.md.jinja with their numbers.
 
 A line has `it` (`Experiment`), `case` (`Ablations`), and filters: `points` and `percent` as the
 tables round them, `nats`. Numbers follow the results; words are read again when results change.
@@ -35,7 +35,7 @@ class Rows:
     """Rows of one method at one budget; scores in percent, excess in nats per target token."""
 
     def __init__(self, rows, ceiling):
-        """Of rows, and the row of the individual adapters."""
+        """Take rows, and the row of the individual adapters."""
         self._rows, self._ceiling = rows, ceiling
 
     @property
@@ -82,7 +82,7 @@ class Experiment:
     """Rows by method and budget, and methods beside each other."""
 
     def __init__(self, result):
-        """Of results/experiment*.json."""
+        """Take results/experiment*.json."""
         self._result = result
         base, self._ceiling = ends(result)
         self.base, self.ceiling = (Rows([row], self._ceiling) for row in (base, self._ceiling))
@@ -103,7 +103,7 @@ class Ablations:
     """Choices of D2C alone."""
 
     def __init__(self, result):
-        """Of results/ablations.json."""
+        """Take results/ablations.json."""
         self._rows = result["rows"]
 
     def __call__(self, case, value, seed=0):

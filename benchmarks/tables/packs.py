@@ -60,7 +60,7 @@ def in_slots(read, n_clusters):
 
 
 def fitting(read, budget):
-    """How many 16-bit adapters fit a budget in percent: those of the library are of one size."""
+    """The number of 16-bit adapters that fit a budget in percent; the library's are of one size."""
     return int(len(read("slots")["rows"][0]["tasks"]) * float(budget.rstrip("%")) / 100)
 
 

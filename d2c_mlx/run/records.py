@@ -143,8 +143,6 @@ def keep_pack(pack: Path, before: str) -> None:
     path = pack.parent / ".stages" / "pack.json"
     record = _read(path)
     if record["outputs"].get(pack.name) == before:
-        # The stages after it read another pack than they did.
-        (path.parent / _FINISH).unlink(missing_ok=True)
         write_json(path, {**record, "outputs": {pack.name: hash_tree(pack)}})
         # The stages after it read the pack, so the run is not finished.
         (pack.parent / ".stages" / _FINISH).unlink(missing_ok=True)

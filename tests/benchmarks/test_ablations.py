@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.tiny import library, log_probabilities, task
 
+from benchmarks import RESULTS
 from benchmarks.quality import ablations
 from benchmarks.quality.methods import by_features, merged
 from benchmarks.tables.pages import TABLES
@@ -97,7 +98,7 @@ def test_a_start_that_is_gone_is_past(call):
     assert set(ablations.INITS) - gone == set(INITS)
     with pytest.raises(SystemExit, match=r"found init: random; expected (?!.*init: random)"):
         call(cases="init: random")
-    rows = json.loads(ablations.RESULT.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))["rows"]
     assert [row["value"] for row in rows if row["case"] == "init"] == list(ablations.INITS)
 
 
@@ -133,6 +134,6 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
 
 
 def test_what_is_published_is_what_its_rows_say():
-    published = json.loads(ablations.RESULT.read_text())
-    options = SimpleNamespace(rows=ablations.RESULT.parent / "rows_24", budget=12.5)
+    published = json.loads((RESULTS / "ablations.json").read_text())
+    options = SimpleNamespace(rows=RESULTS / "rows_24", budget=12.5)
     assert ablations.summary(options) == published

@@ -11,6 +11,7 @@ import pytest
 from helpers.loras import adapters_of, dense
 from helpers.tiny import SHAPES, library, peft_adapter
 
+from benchmarks import RESULTS
 from benchmarks.quality import experiment
 from benchmarks.quality.answering import batched_answers
 from benchmarks.quality.methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
@@ -20,7 +21,6 @@ from d2c_mlx.run.config import RunConfig
 
 pytestmark = pytest.mark.slow
 
-RESULTS = experiment.RESULT.parent
 NAMES = ["date-en", "gec-en", "num-de", "qa-de", "reply-fr", "summ-en"]
 
 

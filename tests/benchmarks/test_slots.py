@@ -6,6 +6,7 @@ import sys
 import pytest
 from helpers.tiny import library
 
+from benchmarks import RESULTS
 from benchmarks.quality import slots
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
@@ -93,7 +94,7 @@ def test_what_was_measured_is_not_measured_again(measured):
 def test_cases_of_the_past_are_kept_and_not_measured(measured):
     with pytest.raises(SystemExit, match="found paper, ties, which no run can measure any more"):
         measured("individual;paper, ties")
-    rows = json.loads(slots.RESULT.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "slots.json").read_text(encoding="utf-8"))["rows"]
     assert {row["case"] for row in rows} >= set(slots.PAST) and not set(slots.PAST) & set(
         slots.CASES
     )

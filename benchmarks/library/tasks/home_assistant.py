@@ -135,12 +135,12 @@ class Home:
         return text
 
     def is_joint(self, parts):
-        """Whether these are several articles, one of which fits."""
+        """True if these are several articles, one of which fits."""
         texts = {text for one in parts for text in self.literals(one)}
         return len(texts) > 1 and texts <= self.joints
 
     def literals(self, part):
-        """What a part may say, if that is only words one by one."""
+        """The words that a part may say, if those are single words."""
         if hasattr(part, "rule_name") and part.rule_name in self.parsed.expansion_rules:
             part = self.parsed.expansion_rules[part.rule_name].expression
         if hasattr(part, "original_text"):

@@ -1,4 +1,4 @@
-"""What the prompts call the languages."""
+"""Names of the languages, as the prompts call them."""
 
 NAMES = {
     "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian",

@@ -41,12 +41,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text has no markup and nothing to fill in."""
+    """True if a text has no markup and nothing to fill in."""
     return not _MARKUP.search(text)
 
 
 def is_clean(sentence: str) -> bool:
-    """Whether it is one plain, whole sentence of at least four words."""
+    """True if it is one plain, whole sentence of at least four words."""
     return (
         is_plain(sentence)
         and sentence[-1:] in tuple(".!?")

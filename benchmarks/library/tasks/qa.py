@@ -87,7 +87,7 @@ def only(values):
 
 
 class Names:
-    """What CLDR calls things in one language."""
+    """CLDR's names of things in one language."""
 
     def __init__(self, language: str, sources) -> None:
         def read(source, file):

@@ -74,7 +74,7 @@ class Register:
         self.others = words["others"]
 
     def changes(self, formal: str, informal: str) -> bool:
-        """Whether the two differ in the register and in hardly anything else."""
+        """True if the two differ in the register and in hardly anything else."""
         if not (12 <= len(formal) <= 120 and len(informal) <= 120):
             return False
         if self.formal and (not self.formal.search(formal) or self.formal.search(informal)):
