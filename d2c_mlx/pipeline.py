@@ -65,7 +65,8 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
-        session.inputs  # noqa: B018  every problem shows before anything is written
+        # Every problem shows before anything is written, those of other ranks too.
+        session.evaluator  # noqa: B018
         with locked(session.output):
             if "pack" in wanted:
                 check_pack(session.output)
