@@ -143,7 +143,10 @@ class Engine:
         MLX's version, device and BLAS, token ids, and the cut into batches, which a tight memory
         limit changes.
         """
-        optimizations = dataclasses.asdict(self.optimizations) | {"fold": self.fold}
+        # `compile` was an optimization once: losses that were cached without it stay known.
+        optimizations = dataclasses.asdict(self.optimizations) | {
+            "fold": self.fold, "compile": False,
+        }  # fmt: skip
         parts = [self.base.fingerprint, optimizations, arithmetic()]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
