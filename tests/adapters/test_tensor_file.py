@@ -78,6 +78,7 @@ def test_a_length_beyond_the_file(tmp_path):
         read_header(tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_a_key_that_is_there_twice_is_found_in_one_pass():
     """Counting every key in the list of all took minutes for as many."""
     text = json.dumps({f"k{i}": i for i in range(200_000)})

@@ -66,6 +66,7 @@ def test_spectra_are_those_of_the_dense_update(measured, name, part):
     assert (line["rank_90"], line["rank_99"]) == (np.mean(for_90), np.mean(for_99))
 
 
+@pytest.mark.slow
 def test_kinds_and_table(measured):
     lines, printed, _ = measured
     assert {name: line["kind"] for name, line in lines.items()} == {

@@ -57,6 +57,7 @@ def written_commands():
             yield path, name.rstrip("."), re.findall(r"(?<![\w-])--[\w-]+", rest)
 
 
+@pytest.mark.slow
 def test_commands_that_are_written_down_are_there(helps):
     found = list(written_commands())
     assert {name for _, name, _ in found} >= {name.removesuffix(".__main__") for name in SCRIPTS

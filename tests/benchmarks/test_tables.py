@@ -103,6 +103,7 @@ def test_the_committed_pages_are_what_the_committed_results_say():
     assert sorted(re.findall(r"!\[.+\]\(../plots/(.+)\)", ALL)) == PLOTS
 
 
+@pytest.mark.slow
 def test_other_results_give_other_tables_and_back(page):
     before = contents(page)
     with_other_numbers(page)
@@ -135,6 +136,7 @@ def test_other_results_give_other_tables_and_back(page):
     assert tables(page, "--check").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
     path, before = page / "pages" / "engine.md", PAGES["engine.md"]
     text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", before)
@@ -155,6 +157,7 @@ def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
     assert (page / "plots" / "slots.svg").read_bytes() == plot
 
 
+@pytest.mark.slow
 def test_a_plot_of_another_matplotlib_is_judged_by_its_results(page):
     plot = page / "plots" / "bytes.svg"
     text = re.sub("Matplotlib v[^,]+", "Matplotlib v1.0", plot.read_text(encoding="utf-8"))
@@ -184,6 +187,7 @@ def refused(page, words):
     assert contents(page) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_region_is_an_error_in_one_line(page, name):
     file, old, new, words = BROKEN[name]
@@ -200,6 +204,7 @@ def test_a_broken_region_is_an_error_in_one_line(page, name):
         assert re.search(rf"{file}\.md:\d+: ", tables(page).stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bytes-strong", "switch", "slots"])
 def test_missing_and_broken_results_are_errors_in_one_line(page, name):
     path = page / "results" / f"{name}.json"

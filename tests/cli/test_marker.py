@@ -14,6 +14,8 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
 from d2c_mlx.utils.files import hash_file, hash_tree
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pack(cli):

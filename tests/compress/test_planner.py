@@ -188,6 +188,7 @@ def test_worth_falls_where_singular_values_are_equal():
     assert allocate({"m": values}, {"m": 80}, 1e6) == {"m": ((12, 8),)}
 
 
+@pytest.mark.slow
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
     session = run(config, until="pack", quiet=True)
     pack = load_pack(session.path("pack"))

@@ -9,7 +9,7 @@ from helpers.phone import OPTIONS, make_pack
 from helpers.tiny import library
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """Paths, pack, and the one long run that most tests look at: its JSON."""
     root = tmp_path_factory.mktemp("phone")

@@ -107,6 +107,7 @@ def test_another_merge_that_is_clustered_alike_is_not_clustered_again(config):
     assert stages_started(output)["cluster"] != first["cluster"]
 
 
+@pytest.mark.slow
 def test_stopping_evaluations_early_changes_no_byte(config, tmp_path, monkeypatch):
     """And saves some: the same clusters, objective and pack with and without the bound."""
     done, artifacts = [], []
@@ -220,6 +221,7 @@ def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
         run(other, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch):
     """Between the rename and the record, with other options than the last pack's."""
     output = run(config, "pack", quiet=True).output

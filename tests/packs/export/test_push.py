@@ -155,6 +155,7 @@ def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
     refused("plan.json: no run wrote it", lambda: write(compact))
 
 
+@pytest.mark.slow
 def test_a_dry_run_opens_no_socket(plain, tmp_path):
     def call(*args):
         argv = ["push", str(plain.path), "org/name", *args]
