@@ -29,9 +29,7 @@ _COMMANDS = {
     "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
     "route": Entry("packs:route", _PACKS, "Tell which task of a pack each prompt is of."),
     "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
-    "phone": Entry(
-        "phone:phone", _PACKS, "Measure a pack on a quantized base model, as on a phone."
-    ),
+    "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
     "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
     "unpack": Entry("formats:unpack", _PACKS, "Write the adapters of a pack for stock mlx-lm."),
     "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
