@@ -7,3 +7,8 @@ def stages_started(output):
     """Modification times of the stage records: what ran."""
     files = (output / ".stages").iterdir()
     return {file.stem: file.stat().st_mtime_ns for file in files if file.stem != "finish"}
+
+
+def records(output):
+    """Files of the stages that are done; the one that says a whole run is finished is of none."""
+    return [path for path in (output / ".stages").glob("*.json") if path.stem != "finish"]

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 
 import pytest
+from helpers.runs import records
 from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
@@ -57,12 +58,12 @@ def finish(command, cache, **options):
 
 def stages(output):
     """Stages that are recorded as done."""
-    return {file.stem for file in (output / ".stages").glob("*.json")}
+    return {file.stem for file in records(output)}
 
 
 def durations(output):
     """Seconds of each stage of a run that came to its end, in order."""
-    files = sorted((output / ".stages").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    files = sorted(records(output), key=lambda file: file.stat().st_mtime_ns)
     return {file.stem: json.loads(file.read_text())["seconds"] for file in files}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import MAIN, launch
+from helpers.runs import records
 from helpers.tiny import Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.packs.pack import load_pack
@@ -67,8 +68,8 @@ def whole(request, paths, tmp_path_factory):
 
 def evaluated(output):
     """Evaluations that were done, of all stages."""
-    records = [json.loads(path.read_text()) for path in (output / ".stages").glob("*.json")]
-    return sum(record["evaluations"]["done"] for record in records)
+    found = [json.loads(path.read_text()) for path in records(output)]
+    return sum(record["evaluations"]["done"] for record in found)
 
 
 def test_a_warm_cache(whole, paths, tmp_path, monkeypatch):
