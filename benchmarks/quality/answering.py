@@ -66,7 +66,7 @@ def batched_answers(
     """
     rows = [(one.task, i, x) for one in sets for i, x in enumerate(one.examples)]
     rows.sort(key=lambda row: row[2].offset)
-    base.attach(adapter, fold=base.folds)
+    base.attach(adapter, fold=base.can_fold)
 
     def generate(share: _Share) -> list[list[int]]:
         found = batch_generate(
