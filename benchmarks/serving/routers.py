@@ -72,7 +72,7 @@ class Arrow:
         adapters = [pack.load(task) for task in self.tasks]
         linears = dict(self.base.model.named_modules())
         self.modules = {
-            path: ArrowLinear(linears[path], *self.base.stacked(path, adapters))
+            path: ArrowLinear(linears[path], *self.base.stacked_factors(path, adapters))
             for path in sorted({path for one in adapters for path in one.modules})
         }
         self.base.model.update_modules(tree_unflatten(list(self.modules.items())))

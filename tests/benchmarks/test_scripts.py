@@ -1,0 +1,95 @@
+"""Scripts that no other test runs, each once on a tiny library, so that none rots."""
+
+import functools
+import importlib
+import json
+import sys
+
+import pytest
+from helpers.tiny import library, task, write_jsonl
+
+from benchmarks import common
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+
+pytestmark = pytest.mark.slow
+
+NAMES = ["date-en", "gec-en", "num-de", "qa-de"]
+# Module -> its options beside the library's; `{root}` is where the library and a run of it are.
+SCRIPTS = {
+    "quality.order": "--library {root} --orders 1 --slots 2 --budget 95 --tests 2",
+    "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
+    "serving.route": "--library {root}",
+    "serving.routers": "--library {root} --pack {root}/run/pack --tests 1",
+    "formats.peft_pack": "--run {root}/run",
+}
+# Module -> arguments of its `measure` after the library, and keys of what it returns.
+PARTS = {
+    "speed.evaluations": ((2, 2, 2), {"evaluations_asked", "evaluations_done", "d2c_merges"}),
+    "speed.growth": (((3, 4), 2, 200), {"growth"}),
+    "speed.engine": ((2, 2, 1), {"seconds", "savings", "max_loss_difference", "speedup_vs_peft"}),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A library, and a run of it."""
+    root = tmp_path_factory.mktemp("scripts")
+    found = library(root, NAMES)
+    for name in NAMES:
+        task(found.tasks, name, n_probe=12)
+        rows = [{"prompt": f"Say {i} as {name}", "completion": f"{i}"} for i in range(4)]
+        write_jsonl(found.tasks / name / "train.jsonl", rows)
+    run(
+        RunConfig(
+            model=str(found.model), adapters=str(found.adapters), tasks=str(found.tasks),
+            budget="2", probe_examples=2, test_examples=2, output=str(root / "run"),
+        ), quiet=True,
+    )  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def imported(paths, monkeypatch):
+    """Import a script, with the tiny model where it would take the embedded one."""
+
+    def module(name):
+        found = importlib.import_module(f"benchmarks.{name}")
+        tiny = functools.partial(BaseModel, str(paths.model))
+        for where in (found, common):
+            if hasattr(where, "BaseModel"):
+                monkeypatch.setattr(where, "BaseModel", tiny)
+        if hasattr(found, "RunConfig"):
+            config = functools.partial(RunConfig, model=str(paths.model))
+            monkeypatch.setattr(found, "RunConfig", config)
+        return found
+
+    monkeypatch.delenv("D2C_MLX_CACHE", raising=False)
+    return module
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_measures_prints_and_writes(imported, paths, monkeypatch, tmp_path, capsys, name):
+    module = imported(name)
+    words = SCRIPTS[name].format(root=paths.tasks.parent).split()
+    result = tmp_path / "result.json"
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", [name, *words, "--output", str(result)])
+    module.main()
+    assert json.loads(result.read_text()) and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_the_probe_script_measures(imported, paths, name):
+    arguments, keys = PARTS[name]
+    found = imported(name).measure(paths.tasks.parent, *arguments)
+    assert keys <= found.keys()
+    assert json.dumps(found)
+
+
+def test_refining_prints_what_it_adds(imported, paths, monkeypatch, capsys):
+    words = ["--library", str(paths.tasks.parent), "date-en,gec-en", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["refine", *words])
+    imported("quality.refine").main()
+    assert "date-en, gec-en: merge" in capsys.readouterr().out
