@@ -9,10 +9,8 @@ the hub's cache, it ends in one line.
 
 import sys
 
-from d2c_mlx.phone.benchmark import bench_phone
-from d2c_mlx.phone.config import PhoneConfig
+from d2c_mlx import D2CError, PhoneConfig, bench_phone
 from d2c_mlx.phone.tables import render_phone
-from d2c_mlx.utils.errors import D2CError
 
 
 def main(pack: str, model: str, device: str = "iphone-6gb") -> None:

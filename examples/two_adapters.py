@@ -10,9 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx import RunConfig, load_pack, run_pipeline
 
 import mlx.core as mx  # isort: skip  (after d2c_mlx, which loads a fast BLAS first)
 from mlx_lm import generate, load
@@ -35,7 +33,7 @@ def main(output: Path) -> None:
         probe_examples=4,
         test_examples=4,
     )
-    session = run(config)
+    session = run_pipeline(config)
     pack = load_pack(session.path("pack"))
     losses = {name: row["loss"] for name, row in session.read("bench.json")["methods"].items()}
     print(

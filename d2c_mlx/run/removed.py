@@ -34,7 +34,7 @@ REMOVED = {
 REMOVED_VALUES = {
     "init": {
         name: f"{name!r} is no longer a start; use table, kmeans or both, which end in better"
-        " clusters (benchmarks/README.md)"
+        " clusters (benchmarks/pages/ablations.md)"
         for name in ("adapters", "random", "pairs")
     }
 }

@@ -18,7 +18,7 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a pack's base model as `mlx_lm.load` does, with the adapter of a task attached.
 
-    To change the task later, call `switch(model, pack.load(task), pack.path)`.
+    To change the task later, call `Pack.switch`.
 
     Args:
         pack: its directory, which is verified first, or a `Pack` from `load_pack`.
