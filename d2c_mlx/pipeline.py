@@ -1,4 +1,4 @@
-"""The whole story: adapters + a few examples + a budget -> a pack, and what it is worth.
+"""The pipeline: adapters, a few examples per task and a budget -> a pack, and its measurements.
 
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
     convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
@@ -48,13 +48,17 @@ __all__ = ["STAGES", "run"]
 def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Session:
     """Run every stage up to and including `until`; what is already done is kept.
 
-    Nothing is loaded for a run that is finished. Under `mlx.launch` only rank 0 may call this; the
-    others call `distributed.serve`.
+    Like make, a stage first runs the stages before it that are not done. So no stage can fail for
+    want of an earlier one. Nothing is loaded for a run that is finished. Under `mlx.launch` only
+    rank 0 may call this; the others call `distributed.run_worker`.
 
     Args:
-        config: the options.
+        config: options of the run.
         until: a key of `STAGES`.
         quiet: show no progress.
+
+    Returns:
+        The session, through which artifacts are read.
 
     Raises:
         InputError: bad input, all problems at once; nothing is written.
@@ -65,7 +69,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
-        # Every problem shows before anything is written, those of other ranks too.
+        # Loading the evaluator shows every problem, those of other ranks too, before any write.
         session.evaluator  # noqa: B018
         with locked(session.output):
             if "pack" in wanted:
@@ -77,7 +81,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
 
 
 def convert(session: Session) -> None:
-    """Input adapters -> `adapters/<name>/`, exact, in mlx-lm's layout."""
+    """Write the input adapters in mlx-lm's layout, exactly -> `adapters/<name>/`."""
     inputs = session.inputs
 
     def body() -> None:
@@ -91,7 +95,7 @@ def convert(session: Session) -> None:
 
 
 def probe(session: Session) -> None:
-    """Losses of every adapter on the calibration rows of similar tasks -> `losses.json`."""
+    """Measure every adapter on the calibration rows of similar tasks -> `losses.json`."""
     c, inputs = session.config, session.inputs
     n_clusters = None if c.planned else inputs.capacity.n_clusters
     n_others = others_needed(len(inputs.names), c.neighbours, n_clusters)
@@ -106,9 +110,9 @@ def probe(session: Session) -> None:
 
 
 def plan(session: Session) -> None:
-    """For a budget in bytes: what to store of which adapters and merges -> `plan.json`, `planned/`.
+    """Plan a budget in bytes: which adapters and merges, at which bits -> `plan.json`, `planned/`.
 
-    The chosen adapters are kept as they will be stored, so that `pack` rounds nothing again.
+    The chosen adapters are kept in their stored form, so that `pack` rounds nothing again.
     """
     c, inputs = session.config, session.inputs
 
@@ -125,7 +129,7 @@ def plan(session: Session) -> None:
 
 
 def cluster(session: Session) -> None:
-    """Which adapters to merge: D2C and the baselines -> `clusters.json`."""
+    """Choose which adapters to merge, by D2C and by the baselines -> `clusters.json`."""
     c, inputs = session.config, session.inputs
     k, n = inputs.capacity.n_clusters, len(inputs.names)
     if k == n > 1:
@@ -143,6 +147,7 @@ def cluster(session: Session) -> None:
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],
+            # One random partition may be lucky: `bench` reports the mean over several.
             "random": [random_partition(n, k, c.seed + i) for i in range(c.random_seeds)],
             "merge-all": [merge_all(n)],
         }
@@ -156,7 +161,7 @@ def cluster(session: Session) -> None:
         }
         write_json(session.path("clusters.json"), content)
 
-    # A merge that is clustered alike is not clustered again.
+    # Merge methods that cluster alike share one clustering, so it is not made again.
     like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
@@ -164,7 +169,7 @@ def cluster(session: Session) -> None:
 
 
 def merge(session: Session) -> None:
-    """One adapter per D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
+    """Merge each D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
     inputs = session.inputs
 
     def body() -> None:
@@ -185,7 +190,7 @@ def merge(session: Session) -> None:
 
 
 def refine(session: Session) -> None:
-    """If asked for: each merge trained to match its members -> `refined/<k>/`, `refines.json`."""
+    """Train each merge to match its members, if asked for -> `refined/<k>/`, `refines.json`."""
 
     def body() -> None:
         # A cluster takes minutes: each is kept as soon as it is done.
@@ -200,12 +205,12 @@ def refine(session: Session) -> None:
 
     reads = ["adapters", "losses.json", "merged", "merges.json"]
     session.stage("refine", refine_inputs(session), reads, ["refined", "refines.json"], body)
-    # Not before the stage is recorded: what is half removed would be taken for done.
+    # Only after the stage is recorded: a half-removed directory would be taken for done.
     remove_dir(session.path("refining"))
 
 
 def pack(session: Session) -> None:
-    """Adapters and a manifest -> `pack/`, within the budget: merges in 16 bit, or as planned."""
+    """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
     c, inputs = session.config, session.inputs
     info = PackInfo(
         model=inputs.base.name,
@@ -239,7 +244,7 @@ def pack(session: Session) -> None:
 
 
 def bench(session: Session) -> None:
-    """Every method on the held-out rows -> `bench.json`."""
+    """Measure every method on the held-out rows -> `bench.json`."""
     c, inputs = session.config, session.inputs
 
     def body() -> None:
@@ -255,7 +260,7 @@ def bench(session: Session) -> None:
             ),
         }
         results = bench_methods(session.evaluator, methods, inputs.tests)
-        # Which pack was measured: a card of another one must not show this.
+        # Names the measured pack, since the card of another one must not show these numbers.
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content = {"methods": results, "provenance": {**provenance(inputs), **of}}
         if c.answers:
@@ -274,10 +279,10 @@ def bench(session: Session) -> None:
 
 
 def report(session: Session) -> None:
-    """The results for people -> `report.md`, `report.html`."""
+    """Render the results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
-    # What `phone PACK --json` of this pack printed, where the user put it.
+    # The user may have put the output of `d2c-mlx phone PACK --json` there.
     phone = session.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
@@ -304,7 +309,7 @@ def _merge_options(config: RunConfig) -> list[object]:
 
 
 def _clusterings(session: Session) -> dict[str, list[Clustering]]:
-    """Method -> clusterings, from `clusters.json`, best-known baselines first."""
+    """Method -> its clusterings, from `clusters.json`, baselines first."""
     methods: dict[str, list[dict[str, Any]]] = session.read("clusters.json")["methods"]
     return {
         name: [Clustering(**{**entry, "labels": tuple(entry["labels"])}) for entry in methods[name]]
@@ -313,7 +318,7 @@ def _clusterings(session: Session) -> dict[str, list[Clustering]]:
 
 
 def _merged_methods(session: Session) -> dict[str, BenchMethod]:
-    """What serves each task under D2C and the baselines: merges of `merged/`, or made alike."""
+    """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
     names, n_layers = session.inputs.names, session.inputs.base.n_layers
     found = {}
     for method, clusterings in _clusterings(session).items():

@@ -1,1 +1,4 @@
-"""A LoRA in memory and in files. Imports `utils`."""
+"""LoRA adapters in memory, and the file formats they are read from and written to.
+
+May import `cluster` and `utils`.
+"""

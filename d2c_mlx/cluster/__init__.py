@@ -1,1 +1,4 @@
-"""D2C and its baselines: numpy behind two callables. Imports nothing of this package."""
+"""Which adapters to merge: D2C and its baselines, in numpy over two callables.
+
+May import no other wing.
+"""

@@ -1,1 +1,4 @@
-"""A budget in bytes: rank and bits of what is stored. Imports `merge` and below."""
+"""Fitting a budget in bytes: quantization, bit allocation, and the planner that chooses.
+
+May import `merge` and below.
+"""

@@ -71,7 +71,7 @@ class Quantized:
         return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
 
     def scaled(self, factor: float) -> Quantized:
-        """The numbers times a factor, as far as float16 holds them; the codes stay the same."""
+        """The numbers times a factor; the codes stay, and scales and biases are float16 again."""
         names = ("weight",) if self.bits == 16 else ("scales", "biases")
         changed = {
             name: (getattr(self, name) * np.float32(factor)).astype(np.float16) for name in names
@@ -91,9 +91,8 @@ def dequantize(parts: Sequence[Quantized]) -> list[np.ndarray]:
         same = [parts[i] for i in members]
         rows = np.concatenate([part.weight for part in same])
         if bits != 16:
-            # Codes are read in float32, where scale * code is exact, and then rounded to float16:
-            # so every device has the same bits. In float16 a kernel may
-            # round the product first.
+            # In float32, scale * code is exact; it is then rounded to float16 once. So every device
+            # gives the same bits. In float16 a kernel may round the product first.
             scales, biases = (
                 mx.array(np.concatenate([getattr(part, name) for part in same]).astype(np.float32))
                 for name in ("scales", "biases")
@@ -165,7 +164,7 @@ def as_float16(rows: np.ndarray, group_size: int) -> Quantized:
 
 
 def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
-    """`(columns of weight, groups)` of rows of `width` numbers, to know sizes beforehand."""
+    """`(columns of weight, groups)` of rows of `width` numbers, to compute sizes in advance."""
     if bits == 16:
         return width, 0
     groups = -(-width // group_size)
@@ -180,7 +179,7 @@ def pad_to_groups(rows: np.ndarray, group_size: int) -> np.ndarray:
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack uint8 codes `(rows, n)` into uint32 words `(rows, n * bits / 32)`, the lowest bit first.
 
-    MLX packs inside `mx.quantize` only; this is for codes that were chosen otherwise.
+    Use it for codes that `mx.quantize` did not choose: MLX packs inside that function only.
     """
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")

@@ -1,9 +1,11 @@
-"""The best pack for a budget, over clusters x rank x bits: measured candidates, exact choice.
+"""Bit allocation of one adapter, and the choice of a pack among measured candidates.
 
-A candidate stores one adapter, a task's own or a merge, in some components at some bits; it has
-exact bytes and the measured regret of the tasks that it would serve. A pack serves every task once,
-by one candidate or by the bare base model: a set partition under a budget, which is a small integer
-program.
+A candidate stores one adapter, a task adapter or a merge, in some components at some bits. Its
+bytes are exact, and the regret of the tasks it would serve is measured. A pack serves every task
+once, by one candidate or by the bare base model: a set partition under a budget.
+
+The choice is an integer program (HiGHS through scipy) instead of a greedy search. It is exact, it
+mixes clusters with single adapters, and a limit on adapters is one more row.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from d2c_mlx.utils.errors import BudgetError
 
 __all__ = ["Candidate", "allocate", "choose"]
 
-# Share of a component's energy that is lost at each bits: squared errors of `quantize_modules`.
-# Bytes of a number with its share of scale and bias.
+# Share of a component's energy lost at each bit width: squared relative errors measured with
+# `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
 _LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
 _BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / 64 for bits in _LOST}
 
@@ -36,14 +38,14 @@ class Candidate:
     """One adapter in one stored form.
 
     Attributes:
-        members: the tasks that it would serve.
-        family: "base", "own" or "merged".
-        share: of the bytes of the 16-bit adapter that were allowed to its components.
-        levels: module path -> levels, see `quantize.compress`; empty is the base model.
-        nbytes: of its rows and its part of the index.
-        regret: summed over the members, measured on their probes.
-        scale: of dW.
-        stored: the form itself at scale 1, which a pack writes; None is the base model.
+        members: numbers of the tasks that it would serve.
+        family: "base" (the bare base model), "own" (a task adapter) or "merged".
+        share: share of the 16-bit adapter's bytes that its components were allowed.
+        levels: module path -> bit allocation, see `affine.Levels`; empty for the base model.
+        nbytes: bytes of its rows and of its part of the index.
+        regret: normalized regret, summed over the members, measured on their calibration rows.
+        scale: factor of dW.
+        stored: the stored form at scale 1; None for the base model.
     """
 
     members: Members
@@ -62,20 +64,21 @@ def allocate(
     nbytes: float,
     offered: Sequence[int] = (2, 3, 4, 8),
 ) -> dict[str, Levels]:
-    """How many components of every module at how many bits: the most worth per byte first.
+    """Allocate bits to the components of every module, the most worth per byte first.
 
-    A step adds a module's next component at the fewest bits or stores one in more.
+    Use it for one adapter; `choose` decides between adapters. Each greedy step adds a module's next
+    component at the fewest bits, or stores one in more.
 
     Args:
-        worth: module path -> what each component is worth, falling, in any one unit; rounding
-            loses a share of it. Modules that are worth nothing, or less, get nothing.
+        worth: module path -> worth of each component, falling, all in one unit; see
+            `candidates.worth`. A module without positive worth gets nothing.
         widths: module path -> in + out.
         nbytes: most bytes of all factors.
-        offered: bits, rising. What 8 bits lose never shows, so 16 are not worth offering.
+        offered: bit widths, rising. The loss at 8 bits never shows, so 16 are not worth offering.
 
     Returns:
-        Module path -> levels, `()` for a module that gets nothing; at most `MAX_COUNT` components
-        of a module at the same bits.
+        Module path -> bit allocation, `()` for a module that gets nothing; at most `MAX_COUNT`
+        components of a module at the same bits.
     """
     steps = []
     for path, values in worth.items():
@@ -92,7 +95,7 @@ def allocate(
     counts: Counter[tuple[str, int]] = Counter()
     free, before = nbytes, np.inf
     steps.sort()
-    # Once, but where components had to wait until others of the same bits got more.
+    # One pass is enough, unless a component had to wait until others at its bits moved up.
     while free < before:
         before = free
         for _, path, j, bits, cost in steps:
@@ -117,16 +120,19 @@ def choose(
     nbytes: float,
     max_adapters: int | None = None,
 ) -> list[int]:
-    """Indices of the candidates that serve every task exactly once with the least summed regret.
+    """Choose the candidates that serve every task exactly once with the least summed regret.
 
     Args:
-        candidates: those of the family "base" take no bytes and are no adapters.
-        n_tasks: tasks are numbered from 0.
-        nbytes: most bytes of all chosen.
-        max_adapters: most of them that are not "base"; None is any number.
+        candidates: those of the family "base" take no bytes and do not count as adapters.
+        n_tasks: number of tasks, which are numbered from 0.
+        nbytes: most bytes of all chosen candidates.
+        max_adapters: most chosen candidates that are not "base"; None is any number.
+
+    Returns:
+        Indices into `candidates`, rising.
 
     Raises:
-        BudgetError: no choice serves every task.
+        BudgetError: no choice serves every task within the budget.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -153,9 +159,9 @@ def choose(
 
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Drop what C code prints meanwhile.
+    """Drop what C code prints inside the block.
 
-    HiGHS prints a line of debugging at times, which would stand in what `--json` prints
+    HiGHS prints a debugging line at times, which would spoil the output of `--json`
     (https://github.com/ERGO-Code/HiGHS/issues/2783).
     """
     libc = ctypes.CDLL(None)
@@ -163,7 +169,7 @@ def _silent_stdout() -> Iterator[None]:
     try:
         kept = os.dup(1)
     except OSError:
-        # Who closed stdout reads nothing from it.
+        # Stdout is closed, so nothing can spoil it.
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -171,7 +177,7 @@ def _silent_stdout() -> Iterator[None]:
         os.dup2(nowhere, 1)
         yield
     finally:
-        # Into a pipe, C keeps lines back.
+        # C buffers lines that go into a pipe.
         libc.fflush(None)
         os.dup2(kept, 1)
         os.close(kept)

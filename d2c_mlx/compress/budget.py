@@ -1,4 +1,8 @@
-"""Budgets: "12.5%" of the adapters' own bytes, "40MB", or "5" adapters."""
+"""Storage budgets: "12.5%" of the adapters' own bytes, "40MB", or "5" adapters.
+
+A budget in bytes counts adapter files (weights and configs) and a router, not the manifest. If the
+manifest counted, 25 % of 24 equal adapters would hold five.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,14 @@ _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-z]*)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be stored. Exactly one of the three is set.
+    """A storage budget; exactly one of `percent`, `nbytes` and `n_adapters` is set.
+
+    `parse_budget` makes one.
 
     Attributes:
-        text: as the user wrote it.
-        percent: of the size of all input adapters written in mlx-lm's layout, in the dtype of the
-            base's activations (16 bit but for a base stored in float32).
+        text: the budget as the user wrote it.
+        percent: percentage of the bytes of all input adapters, written in mlx-lm's layout in the
+            dtype of the base's activations (16 bit, except for a base stored in float32).
         nbytes: bytes of all adapter files together (weights and configs; 1 MB = 1,000,000).
         n_adapters: number of adapters.
     """
@@ -33,13 +39,17 @@ class Budget:
     n_adapters: int | None = None
 
     def allowed_bytes(self, total: int) -> int | None:
-        """Bytes that may be used, of inputs that take `total`; None if only the number counts."""
+        """Bytes that a pack may take; None if only the number of adapters counts.
+
+        Args:
+            total: bytes of all input adapters.
+        """
         if self.percent is not None:
             return int(total * self.percent / 100)
         return self.nbytes
 
     def allowed_adapters(self, sizes: list[int], largest: int) -> int:
-        """How many merged adapters fit, whatever the clusters.
+        """Number of merged adapters that fit, whatever the clusters.
 
         Args:
             sizes: bytes of each input adapter, as a pack stores it.
@@ -64,10 +74,13 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget.
+    """Parse a budget; use `bytes_of` where only a size in bytes is meant.
+
+    Args:
+        text: such as "12.5%", "40MB" (1 MB = 1,000,000), "40MiB" or "5".
 
     Raises:
-        BudgetError: unreadable, zero or negative.
+        BudgetError: the text is unreadable, or the budget is zero or negative.
     """
     expected = 'expected "12.5%", "40MB", "500KB" or a number of adapters such as "5"'
     text = str(text)  # YAML gives a number of adapters as one
@@ -90,7 +103,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def bytes_of(text: object) -> int | None:
-    """Bytes of "40MB" and the like; None for anything else, a share or a number among it."""
+    """Bytes of a size such as "40MB"; None for anything else, percentages and numbers included."""
     try:
         return parse_budget(text).nbytes if isinstance(text, str) else None
     except BudgetError:

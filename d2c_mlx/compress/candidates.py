@@ -1,7 +1,8 @@
-"""Adapters in stored forms: which components in how many bits, at which scale, and what they lose.
+"""Candidates of a plan: adapters in stored forms, each measured at its best scale.
 
-Dropped components leave the rest too weak: the less is kept, the more it gains from a scale above 1
-(0.75 % of the bytes of gec-en: regret 0.122 at scale 1, 0.057 at 1.7). A scale costs no byte.
+A stored form has some components at some bits. Dropping components leaves the rest too weak: the
+less is kept, the more a scale above 1 gains (0.75 % of the bytes of gec-en: regret 0.122 at scale
+1, 0.057 at 1.7). A scale costs no byte.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 __all__ = ["Form", "FormMeter", "stored", "worth"]
 
-# Sizes that are tried: so many times smaller and larger than an equal share of the budget, on a
-# grid of their own, so that plans for several budgets ask the same. Steps are powers of two: a
-# merge costs all its tasks' probes, and matters only where bytes are scarce.
+# Sizes to try: from four times smaller to four times larger than an equal share of the budget. The
+# grid is fixed, so that plans for several budgets measure the same forms. A step is a power of two
+# with this exponent. Merges have a coarser grid: measuring one runs the calibration rows of all its
+# tasks, and merges matter only where bytes are scarce.
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
-# The largest: more than 4 bits take, which hardly shows; 8 for a merge, which has several shares.
+# The largest share to try. For a task adapter it is above what 4 bits take, whose loss hardly
+# shows. For a merge it is 8 bits, since a merge has the shares of several tasks.
 _MOST = {"own": 0.35, "merged": 0.54}
-# Share of the worth that all modules get alike.
+# Share of the worth that is spread evenly over modules.
 _EVENLY = 0.25
 
 Units = Sequence[tuple[Members, Adapter]]
@@ -43,8 +46,8 @@ class Form:
 
     Attributes:
         members: the tasks that it serves.
-        adapter: it, before it is stored.
-        levels: module path -> how many components in how many bits; modules without are dropped.
+        adapter: the adapter before it is quantized.
+        levels: module path -> bit allocation; modules that are missing are dropped.
         parts: `svd_components` of the adapter, if they are known.
     """
 
@@ -57,8 +60,9 @@ class Form:
 class FormMeter:
     """Measures adapters in stored forms, each at its best scale.
 
-    Regrets are those of `Study.teacher_regret`: by the answers of ten rows alone a small form may
-    look better than the adapter itself.
+    Use `sized` for a grid of sizes, `measure` for one given form. Regrets are measured on teacher
+    targets (`Study.teacher_regret`): judged by the answers of ten calibration rows alone, a small
+    form may look better than the adapter itself.
     """
 
     def __init__(self, study: Study, capacity: Capacity) -> None:
@@ -75,9 +79,12 @@ class FormMeter:
         """Measure every unit at several sizes.
 
         Args:
-            units: members and the adapter that serves them.
+            units: pairs of members and the adapter that serves them.
             family: "own" or "merged".
-            rooms: bytes to plan for, rising.
+            rooms: bytes for rows of each budget to plan for, rising.
+
+        Returns:
+            Candidates, unit after unit, the largest first.
         """
         teacher, meter = self._study.teacher_regret, self._library.evaluator.meter
         widths = {path: sum(shape) for path, shape in self._library.base.module_shapes.items()}
@@ -86,13 +93,13 @@ class FormMeter:
         tokens = [sum(teacher.sets[i].n_tokens for i in members) for members, _ in units]
         found: list[Candidate] = []
         for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
-            # Of every size at least two scales are tried.
+            # At least two scales are tried for every size.
             meter.foresee(2 * len(shares) * sum(tokens[u:]))
             parts = svd_components(adapter)
             values = worth(parts, [self._study.module_gains[i] for i in members])
             known: set[str] = set()
-            # The largest first: the less is kept, the larger is the best scale. Below 1 only where
-            # the rows themselves may say so.
+            # The largest first: the less is kept, the larger is the best scale. Scales below 1 are
+            # tried only where the rows' own answers are trusted.
             least = FINE_SCALES[0] if any(teacher.trust[i] for i in members) else 1.0
             for share in shares:
                 levels = allocate(values, widths, share * nbytes)
@@ -106,13 +113,13 @@ class FormMeter:
         return found
 
     def measure(self, form: Form, family: str, share: float, least: float = 1.0) -> Candidate:
-        """Measure one stored form, its scale tuned.
+        """Measure one stored form at its best scale.
 
         Args:
-            form: what is stored.
-            family: of the candidate.
-            share: of the 16-bit bytes, as the candidate says it.
-            least: one of `FINE_SCALES`, below which none is tried.
+            form: the form to store.
+            family: `Candidate.family`, "own" or "merged".
+            share: `Candidate.share`, the share of the 16-bit bytes.
+            least: the smallest scale to try, one of `FINE_SCALES`.
         """
         small = stored(form.adapter, form.levels, parts=form.parts)
 
@@ -134,7 +141,7 @@ class FormMeter:
         return total
 
     def _counts_nbytes(self) -> int:
-        """Bytes of one adapter in the index: one per module and bits, mostly three in a plan."""
+        """Bytes of one adapter in the index: one per module and bit width, of which most have 3."""
         return 3 * len(self._capacity.target_paths)
 
 
@@ -145,13 +152,26 @@ def stored(
     size: int = GROUP_SIZE,
     parts: Mapping[str, Components] | None = None,
 ) -> Compressed:
-    """The stored form, in groups of `size`; modules without levels are dropped."""
+    """Quantize an adapter into its stored form.
+
+    Use it to try allocations that drop modules; `quantize.compress` wants levels for every module.
+
+    Args:
+        adapter: any ranks and scales.
+        levels: module path -> bit allocation; modules that are missing are dropped.
+        scale: factor of dW.
+        size: numbers that share a scale and a bias.
+        parts: `svd_components` of the adapter, if they are known.
+
+    Raises:
+        ConfigError: levels that cannot be stored, as `quantize.check_levels`.
+    """
     every = {path: levels.get(path, ()) for path in adapter.modules}
     return compress(adapter, every, size, parts=parts).scaled(scale)
 
 
 def _grid(least: float, most: float, family: str) -> list[float]:
-    """Powers of two, or of its root, around shares of the 16-bit bytes; the largest at least."""
+    """Shares of the 16-bit bytes to try: powers of two, or of its root, around the given ones."""
     step = _STEPS[family]
     ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, _MOST[family]))
     first, last = (round(end / step) for end in ends)
@@ -161,16 +181,17 @@ def _grid(least: float, most: float, family: str) -> list[float]:
 def worth(
     parts: Mapping[str, Components], gains: Sequence[Mapping[str, float]]
 ) -> dict[str, np.ndarray]:
-    """What each component is worth: its share of its module's energy, times the module's gain.
+    """Worth of each component, for `allocate`: its share of its module's energy times the gain.
 
-    Ten rows say roughly what a module gains, so a part of the worth is shared out evenly.
+    A module's gain is known only roughly from ten rows, so a part of the worth is spread evenly.
 
     Args:
-        parts: `quantize.svd_components` of an adapter of one task, or a merge.
-        gains: of the tasks that it serves, see `attribution.module_gains`; each counts alike.
+        parts: `quantize.svd_components` of a task adapter or a merge.
+        gains: for each task that it serves, module path -> gain, see `attribution.module_gains`;
+            all tasks count alike.
 
     Returns:
-        Module path -> values of its components, falling; 1 in all.
+        Module path -> worth of its components, falling; all modules together sum to 1.
     """
     totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
     values = {}
@@ -178,6 +199,6 @@ def worth(
         energy = np.sum(a**2, axis=1) * np.sum(b**2, axis=1)
         gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
         share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
-        # Equal singular values are equal but for rounding, which may let them rise.
+        # Rounding may let equal singular values rise, and `allocate` needs falling worths.
         values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
     return values

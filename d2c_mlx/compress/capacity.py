@@ -1,4 +1,4 @@
-"""How much a budget holds of a library: bytes for what is merged, and adapters."""
+"""Capacity of a budget: bytes for compressed rows, and the number and rank of merged adapters."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from d2c_mlx.utils.errors import BudgetError, ConfigError
 
 __all__ = ["GROUP_SIZE", "Capacity"]
 
-# Numbers of a planned pack that share a scale.
+# Numbers that share a scale and a bias in a planned pack.
 GROUP_SIZE = 64
 
 
 class Capacity:
-    """Sizes of a library's adapters and of their merges, as packs store them, and what fits."""
+    """Sizes of a library's adapters and merges as packs store them, and what fits a budget.
+
+    Use `n_clusters` and `merge_rank` for merges in 16 bit, `room` for a compact pack.
+    """
 
     def __init__(
         self, base: BaseModel, inputs: Sequence[Adapter], budget: Budget, merge_rank: int | None
     ) -> None:
-        """Of one library under one budget.
+        """Take one library and one budget; each size is computed when it is first asked for.
 
         Args:
-            base: the model that all adapters are for.
+            base: the base model of all adapters.
             inputs: the adapters.
-            budget: of the pack.
-            merge_rank: largest rank of a merge that was asked for; None is that of the adapters.
+            budget: the pack's budget.
+            merge_rank: largest rank of a merge; None is the largest of the adapters.
         """
         self._base, self._inputs = base, inputs
         self.budget, self._merge_rank = budget, merge_rank
@@ -60,7 +63,7 @@ class Capacity:
         """The largest rank of a merged adapter.
 
         Raises:
-            ConfigError: no module has room for it, so it would be zeros, if memory held them.
+            ConfigError: it is above the full rank of every module, so the rest would be zeros.
         """
         largest = max(adapter.rank for adapter in self._inputs)
         rank = self._merge_rank or largest
@@ -74,7 +77,7 @@ class Capacity:
 
     @cached_property
     def n_clusters(self) -> int:
-        """How many adapters the budget has room for, whatever is merged with what.
+        """Number of adapters that the budget has room for, whatever is merged with what.
 
         Raises:
             BudgetError: not even one fits.
@@ -83,14 +86,14 @@ class Capacity:
         return self.budget.allowed_adapters(self.sizes, largest)
 
     def nbytes_of_rank(self, rank: int) -> int:
-        """Bytes of a merged adapter with every module that some adapter has."""
+        """Bytes of a merged adapter of this rank with every module that some adapter has."""
         shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
         union = replace(self._inputs[0], base=self.longest_base, modules=zeros(shapes, rank))
         return self.nbytes(union)
 
     @property
     def longest_base(self) -> str | None:
-        """The base's name of those of the inputs that takes most bytes; a merge has one of them."""
+        """The base-model name in the inputs that takes most bytes; a merge has one of the names."""
         return max((one.base for one in self._inputs), key=lambda name: len(json.dumps(name)))
 
     @cached_property
@@ -100,21 +103,21 @@ class Capacity:
 
     @cached_property
     def header_nbytes(self) -> int:
-        """What is set aside for the header of a compact pack."""
+        """Bytes that are set aside for the header of a compact pack."""
         shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
         names = [adapter.name for adapter in self._inputs]
         return estimate_header_nbytes(names, self.longest_base or "", shapes, GROUP_SIZE)
 
     @property
     def room(self) -> int:
-        """`room_of` the library's own budget."""
+        """Bytes that a compact pack has for rows under this capacity's budget, see `room_of`."""
         return self.room_of(self.budget)
 
     def room_of(self, budget: Budget) -> int:
-        """Bytes that a compact pack has for rows.
+        """Bytes that a compact pack has for rows under any budget.
 
         Raises:
-            BudgetError: the budget is below the header.
+            BudgetError: the budget is not larger than the header.
         """
         header = self.header_nbytes
         nbytes = budget.allowed_bytes(self.total) or 0

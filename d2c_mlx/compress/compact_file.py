@@ -1,8 +1,8 @@
 """Writing and reading many low-bit adapters in one safetensors file.
 
-A safetensors header takes about 100 bytes per tensor: for the 240 factors of one adapter that is
+A safetensors header takes about 100 bytes per tensor. For the 240 factors of one adapter that is
 more than its numbers at 2 bit. So rows are stacked over adapters, modules and factors, one tensor
-per bit width and row width. `file_layout.py` has the layout, docs/packs.md explains it.
+per bit width and row width. `file_layout.py` defines the layout, docs/packs.md explains it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ __all__ = [
 
 
 def index_of(adapters: Sequence[Compressed]) -> Index:
-    """The index of adapters as `write_compact` writes it.
+    """Make the index of quantized adapters, as `write_compact` writes it.
+
+    Use it with `compact_nbytes` to know a file's size; `make_index` needs only counts.
 
     Raises:
-        PackError: adapters of different shapes or group sizes.
+        PackError: the adapters differ in shapes or group sizes.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for adapter in adapters:
@@ -68,10 +70,10 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
 def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
     """Write adapters into one file; the same adapters give the same bytes.
 
-    Their `sources` are not kept. The caller makes the write atomic (`files.write_dir`).
+    Their `sources` are not kept. The caller makes the write atomic (`utils.files.write_dir`).
 
     Returns:
-        What `index_of` gives.
+        The index of the file, as `index_of` gives it.
 
     Raises:
         PackError: as `index_of`.
@@ -97,7 +99,7 @@ def read_index(path: Path) -> Index:
     """Read the index and check every tensor's dtype and shape against it; no rows are read.
 
     Raises:
-        PackError: truncated, corrupt, or another format or version.
+        PackError: the file is truncated, corrupt, or of another format or version.
     """
     with open_tensors(path, PackError) as file:
         return _index(path, file)
@@ -133,14 +135,17 @@ def _index(path: Path, file: TensorFile) -> Index:
 
 
 def read_compact(path: Path, adapter: int) -> Compressed:
-    """Read one adapter of a file, its rows only.
+    """Read one adapter of a file; rows of the others are not read.
 
     Args:
-        path: what `write_compact` wrote.
+        path: a file that `write_compact` wrote.
         adapter: position in the file.
 
+    Returns:
+        The adapter in low-bit factors; `Compressed.adapter` gives it in 16 bit.
+
     Raises:
-        PackError: truncated, corrupt, another version, or no such adapter.
+        PackError: the file is truncated, corrupt, of another version, or has no such adapter.
     """
     with open_tensors(path, PackError) as file:
         index = _index(path, file)

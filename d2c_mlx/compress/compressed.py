@@ -45,7 +45,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Compressed:
-    """An adapter in low-bit factors: what `compress` makes and a compact pack stores.
+    """An adapter in low-bit factors, as `quantize.compress` makes it and a compact pack stores it.
 
     Attributes:
         name: the adapter's name.
@@ -77,7 +77,7 @@ class Compressed:
         return replace(self, modules=modules)
 
     def adapter(self, dtype: mx.Dtype = mx.float16) -> Adapter | None:
-        """The plain 16-bit adapter, to evaluate, serve or unpack; None if no module is left.
+        """The plain adapter, to evaluate, serve or export; None if no module is left.
 
         Args:
             dtype: the dtype of the base's activations. `dequantize` gives float16; others are cast.
@@ -101,7 +101,7 @@ class Compressed:
 def _padded_factors(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
     """Rows of every factor, level after level and then zeros, float16 `(rank, width)`.
 
-    Those of one width are parts of one array: an array each takes twice as long.
+    Factors of one width share one array; an array for each takes twice as long.
     """
     values = iter(dequantize([part for levels in factors for part in levels]))
     rows = [[next(values) for _ in levels] for levels in factors]

@@ -1,6 +1,6 @@
-"""Layout of a compact file: which rows are where, and the header that says so.
+"""Layout of a compact file: the index of which rows are where, and the header that holds it.
 
-A file's size is known before anything is quantized: a planner asks `compact_nbytes`.
+A file's size is known before anything is quantized; the planner asks `compact_nbytes`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ MAX_COUNT = 255
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Everything in a compact file but the rows themselves: which adapter's rows are where.
+    """Everything in a compact file except the rows: which adapter's rows are where.
 
-    Rows of all adapters are stacked by bits and width, not by module: that makes the fewest
-    headers, and one adapter is one slice of each tensor.
+    Rows of all adapters are stacked by bits and width, not by module. That gives the fewest
+    tensors, and one adapter is one slice of each.
 
     Attributes:
         names: the adapters' names.
@@ -102,9 +102,9 @@ def make_index(
     shapes: Mapping[str, tuple[int, int]],
     group_size: int,
 ) -> Index:
-    """The index of adapters of which only sizes are known, to ask `compact_nbytes`.
+    """Make an index from counts of components alone, to ask `compact_nbytes` for a size.
 
-    `compact_file.index_of` makes that of quantized adapters.
+    Use `compact_file.index_of` for adapters that are quantized already.
 
     Args:
         names: the adapters' names.
@@ -131,7 +131,7 @@ def make_index(
 
 
 def compact_nbytes(index: Index) -> int:
-    """Exact size in bytes of the file that holds what `index` says, header included."""
+    """Exact size in bytes of the file that this index describes, header included."""
     tensors = index.tensors().values()
     return len(header_bytes(index)) + sum(_nbytes(dtype, shape) for dtype, shape in tensors)
 
@@ -139,10 +139,10 @@ def compact_nbytes(index: Index) -> int:
 def estimate_header_nbytes(
     names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
 ) -> int:
-    """Bytes that the header of nearly every pack of these adapters, merged or not, stays below.
+    """Estimate from above the bytes of a header, for a pack of these adapters, merged or not.
 
-    For a first budget, before counts are known; `compact_nbytes` is exact. It is the header of a
-    pack of all adapters and their merge at 4, 3 and 2 bits.
+    Use it before counts are known; `compact_nbytes` is exact. The estimate is the header of a pack
+    of all adapters and their merge at 4, 3 and 2 bits. Nearly every pack stays below it.
 
     Args:
         names: the adapters' names.
@@ -153,7 +153,7 @@ def estimate_header_nbytes(
     full = {path: {4: 1, 3: 1, 2: 1} for path in shapes}
     index = make_index([*names, "+".join(names)], base, [full] * (len(names) + 1), shapes,
                        group_size)  # fmt: skip
-    # Numbers in the header may have a few digits more.
+    # Numbers in the real header may have a few digits more.
     return len(header_bytes(index)) + 512
 
 
@@ -164,8 +164,8 @@ def _nbytes(dtype: str, shape: Sequence[int]) -> int:
 def header_bytes(index: Index) -> bytes:
     """The beginning of the file: length and JSON header, padded to a multiple of 8 bytes.
 
-    Written here since the safetensors package does not fix the order of metadata, and the same
-    adapters shall give the same bytes.
+    It is written here because the safetensors package does not fix the order of metadata, and the
+    same adapters must give the same bytes.
     """
     about = {
         "base": index.base,
@@ -198,9 +198,9 @@ def _split(path: str) -> tuple[str, int]:
 
 
 def _collapse(modules: Sequence[tuple[str, int, int]]) -> list[list[Any]]:
-    """Modules as `[pattern, in, out, "0-15,17"]`, a line per module of a block.
+    """Modules as `[pattern, in, out, "0-15,17"]`, one entry per module of a block.
 
-    That is 20 times shorter than all paths; `expand_modules` reads it.
+    This is 20 times shorter than all paths; `expand_modules` reads it.
     """
     runs: list[list[Any]] = []
     for path, width, out in modules:
@@ -222,11 +222,11 @@ def expand_modules(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str,
     """`(path, in, out)` of every module, from the patterns in a header.
 
     Args:
-        runs: `[pattern, in, out, layers]` each, with layers such as "0-15,17".
-        most: modules that the file's counts have room for.
+        runs: lists of `[pattern, in, out, layers]`, with layers such as "0-15,17".
+        most: number of modules that the file's counts have room for.
 
     Raises:
-        ValueError: more than `most`, or no such patterns.
+        ValueError: more than `most` modules, or malformed patterns.
     """
     modules: list[tuple[str, int, int]] = []
     for pattern, width, out, spans in runs:

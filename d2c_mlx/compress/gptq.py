@@ -1,6 +1,6 @@
-"""GPTQ: rows are rounded one by one, and the rows that are left compensate the error of each.
+"""GPTQ: rows are rounded one by one, with error compensation by the rows that are left.
 
-With clipping, which GPTQ itself has not. `quantize.py` prepares the rows and says what they are.
+Groups are clipped besides, which GPTQ itself does not do. `quantize.py` prepares the rows.
 
 Source: https://arxiv.org/abs/2210.17323.
 """
@@ -16,11 +16,11 @@ from d2c_mlx.utils.grouping import indices_by_key
 
 __all__ = ["GPTQResult", "gptq_round", "ridge"]
 
-# A module's levels, and the numbers `(n, width)` that they stand for, float64.
+# One module's quantized levels, and the float64 numbers `(n, width)` that they stand for.
 GPTQResult = tuple[list[Quantized], np.ndarray]
 
-# Shares of a group's range that are tried: clipping the rare large entries pays when codes are few
-# (error of dW of a real adapter: 2 % less at 4 bit, 4 % at 3, 7 % at 2).
+# Shares of a group's range to try. Clipping the rare large entries pays when codes are few (error
+# of dW of a real adapter: 2 % less at 4 bit, 4 % at 3, 7 % at 2).
 _SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 3: (0.9, 0.75), 2: (0.9, 0.7)}
 
 
@@ -40,12 +40,17 @@ def gptq_round(
         grams: `(n, n)` Gram matrix of the other factor's rows, the metric in which rows replace
             each other.
         levels: bit allocation of every module, n components in all.
-        group_size: one of `GROUP_SIZES`.
+        group_size: one of `affine.GROUP_SIZES`.
+
+    Returns:
+        For every module its levels, and the numbers that they stand for.
+
+    Source: https://arxiv.org/abs/2210.17323.
     """
     found: dict[int, GPTQResult] = {}
-    # Modules of one width go together: one by one they take three times as long.
+    # Modules of one width are rounded together: one by one they take three times as long.
     for members in indices_by_key(one.shape[1] for one in rows).values():
-        # The most rows first: those that are left at a step are the first ones.
+        # The most rows first, so that the modules still active at a step are the first ones.
         members.sort(key=lambda i: -len(rows[i]))
         modules = [(rows[i], grams[i], levels[i]) for i in members]
         found |= dict(zip(members, _round_same_width(modules, group_size)))
@@ -53,7 +58,7 @@ def gptq_round(
 
 
 def ridge(gram: np.ndarray) -> np.ndarray:
-    """What to add to a Gram matrix so that it is regular where rounding left zero or equal rows."""
+    """The matrix that makes a Gram matrix regular where rounding left zero or equal rows."""
     return (1e-9 * np.trace(gram) + 1e-30) * np.eye(len(gram))
 
 
@@ -110,7 +115,7 @@ def _by_level(stored: Sequence[np.ndarray], levels: Levels, group_size: int) -> 
 
 
 def _fit_codes(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, ...]:
-    """Round rows; each group takes the clipping with the least error, refitted or not.
+    """Round rows to nearest; each group takes the clipping with the least error, refitted or not.
 
     Returns:
         Codes `(rows, padded width)`, scales and biases `(rows, groups)` in float16, and the

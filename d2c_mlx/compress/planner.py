@@ -1,8 +1,8 @@
-"""Measuring what a pack could hold, from both ends, and planning it.
+"""The planner of a budget in bytes: measures candidates for a pack, and chooses among them.
 
-The individually compressed end comes first: every task's own adapter at several sizes around its
-share of the budget. Then merges, of half as many clusters each time, until a partition loses more
-before it is compressed, or is estimated to, than the best plan so far loses in all.
+Task adapters come first, each compressed to several sizes around its share of the budget. Merges
+follow, with half as many clusters each time. The search ends when a partition loses more before
+compression, measured or estimated, than the best plan so far loses in all.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from d2c_mlx.merge.study import Study
 
 __all__ = ["Plan", "Planner", "serves_of"]
 
-# A summed regret below which a prediction is rounding.
+# A summed regret below this is rounding.
 _ROUNDING = 1e-6
-# Budgets of the frontier, as multiples of the one that was asked for.
+# Budgets of the frontier, as multiples of the given one.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to store: the chosen candidates, and what is said of the choice.
+    """The chosen candidates, and the record of the choice.
 
     Attributes:
         chosen: one candidate for every task or group of tasks, those of the base model too.
-        content: `plan.json`: `units` (adapters chosen: tasks, family, scale, levels, nbytes,
+        content: `plan.json`: `units` (chosen adapters: tasks, family, scale, levels, nbytes,
             regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
-            (at some budgets the regret of each family alone, null for merges if none was measured,
-            and of both), `trust` (tasks whose rows' own answers had a say, and its weight, see
-            `TeacherRegret`) and `candidates` (how many were measured).
+            (regret at several budgets, of each family alone and of both; null for merges if none
+            was measured), `trust` (task -> weight of its rows' own answers where it is above 0,
+            see `TeacherRegret`) and `candidates` (number of measured ones).
     """
 
     chosen: tuple[Candidate, ...]
@@ -57,7 +57,7 @@ class Plan:
 
 
 def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:
-    """What serves each task by a `plan.json`: the position of a unit, None is the base model."""
+    """Task -> position of its unit in a `plan.json`; None leaves it to the base model."""
     serves: dict[str, int | None] = dict.fromkeys(plan["base"])
     for k, unit in enumerate(plan["units"]):
         serves |= dict.fromkeys(unit["tasks"], k)
@@ -68,8 +68,11 @@ def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:
 class Planner:
     """Plans a budget in bytes for a measured library.
 
+    Use `measure`, then `plan` for any of the rooms. For a number of adapters, or merges in 16 bit,
+    use `cluster.d2c` instead.
+
     Attributes:
-        study: the library; its merges must be tuned `by_teacher`, as stored forms are.
+        study: the measured library; its merges must be tuned `by_teacher`, as stored forms are.
         capacity: sizes, and bytes of the budget.
         max_adapters: most adapters of a plan; None is any number.
     """
@@ -79,10 +82,10 @@ class Planner:
     max_adapters: int | None = None
 
     def measure(self, rooms: Sequence[float] = ()) -> list[Candidate]:
-        """Candidates from both ends; "base" is one for every task.
+        """Measure candidates: the bare base model, task adapters, and merges while they pay.
 
         Args:
-            rooms: bytes to plan for; none is what the budget leaves.
+            rooms: bytes for rows of each budget to plan for; empty takes `Capacity.room`.
         """
         study, rooms = self.study, sorted(rooms) or [self.capacity.room]
         candidates = self.bare()
@@ -92,11 +95,12 @@ class Planner:
         for groups in self._partitions():
             best = _regret(candidates, self._choose(candidates, rooms[0]))
             predicted = sum(map(costs.predicted, groups))
-            # What the last partition cost, of what single adapters predicted for it, spares merges.
+            # The last partition's cost, relative to its prediction, estimates this one's. A bad
+            # estimate saves merging.
             if ratio * predicted >= best:
                 break
             merges, regret = {}, 0.0
-            # The worst first: one cluster may be enough to say no to the whole partition.
+            # The worst first: one cluster may be enough to reject the whole partition.
             for members in sorted(groups, key=costs.predicted, reverse=True):
                 if len(members) > 1 and regret < best:
                     one = study.merger.final(members)
@@ -104,23 +108,31 @@ class Planner:
                     regret += self._summed(one, members)
             if regret >= best:
                 break
-            # Of adapters that do each other no harm alone it says nothing.
+            # A prediction of no harm gives no ratio to estimate with.
             ratio = max(0.0, regret) / predicted if predicted > _ROUNDING else 0.0
             candidates += self.forms.sized(sorted(merges.items()), "merged", rooms)
         return candidates
 
     @property
     def forms(self) -> FormMeter:
-        """What measures stored forms."""
+        """The meter of stored forms for this library and budget."""
         return FormMeter(self.study, self.capacity)
 
     def bare(self) -> list[Candidate]:
-        """Every task left to the base model, which costs no byte."""
+        """One candidate per task that leaves it to the base model, at no byte."""
         regrets = self.study.teacher_regret.under(None, range(len(self.study.library.names)))
         return [Candidate((i,), "base", 0.0, {}, 0, float(one)) for i, one in enumerate(regrets)]
 
     def plan(self, candidates: Sequence[Candidate], room: float) -> Plan:
-        """Choose what fits `room` bytes."""
+        """Choose the candidates with the least regret that fit.
+
+        Args:
+            candidates: from `measure`.
+            room: bytes for rows, without the header, see `Capacity.room_of`.
+
+        Raises:
+            BudgetError: no choice serves every task.
+        """
         names, trust = self.study.library.names, self.study.teacher_regret.trust
         chosen = self._fitting(candidates, room)
         content = {
@@ -147,7 +159,7 @@ class Planner:
             free -= over
 
     def _file_nbytes(self, chosen: Sequence[Candidate]) -> int:
-        """Bytes of the file; less if components turn out to be zero."""
+        """Bytes of the file; an upper bound, since components may turn out to be zero."""
         some = [one for one in chosen if one.stored]
         counts = [
             {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
@@ -160,7 +172,7 @@ class Planner:
         return compact_nbytes(make_index(names, base, counts, shapes, GROUP_SIZE))
 
     def _partitions(self) -> Iterator[list[Members]]:
-        """What single adapters predict to be good clusters, fewer each time."""
+        """Partitions that single adapters' losses predict to be good, fewer clusters each time."""
         k = len(self.study.library.names)
         while k > 1:
             k //= 2
@@ -183,14 +195,14 @@ class Planner:
         }
 
     def _frontier(self, candidates: Sequence[Candidate], free: float) -> Iterator[dict[str, Any]]:
-        """The best of what was measured at several budgets, of each family alone and of all."""
+        """The least regret at several budgets, of each family alone and of all."""
         n, total = len(self.study.library.names), self.capacity.total
         for multiple in _FRONTIER:
             row: dict[str, Any] = {"share": multiple * free / total, "merged": None}
             for name, families in (("own", ("own",)), ("merged", ("merged",)),
                                    ("all", ("own", "merged"))):  # fmt: skip
                 some = [one for one in candidates if one.family in ("base", *families)]
-                # The rows for the base model alone would say that merges lose everything.
+                # Without a merge, the base model alone would make merges look like a total loss.
                 if name != "merged" or any(one.family == name for one in some):
                     row[name] = _regret(some, self._choose(some, multiple * free)) / n
             yield row

@@ -1,7 +1,7 @@
 """Quantizing an adapter: the leading singular components of every dW, a few bits each.
 
-Which component gets how many bits is the caller's choice (`allocate.py` has one); that the leading
-ones get more is LoRAQuant's idea, https://arxiv.org/abs/2510.26690. `gptq.py` has the rounding.
+The caller chooses the bit allocation; `allocate.allocate` makes one. Giving the leading components
+more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. `gptq.py` does the rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def compress(
 ) -> Compressed:
     """Quantize every module of an adapter; `Compressed.adapter` gives the numbers back.
 
-    `quantize_modules` says how, and takes factors that belong to no adapter.
+    `quantize_modules` describes the method; use it for factors that belong to no adapter.
 
     Args:
         adapter: any ranks and scales.
@@ -60,7 +60,7 @@ def compress(
         parts: `svd_components` of the adapter, if they are known.
 
     Raises:
-        ConfigError: levels that are missing, of modules that the adapter has not, or malformed.
+        ConfigError: levels that are missing, malformed, or of modules that the adapter lacks.
     """
     mismatched = sorted(set(levels_of) ^ set(adapter.modules))
     if mismatched:
@@ -85,7 +85,10 @@ def compress(
 
 
 def svd_components(adapter: Adapter) -> dict[str, Components]:
-    """Module path -> the singular components of its dW, see `svd_rows`."""
+    """Module path -> the singular components of its dW, see `svd_rows`.
+
+    Compute them once to try several bit allocations of one adapter.
+    """
     with threadpool_limits(1):
         return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
 
@@ -115,9 +118,9 @@ def quantize_modules(
 
     - The rows of a level are mixed by an orthogonal matrix, which leaves dW as it is and gives all
       rows one size; otherwise the rounding of the largest component dominates.
-    - The rows still to be rounded compensate each row's error (GPTQ). After the mixing they can,
-      since rows overlap.
-    - The other factor is solved anew for what is stored of this one.
+    - Error compensation (GPTQ): the rows still to be rounded make up for each row's error. The
+      mixing makes it possible, since rows then overlap.
+    - The other factor is solved anew, given the stored values of this one.
 
     A module keeps the nearest codes where they are better, so the error is never above theirs.
 
@@ -129,7 +132,7 @@ def quantize_modules(
         levels: bit allocation of every module, at least one level; components beyond the module's
             rows are left out.
         group_size: one of `GROUP_SIZES`.
-        rounds: how often both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
+        rounds: times that both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
             the error by another percent.
 
     Returns:
@@ -204,7 +207,8 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
     left, right = factorise(core, space.q_a, space.q_b, a.shape[1])
     size = np.linalg.norm(left, axis=0)
     order = np.argsort(-size, kind="stable")
-    # Both factors hold the root of the singular value: what is below 1e-7 of it is rounding.
+    # Both factors hold the root of the singular value; a value below 1e-7 of the largest is
+    # rounding.
     order = order[size[order] > size.max() * 1e-7**0.5]
     return left.T[order].astype(np.float64), right[order].astype(np.float64)
 

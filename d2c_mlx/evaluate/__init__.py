@@ -1,1 +1,4 @@
-"""Losses, exact and cached. Imports `models`, `adapters`, `cluster` and `utils`."""
+"""Exact, cached losses of adapters on rows, and the scores of their answers.
+
+May import `models` and below.
+"""

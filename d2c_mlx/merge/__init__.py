@@ -1,1 +1,4 @@
-"""A budget in adapters: one update for several. Imports `evaluate` and below."""
+"""Merging several adapters into one: the methods, their tuning, and refining a merge.
+
+May import `evaluate` and below.
+"""

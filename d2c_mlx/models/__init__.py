@@ -1,1 +1,4 @@
-"""A base model and the rows it reads. Imports `adapters` and `utils`."""
+"""Base models: finding, loading and running them, and the rows of tasks that they read.
+
+May import `adapters` and below.
+"""

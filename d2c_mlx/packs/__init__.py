@@ -1,1 +1,4 @@
-"""What ships, and how it changes: pack, manifest, export, hub. Imports `compress` and below."""
+"""Packs, which are what ships: reading, writing, verifying, changing, exporting and pushing them.
+
+May import `compress` and below.
+"""

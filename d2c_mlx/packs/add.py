@@ -2,10 +2,10 @@
 
     d2c-mlx add PACK loras/gec-nl --tasks tasks
 
-In a plain pack an arrival gets a slot of its own while there is one, and then is merged into the
-slot that suits it (K-Merge, https://arxiv.org/abs/2510.13537). In a compact pack it is stored in an
-equal share of the bytes, and what the other adapters need least makes room: merging unlike adapters
-costs more than bytes do (docs/planning.md).
+In a plain pack an arrival gets a slot of its own while one is free. Then it is merged into the slot
+that suits it (K-Merge, https://arxiv.org/abs/2510.13537). In a compact pack it is stored in an
+equal share of the bytes, and the components that the other adapters need least make room: merging
+unlike adapters costs more than lower precision does (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ __all__ = ["AddOptions", "Arrival", "add_adapter", "add_from_path"]
 
 @dataclass(frozen=True)
 class AddOptions:
-    """How an adapter is added.
+    """Options of `add_from_path`.
 
     Attributes:
-        tasks: directory of `<task>/probe.jsonl`, of the new task and of those in the pack that are
-            to have a say; None goes by weights alone.
-        n_probe: rows of probe.jsonl that decide, the first ones.
+        tasks: directory with `<task>/probe.jsonl` for the new task, and for those in the pack
+            whose losses count; None decides by weights alone.
+        n_probe: calibration rows per task, the first of probe.jsonl.
         model: the pack's base model, as for `resolve_model`.
-        budget: in bytes or adapters; None is the pack's own.
+        budget: budget in bytes or adapters; None keeps the pack's own.
     """
 
     tasks: Path | None = None
@@ -67,16 +67,16 @@ class AddOptions:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What became of an adapter that was added.
+    """The place of an adapter that was added.
 
     Attributes:
-        pack: the pack with it.
-        task: the new one.
-        adapter: that serves the new task, as in `Pack.tasks`.
-        joined: tasks that it serves as well; none for an adapter of its own.
+        pack: the changed pack.
+        task: the new task.
+        adapter: the adapter that serves the new task, as in `Pack.tasks`.
+        joined: other tasks that this adapter serves; empty if it is the arrival's own.
         similarity: largest cosine of dW with an adapter of the pack; None in compact packs.
-        dropped: components of other adapters that made room, in compact packs.
-        dropped_energy: the largest share of an adapter's energy that went with them.
+        dropped: number of components of other adapters dropped to make room, in compact packs.
+        dropped_energy: largest share of one adapter's energy that was dropped.
     """
 
     pack: Pack
@@ -144,7 +144,8 @@ def add_adapter(
         budget: see `AddOptions`.
         threshold: open another slot only if all similarities are below it, from 0 to 1 (K-Merge++;
             0.02 to 0.03 there); None opens slots while there are any. Plain packs only.
-        judge: measures on probes where an arrival fits best, and its form; None goes by weights.
+        judge: measures on calibration rows where an arrival fits best, and its form; None decides
+            by weights.
 
     Raises:
         ConfigError: `threshold` is out of range.

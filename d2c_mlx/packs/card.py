@@ -25,7 +25,7 @@ _HUB_NAMES = {EMBEDDED: f"HuggingFaceTB/{EMBEDDED}"}
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What whoever pushes a pack says of it.
+    """Options of a model card.
 
     Attributes:
         base: the base model's id on the hub; None where the pack names it.

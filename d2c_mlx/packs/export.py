@@ -61,7 +61,7 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 
 
 def write_plain(pack: Pack, directory: Path) -> None:
-    """Write what `export` to `mlx` writes into a directory that is empty, without its marker."""
+    """Write plain adapters into an empty directory, as `export` to `mlx` does, without a marker."""
     _write_adapters(pack, directory, partial(_write_mlx, pack), "")
 
 
@@ -87,7 +87,7 @@ def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
         adapter.save(path, pack.manifest.base.n_layers)
         return
     path.mkdir()
-    # What the manifest verified, and nothing that lies beside it.
+    # Only files that the manifest verified, and nothing that lies beside them.
     for file in pack.files_of(path.name):
         shutil.copyfile(pack.path / file, path.parent / file)
 

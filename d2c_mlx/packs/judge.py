@@ -1,4 +1,4 @@
-"""Measure where an adapter that arrives fits, on calibration rows of the tasks that have some."""
+"""Measuring where a new adapter fits, on calibration rows of the tasks that have some."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Decides by losses on calibration rows; `add_adapter` without one goes by weights.
+    """Decides by losses on calibration rows; without a judge, `add_adapter` decides by weights.
 
-    Tasks of the pack without rows have no say.
+    Tasks of the pack without rows do not count.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Judge:
 
         Args:
             base: the pack's base model.
-            evaluator: of losses on it.
+            evaluator: evaluates losses on the base model.
             probes: task -> calibration rows; the arriving task must be among them.
         """
         self._base, self._evaluator, self._probes = base, evaluator, probes

@@ -55,7 +55,7 @@ def make_room(
         others: of one group size.
         adapter: any ranks and scales.
         limit: the most bytes of the file; None stores the arrival in the others' mean size.
-        judge: measures the contribution of the arrival's modules, and its scale; None goes by
+        judge: measures the contribution of the arrival's modules, and its scale; None decides by
             energy.
 
     Raises:

@@ -75,7 +75,7 @@ class PackBudget(_Part):
     """The budget that a pack was made within.
 
     Attributes:
-        text: as the user wrote it, such as "25%"; whoever changes the pack parses it.
+        text: as the user wrote it, such as "25%"; it is parsed when the pack is changed.
         nbytes: the most bytes that all adapter files may take, or None.
     """
 
@@ -96,7 +96,7 @@ class PackFile(_Part):
 
 
 class Manifest(_Part):
-    """What the manifests of both storages say; `read_manifest` gives one of the two below.
+    """The fields that manifests of both storages have; `read_manifest` gives one of the two below.
 
     `check_format` has looked at format and version.
 

@@ -1,9 +1,9 @@
-"""The file that marks a directory as written by one of our commands, and lists what is ours in it.
+"""The file that marks a directory as written by d2c-mlx, and lists the files written there.
 
-A command that replaces a directory as a whole deletes what is in it. It may do so only where
-everything was written by an earlier command: each such directory holds `.d2c-mlx.json`, with the
-command's kind and every file that it wrote. The name is hidden, so that listings of adapters and
-hashes of directories pass over it, and no program that reads adapters looks at it.
+A command that replaces a directory deletes everything in it. It may do so only where an earlier
+command wrote everything. So each output directory holds `.d2c-mlx.json`, with the command's kind
+and every file that it wrote. The name is hidden, so listings of adapters and hashes of directories
+skip it, and no program that reads adapters looks at it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Kind = Literal["convert", "export", "push", "run"]
 
 
 class Marker(Checked):
-    """What a marker says.
+    """The content of a marker.
 
     Attributes:
-        version: of d2c-mlx, for people who look into it.
-        kind: of the command; `export` is that of `unpack`, too.
+        version: version of d2c-mlx, for people who read the file.
+        kind: kind of the command; `unpack` has `export`, too.
         files: path relative to the directory -> hex SHA-256 of its content; null where the
             content changes as a run goes on.
     """
@@ -65,7 +65,7 @@ def write_marker(directory: Path, kind: Kind, files: Mapping[str, str | None]) -
 
 
 def read_marker(directory: Path) -> Marker | None:
-    """The marker of a directory; None if there is none, or it is not one of ours."""
+    """The marker of a directory; None if there is none, or d2c-mlx did not write it."""
     path = directory / MARKER
     # Reading a named pipe would wait for a writer.
     found = json_or_none(path) if path.is_file() else None

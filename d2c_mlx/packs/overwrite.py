@@ -1,4 +1,4 @@
-"""Checks before a directory is replaced: nothing that a command reads, nothing that is not ours."""
+"""Checks before a directory is replaced: it holds no input, and only files that d2c-mlx wrote."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_output(
 
     Raises:
         InputError: an input is in it; it is a file, the working directory or one around that, or
-            holds a file that is not ours.
+            holds a file that d2c-mlx did not write.
     """
     replaced = replaced_inputs([*inputs, *adapter_inputs(sources)], [output])
     problems = [line for _, line in replaced] + within_adapters(sources, output)

@@ -1,4 +1,4 @@
-"""The pack: what ships. Adapters, and a manifest that can be checked.
+"""The pack, which is what ships: adapters, and a manifest that can be checked.
 
 Plain packs hold directories that stock mlx-lm loads; compact ones hold all adapters at a few bits
 in one file, and `export` writes plain directories of either (docs/packs.md).
@@ -34,7 +34,7 @@ __all__ = ["COMPACT", "FORMAT", "MANIFEST", "VERSIONS", "Pack", "PackInfo", "loa
 
 @dataclass(frozen=True)
 class PackInfo:
-    """What a manifest says of a pack beside its adapters, tasks and files.
+    """The facts in a manifest besides adapters, tasks and files.
 
     Attributes:
         model: name or hub id of the base model.
@@ -123,7 +123,7 @@ class Pack:
 
     @property
     def info(self) -> PackInfo:
-        """What the pack says of itself, to write it again with some of it changed."""
+        """The facts of the pack's manifest, to write the pack again with some of it changed."""
         found = self.manifest
         info = PackInfo(
             model=found.base.model,

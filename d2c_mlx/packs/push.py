@@ -22,7 +22,7 @@ from d2c_mlx.utils.hub import parse_hub_id, upload
 __all__ = ["CARD", "push", "write_repository"]
 
 CARD = "README.md"
-# What an earlier push may have left there, and this one not have.
+# Files that an earlier push may have left there and that this one may lack.
 _OURS = ("cluster-*", "compact.safetensors")
 
 

@@ -46,7 +46,7 @@ def opened(directory: Path) -> Iterator[Pack]:
         load_pack(directory)
     advice = "it may replace the pack; wait for it, then give this command again"
     with locked(path.parent, advice=advice):
-        # What a kill may have left of the last change.
+        # Remains of a change that was killed.
         restore_dir(path)
         yield load_pack(directory)
 

@@ -1,1 +1,4 @@
-"""A pack on a quantized model, as a stand-in for a phone. Imports `packs` and what is below it."""
+"""A benchmark of a pack on a quantized base model, as a stand-in for a phone.
+
+May import `packs` and below, and not `serve`, which is on the same layer.
+"""

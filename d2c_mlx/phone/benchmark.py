@@ -135,7 +135,7 @@ def _dtype(dtype: mx.Dtype | None) -> str:
 
 
 def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, BenchMethod]:
-    """What serves each task: the base alone, its own adapter if `adapters` is given, the pack."""
+    """Adapters that serve each task: none, its task adapter if `adapters` is given, the pack's."""
     packed = {task: pack.load(task) for task in pack.tasks}
     for adapter in packed.values():
         if adapter:

@@ -1,4 +1,4 @@
-"""The options of a pack on a phone stand-in; the command line is written from them, as a run's."""
+"""The options of the phone benchmark; the command line is written from them, as that of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIMITS, _QUALITY, _TIMES = "Model and device", "Quality", "Measurement"
 
 
 class PhoneConfig(Checked):
-    """What to measure of a pack, see docs/phone.md.
+    """Options of the phone benchmark, see docs/phone.md.
 
     Raises:
         ConfigError: every value of another type, out of range or at odds with another, one line
@@ -106,7 +106,7 @@ class PhoneConfig(Checked):
     @field_validator("answers")
     @classmethod
     def _of_the_rows(cls, n: int | None, info: ValidationInfo) -> int | None:
-        """Rows that do not judge are not tokenized, so there is nothing to answer."""
+        """Refuse more rows than are tokenized, which are the held-out rows of `test_examples`."""
         most = info.data.get("test_examples")
         if n is not None and most and n > most:
             raise expects(f"0 to test_examples ({most})")

@@ -66,7 +66,7 @@ class StockModel:
         self.path = path
         self.model, self.tokenizer = load_stock(path, lazy=True)
         self.config = load_config(path)
-        # An `Engine` in this process may have replaced mlx-lm's functions by ours.
+        # An `Engine` in this process may have replaced mlx-lm's functions by those of d2c-mlx.
         use_fast_exponentials(self.model, False)
         self.module_shapes = linear_shapes(self.model.named_modules())
         self.weights_nbytes = self.held_nbytes

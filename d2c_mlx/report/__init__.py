@@ -1,1 +1,4 @@
-"""Results for people: Markdown, HTML, charts. Computes nothing. Imports `phone` and below."""
+"""Results for people: Markdown, HTML and charts of numbers that other wings computed.
+
+May import `serve`, `phone` and below.
+"""

@@ -1,4 +1,4 @@
-"""Charts in the text colour of the page that they are on: inline SVG for the report, and files."""
+"""Charts as SVG, inline for the report or as files, in the text colour of their page."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = [
 ]  # fmt: skip
 
 Json = Mapping[str, Any]
-# Inline it becomes the page's own text colour, light or dark.
+# Inline SVG replaces it by the page's own text colour, light or dark.
 TEXT = "#7a7f87"
-# Three to one or more against a white page and a dark one.
+# Contrast of three to one or more on a white page and on a dark one.
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS = ("#3b82c4", "#c9721a", "#4a9463", "#858c96")
-# How to write what carries a name: "a$^$" would be a formula, and a wrong one is an error.
+# Text settings for names: "a$^$" would be parsed as a formula, and a wrong one is an error.
 _NAMES: dict[str, Any] = {"parse_math": False}
-# Letters of a name; more would leave no room for the chart beside them.
+# Most letters of a name; more would leave no room for the chart.
 _LONGEST = 28
 # Inches; 430 CSS pixels, so that text is hardly smaller on a phone.
 _WIDTH = 4.5
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of so many inches and its axes, in the style of all charts."""
+    """A matplotlib figure and its axes in the style of all charts; sizes are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -43,14 +43,19 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN401  of matplotlib
-    """An SVG file; fixed ids and no date, so that equal results give equal files."""
+    """Text of an SVG file, with fixed ids and no date, so that equal results give equal files.
+
+    Args:
+        figure: a matplotlib figure.
+        description: goes into the metadata.
+    """
     import matplotlib
 
     buffer = io.StringIO()
     settings = {"svg.hashsalt": "d2c-mlx", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Text stays text, and whoever shows the file has fonts of their own. One of this machine's
-        # in its place would make other files elsewhere.
+        # Text stays text, shown in the viewer's fonts, so a glyph missing here does not matter.
+        # A font of this machine in its place would make the file differ between machines.
         for message in (r"(?s)Glyph \d+ .*missing from", "Matplotlib currently does not support"):
             warnings.filterwarnings("ignore", message, UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05,
@@ -59,21 +64,21 @@ def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN40
 
 
 def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure
-    """Inline SVG. The figure around it has the words, so a screen reader passes over its shapes."""
+    """Inline SVG, hidden from screen readers: the HTML figure around it describes it in words."""
     text = svg_file(figure)
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for the chart, without its middle if it is long."""
+    """The name, without its middle if it is too long for a chart."""
     is_wide = any(east_asian_width(letter) in "WF" for letter in name)
     most = _LONGEST // 2 if is_wide else _LONGEST
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def excess_bars(rows: Sequence[Json]) -> str:
-    """Excess loss of every method but the base."""
+    """Bars of the excess loss (nats per target token) of every method except the base model."""
     figure, axes = new_figure(_WIDTH, 0.34 * len(rows) + 0.7)
     shown = [row for row in rows if row["name"] != "base"]
     colours = [_ORANGE if row["name"] == "pack" else _BLUE for row in shown]
@@ -88,7 +93,7 @@ def excess_bars(rows: Sequence[Json]) -> str:
 
 
 def convergence(history: Sequence[Json]) -> str:
-    """Objective of D2C by round."""
+    """The objective of D2C, normalised regret, by round."""
     figure, axes = new_figure(_WIDTH, 2.4)
     values = [entry["objective"] for entry in history]
     axes.plot(range(len(values)), values, "-o", color=_BLUE, markersize=4)
@@ -100,7 +105,12 @@ def convergence(history: Sequence[Json]) -> str:
 
 
 def frontier(plan: Json, share: float) -> str:
-    """Regret against bytes for each family, and the pack."""
+    """Regret against bytes for each family of candidates, and for the pack.
+
+    Args:
+        plan: content of `plan.json`.
+        share: bytes of the pack over the adapters' 16-bit bytes.
+    """
     figure, axes = new_figure(_WIDTH, 3.4)
     shares = [100 * row["share"] for row in plan["frontier"]]
     lines = (
@@ -123,7 +133,7 @@ def frontier(plan: Json, share: float) -> str:
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{x:.2g}" for x in shares], rotation=60)
     axes.minorticks_off()
-    # Linear around 0, which a plan may beat.
+    # Linear around 0: a plan may be better than the individual adapters.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
     axes.set_ylim(bottom=2 * min(-0.001, *(row["all"] for row in plan["frontier"])))
@@ -134,9 +144,13 @@ def frontier(plan: Json, share: float) -> str:
 
 
 def heatmap(losses: Json, labels: Sequence[int]) -> str:
-    """Probe losses, tasks by adapters, in the order of their clusters with lines between them.
+    """Losses on the calibration rows, tasks by adapters, ordered and ruled by cluster.
 
-    What was not measured stays blank.
+    Pairs that were not measured stay blank.
+
+    Args:
+        losses: content of `losses.json`.
+        labels: number of the cluster of each task.
     """
     import numpy as np
 
@@ -144,7 +158,7 @@ def heatmap(losses: Json, labels: Sequence[int]) -> str:
     values = np.array(losses["values"], float)[np.ix_(order, order)]
     size = max(_WIDTH, 0.28 * len(order) + 1.8)
     figure, axes = new_figure(size, size)
-    # One pixel per loss: as an image of the figure's size, 200 tasks would take a minute and 1 GB.
+    # One pixel per loss: an image of the figure's size takes a minute and 1 GB for 200 tasks.
     image = axes.imshow(values, cmap="viridis_r", interpolation="none")
     adapters, tasks = ([_short(losses[key][i]) for i in order] for key in ("adapters", "tasks"))
     axes.set_xticks(range(len(order)), adapters, rotation=90, **_NAMES)
@@ -161,7 +175,7 @@ def heatmap(losses: Json, labels: Sequence[int]) -> str:
 
 
 def memory_bar(phone: Json) -> str:
-    """Memory by component at the longest context of every method, against the device's limit."""
+    """Memory by component of every method at its longest context, against the device's limit."""
     methods = phone["methods"]
     figure, axes = new_figure(_WIDTH, 0.36 * len(methods) + 1.1)
     rows = [max(one["memory"], key=lambda m: m["context"]) for one in methods.values()]

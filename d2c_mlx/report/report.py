@@ -1,4 +1,4 @@
-"""Results -> Markdown and one self-contained HTML file. Computes nothing; every number is read."""
+"""The report of a run: Markdown, and one self-contained HTML file. Every number in it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 def _rows(bench: Json) -> list[dict[str, Any]]:
-    """Methods sorted by excess loss, the strict measure; the bare base model last."""
+    """Methods sorted by excess loss, the strict measure, with the bare base model last."""
     methods = bench["methods"]
     total = methods["individual"]["nbytes"]
     order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
@@ -26,7 +26,11 @@ def _rows(bench: Json) -> list[dict[str, Any]]:
 
 
 def render_table(bench: Json) -> str:
-    """The table of methods as Markdown: bytes, held-out loss, excess, retention."""
+    """The table of methods as Markdown: bytes, held-out loss, excess, retention.
+
+    Args:
+        bench: content of `bench.json`.
+    """
     lines = [
         "| method | bytes | of input | loss | excess | retention |",
         "|---|--:|--:|--:|--:|--:|",
@@ -65,11 +69,11 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
 
 
 def render_markdown(artifacts: Mapping[str, Json]) -> str:
-    """`report.md`.
+    """Render `report.md`.
 
     Args:
-        artifacts: losses, manifest (of the pack) and bench, and either clusters and merges or plan,
-            as the stages wrote them; and phone, if the pack was measured as on one.
+        artifacts: name -> JSON as the stages wrote it: losses, manifest (of the pack) and bench;
+            clusters and merges, or plan; and phone, if the phone benchmark ran.
     """
     context = _context(artifacts)
     context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None
@@ -77,12 +81,12 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
 
 
 def render_html(artifacts: Mapping[str, Json]) -> str:
-    """`report.html`: one file, no network, no script. Arguments as `render_markdown`."""
+    """Render `report.html`: one file, no network, no script. Arguments as `render_markdown`."""
     context = _context(artifacts)
     if context["plan"]:
         context["frontier"] = charts.frontier(context["plan"], context["share"])
     else:
-        # A plan has nothing but the pack to compare.
+        # A planned run measures no merging method to compare with the pack.
         context["bars"] = charts.excess_bars(context["rows"])
         if len(context["d2c"]["history"]) > 1:
             context["convergence"] = charts.convergence(context["d2c"]["history"])
@@ -93,7 +97,7 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
 
 
 def _labels(context: Json) -> list[int]:
-    """Tasks that share an adapter have one label."""
+    """A label per task, equal for tasks that share an adapter."""
     if context["d2c"]:
         return context["d2c"]["labels"]
     groups = [unit["tasks"] for unit in context["plan"]["units"]]

@@ -1,1 +1,4 @@
-"""A run and its directory: options, artifacts, what is done. Imports every other wing."""
+"""One run and its directory: options, inputs, artifacts, and which stages are done.
+
+May import `report` and below.
+"""

@@ -1,7 +1,7 @@
-"""The options of a run, each said once: type, default, range, help and group.
+"""The options of a run, each declared once: type, default, range, help and group.
 
-The command line (`cli/options.py`) and docs/options.md are written from these fields by
-`python -m d2c_mlx.run.options`; a test fails when they are not what it would write.
+`python -m d2c_mlx.run.options` writes the command line (`cli/options.py`) and docs/options.md from
+these fields; a test fails when they differ from what it would write.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "stages_of",
 ]
 
-# The keys of `pipeline.STAGES`, named here so that a finished run imports no model code.
+# The keys of `pipeline.STAGES`, repeated here so that a finished run imports no model code.
 STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
 STARTS = ("table", "kmeans")
 BASELINES = ("merge-all", "random", "kmeans")
@@ -49,9 +49,9 @@ SAVINGS = (
 )
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
-# Tuned scales end at a few, and sums of hundreds of adapters at hundreds; beyond, float16 ends.
+# Tuned scales reach a few, and sums of hundreds of adapters reach hundreds. More overflows float16.
 _MOST_SCALE = 1_000
-# Of scikit-learn and NumPy's older generators.
+# The largest seed that scikit-learn and NumPy's older generators take.
 _MOST_SEED = 2**32 - 1
 
 _INPUT, _BUDGET, _MERGE = "Adapters and tasks", "Budget", "Merge"
@@ -61,6 +61,8 @@ _NOT_GIVEN = "not given; pass --{} or set it in the YAML file"
 
 class RunConfig(Checked):
     """Options of `d2c-mlx run`. Every field is a YAML key and a command-line option.
+
+    Use `config_file.load_config` to read one from a file; `RunConfig.read` takes values.
 
     Raises:
         ConfigError: every value that is missing, of another type, out of range or at odds with
@@ -239,7 +241,7 @@ class RunConfig(Checked):
     @field_validator("adapters", "init", "baselines", "without", mode="before")
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
-        """Lists of YAML, and lists with commas; a start that is named twice is one."""
+        """Read lists of YAML and lists with commas; a start that is named twice counts once."""
         if isinstance(value, str) and info.field_name != "adapters":
             value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, list | tuple):
@@ -253,7 +255,7 @@ class RunConfig(Checked):
     @field_validator("budget", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:  # noqa: ANN401  as YAML gave it
-        """YAML gives a number of adapters as a number."""
+        """Turn a number of adapters, which YAML gives as a number, into text."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value) if number else value
 
@@ -267,7 +269,7 @@ class RunConfig(Checked):
     @field_validator("tasks", "output", "unlabelled")
     @classmethod
     def _expanded(cls, value: str | None) -> str | None:
-        """As `adapters` and `model` are, whose entries may be ids, where they are looked up."""
+        """Expand `~`. `adapters` and `model` may be hub ids, so their look-up expands them."""
         return os.path.expanduser(value) if value else value
 
     @field_validator("output")
@@ -293,7 +295,7 @@ class RunConfig(Checked):
             raise expects('something like "3GB" or "800MB"')
         return value
 
-    # What does not go with another option that is good itself. The fields above are in `info.data`.
+    # Rules about two options. `info.data` holds the fields above that are valid.
 
     @field_validator("plan")
     @classmethod
@@ -335,7 +337,7 @@ class RunConfig(Checked):
     @field_validator("answers")
     @classmethod
     def _of_the_rows(cls, n: int, info: ValidationInfo) -> int:
-        """Rows that do not judge are not tokenized, so there is nothing to answer."""
+        """Refuse more rows than are tokenized, which are the held-out rows of `test_examples`."""
         most = info.data.get("test_examples")
         if most and n > most:
             raise expects(f"0 to test_examples ({most})")
@@ -360,19 +362,19 @@ class RunConfig(Checked):
 
     @property
     def merging(self) -> MergeOptions:
-        """How to merge."""
+        """The options that decide how adapters are merged."""
         return MergeOptions(
             self.merge_method, self.density, self.scale, self.merge_rank, self.eps, self.seed
         )
 
     @property
     def planned(self) -> bool:
-        """Whether `planner` chooses what is stored."""
+        """True if the planner chooses what is stored, see `is_planned`."""
         return is_planned(self.plan, self.budget)
 
     @property
     def memory_bytes(self) -> int | None:
-        """`memory_limit` in bytes."""
+        """`memory_limit` in bytes; None if it is not given."""
         return bytes_of(self.memory_limit) if self.memory_limit else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -381,12 +383,20 @@ class RunConfig(Checked):
 
 
 def is_planned(plan: str, budget: str) -> bool:
-    """Whether `planner` chooses what is stored; BudgetError for one that is unreadable."""
+    """True if `compress/planner.py` chooses what is stored; False if adapters are merged in 16 bit.
+
+    Args:
+        plan: one of `PLANS`.
+        budget: text of the budget.
+
+    Raises:
+        BudgetError: the budget is unreadable.
+    """
     return plan == "auto" and parse_budget(budget).n_adapters is None
 
 
 def stages_of(config: RunConfig, until: str = "report") -> list[str]:
-    """Names of the stages that a run up to and including `until` consists of, in their order."""
+    """Names of the stages of a run up to and including `until`, in order."""
     left_out = {"cluster", "merge", "refine"} if config.planned else {"plan"}
     if not config.refine:
         left_out.add("refine")
@@ -394,6 +404,6 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
 
 
 def _in_bytes(info: ValidationInfo) -> bool | None:
-    """Whether the budget is one of bytes; None if there is no good one."""
+    """True if the budget is one of bytes; None if it is missing or invalid."""
     budget = info.data.get("budget")
     return None if budget is None else parse_budget(budget).n_adapters is None

@@ -15,7 +15,7 @@ from d2c_mlx.utils.parsing import read_yaml
 
 __all__ = ["load_config"]
 
-# Options that only D2C has a use for, only its moves, and only a refinement.
+# Options that only D2C uses, only its search by moves, and only refining.
 _OF_D2C = ("search", "init", "patience")
 _OF_MOVES = ("patience",)
 _OF_REFINING = ("refine_steps", "refine_rate")
@@ -27,16 +27,17 @@ def load_config(
     saved: bool = False,
     merged: bool = False,
 ) -> RunConfig:
-    """Read a YAML file, put `overrides` over it, check everything.
+    """Read the options of a run from a YAML file and `overrides`, and check all of them.
 
     Paths in the file are relative to the working directory; `~` is the home directory.
 
     Args:
-        path: of the file; None is none.
-        overrides: what was asked for now; an `InputWarning` says what of it does nothing.
-        saved: the file is what an earlier run was asked for. What of it cannot go with the
-            overrides is left out with an `InputWarning`, as no option can say none.
-        merged: a budget in bytes is not planned, but merged by D2C.
+        path: the YAML file; None reads no file.
+        overrides: options given now, which replace those of the file. An `InputWarning` names
+            those without effect.
+        saved: the file is `config.yaml` of an earlier run. Values that contradict the overrides
+            are dropped with an `InputWarning`, since no option can unset them.
+        merged: merge with D2C even under a budget in bytes, instead of planning.
 
     Raises:
         ConfigError: every unknown key and wrong value, one line each.
@@ -50,7 +51,7 @@ def load_config(
     values = {key: value for key, value in values.items() if key not in gone} | dict(overrides)
     for name in sorted(_outdated(values) - overrides.keys()) if saved else ():
         found = values.pop(name)
-        # A number of adapters is merged whatever the plan, so nothing is lost with that.
+        # A number of adapters is merged whatever the plan says, so dropping it changes nothing.
         if name != "plan":
             _warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
     if merged and _in_bytes(values):
@@ -66,8 +67,8 @@ def load_config(
 
 
 def _without_what_is_gone(values: dict[str, Any], path: Path | None) -> None:
-    """Drop what a run directory of before says of options that are no more."""
-    # Two meanings had one option, and none was the default of both.
+    """Drop options that were removed since the run directory was written."""
+    # `patience` once had two meanings, and null was the default of both.
     if values.get("patience", 0) is None:
         del values["patience"]
     for key in REMOVED.keys() & values.keys():
@@ -89,7 +90,7 @@ def _or_default(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  a
 
 
 def _in_bytes(values: Mapping[str, Any]) -> bool | None:
-    """Whether the budget is one of bytes; None: it is unreadable, for `RunConfig` to refuse."""
+    """True if the budget is one of bytes; None if it is unreadable, which `RunConfig` reports."""
     try:
         return parse_budget(_or_default(values, "budget")).n_adapters is None
     except BudgetError:
@@ -97,7 +98,7 @@ def _in_bytes(values: Mapping[str, Any]) -> bool | None:
 
 
 def _outdated(values: Mapping[str, Any]) -> set[str]:
-    """Options without a value for none that `RunConfig` would refuse beside the others."""
+    """Options that `RunConfig` would refuse beside the others, and that no value can unset."""
     found: set[str] = set()
     plan, in_bytes = _or_default(values, "plan"), _in_bytes(values)
     if values.get("max_adapters") is not None and (plan != "auto" or in_bytes is False):
@@ -110,7 +111,7 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
 
 
 def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
-    """Say what was asked for now and does nothing; a file may be for runs of both kinds."""
+    """Warn about options given now that have no effect; a file may serve runs of both kinds."""
     needed: dict[str, str] = {}
     if config.search != "moves":
         needed |= dict.fromkeys(_OF_MOVES, "--search moves")

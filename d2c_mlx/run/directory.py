@@ -16,7 +16,9 @@ __all__ = ["RunDirectory"]
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths and artifacts of one run; it reads no model and no adapter.
+    """Paths and artifacts of one run; it loads no model and no adapter.
+
+    Use it to look into a run; `session.Session` runs stages.
 
     Attributes:
         root: the directory, which may not exist yet.
@@ -25,22 +27,22 @@ class RunDirectory:
     root: Path
 
     def path(self, name: str) -> Path:
-        """Where an artifact is, or will be: `pack`, `bench.json`, `adapters/<name>`."""
+        """Path of an artifact, written or not: `pack`, `bench.json`, `adapters/<name>`."""
         return self.root / name
 
     def read(self, name: str) -> Any:  # noqa: ANN401  JSON is any
-        """A JSON artifact."""
+        """Content of a JSON artifact."""
         return json.loads(self.path(name).read_text(encoding="utf-8"))
 
     def is_finished(self, config: RunConfig, stages: list[str]) -> bool:
-        """Whether these stages ran on the very inputs of `config` and nothing changed since.
+        """True if these stages ran on the inputs of `config` and nothing changed since.
 
-        Inputs are compared by path, size and time, so that no model has to be loaded; artifacts by
-        content. False is no verdict: the stages then look closer.
+        Inputs are compared by path, size and time, so that no model has to be loaded; artifacts are
+        compared by content. False proves nothing: each stage then compares its inputs by content.
 
         Args:
-            config: of the run.
-            stages: names of the stages that are wanted.
+            config: options of the run.
+            stages: names of the wanted stages.
         """
         finish = read_finish(self.root)
         return (
@@ -51,7 +53,7 @@ class RunDirectory:
         )
 
     def remember_finish(self, config: RunConfig, stages: list[str]) -> None:
-        """Keep what `is_finished` compares with."""
+        """Record finished stages and their inputs for `is_finished`."""
         inputs = snapshot(config)
         if inputs is not None:
             write_finish(self.root, {"inputs": inputs, "stages": stages})

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what to do about it."""
+"""Diagnosis of this machine for `d2c-mlx doctor`: what it has, what is missing, what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ __all__ = ["Finding", "diagnose"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `d2c-mlx doctor`: a thing, what was found, whether it is well, and what to do."""
+    """One line of `d2c-mlx doctor`.
+
+    Attributes:
+        name: the thing that was checked.
+        value: the state that was found.
+        ok: False if something should be done.
+        advice: what to do; empty if nothing.
+    """
 
     name: str
     value: str
@@ -26,7 +33,7 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look at Python, MLX, memory, BLAS, the embedded model and the cache directory."""
+    """Check Python, MLX, memory, BLAS, the embedded model and the cache directory."""
     use_device()
     facts = machine()
     findings = [

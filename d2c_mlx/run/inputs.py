@@ -1,4 +1,4 @@
-"""What a run reads, checked as a whole before anything is written."""
+"""The inputs of a run, read and checked as a whole before anything is written."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ class Inputs:
     """Base model, adapters, rows and budget of a run.
 
     Attributes:
-        config: the options.
+        config: options of the run.
         base: the base model.
-        engine: what evaluates on it.
-        adapters: as they were given, sorted by name.
-        tasks: one per adapter.
-        capacity: bytes of the adapters, and of the budget.
+        engine: evaluates adapters on the base model.
+        adapters: adapters as they were given, sorted by name.
+        tasks: one task per adapter, in the same order.
+        capacity: bytes of the adapters and of the budget.
     """
 
     def __init__(self, config: RunConfig) -> None:
         """Read and check everything; nothing is written.
 
+        Args:
+            config: options of the run.
+
         Raises:
-            InputError: every problem of adapters, tasks and budget, one line each; without a
-                base model, to which they must fit, the problem of the model alone.
+            InputError: every problem of adapters, tasks and budget, one line each. If the base
+                model cannot be loaded, its problem alone: the others must fit it.
         """
         self.config = config
         self.base = BaseModel(config.model)
@@ -70,7 +73,7 @@ class Inputs:
             raise InputError([line for error in errors for line in error.problems])
 
     def _check(self, errors: list[InputError]) -> None:
-        """Add what only shows when adapters, rows and model are put together."""
+        """Add problems that only show when adapters, rows and model come together."""
         config = self.config
         if not errors:
             collect(errors, lambda: self.probes)
@@ -95,20 +98,20 @@ class Inputs:
 
     @cached_property
     def probes(self) -> list[ExampleSet]:
-        """Calibration rows of every task, which decide."""
+        """Calibration rows of every task, tokenized. All choices are made on them."""
         n = self.config.probe_examples
         return [one.cut(*CUTS) for one in encode_probes(self.base.encode, self.tasks, n)]
 
     @cached_property
     def tests(self) -> list[ExampleSet]:
-        """Held-out rows of every task, which judge."""
+        """Held-out rows of every task, tokenized. Results are measured on them; no choice is."""
         n = self.config.test_examples or None
-        # Halves, so that an adapter of one task keeps two cores busy.
+        # In halves, so that evaluating one adapter on one task keeps two cores busy.
         return [one.cut(0.5) for one in encode_tests(self.base.encode, self.tasks, n)]
 
     @cached_property
     def prompts(self) -> dict[str, ExampleSet]:
-        """Task -> its prompts without answers, where there are some."""
+        """Task -> its unlabelled prompts for refining, for tasks that have some."""
         if not self.config.unlabelled:
             return {}
         n = self.config.probe_examples

@@ -2,7 +2,8 @@
 
     python -m d2c_mlx.run.options            # or: make options
 
-What it writes is checked in, so that `--help` imports neither pydantic nor MLX.
+The command line's options are written to a file, not made from the fields at run time: importing
+pydantic takes longer than `--help` may take. Both files are checked in.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _DOCS_HEAD = """\
 Written by `make options` from [d2c_mlx/run/config.py](../d2c_mlx/run/config.py) and \
 [d2c_mlx/phone/config.py](../d2c_mlx/phone/config.py).
 """
-# Name in the generated code, model, heading of the documents, and what is said below it.
+# Name in the generated code, config, heading of the page, and text below the heading.
 _CONFIGS: tuple[tuple[str, type[Checked], str, str], ...] = (
     (
         "RUN_OPTIONS",
@@ -78,14 +79,14 @@ class _Option(NamedTuple):
 
 
 def _options(config: type[Checked]) -> Iterator[_Option]:
-    """All fields with a group; others are arguments."""
+    """The fields with a group; fields without one are arguments."""
     for name, field in config.model_fields.items():
         about: dict[str, Any] = dict(field.json_schema_extra or {})  # type: ignore[arg-type]
         if "group" not in about:
             continue
         kinds = [one for one in (*get_args(field.annotation), field.annotation)
                  if one in (int, float, bool)]  # fmt: skip
-        # A list comes as one text, which the config cuts.
+        # A list comes as one text, which the config splits.
         kind = str if about.get("metavar") else kinds[0]
         yield _Option(
             name, about["group"], field.description or "", kind,
@@ -101,9 +102,9 @@ def _text(default: object) -> str:
 
 
 def command_line() -> str:
-    """The module of the command line that has all options; none of them has a default of its own.
+    """Source of `cli/options.py`: every option of the configs, as click has them.
 
-    A default there would override the YAML file.
+    No option has a default in it, since a default there would override the YAML file.
     """
     names = ", ".join(f'"{name}"' for name, *_ in sorted(_CONFIGS))
     parts = [_CLICK_HEAD.format(names=names)]
@@ -130,7 +131,7 @@ def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
         yield "        default=None,"
     if option.metavar:
         yield f'        metavar="{option.metavar}",'
-    # What a file may hold is looked for by the config.
+    # Options that a YAML file may give are required by the config, not by click.
     if option.required and not in_a_file:
         yield "        required=True,"
     yield from _wrapped("        help=", help)
@@ -138,12 +139,12 @@ def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
 
 
 def _wrapped(start: str, text: str) -> Iterator[str]:
-    """A string on lines of at most 100 characters, one after the other."""
+    """A string literal on lines of at most 100 characters."""
     if len(f"{start}{_quoted(text)},") <= 100:
         yield f"{start}{_quoted(text)},"
         return
     lines = textwrap.wrap(text, 80, drop_whitespace=False, break_on_hyphens=False)
-    # The blank goes to the front of the next line, as all of this repository has it.
+    # The blank goes to the front of the next line, as everywhere in this repository.
     for i in range(len(lines) - 1):
         kept = lines[i].rstrip()
         lines[i], lines[i + 1] = kept, lines[i][len(kept) :] + lines[i + 1]
@@ -157,7 +158,7 @@ def _quoted(text: str) -> str:
 
 
 def documents() -> str:
-    """The page with all options in tables, a table for each group."""
+    """Text of docs/options.md: all options, one table per group."""
     parts = [_DOCS_HEAD]
     for _, config, heading, about in _CONFIGS:
         parts.append(f"## {heading}\n{about}\n")
@@ -175,7 +176,7 @@ def _row(option: _Option) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 
-# Path in the repository -> what writes it.
+# Path in the repository -> the function that gives its text.
 FILES = {"cli/options.py": command_line, "docs/options.md": documents}
 
 

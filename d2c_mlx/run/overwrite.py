@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RUN_WRITES", "check_run", "mark_run"]
 
-# What a run replaces in its directory; a test compares.
+# The names that a run may replace in its directory; a test compares them with a run.
 RUN_WRITES = (
     "adapters", "planned", "merged", "refined", "refining", "pack", ".stages", ".lock", MARKER,
     "config.yaml", "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json",
@@ -34,24 +34,24 @@ RUN_WRITES = (
 
 
 def mark_run(output: Path) -> None:
-    """Mark a run directory, once `check_run` found nothing of the user's in it.
+    """Mark a directory as a run's, once `check_run` found nothing of the user's in it.
 
-    It comes before all that a run writes, so that one that is killed early can go on.
+    Call it before the run writes anything else, so that a run that is killed early can continue.
     """
     if _written(output) != set(RUN_WRITES):
         write_marker(output, "run", dict.fromkeys(RUN_WRITES))
 
 
 def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
-    """Look at all that a run reads before it writes anything.
+    """Check that a run replaces only what an earlier run wrote; call it before anything is written.
 
     Args:
-        config: of the run.
-        sources: what its `adapters` name.
+        config: options of the run.
+        sources: the adapters that its `adapters` names.
 
     Raises:
-        ConfigError: the run would replace an input or what no earlier run wrote, or be taken for
-            one of its adapters.
+        ConfigError: the run would replace an input, or files that no earlier run wrote, or its
+            directory would be taken for one of its adapters.
     """
     output, tasks = Path(config.output), Path(config.tasks)
     rows = [tasks / one.name / f"{kind}.jsonl" for one in sources for kind in ("probe", "test")]
@@ -70,9 +70,9 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
     """A line about everything that would be replaced and that no run wrote.
 
     Args:
-        config: of the run.
+        config: options of the run.
         output: its directory.
-        known: what is refused already.
+        known: paths that are refused already.
     """
     written = _written(output)
     found = [
@@ -100,25 +100,25 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
 
 
 def _holds(path: Path) -> bool:
-    """True if something would be lost with a path: empty folders are not."""
+    """True if something would be lost with a path; empty folders do not count."""
     return path.is_file() or any(all_files(path))
 
 
 def _written(output: Path) -> set[str]:
-    """What the marker of a run directory lists; nothing where no run was at work."""
+    """Names that the marker of a run directory lists; empty where no run was at work."""
     marker = read_marker(output)
     return set(marker.files) if marker and marker.kind == "run" else set()
 
 
 def _added(folder: Path) -> list[Path]:
-    """Entries of a folder of a run in which there is something that the run did not write."""
+    """Entries of a run's folder that hold something the run did not write."""
     found: dict[Path, None] = {}
     for path in all_files(folder):
         inside = path.relative_to(folder).parts
         if any(part.startswith(".") for part in inside):
             continue
         entry = folder / inside[0]
-        # Each merge that is refined is a directory with a marker of its own.
+        # Each refined merge is a directory with a marker of its own.
         marked = entry if folder.name == "refining" else folder
         marker = read_marker(marked)
         if marker is None or marker.kind != "run" or not _run_wrote(marker, marked, path):
@@ -127,9 +127,9 @@ def _added(folder: Path) -> list[Path]:
 
 
 def _run_wrote(marker: Marker, directory: Path, path: Path) -> bool:
-    """True if a file is of a run's adapter, even if it is damaged: the run makes it anew.
+    """True if a file belongs to an adapter of the run, even a damaged one: the run repairs it.
 
-    A config that can be read and is not the one written belongs to another adapter, which somebody
+    A readable config that differs from the written one belongs to another adapter, which the user
     put in the place of the run's.
     """
     config = path.parent / CONFIG

@@ -1,4 +1,4 @@
-"""Where a result comes from: enough to repeat it."""
+"""Provenance of a result: everything that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["provenance"]
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:
-    """Options, versions, machine, and hashes of the inputs of a run; a JSON value."""
+    """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
     base, capacity = inputs.base, inputs.capacity
     return {
         "config": inputs.config.to_dict(),

@@ -1,4 +1,4 @@
-"""What a stage of a run left behind: enough to know whether it must run again."""
+"""Records of the stages of a run, which tell whether a stage must run again."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ __all__ = [
     "write_finish",
 ]
 
-# Beside the records of the stages.
+# File beside the records: which stages ended on which inputs.
 _FINISH = "finish.json"
 
-# Files of the packs that a run makes; a router is put in later.
+# Files of the packs that a run makes. A router is not among them, since it is added later.
 _PACKED = re.compile(
     r"manifest\.json|compact\.safetensors|cluster-\d+/adapter(s\.safetensors|_config\.json)"
 )
 
 
 class Record:
-    """`.stages/<name>.json` of a run directory."""
+    """The record of one stage, `.stages/<name>.json` of a run directory."""
 
     def __init__(self, output: Path, name: str, options: object, reads: Sequence[str]) -> None:
-        """Of one stage and what it is about to work on, see `Session.stage`."""
+        """Hash the inputs that a stage is about to work on; arguments as in `Session.stage`."""
         self._output = output
         self._path = output / ".stages" / f"{name}.json"
         read = [hash_tree(output / file) for file in reads]
         self._inputs = fingerprint([VERSION, options, read])
 
     def holds(self, writes: Sequence[str]) -> bool:
-        """Whether the stage ran on the same inputs and its outputs `writes` are untouched."""
+        """True if the stage ran on the same inputs and its outputs `writes` are untouched."""
         old = _read(self._path)
         return (
             old["inputs"] == self._inputs
@@ -54,7 +54,7 @@ class Record:
         )
 
     def write(self, writes: Sequence[str], measured: dict[str, object]) -> None:
-        """Remember the artifacts `writes` as they are now, and what the stage measured."""
+        """Record the artifacts `writes` as they are now, and what the stage measured."""
         outputs = {file: hash_tree(self._output / file) for file in writes}
         write_json(self._path, {"inputs": self._inputs, "outputs": outputs, **measured})
 
@@ -67,37 +67,37 @@ def _untouched(output: Path, outputs: Mapping[str, str]) -> bool:
 
 
 def outputs_hold(output: Path, stages: Iterable[str]) -> bool:
-    """Whether every one of these stages left outputs, and all are untouched."""
+    """True if each of these stages left outputs and all of them are untouched."""
     records = [_read(output / ".stages" / f"{name}.json") for name in stages]
     return all(one["outputs"] and _untouched(output, one["outputs"]) for one in records)
 
 
 def read_finish(output: Path) -> dict[str, Any] | None:
-    """What `write_finish` kept; None if there is nothing, or it is damaged."""
+    """Read what `write_finish` wrote; None if it is missing or damaged."""
     found = json_or_none(output / ".stages" / _FINISH)
     good = isinstance(found, dict) and isinstance(found.get("stages"), list)
     return found if good and isinstance(found.get("inputs"), str) else None
 
 
 def write_finish(output: Path, finish: dict[str, Any]) -> None:
-    """Keep which stages ended on which inputs, so that the next look needs no model."""
+    """Record which stages ended on which inputs, so that the next check needs no model."""
     if read_finish(output) != finish:
         write_json(output / ".stages" / _FINISH, finish)
 
 
 def has_record(output: Path) -> bool:
-    """Whether a stage of a run ended in this directory."""
+    """True if a stage of a run ended in this directory."""
     return any(_read(path)["outputs"] for path in (output / ".stages").glob("*.json"))
 
 
 def check_pack(output: Path) -> None:
-    """Look whether `pack/` may be replaced: it is missing, or the one that the run made.
+    """Check that a run may replace `pack/`: it is missing, or the run made it.
 
-    That one may be damaged, which making it anew repairs.
+    A pack of the run's may be damaged; making it anew repairs it.
 
     Raises:
-        PackError: it is a pack of another making or version, or holds files of the user's, which
-            would be lost.
+        PackError: the pack was made or changed otherwise, is of another version, or holds files
+            of the user's, which would be lost.
     """
     path, record = output / "pack", _read(output / ".stages" / "pack.json")
     made = [one for one in (record["outputs"].get("pack"), record.get("expected")) if one]
@@ -117,7 +117,7 @@ def check_pack(output: Path) -> None:
 
 
 def _other_version(pack: Path) -> bool:
-    """Whether a manifest that can be read is of another format or version than ours."""
+    """True if the manifest is readable JSON, but of a format or version that we do not know."""
     if json_or_none(pack / MANIFEST) is None:
         return False
     try:
@@ -128,28 +128,33 @@ def _other_version(pack: Path) -> bool:
 
 
 def expect_pack(output: Path, directory: Path) -> None:
-    """Record what replaces `pack/` next: a kill may come before the stage is recorded."""
+    """Record the pack in `directory`, which is about to replace `pack/`.
+
+    The run may be killed between the replacement and the record of the stage.
+    """
     path = output / ".stages" / "pack.json"
     write_json(path, {**_read(path), "expected": hash_tree(directory)})
 
 
 def keep_pack(pack: Path, before: str) -> None:
-    """Let a run keep its pack as it is now, which serves the same adapters as before.
+    """Record a changed pack as the run's own, so that the run does not refuse it.
+
+    Use it for changes that leave the adapters as they were, such as a new router.
 
     Args:
-        pack: its directory; one that no run made is left alone.
+        pack: directory of the pack; nothing is recorded for a pack that no run made.
         before: its `hash_tree` before it was changed.
     """
     path = pack.parent / ".stages" / "pack.json"
     record = _read(path)
     if record["outputs"].get(pack.name) == before:
         write_json(path, {**record, "outputs": {pack.name: hash_tree(pack)}})
-        # The stages after it read the pack, so the run is not finished.
+        # Later stages read the pack, so the run is not finished.
         (pack.parent / ".stages" / _FINISH).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record; one that is missing or damaged is of nothing that was done."""
+    """A record; a missing or damaged one counts as nothing done."""
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

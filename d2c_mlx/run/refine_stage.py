@@ -1,4 +1,4 @@
-"""Refining the merges of a run: what each is refined with, and each kept as soon as it is done."""
+"""The refine stage of a run: trains each merge, and keeps each as soon as it is done."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _options(session: Session) -> RefineOptions:
 
 
 def refine_inputs(session: Session) -> list[object]:
-    """A JSON value of all that refining depends on beside adapters and merges."""
+    """Everything that refining depends on besides adapters and merges, as a JSON value."""
     inputs = session.inputs
     return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
             [[p.task, p.digest] for p in inputs.probes],
@@ -32,7 +32,13 @@ def refine_inputs(session: Session) -> list[object]:
 
 
 def refine_merge(session: Session, merged: Adapter, indices: Sequence[int]) -> Refined:
-    """Refine the merge of some of a run's adapters."""
+    """Refine one merge; use `refine_cluster` to keep the result in the run directory.
+
+    Args:
+        session: the run.
+        merged: the merge.
+        indices: positions of its members in `session.adapters`.
+    """
     return refine(
         session.inputs.base, merged, _members(session, indices), _options(session),
         session.evaluator.meter,
@@ -49,10 +55,16 @@ def _members(session: Session, indices: Sequence[int]) -> list[Member]:
 
 
 def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -> Path:
-    """Refine merge `k`, of the adapters `names`, unless that is done already.
+    """Refine one cluster's merge, unless that is done already.
+
+    Args:
+        session: the run.
+        k: number of the merge in `merged/`.
+        names: names of its members.
+        kept: directory of the refined merges that are done.
 
     Returns:
-        A directory below `kept`, named after all that it depends on, with `adapter/` and
+        A directory below `kept`, named by a hash of all that it depends on, with `adapter/` and
         `refine.json`: members, step, stopped, held_back_regret, curve, unjudged, seconds.
     """
     merged = load_adapter(session.path("merged") / str(k))

@@ -1,4 +1,4 @@
-"""Options of a run that are gone, and what to use in their place."""
+"""Options of a run that were removed, and what to use instead."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["REMOVED", "REMOVED_VALUES", "Removed"]
 
 @dataclass(frozen=True)
 class Removed:
-    """An option that is gone.
+    """A removed option.
 
     Attributes:
-        default: what it was unless it was given; a run directory of before has it in its config.
-        instead: what to do, to follow "no longer an option; ".
+        default: its former default, which the configs of older runs hold.
+        instead: what to do instead; the message continues "no longer an option; " with it.
     """
 
     default: object
@@ -23,14 +23,14 @@ class Removed:
         return f"no longer an option; {self.instead}"
 
 
-# YAML key, and option with dashes -> what to say.
+# YAML key (the command-line option has dashes) -> message.
 REMOVED = {
     "compile": Removed(False, "leave it out: blocks are evaluated without mx.compile"),
     "rounds": Removed(10, "leave it out: a start of the paper's loop takes at most 10 rounds"),
     "restarts": Removed(1, "leave it out: the starts table and kmeans need one draw each; another"
                         " --seed draws others"),
 }  # fmt: skip
-# Key -> value that is gone -> what to say.
+# YAML key -> removed value -> message.
 REMOVED_VALUES = {
     "init": {
         name: f"{name!r} is no longer a start; use table, kmeans or both, which end in better"

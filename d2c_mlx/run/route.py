@@ -1,9 +1,9 @@
-"""Prompts to tasks of a pack: fit its router on calibration rows, ask it.
+"""Routing prompts to the tasks of a pack: fits its router on calibration rows, and asks it.
 
     d2c-mlx route PACK --tasks DIR
     d2c-mlx route PACK "Write this number in German words: 896"
 
-`serve/router.py` has the router itself.
+`serve/router.py` defines the router.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["RouteOptions", "route_prompts"]
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """How prompts are routed.
+    """Options of `route_prompts`.
 
     Attributes:
-        tasks: directory of `<task>/probe.jsonl` of all tasks of the pack, to fit the router on
-            first; None asks the one that the pack has.
-        n_probe: rows of probe.jsonl, the first ones.
+        tasks: directory with `<task>/probe.jsonl` for every task of the pack, to fit the router on
+            first; None uses the router that the pack has.
+        n_probe: calibration rows per task, the first of probe.jsonl.
         model: the pack's base model, as for `resolve_model`.
-        top: number of matches that are listed.
+        top: number of matches listed per prompt.
     """
 
     tasks: Path | None = None
@@ -48,15 +48,15 @@ class RouteOptions:
 def route_prompts(
     pack: Path, prompts: Sequence[str], options: RouteOptions | None = None
 ) -> list[dict[str, Any]]:
-    """Tell which task of a pack each prompt belongs to.
+    """Find the task of a pack that each prompt belongs to.
 
     Args:
         pack: directory of the pack.
-        prompts: what a user says, each a conversation of its own; none only fits the router.
+        prompts: a user's messages, each a conversation of its own; none only fits the router.
         options: see `RouteOptions`.
 
     Returns:
-        For each prompt `prompt`, `task` (None: the base model) and `matches`, best first.
+        For each prompt a dict: `prompt`, `task` (None: the base model) and `matches`, best first.
 
     Raises:
         InputError: no such pack or model, problems of tasks, or no router and no `tasks`.
@@ -64,7 +64,7 @@ def route_prompts(
     """
     options = options or RouteOptions()
     tasks = options.tasks
-    # A reader neither waits for others nor keeps them out.
+    # Reading takes no lock: it neither waits for other processes nor blocks them.
     with opened(pack) if tasks else nullcontext(load_pack(pack)) as found:
         base = BaseModel(str(found.base_directory(options.model)))
         if tasks:

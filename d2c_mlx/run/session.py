@@ -1,4 +1,4 @@
-"""What the stages of one run share, each thing loaded once and only if asked for."""
+"""The session of a run: what its stages share, each thing loaded once and only if asked for."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class Session:
     """One run at work: its inputs, its directory, and the study of its library.
 
     Attributes:
-        config: the options.
-        directory: where artifacts are.
+        config: options of the run.
+        directory: the run directory, with its artifacts.
         quiet: show no progress.
     """
 
     def __init__(self, config: RunConfig, quiet: bool = False, group: Group | None = None) -> None:
-        """Load nothing yet.
+        """Make a session; nothing is loaded yet.
 
         Args:
-            config: of the run.
+            config: options of the run.
             quiet: show no progress.
-            group: of the ranks that share the evaluations; None is this process alone.
+            group: the ranks that share the evaluations; None is this process alone.
         """
         self.config, self.quiet, self._group = config, quiet, group
         self.directory = RunDirectory(Path(config.output))
@@ -59,21 +59,21 @@ class Session:
         return self.directory.root
 
     def path(self, name: str) -> Path:
-        """Where an artifact of the run is: `pack`, `bench.json`."""
+        """Path of an artifact of the run: `pack`, `bench.json`."""
         return self.directory.path(name)
 
     def read(self, name: str) -> Any:  # noqa: ANN401  JSON is any
-        """A JSON artifact of the run: `bench.json`, `merges.json`."""
+        """Content of a JSON artifact of the run: `bench.json`, `merges.json`."""
         return self.directory.read(name)
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Base model, adapters and rows, checked: see `Inputs`, whose errors this raises."""
+        """Base model, adapters and rows, checked; raises the errors of `Inputs`."""
         return Inputs(self.config)
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """Losses, cached, evaluated here or by all ranks."""
+        """The evaluator of losses: cached, and run here or by all ranks."""
         engine = self.inputs.engine
         cache = None
         if "cache" not in self.config.without:
@@ -87,25 +87,25 @@ class Session:
 
     @cached_property
     def library(self) -> Library:
-        """The converted adapters with what measures them."""
+        """The converted adapters, with the evaluator and rows that measure them."""
         inputs = self.inputs
         return Library(inputs.engine, self.evaluator, self.adapters, inputs.probes)
 
     @cached_property
     def study(self) -> Study:
-        """The library as `probe` measured it."""
+        """The library with the losses that the stage `probe` measured."""
         return Study(
             self.library,
             LossTable.from_json(self.read("losses.json")),
             self.config.merging,
-            # A plan compares merges with adapters that are stored in few bits.
+            # A plan compares merges with low-bit adapters, which are judged by teacher targets.
             by_teacher=self.config.planned,
             stop_early="bound" not in self.config.without,
         )
 
     @property
     def planner(self) -> Planner:
-        """What plans a budget in bytes."""
+        """The planner of a budget in bytes."""
         return Planner(self.study, self.inputs.capacity, self.config.max_adapters)
 
     def stage(
@@ -119,9 +119,9 @@ class Session:
         """Run `body` unless it already ran on the same inputs and its outputs are untouched.
 
         Args:
-            name: of the stage.
-            options: JSON value of everything that matters beside files of the run directory.
-            reads: artifacts of earlier stages.
+            name: name of the stage.
+            options: everything that the outputs depend on besides `reads`, as a JSON value.
+            reads: artifacts of earlier stages that `body` reads.
             writes: artifacts that `body` makes.
             body: does the work.
         """

@@ -1,4 +1,4 @@
-"""A fingerprint of everything that a run reads, taken without reading it."""
+"""A fingerprint of a run's inputs, taken without reading their content."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ __all__ = ["snapshot"]
 def snapshot(config: RunConfig) -> str | None:
     """Hex SHA-256 of options, software, device, and path, size and time of every input file.
 
-    Times are enough to say "as it was": whatever differs only makes the stages look closer, by
-    content. None where an input is on the hub, whose revision only a request can tell.
+    Equal snapshots mean that nothing changed. Different ones only make the stages compare content.
+
+    Returns:
+        None if an input is on the hub, whose revision only a request can tell.
     """
     model, adapters = model_files(config.model), local_entries(config.adapters)
     if model is None or adapters is None:
@@ -31,7 +33,7 @@ def snapshot(config: RunConfig) -> str | None:
     paths = [*model, *adapters, Path(config.tasks)]
     if config.unlabelled:
         paths.append(Path(config.unlabelled))
-    # What a person put there for the report.
+    # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")
     return fingerprint(
         [VERSION, versions(), arithmetic(), options, [_state(path) for path in paths]]

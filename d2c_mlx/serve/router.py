@@ -1,9 +1,9 @@
 """Routing: finds the task of a prompt from the base model's own hidden states.
 
-    d2c-mlx route PACK --tasks DIR          # fit on probe prompts, keep it in the pack
+    d2c-mlx route PACK --tasks DIR          # fit on calibration rows, keep it in the pack
     d2c-mlx route PACK "Write this number in German words: 896"
 
-A task is represented by the mean direction of its probe prompts' states (as in LORAUTER,
+A task is represented by the mean direction of its calibration prompts' states (as in LORAUTER,
 https://arxiv.org/abs/2601.21795, but without a second model). The state of a prompt is the hidden
 state of its last token after half of the blocks. A mean over tokens would be nearly the same for
 all prompts there, since the first token outweighs the rest.
@@ -125,7 +125,7 @@ def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: 
 
 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
-    """Fit a router on the probe prompts of each task; the answers are not used.
+    """Fit a router on the calibration prompts of each task; the answers are not used.
 
     Args:
         model: mlx-lm's, without an adapter.

@@ -178,7 +178,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes jobs."""
+        """True if the scheduler takes jobs."""
         return self._thread.is_alive() and not self._closing
 
     def submit(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What a request to the server needs: the pack on its model, its names, tokenizer and limits.
+"""The service behind the server: the pack on its model, its names, tokenizer and limits.
 
 `handler` uses it for each connection, `server` hands it to them. It knows neither.
 """
@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server.
+    """Rules for the clients that may use a server.
 
     Attributes:
         token: that requests bring as `Authorization: Bearer`; None asks for none.
@@ -123,7 +123,7 @@ class PackService:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it takes requests; mlx-lm's handler asks this for `/health`."""
+        """True if it takes requests; mlx-lm's handler asks this for `/health`."""
         return self.scheduler.alive
 
     def generate(

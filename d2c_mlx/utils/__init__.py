@@ -1,1 +1,4 @@
-"""What knows no LoRA: errors, files, hub, devices. Imports nothing of this package."""
+"""Helpers that know nothing of LoRA: errors, files, the hub, devices, parsing.
+
+May import no other wing.
+"""
