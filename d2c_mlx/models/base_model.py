@@ -1,4 +1,4 @@
-"""The base model: loaded once, it tokenizes rows, and adapters are swapped in place."""
+"""The base model, loaded once: it tokenizes rows, and adapters are swapped in place."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ class BaseModel:
     """
 
     def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
-        """Load; on a CPU device weights become float32, which is fast and exact there.
+        """Load a base model; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
             spec: see `resolve_model`.
-            dequantize: have no quantized weights on any device.
+            dequantize: replace quantized weights on any device, not on a CPU alone.
 
         Raises:
             ModelError: it cannot be found, or mlx-lm cannot load it.
@@ -145,7 +145,7 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """`tokenize.encode` with the model's tokenizer and context length."""
+        """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length."""
         return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
@@ -184,7 +184,7 @@ class BaseModel:
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors
                 slot.folded = slot.linear.weight + (a @ b).T
-        # Evaluated now, by this thread: others, with streams of their own, will read them.
+        # This thread evaluates them now, because threads with streams of their own will read them.
         mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
 
     @property
@@ -264,10 +264,13 @@ def greedy(
     """Generate the most likely token each time, up to and with an end token.
 
     Args:
-        model: of mlx-lm.
+        model: an mlx-lm model.
         tokenizer: its tokenizer.
         prompt: token ids.
         max_tokens: most tokens of the answer.
+
+    Returns:
+        Token ids of the answer, with its end token if it reaches one.
     """
     tokens = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):

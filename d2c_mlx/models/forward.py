@@ -42,7 +42,7 @@ __all__ = [
 
 KeysValues = tuple[mx.array, mx.array]
 _TEST_TOKENS = list(range(1, 13))
-# Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
+# Weights of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
 _WINDOWS = (RotatingKVCache, ChunkedKVCache)
 # Errors of an architecture that cannot be run in parts.
@@ -275,7 +275,7 @@ def _flat(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def wait_for(x: mx.array, done: Sequence[mx.array]) -> mx.array:
-    """`x`, evaluated only after `done` is: so that fewer arrays are in memory at once."""
+    """`x`, evaluated only after `done` is, so that fewer arrays are in memory at once."""
     return mx.depends([x], list(done))[0] if done else x
 
 

@@ -1,1 +1,1 @@
-"""What knows no LoRA: errors, files, hub, devices. Imports nothing of this package."""
+"""Tools that know no LoRA: errors, files, hub, devices. Imports nothing of this package."""
