@@ -1,1 +1,1 @@
-"""D2C and its baselines: numpy behind two callables. Imports nothing of this package."""
+"""Clustering: D2C and its baselines, numpy behind two callables. Imports none of this package."""

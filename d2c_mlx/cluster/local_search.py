@@ -37,7 +37,12 @@ class Costs:
         return self._known[members]
 
     def tried(self, members: Members, like: Members) -> float:
-        """The cost measured at the scale of the cluster `like`, in a third of the evaluations."""
+        """The cost measured at another merge's scale, in a third of the evaluations.
+
+        Args:
+            members: indices of the adapters to merge.
+            like: a measured cluster, whose scale is used.
+        """
         if len(members) == 1 or len(like) == 1 or members in self._known:
             return self(members)
         return self._measured(members, like)
@@ -56,7 +61,12 @@ class Costs:
         return float(self._harm[np.ix_(members, members)].sum()) / len(members)
 
     def expected(self, members: Members, like: Members) -> float:
-        """The prediction, times the ratio of measured to predicted cost of the cluster `like`."""
+        """The predicted cost, corrected by the error of a similar prediction.
+
+        Args:
+            members: indices of the adapters to merge.
+            like: a measured cluster; its ratio of measured to predicted cost is the factor.
+        """
         if members in self._known or len(members) == 1:
             return self(members)
         known, prediction = self(like), self.predicted(like)

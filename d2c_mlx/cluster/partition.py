@@ -168,7 +168,13 @@ def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray
 
 
 def random_partition(n: int, n_clusters: int, seed: int) -> Clustering:
-    """Assign adapters at random, uniformly, with no cluster empty; a baseline."""
+    """Assign adapters at random, uniformly, with no cluster empty; a baseline.
+
+    Args:
+        n: number of adapters.
+        n_clusters: number of clusters, at most n.
+        seed: seed of the assignment.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_clusters, size=n)
     labels = refill(labels, n_clusters, rng.random(n))

@@ -147,7 +147,7 @@ class Evaluator:
     def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Evaluate every job as `losses` does, with the parts of a set side by side.
 
-        Use it where few sets would leave cores idle. Arguments and errors are those of `losses`.
+        Use it where few sets would leave cores idle. Jobs, result and errors are those of `losses`.
         """
         parts = [[part for one in sets for part in one.parts] for _, sets in jobs]
         found = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])

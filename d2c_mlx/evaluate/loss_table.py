@@ -78,7 +78,15 @@ class LossTable:
         return normalized_regret(losses, self.individual[tasks], self.base[tasks])
 
     def losses_at(self, regrets: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """`(n,)` losses of `tasks`, in nats, at these regrets; the inverse of `regret`."""
+        """Convert regrets to losses; the inverse of `regret`.
+
+        Args:
+            regrets: `(n,)`.
+            tasks: `(n,)` indices of their tasks.
+
+        Returns:
+            `(n,)` losses, in nats per target token.
+        """
         return self.individual[tasks] + self.gain[tasks] * regrets
 
     @property

@@ -1,1 +1,1 @@
-"""A budget in adapters: one update for several. Imports `evaluate` and below."""
+"""Merging several adapters into one, for a budget in adapters. Imports `evaluate` and below."""

@@ -67,7 +67,15 @@ class TeacherRegret:
         return self._losses.regret(losses, tasks)
 
     def under(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:
-        """Measure the regrets `(n_tasks,)` of tasks under an adapter; None is the base model."""
+        """Measure the regrets of tasks under an adapter.
+
+        Args:
+            adapter: the adapter; None is the bare base model.
+            tasks: indices of the tasks.
+
+        Returns:
+            `(n_tasks,)` normalised regrets.
+        """
         sets = [self.sets[i] for i in tasks]
         (losses,) = self._evaluator.losses_in_parts([(adapter, sets)])
         return self.regret(losses, np.array(tasks))

@@ -145,11 +145,20 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length."""
+        """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length.
+
+        Args:
+            task: name of the set.
+            rows: rows of one format.
+            places: file and line of every row, for messages.
+
+        Raises:
+            TaskError: see `tokenize.encode`.
+        """
         return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """The greedy answer under the attached adapter, with its end token if it reaches one."""
+        """Generate a greedy answer under the attached adapter; arguments as for `greedy`."""
         return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     @property
@@ -239,7 +248,11 @@ class BaseModel:
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
 
-    For programs that must behave as stock mlx-lm does; everything else uses `BaseModel`.
+    Use it where stock mlx-lm's behaviour is needed; everything else uses `BaseModel`.
+
+    Args:
+        path: the mlx-lm directory.
+        lazy: read weights only when they are used.
 
     Raises:
         ModelError: mlx-lm cannot load it.

@@ -54,7 +54,7 @@ def eval_if_eager(*arrays: mx.array) -> None:
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """`silu(gate) * x`, computed with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
+    """`silu(gate) * x`, all of one shape, computed with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
     eval_if_eager(gate, x)
     half = 0.5 * gate
     return (half + half * mx.tanh(half)) * x

@@ -120,7 +120,12 @@ def _printable(text: str) -> str:
 def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
     """Run `call`; on `InputError` append it to `errors` and return None.
 
-    Use it to report the problems of several different inputs at once; `gather` is for like ones.
+    Use it to report the problems of several different inputs at once. `gather` runs calls of one
+    kind, and raises.
+
+    Args:
+        errors: list that the error is appended to.
+        call: function that checks an input.
     """
     try:
         return call()

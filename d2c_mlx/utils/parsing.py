@@ -89,6 +89,10 @@ def is_positive(value: object) -> bool:
 def matches_end(pattern: str, path: str) -> bool:
     """True if the end of a module path matches a regular expression, as PEFT's `rank_pattern`.
 
+    Args:
+        pattern: a regular expression from a stranger's file.
+        path: dotted path of a module.
+
     Raises:
         ValueError: the pattern is no regular expression, or takes longer than a second.
 
