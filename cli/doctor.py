@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""The command that checks this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters and packs in other layouts, and their check."""
+"""Commands that convert adapters and packs to other layouts, and verify packs."""
 
 from __future__ import annotations
 

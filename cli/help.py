@@ -1,4 +1,4 @@
-"""How commands show themselves: options in groups, commands in sections, words for what is gone."""
+"""Help of commands: options in groups, commands in sections, messages for removed options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Command", "Entry", "GroupedOption", "LazyGroup", "load"]
 
 
 class GroupedOption(click.Option):
-    """An option with the heading that the help shows it under."""
+    """An option that the help shows under the heading `group`."""
 
     def __init__(self, *args: Any, group: str, **attributes: Any) -> None:  # noqa: ANN401  click's
         super().__init__(*args, **attributes)
@@ -22,9 +22,9 @@ class GroupedOption(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help has its options by group, and that knows what it had once.
+    """A command with its options in groups, and a message for options that were removed.
 
-    Of the help, which is a docstring mostly, a paragraph of examples keeps its lines.
+    In its help a paragraph of examples keeps its lines.
     """
 
     def __init__(self, name: str | None, help: str | None = None, **attributes: Any) -> None:  # noqa: ANN401  click's
@@ -32,7 +32,7 @@ class Command(click.Command):
         super().__init__(name, help=text, **attributes)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups in the order of their first options; those of none last."""
+        """Write the groups in the order of their first options, and options without one last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         rest = []
         for param in self.get_params(ctx):
@@ -46,7 +46,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; an option that is gone is told apart from one that never was."""
+        """Parse as click does; an option that was removed gets a message of its own."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -59,12 +59,12 @@ class Command(click.Command):
 
 
 class Entry(NamedTuple):
-    """A command as its parent knows it.
+    """An entry for a command in the help of its group.
 
     Attributes:
         place: `module:name` in this package.
-        section: heading that the parent's help shows it under.
-        help: one sentence, the first of the command's own help.
+        section: heading in the group's help.
+        help: the first sentence of the command's own help.
     """
 
     place: str
@@ -73,23 +73,23 @@ class Entry(NamedTuple):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are named, and not for its own help."""
+    """A group that imports a command only when it runs, and none for its own help."""
 
     def __init__(self, *args: Any, entries: Mapping[str, Entry], **attributes: Any) -> None:  # noqa: ANN401  click's
         super().__init__(*args, **attributes)
         self.entries = entries
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the help."""
+        """The names of the commands, in the order of the help."""
         return list(self.entries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a name, its module imported now."""
+        """Import and return the command of a name; None if there is none."""
         entry = self.entries.get(cmd_name)
         return load(entry.place) if entry else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections, by what the entries say."""
+        """Write the sections from the entries, without importing commands."""
         width = max(map(len, self.entries))
         for section in dict.fromkeys(entry.section for entry in self.entries.values()):
             rows = [
@@ -102,6 +102,6 @@ class LazyGroup(click.Group):
 
 
 def load(place: str) -> click.Command:
-    """The command at `module:name` of this package."""
+    """Import and return the command at `module:name` of this package."""
     module, name = place.split(":")
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)

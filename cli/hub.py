@@ -1,4 +1,4 @@
-"""`push`: a pack to the Hugging Face hub."""
+"""The command that uploads a pack to the Hugging Face hub."""
 
 from __future__ import annotations
 

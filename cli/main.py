@@ -40,11 +40,11 @@ _COMMANDS = {
 
 
 def _form(args: list[str]) -> tuple[str, list[str]]:
-    """Which command these arguments ask for, and what is left for it."""
+    """The command that these arguments name, and the arguments that are left for it."""
     name, *rest = args
     if gone := COMMANDS.get((name, rest[0] if rest else "")):
         raise click.UsageError(f"{name} {rest[0]}: no longer a command; {gone}")
-    # Its name before there was `phone`; no other form of `bench` has that option.
+    # `bench PACK --device` is the old name of `phone`; no other form of `bench` has that option.
     if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
         click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
         return "phone", rest
@@ -52,7 +52,7 @@ def _form(args: list[str]) -> tuple[str, list[str]]:
 
 
 class _Commands(LazyGroup):
-    """The commands, and the form of `bench` that is told by its arguments."""
+    """The commands, with the old form of `bench` that is recognised by its arguments."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -88,7 +88,7 @@ def _format_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """Warnings of input are a line without the place in the code; all others are Python's."""
+    """Format an `InputWarning` as one line without its place in the code; others as Python does."""
     from d2c_mlx.utils.errors import InputWarning
 
     if issubclass(category, InputWarning):
@@ -113,7 +113,7 @@ def main() -> None:
         from d2c_mlx.utils.errors import D2CError
 
         if isinstance(error, OSError) and error.strerror:
-            # A full disk, a directory that may not be written: nothing that a traceback explains.
+            # A traceback explains neither a full disk nor a directory that may not be written.
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {where}{error.strerror}", err=True)
             sys.exit(1)

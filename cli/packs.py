@@ -1,4 +1,4 @@
-"""Commands that look into a pack and change it."""
+"""Commands that show a pack, change it and route prompts to its tasks."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
 
 
 def _routed(pack: Path) -> str:
-    """What to say after a change of the tasks, which drops a router."""
+    """The note after a change of the tasks, which drops a router; "" if there was none."""
     from d2c_mlx.serve.router import ROUTER
 
     again = f"; its router is gone, fit another with d2c-mlx route {pack} --tasks DIR"

@@ -17,5 +17,5 @@ class UserPath(click.Path):
         param: click.Parameter | None,
         ctx: click.Context | None,
     ) -> Any:  # noqa: ANN401  as click has it
-        """The path, the home directory put in."""
+        """Expand `~` in a path, then check it as click does."""
         return super().convert(os.path.expanduser(value), param, ctx)

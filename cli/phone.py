@@ -1,4 +1,4 @@
-"""The command that measures a pack as on a phone."""
+"""The command that measures a pack on a quantized model, as on a phone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is gone, and what to use in its place; the options of a run are in `d2c_mlx.run.removed`."""
+"""Removed commands and options, with their replacements; d2c_mlx/run/removed.py has a run's."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COMMANDS = {
 
 
 def instead(command: str, option: str) -> str | None:
-    """What to say of an option that a command has no more; None if it never had it."""
+    """The message for an option that a command no longer has; None if it never had it."""
     said = OPTIONS.get((command, option))
     if said:
         return f"{option}: no longer an option; {said}"
-    # Only now that something is wrong: help must not import the library.
+    # Imported only after an error, because help must not import the library.
     from d2c_mlx.run.removed import REMOVED
 
     gone = REMOVED.get(option.lstrip("-").removeprefix("no-").replace("-", "_"))

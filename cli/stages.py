@@ -1,4 +1,4 @@
-"""A run and its stages. Library imports stay inside commands, so that --help is instant."""
+"""The commands of a run and its stages. They import the library late, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _RESUMES = (
 
 
 def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
-    """Load the config (a run directory's own if no file is given), run, print.
+    """Load the config (the run directory's own if no file is given), run and print.
 
-    Under `mlx.launch` ranks other than 0 serve instead: they need no file but the base model's.
+    Under `mlx.launch`, ranks other than 0 work for rank 0 instead; they read only the base model.
     """
     from d2c_mlx.run.config_file import load_config
     from d2c_mlx.utils.environment import RANK_VARIABLES
@@ -61,7 +61,7 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     from d2c_mlx.run.directory import RunDirectory
 
     directory = RunDirectory(Path(checked.output))
-    # Asked here as well, since the pipeline takes seconds to import.
+    # The pipeline checks this too, but takes seconds to import.
     if not directory.is_finished(checked, stages_of(checked, until)):
         from d2c_mlx.pipeline import run as run_pipeline
 
@@ -96,9 +96,9 @@ def _show(output: Path, stage: str, as_json: bool) -> None:
 
 
 def _stage(about: Callable[[], None]) -> click.Command:
-    """The command of a stage, called and described as a function is that has no body.
+    """Make the command of a stage from a function without a body, by its name and docstring.
 
-    It has the options of RunConfig, and the optional YAML file that they override.
+    The command takes the options of RunConfig, and an optional YAML file that they override.
     """
     name = about.__name__
 

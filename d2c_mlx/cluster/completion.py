@@ -1,8 +1,8 @@
-"""A probe table of many adapters: measured where two are alike, expected everywhere else.
+"""A loss table of many adapters: measured between similar adapters, estimated everywhere else.
 
-All N adapters on all N tasks are N^2 evaluations, 40,000 for 200 adapters. The table says which
-adapters may share a slot, and these are among the most alike in dW: so a task is measured under
-those alone. What is expected of the others is what the task and the adapter do on average.
+All N adapters on all N tasks are N^2 evaluations, 40,000 for 200 adapters. The table decides which
+adapters share a slot, and such adapters are among the most similar in dW. So a task is measured
+under those alone. The other regrets are estimated from the averages of the task and the adapter.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ __all__ = ["completed", "nearest", "others_needed"]
 
 
 def others_needed(n: int, least: int, n_clusters: int | None = None) -> int:
-    """Under how many other adapters a task is measured: twice as many as share a slot, or `least`.
+    """The number of other adapters to measure each task under: twice a slot's share, or `least`.
 
     Args:
         n: number of adapters.
-        least: at least so many, if there are.
-        n_clusters: slots for them; None if that is not known yet.
+        least: lower bound of the result, as far as there are adapters.
+        n_clusters: number of slots; None if it is not known yet.
     """
     return min(n - 1, max(least, 2 * ceil(n / n_clusters) if n_clusters else 0))
 
 
 def nearest(similarity: np.ndarray, n_others: int) -> np.ndarray:
-    """`(n, n)` bool: task i is measured under adapter j, its own or one of the most alike.
+    """Choose the pairs to measure: each task under its own adapter and the most similar others.
 
     Args:
-        similarity: `(n, n)` cosines of dW, see `features.similarity`.
-        n_others: of a task; ties go to the first.
+        similarity: `(n, n)` cosines of dW, see `adapters.similarity.similarity`.
+        n_others: other adapters per task, see `others_needed`; ties go to the first.
+
+    Returns:
+        `(n, n)` bool, True where task i is measured under adapter j.
     """
     alike = similarity.copy()
     np.fill_diagonal(alike, np.inf)
@@ -45,11 +48,14 @@ def nearest(similarity: np.ndarray, n_others: int) -> np.ndarray:
 def completed(regrets: np.ndarray) -> np.ndarray:
     """Estimate the regrets that were not measured (NaN).
 
-    A regret is estimated as a constant, plus what the task adds, plus what the adapter adds: ridge
-    regression on those that were measured, of tasks under other adapters than their own.
+    An estimate is the sum of a constant, an effect of the task and an effect of the adapter. Ridge
+    regression fits them to the measured regrets of tasks under other adapters than their own.
 
     Args:
-        regrets: `(n, n)`, task i under adapter j.
+        regrets: `(n, n)` normalised regrets, task i under adapter j.
+
+    Returns:
+        `(n, n)` without NaN; measured regrets are unchanged.
     """
     missing = np.isnan(regrets)
     if not missing.any():

@@ -1,4 +1,4 @@
-"""D2C, https://arxiv.org/abs/2601.17441: the loop of the paper, and moves from the best start."""
+"""D2C, https://arxiv.org/abs/2601.17441: the paper's loop, and moves from the best start."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from d2c_mlx.cluster.partition import Clustering, Problem, canonical, kmeans, re
 
 __all__ = ["INITS", "d2c"]
 
-# A run offers the last two. Single adapters are for the experiment of the paper: they are the start
-# from which its loop moves; in a partition every task prefers the merge that has its own adapter.
+# A run offers the last two. "adapters" is no option of a run, because the table is the better start
+# of the two. It is here for the experiment that repeats the paper, whose loop moves from it alone:
+# in a partition every task prefers the merge that has its own adapter.
 INITS = ("adapters", "kmeans", "table")
-# Rounds of the paper's loop without a new best, after which it ends.
+# The paper's loop ends after this many rounds without a new best.
 _STALE_ROUNDS = 2
-# How often a merge is mostly evaluated until its scale is found.
+# Typical number of evaluations until the scale of a merge is found.
 _TUNINGS = 4
 
 
 def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
-    """A random first adapter, then always the one worst served by, and serving, the others."""
+    """Choose a random adapter, then always the one farthest from those chosen, in mutual regret."""
     distance = problem.regrets + problem.regrets.T
     seeds = [int(rng.integers(problem.n))]
     while len(seeds) < n_clusters:
@@ -34,7 +35,7 @@ def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator)
 
 
 def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
-    """The partition of round 0; from adapters, each task joins the seed that serves it best."""
+    """The partition of round 0; for "adapters", each task joins the seed that serves it best."""
     if init == "kmeans":
         return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
     if init == "table":
@@ -49,8 +50,8 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
 def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -> np.ndarray:
     """`(n, k)` normalised regret of every task under the merge of every cluster.
 
-    Infinity where it is proven to be no reason to move: at most `eps` below the task's own
-    cluster's.
+    Infinity stands for a regret that is proven to be no reason to move: it is at most `eps` below
+    the regret in the task's own cluster.
     """
     inside = [np.flatnonzero(labels == k).tolist() for k in range(n_clusters)]
     outside = [np.flatnonzero(labels != k).tolist() for k in range(n_clusters)]
@@ -58,7 +59,7 @@ def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -
     regrets = np.full((problem.n, n_clusters), np.inf)
     for k, own in enumerate(problem.measure(list(zip(merges, inside)))):
         regrets[inside[k], k] = own
-    # A hair above, so that rounding never rules out what would move.
+    # Slightly higher, so that rounding never rules out a task that would move.
     limits = regrets.min(axis=1) - eps + 1e-9
     others = problem.measure(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
     for k, other in enumerate(others):
@@ -69,7 +70,7 @@ def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -
 def _refine(
     problem: Problem, labels: np.ndarray, n_clusters: int, rounds: int, eps: float
 ) -> tuple[tuple[int, ...], float, list[dict[str, Any]], str]:
-    """The loop of the paper from one start: `(best labels, objective, history, why it stopped)`."""
+    """Run the paper's loop from one start: `(best labels, objective, history, why it stopped)`."""
     rows = np.arange(problem.n)
     history: list[dict[str, Any]] = []
     best, best_objective, stale, stopped = canonical(labels), np.inf, 0, "rounds"
@@ -113,25 +114,30 @@ def d2c(
     eps: float = 1e-3,
     patience: int = 10,
 ) -> Clustering:
-    """D2C: which adapters to merge, decided by the probe losses of merges.
+    """Choose which adapters to merge by the losses of merges on calibration rows.
+
+    Use search "moves" to compress; use "paper" to repeat the paper's experiment. `kmeans` in
+    `partition.py` needs no losses, and is the baseline.
 
     Args:
-        problem: what can be asked.
+        problem: adapters, and the callables that merge and measure them.
         n_clusters: K; at N or more every adapter stays alone.
-        search: "paper": move each task to the cluster whose merge serves it best, merge again,
-            repeat, from every start. "moves": single moves and swaps, each judged by the merges
-            that it changes, from the best start.
+        search: "paper" moves each task to the cluster whose merge serves it best, merges again and
+            repeats, from every start. "moves" tries single moves and swaps, each judged by the
+            merges that it changes, from the best start.
         init: starts to try: "table" (`local_search.predicted_partition`), "kmeans", "adapters" (K
-            single adapters as the first merges, farthest first; it needs the whole probe table).
-            The best by normalised regret wins, the first among equals.
-        rounds: most reassignments of one start of the paper's loop.
-        restarts: draws of a start from "adapters"; the others, and one cluster, need only one.
-        seed: of all random choices.
-        eps: a task moves only if its regret falls by more.
-        patience: stop "moves" after so many proposals in a row that failed.
+            single adapters as the first merges, farthest first; it needs the whole loss table).
+            The lowest normalised regret wins; ties go to the first.
+        rounds: most reassignments from one start of the paper's loop.
+        restarts: draws of the start "adapters"; the other starts, and K = 1, need only one.
+        seed: seed of all random choices.
+        eps: a task, or a step of "moves", must lower the regret by more than this.
+        patience: "moves" ends after this many failed steps in a row.
 
     Returns:
-        The best partition that was seen, with the history of the run that found it.
+        The best partition found, with the history of the run that found it.
+
+    Source: https://arxiv.org/abs/2601.17441.
     """
     if n_clusters >= problem.n:
         return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
@@ -156,7 +162,7 @@ def d2c(
         starts.append(
             {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
         )
-    # The first among equals, rounding apart.
+    # Ties, up to rounding, go to the first.
     lowest = min(start["objective"] for start in starts)
     place = next(i for i, start in enumerate(starts) if start["objective"] <= lowest + 1e-12)
     winner = found[place]
@@ -174,9 +180,9 @@ def d2c(
 
 
 def _foresee(problem: Problem, n_clusters: int, search: str, patience: int, n_starts: int) -> None:
-    """About what the starts that are left will ask for, and the moves from the best of them."""
+    """Estimate the work of the starts that are left, and of the moves from the best of them."""
     if search == "paper":
-        # All tasks under every merge; what later rounds add, bounds save.
+        # All tasks under every merge; early stopping saves about what later rounds add.
         times = n_starts * (_TUNINGS + n_clusters)
     else:
         times = n_starts * _TUNINGS + patience // n_clusters

@@ -1,8 +1,8 @@
 """Single moves and swaps, each judged by the merges that it changes.
 
-The loop of the paper compares a task's own cluster, which has its adapter in it, with others that
-have not: from a partition, nothing moves (self-inclusion). Here a move of task i from A to B is
-what it does to both: the regrets under merge(A without i) and merge(B with i) against those under
+The paper's loop compares a task's own cluster, which contains its adapter, with clusters that do
+not. So from a partition nothing moves (self-inclusion). Here a move of task i from A to B is judged
+by both clusters: the regrets under merge(A without i) and merge(B with i) against those under
 merge(A) and merge(B).
 """
 
@@ -21,7 +21,7 @@ Groups = list[Members]
 
 
 class Costs:
-    """What it costs to merge some adapters: the summed regret of their tasks, each asked once."""
+    """The cost of merging some adapters: the summed regret of their tasks, each measured once."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -29,7 +29,7 @@ class Costs:
         self._harm = problem.harm
 
     def __call__(self, members: Members) -> float:
-        """Measured on the merge, its scale tuned; 0 for a single adapter."""
+        """The cost measured on the merge with its scale tuned; 0 for a single adapter."""
         if len(members) == 1:
             return 0.0
         if members not in self._known:
@@ -37,7 +37,12 @@ class Costs:
         return self._known[members]
 
     def tried(self, members: Members, like: Members) -> float:
-        """Measured at the scale of the measured cluster `like`: a third of the evaluations."""
+        """The cost measured at another merge's scale, in a third of the evaluations.
+
+        Args:
+            members: indices of the adapters to merge.
+            like: a measured cluster, whose scale is used.
+        """
         if len(members) == 1 or len(like) == 1 or members in self._known:
             return self(members)
         return self._measured(members, like)
@@ -52,11 +57,16 @@ class Costs:
         return sum(self(group) for group in groups_of(labels)) / self.problem.n
 
     def predicted(self, members: Members) -> float:
-        """From single adapters alone: a merge serves a task as its members do on average."""
+        """The cost predicted from single adapters: a merge serves a task as its members average."""
         return float(self._harm[np.ix_(members, members)].sum()) / len(members)
 
     def expected(self, members: Members, like: Members) -> float:
-        """Predicted, times what a measured cluster cost above its own prediction."""
+        """The predicted cost, corrected by the error of a similar prediction.
+
+        Args:
+            members: indices of the adapters to merge.
+            like: a measured cluster; its ratio of measured to predicted cost is the factor.
+        """
         if members in self._known or len(members) == 1:
             return self(members)
         known, prediction = self(like), self.predicted(like)
@@ -78,9 +88,9 @@ def _labels(groups: Groups, n: int) -> tuple[int, ...]:
 
 
 def _neighbours(groups: Groups) -> Iterator[tuple[int, int, Members, Members]]:
-    """Every move and swap as (a, b, a's new members, b's) that gives another partition.
+    """Yield every move and swap as (a, b, a's new members, b's new members).
 
-    No cluster becomes empty.
+    Each gives another partition, and none empties a cluster.
     """
     for a, from_a in enumerate(groups):
         for b, from_b in enumerate(groups):
@@ -103,10 +113,17 @@ def _without(members: Members, i: int) -> Members:
 
 
 def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
-    """The partition that single adapters predict to be the best; asks nothing of the model.
+    """Find the partition that is best by the predictions from single adapters.
 
-    The two clusters whose union costs least more become one until `n_clusters` are left. Then the
-    best move or swap, while one helps.
+    It measures nothing. The two clusters whose union raises the cost least become one until
+    `n_clusters` are left. Then the best move or swap is taken while one helps.
+
+    Args:
+        problem: only its regrets are read.
+        n_clusters: K, at most N.
+
+    Returns:
+        The cluster of every adapter, numbered by first appearance.
     """
     harm = problem.harm
     member = np.eye(len(harm))  # (clusters, n)
@@ -116,7 +133,7 @@ def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
         cost = total / size
         union = (mutual + mutual.T + total[:, None] + total) / (size[:, None] + size)
         rise = union - cost[:, None] - cost
-        # Of equal ones the first pair, by its later cluster.
+        # Ties go to the first pair, by its later cluster.
         rise[np.triu_indices(len(rise))] = np.inf
         b, a = np.unravel_index(np.argmin(rise), rise.shape)
         member[a] += member[b]
@@ -131,23 +148,26 @@ def predicted_partition(problem: Problem, n_clusters: int) -> tuple[int, ...]:
 def _best_step(
     harm: np.ndarray, labels: np.ndarray, n_clusters: int
 ) -> list[tuple[int, int]] | None:
-    """The move or swap that lowers the predicted cost most, as `(task, cluster)`; None: none does.
+    """Find the move or swap that lowers the predicted cost most.
 
     Args:
-        harm: `(n, n)`, zeros on the diagonal.
-        labels: `(n,)`.
-        n_clusters: none of them empty.
+        harm: `(n, n)` bounded regrets, zeros on the diagonal.
+        labels: `(n,)` cluster of every task.
+        n_clusters: number of clusters, none of them empty.
+
+    Returns:
+        Pairs of a task and its new cluster: one for a move, two for a swap; None if no step helps.
     """
     tasks, member = np.arange(len(harm)), np.eye(n_clusters)[labels]  # (n, clusters)
     both = harm + harm.T
-    mutual = both @ member  # (n, clusters), what task i and the members of k do to each other
+    mutual = both @ member  # (n, clusters), harm between task i and the members of k
     size, total = member.sum(axis=0), (mutual * member).sum(axis=0) / 2
     cost, own = total / size, size[labels]
-    rest = total[labels] - mutual[tasks, labels]  # what is left of its cluster without task i
+    rest = total[labels] - mutual[tasks, labels]  # total harm in i's cluster without i
     left = np.where(own > 1, rest / np.maximum(own - 1, 1), np.inf)  # no cluster becomes empty
     moves = left[:, None] + (total + mutual) / (size + 1) - cost[labels][:, None] - cost
     moves[tasks, labels] = np.inf
-    # `(n, n)`, the cost of the cluster of i when j has taken its place.
+    # `(n, n)`, the cost of i's cluster when j has replaced i.
     swapped = (rest[:, None] + mutual.T[labels] - both) / own[:, None]
     swaps = swapped + swapped.T - cost[labels][:, None] - cost[labels]
     swaps[labels[:, None] == labels] = np.inf
@@ -163,16 +183,17 @@ def _best_step(
 def improve(
     costs: Costs, labels: Sequence[int], eps: float, patience: int
 ) -> tuple[list[dict[str, Any]], str]:
-    """Moves and swaps, the most promising first, while they lower the measured objective.
+    """Take moves and swaps, the most promising first, while they lower the measured objective.
 
     Args:
-        costs: of clusters.
-        labels: where to start.
-        eps: a step must lower the summed regret by more.
+        costs: measured and expected costs of clusters.
+        labels: the partition to start from.
+        eps: a step must lower the summed regret by more than this.
         patience: stop after this many steps in a row that did not.
 
     Returns:
-        Objective and labels of the start and after every step taken, and why it ended.
+        The history (objective and labels at the start and after every step taken), and why the
+        search ended: "patience" or "converged".
     """
     n, groups, failed = costs.problem.n, groups_of(labels), 0
     history = [{"objective": costs.objective(labels), "labels": list(_labels(groups, n))}]
@@ -183,7 +204,7 @@ def improve(
             if frozenset((new_a, new_b)) in tried:
                 continue
             tried.add(frozenset((new_a, new_b)))
-            # What is asked for if none of them helps: of a step mostly one merge, see `_lowers`.
+            # The work if none of them helps: a step mostly takes one merge, see `_lowers`.
             ahead = steps[place : place + patience - failed]
             costs.problem.foresee([max(step[2:], key=len) for step in ahead])
             if _lowers(costs, (groups[a], groups[b]), (new_a, new_b), eps):
@@ -199,9 +220,9 @@ def improve(
 
 
 def _lowers(costs: Costs, old: tuple[Members, ...], new: tuple[Members, ...], eps: float) -> bool:
-    """Whether a step lowers the cost; its scales are tuned only if it does so without."""
+    """True if a step lowers the cost; scales are tuned only if it already does so untuned."""
     most = costs(old[0]) + costs(old[1]) - eps
-    # A cluster hardly ever costs less than 0, so mostly one of the two is enough to say no.
+    # A cluster hardly ever costs less than 0, so one of the two is mostly enough to refuse a step.
     one = costs.tried(new[1], old[1])
     if one >= most or one + costs.tried(new[0], old[0]) >= most:
         return False
@@ -209,7 +230,7 @@ def _lowers(costs: Costs, old: tuple[Members, ...], new: tuple[Members, ...], ep
 
 
 def _promising(costs: Costs, groups: Groups) -> list[tuple[int, int, Members, Members]]:
-    """All steps, those with the largest expected fall first, ties in the order of the tasks."""
+    """All steps, the largest expected fall first, ties in the order of the tasks."""
     steps = list(_neighbours(groups))
 
     def change(step: tuple[int, int, Members, Members]) -> float:

@@ -1,7 +1,7 @@
-"""Partitions of adapters, what may be asked about them, and the baselines.
+"""Partitions of adapters, the problem that clusterings solve, and the baselines.
 
-Clusterings are written against `Problem`: two callables (merge, measure) and a few numbers, so that
-a numpy table is enough to test them.
+Clusterings see the model only through `Problem`: two callables (merge, measure) and a few arrays.
+So a numpy table is enough to test them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Members = tuple[int, ...]
 
 
 class Merge(Protocol):
-    """Merges of adapters."""
+    """A callable that merges adapters."""
 
     def __call__(self, members: Members, like: Members = ()) -> Any:  # noqa: ANN401  opaque
-        """An opaque merge.
+        """Merge adapters into an object that only `Measure` looks into.
 
         Args:
-            members: what is merged.
-            like: members of another merge whose scale is taken; none: the scale is tuned.
+            members: indices of the adapters to merge.
+            like: members of another merge whose scale is used; empty to tune the scale.
         """
 
 
 class Measure(Protocol):
-    """Normalised regrets of tasks under merges, measured on their calibration rows."""
+    """A callable that measures regrets of tasks under merges on their calibration rows."""
 
     def __call__(
         self,
@@ -51,11 +51,11 @@ class Measure(Protocol):
         """Measure every merge on its tasks.
 
         Args:
-            jobs: pairs of a merge and the tasks that it is tried on.
-            limits: for each job `(n_tasks,)`; a regret above its limit need not be exact.
+            jobs: pairs of a merge and the indices of its tasks.
+            limits: `(n_tasks,)` per job; a regret above its limit need not be exact.
 
         Returns:
-            For each job `(n_tasks,)`; infinity may stand for a regret above its limit.
+            `(n_tasks,)` normalised regrets per job; infinity may stand for one above its limit.
         """
 
 
@@ -65,18 +65,18 @@ def _ignored(merges: Sequence[Members]) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """N tasks, one adapter each, and what can be asked about merges of them.
+    """N tasks with one adapter each, and the callables that merge and measure them.
 
-    A regret is 0 at the task's own adapter and 1 at the base model: losses of different tasks are
-    not comparable, their regrets are.
+    A regret is 0 at the task adapter and 1 at the base model. Losses of different tasks are not
+    comparable; their regrets are.
 
     Attributes:
         regrets: `(n, n)` regret of task i under adapter j, measured or estimated.
-        merge: makes the merges.
-        measure: (merge, tasks) pairs -> for each the tasks' regrets.
+        merge: makes a merge of some adapters.
+        measure: measures the regrets of tasks under merges.
         features: `(n, d)` one row per adapter, for K-Means.
-        foresee: is told of merges whose members are about to be asked for, in place of those it
-            was told of before.
+        foresee: takes the estimated work ahead, as the members of the merges to be measured. Each
+            call replaces the estimate before it.
     """
 
     regrets: np.ndarray
@@ -92,7 +92,7 @@ class Problem:
 
     @property
     def harm(self) -> np.ndarray:
-        """`(n, n)` regrets within bounds: a merge holds only a part of a harmful adapter."""
+        """`(n, n)` bounded regrets: a merge holds only a part of a harmful adapter."""
         return bounded(self.regrets)
 
 
@@ -108,12 +108,12 @@ class Clustering:
     Attributes:
         method: `d2c`, `kmeans`, `random` or `merge-all`.
         labels: cluster of every adapter; clusters are numbered by first appearance.
-        objective: mean normalised regret on the probes, None where it was not measured.
+        objective: mean normalised regret on the calibration rows; None where it was not measured.
         history: objective and labels of every round that was measured.
-        seed: of the random choices.
-        init: how the best run of D2C started.
-        stopped: why it ended: converged, repeated, no progress, rounds, patience.
-        starts: of D2C, every start that was tried: init, restart, objective, stopped.
+        seed: seed of the random choices.
+        init: start of the best run of D2C.
+        stopped: why it ended: converged, repeated, no progress, rounds or patience.
+        starts: every start that D2C tried: init, restart, objective, stopped.
     """
 
     method: str
@@ -141,18 +141,21 @@ class Clustering:
 
 
 def canonical(labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
-    """The same partition with clusters numbered by first appearance."""
+    """Number the clusters of a partition by first appearance, so that equal partitions compare."""
     number: dict[int, int] = {}
     return tuple(number.setdefault(int(label), len(number)) for label in labels)
 
 
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:
-    """Give every empty cluster one task: the worst-served that does not live alone.
+    """Move one task into every empty cluster: the worst-served one that is not alone in its own.
 
     Args:
-        labels: `(n,)`.
-        n_clusters: at most n.
+        labels: `(n,)` cluster of every task.
+        n_clusters: number of clusters, at most n.
         worst: `(n,)` how badly each task is served now; ties go to the lowest index.
+
+    Returns:
+        `(n,)` labels without an empty cluster; a copy.
     """
     labels = labels.copy()
     for cluster in range(n_clusters):
@@ -165,7 +168,13 @@ def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray
 
 
 def random_partition(n: int, n_clusters: int, seed: int) -> Clustering:
-    """A uniform random assignment in which no cluster is empty."""
+    """Assign adapters at random, uniformly, with no cluster empty; a baseline.
+
+    Args:
+        n: number of adapters.
+        n_clusters: number of clusters, at most n.
+        seed: seed of the assignment.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_clusters, size=n)
     labels = refill(labels, n_clusters, rng.random(n))
@@ -173,20 +182,27 @@ def random_partition(n: int, n_clusters: int, seed: int) -> Clustering:
 
 
 def merge_all(n: int) -> Clustering:
-    """Everything in one cluster."""
+    """Put all adapters in one cluster; a baseline."""
     return Clustering("merge-all", (0,) * n)
 
 
 def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clustering:
-    """K-Means++ on rows of unit length (cosine), the baseline of the paper and of MBC.
+    """Cluster by K-Means++ on rows of unit length (cosine), the baseline of the paper.
 
-    Source: https://arxiv.org/abs/2405.11157.
+    It looks at the adapters alone. `d2c` looks at the losses of merges.
+
+    Args:
+        features: `(n, d)` one row per adapter, see `adapters.similarity.svd_features`.
+        n_clusters: number of clusters, none of them empty.
+        seed: seed of the starts.
+
+    Source: MBC, https://arxiv.org/abs/2405.11157.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # One thread: the same sums in the same order on every run. Equal rows give fewer clusters
+    # One thread gives the same sums in the same order on every run. Equal rows give fewer clusters
     # than asked, with a warning; `refill` below fills them.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -1,4 +1,4 @@
-"""Probe evaluations: losses of many adapters on many tasks, never the same one twice."""
+"""Losses of many adapters on many tasks, each evaluated only once."""
 
 from __future__ import annotations
 
@@ -28,52 +28,56 @@ __all__ = [
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
-# Shares of a task's calibration rows after which an evaluation may stop: most candidates of D2C are
-# several times worse than what a task has.
+# Shares of a task's calibration rows after which an evaluation may stop. Most candidates of D2C are
+# several times worse than the cluster that a task is in.
 CUTS = (0.2, 0.5)
 
 
 class Meter(Protocol):
-    """What shows progress: told of tokens to come, then of tokens done."""
+    """A progress display, in tokens."""
 
     def foresee(self, n_tokens: int) -> None:
-        """About so much is to come, in place of what was foreseen before."""
+        """Set the estimate of the work that is not expected yet; replaces the one before."""
 
     def expect(self, n_tokens: int) -> None:
-        """More work is known of, which is part of what was foreseen."""
+        """Add work that is certain to come; it is taken from the estimate."""
 
     def advance(self, n_tokens: int) -> None:
-        """Work is done."""
+        """Count work as done."""
 
 
 class Silent:
     """A meter that shows nothing."""
 
     def foresee(self, n_tokens: int) -> None:
-        """About so much is to come, in place of what was foreseen before."""
+        """Do nothing."""
 
     def expect(self, n_tokens: int) -> None:
-        """More work is known of, which is part of what was foreseen."""
+        """Do nothing."""
 
     def advance(self, n_tokens: int) -> None:
-        """Work is done."""
+        """Do nothing."""
 
 
 class Runner(Protocol):
-    """What evaluates: an `Engine`, or several ranks that share the work."""
+    """Runs the base model: an `Engine`, or several ranks that share the work."""
 
     def fingerprint(self, examples: ExampleSet) -> str:
-        """Of all that decides the bits of a loss, but the adapter."""
+        """Hash all that decides the bits of a loss, except the adapter."""
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
-        """Yield (index of a piece, sum of its targets' NLL) as they come."""
+        """Yield (index of a piece, sum of its targets' NLL in nats) in the order of completion."""
 
 
 @dataclass
 class Counts:
-    """Evaluations of one adapter on one example set, and the tokens of those that were done.
+    """Counts of evaluations, each of one adapter on one example set.
 
-    One that was left at a cut counts as the share of its tokens that was evaluated.
+    Attributes:
+        asked: evaluations that were asked for, cached ones included.
+        done: evaluations that were run; one that stopped early counts as the share of its tokens
+            that was evaluated.
+        tokens: tokens of the evaluations that were run, prompts included.
     """
 
     asked: int = 0
@@ -82,15 +86,22 @@ class Counts:
 
 
 class Evaluator:
-    """Mean losses on a base model, each evaluated once and kept by content.
+    """Mean losses on a base model, each evaluated once and cached by content.
 
-    A key is the hash of (engine, base, adapter content, token ids): two equal merges share it,
-    whatever they are called. Source of the loss: mlx-lm's `default_loss` on the tokens that its
-    dataset classes mark.
+    A cache key is the hash of engine, base model, adapter content and token ids. So two equal
+    merges share a loss, whatever their names.
+
+    The loss is that of mlx-lm's trainer, `default_loss`, on the targets of its dataset classes.
+    Source: https://github.com/ml-explore/mlx-lm.
     """
 
     def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
-        """Evaluate with `runner`; None evaluates everything again every time."""
+        """Make an evaluator.
+
+        Args:
+            runner: runs the base model.
+            cache: keeps losses; None evaluates everything again every time.
+        """
         self.runner, self.cache = runner, cache
         self.meter: Meter = Silent()
         self.counts = Counts()
@@ -98,22 +109,22 @@ class Evaluator:
     def losses(
         self, jobs: Sequence[Job], limits: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """Evaluate every job; what is known costs nothing.
+        """Evaluate every job; cached losses cost nothing.
 
-        An NLL is never negative, so the sum over some rows of a set bounds the sum over all: with
-        limits, a set is evaluated part by part and left at the first cut where its loss is proven
-        to be above its limit.
+        An NLL is never negative, so the sum over some rows of a set bounds the sum over all. With
+        limits, a set is evaluated part by part and stops at the first cut where its loss is proven
+        to be above its limit. Use `losses_in_parts` for few sets without limits.
 
         Args:
-            jobs: pairs of an adapter (None: the bare base) and the example sets to try it on.
-            limits: for each job `(n_sets,)`, in nats.
+            jobs: pairs of an adapter (None for the bare base model) and its example sets.
+            limits: `(n_sets,)` per job, in nats per target token; None evaluates every set whole.
 
         Returns:
-            For each job `(n_sets,)`: mean NLL per target token, in nats; infinity where it is
-            above its limit.
+            `(n_sets,)` mean NLL per target token per job, in nats; infinity above the limit.
 
         Raises:
-            InputError: a loss is no number, which names the adapter or the base.
+            AdapterError: a loss under an adapter is not finite.
+            ModelError: a loss under the base model is not finite.
         """
         self.counts.asked += sum(len(sets) for _, sets in jobs)
         places = [(j, i) for j, (_, sets) in enumerate(jobs) for i in range(len(sets))]
@@ -134,7 +145,10 @@ class Evaluator:
         return [sums / n for sums, n in zip(found, n_targets)]
 
     def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """As `losses`, the parts of a set side by side: few sets would leave cores idle."""
+        """Evaluate every job as `losses` does, with the parts of a set side by side.
+
+        Use it where few sets would leave cores idle. Jobs, result and errors are those of `losses`.
+        """
         parts = [[part for one in sets for part in one.parts] for _, sets in jobs]
         found = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
         result = []
@@ -145,7 +159,7 @@ class Evaluator:
         return result
 
     def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
-        """The NLL sum of every (adapter, part, the set that it is part of)."""
+        """The NLL sum, in nats, of every (adapter, part, set of the part)."""
         keys = [self._key(adapter, part) for adapter, part, _ in wanted]
         known: dict[str, float] = {}
         missing = {}
@@ -170,7 +184,7 @@ class Evaluator:
             self.counts.done += n_tokens / missing[names[i]][2].n_tokens
             self.counts.tokens += n_tokens
             self.meter.advance(n_tokens)
-        if odd:  # Only now: other ranks wait until all is done.
+        if odd:  # Raised only now, because other ranks wait until all is done.
             first = min(odd)
             raise _overflow(odd[first], *pieces[first])
         return [known[key] for key in keys]
@@ -181,7 +195,7 @@ class Evaluator:
 
 
 def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputError:
-    """Of a loss that is no number: neither JSON nor a comparison has a use for it."""
+    """The error for a loss that is not finite, which JSON cannot hold and nothing can compare."""
     why = f"the loss on task {part.task!r} is {total}"
     if adapter is None:
         return ModelError(

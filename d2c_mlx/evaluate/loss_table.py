@@ -1,4 +1,4 @@
-"""The table of calibration losses: every adapter on every task, and what follows from it."""
+"""The table of calibration losses, every adapter on every task, and the regrets it gives."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from d2c_mlx.models.examples import ExampleSet
 
 __all__ = ["LossTable", "measure_losses", "normalized_regret"]
 
-# Nats; a smaller gain is not divided by.
+# In nats. A smaller gain counts as this much where losses are divided by it.
 _LEAST_GAIN = 0.05
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Losses on a scale that tasks share: 0 at the task adapter, 1 at the base model.
+    """Bring losses to a scale that tasks share: 0 at the task adapter, 1 at the base model.
 
-    A gain counts as at least 0.05 nats: an adapter that hardly helps must not outvote the others.
+    A gain counts as at least 0.05 nats, so that an adapter that hardly helps does not outvote the
+    others. Use `LossTable.regret` where there is a table.
 
     Args:
-        losses: `(n_tasks,)` or `(n_tasks, k)`, nats per target token.
-        own: `(n_tasks,)`, under each task's own adapter.
-        base: `(n_tasks,)`, under the bare base model.
+        losses: `(n_tasks,)` or `(n_tasks, k)`, in nats per target token.
+        own: `(n_tasks,)` losses under the task adapters, in the same unit.
+        base: `(n_tasks,)` losses under the bare base model, in the same unit.
+
+    Returns:
+        Regrets in the shape of `losses`, without a unit.
     """
     wide = (slice(None),) + (None,) * (losses.ndim - 1)
     return (losses - own[wide]) / np.maximum(base - own, _LEAST_GAIN)[wide]
@@ -37,13 +41,13 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
 class LossTable:
     """Mean NLL per target token, in nats, of adapters on the tasks' calibration rows.
 
-    Pure data: it knows what a loss is worth, not how it was measured.
+    It is pure data: it converts losses to regrets and measures nothing. `measure_losses` makes one.
 
     Attributes:
         tasks: task names, in row order.
         adapters: adapter names, in column order.
-        values: `(n_tasks, n_adapters)`; NaN where it was not measured (null in the file).
-        base: `(n_tasks,)`, the bare base model.
+        values: `(n_tasks, n_adapters)` losses; NaN (null in the file) where none was measured.
+        base: `(n_tasks,)` losses under the bare base model.
     """
 
     tasks: tuple[str, ...]
@@ -53,7 +57,7 @@ class LossTable:
 
     @property
     def individual(self) -> np.ndarray:
-        """`(n_tasks,)`: each task under its own adapter."""
+        """`(n_tasks,)` losses of each task under its task adapter."""
         return np.diagonal(self.values)
 
     @cached_property
@@ -62,21 +66,32 @@ class LossTable:
         return np.maximum(self.base - self.individual, _LEAST_GAIN)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Losses as `normalized_regret`, with the losses of this table at 0 and 1.
+        """Convert losses to regrets by `normalized_regret`, with this table's losses at 0 and 1.
 
         Args:
-            losses: `(n,)` or `(n, k)`, nats per target token.
-            tasks: `(n,)`, which tasks the rows are.
+            losses: `(n,)` or `(n, k)`, in nats per target token.
+            tasks: `(n,)` indices of the tasks of the rows.
+
+        Returns:
+            Regrets in the shape of `losses`.
         """
         return normalized_regret(losses, self.individual[tasks], self.base[tasks])
 
     def losses_at(self, regrets: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """`(n,)` losses of `tasks` that have these regrets."""
+        """Convert regrets to losses; the inverse of `regret`.
+
+        Args:
+            regrets: `(n,)`.
+            tasks: `(n,)` indices of their tasks.
+
+        Returns:
+            `(n,)` losses, in nats per target token.
+        """
         return self.individual[tasks] + self.gain[tasks] * regrets
 
     @property
     def regrets(self) -> np.ndarray:
-        """`(n_tasks, n_adapters)` regrets of the whole table; NaN where it was not measured."""
+        """`(n_tasks, n_adapters)` regrets of the whole table; NaN where no loss was measured."""
         return self.regret(self.values)
 
     def to_json(self) -> dict[str, object]:
@@ -91,7 +106,7 @@ class LossTable:
 
     @classmethod
     def from_json(cls, data: dict[str, list]) -> LossTable:
-        """Read what `to_json` wrote."""
+        """Make a table from the content that `to_json` gave."""
         return cls(
             tuple(data["tasks"]),
             tuple(data["adapters"]),
@@ -106,13 +121,14 @@ def measure_losses(
     probes: Sequence[ExampleSet],
     measured: np.ndarray,
 ) -> LossTable:
-    """Evaluate adapters, and the bare base, on the tasks' calibration rows.
+    """Evaluate adapters, and the bare base model, on the tasks' calibration rows.
 
     Args:
-        evaluator: on the base model of the adapters.
-        adapters: one per task.
-        probes: one per adapter, in the same order.
-        measured: `(n, n)` bool, whether task i is measured under adapter j.
+        evaluator: evaluates on the base model of the adapters.
+        adapters: one adapter per task.
+        probes: calibration rows, one set per adapter in the same order.
+        measured: `(n, n)` bool, True where task i is measured under adapter j; see
+            `cluster.completion.nearest`.
     """
     tasks = [np.flatnonzero(column).tolist() for column in measured.T]
     jobs: list[Job] = [(None, probes)]

@@ -1,7 +1,7 @@
 """Merges entry by entry: mean, sign election (TIES), both after DARE, and EMR.
 
-Updates are `(T, q, p)` in core space, a result is `(q, p)`. Entries depend on the basis (as they
-do in the papers, where it is the model's): the QR of the stacked factors, adapters in their order.
+Updates are `(T, q, p)` in core space, a result is `(q, p)`. Entries depend on the basis. In the
+papers it is the model's; here it is the QR of the stacked factors, adapters in their order.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from d2c_mlx.adapters.core_space import CoreSpace
 
 __all__ = ["dare_linear", "dare_ties", "drop", "emr", "linear", "ties", "trim"]
 
-# Of the largest entry: sums below it are what rounding in float32 leaves.
+# As a share of the largest entry. Smaller sums are rounding errors of float32.
 _CANCELLED = 1e-6
 
 
 def linear(space: CoreSpace, weights: np.ndarray) -> np.ndarray:
-    """Weighted sum `(q, p)` of the updates, `weights (T,)`.
+    """Add the updates up, weighted by `weights (T,)`; the mean for weights 1 / T.
+
+    It is the reference for all other methods.
+
+    Returns:
+        `(q, p)`.
 
     Source: task arithmetic, https://arxiv.org/abs/2212.04089.
     """
@@ -25,9 +30,17 @@ def linear(space: CoreSpace, weights: np.ndarray) -> np.ndarray:
 
 
 def ties(updates: np.ndarray, density: float) -> np.ndarray:
-    """Trim, elect signs, mean of the entries that agree.
+    """Trim every update, elect a sign per entry, and average the entries that agree with it.
 
-    Equal updates merge to the trimmed update, at density 1 to themselves.
+    Use it when tasks pull in opposite directions. Equal updates merge to the trimmed update, at
+    density 1 to themselves.
+
+    Args:
+        updates: `(T, q, p)`.
+        density: share of entries kept.
+
+    Returns:
+        `(q, p)`.
 
     Source: TIES-Merging, https://arxiv.org/abs/2306.01708, on core entries as in
     https://arxiv.org/abs/2509.17786.
@@ -36,9 +49,18 @@ def ties(updates: np.ndarray, density: float) -> np.ndarray:
 
 
 def dare_linear(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
-    """Drop entries at random, rescale, mean: in expectation the mean of the updates.
+    """Drop entries at random, rescale the rest and average: in expectation the mean of the updates.
 
-    Equal updates merge to themselves only in expectation, or at density 1.
+    Use it to compare; it adds noise to `linear`. Equal updates merge to themselves only in
+    expectation, or at density 1.
+
+    Args:
+        updates: `(T, q, p)`.
+        density: share of entries kept.
+        seed: seed of the draws.
+
+    Returns:
+        `(q, p)`.
 
     Source: DARE, https://arxiv.org/abs/2311.03099, here on core entries.
     """
@@ -46,9 +68,10 @@ def dare_linear(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
 
 
 def dare_ties(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
-    """Drop entries at random, rescale, elect signs, mean of the entries that agree.
+    """Drop entries at random and rescale the rest, then merge them as `ties` does.
 
-    Equal updates merge to themselves divided by `density` wherever any copy kept the entry.
+    Use it to compare, at a density of 0.5 or more. Equal updates merge to themselves divided by
+    `density` wherever any copy kept the entry. Arguments and result are those of `dare_linear`.
 
     Source: DARE, https://arxiv.org/abs/2311.03099, with the merge of
     https://arxiv.org/abs/2306.01708, here on core entries.
@@ -57,11 +80,17 @@ def dare_ties(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
 
 
 def emr(updates: np.ndarray) -> np.ndarray:
-    """The unified update: elected sign, largest magnitude of the entries that agree.
+    """Make the unified update: the elected sign with the largest magnitude that agrees with it.
 
-    In the paper every task keeps a mask and a rescaler that make its own update of it again. They
-    cost bytes per task and no runtime applies them, so they are not made; alone the unified update
-    is larger than any single one. Equal updates merge to themselves.
+    Use it to compare. In the paper every task keeps a mask and a rescaler that recover its own
+    update. They cost bytes per task and no runtime applies them, so they are not made. Alone the
+    unified update is larger than any single one. Equal updates merge to themselves.
+
+    Args:
+        updates: `(T, q, p)`.
+
+    Returns:
+        `(q, p)`.
 
     Source: EMR-Merging, https://arxiv.org/abs/2405.17461, here on core entries.
     """
@@ -69,13 +98,13 @@ def emr(updates: np.ndarray) -> np.ndarray:
 
 
 def _agree(updates: np.ndarray) -> np.ndarray:
-    """`(T, q, p)`, bool: entries with the sign of the sum over the updates."""
+    """`(T, q, p)` bool: True for entries with the sign of the sum over the updates."""
     sign = _elected(updates)
     return (np.sign(updates) == sign) & (sign != 0)
 
 
 def _elected(updates: np.ndarray) -> np.ndarray:
-    """`(q, p)`: signs of the sums over the updates, 0 where they cancel but for rounding."""
+    """`(q, p)` signs of the sums over the updates; 0 where they cancel up to rounding."""
     total = updates.sum(axis=0)
     return np.where(np.abs(total) > _CANCELLED * np.abs(updates).max(), np.sign(total), 0)
 
@@ -87,7 +116,11 @@ def _agreeing_mean(updates: np.ndarray) -> np.ndarray:
 
 
 def trim(updates: np.ndarray, density: float) -> np.ndarray:
-    """Keep the largest entries by magnitude of every update, at least one; ties are all kept.
+    """Keep the largest entries of every update by magnitude, at least one; ties are all kept.
+
+    Args:
+        updates: `(T, q, p)`.
+        density: share of entries kept.
 
     Source: TIES-Merging, https://arxiv.org/abs/2306.01708 (there over all modules at once).
     """
@@ -98,7 +131,12 @@ def trim(updates: np.ndarray, density: float) -> np.ndarray:
 
 
 def drop(updates: np.ndarray, density: float, seed: int) -> np.ndarray:
-    """Keep entries at random and divide by `density`: the expectation is the update itself.
+    """Keep entries at random and divide them by `density`; the expectation is the update itself.
+
+    Args:
+        updates: `(T, q, p)`.
+        density: probability of keeping an entry.
+        seed: seed of the draws.
 
     Source: DARE, https://arxiv.org/abs/2311.03099.
     """

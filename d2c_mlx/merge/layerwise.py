@@ -1,15 +1,15 @@
-"""Merging block by block: every module is asked for what the members' own modules say.
+"""Layer-wise merging: every module is fitted to the outputs of the members' own modules.
 
-RegMean asks a module for the updates of its members on their inputs. But the blocks below are
-merged too, and what comes out of them is no longer what a member would have. Here a part of that
-is made up for: with inputs x under the merge and x_i under member i, a module's update dW is the
-least squares solution, over all members, of
+RegMean fits a module to its members' updates on their inputs. But the blocks below are merged too,
+so the inputs are no longer those of a member. Here a part of that error is compensated. With inputs
+x under the merge and x_i under member i, a module's update dW is the least squares solution, over
+all members, of
 
     x dW = x dW_i + strength * (x_i (W + dW_i) - x (W + dW_i))
 
-At strength 0 it is RegMean++ (https://arxiv.org/abs/2508.03121), block by block as in its paper. It
-is layer-wise distillation (ProDistill, https://arxiv.org/abs/2502.12706) in closed form, by the
-targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692).
+At strength 0 it is RegMean++ (https://arxiv.org/abs/2508.03121), block by block as in its paper.
+Otherwise it is layer-wise distillation (ProDistill, https://arxiv.org/abs/2502.12706) in closed
+form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 
-# To make up for all of it would be to trust a few rows.
+# Share of the error that is compensated. All of it would overfit a few rows.
 STRENGTH = 0.75
-# Padded tokens of a part: of one member, which is run alone, all workers shall have some.
+# Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
 
 
@@ -63,7 +63,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a block did with a part; modules with the same input share one array."""
+    """The output of a block for a part, and the inputs and outputs of its modules.
+
+    Modules with the same input share one array.
+    """
 
     hidden: mx.array
     inputs: Mapping[str, np.ndarray]
@@ -72,7 +75,7 @@ class _Seen:
 
 @dataclass
 class _Merge:
-    """A merge on its way through the blocks, with the modules that it has so far."""
+    """A merge on its way through the blocks, with the modules fitted so far."""
 
     scale: float
     strength: float
@@ -84,7 +87,11 @@ class _Merge:
 
 
 def check_blocks(base: BaseModel) -> None:
-    """Raises ModelError if blocks that are run one at a time do not give what the model gives."""
+    """Check that a model can be run block by block; call it before `merge_layerwise`.
+
+    Raises:
+        ModelError: blocks that run one at a time do not give the model's own output.
+    """
     if not blocks_are_exact(base.model):
         raise ModelError(
             f"{base.name}: merge_method layerwise runs the model block by block, which gives"
@@ -101,24 +108,28 @@ def merge_layerwise(
     most: int | None = None,
     workers: Workers | None = None,
 ) -> list[Adapter]:
-    """Merge into one adapter, for several aims side by side; see the top of this file.
+    """Merge adapters layer by layer, once for every aim; the top of this file has the equation.
+
+    Use it on models that pass `check_blocks`; RegMean++ in merger.py works on any model. The
+    members run once for all aims.
 
     Args:
-        base: the model, as `check_blocks` wants it; no adapter stays attached.
+        base: the base model; no adapter stays attached.
         adapters: at least two, sorted by name.
-        sets: examples of each.
-        aims: pairs of a scale, of every update, which those above it take into account, and a
-            strength between 0 and 1. The members are run once for all aims.
+        sets: examples of each adapter's task, in the same order.
+        aims: pairs of a scale of every update, which later blocks take into account, and a strength
+            of the error compensation, between 0 and 1.
         rank: most columns of every module of the result; None takes the largest of `adapters`.
-        most: tokens of each set that are looked at, evenly spaced; None is all. Those that all rows
-            of all members begin with are not.
-        workers: what runs the model; None is this thread.
+        most: tokens read of each set, evenly spaced; None reads all. Tokens that all rows of all
+            members begin with are never read.
+        workers: threads that run the model; None uses this thread.
 
     Returns:
-        For every aim float32 factors with scale 1, the aim's folded in, named after the members.
+        One adapter per aim, of float32 factors with scale 1 (the aim's is folded in), named after
+        the members.
     """
     rank = rank or max(adapter.rank for adapter in adapters)
-    for adapter in adapters:  # Taps go around modules that can hold an adapter.
+    for adapter in adapters:  # Capturing wraps modules that can hold an adapter.
         base.attach(adapter)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
     with capture_modules(base.model, paths) as here:
@@ -134,7 +145,7 @@ def merge_layerwise(
 
 @dataclass(frozen=True)
 class _Merging:
-    """What `merge_layerwise` was asked for."""
+    """The arguments of `merge_layerwise` that all blocks share."""
 
     base: BaseModel
     adapters: Sequence[Adapter]
@@ -143,9 +154,9 @@ class _Merging:
     here: Capture
 
     def merges(self, parts: Sequence[_Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
-        """From the bottom to the top."""
+        """Fit the modules of every merge, from the first block to the last."""
         blocks = _paths_of_blocks(self.adapters)
-        # Below the first block that a member touches, all of them are the base model.
+        # Below the first block that a member changes, all members equal the base model.
         own = self.through(parts, range(min(blocks)))
         merges = [_Merge(scale, strength, own) for scale, strength in aims]
         for block in range(min(blocks), max(blocks) + 1):
@@ -171,9 +182,9 @@ class _Merging:
         paths: Sequence[str],
         last: str | None = None,
     ) -> list[_Seen]:
-        """What a block does with every part, and its modules `paths` with the tokens to keep.
+        """Run a block on every part, and keep inputs and outputs of its modules `paths`.
 
-        With `last` it goes no further than that module, and leaves the parts where they are.
+        With `last` the block stops after that module, and hidden states stay those before it.
         """
         self.base.attach(adapter)
 
@@ -210,13 +221,13 @@ class _Merging:
         seen: Sequence[Sequence[_Seen]],
         taught: Sequence[_Seen],
     ) -> None:
-        """Give every merge its modules `paths`, which have the same input.
+        """Fit the modules `paths`, which have the same input, of every merge.
 
         Args:
-            merges: all with the same parts.
-            paths: of the modules.
-            seen: for every merge: of each part, without these modules.
-            taught: of each part, under its own member.
+            merges: merges with the same parts.
+            paths: paths of the modules.
+            seen: for every merge and part, the block without these modules.
+            taught: for every part, the block under its own member, which gives the targets.
         """
         places = [part.task for part in merges[0].parts]
 
@@ -239,7 +250,7 @@ class _Merging:
             return matched(factors[path], grams[i], lacking, self.rank)
 
         each = [(i, path) for i in range(len(merges)) for path in paths]
-        # As `merge_adapters` does it, and nothing of MLX, whose streams belong to a thread.
+        # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
         with threadpool_limits(1), ThreadPoolExecutor(len(each)) as pool:
             grams = list(pool.map(Grams, tokens))
             found = list(pool.map(solve, *zip(*each)))
@@ -247,7 +258,7 @@ class _Merging:
             merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
 
     def _factors(self, adapter: Adapter, path: str) -> Factors:
-        """Of a module; without columns where the adapter does not have it."""
+        """An adapter's factors of a module; without columns where the adapter lacks it."""
         if path in adapter.modules:
             return adapter.modules[path].factors()
         width, out = self.base.module_shapes[path]
@@ -255,7 +266,10 @@ class _Merging:
 
 
 def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
-    """All rows. What they all begin with is one input with an output for every member: not kept."""
+    """All rows in parts, without the tokens that all rows begin with.
+
+    Such a token is one input with a different target for every member.
+    """
     rows = tuple(row for one in sets for row in one.examples)
     skip = len(shared_prefix(ExampleSet("all", rows), least=1))
     return [
@@ -273,13 +287,13 @@ def _paths_of_blocks(adapters: Sequence[Adapter]) -> dict[int, list[str]]:
 
 
 def _some(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
-    """Only these modules of an adapter."""
+    """The adapter with these modules alone; None if it has none of them."""
     modules = {path: adapter.modules[path] for path in paths if path in adapter.modules}
     return replace(adapter, modules=modules) if modules else None
 
 
 def _by_input(seen: _Seen) -> Iterator[list[str]]:
-    """Modules in the order in which they run, those with the same input together."""
+    """Yield groups of modules with the same input, in the order in which they run."""
     together: dict[int, list[str]] = {}
     for path, x in seen.inputs.items():
         together.setdefault(id(x), []).append(path)

@@ -10,20 +10,20 @@ __all__ = ["lego"]
 
 
 def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
-    """Cluster the rank-1 units `(a_j, b_j)` of all tasks; every centroid is one of the result.
+    """Cluster the rank-1 units `(a_j, b_j)` of all tasks; every centroid is a unit of the result.
 
-    Distances in core space are those of the factors. Two reweightings as in the paper: a centroid
-    takes the mean norm of its units (averaging shrinks it), and the whole is scaled by sqrt(r / k),
-    r the mean rank of the tasks and k the number of clusters. The one choice of ours: a unit is
-    balanced to `|a_j| = |b_j|` first, so that it does not matter in which factor a scale is kept.
-    Equal adapters merge to themselves if `rank` is at least theirs.
-
-    Units are those of the stored factors: the same dW factored otherwise merges otherwise.
+    Use it for adapters from a common start, whose units correspond. Units are those of the stored
+    factors, so the same dW in other factors merges differently. Distances in core space are those
+    of the factors. Two reweightings are the paper's: a centroid takes the mean norm of its units,
+    because averaging shrinks it, and the whole is scaled by sqrt(r / k), r the mean rank of the
+    tasks and k the number of clusters. One step is not in the paper: a unit is first balanced to
+    `|a_j| = |b_j|`, so that it does not matter which factor holds a scale. Equal adapters merge to
+    themselves if `rank` is at least theirs.
 
     Args:
-        space: of the tasks.
-        rank: most clusters; fewer where fewer units differ.
-        seed: of K-Means, below 2^32.
+        space: the updates of the tasks.
+        rank: most clusters; there are fewer where fewer units differ.
+        seed: seed of K-Means, below 2^32.
 
     Returns:
         `a (in, k)`, `b (k, out)`.
@@ -46,7 +46,7 @@ def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
 
 
 def _n_distinct(units: np.ndarray) -> int:
-    """How many of `(R, p + q)` units differ from all before them by more than rounding."""
+    """Count the units, `(R, p + q)`, that differ from all before them by more than rounding."""
     inner = units @ units.T
     squares = np.diagonal(inner)
     total = squares[:, None] + squares
@@ -58,7 +58,7 @@ def _clusters(units: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    # One thread: the same sums in the same order on every run.
+    # One thread gives the same sums in the same order on every run.
     with threadpool_limits(1):
         return KMeans(n_clusters, n_init=10, random_state=seed).fit(units).labels_
 

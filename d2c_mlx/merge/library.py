@@ -21,13 +21,13 @@ __all__ = ["Library"]
 
 @dataclass(frozen=True)
 class Library:
-    """N task adapters, N sets of calibration rows, and what evaluates one on the other.
+    """N task adapters, N sets of calibration rows, and the engine that evaluates them.
 
     Attributes:
         engine: runs the base model.
-        evaluator: of losses on it, cached.
-        adapters: one per task, in the order of every table.
-        probes: calibration rows, one set per adapter.
+        evaluator: evaluates and caches losses on the base model.
+        adapters: one per task; every table has this order.
+        probes: calibration rows, one set per adapter in the same order.
     """
 
     engine: Engine
@@ -47,7 +47,7 @@ class Library:
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, which are those of the tasks."""
+        """Names of the adapters, which are also the names of the tasks."""
         return [adapter.name for adapter in self.adapters]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Merges of a library's adapters as a pack would hold them: method and scale chosen on probes."""
+"""Merges as a pack would hold them, with method and scale chosen on the calibration rows."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ __all__ = ["Merged", "Merger", "Regret"]
 # (losses, tasks) -> normalised regrets, both `(n,)`.
 Regret = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Probes ask for about so many times the scale that is closest in dW: 1 to 5, by eleven methods
-# on 24 real adapters.
+# The best scale on calibration rows is about this multiple of the scale closest in dW: 1 to 5 times
+# it, measured with eleven methods on 24 real adapters.
 _MORE = 2.5
-# RegMean looks at so many tokens of a task, and of all tasks: each takes 140 KB of memory on
+# Most tokens that RegMean reads of a task, and of all tasks. Each takes 140 KB of memory on
 # SmolLM2-135M, and four times as many per task gained nothing.
 _TOKENS, _ALL_TOKENS = 128, 4096
-# Of RegMean++; the first gains most, later ones as often lose.
+# Passes of RegMean++: the first gains most, later ones lose as often as they gain.
 _PASSES = 3
-# `layerwise` looks at so many tokens of a task; it keeps those of one block at a time.
+# Most tokens that `layerwise` reads of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
-# Clusterings compare what is cheaper and judges alike; each of these begins with its scale.
+# Method -> the cheaper one that clusterings compare instead, because it judges alike. Each of these
+# methods also starts from its scale.
 _QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
 
 
@@ -44,10 +45,11 @@ class Merged:
     """One merge.
 
     Attributes:
-        adapter: one rank, one scale, the base's 16-bit dtype.
-        method: a key of `merge.METHODS`; "none" for a single adapter.
-        scale: of dW; 1 for a single adapter.
-        regret: mean normalised regret of the members on their probes; None if nothing was tuned.
+        adapter: the merge, with one rank and one scale, in the base model's 16-bit dtype.
+        method: one of `RUN_METHODS` except "auto"; "none" for a single adapter.
+        scale: factor on dW; 1 for a single adapter.
+        regret: mean normalised regret of the members on their calibration rows; None if nothing
+            was tuned.
     """
 
     adapter: Adapter
@@ -57,19 +59,23 @@ class Merged:
 
 
 class Merger:
-    """Merges any members, each set of members once.
+    """Merges any members of a library, each set of members once.
+
+    `quick` serves clusterings, which compare many merges. `final` serves packs. To merge adapters
+    without calibration rows, use `methods.merge_adapters`.
 
     Attributes:
-        quick_method: by which clusterings are compared.
+        quick_method: the method by which clusterings are compared.
     """
 
     def __init__(self, library: Library, options: MergeOptions, regret: Regret) -> None:
-        """Merge adapters of a library.
+        """Make a merger.
 
         Args:
-            library: adapters, and the rows that tune their merges.
-            options: how to merge.
-            regret: (losses, tasks) -> normalised regrets, both `(n,)`.
+            library: adapters, and the calibration rows that tune their merges.
+            options: method, density, scale and rank of the merges.
+            regret: converts losses in nats and indices of tasks, both `(n,)`, to normalised
+                regrets `(n,)`.
         """
         self._options, self._regret = options, regret
         self._base, self._evaluator = library.base, library.evaluator
@@ -82,15 +88,15 @@ class Merger:
 
     @cached_property
     def _best(self) -> str:
-        """The default."""
+        """The default method, the best that the base model allows."""
         return "layerwise" if blocks_are_exact(self._base.model) else "regmean++"
 
     def quick(self, members: Members, like: Members = ()) -> Merged:
-        """What clusterings compare; `final` may try more.
+        """Merge by `quick_method`, for clusterings; `final` may try more.
 
         Args:
-            members: what is merged.
-            like: members of another merge whose scale is taken; none: the scale is tuned.
+            members: indices of the adapters to merge.
+            like: members of another merge whose scale is used; empty to tune the scale.
         """
         method = self.quick_method
         if not like or len(members) == 1:
@@ -99,7 +105,11 @@ class Merger:
         return Merged(self._scaled(self._unscaled(members, method), scale), method, scale)
 
     def final(self, members: Members) -> Merged:
-        """What is packed: under "auto" the best of some methods on the members' probes."""
+        """Merge for a pack; "auto" keeps the method with the lowest regret of the members.
+
+        Args:
+            members: indices of the adapters to merge.
+        """
         if len(members) == 1 or self._method != "auto":
             return self._merged(members, self._method)
         found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
@@ -135,18 +145,21 @@ class Merger:
         return Merged(tried[best], method, best, lowest)
 
     def _start(self, merged: Adapter, members: Members, method: str) -> float | None:
-        """Where scales begin: below the middle for what is a sum of the members."""
+        """The first scale to try; below the middle for methods that add the members up."""
         if method in ("regmean", "regmean++"):
-            return None  # is closest to the members already, in outputs
+            return None  # The outputs are closest to the members' already.
         closest = closest_scale(merged, [self._adapters[i] for i in members])
         middle = COARSE_SCALES[len(COARSE_SCALES) // 2]
         return min(_MORE * closest, middle) if closest > 0 else None
 
     def _regmean_again(self, members: Members) -> Merged:
-        """RegMean on the inputs that modules have under the last merge: the best of some passes.
+        """RegMean++: merge by RegMean on the inputs under the last merge, and keep the best pass.
 
-        Source: RegMean++, https://arxiv.org/abs/2508.03121, which goes block by block; here all
-        blocks are merged anew until the probes do not gain.
+        The paper goes block by block. Here all blocks are merged again from the inputs under the
+        last merge. That takes one forward pass per task instead of one per block, and it can stop
+        when the calibration rows do not gain.
+
+        Source: RegMean++, https://arxiv.org/abs/2508.03121.
         """
         best = self._merged(members, "regmean")
         for _ in range(_PASSES):
@@ -158,10 +171,11 @@ class Merger:
         return best
 
     def _layerwise(self, members: Members) -> Merged:
-        """With and without making up for what is lacking, the better higher while the probes gain.
+        """Merge block by block, with and without error compensation, and keep the best.
 
-        Scales begin with that of RegMean. Without it is RegMean++ as in its paper, block by block,
-        and called so.
+        Both start at RegMean's scale. The better one is tried at higher scales while the
+        calibration rows gain. Without error compensation it is RegMean++ block by block, as in its
+        paper, and carries that name.
         """
         plain = self._merged(members, "regmean")
         without, making_up = self._aimed(members, [(plain.scale, 0.0), (plain.scale, STRENGTH)])
@@ -181,8 +195,8 @@ class Merger:
         return min(found, key=_regret)
 
     def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:
-        """Layer-wise merges of scales and strengths."""
-        # Forwards under the members, and of each merge in parts.
+        """Layer-wise merges, one for every (scale, strength)."""
+        # Forward passes under the members, and of each merge in parts.
         cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)
         self._evaluator.meter.expect(cost)
         made = merge_layerwise(
@@ -197,7 +211,7 @@ class Merger:
         ]
 
     def _regrets(self, merges: Sequence[Adapter], members: Members) -> list[float]:
-        """Of each the mean normalised regret of the members on their probes."""
+        """The mean normalised regret of the members on their calibration rows, for each merge."""
         probes = [self._probes[i] for i in members]
         losses = self._evaluator.losses([(one, probes) for one in merges])
         return [float(self._regret(some, np.array(members)).mean()) for some in losses]
@@ -205,7 +219,7 @@ class Merger:
     def _unscaled(
         self, members: Members, method: str, inputs: Sequence[ModuleInputs] | None = None
     ) -> Adapter:
-        """Before its scale; RegMean takes `inputs`, or those that every member has of its own."""
+        """The merge before its scale; RegMean uses `inputs`, or each member's own inputs."""
         activations = None
         if method == "regmean":
             found = inputs or [self._own_inputs(i, members) for i in members]
@@ -223,17 +237,17 @@ class Merger:
         return (merged if scale == 1 else scaled(merged, scale)).uniform(self._base.dtype)
 
     def _paths(self, members: Members) -> list[str]:
-        """Modules that some member has."""
+        """Paths of the modules that any member has."""
         return sorted({path for i in members for path in self._adapters[i].modules})
 
     def _own_inputs(self, i: int, members: Members) -> ModuleInputs:
-        """Of task i under its own adapter."""
+        """The module inputs of task i under its own adapter."""
         if i not in self._inputs or not set(self._paths(members)) <= self._inputs[i].keys():
             (self._inputs[i],) = self._inputs_of((i,), self._adapters[i], members)
         return self._inputs[i]
 
     def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[ModuleInputs]:
-        """What tokens of tasks are at every module that a member has, under an adapter."""
+        """The inputs of every module that any member has, for each task under one adapter."""
         return input_activations(
             self._base, adapter, [self._probes[i] for i in tasks], self._paths(members),
             min(_TOKENS, _ALL_TOKENS // len(self._adapters) + 1), self._workers,

@@ -1,7 +1,8 @@
-"""Merge adapters on dW, whatever their ranks and target modules.
+"""Merging adapters on dW, with any ranks and target modules.
 
-docs/merging.md says when to use which method. A method is a pure function of one module's factors
-and of `Options`; those that work in core space are in entrywise.py and spectral.py.
+A method is a pure function of one module's factors and of `Options`. docs/merging.md says when to
+use which method; each function names its paper. Methods in core space are in entrywise.py,
+spectral.py, wudi.py and lego.py, those on data in regmean.py, those on factors in concat.py.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "scaled"]
 
-# Module path -> for every adapter its tokens at that module's input, `(n_tokens, in)`.
+# Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
 Activations = Mapping[str, Sequence[np.ndarray]]
 
-# So many groups of modules are in memory at a time.
+# Number of groups of modules in memory at a time.
 _GROUPS = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a method may ask beside the factors of one module.
+    """The input of a method beside the factors of one module.
 
     Attributes:
-        rank: most columns of the result; `concat` alone does not look at it.
-        density: share of entries kept.
-        seed: for a method, that of its module, below 2^32.
-        weights: `(T,)`.
-        scales: T, what was folded into each b.
-        grams: of the module, from T arrays of tokens; None if none were given.
+        rank: most columns of the result; `concat` alone ignores it.
+        density: share of entries kept by methods that sparsify.
+        seed: the module's own seed, below 2^32.
+        weights: `(T,)` weights of the adapters.
+        scales: the T scales that were folded into each b.
+        grams: the module's Gram matrices of T tasks; None if no activations were given.
     """
 
     rank: int
@@ -63,7 +64,7 @@ Method = Callable[[Sequence[Factors], Options], Factors]
 
 
 def _in_core(merge: Callable[[CoreSpace, Options], np.ndarray]) -> Method:
-    """A method on whole factors from one that gives the merged core `(q, p)`."""
+    """Make a method on factors from a function that gives the merged core `(q, p)`."""
 
     def method(factors: Sequence[Factors], options: Options) -> Factors:
         space = to_core(factors)
@@ -73,7 +74,7 @@ def _in_core(merge: Callable[[CoreSpace, Options], np.ndarray]) -> Method:
 
 
 def _truncated(factors: Sequence[Factors], options: Options) -> Factors:
-    """The sum of the pairs in at most `options.rank` columns."""
+    """The sum of the factor pairs, in at most `options.rank` columns."""
     space = to_core(factors)
     core = space.weighted_sum(np.ones(len(factors)))
     return factorise(core, space.q_a, space.q_b, options.rank)
@@ -119,29 +120,31 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     activations: Activations | None = None,
 ) -> Adapter:
-    """Merge into one adapter.
+    """Merge adapters into one.
 
-    A module that some adapters do not have counts as a zero update of those. The order of
-    `adapters` does not matter. One adapter without `weights` is returned as it is.
+    Use it to merge without a model; `Merger` also tunes the scale on calibration rows. A module
+    that an adapter lacks counts as a zero update. The order of `adapters` does not matter. One
+    adapter without `weights` is returned as it is.
 
     Args:
         adapters: at least one, all of the same base model.
         method: a key of `METHODS`.
-        density: share of entries kept, for methods that sparsify.
+        density: share of entries kept by methods that sparsify, above 0 and at most 1.
         rank: most columns of every module of the result; None takes the largest rank of
-            `adapters`. `concat` keeps all columns whatever is asked.
-        seed: of methods that draw; every module draws its own numbers.
+            `adapters`. `concat` always keeps all columns.
+        seed: seed of the methods that draw; every module draws its own numbers.
         weights: one per adapter, for the methods in `WEIGHTED`; None is 1 / n each.
-        activations: for `regmean`, see `inputs.input_activations`; arrays in the order of
-            `adapters`, also of those that do not have the module.
+        activations: inputs of every module for `regmean`, one array per adapter in the order of
+            `adapters`, also for adapters without the module; see
+            `evaluate.capture.input_activations`.
 
     Returns:
-        float32 factors with scale 1, named after the sorted members.
+        An adapter of float32 factors with scale 1, named after the sorted members.
 
     Raises:
-        ConfigError: unknown method, an option out of range, or one that the method needs or does
-            not know.
-        AdapterError: a module has different shapes: the adapters are of different base models.
+        ConfigError: the method is unknown, an option is out of range, or the method needs an option
+            that is missing or takes none of that name.
+        AdapterError: a module has different shapes, so the adapters are of different base models.
     """
     _check(adapters, method, density, rank, weights, activations)
     order = _sorted_indices(adapters)
@@ -154,8 +157,8 @@ def merge_adapters(
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
     modules: dict[str, LoRA] = {}
-    # The matrices are small: threads of a BLAS that share a busy core wait for each other, up to
-    # ten times longer than the work takes. So every core has modules of its own.
+    # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
+    # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         groups = iter(_groups(members, order, activations or {}, options))
         while some := list(islice(groups, _GROUPS)):
@@ -165,7 +168,7 @@ def merge_adapters(
 
 
 def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
-    """By name, and by content where names are equal: a digest reads every byte of an adapter."""
+    """Indices sorted by name, then by content; only equal names cost a digest of all bytes."""
     counts = Counter(adapter.name for adapter in adapters)
     keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
     return sorted(range(len(adapters)), key=keys.__getitem__)
@@ -173,7 +176,7 @@ def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules that have the same inputs: path -> factors and options; the tokens of each task."""
+    """Modules with the same inputs, as path -> factors and options, and the tokens of each task."""
 
     modules: Mapping[str, tuple[Sequence[Factors], Options]]
     tokens: Sequence[np.ndarray]
@@ -182,7 +185,7 @@ class _Group:
 def _groups(
     members: Sequence[Adapter], order: Sequence[int], activations: Activations, options: Options
 ) -> Iterator[_Group]:
-    """All modules, those together that share their very arrays (q, k and v of a block)."""
+    """Yield all modules; those that share their arrays of inputs (q, k and v) form one group."""
     together: dict[object, list[str]] = {}
     for path in sorted({path for adapter in members for path in adapter.modules}):
         key = tuple(map(id, activations[path])) if activations else path
@@ -215,7 +218,7 @@ def _module(
 
 
 def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
-    """float32 factors by path. Asks nothing of MLX, whose streams belong to a thread."""
+    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
     grams = Grams(group.tokens) if group.tokens else None
     merged = {}
     for path, (factors, options) in group.modules.items():
@@ -232,7 +235,7 @@ def _check(
     weights: Sequence[float] | None,
     activations: Activations | None,
 ) -> None:
-    """Raises ConfigError with every problem of the options."""
+    """Raise ConfigError with every problem of the options."""
     if method not in METHODS:
         raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {list(METHODS)}")
     problems = []
@@ -263,7 +266,7 @@ def _check(
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:
-    """The same adapter with dW times `scale`, the scale folded into b."""
+    """Multiply an adapter's dW by `scale`, which is folded into b."""
     modules = {
         path: LoRA(lora.a, lora.b.astype(mx.float32) * (scale * lora.scale))
         for path, lora in adapter.modules.items()

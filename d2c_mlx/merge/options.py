@@ -1,6 +1,6 @@
-"""How to merge: the methods by name, and the options that they share.
+"""Names of the merge methods, and the options that they share.
 
-Light on purpose: the command line and the config of a run name the methods without importing MLX.
+This file imports nothing heavy: the command line and a run's config name the methods without MLX.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ MERGE_METHODS = (
 )  # fmt: skip
 # The last three ask the model, so `Merger` makes them.
 RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
-# What "auto" tries on every cluster beside the default, the simplest first: it wins ties.
+# Methods that "auto" tries on every cluster beside the default. The simplest come first and win
+# ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How the adapters of a cluster become one.
+    """Options for merging the adapters of a cluster into one.
 
     Attributes:
-        method: one of `RUN_METHODS`; None is the best that the base model allows.
+        method: one of `RUN_METHODS`; None takes the best that the base model allows.
         density: share of entries kept by methods that sparsify, above 0 and at most 1.
-        scale: of every merge's dW; None tunes it per cluster on the calibration rows.
-        rank: largest rank of a merge; None is the largest of the adapters.
-        eps: a merge is made again only while its regret falls by more.
-        seed: of all random choices.
+        scale: factor on every merge's dW; None tunes it per cluster on the calibration rows.
+        rank: largest rank of a merge; None takes the largest of the adapters.
+        eps: another pass of RegMean++ is kept only if the regret falls by more than this.
+        seed: seed of all random choices.
     """
 
     method: str | None = None

@@ -1,8 +1,10 @@
-"""Refining a merge: a short training that brings a multi-task adapter back to its members.
+"""Refining a merge: a short training that brings a multi-task adapter closer to its members.
 
-The student starts as the merge. Its loss on a task is cross entropy on the probe answers plus the
-KL divergence from the task's own adapter, over `gain` as in the normalised regret that judges
-partitions. Probe rows that are held back choose the step to keep; the merge itself is step 0.
+The student starts as the merge. Its loss on a task is the cross entropy on the answers of the
+calibration rows plus the KL divergence from the task adapter, both over `gain` as in the normalised
+regret. Calibration rows that are held back from training choose the step to keep. What they judge
+is what a pack would hold (16 bit, rank kept), and the unrefined merge takes part as step 0. So
+refining never makes a merge worse on them.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ class Member:
     """One task of a merged adapter.
 
     Attributes:
-        adapter: the task's own, which is matched.
-        probe: prompts with answers.
-        gain: nats that `adapter` gains over the base model, as `cluster.Problem.gain`.
-        prompts: prompts without answers, see `Distiller.teach`.
+        adapter: the task adapter, which is the teacher.
+        probe: calibration rows, prompts with answers.
+        gain: nats that `adapter` gains over the base model, see `LossTable.gain`.
+        prompts: prompts without answers, see `Distiller.teacher_rows`.
     """
 
     adapter: Adapter
@@ -45,18 +47,19 @@ class Member:
 
 @dataclass(frozen=True)
 class RefineOptions:
-    """How to train.
+    """Options of the training.
 
     Attributes:
         steps: most steps.
         rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine.
-        kl_weight: of the divergence, beside 1 for the cross entropy.
-        held_share: of every task's probe rows; tasks with fewer than three rows hold none back.
-        rows: of each task in a step, and as many of its prompts without answers.
-        every: steps between two looks at the held-back rows.
-        patience: looks without a new best before it stops.
-        eps: the merge is kept unless the held-back regret falls by more.
-        seed: of the held-back rows and of the order of the others.
+        kl_weight: weight of the KL divergence; the cross entropy has weight 1.
+        held_share: share of every task's calibration rows that is held back; tasks with fewer than
+            three rows hold none back.
+        rows: rows of each task in a step, and as many of its prompts without answers.
+        every: steps between two evaluations on the held-back rows.
+        patience: evaluations without a new best before the training stops.
+        eps: the merge is kept unless the held-back regret falls by more than this.
+        seed: seed of the choice of held-back rows, and of the order of the others.
     """
 
     steps: int = 40
@@ -72,13 +75,13 @@ class RefineOptions:
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined adapter and how it came about.
+    """A refined adapter and the course of its training.
 
     Attributes:
-        adapter: in the base's 16-bit dtype; the merge itself, unchanged, where `step` is 0.
-        step: whose factors these are.
-        curve: (step, mean normalised regret on the held-back rows) of every look, step 0 first.
-        stopped: steps, patience, diverged, one member, or nothing held back.
+        adapter: the result, in the base model's 16-bit dtype; the unchanged merge if `step` is 0.
+        step: the step that was kept.
+        curve: (step, mean normalised regret on the held-back rows) per evaluation, step 0 first.
+        stopped: why it ended: steps, patience, diverged, one member, or nothing held back.
         unjudged: tasks with too few rows to hold any back.
     """
 
@@ -91,7 +94,7 @@ class Refined:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Of one task: what is trained on, with and without answers, and what is held back."""
+    """Rows of one task: those to train on, with and without answers, and those held back."""
 
     gain: float
     answered: list[TeacherRow]
@@ -104,7 +107,18 @@ class _Rows:
 
 
 def hold_back(probe: ExampleSet, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Row indices to train on and to hold back; a task draws alike in whatever company."""
+    """Split calibration rows into those to train on and those to hold back.
+
+    A task's split does not depend on the other tasks.
+
+    Args:
+        probe: calibration rows of one task.
+        share: share of the rows to hold back; none of fewer than three rows.
+        seed: seed of the draw.
+
+    Returns:
+        Indices of the rows to train on, and of those to hold back, both ascending.
+    """
     n = len(probe.examples)
     order = np.random.default_rng([seed, zlib.crc32(probe.task.encode())]).permutation(n)
     n_held = min(max(1, round(share * n)), n - 1) if n >= 3 else 0
@@ -120,14 +134,18 @@ def refine(
 ) -> Refined:
     """Train `merged` to match its members; never worse than `merged` on the held-back rows.
 
-    The same bytes for the same arguments on one machine.
+    Use it where a merge loses much and rows suffice to hold some back. On one machine the same
+    arguments give the same bytes.
 
     Args:
-        base: of all adapters; left with one of them attached.
-        merged: where to start.
-        members: the tasks it serves.
-        options: how to train; None is the defaults.
-        meter: is told of the tokens.
+        base: base model of all adapters; one of them stays attached.
+        merged: the merge to start from.
+        members: the tasks that it serves.
+        options: how to train; None takes the defaults.
+        meter: shows progress; None shows nothing.
+
+    Returns:
+        The refined adapter; the merge itself for a single member, or if no task holds rows back.
 
     Raises:
         ModelError: the architecture scales or caps its logits.
@@ -154,7 +172,7 @@ def refine(
 def _train(
     model: Distiller, merged: Adapter, tasks: Sequence[_Rows], o: RefineOptions, meter: Meter
 ) -> Refined:
-    """Steps until the held-back rows have not gained for a while."""
+    """Train until the held-back rows have not gained for a while."""
     turns = [[_turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.trained)]
              for i, task in enumerate(tasks)]  # fmt: skip
     cost = _mean_cost(tasks, o.rows)
@@ -173,7 +191,7 @@ def _train(
         meter.advance(cost)
         if step % o.every and step < o.steps:
             continue
-        # What is judged is what a pack would hold, rounding included.
+        # The candidate is what a pack would hold, rounding to 16 bit included.
         candidate = _adapter(merged, factors, model.base.dtype)
         regret = _regret(model, candidate, tasks)
         if not math.isfinite(regret):
@@ -199,7 +217,7 @@ def _schedule(o: RefineOptions) -> Callable[[mx.array], mx.array]:
 
 
 def _turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
-    """`n` rows at a time, in rounds: every row once, in a new order."""
+    """Yield `n` rows at a time, in rounds that have every row once, in a new order."""
     rng = np.random.default_rng(seed)
     waiting: list[TeacherRow] = []
     n = min(n, len(rows))
@@ -211,7 +229,7 @@ def _turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[
 
 
 def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
-    """Tokens of a step, on average."""
+    """The mean number of tokens of a step."""
     sizes = [[len(row.example.tokens) for row in some] for one in tasks for some in one.trained]
     return round(sum(min(n, len(some)) * sum(some) / len(some) for some in sizes))
 
@@ -219,7 +237,7 @@ def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
 def _weighted(
     rows: Sequence[Sequence[TeacherRow]], tasks: Sequence[_Rows], kl_weight: float
 ) -> tuple[list[TeacherRow], list[tuple[float, float]]]:
-    """Rows and weights of their targets: the mean over tasks of mean loss / gain."""
+    """Rows and the weights of their targets, which give the mean over tasks of mean loss / gain."""
     weights = []
     for some, task in zip(rows, tasks):
         share = 1 / (len(tasks) * task.gain)
@@ -239,7 +257,7 @@ def _regret(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float
 
 
 def _balanced(adapter: Adapter) -> Factors:
-    """Both factors of one norm, because Adam moves both by the same amount."""
+    """Factors of equal norm, because Adam moves both by the same amount."""
     factors = {}
     for path in sorted(adapter.modules):
         a, b = adapter.modules[path].factors()

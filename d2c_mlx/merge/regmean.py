@@ -1,4 +1,4 @@
-"""Merges that look at data: RegMean."""
+"""Merges by least squares on the inputs of modules: RegMean, and its form with other targets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["Grams", "matched", "regmean"]
 
 
 class Grams:
-    """What T tasks put into a module, ready to be solved for: modules that share it share this.
+    """The Gram matrices K_i of T tasks at a module's input, and their factorised sum K.
 
-    `K_i = X_i^T X_i` after two changes. Entries off the diagonal are multiplied by `off_diagonal`,
-    0.9 as the paper advises for most models. A ridge is added to every K_i, on both sides of the
-    equation: without data the result is then the mean, and equal updates merge to themselves (a
-    ridge in the inverse alone would shrink them). In float64. With fewer tokens than inputs no
-    `in x in` matrix is formed (Woodbury).
+    Modules with the same inputs (q, k and v) share one object. `K_i = X_i^T X_i` after two changes.
+    Entries off the diagonal are multiplied by `off_diagonal`, 0.9 as the paper advises for most
+    models. A ridge is added to every K_i, on both sides of the equation. So without data the result
+    is the mean, and equal updates merge to themselves; a ridge in the inverse alone would shrink
+    them. Everything is float64. With fewer tokens than inputs no `in x in` matrix is formed
+    (Woodbury).
     """
 
     def __init__(
@@ -28,20 +29,20 @@ class Grams:
         """Factorise the sum K of the K_i.
 
         Args:
-            activations: T arrays `(n_tokens, in)`, inputs of this module for examples of each
-                task. A Gram matrix G may be given as any X with `X^T X = G`.
-            off_diagonal: between 0 and 1.
-            ridge: above 0, as a share of the mean diagonal entry of the X_i^T X_i.
+            activations: T arrays `(n_tokens, in)`, the module's inputs for examples of each task.
+                A Gram matrix G may be given as any X with `X^T X = G`.
+            off_diagonal: factor on entries off the diagonal, between 0 and 1.
+            ridge: share of the mean diagonal entry of the X_i^T X_i, above 0.
         """
         self._off_diagonal = off_diagonal
         self._given = list(activations)
         self._tokens = [x.astype(np.float64) for x in activations]
         squares = np.stack([(x * x).sum(axis=0) for x in self._tokens])
-        floor = ridge * squares.mean() or 1.0  # Without any data: the mean.
+        floor = ridge * squares.mean() or 1.0  # 1 gives the mean where there is no data.
         self._diagonals = (1 - off_diagonal) * squares + floor
         total = self._diagonals.sum(axis=0)
         x = np.sqrt(off_diagonal) * np.concatenate(self._tokens)
-        # Woodbury where x has fewer rows than columns.
+        # Woodbury's identity, where x has fewer rows than columns.
         self._woodbury = (x, total[:, None]) if len(x) < x.shape[1] else None
         system = x @ (x / total).T if self._woodbury else x.T @ x
         system[np.diag_indices(len(system))] += 1.0 if self._woodbury else total
@@ -58,7 +59,7 @@ class Grams:
     def against(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`.
 
-        In the precision of the outputs: nothing is solved for here.
+        It keeps the precision of the outputs, because nothing is solved here.
         """
         return self._off_diagonal * sum(x.T @ y for x, y in zip(self._given, outputs))
 
@@ -71,7 +72,7 @@ class Grams:
         return (right - x.T @ inner) / total
 
     def norms(self, right: np.ndarray) -> np.ndarray:
-        """`right^T K^-1 right`, `(n, n)`, of `right (in, n)`."""
+        """`right^T K^-1 right`, `(n, n)`, for `right (in, n)`."""
         if self._woodbury is None:
             half = self._lower(right)
             return half.T @ half
@@ -80,23 +81,23 @@ class Grams:
         return whole.T @ whole - half.T @ half
 
     def _lower(self, right: np.ndarray) -> np.ndarray:
-        """What the triangular factor L of `L L^T` takes to `right`."""
+        """`L^-1 right`, where `L L^T` is the factorised matrix."""
         factor, _ = self._factor
         return scipy.linalg.solve_triangular(factor, right, trans="T", check_finite=False)
 
 
 def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
-    """The update of a rank whose outputs are closest to every task's own, on the task's inputs.
+    """RegMean: the low-rank update whose outputs best match every task's own on its inputs.
 
-    `W = K^-1 sum_i K_i a_i b_i`, K the sum of the K_i.
-
-    What a rank loses is judged on the inputs too: of all updates V of that rank the one with the
-    least `tr (V - W)^T K (V - W)` is W with its outputs projected on the leading eigenvectors of
-    `W^T K W` (reduced-rank regression). The rank nearest to W in Frobenius norm is another one.
+    Use it where activations can be had; `wudi` does without. With `W = K^-1 sum_i K_i a_i b_i`, K
+    the sum of the K_i, the inputs also decide what to keep in the rank of the result. Among the
+    updates V of that rank, `tr (V - W)^T K (V - W)` is least for W with its outputs projected on
+    the leading eigenvectors of `W^T K W` (reduced-rank regression). The V nearest to W in Frobenius
+    norm is another one.
 
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
-        grams: of the module.
+        grams: Gram matrices of the module, of the T tasks.
         rank: most columns of the result.
 
     Returns:
@@ -117,15 +118,15 @@ def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
 def matched(
     factors: Sequence[Factors], grams: Grams, lacking: Sequence[np.ndarray], rank: int
 ) -> Factors:
-    """The update of a rank whose outputs are closest to every task's own plus what it lacks.
+    """The low-rank update whose outputs best match every task's own plus an error to compensate.
 
-    `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`, the rank as in `regmean`, which this is if nothing
-    is lacking.
+    `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`, truncated as in `regmean`, which it equals where
+    all Y_i are zero. Layer-wise merging uses it, see layerwise.py.
 
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
-        grams: of the module.
-        lacking: T arrays `(n_tokens, out)`, the Y_i.
+        grams: Gram matrices of the module, of the T tasks.
+        lacking: T arrays `(n_tokens, out)`, the errors Y_i to compensate in the outputs.
         rank: most columns of the result.
 
     Returns:
@@ -142,6 +143,6 @@ def matched(
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:
-    """Eigenvectors of the largest eigenvalues of a symmetric matrix, `(n, rank)` or fewer."""
+    """Eigenvectors of a symmetric matrix for its largest eigenvalues, at most `(n, rank)`."""
     leading = [max(0, len(core) - rank), len(core) - 1]
     return scipy.linalg.eigh((core + core.T) / 2, subset_by_index=leading, check_finite=False)[1]

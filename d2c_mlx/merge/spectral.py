@@ -2,7 +2,8 @@
 
 A result is `(q, p)` in core space. The bases are orthonormal, so all but KnOTS give exactly what
 the dense dW would. TSV-M and Iso add the tasks up as their papers do: T near-orthogonal tasks keep
-their size, and a scale may follow. Tasks stay in factors, however many they are.
+their size, and a scale may follow. Tasks stay in factors, so memory does not grow with T dense
+updates.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ from d2c_mlx.merge.entrywise import ties
 __all__ = ["iso_c", "iso_cts", "knots", "tsv"]
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
-# Singular values below this share of the whole are rounding of float32, and their vectors
-# arbitrary. Among unit vectors the same holds of what tells parallel ones apart; and of entries
-# beside the largest.
+# Rounding errors of float32: singular values as a share of the whole (their vectors are arbitrary),
+# singular values of unit vectors that are parallel, and entries as a share of the largest.
 _ZERO, _PARALLEL, _ROUNDING = 1e-5, 1e-4, 1e-6
 
 
 def tsv(space: CoreSpace, rank: int) -> np.ndarray:
-    """The leading `rank / T` singular triplets of every task, with interference taken out.
+    """Add up the leading `rank / T` singular triplets of every task, with interference removed.
 
-    Left and right vectors of all tasks are replaced by their nearest orthonormal ones. T
-    counts the tasks that have the module. Where `rank / T` is no integer it is rounded up, and the
-    caller's truncation to `rank` decides.
-    Equal updates merge to their best approximation of rank `rank / T`.
+    Use it for many tasks with steep spectra. The left and right vectors of all tasks are replaced
+    by their nearest orthonormal ones. T counts the tasks that have the module. Where `rank / T` is
+    no integer it is rounded up, and the caller's truncation to `rank` decides. Equal updates merge
+    to their best approximation of rank `rank / T`.
+
+    Args:
+        space: the T updates.
+        rank: rank that the merge will be truncated to.
+
+    Returns:
+        `(q, p)`.
 
     Source: Task Singular Vectors, https://arxiv.org/abs/2412.00081.
     """
@@ -39,11 +46,19 @@ def tsv(space: CoreSpace, rank: int) -> np.ndarray:
 
 
 def iso_c(space: CoreSpace, rank: int) -> np.ndarray:
-    """The sum of the updates with all singular values replaced by their mean.
+    """Add the updates up and replace all singular values of the sum by their mean.
 
-    The mean is over the `rank` leading directions that are not zero: among equal singular values
-    a later truncation would choose at random. So equal updates do not merge to themselves but to
-    T times their update with a flat spectrum.
+    Use it for tasks that share much; sizes are lost, so tune the scale. The mean is over the `rank`
+    leading directions that are not zero, because a later truncation would choose at random among
+    equal singular values. So equal updates do not merge to themselves but to T times their update
+    with a flat spectrum.
+
+    Args:
+        space: the T updates.
+        rank: rank that the merge will be truncated to.
+
+    Returns:
+        `(q, p)`.
 
     Source: Iso-C, https://arxiv.org/abs/2502.04959.
     """
@@ -51,12 +66,20 @@ def iso_c(space: CoreSpace, rank: int) -> np.ndarray:
 
 
 def iso_cts(space: CoreSpace, rank: int, common: float = 0.8) -> np.ndarray:
-    """Iso-C whose last directions are replaced by ones that single tasks have beside the others.
+    """Merge as `iso_c`, with the last directions replaced by directions of single tasks.
 
-    Of min(rank, q, p) directions a share `common` are the leading ones of the sum, the others are
-    divided equally among the tasks, rounded as the authors do: with few directions and many tasks
-    (below about 2.5 T) none are left, and the result is `iso_c`. Equal updates get a flat spectrum,
-    as there.
+    Use it for tasks that need some directions of their own, at a rank above 2.5 T. A share `common`
+    of min(rank, q, p) directions are the leading ones of the sum. The others are divided equally
+    among the tasks, rounded as the authors do. Below about 2.5 T directions none are left for
+    tasks, and the result is `iso_c`. Equal updates get a flat spectrum, as there.
+
+    Args:
+        space: the T updates.
+        rank: rank that the merge will be truncated to.
+        common: share of the directions that the tasks have in common.
+
+    Returns:
+        `(q, p)`.
 
     Source: Iso-CTS, https://arxiv.org/abs/2502.04959.
     """
@@ -73,37 +96,51 @@ def iso_cts(space: CoreSpace, rank: int, common: float = 0.8) -> np.ndarray:
 
 
 def knots(space: CoreSpace, density: float) -> np.ndarray:
-    """TIES on the updates written in their common left singular vectors.
+    """Merge by `ties` on the updates in the basis of their common left singular vectors.
 
-    `[M_1 .. M_T] = U S [V_1 .. V_T]`; TIES merges the `S V_i`. (With a mean in place of TIES this
-    is `linear`.) Equal updates merge to themselves at density 1.
+    Use it instead of `ties` where adapters were trained from different seeds. With
+    `[M_1 .. M_T] = U S [V_1 .. V_T]`, TIES merges the `S V_i`; a mean in place of TIES would be
+    `linear`. Equal updates merge to themselves at density 1.
+
+    Args:
+        space: the T updates.
+        density: share of entries kept by TIES.
+
+    Returns:
+        `(q, p)`.
 
     Source: KnOTS, https://arxiv.org/abs/2410.19735; the V_i in core coordinates of the inputs.
     """
-    # U from its Gram matrix, sum_i M_i M_i^T; in float64, as singular values are squared there.
+    # U comes from its Gram matrix, sum_i M_i M_i^T; in float64, as that squares singular values.
     wide = [(left.astype(np.float64), right.astype(np.float64)) for left, right in space.parts]
     values, vectors = np.linalg.eigh(sum(x @ (y.T @ y) @ x.T for x, y in wide))
     u = vectors[:, values > _ZERO**2 * values.max()].astype(space.r_b.dtype)
     if not u.size:
         return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
     parts = replace(space, r_b=u.T @ space.r_b).updates
-    # What the rotation leaves of a zero has no sign to elect with, and is no value to average.
+    # Zeros that the rotation left as rounding errors must neither vote for a sign nor be averaged.
     zero = np.abs(parts) <= _ROUNDING * np.abs(parts).max()
     return u @ ties(np.where(zero, 0, parts), density)
 
 
 def _n_updates(space: CoreSpace) -> int:
-    """T without the tasks that do not have the module, to which no direction need be left."""
+    """T without the tasks that lack the module, which need no direction."""
     return max(1, sum(rank > 0 for rank in space.ranks))
 
 
 def _size(left: np.ndarray, right: np.ndarray) -> float:
-    """A bound of the norm of `left @ right.T`, which tells how large its rounding may be."""
+    """An upper bound on the norm of `left @ right.T`, and so on its rounding errors."""
     return float(np.linalg.norm(left) * np.linalg.norm(right))
 
 
 def _low_rank_svd(left: np.ndarray, right: np.ndarray, size: float, n: int) -> Triplets:
-    """At most n leading singular triplets of `left @ right.T`, none that is zero beside `size`.
+    """At most n leading singular triplets of `left @ right.T`, without those that are rounding.
+
+    Args:
+        left: `(q, r)`.
+        right: `(p, r)`.
+        size: norm that rounding errors are relative to, see `_size`.
+        n: most triplets.
 
     Returns:
         `(q, k), (k,), (p, k)`.
@@ -123,14 +160,14 @@ def _svd_of_sum(space: CoreSpace, n: int) -> Triplets:
 
 
 def _nearest_orthonormal(columns: np.ndarray) -> np.ndarray:
-    """The polar factor of `(q, k)`; directions that only rounding spans are left out."""
+    """The polar factor of `(q, k)`, without directions that only rounding errors span."""
     u, s, vt = np.linalg.svd(columns, full_matrices=False)
     k = int((s > _PARALLEL).sum())
     return u[:, :k] @ vt[:k]
 
 
 def _reassemble(parts: list[Triplets], space: CoreSpace, flat: bool = False) -> np.ndarray:
-    """`U S V^T` of all triplets after U and V are made orthonormal; `flat` takes the mean of S."""
+    """`U S V^T` of all triplets, with U and V made orthonormal; `flat` uses the mean of S."""
     u, s, v = (np.concatenate(one, axis=-1) for one in zip(*parts))
     if not len(s):
         return np.zeros((len(space.r_b), len(space.r_a)), s.dtype)

@@ -1,8 +1,7 @@
-"""A library of adapters and what measuring it tells: losses, regrets, merges.
+"""A measured library: its losses, regrets and merges.
 
-`Library` is what is measured, `Study` what was found. A study answers the clustering through
-`Study.problem`, makes merges through `Study.merger`, and judges stored forms through
-`Study.teacher_regret`.
+A `Library` is measured; a `Study` holds the results. Clusterings use `Study.problem`, merges come
+from `Study.merger`, and stored forms are judged by `Study.teacher_regret`.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ __all__ = ["Study"]
 
 @dataclass(frozen=True)
 class Study:
-    """A measured library, and what follows from it; each part is made when it is asked for.
+    """A measured library and its results, each computed on first use.
 
     Attributes:
-        library: the adapters, their calibration rows and what evaluates them.
-        losses: of every adapter on every task.
+        library: the adapters, their calibration rows and the engine that evaluates them.
+        losses: losses of the adapters on the tasks' calibration rows.
         options: how to merge.
-        by_teacher: tune merges by the answers of the task adapters, as stored forms are (a plan
-            compares both); else by the answers in the rows.
-        stop_early: leave an evaluation that is proven to change nothing.
+        by_teacher: tune merges by teacher targets, as stored forms are, because a plan compares
+            both; else by the answers in the rows.
+        stop_early: stop an evaluation once it is proven to change nothing.
     """
 
     library: Library
@@ -48,9 +47,9 @@ class Study:
 
     @cached_property
     def module_gains(self) -> list[dict[str, float]]:
-        """What every module of each adapter contributes on its task's rows, in nats."""
+        """The gain of every module of each adapter on its task's calibration rows, in nats."""
         library = self.library
-        # Forwards and backwards, at several points.
+        # Forward and backward passes, at several points.
         costs = [6 * probe.n_tokens for probe in library.probes]
         library.evaluator.meter.expect(sum(costs))
         found = []
@@ -62,12 +61,12 @@ class Study:
 
     @cached_property
     def teacher_regret(self) -> TeacherRegret:
-        """Regrets by what the task adapters answer."""
+        """Regrets by teacher targets."""
         return TeacherRegret(self.library, self.losses)
 
     @cached_property
     def merger(self) -> Merger:
-        """What merges the adapters, each set of members once."""
+        """The merger of these adapters, which merges each set of members once."""
         if not self.by_teacher:
             return self.merger_with(self.options)
         teacher = self.teacher_regret
@@ -79,7 +78,7 @@ class Study:
 
     @cached_property
     def problem(self) -> Problem:
-        """What the clusterings may ask, answered by the model."""
+        """The problem that clusterings solve, measured on the model."""
         return Problem(
             regrets=completed(self.losses.regrets),
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
@@ -103,7 +102,7 @@ class Study:
         if limits is not None:
             allowed = [self.losses.losses_at(limit, some) for limit, some in zip(limits, tasks)]
             if not self.stop_early:
-                # The rows are still evaluated in parts, so stopping changes no bit.
+                # The rows are evaluated in parts as well, so early stopping changes no bit.
                 allowed = [np.full_like(limit, np.inf) for limit in allowed]
         sets = [(merge, [self.library.probes[i] for i in some]) for merge, some in jobs]
         found = self.library.evaluator.losses(sets, allowed)

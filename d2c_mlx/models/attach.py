@@ -35,7 +35,7 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
     Raises:
         AdapterError: the adapter is of another base model; the model stays as it was.
     """
-    # One walk through the model: it takes as long as half of the rest.
+    # The model is walked once, because a walk takes half as long as all the rest.
     modules = dict(model.named_modules())
     if adapter:
         # A LoRA of mlx-lm keeps the model's own linear module as `linear`.

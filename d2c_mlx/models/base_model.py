@@ -1,4 +1,4 @@
-"""The base model: loaded once, it tokenizes rows, and adapters are swapped in place."""
+"""The base model, loaded once: it tokenizes rows, and adapters are swapped in place."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ class BaseModel:
     """
 
     def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
-        """Load; on a CPU device weights become float32, which is fast and exact there.
+        """Load a base model; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
             spec: see `resolve_model`.
-            dequantize: have no quantized weights on any device.
+            dequantize: replace quantized weights on any device, not on a CPU alone.
 
         Raises:
             ModelError: it cannot be found, or mlx-lm cannot load it.
@@ -145,11 +145,20 @@ class BaseModel:
         return fingerprint(parts)
 
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """`tokenize.encode` with the model's tokenizer and context length."""
+        """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length.
+
+        Args:
+            task: name of the set.
+            rows: rows of one format.
+            places: file and line of every row, for messages.
+
+        Raises:
+            TaskError: see `tokenize.encode`.
+        """
         return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
 
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """The greedy answer under the attached adapter, with its end token if it reaches one."""
+        """Generate a greedy answer under the attached adapter; arguments as for `greedy`."""
         return greedy(self.model, self.tokenizer, prompt, max_tokens)
 
     @property
@@ -184,7 +193,7 @@ class BaseModel:
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors
                 slot.folded = slot.linear.weight + (a @ b).T
-        # Evaluated now, by this thread: others, with streams of their own, will read them.
+        # This thread evaluates them now, because threads with streams of their own will read them.
         mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
 
     @property
@@ -239,7 +248,11 @@ class BaseModel:
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
 
-    For programs that must behave as stock mlx-lm does; everything else uses `BaseModel`.
+    Use it where stock mlx-lm's behaviour is needed; everything else uses `BaseModel`.
+
+    Args:
+        path: the mlx-lm directory.
+        lazy: read weights only when they are used.
 
     Raises:
         ModelError: mlx-lm cannot load it.
@@ -264,10 +277,13 @@ def greedy(
     """Generate the most likely token each time, up to and with an end token.
 
     Args:
-        model: of mlx-lm.
+        model: an mlx-lm model.
         tokenizer: its tokenizer.
         prompt: token ids.
         max_tokens: most tokens of the answer.
+
+    Returns:
+        Token ids of the answer, with its end token if it reaches one.
     """
     tokens = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):

@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The tokenized probe or test examples of one task.
+    """The tokenized calibration or held-out rows of one task.
 
     Attributes:
         task: the task's name.
@@ -67,8 +67,8 @@ class ExampleSet:
     def parts(self) -> tuple[ExampleSet, ...]:
         """The rows between two cuts, each part evaluated as a whole.
 
-        Each part has a cache entry of its own, also when early stopping is off (`--without bound`):
-        so stopping changes no bit. Sets without cuts are evaluated whole, which is faster.
+        Each part has a cache entry of its own, also when early stopping is off (`--without bound`).
+        So early stopping changes no bit. Sets without cuts are evaluated whole, which is faster.
         """
         if not self.cuts:
             return (self,)

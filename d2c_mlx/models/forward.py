@@ -42,7 +42,7 @@ __all__ = [
 
 KeysValues = tuple[mx.array, mx.array]
 _TEST_TOKENS = list(range(1, 13))
-# Numbers of a head that are cast to float32 at a time. MLX may still hold several casts.
+# Weights of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
 _WINDOWS = (RotatingKVCache, ChunkedKVCache)
 # Errors of an architecture that cannot be run in parts.
@@ -115,8 +115,10 @@ def run_prefix(
 ) -> tuple[mx.array, list[KeysValues]]:
     """Run blocks over a shared prefix, to pass its keys and values to `run_blocks`.
 
+    Arguments are those of `run_blocks`, without `states`.
+
     Returns:
-        What `run_blocks` returns, and keys and values of every block, each
+        The hidden states, `(rows, width, hidden)`, and keys and values of every block, each
         `(rows, heads, width, dim)`.
     """
     n_blocks = len(model.layers[first:stop])
@@ -224,7 +226,7 @@ def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array]
 
 
 def prefix_is_exact(model: nn.Module) -> bool:
-    """True if running a prefix once and then two rows after it gives what whole rows give."""
+    """True if running a prefix once, and then two rows after it, gives the output of whole rows."""
     if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
         return False
     x = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
@@ -238,7 +240,7 @@ def prefix_is_exact(model: nn.Module) -> bool:
 
 
 def split_is_exact(model: nn.Module, first: int) -> bool:
-    """True if running the blocks below `first` and then the rest gives what all at once give."""
+    """True if running the blocks below block `first`, and then the rest, gives the same output."""
     if _has_windows(model):
         return False
     x = mx.array([_TEST_TOKENS])
@@ -252,7 +254,7 @@ def split_is_exact(model: nn.Module, first: int) -> bool:
 
 
 def blocks_are_exact(model: nn.Module) -> bool:
-    """True if running the blocks one at a time gives what all at once give."""
+    """True if running the blocks one at a time gives the same output as all at once."""
     if _has_windows(model):
         return False
     hidden = tokens = mx.array([_TEST_TOKENS])
@@ -275,12 +277,12 @@ def _flat(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def wait_for(x: mx.array, done: Sequence[mx.array]) -> mx.array:
-    """`x`, evaluated only after `done` is: so that fewer arrays are in memory at once."""
+    """`x`, evaluated only after `done` is, so that fewer arrays are in memory at once."""
     return mx.depends([x], list(done))[0] if done else x
 
 
 def tile_after(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
-    """`copies` of `x` along the first axis, evaluated only after `done` is."""
+    """`x` repeated `copies` times along the first axis, evaluated only after `done` is."""
     x = wait_for(x, done)
     return mx.concatenate([x] * copies) if copies > 1 else x
 

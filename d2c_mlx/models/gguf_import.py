@@ -35,7 +35,7 @@ _BLOCK = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|scales|biases)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# Where transformers 5 keeps the chat template; before, it was a key of tokenizer_config.json.
+# The chat template's file in transformers 5; before, it was a key of tokenizer_config.json.
 _TEMPLATE = "chat_template.jinja"
 
 

@@ -54,7 +54,7 @@ def eval_if_eager(*arrays: mx.array) -> None:
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """`silu(gate) * x`, with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
+    """`silu(gate) * x`, all of one shape, computed with `sigmoid(2h) = (1 + tanh(h)) / 2`."""
     eval_if_eager(gate, x)
     half = 0.5 * gate
     return (half + half * mx.tanh(half)) * x
@@ -115,8 +115,8 @@ def use_fast_exponentials(model: nn.Module, fast: bool) -> None:
     every model of that architecture in this process.
 
     Args:
-        model: of mlx-lm.
-        fast: True for this file's functions.
+        model: an mlx-lm model.
+        fast: True for this file's functions, False for mlx-lm's.
     """
     architecture = sys.modules[type(model).__module__]
     for name, functions in _REPLACED.items():

@@ -96,7 +96,7 @@ def load_task(directory: Path, tests: bool = True) -> Task:
 
 
 def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
-    """Line and row of every row: options count rows, editors lines, and blank lines are no rows."""
+    """File, line and row number of every row; options count rows, editors count lines."""
     return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
 
 
@@ -110,9 +110,8 @@ def common_system(tasks: Iterable[Task]) -> str | None:
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
     """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
 
-    Two kinds of prompts are refused. That of a held-out row, of whichever task, would leak into
-    what is judged by it; that of a used calibration row of the task could not be held back any
-    more.
+    Two kinds of prompts are refused. A prompt of a held-out row, of any task, would leak into
+    training. A prompt of a calibration row that is used could no longer be held back.
 
     Args:
         path: a JSONL file.
@@ -165,7 +164,7 @@ def _with_answer(row: Row) -> Row:
 
 
 def _prompt(row: Row) -> str:
-    """A key of the row's prompt, the same whether it is given as "prompt" or as "messages"."""
+    """A key of the row's prompt, equal for "prompt" and for "messages" that say the same."""
     keys = row_format(row)
     if keys == ("text",):
         return str(row["text"]).strip()

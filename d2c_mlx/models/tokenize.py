@@ -27,7 +27,7 @@ __all__ = [
 # `encode` of one model: name of the set, its rows, and where each stands.
 Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
-# Errors of tokenizers and of strangers' templates; IndexError is that of a text without a token.
+# Errors of tokenizers and of strangers' templates; a text without a token gives an IndexError.
 _UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 
 
@@ -35,8 +35,8 @@ def context_length(args: Any) -> int | None:  # noqa: ANN401  mlx-lm's, of any a
     """The model's context length, in tokens of prompt and answer; None if it does not say.
 
     Args:
-        args: `args` of an mlx-lm model, or the content of its config.json. Models that see images
-            too have those of the text in `text_config`.
+        args: `args` of an mlx-lm model, or the content of its config.json. Models that take images
+            keep those of the language model in `text_config`.
     """
     if args is None:
         return None
@@ -46,12 +46,21 @@ def context_length(args: Any) -> int | None:  # noqa: ANN401  mlx-lm's, of any a
 
 
 def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
-    """The first `n` probe rows of every task, None for all; TaskError names all bad rows."""
+    """Tokenize the first `n` calibration rows of every task, or all.
+
+    Args:
+        encode: tokenizes rows, see `BaseModel.encode`.
+        tasks: tasks whose `probe` is read.
+        n: rows per task; None takes all.
+
+    Raises:
+        TaskError: the problems of all rows.
+    """
     return gather(partial(encode, one.name, one.probe[:n], one.probe_places) for one in tasks)
 
 
 def encode_tests(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
-    """The first `n` test rows of every task, None for all; TaskError names all bad rows."""
+    """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
     return gather(partial(encode, one.name, one.test[:n], one.test_places) for one in tasks)
 
 
@@ -64,8 +73,10 @@ def encode(
 ) -> ExampleSet:
     """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
 
+    Use `encode_prompts` for prompts without an answer.
+
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         task: name of the set.
         rows: rows of one format.
         places: file and line of every row, and maybe of more, for messages; without them rows are
@@ -101,7 +112,7 @@ def encode(
                 f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
                 f" {context:,}; shorten it"
             )
-    # Without a chat template it is every row, for one reason.
+    # Without a chat template every row fails, for one reason.
     problems += [
         f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
         f" ({reason}); change it as the model's chat template asks, or use rows of text"
@@ -128,7 +139,7 @@ def encode_prompts(
     """Token ids of prompts that have no answer yet, the chat template applied.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompts: user messages, one per prompt.
         system: system message before each; None leaves it to the template.
 
@@ -155,7 +166,7 @@ def _prompt_of(
     tokenizer: Any,  # noqa: ANN401  mlx-lm's
     row: Row,
 ) -> tuple[int, ...]:
-    """As `mlx_lm.generate` and a server ask; nothing for rows of text."""
+    """The prompt of a row as `mlx_lm.generate` and a server build it; empty for rows of text."""
     if row_format(row) == ("text",):
         return ()
     messages, opens = [{"role": "user", "content": row.get("prompt")}], True

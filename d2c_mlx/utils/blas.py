@@ -27,7 +27,7 @@ _library: ctypes.CDLL | None = None
 
 
 def find_blas() -> str | None:
-    """Path of the fast BLAS that `preload_blas` would load here, or None."""
+    """Find the fast BLAS that `preload_blas` would load; None if there is none or it is off."""
     wish = os.environ.get("D2C_MLX_BLAS", "")
     if sys.platform != "linux" or wish == "off":
         return None
@@ -37,7 +37,11 @@ def find_blas() -> str | None:
 
 
 def preload_blas() -> str | None:
-    """Load the fast BLAS unless MLX is already imported (then it would have no effect)."""
+    """Load the fast BLAS, unless MLX is already imported and it would have no effect.
+
+    Returns:
+        Path of the BLAS that is loaded; None if there is none.
+    """
     global _loaded, _library
     path = find_blas()
     if path and _loaded is None and "mlx.core" not in sys.modules:
@@ -50,12 +54,12 @@ def preload_blas() -> str | None:
 
 
 def loaded_blas() -> str | None:
-    """Path of the BLAS that was loaded before MLX, or None."""
+    """Path of the BLAS that `preload_blas` loaded; None if it loaded none."""
     return _loaded
 
 
 def limit_blas_threads(n_threads: int) -> bool:
-    """Hold the preloaded OpenBLAS to `n_threads` per call; False if there is none to hold."""
+    """Limit the preloaded OpenBLAS to `n_threads` per call; False if there is none."""
     setter = getattr(_library, "openblas_set_num_threads", None)
     if setter is None:
         return False
@@ -65,14 +69,14 @@ def limit_blas_threads(n_threads: int) -> bool:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Within it a call of the preloaded OpenBLAS takes all cores of this process."""
+    """Let the preloaded OpenBLAS use all cores of this process inside the block."""
     getter = getattr(_library, "openblas_get_num_threads", None)
     if getter is None:
         yield
         return
     before = getter()
     cores = os.cpu_count() or 1
-    if sys.platform == "linux":  # which alone says what cores a process may use
+    if sys.platform == "linux":  # Only Linux tells which cores a process may use.
         cores = len(os.sched_getaffinity(0))
     limit_blas_threads(cores)
     try:

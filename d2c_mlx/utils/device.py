@@ -18,10 +18,10 @@ _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers",
 
 
 def use_device() -> None:
-    """Compute on the CPU, in float32, if `$D2C_MLX_DEVICE` says `cpu`.
+    """Compute on the CPU, in float32, if `$D2C_MLX_DEVICE` is `cpu`.
 
     Raises:
-        ConfigError: it says anything else.
+        ConfigError: the variable has any other value.
     """
     wish = os.environ.get("D2C_MLX_DEVICE")
     if wish not in (None, "", "cpu"):
@@ -31,10 +31,10 @@ def use_device() -> None:
 
 
 def arithmetic() -> list[str | None]:
-    """Everything that decides the bits of a result beside model and engine; part of cache keys.
+    """List all that decides the bits of a result beside model and engine, for cache keys.
 
-    That is MLX's version, the device and a preloaded BLAS. On a Mac Metal's kernels come with the
-    system, and newer GPUs have others for float32, so system, architecture and TF32 count too.
+    These are MLX's version, the device and a preloaded BLAS. On a Mac, Metal's kernels come with
+    the system and newer GPUs have others for float32. So system, architecture and TF32 count too.
     """
     info = mx.device_info()
     found = [version("mlx"), str(info.get("device_name")), str(mx.default_device()), loaded_blas()]
@@ -45,7 +45,7 @@ def arithmetic() -> list[str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Device, backend, memory (bytes) and BLAS; keys a device does not report are left out."""
+    """Describe device, backend, memory (bytes) and BLAS; keys without a value are left out."""
     info = mx.device_info()
     backend = str(mx.default_device().type).split(".")[-1]
     if backend == "gpu" and mx.metal.is_available():
@@ -70,7 +70,7 @@ def _system_memory() -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
+    """The installed versions of the packages that results depend on."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, Python and package versions: everything a result may depend on beside its inputs."""
+    """Describe machine, Python and packages, which results depend on beside their inputs."""
     return {
         "machine": machine(),
         "python": platform.python_version(),

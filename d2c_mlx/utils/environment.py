@@ -1,4 +1,4 @@
-"""Surroundings of the process: variables that decide where files are, optional packages."""
+"""The environment of the process: the cache directory, variables of ranks, optional packages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from d2c_mlx.utils.errors import ConfigError
 
 __all__ = ["EXTRAS", "RANK_VARIABLES", "VERSION", "cache_directory", "require_extra"]
 
-# Of this package, as it is installed.
+# The installed version of this package.
 VERSION = version("d2c-mlx")
-# One of them is in the environment of every rank: mlx.launch (ring, JACCL), Open MPI, MPICH.
+# Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Extras of pyproject.toml that one command or option needs -> the module that each brings.
 EXTRAS = {"answers": "sacrebleu", "serve": "prometheus_client"}
 
 
 def cache_directory() -> Path:
-    """Directory of converted base models and losses: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
+    """The directory of converted models and losses: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
     given = os.environ.get("D2C_MLX_CACHE")
     return Path(os.path.expanduser(given) if given is not None else Path.home() / ".cache/d2c-mlx")
 
@@ -30,11 +30,11 @@ def require_extra(extra: str, user: str, otherwise: str = "") -> None:
 
     Args:
         extra: a key of `EXTRAS`.
-        user: option or command that needs it, which begins the message.
-        otherwise: what the user can do instead of installing it, which ends the message.
+        user: option or command that needs it; the message begins with it.
+        otherwise: alternative to installing it; the message ends with it.
 
     Raises:
-        ConfigError: it is missing; says what to install.
+        ConfigError: the package is missing; the message says what to install.
     """
     module = EXTRAS[extra]
     try:

@@ -9,8 +9,8 @@
         ├── BudgetError      the budget is unreadable or too small
         └── PackError        a pack or a run directory is missing or does not verify
 
-An `InputError` carries *all* problems found, one line each. An `InputWarning` is for what may be
-wrong and may be right.
+An `InputError` carries *all* problems found, one line each. An `InputWarning` is for input that may
+be right.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class D2CError(Exception):
 class InputError(D2CError):
     """Bad input: `problems` holds one line per problem, each naming file, field and remedy.
 
-    Whatever cannot be printed in a name from a stranger's file (line ends, a terminal's control
-    sequences) is escaped.
+    Characters that cannot be printed (line ends or control sequences in a stranger's file) are
+    escaped.
     """
 
     exit_code = 2
@@ -83,19 +83,19 @@ class PackError(InputError):
 
 
 class InputWarning(UserWarning):
-    """Input that is likely, but not surely, wrong; one line."""
+    """A warning, in one line, about input that is probably wrong."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the input; `str` is the line that an `InputError` takes.
+    """One problem of the input; `str` gives the line that an `InputError` takes.
 
     Attributes:
-        field: option, key or dotted path of keys; "" is the whole.
-        found: the value as text; "" is a value that is not there.
-        expected: in words, to follow "expected".
-        place: file that the field is in; "" is the command line, or a call.
-        remedy: what to do, where `expected` does not say it.
+        field: option, key or dotted path of keys; "" for the input as a whole.
+        found: the value as text; "" if it is missing.
+        expected: words to follow "expected".
+        place: file that has the field; "" for the command line, or a call.
+        remedy: advice, where `expected` is not enough.
         said: a sentence in place of `found` and `expected`.
     """
 
@@ -120,7 +120,12 @@ def _printable(text: str) -> str:
 def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
     """Run `call`; on `InputError` append it to `errors` and return None.
 
-    Lets a command report the problems of several inputs at once.
+    Use it to report the problems of several different inputs at once. `gather` runs calls of one
+    kind, and raises.
+
+    Args:
+        errors: list that the error is appended to.
+        call: function that checks an input.
     """
     try:
         return call()
@@ -130,7 +135,11 @@ def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
 
 
 def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Run every call, then raise one `InputError` with the problems of all that failed, if any."""
+    """Run every call and return the results.
+
+    Raises:
+        InputError: the problems of all calls that failed.
+    """
     errors: list[InputError] = []
     results = []
     for call in calls:

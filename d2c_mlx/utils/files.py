@@ -36,13 +36,13 @@ def _fsync(path: Path) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Rename within a directory, and have the renaming on the disk."""
+    """Rename within a directory, and flush that to the disk."""
     os.replace(source, target)
     _fsync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: under a temporary name, fsync, rename."""
+    """Write a UTF-8 file atomically, by a temporary name, fsync and a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  JSON is any
     """Write `value` as indented JSON, atomically.
 
     Raises:
-        ValueError: it holds NaN or infinity, which are no JSON.
+        ValueError: `value` holds NaN or infinity, which JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -73,20 +73,20 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_dir(path: Path, ready: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Write a directory atomically; at any moment the old one or the new one is whole.
+    """Write a directory atomically, so that at any moment the old or the new one is whole.
 
-    If `path` is a link, it stays one and its target is replaced.
+    If `path` is a link, its target is replaced and the link stays. Use `write_text` for one file.
 
     Args:
         path: the directory to create or replace.
-        ready: called with the new directory when it is complete, before it takes its place.
+        ready: called with the complete new directory before it replaces `path`.
 
     Yields:
         An empty directory beside `path`. It replaces `path` after the block; after an error in the
         block it is removed.
 
     Raises:
-        ConfigError: `path` is there and no directory; nothing is touched.
+        ConfigError: `path` exists and is no directory; nothing is changed.
     """
     path = Path(os.path.realpath(path))
     if not path.name or (path.exists() and not path.is_dir()):
@@ -119,19 +119,19 @@ def write_dir(path: Path, ready: Callable[[Path], None] | None = None) -> Iterat
 
 
 def old_dir(path: Path) -> Path:
-    """The path to which `write_dir` and `remove_dir` move the old directory until they are done."""
+    """The path that `write_dir` and `remove_dir` move the old directory to until they are done."""
     return path.with_name(f".{path.name}.old")
 
 
 def restore_dir(path: Path) -> None:
-    """Put back the old directory if `write_dir` ended before the new one was in place."""
+    """Move the old directory back if `write_dir` ended before the new one was in place."""
     old = old_dir(path)
     if old.is_dir() and not path.exists():
         os.replace(old, path)
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a directory, if it is there; at any moment it is whole or gone."""
+    """Remove a directory, if there is one; at any moment it is whole or gone."""
     old = old_dir(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -140,7 +140,7 @@ def remove_dir(path: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """The hex SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -149,7 +149,7 @@ def hash_file(path: Path) -> str:
 
 
 def visible_files(directory: Path) -> list[Path]:
-    """All files below a directory except hidden ones, such as the .DS_Store of a Mac's Finder."""
+    """List all files below a directory except hidden ones, such as the .DS_Store of macOS."""
     return sorted(
         file for file in directory.rglob("*")
         if not file.is_dir()
@@ -158,7 +158,7 @@ def visible_files(directory: Path) -> list[Path]:
 
 
 def hash_tree(path: Path) -> str:
-    """Hex SHA-256 of a file, or over names and contents of a directory's `visible_files`."""
+    """The hex SHA-256 of a file, or of the names and contents of a directory's `visible_files`."""
     if path.is_file():
         return hash_file(path)
     files = [file for file in visible_files(path) if file.is_file()]
@@ -166,6 +166,6 @@ def hash_tree(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:  # noqa: ANN401  JSON is any
-    """Hex SHA-256 of a JSON value in canonical form."""
+    """The hex SHA-256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,21 +9,24 @@ from gguf import GGUFReader
 
 __all__ = ["GGUF_ERRORS", "open_gguf"]
 
-# Errors of readers on bytes that are no GGUF.
+# Errors that readers raise on bytes that are no GGUF.
 GGUF_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-# Bytes of a value by its GGUFValueType; strings and arrays state their length.
+# GGUFValueType -> bytes of a value; strings and arrays state their length.
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Open a GGUF file with the `gguf` package after walking its metadata.
+    """Open a GGUF file with the `gguf` package, after checking the lengths in its metadata.
 
-    The package takes an array for as long as it says it is, also beyond the end of the file: a
-    single damaged bit then fills the memory for hours.
+    Use it in place of `GGUFReader`, and before MLX's reader. The package believes the length that
+    an array states, also beyond the end of the file. So a single damaged bit fills the memory for
+    hours.
 
     Raises:
-        GGUF_ERRORS: one of them, for a file that is no GGUF or is damaged.
+        GGUF_ERRORS: one of these, if the file is no GGUF or is damaged.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
 

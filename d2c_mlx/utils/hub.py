@@ -20,7 +20,7 @@ _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 
 @dataclass(frozen=True)
 class HubId:
-    """A model repository, `owner/name`, and a branch, tag or commit of it; None is its default."""
+    """A model repository, `owner/name`, and a branch, tag or commit; None is the default branch."""
 
     repo: str
     revision: str | None = None
@@ -44,13 +44,13 @@ def download(
         one: the repository.
         patterns: patterns of the files that are needed; `*` stands for slashes too.
         field: the option that named the repository, for messages.
-        error: raised if the files cannot be had.
+        error: class of the error to raise.
 
     Returns:
-        A directory, which does not exist if no file fits the patterns, and the commit it is of.
+        The directory, which does not exist if no file fits the patterns, and its commit.
 
     Raises:
-        InputError: `error`: no such repository or revision, no access, or no network.
+        InputError: `error`, if there is no such repository or revision, no access, or no network.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
@@ -70,7 +70,7 @@ def download(
 
 
 def list_files(one: HubId, field: str, error: type[InputError]) -> list[str]:
-    """Paths of all files of a repository. Arguments and errors as for `download`."""
+    """List the paths of all files of a repository. Arguments and errors are those of `download`."""
     from huggingface_hub import HfApi
 
     with _translate_errors(one, field, error):
@@ -78,7 +78,10 @@ def list_files(one: HubId, field: str, error: type[InputError]) -> list[str]:
 
 
 def read_head(one: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
-    """The first `nbytes` of a file of a repository. Else as `download`."""
+    """Read the first `nbytes` of a file of a repository, without a download of the whole.
+
+    Arguments and errors are those of `download`.
+    """
     from huggingface_hub import HfFileSystem
 
     with (
@@ -91,8 +94,8 @@ def read_head(one: HubId, file: str, nbytes: int, field: str, error: type[InputE
 def _failures() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Its HTTP library is another one in each major version; the base of its own errors is that
-    # library's. A wrong id is a ValueError, being offline an OSError.
+    # Each major version of the client has another HTTP library, whose errors are the bases of its
+    # own. A wrong id is a ValueError, being offline an OSError.
     return (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError)
 
 

@@ -1,4 +1,4 @@
-"""A walk downhill over scales, the one search that tunes how strong an adapter is."""
+"""A line search over scales, the one search that tunes the strength of adapters."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["COARSE_SCALES", "FINE_SCALES", "SCALES", "line_search"]
 
-# Scales of dW, in steps of about the fourth root of 2. Means of many near-orthogonal updates ask
-# for more than 1 (a mean of T keeps about 1/T of each), sums for less.
+# Scales of dW, in steps of about the fourth root of 2. Means of many near-orthogonal updates need
+# more than 1, because a mean of T keeps about 1/T of each; sums need less.
 SCALES = (
     0.125, 0.15, 0.175, 0.21, 0.25, 0.3, 0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0,
     2.4, 2.8, 3.4, 4.0, 4.8, 5.6, 6.7, 8.0, 9.5, 11.2, 13.4, 16.0,
 )  # fmt: skip
-# A merge: every evaluation asks all its tasks, so steps are twice as long.
+# For merges. An evaluation covers all tasks of a merge, so steps are twice as long.
 COARSE_SCALES = SCALES[::2]
-# An adapter in fewer components: what was dropped is made up for by a scale of 1 to 4.
+# For an adapter in fewer components. A scale of 1 to 4 compensates for those that were dropped.
 FINE_SCALES = tuple(scale for scale in SCALES if 0.7 <= scale <= 4)
 
 
 def line_search(
     loss: Callable[[float], float], scales: Sequence[float], start: float | None = None
 ) -> tuple[float, float]:
-    """Walk downhill from the scale nearest to `start` until both neighbours are no better.
+    """Search downhill from the scale nearest to `start` until no neighbour is better.
 
-    Each scale is asked once; ties keep the smaller one. From the first scale the walk only rises.
+    Each scale is evaluated once; ties go to the smaller one. A search from the first scale only
+    moves up.
 
     Args:
-        loss: of a scale.
-        scales: increasing.
-        start: where to begin, nearest in the logarithm; None is the middle of `scales`.
+        loss: gives the loss at a scale.
+        scales: scales to try, increasing.
+        start: scale to start near, by the logarithm; None starts in the middle of `scales`.
 
     Returns:
         The best scale found and its loss.

@@ -19,13 +19,13 @@ def locked(
 ) -> Iterator[None]:
     """Lock a directory while the block runs; it is created if need be.
 
-    The kernel keeps the lock and releases it with the process, however that ends, so no lock is
-    ever stale. The lock file stays: removing it would let two processes lock two files.
+    The kernel keeps the lock and releases it when the process ends in any way, so no lock is ever
+    stale. The lock file stays, because removing it would let two processes lock two files.
 
     Args:
         directory: the directory of a run, or of a cache.
-        wait: wait until another process releases it.
-        advice: end of the message; not every command has an --output.
+        wait: wait until another process releases the lock.
+        advice: end of the error message, for commands without --output.
 
     Raises:
         D2CError: another process holds the lock, and `wait` is False; the message names its id.

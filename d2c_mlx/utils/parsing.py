@@ -15,22 +15,24 @@ from d2c_mlx.utils.errors import ConfigError
 
 __all__ = ["is_positive", "json_or_none", "matches_end", "parse_json", "read_yaml"]
 
-# Seconds that a pattern may take on one module path; honest ones take microseconds.
+# Most seconds that a pattern may take on one module path; honest ones take microseconds.
 _PATTERN_SECONDS = 1.0
-# Characters of a config: a list of some thousand adapters by their paths is a fair one.
+# Most characters of a config; a list of some thousand paths of adapters must fit.
 _MAX_YAML = 1_000_000
-# Limits on what makes PyYAML slow and is in no config: levels of brackets, values with aliases
-# written out, digits of a number.
+# Limits on what makes PyYAML slow: levels of brackets, values with aliases expanded, digits of a
+# number. No config comes near them.
 _MAX_LEVELS, _MAX_VALUES, _MAX_DIGITS = 20, 50_000, 1_000
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any
-    """Parse JSON as RFC 8259 defines it, more strictly than Python's `json`.
+    """Parse JSON more strictly than Python's `json`; use it for files of strangers.
 
     Raises:
-        ValueError: it is no JSON, or has what Python's `json` takes all the same: NaN or infinity,
-            numbers beyond 64 bits, a key that is there twice, halves of surrogate pairs, nesting
-            that is deeper than Python can walk.
+        ValueError: the text is no JSON, or has what Python's `json` accepts: NaN or infinity,
+            numbers beyond 64 bits, a key that occurs twice, halves of surrogate pairs, or nesting
+            that is too deep for Python.
+
+    Source: RFC 8259, https://www.rfc-editor.org/rfc/rfc8259.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant,
@@ -71,7 +73,7 @@ def _float(text: str) -> float:
 
 
 def json_or_none(path: Path) -> Any:  # noqa: ANN401  JSON is any
-    """The content of a JSON file, by `parse_json`; None if it is missing or cannot be read."""
+    """Read a JSON file by `parse_json`; None if it is missing or cannot be read."""
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -85,7 +87,11 @@ def is_positive(value: object) -> bool:
 
 
 def matches_end(pattern: str, path: str) -> bool:
-    """True if a module path ends as a regular expression says, PEFT's rule for `rank_pattern`.
+    """True if the end of a module path matches a regular expression, as PEFT's `rank_pattern`.
+
+    Args:
+        pattern: a regular expression from a stranger's file.
+        path: dotted path of a module.
 
     Raises:
         ValueError: the pattern is no regular expression, or takes longer than a second.
@@ -103,7 +109,7 @@ def matches_end(pattern: str, path: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses early what PyYAML would take minutes for."""
+    """A loader that refuses early the files on which PyYAML would take minutes."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -119,7 +125,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if node is None:
             return None
-        # Aliases of aliases double with every line; what each stands for is known by now.
+        # Aliases of aliases double with every line; the size of their targets is known by now.
         self._n_values += self._sizes.get(node, 1) if alias else 1
         if self._n_values > _MAX_VALUES:
             raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values")
@@ -137,10 +143,10 @@ def _yaml_reason(error: Exception) -> str:
 
 
 def read_yaml(path: Path | None) -> dict[str, Any]:
-    """Read the keys and values of a YAML file; `path` None gives none.
+    """Read the keys and values of a YAML file; an empty dict if `path` is None.
 
     Raises:
-        ConfigError: the file is not readable, too large, or holds no mapping.
+        ConfigError: the file cannot be read, is too large, or holds no mapping.
     """
     if path is None:
         return {}
@@ -156,8 +162,8 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path}: a directory, expected a YAML file of options") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
-    # Dates that are none and halves of surrogate pairs are ValueErrors; a word under `!!timestamp`
-    # or `!!bool` is one of the last two.
+    # Impossible dates and halves of surrogate pairs raise ValueError. A word under `!!timestamp` or
+    # `!!bool` raises one of the last two.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
         raise ConfigError(f"{path}: not readable as YAML ({_yaml_reason(error)})") from None
     if not isinstance(data, dict):

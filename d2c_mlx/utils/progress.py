@@ -26,12 +26,12 @@ class Bar:
         self._known = self._foreseen = 0
 
     def foresee(self, n_tokens: int) -> None:
-        """About so much is to come, in place of what was foreseen before."""
+        """Set the estimate of the work that is not expected yet; replaces the one before."""
         self._foreseen = n_tokens
         self._show()
 
     def expect(self, n_tokens: int) -> None:
-        """More work is known of, which is part of what was foreseen."""
+        """Add work that is certain to come; it is taken from the estimate."""
         self._known += n_tokens
         self._foreseen = max(0, self._foreseen - n_tokens)
         self._show()
@@ -41,13 +41,18 @@ class Bar:
         self._progress.update(self._task, total=total, visible=total > 0)
 
     def advance(self, n_tokens: int) -> None:
-        """Work is done."""
+        """Count work as done."""
         self._progress.advance(self._task, n_tokens)
 
 
 @contextmanager
 def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
-    """Show a bar named `name` on standard error once there is work to expect."""
+    """Show a bar on standard error once there is work to expect.
+
+    Args:
+        name: text before the bar.
+        quiet: show nothing.
+    """
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(),

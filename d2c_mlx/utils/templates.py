@@ -12,7 +12,7 @@ __all__ = ["cell", "percent", "size", "templates_of"]
 
 @cache  # with its compiled templates
 def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
-    """A jinja2 environment over the templates of a package; an undefined name is an error."""
+    """Make a jinja2 environment for the templates of a package; undefined names are errors."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     found = Environment(
@@ -22,7 +22,7 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Only the last part of a path is shown: the rest tells who made the run.
+    # Only the last part of a path is shown; the rest would tell who made the run.
     found.filters |= {
         "percent": percent, "size": size, "last_part": lambda path: Path(path).name,
         "cell": cell,
@@ -31,12 +31,12 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
 
 
 def percent(value: float | None) -> str:
-    """A share with one decimal, `-` for none."""
+    """Format a share as a percentage with one decimal; None gives `-`."""
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def size(nbytes: int) -> str:
-    """Bytes with three digits and a unit, to read; tables have the exact number."""
+    """Format bytes with three digits and a unit, for prose; tables have the exact number."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
@@ -44,5 +44,5 @@ def size(nbytes: int) -> str:
 
 
 def cell(text: object) -> str:
-    """Escape a name for a cell of a Markdown table: it begins no column and no HTML."""
+    """Escape a name for a cell of a Markdown table, so that it begins no column and no HTML."""
     return html.escape(str(text), quote=False).replace("|", "\\|")

@@ -7,10 +7,10 @@
     # phone.yaml: ram: unknown key; known: memory
     # phone.yaml: memory: found 3, expected bytes like "4GB"
 
-What a message expects is a field's own `expected`, else derived from its type and its range. A
+The words after "expected" are a field's own `expected`, else they follow from its type and range. A
 field may also say what to do when it is absent (`missing`) or wrong (`remedy`). A validator of a
 field raises `expects("words")`, or `refused("a sentence")` where "found X, expected Y" does not
-fit; `info.data` has the fields before it, so that rules about two fields are told with all others.
+fit. `info.data` has the fields before it, so rules about two fields are reported with all others.
 """
 
 from __future__ import annotations
@@ -42,33 +42,38 @@ Path = tuple[str | int, ...]
 T = TypeVar("T", bound="Checked")
 
 _TYPE_WORDS = {int: "int", float: "float", str: "str", bool: "true or false"}
-# A list by its items; any other is "a list".
+# Words for a list by the type of its items; any other is "a list".
 _LIST_WORDS = {str: "a list of strings", int: "a list of whole numbers"}
-# Characters of a value that a message repeats.
+# Most characters of a value that a message repeats.
 _MOST_FOUND = 200
 _MOST_INT = 2**64
 
 
 def expects(words: str) -> PydanticCustomError:
-    """The error for a validator to raise: "field: found VALUE, expected WORDS"."""
+    """Make the error that a validator raises: "field: found VALUE, expected WORDS"."""
     return PydanticCustomError("expects", "{words}", {"words": words})
 
 
 def refused(sentence: str) -> PydanticCustomError:
-    """The error for a validator to raise where its own sentence says more: "field: SENTENCE"."""
+    """Make the error that a validator raises in a sentence of its own: "field: SENTENCE".
+
+    Use it where "found X, expected Y" of `expects` does not fit.
+    """
     return PydanticCustomError("refused", "{words}", {"words": sentence})
 
 
 def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
-    """A field that is an option, said once for checks, command line, config file and documents.
+    """Define an option once, for checks, command line, config file and documents.
+
+    Use pydantic's `Field` for fields that are no option.
 
     Args:
-        default: `...` is none: it must be given.
+        default: the default; `...` makes the option required.
         help: one phrase, to follow the option's name.
-        details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`), and of ours `group`
-            and `metavar` for the command line, `choices` of a name or of each name in a list,
+        details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`). Also `group` and
+            `metavar` for the command line, `choices` for a name or each name in a list,
             `default_text` where the default says too little, `path` for a path, and `expected`,
-            `missing`, `remedy` as any field may have them.
+            `missing` and `remedy` for messages.
     """
     limits = {key: details.pop(key) for key in ("ge", "gt", "le", "min_length") if key in details}
     return Field(default, description=help, json_schema_extra=details, **limits)
@@ -83,7 +88,7 @@ class Checked(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    # Raised for bad values, and said of every problem whose field names no remedy of its own.
+    # The class of the error for bad values, and the remedy for fields that name none of their own.
     error: ClassVar[type[InputError]] = ConfigError
     remedy: ClassVar[str] = ""
 
@@ -93,8 +98,8 @@ class Checked(BaseModel):
         except ValidationError as error:
             raise self.error(map(str, problems_of(error, type(self), values))) from None
 
-    # As pydantic's own RootModel does: without it a nested model would be made by `__init__`, and
-    # raise its problems alone.
+    # Pydantic's own RootModel does this too. Without it a nested model would be made by `__init__`,
+    # and raise its problems alone.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @field_validator("*")
@@ -111,11 +116,11 @@ class Checked(BaseModel):
         """Check values from a file.
 
         Args:
-            values: a mapping, or whatever was there in place of one.
-            place: the file that is named before every field; by top-level key where they differ.
+            values: a mapping, or whatever the file holds in place of one.
+            place: the file to name before every field; a mapping by top-level key if they differ.
 
         Raises:
-            InputError: `cls.error`, one line per problem.
+            InputError: `cls.error`, with one line per problem.
         """
         try:
             return cls.model_validate(values)
@@ -123,7 +128,7 @@ class Checked(BaseModel):
             raise cls.error(map(str, problems_of(error, cls, values, place))) from None
 
     def replace(self: T, **changes: object) -> T:
-        """The same with other values for some fields, checked again."""
+        """Copy the model with other values for some fields; everything is checked again."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
@@ -133,12 +138,12 @@ def problems_of(
     values: object,
     place: str | Mapping[str, str] = "",
 ) -> list[Problem]:
-    """One problem per field, unknown keys before the other problems beside them.
+    """List the problems of a validation, one per field, unknown keys before those beside them.
 
     Args:
-        error: what pydantic raised.
-        model: that was to be made.
-        values: it was to be made of, for what was found.
+        error: the error that pydantic raised.
+        model: class of the model that was validated.
+        values: values that it was validated from, to repeat in messages.
         place: see `Checked.read`.
     """
     found: dict[Path, Problem] = {}
@@ -169,7 +174,7 @@ def problems_of(
 
 
 def found_text(value: object) -> str:
-    """How a message repeats a value that may be anything."""
+    """Format any value for a message, cut to 200 characters."""
     if isinstance(value, int) and abs(value) >= _MOST_INT:
         return "a number beyond 64 bits"
     text = repr(value)
@@ -177,7 +182,7 @@ def found_text(value: object) -> str:
 
 
 def range_of(field: FieldInfo) -> str:
-    """What a field takes, in words for a document; "" if its type says it all."""
+    """Describe the values that a field takes, for a document; "" if its type says it all."""
     about, several = _about(field), get_origin(_plain(field.annotation)) is tuple
     if "choices" in about:
         return f"{'some' if several else 'one'} of {', '.join(about['choices'])}"
@@ -187,7 +192,7 @@ def range_of(field: FieldInfo) -> str:
 
 
 def _unknown_first(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Pydantic tells the unknown keys of an object after its fields; they often explain those."""
+    """Move the unknown keys of an object before its fields, because they often explain those."""
     result = list(errors)
     for details in errors:
         if details["type"] == "extra_forbidden":
@@ -203,10 +208,10 @@ def _unknown_first(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 def _follow(
     model: type[BaseModel], details: ErrorDetails
 ) -> tuple[Path, FieldInfo | None, Any, type[BaseModel] | None]:
-    """The field that an error is about: `(path, its definition, its type, model it belongs to)`.
+    """Find the field of an error: `(path, its definition, its type, model it belongs to)`.
 
-    The path ends where pydantic's goes on into the members of a union, or the items of a list of
-    plain values: such a value is shown and expected as a whole.
+    Pydantic's path goes on into the members of a union, and the items of a list of plain values.
+    This path ends before, because a message shows such a value as a whole.
     """
     kind: Any = model
     field: FieldInfo | None = None
@@ -219,7 +224,7 @@ def _follow(
             parent, field = kind, _field(kind, part)
             kind = field.annotation if field else _extra_kind(kind)
         elif get_origin(kind) in (dict, Mapping) and items:
-            # Pydantic marks what is wrong with a key itself by a part more.
+            # Pydantic adds "[key]" to the path if the key itself is wrong.
             parent, field, kind = None, None, None if part == "[key]" else items[1]
         elif get_origin(kind) in (list, tuple) and items and _is_object(items[0]):
             parent, field, kind = None, None, items[0]
@@ -255,7 +260,7 @@ def _field(model: type[BaseModel], key: str | int) -> FieldInfo | None:
 
 
 def _extra_kind(model: type[BaseModel]) -> Any:  # noqa: ANN401  types are any
-    """Type of the keys that a model lets in without naming them, where it says one."""
+    """The type of a model's extra keys, if it declares one."""
     said = get_type_hints(model).get("__pydantic_extra__")
     members = get_args(_plain(said))
     return members[1] if members else None
@@ -273,7 +278,7 @@ def _known(key: str | int, parent: type[BaseModel] | None) -> str:
 
 
 def _expected(kind: Any, field: FieldInfo | None, details: ErrorDetails) -> str:  # noqa: ANN401
-    """In words, from the type of a field and its range."""
+    """The words after "expected", from a field's own ones or its type and range."""
     if details["type"] == "expects":
         return str(details["ctx"]["words"])
     if own := _about(field).get("expected"):
@@ -307,7 +312,7 @@ def _choice(choices: Sequence[str], several: bool) -> str:
 
 
 def _limits(field: FieldInfo | None) -> dict[str, float]:
-    """`{"ge": 1, "le": 10}` and the like of a field."""
+    """The limits of a field, such as `{"ge": 1, "le": 10}`."""
     return {
         name: getattr(one, name)
         for one in (field.metadata if field else ())
@@ -317,7 +322,7 @@ def _limits(field: FieldInfo | None) -> dict[str, float]:
 
 
 def _range(kind: Any, limits: Mapping[str, float]) -> str:  # noqa: ANN401  types are any
-    """`1 or more`, `0 to 100`, `a number above 0 and at most 1`."""
+    """Limits in words: `1 or more`, `0 to 100`, `a number above 0 and at most 1`."""
     if limits.keys() == {"ge"}:
         return f"{limits['ge']:,} or more"
     if limits.keys() == {"ge", "le"}:
@@ -328,7 +333,7 @@ def _range(kind: Any, limits: Mapping[str, float]) -> str:  # noqa: ANN401  type
 
 
 def _value(values: object, path: Path, default: object) -> object:
-    """What a path leads to in what was given; `default` where it leads nowhere."""
+    """The value at a path of `values`; `default` if the path leads nowhere."""
     for part in path:
         try:
             values = values[part]  # type: ignore[index]
@@ -338,6 +343,6 @@ def _value(values: object, path: Path, default: object) -> object:
 
 
 def _key_text(key: str | int) -> str:
-    """A key from a stranger's file; it may be long."""
+    """Format a key from a stranger's file, cut to 200 characters."""
     text = str(key)
     return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."
