@@ -24,10 +24,11 @@ from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.planner import serves_of
-from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
+from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
+from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack

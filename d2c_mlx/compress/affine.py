@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
-import scipy.linalg
 
 from d2c_mlx.utils.grouping import indices_by_key
 
@@ -154,7 +153,9 @@ def hartley_rotation(levels: Levels) -> np.ndarray:
     for n, bits in levels:
         angle = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
         blocks.append(np.eye(n) if bits == 16 else (np.cos(angle) + np.sin(angle)) / np.sqrt(n))
-    return scipy.linalg.block_diag(*blocks)
+    from scipy.linalg import block_diag
+
+    return block_diag(*blocks)
 
 
 def as_float16(rows: np.ndarray, group_size: int) -> Quantized:

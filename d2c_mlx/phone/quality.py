@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
+from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator, Runner
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.tasks import Row

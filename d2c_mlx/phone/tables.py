@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS
+from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS
 
 __all__ = ["render_phone"]
 

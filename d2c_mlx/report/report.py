@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS
+from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.utils.templates import percent, templates_of

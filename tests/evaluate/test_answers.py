@@ -3,8 +3,9 @@
 import pytest
 import sacrebleu
 
-from d2c_mlx.evaluate.answers import METRICS, answer_metrics, answer_rows
+from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.evaluate.metrics import METRICS, answer_metrics
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
