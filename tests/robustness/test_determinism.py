@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,7 +143,7 @@ def test_ties_are_broken_by_name(way, tmp_path, monkeypatch):
             peft_adapter(paths.adapters, name, seed=twin)
             shutil.move(task(tmp_path / names / "made", str(twin)), paths.tasks / name)
         # Refining draws rows by the task's name, so that a task draws alike in any company.
-        config = replace(config_of(paths, tmp_path / names / "run", way), refine=False)
+        config = config_of(paths, tmp_path / names / "run", way).replace(refine=False)
         output = run(config, quiet=True).output
         pack = load_pack(output / "pack")
         served = [pack.load(name) for name in sorted(names)]

@@ -45,10 +45,10 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
     assert manifest["nbytes"] <= manifest["budget"]["nbytes"]
-    assert manifest["base"]["config_sha256"] == session.base.config_hash
+    assert manifest["base"]["config_sha256"] == session.inputs.base.config_hash
     assert len({manifest["tasks"][name] for name in NAMES}) == 2
     record = json.loads((output / ".stages" / "probe.json").read_text())
-    assert 0 < record["peak_nbytes"] <= session.engine.memory_limit
+    assert 0 < record["peak_nbytes"] <= session.inputs.engine.memory_limit
     assert record["evaluations"]["asked"] == 5 * 4  # four adapters and the base, four tasks
     table = json.loads((output / "losses.json").read_text())
     assert len(table["values"]) == len(table["values"][0]) == 4
