@@ -1,0 +1,77 @@
+"""A run that is finished is known without a model, and only while nothing changed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import stages_of
+
+# The command, in a process where a model cannot even be imported.
+WITHOUT_A_MODEL = """
+import sys
+sys.modules["mlx_lm"] = sys.modules["transformers"] = None
+from d2c_mlx_cli.main import main
+main()
+"""
+
+
+@pytest.fixture
+def finished(config):
+    """A whole run on slots, without baselines."""
+    config = config.replace(budget="2", plan="auto", baselines=(), merge_method="linear", scale=1.0)
+    return run(config, quiet=True)
+
+
+def is_finished(session):
+    return session.directory.is_finished(session.config, stages_of(session.config))
+
+
+@pytest.mark.slow
+def test_a_finished_run_answers_without_a_model(finished):
+    times = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
+    for argv in (["run"], ["report"], ["bench"]):
+        argv = [sys.executable, "-c", WITHOUT_A_MODEL, *argv, "--output", str(finished.output)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "| individual |" in done.stdout
+    for argv in (["verify"], ["list"]):
+        argv = [sys.executable, "-c", WITHOUT_A_MODEL, *argv, str(finished.path("pack"))]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == times
+
+
+@pytest.mark.slow
+def test_what_changed_is_seen(finished, tmp_path):
+    """An option, an input, an artifact: each makes the stages look closer."""
+    assert is_finished(finished)
+    other = finished.config.replace(seed=1)
+    assert not finished.directory.is_finished(other, stages_of(other))
+
+    rows = tmp_path / "tasks" / "a" / "test.jsonl"
+    text = rows.read_text(encoding="utf-8")
+    rows.write_text(text + text.splitlines()[0] + "\n", encoding="utf-8")
+    assert not is_finished(finished)
+    # The stages judge by content: back as it was, nothing is repeated, and it is finished again.
+    rows.write_text(text, encoding="utf-8")
+    again = run(finished.config, quiet=True)
+    assert is_finished(again)
+
+    path = finished.path("bench.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {"methods": {}}), encoding="utf-8")
+    assert not is_finished(finished)
+    run(finished.config, quiet=True)
+    assert (
+        json.loads(path.read_text(encoding="utf-8"))["methods"].keys() == content["methods"].keys()
+    )
+    assert is_finished(finished)
+
+
+@pytest.mark.slow
+def test_an_earlier_stage_is_finished_too(finished):
+    for until in ("probe", "merge", "pack"):
+        assert finished.directory.is_finished(finished.config, stages_of(finished.config, until))
