@@ -19,6 +19,8 @@ from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.phone.timing import memory_limit
 from d2c_mlx.utils.errors import ConfigError, InputError
 
+pytestmark = pytest.mark.slow
+
 
 def empty_fields(value, path=""):
     if isinstance(value, dict | list):

@@ -8,6 +8,8 @@ from d2c_mlx.phone.result import read_phone
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.utils.errors import PackError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_a_result_as_a_table(made):

@@ -31,6 +31,8 @@ from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.scheduler import Job
 from d2c_mlx.serve.service import Limits
 
+pytestmark = pytest.mark.slow
+
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 # Fields of sampling that ended the batch, and what was left of it.
 NUMBERS = [
