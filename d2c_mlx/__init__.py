@@ -6,10 +6,10 @@
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from d2c_mlx.utils.blas import preload_blas
+from d2c_mlx.utils.environment import VERSION as __version__
 
 # Before anything imports mlx.core: see utils/blas.py.
 preload_blas()
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from d2c_mlx.serve.load import load
     from d2c_mlx.utils.errors import D2CError, InputError
 
-__version__ = version("d2c-mlx")
 __all__ = [
     "Adapter",
     "D2CError",

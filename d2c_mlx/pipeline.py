@@ -35,7 +35,7 @@ from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig, stages_of
-from d2c_mlx.run.provenance import provenance
+from d2c_mlx.run.inputs import provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session
@@ -70,8 +70,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
-        # Loading the evaluator shows every problem, those of other ranks too, before any write.
-        session.evaluator  # noqa: B018
+        session.load()
         with locked(session.output):
             if "pack" in wanted:
                 check_pack(session.output)
@@ -313,7 +312,7 @@ def _clusterings(session: Session) -> dict[str, list[Clustering]]:
     """Method -> its clusterings, from `clusters.json`, baselines first."""
     methods: dict[str, list[dict[str, Any]]] = session.read("clusters.json")["methods"]
     return {
-        name: [Clustering(**{**entry, "labels": tuple(entry["labels"])}) for entry in methods[name]]
+        name: [Clustering.from_json(entry) for entry in methods[name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
     }
 

@@ -20,7 +20,7 @@ from benchmarks.library.tasks import gec, num_date, qa, reply, summ, tone
 from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
 
 HERE = Path(__file__).parent
-# What decides the rows, beside seed and pins.
+# Settings that decide the rows, beside seed and pins.
 CODE = (Path(__file__), HERE / "sources.py", HERE / "splits.py",
         *sorted((HERE / "tasks").glob("*.py")), HERE / "tasks" / "words.yaml")  # fmt: skip
 # Task -> (module, kind, language).

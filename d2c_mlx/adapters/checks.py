@@ -1,4 +1,4 @@
-"""What every reader of adapters checks, in whichever format they are stored."""
+"""Checks of an adapter that every reader makes, whatever the format."""
 
 from __future__ import annotations
 

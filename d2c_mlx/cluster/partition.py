@@ -7,7 +7,7 @@ So a numpy table is enough to test them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -124,6 +124,11 @@ class Clustering:
     init: str | None = None
     stopped: str | None = None
     starts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Clustering:
+        """Read what `dataclasses.asdict` made of a clustering, after JSON made lists of tuples."""
+        return cls(**{**entry, "labels": tuple(entry["labels"])})
 
     @property
     def n_clusters(self) -> int:

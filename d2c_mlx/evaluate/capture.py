@@ -143,7 +143,7 @@ class StopForward(Exception):  # noqa: N818  no error
 
 
 class Capture(threading.local):
-    """What `capture_modules` captures in this thread, by module path.
+    """Activations that `capture_modules` captured in this thread, by module path.
 
     Attributes:
         inputs: inputs of the modules; set it to an empty dict before a pass.

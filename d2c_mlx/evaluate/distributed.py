@@ -190,7 +190,7 @@ def _engine(hello: dict[str, Any]) -> Engine:
 
 
 def _plan(engine: Engine) -> list[float]:
-    """What this rank's memory allows: bytes of a batch, and whether adapters are folded."""
+    """Limits of this rank's memory: bytes of a batch, and whether adapters are folded."""
     return [engine.batch_limit, engine.fold]
 
 

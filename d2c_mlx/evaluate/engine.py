@@ -51,7 +51,7 @@ _MIN_PREFIX_SAVING = 48
 
 @dataclass(frozen=True)
 class Optimizations:
-    """What makes the engine faster; each changes a loss by rounding only.
+    """Switches of the engine's optimizations; each changes a loss by rounding only.
 
     `--without NAME` turns one off. The field names are part of every cache key.
 

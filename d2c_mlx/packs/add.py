@@ -42,7 +42,7 @@ from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
 from d2c_mlx.packs.update import opened
 from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.errors import AdapterError, BudgetError, ConfigError, PackError, TaskError
+from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError, TaskError
 
 __all__ = ["AddOptions", "Arrival", "add_adapter", "add_from_path"]
 
@@ -133,7 +133,6 @@ def add_adapter(
     adapter: Adapter,
     *,
     budget: str | None = None,
-    threshold: float | None = None,
     judge: Judge | None = None,
 ) -> Arrival:
     """Add the adapter of a new task, named after it; the pack is replaced as a whole.
@@ -142,14 +141,11 @@ def add_adapter(
         pack: what `load_pack` verified, held by `opened`.
         adapter: checked against the pack's base model.
         budget: see `AddOptions`.
-        threshold: open another slot only if all similarities are below it, from 0 to 1 (K-Merge++;
-            0.02 to 0.03 there); None opens slots while there are any. Plain packs only.
         judge: measures on calibration rows where an arrival fits best, and its form; None decides
             by weights.
 
     Raises:
-        ConfigError: `threshold` is out of range.
-        PackError: the task is there already, or `threshold` for a compact pack.
+        PackError: the task is there already.
         BudgetError: the budget has no room, whatever is merged or dropped.
     """
     if adapter.name in pack.tasks:
@@ -157,14 +153,9 @@ def add_adapter(
             f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
             f" d2c-mlx remove {pack.path} {adapter.name}"
         )
-    # Cosines are at most 1, and below 0 hardly anything is: it would open no slot at all.
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold: found {threshold}, expected a number from 0 to 1")
-    rules = _Rules(*_budget(pack, budget), threshold, judge)
+    rules = _Rules(*_budget(pack, budget), judge)
     if pack.storage == "plain":
         return _into_slots(pack, adapter, rules)
-    if threshold is not None:
-        raise PackError(f"{pack.path}: threshold is for plain packs, and this one is compact")
     return _into_bytes(pack, adapter, rules)
 
 
@@ -174,7 +165,6 @@ class _Rules:
 
     budget: Budget
     limit: int | None
-    threshold: float | None
     judge: Judge | None
 
 
@@ -215,7 +205,7 @@ def _into_slots(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
     # A router is dropped, so its bytes do not count.
     nbytes = sum(sum(pack.files_of(slot).values()) for slot in held)
     fits &= limit is None or nbytes + new.nbytes(n_layers) <= limit
-    if fits and (rules.threshold is None or most < rules.threshold):
+    if fits:
         name = next(free for k in count() if (free := f"cluster-{k}") not in held)
         changed, n[name] = new, 1
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.sources import find_adapters, read_adapters
@@ -20,10 +21,11 @@ from d2c_mlx.models.tasks import Task, load_tasks, load_unlabelled
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.overwrite import check_run
+from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import InputError, collect, gather
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "provenance"]
 
 
 class Inputs:
@@ -125,3 +127,28 @@ class Inputs:
             for name in names
         )  # fmt: skip
         return dict(zip(names, encoded))
+
+
+def provenance(inputs: Inputs) -> dict[str, Any]:
+    """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
+    base, capacity = inputs.base, inputs.capacity
+    return {
+        "config": inputs.config.to_dict(),
+        "base": {"model": base.name, "config_sha256": base.config_hash},
+        "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        "budget": {
+            "text": capacity.budget.text,
+            "nbytes": capacity.max_bytes,
+            "input_nbytes": capacity.total,
+        },
+        "inputs": {
+            adapter.name: {
+                "adapter": adapter.digest,
+                "probe": probe.digest,
+                "test": test.digest,
+                **({"origin": adapter.origin} if adapter.origin else {}),
+            }
+            for adapter, probe, test in zip(inputs.adapters, inputs.probes, inputs.tests)
+        },
+        **environment(),
+    }

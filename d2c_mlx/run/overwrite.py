@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from d2c_mlx.adapters.adapter import CONFIG
+from d2c_mlx.adapters.sources import Source
 from d2c_mlx.packs.marker import MARKER, Marker, read_marker, write_marker
 from d2c_mlx.packs.overwrite import (
     adapter_inputs,
@@ -15,13 +15,10 @@ from d2c_mlx.packs.overwrite import (
     replaced_inputs,
     within_adapters,
 )
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.records import has_record
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import json_or_none
-
-if TYPE_CHECKING:
-    from d2c_mlx.adapters.sources import Source
-    from d2c_mlx.run.config import RunConfig
 
 __all__ = ["RUN_WRITES", "check_run", "mark_run"]
 

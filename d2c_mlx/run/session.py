@@ -80,6 +80,15 @@ class Session:
             cache = LossCache(cache_directory() / "losses.sqlite")
         return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
 
+    def load(self) -> None:
+        """Load and check all inputs, on every rank; nothing is written.
+
+        Raises:
+            InputError: see `Inputs`.
+            D2CError: another rank cannot load the base model.
+        """
+        _ = self.evaluator
+
     @cached_property
     def adapters(self) -> list[Adapter]:
         """The converted adapters, read back from the run directory."""

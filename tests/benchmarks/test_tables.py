@@ -26,7 +26,7 @@ CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "
 
 
 def tables(directory, *options):
-    """What a shell would see of `python -m benchmarks.tables`, without a process for each call."""
+    """Output and exit code of `python -m benchmarks.tables`, without a process for each call."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["tables", "--directory", str(directory), *options])

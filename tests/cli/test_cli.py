@@ -52,7 +52,7 @@ for args in {HELPS!r}:
 
 @pytest.fixture(scope="module")
 def helps():
-    """Of all `HELPS`, in one process: exit code, text, errors, heavy modules loaded by then."""
+    """Exit code, text, errors and loaded heavy modules of each of `HELPS`, in one process."""
     code = [sys.executable, "-c", PRINTS_HELPS]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     assert done.stderr == ""

@@ -221,7 +221,7 @@ def test_what_was_put_among_the_planned_adapters_is_not_replaced(cli, lib):
     (line,) = refused(cli, cli.argv("plan", "--quiet", budget="50%"))
     assert f"your {mine}, which no earlier run wrote" in line
     mine.unlink()
-    # What is damaged is made anew.
+    # A damaged file is made anew.
     (cli.output / "planned" / "compact.safetensors").write_bytes(b"damaged")
     assert cli(cli.argv("pack", "--quiet", budget="60%"))[0] == 0
 

@@ -63,7 +63,7 @@ def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
     shutil.rmtree(peft)
     assert cli(cli.argv("plan", "--quiet", budget="60%"))[0] == 0
     assert (trained / "adapters.safetensors").exists()
-    # What is damaged is made anew.
+    # A damaged file is made anew.
     shutil.rmtree(cli.output / "merged")
     for name in ("adapter_config.json", "adapters.safetensors"):
         (cli.output / "adapters" / "beta" / name).write_bytes(b"damaged")

@@ -1,0 +1,167 @@
+"""Rules about the values of a run's options, alone and beside each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationInfo, field_validator
+
+from d2c_mlx.compress.budget import bytes_of, parse_budget
+from d2c_mlx.run.removed import REMOVED_VALUES
+from d2c_mlx.utils.errors import BudgetError
+from d2c_mlx.utils.validation import Checked, expects, refused
+
+__all__ = ["NOT_GIVEN", "RunRules", "is_planned"]
+
+NOT_GIVEN = "not given; pass --{} or set it in the YAML file"
+
+
+def is_planned(plan: str, budget: str) -> bool:
+    """True if `compress/planner.py` chooses what is stored; False if adapters are merged in 16 bit.
+
+    Args:
+        plan: one of `PLANS`.
+        budget: text of the budget.
+
+    Raises:
+        BudgetError: the budget is unreadable.
+    """
+    return plan == "auto" and parse_budget(budget).n_adapters is None
+
+
+class RunRules(Checked):
+    """The rules of `RunConfig`, which has the fields.
+
+    A validator sees in `info.data` the valid fields above its own, so a rule about two options is
+    told with all other problems.
+    """
+
+    @field_validator("adapters", "init", "baselines", "without", mode="before", check_fields=False)
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
+        """Read lists of YAML and lists with commas; a start that is named twice counts once."""
+        if isinstance(value, str) and info.field_name != "adapters":
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            return value
+        names = tuple(map(str, value))
+        gone = REMOVED_VALUES.get(str(info.field_name), {})
+        if said := [gone[name] for name in names if name in gone]:
+            raise refused("; ".join(said))
+        return tuple(dict.fromkeys(names)) if info.field_name == "init" else names
+
+    @field_validator("budget", mode="before", check_fields=False)
+    @classmethod
+    def _text(cls, value: Any) -> Any:  # noqa: ANN401  as YAML gave it
+        """Turn a number of adapters, which YAML gives as a number, into text."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if number else value
+
+    @field_validator("adapters", "tasks", "output", check_fields=False)
+    @classmethod
+    def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
+        if not value:
+            raise refused(NOT_GIVEN.format(info.field_name))
+        return value
+
+    @field_validator("tasks", "output", "unlabelled", check_fields=False)
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        """Expand `~`. `adapters` and `model` may be hub ids, so their look-up expands them."""
+        return os.path.expanduser(value) if value else value
+
+    @field_validator("output", check_fields=False)
+    @classmethod
+    def _is_no_file(cls, value: str) -> str:
+        if Path(value).is_file():
+            raise refused(f"{value} is a file, expected a directory or a new name")
+        return value
+
+    @field_validator("budget", check_fields=False)
+    @classmethod
+    def _is_a_budget(cls, value: str) -> str:
+        try:
+            parse_budget(value)
+        except BudgetError as error:
+            raise refused(str(error).removeprefix("budget: ")) from None
+        return value
+
+    @field_validator("memory_limit", check_fields=False)
+    @classmethod
+    def _is_bytes(cls, value: str | None) -> str | None:
+        if value is not None and bytes_of(value) is None:
+            raise expects('something like "3GB" or "800MB"')
+        return value
+
+    # Rules about two options. `info.data` holds the fields above that are valid.
+
+    @field_validator("plan", check_fields=False)
+    @classmethod
+    def _with_bytes(cls, plan: str, info: ValidationInfo) -> str:
+        if plan == "d2c" and _in_bytes(info) is False:
+            raise expects(
+                f"{'auto'!r} with a number of adapters as the budget, which is always merged by"
+                " D2C; leave --plan out"
+            )
+        return plan
+
+    @field_validator("max_adapters", check_fields=False)
+    @classmethod
+    def _with_a_plan(cls, most: int | None, info: ValidationInfo) -> int | None:
+        budget, plan = info.data.get("budget"), info.data.get("plan")
+        if most is not None and budget and plan and not is_planned(plan, budget):
+            raise expects(
+                f"none unless a budget in bytes is planned (budget {budget!r}, plan {plan!r})"
+            )
+        return most
+
+    @field_validator("merge_method", check_fields=False)
+    @classmethod
+    def _with_slots(cls, method: str | None, info: ValidationInfo) -> str | None:
+        if method == "concat" and _in_bytes(info):
+            raise refused(
+                "'concat' keeps the sum of all ranks, so only a number of adapters can be its"
+                f" budget; found {info.data['budget']!r}"
+            )
+        return method
+
+    @field_validator("merge_rank", check_fields=False)
+    @classmethod
+    def _with_a_method(cls, rank: int | None, info: ValidationInfo) -> int | None:
+        if rank is not None and info.data.get("merge_method") == "concat":
+            raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
+        return rank
+
+    @field_validator("answers", check_fields=False)
+    @classmethod
+    def _of_the_rows(cls, n: int, info: ValidationInfo) -> int:
+        """Refuse more rows than are tokenized, which are the held-out rows of `test_examples`."""
+        most = info.data.get("test_examples")
+        if most and n > most:
+            raise expects(f"0 to test_examples ({most})")
+        return n
+
+    @field_validator("refine", check_fields=False)
+    @classmethod
+    def _with_merges(cls, refine: bool, info: ValidationInfo) -> bool:
+        if refine and _in_bytes(info) and info.data.get("plan") == "auto":
+            raise expects(
+                "False where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
+                " as the budget"
+            )
+        return refine
+
+    @field_validator("unlabelled", check_fields=False)
+    @classmethod
+    def _with_refine(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path and info.data.get("refine") is False:
+            raise expects('"" unless with --refine')
+        return path
+
+
+def _in_bytes(info: ValidationInfo) -> bool | None:
+    """True if the budget is one of bytes; None if it is missing or invalid."""
+    budget = info.data.get("budget")
+    return None if budget is None else parse_budget(budget).n_adapters is None
