@@ -18,7 +18,7 @@ from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.update import list_pack, opened, remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import BudgetError, ConfigError, InputError, PackError
+from d2c_mlx.utils.errors import BudgetError, InputError, PackError
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -89,13 +89,13 @@ def test_arrivals_one_by_one_are_the_mean_of_all(tmp_path, adapters):
     assert_close(pack.load("again"), fifth, atol=3e-4)
 
 
-def test_a_threshold_keeps_slots_for_what_is_unlike(pack, adapters):
+def test_an_arrival_joins_what_is_alike_until_the_budget_has_a_slot(pack, adapters):
     alike = float(similarity([adapters["a"], adapters["b"], adapters["c"]])[-1][:-1].max())
-    kept = add_adapter(pack, adapters["c"], budget="3", threshold=alike - 1e-3)
+    kept = add_adapter(pack, adapters["c"], budget="2")
     assert kept.adapter in ("cluster-0", "cluster-1") and kept.similarity == pytest.approx(
         alike, abs=1e-3
     )
-    opened = add_adapter(kept.pack, adapters["d"], budget="3", threshold=0.99)
+    opened = add_adapter(kept.pack, adapters["d"], budget="3")
     assert opened.adapter == "cluster-2"
 
 
@@ -228,14 +228,6 @@ def test_a_pack_whose_budget_is_no_budget(tmp_path, adapters):
 def test_refusals(pack, adapters, name, budget, message):
     with pytest.raises(InputError, match=message):
         add_adapter(pack, replace(adapters["c"], name=name), budget=budget)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.01, 1.01])
-def test_a_threshold_that_no_cosine_has(pack, adapters, value):
-    before = hash_tree(pack.path)
-    with pytest.raises(ConfigError, match=f"threshold: found {value}, expected a number from 0"):
-        add_adapter(pack, adapters["c"], threshold=value)
-    assert hash_tree(pack.path) == before
 
 
 def test_a_budget_below_what_is_there(pack, adapters):

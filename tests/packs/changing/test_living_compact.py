@@ -15,7 +15,7 @@ from d2c_mlx.packs.pack import COMPACT, PackInfo
 from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_compact_pack
-from d2c_mlx.utils.errors import BudgetError, PackError
+from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -91,6 +91,4 @@ def test_no_room_leaves_the_pack_as_it_was(tmp_path, adapters):
         add_adapter(pack, adapters["d"], budget="1500B")
     with pytest.raises(BudgetError, match="3 adapters are in"):
         add_adapter(pack, adapters["d"], budget="3")
-    with pytest.raises(PackError, match="threshold is for plain packs"):
-        add_adapter(pack, adapters["d"], threshold=0.1)
     assert hash_tree(pack.path) == before
