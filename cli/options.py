@@ -102,8 +102,9 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Search",
         metavar="NAME",
-        help="moves: single moves and swaps from the best start; paper: the plain loop of D2C"
-        " from every start  [default: moves]",
+        help="estimates: measure the partitions that are estimated to be best; moves: measure"
+        " single moves and swaps from the best start; paper: the plain loop of D2C from"
+        " every start  [default: estimates]",
     ),
     click.option(
         "--init",
@@ -120,6 +121,14 @@ RUN_OPTIONS = (
         help="proposals of moves in a row that may fail before it ends  [default: 10]",
     ),
     click.option(
+        "--thorough/--no-thorough",
+        cls=GroupedOption,
+        group="Search",
+        default=None,
+        help="measure every candidate of a plan, instead of those that estimates choose"
+        "  [default: False]",
+    ),
+    click.option(
         "--eps",
         cls=GroupedOption,
         group="Search",
@@ -131,8 +140,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Search",
         type=int,
-        help="other adapters under which a task is probed, the most alike; or twice as many as"
-        " share a slot  [default: 32]",
+        help="other adapters under which moves and paper probe a task, the most alike; or"
+        " twice as many as share a slot  [default: 32]",
     ),
     click.option(
         "--seed",

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,8 +14,14 @@ from .help import Command
 from .options import RUN_OPTIONS
 from .paths import UserPath
 
+if TYPE_CHECKING:
+    from d2c_mlx.run.config import RunConfig
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
+_DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="say what would be done and how long it takes, and stop"
+)
 _CONFIG = click.argument("config", required=False, type=UserPath(path_type=Path))
 _RESUMES = (
     "Stages before it that are not done run first. With --output, and neither CONFIG nor"
@@ -23,7 +29,14 @@ _RESUMES = (
 )
 
 
-def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def _execute(
+    until: str,
+    config: Path | None,
+    quiet: bool,
+    as_json: bool,
+    dry_run: bool = False,
+    **options: Any,  # noqa: ANN401
+) -> None:
     """Load the config (the run directory's own if no file is given), run and print.
 
     Under `mlx.launch`, ranks other than 0 work for rank 0 instead; they read only the base model.
@@ -56,6 +69,10 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
             f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"
             " plan for; pass the number as --max-adapters"
         )
+
+    if dry_run:
+        _foretell(checked, until, as_json)
+        return
 
     from d2c_mlx.run.config import stages_of
     from d2c_mlx.run.directory import RunDirectory
@@ -95,6 +112,30 @@ def _show(output: Path, stage: str, as_json: bool) -> None:
         click.echo(f"wrote {output / _ARTIFACTS[stage]}")
 
 
+def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from d2c_mlx.forecast import forecast
+
+    found = forecast(config, until)
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "seconds": round(found.seconds)}, indent=2))
+        return
+    for one in found.stages:
+        what = "done" if one.done else f"{one.tokens:>12,} tokens {_minutes(one.seconds):>10}"
+        click.echo(f"{one.name:<8} {what}")
+    pack = f"{found.adapters} adapters" if found.adapters else "adapters as the plan chooses"
+    click.echo(
+        f"About {found.evaluations:,} evaluations, {_minutes(found.seconds)} at"
+        f" {found.tokens_per_second:,.0f} tokens/s here; the pack: {pack}, at most"
+        f" {found.nbytes / 1e6:,.2f} MB in {config.output}. Nothing was written."
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def _stage(about: Callable[[], None]) -> click.Command:
     """Make the command of a stage from a function without a body, by its name and docstring.
 
@@ -105,7 +146,7 @@ def _stage(about: Callable[[], None]) -> click.Command:
     def command(config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
         _execute("report" if name == "run" else name, config, quiet, as_json, **options)
 
-    for option in reversed((_CONFIG, *RUN_OPTIONS, _QUIET, _JSON)):
+    for option in reversed((_CONFIG, *RUN_OPTIONS, _DRY_RUN, _QUIET, _JSON)):
         command = option(command)
     epilog = None if name == "run" else _RESUMES
     return click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)

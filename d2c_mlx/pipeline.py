@@ -21,6 +21,8 @@ from typing import Any
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.cluster.completion import nearest, others_needed
 from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.estimated_search import search_by_estimates
+from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.planner import serves_of
@@ -29,6 +31,7 @@ from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
@@ -95,17 +98,27 @@ def convert(session: Session) -> None:
 
 
 def probe(session: Session) -> None:
-    """Measure every adapter on the calibration rows of similar tasks -> `losses.json`."""
+    """Measure adapters on the calibration rows -> `losses.json`.
+
+    Estimates need each task adapter at a few strengths; other searches need every adapter on the
+    rows of similar tasks.
+    """
     c, inputs = session.config, session.inputs
-    n_clusters = None if c.planned else inputs.capacity.n_clusters
-    n_others = others_needed(len(inputs.names), c.neighbours, n_clusters)
+    estimated = c.planned or c.search == "estimates"
+    strengths = STRENGTHS if estimated else ()
+    n_others = 0 if estimated else others_needed(
+        len(inputs.names), c.neighbours, inputs.capacity.n_clusters)  # fmt: skip
 
     def body() -> None:
         measured = nearest(session.library.similarity, n_others)
-        table = measure_losses(session.evaluator, session.adapters, inputs.probes, measured)
+        weakened = {one: [scaled(adapter, one).uniform(inputs.base.dtype)
+                          for adapter in session.adapters] for one in strengths}  # fmt: skip
+        table = measure_losses(session.evaluator, session.adapters, inputs.probes, measured,
+                               weakened)  # fmt: skip
         write_json(session.path("losses.json"), table.to_json())
 
-    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], n_others]
+    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], n_others,
+               strengths]  # fmt: skip
     session.stage("probe", options, ["adapters"], ["losses.json"], body)
 
 
@@ -117,14 +130,15 @@ def plan(session: Session) -> None:
     c, inputs = session.config, session.inputs
 
     def body() -> None:
-        found = session.planner.plan(session.planner.measure(), inputs.capacity.room)
+        planner, room = session.planner, inputs.capacity.room
+        found = planner.plan(planner.measure(), room) if c.thorough else planner.search(room)
         with write_dir(session.path("planned")) as directory:
             write_compact(directory / COMPACT, found.adapters)
             mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
-               inputs.capacity.max_bytes, c.max_adapters]  # fmt: skip
+               inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
     session.stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
 
 
@@ -142,8 +156,11 @@ def cluster(session: Session) -> None:
 
     def body() -> None:
         problem = session.study.problem
-        found = d2c(problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
-                    patience=c.patience)  # fmt: skip
+        if c.search == "estimates":
+            found = search_by_estimates(problem, k, c.seed, c.eps)
+        else:
+            found = d2c(problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
+                        patience=c.patience)  # fmt: skip
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],

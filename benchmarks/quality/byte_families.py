@@ -17,7 +17,7 @@ def bits_alone(session):
     for bits in (2, 3, 4, 8):
         for i, adapter in enumerate(session.adapters):
             levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
-            found.append(forms.measure(Form((i,), adapter, levels), "bits", bits / 16))
+            found.append(forms.measure(Form((i,), adapter, levels, "bits", bits / 16)))
     return found
 
 
@@ -30,7 +30,7 @@ def rank_alone(session):
             values = worth(svd_components(adapter), [session.study.module_gains[i]])
             levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
-            found.append(forms.measure(Form((i,), adapter, kept), "rank", share))
+            found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
     return found
 
 
@@ -75,7 +75,7 @@ def shared_basis(session, room):
     found, forms = [], session.planner.forms
     for i, one in enumerate(adapters):
         levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
-        found.append(forms.measure(Form((i,), one, levels), "shared basis", 1.0))
+        found.append(forms.measure(Form((i,), one, levels, "shared basis")))
     served = [one.stored.scaled(one.scale) for one in found]
     return served, nbytes(rank), sum(one.regret for one in found) / len(found)
 

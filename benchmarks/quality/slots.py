@@ -36,6 +36,8 @@ from d2c_mlx.utils.files import write_json
 # the clusters would be the same, so that is measured "on them".
 PLAIN = {"merge_method": "regmean++"}
 RUNS = {
+    # The default of a run, merged layer by layer.
+    "estimates": {"search": "estimates"},
     "moves": PLAIN,
     "moves, refined": {**PLAIN, "refine": True},
     "moves from 8 neighbours": {**PLAIN, "neighbours": 8},
@@ -161,6 +163,20 @@ def measure(config, case, results, options):
         "merges": [merges for _, merges in found],
         "asked_tokens": session.evaluator.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),
+        "search": searched(session) if case in RUNS else None,
+    }
+
+
+def searched(session):
+    """What finding the clusters of a run took: evaluations, tokens and seconds, merging too."""
+    records = [
+        json.loads((session.output / ".stages" / f"{name}.json").read_text())
+        for name in ("probe", "cluster")
+    ]
+    return {
+        "evaluations": round(sum(one["evaluations"]["done"] for one in records), 1),
+        "tokens": sum(one["evaluations"]["tokens"] for one in records),
+        "seconds": round(sum(one["seconds"] for one in records), 1),
     }
 
 
@@ -202,6 +218,7 @@ def measure_all(options, directory):
                     output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
                     budget=str(n_clusters), probe_examples=options.examples,
                     test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
+                    search="moves",
                 )  # fmt: skip
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
                 entry |= measure(config, case, results, options)

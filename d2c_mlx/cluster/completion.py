@@ -64,6 +64,8 @@ def completed(regrets: np.ndarray) -> np.ndarray:
 
     n, each = len(regrets), np.eye(len(regrets))
     tasks, adapters = np.nonzero(~missing & ~each.astype(bool))
+    if not len(tasks):
+        return np.where(missing, 1.0, regrets)  # as far as is known, no adapter serves another task
     harm = bounded(regrets[tasks, adapters])
     fit = Ridge().fit(np.hstack([each[tasks], each[adapters]]), harm)
     estimated = fit.intercept_ + fit.coef_[:n, None] + fit.coef_[n:]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.cluster.partition import Members, Problem, canonical
+from d2c_mlx.cluster.partition import Members, Problem, canonical, groups_of
 
 __all__ = ["Costs", "improve", "predicted_partition"]
 
@@ -72,12 +72,6 @@ class Costs:
         known, prediction = self(like), self.predicted(like)
         ratio = known / prediction if prediction > 1e-6 and known > 0 else 1.0
         return ratio * self.predicted(members)
-
-
-def groups_of(labels: Sequence[int] | np.ndarray) -> Groups:
-    """Members of every cluster."""
-    where = np.asarray(labels)
-    return [tuple(np.flatnonzero(where == k).tolist()) for k in np.unique(where)]
 
 
 def _labels(groups: Groups, n: int) -> tuple[int, ...]:

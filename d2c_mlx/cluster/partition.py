@@ -15,10 +15,13 @@ import numpy as np
 
 __all__ = [
     "Clustering",
+    "Fading",
+    "Labels",
     "Members",
     "Problem",
     "bounded",
     "canonical",
+    "groups_of",
     "kmeans",
     "merge_all",
     "random_partition",
@@ -26,6 +29,8 @@ __all__ = [
 ]
 
 Members = tuple[int, ...]
+# The cluster of every adapter.
+Labels = tuple[int, ...]
 
 
 class Merge(Protocol):
@@ -59,6 +64,27 @@ class Measure(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Fading:
+    """Regrets of tasks under their own adapter, weakened.
+
+    Attributes:
+        strengths: `(s,)` factors on dW between 0 and 1, rising.
+        regrets: `(n, s)` normalised regrets; they are 1 at strength 0 and 0 at strength 1.
+    """
+
+    strengths: Sequence[float]
+    regrets: np.ndarray
+
+    def at(self, strengths: np.ndarray) -> np.ndarray:
+        """`(n, k)` regrets at `strengths (k,)`, interpolated without new bumps."""
+        from scipy.interpolate import PchipInterpolator
+
+        ends = np.ones((len(self.regrets), 1)), np.zeros((len(self.regrets), 1))
+        known = np.hstack([ends[0], self.regrets, ends[1]])
+        return PchipInterpolator([0.0, *self.strengths, 1.0], known, axis=1)(strengths)
+
+
 def _ignored(merges: Sequence[Members]) -> None:
     """Show no progress."""
 
@@ -75,6 +101,8 @@ class Problem:
         merge: makes a merge of some adapters.
         measure: measures the regrets of tasks under merges.
         features: `(n, d)` one row per adapter, for K-Means.
+        fading: regrets under weakened task adapters, for estimates; None where none were measured.
+        similarity: `(n, n)` cosines of dW, for estimates.
         foresee: takes the estimated work ahead, as the members of the merges to be measured. Each
             call replaces the estimate before it.
     """
@@ -83,6 +111,8 @@ class Problem:
     merge: Merge
     measure: Measure
     features: np.ndarray
+    fading: Fading | None = None
+    similarity: np.ndarray | None = None
     foresee: Callable[[Sequence[Members]], None] = _ignored
 
     @property
@@ -149,6 +179,12 @@ def canonical(labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
     """Number the clusters of a partition by first appearance, so that equal partitions compare."""
     number: dict[int, int] = {}
     return tuple(number.setdefault(int(label), len(number)) for label in labels)
+
+
+def groups_of(labels: Sequence[int] | np.ndarray) -> list[Members]:
+    """Members of every cluster."""
+    where = np.asarray(labels)
+    return [tuple(np.flatnonzero(where == k).tolist()) for k in np.unique(where)]
 
 
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.utils.errors import BudgetError
 
-__all__ = ["Candidate", "allocate", "choose"]
+__all__ = ["Candidate", "allocate", "choose", "lost_worth"]
 
 # Share of a component's energy lost at each bit width: squared relative errors measured with
 # `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
@@ -43,9 +43,10 @@ class Candidate:
         share: share of the 16-bit adapter's bytes that its components were allowed.
         levels: module path -> bit allocation, see `affine.Levels`; empty for the base model.
         nbytes: bytes of its rows and of its part of the index.
-        regret: normalized regret, summed over the members, measured on their calibration rows.
+        regret: normalized regret, summed over the members, on their calibration rows.
         scale: factor of dW.
-        stored: the stored form at scale 1; None for the base model.
+        stored: the stored form at scale 1; None for the base model and for an estimate.
+        measured: False if the regret is an estimate, see estimates.py.
     """
 
     members: Members
@@ -56,6 +57,7 @@ class Candidate:
     regret: float
     scale: float = 1.0
     stored: Compressed | None = None
+    measured: bool = True
 
 
 def allocate(
@@ -108,6 +110,20 @@ def allocate(
                 counts[path, below[bits]] -= 1
                 free -= cost
     return {path: _levels(list(one.values())) for path, one in given.items()}
+
+
+def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) -> float:
+    """The share of the worth that a bit allocation does not store, between 0 and 1.
+
+    Args:
+        worth: module path -> worth of each component, falling, as for `allocate`.
+        levels: module path -> bit allocation; modules that are missing are dropped.
+    """
+    kept = 0.0
+    for path, some in levels.items():
+        stored = np.repeat([1 - _LOST[bits] for _, bits in some], [n for n, _ in some])
+        kept += float(worth[path][: len(stored)] @ stored)
+    return max(0.0, 1 - kept / sum(float(values.sum()) for values in worth.values()))
 
 
 def _levels(bits: Sequence[int]) -> Levels:

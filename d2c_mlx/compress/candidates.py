@@ -8,15 +8,15 @@ less is kept, the more a scale above 1 gains (0.75 % of the bytes of gec-en: reg
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels, packed_columns
-from d2c_mlx.compress.allocate import Candidate, allocate
+from d2c_mlx.compress.allocate import Candidate, allocate, lost_worth
 from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.quantize import Components, compress, svd_components
@@ -48,19 +48,25 @@ class Form:
         members: the tasks that it serves.
         adapter: the adapter before it is quantized.
         levels: module path -> bit allocation; modules that are missing are dropped.
+        family: `Candidate.family`, "own" or "merged".
+        share: `Candidate.share`, the share of the 16-bit bytes.
         parts: `svd_components` of the adapter, if they are known.
+        lost: share of the adapter's worth that is not stored, between 0 and 1.
     """
 
     members: Members
     adapter: Adapter
     levels: Mapping[str, Levels]
+    family: str = "own"
+    share: float = 1.0
     parts: Mapping[str, Components] | None = None
+    lost: float = 0.0
 
 
 class FormMeter:
     """Measures adapters in stored forms, each at its best scale.
 
-    Use `sized` for a grid of sizes, `measure` for one given form. Regrets are measured on teacher
+    `ladder` gives an adapter's forms; `measure` measures one. Regrets are measured on teacher
     targets (`Study.teacher_regret`): judged by the answers of ten calibration rows alone, a small
     form may look better than the adapter itself.
     """
@@ -75,51 +81,64 @@ class FormMeter:
         self._study, self._capacity = study, capacity
         self._library = study.library
 
-    def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
-        """Measure every unit at several sizes.
+    def ladders(self, units: Units, family: str, rooms: Sequence[float]) -> Iterator[list[Form]]:
+        """Yield every unit's forms at several sizes, the largest first; nothing is measured.
 
         Args:
             units: pairs of members and the adapter that serves them.
             family: "own" or "merged".
             rooms: bytes for rows of each budget to plan for, rising.
-
-        Returns:
-            Candidates, unit after unit, the largest first.
         """
-        teacher, meter = self._study.teacher_regret, self._library.evaluator.meter
         widths = {path: sum(shape) for path, shape in self._library.base.module_shapes.items()}
         whole = [self._capacity.nbytes(adapter) for _, adapter in units]
         shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
-        tokens = [sum(teacher.sets[i].n_tokens for i in members) for members, _ in units]
-        found: list[Candidate] = []
-        for u, ((members, adapter), nbytes) in enumerate(zip(units, whole)):
-            # At least two scales are tried for every size.
-            meter.foresee(2 * len(shares) * sum(tokens[u:]))
+        for (members, adapter), nbytes in zip(units, whole):
             parts = svd_components(adapter)
             values = worth(parts, [self._study.module_gains[i] for i in members])
-            known: set[str] = set()
-            # The largest first: the less is kept, the larger is the best scale. Scales below 1 are
-            # tried only where the rows' own answers are trusted.
-            least = FINE_SCALES[0] if any(teacher.trust[i] for i in members) else 1.0
+            forms: dict[str, Form] = {}
             for share in shares:
                 levels = allocate(values, widths, share * nbytes)
                 levels = {path: some for path, some in levels.items() if some}
-                if levels and repr(levels) not in known:
-                    known.add(repr(levels))
-                    form = Form(members, adapter, levels, parts)
-                    found.append(self.measure(form, family, share, least))
-                    least = found[-1].scale
+                lost = lost_worth(values, levels)
+                form = Form(members, adapter, levels, family, share, parts, lost)
+                if levels:
+                    forms.setdefault(repr(levels), form)
+            yield list(forms.values())
+
+    def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
+        """Measure every form of `ladders` at its best scale, in that order."""
+        meter = self._library.evaluator.meter
+        tokens = [self.n_tokens(members) for members, _ in units]
+        found: list[Candidate] = []
+        for u, forms in enumerate(self.ladders(units, family, rooms)):
+            # At least two scales are tried for every size.
+            meter.foresee(2 * len(forms) * sum(tokens[u:]))
+            # The largest first: the less is kept, the larger is the best scale.
+            scales = self.scales(units[u][0])
+            for form in forms:
+                found.append(self.measure(form, scales, scales[0]))
+                scales = scales[scales.index(found[-1].scale) :]
         meter.foresee(0)
         return found
 
-    def measure(self, form: Form, family: str, share: float, least: float = 1.0) -> Candidate:
+    def n_tokens(self, members: Members) -> int:
+        """Tokens of one evaluation of an adapter that serves `members`."""
+        return sum(self._study.teacher_regret.sets[i].n_tokens for i in members)
+
+    def scales(self, members: Members) -> tuple[float, ...]:
+        """Scales to try: those below 1 only where the rows' own answers are trusted."""
+        trusted = any(self._study.teacher_regret.trust[i] for i in members)
+        return FINE_SCALES if trusted else FINE_SCALES[FINE_SCALES.index(1.0) :]
+
+    def measure(
+        self, form: Form, scales: Sequence[float] | None = None, start: float = 1.0
+    ) -> Candidate:
         """Measure one stored form at its best scale.
 
         Args:
             form: the form to store.
-            family: `Candidate.family`, "own" or "merged".
-            share: `Candidate.share`, the share of the 16-bit bytes.
-            least: the smallest scale to try, one of `FINE_SCALES`.
+            scales: scales to try, rising; None takes `FINE_SCALES` from 1.
+            start: one of `scales`, from which a line search goes.
         """
         small = stored(form.adapter, form.levels, parts=form.parts)
 
@@ -127,9 +146,15 @@ class FormMeter:
             plain = small.scaled(scale).adapter(self._library.base.dtype)
             return float(self._study.teacher_regret.under(plain, form.members).sum())
 
-        scale, lowest = line_search(regret, FINE_SCALES[FINE_SCALES.index(least) :], least)
+        scale, lowest = line_search(regret, scales or self.scales(()), start)
+        return replace(self.estimate(form, lowest), scale=scale, stored=small, measured=True)
+
+    def estimate(self, form: Form, regret: float) -> Candidate:
+        """The form as a candidate that is not measured."""
         nbytes = self._rows_nbytes(form.levels) + self._counts_nbytes()
-        return Candidate(form.members, family, share, form.levels, nbytes, lowest, scale, small)
+        return Candidate(
+            form.members, form.family, form.share, form.levels, nbytes, regret, measured=False
+        )
 
     def _rows_nbytes(self, levels: Mapping[str, Levels]) -> int:
         total = 0

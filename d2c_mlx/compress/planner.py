@@ -1,22 +1,27 @@
-"""The planner of a budget in bytes: measures candidates for a pack, and chooses among them.
+"""The planner of a budget in bytes: chooses a pack among candidates.
 
 Task adapters come first, each compressed to several sizes around its share of the budget. Merges
 follow, with half as many clusters each time. The search ends when a partition loses more before
 compression, measured or estimated, than the best plan so far loses in all.
+
+`search` estimates all candidates and measures those that it chooses; `measure` and `plan` measure
+all of them (`--thorough`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from d2c_mlx.cluster.local_search import Costs, groups_of, predicted_partition
-from d2c_mlx.cluster.partition import Members
+from d2c_mlx.cluster.estimated_search import estimated_partition
+from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.partition import Members, groups_of
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
 from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.estimates import FormEstimates
 from d2c_mlx.compress.file_layout import compact_nbytes, make_index
 from d2c_mlx.merge.merger import Merged
 from d2c_mlx.merge.study import Study
@@ -25,6 +30,8 @@ __all__ = ["Plan", "Planner", "serves_of"]
 
 # A summed regret below this is rounding.
 _ROUNDING = 1e-6
+# What the default merge loses of the regret that is estimated, as estimates are for RegMean.
+_BETTER = 0.6
 # Budgets of the frontier, as multiples of the given one.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
@@ -39,7 +46,8 @@ class Plan:
             regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
             (regret at several budgets, of each family alone and of both; null for merges if none
             was measured), `trust` (task -> weight of its rows' own answers where it is above 0,
-            see `TeacherRegret`) and `candidates` (number of measured ones).
+            see `TeacherRegret`) `candidates` and `measured` (how many there were, and how many were
+            measured; the frontier has estimates of the others).
     """
 
     chosen: tuple[Candidate, ...]
@@ -68,8 +76,8 @@ def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:
 class Planner:
     """Plans a budget in bytes for a measured library.
 
-    Use `measure`, then `plan` for any of the rooms. For a number of adapters, or merges in 16 bit,
-    use `cluster.d2c` instead.
+    Use `search`, or `measure` and then `plan` for any of the rooms. For a number of adapters, or
+    merges in 16 bit, use `cluster.d2c` instead.
 
     Attributes:
         study: the measured library; its merges must be tuned `by_teacher`, as stored forms are.
@@ -91,27 +99,86 @@ class Planner:
         candidates = self.bare()
         own = [((i,), adapter) for i, adapter in enumerate(study.library.adapters)]
         candidates += self.forms.sized(own, "own", rooms)
-        costs, ratio = Costs(study.problem), 0.0
-        for groups in self._partitions():
-            best = _regret(candidates, self._choose(candidates, rooms[0]))
-            predicted = sum(map(costs.predicted, groups))
-            # The last partition's cost, relative to its prediction, estimates this one's. A bad
-            # estimate saves merging.
-            if ratio * predicted >= best:
-                break
+        merging = self._merging()
+        while merges := merging(_regret(candidates, self._choose(candidates, rooms[0]))):
+            units = [(members, one.adapter) for members, one in sorted(merges.items())]
+            candidates += self.forms.sized(units, "merged", rooms)
+        return candidates
+
+    def search(self, room: float) -> Plan:
+        """Plan by estimates: what is chosen is measured, until a choice has no estimate left.
+
+        Args:
+            room: bytes for rows, without the header, see `Capacity.room_of`.
+
+        Raises:
+            BudgetError: no choice serves every task.
+        """
+        forms, share = self.forms, room / self.capacity.total
+        found = FormEstimates(forms)
+        own = [((i,), adapter) for i, adapter in enumerate(self.study.library.adapters)]
+        for ladder in forms.ladders(own, "own", [room]):
+            found.add(ladder, share)
+        # The base model's regret is about 1.
+        n = len(self.study.library.names)
+        bare = [replace(_bare(i, 1.0), measured=False) for i in range(n)]
+        chosen, bare = self._settled(found, bare, room)
+        merging = self._merging()
+        while merges := merging(sum(one.regret for one in chosen)):
+            for members, one in sorted(merges.items()):
+                (ladder,) = forms.ladders([(members, one.adapter)], "merged", [room])
+                found.add(ladder, len(members) * share, self._summed(one, members))
+            chosen, bare = self._settled(found, bare, room)
+        found.tune([one for one in chosen if one.family != "base"])
+        chosen, bare = self._settled(found, bare, room)
+        return self._planned([*bare, *found.candidates()], chosen, room)
+
+    def _settled(
+        self, found: FormEstimates, bare: Sequence[Candidate], room: float
+    ) -> tuple[list[Candidate], list[Candidate]]:
+        """The choice of which nothing is estimated, and the candidates of the base model."""
+        bare = list(bare)
+        while True:
+            chosen = self._fitting([*bare, *found.candidates()], room)
+            missing = [one for one in chosen if not one.measured]
+            if not missing:
+                return chosen, bare
+            tasks = [one.members[0] for one in missing if one.family == "base"]
+            if tasks:
+                for i, regret in zip(tasks, self.study.teacher_regret.under(None, tasks)):
+                    bare[i] = _bare(i, float(regret))
+            found.measure([one for one in missing if one.family != "base"])
+
+    def _merging(self) -> Callable[[float], dict[Members, Merged]]:
+        """A callable that takes the best regret so far and makes the next partition's merges.
+
+        It gives none once a partition loses more, measured or estimated, than the best plan.
+        """
+        problem = self.study.problem
+        assert problem.fading is not None and problem.similarity is not None
+        estimates, ratio = MergeEstimates(problem.fading, problem.similarity), _BETTER
+        k = problem.n
+
+        def next_merges(best: float) -> dict[Members, Merged]:
+            nonlocal ratio, k
+            k //= 2
+            groups = groups_of(estimated_partition(estimates, k)) if k else []
+            costs = {one: float(estimates.of(one).sum()) for one in groups if len(one) > 1}
+            # A bad estimate saves merging.
+            if ratio * sum(costs.values()) >= best:
+                return {}
             merges, regret = {}, 0.0
             # The worst first: one cluster may be enough to reject the whole partition.
-            for members in sorted(groups, key=costs.predicted, reverse=True):
-                if len(members) > 1 and regret < best:
-                    one = study.merger.final(members)
-                    merges[members] = one.adapter
-                    regret += self._summed(one, members)
-            if regret >= best:
-                break
-            # A prediction of no harm gives no ratio to estimate with.
-            ratio = max(0.0, regret) / predicted if predicted > _ROUNDING else 0.0
-            candidates += self.forms.sized(sorted(merges.items()), "merged", rooms)
-        return candidates
+            for members in sorted(costs, key=costs.__getitem__, reverse=True):
+                if regret < best:
+                    merges[members] = self.study.merger.final(members)
+                    regret += self._summed(merges[members], members)
+            # The last partition's cost, relative to its estimate, corrects that of the next.
+            estimated = sum(costs[members] for members in merges)
+            ratio = max(0.0, regret) / estimated if estimated > _ROUNDING else _BETTER
+            return merges if regret < best else {}
+
+        return next_merges
 
     @property
     def forms(self) -> FormMeter:
@@ -121,7 +188,7 @@ class Planner:
     def bare(self) -> list[Candidate]:
         """One candidate per task that leaves it to the base model, at no byte."""
         regrets = self.study.teacher_regret.under(None, range(len(self.study.library.names)))
-        return [Candidate((i,), "base", 0.0, {}, 0, float(one)) for i, one in enumerate(regrets)]
+        return [_bare(i, float(one)) for i, one in enumerate(regrets)]
 
     def plan(self, candidates: Sequence[Candidate], room: float) -> Plan:
         """Choose the candidates with the least regret that fit.
@@ -133,13 +200,18 @@ class Planner:
         Raises:
             BudgetError: no choice serves every task.
         """
+        return self._planned(candidates, self._fitting(candidates, room), room)
+
+    def _planned(
+        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], room: float
+    ) -> Plan:
         names, trust = self.study.library.names, self.study.teacher_regret.trust
-        chosen = self._fitting(candidates, room)
         content = {
             "units": [self._entry(one) for one in chosen if one.family != "base"],
             "base": [names[one.members[0]] for one in chosen if one.family == "base"],
             "regret": sum(one.regret for one in chosen) / len(names),
             "candidates": len(candidates),
+            "measured": sum(one.measured for one in candidates),
             "trust": {name: one for name, one in zip(names, trust) if one},
             "frontier": list(self._frontier(candidates, room)),
         }
@@ -171,13 +243,6 @@ class Planner:
         names = [one.name for one in forms]
         return compact_nbytes(make_index(names, base, counts, shapes, GROUP_SIZE))
 
-    def _partitions(self) -> Iterator[list[Members]]:
-        """Partitions that single adapters' losses predict to be good, fewer clusters each time."""
-        k = len(self.study.library.names)
-        while k > 1:
-            k //= 2
-            yield groups_of(predicted_partition(self.study.problem, k))
-
     def _summed(self, merged: Merged, members: Members) -> float:
         if merged.regret is not None:
             return merged.regret * len(members)
@@ -206,6 +271,11 @@ class Planner:
                 if name != "merged" or any(one.family == name for one in some):
                     row[name] = _regret(some, self._choose(some, multiple * free)) / n
             yield row
+
+
+def _bare(task: int, regret: float) -> Candidate:
+    """The candidate that leaves a task to the base model."""
+    return Candidate((task,), "base", 0.0, {}, 0, regret)
 
 
 def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -48,12 +48,16 @@ class LossTable:
         adapters: adapter names, in column order.
         values: `(n_tasks, n_adapters)` losses; NaN (null in the file) where none was measured.
         base: `(n_tasks,)` losses under the bare base model.
+        strengths: `(s,)` factors on dW at which task adapters were measured, rising; may be empty.
+        weakened: `(n_tasks, s)` losses of each task under its task adapter at these strengths.
     """
 
     tasks: tuple[str, ...]
     adapters: tuple[str, ...]
     values: np.ndarray
     base: np.ndarray
+    strengths: tuple[float, ...] = ()
+    weakened: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @property
     def individual(self) -> np.ndarray:
@@ -102,6 +106,8 @@ class LossTable:
             "adapters": list(self.adapters),
             "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
             "base": self.base.tolist(),
+            "strengths": list(self.strengths),
+            "weakened": self.weakened.tolist() if self.strengths else [],
         }
 
     @classmethod
@@ -112,6 +118,8 @@ class LossTable:
             tuple(data["adapters"]),
             np.array(data["values"], float),
             np.array(data["base"]),
+            tuple(data.get("strengths", ())),
+            np.array(data.get("weakened", ())).reshape(len(data["tasks"]), -1),
         )
 
 
@@ -120,6 +128,7 @@ def measure_losses(
     adapters: Sequence[Adapter],
     probes: Sequence[ExampleSet],
     measured: np.ndarray,
+    weakened: Mapping[float, Sequence[Adapter]] | None = None,
 ) -> LossTable:
     """Evaluate adapters, and the bare base model, on the tasks' calibration rows.
 
@@ -129,13 +138,19 @@ def measure_losses(
         probes: calibration rows, one set per adapter in the same order.
         measured: `(n, n)` bool, True where task i is measured under adapter j; see
             `cluster.completion.nearest`.
+        weakened: strength -> `adapters` with dW times the strength, each measured on its own task.
     """
     tasks = [np.flatnonzero(column).tolist() for column in measured.T]
+    strengths = sorted(weakened or {})
     jobs: list[Job] = [(None, probes)]
     jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
-    base, *columns = evaluator.losses(jobs)
+    for strength in strengths:
+        jobs += [(one, [probe]) for one, probe in zip((weakened or {})[strength], probes)]
+    # Most adapters have one set, which would leave cores idle.
+    base, *columns = evaluator.losses_in_parts(jobs)
     values = np.full(measured.shape, np.nan)
     for j, (some, losses) in enumerate(zip(tasks, columns)):
         values[some, j] = losses
+    faded = np.array(columns[len(adapters) :]).reshape(len(strengths), len(adapters)).T
     names = tuple(adapter.name for adapter in adapters)
-    return LossTable(tuple(p.task for p in probes), names, values, base)
+    return LossTable(tuple(p.task for p in probes), names, values, base, tuple(strengths), faded)

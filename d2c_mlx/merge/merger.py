@@ -33,10 +33,12 @@ _MORE = 2.5
 _TOKENS, _ALL_TOKENS = 128, 4096
 # Passes of RegMean++: the first gains most, later ones lose as often as they gain.
 _PASSES = 3
+# Scales of layer-wise merges of two members, and of more. A search took 1.4 for 67 of 94 clusters
+# of 24 real adapters, 1.0 for 21; their regrets differ by about 0.005.
+_AIMED = (1.0, 1.4)
 # Most tokens that `layerwise` reads of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
-# Method -> the cheaper one that clusterings compare instead, because it judges alike. Each of these
-# methods also starts from its scale.
+# Method -> the cheaper one that clusterings compare instead, because it judges alike.
 _QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
 
 
@@ -171,31 +173,13 @@ class Merger:
         return best
 
     def _layerwise(self, members: Members) -> Merged:
-        """Merge block by block, with and without error compensation, and keep the best.
+        """Merge block by block, with and without error compensation, and keep the better one.
 
-        Both start at RegMean's scale. The better one is tried at higher scales while the
-        calibration rows gain. Without error compensation it is RegMean++ block by block, as in its
-        paper, and carries that name.
+        Both are made in one pass, at a scale that needs no search: see `_AIMED`. Without error
+        compensation it is RegMean++ block by block, as in its paper, and carries that name.
         """
-        plain = self._merged(members, "regmean")
-        without, making_up = self._aimed(members, [(plain.scale, 0.0), (plain.scale, STRENGTH)])
-        better = min(without, making_up, key=_regret)
-        strength = STRENGTH if better is making_up else 0.0
-        found = [plain, better]
-
-        def regret(scale: float) -> float:
-            if scale != plain.scale:
-                found.extend(self._aimed(members, [(scale, strength)]))
-            return _regret(found[-1])
-
-        scales = [one for one in COARSE_SCALES if one >= plain.scale]
-        if self._options.scale is not None:
-            scales = [plain.scale]
-        line_search(regret, scales, scales[0])
-        return min(found, key=_regret)
-
-    def _aimed(self, members: Members, aims: Sequence[tuple[float, float]]) -> list[Merged]:
-        """Layer-wise merges, one for every (scale, strength)."""
+        scale = self._options.scale or _AIMED[len(members) > 2]
+        aims = [(scale, 0.0), (scale, STRENGTH)]
         # Forward passes under the members, and of each merge in parts.
         cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)
         self._evaluator.meter.expect(cost)
@@ -205,10 +189,10 @@ class Merger:
         )  # fmt: skip
         self._evaluator.meter.advance(cost)
         found = [one.uniform(self._base.dtype) for one in made]
-        return [
+        return min((
             Merged(one, "layerwise" if strength else "regmean++", scale, regret)
-            for one, (scale, strength), regret in zip(found, aims, self._regrets(found, members))
-        ]
+            for one, (_, strength), regret in zip(found, aims, self._regrets(found, members))
+        ), key=_regret)  # fmt: skip
 
     def _regrets(self, merges: Sequence[Adapter], members: Members) -> list[float]:
         """The mean normalised regret of the members on their calibration rows, for each merge."""

@@ -30,7 +30,7 @@ STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "ben
 STARTS = ("table", "kmeans")
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
-SEARCHES = ("moves", "paper")
+SEARCHES = ("estimates", "moves", "paper")
 SAVINGS = (
     "head",
     "prefix",
@@ -146,9 +146,9 @@ class RunConfig(RunRules):
     )
 
     search: str = option(
-        "moves",
-        "moves: single moves and swaps from the best start; paper: the plain loop of D2C from every"
-        " start",
+        "estimates",
+        "estimates: measure the partitions that are estimated to be best; moves: measure single"
+        " moves and swaps from the best start; paper: the plain loop of D2C from every start",
         group=_SEARCH,
         metavar="NAME",
         choices=SEARCHES,
@@ -159,11 +159,16 @@ class RunConfig(RunRules):
     patience: int = option(
         10, "proposals of moves in a row that may fail before it ends", group=_SEARCH, ge=1
     )
+    thorough: bool = option(
+        False,
+        "measure every candidate of a plan, instead of those that estimates choose",
+        group=_SEARCH,
+    )
     eps: float = option(0.001, "smallest fall of regret that moves a task", group=_SEARCH, ge=0)
     neighbours: int = option(
         32,
-        "other adapters under which a task is probed, the most alike; or twice as many as share a"
-        " slot",
+        "other adapters under which moves and paper probe a task, the most alike; or twice as many"
+        " as share a slot",
         group=_SEARCH,
         ge=1,
     )

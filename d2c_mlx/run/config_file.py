@@ -18,6 +18,7 @@ __all__ = ["load_config"]
 # Options that only D2C uses, only its search by moves, and only refining.
 _OF_D2C = ("search", "init", "patience")
 _OF_MOVES = ("patience",)
+_OF_STARTS = ("init", "neighbours")
 _OF_REFINING = ("refine_steps", "refine_rate")
 
 
@@ -113,8 +114,12 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
 def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
     """Warn about options given now that have no effect; a file may serve runs of both kinds."""
     needed: dict[str, str] = {}
+    if config.search == "estimates":
+        needed |= dict.fromkeys(_OF_STARTS, "--search moves or paper")
     if config.search != "moves":
         needed |= dict.fromkeys(_OF_MOVES, "--search moves")
+    if not config.planned:
+        needed["thorough"] = "a budget in bytes"
     if config.planned:
         needed |= dict.fromkeys(_OF_D2C, "a number of adapters as the budget, or --plan d2c")
     if not config.refine:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.cluster.completion import completed, nearest, others_needed
+from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -23,7 +25,7 @@ def config(tmp_path):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="4", output=str(tmp_path / "run"), probe_examples=2, test_examples=2,
-        baselines=(), merge_method="linear", neighbours=2,
+        baselines=(), merge_method="linear", neighbours=2, search="moves",
     )  # fmt: skip
 
 
@@ -104,6 +106,23 @@ def test_a_harmful_adapter_counts_within_bounds():
     assert completed(partial)[missing].max() < 20
 
 
+def test_where_no_other_adapter_was_measured_none_serves_a_task():
+    found = completed(np.where(np.eye(3), 0.0, np.nan))
+    assert (found == 1 - np.eye(3)).all()
+
+
+def test_estimates_need_task_adapters_alone_at_several_strengths(config):
+    session = run(config.replace(search="estimates"), until="probe", quiet=True)
+    table = LossTable.from_json(session.read("losses.json"))
+    assert np.isnan(table.values).sum() == 8 * 7 and table.weakened.shape == (8, 2)
+    evaluator, probes = session.evaluator, session.inputs.probes
+    for strength, losses in zip(table.strengths, table.weakened.T):
+        for adapter, probe, loss in zip(session.adapters, probes, losses):
+            weaker = scaled(adapter, strength).uniform(session.inputs.base.dtype)
+            ((found,),) = evaluator.losses([(weaker, [probe])])
+            assert loss == pytest.approx(found, rel=1e-6)
+
+
 def test_a_whole_table_stays_what_it_is():
     regrets = random_table(0, 8, additive=False)
     assert completed(regrets) is regrets
@@ -130,9 +149,9 @@ def test_a_run_measures_the_most_alike_and_packs(config):
 
 @pytest.mark.parametrize(
     ("changes", "n_others"),
-    [({"search": "paper"}, 4), ({"budget": "50%"}, 2), ({"budget": "1"}, 7)],
+    [({"search": "paper"}, 4), ({"budget": "50%"}, 0), ({"budget": "1"}, 7)],
 )
-def test_one_slot_asks_for_all_and_a_plan_for_the_least(config, changes, n_others):
+def test_one_slot_asks_for_all_and_a_plan_for_none(config, changes, n_others):
     session = run(config.replace(**changes), until="probe", quiet=True)
     measured = np.isfinite(np.array(session.read("losses.json")["values"], float))
     assert (measured.sum(axis=1) == n_others + 1).all()

@@ -96,27 +96,22 @@ def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, bet
     assert found == plain if better == "regmean" else found.regret <= lowest + 1e-6
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
 @pytest.mark.parametrize("members", [(0, 1), (1, 2), (0, 1, 2)])
-def test_layerwise_the_default_is_the_best_of_what_it_tries(config, members):
-    merger = merger_of(config)
+def test_layerwise_the_default_is_the_better_one_with_and_without_compensation(
+    config, members, scale
+):
+    merger = merger_of(config.replace(scale=scale))
     adapters, probes = ([some[i] for i in members] for some in (merger._adapters, merger._probes))
-    plain = merger.quick(members)
-    found = {("regmean", plain.scale): plain.regret}
-
-    def regret(scale, strength):
+    scale = scale or (1.4 if len(members) > 2 else 1.0)
+    found = {}
+    for name, strength in (("regmean++", 0.0), ("layerwise", STRENGTH)):
         (made,) = merge_layerwise(merger._base, adapters, probes, [(scale, strength)])
-        name = "layerwise" if strength else "regmean++"
         losses = merger._evaluator.losses([(made.uniform(merger._base.dtype), probes)])[0]
-        found[name, scale] = float(merger._regret(losses, np.array(members)).mean())
-        return found[name, scale]
-
-    strength = min((0.0, STRENGTH), key=lambda one: regret(plain.scale, one))
-    scales = COARSE_SCALES[COARSE_SCALES.index(plain.scale) :]
-    line_search(lambda scale: regret(scale, strength), scales, plain.scale)
+        found[name] = float(merger._regret(losses, np.array(members)).mean())
     made = merger.final(members)
-    assert plain.method == "regmean"
     assert made.regret == pytest.approx(min(found.values()), abs=1e-6)
-    assert (made.method, made.scale) == min(found, key=found.get)
+    assert (made.method, made.scale) == (min(found, key=found.get), scale)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])

@@ -151,7 +151,7 @@ def options(command):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_an_option_and_every_option_a_field(name):
-    names = set(options(getattr(stages, name))) - {"quiet", "as_json"}
+    names = set(options(getattr(stages, name))) - {"quiet", "as_json", "dry_run"}
     assert names == set(RunConfig.model_fields)
 
 
@@ -297,6 +297,8 @@ SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
         (BYTES, {"init": "kmeans"}, "a number of adapters"),
         (BYTES, {"patience": 3}, "a number of adapters"),
         (SLOTS | {"search": "paper"}, {"patience": 3}, "--search moves"),
+        (SLOTS, {"patience": 3}, "--search moves"),
+        (SLOTS, {"neighbours": 3}, "--search moves or paper"),
         (BYTES, {"refine_steps": 3}, "--refine"),
         (SLOTS, {"refine_rate": 1.0}, "--refine"),
     ],
@@ -312,10 +314,12 @@ def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, 
     path = write(tmp_path, yaml.safe_dump(asked))
     assert getattr(load_config(path, common), name) == found
     assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
-    good = {"refine": True, "budget": "2"} | ({"search": "moves"} if "search" in common else {})
+    good = {"refine": True, "budget": "2"}
+    if name != "search":
+        good |= {"search": "moves"}
     assert getattr(load_config(None, common | asked | good), name) == found
     if common is BYTES and name in ("search", "init", "patience"):
-        assert load_config(None, {**common, **asked, "plan": "d2c"})
+        assert load_config(None, {"search": "moves", **common, **asked, "plan": "d2c"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""The search by estimates: it compares thousands of partitions and measures the best few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.partition import (
+    Clustering,
+    Labels,
+    Members,
+    Problem,
+    canonical,
+    groups_of,
+    kmeans,
+)
+
+__all__ = ["MOST_FAILED", "estimated_partition", "improved", "search_by_estimates"]
+
+# Swaps whose exact gain is computed where no single move helps, the most promising ones.
+_SWAPS = 64
+# Proposals in a row that may fail to lower the measured regret.
+MOST_FAILED = 3
+_ROUNDING = 1e-9
+
+
+def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float) -> Clustering:
+    """Measure K-Means, learn, propose the partition with the least estimated regret, measure it...
+
+    Only clusters that are proposed are measured, each at the scale of the first one. It ends when
+    no proposal is estimated to win, or when several in a row did not.
+
+    Args:
+        problem: its `fading` and `similarity` give the estimates.
+        n_clusters: K, below N.
+        seed: seed of K-Means.
+        eps: a proposal must be estimated, and measured, to lower the mean regret by more.
+
+    Returns:
+        The best measured partition; its history has every one that was measured.
+    """
+    assert problem.fading is not None and problem.similarity is not None
+    estimates = MergeEstimates(problem.fading, problem.similarity)
+    known: dict[Members, float] = {}
+    history: list[dict[str, Any]] = []
+    best: Labels = ()
+    lowest, failed, stopped = np.inf, 0, "converged"
+    # Its clusters are of adapters that are alike, of which the estimates know least.
+    proposal = kmeans(problem.features, n_clusters, seed).labels
+    while True:
+        _measure(problem, estimates, known, proposal)
+        objective = _cost(estimates, known, proposal)
+        history.append({"objective": objective, "labels": list(proposal)})
+        failed += 1
+        if objective < lowest - eps:
+            best, lowest, failed = proposal, objective, 0
+        if failed > MOST_FAILED:
+            stopped = "patience"
+            break
+        found = {improved(estimates, one) for one in (best, proposal)}
+        found.add(estimated_partition(estimates, n_clusters))
+        costs = {one: _cost(estimates, known, one) for one in sorted(found)}
+        proposal = min(costs, key=costs.__getitem__)
+        if costs[proposal] >= lowest - eps:
+            break
+    problem.foresee([])
+    return Clustering("d2c", best, lowest, history, seed, "estimates", stopped)
+
+
+def _measure(
+    problem: Problem, estimates: MergeEstimates, known: dict[Members, float], labels: Labels
+) -> None:
+    """Measure the clusters of a partition that are not known, and learn from them."""
+    new = [group for group in groups_of(labels) if group not in known and len(group) > 1]
+    problem.foresee(new)
+    # The first, the largest, finds the scale for all.
+    like = next(iter(known), ())
+    for members in sorted(new, key=len, reverse=True):
+        merged = problem.merge(members, like)
+        like = like or members
+        (regrets,) = problem.measure([(merged, members)])
+        estimates.learn(members, regrets)
+        known[members] = float(regrets.sum())
+
+
+def _cost(estimates: MergeEstimates, known: dict[Members, float], labels: Labels) -> float:
+    """Mean regret of all tasks, measured where it is known, else estimated."""
+    groups = groups_of(labels)
+    each = [known.get(one, float(estimates.of(one).sum())) for one in groups]
+    return sum(each) / estimates.n
+
+
+def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> tuple[int, ...]:
+    """Find the partition with the least estimated regret, from single adapters upwards.
+
+    Clusters whose union raises the cost least become one, several pairs at a time, until
+    `n_clusters` are left; then moves and swaps follow, see `improved`. Memory and the time of a
+    step grow with N squared.
+
+    Args:
+        estimates: estimated regrets.
+        n_clusters: K, at most N.
+
+    Returns:
+        The cluster of every adapter, numbered by first appearance.
+    """
+    tasks, labels = np.arange(estimates.n), np.arange(estimates.n)
+    while (k := int(labels.max()) + 1) > n_clusters:
+        member = np.eye(k)[labels]
+        pairs, size = estimates.pair @ member, member.sum(axis=0).astype(int)
+        own = pairs[tasks, labels]
+        # (n, k): regret of i if its cluster and k became one; by cluster, both sides of the union.
+        joined = estimates.regrets(
+            tasks[:, None],
+            np.minimum(size[labels][:, None] + size, estimates.n),
+            own[:, None] + pairs,
+        )
+        alone = member.T @ estimates.regrets(tasks, size[labels], own)
+        half = member.T @ joined
+        rise = half + half.T - alone[:, None] - alone
+        rise[np.triu_indices(k)] = np.inf
+        for a, b in _disjoint(rise, max(1, (k - n_clusters) // 4)):
+            labels[labels == b] = a
+        labels = np.unique(labels, return_inverse=True)[1]
+    return improved(estimates, labels)
+
+
+def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """Take the best move, or swap where no move helps, while one lowers the estimated regret.
+
+    Args:
+        estimates: estimated regrets.
+        labels: `(n,)` the partition to start from; its clusters are numbered from 0, none is empty.
+
+    Returns:
+        The cluster of every adapter, numbered by first appearance; as many clusters as before.
+    """
+    state = _State(estimates, np.array(labels))
+    while state.step():
+        pass
+    return canonical(state.labels)
+
+
+class _State:
+    """A partition, with the sums that its moves need."""
+
+    def __init__(self, estimates: MergeEstimates, labels: np.ndarray) -> None:
+        self.estimates, self.labels = estimates, labels
+        self.tasks = np.arange(estimates.n)
+        self._member = np.eye(labels.max() + 1)[labels]
+        self._pairs = estimates.pair @ self._member
+        self._size = self._member.sum(axis=0).astype(int)
+        self._own = self._pairs[self.tasks, labels]
+        regrets = estimates.regrets(self.tasks, self._size[labels], self._own)
+        self._costs = self._member.T @ regrets
+        self.cost = float(self._costs.sum())
+
+    def step(self) -> bool:
+        """Take the best step; False if none helps."""
+        gains = self._gains()
+        i, k = np.unravel_index(np.argmin(gains), gains.shape)
+        steps = [self._together(gains), {int(i): int(k)}]
+        if gains[i, k] > -_ROUNDING:
+            steps = self._promising_swaps(gains)
+        for step in steps:
+            labels = self.labels.copy()
+            labels[list(step)] = list(step.values())
+            after = _State(self.estimates, labels)
+            if after.cost < self.cost - _ROUNDING:
+                vars(self).update(vars(after))
+                return True
+        return False
+
+    def _gains(self) -> np.ndarray:
+        """`(n, k)` change of the cost if task i moves to cluster k."""
+        tasks, labels, pair = self.tasks, self.labels, self.estimates.pair
+        size = self._size[labels]
+        regrets = self.estimates.regrets
+        # [m, i]: regret of m when i joins, or leaves, its cluster.
+        with_i = regrets(tasks[:, None], size[:, None] + 1, self._own[:, None] + pair)
+        joining = (self._member.T @ with_i).T + regrets(tasks[:, None], self._size + 1, self._pairs)
+        together = self._member @ self._member.T - np.eye(len(tasks))
+        without = regrets(
+            tasks[:, None], np.maximum(size - 1, 1)[:, None], self._own[:, None] - pair
+        )
+        leaving = (together * without).sum(axis=0)
+        gains = joining - self._costs + (leaving - self._costs[labels])[:, None]
+        gains[tasks, labels] = np.inf
+        gains[size == 1] = np.inf  # no cluster becomes empty
+        return gains
+
+    def _together(self, gains: np.ndarray) -> dict[int, int]:
+        """Moves that help and share no cluster, the largest gain first."""
+        best = gains.argmin(axis=1)
+        used: set[int] = set()
+        steps = {}
+        for i in np.argsort(gains[self.tasks, best]):
+            both = {int(self.labels[i]), int(best[i])}
+            if gains[i, best[i]] < -_ROUNDING and not both & used:
+                used |= both
+                steps[int(i)] = int(best[i])
+        return steps
+
+    def _promising_swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
+        """Swaps, the largest sum of both moves' gains first."""
+        both = np.where(np.isfinite(gains), gains, 0.0)[:, self.labels]
+        both = both + both.T
+        both[self.labels[:, None] == self.labels] = np.inf
+        both[np.triu_indices(len(both))] = np.inf
+        order = np.argsort(both, axis=None)[:_SWAPS]
+        found = []
+        for i, j in zip(*np.unravel_index(order, both.shape)):
+            if np.isfinite(both[i, j]):
+                found.append({int(i): int(self.labels[j]), int(j): int(self.labels[i])})
+        return found
+
+
+def _disjoint(values: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Up to `most` pairs (a, b), a < b, of the lower triangle that share no index, least first."""
+    found: list[tuple[int, int]] = []
+    used: set[int] = set()
+    order = np.argsort(values, axis=None, kind="stable")
+    for b, a in zip(*np.unravel_index(order[: 8 * most], values.shape)):
+        if len(found) < most and not {int(a), int(b)} & used:
+            used |= {int(a), int(b)}
+            found.append((int(a), int(b)))
+    return found

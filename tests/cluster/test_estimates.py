@@ -1,0 +1,160 @@
+"""Estimated regrets of merges, and the search by them; truth is a numpy table."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.cluster.estimated_search import (
+    _State,
+    estimated_partition,
+    improved,
+    search_by_estimates,
+)
+from d2c_mlx.cluster.merge_estimates import STRENGTHS, MergeEstimates
+from d2c_mlx.cluster.partition import Fading, Problem, groups_of
+
+
+def fading(n, seed=0, most=0.6):
+    """Random regrets of weakened adapters, the weaker the higher."""
+    regrets = np.sort(np.random.default_rng(seed).uniform(0.02, most, (n, 2)), axis=1)[:, ::-1]
+    return Fading(STRENGTHS, regrets)
+
+
+def problem(n, truth, seed=0):
+    """A problem whose regrets `truth(members, task)` gives; it records what is measured."""
+    asked = []
+
+    def measure(jobs, limits=None):
+        asked.extend(members for members, _ in jobs)
+        return [np.array([truth(members, i) for i in tasks]) for members, tasks in jobs]
+
+    features = np.random.default_rng(seed).normal(size=(n, 4))
+    found = Problem(np.zeros((n, n)), lambda members, like=(): members, measure, features,
+                    fading(n, seed), np.eye(n))  # fmt: skip
+    return found, asked
+
+
+def test_an_adapter_at_full_strength_has_no_regret_and_at_none_that_of_the_base():
+    known = fading(5)
+    found = known.at(np.array([0.0, *STRENGTHS, 1.0]))
+    assert found[:, 0] == pytest.approx(1) and found[:, -1] == pytest.approx(0)
+    assert found[:, 1:-1] == pytest.approx(known.regrets)
+    between = known.at(np.linspace(0, 1, 50))
+    assert (np.diff(between, axis=1) <= 1e-12).all()
+
+
+def test_a_task_alone_has_no_regret_and_larger_clusters_have_more():
+    estimates = MergeEstimates(fading(8), np.eye(8))
+    assert estimates.of((3,)) == pytest.approx(0)
+    by_size = [estimates.of(tuple(range(m)))[0] for m in range(2, 9)]
+    assert by_size == sorted(by_size) and by_size[0] > 0
+
+
+def test_alike_adapters_are_estimated_to_harm_each_other_less():
+    alike = np.eye(4)
+    alike[0, 1] = alike[1, 0] = 0.6
+    estimates = MergeEstimates(fading(4), alike)
+    assert estimates.of((0, 1))[0] < estimates.of((0, 2))[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_measured_is_learnt(seed):
+    """A task that every merge harms three times as much, and a pair that cannot be together."""
+    rng = np.random.default_rng(seed)
+    n, plain = 10, MergeEstimates(fading(10, seed), np.eye(10))
+
+    def truth(members, i):
+        regret = plain.of(members)[members.index(i)]
+        harm = 3 if i == 4 else 1
+        return regret * harm + (0.8 if i == 0 and 1 in members else 0)
+
+    estimates = MergeEstimates(fading(n, seed), np.eye(n))
+    clusters = [tuple(sorted(rng.choice(n, 4, replace=False).tolist())) for _ in range(60)]
+    tests, seen = clusters[:20], clusters[20:]
+
+    def error(of):
+        pairs = [(of(c)[j], truth(c, i)) for c in tests for j, i in enumerate(c)]
+        return np.mean([abs(np.log((a + 0.03) / (b + 0.03))) for a, b in pairs])
+
+    before = error(estimates.of)
+    for members in seen:
+        estimates.learn(members, np.array([truth(members, i) for i in members]))
+    assert error(estimates.of) < before / 2
+    assert estimates.pair[0, 1] == estimates.pair[0].max() > 0.3
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(4, 9), st.integers(2, 4), st.integers(0, 999))
+def test_gains_of_moves_are_differences_of_costs(n, k, seed):
+    rng = np.random.default_rng(seed)
+    estimates = MergeEstimates(fading(n, seed), np.eye(n))
+    estimates.pair = rng.normal(0, 0.3, (n, n)) * (1 - np.eye(n))
+    labels = np.concatenate([np.arange(min(k, n)), rng.integers(0, k, n - min(k, n))])
+    state = _State(estimates, labels)
+    summed = sum(estimates.of(group).sum() for group in groups_of(labels))
+    assert state.cost == pytest.approx(summed)
+    gains = state._gains()
+    for i, to in itertools.product(range(n), range(k)):
+        moved = labels.copy()
+        moved[i] = to
+        if to == labels[i] or len(np.unique(moved)) < k:
+            assert gains[i, to] == np.inf
+        else:
+            after = sum(estimates.of(group).sum() for group in groups_of(moved))
+            assert gains[i, to] == pytest.approx(after - summed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_estimated_partition_is_close_to_the_best_of_all(seed):
+    n, k = 8, 3
+    estimates = MergeEstimates(fading(n, seed), np.eye(n))
+    rng = np.random.default_rng(seed)
+    estimates.pair = rng.normal(0, 0.3, (n, n)) * (1 - np.eye(n))
+
+    def cost(labels):
+        return sum(estimates.of(group).sum() for group in groups_of(labels))
+
+    every = [one for one in itertools.product(range(k), repeat=n) if len(set(one)) == k]
+    costs = sorted(map(cost, every))
+    found = estimated_partition(estimates, k)
+    assert len(set(found)) == k
+    assert cost(found) <= costs[len(costs) // 100]
+    assert cost(improved(estimates, every[0])) <= cost(every[0])
+
+
+def test_only_what_is_proposed_is_measured_and_the_best_of_it_is_kept():
+    plain = MergeEstimates(fading(12), np.eye(12))
+
+    def truth(members, i):
+        return float(plain.of(members)[members.index(i)]) + 0.5 * (i < 2 and {0, 1} <= {*members})
+
+    given_problem, asked = problem(12, truth)
+    found = search_by_estimates(given_problem, 4, seed=0, eps=1e-3)
+    assert found.n_clusters == 4 and found.labels[0] != found.labels[1]
+    assert len(asked) == len(set(asked)) <= 4 * len(found.history)
+    objectives = [one["objective"] for one in found.history]
+    assert found.objective == min(objectives) and found.stopped in ("converged", "patience")
+    of_found = sum(truth(g, i) for g in groups_of(found.labels) if len(g) > 1 for i in g) / 12
+    assert found.objective == pytest.approx(of_found)
+
+
+def test_true_estimates_need_one_measurement_beside_kmeans():
+    plain = MergeEstimates(fading(12), np.eye(12))
+    given_problem, _ = problem(12, lambda members, i: float(plain.of(members)[members.index(i)]))
+    found = search_by_estimates(given_problem, 4, seed=0, eps=1e-3)
+    assert len(found.history) == 2 and found.stopped == "converged"
+
+
+def test_every_merge_is_measured_at_the_scale_of_the_first_and_largest():
+    given_problem, _ = problem(10, lambda members, i: 0.1)
+    likes = []
+    object.__setattr__(
+        given_problem, "merge", lambda members, like=(): likes.append((members, like)) or members
+    )
+    search_by_estimates(given_problem, 3, seed=0, eps=1e-3)
+    (first, nothing), *rest = likes
+    assert nothing == () and {like for _, like in rest} == {first}
+    assert len(first) == max(len(members) for members, _ in likes[:3])
