@@ -34,7 +34,7 @@ from d2c_mlx.evaluate.capture import (
     token_batches,
 )
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.merge.regmean import Grams, matched
+from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import blocks_are_exact, run_blocks
@@ -242,6 +242,8 @@ class _Merging:
         tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
 
         def solve(i: int, path: str) -> Factors:
+            if merges[i].strength == 0:  # five times as fast, and the same
+                return regmean(factors[path], grams[i], self.rank)
             bare = by_task(one.outputs[path] for one in seen[i])
             lacking = [
                 merges[i].strength * (y - (said + (x @ a) @ b))

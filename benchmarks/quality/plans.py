@@ -1,0 +1,82 @@
+"""Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
+
+    python -m benchmarks.quality.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
+
+An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
+probe and the same teacher targets, which are not counted; losses that one kind left in the cache
+are counted all the same, but take no time, so the thorough plan comes last. Results:
+results/plans.json, written after every plan.
+"""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import command_line
+from benchmarks.quality.bytes import judge
+from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.device import machine
+from d2c_mlx.utils.files import write_json
+
+
+def planned(session, budget, thorough):
+    """One plan: its costs, and the losses of its pack."""
+    planner, counts = session.planner, session.evaluator.counts
+    room = session.inputs.capacity.room_of(parse_budget(budget))
+    before, tokens, started = counts.asked, counts.tokens, time.perf_counter()
+    plan = planner.plan(planner.measure([room]), room) if thorough else planner.search(room)
+    seconds = time.perf_counter() - started
+    parts = len(session.inputs.probes[0].parts)
+    nbytes = compact_nbytes(index_of(plan.adapters))
+    return {
+        "budget": budget,
+        "thorough": thorough,
+        "evaluations": round((counts.asked - before) / parts),
+        "tokens": counts.tokens - tokens,
+        "seconds": round(seconds, 1),
+        "candidates": plan.content["candidates"],
+        "measured": plan.content["measured"],
+        "regret": plan.content["regret"],
+        "merged": [one["family"] for one in plan.content["units"]].count("merged"),
+        "base": len(plan.content["base"]),
+        **judge(session, plan.adapters, plan.serves, nbytes),
+    }
+
+
+def main():
+    """Measure and print."""
+    parser = command_line(__doc__, __spec__, "plans.json")
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--budgets", default="12.5,3,0.75", help="percent")
+    parser.add_argument("--thorough", action="store_true", help="thorough plans too")
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--tests", type=int, default=30)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("D2C_MLX_CACHE", directory)
+        config = RunConfig(
+            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
+            output=str(Path(directory) / "run"), budget="3%",
+            probe_examples=options.examples, test_examples=options.tests,
+        )  # fmt: skip
+        session = run(config, until="probe", quiet=True)
+        started = time.perf_counter()
+        session.study.teacher_regret.under(None, [0])
+        facts = {"examples": options.examples, "tests": options.tests, "machine": machine(),
+                 "teacher_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+        for thorough in (False, True) if options.thorough else (False,):
+            for budget in options.budgets.split(","):
+                rows.append(planned(session, f"{budget}%", thorough))
+                write_json(options.output, {**facts, "rows": rows})
+                print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
