@@ -53,8 +53,8 @@ def test_adapters_of_different_bases_are_refused():
 
 
 def test_the_table_of_the_documents_is_true():
-    """docs/merging.md: one row per method, each of which runs on whatever is put together."""
-    text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    """merge-methods.md: one row per method, each of which runs on whatever is put together."""
+    text = (ROOT / "docs" / "reference" / "merge-methods.md").read_text(encoding="utf-8")
     rows = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
         for line in text.splitlines()

@@ -1,6 +1,6 @@
 """Model families x features of PEFT adapters: torch PEFT, stock mlx-lm and ours, and back.
 
-The table in docs/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
+The table in docs/reference/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
 tests/models/test_families.py` writes it.
 """
 
@@ -42,8 +42,8 @@ from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
 
-DOC = ROOT / "docs" / "families.md"
-CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
+DOC = ROOT / "docs" / "reference" / "families.md"
+CONVERTER = ROOT / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
 found: dict = {}
 
