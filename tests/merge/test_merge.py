@@ -65,7 +65,7 @@ def test_the_table_of_the_documents_is_true():
     assert len({lora.rank for one in adapters for lora in one.modules.values()}) > 2
     assert len({tuple(one.modules) for one in adapters}) > 1
     for name, *cells in rows:
-        assert len(cells) == 3 and all(cells)
+        assert len(cells) == 1 and all(cells)
         merged = merge_by(adapters, name.strip("`"))
         assert set(merged.modules) == {P, Q, R}
         assert merge_by(adapters[:1], name.strip("`")).digest == adapters[0].digest
