@@ -14,7 +14,7 @@ from d2c_mlx_cli.main import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
 # What `--help` shows at this width needs no scrolling on a page.
-WIDTH = 92
+WIDTH = 86
 HEAD = """\
 # Commands
 Written by `make options` from `d2c-mlx COMMAND --help`. Options of a run, its stages and \

@@ -34,7 +34,7 @@ def svg(height: int, parts: list[str], title: str) -> str:
 
 def text(x: float, y: float, words: str, colour: str = GREY, look: str = "") -> str:
     """Words; `look` may hold `bold`, `middle`, `end`, `mono` and a size."""
-    size = next((part for part in look.split() if part.isdigit()), "16")
+    size = next((part for part in look.split() if part.isdigit()), "18")
     about = f'font-size="{size}"'
     about += ' font-weight="600"' if "bold" in look else ""
     about += ' font-family="ui-monospace, Menlo, Consolas, monospace"' if "mono" in look else ""
@@ -109,27 +109,27 @@ def slots_and_bytes() -> str:
     lengths = ((30, 90), (52, 60), (24, 48), (40, 110), (20, 70), (34, 40))
     names = [name for group in members for name in group]
     parts = [
-        text(0, 22, "slots: --budget 3", BLUE, "bold mono 16"),
-        text(350, 22, "bytes: --budget 3%", ORANGE, "bold mono 16"),
+        text(0, 22, "slots: --budget 3", BLUE, "bold mono 18"),
+        text(350, 22, "bytes: --budget 3%", ORANGE, "bold mono 18"),
     ]
     for i, group in enumerate(members):
         y = 44 + i * 76
         parts += [
             box(0, y, 270, 60, "none", BLUE),
-            text(14, y + 25, f"cluster-{i}", BLUE, "bold 16"),
-            text(14, y + 47, ", ".join(group), GREY, "16"),
+            text(14, y + 25, f"cluster-{i}", BLUE, "bold 18"),
+            text(14, y + 47, ", ".join(group), GREY, "18"),
         ]
     parts.append(box(350, 44, 290, 212, "none", ORANGE))
     for i, (name, (four, two)) in enumerate(zip(names, lengths)):
         y = 58 + i * 32
         parts += [
-            text(364, y + 16, name, GREY, "16"),
-            box(450, y + 2, four, 18, ORANGE),
-            box(452 + four, y + 2, two, 18, "none", ORANGE),
+            text(364, y + 16, name, GREY, "18"),
+            box(456, y + 2, four, 18, ORANGE),
+            box(458 + four, y + 2, two, 18, "none", ORANGE),
         ]
     parts += [
-        text(0, 292, "files for mlx-lm, Swift, PEFT", GREY, "15"),
-        text(350, 292, "one file; filled 4 bit, hollow 2 bit", GREY, "15"),
+        text(0, 292, "files for mlx-lm, Swift, PEFT", GREY, "17"),
+        text(350, 292, "one file; filled 4 bit, hollow 2 bit", GREY, "17"),
     ]
     return svg(300, parts, "Three slots serve six tasks; one file holds six adapters at low bits")
 
@@ -139,16 +139,16 @@ def low_rank(x: float, y: float, colour: str, name: str) -> list[str]:
     return [
         box(x, y, 16, 76, colour),
         box(x + 24, y, 76, 16, colour),
-        text(x + 64, y + 54, name, colour, "bold middle 16"),
+        text(x + 64, y + 54, name, colour, "bold middle 18"),
     ]
 
 
 def merge() -> str:
     """Two updates become one, fitted to what the members' modules put out."""
     parts = [
-        text(0, 22, "members", GREY, "bold 16"),
-        text(232, 22, "on ten rows per task", GREY, "bold 16"),
-        text(520, 22, "merge", GREY, "bold 16"),
+        text(0, 22, "members", GREY, "bold 18"),
+        text(232, 22, "on ten rows per task", GREY, "bold 18"),
+        text(520, 22, "merge", GREY, "bold 18"),
         *low_rank(0, 44, BLUE, "num-de"),
         *low_rank(0, 164, ORANGE, "num-es"),
         *arrow(116, 82, 216, 82),
@@ -157,12 +157,12 @@ def merge() -> str:
     for y, colour in ((60, BLUE), (180, ORANGE)):
         parts += [
             box(232, y, 180, 44, "none", colour),
-            text(322, y + 28, "outputs to match", colour, "middle 16"),
+            text(322, y + 28, "outputs to match", colour, "middle 18"),
         ]
     parts += [*arrow(426, 88, 506, 130), *arrow(426, 196, 506, 154)]
     parts += [*low_rank(520, 104, GREEN, "both")]
-    parts.append(text(520, 212, "same rank", GREY, "15"))
-    parts.append(text(520, 234, "one scale", GREY, "15"))
+    parts.append(text(520, 212, "same rank", GREY, "17"))
+    parts.append(text(520, 234, "one scale", GREY, "17"))
     return svg(256, parts, "Two low-rank updates become one that matches the outputs of both")
 
 
@@ -172,15 +172,15 @@ def d2c() -> str:
     shades += ("0.2", "0.1", "0.95", "0.6", "0.1", "0.25", "0.65", "0.95")
     dots = {"a": (262, 108), "b": (300, 112), "c": (262, 212), "d": (316, 204)}
     parts = [
-        text(0, 22, "1 probe", GREY, "bold 16"),
-        text(228, 22, "2 start", GREY, "bold 16"),
-        text(444, 22, "3 move what helps", GREY, "bold 16"),
+        text(0, 22, "1 probe", GREY, "bold 18"),
+        text(228, 22, "2 start", GREY, "bold 18"),
+        text(444, 22, "3 move what helps", GREY, "bold 18"),
     ]
     for i, shade in enumerate(shades):
         x, y = i % 4 * 36, 60 + i // 4 * 36
         parts.append(f'<rect x="{x}" y="{y}" width="32" height="32" rx="3" fill="{BLUE}"'
                      f' fill-opacity="{shade}"/>')  # fmt: skip
-    parts += [text(0, 232, "task x adapter", GREY, "15"), *arrow(160, 132, 204, 132)]
+    parts += [text(0, 232, "task x adapter", GREY, "17"), *arrow(160, 132, 204, 132)]
     for shift in (0, 220):
         for cy in (112, 200):
             parts.append(f'<ellipse cx="{286 + shift}" cy="{cy}" rx="58" ry="38" fill="none"'
@@ -193,7 +193,7 @@ def d2c() -> str:
                 parts += arrow(496, 116, 494, 166, ORANGE)
             parts.append(f'<circle cx="{x}" cy="{y}" r="8" fill="{colour}"/>')
     parts += arrow(362, 156, 420, 156)
-    parts.append(text(444, 270, "repeat until nothing helps", GREY, "15"))
+    parts.append(text(444, 270, "until nothing helps", GREY, "17"))
     return svg(280, parts, "A table of losses gives a start; single tasks move while that helps")
 
 
@@ -204,14 +204,14 @@ def excess_and_retention() -> str:
     def mark(x: float, name: str, colour: str) -> list[str]:
         return [
             f'<circle cx="{x}" cy="{y}" r="8" fill="{colour}"/>',
-            text(x, y + 34, name, colour, "bold middle 16"),
+            text(x, y + 34, name, colour, "bold middle 18"),
         ]
 
     def span(x: float, to: float, at: float, words: str, colour: str) -> list[str]:
         ends = "".join(f"M{e:g} {at - 6:g}V{at + 6:g}" for e in (x, to))
         return [
             f'<path d="{ends}M{x:g} {at:g}H{to:g}" stroke="{colour}" stroke-width="2"/>',
-            text((x + to) / 2, at - 12, words, colour, "middle 16"),
+            text((x + to) / 2, at - 12, words, colour, "middle 18"),
         ]
 
     parts = [
@@ -222,8 +222,8 @@ def excess_and_retention() -> str:
         *span(own, pack, 86, "excess", ORANGE),
         *span(pack, base, 86, "kept", GREEN),
         *span(own, base, 40, "what the adapters gain", GREY),
-        text(320, 190, "retention = kept / gain", GREEN, "middle 16"),
-        text(620, 108, "loss", GREY, "end 15"),
+        text(320, 190, "retention = kept / gain", GREEN, "middle 18"),
+        text(620, 108, "loss", GREY, "end 17"),
     ]
     return svg(204, parts, "Excess is the loss above the own adapters', retention the share kept")
 
@@ -233,22 +233,22 @@ def pack_file() -> str:
     parts = [text(0, 22, "plain", BLUE, "bold 17"), text(230, 22, "compact", ORANGE, "bold 17")]
     for i, name in enumerate(("manifest.json", "cluster-0/", "cluster-1/")):
         parts += [box(0, 36 + i * 52, 180, 42, "none", BLUE),
-                  text(14, 62 + i * 52, name, GREY, "mono 15")]  # fmt: skip
+                  text(14, 62 + i * 52, name, GREY, "mono 17")]  # fmt: skip
     parts += [
         box(230, 36, 230, 42, "none", ORANGE),
-        text(244, 62, "manifest.json", GREY, "mono 15"),
+        text(244, 62, "manifest.json", GREY, "mono 17"),
         box(230, 88, 410, 146, "none", ORANGE),
-        text(244, 114, "compact.safetensors", GREY, "mono 15"),
+        text(244, 114, "compact.safetensors", GREY, "mono 17"),
     ]
     for i, (name, widths) in enumerate((("4bit", (60, 90, 40)), ("2bit", (100, 50, 90)))):
         y, x = 126 + i * 34, 300.0
-        parts.append(text(244, y + 19, name, GREY, "mono 15"))
+        parts.append(text(244, y + 19, name, GREY, "mono 17"))
         for width, colour in zip(widths, (BLUE, ORANGE, GREEN)):
             parts.append(box(x, y, width, 26, colour))
             x += width + 4
     parts += [
-        text(244, 218, "counts, index", GREY, "mono 15"),
-        text(230, 262, "one colour: the rows of one adapter", GREY, "15"),
+        text(244, 218, "counts, index", GREY, "mono 17"),
+        text(230, 262, "one colour: the rows of one adapter", GREY, "17"),
     ]
     return svg(272, parts, "A plain pack has a directory per adapter, a compact one a single file")
 

@@ -252,11 +252,13 @@ def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon)
 def test_table_in_the_docs(bases):
     if set(found) != set(CELLS):
         pytest.skip("not every cell was run, or one has failed")
-    rows = [["family", "modules of a block", *FEATURES], ["---"] * (2 + len(FEATURES))]
+    rows, modules = [["family", *FEATURES], ["---"] * (1 + len(FEATURES))], {}
     for family, base in bases.items():
-        modules = sorted({path.rpartition(".")[2] for path in base.module_shapes})
-        rows.append([family, ", ".join(modules), *(found[family, feature] for feature in FEATURES)])
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in base.module_shapes}))
+        modules.setdefault(names, []).append(family)
+        rows.append([family, *(found[family, feature] for feature in FEATURES)])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\nModules of a block:\n\n"
+    table += "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
     start, end = "<!-- table: tests/models/test_families.py -->\n", "<!-- end -->\n"
     text = DOC.read_text(encoding="utf-8")
     head, rest = text.split(start)
