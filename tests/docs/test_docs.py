@@ -168,6 +168,18 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
+def test_merging_without_rows_as_the_docs_say(monkeypatch, tmp_path):
+    path, rng = "model.layers.1.self_attn.q_proj", np.random.default_rng(0)
+    for name in ("num-de", "num-es"):
+        lora = lora_of(rng, (32, 32), 2, dtype=mx.float16)
+        Adapter(name, {path: lora}, "tiny", (name,)).save(tmp_path / "loras" / name, LAYERS)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/how-to/no-rows.md", "python")
+    exec(code, {"shapes": {path: (32, 32)}})
+    merged = d2c_mlx.read_adapter(tmp_path / "merged", {path: (32, 32)})
+    assert merged.modules[path].rank == 2
+
+
 @pytest.mark.slow
 def test_serving_as_the_docs_say(tmp_path, capsys):
     """The Python block of docs/how-to/serve.md, on real weights, against the base model offline."""
