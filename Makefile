@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test benchmark tables options blas check-dist check-lowest audit clean
+.PHONY: demo check test benchmark tables options docs blas check-dist check-lowest audit clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -49,13 +49,19 @@ benchmark: .venv/benchmark blas
 	$(BIN)/python -m benchmarks.quality.ablations $(LIBRARY) $(ABLATIONS)
 	$(BIN)/python -m benchmarks.tables
 
-# Tables and plots of benchmarks/pages/ from the results that are there.
+# Tables, plots and figures of benchmarks/pages/, README.md and docs/ from the results.
 tables: .venv/demo
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m tools.figures
 
-# The command line's options and docs/options.md from the fields of the configs.
+# The command line's options from the fields of the configs, and the reference of both.
 options: .venv/demo
 	$(BIN)/python -m d2c_mlx.run.options
+	$(BIN)/python -m tools.commands
+
+# The documentation site, in build/site; nothing is fetched once its packages are there.
+docs: .venv-docs/done
+	.venv-docs/bin/python -m tools.site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -119,6 +125,11 @@ LOWEST := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model eval
 	.venv-tools/bin/pip install -q uv build twine check-wheel-contents pip-audit
 	touch $@
 
+.venv-docs/done: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -r docs/requirements.txt
+	touch $@
+
 # A fast BLAS for MLX's CPU backend, where we may install one; `d2c-mlx doctor` says if it is there.
 blas:
 	@if [ "$$(uname)" = Linux ] && ! ls /usr/lib/*/openblas-pthread/libblas.so.3 >/dev/null 2>&1; then \
@@ -127,4 +138,4 @@ blas:
 	  else echo "note: no fast BLAS; run: sudo apt-get install libopenblas0-pthread"; fi; fi
 
 clean:
-	rm -rf .venv .venv-tools .venv-lowest dist build runs
+	rm -rf .venv .venv-tools .venv-lowest .venv-docs dist build runs

@@ -94,7 +94,7 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
     Beside them is tasks.json: task -> file or directory, or null for the base model.
 
     mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT. gguf:
-    files for llama.cpp, of the model families in docs/families.md.
+    files for llama.cpp, of the model families that the documents list.
 
     Examples:
       d2c-mlx export runs/first/pack --to peft --output peft-loras

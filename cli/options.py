@@ -72,9 +72,9 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Merge",
         metavar="NAME",
-        help="linear, ties, ..., auto (docs/merging.md); auto packs for every cluster the best"
-        " of seven on its calibration rows  [default: layerwise, or regmean++ where a"
-        " model cannot be run by blocks]",
+        help="linear, ties, ..., auto; auto packs for every cluster the best of seven on its"
+        " calibration rows  [default: layerwise, or regmean++ where a model cannot be run"
+        " by blocks]",
     ),
     click.option(
         "--merge-rank",
@@ -215,7 +215,7 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Refine",
         default=None,
-        help="train every merge for a while to match its members (docs/refining.md)  [default: no]",
+        help="train every merge for a while to match its members  [default: no]",
     ),
     click.option(
         "--refine-steps",

@@ -1,4 +1,4 @@
-"""Regions of pages/*.md and the plots: which function makes which.
+"""Regions of pages/*.md, README.md and docs/results.md, and the plots: which function makes which.
 
 What stands between `<!-- table: NAME -->` and `<!-- end -->` is made by TABLES[NAME], and
 plots/NAME.svg by PLOTS[NAME]. Another table is a function that gets `read` (result_files.py), a row
@@ -10,8 +10,9 @@ import re
 from functools import partial
 from hashlib import sha256
 
+from benchmarks import RESULTS
 from benchmarks.tables import experiment as paper
-from benchmarks.tables import packs, plots, speed
+from benchmarks.tables import formats, packs, plots, speed, summary
 from benchmarks.tables.findings import findings
 from benchmarks.tables.result_files import reader
 from d2c_mlx.report.charts import svg_file
@@ -42,6 +43,13 @@ TABLES = {
     "pairs-24": partial(paper.pairs, file="experiment_24"),
     "ablations": paper.ablations,
     "agreement": paper.agreement,
+    "gguf-lora": formats.gguf_lora,
+    "gguf-families": formats.gguf_families,
+    "route": formats.route,
+    "summary": summary.summary,
+    "methods": summary.methods,
+    "plans": summary.plans,
+    "scores": summary.scores,
     "findings-24": partial(findings, template="ablations.md.jinja", file="experiment_24"),
 }
 # plots/<name>.svg -> function(read) that returns a matplotlib figure.
@@ -114,7 +122,11 @@ def same(old, new):
 def update(directory, check):
     """Make pages and plots of a directory what its results say; returns what was not."""
     read, changed, files = reader(directory / "results"), [], {}
-    for page in sorted((directory / "pages").glob("*.md")):
+    pages = sorted((directory / "pages").glob("*.md"))
+    if directory.resolve() == RESULTS.parent:
+        root = directory.resolve().parent
+        pages += [root / "README.md", root / "docs" / "results.md"]
+    for page in pages:
         text, before = [], len(changed)
         for name, lines in regions(page):
             made = TABLES[name](read) if name else lines

@@ -5,7 +5,7 @@ Each function gets `read` of result_files.py and returns lines of Markdown.
 
 from benchmarks.tables.result_files import markdown
 
-# As docs/living.md calls them.
+# Router in routers.json -> its words.
 ROUTERS = {
     "states": "states: `d2c-mlx route`, fitted on probes",
     "arrow by prompt": "Arrow, the adapter with most votes of a prompt",

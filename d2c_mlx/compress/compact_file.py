@@ -2,7 +2,8 @@
 
 A safetensors header takes about 100 bytes per tensor. For the 240 factors of one adapter that is
 more than its numbers at 2 bit. So rows are stacked over adapters, modules and factors, one tensor
-per bit width and row width. `file_layout.py` defines the layout, docs/packs.md explains it.
+per bit width and row width. `file_layout.py` defines the layout, docs/reference/formats.md
+explains it.
 """
 
 from __future__ import annotations

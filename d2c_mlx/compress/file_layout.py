@@ -1,5 +1,18 @@
 """Layout of a compact file: the index of which rows are where, and the header that holds it.
 
+Factors are rows: the columns of `a` (width `in`) and the rows of `b` (width `out`), ordered by
+adapter, module, `a` before `b`, component. All of the same bits and width are one tensor:
+
+- `<bits>bit.<width>.weight`: uint32 `(rows, ceil(width / group) * group * bits / 32)`, codes from
+  the lowest bit up; at 16 bits float16 `(rows, width)`.
+- `<bits>bit.<width>.scales` and `.biases`: float16 `(rows, ceil(width / group))`; none at 16 bits.
+- `counts`: uint8 `(adapters, modules, bits)`, components of a module at these bits.
+
+The metadata holds `format`, `version` and `index`, a JSON object: `base`, `names`, `bits` (last
+axis of `counts`), `group_size`, and `modules` (middle axis), folded as
+`["model.layers.*.self_attn.q_proj", in, out, "0-15,17"]`. A number is `scale * code + bias` in
+float32, rounded to float16; codes beyond the width are padding. dW^T is the sum of a times b.
+
 A file's size is known before anything is quantized; the planner asks `compact_nbytes`.
 """
 

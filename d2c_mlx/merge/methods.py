@@ -1,7 +1,7 @@
 """Merging adapters on dW, with any ranks and target modules.
 
-A method is a pure function of one module's factors and of `Options`. docs/merging.md says when to
-use which method; each function names its paper. Methods in core space are in entrywise.py,
+A method is a pure function of one module's factors and of `Options`. Each function names its paper,
+docs/reference/merge-methods.md says when to use which. Methods in core space are in entrywise.py,
 spectral.py, wudi.py and lego.py, those on data in regmean.py, those on factors in concat.py.
 """
 

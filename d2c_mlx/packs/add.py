@@ -5,7 +5,7 @@
 In a plain pack an arrival gets a slot of its own while one is free. Then it is merged into the slot
 that suits it (K-Merge, https://arxiv.org/abs/2510.13537). In a compact pack it is stored in an
 equal share of the bytes, and the components that the other adapters need least make room: merging
-unlike adapters costs more than lower precision does (docs/planning.md).
+unlike adapters costs more than lower precision does (docs/concepts/byte-plans.md).
 """
 
 from __future__ import annotations

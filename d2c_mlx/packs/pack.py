@@ -1,7 +1,7 @@
 """The pack, which is what ships: adapters, and a manifest that can be checked.
 
 Plain packs hold directories that stock mlx-lm loads; compact ones hold all adapters at a few bits
-in one file, and `export` writes plain directories of either (docs/packs.md).
+in one file, and `export` writes plain directories of either (docs/concepts/pack-file.md).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         quiet: show no progress.
 
     Returns:
-        A JSON object, see docs/phone.md: times in seconds, sizes in bytes, losses in nats per
+        A JSON object, see docs/how-to/ios.md: times in seconds, sizes in bytes, losses in nats per
         target token.
 
     Raises:

@@ -16,7 +16,7 @@ _LIMITS, _QUALITY, _TIMES = "Model and device", "Quality", "Measurement"
 
 
 class PhoneConfig(Checked):
-    """Options of the phone benchmark, see docs/phone.md.
+    """Options of the phone benchmark, see docs/how-to/ios.md.
 
     Raises:
         ConfigError: every value of another type, out of range or at odds with another, one line

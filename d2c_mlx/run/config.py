@@ -1,7 +1,7 @@
 """The options of a run, each declared once: type, default, range, help and group.
 
-`python -m d2c_mlx.run.options` writes the command line (`cli/options.py`) and docs/options.md from
-these fields; a test fails when they differ from what it would write.
+`python -m d2c_mlx.run.options` writes the command line (`cli/options.py`) and
+docs/reference/options.md from these fields; a test fails when they differ from what it would write.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class RunConfig(RunRules):
 
     merge_method: str | None = option(
         None,
-        "linear, ties, ..., auto (docs/merging.md); auto packs for every cluster the best of seven"
-        " on its calibration rows",
+        "linear, ties, ..., auto; auto packs for every cluster the best of seven on its calibration"
+        " rows",
         group=_MERGE,
         metavar="NAME",
         default_text="layerwise, or regmean++ where a model cannot be run by blocks",
@@ -222,7 +222,7 @@ class RunConfig(RunRules):
 
     refine: bool = option(
         False,
-        "train every merge for a while to match its members (docs/refining.md)",
+        "train every merge for a while to match its members",
         group=_REFINE,
         default_text="no",
     )

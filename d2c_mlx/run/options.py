@@ -1,4 +1,4 @@
-"""The command line's options and docs/options.md, written from the fields of the configs.
+"""The command line's options and docs/reference/options.md, written from the fields of the configs.
 
     python -m d2c_mlx.run.options            # or: make options
 
@@ -38,8 +38,8 @@ _PATH = UserPath(path_type=str)
 '''
 _DOCS_HEAD = """\
 # Options
-Written by `make options` from [d2c_mlx/run/config.py](../d2c_mlx/run/config.py) and \
-[d2c_mlx/phone/config.py](../d2c_mlx/phone/config.py).
+Written by `make options` from [d2c_mlx/run/config.py](../../d2c_mlx/run/config.py) and \
+[d2c_mlx/phone/config.py](../../d2c_mlx/phone/config.py).
 """
 # Name in the generated code, config, heading of the page, and text below the heading.
 _CONFIGS: tuple[tuple[str, type[Checked], str, str], ...] = (
@@ -55,7 +55,7 @@ _CONFIGS: tuple[tuple[str, type[Checked], str, str], ...] = (
         "PHONE_OPTIONS",
         PhoneConfig,
         "A pack on a phone stand-in",
-        "What is measured is in [phone.md](phone.md).",
+        "What is measured: [ship to iOS](../how-to/ios.md).",
     ),
 )
 
@@ -158,7 +158,7 @@ def _quoted(text: str) -> str:
 
 
 def documents() -> str:
-    """Text of docs/options.md: all options, one table per group."""
+    """Text of docs/reference/options.md: all options, one table per group."""
     parts = [_DOCS_HEAD]
     for _, config, heading, about in _CONFIGS:
         parts.append(f"## {heading}\n{about}\n")
@@ -177,7 +177,7 @@ def _row(option: _Option) -> str:
 
 
 # Path in the repository -> the function that gives its text.
-FILES = {"cli/options.py": command_line, "docs/options.md": documents}
+FILES = {"cli/options.py": command_line, "docs/reference/options.md": documents}
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ def blocks(path, language):
 
 
 @pytest.mark.slow
-def test_readme_examples_run(monkeypatch, tmp_path, capsys):
-    """The Python blocks of the README, on the embedded model; only its output goes elsewhere."""
-    run, use = blocks("README.md", "python")
+def test_python_examples_run(monkeypatch, tmp_path, capsys):
+    """The Python blocks of the tutorial, on the embedded model; only its output goes elsewhere."""
+    run, use = blocks("docs/tutorial/python.md", "python")
     names: dict = {}
     monkeypatch.chdir(ROOT)
     for code in (run, use):
@@ -62,25 +62,29 @@ def anchors(path):
 
 
 PAGES = [
-    path for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md", "examples/**/*.md")
+    path for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "examples/**/*.md",
+                    "tests/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text)
+    links += [(path, "") for path in re.findall(r'\bsrc(?:set)?="([^"]+)"', text)]
     for target, anchor in links:
         if "://" in target:
             continue
         path = page.parent / target if target else page
         assert path.exists(), target
-        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{target}#{anchor}"
 
 
 @pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
-    """Commands of docs/living.md, in order; the last state is verified."""
+    """Commands of docs/how-to/change-a-pack.md, in order; the last state is verified."""
     from d2c_mlx.packs.pack import PackInfo, load_pack
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
@@ -101,7 +105,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
         ),
     )
     monkeypatch.chdir(tmp_path)
-    commands, routes = blocks("docs/living.md", "sh")
+    commands, routes = blocks("docs/how-to/change-a-pack.md", "sh")
     for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
         result = CliRunner().invoke(cli, shlex.split(line)[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
@@ -118,14 +122,14 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     chat = [{"role": "user", "content": "Question 1 of the user: what is qa-nl?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     names = {"pack": pack, "model": model, "prompt": prompt}
-    (code,) = blocks("docs/living.md", "python")
+    (code,) = blocks("docs/how-to/change-a-pack.md", "python")
     exec(code, names)
     assert names["match"] is None or names["match"].task in pack.tasks
 
 
 @pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
-    """Commands and Python of docs/using.md, in order, beside a tiny model and its pack."""
+    """Commands and Python of other-programs.md, in order, beside a tiny model and its pack."""
     from d2c_mlx.packs.pack import PackInfo
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
@@ -144,14 +148,14 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
         ),
     )
     monkeypatch.chdir(tmp_path)
-    (commands,) = blocks("docs/using.md", "sh")
+    (commands,) = blocks("docs/how-to/other-programs.md", "sh")
     for line in commands.strip().splitlines():
         name, *args = shlex.split(line)
         assert name == "d2c-mlx"
         result = CliRunner().invoke(cli, args, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     names: dict = {}
-    mlx_lm, switch, peft = blocks("docs/using.md", "python")
+    mlx_lm, switch, peft = blocks("docs/how-to/other-programs.md", "python")
     exec(mlx_lm + switch, names)
     assert capsys.readouterr().out.strip()
     tokens = [[1, 2, 3]]
@@ -164,9 +168,21 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=2e-2)  # float16 on our side
 
 
+def test_merging_without_rows_as_the_docs_say(monkeypatch, tmp_path):
+    path, rng = "model.layers.1.self_attn.q_proj", np.random.default_rng(0)
+    for name in ("num-de", "num-es"):
+        lora = lora_of(rng, (32, 32), 2, dtype=mx.float16)
+        Adapter(name, {path: lora}, "tiny", (name,)).save(tmp_path / "loras" / name, LAYERS)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/how-to/no-rows.md", "python")
+    exec(code, {"shapes": {path: (32, 32)}})
+    merged = d2c_mlx.read_adapter(tmp_path / "merged", {path: (32, 32)})
+    assert merged.modules[path].rank == 2
+
+
 @pytest.mark.slow
 def test_serving_as_the_docs_say(tmp_path, capsys):
-    """The Python block of docs/serving.md, on real weights, against the base model offline."""
+    """The Python block of docs/how-to/serve.md, on real weights, against the base model offline."""
     from dataclasses import replace
     from threading import Thread
 
@@ -193,7 +209,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     base.attach(adapters[0])
     expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
-    (code,) = blocks("docs/serving.md", "python")
+    (code,) = blocks("docs/how-to/serve.md", "python")
     service = PackService(pack, MixedModel(BaseModel(), pack))
     with PackServer(("127.0.0.1", 0), service) as server:
         thread = Thread(target=server.serve_forever)
@@ -236,8 +252,8 @@ def test_workflow_and_ci_call_the_readme_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     assert {"run": ".ci/run"} in steps["jobs"]["test"]["steps"]
-    readme = (ROOT / "README.md").read_text()
-    assert "make demo" in readme and "make test" in readme
+    first = blocks("README.md", "sh")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
 
 
 @pytest.mark.slow

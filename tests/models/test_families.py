@@ -1,6 +1,6 @@
 """Model families x features of PEFT adapters: torch PEFT, stock mlx-lm and ours, and back.
 
-The table in docs/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
+The table in docs/reference/families.md is what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
 tests/models/test_families.py` writes it.
 """
 
@@ -42,8 +42,8 @@ from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
 
-DOC = ROOT / "docs" / "families.md"
-CONVERTER = DOC.parents[1] / "benchmarks" / "results" / "gguf_families.json"
+DOC = ROOT / "docs" / "reference" / "families.md"
+CONVERTER = ROOT / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
 found: dict = {}
 
@@ -252,11 +252,13 @@ def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon)
 def test_table_in_the_docs(bases):
     if set(found) != set(CELLS):
         pytest.skip("not every cell was run, or one has failed")
-    rows = [["family", "modules of a block", *FEATURES], ["---"] * (2 + len(FEATURES))]
+    rows, modules = [["family", *FEATURES], ["---"] * (1 + len(FEATURES))], {}
     for family, base in bases.items():
-        modules = sorted({path.rpartition(".")[2] for path in base.module_shapes})
-        rows.append([family, ", ".join(modules), *(found[family, feature] for feature in FEATURES)])
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in base.module_shapes}))
+        modules.setdefault(names, []).append(family)
+        rows.append([family, *(found[family, feature] for feature in FEATURES)])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\nModules of a block:\n\n"
+    table += "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
     start, end = "<!-- table: tests/models/test_families.py -->\n", "<!-- end -->\n"
     text = DOC.read_text(encoding="utf-8")
     head, rest = text.split(start)

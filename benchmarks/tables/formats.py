@@ -1,0 +1,41 @@
+"""Tables of exports in llama.cpp, and of routing. Each gets `read` of result_files.py."""
+
+from benchmarks.tables.result_files import markdown
+
+
+def gguf_lora(read):
+    """Losses of the demo's adapters here and in llama.cpp, and differences of log-probabilities."""
+    lines = [
+        (name, f"{one['tokens']}", f"{one['ours']:.5f}", f"{one['llama_cpp']:.5f}",
+         f"{one['mean_difference']:.5f}", f"{one['largest_difference']:.5f}")
+        for name, one in read("gguf_lora")["rows"].items()
+    ]  # fmt: skip
+    header = ("weights, adapter", "tokens", "our loss", "llama.cpp's", "mean difference", "largest")
+    return markdown(header, lines)
+
+
+def gguf_families(read):
+    """Exports of every family beside llama.cpp's converter and in llama.cpp."""
+    keys = ("converter", "base", "adapter", "change")
+    lines = [
+        (family, *(f"{one[key]:.1e}" for key in keys))
+        for family, one in read("gguf_families")["rows"].items()
+    ]
+    return markdown(("family", *keys), lines)
+
+
+def route(read):
+    """Where prompts go, and what that costs."""
+    one = read("route")
+    right, base = one["routed_right"], one["to_the_base"]
+    return markdown(("held-out prompts of 24 tasks", ""), [
+        ("sent to their task", f"{right:.1f}%"),
+        ("to another task", f"{100 - right - base:.1f}%"),
+        ("to the base model", f"{base:.1f}%"),
+        ("loss of the 12.5 % pack, routed", f"{one['routed_loss']:.3f}"),
+        ("loss, with labels", f"{one['labelled_loss']:.3f}"),
+        ("prompts of no task taken for one", f"{one['foreign_accepted']:.1f}%"),
+        ("prompts of a task left out taken for another", f"{one['left_out_accepted']:.1f}%"),
+        ("median time of routing a prompt", f"{1000 * one['route_seconds']:.1f} ms"),
+        ("of its prefill", f"{1000 * one['prefill_seconds']:.1f} ms"),
+    ])  # fmt: skip

@@ -1,0 +1,99 @@
+"""The short tables of README.md and docs/results.md, and the numbers of the README's picture.
+
+Each function gets `read` of result_files.py; those in TABLES return lines of Markdown.
+"""
+
+import statistics
+
+from benchmarks.tables.experiment import averages, ends, groups, share
+from benchmarks.tables.packs import budgets, cases, every
+from benchmarks.tables.result_files import markdown
+
+# Of the README: budgets in bytes, then in adapters.
+BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
+# Case in slots.json -> its name here.
+CASES = {
+    "on them: layerwise, refined": "d2c-mlx, `--refine`",
+    "on them: layerwise": "d2c-mlx",
+    "random: layerwise": "random clusters, merged as d2c-mlx does",
+    "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
+    "on them: tsv": "TSV, the best merge without data, on d2c-mlx's clusters",
+    "merge-all: layerwise": "all 24 in one, merged as d2c-mlx does",
+    "paper, ties": "D2C as in the paper, TIES",
+    "paper, linear": "D2C as in the paper, mean of dW",
+}
+METHODS = ("auto", "rank alone", "bits alone", "D2C, moves", "K-Means, layerwise", "K-Means")
+
+
+def library(read):
+    """`(adapters, bytes)` of the 24 adapters that slots.json and bytes.json were measured on."""
+    _, _, rows = budgets(read("bytes"))
+    first = next(iter(rows.values()))
+    return first["own"] + first["merged"], round(first["nbytes"] / first["share"])
+
+
+def in_bytes(read, budget):
+    """`(bytes, excess, retention)` of the plan for a budget in bytes."""
+    _, _, rows = budgets(read("bytes"))
+    row = rows[budget, "auto"]
+    return row["nbytes"], row["excess"], row["retention"]
+
+
+def in_slots(read, k, case="on them: layerwise"):
+    """`(bytes, excess, retention)` of K adapters of the library's size, means over seeds."""
+    n, nbytes = library(read)
+    (rows,) = (some for at, name, some in cases(read) if (at, name) == (k, case))
+    means = [statistics.mean(every(rows, key)) for key in ("excess", "retention")]
+    return nbytes * k // n, *means
+
+
+def summary(read):
+    """Four budgets: what is stored, and what is lost."""
+    n, nbytes = library(read)
+    lines = [
+        (f"`{budget}`", f"{n} adapters, fewer components and bits", *in_bytes(read, budget))
+        for budget in BYTES
+    ]
+    lines += [(f"`{k}`", f"{k} merged adapters", *in_slots(read, k)) for k in SLOTS]
+    return markdown(
+        (f"budget ({n} adapters, {nbytes / 1e6:.1f} MB)", "what is stored", "MB", "excess", "kept"),
+        [(*words, f"{size / 1e6:.2f}", f"{excess:.3f}", f"{kept:.1%}")
+         for *words, size, excess, kept in lines], left=2,
+    )  # fmt: skip
+
+
+def methods(read):
+    """Excess and retention of chosen cases at every K."""
+    found = {(k, case): rows for k, case, rows in cases(read)}
+    sizes = sorted({k for k, _ in found})
+    lines = [
+        (name, *(f"{statistics.mean(every(found[k, case], 'excess')):.3f},"
+                 f" {statistics.mean(every(found[k, case], 'retention')):.1%}"
+                 if (k, case) in found else "" for k in sizes))
+        for case, name in CASES.items()
+    ]  # fmt: skip
+    return markdown(("in K adapters", *(f"K = {k}" for k in sizes)), lines)
+
+
+def plans(read):
+    """Bytes, excess and retention of a plan at every budget."""
+    each, _, rows = budgets(read("bytes"))
+    lines = [
+        (budget, f"{rows[budget, 'auto']['nbytes'] / 1e3:,.0f}",
+         f"{rows[budget, 'auto']['excess']:.4f}", f"{rows[budget, 'auto']['retention']:.1%}")
+        for budget in each
+    ]  # fmt: skip
+    return markdown(("budget of bytes", "file, KB", "excess", "retention"), lines, left=0)
+
+
+def scores(read):
+    """Share of the individual adapters' score that chosen methods keep, by budget."""
+    result = read("experiment")
+    _, ceiling = map(averages, ends(result))
+    found = {
+        (method, budget): share(statistics.mean(averages(row)[0] for row in rows), ceiling[0])
+        for budget, method, rows in groups(result)
+    }
+    each = list(dict.fromkeys(budget for _, budget in found))
+    lines = [(name, *(found.get((name, budget), "") for budget in each)) for name in METHODS]
+    return markdown(("method", *each), lines)

@@ -1,0 +1,76 @@
+"""The documentation site: what is generated is up to date, and every command that is shown exists.
+
+`make docs` builds it, with packages that are not installed here.
+"""
+
+import re
+import shlex
+
+import click
+import pytest
+from d2c_mlx_cli.main import cli
+from helpers import ROOT
+
+from tools import commands, figures, site
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+NAVIGATION = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+
+
+def test_the_figures_are_what_the_script_draws():
+    """Else run `make tables`."""
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in figures.FOLDER.iterdir()}
+    assert drawn == {name: draw() for name, draw in figures.FIGURES.items()}
+
+
+def test_the_commands_are_what_the_help_says():
+    """Else run `make options`."""
+    assert commands.PAGE.read_text(encoding="utf-8") == commands.page()
+
+
+def test_the_navigation_has_every_page():
+    listed = {
+        name for name in re.findall(r'"([\w/-]+\.md)"', NAVIGATION) if "benchmarks" not in name
+    }
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 800
+
+
+def shown(page):
+    """The `d2c-mlx` commands in a page's blocks, each as its words."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):
+        for line in block.splitlines():
+            if found := re.search(r"(?:^|-- |^\$ )(d2c-mlx .*)", line):
+                yield shlex.split(found[1].replace(" ...", ""), comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_that_are_shown_exist(page):
+    """With every option; values are not looked at."""
+    for words in shown(page):
+        context = click.Context(cli, info_name="d2c-mlx")
+        _, command, rest = cli.resolve_command(context, words)
+        while isinstance(command, click.Group):
+            _, command, rest = command.resolve_command(context, rest)
+        command.make_parser(click.Context(command)).parse_args(rest)
+
+
+def test_a_link_leads_to_the_page_of_the_site(monkeypatch):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    files, page = site.pages(), ROOT / "docs" / "results.md"
+    text = "[a](../benchmarks/pages/slots.md#x) [b](../Makefile) [c](gone.md) [d](https://e.org/f)"
+    expected = "[a](benchmarks/pages/slots.md#x) b [c](gone.md) [d](https://e.org/f)"
+    assert site.linked(text, page, files) == expected
+    back = ROOT / "benchmarks" / "notes" / "x.md"
+    assert site.linked("[r](../../docs/results.md)", back, files | {back: site.placed(back)}) == (
+        "[r](../../results.md)"
+    )
+    monkeypatch.setenv("GITHUB_REPOSITORY", "o/r")
+    assert (
+        site.linked("[b](../Makefile)", page, files)
+        == "[b](https://github.com/o/r/blob/main/Makefile)"
+    )

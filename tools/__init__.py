@@ -1,0 +1,1 @@
+"""Scripts that make what is read: figures, the command reference, the documentation site."""
