@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .help import Command
-from .paths import UserPath
+from .paths import PackPath, UserPath
 
 _DIR = UserPath(path_type=str)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -64,7 +64,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @_JSON
 def unpack(pack: Path, output: str, as_json: bool) -> None:
@@ -82,7 +82,7 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
@@ -116,7 +116,7 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
               " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
 @_JSON

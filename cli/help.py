@@ -47,6 +47,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; an option that was removed gets a message of its own."""
+        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -55,6 +56,14 @@ class Command(click.Command):
             said = instead(self.name or "", error.option_name)
             if said:
                 raise click.UsageError(said, ctx) from None
+            raise
+        except click.UsageError as error:
+            # A shell made many words of a pattern.
+            if "unexpected extra argument" in error.message and "--adapters" in given:
+                error.message += (
+                    "; a pattern such as --adapters loras/* is many words: give the folder,"
+                    " --adapters loras"
+                )
             raise
 
 

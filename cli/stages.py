@@ -44,6 +44,12 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
         given["refine"] = True
     if until == "plan":
         given["plan"] = "auto"
+    if config and config.is_dir():
+        raise ConfigError(
+            f"{config}: a directory, expected a YAML file of options; a pattern such as"
+            f" --adapters {config.parent}/* is many words: give the folder, --adapters"
+            f" {config.parent}"
+        )
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
     if resumed and saved.is_file():

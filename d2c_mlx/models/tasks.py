@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,15 @@ __all__ = [
     "load_task",
     "load_tasks",
     "load_unlabelled",
+    "probe_file",
     "row_format",
+    "spare_tasks",
 ]
 
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+# Most names that a message lists.
+_MOST_LISTED = 8
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
 
 
@@ -59,11 +64,40 @@ def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> lis
     """
     if not directory.is_dir():
         raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
-    return gather(partial(load_task, directory / name, tests) for name in names)
+    known = list(names)
+    return gather(partial(_load_named, directory / name, known, tests) for name in known)
+
+
+def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
+    """Sorted folders with rows that are no task of `names`, such as one with a misspelt name."""
+    found = {path.parent.name for path in directory.glob("*/*.jsonl") if path.parent.name[0] != "."}
+    return sorted(found - set(names))
+
+
+def _load_named(directory: Path, names: Sequence[str], tests: bool) -> Task:
+    """Load a task; where it has no folder, say which there are and how to name the adapter."""
+    spare = [] if directory.is_dir() else spare_tasks(directory.parent, names)
+    if not spare:
+        return load_task(directory, tests)
+    name = directory.name
+    close = difflib.get_close_matches(name, spare, 1, 0.5) or spare[:1]
+    listed = ", ".join(spare[:_MOST_LISTED]) + (", ..." if len(spare) > _MOST_LISTED else "")
+    raise TaskError(
+        f"{directory}: missing; found {listed}, which no adapter is called. Rename the folder, or"
+        f" name the adapter after it: --adapters {close[0]}=PATH/{name}"
+    )
+
+
+def probe_file(directory: Path) -> Path:
+    """The calibration rows of a task: `probe.jsonl` or, without it, mlx-lm's `valid.jsonl`."""
+    path, valid = directory / "probe.jsonl", directory / "valid.jsonl"
+    return valid if valid.is_file() and not path.exists() else path
 
 
 def load_task(directory: Path, tests: bool = True) -> Task:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
+
+    Without `probe.jsonl` the rows of mlx-lm's `valid.jsonl` are the calibration rows.
 
     Args:
         directory: the task's directory.
@@ -73,25 +107,25 @@ def load_task(directory: Path, tests: bool = True) -> Task:
         TaskError: the problems of both files.
     """
     errors: list[InputError] = []
-    needed = ["probe.jsonl", "test.jsonl"] if tests else ["probe.jsonl"]
-    hint = f"every adapter needs its task's {', '.join(needed)}"
-    probe, test = (
-        collect(errors, partial(_load_rows, directory / name, hint)) or {} if name in needed else {}
-        for name in ("probe.jsonl", "test.jsonl")
-    )
+    probes, tested = probe_file(directory), directory / "test.jsonl"
+    hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
+    if (directory / "train.jsonl").is_file():
+        hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
+    probe = collect(errors, partial(_load_rows, probes, hint)) or {}
+    test = collect(errors, partial(_load_rows, tested, hint)) or {} if tests else {}
     problems = [line for error in errors for line in error.problems]
     prompts = {_prompt(row) for row in probe.values()}
     shared = [number for number, row in test.items() if _prompt(row) in prompts]
     if shared:
         problems.append(
-            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too"
-            f" ({len(shared)} such rows); probe and test must be disjoint: remove them from one"
+            f"{tested}:{shared[0]}: this prompt is in {probes.name} too ({len(shared)} such rows);"
+            " probe and test must be disjoint: remove them from one"
         )
     if problems:
         raise TaskError(problems)
     return Task(
         directory.name, tuple(probe.values()), tuple(test.values()),
-        _places(directory / "probe.jsonl", probe), _places(directory / "test.jsonl", test),
+        _places(probes, probe), _places(tested, test),
     )  # fmt: skip
 
 
