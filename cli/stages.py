@@ -89,16 +89,28 @@ _ARTIFACTS = {
 
 def _show(output: Path, stage: str, as_json: bool) -> None:
     from d2c_mlx.report.report import render_table
+    from d2c_mlx.report.words import verdict
 
     content = json.loads((output / _ARTIFACTS[stage]).read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
     elif stage in ("bench", "report"):
-        click.echo(render_table(content))
-        for name in ("pack", "report.html") if stage == "report" else ():
-            click.echo(f"{name:<12} {output / name}")
+        click.echo(f"{render_table(content)}\n\n{verdict(content)}")
+        if stage == "report":
+            _show_next(output, content)
     else:
         click.echo(f"wrote {output / _ARTIFACTS[stage]}")
+
+
+def _show_next(output: Path, bench: dict[str, Any]) -> None:
+    from d2c_mlx.report.words import next_commands
+
+    compact = not any((output / "pack").glob("cluster-*"))
+    click.echo("\nNext:")
+    for line in next_commands(str(output), bench, compact):
+        click.echo(f"  {line}")
+    for name in ("pack", "report.html"):
+        click.echo(f"{name:<12} {output / name}")
 
 
 def _stage(about: Callable[[], None]) -> click.Command:

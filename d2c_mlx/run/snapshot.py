@@ -87,10 +87,11 @@ def _state(path: Path) -> list[Any]:
         )
     found: list[list[Any]] = []
     for file in sorted(files):
+        name = os.path.relpath(file, path)
         try:
             stat = file.stat()
         except OSError:
-            found.append([str(file), None, None])
+            found.append([name, None, None])
         else:
-            found.append([str(file), stat.st_size, stat.st_mtime_ns])
+            found.append([name, stat.st_size, stat.st_mtime_ns])
     return [os.path.realpath(path), found]
