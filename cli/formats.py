@@ -78,7 +78,10 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
 
-    _show_tasks(write_export(load_pack(pack), "mlx", Path(output)), output, as_json)
+    found = load_pack(pack)
+    _show_tasks(write_export(found, "mlx", Path(output)), output, as_json)
+    if not as_json:
+        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
 
 
 @click.command(cls=Command)
@@ -103,7 +106,16 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
     from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
 
-    _show_tasks(write_export(load_pack(pack), to, Path(output), model), output, as_json)
+    found = load_pack(pack)
+    _show_tasks(write_export(found, to, Path(output), model), output, as_json)
+    if not as_json:
+        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
+
+
+def _nbytes(output: str) -> int:
+    """Bytes of the adapters in a directory."""
+    return sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file()
+               and file.name not in ("tasks.json", ".d2c-mlx.json"))  # fmt: skip
 
 
 def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:

@@ -25,7 +25,12 @@ class Command(click.Command):
     """A command with its options in groups, and a message for options that were removed.
 
     In its help a paragraph of examples keeps its lines.
+
+    Attributes:
+        shown: the groups of options that the help shows; None is all.
     """
+
+    shown: tuple[str, ...] | None = None
 
     def __init__(self, name: str | None, help: str | None = None, **attributes: Any) -> None:  # noqa: ANN401  click's
         text = re.sub(r"\n\n(?=Examples?:)", "\n\n\b\n", inspect.cleandoc(help or ""))
@@ -37,6 +42,8 @@ class Command(click.Command):
         rest = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
+            if isinstance(param, GroupedOption) and self.shown and param.group not in self.shown:
+                continue
             if record and isinstance(param, GroupedOption):
                 groups.setdefault(param.group, []).append(record)
             elif record and isinstance(param, click.Option):

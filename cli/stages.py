@@ -15,10 +15,25 @@ from .options import RUN_OPTIONS
 from .paths import UserPath
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-_QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="no progress")
+_LOG = click.option("--log-file", type=UserPath(path_type=str), metavar="FILE", help="append what"
+                    " happens to it, with times")  # fmt: skip
 _CONFIG = click.argument("config", required=False, type=UserPath(path_type=Path))
+_INPUTS = "Adapters and tasks"
+# Groups of options that the help of a stage shows; it takes the others, too.
+_GROUPS = {
+    "probe": (_INPUTS, "Evaluation"),
+    "plan": (_INPUTS, "Budget", "Evaluation"),
+    "cluster": (_INPUTS, "Budget", "Search", "Merge"),
+    "merge": (_INPUTS, "Merge"),
+    "refine": (_INPUTS, "Refine"),
+    "pack": (_INPUTS, "Budget"),
+    "bench": (_INPUTS, "Evaluation"),
+    "report": (_INPUTS,),
+}
 _RESUMES = (
-    "Stages before it that are not done run first. With --output, and neither CONFIG nor"
+    "All other options of d2c-mlx run are taken, too."
+    " Stages before it that are not done run first. With --output, and neither CONFIG nor"
     " --adapters, options that are not given are those of that run directory."
 )
 
@@ -75,6 +90,16 @@ def _execute(until: str, config: Path | None, quiet: bool, as_json: bool, **opti
     _show(directory.root, until, as_json)
 
 
+def _log_to(path: str) -> None:
+    import logging
+
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("d2c_mlx")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 _ARTIFACTS = {
     "probe": "losses.json",
     "plan": "plan.json",
@@ -120,13 +145,24 @@ def _stage(about: Callable[[], None]) -> click.Command:
     """
     name = about.__name__
 
-    def command(config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    def command(
+        config: Path | None,
+        quiet: bool,
+        as_json: bool,
+        log_file: str | None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        if log_file:
+            _log_to(log_file)
         _execute("report" if name == "run" else name, config, quiet, as_json, **options)
 
-    for option in reversed((_CONFIG, *RUN_OPTIONS, _QUIET, _JSON)):
+    for option in reversed((_CONFIG, *RUN_OPTIONS, _QUIET, _LOG, _JSON)):
         command = option(command)
     epilog = None if name == "run" else _RESUMES
-    return click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)
+    made = click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)
+    if isinstance(made, Command):
+        made.shown = _GROUPS.get(name)
+    return made
 
 
 @_stage

@@ -21,12 +21,15 @@ __all__ = [
     "load_tasks",
     "load_unlabelled",
     "probe_file",
+    "prompt_key",
+    "read_rows",
     "row_format",
     "spare_tasks",
 ]
 
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+_FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
 # Most names that a message lists.
 _MOST_LISTED = 8
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
@@ -111,11 +114,11 @@ def load_task(directory: Path, tests: bool = True) -> Task:
     hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
     if (directory / "train.jsonl").is_file():
         hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
-    probe = collect(errors, partial(_load_rows, probes, hint)) or {}
-    test = collect(errors, partial(_load_rows, tested, hint)) or {} if tests else {}
+    probe = collect(errors, partial(read_rows, probes, hint)) or {}
+    test = collect(errors, partial(read_rows, tested, hint)) or {} if tests else {}
     problems = [line for error in errors for line in error.problems]
-    prompts = {_prompt(row) for row in probe.values()}
-    shared = [number for number, row in test.items() if _prompt(row) in prompts]
+    prompts = {prompt_key(row) for row in probe.values()}
+    shared = [number for number, row in test.items() if prompt_key(row) in prompts]
     if shared:
         problems.append(
             f"{tested}:{shared[0]}: this prompt is in {probes.name} too ({len(shared)} such rows);"
@@ -159,14 +162,14 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
         TaskError: the problems of all lines.
     """
     known = {task.name: task for task in tasks}
-    probes = {task.name: {_prompt(row) for row in task.probe[:n_probe]} for task in tasks}
-    tests = {_prompt(row): task.name for task in tasks for row in task.test}
+    probes = {task.name: {prompt_key(row) for row in task.probe[:n_probe]} for task in tasks}
+    tests = {prompt_key(row): task.name for task in tasks for row in task.test}
 
     def problem(row: object) -> str | None:
         bad = _unlabelled_problem(row, known)
         if bad or not isinstance(row, dict):
             return bad
-        prompt = _prompt(_with_answer(row))
+        prompt = prompt_key(_with_answer(row))
         if prompt in tests:
             return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
         if prompt in probes[row["task"]]:
@@ -197,7 +200,7 @@ def _with_answer(row: Row) -> Row:
     return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
 
 
-def _prompt(row: Row) -> str:
+def prompt_key(row: Row) -> str:
     """A key of the row's prompt, equal for "prompt" and for "messages" that say the same."""
     keys = row_format(row)
     if keys == ("text",):
@@ -209,8 +212,16 @@ def _prompt(row: Row) -> str:
     return json.dumps([one for one in said if one[1]], ensure_ascii=False)
 
 
-def _load_rows(path: Path, hint: str) -> dict[int, Row]:
-    """Line number -> row, all of one format."""
+def read_rows(path: Path, hint: str) -> dict[int, Row]:
+    """Read a JSONL file of rows: line number -> row, all of one format.
+
+    Args:
+        path: the file.
+        hint: end of the message if there is no such file.
+
+    Raises:
+        TaskError: the problems of all lines.
+    """
     rows = _read_rows(path, hint, _row_problem)
     formats = {row_format(row) for row in rows.values()}
     if len(formats) > 1:
@@ -252,7 +263,7 @@ def _read_rows(
     if problems:
         raise TaskError(problems)
     if not rows:
-        raise TaskError(f"{path}: empty; expected one JSON object per line")
+        raise TaskError(f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}")
     return rows
 
 
