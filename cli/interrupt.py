@@ -9,7 +9,8 @@ import threading
 
 __all__ = ["tell_of_interrupts"]
 
-_WORD = b"\nstopping at the end of this step; what is done is kept\n"
+# The first line end is for the ^C of a terminal, the last one is click's.
+_WORD = b"\nstopping at the end of this step; what is done is kept"
 
 
 def tell_of_interrupts() -> None:
