@@ -61,6 +61,8 @@ class Inputs:
         errors: list[InputError] = []
         sources = collect(errors, lambda: find_adapters(config.adapters)) or []
         collect(errors, lambda: check_run(config, sources))
+        # Who lists adapters one by one leaves out others on purpose.
+        in_folders = all(source.folder for source in sources)
         known = [source.name for source in sources]
         if config.skip_bad:
             sources = self._usable(sources)
@@ -74,7 +76,7 @@ class Inputs:
         self.tasks: list[Task] = (
             collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
         )
-        if not errors and (spare := spare_tasks(Path(config.tasks), known)):
+        if not errors and in_folders and (spare := spare_tasks(Path(config.tasks), known)):
             _warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         budget = parse_budget(config.budget)
         self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank)
