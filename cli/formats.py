@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .help import Command
-from .paths import UserPath
+from .paths import PackPath, UserPath
 
 _DIR = UserPath(path_type=str)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -64,7 +64,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @_JSON
 def unpack(pack: Path, output: str, as_json: bool) -> None:
@@ -78,11 +78,14 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
 
-    _show_tasks(write_export(load_pack(pack), "mlx", Path(output)), output, as_json)
+    found = load_pack(pack)
+    _show_tasks(write_export(found, "mlx", Path(output)), output, as_json)
+    if not as_json:
+        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
@@ -103,7 +106,16 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
     from d2c_mlx.packs.export import export as write_export
     from d2c_mlx.packs.pack import load_pack
 
-    _show_tasks(write_export(load_pack(pack), to, Path(output), model), output, as_json)
+    found = load_pack(pack)
+    _show_tasks(write_export(found, to, Path(output), model), output, as_json)
+    if not as_json:
+        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
+
+
+def _nbytes(output: str) -> int:
+    """Bytes of the adapters in a directory."""
+    return sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file()
+               and file.name not in ("tasks.json", ".d2c-mlx.json"))  # fmt: skip
 
 
 def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:
@@ -116,7 +128,7 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
               " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
 @_JSON

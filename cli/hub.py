@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from .help import Command
-from .paths import UserPath
+from .paths import PackPath, UserPath
 
 _PATH = UserPath(path_type=Path)
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=_PATH)
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="make a new repository private; refuse a public one")
 @click.option("--revision", metavar="BRANCH", help="made if need be  [default: main]")

@@ -8,11 +8,16 @@ import warnings
 import click
 
 from .help import Entry, LazyGroup
+from .interrupt import tell_of_interrupts
 from .removed import COMMANDS
 
 _RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
 _COMMANDS = {
+    "init": Entry(
+        "start:init", _RUNS, "Look at a folder of adapters and write what a first run needs."
+    ),
+    "tasks": Entry("start:tasks", _RUNS, "Make the rows of a task."),
     "run": Entry(
         "stages:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
     ),
@@ -28,6 +33,7 @@ _COMMANDS = {
     "add": Entry("packs:add", _PACKS, "Add an adapter to a pack, within its budget."),
     "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
     "route": Entry("packs:route", _PACKS, "Tell which task of a pack each prompt is of."),
+    "generate": Entry("generate:generate", _PACKS, "Answer a prompt with the adapter of a task."),
     "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
     "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
     "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
@@ -35,6 +41,7 @@ _COMMANDS = {
     "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
     "push": Entry("hub:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."),
     "convert": Entry("formats:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
+    "help": Entry("topics:help_", _OTHER, "Show the help of a command, or of a topic."),
     "doctor": Entry("doctor:doctor", _OTHER, "Tell what this machine has and what is missing."),
 }
 
@@ -68,7 +75,7 @@ class _Commands(LazyGroup):
     epilog="Start with: d2c-mlx run --adapters DIR --tasks DIR --budget 5 --output runs/first",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(package_name="d2c-mlx")
+@click.version_option(None, "-V", "--version", package_name="d2c-mlx", prog_name="d2c-mlx")
 def cli() -> None:
     """Merge and compress many LoRA adapters to fit a storage budget.
 
@@ -92,20 +99,35 @@ def _format_warning(
     from d2c_mlx.utils.errors import InputWarning
 
     if issubclass(category, InputWarning):
+        _log(f"warning: {message}")
         return f"warning: {message}\n"
     return _python_s_format(message, category, filename, lineno, line)
+
+
+def _error(line: str) -> None:
+    _log(f"error: {line}")
+    click.echo(f"error: {line}", err=True)
+
+
+def _log(line: str) -> None:
+    """Write a line to `--log-file`, if the command has one."""
+    if logging := sys.modules.get("logging"):
+        logging.getLogger("d2c_mlx").info(line)
 
 
 def main() -> None:
     """Run the command; input errors are one line each on standard error, never a traceback."""
     warnings.formatwarning = _format_warning
+    tell_of_interrupts()
     try:
-        # Without standalone mode click returns the exit code of an Exit instead of raising it.
-        sys.exit(cli(standalone_mode=False) or 0)
+        # Without standalone mode click returns the exit code of an Exit instead of raising it. The
+        # name is that of `python -m d2c_mlx` too.
+        sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        _log("interrupted")
         click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     except Exception as error:
@@ -115,10 +137,10 @@ def main() -> None:
         if isinstance(error, OSError) and error.strerror:
             # A traceback explains neither a full disk nor a directory that may not be written.
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror}", err=True)
+            _error(f"{where}{error.strerror}")
             sys.exit(1)
         if not isinstance(error, D2CError):
             raise
         for line in str(error).splitlines():
-            click.echo(f"error: {line}", err=True)
+            _error(line)
         sys.exit(error.exit_code)

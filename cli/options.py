@@ -22,6 +22,13 @@ RUN_OPTIONS = (
         " commas: directories, .gguf files, Hugging Face ids owner/name[@revision]",
     ),
     click.option(
+        "--skip-bad/--no-skip-bad",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        default=None,
+        help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
+    ),
+    click.option(
         "--tasks",
         cls=GroupedOption,
         group="Adapters and tasks",
@@ -96,6 +103,15 @@ RUN_OPTIONS = (
         group="Merge",
         type=float,
         help="scale of every merge  [default: tuned per cluster on the calibration rows]",
+    ),
+    click.option(
+        "--clusters",
+        cls=GroupedOption,
+        group="Search",
+        type=_PATH,
+        metavar="FILE",
+        help="merge these clusters in place of D2C's, to compare merge methods: clusters.json"
+        " of a run, or a JSON list of lists of adapters",
     ),
     click.option(
         "--search",

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from .help import Command
-from .paths import UserPath
+from .paths import PackPath, UserPath
 
-_PACK = UserPath(path_type=Path)
+_PATH = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
 @click.command("list", cls=Command)
-@click.argument("pack", type=_PACK)
+@click.argument("pack", type=PackPath(path_type=Path))
 @_JSON
 def list_(pack: Path, as_json: bool) -> None:
     """Show the adapters of a pack and the tasks they serve.
@@ -41,9 +41,9 @@ def list_(pack: Path, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=_PACK)
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("adapter")
-@click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
+@click.option("--tasks", type=_PATH, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
               " of those in the pack that are to have a say")  # fmt: skip
 @click.option("--probe-examples", type=click.IntRange(1), default=10, show_default=True,
               help="rows of probe.jsonl that decide, the first ones")  # fmt: skip
@@ -98,7 +98,7 @@ def add(
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=_PACK)
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("tasks", nargs=-1, required=True)
 @_JSON
 def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
@@ -134,9 +134,9 @@ def _routed(pack: Path) -> str:
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=_PACK)
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("prompts", nargs=-1)
-@click.option("--tasks", type=_PACK, metavar="DIR", help="<task>/probe.jsonl of the pack's tasks")
+@click.option("--tasks", type=_PATH, metavar="DIR", help="<task>/probe.jsonl of the pack's tasks")
 @click.option("--probe-examples", type=click.IntRange(2), default=10, show_default=True,
               help="rows of probe.jsonl, the first ones")  # fmt: skip
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"

@@ -9,7 +9,7 @@ import click
 
 from .help import Command
 from .options import PHONE_OPTIONS
-from .paths import UserPath
+from .paths import PackPath
 
 
 def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any function
@@ -19,9 +19,9 @@ def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any 
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=str))
+@click.argument("pack", type=PackPath(path_type=str))
 @_options
-@click.option("--quiet", is_flag=True, help="no progress bars")
+@click.option("-q", "--quiet", is_flag=True, help="no progress bars")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Measure a pack on a quantized model, as on a phone.

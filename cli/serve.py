@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from .help import Command
-from .paths import UserPath
+from .paths import PackPath
 
 
 @click.command(cls=Command)
-@click.argument("pack", type=UserPath(path_type=Path))
+@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
               " it is that]")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="other than this machine's own"

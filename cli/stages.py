@@ -18,13 +18,28 @@ if TYPE_CHECKING:
     from d2c_mlx.run.config import RunConfig
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-_QUIET = click.option("--quiet", is_flag=True, help="no progress bars")
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="say what would be done and how long it takes, and stop"
 )
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="no progress")
+_LOG = click.option("--log-file", type=UserPath(path_type=str), metavar="FILE", help="append what"
+                    " happens to it, with times")  # fmt: skip
 _CONFIG = click.argument("config", required=False, type=UserPath(path_type=Path))
+_INPUTS = "Adapters and tasks"
+# Groups of options that the help of a stage shows; it takes the others, too.
+_GROUPS = {
+    "probe": (_INPUTS, "Evaluation"),
+    "plan": (_INPUTS, "Budget", "Evaluation"),
+    "cluster": (_INPUTS, "Budget", "Search", "Merge"),
+    "merge": (_INPUTS, "Merge"),
+    "refine": (_INPUTS, "Refine"),
+    "pack": (_INPUTS, "Budget"),
+    "bench": (_INPUTS, "Evaluation"),
+    "report": (_INPUTS,),
+}
 _RESUMES = (
-    "Stages before it that are not done run first. With --output, and neither CONFIG nor"
+    "All other options of d2c-mlx run are taken, too."
+    " Stages before it that are not done run first. With --output, and neither CONFIG nor"
     " --adapters, options that are not given are those of that run directory."
 )
 
@@ -57,6 +72,12 @@ def _execute(
         given["refine"] = True
     if until == "plan":
         given["plan"] = "auto"
+    if config and config.is_dir():
+        raise ConfigError(
+            f"{config}: a directory, expected a YAML file of options; a pattern such as"
+            f" --adapters {config.parent}/* is many words: give the folder, --adapters"
+            f" {config.parent}"
+        )
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
     if resumed and saved.is_file():
@@ -86,6 +107,16 @@ def _execute(
     _show(directory.root, until, as_json)
 
 
+def _log_to(path: str) -> None:
+    import logging
+
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("d2c_mlx")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 _ARTIFACTS = {
     "probe": "losses.json",
     "plan": "plan.json",
@@ -100,14 +131,15 @@ _ARTIFACTS = {
 
 def _show(output: Path, stage: str, as_json: bool) -> None:
     from d2c_mlx.report.report import render_table
+    from d2c_mlx.report.words import verdict
 
     content = json.loads((output / _ARTIFACTS[stage]).read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
     elif stage in ("bench", "report"):
-        click.echo(render_table(content))
-        for name in ("pack", "report.html") if stage == "report" else ():
-            click.echo(f"{name:<12} {output / name}")
+        click.echo(f"{render_table(content)}\n\n{verdict(content)}")
+        if stage == "report":
+            _show_next(output, content)
     else:
         click.echo(f"wrote {output / _ARTIFACTS[stage]}")
 
@@ -136,6 +168,17 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
+def _show_next(output: Path, bench: dict[str, Any]) -> None:
+    from d2c_mlx.report.words import next_commands
+
+    compact = not any((output / "pack").glob("cluster-*"))
+    click.echo("\nNext:")
+    for line in next_commands(str(output), bench, compact):
+        click.echo(f"  {line}")
+    for name in ("pack", "report.html"):
+        click.echo(f"{name:<12} {output / name}")
+
+
 def _stage(about: Callable[[], None]) -> click.Command:
     """Make the command of a stage from a function without a body, by its name and docstring.
 
@@ -143,13 +186,24 @@ def _stage(about: Callable[[], None]) -> click.Command:
     """
     name = about.__name__
 
-    def command(config: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    def command(
+        config: Path | None,
+        quiet: bool,
+        as_json: bool,
+        log_file: str | None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        if log_file:
+            _log_to(log_file)
         _execute("report" if name == "run" else name, config, quiet, as_json, **options)
 
-    for option in reversed((_CONFIG, *RUN_OPTIONS, _DRY_RUN, _QUIET, _JSON)):
+    for option in reversed((_CONFIG, *RUN_OPTIONS, _DRY_RUN, _QUIET, _LOG, _JSON)):
         command = option(command)
     epilog = None if name == "run" else _RESUMES
-    return click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)
+    made = click.command(name, cls=Command, help=about.__doc__, epilog=epilog)(command)
+    if isinstance(made, Command):
+        made.shown = _GROUPS.get(name)
+    return made
 
 
 @_stage

@@ -14,7 +14,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.cluster.completion import nearest, others_needed
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.estimated_search import search_by_estimates
+from d2c_mlx.cluster.local_search import Costs
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import read_compact, write_compact
@@ -32,19 +32,23 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.merge.methods import scaled
+from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.run.clusters_file import read_clusters
 from d2c_mlx.run.config import RunConfig, stages_of
-from d2c_mlx.run.inputs import provenance
+from d2c_mlx.run.inputs import opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session
+from d2c_mlx.run.snapshot import changed_options
 from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.files import hash_file, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.progress import say
 
 __all__ = ["STAGES", "run"]
 
@@ -73,7 +77,13 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
+        for changed in changed_options(config):
+            say(f"the pack in {session.output} will be replaced: {changed}", quiet)
         session.load()
+        say(opening(session.inputs), quiet)
+        if config.planned and until != "plan" and session.inputs.holds_all:
+            session.copy_all()
+            wanted = stages_of(session.config, until)
         with locked(session.output):
             if "pack" in wanted:
                 check_pack(session.output)
@@ -154,9 +164,13 @@ def cluster(session: Session) -> None:
             stacklevel=2,
         )
 
+    given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
+
     def body() -> None:
         problem = session.study.problem
-        if c.search == "estimates":
+        if given:
+            found = Clustering("d2c", given, Costs(problem).objective(given), stopped="given")
+        elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
             found = d2c(problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
@@ -182,6 +196,7 @@ def cluster(session: Session) -> None:
     like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
+    options += [given] if given else []
     session.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
@@ -238,7 +253,13 @@ def pack(session: Session) -> None:
         origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
         dtype=inputs.base.dtype,
     )
-    ready = partial(expect_pack, session.output)
+
+    def ready(directory: Path) -> None:
+        # They are of the pack that is replaced, and a run may end before it has others.
+        for name in ("report.md", "report.html", "bench.json"):
+            session.path(name).unlink(missing_ok=True)
+        expect_pack(session.output, directory)
+
     source = "refined" if c.refine else "merged"
 
     def merges() -> None:
@@ -279,7 +300,8 @@ def bench(session: Session) -> None:
         results = bench_methods(session.evaluator, methods, inputs.tests)
         # Names the measured pack, since the card of another one must not show these numbers.
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
-        content = {"methods": results, "provenance": {**provenance(inputs), **of}}
+        content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
+        content["unpacked_nbytes"] = unpacked_nbytes(packed)
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
             content["answers"] = {

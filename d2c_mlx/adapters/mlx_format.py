@@ -9,6 +9,7 @@ import mlx.core as mx
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.checks import DORA, pair_problems
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
 from d2c_mlx.adapters.tensor_file import read_tensors
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.parsing import is_positive
@@ -16,7 +17,7 @@ from d2c_mlx.utils.parsing import is_positive
 __all__ = ["load_adapter"]
 
 
-def load_adapter(directory: Path) -> Adapter:
+def load_adapter(directory: str | Path) -> Adapter:
     """Load mlx-lm's layout (`adapters.safetensors` + `adapter_config.json`).
 
     `read_adapter` recognises a layout by itself and checks the adapter against its base.
@@ -24,6 +25,12 @@ def load_adapter(directory: Path) -> Adapter:
     Raises:
         AdapterError: listing every problem of the directory.
     """
+    directory = Path(directory)
+    if (directory / PEFT_WEIGHTS).exists() and not (directory / WEIGHTS).exists():
+        raise AdapterError(
+            f"{directory}: PEFT's layout, expected mlx-lm's; use d2c_mlx.read_adapter, or convert"
+            f" it with d2c-mlx convert --adapters {directory} --output DIR"
+        )
     config = read_config(directory)
     where = directory / CONFIG
     kind = config.get("fine_tune_type", "lora")

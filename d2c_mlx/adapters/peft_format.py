@@ -182,7 +182,9 @@ def _alpha(scale: float, rank: int) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | None = None) -> None:
+def save_peft(
+    adapter: Adapter, directory: str | Path, config: Mapping[str, Any] | None = None
+) -> None:
     """Write PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
 
     Ranks and scales per module go into `rank_pattern` and `alpha_pattern`, so no factor changes.
@@ -195,6 +197,7 @@ def save_peft(adapter: Adapter, directory: Path, config: Mapping[str, Any] | Non
     Raises:
         AdapterError: mlx-lm changes the weights of that base as it loads them; nothing is written.
     """
+    directory = Path(directory)
     check_base(directory, config, adapter.base)
     directory.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.modules.values()))

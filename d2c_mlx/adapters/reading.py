@@ -18,7 +18,7 @@ __all__ = ["read_adapter"]
 
 
 def read_adapter(
-    path: Path,
+    path: str | Path,
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any] | None = None,
 ) -> Adapter:
@@ -35,6 +35,7 @@ def read_adapter(
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
+    path = Path(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         check_base(path, config)
         return read_gguf_lora(path, shapes, config)

@@ -19,7 +19,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 from d2c_mlx.utils.hub import HubId, download, list_files, parse_hub_id, read_head
 
-__all__ = ["Source", "find_adapters", "local_entries", "read_adapters"]
+__all__ = ["Source", "absolute_entries", "find_adapters", "local_entries", "read_adapters"]
 
 # Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
@@ -97,6 +97,21 @@ def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
     return found
 
 
+def absolute_entries(spec: str | Path | Sequence[str]) -> str | tuple[str, ...]:
+    """The entries of an option with absolute paths, for a file that is read from elsewhere."""
+    entries = _entries(spec)
+    found = []
+    for entry in entries:
+        rest = entry
+        while not _exists(path := Path(os.path.expanduser(rest))) and "=" in rest:
+            rest = rest.partition("=")[2]
+        relative = rest and _exists(path) and not path.is_absolute()
+        found.append(f"{entry.removesuffix(rest)}{os.path.abspath(path)}" if relative else entry)
+    if found == entries and not isinstance(spec, Path):
+        return spec if isinstance(spec, str) else tuple(spec)
+    return found[0] if len(found) == 1 else tuple(found)
+
+
 def read_adapters(
     sources: Sequence[Source],
     shapes: Mapping[str, tuple[int, int]],
@@ -167,15 +182,16 @@ def _entry(entry: str, field: str) -> list[Source]:
         return [replace(one, name=name) for one in found]
     if there and path.is_dir():
         # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
-        single = any((path / file).exists() for file in (*_FILES, PICKLE))
-        return [Source(path.resolve().name, path)] if single else _folder(path)
+        return [Source(path.resolve().name, path)] if _is_single(path) else _folder(path)
     if there and _is_gguf(path):
         return [Source(path.stem, path)]
     hub = None if there else parse_hub_id(entry)
     if hub is None:
+        pattern = "*" in path.name and _exists(path.parent)
+        close = f"; give the folder itself, {path.parent}" if pattern else ""
         raise AdapterError(
             f"{entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
-            " directory, a .gguf file or owner/name[@revision]) or a folder of them"
+            f" directory, a .gguf file or owner/name[@revision]) or a folder of them{close}"
         )
     return [_from_hub(hub)]
 
@@ -191,6 +207,11 @@ def _exists(path: Path) -> bool:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return False
+
+
+def _is_single(directory: Path) -> bool:
+    """True if a directory is one adapter's; subdirectories may be its checkpoints."""
+    return any((directory / file).exists() for file in (*_FILES, PICKLE))
 
 
 def _folder(directory: Path) -> list[Source]:
@@ -211,12 +232,23 @@ def _folder(directory: Path) -> list[Source]:
         raise AdapterError(problems)
     found = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
     found += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
+    if not any(one.path.is_file() or _has_adapter(one.path) for one in found):
+        for one in found:
+            n = sum(map(_has_adapter, one.path.iterdir()))
+            if n:
+                raise AdapterError(
+                    f"{directory}: no adapters, but {one.path} has {n}; give that folder"
+                )
     if not found:
         raise AdapterError(
             f"{directory}: no adapters; expected one subdirectory per adapter with"
             f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
         )
     return found
+
+
+def _has_adapter(path: Path) -> bool:
+    return path.is_dir() and (_is_single(path) or any(map(_is_gguf, path.iterdir())))
 
 
 def _is_gguf(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,18 @@ __all__ = [
     "load_task",
     "load_tasks",
     "load_unlabelled",
+    "probe_file",
+    "prompt_key",
+    "read_rows",
     "row_format",
+    "spare_tasks",
 ]
 
 Row = dict[str, Any]
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+_FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
+# Most names that a message lists.
+_MOST_LISTED = 8
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
 
 
@@ -59,11 +67,40 @@ def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> lis
     """
     if not directory.is_dir():
         raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
-    return gather(partial(load_task, directory / name, tests) for name in names)
+    known = list(names)
+    return gather(partial(_load_named, directory / name, known, tests) for name in known)
+
+
+def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
+    """Sorted folders with rows that are no task of `names`, such as one with a misspelt name."""
+    found = {path.parent.name for path in directory.glob("*/*.jsonl") if path.parent.name[0] != "."}
+    return sorted(found - set(names))
+
+
+def _load_named(directory: Path, names: Sequence[str], tests: bool) -> Task:
+    """Load a task; where it has no folder, say which there are and how to name the adapter."""
+    spare = [] if directory.is_dir() else spare_tasks(directory.parent, names)
+    if not spare:
+        return load_task(directory, tests)
+    name = directory.name
+    close = difflib.get_close_matches(name, spare, 1, 0.5) or spare[:1]
+    listed = ", ".join(spare[:_MOST_LISTED]) + (", ..." if len(spare) > _MOST_LISTED else "")
+    raise TaskError(
+        f"{directory}: missing; found {listed}, which no adapter is called. Rename the folder, or"
+        f" name the adapter after it: --adapters {close[0]}=PATH/{name}"
+    )
+
+
+def probe_file(directory: Path) -> Path:
+    """The calibration rows of a task: `probe.jsonl` or, without it, mlx-lm's `valid.jsonl`."""
+    path, valid = directory / "probe.jsonl", directory / "valid.jsonl"
+    return valid if valid.is_file() and not path.exists() else path
 
 
 def load_task(directory: Path, tests: bool = True) -> Task:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
+
+    Without `probe.jsonl` the rows of mlx-lm's `valid.jsonl` are the calibration rows.
 
     Args:
         directory: the task's directory.
@@ -73,25 +110,25 @@ def load_task(directory: Path, tests: bool = True) -> Task:
         TaskError: the problems of both files.
     """
     errors: list[InputError] = []
-    needed = ["probe.jsonl", "test.jsonl"] if tests else ["probe.jsonl"]
-    hint = f"every adapter needs its task's {', '.join(needed)}"
-    probe, test = (
-        collect(errors, partial(_load_rows, directory / name, hint)) or {} if name in needed else {}
-        for name in ("probe.jsonl", "test.jsonl")
-    )
+    probes, tested = probe_file(directory), directory / "test.jsonl"
+    hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
+    if (directory / "train.jsonl").is_file():
+        hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
+    probe = collect(errors, partial(read_rows, probes, hint)) or {}
+    test = collect(errors, partial(read_rows, tested, hint)) or {} if tests else {}
     problems = [line for error in errors for line in error.problems]
-    prompts = {_prompt(row) for row in probe.values()}
-    shared = [number for number, row in test.items() if _prompt(row) in prompts]
+    prompts = {prompt_key(row) for row in probe.values()}
+    shared = [number for number, row in test.items() if prompt_key(row) in prompts]
     if shared:
         problems.append(
-            f"{directory / 'test.jsonl'}:{shared[0]}: this prompt is in probe.jsonl too"
-            f" ({len(shared)} such rows); probe and test must be disjoint: remove them from one"
+            f"{tested}:{shared[0]}: this prompt is in {probes.name} too ({len(shared)} such rows);"
+            " probe and test must be disjoint: remove them from one"
         )
     if problems:
         raise TaskError(problems)
     return Task(
         directory.name, tuple(probe.values()), tuple(test.values()),
-        _places(directory / "probe.jsonl", probe), _places(directory / "test.jsonl", test),
+        _places(probes, probe), _places(tested, test),
     )  # fmt: skip
 
 
@@ -125,14 +162,14 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
         TaskError: the problems of all lines.
     """
     known = {task.name: task for task in tasks}
-    probes = {task.name: {_prompt(row) for row in task.probe[:n_probe]} for task in tasks}
-    tests = {_prompt(row): task.name for task in tasks for row in task.test}
+    probes = {task.name: {prompt_key(row) for row in task.probe[:n_probe]} for task in tasks}
+    tests = {prompt_key(row): task.name for task in tasks for row in task.test}
 
     def problem(row: object) -> str | None:
         bad = _unlabelled_problem(row, known)
         if bad or not isinstance(row, dict):
             return bad
-        prompt = _prompt(_with_answer(row))
+        prompt = prompt_key(_with_answer(row))
         if prompt in tests:
             return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
         if prompt in probes[row["task"]]:
@@ -163,7 +200,7 @@ def _with_answer(row: Row) -> Row:
     return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
 
 
-def _prompt(row: Row) -> str:
+def prompt_key(row: Row) -> str:
     """A key of the row's prompt, equal for "prompt" and for "messages" that say the same."""
     keys = row_format(row)
     if keys == ("text",):
@@ -175,8 +212,16 @@ def _prompt(row: Row) -> str:
     return json.dumps([one for one in said if one[1]], ensure_ascii=False)
 
 
-def _load_rows(path: Path, hint: str) -> dict[int, Row]:
-    """Line number -> row, all of one format."""
+def read_rows(path: Path, hint: str) -> dict[int, Row]:
+    """Read a JSONL file of rows: line number -> row, all of one format.
+
+    Args:
+        path: the file.
+        hint: end of the message if there is no such file.
+
+    Raises:
+        TaskError: the problems of all lines.
+    """
     rows = _read_rows(path, hint, _row_problem)
     formats = {row_format(row) for row in rows.values()}
     if len(formats) > 1:
@@ -218,7 +263,7 @@ def _read_rows(
     if problems:
         raise TaskError(problems)
     if not rows:
-        raise TaskError(f"{path}: empty; expected one JSON object per line")
+        raise TaskError(f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}")
     return rows
 
 

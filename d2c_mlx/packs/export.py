@@ -19,7 +19,7 @@ from d2c_mlx.packs.pack import Pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
 from d2c_mlx.utils.files import write_dir, write_json
 
-__all__ = ["FORMATS", "export", "write_plain"]
+__all__ = ["FORMATS", "export", "unpacked_nbytes", "write_plain"]
 
 FORMATS = ("mlx", "peft", "gguf")
 
@@ -27,7 +27,9 @@ FORMATS = ("mlx", "peft", "gguf")
 Write = Callable[[Adapter, Path], None]
 
 
-def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> dict[str, str | None]:
+def export(
+    pack: Pack, to: str, directory: str | Path, model: str | None = None
+) -> dict[str, str | None]:
     """Write every adapter of a pack in another format, and `tasks.json`.
 
     Args:
@@ -46,6 +48,7 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
             model, a directory that must not be replaced (see `check_output`), or an adapter that
             cannot be read; nothing is written.
     """
+    directory = Path(directory)
     check_output(directory, [("pack", pack.path), *local_model(model)], error=PackError)
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
@@ -63,6 +66,15 @@ def export(pack: Pack, to: str, directory: Path, model: str | None = None) -> di
 def write_plain(pack: Pack, directory: Path) -> None:
     """Write plain adapters into an empty directory, as `export` to `mlx` does, without a marker."""
     _write_adapters(pack, directory, partial(_write_mlx, pack), "")
+
+
+def unpacked_nbytes(pack: Pack) -> int:
+    """Bytes of the plain adapters that `export` to `mlx` would write, as programs load them."""
+    if not isinstance(pack.manifest, CompactManifest):
+        return pack.nbytes
+    n_layers = pack.manifest.base.n_layers
+    found = [pack.load(served[0]) for served in pack.adapters.values()]
+    return sum(adapter.nbytes(n_layers) for adapter in found if adapter)
 
 
 def _write_adapters(

@@ -102,8 +102,9 @@ def replaced_inputs(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tu
         for identity in _around(path) & places.keys():
             found.setdefault((option, places[identity]), path)
     return [
-        (target, f"output: {target} is made anew, which would replace the {option} {path}; give"
-         " another --output")
+        (target, f"output: this command writes {target} anew, which would replace"
+         f" {f'your {option}' if path == target else f'the {option} {path}'}; give another"
+         " --output")
         for (option, target), path in found.items()
     ]  # fmt: skip
 

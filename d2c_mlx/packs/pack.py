@@ -6,6 +6,7 @@ in one file, and `export` writes plain directories of either (docs/concepts/pack
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,16 @@ from d2c_mlx.packs.manifest import (
 )
 from d2c_mlx.utils.errors import PackError
 
-__all__ = ["COMPACT", "FORMAT", "MANIFEST", "VERSIONS", "Pack", "PackInfo", "load_pack"]
+__all__ = [
+    "COMPACT",
+    "FORMAT",
+    "MANIFEST",
+    "VERSIONS",
+    "Pack",
+    "PackInfo",
+    "load_pack",
+    "pack_directory",
+]
 
 
 @dataclass(frozen=True)
@@ -199,13 +209,24 @@ class Pack:
         return self.tasks[task]
 
 
-def load_pack(directory: Path) -> Pack:
+def pack_directory(directory: str | Path) -> Path:
+    """The directory itself or, of a run, the pack in it."""
+    path = Path(os.path.expanduser(directory))
+    inner = path / "pack"
+    in_a_run = (inner / MANIFEST).is_file() and not (path / MANIFEST).exists()
+    return inner if in_a_run else path
+
+
+def load_pack(directory: str | Path) -> Pack:
     """Open a pack: verify its manifest, its files and, in a plain pack, the adapters' layout.
+
+    The directory of a run stands for the pack in it.
 
     Raises:
         PackError: no pack, another version, a manifest that is incomplete or false, files that are
             missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
+    directory = pack_directory(directory)
     pack = Pack(directory, read_manifest(directory / MANIFEST))
     problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
     if problems:

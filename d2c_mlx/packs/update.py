@@ -18,7 +18,7 @@ from typing import Any
 
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack, pack_directory
 from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import old_dir, restore_dir
@@ -40,15 +40,15 @@ def opened(directory: Path) -> Iterator[Pack]:
         PackError: see `load_pack`; where there is no pack, nothing is made.
         D2CError: another process is at work on it.
     """
-    path = directory.resolve()
+    path = pack_directory(directory).resolve()
     # Locking makes the directory of its file, so not before there is a pack to hold.
     if not any((one / MANIFEST).is_file() for one in (path, old_dir(path))):
-        load_pack(directory)
+        load_pack(path)
     advice = "it may replace the pack; wait for it, then give this command again"
     with locked(path.parent, advice=advice):
         # Remains of a change that was killed.
         restore_dir(path)
-        yield load_pack(directory)
+        yield load_pack(pack_directory(directory))
 
 
 def list_pack(pack: Pack) -> list[dict[str, Any]]:

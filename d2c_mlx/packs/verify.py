@@ -16,7 +16,7 @@ __all__ = ["RUNTIMES", "verify"]
 RUNTIMES = ("mlx-swift",)
 
 
-def verify(directory: Path, runtime: str | None = None) -> Pack:
+def verify(directory: str | Path, runtime: str | None = None) -> Pack:
     """Check a pack's files, every adapter's values and, for a runtime, their layout.
 
     Use it where a pack arrives from elsewhere; `load_pack` alone does not read adapters' values.
@@ -41,7 +41,7 @@ def verify(directory: Path, runtime: str | None = None) -> Pack:
             plain = Path(temporary) / "plain"
             names = sorted({name for name in export(pack, "mlx", plain).values() if name})
             problems = [
-                line for name in names for line in layout_problems(plain / name, directory / name)
+                line for name in names for line in layout_problems(plain / name, pack.path / name)
             ]
         if problems:
             raise PackError(problems)

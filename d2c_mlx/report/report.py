@@ -16,8 +16,13 @@ Json = dict[str, Any]
 
 
 def _rows(bench: Json) -> list[dict[str, Any]]:
-    """Methods sorted by excess loss, the strict measure, with the bare base model last."""
-    methods = bench["methods"]
+    """Methods sorted by excess loss, the strict measure, with the bare base model last.
+
+    `d2c` is left out where the pack is the same merges, not refined ones.
+    """
+    methods = dict(bench["methods"])
+    if methods.get("d2c") == methods["pack"]:
+        del methods["d2c"]
     total = methods["individual"]["nbytes"]
     order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
     return [
@@ -46,6 +51,7 @@ def render_table(bench: Json) -> str:
 def _context(artifacts: Mapping[str, Json]) -> Json:
     manifest, bench, plan = artifacts["manifest"], artifacts["bench"], artifacts.get("plan")
     d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
+    lost = [1 - (one["retention"] or 1) for one in bench["methods"]["pack"]["tasks"].values()]
     worst = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["excess"])
     return {
         "losses": artifacts["losses"],
@@ -59,6 +65,9 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "pack": bench["methods"]["pack"],
         "share": bench["methods"]["pack"]["nbytes"] / bench["methods"]["individual"]["nbytes"],
         "worst": worst,
+        # The whole bar. Without a loss worth a picture no bar is filled.
+        "most_lost": max(0.01, *lost),
+        "unpacked_nbytes": bench.get("unpacked_nbytes"),
         "methods": bench["methods"],
         "answers": bench.get("answers", {}),
         "metrics": bench.get("metrics", {}),

@@ -73,6 +73,12 @@ class RunConfig(RunRules):
         expected="a list of strings",
         missing=NOT_GIVEN.format("adapters"),
     )
+    skip_bad: bool = option(
+        False,
+        "leave out adapters that cannot be read or have no rows, and list them",
+        group=_INPUT,
+        default_text="no",
+    )
     tasks: str = option(
         ...,
         "folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
@@ -145,6 +151,14 @@ class RunConfig(RunRules):
         le=_MOST_SCALE,
     )
 
+    clusters: str | None = option(
+        None,
+        "merge these clusters in place of D2C's, to compare merge methods: clusters.json of a run,"
+        " or a JSON list of lists of adapters",
+        group=_SEARCH,
+        metavar="FILE",
+        path=True,
+    )
     search: str = option(
         "estimates",
         "estimates: measure the partitions that are estimated to be best; moves: measure single"

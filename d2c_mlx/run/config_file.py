@@ -104,6 +104,8 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
     plan, in_bytes = _or_default(values, "plan"), _in_bytes(values)
     if values.get("max_adapters") is not None and (plan != "auto" or in_bytes is False):
         found.add("max_adapters")
+    if values.get("clusters") is not None and plan == "auto" and in_bytes:
+        found.add("clusters")
     if plan == "d2c" and in_bytes is False:
         found.add("plan")
     if values.get("merge_rank") is not None and values.get("merge_method") == "concat":

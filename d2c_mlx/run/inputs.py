@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.sources import find_adapters, read_adapters
+from d2c_mlx.adapters.sources import Source, find_adapters, read_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.evaluate.distill import Distiller
@@ -17,15 +19,16 @@ from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.tasks import Task, load_tasks, load_unlabelled
+from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.overwrite import check_run
-from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.device import device_name, environment
 from d2c_mlx.utils.environment import require_extra
-from d2c_mlx.utils.errors import InputError, collect, gather
+from d2c_mlx.utils.errors import InputError, InputWarning, collect, gather
+from d2c_mlx.utils.templates import size
 
-__all__ = ["Inputs", "provenance"]
+__all__ = ["Inputs", "opening", "provenance"]
 
 
 class Inputs:
@@ -56,8 +59,13 @@ class Inputs:
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
         errors: list[InputError] = []
-        sources = collect(errors, lambda: find_adapters(config.adapters)) or []
+        sources: Sequence[Source] = collect(errors, lambda: find_adapters(config.adapters)) or []
         collect(errors, lambda: check_run(config, sources))
+        # Who lists adapters one by one leaves out others on purpose.
+        in_folders = all(source.folder for source in sources)
+        known = [source.name for source in sources]
+        if config.skip_bad:
+            sources = self._usable(sources)
         self.adapters: list[Adapter] = (
             collect(
                 errors, lambda: read_adapters(sources, self.base.module_shapes, self.base.config)
@@ -68,11 +76,29 @@ class Inputs:
         self.tasks: list[Task] = (
             collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
         )
+        if not errors and in_folders and (spare := spare_tasks(Path(config.tasks), known)):
+            _warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         budget = parse_budget(config.budget)
         self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank)
         self._check(errors)
         if errors:
             raise InputError([line for error in errors for line in error.problems])
+
+    def _usable(self, sources: Sequence[Source]) -> Sequence[Source]:
+        """The sources without those that cannot be read or have no rows; all if none is left."""
+        kept, left_out = [], []
+        for source in sources:
+            found: list[InputError] = []
+            shapes, config = self.base.module_shapes, self.base.config
+            collect(found, partial(read_adapters, [source], shapes, config))
+            collect(found, partial(load_task, Path(self.config.tasks) / source.name))
+            if found:
+                left_out.append(f"{source.name} ({found[0].problems[0]})")
+            else:
+                kept.append(source)
+        if kept and left_out:
+            _warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
+        return kept or sources
 
     def _check(self, errors: list[InputError]) -> None:
         """Add problems that only show when adapters, rows and model come together."""
@@ -90,13 +116,24 @@ class Inputs:
         if config.merge_method == "layerwise":
             collect(errors, lambda: check_blocks(self.base))
         if not errors:
-            sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
-            collect(errors, lambda: gather(partial(self.engine.batches, one) for one in sets))
+            collect(errors, self._check_memory)
+
+    def _check_memory(self) -> None:
+        """Raise the error of the longest row that does not fit; what fits it fits the others."""
+        sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
+        for one in sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples)):
+            self.engine.batches(one)
 
     @property
     def names(self) -> list[str]:
         """Adapter names, sorted; the order of every table."""
         return [adapter.name for adapter in self.adapters]
+
+    @property
+    def holds_all(self) -> bool:
+        """True if the bytes of the budget have room for all adapters as they are."""
+        most = self.capacity.max_bytes
+        return most is not None and most >= self.capacity.total
 
     @cached_property
     def probes(self) -> list[ExampleSet]:
@@ -127,6 +164,31 @@ class Inputs:
             for name in names
         )  # fmt: skip
         return dict(zip(names, encoded))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, InputWarning, stacklevel=2)
+
+
+def opening(inputs: Inputs) -> str:
+    """One line that says what a run found, before its first stage."""
+    capacity, ranks = inputs.capacity, [adapter.rank for adapter in inputs.adapters]
+    budget = capacity.budget.text
+    if capacity.max_bytes is not None:
+        budget += f" = {size(capacity.max_bytes)}"
+    elif capacity.budget.n_adapters:
+        budget = f"{min(capacity.n_clusters, len(ranks))} of them"
+    return (
+        f"found {len(ranks)} adapters of {inputs.base.name} (rank {_range(ranks)},"
+        f" {size(capacity.total)}), {_range([len(one.examples) for one in inputs.probes])}"
+        f" calibration and {_range([len(one.examples) for one in inputs.tests])} held-out rows"
+        f" each; room for {budget}; device: {device_name()}"
+    )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.adapters.sources import Source
+from d2c_mlx.models.tasks import probe_file
 from d2c_mlx.packs.marker import MARKER, Marker, read_marker, write_marker
 from d2c_mlx.packs.overwrite import (
     adapter_inputs,
@@ -51,10 +52,11 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
             directory would be taken for one of its adapters.
     """
     output, tasks = Path(config.output), Path(config.tasks)
-    rows = [tasks / one.name / f"{kind}.jsonl" for one in sources for kind in ("probe", "test")]
+    rows = [file for one in sources for file in (probe_file(tasks / one.name),
+            tasks / one.name / "test.jsonl")]  # fmt: skip
     inputs = adapter_inputs(sources) + [("tasks", path) for path in (tasks, *rows)]
     if config.unlabelled:
-        inputs.append(("unlabelled", Path(config.unlabelled)))
+        inputs.append(("unlabelled prompts", Path(config.unlabelled)))
     inputs += local_model(config.model)
     replaced = replaced_inputs(inputs, [output / name for name in RUN_WRITES])
     problems = [line for _, line in replaced] + within_adapters(sources, output)

@@ -66,7 +66,7 @@ class RunRules(Checked):
             raise refused(NOT_GIVEN.format(info.field_name))
         return value
 
-    @field_validator("tasks", "output", "unlabelled", check_fields=False)
+    @field_validator("tasks", "output", "unlabelled", "clusters", check_fields=False)
     @classmethod
     def _expanded(cls, value: str | None) -> str | None:
         """Expand `~`. `adapters` and `model` may be hub ids, so their look-up expands them."""
@@ -133,6 +133,16 @@ class RunRules(Checked):
         if rank is not None and info.data.get("merge_method") == "concat":
             raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
         return rank
+
+    @field_validator("clusters", check_fields=False)
+    @classmethod
+    def _with_merges_only(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path and _in_bytes(info) and info.data.get("plan") == "auto":
+            raise expects(
+                "none where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
+                " as the budget"
+            )
+        return path
 
     @field_validator("answers", check_fields=False)
     @classmethod

@@ -26,6 +26,7 @@ from d2c_mlx.run.directory import RunDirectory
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
+from d2c_mlx.run.snapshot import absolute
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.progress import progress_bar
@@ -89,6 +90,11 @@ class Session:
         """
         _ = self.evaluator
 
+    def copy_all(self) -> None:
+        """Go on without planning or merging, since the budget has room for every adapter."""
+        changes = {"plan": "d2c", "baselines": (), "max_adapters": None}
+        self.config = self.inputs.config = self.config.replace(**changes)
+
     @cached_property
     def adapters(self) -> list[Adapter]:
         """The converted adapters, read back from the run directory."""
@@ -139,7 +145,7 @@ class Session:
             return
         started = time.monotonic()
         mark_run(self.output)
-        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        text = yaml.safe_dump(absolute(self.config).to_dict(), sort_keys=False)
         write_text(self.path("config.yaml"), text)
         self.evaluator.counts = Counts()
         mx.reset_peak_memory()

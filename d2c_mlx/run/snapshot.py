@@ -7,14 +7,51 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.sources import local_entries
+from d2c_mlx.adapters.sources import absolute_entries, local_entries
 from d2c_mlx.models.resolve import model_files
+from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import arithmetic, use_device, versions
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.files import fingerprint
+from d2c_mlx.utils.parsing import read_yaml
 
-__all__ = ["snapshot"]
+__all__ = ["absolute", "changed_options", "snapshot"]
+
+
+# Options that change no byte of a pack.
+_BESIDE_THE_PACK = {
+    "output", "test_examples", "answers", "baselines", "random_seeds", "memory_limit", "without",
+}  # fmt: skip
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same options with absolute paths, so that `config.yaml` holds from any directory."""
+    paths = {
+        name: os.path.abspath(path)
+        for name in ("tasks", "output", "model", "unlabelled", "clusters")
+        if (path := os.path.expanduser(getattr(config, name) or ""))
+        # A model that is no path is an id of the hub.
+        and not os.path.isabs(path) and (name != "model" or os.path.exists(path))
+    }  # fmt: skip
+    return config.replace(adapters=absolute_entries(config.adapters), **paths)
+
+
+def changed_options(config: RunConfig) -> list[str]:
+    """Options of the run directory's pack that are others now, each `name: old, now new`.
+
+    Empty where there is no pack, or no change of it.
+    """
+    output = Path(config.output)
+    if not (output / "pack" / MANIFEST).is_file() or not (output / "config.yaml").is_file():
+        return []
+    old = read_yaml(output / "config.yaml")
+    new = absolute(config).to_dict()
+    return [
+        f"{name}: {old[name]!r}, now {value!r}"
+        for name, value in new.items()
+        if name in old and old[name] != value and name not in _BESIDE_THE_PACK
+    ]
 
 
 def snapshot(config: RunConfig) -> str | None:
@@ -29,10 +66,9 @@ def snapshot(config: RunConfig) -> str | None:
     if model is None or adapters is None:
         return None
     use_device()
-    options = {name: value for name, value in config.to_dict().items() if name != "output"}
+    options = {k: value for k, value in absolute(config).to_dict().items() if k != "output"}
     paths = [*model, *adapters, Path(config.tasks)]
-    if config.unlabelled:
-        paths.append(Path(config.unlabelled))
+    paths += [Path(one) for one in (config.unlabelled, config.clusters) if one]
     # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")
     return fingerprint(
@@ -51,10 +87,11 @@ def _state(path: Path) -> list[Any]:
         )
     found: list[list[Any]] = []
     for file in sorted(files):
+        name = os.path.relpath(file, path)
         try:
             stat = file.stat()
         except OSError:
-            found.append([str(file), None, None])
+            found.append([name, None, None])
         else:
-            found.append([str(file), stat.st_size, stat.st_mtime_ns])
+            found.append([name, stat.st_size, stat.st_mtime_ns])
     return [os.path.realpath(path), found]

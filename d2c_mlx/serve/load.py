@@ -21,7 +21,7 @@ def load(
     To change the task later, call `Pack.switch`.
 
     Args:
-        pack: its directory, which is verified first, or a `Pack` from `load_pack`.
+        pack: its directory or its run's, which is verified first, or a `Pack` from `load_pack`.
         task: one of `pack.tasks`; None attaches no adapter.
         model: the pack's base model: an mlx-lm directory, a `.gguf` file, or a Hugging Face id (the
             only one that may use the network). None works if the base is the embedded default.
@@ -33,7 +33,7 @@ def load(
         InputError: no such pack, task or model, or adapters of another base model.
     """
     if not isinstance(pack, Pack):
-        pack = load_pack(Path(pack))
+        pack = load_pack(pack)
     adapter = None if task is None else pack.load(task)
     _, directory = resolve_base(pack.manifest.base.model, model)
     loaded, tokenizer = load_stock(directory)

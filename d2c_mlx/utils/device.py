@@ -12,7 +12,7 @@ import mlx.core as mx
 from d2c_mlx.utils.blas import loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["arithmetic", "environment", "machine", "use_device", "versions"]
+__all__ = ["arithmetic", "device_name", "environment", "machine", "use_device", "versions"]
 
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
 
@@ -42,6 +42,12 @@ def arithmetic() -> list[str | None]:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
         found += [mac, str(info.get("architecture")), tf32]
     return found
+
+
+def device_name() -> str:
+    """The device that MLX computes on: `gpu, Apple M2`, or `cpu`."""
+    kind = str(mx.default_device().type).split(".")[-1]
+    return f"{kind}, {mx.device_info()['device_name']}" if kind == "gpu" else kind
 
 
 def machine() -> dict[str, Any]:

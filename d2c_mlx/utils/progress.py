@@ -1,9 +1,14 @@
-"""Progress bars on standard error, with the time left."""
+"""Progress on standard error: bars on a terminal, else a line now and then; and a log file."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +20,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Bar", "progress_bar"]
+__all__ = ["Bar", "progress_bar", "say"]
+
+# Seconds between two lines where no terminal can show a bar.
+_EVERY = 30.0
+_log = logging.getLogger("d2c_mlx")
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a line on standard error, unless quiet; `--log-file` has it in any case."""
+    _log.info(text)
+    if not quiet:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 class Bar:
@@ -46,12 +63,37 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
-    """Show a bar on standard error once there is work to expect.
+def _lines(name: str, progress: Progress, quiet: bool, every: float) -> Iterator[None]:
+    """Say how far the work is, every some seconds, and in the end how long it took."""
+    done, started = threading.Event(), time.monotonic()
+
+    def elapsed() -> timedelta:
+        return timedelta(seconds=int(time.monotonic() - started))
+
+    def tell() -> None:
+        while not done.wait(every):
+            (task,) = progress.tasks
+            known = f"{task.completed:,.0f} of {task.total or 0:,.0f} tokens, "
+            say(f"{name}: {known if task.visible else ''}{elapsed()}", quiet)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+        say(f"{name}: done, {elapsed()}", quiet)
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def progress_bar(name: str, quiet: bool = False, every: float = _EVERY) -> Iterator[Bar]:
+    """Show a bar on standard error once there is work to expect; without a terminal, lines.
 
     Args:
         name: text before the bar.
         quiet: show nothing.
+        every: seconds between two lines.
     """
     columns = (
         TextColumn("{task.description:<8}"),
@@ -61,5 +103,8 @@ def progress_bar(name: str, quiet: bool = False) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        yield Bar(progress, progress.add_task(name, total=0, visible=False))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        bar = Bar(progress, progress.add_task(name, total=0, visible=False))
+        with _lines(name, progress, quiet or console.is_terminal, every):
+            yield bar

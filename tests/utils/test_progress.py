@@ -7,7 +7,7 @@ from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.progress import Bar
+from d2c_mlx.utils.progress import Bar, progress_bar
 
 
 def test_what_is_foreseen_becomes_known():
@@ -50,3 +50,28 @@ def test_the_time_left_of_clustering_is_foreseen(tmp_path, monkeypatch):
     done = session.evaluator.counts.tokens - before
     assert seen[0] / 3 <= done <= 3 * seen[0]
     assert seen[-1] == 0 and all(n > 0 for n in seen[:-1])
+
+
+def test_without_a_terminal_there_are_lines(capsys):
+    """As many as there is time for; the test waits for one, and for the end."""
+    with progress_bar("probe", every=0.001) as bar:
+        bar.expect(2000)
+        bar.advance(500)
+        said = ""
+        while "500 of 2,000 tokens, 0:00:0" not in said:
+            said += capsys.readouterr().err
+    assert all(line.startswith("probe: ") for line in said.splitlines())
+    assert capsys.readouterr().err.splitlines()[-1].startswith("probe: done, 0:00:0")
+    with progress_bar("probe", quiet=True, every=0.001) as bar:
+        bar.expect(10)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_has_no_colour_where_none_is_wanted(monkeypatch, capsys):
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with progress_bar("probe") as bar:
+        bar.expect(10)
+        bar.advance(10)
+    text = capsys.readouterr().err
+    assert "probe" in text and "\x1b[3" not in text.replace("\x1b[3m", "")

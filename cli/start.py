@@ -1,0 +1,91 @@
+"""The commands of a first run: look at adapters, write what a run needs, split rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .help import Command
+from .paths import UserPath
+
+_DIR = UserPath(path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+
+
+@click.command(cls=Command)
+@click.argument("directory", metavar="DIR", type=UserPath(path_type=str))
+@click.option("--tasks", type=_DIR, metavar="DIR", help="folder of rows  [default: tasks beside the"
+              " adapters]")  # fmt: skip
+@click.option("--output", type=_DIR, default="d2c-mlx.yaml", show_default=True, metavar="FILE",
+              help="the YAML file of options")  # fmt: skip
+@_JSON
+def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> None:
+    """Look at a folder of adapters and write what a first run needs.
+
+    Base model, ranks, modules and bytes of the adapters in DIR, what each budget would be in bytes
+    and what is missing are told. Written are a commented YAML file and, for adapters without rows,
+    empty files to fill. What is there already stays as it is.
+
+    Example:
+      d2c-mlx init loras
+    """
+    import dataclasses
+
+    from d2c_mlx.start.scaffold import budgets, describe, scaffold
+    from d2c_mlx.start.survey import survey
+
+    found = survey(directory, tasks)
+    written = [str(path) for path in scaffold(found, output)]
+    if as_json:
+        row = {"adapters": [dataclasses.asdict(one) for one in found.found],
+               "budgets": dict(budgets(found)), "written": written}  # fmt: skip
+        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        return
+    click.echo(describe(found))
+    rows = [name for name in written if name.endswith(".jsonl")]
+    for name in [name for name in written if name not in rows]:
+        click.echo(f"wrote        {name}")
+    if rows:
+        click.echo(f"wrote        {len(rows)} empty files of rows in {found.tasks}")
+    if found.without_rows:
+        click.echo(f"next: fill the rows in {found.tasks} (see {found.tasks / 'README.md'}), then")
+    click.echo(f"d2c-mlx run {output}")
+
+
+@click.group()
+def tasks() -> None:
+    """Make the rows of a task.
+
+    Example:
+      d2c-mlx tasks split data/train.jsonl --output tasks/num-de
+    """
+
+
+@tasks.command("split", cls=Command)
+@click.argument("file", type=_DIR)
+@click.option("--output", required=True, type=_DIR, metavar="DIR", help="the task's folder, called"
+              " like its adapter")  # fmt: skip
+@click.option("--probe", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+              help="calibration rows")  # fmt: skip
+@click.option("--test", type=click.IntRange(1), default=100, show_default=True, metavar="N",
+              help="most held-out rows")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="of the shuffle")
+@_JSON
+def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: bool) -> None:
+    """Split a file of rows into probe.jsonl and test.jsonl.
+
+    FILE has rows in one of mlx-lm's formats. Take rows that the adapter was not trained on, where
+    there are some: on its training rows it looks better than it is.
+
+    Example:
+      d2c-mlx tasks split data/valid.jsonl --output tasks/num-de --probe 10
+    """
+    from d2c_mlx.start.split import split_rows
+
+    rows = dict(zip(("probe", "test"), split_rows(file, output, probe, test, seed)))
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **rows}))
+        return
+    click.echo(f"wrote {rows['probe']} calibration and {rows['test']} held-out rows to {output}")

@@ -1,0 +1,75 @@
+"""An answer of one task of a pack, and how stock mlx-lm gives the same."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+
+from d2c_mlx.models.attach import switch
+from d2c_mlx.models.base_model import load_stock
+from d2c_mlx.models.resolve import resolve_base
+from d2c_mlx.packs.pack import Pack
+from d2c_mlx.utils.errors import ModelError
+
+__all__ = ["Question", "answer", "stock_command"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `answer` is asked.
+
+    Attributes:
+        task: one of the pack's tasks.
+        prompt: the user's message.
+        system: the system message; without it the chat template may put one of its own.
+        max_tokens: most tokens of the answer.
+    """
+
+    task: str
+    prompt: str
+    system: str | None = None
+    max_tokens: int = 256
+
+
+def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
+    """Yield the answer to a question in pieces, greedily decoded.
+
+    Args:
+        pack: what `load_pack` verified.
+        question: see `Question`.
+        directory: the base model's mlx-lm directory.
+
+    Raises:
+        InputError: no such task or model, or a base without a chat template.
+    """
+    adapter = pack.load(question.task)
+    _, path = resolve_base(pack.manifest.base.model, directory)
+    model, tokenizer = load_stock(path)
+    switch(model, adapter, pack.path)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        # MLX's CPU backend is slow in 16 bit.
+        model.set_dtype(mx.float32)
+    said = [{"role": "system", "content": question.system}] if question.system else []
+    if not tokenizer.has_chat_template:
+        raise ModelError(
+            f"{path}: has no chat template; use the adapter from a program of your own"
+        )
+    tokens = tokenizer.apply_chat_template(
+        [*said, {"role": "user", "content": question.prompt}], add_generation_prompt=True
+    )
+    for step in stream_generate(model, tokenizer, tokens, max_tokens=question.max_tokens):
+        yield step.text
+
+
+def stock_command(pack: Pack, task: str, directory: str) -> str:
+    """The command of stock mlx-lm that serves a task of a pack, or what makes one possible."""
+    if pack.storage == "compact":
+        return f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output DIR, then mlx_lm.generate"
+    adapter = shlex.quote(str(pack.adapter_path(task)))
+    return (
+        f'mlx_lm.generate --model {shlex.quote(directory)} --adapter-path {adapter} --prompt "..."'
+    )

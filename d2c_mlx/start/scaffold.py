@@ -1,0 +1,128 @@
+"""The files that a first run needs, written from a survey; nothing of the user's is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from d2c_mlx.models.resolve import EMBEDDED
+from d2c_mlx.start.survey import Survey
+from d2c_mlx.utils.files import write_text
+from d2c_mlx.utils.templates import percent, size
+
+__all__ = ["NOTE", "budgets", "describe", "scaffold"]
+
+NOTE = "README.md"
+_SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03)
+_ROWS = """\
+# Rows
+A folder per adapter, called like it. Fill two files in each, one JSON object a line:
+
+- `probe.jsonl`: about 10 calibration rows, which decide what is merged and how much is kept.
+- `test.jsonl`: 30 to 100 held-out rows, which judge. No prompt may be in both.
+
+Formats, as mlx-lm has them (one per file):
+
+    {"prompt": "What is asked", "completion": "the right answer"}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"text": "only where the adapter was trained on plain text"}
+
+Use rows like those that the adapter was trained on, but not those. Both files from one:
+`d2c-mlx tasks split FILE --output tasks/NAME`. Without `probe.jsonl`, mlx-lm's `valid.jsonl` is
+read.
+"""
+
+
+def budgets(found: Survey) -> list[tuple[str, int]]:
+    """Budgets, as `--budget` takes them, and the bytes that each would be."""
+    n, largest = len(found.found), max(one.nbytes for one in found.found)
+    shares = [(f"{100 * share:g}%", int(share * found.nbytes)) for share in _SHARES]
+    counts = sorted({k for k in (1, n // 8, n // 4, n // 2) if 0 < k < n}, reverse=True)
+    return shares + [(str(k), k * largest) for k in counts]
+
+
+def describe(found: Survey) -> str:
+    """What a survey found, for people: adapters, bases, budgets, and what is missing."""
+    ranks = sorted({one.rank for one in found.found if one.rank})
+    modules = sorted({name for one in found.found for name in one.modules})
+    bases = sorted({one.base or "not named" for one in found.found if one.modules})
+    lines = [
+        f"{len(found.found)} adapters in {found.adapters}, {size(found.nbytes)} in 16 bit",
+        f"base model   {', '.join(bases) or 'unknown'}",
+        f"ranks        {', '.join(map(str, ranks)) or 'unknown without the base model'}",
+        f"modules      {', '.join(modules) or 'unknown without the base model'}",
+        "",
+        "budget       bytes",
+        *(f"{text:<12} {size(nbytes)}" for text, nbytes in budgets(found)),
+    ]
+    if len(bases) > 1:
+        lines += ["", "More than one base model: leave out what was trained on another one."]
+    lines += ["", *(f"problem      {line}" for line in found.problems)] if found.problems else []
+    if lacking := found.without_rows:
+        lines += ["", f"rows         missing for {_few(lacking)} ({len(lacking)} of"
+                  f" {len(found.found)}) in {found.tasks}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def scaffold(found: Survey, config: Path) -> list[Path]:
+    """Write a commented YAML file, and empty files of rows with a note on their format.
+
+    Args:
+        found: what `survey` returned.
+        config: the YAML file.
+
+    Returns:
+        The files that were written; those that are there already stay as they are.
+    """
+    texts = {config: _yaml(found)}
+    for name in found.without_rows:
+        for file, rows in zip(("probe.jsonl", "test.jsonl"), _rows_of(found, name)):
+            if not rows:
+                texts[found.tasks / name / file] = ""
+    if found.without_rows:
+        texts[found.tasks / NOTE] = _ROWS
+    written = [path for path in texts if not path.exists()]
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, texts[path])
+    return written
+
+
+def _rows_of(found: Survey, name: str) -> tuple[int, int]:
+    return next(one.rows for one in found.found if one.name == name)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], "..."] if len(names) > 5 else names)
+
+
+def _yaml(found: Survey) -> str:
+    base = found.base or ""
+    embedded = base.rpartition("/")[2] == EMBEDDED
+    why, model = f"the adapters name {base or 'none'}", "# model: DIR or owner/name"
+    if embedded:
+        why, model = "which is the embedded default", "# model: left out"
+    elif "/" in base:
+        model = f"model: {_value(base)}"
+    sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(found))
+    return f"""\
+# Options of d2c-mlx run; docs/options.md has all of them. An option on the command line goes first.
+adapters: {_value(found.adapters)}
+tasks: {_value(str(found.tasks))}
+# The base model, {why}.
+{model}
+# What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes every adapter is kept, at a
+# lower rank and precision; for a number they are merged into as many, which stock mlx-lm loads.
+{sizes}
+budget: "12.5%"  # {size(int(0.125 * found.nbytes))}, {percent(0.125)}
+output: runs/first
+probe_examples: 10  # calibration rows per task
+test_examples: 100  # most held-out rows per task
+"""
+
+
+def _value(text: str) -> str:
+    """A YAML scalar on one line."""
+    return yaml.safe_dump(text, width=10**6, allow_unicode=True).split("\n")[0]

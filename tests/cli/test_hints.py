@@ -1,0 +1,85 @@
+"""What a new user types wrongly, and the line that says how it is typed."""
+
+import json
+import shutil
+
+import pytest
+from helpers.command import NAMES
+from helpers.tiny import task
+
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.errors import AdapterError, InputWarning
+
+
+def test_a_folder_around_the_folder_of_adapters(cli, lib):
+    cli.fails_with(
+        f"{lib.adapters.parent}: no adapters, but {lib.adapters} has 3; give that folder",
+        adapters=lib.adapters.parent,
+    )
+
+
+def test_a_pattern_in_place_of_a_folder(cli, lib, monkeypatch):
+    """As a shell leaves it in quotes, and as it expands it, to two and to three."""
+    cli.fails_with(f"give the folder itself, {lib.adapters}", adapters=lib.adapters / "*")
+    paths = [str(lib.adapters / name) for name in NAMES]
+    for n in (2, 3):
+        code, out, err = cli(["run", "--adapters", *paths[:n], "--output", str(cli.output)])
+        assert (code, out) == (2, "")
+        assert "many words: give the folder, --adapters" in err
+
+
+def test_a_task_that_is_called_otherwise(cli, lib):
+    (lib.tasks / "beta").rename(lib.tasks / "beta_task")
+    cli.fails_with(
+        f"{lib.tasks / 'beta'}: missing; found beta_task, which no adapter is called.",
+        "--adapters beta_task=PATH/beta",
+    )
+
+
+def test_tasks_without_an_adapter_are_named(cli, lib):
+    task(lib.tasks, "delta")
+    with pytest.warns(InputWarning, match="tasks: no adapter is called delta, so these rows are"):
+        assert cli(cli.argv("probe", "--quiet"))[0] == 0
+
+
+def test_rows_as_mlx_lm_has_them(cli, lib):
+    """`valid.jsonl` are the calibration rows; `probe.jsonl` goes before it."""
+    beta = lib.tasks / "beta"
+    shutil.copyfile(beta / "probe.jsonl", beta / "valid.jsonl")
+    expected = load_task(beta)
+    (beta / "probe.jsonl").unlink()
+    found = load_task(beta)
+    assert found == expected and found.probe_places[0].startswith(str(beta / "valid.jsonl"))
+    assert cli(cli.argv("probe", "--quiet"))[0] == 0
+    (beta / "valid.jsonl").rename(beta / "train.jsonl")
+    with pytest.raises(Exception, match=f"tasks split {beta / 'train.jsonl'} --output DIR"):
+        load_task(beta)
+
+
+def test_too_little_memory_is_one_line(cli):
+    cli.fails_with("memory_limit: 0 MB, but the longest row of", memory_limit="100KB")
+
+
+def test_peft_s_layout_in_place_of_mlx_lm_s(lib):
+    with pytest.raises(AdapterError, match=r"PEFT's layout, expected mlx-lm's; use d2c_mlx.read"):
+        load_adapter(str(lib.adapters / "beta"))
+
+
+def test_a_run_stands_for_its_pack(cli):
+    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    for words in (["list"], ["verify"], ["unpack", "--output", cli.root / "plain"],
+                  ["remove", "gamma"]):  # fmt: skip
+        code, out, err = cli([words[0], str(cli.output), *map(str, words[1:])])
+        assert (code, err) == (0, ""), err
+        assert out
+
+
+def test_bad_adapters_are_left_out_if_asked(cli, lib):
+    """One that cannot be read and one without rows are listed; without the option they end it."""
+    (lib.adapters / "beta" / "adapter_config.json").unlink()
+    shutil.rmtree(lib.tasks / "gamma")
+    assert len(cli.fails()) == 3
+    with pytest.warns(InputWarning, match=r"skip_bad: left out 2 of 3: beta \(.*missing.*; gamma"):
+        code, out, _ = cli([*cli.argv("pack", "--quiet", "--json"), "--skip-bad"])
+    assert code == 0 and list(json.loads(out)["tasks"]) == ["alpha"]

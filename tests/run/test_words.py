@@ -1,0 +1,121 @@
+"""What a run says of itself: what it found, what it replaces, what came out."""
+
+import json
+import os
+
+import pytest
+from helpers.tiny import library
+
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.report.words import next_commands, verdict
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.utils.errors import ConfigError, InputWarning
+
+TASK = {"excess": 0.02, "retention": 0.98, "loss": 1.0}
+BENCH = {
+    "methods": {
+        "individual": {"nbytes": 9_000_000},
+        "pack": {"nbytes": 1_500_000, "excess": 0.0123, "retention": 0.991,
+                 "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
+    },
+    "unpacked_nbytes": 7_500_000,
+    "provenance": {"config": {"model": "org/base"}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
+        output=str(tmp_path / "run"), probe_examples=2, test_examples=2, baselines=(),
+    )  # fmt: skip
+
+
+def test_the_result_in_words():
+    assert verdict(BENCH) == (
+        "2 adapters of 9 MB take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On held-out"
+        " rows that costs 0.0123 nats per target token; 99.1% of what the adapters gain is kept."
+        " The worst task is b: 0.0500 nats."
+    )
+    ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
+    assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
+    assert plain.startswith("d2c-mlx unpack 'my runs/1' ")
+    assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
+
+
+def test_a_run_says_what_it_found_and_what_it_replaces(config, capsys):
+    run(config, "pack")
+    first = capsys.readouterr().err
+    assert first.startswith("found 3 adapters of model (rank 4, ")
+    assert "2 calibration and 2 held-out rows each; room for 2 of them; device: cpu\n" in first
+    assert "will be replaced" not in first
+    run(config.replace(test_examples=1), "pack")
+    assert "will be replaced" not in capsys.readouterr().err
+    run(config.replace(budget="1"), "pack")
+    said = f"the pack in {config.output} will be replaced: budget: '2', now '1'"
+    assert said in capsys.readouterr().err
+
+
+def test_a_new_pack_does_not_stand_beside_an_old_report(config):
+    session = run(config, quiet=True)
+    assert session.path("report.html").exists()
+    run(config.replace(budget="1"), "pack", quiet=True)
+    for name in ("report.html", "report.md", "bench.json"):
+        assert not session.path(name).exists()
+
+
+def test_a_run_goes_on_from_another_directory(config, tmp_path, monkeypatch):
+    """`d2c-mlx run --output .` in the directory of the report, as the report says."""
+    monkeypatch.chdir(tmp_path)
+    paths = {name: os.path.relpath(getattr(config, name))
+             for name in ("model", "tasks", "output")}  # fmt: skip
+    relative = config.replace(adapters="a=adapters/a,adapters/b,c=adapters/c", **paths)
+    session = run(relative, quiet=True)
+    assert session.directory.is_finished(relative, ["pack"])
+    page = session.path("report.html").read_text()
+    assert "<code>d2c-mlx run --output .</code>" in page
+    before = {path: path.stat().st_mtime_ns for path in session.output.absolute().rglob("*")}
+    monkeypatch.chdir(session.output)
+    again = load_config(session.output.__class__("config.yaml"), {"output": "."}, saved=True)
+    assert run(again, quiet=True).directory.is_finished(again, ["pack"])
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before
+
+
+def test_given_clusters_are_merged_by_any_method(config, tmp_path):
+    given = tmp_path / "clusters.json"
+    given.write_text(json.dumps([["c", "a"], ["b"]]))
+    found = [run(config.replace(clusters=str(given), merge_method=method), "pack", quiet=True)
+             for method in ("linear", "ties")]  # fmt: skip
+    for session in found:
+        (only,) = session.read("clusters.json")["methods"]["d2c"]
+        assert only["labels"] == [0, 1, 0] and only["stopped"] == "given"
+    methods = {one["method"] for one in session.read("merges.json")}
+    assert methods == {"ties", "none"}
+    # What a run wrote is read too.
+    copied = config.replace(clusters=str(session.path("clusters.json").rename(given)))
+    assert run(copied, "cluster", quiet=True).read("clusters.json")["methods"]["d2c"][0][
+        "labels"
+    ] == [0, 1, 0]
+    given.write_text(json.dumps([["a"], ["a", "d"], ["b"]]))
+    with pytest.raises(ConfigError) as error:
+        run(copied.replace(seed=1), quiet=True)
+    assert [line.split(": ", 2)[2] for line in error.value.problems] == [
+        "a, d: no adapter, or there twice",
+        "c: in no cluster",
+        "found 3 clusters, expected at most 2, for which the budget has room",
+    ]
+
+
+def test_a_budget_with_room_for_all_copies_all(config):
+    whole = config.replace(budget="120%")
+    with pytest.warns(InputWarning, match=r"120% has room for all adapters \(3\)"):
+        session = run(whole, quiet=True)
+    pack = load_pack(session.output)
+    assert len(pack.adapters) == 3 and not session.path("plan.json").exists()
+    assert session.read("bench.json")["methods"]["pack"]["excess"] == pytest.approx(0, abs=1e-6)
+    for adapter in session.adapters:
+        assert pack.load(adapter.name).digest == adapter.digest

@@ -1,0 +1,84 @@
+"""`d2c-mlx init` and `d2c-mlx tasks split`: what a first run needs."""
+
+import json
+
+import pytest
+from helpers.tiny import library, peft_adapter, write_jsonl
+
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.start.survey import survey
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Three adapters; rows of one of them are missing, of another half."""
+    library(tmp_path, ["a", "b", "c"])
+    (tmp_path / "tasks" / "b" / "test.jsonl").unlink()
+    for file in (tmp_path / "tasks" / "c").iterdir():
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_is_found_and_missing_is_said_and_written(project, command):
+    peft_adapter(project / "adapters", "a", rank=2)
+    kept = (project / "tasks" / "b" / "probe.jsonl").read_bytes()
+    code, out, err = command("init", "adapters")
+    assert (code, err) == (0, "")
+    for words in ("3 adapters in adapters", "base model   tiny/llama", "ranks        2, 4",
+                  "modules      q_proj, v_proj", "missing for b, c (2 of 3)",
+                  "wrote        3 empty files of rows in tasks"):  # fmt: skip
+        assert words in out
+    assert (project / "tasks" / "b" / "probe.jsonl").read_bytes() == kept
+    config = load_config(project / "d2c-mlx.yaml", {})
+    assert (config.adapters, config.tasks, config.model) == ("adapters", "tasks", "tiny/llama")
+    # What is empty is refused with an example, and the note is no task.
+    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model", "-q")
+    lines = err.splitlines()
+    assert code == 2 and len(lines) == 3
+    assert all('empty; expected one JSON object per line, such as {"prompt' in x for x in lines)
+
+
+def test_nothing_that_is_there_is_replaced(project, command):
+    (project / "d2c-mlx.yaml").write_text("mine")
+    code, out, _ = command("init", "adapters", "--json")
+    found = json.loads(out)
+    assert code == 0 and "d2c-mlx.yaml" not in found["written"]
+    assert (project / "d2c-mlx.yaml").read_text() == "mine"
+    assert json.loads(command("init", "adapters", "--json")[1])["written"] == []
+    sizes = [one["nbytes"] for one in found["adapters"]]
+    assert found["budgets"]["50%"] == sum(sizes) // 2 and found["budgets"]["1"] == max(sizes)
+
+
+def test_bytes_are_those_that_a_run_counts(project, command):
+    """Without the base model, to a few bytes of config."""
+    code, out, _ = command("convert", "--adapters", "adapters", "--model", "model", "--output", "m")
+    assert code == 0, out
+    for one in survey("adapters").found:
+        written = sum(file.stat().st_size for file in (project / "m" / one.name).iterdir())
+        assert one.nbytes == written
+
+
+def test_a_bad_adapter_is_told_and_the_others_are_looked_at(project, command):
+    (project / "adapters" / "a" / "adapter_config.json").unlink()
+    code, out, _ = command("init", "adapters")
+    assert code == 0 and "problem      adapters/a/adapter_config.json: missing" in out
+
+
+def test_one_file_becomes_two(tmp_path, command):
+    rows = [{"prompt": f"Question {i % 15}?", "completion": f"{i}"} for i in range(20)]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    argv = ["tasks", "split", path, "--output", tmp_path / "t" / "a", "--probe", "4", "--test", "8"]
+    assert command(*argv) == (
+        0, f"wrote 4 calibration and 8 held-out rows to {tmp_path / 't' / 'a'}\n", ""
+    )  # fmt: skip
+    task = load_task(tmp_path / "t" / "a")
+    assert (len(task.probe), len(task.test)) == (4, 8)
+    assert all(row in rows for row in (*task.probe, *task.test))
+    code, _, err = command(*argv)
+    assert code == 2 and "there already; move it" in err
+    argv[4:] = [tmp_path / "b", "--probe", "15"]
+    code, _, err = command(*argv)
+    assert code == 2 and "found 15 different prompts, expected more than the 15" in err
+    assert not (tmp_path / "b").exists()
