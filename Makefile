@@ -52,16 +52,16 @@ benchmark: .venv/benchmark blas
 # Tables, plots and figures of benchmarks/pages/, README.md and docs/ from the results.
 tables: .venv/demo
 	$(BIN)/python -m benchmarks.tables
-	$(BIN)/python -m tools.figures
+	$(BIN)/python -m docs.scripts.figures
 
 # The command line's options from the fields of the configs, and the reference of both.
 options: .venv/demo
-	$(BIN)/python -m d2c_mlx.run.options
-	$(BIN)/python -m tools.commands
+	$(BIN)/python -m docs.scripts.options
+	$(BIN)/python -m docs.scripts.commands
 
 # The documentation site, in build/site; nothing is fetched once its packages are there.
 docs: .venv-docs/done
-	.venv-docs/bin/python -m tools.site
+	.venv-docs/bin/python -m docs.scripts.site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

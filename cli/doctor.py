@@ -21,7 +21,7 @@ def doctor(as_json: bool) -> None:
     """
     import dataclasses
 
-    from d2c_mlx.start.doctor import diagnose
+    from d2c_mlx.run.doctor import diagnose
 
     findings = diagnose()
     if as_json:

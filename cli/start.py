@@ -33,8 +33,7 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     """
     import dataclasses
 
-    from d2c_mlx.start.scaffold import budgets, describe, scaffold
-    from d2c_mlx.start.survey import survey
+    from d2c_mlx.run.survey import budgets, describe, scaffold, survey
 
     found = survey(directory, tasks)
     written = [str(path) for path in scaffold(found, output)]
@@ -82,7 +81,7 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: b
     Example:
       d2c-mlx tasks split data/valid.jsonl --output tasks/num-de --probe 10
     """
-    from d2c_mlx.start.split import split_rows
+    from d2c_mlx.models.split_rows import split_rows
 
     rows = dict(zip(("probe", "test"), split_rows(file, output, probe, test, seed)))
     if as_json:

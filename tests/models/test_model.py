@@ -21,7 +21,7 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
-from d2c_mlx.start.doctor import diagnose
+from d2c_mlx.run.doctor import diagnose
 from d2c_mlx.utils.device import machine
 
 

@@ -15,8 +15,8 @@ from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.run.config import SAVINGS, STARTS, RunConfig
 from d2c_mlx.run.config_file import load_config
-from d2c_mlx.run.options import FILES
 from d2c_mlx.utils.errors import ConfigError, InputWarning
+from docs.scripts.options import FILES
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
 STAGES = ("run", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")

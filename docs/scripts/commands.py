@@ -1,6 +1,6 @@
 """Write docs/reference/commands.md from the commands' own help.
 
-python -m tools.commands       # or: make options
+python -m docs.scripts.commands       # or: make options
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import click
 from d2c_mlx_cli.help import GroupedOption
 from d2c_mlx_cli.main import cli
 
-PAGE = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
 # What `--help` shows at this width needs no scrolling on a page.
 WIDTH = 86
 HEAD = """\

@@ -1,6 +1,6 @@
 """Build the documentation site into build/site, and check it; nothing is fetched.
 
-    .venv-docs/bin/python -m tools.site        # or: make docs
+    .venv-docs/bin/python -m docs.scripts.site        # or: make docs
 
 Pages of docs/ become the site's own, those of benchmarks/ lie below benchmarks/. A link to a file
 that has no page is made a link to the repository on GitHub where GITHUB_REPOSITORY names it, else
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES, SITE = ROOT / "build" / "site-pages", ROOT / "build" / "site"
 # Where a file of the repository lies in the site.
 FOLDERS = {"docs": "", "benchmarks": "benchmarks", "tests/robustness": "robustness"}

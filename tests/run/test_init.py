@@ -7,7 +7,7 @@ from helpers.tiny import library, peft_adapter, write_jsonl
 
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config_file import load_config
-from d2c_mlx.start.survey import survey
+from d2c_mlx.run.survey import survey
 
 
 @pytest.fixture

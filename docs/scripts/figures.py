@@ -1,6 +1,6 @@
 """Draw the figures of README.md and docs/ as SVG, into docs/figures/.
 
-    python -m tools.figures        # or: make tables
+    python -m docs.scripts.figures        # or: make tables
 
 The overview has a light and a dark file, and its numbers come from benchmarks/results/. The others
 have no background and colours that can be read on a white and on a dark page.
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.tables.result_files import reader
 from benchmarks.tables.summary import BYTES, SLOTS, in_bytes, in_slots, library
 
-FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 WIDTH = 640
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#c9721a", "#4a9463", "#7d848d"
 # Text, faint fills, accent and second accent of a page.

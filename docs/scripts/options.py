@@ -1,6 +1,6 @@
 """The command line's options and docs/reference/options.md, written from the fields of the configs.
 
-    python -m d2c_mlx.run.options            # or: make options
+    python -m docs.scripts.options            # or: make options
 
 The command line's options are written to a file, not made from the fields at run time: importing
 pydantic takes longer than `--help` may take. Both files are checked in.
