@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
 __all__ = ["convert_gguf", "tokenizer_beside"]
@@ -112,7 +113,7 @@ def _has_template(files: Sequence[Path]) -> bool:
     (path,) = (file for file in files if file.name == _TOKENIZER_FILES[1])
     try:
         # Not by `parse_json`: transformers writes 10 ** 30 for no limit of tokens.
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(config, dict):

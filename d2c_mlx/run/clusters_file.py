@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = ["read_clusters"]
@@ -25,16 +27,16 @@ def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...
         ConfigError: the file cannot be read, has not exactly these adapters, or too many clusters.
     """
     try:
-        clusters = _clusters(parse_json(path.read_text(encoding="utf-8")))
+        clusters = _clusters(parse_json(read_text(path)))
     except OSError as error:
         raise ConfigError(f"clusters: {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError):
         raise ConfigError(
             f"clusters: {path}: expected clusters.json of a run, or a JSON list of lists of names"
         ) from None
-    listed = [name for cluster in clusters for name in cluster]
-    problems = []
-    if wrong := sorted({name for name in listed if name not in names or listed.count(name) > 1}):
+    listed = Counter(name for cluster in clusters for name in cluster)
+    problems, known = [], set(names)
+    if wrong := sorted(name for name, n in listed.items() if name not in known or n > 1):
         problems.append(f"clusters: {path}: {', '.join(wrong)}: no adapter, or there twice")
     if missing := [name for name in names if name not in listed]:
         problems.append(f"clusters: {path}: {', '.join(missing)}: in no cluster")
