@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -40,10 +41,11 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)
-    check_output(Path(output), local_model(model), sources)
+    check = partial(check_output, Path(output), local_model(model), sources)
+    check()
     base = BaseModel(model)
     found = read_adapters(sources, base.module_shapes, base.config)
-    with write_dir(Path(output)) as directory:
+    with write_dir(Path(output), lambda _: check()) as directory:
         for adapter in found:
             if to == "peft":
                 save_peft(adapter, directory / adapter.name, base.config)

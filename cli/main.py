@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 import warnings
 
@@ -115,8 +117,46 @@ def _log(line: str) -> None:
         logging.getLogger("d2c_mlx").info(line)
 
 
+def _unexpected(error: Exception) -> str:
+    """One line about an error that is no input's."""
+    text = (str(error).strip() or "it says no more").splitlines()[0]
+    memory = isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text
+    if memory:
+        return f"the memory does not suffice ({text}); give more, or see --memory-limit"
+    return (
+        f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and tell"
+        " the authors"
+    )
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed: a file with one of their numbers misleads MLX."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+
+
+def _little_memory() -> str | None:
+    """One line if `ulimit -v` leaves too little: OpenBLAS would wait without an end, or crash."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    least = (2 << 30) + (os.cpu_count() or 1) * (64 << 20)
+    if limit == resource.RLIM_INFINITY or limit >= least:
+        return None
+    return (
+        f"ulimit -v: found {limit:,} bytes of addresses, expected at least {least:,}; raise it, or"
+        " limit the memory of the container instead"
+    )
+
+
 def main() -> None:
-    """Run the command; input errors are one line each on standard error, never a traceback."""
+    """Run the command; errors are one line each on standard error, never a traceback.
+
+    With D2C_MLX_DEBUG=1 an error that nobody expected shows one.
+    """
+    _open_streams()
+    if problem := _little_memory():
+        _error(problem)
+        sys.exit(1)
     warnings.formatwarning = _format_warning
     tell_of_interrupts()
     try:
@@ -140,7 +180,10 @@ def main() -> None:
             _error(f"{where}{error.strerror}")
             sys.exit(1)
         if not isinstance(error, D2CError):
-            raise
+            if os.environ.get("D2C_MLX_DEBUG") == "1":
+                raise
+            _error(_unexpected(error))
+            sys.exit(1)
         for line in str(error).splitlines():
             _error(line)
         sys.exit(error.exit_code)

@@ -16,6 +16,7 @@ from .paths import UserPath
 
 if TYPE_CHECKING:
     from d2c_mlx.run.config import RunConfig
+    from d2c_mlx.run.directory import RunDirectory
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _DRY_RUN = click.option(
@@ -104,7 +105,7 @@ def _execute(
         from d2c_mlx.pipeline import run as run_pipeline
 
         run_pipeline(checked, until, quiet)
-    _show(directory.root, until, as_json)
+    _show(directory, until, as_json)
 
 
 def _log_to(path: str) -> None:
@@ -129,11 +130,11 @@ _ARTIFACTS = {
 }
 
 
-def _show(output: Path, stage: str, as_json: bool) -> None:
+def _show(directory: RunDirectory, stage: str, as_json: bool) -> None:
     from d2c_mlx.report.report import render_table
     from d2c_mlx.report.words import verdict
 
-    content = json.loads((output / _ARTIFACTS[stage]).read_text(encoding="utf-8"))
+    content, output = directory.read(_ARTIFACTS[stage]), directory.root
     if as_json:
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
     elif stage in ("bench", "report"):

@@ -247,6 +247,7 @@ def pack(session: Session) -> None:
     info = PackInfo(
         model=inputs.base.name,
         config_hash=inputs.base.config_hash,
+        weights_hash=inputs.base.weights_hash,
         n_layers=inputs.base.n_layers,
         budget=inputs.capacity.budget.text,
         max_bytes=inputs.capacity.max_bytes,
@@ -277,7 +278,8 @@ def pack(session: Session) -> None:
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
         ["plan.json", "planned"], compact)  # fmt: skip
-    options = [info.model, info.config_hash, info.budget, inputs.capacity.total, info.origins]
+    options = [info.model, info.config_hash, info.weights_hash, info.budget,
+               inputs.capacity.total, info.origins]  # fmt: skip
     session.stage("pack", options, reads, ["pack"], body)
 
 

@@ -82,12 +82,15 @@ def cache_directory(tmp_path_factory):
 def command(monkeypatch, capsys):
     """`command(*argv)`: what a shell sees of it, exit code, standard output and standard error.
 
-    In this process: any exception but SystemExit would be a traceback, and is raised here.
+    In this process: an exception that nobody expected is raised here, as D2C_MLX_DEBUG has it.
+    Keywords set variables of the environment.
     """
     from d2c_mlx_cli.main import main
 
-    def call(*argv):
+    def call(*argv, **environment):
         monkeypatch.setattr(sys, "argv", ["d2c-mlx", *map(str, argv)])
+        for name, value in {"D2C_MLX_DEBUG": "1", **environment}.items():
+            monkeypatch.setenv(name, value)
         capsys.readouterr()
         code = 0
         try:

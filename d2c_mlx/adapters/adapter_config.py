@@ -8,6 +8,7 @@ from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = ["base_name", "read_config"]
@@ -21,7 +22,7 @@ def read_config(directory: Path) -> dict[str, object]:
     """
     path = directory / CONFIG
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except FileNotFoundError:
         raise AdapterError(f"{path}: missing; an adapter needs its adapter_config.json") from None
     except (ValueError, OSError) as error:

@@ -104,7 +104,7 @@ def _tensor_problems(header: Header) -> list[str]:
             f"dtypes {', '.join(dtypes)}, expected one of {', '.join(_FLOATS)} for all tensors: the"
             " base's activations'"
         )
-    names = {name.rpartition(".")[0] for name in header if name not in outside}
+    names = {name.rpartition(".")[0] for name in header.keys() - set(outside)}
     half = [name for name in names if not {f"{name}.lora_a", f"{name}.lora_b"} <= header.keys()]
     if half:
         problems.append(

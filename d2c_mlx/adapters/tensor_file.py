@@ -16,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 
 from d2c_mlx.adapters.checks import check_finite
 from d2c_mlx.utils.errors import AdapterError, InputError
+from d2c_mlx.utils.files import open_file
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = ["Header", "TensorFile", "open_tensors", "read_header", "read_tensors"]
 
 # Tensor name -> (dtype as safetensors names it, shape).
 Header = dict[str, tuple[str, tuple[int, ...]]]
+# Most tensors of a file and bytes of its header: ten times those of the largest adapters.
+_MOST_TENSORS, _MOST_HEADER = 20_000, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,9 @@ def open_tensors(
     """
     try:
         # safe_open checks offsets, sizes and dtypes against the file; mx.load alone is lazy.
+        text = _header_text(path)
         with safe_open(str(path), framework="numpy") as handle:
-            _refuse_duplicates(path)
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            header = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            header = _parse_header(text)
             yield TensorFile(header, handle.metadata() or {}, handle)
     except (SafetensorError, OSError, _HeaderError) as caught:
         reason = str(caught).splitlines()[0]
@@ -76,13 +78,26 @@ class _HeaderError(Exception):
     """A header that safetensors itself takes."""
 
 
-def _refuse_duplicates(path: Path) -> None:
-    with open(path, "rb") as file:
-        text = file.read(int.from_bytes(file.read(8), "little"))
+def _header_text(path: Path) -> bytes:
+    """The JSON of a header, before anybody makes objects of it."""
+    with open_file(path) as file:
+        nbytes = int.from_bytes(file.read(8), "little")
+        text = file.read(min(nbytes, _MOST_HEADER + 1))
+    if len(text) > _MOST_HEADER:
+        raise _HeaderError(f"a header of more than {_MOST_HEADER:,} bytes")
+    return text
+
+
+def _parse_header(text: bytes) -> Header:
+    """The tensors of a header that safetensors has taken."""
     try:
-        parse_json(text.decode())
+        entries = parse_json(text.decode())
     except ValueError as error:
         raise _HeaderError(str(error)) from None
+    entries.pop("__metadata__", None)
+    if len(entries) > _MOST_TENSORS:
+        raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
+    return {name: (one["dtype"], tuple(one["shape"])) for name, one in entries.items()}
 
 
 def read_header(path: Path) -> Header:

@@ -127,7 +127,8 @@ def _index(path: Path, file: TensorFile) -> Index:
         )
         size = len(index.names), len(index.modules), len(index.bits)
         same = index.counts.dtype == np.uint8 and index.counts.shape == size
-        same &= set(index.bits) <= set(BITS) and index.group_size in GROUP_SIZES
+        same &= [*index.bits] == [bits for bits in BITS if bits in index.bits]
+        same &= index.group_size in GROUP_SIZES
         if same and file.header == index.tensors():
             return index
     except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):

@@ -54,6 +54,8 @@ _LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
 FIELDS = ("weight", "scales", "biases")
 # Most components of a module at the same bits: one byte counts them.
 MAX_COUNT = 255
+# Most characters of a module's path, numbers of a row, and modules of a model.
+_MOST_PATH, _MOST_WIDTH, _MOST_MODULES = 256, 1 << 24, 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +83,16 @@ class Index:
 
     def rows(self) -> dict[tuple[int, int], np.ndarray]:
         """(bits, row width) -> number of rows of every adapter, `(n_adapters,)`."""
-        found = {}
-        widths = sorted({width for _, *shape in self.modules for width in shape})
-        for width in widths:
-            uses = np.array([shape.count(width) for _, *shape in self.modules])
-            for level, bits in enumerate(self.bits):
-                rows = self.counts[:, :, level].astype(np.int64) @ uses
-                if rows.any():
-                    found[bits, width] = rows
+        shapes = np.array([shape for _, *shape in self.modules], np.int64).reshape(-1, 2)
+        widths, places = np.unique(shapes, return_inverse=True)
+        # (width, adapter, bits), in one pass over the modules whatever their number of widths.
+        rows = np.zeros((len(widths), len(self.counts), len(self.bits)), np.int64)
+        for place in places.reshape(-1, 2).T:
+            np.add.at(rows, place, self.counts.swapaxes(0, 1))
+        found = {
+            (self.bits[level], int(widths[w])): rows[w, :, level]
+            for w, level in np.argwhere(rows.any(axis=1))
+        }
         return dict(sorted(found.items(), reverse=True))
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -239,14 +243,17 @@ def expand_modules(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str,
         most: number of modules that the file's counts have room for.
 
     Raises:
-        ValueError: more than `most` modules, or malformed patterns.
+        ValueError: more than `most` modules, malformed patterns, or paths and widths that no model
+            has: a pattern of many stars would become thousands of long paths.
     """
     modules: list[tuple[str, int, int]] = []
     for pattern, width, out, spans in runs:
+        if len(pattern) > _MOST_PATH or not 0 < min(width, out) <= max(width, out) <= _MOST_WIDTH:
+            raise ValueError("a path or a width beyond those of any model")
         for span in spans.split(","):
             low, _, high = span.partition("-")
             layers = range(int(low), int(high or low) + 1) if span else (-1,)
-            if len(layers) > most - len(modules):
+            if len(layers) > min(most, _MOST_MODULES) - len(modules):
                 raise ValueError(f"more than {most} modules")
             for layer in layers:
                 path = pattern if layer < 0 else pattern.replace("*", str(layer))

@@ -6,8 +6,13 @@ import sqlite3
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
+from d2c_mlx.utils.files import fingerprint
 
 __all__ = ["LossCache"]
+
+
+def _checksum(key: str, loss: object) -> str:
+    return fingerprint([key, loss])[:16]
 
 
 class LossCache:
@@ -31,26 +36,32 @@ class LossCache:
             # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
+            # Earlier versions had `losses` without a checksum.
             self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS losses (key TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS checked_losses"
+                " (key TEXT PRIMARY KEY, loss REAL, checksum TEXT) WITHOUT ROWID"
             )
         except (OSError, sqlite3.Error) as error:
             raise self._problem(error) from None
 
     def get(self, key: str) -> float | None:
-        """The loss of a key, to the last bit, or None."""
+        """The loss of a key, to the last bit, or None, also where a bit of it has changed."""
+        query = "SELECT loss, checksum FROM checked_losses WHERE key = ?"
         try:
-            row = self._connection.execute("SELECT loss FROM losses WHERE key = ?", (key,))
-            found = row.fetchone()
+            found = self._connection.execute(query, (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._problem(error) from None
         # SQLite has no NaN and keeps a null instead, which counts as no entry.
-        return None if found is None or found[0] is None else float(found[0])
+        good = found is not None and found[1] == _checksum(key, found[0])
+        return float(found[0]) if good and found[0] is not None else None
 
     def put(self, key: str, loss: float) -> None:
-        """Store one loss."""
+        """Store one loss; one that is there and good stays."""
+        if self.get(key) is not None:
+            return
+        row = key, float(loss), _checksum(key, float(loss))
         try:
-            self._connection.execute("INSERT OR IGNORE INTO losses VALUES (?, ?)", (key, loss))
+            self._connection.execute("INSERT OR REPLACE INTO checked_losses VALUES (?, ?, ?)", row)
         except sqlite3.Error as error:
             raise self._problem(error) from None
 

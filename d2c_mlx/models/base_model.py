@@ -21,14 +21,16 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.float16 import balance_factors
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
+from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.tasks import Row
 from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.device import use_device
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.files import fingerprint, hash_file
+from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
 __all__ = [
+    "WITHOUT_CODE",
     "BaseModel",
     "block_index",
     "greedy",
@@ -37,6 +39,13 @@ __all__ = [
     "stored_dtype",
 ]
 
+# For mlx-lm's `load`. Left unsaid, transformers would ask whether to run code of the directory.
+WITHOUT_CODE: dict[str, Any] = {
+    "trust_remote_code": False,
+    "tokenizer_config": {"trust_remote_code": False},
+}
+# Suffixes of a model's files of text, and most bytes of one: tokenizers have up to 40 MB.
+_TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 20
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
 # engine changes losses.
 _ENGINE = 5
@@ -128,18 +137,24 @@ class BaseModel:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return json.loads(read_text(self.path / "config.json"))
 
     @cached_property
     def config_hash(self) -> str:
-        """Hex SHA-256 of the model's config.json."""
-        return hash_file(self.path / "config.json")
+        """Hex SHA-256 of the model's config.json, whatever its form."""
+        return config_digest(self.path)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Hex SHA-256 of the model's weights as they are stored."""
+        return weights_digest(self.path)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of engine, mlx-lm, config, and every weight and tokenizer file."""
         # The architecture's code is mlx-lm's.
-        parts = [_ENGINE, version("mlx-lm"), self.config_hash, str(self.compute_dtype)]
+        config = hash_file(self.path / "config.json")
+        parts = [_ENGINE, version("mlx-lm"), config, str(self.compute_dtype)]
         for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
             parts.append([file.name, hash_file(file)])
         return fingerprint(parts)
@@ -255,17 +270,37 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
         lazy: read weights only when they are used.
 
     Raises:
-        ModelError: mlx-lm cannot load it.
+        ModelError: mlx-lm cannot load it without code from the directory, or at all.
     """
     use_device()
+    _check_files(path)
     try:
-        model, tokenizer = load(str(path), lazy=lazy)
+        model, tokenizer = load(str(path), lazy=lazy, **WITHOUT_CODE)
     except Exception as error:  # strangers' code on strangers' files
         reason = (str(error).strip() or "it says no more").splitlines()[0]
+        if "custom code" in reason or "custom module" in reason:
+            raise ModelError(
+                f"{path}: needs Python code from this directory (auto_map or model_file), which is"
+                " never run; give a model of a family that mlx-lm has"
+            ) from None
         raise ModelError(
             f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
         ) from None
     return model, tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse what mlx-lm and transformers would read without an end: pipes, devices, vast text."""
+    problems = []
+    for file in sorted(directory.iterdir()):
+        if file.exists() and (file.suffix in _TEXTS or file.suffix == ".safetensors"):
+            if not file.is_file():
+                problems.append(f"{file}: is no regular file, expected one of a model")
+            elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
+                problems.append(f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are"
+                                " read; download it again")  # fmt: skip
+    if problems:
+        raise ModelError(problems)
 
 
 def greedy(

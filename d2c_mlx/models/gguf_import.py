@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
 __all__ = ["convert_gguf", "tokenizer_beside"]
@@ -35,6 +36,8 @@ _BLOCK = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|scales|biases)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# GGMLQuantizationType that MLX reads. Tensors of the newest ones it leaves out without a word.
+_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "I8", "I16", "I32")
 # The chat template's file in transformers 5; before, it was a key of tokenizer_config.json.
 _TEMPLATE = "chat_template.jinja"
 
@@ -53,7 +56,14 @@ def convert_gguf(path: Path, directory: Path) -> None:
     """
     try:
         # MLX's own reader trusts every length and offset, to the point of a segmentation fault.
-        open_gguf(path)
+        types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(path).tensors}
+        unread = sorted(name for name, kind in types.items() if kind not in _TYPES)
+        if unread:
+            raise ModelError(
+                f"{path}: {len(unread)} tensors are of a type that MLX does not read (first:"
+                f" {unread[0]}, {types[unread[0]]}), expected {', '.join(_TYPES)}; give the model"
+                " in one of these"
+            )
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
     except GGUF_ERRORS as error:
         raise ModelError(
@@ -103,7 +113,7 @@ def _has_template(files: Sequence[Path]) -> bool:
     (path,) = (file for file in files if file.name == _TOKENIZER_FILES[1])
     try:
         # Not by `parse_json`: transformers writes 10 ** 30 for no limit of tokens.
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(config, dict):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
-from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.models.identity import cached_model, config_digest, file_digest, weights_digest
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.files import fingerprint, hash_file, write_dir
+from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.hub import download, parse_hub_id
-from d2c_mlx.utils.lock import locked
 
 __all__ = [
     "EMBEDDED",
+    "check_weights",
     "embedded_gguf",
     "model_files",
     "resolve_base",
@@ -102,40 +103,62 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     return resolve_model(spec)
 
 
-def resolve_exact_base(name: str, config_hash: str, spec: str | None) -> Path:
-    """Find the mlx-lm directory of a pack's base model, and compare its config with the pack's.
+def resolve_exact_base(
+    name: str, config_hash: str, weights_hash: str | None, spec: str | None
+) -> Path:
+    """Find the mlx-lm directory of a pack's base model, and compare it with the pack's.
 
     For commands whose result is wrong on another model; `resolve_base` compares nothing.
 
     Args:
         name: the base that the pack names.
-        config_hash: hex SHA-256 of its config.json, as the pack has it.
+        config_hash: `config_digest` of it, as the pack has it, or the hash of the file's bytes, as
+            older packs have it.
+        weights_hash: `weights_digest` of it; None, as older packs have it, is not compared.
         spec: as for `resolve_base`.
 
     Raises:
         ModelError: as `resolve_base`, or it is another model.
     """
     _, directory = resolve_base(name, spec)
-    path = directory / "config.json"
-    if hash_file(path) != config_hash:
+    if not _has_config(directory, config_hash):
         raise ModelError(
-            f"{path}: is not the config of {name!r}, which the pack was made with (its"
-            " sha256 differs); name that very model with --model"
+            f"{directory / 'config.json'}: is not the config of {name!r}, which the pack was made"
+            " with (its sha256 differs); name that very model with --model"
         )
+    check_weights(directory, config_hash, weights_hash)
     return directory
+
+
+def check_weights(directory: Path, config_hash: str, weights_hash: str | None) -> None:
+    """Refuse a model with the config of a pack's base but other weights, such as a fine-tuned one.
+
+    A model with another config passes: a quantized base is one.
+
+    Args:
+        directory: of the model.
+        config_hash: as for `resolve_exact_base`.
+        weights_hash: as for `resolve_exact_base`.
+
+    Raises:
+        ModelError: the weights differ.
+    """
+    if weights_hash is None or not _has_config(directory, config_hash):
+        return
+    if weights_digest(directory) != weights_hash:
+        raise ModelError(
+            f"{directory}: has the config of the pack's base model but other weights (their sha256"
+            " differs); name that very model with --model"
+        )
+
+
+def _has_config(directory: Path, digest: str) -> bool:
+    return digest in (hash_file(directory / "config.json"), config_digest(directory))
 
 
 def _converted(gguf: Path) -> Path:
     """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
-    stat = gguf.stat()
     # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
-    key = fingerprint([str(gguf.resolve()), stat.st_size, stat.st_mtime_ns, beside, "v2"])[:16]
-    directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
-    if not directory.exists():
-        # Ranks on one machine start together.
-        with locked(directory.parent, wait=True):
-            if not directory.exists():
-                with write_dir(directory) as temporary:
-                    convert_gguf(gguf, temporary)
-    return directory
+    parts = [file_digest(gguf), beside, "v3"]
+    return cached_model(gguf.stem, parts, partial(convert_gguf, gguf))

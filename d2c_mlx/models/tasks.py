@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
+# Most bytes of a file of rows, of which the first ten decide.
+_MOST_ROWS = 256 << 20
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
 _FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
 # Most names that a message lists.
@@ -243,7 +246,11 @@ def _read_rows(
         raise TaskError(f"{path}: missing; {hint}")
     try:
         # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path, _MOST_ROWS).split("\n")
+    except OSError as error:
+        raise TaskError(
+            f"{path}: cannot be read ({error.strerror}); expected rows of JSON"
+        ) from None
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     rows: dict[int, Row] = {}

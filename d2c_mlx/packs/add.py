@@ -193,7 +193,8 @@ def _into_slots(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
             f"budget: found {budget.text}, expected at least {len(pack.adapters)}: so many adapters"
             f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
         )
-    held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
+    with pack.reading():
+        held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
     n: dict[str | int, int] = {slot: pack.merged(slot) for slot in held}
     first = next(iter(held))
     dtype = next(iter(held[first].modules.values())).a.dtype
@@ -277,7 +278,8 @@ def _into_bytes(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
             f"budget: {budget.text} adapters are in {pack.path} already, and a compact pack merges"
             " none; give bytes, or run the plan anew"
         )
-    stored = [read_compact(pack.path / COMPACT, key) for key in keys]
+    with pack.reading([COMPACT]):
+        stored = [read_compact(pack.path / COMPACT, key) for key in keys]
     made = make_room(stored, adapter, limit, rules.judge)
     place = {key: i for i, key in enumerate(keys)}
     serves = {task: place[k] if isinstance(k, int) else None for task, k in pack.tasks.items()}

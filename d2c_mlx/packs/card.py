@@ -11,7 +11,7 @@ from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
 from d2c_mlx.utils.errors import ConfigError, PackError
-from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.hub import parse_hub_id
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.templates import templates_of
@@ -170,7 +170,7 @@ def _losses(methods: Json, task: str | None) -> Json:
 
 def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
 

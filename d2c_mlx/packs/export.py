@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.overwrite import check_output, local_model
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
-from d2c_mlx.utils.files import write_dir, write_json
+from d2c_mlx.utils.files import read_text, write_dir, write_json
 
 __all__ = ["FORMATS", "export", "unpacked_nbytes", "write_plain"]
 
@@ -49,7 +48,9 @@ def export(
             cannot be read; nothing is written.
     """
     directory = Path(directory)
-    check_output(directory, [("pack", pack.path), *local_model(model)], error=PackError)
+    inputs = [("pack", pack.path), *local_model(model)]
+    check = partial(check_output, directory, inputs, error=PackError)
+    check()
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
     write, suffix = partial(_write_mlx, pack), ""
@@ -57,7 +58,8 @@ def export(
         write = partial(save_peft, config=_base_config(pack, model)[1] if model else None)
     if to == "gguf":
         write, suffix = partial(save_gguf_lora, config=_gguf_config(pack, model)), ".gguf"
-    with write_dir(directory) as temporary:
+    # Another command may have written there in the meantime.
+    with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         tasks = _write_adapters(pack, temporary, write, suffix)
         mark(temporary, "export")
     return tasks
@@ -101,13 +103,13 @@ def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
     path.mkdir()
     # Only files that the manifest verified, and nothing that lies beside them.
     for file in pack.files_of(path.name):
-        shutil.copyfile(pack.path / file, path.parent / file)
+        pack.copy(file, path.parent / file)
 
 
 def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:
     """The config.json of the model that the pack was made for: its path and content."""
     path = pack.base_directory(model) / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(read_text(path))
     return path, config
 
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.validation import Checked, problems_of
 
@@ -54,11 +54,15 @@ class Base(_Part):
 
     Attributes:
         model: its name or hub id.
-        config_sha256: hex SHA-256 of its config.json.
+        config_sha256: hex SHA-256 of its config.json in canonical form; of its bytes in packs of
+            earlier versions.
+        weights_sha256: hex SHA-256 of its weights, see `weights_digest`; None in packs of earlier
+            versions.
     """
 
     model: str = _expected("a string")
     config_sha256: str = _expected("a string")
+    weights_sha256: str | None = Field(None, json_schema_extra={"expected": "a string"})
 
 
 class CompactBase(Base):
@@ -169,10 +173,10 @@ def check_format(path: Path) -> dict[str, Any]:
         PackError: no pack, not JSON, or another format, storage or version.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise PackError(f"{path}: missing; is this a pack?") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise PackError(
             f"{path}: found no file that can be read ({error.strerror}), expected the manifest of a"
             " pack; name the directory of a pack"

@@ -7,7 +7,8 @@ in one file, and `export` writes plain directories of either (docs/concepts/pack
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
-from d2c_mlx.models.resolve import resolve_exact_base
+from d2c_mlx.models.resolve import check_weights, resolve_exact_base
 from d2c_mlx.packs.manifest import (
     COMPACT,
     FORMAT,
@@ -29,6 +30,8 @@ from d2c_mlx.packs.manifest import (
     read_manifest,
 )
 from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import copy_file, file_state, hash_file, old_dir, restore_dir
+from d2c_mlx.utils.lock import held
 
 __all__ = [
     "COMPACT",
@@ -48,7 +51,8 @@ class PackInfo:
 
     Attributes:
         model: name or hub id of the base model.
-        config_hash: hex SHA-256 of the base model's config.json.
+        config_hash: `config_digest` of the base model.
+        weights_hash: `weights_digest` of the base model; None in packs of earlier versions.
         n_layers: number of transformer blocks of the base model. A plain pack does not store it:
             its adapters do, and `Pack.info` says 0.
         budget: as the user wrote it.
@@ -62,6 +66,7 @@ class PackInfo:
 
     model: str
     config_hash: str
+    weights_hash: str | None = None
     n_layers: int = 0
     budget: str = "-"
     max_bytes: int | None = None
@@ -77,10 +82,14 @@ class Pack:
     Attributes:
         path: its directory.
         manifest: what its `manifest.json` says.
+        states: file -> its `file_state` when it was verified.
     """
 
     path: Path
     manifest: PlainManifest | CompactManifest
+    states: Mapping[str, tuple[int, ...] | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def storage(self) -> Literal["plain", "compact"]:
@@ -138,6 +147,7 @@ class Pack:
         info = PackInfo(
             model=found.base.model,
             config_hash=found.base.config_sha256,
+            weights_hash=found.base.weights_sha256,
             budget=found.budget.text,
             max_bytes=found.budget.nbytes,
             origins=found.origins,
@@ -156,7 +166,14 @@ class Pack:
         Raises:
             ModelError: it is needed and not given, cannot be had, or is another model.
         """
-        return resolve_exact_base(self.manifest.base.model, self.manifest.base.config_sha256, model)
+        base = self.manifest.base
+        return resolve_exact_base(base.model, base.config_sha256, base.weights_sha256, model)
+
+    def check_weights(self, directory: Path) -> None:
+        """Refuse a model with the base's config and other weights; raises ModelError."""
+        check_weights(
+            directory, self.manifest.base.config_sha256, self.manifest.base.weights_sha256
+        )
 
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
@@ -183,8 +200,47 @@ class Pack:
             return None
         if isinstance(self.manifest, CompactManifest):
             dtype = getattr(mx, self.manifest.dtype)
-            return read_compact(self.path / COMPACT, int(adapter)).adapter(dtype)
-        return load_adapter(self.adapter_path(task))
+            with self.reading([COMPACT]):
+                return read_compact(self.path / COMPACT, int(adapter)).adapter(dtype)
+        with self.reading(self.files_of(str(adapter))):
+            return load_adapter(self.adapter_path(task))
+
+    @contextmanager
+    def reading(self, names: Iterable[str] | None = None) -> Iterator[None]:
+        """Read files inside the block: none of our commands replaces the pack meanwhile.
+
+        Args:
+            names: the files that are read; None is all of them with the manifest.
+
+        Raises:
+            PackError: the files are not those that were verified.
+        """
+        with held(self.path, shared=True):
+            yield
+            for name in (MANIFEST, *self.manifest.files) if names is None else names:
+                path, entry = self.path / name, self.manifest.files.get(name)
+                same = _state(path) == self.states.get(name)
+                # A pack that is changed keeps most files.
+                if not same and not (entry and path.is_file() and hash_file(path) == entry.sha256):
+                    raise self._changed()
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy one file of the pack to a new name; raises PackError if it is not what was verified.
+
+        The bytes that are hashed are those that are written.
+        """
+        entry = self.manifest.files.get(name)
+        try:
+            digest = copy_file(self.path / name, target)
+        except FileNotFoundError:
+            raise self._changed() from None
+        if entry and entry.sha256 != digest:
+            raise self._changed()
+
+    def _changed(self) -> PackError:
+        return PackError(
+            f"{self.path}: was replaced or changed while it was read; give this command again"
+        )
 
     def switch(self, model: Any, task: str | None) -> None:  # noqa: ANN401  any nn.Module
         """Make an mlx-lm model serve `task`, in place; None is the base model.
@@ -213,7 +269,8 @@ def pack_directory(directory: str | Path) -> Path:
     """The directory itself or, of a run, the pack in it."""
     path = Path(os.path.expanduser(directory))
     inner = path / "pack"
-    in_a_run = (inner / MANIFEST).is_file() and not (path / MANIFEST).exists()
+    there = any((one / MANIFEST).is_file() for one in (inner, old_dir(inner)))
+    in_a_run = there and not (path / MANIFEST).exists()
     return inner if in_a_run else path
 
 
@@ -227,11 +284,39 @@ def load_pack(directory: str | Path) -> Pack:
             missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
     directory = pack_directory(directory)
-    pack = Pack(directory, read_manifest(directory / MANIFEST))
-    problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
-    if problems:
-        raise PackError(problems)
-    return pack
+    _restore(directory)
+    with held(directory, shared=True):
+        # Before anything is read, so that whatever changes a file from then on shows.
+        before = {path: _state(path) for path in directory.glob("*")}
+        before |= {path: _state(path) for path in directory.glob("*/*")}
+        manifest = read_manifest(directory / MANIFEST)
+        names = (MANIFEST, *manifest.files)
+        pack = Pack(directory, manifest, {name: before.get(directory / name) for name in names})
+        problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
+        if problems:
+            raise PackError(problems)
+        with pack.reading():
+            return pack
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """The `file_state` of a file that is there."""
+    try:
+        return file_state(path)
+    except OSError:
+        return None
+
+
+def _restore(directory: Path) -> None:
+    """Put a pack back that a killed command had moved aside; raises PackError where that fails."""
+    try:
+        restore_dir(directory)
+    except OSError as error:
+        old = old_dir(Path(os.path.realpath(directory)))
+        raise PackError(
+            f"{directory}: missing; a command that was killed left it as {old}, which cannot be"
+            f" moved back ({error.strerror}); rename it"
+        ) from None
 
 
 def _plain_problems(pack: Pack) -> list[str]:

@@ -6,8 +6,8 @@ programs that read packs and those that do not, and of a plain pack no file is t
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from d2c_mlx.packs.card import CardOptions, read_bench, render_card
@@ -48,13 +48,14 @@ def write_repository(
     hub = parse_hub_id(repo)
     if hub is None or hub.revision:
         raise ConfigError(f"repo: {repo!r}, expected a Hugging Face id, owner/name")
-    check_output(directory, [("pack", pack.path)], error=PackError)
+    check = partial(check_output, directory, [("pack", pack.path)], error=PackError)
+    check()
     card = render_card(pack, repo, options, read_bench(pack, options.bench))
-    with write_dir(directory) as temporary:
+    with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         write_plain(pack, temporary)
         for file in (*pack.manifest.files, MANIFEST):
             if not (temporary / file).exists():
-                shutil.copyfile(pack.path / file, temporary / file)
+                pack.copy(file, temporary / file)
         write_text(temporary / CARD, card)
         load_pack(temporary)
         mark(temporary, "push")

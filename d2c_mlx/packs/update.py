@@ -112,7 +112,8 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
     info = replace(pack.info, merged=merged, origins=origins)
     if pack.storage == "plain":
         return rewrite_pack(pack, {}, left, info)
-    stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
+    with pack.reading([COMPACT]):
+        stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
     place = {key: i for i, key in enumerate(kept)}
     serves = {task: None if key is None else place[key] for task, key in left.items()}
     info = replace(info, merged={place[key]: n for key, n in merged.items()})

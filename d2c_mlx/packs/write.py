@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -104,7 +103,7 @@ def rewrite_pack(
                 continue
             (temporary / name).mkdir()
             for file in pack.files_of(name):
-                shutil.copyfile(pack.path / file, temporary / file)
+                pack.copy(file, temporary / file)
         _write_manifest(pack.path, temporary, info, tasks)
     return load_pack(pack.path)
 
@@ -124,7 +123,7 @@ def with_file(pack: Pack, name: str, write: Callable[[Path], None]) -> Pack:
         for file in pack.manifest.files:
             if file != name:
                 (temporary / file).parent.mkdir(exist_ok=True)
-                shutil.copyfile(pack.path / file, temporary / file)
+                pack.copy(file, temporary / file)
         write(temporary / name)
         _write_manifest(pack.path, temporary, pack.info, pack.tasks, by_name=True)
     return load_pack(pack.path)
@@ -186,6 +185,8 @@ def _said(storage: str, info: PackInfo) -> dict[str, Any]:
     """Base, budget and origins; what only a compact pack stores, in one."""
     base: dict[str, Any] = {"model": info.model, "config_sha256": info.config_hash}
     dtype = {}
+    if info.weights_hash is not None:
+        base["weights_sha256"] = info.weights_hash
     if storage == "compact":
         base["n_layers"] = info.n_layers
         dtype["dtype"] = str(info.dtype).split(".")[-1]

@@ -71,6 +71,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         require_extra("answers", "answers", ", or give --answers 0")
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
     name, source, path = quantized_model(config.model, config.bits)
+    pack.check_weights(source)
     stock = StockModel(path)
     methods = _load_methods(config, pack, stock)
     contexts = _fitting_contexts(config, stock)

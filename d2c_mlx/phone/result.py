@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.validation import Checked, problems_of
 
 __all__ = ["FORMAT", "read_phone"]
@@ -176,7 +176,7 @@ def read_phone(path: Path, of: Path | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise PackError(f"{path}: no such file; write one with {_COMMAND} > {path}")
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read_text(path))
     except ValueError:
         result = None
     if not isinstance(result, dict) or result.get("format") != FORMAT:

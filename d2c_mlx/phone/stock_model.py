@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,13 +28,12 @@ from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.attach import switch
 from d2c_mlx.models.base_model import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.identity import cached_model, weights_digest
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.tokenize import context_length
-from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.files import fingerprint, hash_file, write_dir
-from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
 __all__ = ["StockModel", "quantized_model"]
 
@@ -165,7 +165,7 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         ModelError: no such model, it has other bits already, or no group size divides its widths.
     """
     name, path = resolve_model(spec)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(path / "config.json"))
     stored = config.get("quantization", config.get("quantization_config"))
     if bits is None or (stored and stored.get("bits") == bits):
         return name, path, path
@@ -174,27 +174,19 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
             f"{path}: its weights have {stored.get('bits', 'unknown')} bits already, expected"
             f" weights that are not quantized for --bits {bits}; leave --bits out"
         )
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-             for file in sorted(path.glob("*.safetensors"))]  # fmt: skip
     found = [
         file for file in sorted(path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file()
     ]
     beside = [(file.name, hash_file(file)) for file in found]
-    key = fingerprint([str(path.resolve()), files, beside, bits, version("mlx-lm"), "v2"])[:16]
-    directory = cache_directory() / "models" / f"{path.name}-{bits}bit-{key}"
-    if not directory.exists():
-        # Two commands may need the same model at once.
-        with locked(directory.parent, wait=True):
-            if not directory.exists():
-                _quantize(path, bits, directory)
-    return name, path, directory
+    parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
+    return name, path, cached_model(f"{path.name}-{bits}bit", parts, partial(_quantize, path, bits))
 
 
 def _quantize(path: Path, bits: int, directory: Path) -> None:
     model, tokenizer = load_stock(path, lazy=True)
-    with write_dir(directory) as temporary, contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):
         model, config = quantize_model(model, load_config(path), _group_size(model, path), bits)
-        save(temporary, path, model, tokenizer, config)
+        save(directory, path, model, tokenizer, config)
 
 
 def _group_size(model: nn.Module, path: Path) -> int:

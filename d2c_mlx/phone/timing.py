@@ -19,6 +19,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.evaluate.evaluator import Meter
+from d2c_mlx.models.base_model import WITHOUT_CODE
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.phone.stock_model import StockModel
@@ -141,7 +142,8 @@ def _through_pack(stock: StockModel, pack: Pack, task: str) -> tuple[float, ...]
 
 def _by_reload(stock: StockModel, directory: Path, place: str | None) -> tuple[float, ...]:
     started = time.perf_counter()
-    model = load(str(stock.path), adapter_path=str(directory / place) if place else None)[0]
+    adapter = str(directory / place) if place else None
+    model = load(str(stock.path), adapter_path=adapter, **WITHOUT_CODE)[0]
     reloaded = time.perf_counter() - started
     # The token is computed in the same dtype as ours; the cast is not timed.
     if stock.compute_dtype:

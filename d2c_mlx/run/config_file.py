@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError, ConfigError, InputWarning, Problem
+from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json, read_yaml
 
 __all__ = ["load_config", "read_clusters"]
@@ -149,16 +151,16 @@ def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...
         ConfigError: the file cannot be read, has not exactly these adapters, or too many clusters.
     """
     try:
-        clusters = _clusters(parse_json(path.read_text(encoding="utf-8")))
+        clusters = _clusters(parse_json(read_text(path)))
     except OSError as error:
         raise ConfigError(f"clusters: {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError):
         raise ConfigError(
             f"clusters: {path}: expected clusters.json of a run, or a JSON list of lists of names"
         ) from None
-    listed = [name for cluster in clusters for name in cluster]
-    problems = []
-    if wrong := sorted({name for name in listed if name not in names or listed.count(name) > 1}):
+    listed = Counter(name for cluster in clusters for name in cluster)
+    problems, known = [], set(names)
+    if wrong := sorted(name for name, n in listed.items() if name not in known or n > 1):
         problems.append(f"clusters: {path}: {', '.join(wrong)}: no adapter, or there twice")
     if missing := [name for name in names if name not in listed]:
         problems.append(f"clusters: {path}: {', '.join(missing)}: in no cluster")

@@ -10,6 +10,7 @@ from typing import Any
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.records import outputs_hold, read_finish, write_finish
 from d2c_mlx.run.snapshot import snapshot
+from d2c_mlx.utils.files import read_text
 
 __all__ = ["RunDirectory"]
 
@@ -32,7 +33,7 @@ class RunDirectory:
 
     def read(self, name: str) -> Any:  # noqa: ANN401  JSON is any
         """Content of a JSON artifact."""
-        return json.loads(self.path(name).read_text(encoding="utf-8"))
+        return json.loads(read_text(self.path(name)))
 
     def is_finished(self, config: RunConfig, stages: list[str]) -> bool:
         """True if these stages ran on the inputs of `config` and nothing changed since.

@@ -11,7 +11,7 @@ from d2c_mlx.packs.manifest import check_format
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError
-from d2c_mlx.utils.files import fingerprint, hash_tree, visible_files, write_json
+from d2c_mlx.utils.files import fingerprint, hash_tree, read_text, visible_files, write_json
 from d2c_mlx.utils.parsing import json_or_none, parse_json
 
 __all__ = [
@@ -40,7 +40,7 @@ class Record:
     def __init__(self, output: Path, name: str, options: object, reads: Sequence[str]) -> None:
         """Hash the inputs that a stage is about to work on; arguments as in `Session.stage`."""
         self._output = output
-        self._path = output / ".stages" / f"{name}.json"
+        self._path = _stages(output) / f"{name}.json"
         read = [hash_tree(output / file) for file in reads]
         self._inputs = fingerprint([VERSION, options, read])
 
@@ -68,13 +68,13 @@ def _untouched(output: Path, outputs: Mapping[str, str]) -> bool:
 
 def outputs_hold(output: Path, stages: Iterable[str]) -> bool:
     """True if each of these stages left outputs and all of them are untouched."""
-    records = [_read(output / ".stages" / f"{name}.json") for name in stages]
+    records = [_read(_stages(output) / f"{name}.json") for name in stages]
     return all(one["outputs"] and _untouched(output, one["outputs"]) for one in records)
 
 
 def read_finish(output: Path) -> dict[str, Any] | None:
     """Read what `write_finish` wrote; None if it is missing or damaged."""
-    found = json_or_none(output / ".stages" / _FINISH)
+    found = json_or_none(_stages(output) / _FINISH)
     good = isinstance(found, dict) and isinstance(found.get("stages"), list)
     return found if good and isinstance(found.get("inputs"), str) else None
 
@@ -82,12 +82,12 @@ def read_finish(output: Path) -> dict[str, Any] | None:
 def write_finish(output: Path, finish: dict[str, Any]) -> None:
     """Record which stages ended on which inputs, so that the next check needs no model."""
     if read_finish(output) != finish:
-        write_json(output / ".stages" / _FINISH, finish)
+        write_json(_stages(output) / _FINISH, finish)
 
 
 def has_record(output: Path) -> bool:
     """True if a stage of a run ended in this directory."""
-    return any(_read(path)["outputs"] for path in (output / ".stages").glob("*.json"))
+    return any(_read(path)["outputs"] for path in _stages(output).glob("*.json"))
 
 
 def check_pack(output: Path) -> None:
@@ -99,7 +99,7 @@ def check_pack(output: Path) -> None:
         PackError: the pack was made or changed otherwise, is of another version, or holds files
             of the user's, which would be lost.
     """
-    path, record = output / "pack", _read(output / ".stages" / "pack.json")
+    path, record = output / "pack", _read(_stages(output) / "pack.json")
     made = [one for one in (record["outputs"].get("pack"), record.get("expected")) if one]
     there = [file.relative_to(path).as_posix() for file in visible_files(path)]
     if not there or hash_tree(path) in made:
@@ -132,7 +132,7 @@ def expect_pack(output: Path, directory: Path) -> None:
 
     The run may be killed between the replacement and the record of the stage.
     """
-    path = output / ".stages" / "pack.json"
+    path = _stages(output) / "pack.json"
     write_json(path, {**_read(path), "expected": hash_tree(directory)})
 
 
@@ -145,18 +145,26 @@ def keep_pack(pack: Path, before: str) -> None:
         pack: directory of the pack; nothing is recorded for a pack that no run made.
         before: its `hash_tree` before it was changed.
     """
-    path = pack.parent / ".stages" / "pack.json"
+    path = _stages(pack.parent) / "pack.json"
     record = _read(path)
     if record["outputs"].get(pack.name) == before:
         write_json(path, {**record, "outputs": {pack.name: hash_tree(pack)}})
         # Later stages read the pack, so the run is not finished.
-        (pack.parent / ".stages" / _FINISH).unlink(missing_ok=True)
+        (_stages(pack.parent) / _FINISH).unlink(missing_ok=True)
+
+
+def _stages(output: Path) -> Path:
+    """The directory of the records; a link would lead writes out of a run that somebody sent."""
+    path = output / ".stages"
+    if path.is_symlink():
+        raise PackError(f"{path}: is a link, expected a directory; remove it")
+    return path
 
 
 def _read(path: Path) -> dict[str, Any]:
     """A record; a missing or damaged one counts as nothing done."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except (FileNotFoundError, ValueError):
         found = None
     if isinstance(found, dict) and "inputs" in found and isinstance(found.get("outputs"), dict):

@@ -55,7 +55,7 @@ def changed_options(config: RunConfig) -> list[str]:
 
 
 def snapshot(config: RunConfig) -> str | None:
-    """Hex SHA-256 of options, software, device, and path, size and time of every input file.
+    """Hex SHA-256 of options, software, device, and path, size and times of every input file.
 
     Equal snapshots mean that nothing changed. Different ones only make the stages compare content.
 
@@ -91,7 +91,7 @@ def _state(path: Path) -> list[Any]:
         try:
             stat = file.stat()
         except OSError:
-            found.append([name, None, None])
+            found.append([name, None])
         else:
-            found.append([name, stat.st_size, stat.st_mtime_ns])
+            found.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return [os.path.realpath(path), found]

@@ -36,6 +36,7 @@ def load(
         pack = load_pack(pack)
     adapter = None if task is None else pack.load(task)
     _, directory = resolve_base(pack.manifest.base.model, model)
+    pack.check_weights(directory)
     loaded, tokenizer = load_stock(directory)
     switch(loaded, adapter, pack.path)
     return loaded, tokenizer

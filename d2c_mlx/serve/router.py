@@ -210,7 +210,7 @@ def load_router(pack: Pack) -> Router | None:
         return None
     path = pack.path / ROUTER
     try:
-        with open_tensors(path, PackError) as file:
+        with pack.reading([ROUTER]), open_tensors(path, PackError) as file:
             about: Any = parse_json(file.metadata["router"])
             centre, directions = (
                 file.handle.get_tensor(name).astype(np.float32) for name in ("centre", "directions")

@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# Most problems that are told: a file of thousands has one reason.
+_MOST_PROBLEMS = 200
 
 
 class D2CError(Exception):
@@ -53,7 +55,10 @@ class InputError(D2CError):
     exit_code = 2
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        lines = [problems] if isinstance(problems, str) else problems
+        lines = [problems] if isinstance(problems, str) else list(problems)
+        left = len(lines) - _MOST_PROBLEMS
+        if left > 1:
+            lines = [*lines[:_MOST_PROBLEMS], f"and {left:,} problems more"]
         self.problems = [_printable(line) for line in lines]
         super().__init__("\n".join(self.problems))
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.files import read_text
 
 __all__ = ["is_positive", "json_or_none", "matches_end", "parse_json", "read_yaml"]
 
@@ -75,7 +76,7 @@ def _float(text: str) -> float:
 def json_or_none(path: Path) -> Any:  # noqa: ANN401  JSON is any
     """Read a JSON file by `parse_json`; None if it is missing or cannot be read."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except (OSError, ValueError):
         return None
 
@@ -151,7 +152,7 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, 4 * _MAX_YAML)
         if len(text) > _MAX_YAML:
             raise ConfigError(f"{path}: {len(text):,} characters, at most {_MAX_YAML:,} are read")
         data = yaml.load(text, Loader=_Loader) or {}

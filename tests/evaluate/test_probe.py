@@ -1,4 +1,5 @@
 import json
+import sqlite3
 
 import numpy as np
 import pytest
@@ -102,6 +103,29 @@ def test_the_cache_keeps_every_bit(tmp_path):
     assert other.get("d") is None
     other.put("d", 1.5)
     assert cache.get("d") == 1.5
+
+
+@pytest.mark.parametrize("change", ["loss = 0.25", "key = 'b'", "checksum = 'x'", "loss = 'x'"])
+def test_a_row_with_a_changed_bit_is_measured_again(tmp_path, change):
+    path = tmp_path / "losses.sqlite"
+    LossCache(path).put("a", 0.5)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE checked_losses SET {change}")
+    cache = LossCache(path)
+    assert cache.get("a") is cache.get("b") is None
+    cache.put("a", 0.5)
+    assert LossCache(path).get("a") == 0.5
+
+
+def test_the_cache_of_an_earlier_version_is_passed_over(tmp_path):
+    path = tmp_path / "losses.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE losses (key TEXT PRIMARY KEY, loss REAL) WITHOUT ROWID")
+        connection.execute("INSERT INTO losses VALUES ('a', 1.0)")
+    cache = LossCache(path)
+    assert cache.get("a") is None
+    cache.put("a", 0.5)
+    assert cache.get("a") == 0.5
 
 
 def test_a_broken_cache_is_named(tmp_path):

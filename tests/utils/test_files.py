@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,23 @@ def test_write_dir_leaves_nothing_on_an_exception(tmp_path):
 
 
 def test_write_dir_starts_empty_after_a_kill(tmp_path):
-    for name in (".out.tmp", ".out.old"):
+    for name in (".out.0123abcd.tmp", ".out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("over")
     with write_dir(tmp_path / "out") as directory:
         (directory / "x").write_text("x")
     assert entries(tmp_path) == ["out", "out/x"]
+
+
+def test_two_that_write_one_directory_do_not_touch_each_other_s(tmp_path):
+    """One name for both let the second empty what the first had written so far."""
+    with write_dir(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        with write_dir(tmp_path / "out") as second:
+            (second / "b").write_text("second")
+        assert entries(tmp_path / "out") == ["b"]
+        (first / "c").write_text("first")
+    assert entries(tmp_path) == ["out", "out/a", "out/c"]
 
 
 def test_write_text_replaces_and_leaves_no_temporary(tmp_path):
@@ -156,7 +168,7 @@ def test_write_dir_replaces_no_file(tmp_path, link):
 def test_write_dir_removes_leftovers_of_any_kind(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "mine").write_text("mine")
-    (tmp_path / ".out.tmp").symlink_to("kept")
+    (tmp_path / ".out.89abcdef.tmp").symlink_to("kept")
     (tmp_path / ".out.old").write_text("a file")
     for _ in range(2):
         with write_dir(tmp_path / "out") as directory:
@@ -185,3 +197,60 @@ def test_write_dir_puts_back_what_it_cannot_replace(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), write_dir(tmp_path / "out"):
         pass
     assert entries(tmp_path) == ["out", "out/mine"]
+
+
+def test_a_link_in_place_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    """The old name was known beforehand; even one that is guessed leads nowhere."""
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "01" * n)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".x.json.01010101.tmp").symlink_to("mine")
+    with pytest.raises(FileExistsError):
+        write_json(tmp_path / "x.json", [1])
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "x.json").exists()
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        for read in (hash_file, files.read_text, files.open_file):
+            with pytest.raises(OSError, match="is no regular file"):
+                read(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        files.open_file(tmp_path)
+
+
+def test_a_text_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "sparse", "wb") as sparse:
+        sparse.truncate(3 << 30)
+    with pytest.raises(OSError, match="more than 67,108,864 bytes"):
+        files.read_text(tmp_path / "sparse")
+    (tmp_path / "lines").write_bytes("ä\r\nb\rc\n".encode())
+    assert files.read_text(tmp_path / "lines") == (tmp_path / "lines").read_text("utf-8")
+
+
+def test_a_copy_is_hashed_as_it_is_written(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 999_999)
+    assert files.copy_file(tmp_path / "a", tmp_path / "b") == hash_file(tmp_path / "b")
+    with pytest.raises(FileExistsError):
+        files.copy_file(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_directory_that_another_process_writes_is_no_leftover(tmp_path):
+    with write_dir(tmp_path / "out") as first:
+        (first / "x").write_text("x")
+        with write_dir(tmp_path / "out"):
+            assert (first / "x").exists()
+        # What lies there by another name is somebody's.
+        (tmp_path / ".out.mine.tmp").mkdir()
+    assert entries(tmp_path) == [".out.mine.tmp", "out", "out/x"]
+
+
+def test_what_a_kill_left_aside_is_put_back(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "x").write_text("x")
+    files.restore_dir(tmp_path / "out")
+    assert entries(tmp_path) == ["out", "out/x"]
+    (tmp_path / ".out.old").symlink_to("out")
+    files.restore_dir(tmp_path / "out")
+    assert entries(tmp_path) == [".out.old", "out", "out/x"]

@@ -1,0 +1,196 @@
+"""Which base a directory holds, models converted once, and directories that strangers sent."""
+
+import json
+import os
+import shutil
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from helpers.gguf_files import write_gguf
+from helpers.tiny import LAYERS, tiny_model
+from safetensors.numpy import load_file, save_file
+
+from d2c_mlx.models.base_model import BaseModel, load_stock
+from d2c_mlx.models.identity import config_digest, weights_digest
+from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.serve.load import load
+from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.files import hash_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("identity") / "model")
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+def pack_for(model, path):
+    base = BaseModel(str(model))
+    info = PackInfo("tiny", base.config_hash, base.weights_hash, LAYERS)
+    return write_compact_pack(path, [], {"one": None}, info)
+
+
+def indented(path, indent):
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=indent))
+
+
+def test_the_order_and_the_files_of_tensors_do_not_count(model, copy):
+    digest = weights_digest(model)
+    tensors = load_file(copy / "model.safetensors")
+    names = sorted(tensors)
+    (copy / "model.safetensors").unlink()
+    save_file({n: tensors[n] for n in names[3:]}, copy / "model-1-of-2.safetensors")
+    save_file({n: tensors[n] for n in names[:3]}, copy / "model-2-of-2.safetensors")
+    assert weights_digest(copy) == digest
+    tensors[names[0]] = tensors[names[0]].copy()
+    tensors[names[0]].flat[0] += 1
+    save_file({n: tensors[n] for n in names[:3]}, copy / "model-2-of-2.safetensors")
+    assert weights_digest(copy) != digest
+    (copy / "model-2-of-2.safetensors").write_bytes(b"\x09" * 40)
+    with pytest.raises(ModelError, match="not readable as safetensors"):
+        weights_digest(copy)
+
+
+def test_a_pack_takes_its_base_however_its_config_is_indented(model, copy, tmp_path):
+    pack = pack_for(model, tmp_path / "pack")
+    indented(copy / "config.json", None)
+    assert hash_file(copy / "config.json") != hash_file(model / "config.json")
+    assert pack.base_directory(str(copy)) == copy
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
+    with pytest.raises(ModelError, match="is not the config of 'tiny'"):
+        pack.base_directory(str(copy))
+
+
+def test_a_pack_refuses_other_weights_with_its_config(model, tmp_path, command):
+    pack = pack_for(model, tmp_path / "pack")
+    other = tiny_model(tmp_path / "other", seed=1)
+    assert config_digest(other) == config_digest(model)
+    words = "has the config of the pack's base model but other weights"
+    for use in (pack.base_directory, lambda model: load(pack, "one", model)):
+        with pytest.raises(ModelError, match=words):
+            use(str(other))
+    load(pack, "one", str(model))
+    for argv in (
+        ["serve", pack.path, "--model", other],
+        ["add", pack.path, tmp_path, "--model", other],
+        ["route", pack.path, "x", "--model", other],
+        ["phone", pack.path, "--model", other, "--device", "iphone-6gb", "--quiet"],
+    ):
+        code, _, problem = command(*argv)
+        assert (code, problem.count("\n")) == (2, 1), problem
+        assert words in problem or argv[0] == "add", problem
+
+
+def test_a_pack_of_an_earlier_version_has_the_check_it_had(model, tmp_path):
+    info = PackInfo("tiny", hash_file(model / "config.json"), n_layers=LAYERS)
+    pack = write_compact_pack(tmp_path / "pack", [], {"one": None}, info)
+    assert "weights_sha256" not in (pack.path / "manifest.json").read_text()
+    assert load_pack(pack.path).base_directory(str(model)) == model
+    other = tiny_model(tmp_path / "other", seed=1)
+    assert pack.base_directory(str(other)) == other
+
+
+def test_a_digest_is_kept_until_something_touches_the_file(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    # Too fresh to be kept: it might change again within one tick of the clock.
+    digest = weights_digest(copy)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("d2c_mlx.models.identity._SETTLED_SECONDS", -60)
+    assert weights_digest(copy) == digest
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    path = copy / "model.safetensors"
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights_digest(copy) != digest
+    content[-1] ^= 1
+    path.write_bytes(content)
+    # A flipped bit in the cache is not believed.
+    kept.write_text(kept.read_text().replace(digest[:8], "01234567"))
+    assert weights_digest(copy) == digest
+
+
+def test_a_damaged_conversion_is_made_anew(model, tmp_path):
+    path = write_gguf(shutil.copytree(model, tmp_path / "g"), tmp_path / "g" / "m.gguf", mx.float32)
+    converted = resolve_model(str(path))[1] / "model.safetensors"
+    good, times = converted.read_bytes(), converted.stat()
+    bad = bytearray(good)
+    bad[-1] ^= 64
+    converted.write_bytes(bad)
+    os.utime(converted, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert resolve_model(str(path))[1] == converted.parent
+    assert converted.read_bytes() == good
+    (converted.parent / "model-extra.safetensors").write_bytes(good)
+    resolve_model(str(path))
+    assert not (converted.parent / "model-extra.safetensors").exists()
+
+
+def test_another_gguf_of_the_same_size_and_time_is_converted(model, tmp_path):
+    path = write_gguf(shutil.copytree(model, tmp_path / "g"), tmp_path / "g" / "m.gguf", mx.float32)
+    first, times = resolve_model(str(path))[1], path.stat()
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 64
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert weights_digest(resolve_model(str(path))[1]) != weights_digest(first)
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "Q5_K"])
+def test_a_gguf_tensor_that_mlx_does_not_read_is_refused_by_name(tmp_path, kind):
+    """MLX leaves out the first type without a word, and stops at the second."""
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    row = {"TQ1_0": 54, "Q5_K": 176}[kind]
+    writer.add_tensor("a.weight", np.ones((4, 256), np.float32))
+    raw = GGMLQuantizationType[kind]
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, row), np.uint8), raw_dtype=raw)
+    for write in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
+        getattr(writer, f"write_{write}")()
+    writer.close()
+    with pytest.raises(ModelError, match=rf"first: blk.0.ffn_up.weight, {kind}\), expected F32, "):
+        resolve_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_in_a_model_directory_is_never_run(copy, tmp_path, monkeypatch, file):
+    """transformers would ask, and take a y from standard input."""
+    ran = tmp_path / "ran"
+    (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    entry = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    changes = {"auto_map": entry, "tokenizer_class": "Evil", "model_file": "evil.py"}
+    config = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**config, **changes}))
+    answers = tmp_path / "answers"
+    answers.write_text("y\n" * 9)
+    with open(answers) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(ModelError, match="needs Python code from this directory") as caught:
+            load_stock(copy)
+        assert stdin.read() == "y\n" * 9
+    assert len(caught.value.problems) == 1 and not ran.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_or_a_device_in_a_model_directory(copy, file):
+    (copy / file).unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(copy / file)
+        with pytest.raises(ModelError, match="is no regular file"):
+            load_stock(copy)
+        (copy / file).unlink()
+    with open(copy / file, "wb") as sparse:
+        sparse.truncate(3 << 30)
+    words = "3,221,225,472 bytes, at most" if file.endswith("json") else "cannot load"
+    with pytest.raises(ModelError, match=words):
+        load_stock(copy)

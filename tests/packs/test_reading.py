@@ -1,0 +1,158 @@
+"""A pack that another process replaces while it is read, and commands that share an output."""
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from helpers.tiny import ALL, LAYERS, peft_adapter
+
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import Pack, PackInfo, load_pack
+from d2c_mlx.packs.push import write_repository
+from d2c_mlx.packs.update import list_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import hash_tree
+
+NAMES = ("a", "b", "c")
+INFO = PackInfo("tiny/llama", "0" * 64, n_layers=LAYERS)
+MAIN = "from d2c_mlx_cli.main import main; main()"
+READ = (
+    "import sys; from pathlib import Path; from d2c_mlx.packs.pack import load_pack\n"
+    "with load_pack(Path(sys.argv[1])).reading(): print('read', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture(params=["plain", "compact"])
+def make(request, tmp_path):
+    """Writes a pack of three adapters, others for another seed."""
+
+    def write(path, seed):
+        sources = tmp_path / f"loras-{seed}"
+        found = [replace(read_adapter(peft_adapter(sources, name, seed=seed + i), ALL),
+                         sources=(name,)) for i, name in enumerate(NAMES)]  # fmt: skip
+        if request.param == "plain":
+            return write_pack(path, found, INFO)
+        small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+        return write_compact_pack(path, small, {name: i for i, name in enumerate(NAMES)}, INFO)
+
+    return write
+
+
+def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(make, tmp_path):
+    """Each file was read from whatever pack was there by then; two packs were mixed."""
+    stale = make(tmp_path / "pack", 0)
+    export(stale, "mlx", tmp_path / "out")
+    before = hash_tree(tmp_path / "out")
+    make(tmp_path / "pack", 10)
+    for use in (
+        lambda: export(stale, "mlx", tmp_path / "out"),
+        lambda: export(stale, "peft", tmp_path / "peft"),
+        lambda: write_repository(stale, "org/name", tmp_path / "out2"),
+        lambda: stale.load("a"),
+    ):
+        with pytest.raises(PackError, match="was replaced or changed while it was read"):
+            use()
+    assert hash_tree(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} >= {"out", "pack"}
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "out2").exists()
+
+
+def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
+    pack = make(tmp_path / "pack", 0)
+    (path, *_) = sorted((tmp_path / "pack").rglob("*.safetensors"))
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-400] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(PackError, match="was replaced or changed"):
+        pack.load("a")
+    with pytest.raises(PackError, match="was replaced or changed"):
+        pack.copy(path.relative_to(pack.path).as_posix(), tmp_path / "copy")
+
+
+def test_a_pack_is_replaced_after_those_who_read_it(make, tmp_path):
+    make(tmp_path / "pack", 0)
+    reader = subprocess.Popen([sys.executable, "-c", READ, tmp_path / "pack"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert reader.stdout.readline() == b"read\n"
+    script = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\n" + (
+        "from d2c_mlx.utils.files import write_dir\n"
+        "with write_dir(Path(sys.argv[1])): print('writing', flush=True)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, tmp_path / "pack"],
+                              stdout=subprocess.PIPE)  # fmt: skip
+    assert writer.stdout.readline() == b"writing\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        writer.wait(0.5)
+    load_pack(tmp_path / "pack")
+    reader.communicate()
+    assert reader.returncode == writer.wait() == 0
+    assert list((tmp_path / "pack").iterdir()) == []
+    writer.stdout.close()
+
+
+def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
+    """Between the two renames of a change it is under another name, and only there."""
+    pack = make(tmp_path / "pack", 0)
+    before = hash_tree(pack.path)
+    for read in (lambda: list_pack(load_pack(pack.path)), lambda: command("verify", pack.path)):
+        pack.path.rename(tmp_path / ".pack.old")
+        assert read()
+        assert hash_tree(pack.path) == before and not (tmp_path / ".pack.old").exists()
+    (tmp_path / "link").symlink_to("pack")
+    pack.path.rename(tmp_path / ".pack.old")
+    assert load_pack(tmp_path / "link").tasks == pack.tasks
+
+
+def test_a_pack_left_aside_that_cannot_be_put_back_is_named(make, tmp_path, monkeypatch):
+    pack = make(tmp_path / "pack", 0)
+    pack.path.rename(tmp_path / ".pack.old")
+
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PackError, match=r"left it as .*/\.pack\.old, which cannot be moved back"):
+        load_pack(pack.path)
+
+
+@pytest.mark.slow
+def test_two_unpacks_into_one_output_end_with_one_of_them(make, tmp_path):
+    """One emptied what the other was writing: both failed, or one ended well with less."""
+    packs = [make(tmp_path / f"pack-{seed}", seed) for seed in (0, 10)]
+    whole = []
+    for i, pack in enumerate(packs):
+        export(pack, "mlx", tmp_path / f"whole-{i}")
+        whole.append(hash_tree(tmp_path / f"whole-{i}"))
+    for n in range(4):
+        out = tmp_path / f"out-{n % 2}"
+        both = [
+            subprocess.Popen([sys.executable, "-c", MAIN, "unpack", pack.path, "--output", out],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for pack in packs
+        ]  # fmt: skip
+        ends = [(one.communicate()[1], one.returncode) for one in both]
+        assert ends == [("", 0)] * 2 and hash_tree(out) in whole
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_path, monkeypatch):
+    pack = make(tmp_path / "pack", 0)
+    copied, original = itertools.count(), Pack.copy
+
+    def write(self, name, target):
+        if not next(copied):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").write_text("mine")
+        return original(self, name, target)
+
+    monkeypatch.setattr(Pack, "copy", write)
+    with pytest.raises(Exception, match="mine in it is of no earlier output"):
+        write_repository(pack, "org/name", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]

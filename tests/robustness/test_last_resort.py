@@ -1,0 +1,173 @@
+"""Errors that nobody expected, closed standard streams, and memory that does not suffice."""
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.tiny import ALL, LAYERS, library, peft_adapter
+
+from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compress.compact_file import read_index
+from d2c_mlx.compress.file_layout import Index, expand_modules
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.errors import AdapterError, InputError, PackError
+
+MAIN = "from d2c_mlx_cli.main import main; main()"
+
+
+@pytest.fixture
+def pack(tmp_path):
+    adapter = replace(read_adapter(peft_adapter(tmp_path / "loras", "a"), ALL), sources=("a",))
+    info = PackInfo("tiny/llama", "0" * 64, n_layers=LAYERS)
+    return write_pack(tmp_path / "pack", [adapter], info)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
+def test_closed_streams_make_no_good_pack_truncated(pack, closed):
+    """The first file that is opened gets the number 0, which MLX takes for none."""
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "verify", pack.path], capture_output=True, text=True,
+        preexec_fn=lambda: [os.close(one) for one in closed],
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("megabytes", [300, 1200])
+def test_too_few_addresses_are_one_line(pack, megabytes):
+    """At such limits OpenBLAS waits for its threads without an end, or imports fail."""
+    limit = megabytes << 20, megabytes << 20
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "list", pack.path], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: ulimit -v: found {limit[0]:,} bytes of addresses")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (MemoryError(), "the memory does not suffice (it says no more); give more"),
+        (
+            RuntimeError("[malloc] Unable to allocate 9 bytes.\nx"),
+            "the memory does not suffice ([ma",
+        ),
+        (TypeError("odd\nthing"), "unexpected TypeError: odd; set D2C_MLX_DEBUG=1 to see where"),
+        (RecursionError("deep"), "unexpected RecursionError: deep; set D2C_MLX_DEBUG=1"),
+    ],
+)
+def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, line):
+    def fail(directory):
+        raise error
+
+    monkeypatch.setattr("d2c_mlx.packs.pack.load_pack", fail)
+    with pytest.raises(type(error)):
+        command("list", "pack")
+    code, out, problem = command("list", "pack", D2C_MLX_DEBUG="0")
+    assert (code, out, problem.count("\n")) == (1, "", 1)
+    assert problem.startswith(f"error: {line}")
+
+
+def test_pipes_and_devices_in_place_of_files(pack, tmp_path, command):
+    paths = library(tmp_path / "library", ["a"])
+    places = {
+        pack.path / "manifest.json": ["verify", pack.path],
+        tmp_path / "options.yaml": ["run", tmp_path / "options.yaml"],
+        paths.adapters / "a" / "adapter_config.json": None,
+        paths.adapters / "a" / "adapter_model.safetensors": None,
+        paths.model / "config.json": None,
+        tmp_path / "phone.yaml": ["phone", pack.path, "--device", tmp_path / "phone.yaml"],
+    }
+    convert = ["convert", "--model", paths.model, "--adapters", paths.adapters]
+    for path, argv in places.items():
+        before = path.read_bytes() if path.exists() else None
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            path.unlink(missing_ok=True)
+            make(path)
+            code, _, problem = command(*(argv or [*convert, "--output", tmp_path / "out"]))
+            assert (code, problem.count("\n")) == (2, 1) and path.name in problem, problem
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    assert not (tmp_path / "out").exists()
+
+
+def header(path, tensors, **metadata):
+    text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **tensors}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return path
+
+
+def test_tens_of_thousands_of_empty_tensors(tmp_path):
+    """Each of them was looked for in a list of all, and had a line of its own."""
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {
+        "rank": 4, "scale": 1.0, "dropout": 0.0, "keys": ["q"]}}  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    entry = {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}
+    path = header(tmp_path / "adapters.safetensors", {f"t{i}": entry for i in range(40_000)})
+    (line,) = layout_problems(tmp_path)
+    assert "40,000 tensors, at most 20,000 are read" in line
+    with pytest.raises(AdapterError, match="40,000 tensors, at most"):
+        read_adapter(tmp_path, ALL)
+    header(path, {f"t{i}": entry for i in range(300)})
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path, ALL)
+    assert len(caught.value.problems) == 201
+    assert caught.value.problems[-1] == "and 100 problems more"
+    with open(path, "r+b") as file:
+        file.write(struct.pack("<Q", 90 << 20))
+        file.truncate(91 << 20)
+    with pytest.raises(AdapterError, match="a header of more than 16,777,216 bytes"):
+        read_adapter(tmp_path, ALL)
+
+
+@pytest.mark.parametrize(
+    "modules, shape",
+    [
+        ([["model.layers.*." + "*" * 80_000, 64, 64, "0-9999"]], [1, 10_000, 1]),
+        ([["model.layers.*.q", 64, 64, "0-999999999"]], [0, 1_000_000_000, 1]),
+        ([["model.layers.0.q", 1 << 40, 64, ""]], [1, 1, 1]),
+        ([["model.layers.0.q", 0, 64, ""]], [1, 1, 1]),
+    ],
+)
+def test_an_index_that_would_fill_the_memory(tmp_path, modules, shape):
+    """A pattern of 80 KB for ten thousand blocks makes 2.7 GB of paths."""
+    about = {"base": None, "names": ["a"] * shape[0], "bits": [4], "group_size": 64,
+             "modules": modules}  # fmt: skip
+    n = int(np.prod(shape))
+    entry = {"dtype": "U8", "shape": shape, "data_offsets": [0, n]}
+    path = header(tmp_path / "compact.safetensors", {"counts": entry},
+                  format="d2c-mlx-compact", version="1", index=json.dumps(about))  # fmt: skip
+    with open(path, "ab") as file:
+        file.write(bytes(n))
+    with pytest.raises(PackError, match="its tensors are not those that its index lists"):
+        read_index(path)
+
+
+def test_rows_of_as_many_widths_as_modules():
+    """One pass over the modules for every width would take minutes."""
+    n = 30_000
+    modules = expand_modules([[f"m{i}", 2 * i + 1, 2 * i + 2, ""] for i in range(n)], n)
+    counts = np.zeros((2, n, 2), np.uint8)
+    counts[1, ::1000] = [3, 0]
+    index = Index(("a", "b"), None, modules, (8, 4), 64, counts)
+    rows = index.rows()
+    assert {key: n.tolist() for key, n in rows.items()} == {
+        (8, 2 * i + k): [0, 3] for i in range(0, n, 1000) for k in (1, 2)
+    }
+    assert list(rows) == sorted(rows, reverse=True)
+
+
+def test_a_manifest_of_3_gb_without_content(pack):
+    with open(pack.path / "manifest.json", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(InputError, match="more than 67,108,864 bytes"):
+        load_pack(pack.path)
