@@ -167,20 +167,21 @@ def merge() -> str:
 
 
 def d2c() -> str:
-    """Probe table, predicted partition, a move that is measured."""
-    shades = ("0.95", "0.75", "0.2", "0.1", "0.7", "0.95", "0.15", "0.2")
-    shades += ("0.2", "0.1", "0.95", "0.6", "0.1", "0.25", "0.65", "0.95")
+    """Weakened adapters, an estimated partition, and one that is measured and corrected."""
+    # A task's regret under its own adapter at full strength and at two lower ones.
+    shades = ("0.05", "0.1", "0.5", "0.05", "0.3", "0.95", "0.05", "0.15", "0.6")
+    shades += ("0.05", "0.4", "0.8")
     dots = {"a": (262, 108), "b": (300, 112), "c": (262, 212), "d": (316, 204)}
     parts = [
         text(0, 22, "1 probe", GREY, "bold 18"),
-        text(228, 22, "2 start", GREY, "bold 18"),
-        text(444, 22, "3 move what helps", GREY, "bold 18"),
+        text(228, 22, "2 estimate", GREY, "bold 18"),
+        text(444, 22, "3 measure, learn", GREY, "bold 18"),
     ]
     for i, shade in enumerate(shades):
-        x, y = i % 4 * 36, 60 + i // 4 * 36
+        x, y = i % 3 * 36, 60 + i // 3 * 36
         parts.append(f'<rect x="{x}" y="{y}" width="32" height="32" rx="3" fill="{BLUE}"'
                      f' fill-opacity="{shade}"/>')  # fmt: skip
-    parts += [text(0, 232, "task x adapter", GREY, "17"), *arrow(160, 132, 204, 132)]
+    parts += [text(0, 232, "task x strength", GREY, "17"), *arrow(160, 132, 204, 132)]
     for shift in (0, 220):
         for cy in (112, 200):
             parts.append(f'<ellipse cx="{286 + shift}" cy="{cy}" rx="58" ry="38" fill="none"'
@@ -193,8 +194,8 @@ def d2c() -> str:
                 parts += arrow(496, 116, 494, 166, ORANGE)
             parts.append(f'<circle cx="{x}" cy="{y}" r="8" fill="{colour}"/>')
     parts += arrow(362, 156, 420, 156)
-    parts.append(text(444, 270, "until nothing helps", GREY, "17"))
-    return svg(280, parts, "A table of losses gives a start; single tasks move while that helps")
+    parts.append(text(444, 270, "again, until none can win", GREY, "17"))
+    return svg(280, parts, "Weakened adapters give estimates; what they propose is measured and corrects them")
 
 
 def excess_and_retention() -> str:
