@@ -194,7 +194,7 @@ def d2c() -> str:
                 parts += arrow(496, 116, 494, 166, ORANGE)
             parts.append(f'<circle cx="{x}" cy="{y}" r="8" fill="{colour}"/>')
     parts += arrow(362, 156, 420, 156)
-    parts.append(text(444, 270, "again, until none can win", GREY, "17"))
+    parts.append(text(444, 270, "until none can win", GREY, "17"))
     return svg(280, parts, "Weakened adapters give estimates; what they propose is measured and corrects them")
 
 
