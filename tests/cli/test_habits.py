@@ -74,7 +74,8 @@ def test_every_variable_that_is_read_is_documented():
     """In the help and in the document."""
     code = "".join(path.read_text() for path in (*ROOT.glob("d2c_mlx/**/*.py"),
                                                   *ROOT.glob("cli/*.py")))  # fmt: skip
-    page = (ROOT / "docs" / "command-line.md").read_text()
+    pages = (ROOT / "docs" / "reference" / f"{name}.md" for name in ("environment", "exit-codes"))
+    page = "".join(path.read_text() for path in pages)
     for name in re.findall(r"\bD2C_MLX_[A-Z0-9]+\b|\bMLX_ENABLE_\w+", code):
         assert name in TOPICS["environment"]
     for line in TOPICS["environment"].splitlines():
