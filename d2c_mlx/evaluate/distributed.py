@@ -73,13 +73,14 @@ def _watch(rank: int) -> None:
     os.set_blocking(told, False)
 
     def end() -> None:
-        while os.read(heard, 1)[0] != signal.SIGTERM:
-            pass
+        while (one := os.read(heard, 1))[0] != signal.SIGTERM:
+            if before >= 0:
+                os.write(before, one)
         text = f"error: rank {rank} was ended, as mlx.launch does when another rank has failed; the"
         os.write(2, f"{text} same command continues where it stopped\n".encode())
         os._exit(1)
 
-    signal.set_wakeup_fd(told)
+    before = signal.set_wakeup_fd(told)
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=end, daemon=True).start()
 
