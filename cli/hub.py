@@ -9,6 +9,7 @@ import click
 
 from .help import Command
 from .paths import PackPath, UserPath
+from .say import say, say_json
 
 _PATH = UserPath(path_type=Path)
 
@@ -60,7 +61,7 @@ def push(
     options = CardOptions(base, license, revision, bench)
     if output is None and not dry_run:
         url = push_pack(found, repo, options, private=private)
-        click.echo(json.dumps({"repo": repo, "commit": url}) if as_json else f"pushed: {url}")
+        say(json.dumps({"repo": repo, "commit": url}) if as_json else f"pushed: {url}")
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = output or Path(temporary) / "repository"
@@ -69,6 +70,6 @@ def push(
         card = (folder / CARD).read_text(encoding="utf-8")
     if as_json:
         where = str(output) if output else None
-        click.echo(json.dumps({"repo": repo, "folder": where, "files": files}, indent=2))
+        say_json({"repo": repo, "folder": where, "files": files})
     else:
-        click.echo(card if dry_run else f"wrote {len(files)} files to {output}; nothing was sent")
+        say(card if dry_run else f"wrote {len(files)} files to {output}; nothing was sent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import sys
@@ -12,6 +13,7 @@ import click
 from .help import Entry, LazyGroup
 from .interrupt import tell_of_interrupts
 from .removed import COMMANDS
+from .say import say
 
 _RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
@@ -55,7 +57,7 @@ def _form(args: list[str]) -> tuple[str, list[str]]:
         raise click.UsageError(f"{name} {rest[0]}: no longer a command; {gone}")
     # `bench PACK --device` is the old name of `phone`; no other form of `bench` has that option.
     if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
-        click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
+        say("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
         return "phone", rest
     return name, rest
 
@@ -98,17 +100,17 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Format an `InputWarning` as one line without its place in the code; others as Python does."""
-    from d2c_mlx.utils.errors import InputWarning
+    from d2c_mlx.utils.errors import InputWarning, printable
 
     if issubclass(category, InputWarning):
         _log(f"warning: {message}")
-        return f"warning: {message}\n"
+        return f"warning: {printable(str(message))}\n"
     return _python_s_format(message, category, filename, lineno, line)
 
 
 def _error(line: str) -> None:
     _log(f"error: {line}")
-    click.echo(f"error: {line}", err=True)
+    say(f"error: {line}", err=True)
 
 
 def _log(line: str) -> None:
@@ -164,11 +166,13 @@ def main() -> None:
         # name is that of `python -m d2c_mlx` too.
         sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip("\n"), err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _log("interrupted")
-        click.echo("interrupted; the same command continues where it stopped", err=True)
+        say("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     except Exception as error:
         # errors.py is the only part of the library that is light enough to import here.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from .help import Command
 from .paths import PackPath, UserPath
+from .say import say, say_json
 
 _PATH = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -30,14 +30,14 @@ def list_(pack: Path, as_json: bool) -> None:
 
     rows = list_pack(load_pack(pack))
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        say_json(rows)
         return
     for row in rows:
         name = "base model" if row["adapter"] is None else str(row["adapter"])
         about = f"rank {row['rank']:<4} {row['nbytes']:>12,} bytes" if row["rank"] else " " * 28
         more = row["merged"] - len(row["tasks"])
         gone = f" (and {more} removed)" if row["adapter"] is not None and more > 0 else ""
-        click.echo(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
+        say(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
 
 
 @click.command(cls=Command)
@@ -84,7 +84,7 @@ def add(
         content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
                    "similarity": found.similarity, "dropped": found.dropped,
                    "dropped_energy": found.dropped_energy, "nbytes": found.pack.nbytes}  # fmt: skip
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        say_json(content)
         return
     where = f"merged into {found.adapter} with {', '.join(found.joined)}" if found.joined else (
         f"an adapter of its own ({found.adapter})")  # fmt: skip
@@ -93,8 +93,8 @@ def add(
             f"; {found.dropped} components of others made room, at most"
             f" {found.dropped_energy:.1%} of an adapter's energy"
         )
-    click.echo(f"{found.task}: {where}")
-    click.echo(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes{routed}")
+    say(f"{found.task}: {where}")
+    say(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes{routed}")
 
 
 @click.command(cls=Command)
@@ -117,9 +117,9 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         content = {"tasks": sorted(left.tasks), "n_adapters": len(left.adapters),
                    "nbytes": left.nbytes}  # fmt: skip
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        say_json(content)
         return
-    click.echo(
+    say(
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
         f"{routed}"
     )
@@ -168,10 +168,10 @@ def route(
 
     rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top))
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        say_json(rows)
         return
     if tasks:
-        click.echo(f"{pack}: router fitted")
+        say(f"{pack}: router fitted")
     for row in rows:
         near = ", ".join(f"{one['task']} {one['similarity']:.3f}" for one in row["matches"])
-        click.echo(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")
+        say(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")

@@ -10,6 +10,7 @@ import click
 from .help import Command
 from .options import PHONE_OPTIONS
 from .paths import PackPath
+from .say import say
 
 
 def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any function
@@ -42,6 +43,4 @@ def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     from d2c_mlx.phone.tables import render_phone
 
     result = bench_phone(config, quiet)
-    click.echo(
-        json.dumps(result, indent=2, ensure_ascii=False) if as_json else render_phone(result)
-    )
+    say(json.dumps(result, indent=2, ensure_ascii=False) if as_json else render_phone(result))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from .help import Command
 from .paths import PackPath
+from .say import say
 
 
 @click.command(cls=Command)
@@ -23,6 +27,8 @@ from .paths import PackPath
               " API key  [env: D2C_MLX_TOKEN]")  # fmt: skip
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="a web page that may"
               " ask, such as http://localhost:3000; others are refused")  # fmt: skip
+@click.option("--allowed-host", "hosts", multiple=True, metavar="NAME", help="by which clients may"
+              " ask, beside localhost and --host")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="requests"
               " that run at a time")  # fmt: skip
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that"
@@ -36,6 +42,7 @@ def serve(
     port: int,
     token: str | None,
     origins: tuple[str, ...],
+    hosts: tuple[str, ...],
     batch: int,
     queue: int,
     max_tokens: int,
@@ -55,21 +62,32 @@ def serve(
         raise click.UsageError(
             f"--host {host} lets other machines in; give --token, or use 127.0.0.1"
         )
+    if token and not re.fullmatch("[!-~]+", token):
+        raise click.UsageError(
+            "--token: found characters that clients cannot send alike, expected ASCII without"
+            " spaces; give another token"
+        )
     from d2c_mlx.utils.environment import require_extra
 
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.serve.access import LOOPBACK, Access
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.server import PackServer
-    from d2c_mlx.serve.service import Access, Limits, PackService
+    from d2c_mlx.serve.service import Limits, PackService
 
     found = load_pack(pack)
     base = BaseModel(str(found.base_directory(model)))
     mixed, router = MixedModel(base, found), load_router(found)
     limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
-    service = PackService(found, mixed, router, Access(token or None, origins), limits)
+    known = (*LOOPBACK, host.lower(), *(name.lower() for name in hosts))
+    # A page has a name to lead here; an address in digits is the machine's own.
+    if host in ("0.0.0.0", "::"):
+        known += ("*",)
+    access = Access(token or None, origins, known)
+    service = PackService(found, mixed, router, access, limits)
     try:
         opened = PackServer((host, port), service)
     except OSError as error:
@@ -77,15 +95,28 @@ def serve(
             f"--host {host} --port {port}: {error.strerror}; give another --port"
         ) from None
     with opened as server:
-        click.echo(
+        _stop_by_signal(server.shutdown)
+        say(
             f"{server.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
             f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"
         )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            click.echo("stopping")
+        server.serve_forever(poll_interval=0.1)
+
+
+def _stop_by_signal(shutdown: Callable[[], None]) -> None:
+    """Have Ctrl-C and SIGTERM stop the server, and a second one the process."""
+
+    def stop(*_: object) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.default_int_handler)
+        say("stopping")
+        # It waits for the loop that this very thread runs.
+        threading.Thread(target=shutdown, daemon=True).start()
+
+    # The word of `interrupt` is for runs.
+    signal.set_wakeup_fd(-1)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, stop)
 
 
 def _loopback(host: str) -> bool:

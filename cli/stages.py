@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from .help import Command
 from .options import RUN_OPTIONS
 from .paths import UserPath
+from .say import say, say_json
 
 if TYPE_CHECKING:
     from d2c_mlx.run.config import RunConfig
@@ -136,13 +136,13 @@ def _show(directory: RunDirectory, stage: str, as_json: bool) -> None:
 
     content, output = directory.read(_ARTIFACTS[stage]), directory.root
     if as_json:
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        say_json(content)
     elif stage in ("bench", "report"):
-        click.echo(f"{render_table(content)}\n\n{verdict(content)}")
+        say(f"{render_table(content)}\n\n{verdict(content)}")
         if stage == "report":
             _show_next(output, content)
     else:
-        click.echo(f"wrote {output / _ARTIFACTS[stage]}")
+        say(f"wrote {output / _ARTIFACTS[stage]}")
 
 
 def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
@@ -152,13 +152,13 @@ def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
 
     found = forecast(config, until)
     if as_json:
-        click.echo(json.dumps({**asdict(found), "seconds": round(found.seconds)}, indent=2))
+        say_json({**asdict(found), "seconds": round(found.seconds)})
         return
     for one in found.stages:
         what = "done" if one.done else f"{one.tokens:>12,} tokens {_minutes(one.seconds):>10}"
-        click.echo(f"{one.name:<8} {what}")
+        say(f"{one.name:<8} {what}")
     pack = f"{found.adapters} adapters" if found.adapters else "adapters as the plan chooses"
-    click.echo(
+    say(
         f"About {found.evaluations:,} evaluations, {_minutes(found.seconds)} at"
         f" {found.tokens_per_second:,.0f} tokens/s here; the pack: {pack}, at most"
         f" {found.nbytes / 1e6:,.2f} MB in {config.output}. Nothing was written."
@@ -173,11 +173,11 @@ def _show_next(output: Path, bench: dict[str, Any]) -> None:
     from d2c_mlx.report.words import next_commands
 
     compact = not any((output / "pack").glob("cluster-*"))
-    click.echo("\nNext:")
+    say("\nNext:")
     for line in next_commands(str(output), bench, compact):
-        click.echo(f"  {line}")
+        say(f"  {line}")
     for name in ("pack", "report.html"):
-        click.echo(f"{name:<12} {output / name}")
+        say(f"{name:<12} {output / name}")
 
 
 def _stage(about: Callable[[], None]) -> click.Command:

@@ -9,6 +9,7 @@ import click
 
 from .help import Command
 from .paths import UserPath
+from .say import say, say_json
 
 _DIR = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -40,17 +41,17 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     if as_json:
         row = {"adapters": [dataclasses.asdict(one) for one in found.found],
                "budgets": dict(budgets(found)), "written": written}  # fmt: skip
-        click.echo(json.dumps(row, indent=2, ensure_ascii=False))
+        say_json(row)
         return
-    click.echo(describe(found))
+    say(describe(found))
     rows = [name for name in written if name.endswith(".jsonl")]
     for name in [name for name in written if name not in rows]:
-        click.echo(f"wrote        {name}")
+        say(f"wrote        {name}")
     if rows:
-        click.echo(f"wrote        {len(rows)} empty files of rows in {found.tasks}")
+        say(f"wrote        {len(rows)} empty files of rows in {found.tasks}")
     if found.without_rows:
-        click.echo(f"next: fill the rows in {found.tasks} (see {found.tasks / 'README.md'}), then")
-    click.echo(f"d2c-mlx run {output}")
+        say(f"next: fill the rows in {found.tasks} (see {found.tasks / 'README.md'}), then")
+    say(f"d2c-mlx run {output}")
 
 
 @click.group()
@@ -85,6 +86,6 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: b
 
     rows = dict(zip(("probe", "test"), split_rows(file, output, probe, test, seed)))
     if as_json:
-        click.echo(json.dumps({"output": str(output), **rows}))
+        say(json.dumps({"output": str(output), **rows}))
         return
-    click.echo(f"wrote {rows['probe']} calibration and {rows['test']} held-out rows to {output}")
+    say(f"wrote {rows['probe']} calibration and {rows['test']} held-out rows to {output}")

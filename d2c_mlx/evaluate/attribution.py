@@ -52,7 +52,13 @@ def module_gains(
 
     Source: Integrated Gradients, https://arxiv.org/abs/1703.01365.
     """
-    about = [list(points), base.fingerprint, arithmetic(), adapter.digest, examples.digest]
+    about = [
+        list(points),
+        base.fingerprint,
+        [*arithmetic().values()],
+        adapter.digest,
+        examples.digest,
+    ]
     keys = {path: fingerprint([*about, path])[:32] for path in sorted(adapter.modules)}
     known = {path: cache.get(key) for path, key in keys.items()} if cache else {}
     if known and None not in known.values():

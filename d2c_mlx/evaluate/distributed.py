@@ -9,12 +9,15 @@ loss has the same bits on any rank of the same kind of machine, hence the same p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,27 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.evaluate.engine import Engine, Optimizations
-from d2c_mlx.evaluate.messages import Group, gather, pack_pieces, receive, send, unpack_pieces
+from d2c_mlx.evaluate.messages import (
+    Group,
+    RankError,
+    gather,
+    pack_pieces,
+    receive,
+    send,
+    unpack_pieces,
+)
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.blas import blas_build
+from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import D2CError
 
 __all__ = ["Ranks", "launched_group", "leading_rank", "local_ranks", "run_worker", "share_out"]
 
+# Numbers of messages: what was in memory before is no answer.
+_MESSAGES = itertools.count()
 # Most bytes of the adapters of a round: all of a message is in memory, several times for a moment.
 _MAX_BYTES = 1 << 30
 
@@ -40,7 +55,34 @@ def launched_group() -> Group | None:
     if not any(name in os.environ for name in RANK_VARIABLES):
         return None
     group = mx.distributed.init()
-    return group if group.size() > 1 else None
+    if group.size() == 1:
+        return None
+    _watch(group.rank())
+    return group
+
+
+@cache
+def _watch(rank: int) -> None:
+    """End with a line and 1 when `mlx.launch` ends this process, as it does after a rank that died.
+
+    A thread does: the main one may wait for that rank in a collective, where no signal is handled.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    def end() -> None:
+        while (one := os.read(heard, 1))[0] != signal.SIGTERM:
+            if before >= 0:
+                os.write(before, one)
+        text = f"error: rank {rank} was ended, as mlx.launch does when another rank has failed; the"
+        os.write(2, f"{text} same command continues where it stopped\n".encode())
+        os._exit(1)
+
+    before = signal.set_wakeup_fd(told)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=end, daemon=True).start()
 
 
 def local_ranks() -> int:
@@ -63,6 +105,8 @@ def leading_rank() -> Iterator[Group | None]:
     group = launched_group()
     try:
         yield group
+    except RankError:
+        raise
     except D2CError:
         if group:
             send(group, {"stop": True})
@@ -85,13 +129,15 @@ class Ranks:
             group: all ranks.
 
         Raises:
-            D2CError: a rank cannot load it, or has another model under that name.
+            D2CError: a rank cannot load it, has another model under that name, or computes
+                otherwise.
         """
         self._engine, self._group = engine, group
         self._speed = np.full(group.size(), np.nan)  # tokens per second, NaN: not measured
         hello = {
             "model": engine.base.spec,
             "fingerprint": engine.base.fingerprint,
+            "arithmetic": _arithmetic(),
             "memory_limit": engine.memory_limit,
             "savings": dataclasses.asdict(engine.optimizations),
         }
@@ -128,8 +174,9 @@ class Ranks:
         floats: np.ndarray | None = None,
     ) -> list[list[float]]:
         """Send a request, do this rank's part of it, and return every rank's numbers."""
-        send(self._group, header, floats)
-        answers = gather(self._group, _answer(mine))
+        n = next(_MESSAGES)
+        send(self._group, {**header, "n": n}, floats)
+        answers = gather(self._group, _answer(mine), n)
         errors = [f"rank {i}: {one['error']}" for i, one in enumerate(answers) if "error" in one]
         if errors:
             raise D2CError("\n".join(errors))
@@ -156,7 +203,7 @@ def run_worker(group: Group) -> None:
         header, floats = receive(group)
         if "stop" in header:
             return
-        gather(group, _answer(partial(part, header, floats)))
+        gather(group, _answer(partial(part, header, floats)), header["n"])
 
 
 def _end(pieces: Sequence[Piece], start: int, size: int, most: int = _MAX_BYTES) -> int:
@@ -180,9 +227,21 @@ def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
         return {"row": part()}
     except D2CError as error:
         return {"error": str(error)}
+    except Exception as error:  # of a rank, in whose place rank 0 says it
+        return {"error": " ".join(f"{type(error).__name__} {error}".split())}
+
+
+def _arithmetic() -> dict[str, str | None]:
+    """All that decides the bits of a loss beside the model, with the build of the BLAS."""
+    return {**arithmetic(), "build of the BLAS": blas_build()}
 
 
 def _engine(hello: dict[str, Any]) -> Engine:
+    ours, theirs = _arithmetic(), hello["arithmetic"]
+    different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    if different:
+        said = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
+        raise D2CError(f"{', '.join(said)}; losses would have other bits, so make them equal")
     base = BaseModel(hello["model"])
     if base.fingerprint != hello["fingerprint"]:
         raise D2CError(f"{base.path} is not the base model that rank 0 has")

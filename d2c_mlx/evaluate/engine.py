@@ -147,7 +147,7 @@ class Engine:
         optimizations = dataclasses.asdict(self.optimizations) | {
             "fold": self.fold, "compile": False,
         }  # fmt: skip
-        parts = [self.base.fingerprint, optimizations, arithmetic()]
+        parts = [self.base.fingerprint, optimizations, [*arithmetic().values()]]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
     def batches(self, examples: ExampleSet) -> list[list[int]]:

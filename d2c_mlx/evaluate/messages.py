@@ -1,13 +1,16 @@
 """Messages between ranks: pieces as JSON and float32 numbers, over collectives of `mx.distributed`.
 
 Collectives only: `mx.distributed` has no one-sided messages, so no rank can take work from another.
-A message is a JSON header and an array of float32, which holds any 16-bit value exactly.
+A message is a JSON header and an array of float32, which holds any 16-bit value exactly. After a
+rank has died the ring backend raises nothing: it returns what was in memory, and hangs later. Hence
+the checksums.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +20,15 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.errors import D2CError
 
-__all__ = ["Group", "gather", "pack_pieces", "receive", "send", "unpack_pieces"]
+__all__ = ["Group", "RankError", "gather", "pack_pieces", "receive", "send", "unpack_pieces"]
 
 Group = mx.distributed.Group
+
+
+class RankError(D2CError):
+    """Another rank has died; no further message may be sent."""
 
 
 def pack_pieces(pieces: Sequence[Piece], cut: list[list[int]]) -> tuple[dict[str, Any], np.ndarray]:
@@ -92,9 +100,11 @@ def send(group: Group, header: dict[str, Any], floats: np.ndarray | None = None)
     """
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 4)
-    body = b"" if floats is None else floats.tobytes()
-    _sum(group, _split_lengths(len(text), len(body)))
-    _sum(group, np.frombuffer(text + body, np.uint32))
+    content = text + (b"" if floats is None else floats.tobytes())
+    lengths = _split_lengths(len(text), len(content))
+    sums = [zlib.crc32(lengths.tobytes()), zlib.crc32(content)]
+    _sum(group, np.append(lengths, np.array(sums, np.uint32)))
+    _sum(group, np.frombuffer(content, np.uint32))
 
 
 def _split_lengths(*lengths: int) -> np.ndarray:
@@ -107,9 +117,18 @@ def _join_lengths(halves: np.ndarray) -> list[int]:
 
 
 def receive(group: Group) -> tuple[dict[str, Any], np.ndarray]:
-    """The message that rank 0 sends."""
-    n_text, n_body = _join_lengths(_sum(group, np.zeros(4, np.uint32)))
-    content = _sum(group, np.zeros((n_text + n_body) // 4, np.uint32)).tobytes()
+    """The message that rank 0 sends.
+
+    Raises:
+        RankError: it did not arrive.
+    """
+    head = _sum(group, np.zeros(6, np.uint32))
+    if zlib.crc32(head[:4].tobytes()) != head[4]:
+        raise RankError("no message from rank 0 arrived: a rank has ended, see what it said")
+    n_text, n_bytes = _join_lengths(head[:4])
+    content = _sum(group, np.zeros(n_bytes // 4, np.uint32)).tobytes()
+    if zlib.crc32(content) != head[5]:
+        raise RankError("half a message of rank 0 arrived: a rank has ended, see what it said")
     return json.loads(content[:n_text]), np.frombuffer(content[n_text:], np.float32)
 
 
@@ -117,11 +136,31 @@ def _sum(group: Group, x: np.ndarray) -> np.ndarray:
     return np.array(mx.distributed.all_sum(mx.array(x), group=group))
 
 
-def gather(group: Group, answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's answer, in order of rank; JSON keeps every bit of a float64."""
+def gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Every rank's answer to message `n`, in order of rank; JSON keeps every bit of a float64.
+
+    Raises:
+        RankError: a rank did not answer.
+    """
     text = json.dumps(answer).encode()
-    length = mx.distributed.all_max(mx.array([len(text)], mx.uint32), group=group)
-    padded = text.ljust(int(np.array(length)[0]))
-    sent = mx.array(np.frombuffer(padded, np.uint8))[None]
-    table = np.array(mx.distributed.all_gather(sent, group=group))
-    return [json.loads(row.tobytes()) for row in table]
+    # A length is checked before there is memory for it.
+    longest = max(int(one) for one in _all_rows(group, b"%016d" % len(text), n))
+    return [json.loads(one) for one in _all_rows(group, text.ljust(longest), n)]
+
+
+def _all_rows(group: Group, text: bytes, n: int) -> list[bytes]:
+    """The texts of all ranks, of one length, about message `n`."""
+    sent = mx.array(np.frombuffer(_seal(text, n) + text, np.uint8))[None]
+    rows = [row.tobytes() for row in np.array(mx.distributed.all_gather(sent, group=group))]
+    gone = [str(i) for i, row in enumerate(rows) if row[:4] != _seal(row[4:], n)]
+    if gone:
+        raise RankError(
+            f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; the same"
+            " command continues where it stopped"
+        )
+    return [row[4:] for row in rows]
+
+
+def _seal(text: bytes, n: int) -> bytes:
+    """Four bytes by which a text about message `n` is told from what was in memory before."""
+    return zlib.crc32(text, n).to_bytes(4, "little")

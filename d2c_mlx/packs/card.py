@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
             repo=repo,
             base=base,
             license=options.license,
-            at=f" --revision {options.revision}" if options.revision else "",
+            at=f" --revision {shlex.quote(options.revision)}" if options.revision else "",
             storage=pack.storage,
             nbytes=pack.nbytes,
             tasks=sorted(pack.tasks),
@@ -186,6 +187,8 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
             tasks = frozenset(entry.get("members") or entry["tasks"])
             how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
             found[tasks] = (how + ", refined" * refined, entry["scale"])
+            if type(entry["scale"]) not in (int, float):
+                raise TypeError
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
     return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS
+from d2c_mlx.utils.templates import markdown
 
 __all__ = ["render_phone"]
 
@@ -21,7 +22,8 @@ def render_phone(result: Json) -> str:
     model, device = result["model"], result["device"]
     bits = f"{model['bits']} bit" if model["bits"] else "not quantized"
     parts = [
-        f"# {result['pack']['n_tasks']} tasks on {model['name']} ({bits}), as on {device['name']}",
+        f"# {result['pack']['n_tasks']} tasks on {markdown(model['name'])} ({bits}), as on"
+        f" {markdown(device['name'])}",
         _verdict(result),
         _speed(result["methods"]),
         _memory(result["methods"]),
@@ -57,7 +59,7 @@ def _verdict(result: Json) -> str:
     worst = min(pack["memory"], key=lambda one: one["margin"])
     return "\n".join(
         f"- {what}: **{'fits' if fit['fits'] else 'does not fit'}** {_mb(fit['limit'])}, margin"
-        f" {_mb(fit['margin'])} ({about}; limit: {' '.join(source.split())})"
+        f" {_mb(fit['margin'])} ({about}; limit: {markdown(' '.join(source.split()))})"
         for what, fit, about, source in (
             ("memory", worst, f"peak {_mb(worst['peak'])} at {worst['context']} tokens",
              device["memory_source"]),
@@ -99,7 +101,7 @@ def _quality(quality: Json) -> str:
     return (
         _table(("base", "method", "loss", "excess", "retention", *METRIC_NAMES), rows)
         + f"\n\nThe pack's gain over its base, in nats per target token: {gain['float']:.4f} on the"
-        f" float base ({quality['float_weights']} weights), {gain['device']:.4f} on the"
+        f" float base ({markdown(quality['float_weights'])} weights), {gain['device']:.4f} on the"
         f" device's{verdict}."
     )
 
@@ -115,7 +117,7 @@ def _provenance(result: Json) -> str:
     machine = provenance["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     options = result["options"]
-    return (
+    return markdown(
         f"Times of this machine, not of the device: {machine['device']} ({machine['system']}), MLX"
         f" backend {machine['backend']}, in {result['model']['compute_dtype']}; timed runs:"
         f" {options['runs']}, tokens decoded: {options['decode']}. {versions}. Included:"
@@ -125,7 +127,8 @@ def _provenance(result: Json) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned right, all but the first."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    lines += [[markdown(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
-from d2c_mlx.utils.templates import percent, templates_of
+from d2c_mlx.utils.templates import markdown, percent, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
 
@@ -42,8 +42,8 @@ def render_table(bench: Json) -> str:
     ]
     for row in _rows(bench):
         lines.append(
-            f"| {row['name']} | {row['nbytes']:,} | {percent(row['share'])} | {row['loss']:.4f} |"
-            f" {row['excess']:.4f} | {percent(row['retention'])} |"
+            f"| {markdown(row['name'])} | {row['nbytes']:,} | {percent(row['share'])} |"
+            f" {row['loss']:.4f} | {row['excess']:.4f} | {percent(row['retention'])} |"
         )
     return "\n".join(lines)
 

@@ -72,7 +72,7 @@ def snapshot(config: RunConfig) -> str | None:
     # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")
     return fingerprint(
-        [VERSION, versions(), arithmetic(), options, [_state(path) for path in paths]]
+        [VERSION, versions(), [*arithmetic().values()], options, [_state(path) for path in paths]]
     )
 
 

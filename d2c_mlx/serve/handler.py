@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import select
 import socket
 import socketserver
 import time
@@ -21,17 +20,17 @@ from mlx_lm.generate import make_stop_sequences
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.server import APIHandler, CompletionRequest
 
+from d2c_mlx.serve.connections import RequestReader, is_readable
 from d2c_mlx.serve.requests import (
     RequestError,
-    check_origin,
     check_sampling,
-    check_token,
     read_body,
     read_request,
     read_tool_calls,
 )
 from d2c_mlx.serve.scheduler import Job
 from d2c_mlx.serve.service import PackService
+from d2c_mlx.utils.errors import printable
 
 __all__ = ["Handler"]
 
@@ -71,6 +70,19 @@ class Handler(APIHandler):
         self._n_calls, self._unparsed_calls = 0, ""
         super().__init__(service, request, client_address, server, system_fingerprint="d2c-mlx")
 
+    def setup(self) -> None:
+        """Give the whole request a deadline."""
+        super().setup()
+        self.rfile = io.BufferedReader(RequestReader(self.connection, self.service.limits.seconds))
+
+    def handle_one_request(self) -> None:
+        """Serve the request; one that is late is refused."""
+        self.requestline = self.request_version = self.command = ""
+        try:
+            super().handle_one_request()
+        except RequestError as error:
+            self.send_error(error.status, error.message)
+
     def parse_request(self) -> bool:
         """Parse the request line and headers as http.server does; a query is dropped."""
         good = super().parse_request()
@@ -80,8 +92,9 @@ class Handler(APIHandler):
 
     def do_GET(self) -> None:
         """Answer `/health`, `/v1/models`, `/v1/models/NAME` and `/metrics`."""
+        self.server.places.received(self.connection)
         try:
-            self._check_client()
+            self.service.access.check(self.headers)
             if self.path == "/health":
                 self.handle_health_check()
             elif self.path == "/metrics":
@@ -101,7 +114,7 @@ class Handler(APIHandler):
     def do_OPTIONS(self) -> None:
         """Answer a browser's preflight request."""
         try:
-            check_origin(self.headers, self.service.access.origins)
+            self.service.access.check(self.headers, is_preflight=True)
             super().do_OPTIONS()
         except RequestError as error:
             self._json(error.status, error.body)
@@ -109,10 +122,11 @@ class Handler(APIHandler):
     def do_POST(self) -> None:
         """Check the request, then let mlx-lm's handler read the checked body."""
         try:
-            self._check_client()
+            self.service.access.check(self.headers)
             if self.path not in _PATHS:
                 raise RequestError(404, f"{self.path}: no such address; there is {_PATHS[0]}")
             raw = read_body(self.headers, self.rfile, self.service.limits.body_nbytes)
+            self.server.places.received(self.connection)
             body = read_request(raw, self.path in _CHAT)
             self.service.check_model(body["model"])
             check_sampling(body, self.service.vocabulary)
@@ -229,18 +243,11 @@ class Handler(APIHandler):
         self._n_calls += len(found)
         return found
 
-    def _check_client(self) -> None:
-        check_origin(self.headers, self.service.access.origins)
-        check_token(self.headers, self.service.access.token)
-
     def _check_alive(self) -> None:
         """Raises OSError if the client has left, RuntimeError if nothing more will come."""
         if not self.service.scheduler.alive:
             raise RuntimeError("the server stops")
-        # Other than `select.select`, for any number of open files.
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+        if is_readable(self.connection) and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError
 
     def _fail(self, message: str) -> None:
@@ -283,7 +290,7 @@ class Handler(APIHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401  http.server's
         """Log address and status, never a prompt or an answer."""
-        _log.info(format, *args)
+        _log.info("%s", printable(format % args))
 
 
 def _describe(name: str) -> dict[str, Any]:

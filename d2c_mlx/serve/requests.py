@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from email.message import Message
 from typing import Any, BinaryIO
 
@@ -13,10 +12,8 @@ from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
     "RequestError",
-    "check_origin",
     "check_request",
     "check_sampling",
-    "check_token",
     "field_error",
     "read_body",
     "read_request",
@@ -82,40 +79,12 @@ def field_error(name: str, found: object, expected: str) -> RequestError:
     return RequestError(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)
 
 
-def check_token(headers: Message, token: str | None) -> None:
-    """Check that a request brings the server's token; None asks for none.
-
-    Raises:
-        RequestError: (401) it does not.
-    """
-    given = headers.get("Authorization", "")
-    # RFC 9110: the name of a scheme is case-insensitive.
-    if given[:7].lower() == "bearer ":
-        given = given[7:]
-    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
-        raise RequestError(401, "Authorization: expected Bearer and this server's token")
-
-
-def check_origin(headers: Message, allowed: Collection[str]) -> None:
-    """Check that a web page may ask: one that the user happens to visit must not use the model.
-
-    Args:
-        headers: of the request; browsers add `Origin` for web pages.
-        allowed: origins, or "*" for all.
-
-    Raises:
-        RequestError: (403) it may not.
-    """
-    origin = headers.get("Origin")
-    if origin is not None and origin not in allowed and "*" not in allowed:
-        raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin {origin}")
-
-
 def read_body(headers: Message, file: BinaryIO, max_nbytes: int) -> bytes:
     """Read the body of a request, of at most `max_nbytes` bytes.
 
     Raises:
         RequestError: Content-Length is missing (411), not a number (400), or too large (413).
+        RequestError: (408) it does not come in time.
         ConnectionAbortedError: the body ends before.
     """
     text = headers.get("Content-Length")
@@ -126,7 +95,7 @@ def read_body(headers: Message, file: BinaryIO, max_nbytes: int) -> bytes:
     if len(text) > 12 or int(text) > max_nbytes:
         # Unread bytes would reset the connection before the client has read the reply.
         left = min(int(text[:12]), _MAX_DRAIN)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RequestError):
             while left > 0 and (chunk := file.read(min(left, 1 << 16))):
                 left -= len(chunk)
         raise RequestError(413, f"the body has {text[:20]} bytes, this server takes {max_nbytes:,}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from threading import Lock, Thread
+from threading import Condition, Thread
 from typing import Any
 
 import mlx.core as mx
@@ -171,30 +171,43 @@ class Scheduler:
         self._model, self._router, self._metrics = model, router, metrics
         self._batch, self._max_open = batch, batch + queue
         self._inbox: Queue[Job] = Queue()
-        self._open, self._lock = 0, Lock()
-        self._closing = False
+        self._open, self._changed = 0, Condition()
+        self._draining = self._closing = False
         self._thread = Thread(target=self._run, name="d2c-mlx-scheduler", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """True if the scheduler takes jobs."""
+        """True if jobs that were submitted may still end."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def accepts(self) -> bool:
+        """True if the scheduler takes jobs."""
+        return self.alive and not self._draining
 
     def submit(self, job: Job) -> None:
         """Queue a job; read its answer by `job.responses`.
 
         Raises:
-            RequestError: (503) the queue is full.
+            RequestError: (503) the queue is full, or the server stops.
         """
-        with self._lock:
-            if self._open >= self._max_open or not self.alive:
+        with self._changed:
+            if not self.accepts:
+                raise RequestError(503, "the server stops")
+            if self._open >= self._max_open:
                 raise RequestError(
                     503, f"{self._open} requests run or wait already; try again later"
                 )
             self._open += 1
         self._metrics.open.set(self._open)
         self._inbox.put(job)
+
+    def drain(self, seconds: float) -> None:
+        """Take no more jobs, and wait for those that are there for at most some seconds."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: not self._open or not self.alive, seconds)
 
     def close(self) -> None:
         """Stop; jobs that run end with an error."""
@@ -287,7 +300,8 @@ class Scheduler:
         running.clear()
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
-        with self._lock:
+        with self._changed:
             self._open -= 1
+            self._changed.notify_all()
         self._metrics.open.set(self._open)
         job.events.put(error)

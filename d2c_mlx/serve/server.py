@@ -10,15 +10,17 @@ before it changes an adapter, and then loads the model again.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import socket
 import sys
 from functools import partial
 from http.server import ThreadingHTTPServer
-from threading import BoundedSemaphore
 from typing import Any
 
+from d2c_mlx.serve.connections import Places, is_readable
 from d2c_mlx.serve.handler import Handler
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
 
 __all__ = ["PackServer"]
@@ -26,6 +28,13 @@ __all__ = ["PackServer"]
 _log = logging.getLogger(__name__)
 # Connections beyond those whose requests may run or wait.
 _SPARE_CONNECTIONS = 64
+# In which the last replies are sent when the server stops.
+_REPLY_SECONDS = 5.0
+_BODY = json.dumps(RequestError(503, "too many connections; try again later").body)
+_FULL = (
+    "HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(_BODY)}\r\n\r\n{_BODY}"
+).encode()
 
 
 class PackServer(ThreadingHTTPServer):
@@ -37,6 +46,8 @@ class PackServer(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    # Of `handle_request`, which `server_close` calls for those who are there already.
+    timeout = 0
 
     def __init__(self, address: tuple[str, int], service: PackService) -> None:
         """Listen.
@@ -50,7 +61,7 @@ class PackServer(ThreadingHTTPServer):
         """
         self.service = service
         limits = service.limits
-        self._connections = BoundedSemaphore(limits.batch + limits.queue + _SPARE_CONNECTIONS)
+        self.places = Places(limits.batch + limits.queue + _SPARE_CONNECTIONS)
         with contextlib.suppress(OSError):
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
             self.address_family = found[0][0]
@@ -64,18 +75,19 @@ class PackServer(ThreadingHTTPServer):
         return f"http://[{name}]:{port}/v1" if ":" in name else f"http://{name}:{port}/v1"
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Start a thread for a connection; close it at once if there are too many."""
-        if not self._connections.acquire(blocking=False):
-            self.shutdown_request(request)
+        """Start a thread for a connection; refuse it at once if every place has a request."""
+        if self.places.take(request):
+            super().process_request(request, client_address)
             return
-        super().process_request(request, client_address)
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            request.send(_FULL)
+        self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Serve a connection, then free its place."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connections.release()
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401
+        """Close a connection, and free its place."""
+        self.places.free(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """Log what went wrong; a client that left is no error."""
@@ -83,6 +95,11 @@ class PackServer(ThreadingHTTPServer):
             _log.exception("a request failed")
 
     def server_close(self) -> None:
-        """Stop listening and generating."""
+        """Stop: requests that run may end, for some seconds; whoever waits is told that we stop."""
+        self.service.scheduler.drain(0)
+        # Connected already, but never accepted.
+        while is_readable(self.socket):
+            self.handle_request()
         super().server_close()
         self.service.close()
+        self.places.end_all(_REPLY_SECONDS)

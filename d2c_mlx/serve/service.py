@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.packs.pack import Pack
+from d2c_mlx.serve.access import Access
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.requests import RequestError, field_error
 from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.scheduler import Scheduler
 
-__all__ = ["AUTO", "Access", "Limits", "PackService"]
+__all__ = ["AUTO", "Limits", "PackService"]
 
 # Requests for this model are routed.
 AUTO = "auto"
@@ -44,7 +45,8 @@ class Limits:
         queue: requests that wait.
         body_nbytes: bytes of a request's body.
         max_tokens: tokens of an answer that a request may ask for.
-        seconds: silence after which a connection is closed.
+        seconds: in which a whole request must come, and a client take a part of its answer.
+        drain_seconds: in which requests that run may end when the server stops.
     """
 
     batch: int = 16
@@ -52,19 +54,7 @@ class Limits:
     body_nbytes: int = 1_000_000
     max_tokens: int = 2048
     seconds: float = 30.0
-
-
-@dataclass(frozen=True)
-class Access:
-    """Rules for the clients that may use a server.
-
-    Attributes:
-        token: that requests bring as `Authorization: Bearer`; None asks for none.
-        origins: web pages that may ask, as browsers name them; other pages are refused.
-    """
-
-    token: str | None = None
-    origins: Sequence[str] = ()
+    drain_seconds: float = 10.0
 
 
 class PackService:
@@ -124,7 +114,7 @@ class PackService:
     @property
     def is_healthy(self) -> bool:
         """True if it takes requests; mlx-lm's handler asks this for `/health`."""
-        return self.scheduler.alive
+        return self.scheduler.accepts
 
     def generate(
         self,
@@ -271,5 +261,6 @@ class PackService:
         return entries
 
     def close(self) -> None:
-        """Stop generating; requests that run end with an error."""
+        """Stop; requests that do not end in `drain_seconds` end with an error."""
+        self.scheduler.drain(self.limits.drain_seconds)
         self.scheduler.close()

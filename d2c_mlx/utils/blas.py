@@ -14,7 +14,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["all_cores", "find_blas", "limit_blas_threads", "loaded_blas", "preload_blas"]
+__all__ = [
+    "all_cores",
+    "blas_build",
+    "find_blas",
+    "limit_blas_threads",
+    "loaded_blas",
+    "preload_blas",
+]
 
 _PATTERNS = (
     "/usr/lib/*-linux-gnu/openblas-pthread/libblas.so.3",
@@ -56,6 +63,15 @@ def preload_blas() -> str | None:
 def loaded_blas() -> str | None:
     """Path of the BLAS that `preload_blas` loaded; None if it loaded none."""
     return _loaded
+
+
+def blas_build() -> str | None:
+    """Version and kernels of the preloaded OpenBLAS, in its own words; None if there is none."""
+    tell = getattr(_library, "openblas_get_config", None)
+    if tell is None:
+        return None
+    tell.restype = ctypes.c_char_p
+    return tell().decode()
 
 
 def limit_blas_threads(n_threads: int) -> bool:

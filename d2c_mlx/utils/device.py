@@ -30,17 +30,20 @@ def use_device() -> None:
         mx.set_default_device(mx.cpu)
 
 
-def arithmetic() -> list[str | None]:
-    """List all that decides the bits of a result beside model and engine, for cache keys.
+def arithmetic() -> dict[str, str | None]:
+    """All that decides the bits of a result beside model and engine, for cache keys.
 
     These are MLX's version, the device and a preloaded BLAS. On a Mac, Metal's kernels come with
     the system and newer GPUs have others for float32. So system, architecture and TF32 count too.
     """
     info = mx.device_info()
-    found = [version("mlx"), str(info.get("device_name")), str(mx.default_device()), loaded_blas()]
+    found = {
+        "MLX": version("mlx"), "device": str(info.get("device_name")),
+        "backend": str(mx.default_device()), "BLAS": loaded_blas(),
+    }  # fmt: skip
     if mac := platform.mac_ver()[0]:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
-        found += [mac, str(info.get("architecture")), tf32]
+        found |= {"macOS": mac, "architecture": str(info.get("architecture")), "TF32": tf32}
     return found
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "TaskError",
     "collect",
     "gather",
+    "printable",
 ]
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class InputError(D2CError):
         left = len(lines) - _MOST_PROBLEMS
         if left > 1:
             lines = [*lines[:_MOST_PROBLEMS], f"and {left:,} problems more"]
-        self.problems = [_printable(line) for line in lines]
+        self.problems = [printable(line) for line in lines]
         super().__init__("\n".join(self.problems))
 
 
@@ -118,8 +119,11 @@ class Problem:
         return f"{where}; {self.remedy}" if self.remedy else where
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """Escape what is not printable, such as control sequences of a terminal, and not in `keep`."""
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:

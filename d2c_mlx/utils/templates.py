@@ -1,28 +1,67 @@
-"""Jinja templates of this package, and the filters that write numbers and names in them."""
+"""Jinja templates of this package; what they show is escaped unless it is marked as safe."""
 
 from __future__ import annotations
 
 import html
+import re
+import shlex
 from functools import cache
 from typing import Any
 
-__all__ = ["cell", "percent", "size", "templates_of"]
+from d2c_mlx.utils.errors import printable
+
+__all__ = ["code", "markdown", "percent", "size", "templates_of"]
+
+# An underscore within a word is none of Markdown; addresses and $ are of GitHub's and the hub's.
+_SPECIAL = re.compile(
+    r"""[\\`*\[\]|#~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[-+](?=\s)""", re.IGNORECASE
+)
 
 
 @cache  # with its compiled templates
 def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
-    """Make a jinja2 environment for the templates of a package; undefined names are errors."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """Make a jinja2 environment for the templates of a package; undefined names are errors.
+
+    In `*.html.jinja` values are escaped as HTML, in others as Markdown by `markdown`.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context
+    from markupsafe import Markup
+
+    @pass_eval_context
+    def escape(context: Any, value: object) -> object:  # noqa: ANN401
+        if isinstance(value, Markup | int | float):
+            return value
+        # HTML is escaped after this.
+        return printable(str(value), "\n\t") if context.autoescape else markdown(value)
 
     found = Environment(
         loader=PackageLoader(package, "."),
         autoescape=lambda name: name is not None and ".html" in name,
+        finalize=escape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"percent": percent, "size": size, "cell": cell}
+    found.filters |= {
+        "percent": percent, "size": size, "code": lambda text: Markup(code(text)),
+        "sh": shlex.quote,
+    }  # fmt: skip
     return found
+
+
+def markdown(text: object) -> str:
+    """Escape a text so that it is no Markdown, HTML, address or column of a table; one line."""
+    line = html.escape(printable(str(text)), quote=False)
+    line = _SPECIAL.sub(r"\\\g<0>", line)
+    return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", line)
+
+
+def code(text: str) -> str:
+    """A text as a code span of Markdown, also in a table."""
+    line = printable(text).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {line} {fence}" if longest else f"`{line}`"
 
 
 def percent(value: float | None) -> str:
@@ -36,8 +75,3 @@ def size(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
     return f"{nbytes} bytes"
-
-
-def cell(text: object) -> str:
-    """Escape a name for a cell of a Markdown table, so that it begins no column and no HTML."""
-    return html.escape(str(text), quote=False).replace("|", "\\|")

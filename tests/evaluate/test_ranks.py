@@ -22,8 +22,16 @@ from d2c_mlx.evaluate.distributed import (
     local_ranks,
     share_out,
 )
-from d2c_mlx.evaluate.messages import _join_lengths, _split_lengths, pack_pieces, unpack_pieces
+from d2c_mlx.evaluate.messages import (
+    RankError,
+    _join_lengths,
+    _split_lengths,
+    gather,
+    pack_pieces,
+    unpack_pieces,
+)
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.blas import loaded_blas
 from d2c_mlx.utils.files import hash_tree
 
 pytestmark = pytest.mark.slow
@@ -99,6 +107,53 @@ def test_a_worker_with_another_model_is_named(paths, tmp_path):
     assert "rank 0 exited with code 1 " in text and "Traceback" not in text
     assert "error: rank 1: " in text and "is not the base model that rank 0 has" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_computes_otherwise_is_named(paths, tmp_path):
+    """Another version of MLX and, where there is one, no fast BLAS."""
+    program = (
+        "import os, importlib.metadata as m\n"
+        "if os.environ['MLX_RANK'] == '1':\n"
+        "    os.environ['D2C_MLX_BLAS'], version = 'off', m.version\n"
+        "    m.version = lambda name: '0.1' if name == 'mlx' else version(name)\n" + MAIN
+    )
+    done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=90)
+    text = done.stdout + done.stderr
+    assert "rank 0 exited with code 1 " in text and "Traceback" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert (
+        line.startswith("error: rank 1: MLX: found 0.1, rank 0 has ") and "make them equal" in line
+    )
+    assert ("BLAS: found None, rank 0 has /" in line) == (loaded_blas() is not None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_dies_ends_the_run_with_a_line(paths, tmp_path):
+    """The ring backend returns what was in memory then, and waits for ever after that."""
+    program = (
+        "import os, d2c_mlx, d2c_mlx.evaluate.distributed as r\n"
+        "if os.environ['MLX_RANK'] == '1': r._evaluate = lambda *_: os.kill(os.getpid(), 9)\n"
+        + MAIN
+    )
+    done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=100)
+    text = done.stdout + done.stderr
+    assert "rank 0 exited with code 1 " in text and "Traceback" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert "the same command continues" in line and "| pack |" not in text
+
+
+def test_what_was_in_memory_before_is_no_answer(monkeypatch):
+    """As the ring backend gives it for a rank that has ended: nothing, or an earlier answer."""
+    group, stored = mx.distributed.init(), []
+    assert gather(group, {"row": [0.1]}, 3) == [{"row": [0.1]}]
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: stored.append(x) or x)
+    gather(group, {"row": [0.1]}, 4)
+    for left in (stored[0], mx.zeros_like(stored[0]), 255 * mx.ones_like(stored[0])):
+        monkeypatch.setattr(
+            mx.distributed, "all_gather", lambda x, group, left=left: mx.concatenate([x, left])
+        )
+        with pytest.raises(RankError, match="^no answer of rank 1: a rank has ended"):
+            gather(group, {"row": [0.1]}, 5)
 
 
 SHARED = """

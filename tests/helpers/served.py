@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import openai
 
+from d2c_mlx.serve.access import Access
 from d2c_mlx.serve.router import load_router
 from d2c_mlx.serve.server import PackServer
-from d2c_mlx.serve.service import Access, PackService
+from d2c_mlx.serve.service import PackService
 from helpers.adapters import ADAPTERS
 
 NAMES = [one.name for one in ADAPTERS]
@@ -83,7 +84,7 @@ def idle(server):
 def raw(server, content, wait=True):
     """Bytes that the server sends back to bytes."""
     with socket.create_connection(server.server_address) as connection:
-        connection.settimeout(20)
+        connection.settimeout(60)
         connection.sendall(content)
         if not wait:
             return b""

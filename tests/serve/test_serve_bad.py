@@ -142,8 +142,8 @@ def test_who_leaves_frees_the_place(pack, mixed):
             assert 3 <= generated < 500
             before = after
         raw(server, post(GOOD)[:-4], wait=False)
-        assert raw(server, post(GOOD)[:-4]) == b""
-        assert raw(server, b"") == b""
+        assert b" 408 " in raw(server, post(GOOD)[:-4])
+        assert b" 408 " in raw(server, b"")
 
 
 @pytest.mark.slow

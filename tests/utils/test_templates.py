@@ -1,0 +1,59 @@
+"""Text of strangers in Markdown, HTML and on a terminal is text."""
+
+import json
+
+import pytest
+from d2c_mlx_cli.say import say, say_json
+
+from d2c_mlx.utils.templates import code, markdown, templates_of
+
+HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b) https://e.example www.e.example *b* $x$"
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("gec-de_2", "gec-de_2"),
+        ("_x_ a__b", r"\_x\_ a\_\_b"),
+        ("a|b`c", r"a\|b\`c"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        ("[x](javascript:1)", r"\[x\](javascript:1)"),
+        ("# h", r"\# h"),
+        ("- x", r"\- x"),
+        ("1. x", r"1\. x"),
+        ("-0.5", "-0.5"),
+        ("https://e.example", r"https\://e.example"),
+        ("www.e.example @you", r"www\.e.example \@you"),
+        ("a\nb\x1b[31m\x9b\u202e", r"a\\nb\\x1b\[31m\\x9b\\u202e"),
+        ("日本 ключ", "日本 ключ"),
+    ],
+)
+def test_text_is_no_markdown(text, escaped):
+    assert markdown(text) == escaped
+
+
+def test_a_code_span_ends_where_it_should():
+    assert code("a|b") == r"`a\|b`" and code("a`b") == "`` a`b ``" and code("``") == "``` `` ```"
+
+
+@pytest.mark.parametrize("kind", ["md", "html"])
+def test_templates_escape_what_no_filter_does(kind):
+    found = templates_of("d2c_mlx.report")
+    template = found.from_string("{{ x }} {{ 1.5 }} {{ x | safe }}")
+    template.environment.autoescape = kind == "html"
+    try:
+        template = found.from_string("{{ x }} {{ 1.5 }}")
+    finally:
+        template.environment.autoescape = False
+    shown = template.render(x="<i>\x1b[2J|")
+    assert shown.endswith(" 1.5") and "<i>" not in shown and "\x1b" not in shown
+
+
+def test_nothing_steers_the_terminal(capsys):
+    text = "a\x1b[2J\x9b1m\u202e\x7f\udc80 日本\nb"
+    say(text)
+    assert capsys.readouterr().out == "a\\x1b[2J\\x9b1m\\u202e\\x7f\\udc80 日本\nb\n"
+    say_json({text: "\U000e0001"})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {text: "\U000e0001"} and "日本" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
