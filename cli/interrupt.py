@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from functools import cache
 
 __all__ = ["tell_of_interrupts"]
 
@@ -13,6 +14,7 @@ __all__ = ["tell_of_interrupts"]
 _WORD = b"\nstopping at the end of this step; what is done is kept"
 
 
+@cache  # once in a process
 def tell_of_interrupts() -> None:
     """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

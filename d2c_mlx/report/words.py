@@ -10,18 +10,20 @@ from d2c_mlx.utils.templates import percent, size
 
 __all__ = ["next_commands", "verdict"]
 
+# Fewer held-out rows than this cannot tell adapters apart that are nearly alike.
+_FEW = 20
+
 
 def verdict(bench: Mapping[str, Any]) -> str:
-    """What came out, what it costs on held-out rows, and the worst task, in three sentences.
+    """What came out, what it costs on held-out rows, and the worst task, in some sentences.
 
     Args:
         bench: content of `bench.json`.
     """
     pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
-    n, share = len(pack["tasks"]), pack["nbytes"] / inputs["nbytes"]
-    said = (
-        f"{n} adapters of {size(inputs['nbytes'])} take {size(pack['nbytes'])} ({percent(share)})"
-    )
+    share = percent(pack["nbytes"] / inputs["nbytes"])
+    said = f"{len(pack['tasks'])} adapters, {size(inputs['nbytes'])} in all, take"
+    said += f" {size(pack['nbytes'])} ({share})"
     unpacked = bench.get("unpacked_nbytes", pack["nbytes"])
     if unpacked != pack["nbytes"]:
         said += f", unpacked for other programs {size(unpacked)}"
@@ -31,7 +33,9 @@ def verdict(bench: Mapping[str, Any]) -> str:
         said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
     name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
     kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
-    return f"{said}. The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    said += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    n = bench["provenance"]["config"]["test_examples"]
+    return f"{said} {n} held-out rows per task are few to judge by." if 0 < n < _FEW else said
 
 
 def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[str]:

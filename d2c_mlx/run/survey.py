@@ -5,6 +5,7 @@ No base model is loaded, and nothing of the user's is replaced.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -113,13 +114,17 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
 
     Args:
         adapters: the folder, or a list, as for `--adapters`.
-        tasks: the folder of rows; None is `tasks` beside the adapters.
+        tasks: the folder of rows; None is `tasks` beside the folder, or here for a list.
 
     Raises:
         InputError: there are no adapters. What is wrong with one of them is in `Survey.problems`.
     """
     sources = find_adapters(adapters)
-    tasks = tasks or Path(adapters).parent / "tasks"
+    if tasks is None:
+        folder = Path(adapters)
+        # "." would put them among the adapters.
+        folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+        tasks = (folder.parent if folder.is_dir() else Path()) / "tasks"
     return Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
 
 

@@ -101,7 +101,7 @@ def test_a_run_ends_in_words(cli):
     argv = cli.argv("run", "-q", budget="60%", probe_examples=2, test_examples=2)
     code, out, err = cli(argv)
     assert (code, err) == (0, "")
-    assert "3 adapters of " in out and "unpacked for other programs" in out
+    assert "3 adapters, " in out and "unpacked for other programs" in out
     words = out[out.index("Next:") :].splitlines()
     assert [line.split()[1] for line in words[1:4]] == ["generate", "unpack", "serve"]
     run = str(cli.output)

@@ -1,6 +1,7 @@
 """`d2c-mlx init` and `d2c-mlx tasks split`: what a first run needs."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers.tiny import library, peft_adapter, write_jsonl
@@ -58,6 +59,14 @@ def test_bytes_are_those_that_a_run_counts(project, command):
     for one in survey("adapters").found:
         written = sum(file.stat().st_size for file in (project / "m" / one.name).iterdir())
         assert one.nbytes == written
+
+
+def test_where_rows_are_looked_for(project, monkeypatch):
+    """Beside the folder, also if that is where the user is; never among the adapters."""
+    assert survey("adapters").tasks == Path("tasks")
+    assert survey("adapters/a,adapters/b").tasks == Path("tasks")
+    monkeypatch.chdir(project / "adapters")
+    assert survey(".").tasks == project / "tasks"
 
 
 def test_a_bad_adapter_is_told_and_the_others_are_looked_at(project, command):

@@ -21,7 +21,7 @@ BENCH = {
                  "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
     },
     "unpacked_nbytes": 7_500_000,
-    "provenance": {"config": {"model": "org/base"}},
+    "provenance": {"config": {"model": "org/base", "test_examples": 8}},
 }  # fmt: skip
 
 
@@ -36,9 +36,10 @@ def config(tmp_path):
 
 def test_the_result_in_words():
     assert verdict(BENCH) == (
-        "2 adapters of 9 MB take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On held-out"
-        " rows that costs 0.0123 nats per target token; 99.1% of what the adapters gain is kept."
-        " The worst task is b: 0.0500 nats."
+        "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On"
+        " held-out rows that costs 0.0123 nats per target token; 99.1% of what the adapters gain is"
+        " kept."
+        " The worst task is b: 0.0500 nats. 8 held-out rows per task are few to judge by."
     )
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
