@@ -195,7 +195,11 @@ def d2c() -> str:
             parts.append(f'<circle cx="{x}" cy="{y}" r="8" fill="{colour}"/>')
     parts += arrow(362, 156, 420, 156)
     parts.append(text(444, 270, "until none can win", GREY, "17"))
-    return svg(280, parts, "Weakened adapters give estimates; what they propose is measured and corrects them")
+    return svg(
+        280,
+        parts,
+        "Weakened adapters give estimates; what they propose is measured and corrects them",
+    )
 
 
 def excess_and_retention() -> str:
