@@ -230,7 +230,7 @@ def _yaml(found: Survey) -> str:
         model = f"model: {_value(base)}"
     sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(found))
     return f"""\
-# Options of d2c-mlx run; docs/options.md has all of them. An option on the command line goes first.
+# Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line goes first.
 adapters: {_value(found.adapters)}
 tasks: {_value(str(found.tasks))}
 # The base model, {why}.
