@@ -39,3 +39,8 @@ def test_a_long_name_of_a_device():
     memory = [{"context": 9, "weights": 1, "adapter": 1, "kv_cache": 1, "rest": 1}]
     phone = {"methods": {"pack": {"memory": memory}}, "device": {"name": "数" * 90, "memory": 9}}
     assert f"limit of {'数' * 7}…{'数' * 6}" in drawn(memory_bar(phone))
+
+
+def test_control_characters_of_a_name_are_not_drawn():
+    drawn = excess_bars([{"name": "a\x1b[2J\u202e-->", "excess": 0.1}])
+    assert "a\\x1b[2J\\u202e--&gt;" in drawn and "\x1b" not in drawn and "\u202e" not in drawn
