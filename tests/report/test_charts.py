@@ -42,5 +42,7 @@ def test_a_long_name_of_a_device():
 
 
 def test_control_characters_of_a_name_are_not_drawn():
-    drawn = excess_bars([{"name": "a\x1b[2J\u202e-->", "excess": 0.1}])
-    assert "a\\x1b[2J\\u202e--&gt;" in drawn and "\x1b" not in drawn and "\u202e" not in drawn
+    names = ["a\x1b[2J\u202e-->"]
+    svg = heatmap({"values": [[1.0]], "adapters": names, "tasks": names}, [0])
+    assert drawn(svg).count("a\\x1b[2J\\u202e-->") == 2
+    assert "\x1b" not in svg and "\u202e" not in svg and "--><" not in svg
