@@ -75,7 +75,6 @@ def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure
 
 def _short(name: str) -> str:
     """The name, without its middle if it is too long for a chart."""
-    name = printable(name)
     is_wide = any(east_asian_width(letter) in "WF" for letter in name)
     most = _LONGEST // 2 if is_wide else _LONGEST
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
