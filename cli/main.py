@@ -57,7 +57,7 @@ def _form(args: list[str]) -> tuple[str, list[str]]:
         raise click.UsageError(f"{name} {rest[0]}: no longer a command; {gone}")
     # `bench PACK --device` is the old name of `phone`; no other form of `bench` has that option.
     if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
-        say("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
+        click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
         return "phone", rest
     return name, rest
 
@@ -172,7 +172,7 @@ def main() -> None:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _log("interrupted")
-        say("interrupted; the same command continues where it stopped", err=True)
+        click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     except Exception as error:
         # errors.py is the only part of the library that is light enough to import here.

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unicodedata import east_asian_width
 
+from d2c_mlx.utils.errors import printable
+
 __all__ = [
     "COLOURS", "TEXT", "convergence", "excess_bars", "frontier", "heatmap", "memory_bar",
     "new_figure", "svg_file",
@@ -60,7 +62,8 @@ def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN40
             warnings.filterwarnings("ignore", message, UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05,
                        metadata={"Date": None, "Description": description})  # fmt: skip
-    return buffer.getvalue()
+    # A name may hold what XML does not allow.
+    return printable(buffer.getvalue(), "\n\t")
 
 
 def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure

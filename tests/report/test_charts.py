@@ -39,3 +39,10 @@ def test_a_long_name_of_a_device():
     memory = [{"context": 9, "weights": 1, "adapter": 1, "kv_cache": 1, "rest": 1}]
     phone = {"methods": {"pack": {"memory": memory}}, "device": {"name": "数" * 90, "memory": 9}}
     assert f"limit of {'数' * 7}…{'数' * 6}" in drawn(memory_bar(phone))
+
+
+def test_control_characters_of_a_name_are_not_drawn():
+    names = ["a\x1b[2J\u202e-->"]
+    svg = heatmap({"values": [[1.0]], "adapters": names, "tasks": names}, [0])
+    assert drawn(svg).count("a\\x1b[2J\\u202e-->") == 2
+    assert "\x1b" not in svg and "\u202e" not in svg and "--><" not in svg

@@ -19,6 +19,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.templates import markdown
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +85,9 @@ def unexplained(text, artifacts, template):
     values = list(leaves(artifacts))
     for word in sorted({v for v in values if isinstance(v, str)}, key=len, reverse=True):
         if any(c.isdigit() for c in word):
-            # A hash is cut; white space is folded.
-            for form in (word, " ".join(word.split()), word[:12]):
+            # A hash is cut; white space is folded; addresses are escaped in Markdown.
+            folded = " ".join(word.split())
+            for form in (word, folded, markdown(folded), word[:12]):
                 text = re.sub(rf"(?<![\w.,-]){re.escape(form)}(?!\w|[.,]\d)", " ", text)
     numbers = [v for v in values if not isinstance(v, str)]
     total = artifacts["bench"]["methods"]["individual"]["nbytes"]
