@@ -13,7 +13,6 @@ import click
 from .help import Entry, LazyGroup
 from .interrupt import tell_of_interrupts
 from .removed import COMMANDS
-from .say import say
 
 _RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
@@ -109,6 +108,8 @@ def _format_warning(
 
 
 def _error(line: str) -> None:
+    from .say import say
+
     _log(f"error: {line}")
     say(f"error: {line}", err=True)
 
@@ -166,6 +167,8 @@ def main() -> None:
         # name is that of `python -m d2c_mlx` too.
         sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
     except click.ClickException as error:
+        from .say import say
+
         shown = io.StringIO()
         error.show(shown)
         say(shown.getvalue().rstrip("\n"), err=True)
