@@ -86,11 +86,12 @@ def _load_named(directory: Path, names: Sequence[str], tests: bool) -> Task:
     if not spare:
         return load_task(directory, tests)
     name = directory.name
-    close = difflib.get_close_matches(name, spare, 1, 0.5) or spare[:1]
+    # One that is more like another adapter's name is not proposed for this one.
+    close = [one for one in spare if difflib.get_close_matches(one, names, 1, 0.5) == [name]]
     listed = ", ".join(spare[:_MOST_LISTED]) + (", ..." if len(spare) > _MOST_LISTED else "")
     raise TaskError(
         f"{directory}: missing; found {listed}, which no adapter is called. Rename the folder, or"
-        f" name the adapter after it: --adapters {close[0]}=PATH/{name}"
+        f" name the adapter after it: --adapters {close[0] if close else 'NAME'}=PATH/{name}"
     )
 
 

@@ -35,6 +35,8 @@ def test_a_task_that_is_called_otherwise(cli, lib):
         f"{lib.tasks / 'beta'}: missing; found beta_task, which no adapter is called.",
         "--adapters beta_task=PATH/beta",
     )
+    (lib.tasks / "gamma").rename(lib.tasks / "beta_tasks")
+    assert cli.fails()[1].endswith("--adapters NAME=PATH/gamma")
 
 
 def test_tasks_without_an_adapter_are_named(cli, lib):

@@ -24,7 +24,7 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     session = run(config, quiet=True)
     output = session.output
     bench = json.loads((output / "bench.json").read_text())
-    assert set(bench) == {"methods", "provenance"}
+    assert set(bench) == {"methods", "unpacked_nbytes", "provenance"}
     methods = bench["methods"]
     assert set(methods) == {"base", "individual", "merge-all", "random", "kmeans", "d2c", "pack"}
     for method in methods.values():
@@ -167,7 +167,7 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
 
     def interrupted(self, directory, n_layers):
         save(self, directory, n_layers)
-        if f".{stage}.tmp" in str(directory):
+        if f"/.{stage}." in str(directory):
             calls.append(directory)
             raise KeyboardInterrupt
 
