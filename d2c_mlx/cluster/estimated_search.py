@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.merge_estimates import MergeEstimates, estimates_of
 from d2c_mlx.cluster.partition import (
     Clustering,
     Labels,
@@ -42,8 +42,7 @@ def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float
     Returns:
         The best measured partition; its history has every one that was measured.
     """
-    assert problem.fading is not None and problem.similarity is not None
-    estimates = MergeEstimates(problem.fading, problem.similarity)
+    estimates = estimates_of(problem)
     known: dict[Members, float] = {}
     history: list[dict[str, Any]] = []
     best: Labels = ()

@@ -193,6 +193,9 @@ def test_names_are_neither_formulas_nor_markup(directory):
     artifacts = renamed(artifacts_of(directory), ODD)
     phone = artifacts["phone"]
     phone["device"]["name"] = "phone $^$"
+    # A run whose search measured other adapters too, so that there is a heatmap.
+    n = len(artifacts["losses"]["tasks"])
+    artifacts["losses"]["values"] = [[1.0 + i + j for j in range(n)] for i in range(n)]
     page = render_html(artifacts)
     charts = " ".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", charts)]
