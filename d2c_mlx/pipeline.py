@@ -77,9 +77,9 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
+        session.load()
         for changed in changed_options(config):
             say(f"the pack in {session.output} will be replaced: {changed}", quiet)
-        session.load()
         say(opening(session.inputs), quiet)
         if config.planned and until != "plan" and session.inputs.holds_all:
             session.copy_all()

@@ -63,7 +63,7 @@ def main():
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         config = RunConfig(
             adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
-            output=str(Path(directory) / "run"), budget="3%",
+            output=str(Path(directory) / "run"), budget=f"{options.budgets.split(',')[0]}%",
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)

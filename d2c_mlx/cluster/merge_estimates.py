@@ -28,6 +28,8 @@ _LEAST = 0.03
 _SD_LEVEL, _SD_TASK, _SD_PAIR, _SD_MEASURED = 1.0, 0.5, 0.25, 0.35
 # What a cosine of 1 with another member's update adds to the log regret, and how sure that is.
 _ALIKE, _SD_ALIKE = -0.7, 0.7
+# Updates are copies where this power of their cosine is close to 1.
+_COPIES = 8
 
 
 class MergeEstimates:
@@ -54,7 +56,9 @@ class MergeEstimates:
         # (n, size), as log; column m - 1 is for clusters of m.
         self._faded = np.log(np.maximum(fading.at(sizes**-_KEPT), -_LEAST / 2) + _LEAST)
         self._alike = similarity - np.diag(np.diag(similarity))
-        self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike
+        # Copies of one adapter do each other no harm, whatever else is alike.
+        self._copies = np.log1p(-(np.clip(self._alike, 0, 0.999) ** _COPIES))
+        self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike + self._copies
         self._seen: list[tuple[int, np.ndarray, float]] = []
 
     def regrets(self, tasks: np.ndarray, sizes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -84,14 +88,15 @@ class MergeEstimates:
         tasks = np.array([i for i, _, _ in self._seen])
         others = np.array([row for _, row, _ in self._seen])
         alike = (others * self._alike[tasks]).sum(axis=1)
-        y = np.array([log for _, _, log in self._seen]) - _ALIKE * alike
+        copies = (others * self._copies[tasks]).sum(axis=1)
+        y = np.array([log for _, _, log in self._seen]) - _ALIKE * alike - copies
         own = (tasks[:, None] == tasks) * (_SD_TASK**2 + _SD_PAIR**2 * (others @ others.T))
         shared = _SD_LEVEL**2 + _SD_ALIKE**2 * np.outer(alike, alike)
         weights = np.linalg.solve(own + shared + _SD_MEASURED**2 * np.eye(len(y)), y)
         each = np.eye(self.n)[tasks] * weights[:, None]
         self.task = _SD_LEVEL**2 * weights.sum() + _SD_TASK**2 * each.sum(axis=0)
         slope = _ALIKE + _SD_ALIKE**2 * float(alike @ weights)
-        self.pair = slope * self._alike + _SD_PAIR**2 * each.T @ others
+        self.pair = slope * self._alike + self._copies + _SD_PAIR**2 * each.T @ others
 
 
 def estimates_of(problem: Problem) -> MergeEstimates:

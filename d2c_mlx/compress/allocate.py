@@ -123,7 +123,8 @@ def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) ->
     for path, some in levels.items():
         stored = np.repeat([1 - _LOST[bits] for _, bits in some], [n for n, _ in some])
         kept += float(worth[path][: len(stored)] @ stored)
-    return max(0.0, 1 - kept / sum(float(values.sum()) for values in worth.values()))
+    total = sum(float(values.sum()) for values in worth.values())
+    return max(0.0, 1 - kept / total) if total else 0.0
 
 
 def _levels(bits: Sequence[int]) -> Levels:

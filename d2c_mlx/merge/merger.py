@@ -33,9 +33,9 @@ _MORE = 2.5
 _TOKENS, _ALL_TOKENS = 128, 4096
 # Passes of RegMean++: the first gains most, later ones lose as often as they gain.
 _PASSES = 3
-# Scales of layer-wise merges of two members, and of more. A search took 1.4 for 67 of 94 clusters
-# of 24 real adapters, 1.0 for 21; their regrets differ by about 0.005.
-_AIMED = (1.0, 1.4)
+# Scales of layer-wise merges of up to two unlike members, and of more. A search took 1.4 for 67 of 94
+# clusters of 24 real adapters, 1.0 for 21; their regrets differ by about 0.005.
+_AIMED, _UNLIKE = (1.0, 1.4), 2.5
 # Most tokens that `layerwise` reads of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
 # Method -> the cheaper one that clusterings compare instead, because it judges alike.
@@ -82,7 +82,7 @@ class Merger:
         self._options, self._regret = options, regret
         self._base, self._evaluator = library.base, library.evaluator
         self._adapters, self._probes = library.adapters, library.probes
-        self._workers = library.workers
+        self._workers, self._library = library.workers, library
         self._method = options.method or self._best
         self.quick_method = _QUICK.get(self._method, self._method)
         self._merges: dict[tuple[str, Members], Merged] = {}
@@ -178,7 +178,9 @@ class Merger:
         Both are made in one pass, at a scale that needs no search: see `_AIMED`. Without error
         compensation it is RegMean++ block by block, as in its paper, and carries that name.
         """
-        scale = self._options.scale or _AIMED[len(members) > 2]
+        # Copies of one adapter count as one, and adapters that have nothing in common each.
+        alike = self._library.similarity[np.ix_(members, members)]
+        scale = self._options.scale or _AIMED[len(members) ** 2 > _UNLIKE * alike.sum()]
         aims = [(scale, 0.0), (scale, STRENGTH)]
         # Forward passes under the members, and of each merge in parts.
         cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)

@@ -60,7 +60,7 @@ def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, meas
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
         probe_examples=2, test_examples=2, merge_method="regmean++", output=str(tmp_path / "run"),
-        baselines=(),
+        baselines=(), search="moves",
     )  # fmt: skip
     pack = run(config, quiet=True).read("bench.json")["methods"]["pack"]
     assert rows["moves"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)

@@ -65,7 +65,8 @@ def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
 
 
 def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(config):
-    shutil.rmtree(Path(config.adapters) / "a")
+    for folder in (config.adapters, config.tasks):
+        shutil.rmtree(Path(folder) / "a")
     config = config.replace(merge_method="regmean++", budget="1")
     for eps, method in ((1e-3, "regmean++"), (5.0, "regmean")):
         (merge,) = run(config.replace(eps=eps), until="merge", quiet=True).read("merges.json")

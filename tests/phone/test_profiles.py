@@ -31,7 +31,7 @@ def test_a_profile_of_ones_own(tmp_path):
 
 
 def test_the_profile_in_the_documents_is_one(tmp_path):
-    text = (ROOT / "docs" / "phone.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "ios.md").read_text()
     path = tmp_path / "phone.yaml"
     path.write_text(text.split("```yaml\n")[1].split("```")[0])
     assert find_profile(str(path)).memory == 2_400_000_000

@@ -18,7 +18,7 @@ from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.errors import PackError, printable
 from d2c_mlx.utils.templates import markdown
 
 pytestmark = pytest.mark.slow
@@ -154,7 +154,8 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
             answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             assert shown["pack"] == answer
             assert f"<dt>prompt</dt><dd>{row['prompt']}</dd>" in page
-            assert f"<dt>pack</dt><dd>{answer or '(nothing)'}</dd>" in page
+            said = printable(answer, keep="\n\t") or "(nothing)"
+            assert f"<dt>pack</dt><dd>{said}</dd>" in page
     assert bench["answers"]["a"][0]["base"] != bench["answers"]["a"][0]["individual"]
 
 

@@ -34,7 +34,7 @@ def test_a_run_does_about_what_was_said_and_then_nothing(config, changes):
         record = json.loads((session.output / ".stages" / f"{one.name}.json").read_text())
         tokens = record["evaluations"]["tokens"]
         if one.name in ("probe", "bench"):
-            assert one.tokens >= tokens >= one.tokens / 4, one
+            assert one.tokens >= tokens >= one.tokens / 8, one
     total = sum(file.stat().st_size for file in session.path("pack").rglob("*.safetensors"))
     assert total <= said.nbytes
     again = forecast(config)
