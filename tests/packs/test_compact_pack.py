@@ -263,6 +263,6 @@ def test_unpack_a_plain_pack(tmp_path, adapters):
 
 def test_unpack_never_replaces_the_pack(pack):
     for output in (pack.path, pack.path.parent):
-        with pytest.raises(PackError, match="would replace your pack"):
+        with pytest.raises(PackError, match="would replace (your|the) pack"):
             export(pack, "mlx", output)
     assert load_pack(pack.path) == pack
