@@ -59,7 +59,7 @@ class PackServer(ThreadingHTTPServer):
         Raises:
             OSError: the address cannot be had.
         """
-        self.service = service
+        self.service, self._listens = service, False
         limits = service.limits
         self.places = Places(limits.batch + limits.queue + _SPARE_CONNECTIONS)
         with contextlib.suppress(OSError):
@@ -73,6 +73,11 @@ class PackServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         name = host.decode() if isinstance(host, bytes | bytearray) else host
         return f"http://[{name}]:{port}/v1" if ":" in name else f"http://{name}:{port}/v1"
+
+    def server_activate(self) -> None:
+        """Start to listen."""
+        super().server_activate()
+        self._listens = True
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """Start a thread for a connection; refuse it at once if every place has a request."""
@@ -97,8 +102,8 @@ class PackServer(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Stop: requests that run may end, for some seconds; whoever waits is told that we stop."""
         self.service.scheduler.drain(0)
-        # Connected already, but never accepted.
-        while is_readable(self.socket):
+        # Connected already, but never accepted; none where the address could not be had.
+        while self._listens and is_readable(self.socket):
             self.handle_request()
         super().server_close()
         self.service.close()
