@@ -1,4 +1,4 @@
-"""What a run will do and about how long it takes, before it does it: `d2c-mlx run --dry-run`.
+"""Forecasts for `d2c-mlx run --dry-run`: the work of a run, and about how long it takes.
 
 Work is counted in tokens that pass through the model, and time is that of as many tokens on this
 machine, measured in a second or two. Linear algebra beside them is not counted.
@@ -10,14 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.cluster.completion import others_needed
 from d2c_mlx.cluster.estimated_search import MOST_FAILED
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.pipeline import STAGES
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.pipeline import STAGES, probed, settled_stages
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs
-from d2c_mlx.run.records import Record
 from d2c_mlx.run.session import Session
 
 __all__ = ["Forecast", "StageForecast", "forecast"]
@@ -49,7 +46,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will do.
+    """The work of a run that is not done yet.
 
     Attributes:
         stages: the stages in their order.
@@ -71,23 +68,6 @@ class Forecast:
         return sum(one.seconds for one in self.stages)
 
 
-class _Looking(Session):
-    """A session that looks whether a stage is done, and runs none."""
-
-    done = False
-
-    def stage(
-        self,
-        name: str,
-        options: object,
-        reads: Sequence[str],
-        writes: Sequence[str],
-        body: Callable[[], None],
-    ) -> None:
-        """Compare the stage's record with its inputs and outputs."""
-        self.done = Record(self.output, name, options, reads).holds(writes)
-
-
 def forecast(config: RunConfig, until: str = "report") -> Forecast:
     """Load and check all inputs, and estimate the run; nothing is written.
 
@@ -98,25 +78,20 @@ def forecast(config: RunConfig, until: str = "report") -> Forecast:
     Raises:
         InputError: bad input, all problems at once.
     """
-    session = _Looking(config, quiet=True)
-    inputs = session.inputs
-    rate, done = _rate(inputs), True
-    stages, evaluations = [], 0.0
-    tokens = sum(one.n_tokens for one in inputs.probes)
-    for name in stages_of(config, until):
-        if done:  # Every stage after one that is not done is to do.
-            STAGES[name](session)
-            done = session.done
-        work = 0 if done else round(_WORK.get(name, _nothing)(inputs))
-        evaluations += work * len(inputs.names) / tokens
+    session = Session(config, quiet=True)
+    names, inputs = settled_stages(session, until), session.inputs
+    rate, done, stages = _rate(inputs), True, []
+    for name in names:
+        # Every stage after one that is not done is to do.
+        done = done and session.done(STAGES[name](session))
+        work = 0 if done or name not in _WORK else round(_WORK[name](inputs))
         stages.append(StageForecast(name, done, work, work / rate))
-    slots = None if config.planned else inputs.capacity.n_clusters
-    nbytes = inputs.capacity.max_bytes
-    if nbytes is None:
-        largest = max(inputs.capacity.nbytes_of_rank(inputs.capacity.merge_rank),
-                      *inputs.capacity.sizes)  # fmt: skip
-        nbytes = (slots or 0) * largest
-    return Forecast(stages, round(evaluations), min(nbytes, inputs.capacity.total), slots, rate)
+    n_tokens = sum(one.tokens for one in stages)
+    evaluations = n_tokens * len(inputs.names) / _probe_tokens(inputs)
+    capacity = inputs.capacity
+    slots = None if session.config.planned else capacity.n_clusters
+    nbytes = min(capacity.max_bytes or (slots or 0) * capacity.largest, capacity.total)
+    return Forecast(stages, round(evaluations), nbytes, slots, rate)
 
 
 def _rate(inputs: Inputs) -> float:
@@ -136,16 +111,9 @@ def _probe_tokens(inputs: Inputs) -> int:
     return sum(one.n_tokens for one in inputs.probes)
 
 
-def _nothing(inputs: Inputs) -> float:
-    return 0.0
-
-
 def _probe(inputs: Inputs) -> float:
-    c, n = inputs.config, len(inputs.names)
-    if c.planned or c.search == "estimates":
-        return (2 + len(STRENGTHS)) * _probe_tokens(inputs)
-    others = others_needed(n, c.neighbours, inputs.capacity.n_clusters)
-    return (2 + others) * _probe_tokens(inputs)
+    strengths, others = probed(inputs)
+    return (2 + len(strengths) + others) * _probe_tokens(inputs)
 
 
 def _plan(inputs: Inputs) -> float:
@@ -176,8 +144,8 @@ def _refine(inputs: Inputs) -> float:
 def _bench(inputs: Inputs) -> float:
     c, tests = inputs.config, sum(one.n_tokens for one in inputs.tests)
     merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
-    methods = 3 + merged + (0 if c.planned else 1 if c.refine else 0)
-    answers = 3 * sum(one.n_tokens for one in inputs.tests) * c.answers / max(c.test_examples, 1)
+    methods = 3 + merged + c.refine
+    answers = 3 * tests * c.answers / max(c.test_examples, 1)
     return methods * tests + merged * _merge(inputs) + answers
 
 

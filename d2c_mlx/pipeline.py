@@ -13,7 +13,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,17 @@ from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.inputs import opening, provenance
+from d2c_mlx.run.inputs import Inputs, opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.session import Session, Stage
 from d2c_mlx.run.snapshot import changed_options
 from d2c_mlx.utils.errors import InputWarning
-from d2c_mlx.utils.files import hash_file, remove_dir, write_dir, write_json, write_text
+from d2c_mlx.utils.files import hash_file, write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.progress import say
 
-__all__ = ["STAGES", "run"]
+__all__ = ["STAGES", "run", "settled_stages"]
 
 
 def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Session:
@@ -81,19 +81,24 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         for changed in changed_options(config):
             say(f"the pack in {session.output} will be replaced: {changed}", quiet)
         say(opening(session.inputs), quiet)
-        if config.planned and until != "plan" and session.inputs.holds_all:
-            session.copy_all()
-            wanted = stages_of(session.config, until)
+        wanted = settled_stages(session, until)
         with locked(session.output):
             if "pack" in wanted:
                 check_pack(session.output)
             for name in wanted:
-                STAGES[name](session)
+                session.run(STAGES[name](session))
             session.directory.remember_finish(config, wanted)
     return session
 
 
-def convert(session: Session) -> None:
+def settled_stages(session: Session, until: str) -> list[str]:
+    """The stages up to `until`; a budget with room for all adapters is not planned but copied."""
+    if session.config.planned and until != "plan" and session.inputs.holds_all:
+        session.copy_all()
+    return stages_of(session.config, until)
+
+
+def convert(session: Session) -> Stage:
     """Write the input adapters in mlx-lm's layout, exactly -> `adapters/<name>/`."""
     inputs = session.inputs
 
@@ -104,20 +109,17 @@ def convert(session: Session) -> None:
             mark(directory, "run")
 
     options = [[adapter.name, adapter.base, adapter.digest] for adapter in inputs.adapters]
-    session.stage("convert", options, [], ["adapters"], body)
+    return Stage("convert", options, [], ["adapters"], body)
 
 
-def probe(session: Session) -> None:
+def probe(session: Session) -> Stage:
     """Measure adapters on the calibration rows -> `losses.json`.
 
     Estimates need each task adapter at a few strengths; other searches need every adapter on the
     rows of similar tasks.
     """
-    c, inputs = session.config, session.inputs
-    estimated = c.planned or c.search == "estimates"
-    strengths = STRENGTHS if estimated else ()
-    n_others = 0 if estimated else others_needed(
-        len(inputs.names), c.neighbours, inputs.capacity.n_clusters)  # fmt: skip
+    inputs = session.inputs
+    strengths, n_others = probed(inputs)
 
     def body() -> None:
         measured = nearest(session.library.similarity, n_others)
@@ -129,10 +131,18 @@ def probe(session: Session) -> None:
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], n_others,
                strengths]  # fmt: skip
-    session.stage("probe", options, ["adapters"], ["losses.json"], body)
+    return Stage("probe", options, ["adapters"], ["losses.json"], body)
 
 
-def plan(session: Session) -> None:
+def probed(inputs: Inputs) -> tuple[Sequence[float], int]:
+    """Strengths at which task adapters are probed, and the number of other adapters per task."""
+    c = inputs.config
+    if c.planned or c.search == "estimates":
+        return STRENGTHS, 0
+    return (), others_needed(len(inputs.names), c.neighbours, inputs.capacity.n_clusters)
+
+
+def plan(session: Session) -> Stage:
     """Plan a budget in bytes: which adapters and merges, at which bits -> `plan.json`, `planned/`.
 
     The chosen adapters are kept in their stored form, so that `pack` rounds nothing again.
@@ -149,10 +159,10 @@ def plan(session: Session) -> None:
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
-    session.stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
+    return Stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
 
 
-def cluster(session: Session) -> None:
+def cluster(session: Session) -> Stage:
     """Choose which adapters to merge, by D2C and by the baselines -> `clusters.json`."""
     c, inputs = session.config, session.inputs
     k, n = inputs.capacity.n_clusters, len(inputs.names)
@@ -197,10 +207,10 @@ def cluster(session: Session) -> None:
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
     options += [given] if given else []
-    session.stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
+    return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
-def merge(session: Session) -> None:
+def merge(session: Session) -> Stage:
     """Merge each D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
     inputs = session.inputs
 
@@ -218,10 +228,10 @@ def merge(session: Session) -> None:
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
     reads = ["adapters", "losses.json", "clusters.json"]
-    session.stage("merge", options, reads, ["merged", "merges.json"], body)
+    return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
 
-def refine(session: Session) -> None:
+def refine(session: Session) -> Stage:
     """Train each merge to match its members, if asked for -> `refined/<k>/`, `refines.json`."""
 
     def body() -> None:
@@ -236,12 +246,11 @@ def refine(session: Session) -> None:
         write_json(session.path("refines.json"), facts)
 
     reads = ["adapters", "losses.json", "merged", "merges.json"]
-    session.stage("refine", refine_inputs(session), reads, ["refined", "refines.json"], body)
-    # Only after the stage is recorded: a half-removed directory would be taken for done.
-    remove_dir(session.path("refining"))
+    return Stage("refine", refine_inputs(session), reads, ["refined", "refines.json"], body,
+                 leftovers=["refining"])  # fmt: skip
 
 
-def pack(session: Session) -> None:
+def pack(session: Session) -> Stage:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
     c, inputs = session.config, session.inputs
     info = PackInfo(
@@ -280,10 +289,10 @@ def pack(session: Session) -> None:
         ["plan.json", "planned"], compact)  # fmt: skip
     options = [info.model, info.config_hash, info.weights_hash, info.budget,
                inputs.capacity.total, info.origins]  # fmt: skip
-    session.stage("pack", options, reads, ["pack"], body)
+    return Stage("pack", options, reads, ["pack"], body)
 
 
-def bench(session: Session) -> None:
+def bench(session: Session) -> Stage:
     """Measure every method on the held-out rows -> `bench.json`."""
     c, inputs = session.config, session.inputs
 
@@ -316,10 +325,10 @@ def bench(session: Session) -> None:
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
     merges = [] if c.planned else ["losses.json", "clusters.json", "merged"]
-    session.stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
+    return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
 
 
-def report(session: Session) -> None:
+def report(session: Session) -> Stage:
     """Render the results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
     reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
@@ -335,10 +344,10 @@ def report(session: Session) -> None:
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):
             write_text(session.path(name), render(artifacts))
 
-    session.stage("report", None, reads, ["report.md", "report.html"], body)
+    return Stage("report", None, reads, ["report.md", "report.html"], body)
 
 
-STAGES: dict[str, Callable[[Session], None]] = {
+STAGES: dict[str, Callable[[Session], Stage]] = {
     stage.__name__: stage
     for stage in (convert, probe, plan, cluster, merge, refine, pack, bench, report)
 }

@@ -82,8 +82,12 @@ class Capacity:
         Raises:
             BudgetError: not even one fits.
         """
-        largest = max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
-        return self.budget.allowed_adapters(self.sizes, largest)
+        return self.budget.allowed_adapters(self.sizes, self.largest)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest adapter that a pack may hold, merged or not."""
+        return max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
 
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter of this rank with every module that some adapter has."""

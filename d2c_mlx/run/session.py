@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,31 @@ from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
 from d2c_mlx.run.snapshot import absolute
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.files import write_text
+from d2c_mlx.utils.files import remove_dir, write_text
 from d2c_mlx.utils.progress import progress_bar
 
-__all__ = ["Session"]
+__all__ = ["Session", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: what it reads and writes, and how.
+
+    Attributes:
+        name: name of the stage.
+        options: everything that the outputs depend on besides `reads`, as a JSON value.
+        reads: artifacts of earlier stages that `body` reads.
+        writes: artifacts that `body` makes.
+        body: does the work.
+        leftovers: directories of parts that are removed once the stage is done.
+    """
+
+    name: str
+    options: object
+    reads: Sequence[str]
+    writes: Sequence[str]
+    body: Callable[[], None]
+    leftovers: Sequence[str] = ()
 
 
 class Session:
@@ -123,38 +144,35 @@ class Session:
         """The planner of a budget in bytes."""
         return Planner(self.study, self.inputs.capacity, self.config.max_adapters)
 
-    def stage(
-        self,
-        name: str,
-        options: object,
-        reads: Sequence[str],
-        writes: Sequence[str],
-        body: Callable[[], None],
-    ) -> None:
-        """Run `body` unless it already ran on the same inputs and its outputs are untouched.
+    def done(self, stage: Stage) -> bool:
+        """True if a stage already ran on the same inputs and its outputs are untouched."""
+        return self._record(stage).holds(stage.writes)
 
-        Args:
-            name: name of the stage.
-            options: everything that the outputs depend on besides `reads`, as a JSON value.
-            reads: artifacts of earlier stages that `body` reads.
-            writes: artifacts that `body` makes.
-            body: does the work.
-        """
-        record = Record(self.output, name, options, reads)
-        if record.holds(writes):
-            return
+    def run(self, stage: Stage) -> None:
+        """Run a stage unless it is done."""
+        record = self._record(stage)
+        if not record.holds(stage.writes):
+            self._run(stage, record)
+        # Only after the stage is recorded: a half-removed directory would be taken for done.
+        for name in stage.leftovers:
+            remove_dir(self.path(name))
+
+    def _record(self, stage: Stage) -> Record:
+        return Record(self.output, stage.name, stage.options, stage.reads)
+
+    def _run(self, stage: Stage, record: Record) -> None:
         started = time.monotonic()
         mark_run(self.output)
         text = yaml.safe_dump(absolute(self.config).to_dict(), sort_keys=False)
         write_text(self.path("config.yaml"), text)
         self.evaluator.counts = Counts()
         mx.reset_peak_memory()
-        with progress_bar(name, self.quiet) as bar:
+        with progress_bar(stage.name, self.quiet) as bar:
             self.evaluator.meter = bar
-            body()
+            stage.body()
         measured = {
             "seconds": round(time.monotonic() - started, 2),
             "evaluations": asdict(self.evaluator.counts),
             "peak_nbytes": mx.get_peak_memory(),
         }
-        record.write(writes, measured)
+        record.write(stage.writes, measured)

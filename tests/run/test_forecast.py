@@ -47,6 +47,11 @@ def test_stages_after_a_change_are_done_again(config):
     assert found["probe"] and not found["merge"] and not found["bench"]
 
 
+def test_a_budget_with_room_for_all_is_copied_not_planned(config):
+    said = forecast(config.replace(budget="120%"))
+    assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
+
+
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
     forecast(config)
     assert not (tmp_path / "run").exists()

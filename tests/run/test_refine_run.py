@@ -65,7 +65,7 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
 def test_test_rows_are_never_touched(config, monkeypatch):
     session = Session(config, quiet=True)
     for name in ("convert", "probe", "cluster", "merge"):
-        STAGES[name](session)
+        session.run(STAGES[name](session))
     vars(session.inputs).pop("tests", None)
     del session.inputs.tasks
 
@@ -73,7 +73,7 @@ def test_test_rows_are_never_touched(config, monkeypatch):
         raise AssertionError("refine looked at the test rows")
 
     monkeypatch.setattr(Inputs, "tests", property(poison))
-    STAGES["refine"](session)
+    session.run(STAGES["refine"](session))
     assert session.path("refined").exists()
 
 
