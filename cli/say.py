@@ -1,4 +1,4 @@
-"""What commands print: nothing in it can steer the terminal.
+"""Printing, so that nothing in the output can steer the terminal.
 
 The library is imported late, so that help is instant.
 """

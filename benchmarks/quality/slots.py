@@ -168,7 +168,7 @@ def measure(config, case, results, options):
 
 
 def searched(session):
-    """What finding the clusters of a run took: evaluations, tokens and seconds, merging too."""
+    """Evaluations, tokens and seconds that finding the clusters of a run took, merging too."""
     records = [
         json.loads((session.output / ".stages" / f"{name}.json").read_text())
         for name in ("probe", "cluster")

@@ -25,7 +25,7 @@ def gguf_families(read):
 
 
 def route(read):
-    """Where prompts go, and what that costs."""
+    """Routing: the task of each prompt, and what that costs."""
     one = read("route")
     right, base = one["routed_right"], one["to_the_base"]
     return markdown(("held-out prompts of 24 tasks", ""), [

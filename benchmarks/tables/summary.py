@@ -9,7 +9,7 @@ from benchmarks.tables.experiment import averages, ends, groups, share
 from benchmarks.tables.packs import budgets, cases, every
 from benchmarks.tables.result_files import markdown
 
-# Of the README: budgets in bytes, then in adapters.
+# The README's budgets in bytes, then in adapters.
 BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {

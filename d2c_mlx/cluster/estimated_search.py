@@ -28,10 +28,10 @@ _ROUNDING = 1e-9
 
 
 def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float) -> Clustering:
-    """Measure K-Means, learn, propose the partition with the least estimated regret, measure it...
+    """Measure the partition that is estimated to be best, learn from it, and propose again.
 
-    Only clusters that are proposed are measured, each at the scale of the first one. It ends when
-    no proposal is estimated to win, or when several in a row did not.
+    The first proposal is K-Means. Only clusters that are proposed are measured, each at the scale
+    of the first one. It ends when no proposal is estimated to win, or several in a row did not.
 
     Args:
         problem: its `fading` and `similarity` give the estimates.
@@ -47,7 +47,7 @@ def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float
     history: list[dict[str, Any]] = []
     best: Labels = ()
     lowest, failed, stopped = np.inf, 0, "converged"
-    # Its clusters are of adapters that are alike, of which the estimates know least.
+    # K-Means puts alike adapters together, of which the estimates know least.
     proposal = kmeans(problem.features, n_clusters, seed).labels
     while True:
         _measure(problem, estimates, known, proposal)
@@ -77,12 +77,13 @@ def _measure(
     problem.foresee(new)
     # The first, the largest, finds the scale for all.
     like = next(iter(known), ())
+    found = {}
     for members in sorted(new, key=len, reverse=True):
         merged = problem.merge(members, like)
         like = like or members
-        (regrets,) = problem.measure([(merged, members)])
-        estimates.learn(members, regrets)
-        known[members] = float(regrets.sum())
+        (found[members],) = problem.measure([(merged, members)])
+        known[members] = float(found[members].sum())
+    estimates.learn(found)
 
 
 def _cost(estimates: MergeEstimates, known: dict[Members, float], labels: Labels) -> float:
@@ -106,25 +107,13 @@ def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> tuple[int
     Returns:
         The cluster of every adapter, numbered by first appearance.
     """
-    tasks, labels = np.arange(estimates.n), np.arange(estimates.n)
-    while (k := int(labels.max()) + 1) > n_clusters:
-        member = np.eye(k)[labels]
-        pairs, size = estimates.pair @ member, member.sum(axis=0).astype(int)
-        own = pairs[tasks, labels]
-        # (n, k): regret of i if its cluster and k became one; by cluster, both sides of the union.
-        joined = estimates.regrets(
-            tasks[:, None],
-            np.minimum(size[labels][:, None] + size, estimates.n),
-            own[:, None] + pairs,
-        )
-        alone = member.T @ estimates.regrets(tasks, size[labels], own)
-        half = member.T @ joined
-        rise = half + half.T - alone[:, None] - alone
-        rise[np.triu_indices(k)] = np.inf
-        for a, b in _disjoint(rise, max(1, (k - n_clusters) // 4)):
+    state = _State(estimates, np.arange(estimates.n))
+    while (k := state.n_clusters) > n_clusters:
+        labels = state.labels.copy()
+        for a, b in _disjoint(state.rises(), max(1, (k - n_clusters) // 4)):
             labels[labels == b] = a
-        labels = np.unique(labels, return_inverse=True)[1]
-    return improved(estimates, labels)
+        state = _State(estimates, np.unique(labels, return_inverse=True)[1])
+    return improved(estimates, state.labels)
 
 
 def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
@@ -156,6 +145,25 @@ class _State:
         regrets = estimates.regrets(self.tasks, self._size[labels], self._own)
         self._costs = self._member.T @ regrets
         self.cost = float(self._costs.sum())
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of clusters."""
+        return len(self._size)
+
+    def rises(self) -> np.ndarray:
+        """`(k, k)` rise of the cost if two clusters become one; infinity but below the diagonal."""
+        size = self._size[self.labels][:, None] + self._size
+        # [i, k]: regret of i if its cluster and k became one; by cluster, one side of the union.
+        joined = self.estimates.regrets(
+            self.tasks[:, None],
+            np.minimum(size, self.estimates.n),
+            self._own[:, None] + self._pairs,
+        )
+        half = self._member.T @ joined
+        rise = half + half.T - self._costs[:, None] - self._costs
+        rise[np.triu_indices(self.n_clusters)] = np.inf
+        return rise
 
     def step(self) -> bool:
         """Take the best step; False if none helps."""

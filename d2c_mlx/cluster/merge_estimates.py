@@ -11,6 +11,8 @@ belongs to tasks and to pairs of them, and is learnt from what is measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from d2c_mlx.cluster.partition import Fading, Members, Problem
@@ -26,7 +28,7 @@ _LEAST = 0.03
 # Standard deviations of log regrets: of the level of all, which depends on the merge method, of a
 # task, of a pair of tasks, and of a measurement.
 _SD_LEVEL, _SD_TASK, _SD_PAIR, _SD_MEASURED = 1.0, 0.5, 0.25, 0.35
-# What a cosine of 1 with another member's update adds to the log regret, and how sure that is.
+# A cosine of 1 with another member's update adds this to the log regret; its standard deviation.
 _ALIKE, _SD_ALIKE = -0.7, 0.7
 # Updates are copies where this power of their cosine is close to 1.
 _COPIES = 8
@@ -78,13 +80,18 @@ class MergeEstimates:
         pairs = self.pair[np.ix_(some, some)].sum(axis=1)
         return self.regrets(some, np.full(len(some), len(some)), pairs)
 
-    def learn(self, members: Members, regrets: np.ndarray) -> None:
-        """Take in measured regrets of a cluster's members, `(n_members,)`."""
-        for i, regret in zip(members, regrets):
-            log = float(np.log(max(float(regret), -_LEAST / 2) + _LEAST))
-            others = np.zeros(self.n)
-            others[[j for j in members if j != i]] = 1
-            self._seen.append((i, others, log - self._faded[i, len(members) - 1]))
+    def learn(self, measured: Mapping[Members, np.ndarray]) -> None:
+        """Take in measured clusters, members -> their regrets `(n_members,)`, and fit anew."""
+        for members, regrets in measured.items():
+            logs = np.log(np.maximum(regrets, -_LEAST / 2) + _LEAST)
+            for i, log in zip(members, logs):
+                others = np.zeros(self.n)
+                others[[j for j in members if j != i]] = 1
+                self._seen.append((i, others, float(log) - self._faded[i, len(members) - 1]))
+        if self._seen:
+            self._fit()
+
+    def _fit(self) -> None:
         tasks = np.array([i for i, _, _ in self._seen])
         others = np.array([row for _, row, _ in self._seen])
         alike = (others * self._alike[tasks]).sum(axis=1)

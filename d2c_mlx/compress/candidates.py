@@ -36,6 +36,8 @@ _STEPS = {"own": 0.5, "merged": 1.0}
 _MOST = {"own": 0.35, "merged": 0.54}
 # Share of the worth that is spread evenly over modules.
 _EVENLY = 0.25
+# Scales where the rows' own answers are not trusted.
+_FROM_ONE = FINE_SCALES[FINE_SCALES.index(1.0) :]
 
 Units = Sequence[tuple[Members, Adapter]]
 
@@ -128,25 +130,32 @@ class FormMeter:
     def scales(self, members: Members) -> tuple[float, ...]:
         """Scales to try: those below 1 only where the rows' own answers are trusted."""
         trusted = any(self._study.teacher_regret.trust[i] for i in members)
-        return FINE_SCALES if trusted else FINE_SCALES[FINE_SCALES.index(1.0) :]
+        return FINE_SCALES if trusted else _FROM_ONE
 
     def measure(
-        self, form: Form, scales: Sequence[float] | None = None, start: float = 1.0
+        self,
+        form: Form,
+        scales: Sequence[float] = _FROM_ONE,
+        start: float = 1.0,
+        known: Candidate | None = None,
     ) -> Candidate:
         """Measure one stored form at its best scale.
 
         Args:
             form: the form to store.
-            scales: scales to try, rising; None takes `FINE_SCALES` from 1.
+            scales: scales to try, rising.
             start: one of `scales`, from which a line search goes.
+            known: the form as measured at `start`, if it was; it is not stored or measured again.
         """
-        small = stored(form.adapter, form.levels, parts=form.parts)
+        small = known and known.stored or stored(form.adapter, form.levels, parts=form.parts)
 
         def regret(scale: float) -> float:
+            if known and scale == known.scale:
+                return known.regret
             plain = small.scaled(scale).adapter(self._library.base.dtype)
             return float(self._study.teacher_regret.under(plain, form.members).sum())
 
-        scale, lowest = line_search(regret, scales or self.scales(()), start)
+        scale, lowest = line_search(regret, scales, start)
         return replace(self.estimate(form, lowest), scale=scale, stored=small, measured=True)
 
     def estimate(self, form: Form, regret: float) -> Candidate:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.allocate import Candidate
 from d2c_mlx.compress.candidates import Form, FormMeter
 
@@ -27,6 +28,9 @@ _SD_SLOPE, _SD_OWN, _SD_MEASURED = 0.3, 1.2, 0.35
 _SCALE_AT_EVEN, _SCALE_SLOPE = 0.46, 0.14
 # Regrets below this differ by rounding and luck.
 _LEAST = 2e-4
+
+
+_Key = tuple[Members, str, float]
 
 
 @dataclass
@@ -60,6 +64,7 @@ class FormEstimates:
         """
         self._meter = meter
         self._ladders: list[_Ladder] = []
+        self._places: dict[_Key, tuple[_Ladder, int]] = {}
 
     def add(self, forms: Sequence[Form], share: float, floor: float = 0.0) -> None:
         """Add an adapter, and measure the form nearest to `share` of its 16-bit bytes.
@@ -73,6 +78,7 @@ class FormEstimates:
             return
         ladder = _Ladder(list(forms), floor, self._meter.scales(forms[0].members))
         self._ladders.append(ladder)
+        self._places |= {_key(form): (ladder, k) for k, form in enumerate(forms)}
         first = min(range(len(forms)), key=lambda k: abs(math.log(forms[k].share / share)))
         self._measure(ladder, first)
         if ladder.scales[0] < 1:  # It may be better much weaker, which no estimate knows.
@@ -93,14 +99,14 @@ class FormEstimates:
     def measure(self, chosen: Sequence[Candidate]) -> None:
         """Measure candidates that are estimates, each at its estimated scale."""
         for one in chosen:
-            ladder, k = self._find(one)
+            ladder, k = self._places[_key(one)]
             if k not in ladder.measured:
                 self._measure(ladder, k)
 
     def tune(self, chosen: Sequence[Candidate]) -> None:
         """Search the scale of measured candidates."""
         for one in chosen:
-            self._tune(*self._find(one))
+            self._tune(*self._places[_key(one)])
 
     def _measure(self, ladder: _Ladder, k: int) -> None:
         wanted = self._wanted(ladder.forms[k]) + ladder.stronger
@@ -108,16 +114,9 @@ class FormEstimates:
         ladder.measured[k] = self._meter.measure(ladder.forms[k], (scale,), scale)
 
     def _tune(self, ladder: _Ladder, k: int) -> Candidate:
-        start = ladder.measured[k].scale
-        ladder.measured[k] = self._meter.measure(ladder.forms[k], ladder.scales, start)
+        known = ladder.measured[k]
+        ladder.measured[k] = self._meter.measure(ladder.forms[k], ladder.scales, known.scale, known)
         return ladder.measured[k]
-
-    def _find(self, one: Candidate) -> tuple[_Ladder, int]:
-        for ladder in self._ladders:
-            for k, form in enumerate(ladder.forms):
-                if (form.members, form.family, form.share) == (one.members, one.family, one.share):
-                    return ladder, k
-        raise KeyError(one.members)
 
     @staticmethod
     def _wanted(form: Form) -> float:
@@ -139,6 +138,10 @@ class FormEstimates:
         system = x.T @ x + np.diag((_SD_MEASURED / spread) ** 2)
         found = prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))
         return float(found[0]), float(found[1]), found[2:]
+
+
+def _key(one: Form | Candidate) -> _Key:
+    return one.members, one.family, one.share
 
 
 def _odds(form: Form) -> float:

@@ -30,7 +30,7 @@ __all__ = ["Plan", "Planner", "serves_of"]
 
 # A summed regret below this is rounding.
 _ROUNDING = 1e-6
-# What the default merge loses of the regret that is estimated, as estimates are for RegMean.
+# The default merge loses this share of the estimated regret, which is RegMean's.
 _BETTER = 0.6
 # Budgets of the frontier, as multiples of the given one.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
@@ -46,8 +46,8 @@ class Plan:
             regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
             (regret at several budgets, of each family alone and of both; null for merges if none
             was measured), `trust` (task -> weight of its rows' own answers where it is above 0,
-            see `TeacherRegret`) `candidates` and `measured` (how many there were, and how many were
-            measured; the frontier has estimates of the others).
+            see `TeacherRegret`), `candidates` and `measured` (how many there were, and how many
+            were measured; the frontier has estimates of the others).
     """
 
     chosen: tuple[Candidate, ...]

@@ -141,11 +141,12 @@ def measure_losses(
         weakened: strength -> `adapters` with dW times the strength, each measured on its own task.
     """
     tasks = [np.flatnonzero(column).tolist() for column in measured.T]
-    strengths = sorted(weakened or {})
+    weakened = weakened or {}
+    strengths = sorted(weakened)
     jobs: list[Job] = [(None, probes)]
     jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
     for strength in strengths:
-        jobs += [(one, [probe]) for one, probe in zip((weakened or {})[strength], probes)]
+        jobs += [(one, [probe]) for one, probe in zip(weakened[strength], probes)]
     # Most adapters have one set, which would leave cores idle.
     base, *columns = evaluator.losses_in_parts(jobs)
     values = np.full(measured.shape, np.nan)

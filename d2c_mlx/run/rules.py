@@ -134,16 +134,6 @@ class RunRules(Checked):
             raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
         return rank
 
-    @field_validator("clusters", check_fields=False)
-    @classmethod
-    def _with_merges_only(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path and _in_bytes(info) and info.data.get("plan") == "auto":
-            raise expects(
-                "none where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
-                " as the budget"
-            )
-        return path
-
     @field_validator("answers", check_fields=False)
     @classmethod
     def _of_the_rows(cls, n: int, info: ValidationInfo) -> int:
@@ -153,15 +143,17 @@ class RunRules(Checked):
             raise expects(f"0 to test_examples ({most})")
         return n
 
-    @field_validator("refine", check_fields=False)
+    @field_validator("clusters", "refine", check_fields=False)
     @classmethod
-    def _with_merges(cls, refine: bool, info: ValidationInfo) -> bool:
-        if refine and _in_bytes(info) and info.data.get("plan") == "auto":
+    def _with_merges(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
+        """Refuse what is about clusters where a plan has none."""
+        if value and _in_bytes(info) and info.data.get("plan") == "auto":
+            nothing = "False" if info.field_name == "refine" else "none"
             raise expects(
-                "False where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
-                " as the budget"
+                f"{nothing} where a budget in bytes is planned; pass --plan d2c, or a number of"
+                " adapters as the budget"
             )
-        return refine
+        return value
 
     @field_validator("unlabelled", check_fields=False)
     @classmethod

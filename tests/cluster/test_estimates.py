@@ -80,8 +80,8 @@ def test_what_is_measured_is_learnt(seed):
         return np.mean([abs(np.log((a + 0.03) / (b + 0.03))) for a, b in pairs])
 
     before = error(estimates.of)
-    for members in seen:
-        estimates.learn(members, np.array([truth(members, i) for i in members]))
+    for members in seen:  # one after the other, as the search does
+        estimates.learn({members: np.array([truth(members, i) for i in members])})
     assert error(estimates.of) < before / 2
     assert estimates.pair[0, 1] == estimates.pair[0].max() > 0.3
 
@@ -158,3 +158,16 @@ def test_every_merge_is_measured_at_the_scale_of_the_first_and_largest():
     (first, nothing), *rest = likes
     assert nothing == () and {like for _, like in rest} == {first}
     assert len(first) == max(len(members) for members, _ in likes[:3])
+
+
+def test_what_is_learnt_at_once_or_in_turn_is_the_same():
+    rng = np.random.default_rng(0)
+    clusters = {(0, 1, 2): rng.random(3), (3, 4): rng.random(2), (1, 3, 5): rng.random(3)}
+    once, turns = (MergeEstimates(fading(6), np.eye(6)) for _ in range(2))
+    once.learn(clusters)
+    for members, regrets in clusters.items():
+        turns.learn({members: regrets})
+    assert once.task == pytest.approx(turns.task) and once.pair == pytest.approx(turns.pair)
+    before = once.pair.copy()
+    once.learn({})
+    assert (once.pair == before).all()
