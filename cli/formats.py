@@ -34,7 +34,8 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
       d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
     """
     from d2c_mlx.adapters.peft_format import save_peft
-    from d2c_mlx.adapters.sources import find_adapters, read_adapters
+    from d2c_mlx.adapters.reading import read_adapters
+    from d2c_mlx.adapters.sources import find_adapters
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.marker import mark
     from d2c_mlx.packs.overwrite import check_output, local_model

@@ -1,9 +1,11 @@
-"""Reading one adapter in whichever format its files are: PEFT, MLX or GGUF."""
+"""Reading adapters in whichever format their files are: PEFT, MLX or GGUF."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from d2c_mlx.adapters.checks import check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, load_peft
-from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.adapters.sources import Source
+from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 
-__all__ = ["read_adapter"]
+__all__ = ["read_adapter", "read_adapters"]
 
 
 def read_adapter(
@@ -24,7 +27,7 @@ def read_adapter(
 ) -> Adapter:
     """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
 
-    `sources.read_adapters` reads all adapters that an option names.
+    `read_adapters` reads all adapters that an option names.
 
     Args:
         path: the directory of one adapter, or a `.gguf`.
@@ -61,3 +64,51 @@ def read_adapter(
     adapter = load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
     check_adapter(adapter, shapes, path / found[0])
     return adapter
+
+
+def read_adapters(
+    sources: Sequence[Source],
+    shapes: Mapping[str, tuple[int, int]],
+    config: Mapping[str, Any],
+) -> list[Adapter]:
+    """Read every adapter and check it against the base model.
+
+    Adapters whose configs name different base models get an `InputWarning`.
+
+    Args:
+        sources: what `find_adapters` found.
+        shapes: module path -> (in, out) of the base model's linear modules.
+        config: the base model's config.json, see `read_adapter`.
+
+    Raises:
+        InputError: the problems of all adapters, one line each.
+    """
+
+    def read(source: Source) -> Adapter:
+        adapter = read_adapter(source.path, shapes, config)
+        return replace(adapter, name=source.name, origin=source.origin)
+
+    found = gather(partial(read, source) for source in sources)
+    _warn_of_bases(found)
+    return found
+
+
+def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
+    """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
+    named: dict[str, list[str]] = {}
+    for adapter in adapters:
+        if adapter.base:
+            named.setdefault(adapter.base, []).append(adapter.name)
+    if len(named) > 1:
+        listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
+        # A local path and an id may be the same model, so it is no error.
+        warnings.warn(
+            f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
+            " are the same model, leave out what was trained on another",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)

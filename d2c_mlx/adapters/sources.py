@@ -5,21 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import unicodedata
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
+from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
+from d2c_mlx.utils.errors import AdapterError, gather
 from d2c_mlx.utils.hub import HubId, download, list_files, parse_hub_id, read_head
 
-__all__ = ["Source", "absolute_entries", "find_adapters", "local_entries", "read_adapters"]
+__all__ = ["Source", "absolute_entries", "find_adapters", "local_entries"]
 
 # Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
@@ -112,58 +109,10 @@ def absolute_entries(spec: str | Path | Sequence[str]) -> str | tuple[str, ...]:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def read_adapters(
-    sources: Sequence[Source],
-    shapes: Mapping[str, tuple[int, int]],
-    config: Mapping[str, Any],
-) -> list[Adapter]:
-    """Read every adapter and check it against the base model.
-
-    Adapters whose configs name different base models get an `InputWarning`.
-
-    Args:
-        sources: what `find_adapters` found.
-        shapes: module path -> (in, out) of the base model's linear modules.
-        config: the base model's config.json, see `read_adapter`.
-
-    Raises:
-        InputError: the problems of all adapters, one line each.
-    """
-
-    def read(source: Source) -> Adapter:
-        adapter = read_adapter(source.path, shapes, config)
-        return replace(adapter, name=source.name, origin=source.origin)
-
-    found = gather(partial(read, source) for source in sources)
-    _warn_of_bases(found)
-    return found
-
-
 def _entries(spec: str | Path | Sequence[str]) -> list[str]:
     if isinstance(spec, str) and not _exists(Path(spec)):
         return [entry.strip() for entry in spec.split(",")]
     return [str(spec)] if isinstance(spec, str | Path) else list(spec)
-
-
-def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
-    """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
-    named: dict[str, list[str]] = {}
-    for adapter in adapters:
-        if adapter.base:
-            named.setdefault(adapter.base, []).append(adapter.name)
-    if len(named) > 1:
-        listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
-        # A local path and an id may be the same model, so it is no error.
-        warnings.warn(
-            f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
-            " are the same model, leave out what was trained on another",
-            InputWarning,
-            stacklevel=3,
-        )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 
 
 def _entry(entry: str, field: str) -> list[Source]:

@@ -13,7 +13,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.models.base_model import linear_shapes
+from d2c_mlx.models.stock import linear_shapes
 
 __all__ = ["switch"]
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.generate import generate_step
-from mlx_lm.utils import dequantize_model, load
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.float16 import balance_factors
@@ -23,29 +20,13 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.stock import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.tasks import Row
 from d2c_mlx.models.tokenize import context_length, encode
-from d2c_mlx.utils.device import use_device
-from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
-__all__ = [
-    "WITHOUT_CODE",
-    "BaseModel",
-    "block_index",
-    "greedy",
-    "linear_shapes",
-    "load_stock",
-    "stored_dtype",
-]
+__all__ = ["BaseModel", "block_index"]
 
-# For mlx-lm's `load`. Left unsaid, transformers would ask whether to run code of the directory.
-WITHOUT_CODE: dict[str, Any] = {
-    "trust_remote_code": False,
-    "tokenizer_config": {"trust_remote_code": False},
-}
-# Suffixes of a model's files of text, and most bytes of one: tokenizers have up to 40 MB.
-_TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 20
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
 # engine changes losses.
 _ENGINE = 5
@@ -258,103 +239,6 @@ class BaseModel:
             a.append(mx.pad(left, [(0, 0), (0, pad)]))
             b.append(mx.pad(right, [(0, pad), (0, 0)]))
         return mx.stack(a).astype(self.compute_dtype), mx.stack(b).astype(self.compute_dtype)
-
-
-def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
-
-    Use it where stock mlx-lm's behaviour is needed; everything else uses `BaseModel`.
-
-    Args:
-        path: the mlx-lm directory.
-        lazy: read weights only when they are used.
-
-    Raises:
-        ModelError: mlx-lm cannot load it without code from the directory, or at all.
-    """
-    use_device()
-    _check_files(path)
-    try:
-        model, tokenizer = load(str(path), lazy=lazy, **WITHOUT_CODE)
-    except Exception as error:  # strangers' code on strangers' files
-        reason = (str(error).strip() or "it says no more").splitlines()[0]
-        if "custom code" in reason or "custom module" in reason:
-            raise ModelError(
-                f"{path}: needs Python code from this directory (auto_map or model_file), which is"
-                " never run; give a model of a family that mlx-lm has"
-            ) from None
-        raise ModelError(
-            f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
-        ) from None
-    return model, tokenizer
-
-
-def _check_files(directory: Path) -> None:
-    """Refuse what mlx-lm and transformers would read without an end: pipes, devices, vast text."""
-    problems = []
-    for file in sorted(directory.iterdir()):
-        if file.exists() and (file.suffix in _TEXTS or file.suffix == ".safetensors"):
-            if not file.is_file():
-                problems.append(f"{file}: is no regular file, expected one of a model")
-            elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
-                problems.append(f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are"
-                                " read; download it again")  # fmt: skip
-    if problems:
-        raise ModelError(problems)
-
-
-def greedy(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    prompt: Sequence[int],
-    max_tokens: int,
-) -> tuple[int, ...]:
-    """Generate the most likely token each time, up to and with an end token.
-
-    Args:
-        model: an mlx-lm model.
-        tokenizer: its tokenizer.
-        prompt: token ids.
-        max_tokens: most tokens of the answer.
-
-    Returns:
-        Token ids of the answer, with its end token if it reaches one.
-    """
-    tokens = []
-    for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
-        tokens.append(int(token))
-        if token in tokenizer.eos_token_ids:
-            break
-    return tuple(tokens)
-
-
-def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every linear module inside a transformer block.
-
-    Args:
-        modules: a model's `named_modules()`.
-    """
-    shapes = {}
-    for path, module in modules:
-        if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):
-            continue
-        out, width = module.weight.shape
-        if isinstance(module, nn.QuantizedLinear):
-            width = width * 32 // module.bits
-        shapes[path] = (int(width), int(out))
-    return shapes
-
-
-def stored_dtype(model: nn.Module) -> mx.Dtype | None:
-    """The dtype of a model's activations: that of its norms, which are never quantized.
-
-    The last norm is not called `norm` in every architecture, so any other one will do; None if
-    there is none.
-    """
-    found = dict(tree_flatten(model.parameters()))
-    norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]
-    dtypes = [found[name].dtype for name in ("model.norm.weight", *norms) if name in found]
-    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), None)
 
 
 def block_index(path: str) -> int:

@@ -24,8 +24,9 @@ import mlx.core as mx
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.adapter_config import read_config
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.similarity import similarity
-from d2c_mlx.adapters.sources import find_adapters, read_adapters
+from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.evaluate.engine import Engine

@@ -26,11 +26,11 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.attach import switch
-from d2c_mlx.models.base_model import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.identity import cached_model, weights_digest
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.stock import greedy, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text

@@ -19,7 +19,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.evaluate.evaluator import Meter
-from d2c_mlx.models.base_model import WITHOUT_CODE
+from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.phone.stock_model import StockModel

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.sources import Source, find_adapters, read_adapters
+from d2c_mlx.adapters.reading import read_adapters
+from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.evaluate.distill import Distiller

@@ -10,8 +10,8 @@ import mlx.core as mx
 from mlx_lm import stream_generate
 
 from d2c_mlx.models.attach import switch
-from d2c_mlx.models.base_model import load_stock
 from d2c_mlx.models.resolve import resolve_base
+from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.utils.errors import ModelError
 

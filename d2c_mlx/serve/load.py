@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.models.attach import switch
-from d2c_mlx.models.base_model import load_stock
 from d2c_mlx.models.resolve import resolve_base
+from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import Pack, load_pack
 
 __all__ = ["load"]

@@ -13,9 +13,10 @@ from helpers.gguf_files import write_gguf
 from helpers.tiny import LAYERS, tiny_model
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.models.base_model import BaseModel, load_stock
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.serve.load import load

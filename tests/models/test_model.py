@@ -16,7 +16,8 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.base_model import BaseModel, stored_dtype
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.stock import stored_dtype
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
