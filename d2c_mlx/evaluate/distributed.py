@@ -8,6 +8,7 @@ loss has the same bits on any rank of the same kind of machine, hence the same p
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import json
@@ -82,6 +83,8 @@ def _watch(rank: int) -> None:
 
     before = signal.set_wakeup_fd(told)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    # Python resets handlers while it exits, but for ignored signals: the exit code is ours then.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=end, daemon=True).start()
 
 
