@@ -118,23 +118,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Search",
         metavar="NAME",
-        help="estimates: measure the partitions that are estimated to be best; moves: measure"
-        " single moves and swaps from the best start; paper: the plain loop of D2C from"
-        " every start  [default: estimates]",
-    ),
-    click.option(
-        "--init",
-        cls=GroupedOption,
-        group="Search",
-        metavar="LIST",
-        help="starts: table, kmeans  [default: table,kmeans]",
-    ),
-    click.option(
-        "--patience",
-        cls=GroupedOption,
-        group="Search",
-        type=int,
-        help="proposals of moves in a row that may fail before it ends  [default: 10]",
+        help="estimates: measure the partitions that are estimated to be best; paper: the"
+        " plain loop of D2C  [default: estimates]",
     ),
     click.option(
         "--thorough/--no-thorough",
@@ -150,14 +135,6 @@ RUN_OPTIONS = (
         group="Search",
         type=float,
         help="smallest fall of regret that moves a task  [default: 0.001]",
-    ),
-    click.option(
-        "--neighbours",
-        cls=GroupedOption,
-        group="Search",
-        type=int,
-        help="other adapters under which moves and paper probe a task, the most alike; or"
-        " twice as many as share a slot  [default: 32]",
     ),
     click.option(
         "--seed",

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.cluster.estimated_search import MOST_FAILED
+from d2c_mlx.cluster.measured_search import MOST_FAILED
+from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.pipeline import STAGES, probed, settled_stages
+from d2c_mlx.pipeline import STAGES, settled_stages
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
@@ -21,8 +22,8 @@ __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
 # three and the gains of modules six; the layer-wise merge runs members once and each of two merges
-# in parts; a form is measured twice; moves try about five partitions.
-_TEACHER, _GAINS, _LAYERWISE, _FORMS, _MOVES = 3, 6, 7, 5, 20
+# in parts; a form is measured twice; the paper's loop measures about five partitions.
+_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 5, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
 
@@ -112,8 +113,7 @@ def _probe_tokens(inputs: Inputs) -> int:
 
 
 def _probe(inputs: Inputs) -> float:
-    strengths, others = probed(inputs)
-    return (2 + len(strengths) + others) * _probe_tokens(inputs)
+    return (2 + len(STRENGTHS)) * float(_probe_tokens(inputs))
 
 
 def _plan(inputs: Inputs) -> float:
@@ -122,7 +122,7 @@ def _plan(inputs: Inputs) -> float:
 
 
 def _cluster(inputs: Inputs) -> float:
-    passes = _MOVES if inputs.config.search != "estimates" else 2 + MOST_FAILED
+    passes = _PAPER if inputs.config.search != "estimates" else 2 + MOST_FAILED
     return passes * _probe_tokens(inputs) if inputs.capacity.n_clusters < len(inputs.names) else 0.0
 
 

@@ -13,17 +13,21 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.cluster.completion import nearest, others_needed
 from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.cluster.estimated_search import search_by_estimates
-from d2c_mlx.cluster.local_search import Costs
+from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
-from d2c_mlx.cluster.partition import Clustering, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import (
+    Clustering,
+    kmeans,
+    measured_regret,
+    merge_all,
+    random_partition,
+)
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
@@ -40,7 +44,7 @@ from d2c_mlx.phone.result import read_phone
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.inputs import Inputs, opening, provenance
+from d2c_mlx.run.inputs import opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
@@ -113,33 +117,17 @@ def convert(session: Session) -> Stage:
 
 
 def probe(session: Session) -> Stage:
-    """Measure adapters on the calibration rows -> `losses.json`.
-
-    Estimates need each task adapter at a few strengths; other searches need every adapter on the
-    rows of similar tasks.
-    """
+    """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
-    strengths, n_others = probed(inputs)
 
     def body() -> None:
-        measured = nearest(session.library.similarity, n_others)
         weakened = {one: [scaled(adapter, one).uniform(inputs.base.dtype)
-                          for adapter in session.adapters] for one in strengths}  # fmt: skip
-        table = measure_losses(session.evaluator, session.adapters, inputs.probes, measured,
-                               weakened)  # fmt: skip
+                          for adapter in session.adapters] for one in STRENGTHS}  # fmt: skip
+        table = measure_losses(session.evaluator, session.adapters, inputs.probes, weakened)
         write_json(session.path("losses.json"), table.to_json())
 
-    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], n_others,
-               strengths]  # fmt: skip
+    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
     return Stage("probe", options, ["adapters"], ["losses.json"], body)
-
-
-def probed(inputs: Inputs) -> tuple[Sequence[float], int]:
-    """Strengths at which task adapters are probed, and the number of other adapters per task."""
-    c = inputs.config
-    if c.planned or c.search == "estimates":
-        return STRENGTHS, 0
-    return (), others_needed(len(inputs.names), c.neighbours, inputs.capacity.n_clusters)
 
 
 def plan(session: Session) -> Stage:
@@ -179,12 +167,11 @@ def cluster(session: Session) -> Stage:
     def body() -> None:
         problem = session.study.problem
         if given:
-            found = Clustering("d2c", given, Costs(problem).objective(given), stopped="given")
+            found = Clustering("d2c", given, measured_regret(problem, given), stopped="given")
         elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
-            found = d2c(problem, k, search=c.search, init=c.init, seed=c.seed, eps=c.eps,
-                        patience=c.patience)  # fmt: skip
+            found = d2c(problem, k, seed=c.seed, eps=c.eps)
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],
@@ -205,7 +192,7 @@ def cluster(session: Session) -> Stage:
     # Merge methods that cluster alike share one clustering, so it is not made again.
     like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
-               c.search, c.patience, c.init, c.random_seeds]  # fmt: skip
+               c.search, c.random_seeds]  # fmt: skip
     options += [given] if given else []
     return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 

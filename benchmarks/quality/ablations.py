@@ -5,8 +5,8 @@
 
 - `examples`: 1, 3, 5, 10, 20 probe rows per task decide.
 - `init`, `restarts`: starts of the paper's loop, and how many from single adapters, the first of
-  which is drawn. Starts from a random partition and from merges of all pairs are gone (`PAST`): the
-  probe table is the better start, and rows of before are still shown.
+  which is drawn. Other starts and the search by moves are gone (`PAST`); rows of before are still
+  shown.
 - `score`: the paper's loop, from K-Means, four rounds at most, asks for the loss or for the task's
   metric of greedy answers to the probes.
 - `agreement`: how often the cluster that is best for a task on its probes is so on its test rows.
@@ -30,19 +30,22 @@ from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.experiment import Judge, claim, file_name, session_of, write_row
-from benchmarks.quality.methods import PAPER, by_d2c, by_features, follows, merged
+from benchmarks.quality.methods import PAPER, by_d2c, by_estimates, by_features, follows, merged
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import normalized_regret
 from d2c_mlx.utils.files import write_json
 
-MOVES = by_d2c(search="moves")
 # Answers to all probes under every merge take minutes a round.
-FROM_KMEANS = by_d2c(search="paper", init=("kmeans",), rounds=4)
+FROM_KMEANS = by_d2c(init=("kmeans",), rounds=4)
 INITS = ("adapters", "kmeans", "random", "table", "pairs")
 # Cases that no code can measure any more, `(case, value)`: their rows are kept.
-PAST = {("init", "random"), ("init", "pairs")}
+PAST = {
+    *(("init", one) for one in ("random", "table", "pairs")),
+    ("agreement", "D2C, moves, mean"), ("agreement", "D2C, moves, RegMean++"),
+    *(("examples", f"{n}, moves") for n in (1, 3, 5, 10, 20)),
+}  # fmt: skip
 
 
 def judged(session, stored):
@@ -111,10 +114,7 @@ def by_metric(session, directory):
             return [normalized_regret(found, own[some], base[some])
                     for found, some in zip(costs(jobs), tasks)]  # fmt: skip
 
-        # Nothing but its diagonal is asked for when the start is K-Means.
-        regrets = normalized_regret(np.diag(own), own, base)
-        other = replace(problem, regrets=regrets, measure=measure)
-        return FROM_KMEANS(other, adapters, k, seed)
+        return FROM_KMEANS(replace(problem, measure=measure), adapters, k, seed)
 
     return partition
 
@@ -123,11 +123,12 @@ def by_metric(session, directory):
 CASES = (
     ("agreement", "K-Means, mean", 10, by_features, "linear"),
     ("agreement", "D2C, mean", 10, PAPER, "linear"),
-    ("agreement", "D2C, moves, mean", 10, MOVES, "linear"),
-    ("agreement", "D2C, moves, RegMean++", 10, MOVES, "regmean++"),
-    *(("init", one, 10, by_d2c(search="paper", init=(one,)), "linear") for one in INITS),
+    ("agreement", "D2C, moves, mean", 10, None, "linear"),
+    ("agreement", "D2C, moves, RegMean++", 10, None, "regmean++"),
+    ("agreement", "D2C, RegMean++", 10, by_estimates, "regmean++"),
+    *(("init", one, 10, by_d2c(init=(one,)), "linear") for one in INITS),
     *(
-        ("restarts", str(n), 10, by_d2c(search="paper", init=("adapters",), restarts=n), "linear")
+        ("restarts", str(n), 10, by_d2c(init=("adapters",), restarts=n), "linear")
         for n in (1, 3, 5)
     ),
     ("score", "loss", 10, FROM_KMEANS, "linear"),
@@ -135,7 +136,11 @@ CASES = (
     *(
         ("examples", f"{n}, {name}", n, *how)
         for n in (1, 3, 5, 10, 20)
-        for name, how in (("mean", (PAPER, "linear")), ("moves", (MOVES, "regmean++")))
+        for name, how in (
+            ("mean", (PAPER, "linear")),
+            ("moves", (None, "regmean++")),
+            ("estimates", (by_estimates, "regmean++")),
+        )
     ),
 )
 

@@ -46,6 +46,9 @@ CEILING, FLOOR = "individual", "base"
 # What is compared, besides `auto` with all others: all draws of both that have the same probe rows.
 PAIRS = (
     ("auto", CEILING),
+    ("D2C", "K-Means"),
+    ("D2C", "K-Means, layerwise"),
+    # Measured before estimates took the place of moves.
     ("D2C, moves", "K-Means"),
     ("D2C, moves", "K-Means, layerwise"),
     ("K-Means, layerwise", "K-Means"),

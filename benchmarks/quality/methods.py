@@ -12,6 +12,7 @@ from benchmarks.quality.byte_families import ALONE
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import gram, similarity
 from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
@@ -146,8 +147,13 @@ def by_features(problem, _adapters, k, seed) -> Clustering:
     return kmeans(problem.features, k, seed)
 
 
+def by_estimates(problem, _adapters, k, seed) -> Clustering:
+    """D2C as a run has it by default."""
+    return search_by_estimates(problem, k, seed, 1e-3)
+
+
 def by_d2c(**options):
-    """D2C with options of its own."""
+    """The paper's loop with options of its own."""
     return lambda problem, _adapters, k, seed: d2c(problem, k, seed=seed, **options)
 
 
@@ -184,7 +190,7 @@ def by_arrival(_problem, adapters, k, seed) -> Clustering:
 
 
 # The loop of the paper from single adapters; which start it has, the paper does not say.
-PAPER = by_d2c(search="paper", init=("adapters",))
+PAPER = by_d2c(init=("adapters",))
 # Name -> how adapters are clustered, and how clusters are merged. "mean" is that of dW; the scale
 # of every merge is tuned on the probes of its members, whoever clustered them. None: a plan.
 METHODS = {
@@ -197,7 +203,7 @@ METHODS = {
     "D2C, TIES": (PAPER, "ties"),
     "D2C, best merge": (PAPER, "auto"),
     "K-Means, layerwise": (by_features, "layerwise"),
-    "D2C, moves": (by_d2c(search="moves"), "layerwise"),
+    "D2C": (by_estimates, "layerwise"),
     **dict.fromkeys(ALONE),
     "auto": None,
 }

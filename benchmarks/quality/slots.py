@@ -4,10 +4,10 @@
         [--cases A;B]
 
 A seed takes other probe rows of every task (rows 0-9, 10-19, ...), never test rows. A case is
-a whole `d2c-mlx run` with other options up to its pack, or clusters merged another way: "on them:
-layerwise" those of `moves`, "kmeans: layerwise" those of K-Means. Losses are shared through one
-cache, so what two cases have in common is evaluated once; seconds are those of what was new. A run
-that was stopped continues: cases that are in the results are not repeated. Results:
+a whole `d2c-mlx run` with other options up to its pack, or clusters merged another way: those of
+the default search ("estimates: tsv") or of K-Means ("kmeans: layerwise"). Losses are shared through
+one cache, so what two cases have in common is evaluated once; seconds are those of what was new. A
+run that was stopped continues: cases that are in the results are not repeated. Results:
 results/slots.json.
 """
 
@@ -28,30 +28,27 @@ from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.refine_stage import refine_merge
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
 # By what all is merged that names nothing else: cheaper than the default, `layerwise`, for which
-# the clusters would be the same, so that is measured "on them".
+# the clusters are the same.
 PLAIN = {"merge_method": "regmean++"}
 RUNS = {
     # The default of a run, merged layer by layer.
-    "estimates": {"search": "estimates"},
-    "moves": PLAIN,
-    "moves, refined": {**PLAIN, "refine": True},
-    "moves from 8 neighbours": {**PLAIN, "neighbours": 8},
+    "estimates": {},
+    "estimates, refined": {"refine": True},
+    "paper": {**PLAIN, "search": "paper"},
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
-# adapters, K-Means and a random partition.
-PAST = ("paper, linear", "paper, ties")
-# What the clusters of `moves` are when they are merged another way.
+# adapters, K-Means and a random partition; the search by moves, and its clusters.
+PAST = ("paper, linear", "paper, ties", "moves")
+# How clusters are merged another way.
 MERGES = {
     "scale 1": {"scale": 1.0},
     "rank 32": {"merge_rank": 32},
     "auto": {"merge_method": "auto"},
     "layerwise": {"merge_method": "layerwise"},
-    "layerwise, refined": {"merge_method": "layerwise", "refine": True},
     **{name: {"merge_method": name} for name in MERGE_METHODS},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")
@@ -59,7 +56,7 @@ BASELINES = ("individual", "merge-all", "kmeans", "random")
 MADE = {}
 CASES = (
     *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
-    *(f"on them: {name}" for name in MERGES),
+    *(f"estimates: {name}" for name in MERGES),
 )  # fmt: skip
 
 
@@ -80,15 +77,12 @@ def probes_of(library, seed, n_examples, directory):
 
 def served(session, clustering, changes):
     """The adapter of every task when the clusters are merged with other options; and the scales."""
-    options = {**PLAIN, **{name: value for name, value in changes.items() if name != "refine"}}
+    options = {**PLAIN, **changes}
     key = session.config.seed, clustering.labels, tuple(options.items())
     if key not in MADE:
         merger = session.study.merger_with(session.config.replace(**options).merging)
         MADE[key] = [merger.final(members) for members in clustering.groups]
     merges, found = MADE[key], [one.adapter for one in MADE[key]]
-    if "refine" in changes:
-        each = zip(found, clustering.groups)
-        found = [refine_merge(session, one, members).adapter for one, members in each]
     adapters = {session.inputs.names[i]: found[k] for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]
 
@@ -103,8 +97,8 @@ def packed(session):
 
 def partitions(session, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
-    if kind == "on them":
-        return [clusters_of_moves(session, results)]
+    if kind == "estimates":
+        return [clusters_found(session, results)]
     n, k, seed = len(session.inputs.names), session.inputs.capacity.n_clusters, session.config.seed
     if kind == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
@@ -116,15 +110,15 @@ def partitions(session, kind, results, options):
     return [Clustering("individual", tuple(range(n)))]
 
 
-def clusters_of_moves(session, results):
-    """The clustering of the row `moves` with the same seed and number of clusters."""
+def clusters_found(session, results):
+    """The clustering of the row `estimates` with the same seed and number of clusters."""
     k, seed = session.inputs.capacity.n_clusters, session.config.seed
     for one in results:
-        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "moves"):
+        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "estimates"):
             (groups,) = one["clusters_of"]
             labels = [i for name in session.inputs.names for i, g in enumerate(groups) if name in g]
             return Clustering("d2c", canonical(labels), *one["probe_regret"])
-    raise SystemExit(f"{k} clusters, seed {seed}: measure 'moves' first")
+    raise SystemExit(f"{k} clusters, seed {seed}: measure 'estimates' first")
 
 
 def measure(config, case, results, options):
@@ -200,7 +194,7 @@ def measured_before(output, settings):
 def measure_all(options, directory):
     """Run what is missing; results are written after every case."""
     cases = options.cases.split(";")
-    if past := [case for case in cases if case in PAST]:
+    if past := [case for case in cases if case.startswith(PAST)]:
         raise SystemExit(f"--cases: found {'; '.join(past)}, which no run can measure any more")
     output, settings = options.output, {"examples": options.examples, "tests": options.tests}
     results = measured_before(output, settings)
@@ -211,14 +205,13 @@ def measure_all(options, directory):
             for case in cases:
                 if (n_clusters, seed, case) in done:
                     continue
-                # Refining goes on with the run of `moves`, other cases have one of their own.
-                place = case.split(",")[0] if case in RUNS else "moves"
+                # Refining goes on with the run before it, other runs have a directory of their own.
+                place = case.split(",")[0] if case in RUNS else "estimates"
                 config = RunConfig(
                     adapters=str(options.library / "adapters"), tasks=str(tasks),
                     output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
                     budget=str(n_clusters), probe_examples=options.examples,
                     test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
-                    search="moves",
                 )  # fmt: skip
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
                 entry |= measure(config, case, results, options)

@@ -94,7 +94,7 @@ def measure(library, n_clusters, restarts, n_examples):
         merger.line_search = counted.line_search
         try:
             started = time.perf_counter()
-            found = d2c(counted.problem, n_clusters, search="paper", init=INITS, restarts=restarts)
+            found = d2c(counted.problem, n_clusters, init=INITS, restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
             merger.line_search = line_search

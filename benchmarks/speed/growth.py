@@ -1,8 +1,8 @@
 """Seconds of every stage against the number of adapters.
 
 Real adapters; where they run out, copies with 5 % noise on every factor, and other rows of the
-same tasks. K stays the same; the paper's loop starts from K-Means, and the whole probe table is
-measured. The published results began with single adapters and took two rounds at most, which a run
+same tasks. K stays the same, and the paper's loop chooses. The published results began with single
+adapters, took two rounds at most and measured the whole table of tasks by adapters, which a run
 cannot do any more. Seconds of a stage are those of its record in the run directory: all of the
 stage, with reading and writing, from a cold cache. The exponent is the slope of log seconds over
 log N.
@@ -67,7 +67,7 @@ def measure(library, sizes, n_clusters, width):
             output = run(RunConfig(
                 adapters=str(here / "adapters"), tasks=str(here / "tasks"),
                 output=str(here / "run"), budget=str(n_clusters), search="paper",
-                init=("kmeans",), neighbours=max(sizes), random_seeds=1,
+                random_seeds=1,
             ), quiet=True).output  # fmt: skip
             records[n] = {
                 stage: json.loads((output / ".stages" / f"{stage}.json").read_text())

@@ -13,11 +13,11 @@ from benchmarks.tables.result_files import markdown
 BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {
-    "on them: layerwise, refined": "d2c-mlx, `--refine`",
-    "on them: layerwise": "d2c-mlx",
+    "moves: layerwise, refined": "d2c-mlx, `--refine`",
+    "moves: layerwise": "d2c-mlx",
     "random: layerwise": "random clusters, merged as d2c-mlx does",
     "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
-    "on them: tsv": "TSV, the best merge without data, on d2c-mlx's clusters",
+    "moves: tsv": "TSV, the best merge without data, on d2c-mlx's clusters",
     "merge-all: layerwise": "all 24 in one, merged as d2c-mlx does",
     "paper, ties": "D2C as in the paper, TIES",
     "paper, linear": "D2C as in the paper, mean of dW",
@@ -39,7 +39,7 @@ def in_bytes(read, budget):
     return row["nbytes"], row["excess"], row["retention"]
 
 
-def in_slots(read, k, case="on them: layerwise"):
+def in_slots(read, k, case="moves: layerwise"):
     """`(bytes, excess, retention)` of K adapters of the library's size, means over seeds."""
     n, nbytes = library(read)
     (rows,) = (some for at, name, some in cases(read) if (at, name) == (k, case))

@@ -1,4 +1,4 @@
-"""D2C, https://arxiv.org/abs/2601.17441: the paper's loop, and moves from the best start."""
+"""The loop of D2C as the paper has it, https://arxiv.org/abs/2601.17441."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.cluster.local_search import Costs, improve, predicted_partition
 from d2c_mlx.cluster.partition import Clustering, Problem, canonical, kmeans, refill
 
 __all__ = ["INITS", "d2c"]
 
-# A run offers the last two. "adapters" is no option of a run, because the table is the better start
-# of the two. It is here for the experiment that repeats the paper, whose loop moves from it alone:
-# in a partition every task prefers the merge that has its own adapter.
-INITS = ("adapters", "kmeans", "table")
-# The paper's loop ends after this many rounds without a new best.
+# In a partition every task prefers the merge that has its own adapter, so the loop moves nothing
+# from K-Means; from single adapters it does.
+INITS = ("adapters", "kmeans")
+# The loop ends after this many rounds without a new best.
 _STALE_ROUNDS = 2
 # Typical number of evaluations until the scale of a merge is found.
 _TUNINGS = 4
 
 
-def _farthest_seeds(problem: Problem, n_clusters: int, rng: np.random.Generator) -> list[int]:
-    """Choose a random adapter, then always the one farthest from those chosen, in mutual regret."""
-    distance = problem.regrets + problem.regrets.T
-    seeds = [int(rng.integers(problem.n))]
-    while len(seeds) < n_clusters:
-        nearest = distance[:, seeds].min(axis=1)
-        nearest[seeds] = -np.inf
-        seeds.append(int(np.argmax(nearest)))
-    return seeds
+def _single_adapters(problem: Problem, n_clusters: int, rng: np.random.Generator) -> np.ndarray:
+    """Each task joins one of K adapters, which serves it best.
+
+    The first is drawn; each further one is that of the task that those before serve worst.
+    """
+    chosen = [int(rng.integers(problem.n))]
+    everything = list(range(problem.n))
+    scores: list[np.ndarray] = []
+    while True:
+        scores += problem.measure([(problem.merge((chosen[-1],)), everything)])
+        if len(chosen) == n_clusters:
+            break
+        served = np.min(scores, axis=0)
+        served[chosen] = -np.inf
+        chosen.append(int(np.argmax(served)))
+    table = np.stack(scores, axis=1)
+    return refill(table.argmin(axis=1), n_clusters, table.min(axis=1))
 
 
 def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
-    """The partition of round 0; for "adapters", each task joins the seed that serves it best."""
+    """The partition of round 0."""
     if init == "kmeans":
         return np.array(kmeans(problem.features, n_clusters, int(rng.integers(1 << 31))).labels)
-    if init == "table":
-        return np.array(predicted_partition(problem, n_clusters))
-    seeds = _farthest_seeds(problem, n_clusters, rng)
-    scores = problem.regrets[:, seeds]
-    labels = scores.argmin(axis=1)
-    served = scores[np.arange(problem.n), labels]
-    return refill(labels, n_clusters, served)
+    return _single_adapters(problem, n_clusters, rng)
 
 
 def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -> np.ndarray:
@@ -106,33 +106,26 @@ def d2c(
     problem: Problem,
     n_clusters: int,
     *,
-    search: str = "paper",
-    init: Sequence[str] = ("table", "kmeans"),
+    init: Sequence[str] = INITS,
     rounds: int = 10,
     restarts: int = 1,
     seed: int = 0,
     eps: float = 1e-3,
-    patience: int = 10,
 ) -> Clustering:
-    """Choose which adapters to merge by the losses of merges on calibration rows.
+    """Move each task to the cluster whose merge serves it best, merge again, and repeat.
 
-    Use search "moves" to compress; use "paper" to repeat the paper's experiment. `kmeans` in
-    `partition.py` needs no losses, and is the baseline.
+    Use it to repeat the paper's experiment; `search_by_estimates` finds better clusters with fewer
+    evaluations, and `kmeans` needs none.
 
     Args:
         problem: adapters, and the callables that merge and measure them.
         n_clusters: K; at N or more every adapter stays alone.
-        search: "paper" moves each task to the cluster whose merge serves it best, merges again and
-            repeats, from every start. "moves" tries single moves and swaps, each judged by the
-            merges that it changes, from the best start.
-        init: starts to try: "table" (`local_search.predicted_partition`), "kmeans", "adapters" (K
-            single adapters as the first merges, farthest first; it needs the whole loss table).
-            The lowest normalised regret wins; ties go to the first.
-        rounds: most reassignments from one start of the paper's loop.
-        restarts: draws of the start "adapters"; the other starts, and K = 1, need only one.
+        init: starts to try: "adapters" (K single adapters as the first merges) and "kmeans". The
+            lowest normalised regret wins; ties go to the first.
+        rounds: most reassignments from one start.
+        restarts: draws of the start "adapters"; K-Means, and K = 1, need only one.
         seed: seed of all random choices.
-        eps: a task, or a step of "moves", must lower the regret by more than this.
-        patience: "moves" ends after this many failed steps in a row.
+        eps: a task must lower its regret by more than this to move.
 
     Returns:
         The best partition found, with the history of the run that found it.
@@ -141,49 +134,24 @@ def d2c(
     """
     if n_clusters >= problem.n:
         return Clustering("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
-    found: list[Clustering] = []
-    starts: list[dict[str, Any]] = []
-    costs = Costs(problem)
-    draws = [
-        (kind, restart) for kind in init for restart in range(restarts if kind == "adapters" else 1)
-    ]
+    draws = [(kind, i) for kind in init for i in range(restarts if kind == "adapters" else 1)]
     if n_clusters == 1:
         draws = draws[:1]
+    found: list[Clustering] = []
+    starts: list[dict[str, Any]] = []
     for place, (kind, restart) in enumerate(draws):
-        _foresee(problem, n_clusters, search, patience, len(draws) - place)
+        # All tasks under every merge; early stopping saves about what later rounds add.
+        times = (len(draws) - place) * (_TUNINGS + n_clusters)
+        problem.foresee([tuple(range(problem.n))] * times)
         rng = np.random.default_rng([seed, restart, INITS.index(kind)])
         labels = _start(problem, n_clusters, kind, rng)
-        if search == "paper":
-            best, objective, history, stopped = _refine(problem, labels, n_clusters, rounds, eps)
-        else:
-            best, objective = canonical(labels), costs.objective(labels)
-            history, stopped = [{"objective": objective, "labels": list(best)}], "compared"
+        best, objective, history, stopped = _refine(problem, labels, n_clusters, rounds, eps)
         found.append(Clustering("d2c", best, objective, history, seed, kind, stopped))
         starts.append(
             {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
         )
+    problem.foresee([])
     # Ties, up to rounding, go to the first.
     lowest = min(start["objective"] for start in starts)
     place = next(i for i, start in enumerate(starts) if start["objective"] <= lowest + 1e-12)
-    winner = found[place]
-    if search == "moves":
-        history, stopped = improve(costs, winner.labels, eps, patience)
-        winner = replace(
-            winner,
-            labels=tuple(history[-1]["labels"]),
-            objective=history[-1]["objective"],
-            history=history,
-            stopped=stopped,
-        )
-    problem.foresee([])
-    return replace(winner, starts=starts)
-
-
-def _foresee(problem: Problem, n_clusters: int, search: str, patience: int, n_starts: int) -> None:
-    """Estimate the work of the starts that are left, and of the moves from the best of them."""
-    if search == "paper":
-        # All tasks under every merge; early stopping saves about what later rounds add.
-        times = n_starts * (_TUNINGS + n_clusters)
-    else:
-        times = n_starts * _TUNINGS + patience // n_clusters
-    problem.foresee([tuple(range(problem.n))] * times)
+    return replace(found[place], starts=starts)

@@ -1,96 +1,21 @@
-"""The search by estimates: it compares thousands of partitions and measures the best few."""
+"""The partition that is estimated to be best, found among thousands; nothing is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from d2c_mlx.cluster.merge_estimates import MergeEstimates, estimates_of
+from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import (
-    Clustering,
-    Labels,
-    Members,
-    Problem,
     canonical,
-    groups_of,
-    kmeans,
 )
 
-__all__ = ["MOST_FAILED", "estimated_partition", "improved", "search_by_estimates"]
+__all__ = ["State", "estimated_partition", "improved"]
 
 # Swaps whose exact gain is computed where no single move helps, the most promising ones.
 _SWAPS = 64
-# Proposals in a row that may fail to lower the measured regret.
-MOST_FAILED = 3
 _ROUNDING = 1e-9
-
-
-def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float) -> Clustering:
-    """Measure the partition that is estimated to be best, learn from it, and propose again.
-
-    The first proposal is K-Means. Only clusters that are proposed are measured, each at the scale
-    of the first one. It ends when no proposal is estimated to win, or several in a row did not.
-
-    Args:
-        problem: its `fading` and `similarity` give the estimates.
-        n_clusters: K, below N.
-        seed: seed of K-Means.
-        eps: a proposal must be estimated, and measured, to lower the mean regret by more.
-
-    Returns:
-        The best measured partition; its history has every one that was measured.
-    """
-    estimates = estimates_of(problem)
-    known: dict[Members, float] = {}
-    history: list[dict[str, Any]] = []
-    best: Labels = ()
-    lowest, failed, stopped = np.inf, 0, "converged"
-    # K-Means puts alike adapters together, of which the estimates know least.
-    proposal = kmeans(problem.features, n_clusters, seed).labels
-    while True:
-        _measure(problem, estimates, known, proposal)
-        objective = _cost(estimates, known, proposal)
-        history.append({"objective": objective, "labels": list(proposal)})
-        failed += 1
-        if objective < lowest - eps:
-            best, lowest, failed = proposal, objective, 0
-        if failed > MOST_FAILED:
-            stopped = "patience"
-            break
-        found = {improved(estimates, one) for one in (best, proposal)}
-        found.add(estimated_partition(estimates, n_clusters))
-        costs = {one: _cost(estimates, known, one) for one in sorted(found)}
-        proposal = min(costs, key=costs.__getitem__)
-        if costs[proposal] >= lowest - eps:
-            break
-    problem.foresee([])
-    return Clustering("d2c", best, lowest, history, seed, "estimates", stopped)
-
-
-def _measure(
-    problem: Problem, estimates: MergeEstimates, known: dict[Members, float], labels: Labels
-) -> None:
-    """Measure the clusters of a partition that are not known, and learn from them."""
-    new = [group for group in groups_of(labels) if group not in known and len(group) > 1]
-    problem.foresee(new)
-    # The first, the largest, finds the scale for all.
-    like = next(iter(known), ())
-    found = {}
-    for members in sorted(new, key=len, reverse=True):
-        merged = problem.merge(members, like)
-        like = like or members
-        (found[members],) = problem.measure([(merged, members)])
-        known[members] = float(found[members].sum())
-    estimates.learn(found)
-
-
-def _cost(estimates: MergeEstimates, known: dict[Members, float], labels: Labels) -> float:
-    """Mean regret of all tasks, measured where it is known, else estimated."""
-    groups = groups_of(labels)
-    each = [known.get(one, float(estimates.of(one).sum())) for one in groups]
-    return sum(each) / estimates.n
 
 
 def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> tuple[int, ...]:
@@ -107,12 +32,12 @@ def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> tuple[int
     Returns:
         The cluster of every adapter, numbered by first appearance.
     """
-    state = _State(estimates, np.arange(estimates.n))
+    state = State(estimates, np.arange(estimates.n))
     while (k := state.n_clusters) > n_clusters:
         labels = state.labels.copy()
         for a, b in _disjoint(state.rises(), max(1, (k - n_clusters) // 4)):
             labels[labels == b] = a
-        state = _State(estimates, np.unique(labels, return_inverse=True)[1])
+        state = State(estimates, np.unique(labels, return_inverse=True)[1])
     return improved(estimates, state.labels)
 
 
@@ -126,13 +51,13 @@ def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> t
     Returns:
         The cluster of every adapter, numbered by first appearance; as many clusters as before.
     """
-    state = _State(estimates, np.array(labels))
+    state = State(estimates, np.array(labels))
     while state.step():
         pass
     return canonical(state.labels)
 
 
-class _State:
+class State:
     """A partition, with the sums that its moves need."""
 
     def __init__(self, estimates: MergeEstimates, labels: np.ndarray) -> None:
@@ -143,8 +68,8 @@ class _State:
         self._size = self._member.sum(axis=0).astype(int)
         self._own = self._pairs[self.tasks, labels]
         regrets = estimates.regrets(self.tasks, self._size[labels], self._own)
-        self._costs = self._member.T @ regrets
-        self.cost = float(self._costs.sum())
+        self.costs = self._member.T @ regrets
+        self.cost = float(self.costs.sum())
 
     @property
     def n_clusters(self) -> int:
@@ -161,27 +86,31 @@ class _State:
             self._own[:, None] + self._pairs,
         )
         half = self._member.T @ joined
-        rise = half + half.T - self._costs[:, None] - self._costs
+        rise = half + half.T - self.costs[:, None] - self.costs
         rise[np.triu_indices(self.n_clusters)] = np.inf
         return rise
 
+    def after(self, step: Mapping[int, int]) -> State:
+        """The partition after some tasks, the keys, went to other clusters, the values."""
+        labels = self.labels.copy()
+        labels[list(step)] = list(step.values())
+        return State(self.estimates, labels)
+
     def step(self) -> bool:
         """Take the best step; False if none helps."""
-        gains = self._gains()
+        gains = self.gains()
         i, k = np.unravel_index(np.argmin(gains), gains.shape)
         steps = [self._together(gains), {int(i): int(k)}]
         if gains[i, k] > -_ROUNDING:
-            steps = self._promising_swaps(gains)
+            steps = self.promising_swaps(gains)
         for step in steps:
-            labels = self.labels.copy()
-            labels[list(step)] = list(step.values())
-            after = _State(self.estimates, labels)
+            after = self.after(step)
             if after.cost < self.cost - _ROUNDING:
                 vars(self).update(vars(after))
                 return True
         return False
 
-    def _gains(self) -> np.ndarray:
+    def gains(self) -> np.ndarray:
         """`(n, k)` change of the cost if task i moves to cluster k."""
         tasks, labels, pair = self.tasks, self.labels, self.estimates.pair
         size = self._size[labels]
@@ -194,7 +123,7 @@ class _State:
             tasks[:, None], np.maximum(size - 1, 1)[:, None], self._own[:, None] - pair
         )
         leaving = (together * without).sum(axis=0)
-        gains = joining - self._costs + (leaving - self._costs[labels])[:, None]
+        gains = joining - self.costs + (leaving - self.costs[labels])[:, None]
         gains[tasks, labels] = np.inf
         gains[size == 1] = np.inf  # no cluster becomes empty
         return gains
@@ -211,7 +140,7 @@ class _State:
                 steps[int(i)] = int(best[i])
         return steps
 
-    def _promising_swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
+    def promising_swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
         """Swaps, the largest sum of both moves' gains first."""
         both = np.where(np.isfinite(gains), gains, 0.0)[:, self.labels]
         both = both + both.T

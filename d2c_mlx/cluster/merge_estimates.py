@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from d2c_mlx.cluster.partition import Fading, Members, Problem
+from d2c_mlx.cluster.partition import Fading, Members
 
-__all__ = ["STRENGTHS", "MergeEstimates", "estimates_of"]
+__all__ = ["STRENGTHS", "MergeEstimates"]
 
 # Strengths at which a task adapter is measured, see `Fading`.
 STRENGTHS = (0.2, 0.45)
@@ -104,14 +104,3 @@ class MergeEstimates:
         self.task = _SD_LEVEL**2 * weights.sum() + _SD_TASK**2 * each.sum(axis=0)
         slope = _ALIKE + _SD_ALIKE**2 * float(alike @ weights)
         self.pair = slope * self._alike + self._copies + _SD_PAIR**2 * each.T @ others
-
-
-def estimates_of(problem: Problem) -> MergeEstimates:
-    """Estimates for a problem before anything is learnt.
-
-    Raises:
-        ValueError: the problem has no regrets under weakened adapters.
-    """
-    if problem.fading is None or problem.similarity is None:
-        raise ValueError("estimates need regrets under weakened adapters, and similarities")
-    return MergeEstimates(problem.fading, problem.similarity)

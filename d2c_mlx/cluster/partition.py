@@ -19,10 +19,10 @@ __all__ = [
     "Labels",
     "Members",
     "Problem",
-    "bounded",
     "canonical",
     "groups_of",
     "kmeans",
+    "measured_regret",
     "merge_all",
     "random_partition",
     "refill",
@@ -97,38 +97,26 @@ class Problem:
     comparable; their regrets are.
 
     Attributes:
-        regrets: `(n, n)` regret of task i under adapter j, measured or estimated.
         merge: makes a merge of some adapters.
         measure: measures the regrets of tasks under merges.
         features: `(n, d)` one row per adapter, for K-Means.
-        fading: regrets under weakened task adapters, for estimates; None where none were measured.
+        fading: regrets under weakened task adapters, for estimates.
         similarity: `(n, n)` cosines of dW, for estimates.
         foresee: takes the estimated work ahead, as the members of the merges to be measured. Each
             call replaces the estimate before it.
     """
 
-    regrets: np.ndarray
     merge: Merge
     measure: Measure
     features: np.ndarray
-    fading: Fading | None = None
-    similarity: np.ndarray | None = None
+    fading: Fading
+    similarity: np.ndarray
     foresee: Callable[[Sequence[Members]], None] = _ignored
 
     @property
     def n(self) -> int:
         """Number of tasks."""
-        return len(self.regrets)
-
-    @property
-    def harm(self) -> np.ndarray:
-        """`(n, n)` bounded regrets: a merge holds only a part of a harmful adapter."""
-        return bounded(self.regrets)
-
-
-def bounded(regrets: np.ndarray) -> np.ndarray:
-    """Regrets clipped to -1 and 2."""
-    return np.clip(regrets, -1, 2)
+        return len(self.features)
 
 
 @dataclass(frozen=True)
@@ -185,6 +173,13 @@ def groups_of(labels: Sequence[int] | np.ndarray) -> list[Members]:
     """Members of every cluster."""
     where = np.asarray(labels)
     return [tuple(np.flatnonzero(where == k).tolist()) for k in np.unique(where)]
+
+
+def measured_regret(problem: Problem, labels: Labels) -> float:
+    """Mean regret of all tasks, each cluster merged at a scale of its own; 0 for one alone."""
+    groups = [members for members in groups_of(labels) if len(members) > 1]
+    found = problem.measure([(problem.merge(members), members) for members in groups])
+    return sum(float(one.sum()) for one in found) / problem.n
 
 
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from d2c_mlx.cluster.estimated_search import estimated_partition
-from d2c_mlx.cluster.merge_estimates import estimates_of
+from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Members, groups_of
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
@@ -154,7 +154,8 @@ class Planner:
 
         It gives none once a partition loses more, measured or estimated, than the best plan.
         """
-        estimates, ratio, k = estimates_of(self.study.problem), _BETTER, self.study.problem.n
+        problem, ratio = self.study.problem, _BETTER
+        estimates, k = MergeEstimates(problem.fading, problem.similarity), problem.n
 
         def next_merges(best: float) -> dict[Members, Merged]:
             nonlocal ratio, k

@@ -1,8 +1,7 @@
-"""The table of calibration losses, every adapter on every task, and the regrets it gives."""
+"""The calibration losses of every task, and the regrets that they give."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,30 +38,23 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class LossTable:
-    """Mean NLL per target token, in nats, of adapters on the tasks' calibration rows.
+    """Mean NLL per target token, in nats, on the tasks' calibration rows.
 
     It is pure data: it converts losses to regrets and measures nothing. `measure_losses` makes one.
 
     Attributes:
-        tasks: task names, in row order.
-        adapters: adapter names, in column order.
-        values: `(n_tasks, n_adapters)` losses; NaN (null in the file) where none was measured.
+        tasks: task names.
+        individual: `(n_tasks,)` losses of each task under its task adapter.
         base: `(n_tasks,)` losses under the bare base model.
         strengths: `(s,)` factors on dW at which task adapters were measured, rising; may be empty.
         weakened: `(n_tasks, s)` losses of each task under its task adapter at these strengths.
     """
 
     tasks: tuple[str, ...]
-    adapters: tuple[str, ...]
-    values: np.ndarray
+    individual: np.ndarray
     base: np.ndarray
     strengths: tuple[float, ...] = ()
     weakened: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
-
-    @property
-    def individual(self) -> np.ndarray:
-        """`(n_tasks,)` losses of each task under its task adapter."""
-        return np.diagonal(self.values)
 
     @cached_property
     def gain(self) -> np.ndarray:
@@ -93,21 +85,15 @@ class LossTable:
         """
         return self.individual[tasks] + self.gain[tasks] * regrets
 
-    @property
-    def regrets(self) -> np.ndarray:
-        """`(n_tasks, n_adapters)` regrets of the whole table; NaN where no loss was measured."""
-        return self.regret(self.values)
-
     def to_json(self) -> dict[str, object]:
         """The content of `losses.json`."""
         return {
             "unit": "mean NLL per target token (nats)",
             "tasks": list(self.tasks),
-            "adapters": list(self.adapters),
-            "values": [[None if math.isnan(x) else x for x in row] for row in self.values.tolist()],
+            "individual": self.individual.tolist(),
             "base": self.base.tolist(),
             "strengths": list(self.strengths),
-            "weakened": self.weakened.tolist() if self.strengths else [],
+            "weakened": self.weakened.tolist(),
         }
 
     @classmethod
@@ -115,11 +101,10 @@ class LossTable:
         """Make a table from the content that `to_json` gave."""
         return cls(
             tuple(data["tasks"]),
-            tuple(data["adapters"]),
-            np.array(data["values"], float),
+            np.array(data["individual"]),
             np.array(data["base"]),
-            tuple(data.get("strengths", ())),
-            np.array(data.get("weakened", ())).reshape(len(data["tasks"]), -1),
+            tuple(data["strengths"]),
+            np.array(data["weakened"]).reshape(len(data["tasks"]), -1),
         )
 
 
@@ -127,31 +112,23 @@ def measure_losses(
     evaluator: Evaluator,
     adapters: Sequence[Adapter],
     probes: Sequence[ExampleSet],
-    measured: np.ndarray,
-    weakened: Mapping[float, Sequence[Adapter]] | None = None,
+    weakened: Mapping[float, Sequence[Adapter]],
 ) -> LossTable:
-    """Evaluate adapters, and the bare base model, on the tasks' calibration rows.
+    """Evaluate the base model, and every task's adapter, on the task's calibration rows.
 
     Args:
         evaluator: evaluates on the base model of the adapters.
         adapters: one adapter per task.
         probes: calibration rows, one set per adapter in the same order.
-        measured: `(n, n)` bool, True where task i is measured under adapter j; see
-            `cluster.completion.nearest`.
-        weakened: strength -> `adapters` with dW times the strength, each measured on its own task.
+        weakened: strength -> `adapters` with dW times the strength.
     """
-    tasks = [np.flatnonzero(column).tolist() for column in measured.T]
-    weakened = weakened or {}
     strengths = sorted(weakened)
     jobs: list[Job] = [(None, probes)]
-    jobs += [(one, [probes[i] for i in some]) for one, some in zip(adapters, tasks)]
-    for strength in strengths:
-        jobs += [(one, [probe]) for one, probe in zip(weakened[strength], probes)]
+    for some in (adapters, *(weakened[strength] for strength in strengths)):
+        jobs += [(one, [probe]) for one, probe in zip(some, probes)]
     # Most adapters have one set, which would leave cores idle.
-    base, *columns = evaluator.losses_in_parts(jobs)
-    values = np.full(measured.shape, np.nan)
-    for j, (some, losses) in enumerate(zip(tasks, columns)):
-        values[some, j] = losses
-    faded = np.array(columns[len(adapters) :]).reshape(len(strengths), len(adapters)).T
-    names = tuple(adapter.name for adapter in adapters)
-    return LossTable(tuple(p.task for p in probes), names, values, base, tuple(strengths), faded)
+    base, *found = evaluator.losses_in_parts(jobs)
+    individual, *faded = np.array(found).reshape(-1, len(probes))
+    tasks = tuple(probe.task for probe in probes)
+    weak = np.array(faded).reshape(len(strengths), len(probes)).T
+    return LossTable(tasks, individual, base, tuple(strengths), weak)

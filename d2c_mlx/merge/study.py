@@ -14,7 +14,6 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import svd_features
-from d2c_mlx.cluster.completion import completed
 from d2c_mlx.cluster.partition import Fading, Members, Problem
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.loss_table import LossTable
@@ -80,13 +79,10 @@ class Study:
     def problem(self) -> Problem:
         """The problem that clusterings solve, measured on the model."""
         return Problem(
-            regrets=completed(self.losses.regrets),
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
             measure=self._measure,
             features=svd_features(self.library.similarity),
-            fading=Fading(self.losses.strengths, self.losses.regret(self.losses.weakened))
-            if self.losses.strengths
-            else None,
+            fading=Fading(self.losses.strengths, self.losses.regret(self.losses.weakened)),
             similarity=self.library.similarity,
             foresee=self._foresee,
         )

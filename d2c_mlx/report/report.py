@@ -101,26 +101,4 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
             context["convergence"] = charts.convergence(context["d2c"]["history"])
     if context["phone"]:
         context["memory_bar"] = charts.memory_bar(context["phone"])
-    context["heatmap"] = ""
-    if _others_measured(context["losses"]):
-        context["heatmap"] = charts.heatmap(context["losses"], _labels(context))
     return templates_of("d2c_mlx.report").get_template("report.html.jinja").render(context)
-
-
-def _others_measured(losses: Json) -> bool:
-    """True if a task was measured under another adapter than its own."""
-    return any(
-        value is not None
-        for i, row in enumerate(losses["values"])
-        for value in row[:i] + row[i + 1 :]
-    )
-
-
-def _labels(context: Json) -> list[int]:
-    """A label per task, equal for tasks that share an adapter."""
-    if context["d2c"]:
-        return context["d2c"]["labels"]
-    groups = [unit["tasks"] for unit in context["plan"]["units"]]
-    groups += [[name] for name in context["plan"]["base"]]
-    label = {name: k for k, names in enumerate(groups) for name in names}
-    return [label[name] for name in context["losses"]["tasks"]]

@@ -19,7 +19,6 @@ __all__ = [
     "SAVINGS",
     "SEARCHES",
     "STAGES",
-    "STARTS",
     "RunConfig",
     "is_planned",
     "stages_of",
@@ -27,10 +26,9 @@ __all__ = [
 
 # The keys of `pipeline.STAGES`, repeated here so that a finished run imports no model code.
 STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
-STARTS = ("table", "kmeans")
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
-SEARCHES = ("estimates", "moves", "paper")
+SEARCHES = ("estimates", "paper")
 SAVINGS = (
     "head",
     "prefix",
@@ -161,17 +159,11 @@ class RunConfig(RunRules):
     )
     search: str = option(
         "estimates",
-        "estimates: measure the partitions that are estimated to be best; moves: measure single"
-        " moves and swaps from the best start; paper: the plain loop of D2C from every start",
+        "estimates: measure the partitions that are estimated to be best; paper: the plain loop"
+        " of D2C",
         group=_SEARCH,
         metavar="NAME",
         choices=SEARCHES,
-    )
-    init: tuple[str, ...] = option(
-        STARTS, "starts: table, kmeans", group=_SEARCH, metavar="LIST", choices=STARTS, min_length=1
-    )
-    patience: int = option(
-        10, "proposals of moves in a row that may fail before it ends", group=_SEARCH, ge=1
     )
     thorough: bool = option(
         False,
@@ -179,13 +171,6 @@ class RunConfig(RunRules):
         group=_SEARCH,
     )
     eps: float = option(0.001, "smallest fall of regret that moves a task", group=_SEARCH, ge=0)
-    neighbours: int = option(
-        32,
-        "other adapters under which moves and paper probe a task, the most alike; or twice as many"
-        " as share a slot",
-        group=_SEARCH,
-        ge=1,
-    )
     seed: int = option(0, "of all random choices", group=_SEARCH, ge=0, le=_MOST_SEED)
 
     probe_examples: int = option(

@@ -18,10 +18,7 @@ from d2c_mlx.utils.parsing import parse_json, read_yaml
 
 __all__ = ["load_config", "read_clusters"]
 
-# Options that only D2C uses, only its search by moves, and only refining.
-_OF_D2C = ("search", "init", "patience")
-_OF_MOVES = ("patience",)
-_OF_STARTS = ("init", "neighbours")
+# Options that only refining uses.
 _OF_REFINING = ("refine_steps", "refine_rate")
 
 
@@ -72,21 +69,14 @@ def load_config(
 
 def _without_what_is_gone(values: dict[str, Any], path: Path | None) -> None:
     """Drop options that were removed since the run directory was written."""
-    # `patience` once had two meanings, and null was the default of both.
-    if values.get("patience", 0) is None:
-        del values["patience"]
     for key in REMOVED.keys() & values.keys():
         found = values.pop(key)
-        if found != REMOVED[key].default:
+        # `patience` once was null by default.
+        if found not in (REMOVED[key].default, None):
             _warn(f"{key}: {found!r} of {path} is left out: {REMOVED[key]}")
     for key, gone in REMOVED_VALUES.items():
-        found = values.get(key)
-        if not isinstance(found, list) or not (bad := [one for one in found if one in gone]):
-            continue
-        _warn(f"{key}: {', '.join(bad)} of {path} is left out: {gone[bad[0]]}")
-        values[key] = [one for one in found if one not in gone]
-        if not values[key]:
-            del values[key]
+        if said := gone.get(str(values.get(key))):
+            _warn(f"{key}: {values.pop(key)} of {path} is left out: {said}")
 
 
 def _or_default(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  as YAML gave it
@@ -119,14 +109,10 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
 def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
     """Warn about options given now that have no effect; a file may serve runs of both kinds."""
     needed: dict[str, str] = {}
-    if config.search == "estimates":
-        needed |= dict.fromkeys(_OF_STARTS, "--search moves or paper")
-    if config.search != "moves":
-        needed |= dict.fromkeys(_OF_MOVES, "--search moves")
-    if not config.planned:
-        needed["thorough"] = "a budget in bytes"
     if config.planned:
-        needed |= dict.fromkeys(_OF_D2C, "a number of adapters as the budget, or --plan d2c")
+        needed["search"] = "a number of adapters as the budget, or --plan d2c"
+    else:
+        needed["thorough"] = "a budget in bytes"
     if not config.refine:
         needed |= dict.fromkeys(_OF_REFINING, "--refine")
     for name, what in needed.items():

@@ -27,14 +27,16 @@ class Removed:
 REMOVED = {
     "compile": Removed(False, "leave it out: blocks are evaluated without mx.compile"),
     "rounds": Removed(10, "leave it out: a start of the paper's loop takes at most 10 rounds"),
-    "restarts": Removed(1, "leave it out: the starts table and kmeans need one draw each; another"
-                        " --seed draws others"),
+    "restarts": Removed(1, "leave it out: another --seed draws others"),
+    "init": Removed(["table", "kmeans"], "leave it out: estimates need no start, and the paper's"
+                    " loop takes all that it has"),
+    "patience": Removed(10, "leave it out: the search ends when its proposals fail"),
+    "neighbours": Removed(32, "leave it out: no task is measured under other adapters any more"),
 }  # fmt: skip
 # YAML key -> removed value -> message.
 REMOVED_VALUES = {
-    "init": {
-        name: f"{name!r} is no longer a start; use table, kmeans or both, which end in better"
-        " clusters (benchmarks/pages/ablations.md)"
-        for name in ("adapters", "random", "pairs")
+    "search": {
+        "moves": "'moves' is no longer a search; leave it out: estimates find clusters as good in a"
+        " tenth of the evaluations (benchmarks/notes/2026-11-29-estimates.md)"
     }
 }

@@ -38,19 +38,23 @@ class RunRules(Checked):
     told with all other problems.
     """
 
-    @field_validator("adapters", "init", "baselines", "without", mode="before", check_fields=False)
+    @field_validator(*REMOVED_VALUES, mode="before", check_fields=False)
+    @classmethod
+    def _there(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
+        """Refuse a value that was removed, and say what to use instead."""
+        if said := REMOVED_VALUES[str(info.field_name)].get(str(value)):
+            raise refused(said)
+        return value
+
+    @field_validator("adapters", "baselines", "without", mode="before", check_fields=False)
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
-        """Read lists of YAML and lists with commas; a start that is named twice counts once."""
+        """Read lists of YAML and lists with commas."""
         if isinstance(value, str) and info.field_name != "adapters":
             value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, list | tuple):
             return value
-        names = tuple(map(str, value))
-        gone = REMOVED_VALUES.get(str(info.field_name), {})
-        if said := [gone[name] for name in names if name in gone]:
-            raise refused("; ".join(said))
-        return tuple(dict.fromkeys(names)) if info.field_name == "init" else names
+        return tuple(map(str, value))
 
     @field_validator("budget", mode="before", check_fields=False)
     @classmethod

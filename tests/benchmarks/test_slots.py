@@ -55,26 +55,25 @@ def excess(paths, names, adapter):
 
 
 def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, measured):
-    rows = measured("individual;moves;on them: linear;merge-all: layerwise;random")
+    rows = measured("individual;estimates;estimates: linear;merge-all: layerwise;random")
     assert rows["individual"]["excess"] == 0 and rows["individual"]["retention"] == 1
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        probe_examples=2, test_examples=2, merge_method="regmean++", output=str(tmp_path / "run"),
-        baselines=(), search="moves",
+        probe_examples=2, test_examples=2, output=str(tmp_path / "run"), baselines=(),
     )  # fmt: skip
     pack = run(config, quiet=True).read("bench.json")["methods"]["pack"]
-    assert rows["moves"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
+    assert rows["estimates"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
 
-    (clusters,) = rows["on them: linear"]["clusters_of"]
-    assert [clusters] == rows["moves"]["clusters_of"] and len(clusters) == 2
-    (merges,) = rows["on them: linear"]["merges"]
+    (clusters,) = rows["estimates: linear"]["clusters_of"]
+    assert [clusters] == rows["estimates"]["clusters_of"] and len(clusters) == 2
+    (merges,) = rows["estimates: linear"]["merges"]
     base = BaseModel(str(paths.model))
     total = 0
     for names, (method, scale) in zip(clusters, merges):
         own = [read_adapter(paths.adapters / name, base.module_shapes) for name in names]
         merge = scaled(merge_adapters(own), scale) if method == "linear" else own[0]
         total += excess(paths, names, merge.uniform(base.dtype)).sum()
-    assert rows["on them: linear"]["excess"] == pytest.approx(total / len(NAMES), abs=1e-4)
+    assert rows["estimates: linear"]["excess"] == pytest.approx(total / len(NAMES), abs=1e-4)
 
     (together,) = rows["merge-all: layerwise"]["clusters_of"]
     assert together == [NAMES]
@@ -85,10 +84,10 @@ def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, meas
 
 
 def test_what_was_measured_is_not_measured_again(measured):
-    first = measured("moves;kmeans")
-    again = measured("moves;kmeans;on them: layerwise, refined")
+    first = measured("estimates;kmeans")
+    again = measured("estimates;kmeans;estimates, refined")
     assert {case: again[case] for case in first} == first
-    assert set(again) - set(first) == {"on them: layerwise, refined"}
+    assert set(again) - set(first) == {"estimates, refined"}
 
 
 def test_cases_of_the_past_are_kept_and_not_measured(measured):
@@ -104,10 +103,10 @@ def test_results_of_other_rows_are_not_added_to(measured, tmp_path):
     measured("individual")
     before = (tmp_path / "slots.json").read_bytes()
     with pytest.raises(SystemExit, match=r"slots.json: found .*'tests': 2.*expected .*'tests': 1"):
-        measured("moves", "--tests", "1")
+        measured("estimates", "--tests", "1")
     assert (tmp_path / "slots.json").read_bytes() == before
 
 
-def test_clusters_of_moves_must_be_known(measured):
-    with pytest.raises(SystemExit, match="2 clusters, seed 0: measure 'moves' first"):
-        measured("on them: linear")
+def test_clusters_of_a_search_must_be_known(measured):
+    with pytest.raises(SystemExit, match="2 clusters, seed 0: measure 'estimates' first"):
+        measured("estimates: linear")

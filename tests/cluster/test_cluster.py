@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d2c_mlx.cluster import d2c as loop
 from d2c_mlx.cluster.d2c import INITS, d2c
-from d2c_mlx.cluster.partition import Problem, canonical, refill
+from d2c_mlx.cluster.partition import canonical, measured_regret, refill
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -30,29 +30,35 @@ def test_farthest_adapters_start_in_every_group(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_further_seed_is_the_farthest_both_ways(seed):
+def test_every_further_adapter_is_that_of_the_task_served_worst(seed):
     table = np.random.default_rng(seed).random((7, 7))
     np.fill_diagonal(table, 0)
-    seeds = loop._farthest_seeds(problem_of(None, 7, table=table), 5, np.random.default_rng(seed))
-    for t in range(1, 5):
-        nearest = {
-            i: min(table[i, j] + table[j, i] for j in seeds[:t])
-            for i in range(7)
-            if i not in seeds[:t]
-        }
-        assert seeds[t] == max(nearest, key=nearest.get)
+    asked = []
+
+    def loss(members, task):
+        asked.append(members)
+        return table[task, members[0]]
+
+    labels = loop._single_adapters(problem_of(loss, 7), 5, np.random.default_rng(seed))
+    (first, *further) = [one for (one,) in dict.fromkeys(asked)]
+    chosen = [first]
+    for one in further:
+        served = table[:, chosen].min(axis=1)
+        assert one not in chosen and served[one] == served.max()
+        chosen.append(one)
+    assert len(chosen) == 5 and len(asked) == 5 * 7
+    assert (labels == table[:, chosen].argmin(axis=1)).all()
 
 
 def test_equal_adapters_still_start_in_distinct_clusters():
-    problem = problem_of(lambda members, task: 0.0, 5, table=np.zeros((5, 5)))
+    problem = problem_of(lambda members, task: 0.0, 5)
     for seed in range(5):
-        seeds = loop._farthest_seeds(problem, 5, np.random.default_rng(seed))
-        assert sorted(seeds) == [0, 1, 2, 3, 4]
         for k in (2, 3, 4):
-            assert d2c(problem, k, init=["adapters"], rounds=0, seed=seed).n_clusters == k
+            labels = loop._single_adapters(problem, k, np.random.default_rng(seed))
+            assert len(set(labels)) == k
 
 
-def test_a_task_joins_the_seed_that_serves_it_best():
+def test_a_task_joins_the_adapter_that_serves_it_best():
     # Task 2 is served better by 1, and 1 better by 2, than by 0; adapter 0 is alike to all.
     table = np.array([[0.0, 0.9, 0.9], [0.8, 0.0, 0.2], [0.8, 0.2, 0.0]])
     problem = problem_of(lambda m, i: np.mean([table[i, j] for j in m]), 3, table=table)
@@ -81,9 +87,10 @@ def test_objective_is_the_mean_normalised_regret(start_at):
     found = d2c(problem, 2, init=["adapters"])
     total = 0.0
     for task, label in enumerate(hidden):
-        members = [j for j in range(5) if hidden[j] == label]
-        total += np.mean(problem.regrets[task, members])
+        members = tuple(j for j in range(5) if hidden[j] == label)
+        total += problem.measure([(members, [task])])[0][0]
     assert found.objective == pytest.approx(total / 5)
+    assert measured_regret(problem, hidden) == pytest.approx(total / 5)
 
 
 def test_one_cluster():
@@ -100,7 +107,7 @@ def test_as_many_clusters_as_adapters_keeps_everyone_alone(n_clusters):
     def never(*_):
         raise AssertionError("nothing needs to be merged or measured")
 
-    problem = Problem(1 - np.eye(4), never, never, np.eye(4))
+    problem = dataclasses.replace(planted((2, 2))[0], merge=never, measure=never)
     found = d2c(problem, n_clusters)
     assert found.labels == (0, 1, 2, 3)
     assert found.groups == [(0,), (1,), (2,), (3,)]
@@ -253,7 +260,7 @@ def test_any_table(n, n_clusters, seed, init):
         return value.setdefault((members, task), rng.random())
 
     features = rng.normal(size=(n, 3))
-    problem = problem_of(loss, n, 2 * np.ones(n), rng.random((n, n)), features)
+    problem = problem_of(loss, n, 2 * np.ones(n), features=features)
     found = d2c(problem, n_clusters, init=[init], seed=seed)
     assert found.n_clusters == min(n, n_clusters)
     assert found.labels == canonical(found.labels)

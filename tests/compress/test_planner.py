@@ -44,7 +44,7 @@ def config(tmp_path):
 def expected_regret(session, i, adapter):
     """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
     table = session.read("losses.json")
-    gain = max(table["base"][i] - table["values"][i][i], 0.05)
+    gain = max(table["base"][i] - table["individual"][i], 0.05)
     return (
         divergence(session.inputs.base, session.adapters[i], adapter, session.inputs.probes[i])
         / session.inputs.probes[i].n_targets

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from d2c_mlx.cluster.partition import Problem, canonical
+from d2c_mlx.cluster.partition import Fading, Problem, canonical
 
 
 def merge(members, like=()):
@@ -27,8 +27,8 @@ def problem_of(loss, n, base=None, table=None, features=None):
             for members, tasks in jobs
         ]
 
-    regrets = (table - own[:, None]) / gain[:, None]
-    return Problem(regrets, merge, measure, np.eye(n) if features is None else features)
+    features = np.eye(n) if features is None else features
+    return Problem(merge, measure, features, Fading((), np.empty((n, 0))), np.eye(n))
 
 
 def planted(sizes, seed=0, noise=0.05):

@@ -9,11 +9,10 @@ from d2c_mlx_cli import stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 from helpers import ROOT
 
-from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.evaluate.engine import Optimizations
 from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.merge.options import MERGE_METHODS
-from d2c_mlx.run.config import SAVINGS, STARTS, RunConfig
+from d2c_mlx.run.config import SAVINGS, RunConfig
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.errors import ConfigError, InputWarning
 from docs.scripts.options import FILES
@@ -50,13 +49,14 @@ def test_an_empty_file_is_no_option(tmp_path):
 
 
 def test_to_dict_reads_back_from_yaml(tmp_path):
-    config = RunConfig(**NEEDED, budget="3", scale=0.7, init=("kmeans",), model="m", eps=0.0)
+    config = RunConfig(**NEEDED, budget="3", scale=0.7, baselines=("kmeans",), model="m", eps=0.0)
     assert load_config(write(tmp_path, yaml.safe_dump(config.to_dict())), {}) == config
 
 
-@pytest.mark.parametrize("init", ["[kmeans, table]", '"kmeans,table"', '" kmeans , table ,"'])
-def test_init_is_a_list_or_a_comma_string(tmp_path, init):
-    assert load_config(write(tmp_path, f"init: {init}"), NEEDED).init == ("kmeans", "table")
+@pytest.mark.parametrize("given", ["[kmeans, random]", '"kmeans,random"', '" kmeans , random ,"'])
+def test_baselines_are_a_list_or_a_comma_string(tmp_path, given):
+    found = load_config(write(tmp_path, f"baselines: {given}"), NEEDED).baselines
+    assert found == ("kmeans", "random")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,8 @@ def test_null_where_none_is_a_value(tmp_path):
 
 
 def test_all_wrong_keys_and_types_at_once(tmp_path):
-    path = write(tmp_path, "answrs: 3\nseed: zero\nscale: true\ninit: 3\nanswers: 1.5\nmodel: 4\n")
+    text = "answrs: 3\nseed: zero\nscale: true\nbaselines: 3\nanswers: 1.5\nmodel: 4\n"
+    path = write(tmp_path, text)
     found = problems(path, {"eps": "small", "zzz": 1})
     assert len(found) == 8 + len(NEEDED)
     text = "\n".join(found)
@@ -86,7 +87,7 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
         f"{path}: answrs: unknown key; did you mean 'answers'?",
         f"{path}: seed: found 'zero', expected int",
         f"{path}: scale: found True, expected float",
-        f"{path}: init: found 3, expected a list of strings",
+        f"{path}: baselines: found 3, expected a list of strings",
         f"{path}: answers: found 1.5, expected int",
         f"{path}: model: found 4, expected str",
         "eps: found 'small', expected float",
@@ -97,8 +98,8 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
 
 def test_all_values_out_of_range_at_once():
     wrong = {
-        "merge_method": "dare", "density": 0.0, "scale": -1.0, "init": ("best",),
-        "baselines": ("auto",), "patience": 0, "stack": 0, "eps": -1e-9, "seed": -1,
+        "merge_method": "dare", "density": 0.0, "scale": -1.0, "search": "best",
+        "baselines": ("auto",), "answers": -1, "stack": 0, "eps": -1e-9, "seed": -1,
         "probe_examples": 0, "test_examples": -1, "random_seeds": 0, "budget": "much",
     }  # fmt: skip
     found = problems(None, wrong)
@@ -178,10 +179,9 @@ def test_the_help_states_the_defaults():
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
     for name in ("refine", "skip_bad"):
         assert stated.pop(name) == "no" and values.pop(name) is False
-    for name in ("init", "baselines"):
-        assert stated.pop(name) == ",".join(values.pop(name))
+    assert stated.pop("baselines") == ",".join(values.pop("baselines"))
     assert stated == {name: str(value) for name, value in values.items()}
-    special = {"model", "scale", "init", "memory_limit", "refine", "without", "baselines"}
+    special = {"model", "scale", "memory_limit", "refine", "without", "baselines"}
     special |= {"unlabelled", "clusters", "skip_bad", "merge_method", "merge_rank", "max_adapters"}
     unstated = set(RunConfig.model_fields) - set(stated) - special
     assert unstated == set(NEEDED)
@@ -205,7 +205,6 @@ def test_every_command_is_listed_and_named_as_it_is_called():
 
 def test_names_of_methods_and_starts_are_the_library_s():
     assert tuple(METHODS) == MERGE_METHODS
-    assert set(STARTS) < set(INITS)
 
 
 def test_every_saving_can_be_switched_off():
@@ -284,10 +283,6 @@ def test_aliases_and_levels_within_reason_are_read(tmp_path):
     assert load_config(path, {**NEEDED, "without": "cache"}).baselines == ("random", "kmeans")
 
 
-def test_a_start_that_is_named_twice_is_one():
-    assert RunConfig(**NEEDED, init=("kmeans", "table", "kmeans")).init == ("kmeans", "table")
-
-
 SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
 
 
@@ -295,32 +290,25 @@ SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
     "common, asked, without",
     [
         (BYTES, {"search": "paper"}, "a number of adapters as the budget, or --plan d2c"),
-        (BYTES, {"init": "kmeans"}, "a number of adapters"),
-        (BYTES, {"patience": 3}, "a number of adapters"),
-        (SLOTS | {"search": "paper"}, {"patience": 3}, "--search moves"),
-        (SLOTS, {"patience": 3}, "--search moves"),
-        (SLOTS, {"neighbours": 3}, "--search moves or paper"),
+        (SLOTS, {"thorough": True}, "a budget in bytes"),
         (BYTES, {"refine_steps": 3}, "--refine"),
         (SLOTS, {"refine_rate": 1.0}, "--refine"),
     ],
 )
 def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, without):
     ((name, value),) = asked.items()
-    found = (value,) if name == "init" else value
     with pytest.warns(InputWarning) as warned:
-        assert getattr(load_config(None, common | asked), name) == found
+        assert getattr(load_config(None, common | asked), name) == value
     (line,) = (str(one.message) for one in warned)
-    assert line.startswith(f"{name}: {found!r} does nothing without ") and without in line
+    assert line.startswith(f"{name}: {value!r} does nothing without ") and without in line
     # A file may be for runs of both kinds, and a default changes nothing.
     path = write(tmp_path, yaml.safe_dump(asked))
-    assert getattr(load_config(path, common), name) == found
+    assert getattr(load_config(path, common), name) == value
     assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
-    good = {"refine": True, "budget": "2"}
-    if name != "search":
-        good |= {"search": "moves"}
-    assert getattr(load_config(None, common | asked | good), name) == found
-    if common is BYTES and name in ("search", "init", "patience"):
-        assert load_config(None, {"search": "moves", **common, **asked, "plan": "d2c"})
+    good = {"budget": "25%"} if name == "thorough" else {"refine": True, "budget": "2"}
+    assert getattr(load_config(None, common | asked | good), name) == value
+    if name == "search":
+        assert load_config(None, {**common, **asked, "plan": "d2c"})
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     # Four tasks under the base and their own adapter at three strengths.
     assert record["evaluations"]["asked"] == 4 * 4
     table = json.loads((output / "losses.json").read_text())
-    assert len(table["values"]) == len(table["values"][0]) == 4
+    assert len(table["individual"]) == len(table["weakened"]) == 4
     for name in ("report.md", "report.html"):
         text = (output / name).read_text()
         assert f"{manifest['nbytes']:,}" in text
@@ -151,7 +151,7 @@ def test_mixed_ranks_modules_and_ties(config):
     for name, rank in (("b", 2), ("c", 6)):
         shutil.rmtree(Path(config.adapters) / name)
         peft_adapter(Path(config.adapters), name, rank=rank, seed=rank)
-    options = {**config.to_dict(), "init": ("kmeans",), "merge_method": "ties", "scale": 1.5}
+    options = {**config.to_dict(), "search": "paper", "merge_method": "ties", "scale": 1.5}
     output = run(RunConfig(**options), quiet=True).output
     merges = json.loads((output / "merges.json").read_text())
     assert sorted(name for entry in merges for name in entry["members"]) == NAMES

@@ -6,7 +6,7 @@ import time
 from helpers.tiny import library
 from rich.progress import Progress
 
-from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -49,7 +49,7 @@ def test_the_time_left_of_clustering_is_foreseen(tmp_path, monkeypatch):
     seen, before = [], session.evaluator.counts.tokens
     meter = session.evaluator.meter = Silent()
     meter.foresee = seen.append
-    d2c(session.study.problem, 2, search="moves")
+    search_by_estimates(session.study.problem, 2, seed=0, eps=1e-3)
     done = session.evaluator.counts.tokens - before
     assert seen[0] / 3 <= done <= 3 * seen[0]
     assert seen[-1] == 0 and all(n > 0 for n in seen[:-1])
