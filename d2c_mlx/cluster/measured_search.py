@@ -157,7 +157,9 @@ def _promising(found: _Measured, labels: Labels) -> list[tuple[float, Labels]]:
     steps = []
     for step in moves + state.promising_swaps(gains)[: 2 * MOST_TRIED]:
         after = state.after(step)
+        if (changed := canonical(after.labels)) == labels:
+            continue  # two that are alone have changed places
         touched = {*state.labels[list(step)].tolist(), *step.values()}
         rise = after.cost - state.cost + wrong[list(touched)].sum()
-        steps.append((float(rise), canonical(after.labels)))
+        steps.append((float(rise), changed))
     return steps

@@ -167,3 +167,29 @@ def test_what_is_learnt_at_once_or_in_turn_is_the_same():
     before = once.pair.copy()
     once.learn({})
     assert (once.pair == before).all()
+
+
+@pytest.mark.parametrize("n_clusters", [1, 7, 8])
+def test_where_nothing_can_move_nothing_is_tried(n_clusters):
+    given_problem, asked = problem(8, lambda members, i: 0.1)
+    found = search_by_estimates(given_problem, n_clusters, seed=0, eps=1e-3)
+    assert found.n_clusters == n_clusters
+    assert all(len(members) > 1 for members in asked)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_ends_with_moves_that_only_measuring_can_find(seed):
+    """Hidden pairs that harm each other, of which estimates know nothing."""
+    plain = MergeEstimates(fading(9, seed), np.eye(9))
+    hidden = np.random.default_rng(seed).permutation(np.repeat([0, 1, 2], 3))
+
+    def truth(members, i):
+        harm = sum(hidden[j] != hidden[i] for j in members)
+        return float(plain.of(members)[members.index(i)]) + 0.2 * harm
+
+    given_problem, asked = problem(9, truth, seed)
+    found = search_by_estimates(given_problem, 3, seed=0, eps=1e-3)
+    objectives = [one["objective"] for one in found.history]
+    assert found.objective == objectives[-1] == min(objectives) < objectives[0]
+    best = sum(truth(g, i) for g in groups_of(hidden) for i in g) / 9
+    assert found.objective <= best + 0.05 and len(asked) == len(set(asked))
