@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.quality.answering import Answers
-from benchmarks.quality.methods import DRAWN, METHODS, Plans, Stored, follows, merged
+from benchmarks.quality.methods import DRAWN, METHODS, PAST, Plans, Stored, follows, merged
 from benchmarks.quality.metrics import (
     METRIC_OF,
     paired_bootstrap,
@@ -236,7 +236,9 @@ def summary(options):
             row["auto_against_it"] = paired_bootstrap(stats[id(ours[0])], stats[id(row)])
     for row in rows:
         # A plan has own adapters, most of them alone.
-        if METHODS.get(row["method"]) and len(row.get("clusters", [])) > 1:
+        if (METHODS.get(row["method"]) or row["method"] in PAST) and len(
+            row.get("clusters", [])
+        ) > 1:
             row["follows"] = follows(row["clusters"])
         row["tasks"] = {
             task: [round(one["loss"], 5), round(one["score"], 3)]

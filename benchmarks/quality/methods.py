@@ -207,3 +207,6 @@ METHODS = {
     **dict.fromkeys(ALONE),
     "auto": None,
 }
+# Methods of published rows that no code can measure any more: before estimates, moves and swaps of
+# single tasks were measured from the better of two starts.
+PAST = ("D2C, moves",)
