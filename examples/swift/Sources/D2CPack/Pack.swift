@@ -1,0 +1,114 @@
+import Foundation
+
+/// A pack of d2c-mlx, plain or compact: `d2c-mlx run` and `d2c-mlx plan` write them.
+///
+///     let pack = try Pack(directory: url)
+///     if let adapter = try pack.adapter(for: "gec-de") { ... }
+///
+/// Everything in it is taken for a stranger's: what is not as docs/reference/formats.md has it is
+/// refused, and no file outside the directory is read.
+public final class Pack {
+    public let directory: URL
+    let manifest: Manifest
+    private var compact: CompactFile?
+
+    /// Open a pack: sizes and hashes of its files, its index, and the layout of its adapters.
+    public init(directory: URL) throws {
+        self.directory = directory
+        let path = directory.appendingPathComponent("manifest.json").path
+        let content = try PackFile(path).json()
+        do {
+            manifest = try Manifest(content)
+        } catch let error as PackError {
+            throw PackError("\(shown(path)): \(error)")
+        }
+        for name in manifest.files.keys.sorted() where name != Manifest.compactFile || !manifest.isCompact {
+            _ = try verified(name)
+        }
+        if manifest.isCompact {
+            // It stays open, so that what is read later is what was verified.
+            compact = try at(Manifest.compactFile) {
+                try CompactFile(TensorFile(verified(Manifest.compactFile)))
+            }
+            let wrong = manifest.tasks.filter { $1.int ?? -1 >= compact?.names.count ?? 0 }
+            if let task = wrong.keys.min() { throw PackError("task \(shown(task)) has no adapter") }
+        } else {
+            for case .string(let folder) in manifest.tasks.values { _ = try plain(folder) }
+        }
+    }
+
+    /// The tasks that the pack serves.
+    public var tasks: [String] { manifest.tasks.keys.sorted() }
+    /// Name of the base model that it was made for.
+    public var model: String { manifest.model }
+    public var isCompact: Bool { manifest.isCompact }
+    /// Bytes of all files but the manifest.
+    public var nBytes: Int { manifest.files.values.reduce(0) { $0 + $1.nBytes } }
+
+    /// Name of the adapter that serves a task, the same for tasks that share one; nil for those that
+    /// the base model serves. Throws PackError for a task that is not among `tasks`.
+    public func name(for task: String) throws -> String? {
+        guard let adapter = manifest.tasks[task] else { throw PackError("no task \(shown(task))") }
+        return adapter.string ?? adapter.int.map { "cluster-\($0)" }
+    }
+
+    /// The adapter that serves a task; nil is the base model. Throws PackError for a task that is
+    /// not among `tasks`, numbers that are none, and files that have changed.
+    public func adapter(for task: String) throws -> Adapter? {
+        guard let name = try name(for: task) else { return nil }
+        if let compact, let k = manifest.tasks[task]?.int {
+            return try at(Manifest.compactFile) {
+                try compact.adapter(k, manifest.dtype, nLayers: manifest.nLayers)
+            }
+        }
+        let (layout, file) = try plain(name)
+        return try at(name) { try PlainAdapter.read(name, layout, file) }
+    }
+
+    /// Read every adapter once, as `d2c-mlx verify` does.
+    public func verify() throws {
+        var seen = Set<String>()
+        for task in tasks {
+            if let name = try name(for: task), seen.insert(name).inserted { _ = try adapter(for: task) }
+        }
+    }
+
+    /// Files of the manifest below a directory of a plain pack.
+    public func files(of name: String) -> [String] {
+        manifest.files.keys.filter { $0.utf8.starts(with: "\(name)/".utf8) }.sorted()
+    }
+
+    private func plain(_ folder: String) throws -> (PlainAdapter.Layout, TensorFile) {
+        let config = try verified("\(folder)/adapter_config.json").json()
+        return try at(folder) {
+            let file = try TensorFile(verified("\(folder)/adapters.safetensors"))
+            return (try PlainAdapter.Layout(config: config, tensors: file), file)
+        }
+    }
+
+    /// A file of the manifest, inside the pack and with the size and hash that the manifest has.
+    private func verified(_ name: String) throws -> PackFile {
+        guard let entry = manifest.files[name], let root = realPath(directory.path),
+            let path = realPath(directory.path + "/" + name), path.utf8.starts(with: (root + "/").utf8)
+        else { throw PackError("\(shown(name)): missing, but the manifest lists it") }
+        let file = try PackFile(path)
+        guard file.size == entry.nBytes, try file.sha256() == entry.sha256 else {
+            throw PackError("\(shown(name)): differs from the manifest's size or sha256; copy it again")
+        }
+        return file
+    }
+
+    private func at<T>(_ name: String, _ read: () throws -> T) throws -> T {
+        do {
+            return try read()
+        } catch let error as PackError {
+            throw PackError("\(shown(directory.path)): \(shown(name)): \(error)")
+        }
+    }
+}
+
+private func realPath(_ path: String) -> String? {
+    guard let found = realpath(path, nil) else { return nil }
+    defer { free(found) }
+    return String(cString: found)
+}

@@ -1,0 +1,72 @@
+import Foundation
+
+/// A pack that is refused, or a task that it does not serve.
+public struct PackError: Error, CustomStringConvertible {
+    /// Place, what was found, and what was expected, in one line.
+    public let description: String
+
+    init(_ description: String) { self.description = description }
+}
+
+/// How a message repeats what a stranger wrote: in ASCII, and not all of it.
+func shown(_ text: String) -> String {
+    "'" + text.unicodeScalars.prefix(60).map { $0.escaped(asASCII: true) }.joined() + "'"
+}
+
+/// A regular file that is open to be read. A named pipe would never end.
+final class PackFile {
+    let path: String
+    let size: Int
+    private let descriptor: Int32
+
+    init(_ path: String) throws {
+        descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC)
+        guard descriptor >= 0 else { throw PackError("\(shown(path)): missing or not readable") }
+        self.path = path
+        var about = stat()
+        let known = fstat(descriptor, &about) == 0 && about.st_mode & S_IFMT == S_IFREG
+        size = known ? Int(about.st_size) : 0
+        guard known else { throw PackError("\(shown(path)): no regular file") }
+    }
+
+    deinit { if descriptor >= 0 { close(descriptor) } }
+
+    /// Bytes of the file; throws PackError where it has not so many.
+    func read(at start: Int, count: Int) throws -> [UInt8] {
+        guard start >= 0, count >= 0, start <= size, count <= size - start else {
+            throw PackError("\(shown(path)): truncated")
+        }
+        return try [UInt8](unsafeUninitializedCapacity: count) { buffer, done in
+            while done < count {
+                let n = pread(descriptor, buffer.baseAddress! + done, count - done, off_t(start + done))
+                if n < 0 && errno == EINTR { continue }
+                guard n > 0 else { throw PackError("\(shown(path)): became shorter while it was read") }
+                done += n
+            }
+        }
+    }
+
+    /// Hexadecimal SHA-256 of the content.
+    func sha256() throws -> String {
+        var hash = FileHash()
+        var start = 0
+        while start < size {
+            let some = try read(at: start, count: min(1 << 20, size - start))
+            some.withUnsafeBytes { hash.update(bufferPointer: $0) }
+            start += some.count
+        }
+        return hash.finalize().map { String($0 >> 4, radix: 16) + String($0 & 15, radix: 16) }.joined()
+    }
+
+    /// The JSON object that the file holds.
+    func json() throws -> [String: JSON] {
+        guard size <= 16 << 20 else { throw PackError("\(shown(path)): larger than any manifest") }
+        do {
+            let value = try JSON.parse(read(at: 0, count: size))
+            guard let object = value.object else { throw PackError("expected a JSON object") }
+            return object
+        } catch let error as PackError {
+            throw PackError("\(shown(path)): \(error)")
+        }
+    }
+}
