@@ -89,7 +89,7 @@ def unpack(pack: Path, output: str, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["mlx", "peft", "gguf"]))
+@click.option("--to", required=True, type=click.Choice(["mlx", "mlx-swift", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
               " heads")  # fmt: skip
@@ -99,8 +99,9 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
 
     Beside them is tasks.json: task -> file or directory, or null for the base model.
 
-    mlx: directories for mlx-lm and mlx-swift, what unpack writes. peft: directories for PEFT. gguf:
-    files for llama.cpp, of the model families that the documents list.
+    mlx: directories for mlx-lm and mlx-swift, what unpack writes. mlx-swift: smaller ones that
+    mlx-lm refuses, each module in its own rank. peft: directories for PEFT. gguf: files for
+    llama.cpp, of the model families that the documents list.
 
     Examples:
       d2c-mlx export runs/first/pack --to peft --output peft-loras

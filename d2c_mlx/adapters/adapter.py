@@ -171,23 +171,32 @@ class Adapter:
         Args:
             n_layers: number of transformer blocks of the base model; mlx-swift traps on -1.
         """
-        lora = next(iter(self.modules.values()))
+        scale = next(iter(self.modules.values())).scale
         keys = sorted({".".join(path.split(".layers.")[1].split(".")[1:]) for path in self.modules})
         return {
             "base_model_name_or_path": self.base,
             "fine_tune_type": "lora",
             "num_layers": n_layers,
             "lora_parameters": {
-                "rank": lora.rank,
-                "scale": lora.scale,
+                "rank": self.rank,
+                "scale": scale,
                 "dropout": 0.0,
                 "keys": keys,
             },
         }
 
-    def files(self, n_layers: int) -> dict[str, bytes]:
+    def trimmed(self) -> Adapter:
+        """The same update, each module in its own rank: `uniform` without its zeros at the end."""
+        modules = {}
+        for path, lora in self.uniform().modules.items():
+            used = np.array((lora.a != 0).any(axis=0) | (lora.b != 0).any(axis=1)).nonzero()[0]
+            rank = int(used[-1]) + 1 if len(used) else 1
+            modules[path] = replace(lora, a=lora.a[:, :rank], b=lora.b[:rank])
+        return replace(self, modules=modules)
+
+    def files(self, n_layers: int, own_ranks: bool = False) -> dict[str, bytes]:
         """File name -> content of the two files that `save` writes."""
-        same = self.uniform()
+        same = self.trimmed() if own_ranks else self.uniform()
         tensors = {}
         for path in sorted(same.modules):
             tensors[f"{path}.lora_a"] = same.modules[path].a
@@ -201,15 +210,16 @@ class Adapter:
         """Exact size in bytes of the files that `save` writes, headers and config included."""
         return sum(len(content) for content in self.files(n_layers).values())
 
-    def save(self, directory: Path, n_layers: int) -> None:
+    def save(self, directory: Path, n_layers: int, own_ranks: bool = False) -> None:
         """Write the two files of mlx-lm's layout into an existing or new `directory`.
 
         Args:
             directory: made if absent; the caller makes it atomic (`files.write_dir`).
             n_layers: number of transformer blocks of the base model.
+            own_ranks: whether modules are `trimmed`, which mlx-swift loads and mlx-lm refuses.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files(n_layers).items():
+        for name, content in self.files(n_layers, own_ranks).items():
             (directory / name).write_bytes(content)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.adapter_config import read_config
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.packs.manifest import CompactManifest
@@ -20,7 +21,7 @@ from d2c_mlx.utils.files import read_text, write_dir, write_json
 
 __all__ = ["FORMATS", "export", "unpacked_nbytes", "write_plain"]
 
-FORMATS = ("mlx", "peft", "gguf")
+FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
 
 # Writes one adapter to a path that does not exist yet.
 Write = Callable[[Adapter, Path], None]
@@ -33,8 +34,9 @@ def export(
 
     Args:
         pack: what `load_pack` verified.
-        to: `mlx` (a directory `cluster-<k>` each, that mlx-lm and mlx-swift load), `peft` (a
-            directory each) or `gguf` (a file `cluster-<k>.gguf` each).
+        to: `mlx` (a directory `cluster-<k>` each, that mlx-lm and mlx-swift load), `mlx-swift`
+            (the same, each module in its own rank), `peft` (a directory each) or `gguf` (a file
+            `cluster-<k>.gguf` each).
         directory: replaced as a whole, only once everything is in it.
         model: the pack's base model, as for `resolve_model`. Only gguf needs it, for its
             architecture and heads; None is enough where the base is the embedded default.
@@ -54,6 +56,8 @@ def export(
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
     write, suffix = partial(_write_mlx, pack), ""
+    if to == "mlx-swift":
+        write = partial(_write_swift, pack)
     if to == "peft":
         write = partial(save_peft, config=_base_config(pack, model)[1] if model else None)
     if to == "gguf":
@@ -104,6 +108,16 @@ def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
     # Only files that the manifest verified, and nothing that lies beside them.
     for file in pack.files_of(path.name):
         pack.copy(file, path.parent / file)
+
+
+def _write_swift(pack: Pack, adapter: Adapter, path: Path) -> None:
+    # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
+    # https://github.com/ml-explore/mlx-swift.
+    if isinstance(pack.manifest, CompactManifest):
+        n_layers = pack.manifest.base.n_layers
+    else:
+        n_layers = int(str(read_config(pack.path / path.name)["num_layers"]))
+    adapter.save(path, n_layers, own_ranks=True)
 
 
 def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:

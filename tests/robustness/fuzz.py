@@ -28,39 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers/
 _CPU_SECONDS, _MEMORY_MB, _ADDRESSES = 5, 3072, 24 << 30
 # Of the clock, after which libFuzzer gives up: a busy machine may not give 5 s to anyone for long.
 _TIMEOUT = 300
-_ODD = [None, True, False, 0, 1, -1, 2.5, 1e308, 5e-324, 2**63, 2**64, 10**30, float("nan"),
-        "", ".", "..", "../x", "/etc/passwd", "a\x00b", "\ud800", "x" * 300, "float16", "(a+)+$",
-        "[", [], {}, [[]], [0], {"": 0}, [None, "a"], {"a": {"a": 1}}]  # fmt: skip
-_ODD_KEYS = ["", "..", "a/b", "r", "storage", "use_dora", "\ud800", "messages", "(a|aa)+$"]
 # A target's share of all inputs: what is slow gets fewer.
 _SLOW = {"gguf": 0.3, "manifest-plain": 0.5, "manifest-compact": 0.5}
-
-
-def changed(data, draw):
-    """One line of JSON with a value replaced, removed or added somewhere in it."""
-    lines = data.split(b"\n")
-    at = draw.randrange(len(lines))
-    place, key = [json.loads(lines[at])], 0
-    root = place
-    while isinstance(place[key], dict | list) and place[key] and draw.random() < 0.85:
-        place = place[key]
-        key = draw.choice(list(place)) if isinstance(place, dict) else draw.randrange(len(place))
-    kind = draw.random()
-    if kind < 0.2 and place is not root:
-        del place[key]
-    elif kind < 0.4 and isinstance(place, dict):
-        place[draw.choice(_ODD_KEYS)] = draw.choice(_ODD)
-    else:
-        place[key] = draw.choice(_ODD)
-    lines[at] = json.dumps(root[0]).encode()
-    return b"\n".join(lines)
-
-
-def changed_header(data, draw):
-    """The same in the header of safetensors, with its length right."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = changed(data[8:end], draw)
-    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def fuzz_one(name, arguments):
@@ -69,6 +38,7 @@ def fuzz_one(name, arguments):
 
     with atheris.instrument_imports(include=["d2c_mlx", "gguf"]):
         import d2c_mlx  # noqa: F401  the fast BLAS first  # isort: skip
+        from helpers.damage import changed, changed_header
         from helpers.targets import TARGETS, Shared
 
     from d2c_mlx.utils.errors import InputError

@@ -129,6 +129,47 @@ def test_mlx_is_what_unpack_writes(pack, tmp_path):
     assert hash_tree(tmp_path / "export") == hash_tree(tmp_path / "unpack")
 
 
+def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp_path):
+    """MLX replaces parameters of any shape, in Swift as in Python; only mlx-lm looks at shapes."""
+    from mlx_lm import load as stock_load
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    tasks = export(pack, "mlx", tmp_path / "mlx")
+    assert export(pack, "mlx-swift", tmp_path / "swift") == tasks
+    tokens = mx.arange(1, 25)[None] * 7 % 250
+    for name in sorted({name for name in tasks.values() if name}):
+        padded, own = tmp_path / "mlx" / name, tmp_path / "swift" / name
+        config = json.loads((own / "adapter_config.json").read_text())
+        assert config == json.loads((padded / "adapter_config.json").read_text())
+        expected, _ = stock_load(str(model), adapter_path=str(padded))
+        found, _ = stock_load(str(model))
+        linear_to_lora_layers(found, config["num_layers"], config["lora_parameters"])
+        weights = mx.load(str(own / "adapters.safetensors"))
+        found.load_weights(list(weights.items()), strict=False)
+        found.eval()
+        assert mx.abs(found(tokens) - expected(tokens)).max().item() < 1e-5
+        if name == "cluster-1" and pack.storage == "compact":
+            assert {
+                x.shape[0]: "v_proj" in key for key, x in weights.items() if key[-1] == "b"
+            } == {
+                1: False,
+                2: True,
+            }
+            assert hash_tree(own) != hash_tree(padded)
+
+
+def test_an_adapter_of_own_ranks_keeps_its_update(tmp_path):
+    adapter = adapter_of("one", mixed=True).uniform()
+    trimmed = adapter.trimmed()
+    ranks = [1 + i % 4 for i in range(len(ALL))]
+    assert [lora.rank for lora in trimmed.modules.values()] == ranks
+    for path, lora in trimmed.modules.items():
+        np.testing.assert_array_equal(lora.delta(), adapter.modules[path].delta())
+    nothing = {path: replace(lora, a=0 * lora.a, b=0 * lora.b) for path, lora in
+               adapter.modules.items()}  # fmt: skip
+    assert {one.rank for one in replace(adapter, modules=nothing).trimmed().modules.values()} == {1}
+
+
 def test_peft_is_converted_back_to_the_same_bits(pack, tmp_path):
     tasks = export(pack, "peft", tmp_path / "out")
     assert tasks == json.loads((tmp_path / "out" / "tasks.json").read_text())
@@ -158,10 +199,10 @@ def test_torch_peft_has_the_logits_that_mlx_lm_has(pack, model, tmp_path):
 
 
 def test_nothing_replaces_the_pack(pack, model):
-    for to in ("mlx", "peft", "gguf"):
+    for to in ("mlx", "mlx-swift", "peft", "gguf"):
         with pytest.raises(PackError, match="would replace the pack"):
             export(pack, to, pack.path.parent, str(model))
-    with pytest.raises(InputError, match="'onnx', expected one of mlx, peft, gguf"):
+    with pytest.raises(InputError, match="'onnx', expected one of mlx, mlx-swift, peft, gguf"):
         export(pack, "onnx", pack.path.parent / "out")
 
 
