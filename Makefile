@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo check test benchmark tables options docs blas check-dist check-lowest check-newest lock \
-  audit sbom clean
+  audit sbom swift clean
 
 demo: .venv/demo blas
 	$(BIN)/d2c-mlx run examples/demo.yaml
@@ -28,6 +28,12 @@ test: .venv/test blas
 	$(BIN)/mypy --platform darwin
 	$(BIN)/lint-imports
 	$(PYTEST)
+
+# The reader of packs in examples/swift: its own tests, and that it has the bytes of `unpack`.
+swift: .venv/test
+	@command -v swift >/dev/null || { echo "no swift here: apt-get install swiftlang, or Xcode"; exit 1; }
+	swift test --package-path examples/swift
+	$(BIN)/pytest tests/packs/test_swift.py
 
 # The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. Days on two
 # cores; what is done is kept in $(BENCH), and a run that was stopped goes on. A part of it:
@@ -171,4 +177,4 @@ blas:
 	  apt-get update -qq && apt-get install -y -qq libopenblas0-pthread >/dev/null; fi
 
 clean:
-	rm -rf .venv .venv-tools .venv-bounds .venv-docs dist build runs
+	rm -rf .venv .venv-tools .venv-bounds .venv-docs dist build runs examples/swift/.build

@@ -328,12 +328,19 @@ def _plain_problems(pack: Pack) -> list[str]:
 def _compact_problems(pack: Pack) -> list[str]:
     """Problems of the file's index, and what the manifest says of adapters that it lacks."""
     path = pack.path / COMPACT
-    names = read_index(path).names
+    index = read_index(path)
+    names = index.names
     problems = [
         f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
         for k, name in enumerate(names)
         if not isinstance(name, str) or not name.isprintable()
     ]
+    outside = [module for module, *_ in index.modules if ".layers." not in module]
+    if outside:
+        problems.append(
+            f"{path}: {len(outside)} modules are in no transformer block (first:"
+            f" {ascii(outside[0])}); write the pack again"
+        )
     wrong = [k for k in pack.tasks.values() if k is not None and k not in range(len(names))]
     if wrong:
         problems.append(

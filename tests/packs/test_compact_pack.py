@@ -187,6 +187,19 @@ def test_manifests_that_do_not_verify(pack, change, found):
     assert str(pack.path / "manifest.json") in line and found in line
 
 
+def test_a_module_outside_the_blocks(pack, adapters):
+    """It has no key in mlx-lm's layout."""
+    path = pack.path / "compact.safetensors"
+    (one, *_) = compressed(adapters)
+    (levels, *_) = one.modules.values()
+    write_compact(path, [replace(one, modules={"lm_head\n": levels})] * 3)
+    content = path.read_bytes()
+    entry = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(pack, files={path.name: entry}, nbytes=len(content))
+    (line,) = refused(pack.path)
+    assert "1 modules are in no transformer block (first: 'lm_head\\n')" in line
+
+
 def test_an_adapter_in_the_file_whose_name_is_not_printable(pack, adapters):
     path = pack.path / "compact.safetensors"
     small = [replace(one, name=f"{one.name}\x1b[2J") for one in compressed(adapters)]

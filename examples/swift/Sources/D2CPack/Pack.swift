@@ -20,7 +20,7 @@ public final class Pack {
         do {
             manifest = try Manifest(content)
         } catch let error as PackError {
-            throw PackError("\(shown(path)): \(error)")
+            throw PackError("\(shown(path, most: .max)): \(error)")
         }
         for name in manifest.files.keys.sorted() where name != Manifest.compactFile || !manifest.isCompact {
             _ = try verified(name)
@@ -73,11 +73,6 @@ public final class Pack {
         }
     }
 
-    /// Files of the manifest below a directory of a plain pack.
-    public func files(of name: String) -> [String] {
-        manifest.files.keys.filter { $0.utf8.starts(with: "\(name)/".utf8) }.sorted()
-    }
-
     private func plain(_ folder: String) throws -> (PlainAdapter.Layout, TensorFile) {
         let config = try verified("\(folder)/adapter_config.json").json()
         return try at(folder) {
@@ -90,10 +85,10 @@ public final class Pack {
     private func verified(_ name: String) throws -> PackFile {
         guard let entry = manifest.files[name], let root = realPath(directory.path),
             let path = realPath(directory.path + "/" + name), path.utf8.starts(with: (root + "/").utf8)
-        else { throw PackError("\(shown(name)): missing, but the manifest lists it") }
+        else { throw PackError("\(shown(directory.path, most: .max)): \(shown(name)): missing, but the manifest lists it") }
         let file = try PackFile(path)
         guard file.size == entry.nBytes, try file.sha256() == entry.sha256 else {
-            throw PackError("\(shown(name)): differs from the manifest's size or sha256; copy it again")
+            throw PackError("\(shown(path, most: .max)): differs from the manifest's size or sha256; copy it again")
         }
         return file
     }
@@ -102,7 +97,7 @@ public final class Pack {
         do {
             return try read()
         } catch let error as PackError {
-            throw PackError("\(shown(directory.path)): \(shown(name)): \(error)")
+            throw PackError("\(shown(directory.path, most: .max)): \(shown(name)): \(error)")
         }
     }
 }

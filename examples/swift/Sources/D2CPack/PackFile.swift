@@ -9,8 +9,8 @@ public struct PackError: Error, CustomStringConvertible {
 }
 
 /// How a message repeats what a stranger wrote: in ASCII, and not all of it.
-func shown(_ text: String) -> String {
-    "'" + text.unicodeScalars.prefix(60).map { $0.escaped(asASCII: true) }.joined() + "'"
+func shown(_ text: String, most: Int = 60) -> String {
+    "'" + text.unicodeScalars.prefix(most).map { $0.escaped(asASCII: true) }.joined() + "'"
 }
 
 /// A regular file that is open to be read. A named pipe would never end.
@@ -21,12 +21,12 @@ final class PackFile {
 
     init(_ path: String) throws {
         descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC)
-        guard descriptor >= 0 else { throw PackError("\(shown(path)): missing or not readable") }
+        guard descriptor >= 0 else { throw PackError("\(shown(path, most: .max)): missing or not readable") }
         self.path = path
         var about = stat()
         let known = fstat(descriptor, &about) == 0 && about.st_mode & S_IFMT == S_IFREG
         size = known ? Int(about.st_size) : 0
-        guard known else { throw PackError("\(shown(path)): no regular file") }
+        guard known else { throw PackError("\(shown(path, most: .max)): no regular file") }
     }
 
     deinit { if descriptor >= 0 { close(descriptor) } }
@@ -34,13 +34,13 @@ final class PackFile {
     /// Bytes of the file; throws PackError where it has not so many.
     func read(at start: Int, count: Int) throws -> [UInt8] {
         guard start >= 0, count >= 0, start <= size, count <= size - start else {
-            throw PackError("\(shown(path)): truncated")
+            throw PackError("\(shown(path, most: .max)): truncated")
         }
         return try [UInt8](unsafeUninitializedCapacity: count) { buffer, done in
             while done < count {
                 let n = pread(descriptor, buffer.baseAddress! + done, count - done, off_t(start + done))
                 if n < 0 && errno == EINTR { continue }
-                guard n > 0 else { throw PackError("\(shown(path)): became shorter while it was read") }
+                guard n > 0 else { throw PackError("\(shown(path, most: .max)): became shorter while it was read") }
                 done += n
             }
         }
@@ -60,13 +60,13 @@ final class PackFile {
 
     /// The JSON object that the file holds.
     func json() throws -> [String: JSON] {
-        guard size <= 16 << 20 else { throw PackError("\(shown(path)): larger than any manifest") }
+        guard size <= 16 << 20 else { throw PackError("\(shown(path, most: .max)): larger than any manifest") }
         do {
             let value = try JSON.parse(read(at: 0, count: size))
             guard let object = value.object else { throw PackError("expected a JSON object") }
             return object
         } catch let error as PackError {
-            throw PackError("\(shown(path)): \(error)")
+            throw PackError("\(shown(path, most: .max)): \(error)")
         }
     }
 }

@@ -22,7 +22,7 @@ struct TensorFile {
         do {
             try readHeader()
         } catch let error as PackError {
-            throw PackError("\(shown(file.path)): truncated or not a safetensors file (\(error))")
+            throw PackError("\(shown(file.path, most: .max)): truncated or not a safetensors file (\(error))")
         }
     }
 

@@ -1,0 +1,319 @@
+"""The reader in examples/swift: the bytes that `unpack` writes, and packs of strangers.
+
+apt-get install swiftlang                    # or Xcode
+pytest tests/packs/test_swift.py --inputs 20000        # more hostile packs
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.compact import ABOUT, SERVES, compressed
+from helpers.damage import changed, changed_header
+from helpers.exported import DTYPES, adapter_of
+from helpers.targets import KEPT
+
+from d2c_mlx.compress.affine import BITS, round_to_nearest
+from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.packs.export import export
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.files import hash_tree
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("swift"), reason="no swift: apt-get install swiftlang"),
+]
+MANIFEST, COMPACT, WEIGHTS = "manifest.json", "compact.safetensors", "adapters.safetensors"
+PLAIN = f"cluster-0/{WEIGHTS}"
+# A pack of a few KB; one that asks for more than that is refused before.
+_ADDRESSES = 2 << 30
+
+
+@pytest.fixture(scope="module")
+def swift():
+    """`swift(*argv)`: exit code, lines of standard output and standard error."""
+    build = ["swift", "build", "-c", "release", "--package-path", str(ROOT / "examples" / "swift")]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = subprocess.run([*build, "--show-bin-path"], capture_output=True, text=True, check=True)
+
+    def limit():
+        # A Mac does not have this limit.
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
+
+    def call(*argv):
+        done = subprocess.run([f"{shown.stdout.strip()}/d2c-pack", *map(str, argv)], timeout=300,
+                              capture_output=True, text=True, preexec_fn=limit)  # fmt: skip
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+    return call
+
+
+def plain_pack(path, adapters):
+    named = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
+    return write_pack(path, named, PackInfo(**ABOUT))
+
+
+def tensors(path):
+    """Name -> dtype, shape and bytes."""
+    return {
+        name: (str(x.dtype), x.shape, np.array(x.view(mx.uint8)).tobytes())
+        for name, x in mx.load(str(path / WEIGHTS)).items()
+    }
+
+
+def assert_same(ours, theirs, configs=True):
+    tasks = json.loads((ours / "tasks.json").read_text())
+    assert tasks == json.loads((theirs / "tasks.json").read_text())
+    names = {name for name in tasks.values() if name}
+    assert {path.name for path in theirs.iterdir()} == {*names, "tasks.json"}
+    for name in names:
+        assert tensors(ours / name) == tensors(theirs / name)
+        one, other = (json.loads((x / name / "adapter_config.json").read_text()) for x in
+                      (ours, theirs))  # fmt: skip
+        assert one == other or not configs
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_compact_pack_is_what_unpack_writes(swift, tmp_path, bits):
+    """Widths that are no whole groups; ranks and bits that differ by module."""
+    small = compressed([adapter_of("one"), adapter_of("two", mixed=True, seed=1)], bits)
+    for dtype in DTYPES:
+        root = tmp_path / str(dtype)
+        pack = write_compact_pack(root / "pack", small, SERVES, PackInfo(**ABOUT, dtype=dtype))
+        for to, options in (("mlx", []), ("mlx-swift", ["--own-ranks"])):
+            export(pack, to, root / to)
+            assert swift("unpack", *options, pack.path, root / f"{to}-theirs") == (0, [], [])
+            assert_same(root / to, root / f"{to}-theirs")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_pack_is_what_unpack_writes(swift, tmp_path, dtype):
+    pack = plain_pack(tmp_path / "pack", [adapter_of(name, dtype=dtype) for name in ("a", "b")])
+    export(pack, "mlx", tmp_path / "ours")
+    assert swift("unpack", pack.path, tmp_path / "theirs") == (0, [], [])
+    assert_same(tmp_path / "ours", tmp_path / "theirs")
+    code, out, _ = swift("list", pack.path)
+    assert code == 0 and out == ["a cluster-0 rank 3 14 modules", "b cluster-1 rank 3 14 modules"]
+
+
+def true_of_files(pack):
+    """Make the manifest true of the pack's files, as a hostile one is."""
+    manifest = json.loads((pack / MANIFEST).read_text())
+    for name in manifest["files"]:
+        content = (pack / name).read_bytes()
+        manifest["files"][name] = {
+            "nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()
+        }  # fmt: skip
+    manifest["nbytes"] = sum(entry["nbytes"] for entry in manifest["files"].values())
+    (pack / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_sha256_is_hashlib_s(swift, tmp_path):
+    """Files of every length around the blocks of 64 bytes, and one beyond what is read at once."""
+    pack = plain_pack(tmp_path / "pack", [adapter_of("a")]).path
+    manifest = json.loads((pack / MANIFEST).read_text())
+    for n in (*range(130), (1 << 20) + 7):
+        (pack / f"more-{n}").write_bytes(random.Random(n).randbytes(n))
+        manifest["files"][f"more-{n}"] = {}
+    (pack / MANIFEST).write_text(json.dumps(manifest))
+    true_of_files(pack)
+    assert swift("verify", pack) == (0, ["verified"], [])
+    content = bytearray((pack / "more-64").read_bytes())
+    content[0] ^= 1
+    (pack / "more-64").write_bytes(content)
+    code, (line,), _ = swift("verify", pack)
+    assert code == 2 and "more-64': differs from the manifest's size or sha256" in line
+
+
+def read_header_index(content):
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header["__metadata__"]["index"])
+
+
+def with_index(content, index):
+    """A compact file with another index in a header whose length fits."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"]["index"] = index.decode("utf-8", "replace")
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def hostile(packs, n, draw):
+    """(pack to change, its file, bytes): what Python's fuzzing kept, and `n` more of each kind."""
+    content = {(pack, name): (packs / pack / name).read_bytes() for pack, name in
+               (("plain", MANIFEST), ("compact", MANIFEST), ("compact", COMPACT), ("plain", PLAIN),
+                ("plain", "cluster-0/adapter_config.json"))}  # fmt: skip
+    file = content["compact", COMPACT]
+    index = json.dumps(read_header_index(file))
+    for (pack, name), data in content.items():
+        if name.endswith(".json"):
+            kind = f"manifest-{pack}" if name == MANIFEST else "config-mlx"
+            yield from ((pack, name, path.read_bytes()) for path in sorted((KEPT / kind).iterdir()))
+            flat = json.dumps(json.loads(data)).encode()
+            yield from ((pack, name, changed(flat, draw)) for _ in range(n))
+            continue
+        head = 8 + int.from_bytes(data[:8], "little")
+        for _ in range(n):
+            yield pack, name, changed_header(data, draw)
+            broken = bytearray(data)
+            broken[draw.randrange(head)] = draw.choice(b'0123456789"{}[],:\x00\xff')
+            yield pack, name, bytes(broken)[: draw.choice([head, len(data), len(data) - 1])]
+            broken = bytearray(data)
+            broken[draw.randrange(head, len(data))] ^= 0x7C
+            yield pack, name, bytes(broken)
+    for path in sorted((KEPT / "index").iterdir()):
+        yield "compact", COMPACT, with_index(file, path.read_bytes())
+    for _ in range(2 * n):
+        yield "compact", COMPACT, with_index(file, changed(index.encode(), draw))
+
+
+def test_hostile_packs_are_refused_without_a_crash(swift, tmp_path, request):
+    """Whatever is verified here is verified by Python too; of what Python takes, little is not."""
+    packs, made = tmp_path / "packs", []
+    one, two = adapter_of("one"), adapter_of("two", mixed=True, seed=1)
+    plain_pack(packs / "plain", [one, two.uniform(mx.float16)])
+    write_compact_pack(packs / "compact", compressed([one, two]), SERVES, PackInfo(**ABOUT))
+    n = request.config.getoption("--inputs") // 16
+    for i, (pack, name, data) in enumerate(hostile(packs, n, random.Random(7))):
+        made.append(tmp_path / "made" / str(i))
+        shutil.copytree(packs / pack, made[-1], copy_function=os.link)
+        (made[-1] / name).unlink()
+        (made[-1] / name).write_bytes(data)
+        if name != MANIFEST:
+            (made[-1] / MANIFEST).rename(made[-1] / "linked")
+            (made[-1] / MANIFEST).write_bytes((made[-1] / "linked").read_bytes())
+            true_of_files(made[-1])
+    theirs = []
+    for start in range(0, len(made), 500):
+        code, out, err = swift("verify", *made[start : start + 500])
+        assert code in (0, 2) and err == []
+        theirs += out
+    assert len(theirs) == len(made)
+    assert all(line == "verified" or line.isascii() for line in theirs)
+    ours = []
+    for path in made:
+        try:
+            verify(path)
+            ours.append(True)
+        except InputError:
+            ours.append(False)
+    theirs = [line == "verified" for line in theirs]
+    assert [path for path, a, b in zip(made, ours, theirs) if b and not a] == []
+    # A number beyond 63 bits, a base that is no name, a module twice.
+    assert sum(a and not b for a, b in zip(ours, theirs)) <= len(made) // 50
+    good = [path for path, b in zip(made, theirs) if b]
+    for path in random.Random(8).sample(good, 10):
+        export(load_pack(path), "mlx", path / "ours")
+        assert swift("unpack", path, path / "theirs") == (0, [], [])
+        # Python copies a plain pack's config, with whatever else a stranger wrote into it.
+        assert_same(path / "ours", path / "theirs", configs=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["modules"][0].__setitem__(3, "0-999999999999"),
+        lambda index: index["modules"].__setitem__(0, ["*" * 250, 32, 32, "0-65535"]),
+        lambda index: index["modules"][0].__setitem__(1, 1 << 62),
+        lambda index: index.update(names=["x"] * 200_000, bits=[]),
+        lambda index: index.update(bits=[4] * 100_000),
+        lambda index: index.update(group_size=0),
+    ],
+)
+def test_an_index_that_asks_for_more_than_there_is(swift, tmp_path, change):
+    small = compressed([adapter_of("one"), adapter_of("two", seed=1)])
+    path = write_compact_pack(tmp_path / "pack", small, SERVES, PackInfo(**ABOUT)).path
+    index = read_header_index(content := (path / COMPACT).read_bytes())
+    change(index)
+    (path / COMPACT).write_bytes(with_index(content, json.dumps(index).encode()))
+    true_of_files(path)
+    code, (line,), err = swift("verify", path)
+    assert code == 2 and line.startswith("error: ") and err == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, "[0" + ",0" * (1 << 21), "", "9" * 99]
+)
+def test_a_manifest_that_would_not_end(swift, tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    code, (line,), err = swift("verify", tmp_path)
+    assert code == 2 and line.startswith("error: ") and err == []
+
+
+def test_zeros_up_to_one_rank_are_bounded(swift, tmp_path):
+    """A file of some MB, of one wide module and one of many components."""
+    width, rank = 1 << 24, 255
+    rng = np.random.default_rng(0)
+    modules = {
+        "model.layers.0.wide": ((width, 32), 1),
+        "model.layers.0.deep": ((32, 32), rank),
+    }
+    small = Compressed("x", {
+        path: tuple(Level(a, b) for (a,), (b,) in [round_to_nearest(
+            [rng.normal(size=(n, side)) for side in shape], [[(n, 2)]] * 2, 128)])
+        for path, (shape, n) in modules.items()
+    }, 128)  # fmt: skip
+    pack = write_compact_pack(tmp_path / "pack", [small], {"x": 0}, PackInfo(**ABOUT))
+    assert swift("verify", pack.path) == (0, ["verified"], [])
+    code, _, (line,) = swift("unpack", pack.path, tmp_path / "out")
+    assert code == 2 and "is no LoRA" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_paths_that_lead_out_of_a_pack(swift, tmp_path):
+    secret = b"secret"
+    (tmp_path / "secret").write_bytes(secret)
+    pack = plain_pack(tmp_path / "pack", [adapter_of("a")]).path
+    before = (pack / MANIFEST).read_bytes()
+    entry = {"nbytes": len(secret), "sha256": hashlib.sha256(secret).hexdigest()}
+    (pack / "link").symlink_to(tmp_path / "secret")
+    (pack / "folder").symlink_to(tmp_path)
+    (pack / "x").mkdir()
+    # To Swift a slash with an accent is no slash; to the file system it is.
+    for name in ("../secret", "link", "folder/secret", str(tmp_path / "secret"), "x/../../secret",
+                 "./secret", "x\u0338/../secret", "..\u0338/secret", "x"):  # fmt: skip
+        manifest = json.loads(before)
+        manifest["files"][name] = entry
+        manifest["nbytes"] += len(secret)
+        (pack / MANIFEST).write_text(json.dumps(manifest))
+        code, (line,), _ = swift("verify", pack)
+        assert code == 2 and line.startswith("error: "), name
+    for folder in ("..", ".", "cluster-0/", "/", "../pack", "cluster-0\u0338"):
+        manifest = json.loads(before)
+        manifest["tasks"]["a"] = folder
+        manifest["files"] |= {f"{folder}/{name.rpartition('/')[2]}": value for name, value in
+                              manifest["files"].items()}  # fmt: skip
+        (pack / MANIFEST).write_text(json.dumps(manifest))
+        code, (line,), _ = swift("verify", pack)
+        assert code == 2 and line.startswith("error: "), folder
+    (pack / MANIFEST).unlink()
+    os.mkfifo(pack / MANIFEST)
+    assert "no regular file" in swift("verify", pack)[1][0]
+
+
+def test_unpack_leaves_nothing_where_it_fails(swift, tmp_path):
+    pack = plain_pack(tmp_path / "pack", [adapter_of("a")]).path
+    (tmp_path / "out").mkdir()
+    before = hash_tree(tmp_path)
+    for to in (tmp_path / "out", tmp_path / "no" / "out"):
+        code, _, (line,) = swift("unpack", pack, to)
+        assert code == 2 and line.startswith("error: ")
+    (pack / PLAIN).write_bytes(b"")
+    assert swift("unpack", pack, tmp_path / "new")[0] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"pack", "out"} and before
