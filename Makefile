@@ -32,7 +32,7 @@ test: .venv/test blas
 # The reader of packs in examples/swift: its own tests, and that it has the bytes of `unpack`.
 swift: .venv/test
 	@command -v swift >/dev/null || { echo "no swift here: apt-get install swiftlang, or Xcode"; exit 1; }
-	swift test --package-path examples/swift
+	swift test --package-path examples/swift --scratch-path build/swift
 	$(BIN)/pytest tests/packs/test_swift.py
 
 # The paper's experiment: rows, adapters, methods at several budgets, ablations, tables. Days on two
@@ -177,4 +177,4 @@ blas:
 	  apt-get update -qq && apt-get install -y -qq libopenblas0-pthread >/dev/null; fi
 
 clean:
-	rm -rf .venv .venv-tools .venv-bounds .venv-docs dist build runs examples/swift/.build
+	rm -rf .venv .venv-tools .venv-bounds .venv-docs dist build runs

@@ -45,7 +45,8 @@ _ADDRESSES = 2 << 30
 @pytest.fixture(scope="module")
 def swift():
     """`swift(*argv)`: exit code, lines of standard output and standard error."""
-    build = ["swift", "build", "-c", "release", "--package-path", str(ROOT / "examples" / "swift")]
+    build = ["swift", "build", "-c", "release", "--package-path", str(ROOT / "examples" / "swift"),
+             "--scratch-path", str(ROOT / "build" / "swift")]  # fmt: skip
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = subprocess.run([*build, "--show-bin-path"], capture_output=True, text=True, check=True)

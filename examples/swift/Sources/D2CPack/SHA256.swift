@@ -27,7 +27,6 @@ struct PlainSHA256 {
     ]
     private var rest: [UInt8] = []
     private var nBytes: UInt64 = 0
-    private var words = [UInt32](repeating: 0, count: 64)
 
     mutating func update(bufferPointer bytes: UnsafeRawBufferPointer) {
         nBytes &+= UInt64(bytes.count)
@@ -38,13 +37,10 @@ struct PlainSHA256 {
             guard rest.count == 64 else { return }
             let block = rest
             rest.removeAll(keepingCapacity: true)
-            block.withUnsafeBytes { add($0, at: 0) }
+            block.withUnsafeBytes { addBlocks($0, from: 0) }
         }
-        while bytes.count - start >= 64 {
-            add(bytes, at: start)
-            start += 64
-        }
-        rest.append(contentsOf: bytes[start...])
+        addBlocks(bytes, from: start)
+        rest.append(contentsOf: bytes[(start + (bytes.count - start) / 64 * 64)...])
     }
 
     mutating func finalize() -> [UInt8] {
@@ -58,25 +54,36 @@ struct PlainSHA256 {
         }
     }
 
-    /// Add the block of 64 bytes that begins at a position.
-    private mutating func add(_ bytes: UnsafeRawBufferPointer, at start: Int) {
+    /// Add all whole blocks of 64 bytes that follow a position.
+    private mutating func addBlocks(_ bytes: UnsafeRawBufferPointer, from first: Int) {
         func turned(_ x: UInt32, _ n: UInt32) -> UInt32 { x >> n | x << (32 &- n) }
-        for t in 0..<16 {
-            words[t] = UInt32(bigEndian: bytes.loadUnaligned(fromByteOffset: start + 4 * t, as: UInt32.self))
+        var sums = state
+        Self.constants.withUnsafeBufferPointer { constants in
+            withUnsafeTemporaryAllocation(of: UInt32.self, capacity: 64) { words in
+                for start in stride(from: first, through: bytes.count - 64, by: 64) {
+                    for t in 0..<16 {
+                        let word = bytes.loadUnaligned(fromByteOffset: start + 4 * t, as: UInt32.self)
+                        words[t] = UInt32(bigEndian: word)
+                    }
+                    for t in 16..<64 {
+                        let (x, y) = (words[t &- 15], words[t &- 2])
+                        words[t] = words[t &- 16] &+ words[t &- 7]
+                            &+ (turned(x, 7) ^ turned(x, 18) ^ x >> 3)
+                            &+ (turned(y, 17) ^ turned(y, 19) ^ y >> 10)
+                    }
+                    var (a, b, c, d) = (sums[0], sums[1], sums[2], sums[3])
+                    var (e, f, g, h) = (sums[4], sums[5], sums[6], sums[7])
+                    for t in 0..<64 {
+                        let one = h &+ (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25))
+                            &+ (e & f ^ ~e & g) &+ constants[t] &+ words[t]
+                        let two = (turned(a, 2) ^ turned(a, 13) ^ turned(a, 22))
+                            &+ (a & b ^ a & c ^ b & c)
+                        (h, g, f, e, d, c, b, a) = (g, f, e, d &+ one, c, b, a, one &+ two)
+                    }
+                    for (i, x) in [a, b, c, d, e, f, g, h].enumerated() { sums[i] &+= x }
+                }
+            }
         }
-        for t in 16..<64 {
-            let (x, y) = (words[t - 15], words[t - 2])
-            words[t] = words[t - 16] &+ words[t - 7] &+ (turned(x, 7) ^ turned(x, 18) ^ x >> 3)
-                &+ (turned(y, 17) ^ turned(y, 19) ^ y >> 10)
-        }
-        var (a, b, c, d) = (state[0], state[1], state[2], state[3])
-        var (e, f, g, h) = (state[4], state[5], state[6], state[7])
-        for t in 0..<64 {
-            let one = h &+ (turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)) &+ (e & f ^ ~e & g)
-                &+ Self.constants[t] &+ words[t]
-            let two = (turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)) &+ (a & b ^ a & c ^ b & c)
-            (h, g, f, e, d, c, b, a) = (g, f, e, d &+ one, c, b, a, one &+ two)
-        }
-        for (i, x) in [a, b, c, d, e, f, g, h].enumerated() { state[i] &+= x }
+        state = sums
     }
 }
