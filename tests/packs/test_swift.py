@@ -23,7 +23,7 @@ from helpers.damage import changed, changed_header
 from helpers.exported import DTYPES, adapter_of
 from helpers.targets import KEPT
 
-from d2c_mlx.compress.affine import BITS, round_to_nearest
+from d2c_mlx.compress.affine import BITS, Quantized
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo, load_pack
@@ -258,18 +258,18 @@ def test_a_manifest_that_would_not_end(swift, tmp_path, text):
 
 
 def test_zeros_up_to_one_rank_are_bounded(swift, tmp_path):
-    """A file of some MB, of one wide module and one of many components."""
-    width, rank = 1 << 24, 255
-    rng = np.random.default_rng(0)
+    """A small file, of one wide module and one of many components."""
+
+    def rows(n, width):
+        weight = np.zeros((n, width // 16), np.uint32)
+        ones = np.ones((n, width // 128), np.float16)
+        return Quantized(weight, ones, ones, 2, 128, width)
+
     modules = {
-        "model.layers.0.wide": ((width, 32), 1),
-        "model.layers.0.deep": ((32, 32), rank),
+        "model.layers.0.wide": (Level(rows(1, 1 << 21), rows(1, 128)),),
+        "model.layers.0.deep": (Level(rows(255, 128), rows(255, 128)),),
     }
-    small = Compressed("x", {
-        path: tuple(Level(a, b) for (a,), (b,) in [round_to_nearest(
-            [rng.normal(size=(n, side)) for side in shape], [[(n, 2)]] * 2, 128)])
-        for path, (shape, n) in modules.items()
-    }, 128)  # fmt: skip
+    small = Compressed("x", modules, 128)
     pack = write_compact_pack(tmp_path / "pack", [small], {"x": 0}, PackInfo(**ABOUT))
     assert swift("verify", pack.path) == (0, ["verified"], [])
     code, _, (line,) = swift("unpack", pack.path, tmp_path / "out")
