@@ -7,9 +7,10 @@ import Foundation
 ///
 /// Everything in it is taken for a stranger's: what is not as docs/reference/formats.md has it is
 /// refused, and no file outside the directory is read.
-public final class Pack {
+public final class Pack: @unchecked Sendable {
     public let directory: URL
     let manifest: Manifest
+    // Set once, before anyone else has the pack.
     private var compact: CompactFile?
 
     /// Open a pack: sizes and hashes of its files, its index, and the layout of its adapters.
@@ -22,9 +23,12 @@ public final class Pack {
         } catch let error as PackError {
             throw PackError("\(shown(path, most: .max)): \(error)")
         }
-        for name in manifest.files.keys.sorted() where name != Manifest.compactFile || !manifest.isCompact {
-            _ = try verified(name)
-        }
+        // Those that are read are verified as they are opened.
+        let folders = Set(manifest.tasks.values.compactMap(\.string))
+        let read = manifest.isCompact
+            ? [Manifest.compactFile]
+            : folders.flatMap { ["\($0)/adapters.safetensors", "\($0)/adapter_config.json"] }
+        for name in Set(manifest.files.keys).subtracting(read).sorted() { _ = try verified(name) }
         if manifest.isCompact {
             // It stays open, so that what is read later is what was verified.
             compact = try at(Manifest.compactFile) {
@@ -33,7 +37,7 @@ public final class Pack {
             let wrong = manifest.tasks.filter { $1.int ?? -1 >= compact?.names.count ?? 0 }
             if let task = wrong.keys.min() { throw PackError("task \(shown(task)) has no adapter") }
         } else {
-            for case .string(let folder) in manifest.tasks.values { _ = try plain(folder) }
+            for folder in folders.sorted() { _ = try plain(folder) }
         }
     }
 

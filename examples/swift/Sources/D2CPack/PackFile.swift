@@ -14,7 +14,7 @@ func shown(_ text: String, most: Int = 60) -> String {
 }
 
 /// A regular file that is open to be read. A named pipe would never end.
-final class PackFile {
+final class PackFile: Sendable {
     let path: String
     let size: Int
     private let descriptor: Int32

@@ -22,8 +22,9 @@ extension LoRAContainer {
 
 /// Serves the tasks of a pack with one model, whose adapter it changes in place.
 ///
-/// A prompt cache from before a change belongs to the old adapter: begin a new one.
-public final class TaskSwitch {
+/// Call it inside `perform` of one `ModelContainer`, which runs one call at a time. A prompt cache from
+/// before a change belongs to the old adapter: begin a new one.
+public final class TaskSwitch: @unchecked Sendable {
     private let pack: Pack
     private var active: (name: String, container: LoRAContainer)?
 
