@@ -1,7 +1,7 @@
 """The reader in examples/swift: the bytes that `unpack` writes, and packs of strangers.
 
 apt-get install swiftlang                    # or Xcode
-pytest tests/packs/test_swift.py --inputs 20000        # more hostile packs
+pytest tests/packs/test_swift.py --inputs 6400         # more hostile packs
 """
 
 import hashlib
