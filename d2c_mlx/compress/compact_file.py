@@ -38,6 +38,9 @@ __all__ = [
     "write_compact",
 ]
 
+# Most numbers of one factor in 16 bit; a vocabulary of 262,144 at rank 1,024 has as many.
+_MOST_NUMBERS = 1 << 28
+
 
 def index_of(adapters: Sequence[Compressed]) -> Index:
     """Make the index of quantized adapters, as `write_compact` writes it.
@@ -130,10 +133,22 @@ def _index(path: Path, file: TensorFile) -> Index:
         same &= [*index.bits] == [bits for bits in BITS if bits in index.bits]
         same &= index.group_size in GROUP_SIZES
         if same and file.header == index.tensors():
+            _check_size(path, index)
             return index
     except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
         pass
     raise PackError(f"{path}: its tensors are not those that its index lists; write the pack again")
+
+
+def _check_size(path: Path, index: Index) -> None:
+    """Refuse a plain adapter of gigabytes: a few wide rows, padded to another module's rank."""
+    rank = int(index.counts.sum(axis=2, dtype=np.int64).max(initial=0))
+    widest = max((max(sides) for _, *sides in index.modules), default=0)
+    if rank * widest > _MOST_NUMBERS:
+        raise PackError(
+            f"{path}: found rank {rank} and a module of {widest} features, expected at most"
+            f" {_MOST_NUMBERS:,} numbers in a factor; no model has that"
+        )
 
 
 def read_compact(path: Path, adapter: int) -> Compressed:

@@ -200,6 +200,20 @@ def test_a_module_outside_the_blocks(pack, adapters):
     assert "1 modules are in no transformer block (first: 'lm_head\\n')" in line
 
 
+def test_a_wide_module_beside_one_of_high_rank(pack, monkeypatch):
+    """Megabytes that would become gigabytes of zeros."""
+    index = read_index(pack.path / "compact.safetensors")
+    rank = int(index.counts.sum(axis=2).max())
+    most = rank * max(max(sides) for _, *sides in index.modules)
+    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most)
+    load_pack(pack.path)
+    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most - 1)
+    with pytest.raises(
+        PackError, match=rf"found rank {rank} and a module of .* at most {most - 1:,}"
+    ):
+        load_pack(pack.path)
+
+
 def test_an_adapter_in_the_file_whose_name_is_not_printable(pack, adapters):
     path = pack.path / "compact.safetensors"
     small = [replace(one, name=f"{one.name}\x1b[2J") for one in compressed(adapters)]
