@@ -146,7 +146,8 @@ def _bench(inputs: Inputs) -> float:
     merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
     methods = 3 + merged + c.refine
     answers = 3 * tests * c.answers / max(c.test_examples, 1)
-    return methods * tests + merged * _merge(inputs) + answers
+    merges = merged * _merge(inputs) if merged else 0.0  # a plan may have no room for one
+    return methods * tests + merges + answers
 
 
 _WORK: Mapping[str, Callable[[Inputs], float]] = {

@@ -15,7 +15,7 @@ from d2c_mlx.utils.validation import Checked, expects, refused
 
 __all__ = ["NOT_GIVEN", "RunRules", "is_planned"]
 
-NOT_GIVEN = "not given; pass --{} or set it in the YAML file"
+NOT_GIVEN = "not given; pass --{} or set it in the YAML file, which d2c-mlx init DIR writes"
 
 
 def is_planned(plan: str, budget: str) -> bool:

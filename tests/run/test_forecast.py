@@ -52,6 +52,11 @@ def test_a_budget_with_room_for_all_is_copied_not_planned(config):
     assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
 
 
+def test_a_plan_may_have_no_room_for_a_merge(config):
+    said = forecast(config.replace(budget="15%", baselines=("kmeans", "random")))
+    assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
+
+
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
     forecast(config)
     assert not (tmp_path / "run").exists()
