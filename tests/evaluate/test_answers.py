@@ -1,11 +1,13 @@
 """How close answers are: against metrics worked out by hand, and sacrebleu called directly."""
 
+import random
+
 import pytest
 import sacrebleu
 
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.evaluate.metrics import METRICS, answer_metrics
+from d2c_mlx.evaluate.metrics import METRICS, answer_metrics, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -35,6 +37,15 @@ def only(expected, heard):
 def test_exact_match_and_f1(expected, heard, exact, f1):
     found = only(expected, heard)
     assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
+
+
+def test_chrf_is_sacrebleus_whatever_the_texts():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = ["".join(rng.choices("ab ä猫", k=rng.randrange(12))) for _ in range(6)]
+        pairs = list(zip(texts[:3], texts[3:]))[: rng.randrange(1, 4)]
+        expected = sacrebleu.corpus_chrf([a for a, _ in pairs], [[b for _, b in pairs]]).score
+        assert chrf(pairs) == pytest.approx(expected), pairs
 
 
 def test_chrf_is_sacrebleus_over_all_answers_of_a_task():
