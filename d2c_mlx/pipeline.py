@@ -306,9 +306,10 @@ def bench(session: Session) -> Stage:
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
             content["answers"] = {
-                task.name: answer_rows(inputs.base, shown, task.test[: c.answers], rows)
+                task.name: answer_rows(inputs.base, shown,
+                                       task.test[: min(c.answers, len(rows.examples))], rows)
                 for task, rows in zip(inputs.tasks, inputs.tests)
-            }
+            }  # fmt: skip
             content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(session.path("bench.json"), content)
 

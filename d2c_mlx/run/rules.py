@@ -138,15 +138,6 @@ class RunRules(Checked):
             raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
         return rank
 
-    @field_validator("answers", check_fields=False)
-    @classmethod
-    def _of_the_rows(cls, n: int, info: ValidationInfo) -> int:
-        """Refuse more rows than are tokenized, which are the held-out rows of `test_examples`."""
-        most = info.data.get("test_examples")
-        if most and n > most:
-            raise expects(f"0 to test_examples ({most})")
-        return n
-
     @field_validator("clusters", "refine", check_fields=False)
     @classmethod
     def _with_merges(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:

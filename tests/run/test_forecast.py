@@ -19,7 +19,7 @@ def config(tmp_path, monkeypatch):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="3", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        baselines=("kmeans",),
+        baselines=("kmeans",), answers=0,
     )  # fmt: skip
 
 
