@@ -74,11 +74,13 @@ def _execute(
     if until == "plan":
         given["plan"] = "auto"
     if config and config.is_dir():
-        raise ConfigError(
-            f"{config}: a directory, expected a YAML file of options; a pattern such as"
-            f" --adapters {config.parent}/* is many words: give the folder, --adapters"
-            f" {config.parent}"
-        )
+        instead = f"adapters are --adapters {config}"
+        if "adapters" in given:
+            instead = (f"a pattern such as --adapters {config.parent}/* is many words: give the"
+                       f" folder, --adapters {config.parent}")  # fmt: skip
+        elif (config / "config.yaml").is_file():
+            instead = f"a run goes on with --output {config}"
+        raise ConfigError(f"{config}: a directory, expected a YAML file of options; {instead}")
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
     if resumed and saved.is_file():

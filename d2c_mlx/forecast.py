@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from d2c_mlx.cluster.measured_search import MOST_FAILED
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.pipeline import STAGES, settled_stages
 from d2c_mlx.run.config import RunConfig
@@ -26,6 +27,8 @@ __all__ = ["Forecast", "StageForecast", "forecast"]
 _TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 5, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
+# A token that is generated takes as long as about so many of a prompt.
+_GENERATED = 15
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,11 @@ def _bench(inputs: Inputs) -> float:
     c, tests = inputs.config, sum(one.n_tokens for one in inputs.tests)
     merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
     methods = 3 + merged + c.refine
-    answers = 3 * tests * c.answers / max(c.test_examples, 1)
+    rows = [row for one in inputs.tests for row in one.examples[: c.answers]]
+    # The base model, which knows no end, is cut; the other two end where the rows do.
+    answers = sum(2 * row.n_targets + max_answer_tokens(row) for row in rows)
     merges = merged * _merge(inputs) if merged else 0.0  # a plan may have no room for one
-    return methods * tests + merges + answers
+    return methods * tests + merges + _GENERATED * answers
 
 
 _WORK: Mapping[str, Callable[[Inputs], float]] = {

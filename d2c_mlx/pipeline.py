@@ -307,7 +307,8 @@ def bench(session: Session) -> Stage:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
             content["answers"] = {
                 task.name: answer_rows(inputs.base, shown,
-                                       task.test[: min(c.answers, len(rows.examples))], rows)
+                                       task.test[: min(c.answers, len(rows.examples))], rows,
+                                       session.evaluator.meter)
                 for task, rows in zip(inputs.tasks, inputs.tests)
             }  # fmt: skip
             content["metrics"] = answer_metrics(content["answers"], list(shown))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import Row, row_format
@@ -26,7 +27,11 @@ class Answerer(Protocol):
 
 
 def answer_rows(
-    model: Answerer, methods: Mapping[str, BenchMethod], rows: Sequence[Row], examples: ExampleSet
+    model: Answerer,
+    methods: Mapping[str, BenchMethod],
+    rows: Sequence[Row],
+    examples: ExampleSet,
+    meter: Meter | None = None,
 ) -> list[dict[str, str]]:
     """Greedy answers to some rows of one task under every method's first variant.
 
@@ -38,6 +43,7 @@ def answer_rows(
         rows: rows as read; of rows in mlx-lm's `text` format, which have no prompt, there are no
             answers.
         examples: the same rows tokenized, and maybe more.
+        meter: shows progress; None shows nothing.
 
     Returns:
         For each row `prompt` (the user's last message), `expected`, and each method's answer.
@@ -45,10 +51,14 @@ def answer_rows(
     if not rows or row_format(rows[0]) == ("text",):
         return []
     found = [prompt_and_expected(row) for row in rows]
+    meter = meter or Silent()
+    most = [max_answer_tokens(example) for _, example in zip(rows, examples.examples)]
+    meter.expect(len(methods) * sum(most))
     for name, method in methods.items():
         model.attach(method.variants[0][examples.task])
-        for entry, example in zip(found, examples.examples):
-            tokens = model.answer(example.prompt_tokens, max_answer_tokens(example))
+        for entry, example, n_tokens in zip(found, examples.examples, most):
+            tokens = model.answer(example.prompt_tokens, n_tokens)
+            meter.advance(n_tokens)
             entry[name] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return found
 

@@ -270,6 +270,8 @@ def _read_rows(
         hint: end of the message if there is no such file.
         row_problem: gives what is wrong with one row, or None.
     """
+    if path.is_dir():
+        raise TaskError(f"{path}: a directory, expected a JSONL file of rows")
     if not path.is_file():
         raise TaskError(f"{path}: missing; {hint}")
     try:

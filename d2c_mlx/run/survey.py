@@ -115,7 +115,7 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
     Args:
         adapters: the folder, or a list, as for `--adapters`.
         tasks: the folder of rows; None is the folder beside it that has most of them, or `tasks`
-            beside it; for a list the same here.
+            beside it; for an adapter, or a list, the same here.
 
     Raises:
         InputError: there are no adapters. What is wrong with one of them is in `Survey.problems`.
@@ -125,7 +125,8 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         folder = Path(adapters)
         # "." would put them among the adapters.
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
-        tasks = _rows_beside(folder.parent if folder.is_dir() else Path(), sources)
+        listed = all(source.folder for source in sources)
+        tasks = _rows_beside(folder.parent if listed else Path(), sources)
     return Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
 
 

@@ -6,6 +6,7 @@ import pytest
 import sacrebleu
 
 from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.metrics import METRICS, answer_metrics, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -84,11 +85,25 @@ class Endless:
         return (prompt[-1],) * max_tokens
 
 
+class Counted(Silent):
+    expected = done = 0
+
+    def expect(self, n_tokens):
+        self.expected += n_tokens
+
+    def advance(self, n_tokens):
+        self.done += n_tokens
+
+
 def test_an_answer_is_cut_at_twice_the_expected_length_and_sixteen():
     examples = ExampleSet("t", (Example((1, 2, 3, 4, 5), 3),))
     rows = [{"prompt": "p", "completion": "c"}]
     methods = {"base": BenchMethod(0, [{"t": None}])}
     (found,) = answer_rows(Endless(), methods, rows, examples)
     assert found == {"prompt": "p", "expected": "c", "base": " ".join(["3"] * (2 * 2 + 16))}
+    # A bar that comes to its end.
+    meter = Counted()
+    answer_rows(Endless(), methods, rows, examples, meter)
+    assert meter.expected == meter.done == 20
     # Rows of plain text have no prompt.
     assert answer_rows(Endless(), methods, [{"text": "p c"}], examples) == []

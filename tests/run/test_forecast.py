@@ -57,6 +57,13 @@ def test_a_plan_may_have_no_room_for_a_merge(config):
     assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
 
 
+def test_a_dry_run_counts_answers(config):
+    """Each of two rows by three methods; the tokens of losses stay as they are."""
+    none, two, all_of_them = (forecast(config.replace(answers=n)).stages[-2] for n in (0, 2, 9))
+    assert none.name == "bench" and two.tokens > none.tokens
+    assert all_of_them.tokens == two.tokens
+
+
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
     forecast(config)
     assert not (tmp_path / "run").exists()
