@@ -27,8 +27,8 @@ __all__ = ["Forecast", "StageForecast", "forecast"]
 _TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 5, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
-# A token that is generated takes as long as about so many of a prompt.
-_GENERATED = 15
+# A step of answers takes about as long as so many tokens of prompts.
+_STEP_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,19 @@ def _bench(inputs: Inputs) -> float:
     c, tests = inputs.config, sum(one.n_tokens for one in inputs.tests)
     merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
     methods = 3 + merged + c.refine
-    rows = [row for one in inputs.tests for row in one.examples[: c.answers]]
-    # The base model, which knows no end, is cut; the other two end where the rows do.
-    answers = sum(2 * row.n_targets + max_answer_tokens(row) for row in rows)
     merges = merged * _merge(inputs) if merged else 0.0  # a plan may have no room for one
-    return methods * tests + merges + _GENERATED * answers
+    return methods * tests + merges + _STEP_TOKENS * _answer_steps(inputs)
+
+
+def _answer_steps(inputs: Inputs) -> int:
+    """Steps of the answers: a batch takes as many as its longest, under each adapter.
+
+    The base model, which knows no end, is cut; adapters end where the rows do.
+    """
+    asked = [one.examples[: inputs.config.answers] for one in inputs.tests]
+    longest = [max((row.n_targets for row in rows), default=0) for rows in asked]
+    base = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
+    return 2 * sum(longest) + base
 
 
 _WORK: Mapping[str, Callable[[Inputs], float]] = {

@@ -305,12 +305,9 @@ def bench(session: Session) -> Stage:
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
-            content["answers"] = {
-                task.name: answer_rows(inputs.base, shown,
-                                       task.test[: min(c.answers, len(rows.examples))], rows,
-                                       session.evaluator.meter)
-                for task, rows in zip(inputs.tasks, inputs.tests)
-            }  # fmt: skip
+            asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
+                     for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
+            content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
             content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(session.path("bench.json"), content)
 

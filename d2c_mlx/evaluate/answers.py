@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -22,44 +22,61 @@ class Answerer(Protocol):
     def attach(self, adapter: Adapter | None, /) -> None:
         """Put an adapter in place of the last one."""
 
-    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """Greedy tokens after a prompt."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """Greedy tokens after each prompt."""
 
 
 def answer_rows(
     model: Answerer,
     methods: Mapping[str, BenchMethod],
-    rows: Sequence[Row],
-    examples: ExampleSet,
+    tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
     meter: Meter | None = None,
-) -> list[dict[str, str]]:
-    """Greedy answers to some rows of one task under every method's first variant.
+) -> dict[str, list[dict[str, str]]]:
+    """Greedy answers to some rows of tasks under every method's first variant.
 
-    An answer is cut after `max_answer_tokens`.
+    An answer is cut after `max_answer_tokens`. All rows under one adapter are answered at once.
 
     Args:
         model: the last adapter stays attached to it.
-        methods: name -> what serves the task.
-        rows: rows as read; of rows in mlx-lm's `text` format, which have no prompt, there are no
-            answers.
-        examples: the same rows tokenized, and maybe more.
+        methods: name -> what serves the tasks.
+        tasks: of each task rows as read, and the same rows tokenized, and maybe more. Of rows in
+            mlx-lm's `text` format, which have no prompt, there are no answers.
         meter: shows progress; None shows nothing.
 
     Returns:
-        For each row `prompt` (the user's last message), `expected`, and each method's answer.
+        Task -> for each row `prompt` (the user's last message), `expected`, and each method's
+        answer.
     """
-    if not rows or row_format(rows[0]) == ("text",):
-        return []
-    found = [prompt_and_expected(row) for row in rows]
     meter = meter or Silent()
-    most = [max_answer_tokens(example) for _, example in zip(rows, examples.examples)]
-    meter.expect(len(methods) * sum(most))
+    found: dict[str, list[dict[str, str]]] = {}
+    asked: dict[str, Sequence[Example]] = {}
+    for rows, examples in tasks:
+        some = rows if rows and row_format(rows[0]) != ("text",) else ()
+        found[examples.task] = [prompt_and_expected(row) for row in some]
+        asked[examples.task] = examples.examples[: len(some)]
+    # Adapter -> where its answers belong; several methods may use one.
+    places: dict[str, list[tuple[str, str]]] = {}
+    adapters: dict[str, Adapter | None] = {}
     for name, method in methods.items():
-        model.attach(method.variants[0][examples.task])
-        for entry, example, n_tokens in zip(found, examples.examples, most):
-            tokens = model.answer(example.prompt_tokens, n_tokens)
-            meter.advance(n_tokens)
-            entry[name] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        for task in found:
+            adapter = method.variants[0][task]
+            key = adapter.digest if adapter else "base"
+            adapters[key] = adapter
+            places.setdefault(key, []).append((name, task))
+    jobs = {key: [(task, row) for task in dict.fromkeys(task for _, task in of)
+                  for row in range(len(found[task]))] for key, of in places.items()}  # fmt: skip
+    costs = {key: [max_answer_tokens(asked[task][row]) for task, row in rows]
+             for key, rows in jobs.items()}  # fmt: skip
+    meter.expect(sum(map(sum, costs.values())))
+    for key, rows in jobs.items():
+        model.attach(adapters[key])
+        answers = model.answers([asked[task][row].prompt_tokens for task, row in rows], costs[key])
+        for (task, row), tokens in zip(rows, answers):
+            said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            found[task][row] |= {name: said for name, of in places[key] if of == task}
+        meter.advance(sum(costs[key]))
     return found
 
 

@@ -80,9 +80,7 @@ def _measure_under(
     evaluator = Evaluator(runner)
     evaluator.meter = bar
     found = bench_methods(evaluator, methods, [test.examples for test in tests])
-    answers = {}
-    for test in tests:
-        answers[test.examples.task] = answer_rows(model, methods, test.rows, test.examples, bar)
+    answers = answer_rows(model, methods, [(test.rows, test.examples) for test in tests], bar)
     for name, metrics in answer_metrics(answers, list(methods)).items():
         found[name]["metrics"] = metrics
     return found

@@ -81,8 +81,8 @@ class Endless:
     def attach(self, adapter):
         self.adapter = adapter
 
-    def answer(self, prompt, max_tokens):
-        return (prompt[-1],) * max_tokens
+    def answers(self, prompts, max_tokens):
+        return [(prompt[-1],) * n for prompt, n in zip(prompts, max_tokens)]
 
 
 class Counted(Silent):
@@ -99,11 +99,11 @@ def test_an_answer_is_cut_at_twice_the_expected_length_and_sixteen():
     examples = ExampleSet("t", (Example((1, 2, 3, 4, 5), 3),))
     rows = [{"prompt": "p", "completion": "c"}]
     methods = {"base": BenchMethod(0, [{"t": None}])}
-    (found,) = answer_rows(Endless(), methods, rows, examples)
+    ((found,),) = answer_rows(Endless(), methods, [(rows, examples)]).values()
     assert found == {"prompt": "p", "expected": "c", "base": " ".join(["3"] * (2 * 2 + 16))}
     # A bar that comes to its end.
     meter = Counted()
-    answer_rows(Endless(), methods, rows, examples, meter)
+    answer_rows(Endless(), methods, [(rows, examples)], meter)
     assert meter.expected == meter.done == 20
     # Rows of plain text have no prompt.
-    assert answer_rows(Endless(), methods, [{"text": "p c"}], examples) == []
+    assert answer_rows(Endless(), methods, [([{"text": "p c"}], examples)]) == {"t": []}
