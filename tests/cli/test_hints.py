@@ -38,6 +38,11 @@ def test_a_directory_in_place_of_a_file(cli, lib, tmp_path):
     assert (code, err) == (2, f"error: {lib.tasks}: a directory, expected a JSONL file of rows\n")
 
 
+def test_a_command_that_is_misspelt(cli):
+    assert cli(["genrate"])[2].endswith("No such command 'genrate'. Did you mean 'generate'?\n")
+    assert cli(["fit"])[2].endswith("No such command 'fit'.\n")
+
+
 def test_a_task_that_is_called_otherwise(cli, lib):
     (lib.tasks / "beta").rename(lib.tasks / "beta_task")
     cli.fails_with(
