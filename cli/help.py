@@ -114,7 +114,8 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if close := difflib.get_close_matches(args[0], self.entries, 1):
-                error.message += f" Did you mean {close[0]!r}?"
+                said = f"{error.message} Did you mean {close[0]!r}?"
+                raise click.UsageError(said, ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -56,27 +56,26 @@ def answer_rows(
         some = rows if rows and row_format(rows[0]) != ("text",) else ()
         found[examples.task] = [prompt_and_expected(row) for row in some]
         asked[examples.task] = examples.examples[: len(some)]
-    # Adapter -> where its answers belong; several methods may use one.
-    places: dict[str, list[tuple[str, str]]] = {}
     adapters: dict[str, Adapter | None] = {}
+    # Adapter -> task -> the methods that it serves it in.
+    uses: dict[str, dict[str, list[str]]] = {}
     for name, method in methods.items():
         for task in found:
             adapter = method.variants[0][task]
             key = adapter.digest if adapter else "base"
             adapters[key] = adapter
-            places.setdefault(key, []).append((name, task))
-    jobs = {key: [(task, row) for task in dict.fromkeys(task for _, task in of)
-                  for row in range(len(found[task]))] for key, of in places.items()}  # fmt: skip
-    costs = {key: [max_answer_tokens(asked[task][row]) for task, row in rows]
-             for key, rows in jobs.items()}  # fmt: skip
-    meter.expect(sum(map(sum, costs.values())))
-    for key, rows in jobs.items():
+            uses.setdefault(key, {}).setdefault(task, []).append(name)
+    for key, of in uses.items():
+        batch = [(row, example, names) for task, names in of.items()
+                 for row, example in zip(found[task], asked[task])]  # fmt: skip
+        most = [max_answer_tokens(example) for _, example, _ in batch]
+        meter.expect(sum(most))
         model.attach(adapters[key])
-        answers = model.answers([asked[task][row].prompt_tokens for task, row in rows], costs[key])
-        for (task, row), tokens in zip(rows, answers):
+        answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
+        for (row, _, names), tokens in zip(batch, answers):
             said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            found[task][row] |= {name: said for name, of in places[key] if of == task}
-        meter.advance(sum(costs[key]))
+            row.update(dict.fromkeys(names, said))
+        meter.advance(sum(most))
     return found
 
 
