@@ -21,6 +21,10 @@ HEAD = """\
 Written by `make options` from `d2c-mlx COMMAND --help`. Options of a run, its stages and \
 `phone` are in [tables](options.md), and left out here.
 """
+TOPICS_HEAD = """\
+# Environment, exit codes, completion, rows
+Written by `make options` from `d2c-mlx help TOPIC`.
+"""
 
 
 def listed(group: click.Group, path: str) -> list[tuple[str, click.Command]]:
@@ -58,7 +62,7 @@ def page() -> str:
 def topics() -> str:
     """Text of the page of what belongs to no single command."""
     parts = [f"## d2c-mlx help {name}\n```text\n{text}\n```\n" for name, text in TOPICS.items()]
-    return "\n".join(["# Topics\nWritten by `make options` from `d2c-mlx help TOPIC`.\n", *parts])
+    return "\n".join([TOPICS_HEAD, *parts])
 
 
 def pages() -> dict[Path, str]:
