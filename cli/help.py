@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
@@ -104,6 +105,18 @@ class LazyGroup(click.Group):
         """Import and return the command of a name; None if there is none."""
         entry = self.entries.get(cmd_name)
         return load(entry.place) if entry else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command as click does; the message for a name that is none proposes one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if close := difflib.get_close_matches(args[0], self.entries, 1):
+                said = f"{error.message} Did you mean {close[0]!r}?"
+                raise click.UsageError(said, ctx) from None
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections from the entries, without importing commands."""

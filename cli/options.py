@@ -162,8 +162,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Evaluation",
         type=int,
-        help="held-out rows of each task that are answered and compared with the expected"
-        " answers  [default: 0]",
+        help="most held-out rows of each task that are answered and compared with the expected"
+        " answers; 0 is none  [default: 3]",
     ),
     click.option(
         "--baselines",

@@ -74,11 +74,13 @@ def _execute(
     if until == "plan":
         given["plan"] = "auto"
     if config and config.is_dir():
-        raise ConfigError(
-            f"{config}: a directory, expected a YAML file of options; a pattern such as"
-            f" --adapters {config.parent}/* is many words: give the folder, --adapters"
-            f" {config.parent}"
-        )
+        instead = f"adapters are --adapters {config}"
+        if "adapters" in given:
+            instead = (f"a pattern such as --adapters {config.parent}/* is many words: give the"
+                       f" folder, --adapters {config.parent}")  # fmt: skip
+        elif (config / "config.yaml").is_file():
+            instead = f"a run goes on with --output {config}"
+        raise ConfigError(f"{config}: a directory, expected a YAML file of options; {instead}")
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
     if resumed and saved.is_file():
@@ -104,7 +106,9 @@ def _execute(
     if not directory.is_finished(checked, stages_of(checked, until)):
         from d2c_mlx.pipeline import run as run_pipeline
 
-        run_pipeline(checked, until, quiet)
+        session = run_pipeline(checked, until, quiet)
+        if until == "plan" and not session.config.planned:
+            until = "merge"  # all adapters fit, and were copied
     _show(directory, until, as_json)
 
 
@@ -132,13 +136,14 @@ _ARTIFACTS = {
 
 def _show(directory: RunDirectory, stage: str, as_json: bool) -> None:
     from d2c_mlx.report.report import render_table
-    from d2c_mlx.report.words import verdict
+    from d2c_mlx.report.words import answered, verdict
 
     content, output = directory.read(_ARTIFACTS[stage]), directory.root
     if as_json:
         say_json(content)
     elif stage in ("bench", "report"):
-        say(f"{render_table(content)}\n\n{verdict(content)}")
+        said = f"{verdict(content)} {answered(content)}"
+        say(f"{render_table(content)}\n\n{said.rstrip()}")
         if stage == "report":
             _show_next(output, content)
     else:

@@ -17,8 +17,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
 
 @click.command(cls=Command)
 @click.argument("directory", metavar="DIR", type=UserPath(path_type=str))
-@click.option("--tasks", type=_DIR, metavar="DIR", help="folder of rows  [default: tasks beside the"
-              " adapters]")  # fmt: skip
+@click.option("--tasks", type=_DIR, metavar="DIR", help="folder of rows  [default: the one beside"
+              " the adapters that has them, or tasks]")  # fmt: skip
 @click.option("--output", type=_DIR, default="d2c-mlx.yaml", show_default=True, metavar="FILE",
               help="the YAML file of options")  # fmt: skip
 @_JSON
@@ -51,7 +51,7 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
         say(f"wrote        {len(rows)} empty files of rows in {found.tasks}")
     if found.without_rows:
         say(f"next: fill the rows in {found.tasks} (see {found.tasks / 'README.md'}), then")
-    say(f"d2c-mlx run {output}")
+    say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
 
 
 @click.group()

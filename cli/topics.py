@@ -17,12 +17,15 @@ MLX_ENABLE_TF32    1: let GPUs round float32 products  [0]
 HF_HUB_OFFLINE     1: take what is downloaded, ask no network
 HF_HOME            folder of the Hugging Face hub's downloads
 NO_COLOR           any value: no colours
-_D2C_MLX_COMPLETE  bash_source, zsh_source or fish_source: print the completion script""",
+_D2C_MLX_COMPLETE  bash_source, zsh_source or fish_source: print the completion script
+The network is used only for a hub id that you name, by push, and between ranks.""",
     "exit-codes": """\
 0    done
 1    failed: a full disk, a directory in use, something missing on this machine
 2    bad input: options, files, adapters; each problem is a line, nothing was written
-130  interrupted; the same command goes on where it stopped""",
+130  interrupted; the same command goes on where it stopped
+Results go to standard output (--json: as JSON), all else to standard error; -q shows no
+progress, --log-file FILE keeps it with times.""",
     "completion": """\
 bash  eval "$(_D2C_MLX_COMPLETE=bash_source d2c-mlx)"           in ~/.bashrc
 zsh   eval "$(_D2C_MLX_COMPLETE=zsh_source d2c-mlx)"            in ~/.zshrc
@@ -31,7 +34,9 @@ fish  _D2C_MLX_COMPLETE=fish_source d2c-mlx > ~/.config/fish/completions/d2c-mlx
 tasks/NAME/probe.jsonl  about 10 calibration rows, which decide; or mlx-lm's valid.jsonl
 tasks/NAME/test.jsonl   30 to 100 held-out rows, which judge; no prompt may be in both
 A row: {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}
-d2c-mlx tasks split FILE --output tasks/NAME makes both from one file.""",
+d2c-mlx tasks split FILE --output tasks/NAME makes both from one file.
+No answers: d2c-mlx convert --adapters loras --output mlx, then ask the adapter with
+mlx_lm.generate --model M --adapter-path mlx/NAME --prompt "...", and keep good answers.""",
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from d2c_mlx.cluster.measured_search import MOST_FAILED
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.pipeline import STAGES, settled_stages
 from d2c_mlx.run.config import RunConfig
@@ -22,10 +23,13 @@ __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
 # three and the gains of modules six; the layer-wise merge runs members once and each of two merges
-# in parts; a form is measured twice; the paper's loop measures about five partitions.
-_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 5, 20
+# in parts; a form is rounded and measured about twice; the paper's loop measures about five
+# partitions.
+_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 8, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
+# A step of answers takes about as long as so many tokens of prompts.
+_STEP_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,19 @@ def _bench(inputs: Inputs) -> float:
     c, tests = inputs.config, sum(one.n_tokens for one in inputs.tests)
     merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
     methods = 3 + merged + c.refine
-    answers = 3 * tests * c.answers / max(c.test_examples, 1)
-    return methods * tests + merged * _merge(inputs) + answers
+    merges = merged * _merge(inputs) if merged else 0.0  # a plan may have no room for one
+    return methods * tests + merges + _STEP_TOKENS * _answer_steps(inputs)
+
+
+def _answer_steps(inputs: Inputs) -> int:
+    """Steps of the answers: a batch takes as many as its longest, under each adapter.
+
+    The base model, which knows no end, is cut; adapters end where the rows do.
+    """
+    asked = [one.examples[: inputs.config.answers] for one in inputs.tests]
+    longest = [max((row.n_targets for row in rows), default=0) for rows in asked]
+    base = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
+    return 2 * sum(longest) + base
 
 
 _WORK: Mapping[str, Callable[[Inputs], float]] = {

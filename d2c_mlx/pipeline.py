@@ -36,6 +36,7 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
@@ -97,8 +98,9 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
 
 def settled_stages(session: Session, until: str) -> list[str]:
     """The stages up to `until`; a budget with room for all adapters is not planned but copied."""
-    if session.config.planned and until != "plan" and session.inputs.holds_all:
+    if session.config.planned and session.inputs.holds_all:
         session.copy_all()
+        until = "merge" if until == "plan" else until
     return stages_of(session.config, until)
 
 
@@ -248,6 +250,7 @@ def pack(session: Session) -> Stage:
         budget=inputs.capacity.budget.text,
         max_bytes=inputs.capacity.max_bytes,
         origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
+        systems=systems_of(inputs.tasks),
         dtype=inputs.base.dtype,
     )
 
@@ -275,7 +278,7 @@ def pack(session: Session) -> Stage:
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
         ["plan.json", "planned"], compact)  # fmt: skip
     options = [info.model, info.config_hash, info.weights_hash, info.budget,
-               inputs.capacity.total, info.origins]  # fmt: skip
+               inputs.capacity.total, info.origins, info.systems]  # fmt: skip
     return Stage("pack", options, reads, ["pack"], body)
 
 
@@ -302,10 +305,9 @@ def bench(session: Session) -> Stage:
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
-            content["answers"] = {
-                task.name: answer_rows(inputs.base, shown, task.test[: c.answers], rows)
-                for task, rows in zip(inputs.tasks, inputs.tests)
-            }
+            asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
+                     for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
+            content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
             content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(session.path("bench.json"), content)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import Row, row_format
@@ -21,35 +22,60 @@ class Answerer(Protocol):
     def attach(self, adapter: Adapter | None, /) -> None:
         """Put an adapter in place of the last one."""
 
-    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """Greedy tokens after a prompt."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """Greedy tokens after each prompt."""
 
 
 def answer_rows(
-    model: Answerer, methods: Mapping[str, BenchMethod], rows: Sequence[Row], examples: ExampleSet
-) -> list[dict[str, str]]:
-    """Greedy answers to some rows of one task under every method's first variant.
+    model: Answerer,
+    methods: Mapping[str, BenchMethod],
+    tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
+    meter: Meter | None = None,
+) -> dict[str, list[dict[str, str]]]:
+    """Greedy answers to some rows of tasks under every method's first variant.
 
-    An answer is cut after `max_answer_tokens`.
+    An answer is cut after `max_answer_tokens`. All rows under one adapter are answered at once.
 
     Args:
         model: the last adapter stays attached to it.
-        methods: name -> what serves the task.
-        rows: rows as read; of rows in mlx-lm's `text` format, which have no prompt, there are no
-            answers.
-        examples: the same rows tokenized, and maybe more.
+        methods: name -> what serves the tasks.
+        tasks: of each task rows as read, and the same rows tokenized, and maybe more. Of rows in
+            mlx-lm's `text` format, which have no prompt, there are no answers.
+        meter: shows progress; None shows nothing.
 
     Returns:
-        For each row `prompt` (the user's last message), `expected`, and each method's answer.
+        Task -> for each row `prompt` (the user's last message), `expected`, and each method's
+        answer.
     """
-    if not rows or row_format(rows[0]) == ("text",):
-        return []
-    found = [prompt_and_expected(row) for row in rows]
+    meter = meter or Silent()
+    found: dict[str, list[dict[str, str]]] = {}
+    asked: dict[str, Sequence[Example]] = {}
+    for rows, examples in tasks:
+        some = rows if rows and row_format(rows[0]) != ("text",) else ()
+        found[examples.task] = [prompt_and_expected(row) for row in some]
+        asked[examples.task] = examples.examples[: len(some)]
+    adapters: dict[str, Adapter | None] = {}
+    # Adapter -> task -> the methods that it serves it in.
+    uses: dict[str, dict[str, list[str]]] = {}
     for name, method in methods.items():
-        model.attach(method.variants[0][examples.task])
-        for entry, example in zip(found, examples.examples):
-            tokens = model.answer(example.prompt_tokens, max_answer_tokens(example))
-            entry[name] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        for task in found:
+            adapter = method.variants[0][task]
+            key = adapter.digest if adapter else "base"
+            adapters[key] = adapter
+            uses.setdefault(key, {}).setdefault(task, []).append(name)
+    for key, of in uses.items():
+        batch = [(row, example, names) for task, names in of.items()
+                 for row, example in zip(found[task], asked[task])]  # fmt: skip
+        most = [max_answer_tokens(example) for _, example, _ in batch]
+        meter.expect(sum(most))
+        model.attach(adapters[key])
+        answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
+        for (row, _, names), tokens in zip(batch, answers):
+            said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            row.update(dict.fromkeys(names, said))
+        meter.advance(sum(most))
     return found
 
 

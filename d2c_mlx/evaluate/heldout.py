@@ -73,7 +73,14 @@ def bench_methods(
     Returns:
         Method -> `nbytes`, `loss`, `excess`, `retention`, and `tasks` with the last three by task.
     """
-    losses = {name: method_losses(evaluator, method, tests) for name, method in methods.items()}
+    n_tokens = sum(test.n_tokens for test in tests)
+    to_come = sum(len(method.variants) for method in methods.values())
+    losses = {}
+    for name, method in methods.items():
+        evaluator.meter.foresee(to_come * n_tokens)
+        losses[name] = method_losses(evaluator, method, tests)
+        to_come -= len(method.variants)
+    evaluator.meter.foresee(0)
     base = losses["base"]
     # NaN here is null in the file: without an individual adapter nothing is known.
     individual = losses.get("individual", np.full(len(tests), np.nan))

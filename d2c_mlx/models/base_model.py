@@ -20,7 +20,13 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
-from d2c_mlx.models.stock import greedy, linear_shapes, load_stock, stored_dtype
+from d2c_mlx.models.stock import (
+    greedy,
+    greedy_batch,
+    linear_shapes,
+    load_stock,
+    stored_dtype,
+)
 from d2c_mlx.models.tasks import Row
 from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
@@ -156,6 +162,12 @@ class BaseModel:
     def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """Generate a greedy answer under the attached adapter; arguments as for `greedy`."""
         return greedy(self.model, self.tokenizer, prompt, max_tokens)
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """Generate greedy answers at once, see `greedy_batch`."""
+        return greedy_batch(self.model, self.tokenizer, prompts, max_tokens)
 
     @property
     def can_fold(self) -> bool:

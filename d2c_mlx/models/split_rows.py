@@ -29,9 +29,10 @@ def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 
         The number of rows of each file.
 
     Raises:
-        TaskError: problems of the rows, too few prompts, or a file that is there already.
+        TaskError: problems of the rows, too few prompts, or a file that is there and not empty.
     """
-    if there := [str(output / name) for name in FILES if (output / name).exists()]:
+    paths = [output / name for name in FILES]
+    if there := [str(path) for path in paths if path.exists() and path.stat().st_size]:
         raise TaskError(f"{', '.join(there)}: there already; move it, or give another --output")
     groups: dict[str, list[str]] = {}
     for row in read_rows(path, "give a JSONL file of rows").values():
@@ -48,6 +49,6 @@ def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 
     probe = [groups[key][0] for key in keys[:n_probe]]
     test = [groups[key][0] for key in keys[n_probe : n_probe + n_test]]
     output.mkdir(parents=True, exist_ok=True)
-    for name, lines in zip(FILES, (probe, test)):
-        write_text(output / name, "".join(f"{line}\n" for line in lines))
+    for file, lines in zip(paths, (probe, test)):
+        write_text(file, "".join(f"{line}\n" for line in lines))
     return [len(probe), len(test)]

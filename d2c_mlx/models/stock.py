@@ -10,13 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.utils import load
 
 from d2c_mlx.utils.device import use_device
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["WITHOUT_CODE", "greedy", "linear_shapes", "load_stock", "stored_dtype"]
+__all__ = ["WITHOUT_CODE", "greedy", "greedy_batch", "linear_shapes", "load_stock", "stored_dtype"]
 
 # For mlx-lm's `load`. Left unsaid, transformers would ask whether to run code of the directory.
 WITHOUT_CODE: dict[str, Any] = {
@@ -93,6 +93,29 @@ def greedy(
         if token in tokenizer.eos_token_ids:
             break
     return tuple(tokens)
+
+
+def greedy_batch(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+) -> list[tuple[int, ...]]:
+    """As `greedy`, of many prompts at once and without end tokens.
+
+    Prompts are padded, so that an answer may differ from the one alone where two tokens are as
+    likely but for rounding.
+    """
+    if not prompts:
+        return []
+    try:
+        found = batch_generate(
+            model, tokenizer, [list(one) for one in prompts], max_tokens=list(max_tokens),
+            return_token_ids=True, stream=mx.default_stream(mx.default_device()),
+        )  # fmt: skip
+    except ValueError:  # a kind of cache that mlx-lm cannot batch
+        return [greedy(model, tokenizer, *one) for one in zip(prompts, max_tokens)]
+    return [tuple(tokens) for tokens in found.token_ids]
 
 
 def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:

@@ -26,6 +26,7 @@ __all__ = [
     "read_rows",
     "row_format",
     "spare_tasks",
+    "systems_of",
 ]
 
 Row = dict[str, Any]
@@ -33,8 +34,8 @@ Row = dict[str, Any]
 _MOST_ROWS = 256 << 20
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
 _FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
-# Most names that a message lists.
-_MOST_LISTED = 8
+# Most names that a message lists, and most files with the same problem that have a line each.
+_MOST_LISTED, _MOST_ALIKE = 8, 3
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
 
 
@@ -69,9 +70,29 @@ def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> lis
         InputError: the problems of all tasks, one line each.
     """
     if not directory.is_dir():
-        raise TaskError(f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl")
+        raise TaskError(
+            f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl, and d2c-mlx init"
+            " DIR writes what is missing"
+        )
     known = list(names)
-    return gather(partial(_load_named, directory / name, known, tests) for name in known)
+    try:
+        return gather(partial(_load_named, directory / name, known, tests) for name in known)
+    except InputError as error:
+        raise TaskError(_together(error.problems)) from None
+
+
+def _together(problems: Iterable[str]) -> list[str]:
+    """Problems, with one line where many files have the same one."""
+    files: dict[str, list[str]] = {}
+    for line in problems:
+        file, _, problem = line.partition(": ")
+        files.setdefault(problem, []).append(file)
+    lines = []
+    for problem, names in files.items():
+        if len(names) > _MOST_ALIKE:
+            names = [f"{', '.join(names[:_MOST_ALIKE])} and {len(names) - _MOST_ALIKE} files more"]
+        lines += [f"{name}: {problem}" for name in names]
+    return lines
 
 
 def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
@@ -146,6 +167,12 @@ def common_system(tasks: Iterable[Task]) -> str | None:
     first = [(row.get("messages") or [{}])[0] for task in tasks for row in task.probe]
     said = {one.get("content") if one.get("role") == "system" else None for one in first}
     return said.pop() if len(said) == 1 else None
+
+
+def systems_of(tasks: Iterable[Task]) -> dict[str, str]:
+    """Task -> its `common_system`, without tasks that have none."""
+    found = {task.name: common_system([task]) for task in tasks}
+    return {name: system for name, system in found.items() if system is not None}
 
 
 def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
@@ -243,6 +270,8 @@ def _read_rows(
         hint: end of the message if there is no such file.
         row_problem: gives what is wrong with one row, or None.
     """
+    if path.is_dir():
+        raise TaskError(f"{path}: a directory, expected a JSONL file of rows")
     if not path.is_file():
         raise TaskError(f"{path}: missing; {hint}")
     try:

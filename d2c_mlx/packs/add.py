@@ -34,12 +34,11 @@ from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.tasks import load_tasks
+from d2c_mlx.models.tasks import Task, load_tasks, systems_of
 from d2c_mlx.models.tokenize import encode_probes
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.packs.make_room import make_room
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo
 from d2c_mlx.packs.update import opened
 from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
 from d2c_mlx.utils.environment import cache_directory
@@ -108,25 +107,25 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = BaseModel(str(found.base_directory(options.model)))
         (new,) = read_adapters(sources, base.module_shapes, base.config)
-        judge = None
+        judge, system = None, None
         if options.tasks:
-            probes = _probes(base, options.tasks, new.name, found.tasks, options.n_probe)
+            tasks = _tasks(options.tasks, new.name, found.tasks)
+            encoded = encode_probes(base.encode, tasks, options.n_probe)
+            probes = {one.task: one.cut(*CUTS) for one in encoded}
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
-        return add_adapter(found, new, budget=options.budget, judge=judge)
+            system = systems_of(tasks).get(new.name)
+        return add_adapter(found, new, budget=options.budget, judge=judge, system=system)
 
 
-def _probes(
-    base: BaseModel, directory: Path, new: str, tasks: Mapping[str, object], n: int
-) -> dict[str, ExampleSet]:
+def _tasks(directory: Path, new: str, tasks: Mapping[str, object]) -> list[Task]:
     """Calibration rows of the new task, and of those in the pack that have a directory."""
     if not (directory / new).is_dir():
         raise TaskError(
             f"{directory / new}: no such directory; expected probe.jsonl of the new task"
         )
     names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
-    encoded = encode_probes(base.encode, load_tasks(directory, names, tests=False), n)
-    return {one.task: one.cut(*CUTS) for one in encoded}
+    return load_tasks(directory, names, tests=False)
 
 
 def add_adapter(
@@ -135,6 +134,7 @@ def add_adapter(
     *,
     budget: str | None = None,
     judge: Judge | None = None,
+    system: str | None = None,
 ) -> Arrival:
     """Add the adapter of a new task, named after it; the pack is replaced as a whole.
 
@@ -144,6 +144,7 @@ def add_adapter(
         budget: see `AddOptions`.
         judge: measures on calibration rows where an arrival fits best, and its form; None decides
             by weights.
+        system: system message of all its calibration rows, see `PackInfo.systems`.
 
     Raises:
         PackError: the task is there already.
@@ -154,7 +155,7 @@ def add_adapter(
             f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
             f" d2c-mlx remove {pack.path} {adapter.name}"
         )
-    rules = _Rules(*_budget(pack, budget), judge)
+    rules = _Rules(*_budget(pack, budget), judge, system)
     if pack.storage == "plain":
         return _into_slots(pack, adapter, rules)
     return _into_bytes(pack, adapter, rules)
@@ -162,11 +163,12 @@ def add_adapter(
 
 @dataclass(frozen=True)
 class _Rules:
-    """The budget, its bytes, and what else decides where an arrival goes, see `add_adapter`."""
+    """The budget, its bytes, and the other arguments of `add_adapter`."""
 
     budget: Budget
     limit: int | None
     judge: Judge | None
+    system: str | None
 
 
 def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
@@ -227,8 +229,7 @@ def _into_slots(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
         changed = merge.uniform(dtype)
         n[name] += 1
     tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
-    info = replace(pack.info, n_layers=n_layers, budget=budget.text, max_bytes=limit, merged=n,
-                   origins=_origins(pack, adapter))  # fmt: skip
+    info = replace(_info(pack, adapter, rules), n_layers=n_layers, merged=n)
     now = rewrite_pack(pack, {name: changed}, tasks, info)
     return Arrival(now, adapter.name, name, tuple(pack.adapters.get(name, ())), float(most))
 
@@ -285,15 +286,19 @@ def _into_bytes(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
     place = {key: i for i, key in enumerate(keys)}
     serves = {task: place[k] if isinstance(k, int) else None for task, k in pack.tasks.items()}
     merged: dict[str | int, int] = {place[key]: pack.merged(key) for key in keys}
-    info = replace(pack.info, budget=budget.text, max_bytes=limit, merged=merged,
-                   origins=_origins(pack, adapter))  # fmt: skip
+    info = replace(_info(pack, adapter, rules), merged=merged)
     now = write_compact_pack(
         pack.path, [*made.others, made.arrival], serves | {adapter.name: len(keys)}, info
     )
     return Arrival(now, adapter.name, len(keys), dropped=made.dropped, dropped_energy=made.energy)
 
 
-def _origins(pack: Pack, adapter: Adapter) -> dict[str, str]:
-    """Origins with that of an arrival, in place of an earlier adapter's of its name."""
-    others = {task: origin for task, origin in pack.origins.items() if task != adapter.name}
-    return others | ({adapter.name: adapter.origin} if adapter.origin else {})
+def _info(pack: Pack, adapter: Adapter, rules: _Rules) -> PackInfo:
+    """What the manifest says with an arrival, whose origin replaces that of an earlier one."""
+    info, name = pack.info, adapter.name
+    origins = {task: origin for task, origin in info.origins.items() if task != name}
+    if adapter.origin:
+        origins[name] = adapter.origin
+    system = {} if rules.system is None else {name: rules.system}
+    return replace(info, budget=rules.budget.text, max_bytes=rules.limit, origins=origins,
+                   systems={**info.systems, **system})  # fmt: skip

@@ -108,6 +108,7 @@ class Manifest(_Part):
         base: the base model.
         budget: the budget, in bytes or adapters.
         origins: task -> `owner/name@commit` of adapters from the hub; empty if none is.
+        systems: task -> system message of all its calibration rows; without tasks that have none.
         tasks: task -> adapter.
         merged: adapter -> number of adapters in it, where that is not the number of its tasks.
         files: path relative to the pack -> size and hash.
@@ -118,13 +119,14 @@ class Manifest(_Part):
     base: Base
     budget: PackBudget
     origins: Mapping[str, str] = {}
+    systems: Mapping[str, str] = {}
     tasks: Mapping[str, str | int | None]
     merged: Mapping[str, int] = {}
     files: Mapping[str, PackFile]
     nbytes: int
 
-    # Neither decides what a pack serves, so neither makes it unreadable.
-    @field_validator("origins", mode="before")
+    # None of them decides what a pack serves, so none makes it unreadable.
+    @field_validator("origins", "systems", mode="before")
     @classmethod
     def _strings(cls, value: object) -> object:
         return _only(value, str)

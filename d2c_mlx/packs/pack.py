@@ -59,6 +59,7 @@ class PackInfo:
         max_bytes: the most bytes that all adapter files may take, or None.
         origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
             from the hub.
+        systems: task -> system message of all its calibration rows; without tasks that have none.
         merged: adapter, as in `Pack.tasks` -> number of adapters in it; one for each task that it
             serves where it is not named.
         dtype: of the base's activations, in which adapters of a compact pack are read.
@@ -71,6 +72,7 @@ class PackInfo:
     budget: str = "-"
     max_bytes: int | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+    systems: Mapping[str, str] = field(default_factory=dict)
     merged: Mapping[str | int, int] = field(default_factory=dict)
     dtype: mx.Dtype = mx.float16
 
@@ -141,6 +143,24 @@ class Pack:
         return self.manifest.origins
 
     @property
+    def systems(self) -> Mapping[str, str]:
+        """Task -> system message of all its calibration rows; without tasks that have none."""
+        return {task: said for task, said in self.manifest.systems.items() if task in self.tasks}
+
+    def messages(self, task: str, prompt: str, system: str | None = None) -> list[dict[str, str]]:
+        """A conversation for `tokenizer.apply_chat_template`, as the task's calibration rows are.
+
+        Args:
+            task: one of `tasks`.
+            prompt: the user's message.
+            system: the system message; None takes the rows' own, which may be empty. Where they
+                have none, the chat template may put one of its own.
+        """
+        system = self.systems.get(task) if system is None else system
+        before = [] if system is None else [{"role": "system", "content": system}]
+        return [*before, {"role": "user", "content": prompt}]
+
+    @property
     def info(self) -> PackInfo:
         """The facts of the pack's manifest, to write the pack again with some of it changed."""
         found = self.manifest
@@ -151,6 +171,7 @@ class Pack:
             budget=found.budget.text,
             max_bytes=found.budget.nbytes,
             origins=found.origins,
+            systems=self.systems,
             merged={key: self._merged(key, tasks) for key, tasks in self.adapters.items()},
         )
         if isinstance(found, CompactManifest):

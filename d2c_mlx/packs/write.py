@@ -164,6 +164,7 @@ def _write_manifest(
         raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {info.max_bytes:,}")
     storage = "compact" if COMPACT in files else "plain"
     served = Counter(map(str, tasks.values()))
+    systems = {task: info.systems[task] for task in sorted(tasks) if task in info.systems}
     counts = sorted((str(key), n) for key, n in info.merged.items())
     said = _said(storage, info)
     manifest = {
@@ -172,12 +173,13 @@ def _write_manifest(
         "storage": storage,
         **(dict(sorted(said.items())) if by_name else said),
         "tasks": dict(sorted(tasks.items())),
+        "systems": systems,
         "merged": {key: n for key, n in counts if n != served[key]},
         "files": files,
         "nbytes": nbytes,
     }
-    # Most packs have neither, and are what version 1 always was.
-    rare = {key for key in ("origins", "merged") if not manifest[key]}
+    # Most packs have none of these, and are what version 1 always was.
+    rare = {key for key in ("origins", "systems", "merged") if not manifest[key]}
     write_json(temporary / MANIFEST, {k: v for k, v in manifest.items() if k not in rare})
 
 

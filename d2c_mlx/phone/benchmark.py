@@ -33,7 +33,6 @@ from d2c_mlx.phone.result import FORMAT
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
 from d2c_mlx.phone.timing import measure_speed, measure_switch, memory_limit
 from d2c_mlx.utils.device import environment
-from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
 from d2c_mlx.utils.progress import Bar, progress_bar
@@ -67,8 +66,6 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     Raises:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
-    if config.tasks and config.answers != 0:
-        require_extra("answers", "answers", ", or give --answers 0")
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
     name, source, path = quantized_model(config.model, config.bits)
     pack.check_weights(source)

@@ -80,13 +80,7 @@ def _measure_under(
     evaluator = Evaluator(runner)
     evaluator.meter = bar
     found = bench_methods(evaluator, methods, [test.examples for test in tests])
-    answers = {}
-    for test in tests:
-        answered = test.examples.examples[: len(test.rows)]
-        tokens = len(methods) * sum(len(one.tokens) for one in answered)
-        bar.expect(tokens)
-        answers[test.examples.task] = answer_rows(model, methods, test.rows, test.examples)
-        bar.advance(tokens)
+    answers = answer_rows(model, methods, [(test.rows, test.examples) for test in tests], bar)
     for name, metrics in answer_metrics(answers, list(methods)).items():
         found[name]["metrics"] = metrics
     return found

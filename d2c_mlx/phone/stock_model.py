@@ -30,7 +30,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.identity import cached_model, weights_digest
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.models.resolve import resolve_model
-from d2c_mlx.models.stock import greedy, linear_shapes, load_stock, stored_dtype
+from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
@@ -111,9 +111,11 @@ class StockModel:
         """Replace the attached adapter, beside the weights; None leaves the base alone."""
         switch(self.model, adapter and adapter.uniform(self.compute_dtype), self.path)
 
-    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """The greedy answer to token ids, see `BaseModel.answer`."""
-        return greedy(self.model, self.tokenizer, prompt, max_tokens)
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """The greedy answers to token ids, see `greedy_batch`."""
+        return greedy_batch(self.model, self.tokenizer, prompts, max_tokens)
 
     def kv_nbytes(self, n_tokens: int, dtype: mx.Dtype | None) -> int | None:
         """Bytes of mlx-lm's KV cache that holds `n_tokens` of one prompt, from shapes alone.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from d2c_mlx.evaluate.metrics import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["next_commands", "verdict"]
+__all__ = ["answered", "next_commands", "verdict"]
 
 # Fewer held-out rows than this cannot tell adapters apart that are nearly alike.
 _FEW = 20
+# With fewer answers the interval is wider than a fifth.
+_FEW_ANSWERS = 100
 
 
 def verdict(bench: Mapping[str, Any]) -> str:
@@ -36,6 +40,39 @@ def verdict(bench: Mapping[str, Any]) -> str:
     said += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
     n = bench["provenance"]["config"]["test_examples"]
     return f"{said} {n} held-out rows per task are few to judge by." if 0 < n < _FEW else said
+
+
+def answered(bench: Mapping[str, Any]) -> str:
+    """How many answers to held-out rows are as expected, with a 95 % interval; "" without any.
+
+    Args:
+        bench: content of `bench.json`.
+    """
+    rows = [row for rows in bench.get("answers", {}).values() for row in rows]
+    if not rows:
+        return ""
+    right = {
+        name: sum(normalize_text(row[name]) == normalize_text(row["expected"]) for row in rows)
+        for name in ("individual", "pack", "base")
+    }
+    low, high = _interval(right["pack"], len(rows))
+    said = (
+        f"Of {len(rows)} answers to held-out rows {right['individual']} of the adapters are as"
+        f" expected, {right['pack']} of the pack (95% interval {percent(low)} to {percent(high)}),"
+        f" {right['base']} of the base model"
+    )
+    if 2 * right["individual"] < len(rows):
+        chrf = {name: bench["metrics"][name]["chrf"] for name in right}
+        said += f"; chrF {chrf['individual']:.1f}, {chrf['pack']:.1f}, {chrf['base']:.1f}"
+    return said + (". So few judge roughly." if len(rows) < _FEW_ANSWERS else ".")
+
+
+def _interval(n: int, of: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (https://doi.org/10.2307/2276774)."""
+    z = 1.96
+    share, more = n / of, z * z / of
+    half = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
+    return (share + more / 2 - half) / (1 + more), (share + more / 2 + half) / (1 + more)
 
 
 def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[str]:

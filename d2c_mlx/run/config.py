@@ -184,8 +184,9 @@ class RunConfig(RunRules):
         expected="0 (all) or more",
     )
     answers: int = option(
-        0,
-        "held-out rows of each task that are answered and compared with the expected answers",
+        3,
+        "most held-out rows of each task that are answered and compared with the expected answers;"
+        " 0 is none",
         group=_EVALUATION,
         ge=0,
     )

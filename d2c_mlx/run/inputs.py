@@ -25,9 +25,8 @@ from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name, environment
-from d2c_mlx.utils.environment import require_extra
 from d2c_mlx.utils.errors import InputError, InputWarning, collect, gather
-from d2c_mlx.utils.templates import size
+from d2c_mlx.utils.templates import size, span
 
 __all__ = ["Inputs", "opening", "provenance"]
 
@@ -110,8 +109,6 @@ class Inputs:
             collect(errors, lambda: self.capacity.merge_rank and (
                 self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
             collect(errors, lambda: self.prompts)
-        if config.answers:
-            collect(errors, lambda: require_extra("answers", "answers", ", or leave answers out"))
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
         if config.merge_method == "layerwise":
@@ -180,16 +177,11 @@ def opening(inputs: Inputs) -> str:
     elif capacity.budget.n_adapters:
         budget = f"{min(capacity.n_clusters, len(ranks))} of them"
     return (
-        f"found {len(ranks)} adapters of {inputs.base.name} (rank {_range(ranks)},"
-        f" {size(capacity.total)}), {_range([len(one.examples) for one in inputs.probes])}"
-        f" calibration and {_range([len(one.examples) for one in inputs.tests])} held-out rows"
+        f"found {len(ranks)} adapters of {inputs.base.name} (rank {span(ranks)},"
+        f" {size(capacity.total)}), {span([len(one.examples) for one in inputs.probes])}"
+        f" calibration and {span([len(one.examples) for one in inputs.tests])} held-out rows"
         f" each; room for {budget}; device: {device_name()}"
     )
-
-
-def _range(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.tasks import probe_file, read_rows
 from d2c_mlx.utils.errors import InputError, collect
 from d2c_mlx.utils.files import write_text
-from d2c_mlx.utils.templates import percent, size
+from d2c_mlx.utils.templates import size, span
 
 __all__ = ["NOTE", "Found", "Survey", "budgets", "describe", "scaffold", "survey"]
 
@@ -45,7 +45,7 @@ Formats, as mlx-lm has them (one per file):
 
 Use rows like those that the adapter was trained on, but not those. Both files from one:
 `d2c-mlx tasks split FILE --output tasks/NAME`. Without `probe.jsonl`, mlx-lm's `valid.jsonl` is
-read.
+read. No answers? Ask the adapter and keep its good ones: `d2c-mlx help rows`.
 """
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -114,7 +114,8 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
 
     Args:
         adapters: the folder, or a list, as for `--adapters`.
-        tasks: the folder of rows; None is `tasks` beside the folder, or here for a list.
+        tasks: the folder of rows; None is the folder beside it that has most of them, or `tasks`
+            beside it; for an adapter, or a list, the same here.
 
     Raises:
         InputError: there are no adapters. What is wrong with one of them is in `Survey.problems`.
@@ -124,8 +125,20 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         folder = Path(adapters)
         # "." would put them among the adapters.
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
-        tasks = (folder.parent if folder.is_dir() else Path()) / "tasks"
+        listed = all(source.folder for source in sources)
+        tasks = _rows_beside(folder.parent if listed else Path(), sources)
     return Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
+
+
+def _rows_beside(root: Path, sources: Sequence[Source]) -> Path:
+    """The folder in `root` with rows of most adapters, such as mlx-lm's data; else `tasks`."""
+
+    def count(folder: Path) -> int:
+        return sum(any((folder / one.name).glob("*.jsonl")) for one in sources)
+
+    there = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    # The first of equals, so `tasks` before others.
+    return max([root / "tasks", *there], key=count)
 
 
 def _look(source: Source, task: Path) -> Found:
@@ -182,7 +195,12 @@ def describe(found: Survey) -> str:
     if len(bases) > 1:
         lines += ["", "More than one base model: leave out what was trained on another one."]
     lines += ["", *(f"problem      {line}" for line in found.problems)] if found.problems else []
-    if lacking := found.without_rows:
+    lacking = found.without_rows
+    if len(lacking) < len(found.found):
+        probe, test = zip(*(one.rows for one in found.found if 0 not in one.rows))
+        lines += ["", f"rows         in {found.tasks}: {span(probe)} calibration and {span(test)}"
+                  " held-out rows each"]  # fmt: skip
+    if lacking:
         lines += ["", f"rows         missing for {_few(lacking)} ({len(lacking)} of"
                   f" {len(found.found)}) in {found.tasks}"]  # fmt: skip
     return "\n".join(lines)
@@ -238,10 +256,10 @@ tasks: {_value(str(found.tasks))}
 # What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes every adapter is kept, at a
 # lower rank and precision; for a number they are merged into as many, which stock mlx-lm loads.
 {sizes}
-budget: "12.5%"  # {size(int(0.125 * found.nbytes))}, {percent(0.125)}
+budget: "12.5%"  # {size(int(0.125 * found.nbytes))}
 output: runs/first
 probe_examples: 10  # calibration rows per task
-test_examples: 100  # most held-out rows per task
+test_examples: 30  # most held-out rows per task; 100 judge better and take longer
 """
 
 

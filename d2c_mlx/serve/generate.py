@@ -25,7 +25,7 @@ class Question:
     Attributes:
         task: one of the pack's tasks.
         prompt: the user's message.
-        system: the system message; without it the chat template may put one of its own.
+        system: the system message; None takes that of the task's calibration rows.
         max_tokens: most tokens of the answer.
     """
 
@@ -53,23 +53,31 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
     if mx.default_device().type == mx.DeviceType.cpu:
         # MLX's CPU backend is slow in 16 bit.
         model.set_dtype(mx.float32)
-    said = [{"role": "system", "content": question.system}] if question.system else []
     if not tokenizer.has_chat_template:
         raise ModelError(
             f"{path}: has no chat template; use the adapter from a program of your own"
         )
     tokens = tokenizer.apply_chat_template(
-        [*said, {"role": "user", "content": question.prompt}], add_generation_prompt=True
+        pack.messages(question.task, question.prompt, question.system), add_generation_prompt=True
     )
     for step in stream_generate(model, tokenizer, tokens, max_tokens=question.max_tokens):
         yield step.text
 
 
-def stock_command(pack: Pack, task: str, directory: str) -> str:
-    """The command of stock mlx-lm that serves a task of a pack, or what makes one possible."""
+def stock_command(pack: Pack, question: Question, directory: str) -> str:
+    """The command of stock mlx-lm that answers alike, after `unpack` where the pack is compact."""
+    key = pack.tasks[question.task]
+    folder, before = str(pack.path), ""
     if pack.storage == "compact":
-        return f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output DIR, then mlx_lm.generate"
-    adapter = shlex.quote(str(pack.adapter_path(task)))
+        folder = f"{pack.path.name}-plain"
+        before = f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output {shlex.quote(folder)}\n"
+    name = f"cluster-{key}" if isinstance(key, int) else key
+    adapter = "" if name is None else f" --adapter-path {shlex.quote(f'{folder}/{name}')}"
+    first = pack.messages(question.task, "", question.system)[0]
+    system = (
+        f" --system-prompt {shlex.quote(first['content'])}" if first["role"] == "system" else ""
+    )
     return (
-        f'mlx_lm.generate --model {shlex.quote(directory)} --adapter-path {adapter} --prompt "..."'
+        f"{before}mlx_lm.generate --model {shlex.quote(directory)}{adapter}{system} --prompt"
+        f" {shlex.quote(question.prompt)}"
     )

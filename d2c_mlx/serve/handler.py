@@ -206,21 +206,26 @@ class Handler(APIHandler):
 
     def _job(self, request: CompletionRequest, stop_words: list[str]) -> Job:
         options = self.chat_template_kwargs or {}
-        prompt = self.service.encode(request, options)
+        service, name = self.service, self.requested_model
+        routing_prompt: list[int] | None = None
+        prompts: dict[str | None, list[int]] = {}
+        if name in service.models:
+            task = service.models[name]
+            prompt = service.encode(request, options, service.systems.get(task))
+        else:
+            task = None
+            routing_prompt, prompts = service.encode_to_route(request, options)
+            prompt = max(prompts.values(), key=len)
         given = {"max_tokens", "max_completion_tokens"} & self.body.keys()
-        self.max_tokens = self.service.fit_answer(len(prompt), self.max_tokens, bool(given))
+        self.max_tokens = service.fit_answer(len(prompt), self.max_tokens, bool(given))
         processors = make_logits_processors(
             self.logit_bias, self.repetition_penalty, self.repetition_context_size,
             self.presence_penalty, self.presence_context_size, self.frequency_penalty,
             self.frequency_context_size,
         )  # fmt: skip
-        name, models = self.requested_model, self.service.models
-        routing_prompt = None
-        if name not in models:
-            routing_prompt = self.service.encode_to_route(request, prompt, options)
         return Job(
-            prompt, models.get(name), routing_prompt, self.max_tokens, self._sampler(), processors,
-            make_stop_sequences(self.service.tokenizer), stop_words,
+            prompt, task, routing_prompt, self.max_tokens, self._sampler(), processors,
+            make_stop_sequences(service.tokenizer), stop_words, prompts,
         )  # fmt: skip
 
     def _sampler(self) -> Callable[[mx.array], mx.array] | None:

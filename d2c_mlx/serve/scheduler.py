@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Condition, Thread
@@ -42,6 +42,8 @@ class Job:
         prompt: token ids.
         task: of the pack; None is the base model.
         routing_prompt: token ids by which the router chooses the task; None if it is given.
+        prompts: task -> `prompt` once the router has chosen it, where they differ by system
+            message.
         max_tokens: of the answer.
         sampler: mlx-lm's; None takes the most likely token.
         processors: mlx-lm's logits processors.
@@ -63,6 +65,7 @@ class Job:
     processors: list[Any]
     stop_sequences: StopSequences
     stop_words: Sequence[str] = ()
+    prompts: Mapping[str | None, list[int]] = field(default_factory=dict)
     n_tokens: int = 0
     unsent: list[tuple[int, float]] = field(default_factory=list)
     cancelled: bool = False
@@ -264,6 +267,7 @@ class Scheduler:
                 assert self._router is not None
                 match = self._router.route(self._model.base.model, job.routing_prompt)
                 job.task = None if match is None else match.task
+                job.prompt = job.prompts[job.task]
                 job.events.put("routed")
             (uid,) = batch.insert(
                 [list(job.prompt)], max_tokens=[job.max_tokens],

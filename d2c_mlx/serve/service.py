@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -71,6 +71,7 @@ class PackService:
         xtc_special_tokens: token ids that XTC sampling never leaves out.
         base_name: name by which requests ask the base model.
         models: name in a request -> task, None for the base; a task hides a base of its name.
+        systems: task -> system message of conversations that have none.
         names: all names that requests may use, "auto" included if there is a router.
         cli_args: options that mlx-lm's handler reads from its own command line.
     """
@@ -99,6 +100,7 @@ class PackService:
         self.xtc_special_tokens = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         self.base_name: str = pack.manifest.base.model
         self.models: dict[str, str | None] = {self.base_name: None, **{t: t for t in pack.tasks}}
+        self.systems: Mapping[str | None, str] = dict(pack.systems.items())
         self.names = list(dict.fromkeys([*self.models, *([AUTO] if router else [])]))
         self.cli_args = Namespace(
             model=None, allowed_origins=list(self.access.origins), num_draft_tokens=0,
@@ -131,12 +133,15 @@ class PackService:
         job, context, check = request.job
         return context, job.responses(check, progress_callback)
 
-    def encode(self, request: CompletionRequest, options: dict[str, Any]) -> list[int]:
+    def encode(
+        self, request: CompletionRequest, options: dict[str, Any], system: str | None = None
+    ) -> list[int]:
         """Token ids of a request's prompt, the chat template applied.
 
         Args:
             request: of mlx-lm's handler.
             options: variables of the chat template.
+            system: system message of a conversation that has none; None leaves it to the template.
 
         Raises:
             RequestError: (400) the template fails on these messages, or an option is none of its
@@ -156,9 +161,12 @@ class PackService:
             if not self.tokenizer.has_chat_template:
                 raise RequestError(400, "the model has no chat template; ask /v1/completions")
             try:
-                process_message_content(request.messages)
+                messages = request.messages
+                if system is not None and not any(one["role"] == "system" for one in messages):
+                    messages = [{"role": "system", "content": system}, *messages]
+                process_message_content(messages)
                 return self.tokenizer.apply_chat_template(
-                    request.messages, add_generation_prompt=True, tokenize=True,
+                    messages, add_generation_prompt=True, tokenize=True,
                     tools=request.tools, **options,
                 )  # fmt: skip
             except Exception as error:  # a template is a program of the model's authors
@@ -167,28 +175,26 @@ class PackService:
                 raise RequestError(400, words, "messages") from None
 
     def encode_to_route(
-        self, request: CompletionRequest, prompt: list[int], options: dict[str, Any]
-    ) -> list[int]:
-        """Token ids by which the router chooses the task of a request.
+        self, request: CompletionRequest, options: dict[str, Any]
+    ) -> tuple[list[int], dict[str | None, list[int]]]:
+        """Token ids by which the router chooses the task of a request, and of its prompt then.
 
         Args:
             request: of mlx-lm's handler.
-            prompt: the token ids that `encode` gave.
             options: variables of the chat template.
 
         Returns:
-            `prompt`, or the request encoded with the system message that the router was fitted on.
+            The request encoded with the system message that the router was fitted on, and task ->
+            the request with that of the task's rows.
 
         Raises:
             RequestError: see `encode`.
         """
-        system = self._router.system if self._router else None
-        if system is None or request.request_type == "text":
-            return prompt
-        if any(message.get("role") == "system" for message in request.messages):
-            return prompt
-        messages = [{"role": "system", "content": system}, *request.messages]
-        return self.encode(replace(request, messages=messages), options)
+        router = self._router.system if self._router else None
+        known = {system: self.encode(request, options, system)
+                 for system in {None, router, *self.systems.values()}}  # fmt: skip
+        prompts = {task: known[self.systems.get(task)] for task in (None, *self.models.values())}
+        return known[router], prompts
 
     def check_model(self, name: str) -> None:
         """Check that requests may ask for a model; raises RequestError (404) if it is none."""

@@ -16,7 +16,7 @@ VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Extras of pyproject.toml that one command or option needs -> the module that each brings.
-EXTRAS = {"answers": "sacrebleu", "serve": "prometheus_client"}
+EXTRAS = {"serve": "prometheus_client"}
 
 
 def cache_directory() -> Path:
@@ -25,13 +25,12 @@ def cache_directory() -> Path:
     return Path(os.path.expanduser(given) if given is not None else Path.home() / ".cache/d2c-mlx")
 
 
-def require_extra(extra: str, user: str, otherwise: str = "") -> None:
+def require_extra(extra: str, user: str) -> None:
     """Check that an optional package is installed; call it before any work that needs it later.
 
     Args:
         extra: a key of `EXTRAS`.
         user: option or command that needs it; the message begins with it.
-        otherwise: alternative to installing it; the message ends with it.
 
     Raises:
         ConfigError: the package is missing; the message says what to install.
@@ -42,5 +41,5 @@ def require_extra(extra: str, user: str, otherwise: str = "") -> None:
     except ImportError:
         raise ConfigError(
             f"{user}: needs the package {module.replace('_', '-')}, which is not installed; run"
-            f' pip install "d2c-mlx[{extra}]"{otherwise}'
+            f' pip install "d2c-mlx[{extra}]"'
         ) from None

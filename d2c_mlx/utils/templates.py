@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import re
 import shlex
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from d2c_mlx.utils.errors import printable
 
-__all__ = ["code", "markdown", "percent", "size", "templates_of"]
+__all__ = ["code", "markdown", "percent", "size", "span", "templates_of"]
 
 # An underscore within a word is none of Markdown; addresses and $ are of GitHub's and the hub's.
 _SPECIAL = re.compile(
@@ -75,3 +76,9 @@ def size(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.3g} {unit}"
     return f"{nbytes} bytes"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The least and the greatest of some numbers, for prose: `8`, or `4 to 8`."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

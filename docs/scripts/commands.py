@@ -1,4 +1,4 @@
-"""Write docs/reference/commands.md from the commands' own help.
+"""Write docs/reference/commands.md and topics.md from the commands' own help.
 
 python -m docs.scripts.commands       # or: make options
 """
@@ -11,14 +11,19 @@ from pathlib import Path
 import click
 from d2c_mlx_cli.help import GroupedOption
 from d2c_mlx_cli.main import cli
+from d2c_mlx_cli.topics import TOPICS
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
+FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 # What `--help` shows at this width needs no scrolling on a page.
 WIDTH = 86
 HEAD = """\
 # Commands
 Written by `make options` from `d2c-mlx COMMAND --help`. Options of a run, its stages and \
 `phone` are in [tables](options.md), and left out here.
+"""
+TOPICS_HEAD = """\
+# Environment, exit codes, completion, rows
+Written by `make options` from `d2c-mlx help TOPIC`.
 """
 
 
@@ -54,9 +59,21 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def topics() -> str:
+    """Text of the page of what belongs to no single command."""
+    parts = [f"## d2c-mlx help {name}\n```text\n{text}\n```\n" for name, text in TOPICS.items()]
+    return "\n".join([TOPICS_HEAD, *parts])
+
+
+def pages() -> dict[Path, str]:
+    """The pages and their texts."""
+    return {FOLDER / "commands.md": page(), FOLDER / "topics.md": topics()}
+
+
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,20 @@ def test_a_pattern_in_place_of_a_folder(cli, lib, monkeypatch):
         assert "many words: give the folder, --adapters" in err
 
 
+def test_a_directory_in_place_of_a_file(cli, lib, tmp_path):
+    code, _, err = cli(["run", str(lib.adapters)])
+    assert code == 2 and err.endswith(f"of options; adapters are --adapters {lib.adapters}\n")
+    (tmp_path / "config.yaml").touch()
+    assert f"a run goes on with --output {tmp_path}\n" in cli(["run", str(tmp_path)])[2]
+    code, _, err = cli(["tasks", "split", str(lib.tasks), "--output", str(tmp_path / "t")])
+    assert (code, err) == (2, f"error: {lib.tasks}: a directory, expected a JSONL file of rows\n")
+
+
+def test_a_command_that_is_misspelt(cli):
+    assert cli(["genrate"])[2].endswith("No such command 'genrate'. Did you mean 'generate'?\n")
+    assert cli(["fit"])[2].endswith("No such command 'fit'.\n")
+
+
 def test_a_task_that_is_called_otherwise(cli, lib):
     (lib.tasks / "beta").rename(lib.tasks / "beta_task")
     cli.fails_with(

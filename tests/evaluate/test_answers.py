@@ -1,11 +1,14 @@
 """How close answers are: against metrics worked out by hand, and sacrebleu called directly."""
 
+import random
+
 import pytest
 import sacrebleu
 
 from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.evaluate.metrics import METRICS, answer_metrics
+from d2c_mlx.evaluate.metrics import METRICS, answer_metrics, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -35,6 +38,15 @@ def only(expected, heard):
 def test_exact_match_and_f1(expected, heard, exact, f1):
     found = only(expected, heard)
     assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
+
+
+def test_chrf_is_sacrebleus_whatever_the_texts():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = ["".join(rng.choices("ab ä猫", k=rng.randrange(12))) for _ in range(6)]
+        pairs = list(zip(texts[:3], texts[3:]))[: rng.randrange(1, 4)]
+        expected = sacrebleu.corpus_chrf([a for a, _ in pairs], [[b for _, b in pairs]]).score
+        assert chrf(pairs) == pytest.approx(expected), pairs
 
 
 def test_chrf_is_sacrebleus_over_all_answers_of_a_task():
@@ -69,15 +81,29 @@ class Endless:
     def attach(self, adapter):
         self.adapter = adapter
 
-    def answer(self, prompt, max_tokens):
-        return (prompt[-1],) * max_tokens
+    def answers(self, prompts, max_tokens):
+        return [(prompt[-1],) * n for prompt, n in zip(prompts, max_tokens)]
+
+
+class Counted(Silent):
+    expected = done = 0
+
+    def expect(self, n_tokens):
+        self.expected += n_tokens
+
+    def advance(self, n_tokens):
+        self.done += n_tokens
 
 
 def test_an_answer_is_cut_at_twice_the_expected_length_and_sixteen():
     examples = ExampleSet("t", (Example((1, 2, 3, 4, 5), 3),))
     rows = [{"prompt": "p", "completion": "c"}]
     methods = {"base": BenchMethod(0, [{"t": None}])}
-    (found,) = answer_rows(Endless(), methods, rows, examples)
+    ((found,),) = answer_rows(Endless(), methods, [(rows, examples)]).values()
     assert found == {"prompt": "p", "expected": "c", "base": " ".join(["3"] * (2 * 2 + 16))}
+    # A bar that comes to its end.
+    meter = Counted()
+    answer_rows(Endless(), methods, [(rows, examples)], meter)
+    assert meter.expected == meter.done == 20
     # Rows of plain text have no prompt.
-    assert answer_rows(Endless(), methods, [{"text": "p c"}], examples) == []
+    assert answer_rows(Endless(), methods, [([{"text": "p c"}], examples)]) == {"t": []}

@@ -22,6 +22,7 @@ class Command:
             "tasks": self.lib.tasks,
             "budget": "1",
             "output": self.output,
+            "answers": 0,
             **options,
         }
         pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in values.items() if v is not None]

@@ -168,7 +168,8 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     assert one.prompt_tokens == tuple(served) != one.tokens[: one.offset]
     assert thinker.tokenizer.decode(one.prompt_tokens).endswith("assistant\n<think>\n")
     assert encode_prompts(thinker.tokenizer, ["the fox"]) == [one.prompt_tokens]
-    (answer,) = answer_rows(thinker, {"base": BenchMethod(0, [{"a": None}])}, [row], examples)
+    methods = {"base": BenchMethod(0, [{"a": None}])}
+    (answer,) = answer_rows(thinker, methods, [([row], examples)])["a"]
     limit = 2 * one.n_targets + 16
     said = thinker.tokenizer.decode(thinker.answer(served, limit), skip_special_tokens=True)
     assert answer["base"] == said.strip()

@@ -41,7 +41,7 @@ def paths(tmp_path_factory):
 def config_of(paths, output, way):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        output=str(output), probe_examples=3, test_examples=2, random_seeds=1,
+        output=str(output), probe_examples=3, test_examples=2, random_seeds=1, answers=0,
         **WAYS[way],
     )  # fmt: skip
 

@@ -332,12 +332,6 @@ def test_what_an_earlier_run_was_asked_for_is_left_out_where_it_cannot_be(tmp_pa
         load_config(path, {"budget": "much"}, saved=True)
 
 
-def test_only_rows_that_judge_are_answered():
-    (line,) = problems(None, {**NEEDED, "answers": 4, "test_examples": 2})
-    assert line == "answers: found 4, expected 0 to test_examples (2)"
-    assert load_config(None, {**NEEDED, "answers": 200, "test_examples": 0}).answers == 200
-
-
 def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
     path = write(tmp_path, "seed: -1\nscale: 0\n")
     assert problems(path, {**NEEDED, "eps": -1.0, "scale": 2.0}) == [

@@ -19,7 +19,7 @@ def config(tmp_path, monkeypatch):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="3", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        baselines=("kmeans",),
+        baselines=("kmeans",), answers=0,
     )  # fmt: skip
 
 
@@ -50,6 +50,18 @@ def test_stages_after_a_change_are_done_again(config):
 def test_a_budget_with_room_for_all_is_copied_not_planned(config):
     said = forecast(config.replace(budget="120%"))
     assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
+
+
+def test_a_plan_may_have_no_room_for_a_merge(config):
+    said = forecast(config.replace(budget="15%", baselines=("kmeans", "random")))
+    assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
+
+
+def test_a_dry_run_counts_answers(config):
+    """Each of two rows by three methods; the tokens of losses stay as they are."""
+    none, two, all_of_them = (forecast(config.replace(answers=n)).stages[-2] for n in (0, 2, 9))
+    assert none.name == "bench" and two.tokens > none.tokens
+    assert all_of_them.tokens == two.tokens
 
 
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):

@@ -61,10 +61,39 @@ def test_bytes_are_those_that_a_run_counts(project, command):
         assert one.nbytes == written
 
 
+def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
+    """Whatever their folder is called; the one that has most of them is taken."""
+    rows = (project / "tasks" / "a" / "probe.jsonl").read_bytes()
+    for name in "abc":
+        for file in ("train", "valid", "test"):
+            path = project / "data" / name / f"{file}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(rows)
+    code, out, _ = command("init", "adapters")
+    assert code == 0 and "rows         in data: 4 calibration and 4 held-out rows each" in out
+    assert "missing" not in out and load_config(project / "d2c-mlx.yaml", {}).tasks == "data"
+    assert not list((project / "data").rglob("probe.jsonl"))
+
+
+def test_one_line_for_many_files_without_rows(project, command):
+    """As `init` leaves them; `tasks split` then fills them."""
+    for file in (project / "tasks").rglob("*.jsonl"):
+        file.unlink()
+    command("init", "adapters")
+    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model", "-q")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "tasks/a/probe.jsonl, tasks/a/test.jsonl, tasks/b/probe.jsonl and 3 files more:" in err
+    rows = [{"prompt": f"Question {i}?", "completion": f"{i}"} for i in range(20)]
+    path = write_jsonl(project / "rows.jsonl", rows)
+    assert command("tasks", "split", path, "--output", "tasks/a")[0] == 0
+    assert len(load_task(project / "tasks" / "a").test) == 10
+
+
 def test_where_rows_are_looked_for(project, monkeypatch):
     """Beside the folder, also if that is where the user is; never among the adapters."""
     assert survey("adapters").tasks == Path("tasks")
-    assert survey("adapters/a,adapters/b").tasks == Path("tasks")
+    for listed in ("adapters/a,adapters/b", "adapters/a"):
+        assert survey(listed).tasks == Path("tasks")
     monkeypatch.chdir(project / "adapters")
     assert survey(".").tasks == project / "tasks"
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.words import next_commands, verdict
+from d2c_mlx.report.words import answered, next_commands, verdict
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.errors import ConfigError, InputWarning
@@ -31,6 +32,7 @@ def config(tmp_path):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
         output=str(tmp_path / "run"), probe_examples=2, test_examples=2, baselines=(),
+        answers=0,
     )  # fmt: skip
 
 
@@ -109,6 +111,34 @@ def test_given_clusters_are_merged_by_any_method(config, tmp_path):
         "c: in no cluster",
         "found 3 clusters, expected at most 2, for which the budget has room",
     ]
+
+
+def test_answers_are_counted_with_an_interval():
+    """Half of eight: 4/8 lies between 21.5 and 78.5 %, by Wilson's formula as in R's prop.test."""
+    row = {"expected": "Ja", "individual": "ja ", "base": "no"}
+    rows = [{**row, "pack": "ja" if i % 2 else "nein"} for i in range(8)]
+    said = answered({"answers": {"a": rows[:4], "b": rows[4:], "texts": []}})
+    assert said == (
+        "Of 8 answers to held-out rows 8 of the adapters are as expected, 4 of the pack (95%"
+        " interval 21.5% to 78.5%), 0 of the base model. So few judge roughly."
+    )
+    assert answered({}) == answered({"answers": {"texts": []}}) == ""
+    metrics = {name: {"chrf": 12.34} for name in ("base", "individual", "pack")}
+    poor = [{**row, "individual": "?", "pack": "?"}] * 100
+    said = answered({"answers": {"a": poor}, "metrics": metrics})
+    assert said.endswith("0 of the base model; chrF 12.3, 12.3, 12.3.")
+
+
+def test_a_plan_with_room_for_all_copies_all(config, command):
+    """The stage by itself, too; it says so."""
+    with pytest.warns(InputWarning, match=r"120% has room for all adapters \(3\)"):
+        code, out, _ = command("plan", "--adapters", config.adapters, "--tasks", config.tasks,
+                               "--model", config.model, "--output", config.output, "-q",
+                               "--budget", "120%")  # fmt: skip
+    output = Path(config.output)
+    assert (code, out) == (0, f"wrote {output / 'merges.json'}\n")
+    assert len(json.loads((output / "merges.json").read_text())) == 3
+    assert not (output / "plan.json").exists()
 
 
 def test_a_budget_with_room_for_all_copies_all(config):

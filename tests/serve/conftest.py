@@ -1,12 +1,23 @@
 """A tiny pack, its model with an adapter per row, and what stock mlx-lm answers."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from helpers.adapters import ABOUT, ADAPTERS
 from helpers.served import NAMES
-from helpers.tiny import task, tiny_model
+from helpers.tiny import (
+    CHAT_TEMPLATE,
+    LAYERS,
+    library,
+    task,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from mlx_lm import load as stock_load
 
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.attach import switch
 from d2c_mlx.models.base_model import BaseModel, greedy
@@ -63,3 +74,29 @@ def answer(pack, model_path):
 
     ask.tokenizer = tokenizer
     return ask
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """As SmolLM2's template: a system message of its own, rows have an empty one."""
+    paths = library(tmp_path, list("ab"))
+    tokenizer = tiny_tokenizer()
+    default = "<|im_start|>system\nThe other foxes are watching the lazy dog.<|im_end|>\n"
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ '" + default.replace("\n", "\\n") + "' }}"
+        "{% endif %}" + CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(paths.model)
+    for name, words in (("a", "Write the number"), ("b", "Who is it? Answer")):
+        rows = [
+            {"messages": [{"role": role, "content": said} for role, said in
+                          (("system", ""), ("user", f"{words} {i}"), ("assistant", "x"))]}
+            for i in range(8)
+        ]  # fmt: skip
+        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
+        write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
+    base = BaseModel(str(paths.model))
+    found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
+             for n in "ab"]  # fmt: skip
+    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
+    return paths, write_pack(tmp_path / "run" / "pack", found, PackInfo(**about, budget="3"))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers.served import client, serving
-from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
+from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -263,35 +263,6 @@ def test_on_the_command_line(made, pack):
     # An arrival drops the router: it would never be chosen.
     new = replace(load_pack(pack.path).load("a"), name="new")
     assert load_router(add_adapter(load_pack(pack.path), new).pack) is None
-
-
-# A system message that the model's template has of its own
-
-
-@pytest.fixture
-def spoken(tmp_path):
-    """As SmolLM2's template: a system message of its own, rows have an empty one."""
-    paths = library(tmp_path, list("ab"))
-    tokenizer = tiny_tokenizer()
-    default = "<|im_start|>system\nThe other foxes are watching the lazy dog.<|im_end|>\n"
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}{{ '" + default.replace("\n", "\\n") + "' }}"
-        "{% endif %}" + CHAT_TEMPLATE
-    )
-    tokenizer.save_pretrained(paths.model)
-    for name, words in (("a", "Write the number"), ("b", "Who is it? Answer")):
-        rows = [
-            {"messages": [{"role": role, "content": said} for role, said in
-                          (("system", ""), ("user", f"{words} {i}"), ("assistant", "x"))]}
-            for i in range(8)
-        ]  # fmt: skip
-        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
-        write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
-    base = BaseModel(str(paths.model))
-    found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
-             for n in "ab"]  # fmt: skip
-    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return paths, write_pack(tmp_path / "run" / "pack", found, PackInfo(**about, budget="3"))
 
 
 def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):

@@ -1,0 +1,97 @@
+"""The system message of a task's rows, where a request or a prompt has none."""
+
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers.served import client, serving
+from helpers.tiny import write_jsonl
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import read_rows
+from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import opened, remove_tasks
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.route import RouteOptions, route_prompts
+from d2c_mlx.serve.mixed_batch import MixedModel
+
+ASKED = "Who is it? Answer 2"
+
+
+@pytest.fixture
+def run_of_two(spoken, tmp_path):
+    """A run of two tasks: rows of `a` begin with an empty system message, those of `b` with one."""
+    paths, _ = spoken
+    for file in (paths.tasks / "b").iterdir():
+        rows = list(read_rows(file, "").values())
+        for row in rows:
+            row["messages"][0]["content"] = "The quick fox"
+        write_jsonl(file, rows)
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="1",
+        output=str(tmp_path / "made"), probe_examples=2, test_examples=2, baselines=(),
+    )  # fmt: skip
+    run(config, until="pack", quiet=True)
+    return paths, tmp_path / "made"
+
+
+def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
+    paths, made = run_of_two
+    route_prompts(made, [], RouteOptions(paths.tasks, model=str(paths.model)))
+    pack = load_pack(made)
+    base = BaseModel(str(paths.model))
+    asked = [{"role": "user", "content": ASKED}]
+    with serving(pack, MixedModel(base, pack)) as server:
+        api = client(server)
+
+        def reply(model, *before):
+            messages = [*({"role": "system", "content": said} for said in before), *asked]
+            tokens = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
+            return found.model, found.choices[0].message.content, found.usage.prompt_tokens, tokens
+
+        for task, system in (("a", ""), ("b", "The quick fox")):
+            *found, without = reply(task)
+            *expected, tokens = reply(task, system)
+            assert found == expected and found[2] == len(tokens) != len(without)
+            *other, tokens = reply(task, "The lazy dog is watching")
+            assert other[2] == len(tokens)
+        # The base model has no rows; the router chooses first, then the task's own goes before.
+        *found, tokens = reply("model")
+        assert found[2] == len(tokens)
+        *auto, _ = reply("auto")
+        *named, _ = reply(auto[0])
+        assert auto == named
+
+
+def test_generate_takes_that_of_the_rows_and_says_so(run_of_two):
+    paths, made = run_of_two
+    asks = ["generate", str(made), "--model", str(paths.model), "--max-tokens", "6", ASKED]
+
+    def ask(*more):
+        found = CliRunner().invoke(cli, [*asks, *more], catch_exceptions=False)
+        return found.stdout, found.stderr
+
+    for task, system, said in (("a", "", "''"), ("b", "The quick fox", "'The quick fox'")):
+        answer, command = ask("--task", task)
+        assert (answer, command) == ask("--task", task, "--system", system)
+        assert f"--system-prompt {said} --prompt" in command
+    assert load_pack(made).messages("a", "Who?", "x")[0] == {"role": "system", "content": "x"}
+
+
+def test_packs_that_change_keep_them(run_of_two):
+    paths, made = run_of_two
+    assert load_pack(made).systems == {"a": "", "b": "The quick fox"}
+    with opened(made) as pack:
+        left = remove_tasks(pack, ["b"])
+    assert left.systems == {"a": ""}
+    options = AddOptions(model=str(paths.model), tasks=paths.tasks)
+    found = add_from_path(made, str(paths.adapters / "b"), options).pack
+    assert found.systems == {"a": "", "b": "The quick fox"}
+    with opened(made) as pack:
+        remove_tasks(pack, ["b"])
+    found = add_from_path(made, str(paths.adapters / "b"), replace(options, tasks=None)).pack
+    assert found.systems == {"a": ""}
