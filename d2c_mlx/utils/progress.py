@@ -80,10 +80,10 @@ def _lines(name: str, progress: Progress, quiet: bool, every: float) -> Iterator
     thread.start()
     try:
         yield
-        say(f"{name}: done, {elapsed()}", quiet)
     finally:
         done.set()
         thread.join()
+    say(f"{name}: done, {elapsed()}", quiet)
 
 
 @contextmanager
