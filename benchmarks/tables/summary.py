@@ -13,11 +13,11 @@ from benchmarks.tables.result_files import markdown
 BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {
-    "moves: layerwise, refined": "d2c-mlx, `--refine`",
-    "moves: layerwise": "d2c-mlx",
+    "moves: layerwise": "d2c-mlx, clusters of its search before estimates",
+    "moves: layerwise, refined": "the same, `--refine`",
     "random: layerwise": "random clusters, merged as d2c-mlx does",
     "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
-    "moves: tsv": "TSV, the best merge without data, on d2c-mlx's clusters",
+    "moves: tsv": "TSV, the best merge without data, on these clusters",
     "merge-all: layerwise": "all 24 in one, merged as d2c-mlx does",
     "paper, ties": "D2C as in the paper, TIES",
     "paper, linear": "D2C as in the paper, mean of dW",
