@@ -102,7 +102,8 @@ LOCKED := $(UV) --require-hashes -r
 # What a release would upload: the wheel's data files are named here, so that none is forgotten and
 # none comes along.
 DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
-  d2c_mlx/report/report.html.jinja d2c_mlx/report/report.md.jinja
+  d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja d2c_mlx/report/report.js \
+  d2c_mlx/report/report.md.jinja
 
 check-dist: .venv/tools
 	rm -rf dist build

@@ -126,7 +126,9 @@ def probe(session: Session) -> Stage:
         weakened = {one: [scaled(adapter, one).uniform(inputs.base.dtype)
                           for adapter in session.adapters] for one in STRENGTHS}  # fmt: skip
         table = measure_losses(session.evaluator, session.adapters, inputs.probes, weakened)
-        write_json(session.path("losses.json"), table.to_json())
+        # For the report; four digits, so that no machine's rounding shows.
+        cosines = session.library.similarity.round(4).tolist()
+        write_json(session.path("losses.json"), {**table.to_json(), "similarity": cosines})
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
     return Stage("probe", options, ["adapters"], ["losses.json"], body)

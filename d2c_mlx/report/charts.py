@@ -1,25 +1,37 @@
-"""Charts as SVG, inline for the report or as files, in the text colour of their page."""
+"""Charts as SVG, inline for the report or as files, in the text colour of their page.
+
+matplotlib draws each chart once, for screen, paper and readers without scripts. A part that a
+reader can ask is a *mark*, a group with words in its `<title>`; 3 kB of report.js show them by
+pointer and by keyboard. A chart engine in the page instead would be drawn a second time for paper
+and would multiply a report of 60 kB: Vega 6.4 with Vega-Lite and its embedder takes 832 kB
+minified, Plotly 4.1 with heatmaps 1,500 kB; and in neither do the arrow keys reach a mark.
+"""
 
 from __future__ import annotations
 
+import html
 import io
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 from unicodedata import east_asian_width
 
+from d2c_mlx.report.frontier import Frontier
 from d2c_mlx.utils.errors import printable
 
 __all__ = [
-    "COLOURS", "TEXT", "convergence", "excess_bars", "frontier", "heatmap", "memory_bar",
-    "new_figure", "svg_file",
+    "COLOURS", "GROUP_COLOURS", "TEXT", "convergence", "dendrogram", "excess_bars",
+    "frontier_chart", "memory_bar", "new_figure", "svg_file",
 ]  # fmt: skip
 
 Json = Mapping[str, Any]
 # Inline SVG replaces it by the page's own text colour, light or dark.
 TEXT = "#7a7f87"
-# Contrast of three to one or more on a white page and on a dark one.
+# Contrast of three to one or more on a white page and on a dark one, as those below.
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS = ("#3b82c4", "#c9721a", "#4a9463", "#858c96")
+# Of tasks that share an adapter; numbers tell groups apart beyond eight.
+GROUP_COLOURS = (*COLOURS[:3], "#9467c8", "#cf4f4b", "#1f9292", "#c2559f", "#858220")
 # Text settings for names: "a$^$" would be parsed as a formula, and a wrong one is an error.
 _NAMES: dict[str, Any] = {"parse_math": False}
 # Most letters of a name; more would leave no room for the chart.
@@ -44,17 +56,18 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN401  of matplotlib
+def svg_file(figure: Any, description: str | None = None, salt: str = "d2c-mlx") -> str:  # noqa: ANN401
     """Text of an SVG file, with fixed ids and no date, so that equal results give equal files.
 
     Args:
         figure: a matplotlib figure.
         description: goes into the metadata.
+        salt: makes ids differ between the charts of one page.
     """
     import matplotlib
 
     buffer = io.StringIO()
-    settings = {"svg.hashsalt": "d2c-mlx", "svg.fonttype": "none"}
+    settings = {"svg.hashsalt": salt, "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Text stays text, shown in the viewer's fonts, so a glyph missing here does not matter.
         # A font of this machine in its place would make the file differ between machines.
@@ -66,10 +79,27 @@ def svg_file(figure: Any, description: str | None = None) -> str:  # noqa: ANN40
     return printable(buffer.getvalue(), "\n\t")
 
 
-def _svg(figure: Any) -> str:  # noqa: ANN401  a matplotlib figure
-    """Inline SVG, hidden from screen readers: the HTML figure around it describes it in words."""
-    text = svg_file(figure)
+def _svg(figure: Any, name: str, says: Sequence[str] = ()) -> str:  # noqa: ANN401
+    """Inline SVG, hidden from screen readers: the HTML figure around it describes it in words.
+
+    Args:
+        figure: a matplotlib figure.
+        name: of the chart, unique in its page.
+        says: words of the artists whose gid is "mark0", "mark1" and so on.
+    """
+    text = svg_file(figure, salt=name)
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    words = {f"mark{k}": html.escape(printable(one)) for k, one in enumerate(says)}
+
+    def group(match: re.Match[str]) -> str:
+        # matplotlib numbers groups anew in every chart, and nothing refers to them.
+        said = words.get(match[1])
+        return "<g>" if said is None else f'<g class="mark"><title>{said}</title>'
+
+    text = re.sub('<g id="([^"]*)">', group, text)
+    # The page's own font, which it names once.
+    text = re.sub(r'(<text style="[^"]*?) font-family: [^;"]*;', r"\1", text)
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
@@ -92,7 +122,7 @@ def excess_bars(rows: Sequence[Json]) -> str:
     axes.locator_params(axis="x", nbins=5)
     axes.invert_yaxis()
     axes.set_xlabel("excess loss (nats per target token)")
-    return _svg(figure)
+    return _svg(figure, "bars")
 
 
 def convergence(history: Sequence[Json]) -> str:
@@ -104,77 +134,91 @@ def convergence(history: Sequence[Json]) -> str:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("normalised regret")
-    return _svg(figure)
+    return _svg(figure, "rounds")
 
 
-def frontier(plan: Json, share: float) -> str:
-    """Regret against bytes for each family of candidates, and for the pack.
-
-    Args:
-        plan: content of `plan.json`.
-        share: bytes of the pack over the adapters' 16-bit bytes.
-    """
-    figure, axes = new_figure(_WIDTH, 3.4)
-    shares = [100 * row["share"] for row in plan["frontier"]]
-    lines = (
-        ("all", "both", "-o", _BLUE),
-        ("own", "own adapters only", "--", _GREEN),
-        ("merged", "merges only", ":", _GREY),
-    )
-    for name, label, style, colour in lines:
-        values = [row[name] for row in plan["frontier"]]
-        if None in values:
-            continue  # no merge was measured
-        axes.plot(shares, values, style, label=label, markersize=3, color=colour)
-    axes.plot(100 * share, plan["regret"], "*", markersize=13, color=_ORANGE, label="the pack")
-    for limit, label in ((1, "base model"), (0, "individual adapters")):
-        axes.axhline(limit, color=TEXT, linewidth=0.8)
-        # The legend is at the upper right, lines that beat 0 go down to the right.
-        x, side = (shares[-1], "right") if limit == 0 else (shares[0], "left")
-        axes.annotate(label, (x, limit), (0, 3), textcoords="offset points", fontsize=8,
-                      color=TEXT, ha=side)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{x:.2g}" for x in shares], rotation=60)
+def frontier_chart(found: Frontier) -> str:
+    """What is lost against bytes; every stop is a mark, a band from top to bottom."""
+    figure, axes = new_figure(_WIDTH, 3.0)
+    shares = [100 * share for share in found.shares]
+    styles = (("--o", _GREEN), (":o", _GREY), ("-o", _BLUE)) if found.planned else (("o", _BLUE),)
+    for (label, values), (style, colour) in zip(found.lines.items(), styles):
+        axes.plot(shares, values, style, label=label, markersize=4, color=colour)
+    axes.plot(100 * found.pack[0], found.pack[1], "*", markersize=13, color=_ORANGE, label="pack")
+    axes.set_xscale("log" if found.planned else "linear")
+    axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60 if found.planned else 0)
     axes.minorticks_off()
-    # Linear around 0: a plan may be better than the individual adapters.
+    left, right = (shares[0] / 1.2, shares[-1] * 1.2) if found.planned else (0, shares[-1] + 8)
+    middles = [(a * b) ** 0.5 if found.planned else (a + b) / 2 for a, b in zip(shares, shares[1:])]
+    for k, (low, high) in enumerate(zip([left, *middles], [*middles, right])):
+        # Hardly to be seen until the page lights it; what is not drawn at all hears no pointer.
+        axes.axvspan(low, high, facecolor=_BLUE, edgecolor="none", alpha=0.01, gid=f"mark{k}")
+    axes.set_xlim(left, right)
+    for limit, label in ((found.base, "base model"), (0, "task adapters")):
+        axes.axhline(limit, color=TEXT, linewidth=0.8)
+        # The legend is at the upper right; lines of a plan that beat 0 go down to the right.
+        x, dx, side = (right, -4, "right") if limit == 0 and found.planned else (left, 4, "left")
+        axes.annotate(label, (x, limit), (dx, 3), textcoords="offset points", fontsize=8,
+                      color=TEXT, ha=side)  # fmt: skip
+    # Linear around 0: a pack may be better than the task adapters.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-    axes.set_ylim(bottom=2 * min(-0.001, *(row["all"] for row in plan["frontier"])))
+    lowest = min(found.pack[1], *(min(values) for values in found.lines.values()))
+    axes.set_ylim(2 * min(-0.001, lowest), 2 * max(found.base, 0.05))
     axes.set_xlabel("% of the adapters' 16-bit bytes")
-    axes.set_ylabel("expected regret on the probes")
+    axes.set_ylabel(found.unit)
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
-    return _svg(figure)
+    return _svg(figure, "frontier", found.says)
 
 
-def heatmap(losses: Json, labels: Sequence[int]) -> str:
-    """Losses on the calibration rows, tasks by adapters, ordered and ruled by cluster.
-
-    Pairs that were not measured stay blank.
+def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels: Sequence[int],
+               colours: Mapping[int, str]) -> str:  # fmt: skip
+    """Adapters joined by the cosine of their most alike pair; every join is a mark.
 
     Args:
-        losses: content of `losses.json`.
-        labels: number of the cluster of each task.
+        names: of the adapters, two or more.
+        cosines: `(n, n)`, of their dW.
+        labels: number of the stored adapter that serves each.
+        colours: of stored adapters with several tasks; a join across adapters is grey.
     """
     import numpy as np
+    from scipy.cluster.hierarchy import leaves_list, linkage
 
-    order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
-    values = np.array(losses["values"], float)[np.ix_(order, order)]
-    size = max(_WIDTH, 0.28 * len(order) + 1.8)
-    figure, axes = new_figure(size, size)
-    # One pixel per loss: an image of the figure's size takes a minute and 1 GB for 200 tasks.
-    image = axes.imshow(values, cmap="viridis_r", interpolation="none")
-    adapters, tasks = ([_short(losses[key][i]) for i in order] for key in ("adapters", "tasks"))
-    axes.set_xticks(range(len(order)), adapters, rotation=90, **_NAMES)
-    axes.set_yticks(range(len(order)), tasks, **_NAMES)
-    axes.set_xlabel("adapter")
-    axes.set_ylabel("task")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
-    bar.ax.tick_params(colors=TEXT, labelsize=9)
-    bar.outline.set_edgecolor(TEXT)
-    for edge in np.flatnonzero(np.diff([labels[i] for i in order])) + 0.5:
-        axes.axhline(edge, color="white", linewidth=2)
-        axes.axvline(edge, color="white", linewidth=2)
-    return _svg(figure)
+    table = np.array(cosines)
+    above = table[np.triu_indices(len(names), 1)]
+    joins = linkage(1 - above, "single")
+    order = leaves_list(joins).tolist()
+    figure, axes = new_figure(_WIDTH, 0.24 * len(names) + 0.9)
+    start = float(above.max() + 0.15 * max(above.max() - above.min(), 1e-3))
+    nodes = [([i], start, float(order.index(i))) for i in range(len(names))]
+    says: list[str] = []
+    for k, (a, b, distance, _) in enumerate(joins):
+        (some, x1, y1), (others, x2, y2) = nodes[int(a)], nodes[int(b)]
+        members, x = some + others, float(1 - distance)
+        groups = {labels[i] for i in members}
+        colour = colours.get(labels[members[0]], TEXT) if len(groups) == 1 else TEXT
+        axes.plot([x1, x, x, x2], [y1, y1, y2, y2], color=colour, linewidth=1.6)
+        axes.plot(x, (y1 + y2) / 2, "o", color=colour, markersize=6, gid=f"mark{k}")
+        pairs = [(min(i, j), max(i, j)) for i in some for j in others]
+        i, j = max(pairs, key=lambda pair: table[pair])
+        stored = "share an adapter" if labels[i] == labels[j] else "have an adapter each"
+        says.append(
+            f"{names[i]} and {names[j]}: cosine {table[i, j]:.3f}; in the pack they {stored}"
+        )
+        nodes.append((members, x, (y1 + y2) / 2))
+    for y, i in enumerate(order):
+        if labels[i] in colours:
+            axes.plot(start, y, "s", color=colours[labels[i]], markersize=8, clip_on=False)
+            axes.annotate(str(labels[i]), (start, y), (-8, 0), textcoords="offset points",
+                          fontsize=9, color=TEXT, ha="right", va="center")  # fmt: skip
+    axes.set_yticks(range(len(names)), [_short(names[i]) for i in order], **_NAMES)
+    axes.tick_params(axis="y", length=0, pad=26 if colours else 6)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(start, min(0.0, float(above.min())) - 0.05 * start)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("cosine of the most alike pair")
+    return _svg(figure, "joins", says)
 
 
 def memory_bar(phone: Json) -> str:
@@ -184,10 +228,14 @@ def memory_bar(phone: Json) -> str:
     rows = [max(one["memory"], key=lambda m: m["context"]) for one in methods.values()]
     parts = (("weights", _BLUE), ("adapter", _ORANGE), ("kv_cache", _GREEN), ("rest", _GREY))
     left = [0.0] * len(rows)
+    says: list[str] = []
     for key, colour in parts:
         widths = [row[key] / 1e6 for row in rows]
         label = {"kv_cache": "KV cache"}.get(key, key)
-        axes.barh(list(methods), widths, left=left, color=colour, label=label)
+        bars = axes.barh(list(methods), widths, left=left, color=colour, label=label)
+        for bar, name, row in zip(bars, methods, rows):
+            bar.set_gid(f"mark{len(says)}")
+            says.append(f"{name}, {label}: {row[key] / 1e6:,.2f} MB at {row['context']} tokens")
         left = [x + width for x, width in zip(left, widths)]
     limit = phone["device"]["memory"] / 1e6
     axes.axvline(
@@ -200,4 +248,4 @@ def memory_bar(phone: Json) -> str:
                            loc="outside upper left")  # fmt: skip
     for text in legend.get_texts():
         text.set(**_NAMES)
-    return _svg(figure)
+    return _svg(figure, "memory", says)

@@ -26,7 +26,9 @@ def verdict(bench: Mapping[str, Any]) -> str:
     """
     pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
     share = percent(pack["nbytes"] / inputs["nbytes"])
-    said = f"{len(pack['tasks'])} adapters, {size(inputs['nbytes'])} in all, take"
+    n = len(pack["tasks"])
+    said = f"{n} adapters, {size(inputs['nbytes'])} in all, take" if n > 1 else (
+        f"1 adapter, {size(inputs['nbytes'])}, takes")  # fmt: skip
     said += f" {size(pack['nbytes'])} ({share})"
     unpacked = bench.get("unpacked_nbytes", pack["nbytes"])
     if unpacked != pack["nbytes"]:

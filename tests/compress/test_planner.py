@@ -80,9 +80,9 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     )
     assert set(session.read("bench.json")["methods"]) == {"base", "individual", "pack"}
     for name in ("report.md", "report.html"):
-        assert "own adapters only" in session.path(name).read_text(encoding="utf-8")
+        assert "an adapter per task" in session.path(name).read_text(encoding="utf-8")
     html = session.path("report.html").read_text(encoding="utf-8")
-    assert html.count("<svg") == 1 and "% of the adapters' 16-bit bytes" in html
+    assert "% of the adapters' 16-bit bytes" in html
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def unexplained(text, artifacts, template):
 
 
 def words_of(page):
-    page = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    page = re.sub(r"<(style|script|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return html.unescape(re.sub(r"<[^>]*>", " ", page))
 
 
@@ -153,9 +153,9 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
             tokens = [step.token for step in steps]
             answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             assert shown["pack"] == answer
-            assert f"<dt>prompt</dt><dd>{row['prompt']}</dd>" in page
+            assert f'<dt>prompt</dt><dd dir="auto">{row["prompt"]}</dd>' in page
             said = printable(answer, keep="\n\t") or "(nothing)"
-            assert f"<dt>pack</dt><dd>{said}</dd>" in page
+            assert f'<dt>pack</dt><dd dir="auto">{said}<' in page
     assert bench["answers"]["a"][0]["base"] != bench["answers"]["a"][0]["individual"]
 
 
@@ -194,14 +194,14 @@ def test_names_are_neither_formulas_nor_markup(directory):
     artifacts = renamed(artifacts_of(directory), ODD)
     phone = artifacts["phone"]
     phone["device"]["name"] = "phone $^$"
-    # A run whose search measured other adapters too, so that there is a heatmap.
-    n = len(artifacts["losses"]["tasks"])
-    artifacts["losses"]["values"] = [[1.0 + i + j for j in range(n)] for i in range(n)]
     page = render_html(artifacts)
     charts = " ".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", charts)]
-    # On both axes of the heatmap, as they are.
-    assert all(drawn.count(name) == 2 for name in ODD.values())
+    # In the tree as they are, and on both axes of the heatmap.
+    assert all(drawn.count(name) == 1 for name in ODD.values())
+    heads = re.findall(r'<th scope="(?:col|row)" dir="auto">(.*?)</th>', page)
+    assert all(heads.count(html.escape(name)) == 2 for name in ODD.values())
+    assert "<i>" not in page
     assert "limit of phone $^$" in drawn
     text = render_markdown(artifacts)
     assert "<i>" not in text and "&lt;i&gt;z" in text and "x\\|y" in text
@@ -210,6 +210,29 @@ def test_names_are_neither_formulas_nor_markup(directory):
         # The line of dashes has the header's columns, rows have the columns of what is above.
         if text.find(f"{head}\n{line}\n") >= 0:
             assert len(re.split(r"(?<!\\)\|", line)) == len(re.split(r"(?<!\\)\|", head))
+
+
+def test_the_example_is_one_that_the_pack_changes(runs):
+    artifacts = artifacts_of(runs["d2c"])
+    worst = max(
+        artifacts["bench"]["methods"]["pack"]["tasks"].items(), key=lambda t: t[1]["excess"]
+    )
+    same = {"prompt": "one", "expected": "A b", "base": "x", "individual": "y", "pack": "Y"}
+    changed = {**same, "prompt": "two", "pack": "a  B"}
+    artifacts["bench"]["answers"][worst[0]] = [same, changed]
+    page = render_html(artifacts)
+    card = page[page.index("<article") : page.index("</article>")]
+    assert f">{worst[0]}</h3>" in card and ">two</dd>" in card and ">one</dd>" not in card
+    assert 'a  B<span class="right">as wanted</span>' in card and card.count("as wanted") == 1
+    del artifacts["bench"]["answers"], artifacts["bench"]["metrics"]
+    page = render_html(artifacts)
+    assert "No answers were measured" in page and "--answers 3" in page
+
+
+def test_a_run_from_before_there_were_cosines_has_a_report(directory):
+    artifacts = artifacts_of(directory)
+    del artifacts["losses"]["similarity"]
+    assert "How alike" not in render_html(artifacts)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +263,9 @@ MISSING = """() => [
   ...document.querySelectorAll('img:not([alt]), [role=img]:not([aria-label])'),
   ...document.querySelectorAll('svg:not([aria-hidden=true])'),
   ...document.querySelectorAll('.wide:not([tabindex="0"][role=region][aria-label])'),
+  ...document.querySelectorAll('[data-marks]:not([tabindex="0"][role][aria-label])'),
   ...document.querySelectorAll('th:not([scope])'),
+  ...[...document.querySelectorAll('a[href^="#"]')].filter(a => !document.querySelector(a.hash)),
 ].map(e => e.outerHTML.slice(0, 80))"""
 
 
@@ -257,6 +282,10 @@ def test_in_a_browser(opened, browser, width, theme, tmp_path):
     assert messages == [] and len(requests) == 1
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate(MISSING) == []
+    # Two columns where there is room, one on a phone; the worst task begins on the first screen.
+    left = page.locator("main h2").evaluate_all("all => all.map(h => h.getBoundingClientRect().x)")
+    assert (max(left) > width / 2) == (width == 1400)
+    assert page.locator(".card").first.bounding_box()["y"] < 900
     # The theme reaches the text of the page and of its charts.
     light = page.evaluate(
         "['body', 'figure svg text'].map(s => getComputedStyle(document.querySelector(s)))"
@@ -267,6 +296,114 @@ def test_in_a_browser(opened, browser, width, theme, tmp_path):
     page.close()
 
 
+@pytest.mark.parametrize(("kind", "theme"), [("d2c", "light"), ("auto", "dark")])
+def test_axe_finds_nothing(runs, browser, kind, theme, tmp_path):
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="needs: pip install axe-playwright-python"
+    )
+    artifacts = artifacts_of(runs[kind])
+    (tmp_path / "report.html").write_text(render_html(artifacts))
+    page = browser.new_page(viewport={"width": 400, "height": 900}, color_scheme=theme)
+    page.goto((tmp_path / "report.html").as_uri())
+    page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+    page.locator(".heat tbody td").last.hover()
+    found = axe.Axe().run(page).response
+    assert [one["id"] for one in found["violations"]] == [] and len(found["passes"]) > 20
+    page.close()
+
+
+def tabbed(page):
+    """What Tab reaches, in its order, with the number that each got in the page."""
+    page.evaluate(
+        "document.querySelectorAll('[tabindex], input, summary, a')"
+        ".forEach((one, i) => one.dataset.stop = i)"
+    )
+    found = []
+    for _ in range(300):
+        page.keyboard.press("Tab")
+        stop = page.evaluate("document.activeElement.dataset.stop || null")
+        if stop is None:
+            break
+        found.append(int(stop))
+    return found
+
+
+def test_by_keyboard_alone(directory, browser, tmp_path):
+    artifacts = artifacts_of(directory)
+    (tmp_path / "report.html").write_text(render_html(artifacts))
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
+    reached = tabbed(page)
+    assert reached == list(range(len(reached)))
+    stops = page.locator("[data-marks], input, summary, a, .wide")
+    assert reached == sorted(int(one.get_attribute("data-stop")) for one in stops.all())
+    tip = page.locator("#tip")
+
+    def said(chart, *keys):
+        chart.focus()
+        for key in keys:
+            page.keyboard.press(key)
+        return tip.inner_text()
+
+    for figure in page.locator("figure[data-marks]").all():
+        for mark in figure.locator(".mark").all():
+            assert said(figure, "ArrowRight") == mark.get_attribute("data-say")
+    tasks, cosines = artifacts["losses"]["tasks"], artifacts["losses"]["similarity"]
+    heat = page.locator(".wide:has(.heat)")
+    first = said(heat, "ArrowRight", "ArrowRight")
+    i, j = map(tasks.index, re.fullmatch("(.+) and (.+): .+", first).groups())
+    assert i != j and first == f"{tasks[i]} and {tasks[j]}: {cosines[i][j]:.3f}"
+    assert said(heat, "ArrowDown").split(" and ")[0] != tasks[i]
+    assert said(heat, "ArrowRight", "ArrowUp", "ArrowLeft") == first and tip.is_visible()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    page.close()
+
+
+def test_the_slider_says_every_budget(directory, browser):
+    page = browser.new_page()
+    page.goto((directory / "report.html").as_uri())
+    slider, rows = page.locator("#budget"), page.locator("section:has(#budget) tbody tr")
+    slider.focus()
+    page.keyboard.press("Home")
+    for k in range(rows.count()):
+        cells = rows.nth(k).locator("th, td").all_inner_texts()
+        said = page.locator("output").inner_text()
+        assert all(cell in said for cell in cells) and "at" in rows.nth(k).get_attribute("class")
+        assert slider.get_attribute("aria-valuetext") == said
+        page.keyboard.press("ArrowRight")
+    page.close()
+
+
+def test_without_scripts_the_page_is_whole(directory, browser):
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto((directory / "report.html").as_uri())
+    assert page.locator("#budget").is_hidden() and page.locator("#tip").is_hidden()
+    assert page.locator("section:has(#budget) table").is_visible()
+    # The browser shows these as tooltips.
+    assert page.locator("svg .mark > title").count() > 5
+    page.context.close()
+
+
+def test_an_answer_runs_no_script(runs, browser, tmp_path):
+    """Escaped, and where escaping should fail one day, forbidden by the policy of the page."""
+    evil = "<script>document.title = 'evil'</script><img src=x onerror=document.title=1>"
+    artifacts = artifacts_of(runs["d2c"])
+    for rows in artifacts["bench"]["answers"].values():
+        rows[0]["pack"] = evil
+    text = render_html(artifacts)
+    assert evil not in text and evil in html.unescape(text)
+    for name, content in (("escaped", text), ("raw", text.replace("<main>", f"<main>{evil}"))):
+        path = tmp_path / f"{name}.html"
+        path.write_text(content)
+        page = browser.new_page()
+        page.goto(path.as_uri())
+        assert page.title().startswith("d2c-mlx: ")
+        assert page.locator("#budget").is_visible()  # its own script ran
+        page.close()
+
+
 def test_printed_on_paper(opened, browser, tmp_path):
     page = browser.new_page()
     page.goto((opened / "report.html").as_uri())
@@ -275,6 +412,7 @@ def test_printed_on_paper(opened, browser, tmp_path):
     # The width of A4 within margins of a centimetre; nothing can be scrolled on paper.
     page.set_viewport_size({"width": 718, "height": 1000})
     assert page.evaluate("document.documentElement.scrollWidth") == 718
+    assert page.locator("#budget").is_hidden() and page.locator(".dial").is_visible()
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
     page.close()

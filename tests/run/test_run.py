@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.runs import NAMES, stages_started
 
@@ -53,6 +54,9 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     assert record["evaluations"]["asked"] == 4 * 4
     table = json.loads((output / "losses.json").read_text())
     assert len(table["individual"]) == len(table["weakened"]) == 4
+    cosines = np.array(table["similarity"])
+    assert cosines.shape == (4, 4) and (np.diagonal(cosines) == 1).all()
+    assert (cosines == cosines.T).all() and (cosines < 1).sum() == 12
     for name in ("report.md", "report.html"):
         text = (output / name).read_text()
         assert f"{manifest['nbytes']:,}" in text
@@ -60,14 +64,10 @@ def test_artifacts_and_the_shape_of_bench_json(config):
 
 
 def test_report_html_is_self_contained(config):
-    session = run(config, quiet=True)
-    text = (session.output / "report.html").read_text()
-    assert "<script" not in text
+    text = (run(config, quiet=True).output / "report.html").read_text()
+    assert text.count("<script") == 1 and "content=\"default-src 'none'; " in text
     assert not re.findall(r"""(?:src|href)\s*=\s*["']https?:""", text)
-    (found,) = session.read("clusters.json")["methods"]["d2c"]
-    # Excess by method, and regret by round where there were several.
-    assert text.count("<svg") == 1 + (len(found["history"]) > 1)
-    assert text.count("aria-label") >= 5
+    assert text.count("<svg") >= 2 and text.count("aria-label") >= 5
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"use strict";
+// What a mark of a chart says: on hover, tap or arrow keys in a tooltip, by the slider in a line.
+// Every number of it stands in a table of the page too, so that the page is whole without this.
+const tip = document.getElementById("tip");
+let shown = null, pointed = false;
+
+const marksOf = chart => [...chart.querySelectorAll(".mark, .heat tbody td")];
+
+function wordsOf(mark) {
+  if (mark.dataset.say) return mark.dataset.say;
+  // A cell of a heatmap: its headers name it.
+  const heads = mark.closest("table").tHead.rows[0].cells;
+  const of = mark.parentElement.cells[0].textContent, by = heads[mark.cellIndex].textContent;
+  return `${of} and ${by}: ${mark.textContent}`;
+}
+
+function hide() {
+  if (shown) shown.classList.remove("on");
+  shown = null;
+  tip.hidden = true;
+}
+
+function show(mark) {
+  if (mark === shown) return;
+  hide();
+  shown = mark;
+  mark.classList.add("on");
+  tip.textContent = wordsOf(mark);
+  tip.hidden = false;
+  place();
+}
+
+function place() {
+  if (!shown) return;
+  const at = shown.getBoundingClientRect(), box = tip.getBoundingClientRect();
+  const left = Math.min(at.left + at.width / 2, innerWidth - box.width - 8);
+  const above = Math.max(at.top, 0) - box.height - 6;
+  tip.style.left = `${Math.max(8, left)}px`;
+  tip.style.top = `${above > 0 ? above : Math.min(at.bottom + 6, innerHeight - box.height)}px`;
+}
+
+// How far each key goes, in marks of one row and in rows.
+const KEYS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
+
+function step(event) {
+  if (!KEYS[event.key] || event.target !== event.currentTarget) return;
+  event.preventDefault();
+  const marks = marksOf(event.currentTarget), [across, down] = KEYS[event.key];
+  const now = marks.indexOf(shown);
+  const to = now < 0 ? 0 : now + across + down * (event.currentTarget.dataset.columns || 1);
+  if (!marks[to]) return;
+  marks[to].scrollIntoView({ block: "nearest", inline: "nearest" });
+  pointed = false;
+  show(marks[to]);
+}
+
+for (const title of document.querySelectorAll(".mark > title")) {
+  title.parentElement.dataset.say = title.textContent;
+  title.remove();  // or the browser shows a tooltip of its own
+}
+for (const chart of document.querySelectorAll("[data-marks]")) {
+  chart.tabIndex = 0;
+  chart.addEventListener("keydown", step);
+  chart.addEventListener("blur", hide);
+}
+document.addEventListener("pointerover", event => {
+  if (event.target === tip) return;
+  const mark = event.target.closest(".mark, .heat tbody td");
+  // A pointer at rest, under which the page scrolls, hides nothing that a key has shown.
+  if (mark) show(mark); else if (pointed) hide();
+  pointed = Boolean(mark);
+});
+document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
+document.addEventListener("scroll", place, true);
+
+for (const slider of document.querySelectorAll("input[type=range]")) {
+  const part = slider.closest("section"), said = part.querySelector("output");
+  const marks = marksOf(part.querySelector("figure")), rows = part.querySelectorAll("tbody tr");
+  const move = () => {
+    [...marks, ...rows].forEach(one => one.classList.remove("at"));
+    [marks[slider.value], rows[slider.value]].forEach(one => one.classList.add("at"));
+    said.textContent = wordsOf(marks[slider.value]);
+    slider.setAttribute("aria-valuetext", said.textContent);
+  };
+  slider.addEventListener("input", move);
+  slider.closest("[hidden]").hidden = false;
+  move();
+}
