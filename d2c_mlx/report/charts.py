@@ -189,7 +189,8 @@ def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels:
     joins = linkage(1 - above, "single")
     order = leaves_list(joins).tolist()
     figure, axes = new_figure(_WIDTH, 0.24 * len(names) + 0.9)
-    start = float(above.max() + 0.15 * max(above.max() - above.min(), 1e-3))
+    low = min(0.0, float(above.min()))
+    start = float(above.max() + 0.15 * max(above.max() - low, 1e-3))
     nodes = [([i], start, float(order.index(i))) for i in range(len(names))]
     says: list[str] = []
     for k, (a, b, distance, _) in enumerate(joins):
@@ -215,7 +216,7 @@ def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels:
     axes.tick_params(axis="y", length=0, pad=26 if colours else 6)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(start, min(0.0, float(above.min())) - 0.05 * start)
+    axes.set_xlim(start, low - 0.05 * (start - low))
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("cosine of the most alike pair")
     return _svg(figure, "joins", says)
