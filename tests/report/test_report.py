@@ -229,6 +229,21 @@ def test_the_example_is_one_that_the_pack_changes(runs):
     assert "No answers were measured" in page and "--answers 3" in page
 
 
+def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
+    artifacts = artifacts_of(runs["auto"])
+    artifacts["plan"] |= {"units": [], "base": artifacts["losses"]["tasks"]}
+    methods = artifacts["bench"]["methods"]
+    methods["pack"]["nbytes"] = artifacts["manifest"]["nbytes"] = 0
+    page = render_html(artifacts)
+    assert "Left to the base model: a, b, c, d." in page and "in 0 adapters" in page
+    for method in methods.values():
+        for one in (method, *method["tasks"].values()):
+            one["retention"] = None
+    page = render_html(artifacts)
+    assert 'class="dial"' not in page and "None" not in words_of(page)
+    assert "None" not in render_markdown(artifacts)
+
+
 def test_a_run_from_before_there_were_cosines_has_a_report(directory):
     artifacts = artifacts_of(directory)
     del artifacts["losses"]["similarity"]
