@@ -126,7 +126,7 @@ def _plan(inputs: Inputs) -> float:
 
 
 def _cluster(inputs: Inputs) -> float:
-    passes = _PAPER if inputs.config.search != "estimates" else 2 + MOST_FAILED
+    passes = _PAPER if inputs.config.search == "paper" else 2 + MOST_FAILED
     return passes * _probe_tokens(inputs) if inputs.capacity.n_clusters < len(inputs.names) else 0.0
 
 

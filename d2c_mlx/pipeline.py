@@ -42,8 +42,9 @@ from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
+from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.inputs import opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
@@ -165,11 +166,14 @@ def cluster(session: Session) -> Stage:
         )
 
     given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
+    plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
 
     def body() -> None:
         problem = session.study.problem
-        if given:
-            found = Clustering("d2c", given, measured_regret(problem, given), stopped="given")
+        labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
+        if labels:
+            stopped = c.search if plugin else "given"
+            found = Clustering("d2c", labels, measured_regret(problem, labels), stopped=stopped)
         elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
@@ -195,7 +199,7 @@ def cluster(session: Session) -> Stage:
     like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.random_seeds]  # fmt: skip
-    options += [given] if given else []
+    options += [given] if given else [plugin.identity] if plugin else []
     return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
@@ -344,7 +348,8 @@ STAGES: dict[str, Callable[[Session], Stage]] = {
 
 def _merge_options(config: RunConfig) -> list[object]:
     c = config
-    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed]
+    plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
+    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]
 
 
 def _clusterings(session: Session) -> dict[str, list[Clustering]]:

@@ -111,6 +111,8 @@ class Inputs:
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
+        for plugin in config.plugins:
+            collect(errors, plugin.load)
         if config.merge_method == "layerwise":
             collect(errors, lambda: check_blocks(self.base))
         if not errors:
@@ -191,6 +193,7 @@ def provenance(inputs: Inputs) -> dict[str, Any]:
         "config": inputs.config.to_dict(),
         "base": {"model": base.name, "config_sha256": base.config_hash},
         "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        **({"plugins": found} if (found := list(map(str, inputs.config.plugins))) else {}),
         "budget": {
             "text": capacity.budget.text,
             "nbytes": capacity.max_bytes,
