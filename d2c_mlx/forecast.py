@@ -73,17 +73,18 @@ class Forecast:
         return sum(one.seconds for one in self.stages)
 
 
-def forecast(config: RunConfig, until: str = "report") -> Forecast:
+def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = None) -> Forecast:
     """Load and check all inputs, and estimate the run; nothing is written.
 
     Args:
         config: options of the run.
         until: name of the last stage.
+        inputs: loaded for these options already; None loads them.
 
     Raises:
         InputError: bad input, all problems at once.
     """
-    session = Session(config, quiet=True)
+    session = Session(config, quiet=True, inputs=inputs)
     names, inputs = settled_stages(session, until), session.inputs
     rate, done, stages = _rate(inputs), True, []
     for name in names:

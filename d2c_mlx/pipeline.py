@@ -59,7 +59,9 @@ from d2c_mlx.utils.progress import say
 __all__ = ["STAGES", "run", "settled_stages"]
 
 
-def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Session:
+def run(
+    config: RunConfig, until: str = "report", quiet: bool = False, inputs: Inputs | None = None
+) -> Session:
     """Run every stage up to and including `until`; what is already done is kept.
 
     Like make, a stage first runs the stages before it that are not done. So no stage can fail for
@@ -70,6 +72,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         config: options of the run.
         until: a key of `STAGES`.
         quiet: show no progress.
+        inputs: loaded for these options already, as several runs share them; None loads them.
 
     Returns:
         The session, through which artifacts are read.
@@ -79,7 +82,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         D2CError: a stage failed, or another process is at work in the run directory.
     """
     with leading_rank() as group:
-        session = Session(config, quiet, group)
+        session = Session(config, quiet, group, inputs)
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
