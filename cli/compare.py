@@ -56,10 +56,14 @@ def compare(
         raise ConfigError(problems)
     axes = Axes(lists["merge_methods"], lists["budgets"], kinds)
     found = Comparison(configs or (None,), given, axes, Path(output or ""), quiet)
-    if dry_run or not quiet:
-        for entry in found.entries:
-            say(f"{entry.name:<40} {'done' if entry.finished else 'to do'}", err=not dry_run)
-        say(f"{len(found.entries)} runs, about {minutes(found.seconds())} here", err=not dry_run)
+    states = {one.name: "to do" if one in found.left else "done" for one in found.entries}
+    if dry_run and as_json:
+        say_json({"runs": states, "seconds": round(found.seconds())})
+    elif dry_run or not quiet:
+        for name, state in states.items():
+            say(f"{name:<40} {state}", err=not dry_run)
+        text = f"{len(states)} runs, {len(found.left)} to do"
+        say(f"{text}: about {minutes(found.seconds())} here", err=not dry_run)
     if dry_run:
         return
     content = found.run()

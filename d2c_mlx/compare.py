@@ -7,6 +7,7 @@ the adapters and rows in memory and the cache of losses; a finished run is not r
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -82,11 +83,12 @@ class Entry:
 
 
 class Comparison:
-    """The runs of a comparison; make one, look at `entries` and `seconds`, then `run`.
+    """The runs of a comparison: make one, look at `left` and `seconds`, then `run`.
 
     Attributes:
         output: directory of the runs and of the table.
         entries: the runs, in their order.
+        left: those that are not done.
         quiet: show no progress.
     """
 
@@ -114,26 +116,25 @@ class Comparison:
         self.entries = _entries(configs, options, axes, output, errors)
         _raise(errors)
         self._inputs: dict[str, Inputs] = {}
+        self.left = [one for one in self.entries if not one.finished or self._rows(one) is None]
         self._check(errors)
         _raise(errors)
 
     def _check(self, errors: list[InputError]) -> None:
         """Load the inputs of every config with something to do, and check each of its runs."""
-        tried = set()
-        for entry in self.entries:
-            config, key = entry.config, (entry.source, entry.config.budget)
-            # What cannot be loaded at one budget may be at another, with no other method.
-            if (entry.finished and self._rows(entry)) or (
-                key in tried and entry.source not in self._inputs
-            ):
+        tried, made = set(), {f"{one.config.output}/clusters.json" for one in self.entries}
+        for entry in self.left:
+            # What cannot be loaded at a budget cannot with another method either.
+            key = entry.source, entry.config.budget
+            if key in tried and entry.source not in self._inputs:
                 continue
             tried.add(key)
             inputs = collect(errors, lambda: self._inputs_of(entry))  # noqa: B023  called here
+            file = entry.config.clusters
             # Clusters of another run of this comparison are not there yet.
-            file = Path(config.clusters or self.output)
-            if inputs and not file.is_relative_to(self.output):
+            if inputs and file and file not in made:
                 names, k = inputs.names, inputs.capacity.n_clusters
-                collect(errors, lambda: read_clusters(file, names, k))  # noqa: B023
+                collect(errors, lambda: read_clusters(Path(file), names, k))  # noqa: B023
 
     def _inputs_of(self, entry: Entry) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
@@ -143,10 +144,10 @@ class Comparison:
 
     def seconds(self) -> float:
         """About how long the runs that are not done take here; see `forecast`."""
-        total, sources = 0.0, {one.source for one in self.entries if not one.finished}
-        for source in sorted(sources):
+        total = 0.0
+        for source in sorted({one.source for one in self.left}):
             of = [one for one in self.entries if one.source == source]
-            left = [one for one in of if not one.finished]
+            left = [one for one in of if one in self.left]
             # As if nothing were done; then probe is shared by all, cluster by those on given ones.
             new = left[0].config.replace(output=str(self.output / ".new"))
             each = {one.name: one.seconds for one in
@@ -198,7 +199,7 @@ class Comparison:
         """The losses of rows that were measured on this very pack and these rows, or None."""
         found = json_or_none(self._rows_file(entry))
         if not isinstance(found, dict) or found.get("of") != _measured(entry):
-            return None
+            return None  # of an older pack, or damaged
         return {task: np.array(rows) for task, rows in found["rows"].items()}
 
 
@@ -234,13 +235,10 @@ def _entries(
     ):
         lender = None
         for method in axes.methods:
-            name = "-".join(filter(None, (stem, method, budget)))
-            given = {
-                **options,
-                "merge_method": method,
-                "budget": budget,
-                "output": str(output / name),
-            }
+            # The name of a plug-in may have any character.
+            name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
+            given = {**options, "merge_method": method, "budget": budget,
+                     "output": str(output / name)}  # fmt: skip
             config = collect(errors, lambda: load_config(path, given, merged=True))  # noqa: B023
             if not config:
                 continue

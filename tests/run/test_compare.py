@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from scipy.stats import bootstrap
 from d2c_mlx.evaluate.heldout import BenchMethod, method_losses, paired_bootstrap, row_losses
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.session import Session
 
 METHODS = ["linear", "ties", "tsv", "regmean"]
@@ -22,13 +21,14 @@ METHODS = ["linear", "ties", "tsv", "regmean"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Six adapters, two of them strong, and a file of options."""
+    """Six adapters of unlike strength, which methods cluster otherwise, and a file of options."""
     root = tmp_path_factory.mktemp("six")
     paths = library(root, list("abcdef"))
-    for seed, name in enumerate("bd"):
-        peft_adapter(paths.adapters, name, alpha=40, seed=seed)
+    for seed, name in enumerate("abcdef"):
+        peft_adapter(paths.adapters, name, alpha=20 * (1 + seed % 3), seed=seed)
     lines = [f"{name}: {path}" for name, path in paths._asdict().items()]
-    (root / "six.yaml").write_text("\n".join([*lines, "probe_examples: 3", "test_examples: 4"]))
+    lines += ["search: moves", "patience: 4", "eps: 0", "probe_examples: 3", "test_examples: 4"]
+    (root / "six.yaml").write_text("\n".join(lines))
     return root
 
 
@@ -54,12 +54,11 @@ def compared(root):
 def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     found = json.loads((root / "out" / "compare.json").read_text())
     runs = {(one["budget"], one["clusters"], one["method"]): one for one in found["runs"]}
-    assert len(runs) == 16 and "16 runs" not in compared.output
-    assert "14 runs, about" in compared.output  # the first method's own clusters are the shared
-    base = {**dict(zip(("model", "adapters", "tasks"), (str(root / n) for n in ("model", "adapters",
-            "tasks")))), "probe_examples": 3, "test_examples": 4, "baselines": ()}  # fmt: skip
+    # The first method's own clusters are those that all share.
+    assert len(runs) == 16 and "14 runs, 14 to do: about" in compared.output
     for i, method in enumerate(METHODS):
-        config = RunConfig(**base, budget="2", merge_method=method, output=str(tmp_path / method))
+        config = load_config(root / "six.yaml", {"budget": "2", "merge_method": method,
+                             "output": str(tmp_path / method), "baselines": ()})  # fmt: skip
         own = run(config, quiet=True)
         shared = config.replace(output=str(tmp_path / f"{method}-shared"),
                                 clusters=str(tmp_path / METHODS[0] / "clusters.json"))  # fmt: skip
@@ -70,6 +69,8 @@ def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
             assert ours["members"] == [one["members"] for one in session.read("merges.json")]
     members = {str(runs["2", "shared", method]["members"]) for method in METHODS}
     assert len(members) == 1 and len({str(one["members"]) for one in runs.values()}) > 2
+    assert {one["excess"] for key, one in runs.items() if "own" in key} != {
+        one["excess"] for key, one in runs.items() if "shared" in key}  # fmt: skip
     assert len(found["pairs"]) == 4 * 6  # two budgets, two kinds, every two methods
 
 
@@ -78,8 +79,8 @@ def test_the_table_its_csv_and_plot_have_these_numbers(root, compared):
     found = json.loads((root / "out" / "compare.json").read_text())
     table = (root / "out" / "compare.md").read_text()
     assert compared.stdout.endswith(table)
-    rows = list(csv.DictReader((root / "out" / "compare.csv").open()))
-    assert len(rows) == len(found["runs"]) == table.count("\n| ") - 0
+    rows = list(csv.DictReader((root / "out" / "compare.csv").read_text().splitlines()))
+    assert len(rows) == len(found["runs"]) == table.count("\n| ")
     plot = (root / "out" / "compare.svg").read_text()
     for one in found["runs"]:
         (row,) = [r for r in rows if all(r[key] == one[key] for key in ("name", "clusters"))]
@@ -101,9 +102,6 @@ def test_the_table_its_csv_and_plot_have_these_numbers(root, compared):
 @pytest.mark.slow
 def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command, tmp_path):
     out = shutil.copytree(root / "out", tmp_path / "out")
-    dry = argv(root, on="shared,own", output=out)
-    # Only the two runs on clusters of this copy are as they were: those of the others moved.
-    assert command(*dry, "--dry-run")[0] == 0
     words = argv(root, METHODS[:2], "2", output=out)
     code, _, err = command(*words)
     assert code == 0, err
@@ -115,12 +113,14 @@ def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command
     assert stages_started(out / "six-ties-2-shared") == first
     assert "| 2 | shared | ties |" in text and text == (out / "compare.md").read_text()
     code, text, _ = command(*words, "--dry-run")
-    assert code == 0 and text.splitlines()[-1] == "2 runs, about 0 s here"
+    assert code == 0 and text.splitlines()[-1] == "2 runs, 0 to do: about 0 s here"
     assert [line.split() for line in text.splitlines()[:2]] == [
         ["six-linear-2", "done"], ["six-ties-2-shared", "done"]]  # fmt: skip
     shutil.rmtree(out / "six-ties-2-shared")
     code, text, _ = command(*words, "--dry-run")
     assert "to do" in text.splitlines()[1] and not (out / "six-ties-2-shared").exists()
+    code, text, _ = command(*words, "--dry-run", "--json")
+    assert json.loads(text)["runs"] == {"six-linear-2": "done", "six-ties-2-shared": "to do"}
 
 
 @pytest.mark.slow
@@ -161,17 +161,13 @@ def test_files_that_no_comparison_wrote_are_kept(root, command, tmp_path):
 
 @pytest.mark.slow
 def test_losses_of_rows_are_those_of_their_set(root, compared):
-    config = RunConfig(
-        adapters=str(root / "adapters"), tasks=str(root / "tasks"), model=str(root / "model"),
-        budget="2", output=str(root / "out" / "six-linear-2"), probe_examples=3, test_examples=4,
-    )  # fmt: skip
+    config = load_config(root / "out" / "six-linear-2" / "config.yaml", {})
     session, pack = Session(config), load_pack(root / "out" / "six-linear-2" / "pack")
     serves = {name: pack.load(name) for name in "abcdef"}
     rows = row_losses(session.evaluator, serves, session.inputs.tests)
     whole = method_losses(session.evaluator, BenchMethod(0, [serves]), session.inputs.tests)
     means = [rows[name][:, 0].sum() / rows[name][:, 1].sum() for name in "abcdef"]
     np.testing.assert_allclose(means, whole, atol=1e-5)
-    assert Path(config.output, "bench.json").exists()
 
 
 def test_the_bootstrap_of_one_task_is_scipys():
