@@ -50,6 +50,8 @@ def plain(factors, options):
     u, s, v = np.linalg.svd(sum(a @ b for a, b in factors) / len(factors), full_matrices=False)
     return u[:, :options.rank] * s[:options.rank], v[:options.rank]
 def halves(problem, n_clusters, seed):
+    (regrets,) = problem.measure([(problem.merge((0, 1)), (0, 1))])
+    assert regrets.shape == (2,) and problem.similarity.shape == (4, 4)
     return np.arange(problem.n) * n_clusters // problem.n
 """
 
