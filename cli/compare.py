@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,9 @@ from .options import RUN_OPTIONS
 from .paths import UserPath
 from .say import say, say_json
 from .stages import minutes
+
+if TYPE_CHECKING:
+    from d2c_mlx.compare import Axes
 
 # Options of a run that a comparison sets itself.
 _SET = {"merge_method", "budget", "plan", "max_adapters", "thorough"}
@@ -40,21 +44,11 @@ def compare(
     Example:
       d2c-mlx compare run.yaml --merge-methods linear,ties,tsv --budgets 2,3 --output runs/compare
     """
-    from d2c_mlx.compare import CLUSTERS, Axes, Comparison
-    from d2c_mlx.utils.errors import ConfigError
+    from d2c_mlx.compare import Comparison
 
     given = {name: value for name, value in options.items() if value is not None}
-    kinds, output = _listed(on), given.pop("output", None)
-    problems = [] if output else ["output: not given; pass --output"]
-    lists = {"merge_methods": _listed(merge_methods), "budgets": _listed(budgets), "on": kinds}
-    for name, names in lists.items():
-        if not names or len(set(names)) < len(names):
-            problems.append(f"{name}: found {','.join(names)!r}, expected a list without repeats")
-    if not set(kinds) <= set(CLUSTERS):
-        problems.append(f"on: found {on!r}, expected some of {list(CLUSTERS)}")
-    if problems:
-        raise ConfigError(problems)
-    axes = Axes(lists["merge_methods"], lists["budgets"], kinds)
+    output = given.pop("output", None)
+    axes = _axes(output, {"merge_methods": merge_methods, "budgets": budgets, "on": on})
     found = Comparison(configs or (None,), given, axes, Path(output or ""), quiet)
     states = {one.name: "to do" if one in found.left else "done" for one in found.entries}
     if dry_run and as_json:
@@ -73,8 +67,22 @@ def compare(
         say((found.output / "compare.md").read_text(encoding="utf-8"), nl=False)
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
+    """What is compared, from the texts of the options; raises ConfigError with all problems."""
+    from d2c_mlx.compare import CLUSTERS, Axes
+    from d2c_mlx.utils.errors import ConfigError
+
+    problems = [] if output else ["output: not given; pass --output"]
+    lists = {name: [part.strip() for part in text.split(",") if part.strip()]
+             for name, text in given.items()}  # fmt: skip
+    for name, found in lists.items():
+        if not found or len(set(found)) < len(found):
+            problems.append(f"{name}: found {given[name]!r}, expected a list without repeats")
+    if not set(lists["on"]) <= set(CLUSTERS):
+        problems.append(f"on: found {given['on']!r}, expected some of {list(CLUSTERS)}")
+    if problems:
+        raise ConfigError(problems)
+    return Axes(*lists.values())
 
 
 for _option in reversed((
