@@ -46,7 +46,7 @@ from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.inputs import opening, provenance
+from d2c_mlx.run.inputs import Inputs, opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage

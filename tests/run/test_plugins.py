@@ -131,7 +131,7 @@ LABELS = {
     "return 'abcd'": "returned str, expected 4 whole numbers",
     "return [True, True, False, False]": "returned bool array of (4,), expected",
     "return range(4)": "returned 4 clusters, expected at most 2",
-    "problem.similarity[:] = 0": "failed: ValueError: assignment destination is read-only (liar.py,",
+    "problem.similarity[:] = 0": "failed: ValueError: assignment destination is read-only",
     "return problem.nothing": "failed: AttributeError: 'Problem' object has no attribute 'nothing'",
 }
 
