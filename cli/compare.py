@@ -35,8 +35,8 @@ def compare(
 
     Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
     command line goes before all of them. A run has a directory in --output, as d2c-mlx run makes
-    it, without baselines unless they are asked for. Finished runs are not repeated. A budget in
-    bytes is merged, not planned.
+    it, without baselines and answers unless they are asked for. Finished runs are not repeated. A
+    budget in bytes is merged, not planned.
 
     The table goes to compare.md, .csv, .json and .svg: held-out losses, and the difference to the
     first method with its 95 % interval by a paired bootstrap over the rows.

@@ -36,6 +36,8 @@ __all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
 
 # Whose clusters are merged: those of the first method, or each method's own.
 CLUSTERS = ("shared", "own")
+# Options of a comparison's runs that are not asked for: they take time and are not compared.
+_UNASKED: dict[str, Any] = {"baselines": (), "answers": 0}
 # What a comparison writes beside the directories of its runs.
 _WRITES = ("compare.json", "compare.md", "compare.csv", "compare.svg", "rows")
 
@@ -242,8 +244,8 @@ def _entries(
             config = collect(errors, lambda: load_config(path, given, merged=True))  # noqa: B023
             if not config:
                 continue
-            if "baselines" not in config.model_fields_set:
-                config = config.replace(baselines=())
+            asked = config.model_fields_set
+            config = config.replace(**{k: v for k, v in _UNASKED.items() if k not in asked})
             own = config.replace(clusters=None)
             if not config.clusters and lender is None:
                 lender = str(output / name / "clusters.json")

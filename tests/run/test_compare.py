@@ -57,8 +57,9 @@ def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     # The first method's own clusters are those that all share.
     assert len(runs) == 16 and "14 runs, 14 to do: about" in compared.output
     for i, method in enumerate(METHODS):
-        config = load_config(root / "six.yaml", {"budget": "2", "merge_method": method,
-                             "output": str(tmp_path / method), "baselines": ()})  # fmt: skip
+        more = {"merge_method": method, "output": str(tmp_path / method)}
+        few = {"budget": "2", "baselines": (), "answers": 0}
+        config = load_config(root / "six.yaml", {**few, **more})
         own = run(config, quiet=True)
         shared = config.replace(output=str(tmp_path / f"{method}-shared"),
                                 clusters=str(tmp_path / METHODS[0] / "clusters.json"))  # fmt: skip
