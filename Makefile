@@ -99,8 +99,8 @@ LOCKED := $(UV) --require-hashes -r
 	$(LOCKED) benchmarks/library/requirements.txt --no-deps
 	touch $@
 
-# What a release would upload: the wheel's data files are named here, so that none is forgotten and
-# none comes along.
+# What a release would upload, and the workflow that does it. The wheel's data files are named here,
+# so that none is forgotten and none comes along.
 DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
   d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja d2c_mlx/report/report.js \
   d2c_mlx/report/report.md.jinja
@@ -113,7 +113,8 @@ check-dist: .venv/tools
 	@found=$$($(PYTHON) -m zipfile -l dist/*.whl | awk 'NR > 1 {print $$1}' \
 	  | grep -vE '\.py$$|\.dist-info/' | sort | xargs); \
 	  [ "$$found" = "$(strip $(DATA))" ] || { echo "data files in the wheel: $$found"; exit 1; }
-	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks)/' || exit 1
+	@! tar tzf dist/*.tar.gz | grep -E '/(tests|runs|benchmarks|docs|examples)/' || exit 1
+	.venv-tools/bin/zizmor -q --offline .github
 
 # The newest versions of everything that is locked, with hashes, for every system and Python.
 COMPILE := .venv-tools/bin/uv pip compile -q --upgrade --universal --python-version 3.11 \

@@ -24,6 +24,7 @@ _COMMANDS = {
     "run": Entry(
         "stages:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
     ),
+    "compare": Entry("compare:compare", _RUNS, "Compare merge methods and budgets in one table."),
     "probe": Entry("stages:probe", _RUNS, "Measure every adapter on the tasks' calibration rows."),
     "plan": Entry("stages:plan", _RUNS, "Choose what to store for a budget in bytes."),
     "cluster": Entry("stages:cluster", _RUNS, "Choose which adapters to merge."),

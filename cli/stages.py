@@ -160,17 +160,18 @@ def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
         say_json({**asdict(found), "seconds": round(found.seconds)})
         return
     for one in found.stages:
-        what = "done" if one.done else f"{one.tokens:>12,} tokens {_minutes(one.seconds):>10}"
+        what = "done" if one.done else f"{one.tokens:>12,} tokens {minutes(one.seconds):>10}"
         say(f"{one.name:<8} {what}")
     pack = f"{found.adapters} adapters" if found.adapters else "adapters as the plan chooses"
     say(
-        f"About {found.evaluations:,} evaluations, {_minutes(found.seconds)} at"
+        f"About {found.evaluations:,} evaluations, {minutes(found.seconds)} at"
         f" {found.tokens_per_second:,.0f} tokens/s here; the pack: {pack}, at most"
         f" {found.nbytes / 1e6:,.2f} MB in {config.output}. Nothing was written."
     )
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A time for people: seconds up to 90, then minutes."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

@@ -73,17 +73,18 @@ class Forecast:
         return sum(one.seconds for one in self.stages)
 
 
-def forecast(config: RunConfig, until: str = "report") -> Forecast:
+def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = None) -> Forecast:
     """Load and check all inputs, and estimate the run; nothing is written.
 
     Args:
         config: options of the run.
         until: name of the last stage.
+        inputs: loaded for these options already; None loads them.
 
     Raises:
         InputError: bad input, all problems at once.
     """
-    session = Session(config, quiet=True)
+    session = Session(config, quiet=True, inputs=inputs)
     names, inputs = settled_stages(session, until), session.inputs
     rate, done, stages = _rate(inputs), True, []
     for name in names:
@@ -126,7 +127,7 @@ def _plan(inputs: Inputs) -> float:
 
 
 def _cluster(inputs: Inputs) -> float:
-    passes = _PAPER if inputs.config.search != "estimates" else 2 + MOST_FAILED
+    passes = _PAPER if inputs.config.search == "paper" else 2 + MOST_FAILED
     return passes * _probe_tokens(inputs) if inputs.capacity.n_clusters < len(inputs.names) else 0.0
 
 

@@ -42,10 +42,11 @@ from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.result import read_phone
+from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.inputs import opening, provenance
+from d2c_mlx.run.inputs import Inputs, opening, provenance
 from d2c_mlx.run.records import check_pack, expect_pack
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
@@ -58,7 +59,9 @@ from d2c_mlx.utils.progress import say
 __all__ = ["STAGES", "run", "settled_stages"]
 
 
-def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Session:
+def run(
+    config: RunConfig, until: str = "report", quiet: bool = False, inputs: Inputs | None = None
+) -> Session:
     """Run every stage up to and including `until`; what is already done is kept.
 
     Like make, a stage first runs the stages before it that are not done. So no stage can fail for
@@ -69,6 +72,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         config: options of the run.
         until: a key of `STAGES`.
         quiet: show no progress.
+        inputs: loaded for these options already, as several runs share them; None loads them.
 
     Returns:
         The session, through which artifacts are read.
@@ -78,7 +82,7 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Sessio
         D2CError: a stage failed, or another process is at work in the run directory.
     """
     with leading_rank() as group:
-        session = Session(config, quiet, group)
+        session = Session(config, quiet, group, inputs)
         wanted = stages_of(config, until)
         if session.directory.is_finished(config, wanted):
             return session
@@ -167,11 +171,14 @@ def cluster(session: Session) -> Stage:
         )
 
     given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
+    plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
 
     def body() -> None:
         problem = session.study.problem
-        if given:
-            found = Clustering("d2c", given, measured_regret(problem, given), stopped="given")
+        labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
+        if labels:
+            stopped = c.search if plugin else "given"
+            found = Clustering("d2c", labels, measured_regret(problem, labels), stopped=stopped)
         elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
@@ -197,7 +204,7 @@ def cluster(session: Session) -> Stage:
     like = c.replace(merge_method=session.study.merger.quick_method)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.random_seeds]  # fmt: skip
-    options += [given] if given else []
+    options += [given] if given else [plugin.identity] if plugin else []
     return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
 
 
@@ -346,7 +353,8 @@ STAGES: dict[str, Callable[[Session], Stage]] = {
 
 def _merge_options(config: RunConfig) -> list[object]:
     c = config
-    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed]
+    plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
+    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]
 
 
 def _clusterings(session: Session) -> dict[str, list[Clustering]]:

@@ -28,6 +28,7 @@ from d2c_mlx.merge.lego import lego
 from d2c_mlx.merge.regmean import Grams, regmean
 from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
 from d2c_mlx.merge.wudi import wudi
+from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "scaled"]
@@ -128,7 +129,7 @@ def merge_adapters(
 
     Args:
         adapters: at least one, all of the same base model.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or the name of a plug-in.
         density: share of entries kept by methods that sparsify, above 0 and at most 1.
         rank: most columns of every module of the result; None takes the largest rank of
             `adapters`. `concat` always keeps all columns.
@@ -145,14 +146,15 @@ def merge_adapters(
         ConfigError: the method is unknown, an option is out of range, or the method needs an option
             that is missing or takes none of that name.
         AdapterError: a module has different shapes, so the adapters are of different base models.
+        D2CError: a plug-in failed, or returned what is no merge.
     """
     _check(adapters, method, density, rank, weights, activations)
     order = _sorted_indices(adapters)
     members = [adapters[i] for i in order]
-    names = tuple(adapter.name for adapter in members)
+    of = tuple(adapter.name for adapter in members)
     if len(members) == 1 and weights is None:
         only = members[0]
-        return Adapter(only.name, only.modules, only.base, only.sources or names)
+        return Adapter(only.name, only.modules, only.base, only.sources or of)
     shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
@@ -162,9 +164,15 @@ def merge_adapters(
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         groups = iter(_groups(members, order, activations or {}, options))
         while some := list(islice(groups, _GROUPS)):
-            for merged in pool.map(partial(_merge_group, METHODS[method]), some):
+            for merged in pool.map(partial(_merge_group, _method(method)), some):
                 modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in merged.items()}
-    return Adapter("+".join(names), dict(sorted(modules.items())), members[0].base, names)
+    return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
+
+
+def _method(name: str) -> Method:
+    """A method of this package, or of a plug-in."""
+    plugin = None if name in METHODS else find(MERGE_METHODS, name)
+    return partial(merge_by, plugin) if plugin else METHODS[name]
 
 
 def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
@@ -236,8 +244,9 @@ def _check(
     activations: Activations | None,
 ) -> None:
     """Raise ConfigError with every problem of the options."""
-    if method not in METHODS:
-        raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {list(METHODS)}")
+    if method not in METHODS and not find(MERGE_METHODS, method):
+        known = [*METHODS, *names(MERGE_METHODS)]
+        raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {known}")
     problems = []
     if not adapters:
         problems.append("adapters: found none, expected at least one to merge")

@@ -26,7 +26,7 @@ class MergeOptions:
     """Options for merging the adapters of a cluster into one.
 
     Attributes:
-        method: one of `RUN_METHODS`; None takes the best that the base model allows.
+        method: one of `RUN_METHODS` or a plug-in; None takes the best that the model allows.
         density: share of entries kept by methods that sparsify, above 0 and at most 1.
         scale: factor on every merge's dW; None tunes it per cluster on the calibration rows.
         rank: largest rank of a merge; None takes the largest of the adapters.

@@ -21,7 +21,7 @@ from d2c_mlx.utils.validation import Checked
 __all__ = ["MARKER", "Kind", "Marker", "mark", "read_marker", "write_marker"]
 
 MARKER = ".d2c-mlx.json"
-Kind = Literal["convert", "export", "push", "run"]
+Kind = Literal["compare", "convert", "export", "push", "run"]
 
 
 class Marker(Checked):

@@ -6,10 +6,12 @@ docs/reference/options.md from these fields; a test fails when they differ from 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from d2c_mlx.compress.budget import bytes_of
 from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
+from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.run.rules import NOT_GIVEN, RunRules, is_planned
 from d2c_mlx.utils.validation import option
 
@@ -49,6 +51,11 @@ _MOST_SEED = 2**32 - 1
 
 _INPUT, _BUDGET, _MERGE = "Adapters and tasks", "Budget", "Merge"
 _SEARCH, _EVALUATION, _REFINE = "Search", "Evaluation", "Refine"
+
+
+def _more(group: str) -> dict[str, Any]:
+    """Details of an option that takes the names of plug-ins, too."""
+    return {"more": partial(names, group), "more_text": "or a plug-in"}
 
 
 class RunConfig(RunRules):
@@ -128,6 +135,7 @@ class RunConfig(RunRules):
         metavar="NAME",
         default_text="layerwise, or regmean++ where a model cannot be run by blocks",
         choices=RUN_METHODS,
+        **_more(MERGE_METHODS),
     )
     merge_rank: int | None = option(
         None,
@@ -164,6 +172,7 @@ class RunConfig(RunRules):
         group=_SEARCH,
         metavar="NAME",
         choices=SEARCHES,
+        **_more(CLUSTERINGS),
     )
     thorough: bool = option(
         False,
@@ -243,6 +252,16 @@ class RunConfig(RunRules):
         return MergeOptions(
             self.merge_method, self.density, self.scale, self.merge_rank, self.eps, self.seed
         )
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """The plug-ins that these options name; raises ConfigError as `plugins.find` does."""
+        named = []
+        if self.merge_method and self.merge_method not in RUN_METHODS:
+            named.append(find(MERGE_METHODS, self.merge_method))
+        if self.search not in SEARCHES:
+            named.append(find(CLUSTERINGS, self.search))
+        return [one for one in named if one]
 
     @property
     def planned(self) -> bool:

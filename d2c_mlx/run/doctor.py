@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2c_mlx.merge.options import RUN_METHODS
 from d2c_mlx.models.resolve import embedded_gguf
+from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, names, plugins
+from d2c_mlx.run.config import SEARCHES
 from d2c_mlx.utils.blas import find_blas, loaded_blas
 from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ConfigError
 
 __all__ = ["Finding", "diagnose"]
 
@@ -58,7 +63,20 @@ def diagnose() -> list[Finding]:
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
     findings.append(Finding("cache", str(cache), writable, advice))
-    return findings
+    taken = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES}
+    installed = [one for group in taken for one in plugins(group)]
+    return findings + [_plugin_finding(one, taken[one.group]) for one in installed]
+
+
+def _plugin_finding(plugin: Plugin, taken: Sequence[str]) -> Finding:
+    advice = ""
+    if plugin.name in taken or names(plugin.group).count(plugin.name) > 1:
+        advice = "another one has that name; give the entry point another"
+    try:
+        plugin.load()
+    except ConfigError as error:
+        advice = str(error)
+    return Finding("plug-in", str(plugin), not advice, advice)
 
 
 def _blas_finding() -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Inputs:
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
         errors: list[InputError] = []
         sources: Sequence[Source] = collect(errors, lambda: find_adapters(config.adapters)) or []
+        self._sources = sources
         collect(errors, lambda: check_run(config, sources))
         # Who lists adapters one by one leaves out others on purpose.
         in_folders = all(source.folder for source in sources)
@@ -78,6 +80,27 @@ class Inputs:
         )
         if not errors and in_folders and (spare := spare_tasks(Path(config.tasks), known)):
             _warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
+        self._fit(errors)
+
+    def of(self, config: RunConfig) -> Inputs:
+        """The same model, adapters and rows for a run that merges otherwise.
+
+        Args:
+            config: options that differ in budget, merging, clusters or output.
+
+        Raises:
+            InputError: every problem of the other options, one line each.
+        """
+        other = copy(self)
+        other.config = config
+        errors: list[InputError] = []
+        collect(errors, lambda: check_run(config, self._sources))
+        other._fit(errors)
+        return other
+
+    def _fit(self, errors: list[InputError]) -> None:
+        """Make the capacity, check all together and raise `errors` with what is found."""
+        config = self.config
         budget = parse_budget(config.budget)
         self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank)
         self._check(errors)
@@ -111,6 +134,8 @@ class Inputs:
             collect(errors, lambda: self.prompts)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
+        for plugin in config.plugins:
+            collect(errors, plugin.load)
         if config.merge_method == "layerwise":
             collect(errors, lambda: check_blocks(self.base))
         if not errors:
@@ -191,6 +216,7 @@ def provenance(inputs: Inputs) -> dict[str, Any]:
         "config": inputs.config.to_dict(),
         "base": {"model": base.name, "config_sha256": base.config_hash},
         "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        **({"plugins": found} if (found := list(map(str, inputs.config.plugins))) else {}),
         "budget": {
             "text": capacity.budget.text,
             "nbytes": capacity.max_bytes,

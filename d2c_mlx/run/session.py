@@ -64,16 +64,25 @@ class Session:
         quiet: show no progress.
     """
 
-    def __init__(self, config: RunConfig, quiet: bool = False, group: Group | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        quiet: bool = False,
+        group: Group | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
         """Make a session; nothing is loaded yet.
 
         Args:
             config: options of the run.
             quiet: show no progress.
             group: the ranks that share the evaluations; None is this process alone.
+            inputs: loaded for these options already; None loads them when they are needed.
         """
         self.config, self.quiet, self._group = config, quiet, group
         self.directory = RunDirectory(Path(config.output))
+        if inputs:
+            self.inputs = inputs
 
     @property
     def output(self) -> Path:

@@ -71,9 +71,9 @@ def snapshot(config: RunConfig) -> str | None:
     paths += [Path(one) for one in (config.unlabelled, config.clusters) if one]
     # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")
-    return fingerprint(
-        [VERSION, versions(), [*arithmetic().values()], options, [_state(path) for path in paths]]
-    )
+    software = [VERSION, versions(), [*arithmetic().values()]]
+    plugins = [one.identity for one in config.plugins]
+    return fingerprint([*software, options, [_state(path) for path in paths], *plugins])
 
 
 def _state(path: Path) -> list[Any]:

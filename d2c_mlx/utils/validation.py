@@ -71,7 +71,8 @@ def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as 
         default: the default; `...` makes the option required.
         help: one phrase, to follow the option's name.
         details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`). Also `group` and
-            `metavar` for the command line, `choices` for a name or each name in a list,
+            `metavar` for the command line, `choices` for a name or each name in a list, `more`
+            for a function that gives further names (`more_text` says which in documents),
             `default_text` where the default says too little, `path` for a path, and `expected`,
             `missing` and `remedy` for messages.
     """
@@ -105,10 +106,13 @@ class Checked(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_a_choice(cls, value: object, info: ValidationInfo) -> object:
-        choices = _about(cls.model_fields.get(info.field_name or "")).get("choices")
+        about = _about(cls.model_fields.get(info.field_name or ""))
+        choices = about.get("choices")
         names = value if isinstance(value, tuple) else () if value is None else (value,)
         if choices and not set(names) <= set(choices):
-            raise expects(_choice(choices, isinstance(value, tuple)))
+            choices = (*choices, *about["more"]()) if "more" in about else choices
+            if not set(names) <= set(choices):
+                raise expects(_choice(choices, isinstance(value, tuple)))
         return value
 
     @classmethod
@@ -185,7 +189,8 @@ def range_of(field: FieldInfo) -> str:
     """Describe the values that a field takes, for a document; "" if its type says it all."""
     about, several = _about(field), get_origin(_plain(field.annotation)) is tuple
     if "choices" in about:
-        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}"
+        more = f"; {about['more_text']}" if "more_text" in about else ""
+        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}{more}"
     limits = _limits(field)
     return str(about.get("expected", "")) or (
         _range(_plain(field.annotation), limits) if limits else "")  # fmt: skip

@@ -1,5 +1,6 @@
 """The examples run as they stand, in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,23 @@ def test_two_adapters_become_a_pack_that_mlx_lm_generates_with(base, tmp_path):
     answers = [line for line in lines if line.startswith("  answered")]
     assert len(answers) == 2 and all(len(answer) < 60 for answer in answers)
     assert (tmp_path / "two" / "run" / "pack" / "manifest.json").is_file()
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """Its cells in their order in one namespace, as a kernel runs them."""
+    notebook = json.loads((EXAMPLES / "compare.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [one for one in notebook["cells"] if one["cell_type"] == "code"]
+    assert len({one["id"] for one in notebook["cells"]}) == len(notebook["cells"])
+    code = "\n".join("".join(one["source"]) for one in cells)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=EXAMPLES, env={**os.environ, "OUTPUT": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| 1 | shared | tsv |" in done.stdout and "tsv less linear: " in done.stdout
+    # What the file shows is what it prints.
+    shown = "".join(text for one in cells for out in one["outputs"] for text in out["text"])
+    assert [line.split("|")[1:4] for line in shown.splitlines() if "|" in line] == [
+        line.split("|")[1:4] for line in done.stdout.splitlines() if "|" in line]  # fmt: skip
 
 
 def test_a_hub_model_without_a_network_is_one_line(tmp_path):

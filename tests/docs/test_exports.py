@@ -74,10 +74,3 @@ def test_the_package_alone_imports_nothing_heavy():
     assert not {"mlx", "mlx_lm", "numpy", "pydantic"} & {
         name.split(".")[0] for name in done.stdout.split()
     }
-
-
-def test_the_version_is_that_of_the_project():
-    """By a pattern: Python 3.10 has no reader of TOML."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    project = text.split("[project]")[1].split("\n[")[0]
-    assert re.findall(r'^version = "(.+)"$', project, re.MULTILINE) == [d2c_mlx.__version__]

@@ -16,10 +16,8 @@ from helpers.loras import (
 )
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.cluster.d2c import INITS
 from d2c_mlx.merge.methods import METHODS, merge_adapters
 from d2c_mlx.merge.options import MERGE_METHODS
-from d2c_mlx.run import config
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 
@@ -83,4 +81,3 @@ def test_unknown_method():
 
 def test_lists_repeated_in_config_are_true():
     assert MERGE_METHODS == tuple(METHODS)
-    assert set(config.STARTS) < set(INITS)

@@ -1,6 +1,10 @@
 """What is installed and run for this project is known to the byte."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +55,34 @@ def test_the_lock_has_what_the_project_asks_for():
             if one.name == "torch":
                 continue
             assert all(map(one.specifier.contains, found[one.name.lower()])), one
-        assert lock == "model" or {"pip", "setuptools"} <= found.keys()
+        assert lock == "model" or {"pip", "setuptools", "setuptools-scm"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_the_version_is_that_of_the_tag(tmp_path):
+    """And says so where there is no tag, or no git; it needs nothing but this file."""
+    pytest.importorskip("setuptools_scm", reason="an environment without requirements/build.in")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+
+    def call(*argv):
+        env = {**os.environ, **dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "x"),
+               **dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "x@x")}  # fmt: skip
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def version():
+        return call(sys.executable, "-m", "setuptools_scm")
+
+    assert version() == "0.1.dev0"
+    call("git", "init", "-q")
+    call("git", "add", "pyproject.toml")
+    call("git", "commit", "-qm", "one")
+    assert re.fullmatch(r"0\.1\.dev1\+g[0-9a-f]+", version())
+    call("git", "tag", "v1.2.3")
+    assert version() == "1.2.3"
+    call("git", "commit", "-qm", "two", "--allow-empty")
+    assert re.fullmatch(r"1\.2\.4\.dev1\+g[0-9a-f]+", version())
 
 
 def test_data_of_cldr_comes_with_its_licence():

@@ -1,0 +1,231 @@
+"""Merge methods and clusterings of other packages, found by their entry points.
+
+    [project.entry-points."d2c_mlx.merge_methods"]
+    median = "my_package:median"     # median(factors, options) -> (a, b)
+
+    [project.entry-points."d2c_mlx.clusterings"]
+    linkage = "my_package:linkage"   # linkage(problem, n_clusters, seed) -> labels
+
+`--merge-method median --search linkage` uses them. Nothing of a package is imported before it is
+used. What a plug-in returns is checked; a wrong result is an error that names the plug-in.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2c_mlx.cluster.partition import Labels, Problem, canonical
+from d2c_mlx.utils.errors import ConfigError, D2CError
+from d2c_mlx.utils.files import fingerprint, hash_file, visible_files
+
+__all__ = [
+    "CLUSTERINGS", "MERGE_METHODS", "Plugin", "cluster_by", "find", "merge_by", "names", "plugins",
+]  # fmt: skip
+
+# Groups of entry points -> what one of them is called in messages.
+MERGE_METHODS, CLUSTERINGS = "d2c_mlx.merge_methods", "d2c_mlx.clusterings"
+_KINDS = {MERGE_METHODS: "merge method", CLUSTERINGS: "clustering"}
+
+Factors = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point of an installed package.
+
+    Attributes:
+        group: `MERGE_METHODS` or `CLUSTERINGS`.
+        name: the name that an option takes.
+        target: where the function is, `module:function`.
+        package: name of the package.
+        version: its version.
+    """
+
+    group: str
+    name: str
+    target: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        kind = _KINDS[self.group]
+        return f"{kind} {self.name!r} of {self.package} {self.version} ({self.target})"
+
+    @property
+    def identity(self) -> list[str]:
+        """Package, version, target and a hash of the code, for the keys of stages."""
+        return [self.package, self.version, self.target, _content(self.target)]
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function.
+
+        Raises:
+            ConfigError: it cannot be imported, or is no function.
+        """
+        entry = metadata.EntryPoint(self.name, self.target, self.group)
+        try:
+            found = entry.load()
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{self}: cannot be imported: {_said(error)}") from error
+        if not callable(found):
+            raise ConfigError(f"{self}: found {type(found).__name__}, expected a function")
+        return found
+
+    def call(self, *arguments: object) -> Any:  # noqa: ANN401  a stranger's function
+        """Call the function.
+
+        Raises:
+            D2CError: it raised an error.
+        """
+        try:
+            return self.load()(*arguments)
+        except (Exception, SystemExit) as error:
+            raise D2CError(f"{self}: failed: {_said(error)}") from error
+
+    def wrong(self, found: str, expected: str) -> D2CError:
+        """Make the error for a result that is not as it must be."""
+        return D2CError(f"{self}: returned {found}, expected {expected}")
+
+
+def plugins(group: str) -> list[Plugin]:
+    """The installed plug-ins of a group, sorted by name and package."""
+    return list(_installed(group, tuple(sys.path)))
+
+
+def names(group: str) -> list[str]:
+    """The names of a group's plug-ins."""
+    return [one.name for one in plugins(group)]
+
+
+def find(group: str, name: str) -> Plugin | None:
+    """The plug-in of a name, or None.
+
+    Raises:
+        ConfigError: several packages have one of that name.
+    """
+    found = [one for one in plugins(group) if one.name == name]
+    if len(found) > 1:
+        both = " and ".join(f"{one.package} {one.version}" for one in found)
+        raise ConfigError(f"{_KINDS[group]} {name!r}: found in {both}, expected one; remove one")
+    return found[0] if found else None
+
+
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
+    """Plug-ins of the packages on `path`, which is `sys.path` and the key of the cache."""
+    found = [
+        Plugin(group, one.name, one.value, one.dist.name, one.dist.version)
+        for one in metadata.entry_points(group=group)
+        if one.dist
+    ]
+    return tuple(sorted(found, key=lambda one: (one.name, one.package)))
+
+
+def merge_by(plugin: Plugin, factors: Sequence[Factors], options: Any) -> Factors:  # noqa: ANN401
+    """Merge one module by a plug-in.
+
+    Args:
+        plugin: of the group `MERGE_METHODS`.
+        factors: one pair per adapter, `(in, r)` and `(r, out)`; the plug-in cannot change them.
+        options: a `merge.methods.Options`.
+
+    Returns:
+        The plug-in's pair `(in, k)`, `(k, out)` with k from 1 to `options.rank`, finite.
+
+    Raises:
+        D2CError: the plug-in failed, or returned anything else.
+    """
+    width, out = len(factors[0][0]), factors[0][1].shape[1]
+    found = plugin.call([(_readonly(a), _readonly(b)) for a, b in factors], options)
+    pair = found if isinstance(found, tuple | list) else [found]
+    floats = all(isinstance(one, np.ndarray) and one.dtype.kind == "f" for one in pair)
+    shapes = [one.shape for one in pair] if floats else []
+    if not any(shapes == [(width, k), (k, out)] for k in range(1, options.rank + 1)):
+        said = " and ".join(map(_described, pair)) if pair else "nothing"
+        expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {options.rank}"
+        raise plugin.wrong(said, expected)
+    with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
+        a, b = (one.astype(np.float32) for one in pair)
+    if bad := sum(int((~np.isfinite(one)).sum()) for one in (a, b)):
+        raise plugin.wrong(f"{bad} values that are not finite in float32", "none")
+    return a, b
+
+
+def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> Labels:
+    """Cluster by a plug-in.
+
+    Args:
+        plugin: of the group `CLUSTERINGS`.
+        problem: adapters, and the callables that merge and measure them; the plug-in cannot change
+            its arrays.
+        n_clusters: most clusters.
+        seed: seed of all random choices.
+
+    Returns:
+        The cluster of every adapter, numbered by first appearance.
+
+    Raises:
+        D2CError: the plug-in failed, or returned anything but a whole number per adapter.
+    """
+    given = replace(problem, similarity=_readonly(problem.similarity),
+                    features=_readonly(problem.features))  # fmt: skip
+    found = plugin.call(given, n_clusters, seed)
+    expected = f"{problem.n} whole numbers, the cluster of every adapter"
+    try:
+        labels = np.asarray(found)
+    except ValueError:  # rows of unequal length
+        raise plugin.wrong(_described(found), expected) from None
+    if labels.shape != (problem.n,) or labels.dtype.kind not in "iu":
+        raise plugin.wrong(_described(labels if labels.ndim else found), expected)
+    if (n := len(np.unique(labels))) > n_clusters:
+        raise plugin.wrong(f"{n} clusters", f"at most {n_clusters}")
+    return canonical(labels)
+
+
+def _readonly(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _described(value: object) -> str:
+    """A result in a few words: dtype and shape of an array, else its type."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array of {value.shape}"
+    return "None" if value is None else type(value).__name__
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line, with the line of code that raised it."""
+    text = (str(error).strip() or "it says no more").splitlines()[0]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(where.filename).name}, line {where.lineno})"
+
+
+def _content(target: str) -> str:
+    """Hex SHA-256 of the code: the first package or module on the way to the function."""
+    parts = target.partition(":")[0].split(".")
+    for i in range(len(parts)):
+        try:
+            spec = find_spec(".".join(parts[: i + 1]))
+        except (Exception, SystemExit):  # `load` tells why
+            return ""
+        # A namespace, which packages share, has no file of its own.
+        if spec is None or spec.origin is None:
+            continue
+        file = Path(spec.origin)
+        if spec.submodule_search_locations is None or not file.is_file():
+            return hash_file(file) if file.is_file() else ""
+        files = [one for one in visible_files(file.parent) if "__pycache__" not in one.parts]
+        return fingerprint([[str(one.relative_to(file.parent)), hash_file(one)] for one in files])
+    return ""

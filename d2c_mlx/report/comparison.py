@@ -1,0 +1,103 @@
+"""A comparison of runs as Markdown, CSV and a plot. Every number in it is read."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2c_mlx.report.charts import COLOURS, TEXT, new_figure, svg_file
+from d2c_mlx.utils.templates import markdown, percent
+
+__all__ = ["render_csv", "render_plot", "render_runs"]
+
+Json = Mapping[str, Any]
+_COLUMNS = (
+    "config", "budget", "clusters", "method", "nbytes", "loss", "excess", "retention", "beside",
+    "difference", "low", "high", "p", "name",
+)  # fmt: skip
+
+
+def _rows(content: Json) -> list[dict[str, Any]]:
+    """Runs by config, budget and clusters, best first, each beside the first method there."""
+    pairs: dict[tuple[str, ...], dict[str, Any]] = {}
+    for pair in content["pairs"]:
+        pairs.setdefault((*_place(pair), pair["ours"]), {**pair, "beside": pair["theirs"]})
+    order = list(dict.fromkeys(map(_place, content["runs"])))
+    rows = [{**pairs.get((*_place(run), run["method"]), {}), **run} for run in content["runs"]]
+    return sorted(rows, key=lambda row: (order.index(_place(row)), row["excess"]))
+
+
+def _place(row: Json) -> tuple[str, str, str]:
+    return row["config"], row["budget"], row["clusters"]
+
+
+def render_runs(content: Json) -> str:
+    """The table of a comparison as Markdown.
+
+    Args:
+        content: content of `compare.json`.
+    """
+    rows = _rows(content)
+    named = any(row["config"] for row in rows)
+    head = ["budget", "clusters", "method", "bytes", "loss", "excess", "kept"]
+    head = (["config"] if named else []) + head + ["beside the first method"]
+    lines = [_line(head), "|" + "---|" * (3 + named) + "--:|" * 5]
+    for row in rows:
+        cells = [row["config"]] if named else []
+        cells += [row["budget"], row["clusters"], row["method"], f"{row['nbytes']:,}"]
+        cells += [f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"])]
+        beside = ""
+        if "beside" in row:
+            beside = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+        lines.append(_line([*map(markdown, cells), beside]))
+    lines += [
+        "",
+        "Excess: nats per target token above the individual adapters, on held-out rows. Beside the"
+        " first method: the loss less the one of the method that was named first, with its 95 %"
+        " interval by a paired bootstrap over the rows; below 0 is better.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def render_csv(content: Json) -> str:
+    """The table of a comparison as CSV, with all digits. Arguments as `render_runs`."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_rows(content))
+    return out.getvalue()
+
+
+def render_plot(content: Json) -> str:
+    """Excess of every run as an SVG file, with the interval of its difference to the first method.
+
+    Arguments as `render_runs`.
+    """
+    rows = _rows(content)
+    methods = list(dict.fromkeys(run["method"] for run in content["runs"]))
+    series: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        series.setdefault(" ".join(filter(None, (row["config"], row["budget"], row["clusters"]))),
+                          []).append(row)  # fmt: skip
+    figure, axes = new_figure(6, 0.6 + 0.3 * len(methods) + 0.2 * len(rows))
+    step = 0.8 / len(series)
+    for k, (label, some) in enumerate(series.items()):
+        y = [methods.index(row["method"]) + step * (k - (len(series) - 1) / 2) for row in some]
+        x = [row["excess"] for row in some]
+        bars = [
+            [row["difference"] - row["low"] if "beside" in row else 0.0 for row in some],
+            [row["high"] - row["difference"] if "beside" in row else 0.0 for row in some],
+        ]
+        axes.errorbar(x, y, xerr=bars, fmt="osD^v"[k // len(COLOURS) % 5], capsize=2, label=label,
+                      color=COLOURS[k % len(COLOURS)])  # fmt: skip
+    axes.set_yticks(range(len(methods)), methods, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel("excess, nats per target token")
+    axes.legend(fontsize=8, labelcolor=TEXT, frameon=False, loc="best")
+    return svg_file(figure, "Excess of every method; bars are 95 % of its difference to the first")

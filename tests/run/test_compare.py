@@ -1,0 +1,190 @@
+"""Many runs in one table: the numbers of single runs, resumed, on shared clusters and on own."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.runs import stages_started
+from helpers.tiny import library, peft_adapter
+from scipy.stats import bootstrap
+
+from d2c_mlx.evaluate.heldout import BenchMethod, method_losses, paired_bootstrap, row_losses
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.session import Session
+
+METHODS = ["linear", "ties", "tsv", "regmean"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Six adapters of unlike strength, which methods cluster otherwise, and a file of options."""
+    root = tmp_path_factory.mktemp("six")
+    paths = library(root, list("abcdef"))
+    for seed, name in enumerate("abcdef"):
+        peft_adapter(paths.adapters, name, alpha=20 * (1 + seed % 3), seed=seed)
+    lines = [f"{name}: {path}" for name, path in paths._asdict().items()]
+    lines += ["eps: 0", "probe_examples: 3", "test_examples: 4"]
+    (root / "six.yaml").write_text("\n".join(lines))
+    return root
+
+
+def argv(root, methods=METHODS, budgets="2,3", **options):
+    given = {"merge_methods": ",".join(methods), "budgets": budgets, **options}
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in given.items()]
+    return ["compare", root / "six.yaml", *(part for pair in pairs for part in pair)]
+
+
+@pytest.fixture(scope="module")
+def compared(root):
+    """The comparison of six adapters by four methods at two budgets, on both kinds of clusters."""
+    from click.testing import CliRunner
+    from d2c_mlx_cli.main import cli
+
+    words = [str(one) for one in argv(root, on="shared,own", output=root / "out")]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.mark.slow
+def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
+    found = json.loads((root / "out" / "compare.json").read_text())
+    runs = {(one["budget"], one["clusters"], one["method"]): one for one in found["runs"]}
+    # The first method's own clusters are those that all share.
+    assert len(runs) == 16 and "14 runs, 14 to do: about" in compared.output
+    for i, method in enumerate(METHODS):
+        more = {"merge_method": method, "output": str(tmp_path / method)}
+        few = {"budget": "2", "baselines": (), "answers": 0}
+        config = load_config(root / "six.yaml", {**few, **more})
+        own = run(config, quiet=True)
+        shared = config.replace(output=str(tmp_path / f"{method}-shared"),
+                                clusters=str(tmp_path / METHODS[0] / "clusters.json"))  # fmt: skip
+        for kind, session in (("own", own), ("shared", run(shared, quiet=True) if i else own)):
+            alone = session.read("bench.json")["methods"]["pack"]
+            ours = runs["2", kind, method]
+            assert {key: ours[key] for key in alone} == alone
+            assert ours["members"] == [one["members"] for one in session.read("merges.json")]
+    members = {str(runs["2", "shared", method]["members"]) for method in METHODS}
+    assert len(members) == 1 and len({str(one["members"]) for one in runs.values()}) > 2
+    assert {one["excess"] for key, one in runs.items() if "own" in key} != {
+        one["excess"] for key, one in runs.items() if "shared" in key}  # fmt: skip
+    assert len(found["pairs"]) == 4 * 6  # two budgets, two kinds, every two methods
+
+
+@pytest.mark.slow
+def test_the_table_its_csv_and_plot_have_these_numbers(root, compared):
+    found = json.loads((root / "out" / "compare.json").read_text())
+    table = (root / "out" / "compare.md").read_text()
+    assert compared.stdout.endswith(table)
+    rows = list(csv.DictReader((root / "out" / "compare.csv").read_text().splitlines()))
+    assert len(rows) == len(found["runs"]) == table.count("\n| ")
+    plot = (root / "out" / "compare.svg").read_text()
+    for one in found["runs"]:
+        (row,) = [r for r in rows if all(r[key] == one[key] for key in ("name", "clusters"))]
+        assert float(row["excess"]) == one["excess"] and f"{one['excess']:.4f}" in table
+        assert f">{one['method']}<" in plot
+        pairs = [pair for pair in found["pairs"] if pair["ours"] == one["method"] and all(
+            pair[key] == one[key] for key in ("budget", "clusters"))]  # fmt: skip
+        if one["method"] == METHODS[0]:
+            assert not pairs and row["difference"] == ""
+        else:
+            first = next(pair for pair in pairs if pair["theirs"] == METHODS[0])
+            assert float(row["difference"]) == first["difference"]
+            assert first["low"] <= first["difference"] <= first["high"]
+            beside = next(r for r in found["runs"] if r["method"] == METHODS[0] and all(
+                r[key] == one[key] for key in ("budget", "clusters")))  # fmt: skip
+            assert first["difference"] == pytest.approx(one["loss"] - beside["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command, tmp_path):
+    out = shutil.copytree(root / "out", tmp_path / "out")
+    words = argv(root, METHODS[:2], "2", output=out)
+    code, _, err = command(*words)
+    assert code == 0, err
+    first = stages_started(out / "six-ties-2-shared")
+    (out / "compare.md").unlink()
+    (out / "rows" / "six-ties-2-shared.json").write_text("{}")
+    code, text, err = command(*words, D2C_MLX_CACHE=str(tmp_path / "cold"))
+    assert code == 0 and "run 1 of 2: six-linear-2, done" in err
+    assert stages_started(out / "six-ties-2-shared") == first
+    assert "| 2 | shared | ties |" in text and text == (out / "compare.md").read_text()
+    code, text, _ = command(*words, "--dry-run")
+    assert code == 0 and text.splitlines()[-1] == "2 runs, 0 to do: about 0 s here"
+    assert [line.split() for line in text.splitlines()[:2]] == [
+        ["six-linear-2", "done"], ["six-ties-2-shared", "done"]]  # fmt: skip
+    shutil.rmtree(out / "six-ties-2-shared")
+    code, text, _ = command(*words, "--dry-run")
+    assert "to do" in text.splitlines()[1] and not (out / "six-ties-2-shared").exists()
+    code, text, _ = command(*words, "--dry-run", "--json")
+    assert json.loads(text)["runs"] == {"six-linear-2": "done", "six-ties-2-shared": "to do"}
+
+
+@pytest.mark.slow
+def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp_path):
+    (tmp_path / "bad.yaml").write_text(f"adapters: {root}/adapters\ntasks: {root}/none\nx: 1\n")
+    code, _, err = command(*argv(root, ["linear", "tias"], "2,3x"), tmp_path / "bad.yaml",
+                           "--output", tmp_path / "out")  # fmt: skip
+    lines = err.splitlines()
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert any(line.startswith("error: merge_method: found 'tias', expected") for line in lines)
+    assert any(line.startswith("error: budget: found") or "'3x'" in line for line in lines)
+    assert sum("x: unknown key" in line for line in lines) == 1
+    assert len(lines) == len(set(lines)) <= 4
+    # What only the files tell, of every run: a task and a file of clusters.
+    adapters = shutil.copytree(root / "adapters", tmp_path / "adapters")
+    (adapters / "a").rename(adapters / "aa")
+    (tmp_path / "few.json").write_text('[["a"]]')
+    code, _, err = command(*argv(root, ["linear", "ties"], "2,3"), "--adapters", adapters,
+                           "--output", tmp_path / "out")  # fmt: skip
+    assert code == 2 and len(err.splitlines()) == 1 and "tasks/aa" in err
+    code, _, err = command(*argv(root, ["linear", "ties"], "2,3"), "--clusters",
+                           tmp_path / "few.json", "--output", tmp_path / "out")  # fmt: skip
+    assert (code, err) == (2, f"error: clusters: {tmp_path}/few.json: b, c, d, e, f: in no"
+                              " cluster\n")  # fmt: skip
+    code, _, err = command("compare", "--merge-methods", "ties,ties", "--budgets", "", "--on", "x")
+    assert code == 2 and [line.split(":")[1].strip() for line in err.splitlines()] == [
+        "output", "merge_methods", "budgets", "on"]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_no_comparison_wrote_are_kept(root, command, tmp_path):
+    (tmp_path / "compare.csv").write_text("mine")
+    code, _, err = command(*argv(root, ["linear"], "2"), "--output", tmp_path)
+    assert (code, err) == (2, f"error: output: {tmp_path} holds compare.csv, which no comparison"
+                              " wrote; give another --output\n")  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["compare.csv"]
+
+
+@pytest.mark.slow
+def test_losses_of_rows_are_those_of_their_set(root, compared):
+    config = load_config(root / "out" / "six-linear-2" / "config.yaml", {})
+    session, pack = Session(config), load_pack(root / "out" / "six-linear-2" / "pack")
+    serves = {name: pack.load(name) for name in "abcdef"}
+    rows = row_losses(session.evaluator, serves, session.inputs.tests)
+    whole = method_losses(session.evaluator, BenchMethod(0, [serves]), session.inputs.tests)
+    means = [rows[name][:, 0].sum() / rows[name][:, 1].sum() for name in "abcdef"]
+    np.testing.assert_allclose(means, whole, atol=1e-5)
+
+
+def test_the_bootstrap_of_one_task_is_scipys():
+    rng = np.random.default_rng(0)
+    n = rng.integers(2, 9, 40)
+    a, b = (np.stack([n * rng.gamma(3, shift, 40), n], axis=1) for shift in (0.3, 0.32))
+    found = paired_bootstrap({"t": a}, {"t": b}, n=4000)
+
+    def difference(i):
+        return (a[i, 0].sum() - b[i, 0].sum()) / a[i, 1].sum()
+
+    theirs = bootstrap((np.arange(40),), difference, vectorized=False, n_resamples=4000,
+                       method="percentile", rng=1)  # fmt: skip
+    low, high = theirs.confidence_interval
+    assert found["difference"] == pytest.approx(difference(np.arange(40)))
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.05)
+    assert found["p"] == pytest.approx((theirs.bootstrap_distribution >= 0).mean(), abs=0.03)
+    again = paired_bootstrap({"u": b, "t": a}, {"t": b, "u": a}, n=4000)
+    assert again["difference"] == pytest.approx(0) and again["low"] < 0 < again["high"]

@@ -1,0 +1,225 @@
+"""Merge methods and clusterings of other packages: used, checked, and known to finished runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.runs import NAMES, stages_started
+from helpers.tiny import ALL, library
+
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.pipeline import run
+from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, find, plugins
+from d2c_mlx.run.doctor import diagnose
+from d2c_mlx.run.snapshot import snapshot
+from d2c_mlx.utils.errors import ConfigError, D2CError
+
+EXAMPLE = ROOT / "examples" / "plugin"
+GROUPS = {"merge": MERGE_METHODS, "cluster": CLUSTERINGS}
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """`install(package, code, merge=..., cluster=...)`: a module, with its entry points by name."""
+
+    def put(package, code, version="1.0", **names):
+        folder = tmp_path / f"site-{package}-{version}"
+        about = folder / f"{package}-{version}.dist-info"
+        about.mkdir(parents=True, exist_ok=True)
+        about.joinpath("METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+        lines = [f"[{GROUPS[kind]}]\n{name} = {package}:{name}\n" for kind, name in names.items()]
+        about.joinpath("entry_points.txt").write_text("\n".join(lines))
+        (folder / f"{package}.py").write_text(code)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        return folder
+
+    return put
+
+
+MEAN = """
+import numpy as np
+def plain(factors, options):
+    u, s, v = np.linalg.svd(sum(a @ b for a, b in factors) / len(factors), full_matrices=False)
+    return u[:, :options.rank] * s[:options.rank], v[:options.rank]
+def halves(problem, n_clusters, seed):
+    (regrets,) = problem.measure([(problem.merge((0, 1)), (0, 1))])
+    assert regrets.shape == (2,) and problem.similarity.shape == (4, 4)
+    return np.arange(problem.n) * n_clusters // problem.n
+"""
+
+
+def test_a_merge_by_a_plug_in_is_what_it_computes(install, tmp_path):
+    """The mean of dW by a plug-in of plain SVDs, against `linear` in core space."""
+    paths = library(tmp_path, NAMES)
+    adapters = [read_adapter(paths.adapters / name, ALL) for name in NAMES]
+    install("of_mean", MEAN, merge="plain")
+    ours, theirs = merge_adapters(adapters, "linear"), merge_adapters(adapters, "plain")
+    assert theirs.modules.keys() == ours.modules.keys() and theirs.sources == ours.sources
+    for path, lora in ours.modules.items():
+        np.testing.assert_allclose(theirs.modules[path].delta(), lora.delta(), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_by_plug_ins_is_made_anew_when_their_code_or_version_changes(install, config):
+    install("of_mean", MEAN, merge="plain", cluster="halves")
+    config = config.replace(merge_method="plain", search="halves", baselines=())
+    session = run(config, quiet=True)
+    (found,) = session.read("clusters.json")["methods"]["d2c"]
+    assert (found["labels"], found["stopped"]) == ([0, 0, 1, 1], "halves")
+    assert [one["method"] for one in session.read("merges.json")] == ["plain", "plain"]
+    said = session.read("bench.json")["provenance"]["plugins"]
+    assert said == ["merge method 'plain' of of_mean 1.0 (of_mean:plain)",
+                    "clustering 'halves' of of_mean 1.0 (of_mean:halves)"]  # fmt: skip
+    first = stages_started(session.output)
+    run(config, quiet=True)
+    assert stages_started(session.output) == first
+    for version, code in (("1.0", f"{MEAN}\n# changed"), ("1.1", f"{MEAN}\n# changed")):
+        before = snapshot(config)
+        install("of_mean", code, version, merge="plain", cluster="halves")
+        assert snapshot(config) != before
+        run(config, until="merge", quiet=True)
+        changed = {name for name, at in stages_started(session.output).items() if at != first[name]}
+        assert changed >= {"cluster", "merge"} and not changed & {"convert", "probe"}
+        first = stages_started(session.output)
+
+
+MERGES = {
+    "return a": "returned float32 array of (32, 4), expected two float arrays of (32, k) and"
+    " (k, {out}), k from 1 to 4",
+    "return b.T, a.T": "returned float32 array of ({out}, 4) and float32 array of (4, 32), exp",
+    "return np.hstack([a, a]), np.vstack([b, b])": "returned float32 array of (32, 8) and",
+    "return a[:, :0], b[:0]": "returned float32 array of (32, 0) and",
+    "return a.astype(int), b": "returned int64 array of (32, 4) and float32 array",
+    "return a, b.tolist()": "returned float32 array of (32, 4) and list, expected two float arr",
+    "return None": "returned None, expected two float arrays",
+    "return a, b, b": "returned float32 array of (32, 4) and",
+    "return ()": "returned nothing, expected",
+    "return a * np.nan, b": "returned 128 values that are not finite in float32, expected none",
+    "return a.astype(float) + 1e300, b": "returned 128 values that are not finite in float32",
+    "a[:] = 0": "failed: ValueError: assignment destination is read-only (liar.py, line 4)",
+    "return 1 / 0": "failed: ZeroDivisionError: division by zero (liar.py, line 4)",
+    "raise SystemExit('a\\nb')": "failed: SystemExit: a (liar.py, line 4)",
+}
+
+
+@pytest.mark.parametrize("body", MERGES)
+def test_a_merge_that_fails_or_is_none_is_a_line_that_names_the_plug_in(body, install, tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    code = f"import numpy as np\ndef bad(factors, options):\n    a, b = factors[0]\n    {body}\n"
+    install("liar", code, merge="bad")
+    adapters = [read_adapter(paths.adapters / name, ALL) for name in "ab"]
+    with pytest.raises(D2CError) as caught:
+        merge_adapters(adapters, "bad")
+    head, _, said = str(caught.value).partition("(liar:bad): ")
+    assert head == "merge method 'bad' of liar 1.0 "
+    assert any(said.startswith(MERGES[body].format(out=out)) for out in (32, 16)), said
+    assert len(str(caught.value).splitlines()) == 1
+
+
+LABELS = {
+    "return [0, 1]": "returned int64 array of (2,), expected 4 whole numbers, the cluster of every",
+    "return [0, 0, 1, 0.5]": "returned float64 array of (4,), expected 4 whole numbers",
+    "return [[0], [1, 2], 3]": "returned list, expected 4 whole numbers",
+    "return 'abcd'": "returned str, expected 4 whole numbers",
+    "return [True, True, False, False]": "returned bool array of (4,), expected",
+    "return range(4)": "returned 4 clusters, expected at most 2",
+    "problem.similarity[:] = 0": "failed: ValueError: assignment destination is read-only",
+    "return problem.nothing": "failed: AttributeError: 'Problem' object has no attribute 'nothing'",
+}
+
+
+@pytest.mark.parametrize("body", LABELS)
+def test_labels_that_are_none_are_a_line_and_no_cluster(body, install, config, command):
+    install("liar", f"def bad(problem, n_clusters, seed):\n    {body}\n", cluster="bad")
+    options = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model,
+               "--budget", "2", "--output", config.output, "--search", "bad"]  # fmt: skip
+    code, _, err = command("cluster", "--quiet", *options)
+    (line,) = err.splitlines()
+    start = f"error: clustering 'bad' of liar 1.0 (liar:bad): {LABELS[body]}"
+    assert code == 1 and line.startswith(start), line
+    assert not (Path(config.output) / "clusters.json").exists()
+
+
+def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(install, config, command):
+    options = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model,
+               "--budget", "2", "--output", config.output]  # fmt: skip
+    install("broken", "import no_such_module", merge="gone", cluster="text")
+    code, _, err = command("run", *options, "--merge-method", "gone", "--search", "text")
+    first, second = err.splitlines()
+    assert code == 2 and not Path(config.output).exists()
+    assert first == ("error: merge method 'gone' of broken 1.0 (broken:gone): cannot be imported:"
+                     " ModuleNotFoundError: No module named 'no_such_module' (broken.py,"
+                     " line 1)")  # fmt: skip
+    assert second.startswith("error: clustering 'text' of broken 1.0 (broken:text): cannot be")
+    install("other", "gone = 3", merge="gone")
+    install("third", "fine = 3", merge="fine")
+    code, _, err = command("run", *options, "--merge-method", "gone")
+    assert code == 2 and err == ("error: merge method 'gone': found in broken 1.0 and other 1.0,"
+                                 " expected one; remove one\n")  # fmt: skip
+    code, _, err = command("run", *options, "--merge-method", "fine")
+    assert code == 2 and err.endswith("(third:fine): found int, expected a function\n")
+    code, _, err = command("run", *options, "--merge-method", "none")
+    assert code == 2 and "'auto', 'fine', 'gone', 'gone']" in err
+    with pytest.raises(ConfigError, match="merge_method: 'none' is unknown.*'fine'"):
+        merge_adapters([], "none")
+
+
+def test_doctor_lists_plug_ins_and_says_which_are_hidden(install):
+    install("of_mean", MEAN, merge="plain", cluster="halves")
+    install("taker", "def ties(): pass", merge="ties")
+    found = {one.value: one.advice for one in diagnose() if one.name == "plug-in"}
+    assert found == {
+        "merge method 'plain' of of_mean 1.0 (of_mean:plain)": "",
+        "clustering 'halves' of of_mean 1.0 (of_mean:halves)": "",
+        "merge method 'ties' of taker 1.0 (taker:ties)": "another one has that name; give the entry"
+        " point another",
+    }
+
+
+def test_the_content_of_a_package_is_all_of_its_files(install, tmp_path):
+    folder = install("pack_age", "", merge="one")
+    (folder / "pack_age.py").unlink()
+    (folder / "pack_age").mkdir()
+    (folder / "pack_age" / "__init__.py").write_text("def one(): pass")
+    before = find(MERGE_METHODS, "one").identity
+    assert before[:3] == ["pack_age", "1.0", "pack_age:one"] and len(before[3]) == 64
+    (folder / "pack_age" / "helper.py").write_text("x = 1")
+    assert find(MERGE_METHODS, "one").identity != before
+    assert [one.name for one in plugins(MERGE_METHODS)] == ["one"] and not plugins(CLUSTERINGS)
+
+
+@pytest.mark.slow
+def test_the_example_is_installed_and_used(tmp_path):
+    """In an environment of its own, which sees the packages of this one."""
+    source = shutil.copytree(EXAMPLE, tmp_path / "plugin")
+    venv.create(tmp_path / "env", symlinks=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    shared = [path for path in sys.path if path.endswith("site-packages")]
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in shared]
+    (site / "shared.pth").write_text("".join(lines))
+    python = str(tmp_path / "env" / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--no-index", source], check=True)
+    paths = library(tmp_path, NAMES)
+    argv = [python, "-m", "d2c_mlx", "run", "--quiet", "--model", paths.model, "--adapters",
+            paths.adapters, "--tasks", paths.tasks, "--budget", "2", "--output", tmp_path / "run",
+            "--merge-method", "median", "--search", "linkage", "--baselines", ""]  # fmt: skip
+    done = subprocess.run([*map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bench = json.loads((tmp_path / "run" / "bench.json").read_text())
+    assert bench["provenance"]["plugins"] == [
+        "merge method 'median' of d2c-mlx-example 0.1 (d2c_mlx_example:median)",
+        "clustering 'linkage' of d2c-mlx-example 0.1 (d2c_mlx_example:linkage)",
+    ]
+    (found,) = json.loads((tmp_path / "run" / "clusters.json").read_text())["methods"]["d2c"]
+    assert found["stopped"] == "linkage" and max(found["labels"]) == 1
+    code = [line for line in (EXAMPLE / "d2c_mlx_example.py").read_text().splitlines() if line]
+    assert len(code) <= 11
