@@ -160,5 +160,5 @@ def _converted(gguf: Path) -> Path:
     """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
     # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
-    parts = [file_digest(gguf), beside, "v3"]
+    parts = [file_digest(gguf), beside, "v4"]
     return cached_model(gguf.stem, parts, partial(convert_gguf, gguf))
