@@ -26,6 +26,7 @@ from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.forward import (
     blocks_are_exact,
+    find_body,
     find_head,
     prefix_is_exact,
     run_blocks,
@@ -116,8 +117,8 @@ def test_a_body_is_found_wherever_it_is(tmp_path, kind):
         logits = np.array(base.model(x))
         np.testing.assert_allclose(head(run_blocks(base.model, x)), logits, atol=1e-3)
     assert (head is None) == (kind == "mamba2")
-    assert prefix_is_exact(base.model) == (kind == "mistral3")
-    assert split_is_exact(base.model, 1) == (kind == "mistral3")
+    assert prefix_is_exact(base.model) == (kind != "mamba2")
+    assert split_is_exact(base.model, 1) == (kind != "mamba2")
     router = fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
     assert router.centre.shape == (32,)
 
@@ -128,14 +129,32 @@ def test_a_model_without_a_body_is_refused_by_name(tmp_path):
         fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
 
 
-def test_windows_are_not_run_in_parts(tmp_path):
-    """A slice of blocks takes the first for its own first, and rows are longer than any proof."""
-    base = model_of(tmp_path / "m", "olmo3")
-    examples, adapter = base.encode("a", rows()), adapter_of(base, [3, 4])
+@pytest.mark.parametrize("kind", ["gemma3", "olmo3"])
+def test_windows_embedding_scales_and_all_norms_are_run_in_parts(tmp_path, kind):
+    """Rows are longer than the window, and each block has the mask of its own place."""
+    base = model_of(tmp_path / "m", kind)
+    last = len(base.model.layers) - 1
+    examples, adapter = base.encode("a", rows(8)), adapter_of(base, [last - 1, last])
     assert min(len(row.tokens) for row in examples.examples) > 2 * 16
-    assert not split_is_exact(base.model, 3) and not blocks_are_exact(base.model)
-    (got,) = losses_of(Engine(base), [(adapter, examples)])
-    assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-4)
+    assert blocks_are_exact(base.model)
+    engine = Engine(base)
+    (got,) = losses_of(engine, [(adapter, examples)])
+    assert engine._first_block() == last - 1 and engine._prefix
+    assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-5)
+    x = hidden = mx.array([examples.examples[0].tokens])
+    base.attach(None)
+    for block in range(last + 1):
+        hidden = run_blocks(base.model, hidden, first=block, stop=block + 1)
+    np.testing.assert_allclose(hidden, run_blocks(base.model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
+    base = model_of(tmp_path / "m", "gemma3")
+    assert blocks_are_exact(base.model)
+    # Of another size than its caches: nothing could be tested on short rows.
+    find_body(base.model).window_size = 17
+    assert not blocks_are_exact(base.model) and not prefix_is_exact(base.model)
+    assert not split_is_exact(base.model, 2)
 
 
 # Prompts
