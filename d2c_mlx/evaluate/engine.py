@@ -136,6 +136,20 @@ class Engine:
         if most := mx.device_info().get("max_recommended_working_set_size"):
             mx.set_wired_limit(min(int(most), self.memory_limit))
 
+    @property
+    def unused(self) -> list[str]:
+        """Optimizations asked for that, so far as tried, are not exact on this architecture."""
+        asked = self.optimizations
+        return [
+            name
+            for name, off in (
+                ("head", asked.head and self._head is None),
+                ("prefix", asked.prefix and not self._prefix),
+                ("frozen", asked.frozen and (not self._head or False in self._split.values())),
+            )
+            if off
+        ]
+
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
 

@@ -98,7 +98,8 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     """
     if spec is None and name != EMBEDDED:
         raise ModelError(
-            f"model: the pack is for {name!r}; name that model's directory, hub id or .gguf file"
+            f"model: the pack is for {name!r}; name that model's directory, hub id or"
+            " .gguf file with --model"
         )
     return resolve_model(spec)
 

@@ -70,7 +70,7 @@ def bases(root):
 def test_layerwise_merges_every_family(root, bases, family):
     base = bases[family]
     library = Library(Engine(base), None, [], [])
-    assert Merger(library, MergeOptions(), None)._method == "layerwise"
+    assert Merger(library, MergeOptions(), None).method == "layerwise"
     check_blocks(base)
     rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
     one, other = (

@@ -7,6 +7,7 @@ tests/models/test_gguf_families.py` writes them.
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ from mlx_lm import load as stock_load
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.gguf_file import float_rows, open_gguf, packed_rows
+from d2c_mlx.utils.gguf_file import UnknownTypeError, float_rows, open_gguf, packed_rows
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +86,12 @@ def test_values_of_a_type_are_those_of_the_gguf_package(kind, tmp_path):
         values = float_rows(tensor, tensor.data)
     np.testing.assert_allclose(np.array(values), expected, rtol=1e-6, atol=1e-6)
     found[kind] = f"packed, {PACKED[kind]} bits" if kind in PACKED else "float32"
+
+
+def test_a_type_that_the_gguf_package_does_not_dequantize_is_named():
+    of = SimpleNamespace(name="x.weight", tensor_type=GGMLQuantizationType.I8)
+    with pytest.raises(UnknownTypeError, match="tensor x.weight is of type I8"):
+        float_rows(of, np.zeros((2, 8), np.int8))
 
 
 def damaged(root, path, old, new):
