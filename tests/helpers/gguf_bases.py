@@ -161,7 +161,7 @@ def vocabulary(writer, pre, n):
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(pre is None)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 def write_base(path, model, architecture, pre, rng):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 from helpers import ROOT
+from helpers.bases import through_all
 from helpers.gguf_bases import BASES, TEXTS, TOKENS, blocks
 from mlx_lm import load as stock_load
 
@@ -60,6 +61,16 @@ def test_logits_and_tokens_are_those_of_transformers(root, family):
         assert base.tokenizer.encode("20") == [*base.tokenizer.encode("2"),
                                                *base.tokenizer.encode("0")]  # fmt: skip
     found[family] = others
+
+
+# One of each kind: windows and scales, fused modules, convolutions, biases.
+CHAIN = ("Gemma 2", "Gemma 3", "Phi-3", "LFM2", "Qwen2")
+
+
+@pytest.mark.parametrize("family", CHAIN)
+def test_a_base_in_gguf_goes_through_the_whole_program(root, family, tmp_path):
+    method, units, written = through_all(root / family / "model.gguf", tmp_path)
+    assert method in ("layerwise", "regmean++") and units and written == ["mlx", "peft", "gguf"]
 
 
 @pytest.mark.parametrize("kind", [*PACKED, *UNPACKED])
