@@ -1,5 +1,7 @@
 """One base model through the whole program: runs for both kinds of budget, exports, serving."""
 
+import warnings
+
 import mlx.core as mx
 import numpy as np
 
@@ -10,6 +12,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.load import load
+from d2c_mlx.utils.errors import InputWarning
 from helpers.loras import lora_of
 from helpers.tiny import task
 
@@ -32,8 +35,11 @@ def through_all(model, root):
         model=str(model), adapters=str(root / "adapters"), tasks=str(root / "tasks"),
         output=str(root / "slots"), budget="1", baselines=(), probe_examples=2, test_examples=2,
     )  # fmt: skip
-    slots = run(config, quiet=True)
-    packed = run(config.replace(budget="40%", output=str(root / "bytes")), quiet=True)
+    with warnings.catch_warnings():
+        # Of defaults that an architecture does not allow.
+        warnings.simplefilter("ignore", InputWarning)
+        slots = run(config, quiet=True)
+        packed = run(config.replace(budget="40%", output=str(root / "bytes")), quiet=True)
     written = []
     for to in FORMATS:
         export(load_pack(slots.path("pack")), to, root / to, str(model))
