@@ -17,7 +17,7 @@ from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
-from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 __all__ = ["Merged", "Merger", "Regret"]
