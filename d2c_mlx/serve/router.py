@@ -196,8 +196,8 @@ def router_from_states(
     """Make a router from states; use `fit_router` if there are only prompts.
 
     The threshold is the lowest similarity of any state to its task as the other states give it,
-    without outliers (more than one and a half quartile ranges below the quartile): a prompt that
-    goes to the base model by mistake loses all that its adapter gains.
+    without those that are far out (three quartile ranges below the quartile): a prompt that goes to
+    the base model by mistake loses all that its adapter gains.
 
     Args:
         states: task -> `(n, hidden)` states of two or more prompts.
@@ -220,7 +220,7 @@ def router_from_states(
             own.append(float(cosines[k]))
             right.append(int(cosines.argmax()) == k)
     low, high = np.quantile(own, (0.25, 0.75))
-    usual = [one for one in own if one >= low - 1.5 * (high - low)]
+    usual = [one for one in own if one >= low - 3 * (high - low)]
     return Router(
         tuple(states), centre, directions, min(usual), n_blocks, pooling, spread,
         float(np.mean(right)),
