@@ -141,6 +141,8 @@ def _parameters(
     config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], path: Path
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name of a tensor in the file -> name and shape of mlx-lm's parameter."""
+    if not 0 < config["num_hidden_layers"] <= len(tensors):
+        raise ValueError(f"{config['num_hidden_layers']} blocks in {len(tensors)} tensors")
     architecture = import_module(f"mlx_lm.models.{config['model_type']}")
     # Parameters are never evaluated, only their names and shapes are read.
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
