@@ -70,7 +70,8 @@ CHAIN = ("Gemma 2", "Gemma 3", "Phi-3", "LFM2", "Qwen2")
 @pytest.mark.parametrize("family", CHAIN)
 def test_a_base_in_gguf_goes_through_the_whole_program(root, family, tmp_path):
     method, units, written = through_all(root / family / "model.gguf", tmp_path)
-    assert method in ("layerwise", "regmean++") and units and written == ["mlx", "peft", "gguf"]
+    assert method in ("layerwise", "regmean++") and units
+    assert {"mlx", "peft", "gguf"} <= set(written)
 
 
 @pytest.mark.parametrize("kind", [*PACKED, *UNPACKED])

@@ -65,7 +65,8 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
 def test_the_whole_program_on_a_quantized_base(quantized, tmp_path):
     before = sorted(path.name for path in quantized.iterdir())
     method, units, written = through_all(quantized, tmp_path)
-    assert method in ("layerwise", "regmean++") and units and written == ["mlx", "peft", "gguf"]
+    assert method in ("layerwise", "regmean++") and units
+    assert {"mlx", "peft", "gguf"} <= set(written)
     # Nothing was dequantized to disk.
     assert sorted(path.name for path in quantized.iterdir()) == before
     assert stock_load(str(quantized))[0](TOKENS).shape[-1] > 0
