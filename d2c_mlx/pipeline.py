@@ -214,6 +214,13 @@ def merge(session: Session) -> Stage:
 
     def body() -> None:
         (clustering,) = _clusterings(session)["d2c"]
+        if "layerwise" in session.unused:
+            warnings.warn(
+                "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
+                f" are merged by {session.study.merger.method} instead of layerwise",
+                InputWarning,
+                stacklevel=2,
+            )
         merges = []
         with write_dir(session.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
@@ -312,6 +319,7 @@ def bench(session: Session) -> Stage:
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
+        content["provenance"]["unused"] = session.unused
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
             asked = [(task.test[: min(c.answers, len(rows.examples))], rows)

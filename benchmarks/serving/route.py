@@ -23,7 +23,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.serve.router import fit_router, prompt_states, router_from_states
+from d2c_mlx.serve.router import fit_router, router_from_states
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
@@ -77,11 +77,13 @@ def share(values):
     return 100 * float(np.mean(list(values)))
 
 
-def left_out(fitted, states, n_blocks):
+def left_out(fitted, states, like):
     """The share of every task's held-out prompts that a router without it gives to another task."""
     wrong = []
     for test, own in states.items():
-        router = router_from_states({t: x for t, x in fitted.items() if t != test}, n_blocks)
+        others = {t: x for t, x in fitted.items() if t != test}
+        scaled = like.spread is not None
+        router = router_from_states(others, like.n_blocks, like.pooling, scaled)
         wrong += [task is not None for task in routed(router, own)]
     return share(wrong)
 
@@ -133,22 +135,24 @@ def main():
     tests = [ExampleSet(one.task, one.examples[: options.tests]) for one in tests]
     router = fit_router(base.model, probes)
     fitted, states = (
-        {one.task: prompt_states(base.model, prompts_of(one), router.n_blocks) for one in sets}
+        {one.task: router.states(base.model, prompts_of(one)) for one in sets}
         for sets in (probes, tests)
     )
     found = {task: routed(router, own) for task, own in states.items()}
     rows = [{"prompt": prompt, "completion": "-"} for prompt in FOREIGN]
-    foreign = prompt_states(base.model, prompts_of(base.encode("foreign", rows)), router.n_blocks)
+    foreign = router.states(base.model, prompts_of(base.encode("foreign", rows)))
     nearest = [router.matches(s)[0].task == task for task, own in states.items() for s in own]
     route_s, prefill_s = seconds(base, router, [prompts_of(one)[0] for one in tests])
     result = {
         **environment(),
         "tasks": len(tests), "probes": 10, "tests": options.tests,
-        "n_blocks": router.n_blocks, "of_blocks": base.n_layers, "threshold": router.threshold,
+        "n_blocks": router.n_blocks, "pooling": router.pooling,
+        "scaled": router.spread is not None, "accuracy": router.accuracy,
+        "of_blocks": base.n_layers, "threshold": router.threshold,
         "nearest_is_right": share(nearest),
         "routed_right": share(t == task for task, own in found.items() for t in own),
         "to_the_base": share(t is None for own in found.values() for t in own),
-        "left_out_accepted": left_out(fitted, states, router.n_blocks),
+        "left_out_accepted": left_out(fitted, states, router),
         "foreign_accepted": share(t is not None for t in routed(router, foreign)),
         "route_seconds": route_s, "prefill_seconds": prefill_s,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["base_name", "read_config"]
+__all__ = ["base_name", "read_config", "stated_base"]
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -32,6 +32,11 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
+def stated_base(config: Mapping[str, object]) -> str:
+    """The base model as a config states it, a path whole; empty if it states none."""
+    return str(config.get("base_model_name_or_path") or config.get("model") or "")
+
+
 def base_name(config: Mapping[str, object]) -> str | None:
     """The base model's name as a config states it; None if it states none.
 
@@ -41,7 +46,7 @@ def base_name(config: Mapping[str, object]) -> str | None:
     Args:
         config: an `adapter_config.json`, of PEFT or mlx-lm.
     """
-    name = str(config.get("base_model_name_or_path") or config.get("model") or "")
+    name = stated_base(config)
     # A path and no hub id: absolute, in a home directory, ./ or ../, an address, or of Windows.
     if name.startswith(("/", "~", ".")) or {":", "\\"} & set(name):
         parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]

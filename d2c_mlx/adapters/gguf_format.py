@@ -29,7 +29,7 @@ from d2c_mlx.adapters.checks import check_adapter, check_finite, pair_problems
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
-__all__ = ["ARCHITECTURES", "is_gguf_lora", "read_gguf_lora", "save_gguf_lora"]
+__all__ = ["ARCHITECTURES", "gguf_names", "is_gguf_lora", "read_gguf_lora", "save_gguf_lora"]
 
 # mlx-lm's model_type -> general.architecture in GGUF, and True if its q and k rows are interleaved
 # there.
@@ -66,7 +66,7 @@ def is_gguf_lora(head: bytes) -> bool:
     return head[:4] == b"GGUF" and Keys.General.TYPE.encode() + string + text in head
 
 
-def _names(architecture: str, n_layers: int, modules: Iterable[str]) -> dict[str, str | None]:
+def gguf_names(architecture: str, n_layers: int, modules: Iterable[str]) -> dict[str, str | None]:
     """Module path -> its name in a GGUF, None where it has none."""
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     known = get_tensor_name_map(kind, n_layers)
@@ -111,7 +111,7 @@ def read_gguf_lora(
             f"{path}: general.architecture is {architecture!r}, expected {expected!r}: the adapter"
             " is of another base model"
         )
-    names = _names(expected, int(config["num_hidden_layers"]), shapes)
+    names = gguf_names(expected, int(config["num_hidden_layers"]), shapes)
     modules = {name: module for module, name in names.items() if name is not None}
     adapter = _adapter(path, tensors, modules, metadata.get(Keys.Adapter.LORA_ALPHA))
     check_adapter(adapter, shapes, path)
@@ -207,7 +207,7 @@ def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> N
         AdapterError: modules that have no name in GGUF; nothing is written.
     """
     architecture, _ = ARCHITECTURES[config["model_type"]]
-    names = _names(architecture, int(config["num_hidden_layers"]), adapter.modules)
+    names = gguf_names(architecture, int(config["num_hidden_layers"]), adapter.modules)
     unknown = [module for module, name in names.items() if name is None]
     if unknown:
         raise AdapterError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
+from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
+from d2c_mlx.adapters.adapter_config import read_config, stated_base
 from d2c_mlx.adapters.checks import check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
@@ -70,6 +71,7 @@ def read_adapters(
     sources: Sequence[Source],
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any],
+    is_base: Callable[[Path], bool] = lambda _: False,
 ) -> list[Adapter]:
     """Read every adapter and check it against the base model.
 
@@ -79,6 +81,7 @@ def read_adapters(
         sources: what `find_adapters` found.
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json, see `read_adapter`.
+        is_base: True for a directory with a copy of the base model.
 
     Raises:
         InputError: the problems of all adapters, one line each.
@@ -89,16 +92,25 @@ def read_adapters(
         return replace(adapter, name=source.name, origin=source.origin)
 
     found = gather(partial(read, source) for source in sources)
-    _warn_of_bases(found)
+    _warn_of_bases(found, sources, is_base)
     return found
 
 
-def _warn_of_bases(adapters: Sequence[Adapter]) -> None:
+def _warn_of_bases(
+    adapters: Sequence[Adapter], sources: Sequence[Source], is_base: Callable[[Path], bool]
+) -> None:
     """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
     named: dict[str, list[str]] = {}
     for adapter in adapters:
         if adapter.base:
             named.setdefault(adapter.base, []).append(adapter.name)
+    if len(named) > 1:
+        # A path says more than a name: mlx-lm trains on a local copy in float32, say.
+        known = {
+            one.name for one in sources
+            if (one.path / CONFIG).is_file() and is_base(Path(stated_base(read_config(one.path))))
+        }  # fmt: skip
+        named = {base: of for base, of in named.items() if not set(of) <= known}
     if len(named) > 1:
         listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
         # A local path and an id may be the same model, so it is no error.

@@ -26,15 +26,13 @@ from d2c_mlx.evaluate.batches import (
 )
 from d2c_mlx.evaluate.workers import Piece, StateCache, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import (
-    find_head,
     full_logits,
     head_in_float32,
-    prefix_is_exact,
     run_blocks,
     run_prefix,
-    split_is_exact,
     tile_after,
     wait_for,
 )
@@ -135,6 +133,20 @@ class Engine:
         # Metal's alone: what is wired is not paged out and in again between batches.
         if most := mx.device_info().get("max_recommended_working_set_size"):
             mx.set_wired_limit(min(int(most), self.memory_limit))
+
+    @property
+    def unused(self) -> list[str]:
+        """Optimizations asked for that, so far as tried, are not exact on this architecture."""
+        asked = self.optimizations
+        return [
+            name
+            for name, off in (
+                ("head", asked.head and self._head is None),
+                ("prefix", asked.prefix and not self._prefix),
+                ("frozen", asked.frozen and (not self._head or False in self._split.values())),
+            )
+            if off
+        ]
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.

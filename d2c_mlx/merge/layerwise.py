@@ -36,8 +36,9 @@ from d2c_mlx.evaluate.capture import (
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import blocks_are_exact, run_blocks
+from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]

@@ -17,7 +17,7 @@ from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
-from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 __all__ = ["Merged", "Merger", "Regret"]
@@ -67,6 +67,8 @@ class Merger:
     without calibration rows, use `methods.merge_adapters`.
 
     Attributes:
+        method: the method that `final` merges by: the one asked for, else the best that the base
+            model allows.
         quick_method: the method by which clusterings are compared.
     """
 
@@ -83,8 +85,8 @@ class Merger:
         self._base, self._evaluator = library.base, library.evaluator
         self._adapters, self._probes = library.adapters, library.probes
         self._workers, self._library = library.workers, library
-        self._method = options.method or self._best
-        self.quick_method = _QUICK.get(self._method, self._method)
+        self.method = options.method or self._best
+        self.quick_method = _QUICK.get(self.method, self.method)
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._inputs: dict[int, ModuleInputs] = {}
 
@@ -112,8 +114,8 @@ class Merger:
         Args:
             members: indices of the adapters to merge.
         """
-        if len(members) == 1 or self._method != "auto":
-            return self._merged(members, self._method)
+        if len(members) == 1 or self.method != "auto":
+            return self._merged(members, self.method)
         found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
         return min(found, key=_regret)
 
@@ -140,7 +142,7 @@ class Merger:
             (found,) = self._regrets([tried[scale]], members)
             return found
 
-        if options.scale is not None and self._method not in _QUICK:
+        if options.scale is not None and self.method not in _QUICK:
             return Merged(self._scaled(merged, options.scale), method, options.scale)
         scales = COARSE_SCALES if options.scale is None else (options.scale,)
         best, lowest = line_search(regret, scales, self._start(merged, members, method))

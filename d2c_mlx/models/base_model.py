@@ -35,7 +35,7 @@ __all__ = ["BaseModel", "block_index"]
 
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
 # engine changes losses.
-_ENGINE = 5
+_ENGINE = 6
 
 
 class _AdaptedLinear(nn.Module):

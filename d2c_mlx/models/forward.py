@@ -1,52 +1,40 @@
 """Running parts of a base model: blocks, a shared prefix, the head.
 
-mlx-lm's architectures differ (logit caps, sliding windows, embedding scales), so nothing is
-assumed: a part is used only after it gave the whole model's own output on this model. `find_head`
-and the functions `*_is_exact` try that.
+`models/exact.py` tries on a model which parts give its own output. A part is the whole body, whose
+other blocks are passed over, so that every block stays at its place and keeps its kind of mask.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import (
-    CacheList,
-    ChunkedKVCache,
-    KVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import KVCache
 
 from d2c_mlx.models.kernels import eval_if_eager
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
     "KeysValues",
+    "body_blocks",
+    "body_prefix",
+    "text_part",
     "wait_for",
     "find_body",
-    "blocks_are_exact",
-    "find_head",
     "full_logits",
     "head_in_float32",
-    "prefix_is_exact",
     "run_blocks",
     "run_prefix",
-    "split_is_exact",
     "tile_after",
 ]
 
 KeysValues = tuple[mx.array, mx.array]
-_TEST_TOKENS = list(range(1, 13))
 # Weights of a head that are cast to float32 at a time. MLX may still hold several casts.
 _AT_ONCE = 1 << 24
-_WINDOWS = (RotatingKVCache, ChunkedKVCache)
-# Errors of an architecture that cannot be run in parts.
-_ERRORS = (AttributeError, IndexError, TypeError, ValueError, ModelError)
 # Names under which architectures keep the part below the head.
 _BODIES = ("model", "backbone", "transformer")
 
@@ -87,6 +75,21 @@ class _Prefix:
         return mx.concatenate([mx.repeat(prefix, repeats, axis=0), rows], axis=2)
 
 
+class _Passed:
+    """A block that is not run: gives back what it gets, or `instead` of it."""
+
+    def __init__(self, block: nn.Module, instead: mx.array | None = None) -> None:
+        self.block, self.instead = block, instead
+        self.seen: list[mx.array] = []
+
+    def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
+        self.seen.append(x)
+        return x if self.instead is None else self.instead
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  as the block's own
+        return getattr(self.block, name)
+
+
 def run_blocks(
     model: nn.Module,
     x: mx.array,
@@ -106,8 +109,7 @@ def run_blocks(
     Returns:
         `(rows, width, hidden)`.
     """
-    cache = None if states is None else [_Prefix(*one) for one in states]
-    return _run(model, x, cache, first, stop)
+    return body_blocks(find_body(model), x, states, first, stop)
 
 
 def run_prefix(
@@ -121,29 +123,51 @@ def run_prefix(
         The hidden states, `(rows, width, hidden)`, and keys and values of every block, each
         `(rows, heads, width, dim)`.
     """
-    n_blocks = len(model.layers[first:stop])
-    cache = [_Recorder() for _ in range(n_blocks)]
-    hidden = _run(model, x, cache, first, stop)
+    return body_prefix(find_body(model), x, first, stop)
+
+
+def body_blocks(
+    body: nn.Module,
+    x: mx.array,
+    states: Sequence[KeysValues] | None = None,
+    first: int = 0,
+    stop: int | None = None,
+) -> mx.array:
+    """`run_blocks` of a body, see `find_body`."""
+    return _run(body, x, None if states is None else [_Prefix(*one) for one in states], first, stop)
+
+
+def body_prefix(
+    body: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
+) -> tuple[mx.array, list[KeysValues]]:
+    """`run_prefix` of a body, see `find_body`."""
+    cache = [_Recorder() for _ in body.layers[first:stop]]
+    hidden = _run(body, x, cache, first, stop)
     return hidden, [(one.keys, one.values) for one in cache]
 
 
 def _run(
-    model: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
+    body: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
 ) -> mx.array:
-    inner = find_body(model)
-    if first == 0 and stop is None:
-        return inner(x, cache=cache)
+    blocks = body.layers
+    if stop is None or stop >= len(blocks):
+        stop = len(blocks)
+        if first == 0:
+            return body(x, cache=cache)
     # A shallow copy has the same modules; the model itself stays whole for other threads.
-    part = copy.copy(inner)
-    part.layers = inner.layers[first:stop]
-    if stop is not None and stop < len(inner.layers):
-        part.norm = nn.Identity()
-    if first == 0:
-        return part(x, cache=cache)
-    # Hidden states go in place of token ids. If an architecture does more to embeddings, the tests
-    # in `split_is_exact` and `blocks_are_exact` show it.
-    part.embed_tokens = nn.Identity()
-    return part(x, cache=cache)
+    part = copy.copy(body)
+    layers = [
+        block if first <= i < stop else _Passed(block, x if i == first - 1 else None)
+        for i, block in enumerate(blocks)
+    ]
+    part.layers = layers
+    if cache is not None:
+        # Masks are made from the cache of any block, also of one that is passed over.
+        cache = [cache[0]] * first + cache + [cache[0]] * (len(blocks) - stop)
+    tokens = x if first == 0 else mx.zeros(x.shape[:2], mx.int32)
+    y = part(tokens, cache=cache)
+    # Nothing evaluates what follows the last block.
+    return y if stop == len(blocks) else layers[stop].seen[0]
 
 
 def find_body(model: nn.Module) -> nn.Module:
@@ -152,7 +176,7 @@ def find_body(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the architecture has no such part.
     """
-    text = _text_part(model)
+    text = text_part(model)
     for body in (getattr(text, name, None) for name in _BODIES):
         if hasattr(body, "layers"):
             return body
@@ -161,7 +185,7 @@ def find_body(model: nn.Module) -> nn.Module:
     )
 
 
-def _text_part(model: nn.Module) -> nn.Module:
+def text_part(model: nn.Module) -> nn.Module:
     """The language model inside a model that takes images too; else the model itself."""
     return getattr(model, "language_model", model)
 
@@ -179,22 +203,6 @@ def full_logits(
         states: keys and values of a shared prefix for every block.
     """
     return model(x, cache=None if states is None else [_Prefix(*one) for one in states])
-
-
-def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
-    """The head as a function of hidden states, if it gives the model's own logits here.
-
-    None where an architecture scales or caps its logits; then use `full_logits`.
-    """
-    x = mx.array([_TEST_TOKENS])
-    try:
-        inner = find_body(model)
-        head = getattr(_text_part(model), "lm_head", None)
-        if head is None:
-            head = inner.embed_tokens.as_linear
-        return head if _close(head(inner(x)), model(x)) else None
-    except _ERRORS:
-        return None
 
 
 def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
@@ -225,57 +233,6 @@ def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array]
     return head32
 
 
-def prefix_is_exact(model: nn.Module) -> bool:
-    """True if running a prefix once, and then two rows after it, gives the output of whole rows."""
-    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
-        return False
-    x = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
-    x[1, :5] = x[0, :5]
-    try:
-        whole = find_body(model)(x)[:, 5:]
-        _, states = run_prefix(model, x[:1, :5])
-        return _close(run_blocks(model, x[:, 5:], states), whole)
-    except _ERRORS:
-        return False
-
-
-def split_is_exact(model: nn.Module, first: int) -> bool:
-    """True if running the blocks below block `first`, and then the rest, gives the same output."""
-    if _has_windows(model):
-        return False
-    x = mx.array([_TEST_TOKENS])
-    try:
-        lower, below = run_prefix(model, x[:, :5], 0, first)
-        _, above = run_prefix(model, lower, first)
-        rest = run_blocks(model, x[:, 5:], below, 0, first)
-        return _close(run_blocks(model, rest, above, first), find_body(model)(x)[:, 5:])
-    except _ERRORS:
-        return False
-
-
-def blocks_are_exact(model: nn.Module) -> bool:
-    """True if running the blocks one at a time gives the same output as all at once."""
-    if _has_windows(model):
-        return False
-    hidden = tokens = mx.array([_TEST_TOKENS])
-    try:
-        for block in range(len(model.layers)):
-            hidden = run_blocks(model, hidden, first=block, stop=block + 1)
-        return _close(hidden, find_body(model)(tokens))
-    except _ERRORS:
-        return False
-
-
-def _has_windows(model: nn.Module) -> bool:
-    """True if some blocks have a sliding window: parts do not know which, and no test shows it."""
-    return any(isinstance(one, _WINDOWS) for one in _flat(make_prompt_cache(model)))
-
-
-def _flat(caches: Sequence[Any]) -> Iterator[Any]:
-    for one in caches:
-        yield from _flat(one.caches) if isinstance(one, CacheList) else (one,)
-
-
 def wait_for(x: mx.array, done: Sequence[mx.array]) -> mx.array:
     """`x`, evaluated only after `done` is, so that fewer arrays are in memory at once."""
     return mx.depends([x], list(done))[0] if done else x
@@ -285,9 +242,3 @@ def tile_after(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
     """`x` repeated `copies` times along the first axis, evaluated only after `done` is."""
     x = wait_for(x, done)
     return mx.concatenate([x] * copies) if copies > 1 else x
-
-
-def _close(x: mx.array, y: mx.array) -> bool:
-    x, y = x.astype(mx.float32), y.astype(mx.float32)
-    # A real difference (a cap, a scale, a wrong mask) is far above rounding in any dtype.
-    return bool((mx.abs(x - y).max() <= 2e-2 * mx.maximum(mx.abs(y).max(), 1.0)).item())

@@ -6,8 +6,12 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
 
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ModelError
@@ -26,12 +30,15 @@ from d2c_mlx.utils.files import (
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.parsing import json_or_none
 
-__all__ = ["cached_model", "config_digest", "file_digest", "weights_digest"]
+__all__ = ["cached_model", "config_digest", "file_digest", "same_weights", "weights_digest"]
 
 # A file that changed so lately may change again within one tick of the file system's clock.
 _SETTLED_SECONDS = 2
 # In a converted model: the hash of its other files, as they were written.
 _WRITTEN = ".sha256"
+_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# Numbers of a tensor that tell whether it is another's copy.
+_BEGINNING = 256
 # Errors of reading a header that is none.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -60,6 +67,30 @@ def weights_digest(directory: Path) -> str:
     """
     files = sorted(directory.glob("model*.safetensors"))
     return _remembered("weights", files, lambda: fingerprint(sorted(map(list, _tensors(files)))))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """True if two model directories hold the same tensors, but perhaps in another precision.
+
+    The first numbers of each tensor are compared. A quantized copy is not the same, and neither is
+    what cannot be read.
+    """
+    try:
+        first, second = (
+            _beginnings(sorted(path.glob("model*.safetensors"))) for path in (one, other)
+        )
+    except ModelError:
+        return False
+    if not first or first.keys() != second.keys():
+        return False
+    for name, (shape, dtype, x) in first.items():
+        other_shape, other_dtype, y = second[name]
+        # The coarser of the two, the last of the table.
+        kind = _FLOATS[max(dtype, other_dtype, key=list(_FLOATS).index)]
+        n = min(x.size, y.size)
+        if shape != other_shape or not mx.array_equal(x[:n].astype(kind), y[:n].astype(kind)):
+            return False
+    return True
 
 
 def file_digest(path: Path) -> str:
@@ -120,6 +151,28 @@ def _remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) ->
 def _tensors(files: Sequence[Path]) -> list[tuple[str, str, list[int], str]]:
     """Name, dtype, shape and hex SHA-256 of the numbers of every tensor."""
     found = []
+    for file, name, entry, nbytes in _entries(files):
+        digest = hashlib.sha256()
+        for at in range(0, nbytes, 1 << 20):
+            digest.update(file.read(min(1 << 20, nbytes - at)))
+        found.append((name, entry["dtype"], entry["shape"], digest.hexdigest()))
+    return found
+
+
+def _beginnings(files: Sequence[Path]) -> dict[str, tuple[list[int], str, mx.array]]:
+    """Name -> shape, dtype and first numbers of every tensor of floats."""
+    found = {}
+    for file, name, entry, nbytes in _entries(files):
+        kind = _FLOATS.get(entry["dtype"])
+        if kind is not None:
+            n = min(nbytes, _BEGINNING * kind.size)
+            data = mx.array(np.frombuffer(file.read(n), np.uint8)).view(kind)
+            found[name] = (entry["shape"], entry["dtype"], data)
+    return found
+
+
+def _entries(files: Sequence[Path]) -> Iterator[tuple[BinaryIO, str, dict[str, Any], int]]:
+    """Yield every tensor: its file, opened where the numbers begin, name, entry and bytes."""
     for path in files:
         try:
             with open_file(path) as file:
@@ -129,12 +182,8 @@ def _tensors(files: Sequence[Path]) -> list[tuple[str, str, list[int], str]]:
                 for name, one in header.items():
                     start, stop = one["data_offsets"]
                     file.seek(8 + nbytes + start)
-                    digest = hashlib.sha256()
-                    for at in range(start, stop, 1 << 20):
-                        digest.update(file.read(min(1 << 20, stop - at)))
-                    found.append((name, one["dtype"], one["shape"], digest.hexdigest()))
+                    yield file, name, one, stop - start
         except _UNREADABLE as error:
             raise ModelError(
                 f"{path}: not readable as safetensors ({error}); download it again"
             ) from None
-    return found

@@ -98,7 +98,8 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     """
     if spec is None and name != EMBEDDED:
         raise ModelError(
-            f"model: the pack is for {name!r}; name that model's directory, hub id or .gguf file"
+            f"model: the pack is for {name!r}; name that model's directory, hub id or"
+            " .gguf file with --model"
         )
     return resolve_model(spec)
 
@@ -160,5 +161,5 @@ def _converted(gguf: Path) -> Path:
     """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
     # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
-    parts = [file_digest(gguf), beside, "v3"]
+    parts = [file_digest(gguf), beside, "v4"]
     return cached_model(gguf.stem, parts, partial(convert_gguf, gguf))

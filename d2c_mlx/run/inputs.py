@@ -21,6 +21,7 @@ from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.identity import same_weights
 from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
@@ -59,6 +60,9 @@ class Inputs:
         off = set(config.without) - {"cache", "bound"}
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
+        if unused := self.engine.unused:
+            _warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
+                  " not used: slower, with the same losses")  # fmt: skip
         errors: list[InputError] = []
         sources: Sequence[Source] = collect(errors, lambda: find_adapters(config.adapters)) or []
         self._sources = sources
@@ -68,9 +72,11 @@ class Inputs:
         known = [source.name for source in sources]
         if config.skip_bad:
             sources = self._usable(sources)
+        is_base = partial(same_weights, self.base.path)
         self.adapters: list[Adapter] = (
             collect(
-                errors, lambda: read_adapters(sources, self.base.module_shapes, self.base.config)
+                errors,
+                lambda: read_adapters(sources, self.base.module_shapes, self.base.config, is_base),
             )
             or []
         )

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,11 +21,15 @@ from d2c_mlx.models.tokenize import encode_probes, encode_prompts
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened
 from d2c_mlx.run.records import keep_pack
-from d2c_mlx.serve.router import fit_router, load_router, prompt_states, save_router
-from d2c_mlx.utils.errors import PackError
+from d2c_mlx.serve.router import fit_router, load_router, save_router
+from d2c_mlx.utils.errors import InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
 
 __all__ = ["RouteOptions", "route_prompts"]
+
+
+# Least share of calibration prompts that should find their task.
+_GOOD = 0.95
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,16 @@ def route_prompts(
             own = load_tasks(tasks, sorted(found.tasks), tests=False)
             probes = encode_probes(base.encode, own, options.n_probe)
             before = hash_tree(found.path)
-            found = save_router(found, fit_router(base.model, probes, common_system(own)))
+            fitted = fit_router(base.model, probes, common_system(own))
+            if fitted.accuracy < _GOOD:
+                warnings.warn(
+                    f"router: {fitted.accuracy:.0%} of the calibration prompts find their task when"
+                    f" they are left out, expected {_GOOD:.0%}; name tasks in requests, or give"
+                    " more rows with --probe-examples",
+                    InputWarning,
+                    stacklevel=2,
+                )
+            found = save_router(found, fitted)
             keep_pack(found.path.resolve(), before)
     router = load_router(found)
     if router is None:
@@ -79,7 +93,7 @@ def route_prompts(
     if not prompts:
         return []
     asked = encode_prompts(base.tokenizer, prompts, router.system)
-    states = prompt_states(base.model, asked, router.n_blocks)
+    states = router.states(base.model, asked)
     result = []
     for prompt, state in zip(prompts, states):
         best = router.best(state)

@@ -27,6 +27,7 @@ from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
 from d2c_mlx.run.snapshot import absolute
+from d2c_mlx.utils.device import process_peak
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import remove_dir, write_text
 from d2c_mlx.utils.progress import progress_bar
@@ -153,6 +154,13 @@ class Session:
         """The planner of a budget in bytes."""
         return Planner(self.study, self.inputs.capacity, self.config.max_adapters)
 
+    @property
+    def unused(self) -> list[str]:
+        """Names of defaults that the base model's architecture does not allow."""
+        found = self.inputs.engine.unused
+        merges = not self.config.planned and self.config.merge_method is None
+        return found + ["layerwise"] * (merges and self.study.merger.method != "layerwise")
+
     def done(self, stage: Stage) -> bool:
         """True if a stage already ran on the same inputs and its outputs are untouched."""
         return self._record(stage).holds(stage.writes)
@@ -183,5 +191,6 @@ class Session:
             "seconds": round(time.monotonic() - started, 2),
             "evaluations": asdict(self.evaluator.counts),
             "peak_nbytes": mx.get_peak_memory(),
+            "process_peak_nbytes": process_peak(),
         }
         record.write(stage.writes, measured)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +14,15 @@ import mlx.core as mx
 from d2c_mlx.utils.blas import loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["arithmetic", "device_name", "environment", "machine", "use_device", "versions"]
+__all__ = [
+    "arithmetic",
+    "device_name",
+    "environment",
+    "machine",
+    "process_peak",
+    "use_device",
+    "versions",
+]
 
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
 
@@ -76,6 +86,12 @@ def _system_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def process_peak() -> int:
+    """Most bytes of memory that this process has held so far, all that is not MLX's included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.identity import same_weights
 from d2c_mlx.utils.errors import InputWarning
 
 
@@ -138,7 +140,13 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
     base = BaseModel(str(lib.model))
     with pytest.warns(InputWarning, match="found 2 names of base models"):
         read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)
-    # Without a name it may be of any; warnings are errors here.
+    # A folder that is known to be the base, as of a float32 copy, is no other; warnings are errors.
+    path = str(lib.model)
+    edit_config(lib.adapters / "beta", base_model_name_or_path=path)
+    found = find_adapters(lib.adapters)
+    read = partial(read_adapters, found, base.module_shapes, base.config)
+    assert len(read(partial(same_weights, lib.model))) == 3
+    # Without a name it may be of any.
     edit_config(lib.adapters / "beta", base_model_name_or_path=None)
     assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
 

@@ -18,8 +18,9 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
 from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
+from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import find_head, head_in_float32, prefix_is_exact, split_is_exact
+from d2c_mlx.models.forward import head_in_float32
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError
 
@@ -198,8 +199,8 @@ def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
     assert_equals_plain(base, Engine(base), adapters, sets)
 
 
-def test_sliding_windows_take_the_plain_path(tmp_path):
-    """Rotating caches are not prefixes; the window itself still counts."""
+def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
+    """One that is longer than the window."""
     import json
 
     path = tiny_model(tmp_path / "model")
@@ -210,8 +211,9 @@ def test_sliding_windows_take_the_plain_path(tmp_path):
     rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
             for i in range(3)]  # fmt: skip
     engine = Engine(base)
-    assert not engine._prefix
-    assert_equals_plain(base, engine, [], [base.encode("a", rows)])
+    examples = base.encode("a", rows)
+    assert engine._prefix and len(shared_prefix(examples)) > 6
+    assert_equals_plain(base, engine, [], [examples])
 
 
 @pytest.mark.parametrize("limit", [70e6, 100e6, 200e6])

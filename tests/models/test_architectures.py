@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.losses import losses_of, plain_loss
-from helpers.tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -24,14 +24,11 @@ from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.forward import (
-    blocks_are_exact,
-    find_head,
-    prefix_is_exact,
-    run_blocks,
-    split_is_exact,
-)
+from d2c_mlx.models.exact import blocks_are_exact, find_head, prefix_is_exact, split_is_exact
+from d2c_mlx.models.forward import find_body, run_blocks
 from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
@@ -48,6 +45,8 @@ CONFIGS = {
                  "rope_parameters": {"rope_theta": 1e4, "original_max_position_embeddings": 512,
                                      "llama_4_scaling_beta": 0.0}}},
     "gemma3": {"text_config": GEMMA, "vocab_size": VOCAB},
+    "gemma3-narrow": {"text_config": {**GEMMA, "sliding_window": 4}, "vocab_size": VOCAB,
+                      "model_type": "gemma3"},
     "mamba2": {"num_heads": 8, "head_dim": 8, "vocab_size": VOCAB, "hidden_size": 32,
                "intermediate_size": 64, "state_size": 16, "num_hidden_layers": 3,
                "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1, "use_bias": False,
@@ -66,9 +65,9 @@ def model_of(directory, kind):
     directory.mkdir(parents=True)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(directory)
-    config = {**CONFIGS[kind], "model_type": kind, "eos_token_id": tokenizer.eos_token_id}
+    config = {"model_type": kind, **CONFIGS[kind], "eos_token_id": tokenizer.eos_token_id}
     (directory / "config.json").write_text(json.dumps(config))
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model, rng = module.Model(module.ModelArgs.from_dict(config)), np.random.default_rng(0)
     weights = [
         (name, mx.array(np.ones(x.shape) if x.ndim == 1 else rng.normal(0, 0.3, x.shape)))
@@ -116,8 +115,8 @@ def test_a_body_is_found_wherever_it_is(tmp_path, kind):
         logits = np.array(base.model(x))
         np.testing.assert_allclose(head(run_blocks(base.model, x)), logits, atol=1e-3)
     assert (head is None) == (kind == "mamba2")
-    assert prefix_is_exact(base.model) == (kind == "mistral3")
-    assert split_is_exact(base.model, 1) == (kind == "mistral3")
+    assert prefix_is_exact(base.model) == (kind != "mamba2")
+    assert split_is_exact(base.model, 1) == (kind != "mamba2")
     router = fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
     assert router.centre.shape == (32,)
 
@@ -128,14 +127,54 @@ def test_a_model_without_a_body_is_refused_by_name(tmp_path):
         fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
 
 
-def test_windows_are_not_run_in_parts(tmp_path):
-    """A slice of blocks takes the first for its own first, and rows are longer than any proof."""
-    base = model_of(tmp_path / "m", "olmo3")
-    examples, adapter = base.encode("a", rows()), adapter_of(base, [3, 4])
+@pytest.mark.parametrize("kind", ["gemma3", "olmo3"])
+def test_windows_embedding_scales_and_all_norms_are_run_in_parts(tmp_path, kind):
+    """Rows are longer than the window, and each block has the mask of its own place."""
+    base = model_of(tmp_path / "m", kind)
+    last = len(base.model.layers) - 1
+    examples, adapter = base.encode("a", rows(8)), adapter_of(base, [last - 1, last])
     assert min(len(row.tokens) for row in examples.examples) > 2 * 16
-    assert not split_is_exact(base.model, 3) and not blocks_are_exact(base.model)
-    (got,) = losses_of(Engine(base), [(adapter, examples)])
-    assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-4)
+    assert blocks_are_exact(base.model)
+    engine = Engine(base)
+    (got,) = losses_of(engine, [(adapter, examples)])
+    assert engine._first_block() == last - 1 and engine._prefix
+    assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-5)
+    x = hidden = mx.array([examples.examples[0].tokens])
+    base.attach(None)
+    for block in range(last + 1):
+        hidden = run_blocks(base.model, hidden, first=block, stop=block + 1)
+    np.testing.assert_allclose(hidden, run_blocks(base.model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
+    base = model_of(tmp_path / "m", "gemma3")
+    assert blocks_are_exact(base.model)
+    # Of another size than its caches: nothing could be tested on short rows.
+    find_body(base.model).window_size = 17
+    assert not blocks_are_exact(base.model) and not prefix_is_exact(base.model)
+    assert not split_is_exact(base.model, 2)
+
+
+def test_defaults_that_an_architecture_does_not_allow_are_said(tmp_path):
+    # No row is short enough to try a window of four.
+    base = model_of(tmp_path / "m", "gemma3-narrow")
+    for name in "ab":
+        adapter_of(base).save(tmp_path / "adapters" / name, base.n_layers)
+        task(tmp_path / "tasks", name)
+    config = RunConfig(
+        model=str(base.path), adapters=str(tmp_path / "adapters"), tasks=str(tmp_path / "tasks"),
+        output=str(tmp_path / "run"), budget="1", baselines=(), probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    with pytest.warns(InputWarning) as said:
+        session = run(config, quiet=True)
+    lines = [str(one.message) for one in said]
+    assert any("model: prefix would not be exact with this architecture" in x for x in lines)
+    assert any("are merged by regmean++ instead of layerwise" in line for line in lines)
+    unused = session.read("bench.json")["provenance"]["unused"]
+    assert unused == ["prefix", "layerwise"]
+    for name in ("report.md", "report.html"):
+        text = (session.output / name).read_text()
+        assert "not used: prefix, layerwise." in text and "regmean" in text
 
 
 # Prompts

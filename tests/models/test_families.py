@@ -66,20 +66,11 @@ def bases(root):
     return {family: BaseModel(str(root / family / "model")) for family in FAMILIES}
 
 
-# Of the others blocks cannot be run one at a time, or give something else then.
-BY_BLOCK = {"Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "SmolLM3", "Granite", "OLMo 2"}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layerwise_merges_a_family_or_refuses_it(root, bases, family):
+def test_layerwise_merges_every_family(root, bases, family):
     base = bases[family]
     library = Library(Engine(base), None, [], [])
-    default = Merger(library, MergeOptions(), None)._method
-    assert default == ("layerwise" if family in BY_BLOCK else "regmean++")
-    if family not in BY_BLOCK:
-        with pytest.raises(ModelError, match="merge_method layerwise runs the model block by"):
-            check_blocks(base)
-        return
+    assert Merger(library, MergeOptions(), None).method == "layerwise"
     check_blocks(base)
     rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
     one, other = (

@@ -41,7 +41,8 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype,
     [
         ({"general.architecture": "mamba"}, ["general.architecture", "mamba", "llama"]),
         ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.type"]),
-        ({"tensors": {"rope_freqs.weight": mx.ones(4)}}, ["rope_freqs.weight"]),
+        ({"llama.block_count": mx.array(1 << 30, mx.uint32)}, ["1073741824 blocks in"]),
+        ({"tensors": {"rope_freqs.weight": mx.arange(1.0, 5)}}, ["rope_freqs.weight"]),
         ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
     ],
 )

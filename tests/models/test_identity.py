@@ -6,15 +6,13 @@ import shutil
 import sys
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
 from helpers.gguf_files import write_gguf
 from helpers.tiny import LAYERS, tiny_model
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.identity import config_digest, weights_digest
+from d2c_mlx.models.identity import config_digest, same_weights, weights_digest
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import PackInfo, load_pack
@@ -32,6 +30,28 @@ def model(tmp_path_factory):
 @pytest.fixture
 def copy(model, tmp_path):
     return shutil.copytree(model, tmp_path / "copy")
+
+
+def in_precision(directory, kind):
+    weights = mx.load(str(directory / "model.safetensors"))
+    changed = {name: x.astype(kind) for name, x in weights.items()}
+    mx.eval(changed)
+    mx.save_safetensors(str(directory / "model.safetensors"), changed, {"format": "mlx"})
+
+
+def test_a_copy_in_another_precision_is_the_same_model(model, copy, tmp_path):
+    assert same_weights(copy, model)
+    in_precision(copy, mx.float32)
+    assert same_weights(copy, model) and same_weights(model, copy)
+    assert not same_weights(tmp_path / "none", model)
+    weights = mx.load(str(copy / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = {**weights, name: weights[name] * 1.01}
+    mx.eval(changed)
+    mx.save_safetensors(str(copy / "model.safetensors"), changed, {"format": "mlx"})
+    assert not same_weights(copy, model)
+    (copy / "model.safetensors").write_bytes(b"no tensors at all")
+    assert not same_weights(copy, model)
 
 
 def pack_for(model, path):
@@ -146,21 +166,6 @@ def test_another_gguf_of_the_same_size_and_time_is_converted(model, tmp_path):
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert weights_digest(resolve_model(str(path))[1]) != weights_digest(first)
-
-
-@pytest.mark.parametrize("kind", ["TQ1_0", "Q5_K"])
-def test_a_gguf_tensor_that_mlx_does_not_read_is_refused_by_name(tmp_path, kind):
-    """MLX leaves out the first type without a word, and stops at the second."""
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
-    row = {"TQ1_0": 54, "Q5_K": 176}[kind]
-    writer.add_tensor("a.weight", np.ones((4, 256), np.float32))
-    raw = GGMLQuantizationType[kind]
-    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, row), np.uint8), raw_dtype=raw)
-    for write in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
-        getattr(writer, f"write_{write}")()
-    writer.close()
-    with pytest.raises(ModelError, match=rf"first: blk.0.ffn_up.weight, {kind}\), expected F32, "):
-        resolve_model(str(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import common_system, load_task
 from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.packs.add import add_adapter
@@ -35,7 +36,7 @@ from d2c_mlx.serve.router import (
     router_from_states,
     save_router,
 )
-from d2c_mlx.utils.errors import InputError, PackError, TaskError
+from d2c_mlx.utils.errors import InputError, InputWarning, PackError, TaskError
 from d2c_mlx.utils.files import hash_file, hash_tree
 from d2c_mlx.utils.lock import locked
 
@@ -107,6 +108,69 @@ def test_matches_are_cosines_and_the_nearest_comes_first():
     assert router.matches(np.array([0.6, 0.8]))[0].similarity == pytest.approx(0.8)
     # What the best match is below is none, ties go to the first.
     assert router.matches(np.array([1.0, 1.0]))[0].task == "a"
+
+
+def clouds(n=10, noise=0.3):
+    """States of three tasks around directions of their own."""
+    rng = np.random.default_rng(0)
+    return {name: np.eye(16)[k] + noise * rng.normal(size=(n, 16)) / 4
+            for k, name in enumerate("abc")}  # fmt: skip
+
+
+def test_one_odd_prompt_does_not_set_the_threshold():
+    states = clouds()
+    usual = router_from_states(states, 1)
+    states["a"][3] = -states["a"][3]
+    odd = router_from_states(states, 1)
+    assert usual.accuracy == 1 and odd.accuracy == pytest.approx(29 / 30)
+    assert usual.threshold > 0.5 and odd.threshold > 0.5
+    assert odd.best(-np.ones(16)) is None
+
+
+def test_channels_are_brought_to_one_scale_where_that_finds_more_tasks(pack):
+    states = clouds()
+    for x in states.values():
+        x[:, 9] += 50 * np.random.default_rng(len(x)).normal(size=len(x))
+    plain, scaled = (router_from_states(states, 1, scaled=yes) for yes in (False, True))
+    assert plain.accuracy < 0.7 and scaled.accuracy == 1
+    again = load_router(save_router(pack, scaled))
+    np.testing.assert_allclose(again.spread, scaled.spread, rtol=1e-6)
+    assert (again.accuracy, again.pooling) == (1, "last")
+    assert [again.matches(x[0])[0].task for x in states.values()] == list("abc")
+
+
+def test_the_states_that_find_most_tasks_are_taken(made):
+    """Every choice tried by hand, each from a pass of its own."""
+    _, base, _ = made
+    rng = np.random.default_rng(0)
+    probes = [base.encode(name, [
+        {"prompt": " ".join([*rng.choice([*"qwertyuiop"], 12), name * 2, "and"]),
+         "completion": "x"}
+        for _ in range(6)
+    ]) for name in "abc"]  # fmt: skip
+    tried = []
+    for place in (1, 2):
+        for pooling in ("last", "mean"):
+            states = {one.task: prompt_states(base.model, prompts_of(one), place, pooling)
+                      for one in probes}  # fmt: skip
+            for scaled in (False, True):
+                tried.append(router_from_states(states, place, pooling, scaled).accuracy)
+    router = fit_router(base.model, probes)
+    assert router.accuracy == max(tried) > min(tried)
+    prompt = prompts_of(probes[0])[0]
+    x = np.array(run_blocks(base.model, mx.array([prompt]), stop=1))[0]
+    mean = prompt_states(base.model, [prompt], 1, "mean")
+    np.testing.assert_allclose(mean[0], x[1:].mean(axis=0), atol=1e-5)
+
+
+def test_a_router_that_is_not_good_enough_is_said(made, pack, tmp_path):
+    paths, _, _ = made
+    for name in "abc":
+        rows = [{"prompt": f"The same {i}", "completion": "x"} for i in range(6)]
+        write_jsonl(tmp_path / "tasks" / name / "probe.jsonl", rows)
+    about = RouteOptions(tmp_path / "tasks", model=str(paths.model))
+    with pytest.warns(InputWarning, match="router: .* find their task .* expected 95%"):
+        route_prompts(pack.path, [], about)
 
 
 def test_kept_in_the_pack_and_read_again(made, pack):

@@ -50,6 +50,11 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
             np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_without_its_base_model_the_flag_is_named(pack, tmp_path):
+    with pytest.raises(ModelError, match="name that model's directory.* with --model"):
+        export(pack, "gguf", tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_gguf_of_any_dtype_ranks_and_scales(tmp_path, model, dtype, mixed):

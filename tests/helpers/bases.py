@@ -1,0 +1,52 @@
+"""One base model through the whole program: runs for both kinds of budget, exports, serving."""
+
+import warnings
+
+import mlx.core as mx
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.packs.export import FORMATS, export
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.serve.load import load
+from d2c_mlx.utils.errors import InputWarning
+from helpers.loras import lora_of
+from helpers.tiny import task
+
+TOKENS = mx.arange(1, 25)[None] * 7 % 250
+
+
+def through_all(model, root):
+    """What became of two random adapters: merge method, units of the plan, formats exported to."""
+    base, rng = BaseModel(str(model)), np.random.default_rng(1)
+    for name in "ab":
+        # Of the last two blocks, so that states below them are kept.
+        loras = {path: lora_of(rng, shape, 2, dtype=mx.float16, size=0.1)
+                 for path, shape in base.module_shapes.items()
+                 if block_index(path) >= base.n_layers - 2}  # fmt: skip
+        Adapter(name, loras).save(root / "adapters" / name, base.n_layers)
+        task(root / "tasks", name)
+    config = RunConfig(
+        model=str(model), adapters=str(root / "adapters"), tasks=str(root / "tasks"),
+        output=str(root / "slots"), budget="1", baselines=(), probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        # Of defaults that an architecture does not allow.
+        warnings.simplefilter("ignore", InputWarning)
+        slots = run(config, quiet=True)
+        packed = run(config.replace(budget="40%", output=str(root / "bytes")), quiet=True)
+    written = []
+    for to in FORMATS:
+        export(load_pack(slots.path("pack")), to, root / to, str(model))
+        written.append(to)
+    for session in (slots, packed):
+        pack = load_pack(session.path("pack"))
+        served, _ = load(pack, "a", str(model))
+        served.set_dtype(mx.float32)
+        base.attach(pack.load("a"))
+        y, expected = (np.array(one(TOKENS)) for one in (served, base.model))
+        assert np.abs(y - expected).max() < 1e-3 * np.abs(expected).max()
+    return slots.read("merges.json")[0]["method"], packed.read("plan.json")["units"], written

@@ -1,0 +1,158 @@
+"""GGUF bases of all families and types: transformers on the same file, torch with its values.
+
+The tables in docs/reference/families.md are what this test finds; `D2C_MLX_WRITE_DOCS=1 pytest
+tests/models/test_gguf_families.py` writes them.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize
+from helpers import ROOT
+from helpers.bases import through_all
+from helpers.gguf_bases import BASES, TEXTS, TOKENS, blocks
+from mlx_lm import load as stock_load
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.gguf_file import UnknownTypeError, float_rows, open_gguf, packed_rows
+
+pytestmark = pytest.mark.slow
+
+DOC = ROOT / "docs" / "reference" / "families.md"
+PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
+UNPACKED = ("F32", "F16", "BF16", "Q2_K", "Q3_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",
+            "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4")  # fmt: skip
+found: dict = {}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bases")
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "helpers" / "gguf_bases.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
+    return path
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_logits_and_tokens_are_those_of_transformers(root, family):
+    *_, pre, read = BASES[family]
+    known = np.load(root / family / "known.npz")
+    base = BaseModel(str(root / family / "model.gguf"))
+    y = np.array(base.model(mx.array(TOKENS)))
+    others = ("torch", "transformers") if read else ("torch",)
+    for one in others:
+        assert np.abs(known[one]).max() > 1
+        assert np.abs(y - known[one]).max() < 1e-4
+    # Files in the cache are those of any mlx-lm model; it is as exact there.
+    stock, _ = stock_load(str(base.path))
+    stock.set_dtype(mx.float32)
+    assert np.abs(np.array(stock(mx.array(TOKENS))) - known["torch"]).max() < 1e-3
+    for i, text in enumerate(TEXTS):
+        if f"text {i}" in known:
+            assert base.tokenizer.encode(text) == known[f"text {i}"].tolist()
+    if pre == "refact":
+        assert base.tokenizer.encode("20") == [*base.tokenizer.encode("2"),
+                                               *base.tokenizer.encode("0")]  # fmt: skip
+    found[family] = others
+
+
+# One of each kind: windows and scales, fused modules, convolutions, biases.
+CHAIN = ("Gemma 2", "Gemma 3", "Phi-3", "LFM2", "Qwen2")
+
+
+@pytest.mark.parametrize("family", CHAIN)
+def test_a_base_in_gguf_goes_through_the_whole_program(root, family, tmp_path):
+    method, units, written = through_all(root / family / "model.gguf", tmp_path)
+    assert method in ("layerwise", "regmean++") and units
+    assert {"mlx", "peft", "gguf"} <= set(written)
+
+
+@pytest.mark.parametrize("kind", [*PACKED, *UNPACKED])
+def test_values_of_a_type_are_those_of_the_gguf_package(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    data = blocks(kind, (6, 512), rng)
+    raw = GGMLQuantizationType[kind]
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x.weight", data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = open_gguf(tmp_path / "x.gguf").tensors
+    expected = dequantize(data, raw)
+    assert np.abs(expected).max() > 0.01
+    packed = packed_rows(tensor, tensor.data)
+    if kind in PACKED:
+        words, scales, biases = map(mx.array, packed)
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        values = mx.dequantize(words, scales, biases, group_size=32, bits=PACKED[kind])
+    else:
+        assert packed is None
+        values = float_rows(tensor, tensor.data)
+    np.testing.assert_allclose(np.array(values), expected, rtol=1e-6, atol=1e-6)
+    found[kind] = f"packed, {PACKED[kind]} bits" if kind in PACKED else "float32"
+
+
+def test_a_type_that_the_gguf_package_does_not_dequantize_is_named():
+    of = SimpleNamespace(name="x.weight", tensor_type=GGMLQuantizationType.I8)
+    with pytest.raises(UnknownTypeError, match="tensor x.weight is of type I8"):
+        float_rows(of, np.zeros((2, 8), np.int8))
+
+
+def damaged(root, path, old, new):
+    data = (root / "Qwen2" / "model.gguf").read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    return path
+
+
+def test_what_cannot_be_read_is_named_in_one_line(root, tmp_path):
+    data = (root / "Qwen2" / "model.gguf").read_bytes()
+    last = max(open_gguf(root / "Qwen2" / "model.gguf").tensors, key=lambda one: one.data_offset)
+    (tmp_path / "short.gguf").write_bytes(data[: last.data_offset + 64])
+    name = b"blk.1.ffn_up.weight"
+    at = data.index(name) + len(name) + 4 + 16
+    unknown = data[:at] + (99).to_bytes(4, "little") + data[at + 4 :]
+    (tmp_path / "unknown.gguf").write_bytes(unknown)
+    vocabulary = b"tokenizer.ggml.model"
+    for path, words in (
+        (tmp_path / "short.gguf", ["tensor", last.name, last.tensor_type.name, "cut short"]),
+        (tmp_path / "unknown.gguf", ["tensor blk.1.ffn_up.weight is of type 99", "update it"]),
+        (damaged(root, tmp_path / "family.gguf", b"architecture\x08\0\0\0\x05\0\0\0\0\0\0\0qwen2",
+                 b"architecture\x08\0\0\0\x05\0\0\0\0\0\0\0rwkv7"),
+         ["general.architecture is 'rwkv7', expected one of gemma2"]),
+        (damaged(root, tmp_path / "words.gguf", vocabulary, b"tokenizer.ggml.wodel"),
+         ["tokenizer None", "put the model's tokenizer.json and tokenizer_config.json beside"]),
+    ):  # fmt: skip
+        with pytest.raises(ModelError) as caught:
+            BaseModel(str(path))
+        (line,) = caught.value.problems
+        assert "\n" not in line and str(path) in line
+        assert all(word in line for word in words), line
+
+
+def test_table_in_the_docs():
+    if set(found) != {*BASES, *PACKED, *UNPACKED}:
+        pytest.skip("not every cell was run, or one has failed")
+    rows = [["family", "logits agree with"], ["---", "---"]]
+    rows += [[family, " and ".join(found[family])] for family in BASES]
+    rows += [[], ["type", "kept as"], ["---", "---"]]
+    rows += [[kind, found[kind]] for kind in (*PACKED, *UNPACKED)]
+    table = "".join(f"| {' | '.join(row)} |\n" if row else "\n" for row in rows)
+    start, end = "<!-- table: tests/models/test_gguf_families.py -->\n", "<!-- end -->\n"
+    text = DOC.read_text(encoding="utf-8")
+    head, rest = text.split(start)
+    expected = head + start + table + end + rest.split(end, 1)[1]
+    if os.environ.get("D2C_MLX_WRITE_DOCS"):
+        DOC.write_text(expected, encoding="utf-8")
+        return
+    assert text == expected, (
+        "D2C_MLX_WRITE_DOCS=1 pytest tests/models/test_gguf_families.py writes the tables"
+    )

@@ -1,0 +1,72 @@
+"""Base models that mlx-lm quantized: their losses are those of stock mlx-lm on the same files."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.bases import TOKENS, through_all
+from helpers.loras import lora_of
+from helpers.losses import losses_of
+from helpers.tiny import Gpu, tiny_model
+from mlx_lm import load as stock_load
+from mlx_lm.utils import load, quantize_model, save
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.models.base_model import BaseModel
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def quantized(request, tmp_path_factory):
+    path = tiny_model(tmp_path_factory.mktemp("quantized") / "model")
+    loaded, tokenizer, config = load(str(path), return_config=True)
+    loaded, config = quantize_model(loaded, config, group_size=32, bits=request.param)
+    save(path.with_name("small"), str(path), loaded, tokenizer, config)
+    return path.with_name("small")
+
+
+def nll(model, examples):
+    """Of stock mlx-lm, row by row, by mlx's own cross entropy."""
+    total = 0.0
+    for row in examples.examples:
+        tokens = mx.array([row.tokens])
+        losses = nn.losses.cross_entropy(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
+        total += losses[0, row.first_target - 1 :].sum().item()
+    return total
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
+    quantized, device, tmp_path, monkeypatch
+):
+    if device == "gpu":  # By name: weights stay as they are stored.
+        monkeypatch.setattr(mx, "default_device", Gpu)
+    base = BaseModel(str(quantized))
+    kept = any(isinstance(one, nn.QuantizedLinear) for one in base.model.modules())
+    assert kept == (device == "gpu") and (kept != base.can_fold)
+    rng = np.random.default_rng(0)
+    loras = {path: lora_of(rng, shape, 2, dtype=mx.float16, size=0.1)
+             for path, shape in base.module_shapes.items()}  # fmt: skip
+    Adapter("a", loras).save(tmp_path / "a", base.n_layers)
+    rows = [{"prompt": f"What is {i}?", "completion": f"Answer {i}."} for i in range(3)]
+    examples = base.encode("a", rows)
+    got = losses_of(Engine(base), [(None, examples), (Adapter("a", loras), examples)])
+    for one, path in zip(got, (None, str(tmp_path / "a"))):
+        stock, _ = stock_load(str(quantized), adapter_path=path)
+        if device == "cpu":
+            stock.set_dtype(mx.float32)
+        tolerance = 1e-5 if device == "cpu" else 1e-2
+        assert one == pytest.approx(nll(stock, examples), rel=tolerance)
+    assert abs(got[0] - got[1]) > 0.1
+
+
+def test_the_whole_program_on_a_quantized_base(quantized, tmp_path):
+    before = sorted(path.name for path in quantized.iterdir())
+    method, units, written = through_all(quantized, tmp_path)
+    assert method in ("layerwise", "regmean++") and units
+    assert {"mlx", "peft", "gguf"} <= set(written)
+    # Nothing was dequantized to disk.
+    assert sorted(path.name for path in quantized.iterdir()) == before
+    assert stock_load(str(quantized))[0](TOKENS).shape[-1] > 0
