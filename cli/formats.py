@@ -12,6 +12,8 @@ from .paths import PackPath, UserPath
 from .say import say, say_json
 
 _DIR = UserPath(path_type=str)
+# The keys of `READERS`, repeated here so that help imports no model code.
+_READERS = ("mlx-swift", "mlx-lm", "PEFT", "llama.cpp", "vllm-metal", "ExecuTorch", "MNN", "oMLX")
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
@@ -133,14 +135,15 @@ def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> Non
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
-@click.option("--for", "runtime", type=click.Choice(["mlx-swift"]), help="of what unpack writes, if"
-              " the pack is compact; adapters of a plain pack are always checked")  # fmt: skip
+@click.option("--for", "runtime", metavar="NAME", type=click.Choice(_READERS),
+              help=f"{', '.join(_READERS)}: check what it reads")  # fmt: skip
+@click.option("--model", metavar="M", help="the pack's base model; only llama.cpp needs it")
 @_JSON
-def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
+def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) -> None:
     """Check a pack against its manifest.
 
-    Every file, every adapter's values and, with --for, the layout that another program asks for.
-    All problems are told at once; then the exit code is 2.
+    Every file, every adapter's values and, with --for, what another program asks for. All problems
+    are told at once; then the exit code is 2.
 
     Examples:
       d2c-mlx verify runs/first/pack
@@ -148,7 +151,7 @@ def verify(pack: Path, runtime: str | None, as_json: bool) -> None:
     """
     from d2c_mlx.packs.verify import verify as verify_pack
 
-    found = verify_pack(pack, runtime)
+    found = verify_pack(pack, runtime, model)
     row = {
         "pack": str(pack),
         "storage": found.storage,

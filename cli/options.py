@@ -68,6 +68,22 @@ RUN_OPTIONS = (
         " merges in 16 bit, as a number of adapters always does  [default: auto]",
     ),
     click.option(
+        "--format",
+        cls=GroupedOption,
+        group="Budget",
+        metavar="NAME",
+        help="files of a planned pack, whose bytes are planned: compact, one for all adapters;"
+        " gguf, one for each, which llama.cpp reads as it is  [default: compact]",
+    ),
+    click.option(
+        "--same-shape/--no-same-shape",
+        cls=GroupedOption,
+        group="Budget",
+        default=None,
+        help="plan one rank and one set of modules for all adapters, for runtimes that feed a"
+        " LoRA to a fixed graph  [default: no]",
+    ),
+    click.option(
         "--max-adapters",
         cls=GroupedOption,
         group="Budget",

@@ -28,7 +28,7 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.compress.compact_file import read_compact, write_compact
+from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
@@ -38,9 +38,10 @@ from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
+from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
@@ -149,12 +150,13 @@ def plan(session: Session) -> Stage:
         planner, room = session.planner, inputs.capacity.room
         found = planner.plan(planner.measure(), room) if c.thorough else planner.search(room)
         with write_dir(session.path("planned")) as directory:
-            write_compact(directory / COMPACT, found.adapters)
+            inputs.capacity.storage.write(directory, found.adapters)
             mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
+    options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
     return Stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
 
 
@@ -285,14 +287,20 @@ def pack(session: Session) -> Stage:
         ]
         write_pack(session.path("pack"), adapters, info, ready)
 
-    def compact() -> None:
+    def planned() -> None:
         plan = session.read("plan.json")
+        if c.format == "gguf":
+            files = [session.path("planned") / f"{k}.gguf" for k in range(len(plan["units"]))]
+            places = GgufPlaces.of(inputs.base.config, inputs.capacity.target_paths)
+            write_gguf_pack(session.path("pack"), files, serves_of(plan),
+                            dataclasses.replace(info, gguf=places), ready)  # fmt: skip
+            return
         file = session.path("planned") / COMPACT
         adapters = [read_compact(file, k) for k in range(len(plan["units"]))]
         write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
-        ["plan.json", "planned"], compact)  # fmt: skip
+        ["plan.json", "planned"], planned)  # fmt: skip
     options = [info.model, info.config_hash, info.weights_hash, info.budget,
                inputs.capacity.total, info.origins, info.systems]  # fmt: skip
     return Stage("pack", options, reads, ["pack"], body)

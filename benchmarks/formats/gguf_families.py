@@ -6,7 +6,7 @@ llama.cpp's convert_lora_to_gguf.py makes of the same adapter. `base`, `adapter`
 difference of logits between llama.cpp (float32, base from its convert_hf_to_gguf.py, adapter from
 our export) and torch. `change`: what the adapter changes at most, in torch.
 
-    pip install llama-cpp-python     # and a checkout of llama.cpp, such as vendor/ in its sdist
+    pip install llama-cpp-py-sync    # and a checkout of llama.cpp, for its converters
     python -m benchmarks.formats.gguf_families LLAMA_CPP_DIRECTORY
 """
 
@@ -21,13 +21,12 @@ import numpy as np
 from gguf import GGUFReader
 
 from benchmarks import command_line
-from benchmarks.formats.bindings import F32, llama_cpp
+from benchmarks.formats.bindings import LlamaCpp, conditions
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -63,12 +62,11 @@ def python(*arguments):
 def deltas(path):
     """Module -> dW of a GGUF adapter, by llama.cpp's formula."""
     reader = GGUFReader(path)
-    alpha = reader.fields["adapter.lora.alpha"].contents()
+    field = reader.fields.get("adapter.lora.alpha")
     found = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
     names = {name.rpartition(".")[0] for name in found}
     return {
-        name: alpha
-        / len(found[f"{name}.lora_a"])
+        name: (field.contents() / len(found[f"{name}.lora_a"]) if field else 1.0)
         * (found[f"{name}.lora_b"] @ found[f"{name}.lora_a"])
         for name in names
     }
@@ -76,12 +74,9 @@ def deltas(path):
 
 def logits(model, adapter=None):
     """llama.cpp's, of `TOKENS`."""
-    llm = llama_cpp().Llama(
-        str(model), lora_path=adapter and str(adapter), n_ctx=64, n_threads=1, logits_all=True,
-        type_k=F32, type_v=F32, verbose=False,
-    )  # fmt: skip
-    llm.eval(TOKENS[0].tolist())
-    found = np.array(llm.scores[: llm.n_tokens])
+    llm = LlamaCpp(model, 64)
+    llm.attach(adapter)
+    found = llm.logits(TOKENS[0].tolist())
     llm.close()
     return found
 
@@ -130,7 +125,6 @@ def main():
     parser.add_argument("llama_cpp", type=Path, help="a checkout, for its converters")
     options = parser.parse_args()
     tools = options.llama_cpp
-    version = llama_cpp().__version__
     with tempfile.TemporaryDirectory() as folder:
         python(ROOT / "tests" / "helpers" / "families.py", folder)
         rows = {family: compare(Path(folder), tools, family) for family in FAMILIES}
@@ -139,9 +133,8 @@ def main():
         numbers = (f"{row[name]:.1e}" for name in ("converter", "base", "adapter", "change"))
         print(f"| {family} | {' | '.join(numbers)} |")
     result = {
-        "machine": machine(),
+        **conditions(),
         "mlx": mx.__version__,
-        "llama_cpp_python": version,
         "rows": rows,
     }
     write_json(options.output, result)

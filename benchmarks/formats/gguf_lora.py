@@ -7,11 +7,10 @@ log-probabilities of the target tokens. llama.cpp rounds activations to 8 bit wh
 quantized, and we compute in float32: so the row `base` says what its arithmetic alone is worth, and
 `not permuted` what an export that forgets the rows of q and k would do.
 
-    pip install llama-cpp-python            # compiles for some minutes
+    pip install llama-cpp-py-sync
     python -m benchmarks.formats.gguf_lora [--library DIR] [--rows N]
 """
 
-import ctypes
 import json
 import tempfile
 from dataclasses import replace
@@ -23,16 +22,13 @@ from scipy.special import log_softmax
 
 from benchmarks import command_line
 from benchmarks.common import load_library
-from benchmarks.formats.bindings import F32, llama_cpp
+from benchmarks.formats.bindings import LlamaCpp, conditions, in_float32
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
-
-CONTEXT = 1024
 
 
 def target_log_probs(logits, example):
@@ -49,31 +45,10 @@ def ours(base, adapter, examples):
     return np.concatenate([target_log_probs(np.array(x), e) for x, e in zip(rows, examples)])
 
 
-def theirs(model, adapter, examples):
-    """Log-probabilities by llama.cpp, whose context computes and caches in float32 where it can."""
-    llm = llama_cpp().Llama(
-        str(model), lora_path=adapter and str(adapter), n_ctx=CONTEXT, n_batch=CONTEXT,
-        n_ubatch=CONTEXT, n_threads=1, logits_all=True, type_k=F32, type_v=F32, verbose=False,
-    )  # fmt: skip
-    found = []
-    for example in examples:
-        llm.reset()
-        llm.eval(list(example.tokens[:-1]))
-        found.append(target_log_probs(llm.scores[: llm.n_tokens], example))
-    llm.close()
-    return np.concatenate(found)
-
-
-def in_float32(source, path):
-    """Have llama.cpp write the model with float32 weights."""
-    parameters = llama_cpp().llama_model_quantize_default_params()
-    parameters.ftype, parameters.allow_requantize = F32, True
-    status = llama_cpp().llama_model_quantize(
-        str(source).encode(), str(path).encode(), ctypes.byref(parameters)
-    )
-    if status:
-        raise SystemExit(f"llama.cpp could not write {path}")
-    return path
+def theirs(llm, adapter, examples):
+    """Log-probabilities by llama.cpp."""
+    llm.attach(adapter)
+    return np.concatenate([target_log_probs(llm.logits(e.tokens[:-1]), e) for e in examples])
 
 
 def compare(base, adapters, sets, folder):
@@ -103,8 +78,9 @@ def compare(base, adapters, sets, folder):
     cases += [("float32", exact, kind) for kind in files]
     rows = {}
     for weights, model, kind in cases:
-        a = bare if kind == "base" else adapted
-        b = np.concatenate([theirs(model, f, one.examples) for f, one in zip(files[kind], sets)])
+        a, llm = bare if kind == "base" else adapted, LlamaCpp(model)
+        b = np.concatenate([theirs(llm, f, one.examples) for f, one in zip(files[kind], sets)])
+        llm.close()
         rows[f"{weights}, {kind}"] = {
             "tokens": len(a),
             "ours": float(-a.mean()),
@@ -121,7 +97,6 @@ def main():
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--rows", type=int, default=2, help="probe rows per adapter")
     options = parser.parse_args()
-    version = llama_cpp().__version__
     base, adapters, _, sets = load_library(options.library, options.rows)
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(base, adapters, sets, Path(folder))
@@ -131,9 +106,8 @@ def main():
         tokens, *numbers = row.values()
         print(f"| {name} | {tokens} | {' | '.join(f'{x:.5f}' for x in numbers)} |")
     result = {
-        "machine": machine(),
+        **conditions(),
         "mlx": mx.__version__,
-        "llama_cpp_python": version,
         "conditions": f"{len(adapters)} adapters, {options.rows} probe rows each",
         "rows": rows,
     }

@@ -19,8 +19,9 @@ from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.tables.pages import show
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import stored, worth
+from d2c_mlx.compress.candidates import worth
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.judge import Judge
@@ -42,7 +43,7 @@ def first_pack(session, kind, directory, adapter, budget):
     limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
-    small = stored(adapter, {path: some for path, some in levels.items() if some})
+    small = compact_store(adapter, {path: some for path, some in levels.items() if some})
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": base.dtype}
     return write_compact_pack(directory, [small], {adapter.name: 0}, PackInfo(**about))
 

@@ -24,6 +24,16 @@ def gguf_families(read):
     return markdown(("family", *keys), lines)
 
 
+def gguf_budgets(read):
+    """Bytes and excess of packs and plain exports in llama.cpp."""
+    lines = [
+        (one["label"], f"{one['nbytes']:,}", f"{one['padded']:,}" if "padded" in one else "",
+         f"{one['excess']:+.3f}")
+        for one in read("gguf_budgets")["rows"]
+    ]  # fmt: skip
+    return markdown(("budget, files: who reads them", "bytes", "padded", "excess"), lines)
+
+
 def route(read):
     """Routing: the task of each prompt, and what that costs."""
     one = read("route")

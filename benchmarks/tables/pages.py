@@ -45,6 +45,7 @@ TABLES = {
     "agreement": paper.agreement,
     "gguf-lora": formats.gguf_lora,
     "gguf-families": formats.gguf_families,
+    "gguf-budgets": formats.gguf_budgets,
     "route": formats.route,
     "summary": summary.summary,
     "methods": summary.methods,

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from gguf import (
+    GGUF_DEFAULT_ALIGNMENT,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFType,
@@ -26,10 +27,21 @@ from gguf import (
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_adapter, check_finite, pair_problems
+from d2c_mlx.adapters.gguf_factors import QUANTIZED, Factor, GgufAdapter, factors_of
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
-__all__ = ["ARCHITECTURES", "gguf_names", "is_gguf_lora", "read_gguf_lora", "save_gguf_lora"]
+__all__ = [
+    "ARCHITECTURES",
+    "export_names",
+    "gguf_names",
+    "gguf_nbytes",
+    "is_gguf_lora",
+    "read_gguf",
+    "read_gguf_lora",
+    "save_gguf",
+    "save_gguf_lora",
+]
 
 # mlx-lm's model_type -> general.architecture in GGUF, and True if its q and k rows are interleaved
 # there.
@@ -86,7 +98,7 @@ def read_gguf_lora(
 ) -> Adapter:
     """Read one adapter, with names and rows as mlx-lm has them in the base model.
 
-    `read_adapter` calls it for a `.gguf`.
+    `read_adapter` calls it for a `.gguf`. Quantized factors become float32.
 
     Args:
         path: the file; the adapter gets its name.
@@ -94,7 +106,26 @@ def read_gguf_lora(
         config: the base model's config.json.
 
     Raises:
-        AdapterError: the file is no GGUF or no LoRA, quantized, or of another base model.
+        AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
+            another base model.
+    """
+    adapter = read_gguf(path, shapes, config)
+    check_adapter(adapter, shapes, path)
+    return adapter
+
+
+def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | None) -> Adapter:
+    """Read one adapter of which only the base's module paths are known, not their shapes.
+
+    Use it for files that we wrote; `read_gguf_lora` checks those of others.
+
+    Args:
+        path: as for `read_gguf_lora`.
+        modules: paths of the base model's linear modules.
+        config: as for `read_gguf_lora`.
+
+    Raises:
+        AdapterError: as `read_gguf_lora`, but for shapes.
     """
     metadata, tensors = _read(path)
     architecture = metadata.get(Keys.General.ARCHITECTURE)
@@ -111,15 +142,19 @@ def read_gguf_lora(
             f"{path}: general.architecture is {architecture!r}, expected {expected!r}: the adapter"
             " is of another base model"
         )
-    names = gguf_names(expected, int(config["num_hidden_layers"]), shapes)
-    modules = {name: module for module, name in names.items() if name is not None}
-    adapter = _adapter(path, tensors, modules, metadata.get(Keys.Adapter.LORA_ALPHA))
-    check_adapter(adapter, shapes, path)
+    names = gguf_names(expected, int(config["num_hidden_layers"]), modules)
+    paths = {name: module for module, name in names.items() if name is not None}
+    adapter = _adapter(path, tensors, paths, metadata.get(Keys.Adapter.LORA_ALPHA))
     heads = _heads(config)
     placed = {}
     for module, lora in adapter.modules.items():
         n = heads.get(module.rpartition(".")[2])
-        # The inverse of what `save_gguf_lora` does, on columns.
+        if n and lora.shape[1] % (2 * n):
+            raise AdapterError(
+                f"{path}: {module} has {lora.shape[1]} rows, expected a multiple of {2 * n}: the"
+                " adapter is of another base model"
+            )
+        # The inverse of what `save_gguf` does, on columns.
         b = lora.b.reshape(lora.rank, n, -1, 2).swapaxes(2, 3) if n else lora.b
         placed[module] = LoRA(lora.a, mx.contiguous(b.reshape(lora.b.shape)), lora.scale)
     return Adapter(path.stem, placed)
@@ -136,19 +171,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         for key, value in ((Keys.General.TYPE, GGUFType.ADAPTER), (Keys.Adapter.TYPE, "lora")):
             if metadata.get(key) != value:
                 problems.append(f"{path}: {key} is {metadata.get(key)!r}, expected {value!r}")
-        quantized = [t for t in reader.tensors if t.tensor_type not in _TYPES]
-        if quantized:
+        unknown = [t for t in reader.tensors if t.tensor_type not in (*_TYPES, *QUANTIZED)]
+        if unknown:
+            types = ", ".join(kind.name for kind in (*_TYPES, *QUANTIZED))
             problems.append(
-                f"{path}: {len(quantized)} tensors are quantized or no floats (first:"
-                f" {quantized[0].name}, {quantized[0].tensor_type.name}), expected F32, F16 or"
-                " BF16: convert the adapter again with --outtype f16"
+                f"{path}: {len(unknown)} tensors are of a type that is not read here (first:"
+                f" {unknown[0].name}, {unknown[0].tensor_type.name}), expected {types}: convert"
+                " the adapter again with --outtype f16"
             )
         if Keys.Adapter.ALORA_INVOCATION_TOKENS in metadata:
             problems.append(f"{path}: an aLoRA, which acts only after its invocation tokens")
         for tensor in [] if problems else reader.tensors:
-            x = mx.array(np.array(tensor.data))
-            kind = _TYPES[tensor.tensor_type]
-            tensors[tensor.name] = x.view(kind) if kind == mx.bfloat16 else x
+            x = mx.array(Factor(tensor.tensor_type, np.array(tensor.data)).values())
+            exact = tensor.tensor_type == GGMLQuantizationType.BF16
+            tensors[tensor.name] = x.view(mx.bfloat16) if exact else x
     except GGUF_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterError(
@@ -193,10 +229,15 @@ def _adapter(
 
 
 def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
-    """Write one adapter for llama.cpp, whose base is what llama.cpp converts the model to.
+    """Write one adapter for llama.cpp, each module with its own rank, see `factors_of`.
 
-    Factors are `lora_a (r, in)` and `lora_b (out, r)` with one rank, padded if need be, and alpha =
-    scale * rank. float16 and float32 stay, bfloat16 becomes float32: not every backend has it.
+    Args and errors are those of `save_gguf`.
+    """
+    save_gguf(factors_of(adapter), path, config)
+
+
+def save_gguf(adapter: GgufAdapter, path: Path, config: Mapping[str, Any]) -> None:
+    """Write factors for llama.cpp, whose base is what llama.cpp converts the model to.
 
     Args:
         adapter: an adapter of the model that `config` describes.
@@ -206,35 +247,75 @@ def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> N
     Raises:
         AdapterError: modules that have no name in GGUF; nothing is written.
     """
-    architecture, _ = ARCHITECTURES[config["model_type"]]
-    names = gguf_names(architecture, int(config["num_hidden_layers"]), adapter.modules)
-    unknown = [module for module, name in names.items() if name is None]
-    if unknown:
-        raise AdapterError(
-            f"{adapter.name}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
-            f" (first: {min(unknown)}); llama.cpp could not place them"
-        )
+    names = export_names(adapter.modules, config, adapter.name)
     heads = _heads(config)
-    modules = adapter.uniform().modules
-    first = next(iter(modules.values()))
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]][0])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+    if adapter.alpha is not None:
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, adapter.alpha)
     writer.add_name(adapter.name)
-    for module, lora in sorted(modules.items()):
-        a, b = (np.array(_exact(x).T, order="C") for x in (lora.a, lora.b))
-        n = heads.get(module.rpartition(".")[2])
+    for module, (a, b) in sorted(adapter.modules.items()):
+        n, rows = heads.get(module.rpartition(".")[2]), b.data
         if n:
             # The inverse of what `gguf_import.py` does to the rows of the base.
-            b = b.reshape(n, 2, -1, lora.rank).swapaxes(1, 2).reshape(b.shape)
-        writer.add_tensor(f"{names[module]}.weight.lora_a", a)
-        writer.add_tensor(f"{names[module]}.weight.lora_b", b)
+            rows = rows.reshape(n, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        for leaf, kind, data in (("lora_a", a.kind, a.data), ("lora_b", b.kind, rows)):
+            writer.add_tensor(f"{names[module]}.weight.{leaf}", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _exact(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if x.dtype == mx.bfloat16 else x
+def export_names(modules: Iterable[str], config: Mapping[str, Any], who: str) -> dict[str, str]:
+    """Module path -> its name in a GGUF.
+
+    Args:
+        modules: paths of linear modules of the base model.
+        config: as for `save_gguf`.
+        who: what a message is about.
+
+    Raises:
+        AdapterError: modules that have none.
+    """
+    architecture, _ = ARCHITECTURES[config["model_type"]]
+    names = gguf_names(architecture, int(config["num_hidden_layers"]), modules)
+    unknown = [module for module, name in names.items() if name is None]
+    if unknown:
+        raise AdapterError(
+            f"{who}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
+            f" (first: {min(unknown)}); llama.cpp could not place them"
+        )
+    return {module: str(name) for module, name in names.items()}
+
+
+def gguf_nbytes(
+    name: str, tensors: Iterable[tuple[str, int, int]], config: Mapping[str, Any]
+) -> int:
+    """Exact size in bytes of the file that `save_gguf` writes of an adapter without alpha.
+
+    Args:
+        name: the adapter's.
+        tensors: name in the GGUF, bytes of `lora_a` and of `lora_b`, of every module.
+        config: as for `save_gguf`.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    """
+    texts = {
+        Keys.General.ARCHITECTURE: ARCHITECTURES[config["model_type"]][0],
+        Keys.General.TYPE: GGUFType.ADAPTER,
+        Keys.Adapter.TYPE: "lora",
+        Keys.General.NAME: name,
+    }
+    # Lengths are 8 bytes, types 4; a tensor has two dimensions and an offset.
+    head = 24 + sum(20 + len(key) + len(text.encode()) for key, text in texts.items())
+    data = 0
+    for place, *sizes in tensors:
+        head += 2 * (8 + len(f"{place}.weight.lora_a") + 4 + 2 * 8 + 4 + 8)
+        data += sum(map(_aligned, sizes))
+    return _aligned(head) + data
+
+
+def _aligned(nbytes: int) -> int:
+    return nbytes + -nbytes % GGUF_DEFAULT_ALIGNMENT

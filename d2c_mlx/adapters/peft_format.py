@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,17 @@ def _alpha(scale: float, rank: int) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
+def _targets(adapter: Adapter, n_layers: int | None) -> list[str]:
+    """Names of modules if every block has them, else their paths."""
+    names = Counter(path.rpartition(".")[2] for path in adapter.modules)
+    return sorted(names if set(names.values()) == {n_layers} else adapter.modules)
+
+
 def save_peft(
-    adapter: Adapter, directory: str | Path, config: Mapping[str, Any] | None = None
+    adapter: Adapter,
+    directory: str | Path,
+    config: Mapping[str, Any] | None = None,
+    n_layers: int | None = None,
 ) -> None:
     """Write PEFT's layout: `adapter_model.safetensors` + `adapter_config.json`.
 
@@ -193,6 +203,8 @@ def save_peft(
         adapter: any adapter.
         directory: created if need be.
         config: the base model's config.json; without it the base is judged by its name alone.
+        n_layers: blocks of the base model. If all have the same modules, `target_modules` are
+            names such as `q_proj`, which every reader knows, else paths.
 
     Raises:
         AdapterError: mlx-lm changes the weights of that base as it loads them; nothing is written.
@@ -223,7 +235,7 @@ def save_peft(
         "r": rank,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": sorted(adapter.modules),
+        "target_modules": _targets(adapter, n_layers),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

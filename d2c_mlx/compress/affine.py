@@ -30,6 +30,7 @@ __all__ = [
     "packed_columns",
     "pad_to_groups",
     "round_to_nearest",
+    "unpack_codes",
 ]
 
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
@@ -184,3 +185,10 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
+
+
+def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
+    """The uint8 codes `(rows, n)` in words of `pack_codes` or `mx.quantize`."""
+    little = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    return np.packbits(stream, axis=2, bitorder="little")[..., 0]

@@ -19,18 +19,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2c_mlx.adapters.gguf_factors import GgufAdapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.utils.errors import BudgetError
 
-__all__ = ["Candidate", "allocate", "choose", "lost_worth"]
+__all__ = ["LOST", "Candidate", "allocate", "choose", "lost_worth"]
 
 # Share of a component's energy lost at each bit width: squared relative errors measured with
 # `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
-_LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
-_BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / 64 for bits in _LOST}
+LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
+_BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / 64 for bits in LOST}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Candidate:
     nbytes: int
     regret: float
     scale: float = 1.0
-    stored: Compressed | None = None
+    stored: Compressed | GgufAdapter | None = None
     measured: bool = True
 
 
@@ -87,11 +88,11 @@ def allocate(
         for j, value in enumerate(values):
             before, paid = 1.0, 0.0
             for bits in offered:
-                gain = float(value) * (before - _LOST[bits])
+                gain = float(value) * (before - LOST[bits])
                 cost = widths[path] * (_BYTES[bits] - paid)
                 if gain > 0:
                     steps.append((-gain / cost, path, j, bits, cost))
-                before, paid = _LOST[bits], _BYTES[bits]
+                before, paid = LOST[bits], _BYTES[bits]
     below = dict(zip(offered, (1, *offered)))
     given: dict[str, dict[int, int]] = {path: {} for path in worth}
     counts: Counter[tuple[str, int]] = Counter()
@@ -121,7 +122,7 @@ def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) ->
     """
     kept = 0.0
     for path, some in levels.items():
-        stored = np.repeat([1 - _LOST[bits] for _, bits in some], [n for n, _ in some])
+        stored = np.repeat([1 - LOST[bits] for _, bits in some], [n for n, _ in some])
         kept += float(worth[path][: len(stored)] @ stored)
     total = sum(float(values.sum()) for values in worth.values())
     return max(0.0, 1 - kept / total) if total else 0.0

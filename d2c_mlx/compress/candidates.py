@@ -10,20 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.compress.affine import Levels, packed_columns
-from d2c_mlx.compress.allocate import Candidate, allocate, lost_worth
-from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
-from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.quantize import Components, compress, svd_components
+from d2c_mlx.compress.affine import Levels
+from d2c_mlx.compress.allocate import Candidate, lost_worth
+from d2c_mlx.compress.capacity import Capacity
+from d2c_mlx.compress.quantize import Components, svd_components
+from d2c_mlx.compress.storage import one_shape
 from d2c_mlx.merge.study import Study
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
-__all__ = ["Form", "FormMeter", "stored", "worth"]
+__all__ = ["Form", "FormMeter", "worth"]
 
 # Sizes to try: from four times smaller to four times larger than an equal share of the budget. The
 # grid is fixed, so that plans for several budgets measure the same forms. A step is a power of two
@@ -31,9 +32,6 @@ __all__ = ["Form", "FormMeter", "stored", "worth"]
 # tasks, and merges matter only where bytes are scarce.
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
-# The largest share to try. For a task adapter it is above what 4 bits take, whose loss hardly
-# shows. For a merge it is 8 bits, since a merge has the shares of several tasks.
-_MOST = {"own": 0.35, "merged": 0.54}
 # Share of the worth that is spread evenly over modules.
 _EVENLY = 0.25
 # Scales where the rows' own answers are not trusted.
@@ -73,15 +71,18 @@ class FormMeter:
     form may look better than the adapter itself.
     """
 
-    def __init__(self, study: Study, capacity: Capacity) -> None:
+    def __init__(self, study: Study, capacity: Capacity, same_shape: bool = False) -> None:
         """Measure for a library under a budget.
 
         Args:
             study: the measured library.
             capacity: sizes of its adapters.
+            same_shape: forms of one size have the same levels, whatever the adapter.
         """
         self._study, self._capacity = study, capacity
         self._library = study.library
+        # Share of the 16-bit bytes -> levels of all adapters, where they are of one shape.
+        self._shapes: dict[float, Mapping[str, Levels]] | None = {} if same_shape else None
 
     def ladders(self, units: Units, family: str, rooms: Sequence[float]) -> Iterator[list[Form]]:
         """Yield every unit's forms at several sizes, the largest first; nothing is measured.
@@ -91,21 +92,45 @@ class FormMeter:
             family: "own" or "merged".
             rooms: bytes for rows of each budget to plan for, rising.
         """
-        widths = {path: sum(shape) for path, shape in self._library.base.module_shapes.items()}
         whole = [self._capacity.nbytes(adapter) for _, adapter in units]
-        shares = _grid(rooms[0] / sum(whole), rooms[-1] / sum(whole), family)[::-1]
+        ends = rooms[0] / sum(whole), rooms[-1] / sum(whole)
+        shares = _grid(*ends, _STEPS[family], self._capacity.storage.most[family])[::-1]
         for (members, adapter), nbytes in zip(units, whole):
             parts = svd_components(adapter)
             values = worth(parts, [self._study.module_gains[i] for i in members])
             forms: dict[str, Form] = {}
             for share in shares:
-                levels = allocate(values, widths, share * nbytes)
-                levels = {path: some for path, some in levels.items() if some}
+                levels = self._levels(share, share * nbytes, values)
                 lost = lost_worth(values, levels)
                 form = Form(members, adapter, levels, family, share, parts, lost)
                 if levels:
                     forms.setdefault(repr(levels), form)
             yield list(forms.values())
+
+    def _levels(
+        self, share: float, nbytes: float, values: Mapping[str, np.ndarray]
+    ) -> Mapping[str, Levels]:
+        """The levels of a form with this worth of its components."""
+        storage = self._capacity.storage
+        if self._shapes is None:
+            return storage.allocate(values, nbytes)
+        if share not in self._shapes:
+            mean = share * self._capacity.total / len(self._library.adapters)
+            self._shapes[share] = one_shape(storage, self._common, mean)
+        return self._shapes[share]
+
+    @cached_property
+    def _common(self) -> dict[str, np.ndarray]:
+        """Mean worth of components of all adapters, of those that every adapter has."""
+        every = [
+            worth(svd_components(adapter), [gains])
+            for adapter, gains in zip(self._library.adapters, self._study.module_gains)
+        ]
+        found = {}
+        for path in set.intersection(*map(set, every)):
+            n = min(len(one[path]) for one in every)
+            found[path] = np.mean([one[path][:n] for one in every], axis=0)
+        return found
 
     def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
         """Measure every form of `ladders` at its best scale, in that order."""
@@ -147,7 +172,8 @@ class FormMeter:
             start: one of `scales`, from which a line search goes.
             known: the form as measured at `start`, if it was; it is not stored or measured again.
         """
-        small = known and known.stored or stored(form.adapter, form.levels, parts=form.parts)
+        store = self._capacity.storage.store
+        small = known and known.stored or store(form.adapter, form.levels, form.parts)
 
         def regret(scale: float) -> float:
             if known and scale == known.scale:
@@ -160,54 +186,15 @@ class FormMeter:
 
     def estimate(self, form: Form, regret: float) -> Candidate:
         """The form as a candidate that is not measured."""
-        nbytes = self._rows_nbytes(form.levels) + self._counts_nbytes()
+        nbytes = self._capacity.storage.nbytes(form.adapter.name, form.levels)
         return Candidate(
             form.members, form.family, form.share, form.levels, nbytes, regret, measured=False
         )
 
-    def _rows_nbytes(self, levels: Mapping[str, Levels]) -> int:
-        total = 0
-        for path, some in levels.items():
-            for n, bits in some:
-                for width in self._library.base.module_shapes[path]:
-                    words, groups = packed_columns(width, bits, GROUP_SIZE)
-                    total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
-        return total
 
-    def _counts_nbytes(self) -> int:
-        """Bytes of one adapter in the index: one per module and bit width, of which most have 3."""
-        return 3 * len(self._capacity.target_paths)
-
-
-def stored(
-    adapter: Adapter,
-    levels: Mapping[str, Levels],
-    scale: float = 1.0,
-    size: int = GROUP_SIZE,
-    parts: Mapping[str, Components] | None = None,
-) -> Compressed:
-    """Quantize an adapter into its stored form.
-
-    Use it to try allocations that drop modules; `quantize.compress` wants levels for every module.
-
-    Args:
-        adapter: any ranks and scales.
-        levels: module path -> bit allocation; modules that are missing are dropped.
-        scale: factor of dW.
-        size: numbers that share a scale and a bias.
-        parts: `svd_components` of the adapter, if they are known.
-
-    Raises:
-        ConfigError: levels that cannot be stored, as `quantize.check_levels`.
-    """
-    every = {path: levels.get(path, ()) for path in adapter.modules}
-    return compress(adapter, every, size, parts=parts).scaled(scale)
-
-
-def _grid(least: float, most: float, family: str) -> list[float]:
+def _grid(least: float, most: float, step: float, limit: float) -> list[float]:
     """Shares of the 16-bit bytes to try: powers of two, or of its root, around the given ones."""
-    step = _STEPS[family]
-    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, _MOST[family]))
+    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, limit))
     first, last = (round(end / step) for end in ends)
     return [2 ** (k * step) for k in range(min(first, last), last + 1)]
 

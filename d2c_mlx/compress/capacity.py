@@ -9,14 +9,11 @@ from functools import cached_property
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.compress.budget import Budget
-from d2c_mlx.compress.file_layout import estimate_header_nbytes
+from d2c_mlx.compress.storage import CompactStorage, GgufStorage, Storage
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
-__all__ = ["GROUP_SIZE", "Capacity"]
-
-# Numbers that share a scale and a bias in a planned pack.
-GROUP_SIZE = 64
+__all__ = ["Capacity"]
 
 
 class Capacity:
@@ -26,7 +23,12 @@ class Capacity:
     """
 
     def __init__(
-        self, base: BaseModel, inputs: Sequence[Adapter], budget: Budget, merge_rank: int | None
+        self,
+        base: BaseModel,
+        inputs: Sequence[Adapter],
+        budget: Budget,
+        merge_rank: int | None,
+        form: str = "compact",
     ) -> None:
         """Take one library and one budget; each size is computed when it is first asked for.
 
@@ -35,8 +37,9 @@ class Capacity:
             inputs: the adapters.
             budget: the pack's budget.
             merge_rank: largest rank of a merge; None is the largest of the adapters.
+            form: of a planned pack, "compact" or "gguf".
         """
-        self._base, self._inputs = base, inputs
+        self._base, self._inputs, self._form = base, inputs, form
         self.budget, self._merge_rank = budget, merge_rank
 
     def nbytes(self, adapter: Adapter) -> int:
@@ -106,19 +109,30 @@ class Capacity:
         return sorted({path for adapter in self._inputs for path in adapter.modules})
 
     @cached_property
-    def header_nbytes(self) -> int:
-        """Bytes that are set aside for the header of a compact pack."""
+    def storage(self) -> Storage:
+        """The form of a planned pack.
+
+        Raises:
+            InputError: a base model or modules that GGUF has no names for.
+        """
         shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
+        if self._form == "gguf":
+            return GgufStorage(shapes, self._base.config)
         names = [adapter.name for adapter in self._inputs]
-        return estimate_header_nbytes(names, self.longest_base or "", shapes, GROUP_SIZE)
+        return CompactStorage(names, self.longest_base, shapes)
+
+    @cached_property
+    def header_nbytes(self) -> int:
+        """Bytes that are set aside for the header of a planned pack."""
+        return self.storage.header_nbytes
 
     @property
     def room(self) -> int:
-        """Bytes that a compact pack has for rows under this capacity's budget, see `room_of`."""
+        """Bytes that a planned pack has for rows under this capacity's budget, see `room_of`."""
         return self.room_of(self.budget)
 
     def room_of(self, budget: Budget) -> int:
-        """Bytes that a compact pack has for rows under any budget.
+        """Bytes that a planned pack has for rows under any budget.
 
         Raises:
             BudgetError: the budget is not larger than the header.

@@ -29,6 +29,7 @@ def gptq_round(
     grams: Sequence[np.ndarray],
     levels: Sequence[Levels],
     group_size: int,
+    symmetric: bool = False,
 ) -> list[GPTQResult]:
     """Round the rows of many modules, each row's error compensated by those not yet rounded.
 
@@ -41,6 +42,7 @@ def gptq_round(
             each other.
         levels: bit allocation of every module, n components in all.
         group_size: one of `affine.GROUP_SIZES`.
+        symmetric: every bias is -2**(bits - 1) times its scale, as in GGUF's Q4_0 and Q8_0.
 
     Returns:
         For every module its levels, and the numbers that they stand for.
@@ -53,7 +55,7 @@ def gptq_round(
         # The most rows first, so that the modules still active at a step are the first ones.
         members.sort(key=lambda i: -len(rows[i]))
         modules = [(rows[i], grams[i], levels[i]) for i in members]
-        found |= dict(zip(members, _round_same_width(modules, group_size)))
+        found |= dict(zip(members, _round_same_width(modules, group_size, symmetric)))
     return [found[i] for i in range(len(rows))]
 
 
@@ -63,7 +65,7 @@ def ridge(gram: np.ndarray) -> np.ndarray:
 
 
 def _round_same_width(
-    modules: Sequence[tuple[np.ndarray, np.ndarray, Levels]], group_size: int
+    modules: Sequence[tuple[np.ndarray, np.ndarray, Levels]], group_size: int, symmetric: bool
 ) -> list[GPTQResult]:
     """`gptq_round` of modules of one width: rows, Gram matrix and levels, the most rows first."""
     # Step k rounds the k-th row from each module's end. The last level has the fewest bits, so its
@@ -87,7 +89,7 @@ def _round_same_width(
             if b == 16:
                 values[at, k] = now[at]
             else:
-                fitted = _fit_codes(now[at], b, group_size)
+                fitted = _fit_codes(now[at], b, group_size, symmetric)
                 codes[at, k], scales[at, k], biases[at, k], values[at, k] = fitted
         if k + 1 < n:
             later = metric[:active, k + 1 :]
@@ -114,7 +116,9 @@ def _by_level(stored: Sequence[np.ndarray], levels: Levels, group_size: int) -> 
     return parts
 
 
-def _fit_codes(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, ...]:
+def _fit_codes(
+    rows: np.ndarray, bits: int, group_size: int, symmetric: bool
+) -> tuple[np.ndarray, ...]:
     """Round rows to nearest; each group takes the clipping with the least error, refitted or not.
 
     Returns:
@@ -123,11 +127,19 @@ def _fit_codes(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray
     """
     n, width = rows.shape
     groups = pad_to_groups(rows, group_size).reshape(-1, group_size)
-    low, high = groups.min(axis=1), groups.max(axis=1)
     shares = np.array(_SHRINK[bits], np.float32)[:, None]
-    cut = (1 - shares) / 2 * (high - low)
-    first = _encode(groups, (high - low - 2 * cut) / (2**bits - 1), low + cut, bits)
-    second = _encode(groups, *_refit(groups, first[0]), bits)
+    if symmetric:
+        # The largest number gets code 0: that side has one code more.
+        largest = np.abs(groups).argmax(axis=1)[:, None]
+        peaks = np.take_along_axis(groups, largest, axis=1)[:, 0]
+        first = _encode(groups, shares * peaks / -(2 ** (bits - 1)), None, bits)
+        centred = first[0] - np.float32(2 ** (bits - 1))
+        second = _encode(groups, _slope(centred, groups), None, bits)
+    else:
+        low, high = groups.min(axis=1), groups.max(axis=1)
+        cut = (1 - shares) / 2 * (high - low)
+        first = _encode(groups, (high - low - 2 * cut) / (2**bits - 1), low + cut, bits)
+        second = _encode(groups, *_refit(groups, first[0]), bits)
     codes, scales, biases, values = (np.concatenate(x) for x in zip(first, second))
     rest = groups - values
     best = np.einsum("cij,cij->ci", rest, rest).argmin(axis=0), np.arange(len(groups))
@@ -136,14 +148,17 @@ def _fit_codes(rows: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray
 
 
 def _encode(
-    groups: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int
+    groups: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, bits: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes for scales and biases as stored, of several candidates `(c, groups)`.
+
+    Without biases they are those of symmetric codes.
 
     Returns:
         Codes `(c, groups, group_size)`, scales and biases in float16, values like codes.
     """
-    scale, bias = scale.astype(np.float16), bias.astype(np.float16)
+    scale = scale.astype(np.float16)
+    bias = scale * np.float16(-(2 ** (bits - 1))) if bias is None else bias.astype(np.float16)
     wide, offset = scale.astype(np.float32)[..., None], bias.astype(np.float32)[..., None]
     codes = (groups - offset) / np.where(wide == 0, 1, wide)
     codes = np.clip(np.rint(codes, out=codes), 0, 2**bits - 1, out=codes)
@@ -154,6 +169,11 @@ def _refit(groups: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Scales and biases `(c, groups)` by least squares, the codes given."""
     mean = codes.mean(axis=-1)
     centred = codes - mean[..., None]
-    spread = np.einsum("cij,cij->ci", centred, centred)
-    scale = np.einsum("cij,ij->ci", centred, groups) / np.where(spread == 0, 1, spread)
+    scale = _slope(centred, groups)
     return scale, groups.mean(axis=-1) - scale * mean
+
+
+def _slope(centred: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The factor `(c, groups)` of centred codes that is closest to the numbers."""
+    spread = np.einsum("cij,cij->ci", centred, centred)
+    return np.einsum("cij,ij->ci", centred, groups) / np.where(spread == 0, 1, spread)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from d2c_mlx.adapters.gguf_factors import GgufAdapter
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Members, groups_of
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
-from d2c_mlx.compress.capacity import GROUP_SIZE, Capacity
+from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.estimates import FormEstimates
-from d2c_mlx.compress.file_layout import compact_nbytes, make_index
 from d2c_mlx.merge.merger import Merged
 from d2c_mlx.merge.study import Study
 
@@ -59,7 +60,7 @@ class Plan:
         return serves_of(self.content)
 
     @property
-    def adapters(self) -> list[Compressed]:
+    def adapters(self) -> list[Compressed | GgufAdapter]:
         """The stored form of every unit, in the order of `content["units"]`."""
         return [one.stored.scaled(one.scale) for one in self.chosen if one.stored]
 
@@ -83,11 +84,14 @@ class Planner:
         study: the measured library; its merges must be tuned `by_teacher`, as stored forms are.
         capacity: sizes, and bytes of the budget.
         max_adapters: most adapters of a plan; None is any number.
+        same_shape: all adapters of a plan have one rank and one set of modules, for runtimes that
+            feed a LoRA to a graph which was fixed before.
     """
 
     study: Study
     capacity: Capacity
     max_adapters: int | None = None
+    same_shape: bool = False
 
     def measure(self, rooms: Sequence[float] = ()) -> list[Candidate]:
         """Measure candidates: the bare base model, task adapters, and merges while they pay.
@@ -178,10 +182,10 @@ class Planner:
 
         return next_merges
 
-    @property
+    @cached_property
     def forms(self) -> FormMeter:
         """The meter of stored forms for this library and budget."""
-        return FormMeter(self.study, self.capacity)
+        return FormMeter(self.study, self.capacity, self.same_shape)
 
     def bare(self) -> list[Candidate]:
         """One candidate per task that leaves it to the base model, at no byte."""
@@ -216,30 +220,26 @@ class Planner:
         return Plan(tuple(chosen), content)
 
     def _choose(self, candidates: Sequence[Candidate], room: float) -> list[int]:
-        return choose(candidates, len(self.study.library.names), room, self.max_adapters)
+        """The best choice; with one shape, of one size."""
+        n = len(self.study.library.names)
+        if not self.same_shape:
+            return choose(candidates, n, room, self.max_adapters)
+        found = []
+        for share in {one.share for one in candidates}:
+            places = [j for j, one in enumerate(candidates) if one.share in (share, 0.0)]
+            some = choose([candidates[j] for j in places], n, room, self.max_adapters)
+            found.append([places[j] for j in some])
+        return min(found, key=lambda some: _regret(candidates, some))
 
     def _fitting(self, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
-        """The best choice whose file, with its header, is no larger than the budget."""
+        """The best choice whose files, with headers, are no larger than the budget."""
         free = room
         while True:
             chosen = [candidates[j] for j in self._choose(candidates, free)]
-            over = self._file_nbytes(chosen) - room - self.capacity.header_nbytes
+            over = self.capacity.storage.total(chosen) - room - self.capacity.header_nbytes
             if over <= 0:
                 return chosen
             free -= over
-
-    def _file_nbytes(self, chosen: Sequence[Candidate]) -> int:
-        """Bytes of the file; an upper bound, since components may turn out to be zero."""
-        some = [one for one in chosen if one.stored]
-        counts = [
-            {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
-            for one in some
-        ]
-        forms = [one.stored for one in some if one.stored]
-        base = next((one.base for one in forms if one.base), None)
-        shapes = self.study.library.base.module_shapes
-        names = [one.name for one in forms]
-        return compact_nbytes(make_index(names, base, counts, shapes, GROUP_SIZE))
 
     def _summed(self, merged: Merged, members: Members) -> float:
         if merged.regret is not None:

@@ -27,6 +27,7 @@ from d2c_mlx.compress.gptq import gptq_round, ridge
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
+    "MODULES_AT_ONCE",
     "Components",
     "check_levels",
     "svd_components",
@@ -38,7 +39,7 @@ __all__ = [
 # Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
 Components = tuple[np.ndarray, np.ndarray]
 # Modules that are rounded together: more of them would leave the processor's cache.
-_MODULES_AT_ONCE = 16
+MODULES_AT_ONCE = 16
 
 
 def compress(
@@ -76,8 +77,8 @@ def compress(
     found: dict[str, tuple[Level, ...]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for start in range(0, len(kept), _MODULES_AT_ONCE):
-            paths = kept[start : start + _MODULES_AT_ONCE]
+        for start in range(0, len(kept), MODULES_AT_ONCE):
+            paths = kept[start : start + MODULES_AT_ONCE]
             pairs = [parts[path] for path in paths], [levels_of[path] for path in paths]
             found |= zip(paths, quantize_modules(*pairs, group_size, rounds))
     modules = {path: found[path] for path in sorted(found)}

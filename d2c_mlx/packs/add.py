@@ -155,6 +155,11 @@ def add_adapter(
             f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
             f" d2c-mlx remove {pack.path} {adapter.name}"
         )
+    if pack.storage == "gguf":
+        raise PackError(
+            f"{pack.path}: a pack of GGUF files is planned as a whole; put {adapter.name} beside"
+            " the other adapters and give d2c-mlx run --format gguf again"
+        )
     rules = _Rules(*_budget(pack, budget), judge, system)
     if pack.storage == "plain":
         return _into_slots(pack, adapter, rules)

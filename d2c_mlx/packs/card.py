@@ -199,9 +199,12 @@ def _adapters(pack: Pack, bench: Json | None) -> list[Json]:
     recorded = _recorded(pack, bench)
     rows = []
     for k, tasks in pack.adapters.items():
-        name = f"cluster-{k}" if isinstance(k, int) else k
+        name = f"cluster-{k}" if isinstance(k, int) else k.removesuffix(".gguf")
         method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
-        stored = _plain(pack, name) if pack.storage == "plain" else _compact(pack, int(k))
+        if pack.storage == "gguf":
+            stored = f"GGUF, {pack.manifest.files[str(k)].nbytes:,} bytes"
+        else:
+            stored = _plain(pack, name) if pack.storage == "plain" else _compact(pack, int(k))
         rows.append(
             {"name": name, "tasks": tasks, "method": method, "scale": scale, "stored": stored}
         )

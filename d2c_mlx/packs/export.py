@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.adapter_config import read_config
-from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf_lora
+from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.packs.manifest import CompactManifest
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.gguf_form import gguf_of
+from d2c_mlx.packs.manifest import PlainManifest
 from d2c_mlx.packs.marker import mark
 from d2c_mlx.packs.overwrite import check_output, local_model
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
 from d2c_mlx.utils.files import read_text, write_dir, write_json
 
-__all__ = ["FORMATS", "export", "unpacked_nbytes", "write_plain"]
+__all__ = ["FORMATS", "export", "n_layers", "unpacked_nbytes", "write_plain"]
 
 FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
 
-# Writes one adapter to a path that does not exist yet.
-Write = Callable[[Adapter, Path], None]
+# Gives the adapter of a task; writes it to a path that does not exist yet.
+Load = Callable[[str], Any]
+Write = Callable[[Any, Path], None]
 
 
 def export(
@@ -39,7 +42,8 @@ def export(
             `cluster-<k>.gguf` each).
         directory: replaced as a whole, only once everything is in it.
         model: the pack's base model, as for `resolve_model`. Only gguf needs it, for its
-            architecture and heads; None is enough where the base is the embedded default.
+            architecture and heads, unless the pack is of GGUF files; None is enough where the base
+            is the embedded default.
 
     Returns:
         What `tasks.json` holds: task -> file or directory, null for the base model.
@@ -55,43 +59,56 @@ def export(
     check()
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
-    write, suffix = partial(_write_mlx, pack), ""
+    load: Load = pack.load
+    write: Write = partial(_write_mlx, pack)
     if to == "mlx-swift":
         write = partial(_write_swift, pack)
     if to == "peft":
-        write = partial(save_peft, config=_base_config(pack, model)[1] if model else None)
-    if to == "gguf":
-        write, suffix = partial(save_gguf_lora, config=_gguf_config(pack, model)), ".gguf"
+        config = _base_config(pack, model)[1] if model else None
+        write = partial(save_peft, config=config, n_layers=n_layers(pack))
+    if to == "gguf" and pack.storage == "gguf":
+        load, write = pack.tasks.get, pack.copy
+    elif to == "gguf":
+        load, write = pack.stored, partial(_write_gguf, config=_gguf_config(pack, model))
     # Another command may have written there in the meantime.
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
-        tasks = _write_adapters(pack, temporary, write, suffix)
+        tasks = _write_adapters(pack, temporary, load, write, ".gguf" if to == "gguf" else "")
         mark(temporary, "export")
     return tasks
 
 
 def write_plain(pack: Pack, directory: Path) -> None:
     """Write plain adapters into an empty directory, as `export` to `mlx` does, without a marker."""
-    _write_adapters(pack, directory, partial(_write_mlx, pack), "")
+    _write_adapters(pack, directory, pack.load, partial(_write_mlx, pack), "")
+
+
+def n_layers(pack: Pack) -> int:
+    """Blocks of the base model, which adapters in mlx-lm's layout state."""
+    if not isinstance(pack.manifest, PlainManifest):
+        return pack.manifest.base.n_layers
+    first = next(iter(pack.adapters))
+    found: Any = read_config(pack.path / str(first))["num_layers"]
+    return int(found)
 
 
 def unpacked_nbytes(pack: Pack) -> int:
     """Bytes of the plain adapters that `export` to `mlx` would write, as programs load them."""
-    if not isinstance(pack.manifest, CompactManifest):
+    if isinstance(pack.manifest, PlainManifest):
         return pack.nbytes
-    n_layers = pack.manifest.base.n_layers
+    blocks = pack.manifest.base.n_layers
     found = [pack.load(served[0]) for served in pack.adapters.values()]
-    return sum(adapter.nbytes(n_layers) for adapter in found if adapter)
+    return sum(adapter.nbytes(blocks) for adapter in found if adapter)
 
 
 def _write_adapters(
-    pack: Pack, directory: Path, write: Write, suffix: str
+    pack: Pack, directory: Path, load: Load, write: Write, suffix: str
 ) -> dict[str, str | None]:
     tasks: dict[str, str | None] = {}
     for k, served in pack.adapters.items():
-        adapter = pack.load(served[0])
+        adapter = load(served[0])
         name = None
         if adapter:
-            name = (f"cluster-{k}" if isinstance(k, int) else k) + suffix
+            name = (f"cluster-{k}" if isinstance(k, int) else k.removesuffix(".gguf")) + suffix
             write(adapter, directory / name)
         tasks |= dict.fromkeys(served, name)
     tasks |= {task: None for task, adapter in pack.tasks.items() if adapter is None}
@@ -101,7 +118,7 @@ def _write_adapters(
 
 
 def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
-    if isinstance(pack.manifest, CompactManifest):
+    if not isinstance(pack.manifest, PlainManifest):
         adapter.save(path, pack.manifest.base.n_layers)
         return
     path.mkdir()
@@ -110,14 +127,17 @@ def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
         pack.copy(file, path.parent / file)
 
 
+def _write_gguf(adapter: Adapter | Compressed, path: Path, config: Mapping[str, Any]) -> None:
+    if isinstance(adapter, Compressed):
+        save_gguf(gguf_of(adapter), path, config)
+    else:
+        save_gguf_lora(adapter, path, config)
+
+
 def _write_swift(pack: Pack, adapter: Adapter, path: Path) -> None:
     # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
     # https://github.com/ml-explore/mlx-swift.
-    if isinstance(pack.manifest, CompactManifest):
-        n_layers = pack.manifest.base.n_layers
-    else:
-        n_layers = int(str(read_config(pack.path / path.name)["num_layers"]))
-    adapter.save(path, n_layers, own_ranks=True)
+    adapter.save(path, n_layers(pack), own_ranks=True)
 
 
 def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:

@@ -11,11 +11,12 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.affine import dequantize
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import stored, worth
+from d2c_mlx.compress.candidates import worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.utils.errors import BudgetError
 
@@ -101,7 +102,7 @@ def _arrival(
     def within(nbytes: float) -> Compressed:
         levels = allocate(values, widths, nbytes)
         kept = {path: some for path, some in levels.items() if some}
-        return stored(adapter, kept, size=size, parts=parts)
+        return compact_store(adapter, kept, size=size, parts=parts)
 
     small = within(nbytes)
     if limit is not None and _file_nbytes(small) > limit:

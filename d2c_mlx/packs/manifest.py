@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ __all__ = [
     "Base",
     "CompactBase",
     "CompactManifest",
+    "GgufManifest",
+    "GgufPlaces",
     "Manifest",
     "PackBudget",
     "PackFile",
@@ -33,7 +36,8 @@ __all__ = [
 MANIFEST, FORMAT, COMPACT = "manifest.json", "d2c-mlx-pack", "compact.safetensors"
 # Storage -> version of the format. Plain packs are still version 1: their manifests from before
 # there were compact packs do not name a storage.
-VERSIONS = {"plain": 1, "compact": 2}
+VERSIONS = {"plain": 1, "compact": 2, "gguf": 3}
+_BLOCK = re.compile(r"\.[0-9]+\.")
 # Characters of a value that a message repeats.
 _MOST_FOUND = 60
 
@@ -163,6 +167,56 @@ class CompactManifest(Manifest):
     tasks: Mapping[str, int | None]
 
 
+class GgufPlaces(_Part):
+    """What of a base model says where the tensors of a GGUF belong, see `read_gguf`.
+
+    Attributes:
+        model_type: of the base's config.json, as are the next three.
+        num_hidden_layers: its blocks.
+        num_attention_heads: heads of q.
+        num_key_value_heads: heads of k; None is as many.
+        modules: paths of modules, `*` for the block: `model.layers.*.self_attn.q_proj`.
+    """
+
+    model_type: str = _expected("a string")
+    num_hidden_layers: int = _expected("a whole number above 0", above=0)
+    num_attention_heads: int = _expected("a whole number above 0", above=0)
+    num_key_value_heads: int | None = Field(
+        None, json_schema_extra={"expected": "a whole number above 0 or null"}, gt=0
+    )
+    modules: Sequence[str] = _expected("a list of strings")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], paths: Sequence[str]) -> GgufPlaces:
+        """The places of a base model's modules, by its config.json and their paths."""
+        known: dict[str, Any] = {
+            key: config.get(key) for key in cls.model_fields if key != "modules"
+        }
+        return cls(**known, modules=sorted({_BLOCK.sub(".*.", path, count=1) for path in paths}))
+
+    def paths(self) -> list[str]:
+        """The paths of all modules that files of the pack may have."""
+        blocks = range(self.num_hidden_layers)
+        return [path.replace("*", str(block)) for path in self.modules for block in blocks]
+
+
+class GgufManifest(Manifest):
+    """The manifest of a pack of files that llama.cpp reads.
+
+    Attributes:
+        base: the base model, with its number of blocks.
+        dtype: of the base's activations.
+        tasks: task -> file; None is the base model.
+        gguf: where tensors belong.
+    """
+
+    storage: Literal["gguf"]
+    base: CompactBase
+    dtype: Literal["float16", "bfloat16", "float32"]
+    tasks: Mapping[str, str | None]
+    gguf: GgufPlaces
+
+
 def _only(value: object, kind: type) -> dict[str, Any]:
     items = value.items() if isinstance(value, dict) else ()
     return {key: one for key, one in items if type(one) is kind}
@@ -199,7 +253,13 @@ def check_format(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_manifest(path: Path) -> PlainManifest | CompactManifest:
+_MODELS: dict[object, type[PlainManifest | CompactManifest | GgufManifest]] = {
+    "compact": CompactManifest,
+    "gguf": GgufManifest,
+}
+
+
+def read_manifest(path: Path) -> PlainManifest | CompactManifest | GgufManifest:
     """Read a manifest, and check it against the files beside it.
 
     Use it through `load_pack`, which also looks into the files.
@@ -209,9 +269,9 @@ def read_manifest(path: Path) -> PlainManifest | CompactManifest:
             file that is missing or differs, one line each.
     """
     content = check_format(path)
-    model = CompactManifest if content.get("storage") == "compact" else PlainManifest
+    model = _MODELS.get(content.get("storage"), PlainManifest)
     # The fields of an object that is missing are told one by one.
-    for key in ("base", "budget"):
+    for key in ("base", "budget", "gguf") if model is GgufManifest else ("base", "budget"):
         if not isinstance(content.get(key), dict):
             content[key] = {}
     try:
@@ -249,8 +309,10 @@ def _content_problems(
         bad = [f"{path}: files: found {found}, expected an object; write the pack again"]
     else:
         ill = [task for task in tasks if ("tasks", task) in wrong]
-        compact = content.get("storage") == "compact"
-        bad = (_compact_problems if compact else _plain_problems)(path, tasks, files, ill)
+        check = {"compact": _compact_problems, "gguf": _gguf_problems}.get(
+            content.get("storage", "plain"), _plain_problems
+        )
+        bad = check(path, tasks, files, ill)
         for name, entry in files.items():
             bad += _file_problems(path.parent, name, entry, ("files", name) in wrong)
         # The sum is not known where files differ from what is listed.
@@ -285,6 +347,17 @@ def _compact_problems(
         f"{path}: task {task!r} points to {tasks[task]!r}, expected the position of an adapter or"
         " null"
         for task in ill
+    ]
+
+
+def _gguf_problems(
+    path: Path, tasks: Mapping[str, Any], files: Mapping[str, Any], ill: Sequence[str]
+) -> list[str]:
+    return [
+        f"{path}: task {task!r} points to {str(tasks[task])[:_MOST_FOUND]!r}, expected a .gguf"
+        " among its files or null"
+        for task, name in tasks.items()
+        if task in ill or (name is not None and (name not in files or name[-5:] != ".gguf"))
     ]
 
 
@@ -324,7 +397,7 @@ def _about_problems(
     path: Path, model: type[Manifest], content: Mapping[str, Any], error: ValidationError | None
 ) -> list[str]:
     """Problems of base, budget and dtype, one line for each of the three."""
-    parts: dict[str, list[str]] = {"base": [], "budget": []}
+    parts: dict[str, list[str]] = {"base": [], "budget": [], "gguf": []}
     dtype = []
     for problem in problems_of(error, model, content) if error else ():
         place, _, key = problem.field.partition(".")

@@ -16,9 +16,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import read_gguf
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
 from d2c_mlx.packs.manifest import (
     COMPACT,
@@ -26,6 +28,8 @@ from d2c_mlx.packs.manifest import (
     MANIFEST,
     VERSIONS,
     CompactManifest,
+    GgufManifest,
+    GgufPlaces,
     PlainManifest,
     read_manifest,
 )
@@ -43,6 +47,8 @@ __all__ = [
     "load_pack",
     "pack_directory",
 ]
+
+_MOST_MODULES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class PackInfo:
         merged: adapter, as in `Pack.tasks` -> number of adapters in it; one for each task that it
             serves where it is not named.
         dtype: of the base's activations, in which adapters of a compact pack are read.
+        gguf: where tensors of a pack of GGUF files belong.
     """
 
     model: str
@@ -75,6 +82,7 @@ class PackInfo:
     systems: Mapping[str, str] = field(default_factory=dict)
     merged: Mapping[str | int, int] = field(default_factory=dict)
     dtype: mx.Dtype = mx.float16
+    gguf: GgufPlaces | None = None
 
 
 @dataclass(frozen=True)
@@ -88,21 +96,21 @@ class Pack:
     """
 
     path: Path
-    manifest: PlainManifest | CompactManifest
+    manifest: PlainManifest | CompactManifest | GgufManifest
     states: Mapping[str, tuple[int, ...] | None] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     @property
-    def storage(self) -> Literal["plain", "compact"]:
-        """`plain` or `compact`."""
+    def storage(self) -> Literal["plain", "compact", "gguf"]:
+        """`plain`, `compact` or `gguf`."""
         return self.manifest.storage
 
     @property
     def tasks(self) -> Mapping[str, str | int | None]:
-        """Task -> adapter: a directory relative to `path`, in a compact pack its position.
+        """Task -> adapter: a directory or .gguf relative to `path`, in a compact pack its position.
 
-        None, in compact packs only: the base model serves the task as it is.
+        None, not in plain packs: the base model serves the task as it is.
         """
         return self.manifest.tasks
 
@@ -174,9 +182,10 @@ class Pack:
             systems=self.systems,
             merged={key: self._merged(key, tasks) for key, tasks in self.adapters.items()},
         )
-        if isinstance(found, CompactManifest):
-            return replace(info, n_layers=found.base.n_layers, dtype=getattr(mx, found.dtype))
-        return info
+        if isinstance(found, PlainManifest):
+            return info
+        info = replace(info, n_layers=found.base.n_layers, dtype=getattr(mx, found.dtype))
+        return replace(info, gguf=found.gguf) if isinstance(found, GgufManifest) else info
 
     def base_directory(self, model: str | None) -> Path:
         """The mlx-lm directory of the very base model that the pack was made for.
@@ -203,9 +212,9 @@ class Pack:
             PackError: the pack does not serve this task, or is compact.
         """
         adapter = self._served_by(task)
-        if self.storage == "compact":
+        if self.storage != "plain":
             raise PackError(
-                f"{self.path}: a compact pack has no adapter directories; write them with"
+                f"{self.path}: a {self.storage} pack has no adapter directories; write them with"
                 f" d2c-mlx unpack {self.path} --output DIR"
             )
         return self.path / str(adapter)
@@ -216,13 +225,25 @@ class Pack:
         Raises:
             PackError: the pack does not serve this task, or its file cannot be read.
         """
+        stored = self.stored(task)
+        if isinstance(stored, Compressed):
+            return stored.adapter(self.info.dtype)
+        return stored
+
+    def stored(self, task: str) -> Adapter | Compressed | None:
+        """The adapter that serves `task` as the pack holds it; arguments and errors of `load`."""
         adapter = self._served_by(task)
         if adapter is None:
             return None
-        if isinstance(self.manifest, CompactManifest):
-            dtype = getattr(mx, self.manifest.dtype)
+        if self.storage == "compact":
             with self.reading([COMPACT]):
-                return read_compact(self.path / COMPACT, int(adapter)).adapter(dtype)
+                found = read_compact(self.path / COMPACT, int(adapter))
+            return found if found.modules else None
+        if isinstance(self.manifest, GgufManifest):
+            places = self.manifest.gguf
+            with self.reading([str(adapter)]):
+                plain = read_gguf(self.path / str(adapter), places.paths(), places.model_dump())
+            return plain.uniform(self.info.dtype)
         with self.reading(self.files_of(str(adapter))):
             return load_adapter(self.adapter_path(task))
 
@@ -313,7 +334,8 @@ def load_pack(directory: str | Path) -> Pack:
         manifest = read_manifest(directory / MANIFEST)
         names = (MANIFEST, *manifest.files)
         pack = Pack(directory, manifest, {name: before.get(directory / name) for name in names})
-        problems = _compact_problems(pack) if pack.storage == "compact" else _plain_problems(pack)
+        checks = {"compact": _compact_problems, "gguf": _gguf_problems, "plain": _plain_problems}
+        problems = checks[pack.storage](pack)
         if problems:
             raise PackError(problems)
         with pack.reading():
@@ -344,6 +366,18 @@ def _plain_problems(pack: Pack) -> list[str]:
     """Problems of the adapters' layout."""
     folders = sorted({str(folder) for folder in pack.tasks.values()})
     return [line for folder in folders for line in layout_problems(pack.path / folder)]
+
+
+def _gguf_problems(pack: Pack) -> list[str]:
+    """What the manifest says of more modules than any model has."""
+    places = pack.info.gguf
+    if places is None or (places.num_hidden_layers * max(1, len(places.modules)) <= _MOST_MODULES):
+        return []
+    return [
+        f"{pack.path / MANIFEST}: gguf: {places.num_hidden_layers} blocks of"
+        f" {len(places.modules)} modules, at most {_MOST_MODULES:,} in all are read; write the pack"
+        " again"
+    ]
 
 
 def _compact_problems(pack: Pack) -> list[str]:

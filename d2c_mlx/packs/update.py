@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack, pack_directory
-from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
+from d2c_mlx.packs.write import rewrite_pack, write_compact_pack, write_gguf_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import old_dir, restore_dir
 from d2c_mlx.utils.lock import locked
@@ -65,6 +66,9 @@ def list_pack(pack: Pack) -> list[dict[str, Any]]:
             stored = read_compact(pack.path / COMPACT, key)
             ranks = [sum(level.rank for level in levels) for levels in stored.modules.values()]
             rank, nbytes = max(ranks, default=0), stored.nbytes
+        elif pack.storage == "gguf":
+            found = pack.load(tasks[0])
+            rank, nbytes = found.rank if found else 0, pack.manifest.files[key].nbytes
         else:
             rank = load_adapter(pack.path / key).rank
             nbytes = sum(pack.files_of(key).values())
@@ -112,9 +116,17 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
     info = replace(pack.info, merged=merged, origins=origins)
     if pack.storage == "plain":
         return rewrite_pack(pack, {}, left, info)
-    with pack.reading([COMPACT]):
-        stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
     place = {key: i for i, key in enumerate(kept)}
     serves = {task: None if key is None else place[key] for task, key in left.items()}
+    if pack.storage == "gguf":
+        merged = {f"cluster-{place[key]}.gguf": n for key, n in merged.items()}
+        with tempfile.TemporaryDirectory() as temporary:
+            files = [Path(temporary) / str(key) for key in kept]
+            with pack.reading():
+                for file in files:
+                    pack.copy(file.name, file)
+            return write_gguf_pack(pack.path, files, serves, replace(info, merged=merged))
+    with pack.reading([COMPACT]):
+        stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
     info = replace(info, merged={place[key]: n for key, n in merged.items()})
     return write_compact_pack(pack.path, stored, serves, info)

@@ -13,9 +13,15 @@ from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, PackInfo, load_pack
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import hash_file, write_dir, write_json
+from d2c_mlx.utils.files import copy_file, hash_file, write_dir, write_json
 
-__all__ = ["rewrite_pack", "with_file", "write_compact_pack", "write_pack"]
+__all__ = [
+    "rewrite_pack",
+    "with_file",
+    "write_compact_pack",
+    "write_gguf_pack",
+    "write_pack",
+]
 
 # Called with the complete pack before it takes its place, see `write_dir`.
 Ready = Callable[[Path], None]
@@ -79,6 +85,34 @@ def write_compact_pack(
     with write_dir(directory, ready) as temporary:
         write_compact(temporary / COMPACT, adapters)
         _write_manifest(directory, temporary, info, serves)
+    return load_pack(directory)
+
+
+def write_gguf_pack(
+    directory: Path,
+    files: Sequence[Path],
+    serves: Mapping[str, int | None],
+    info: PackInfo,
+    ready: Ready | None = None,
+) -> Pack:
+    """Write a pack of files that llama.cpp reads, then check them against the budget.
+
+    Args:
+        directory: replaced as a whole, only once everything is in it.
+        files: one per adapter, copied as `cluster-<k>.gguf`.
+        serves: task -> position in `files`, or None to leave it to the base model.
+        info: what the manifest says of the pack, `gguf` too, `merged` by file.
+        ready: see `write_dir`.
+
+    Raises:
+        PackError: the files are larger than the budget; nothing is written.
+    """
+    names = [f"cluster-{k}.gguf" for k in range(len(files))]
+    with write_dir(directory, ready) as temporary:
+        for name, file in zip(names, files):
+            copy_file(file, temporary / name)
+        tasks = {task: None if k is None else names[k] for task, k in serves.items()}
+        _write_manifest(directory, temporary, info, tasks)
     return load_pack(directory)
 
 
@@ -162,7 +196,7 @@ def _write_manifest(
     # hold five.
     if info.max_bytes is not None and nbytes > info.max_bytes:
         raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {info.max_bytes:,}")
-    storage = "compact" if COMPACT in files else "plain"
+    storage = "gguf" if info.gguf else "compact" if COMPACT in files else "plain"
     served = Counter(map(str, tasks.values()))
     systems = {task: info.systems[task] for task in sorted(tasks) if task in info.systems}
     counts = sorted((str(key), n) for key, n in info.merged.items())
@@ -184,13 +218,15 @@ def _write_manifest(
 
 
 def _said(storage: str, info: PackInfo) -> dict[str, Any]:
-    """Base, budget and origins; what only a compact pack stores, in one."""
+    """Base, budget and origins; what packs that are not plain store, in one."""
     base: dict[str, Any] = {"model": info.model, "config_sha256": info.config_hash}
-    dtype = {}
+    dtype: dict[str, Any] = {}
     if info.weights_hash is not None:
         base["weights_sha256"] = info.weights_hash
-    if storage == "compact":
+    if storage != "plain":
         base["n_layers"] = info.n_layers
         dtype["dtype"] = str(info.dtype).split(".")[-1]
+    if info.gguf:
+        dtype["gguf"] = info.gguf.model_dump(mode="json")
     budget = {"text": info.budget, "nbytes": info.max_bytes}
     return {"base": base, **dtype, "budget": budget, "origins": dict(info.origins)}

@@ -17,6 +17,7 @@ from d2c_mlx.utils.validation import option
 
 __all__ = [
     "BASELINES",
+    "FORMATS",
     "PLANS",
     "SAVINGS",
     "SEARCHES",
@@ -30,6 +31,7 @@ __all__ = [
 STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
+FORMATS = ("compact", "gguf")
 SEARCHES = ("estimates", "paper")
 SAVINGS = (
     "head",
@@ -118,6 +120,21 @@ class RunConfig(RunRules):
         group=_BUDGET,
         metavar="NAME",
         choices=PLANS,
+    )
+    format: str = option(
+        "compact",
+        "files of a planned pack, whose bytes are planned: compact, one for all adapters; gguf, one"
+        " for each, which llama.cpp reads as it is",
+        group=_BUDGET,
+        metavar="NAME",
+        choices=FORMATS,
+    )
+    same_shape: bool = option(
+        False,
+        "plan one rank and one set of modules for all adapters, for runtimes that feed a LoRA to a"
+        " fixed graph",
+        group=_BUDGET,
+        default_text="no",
     )
     max_adapters: int | None = option(
         None,

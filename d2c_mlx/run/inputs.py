@@ -108,7 +108,7 @@ class Inputs:
         """Make the capacity, check all together and raise `errors` with what is found."""
         config = self.config
         budget = parse_budget(config.budget)
-        self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank)
+        self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank, config.format)
         self._check(errors)
         if errors:
             raise InputError([line for error in errors for line in error.problems])
@@ -162,7 +162,9 @@ class Inputs:
     def holds_all(self) -> bool:
         """True if the bytes of the budget have room for all adapters as they are."""
         most = self.capacity.max_bytes
-        return most is not None and most >= self.capacity.total
+        # They are no GGUF files, and of any shape.
+        as_given = self.config.format == "compact" and not self.config.same_shape
+        return as_given and most is not None and most >= self.capacity.total
 
     @cached_property
     def probes(self) -> list[ExampleSet]:

@@ -111,6 +111,17 @@ class RunRules(Checked):
             )
         return plan
 
+    @field_validator("format", "same_shape", check_fields=False)
+    @classmethod
+    def _of_a_plan(cls, value: str | bool, info: ValidationInfo) -> str | bool:
+        budget, plan = info.data.get("budget"), info.data.get("plan")
+        if value not in ("compact", False) and budget and plan and not is_planned(plan, budget):
+            raise expects(
+                f"{False if info.field_name == 'same_shape' else 'compact'!r} unless a budget in"
+                f" bytes is planned (budget {budget!r}, plan {plan!r})"
+            )
+        return value
+
     @field_validator("max_adapters", check_fields=False)
     @classmethod
     def _with_a_plan(cls, most: int | None, info: ValidationInfo) -> int | None:

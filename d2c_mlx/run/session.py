@@ -152,7 +152,8 @@ class Session:
     @property
     def planner(self) -> Planner:
         """The planner of a budget in bytes."""
-        return Planner(self.study, self.inputs.capacity, self.config.max_adapters)
+        c = self.config
+        return Planner(self.study, self.inputs.capacity, c.max_adapters, c.same_shape)
 
     @property
     def unused(self) -> list[str]:

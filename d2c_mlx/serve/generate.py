@@ -65,13 +65,13 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
 
 
 def stock_command(pack: Pack, question: Question, directory: str) -> str:
-    """The command of stock mlx-lm that answers alike, after `unpack` where the pack is compact."""
+    """The command of stock mlx-lm that answers alike, after `unpack` unless it is plain."""
     key = pack.tasks[question.task]
     folder, before = str(pack.path), ""
-    if pack.storage == "compact":
+    if pack.storage != "plain":
         folder = f"{pack.path.name}-plain"
         before = f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output {shlex.quote(folder)}\n"
-    name = f"cluster-{key}" if isinstance(key, int) else key
+    name = f"cluster-{key}" if isinstance(key, int) else key and key.removesuffix(".gguf")
     adapter = "" if name is None else f" --adapter-path {shlex.quote(f'{folder}/{name}')}"
     first = pack.messages(question.task, "", question.system)[0]
     system = (

@@ -11,7 +11,7 @@ from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.compress.allocate import _BYTES, _LOST, Candidate, allocate, choose
+from d2c_mlx.compress.allocate import _BYTES, LOST, Candidate, allocate, choose
 from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.utils.errors import BudgetError
 
@@ -105,7 +105,7 @@ def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
     assert spent(levels, widths) <= nbytes + 1e-6
     for some in levels.values():
         bits = [b for _, b in some]
-        assert bits == sorted(set(bits), reverse=True) and set(bits) <= set(_LOST)
+        assert bits == sorted(set(bits), reverse=True) and set(bits) <= set(LOST)
         assert sum(n for n, _ in some) <= rank
     everything = allocate(worth, widths, 1e9)
     assert all(some == ((rank, 8),) for some in everything.values())

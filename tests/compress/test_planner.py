@@ -15,10 +15,11 @@ from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Fading, groups_of
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import Form, stored, worth
+from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.export import export
@@ -373,7 +374,7 @@ def test_a_candidate_is_measured_as_it_is_packed(config):
     form = Form((0, 2), session.adapters[2], {path: ((1, 2),)}, "merged", 0.1)
     one = session.planner.forms.measure(form)
     assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
-    plain = stored(form.adapter, form.levels, one.scale).adapter(session.inputs.base.dtype)
+    plain = compact_store(form.adapter, form.levels, one.scale).adapter(session.inputs.base.dtype)
     assert one.regret == pytest.approx(
         sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
     )

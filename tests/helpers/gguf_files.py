@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
 
 from d2c_mlx.models.base_model import BaseModel
@@ -70,12 +70,14 @@ def read_gguf(path):
     """Metadata, and per module of the base dW in llama.cpp's row order, by its own formula."""
     reader = GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+    tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+               for tensor in reader.tensors}  # fmt: skip
     deltas = {}
     for name in {name.rpartition(".")[0] for name in tensors}:
         a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
-        # llama.cpp's `get_scale`: alpha / rank, the rank of each tensor.
-        deltas[name] = metadata["adapter.lora.alpha"] / b.shape[1] * (b @ a)
+        # llama.cpp's `get_scale`: alpha / rank, the rank of each tensor; 1 without alpha.
+        alpha = metadata.get("adapter.lora.alpha")
+        deltas[name] = (alpha / b.shape[1] if alpha else 1.0) * (b @ a)
     assert not tensors
     return metadata, deltas
 

@@ -164,7 +164,7 @@ def test_tampering_with_one_bit(pack):
     [
         ({"format_version": 1}, "version 1, expected 'd2c-mlx-pack' version 2"),
         ({"format_version": 3}, "version 3, expected 'd2c-mlx-pack' version 2"),
-        ({"storage": "zip"}, "storage 'zip', expected one of ['plain', 'compact']"),
+        ({"storage": "zip"}, "storage 'zip', expected one of ['plain', 'compact', 'gguf']"),
         ({"storage": []}, "storage []"),
         ({"storage": ...}, "version 2, expected 'd2c-mlx-pack' version 1"),
         ({"dtype": "int8"}, "dtype 'int8'"),

@@ -7,14 +7,18 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from d2c_mlx_cli.formats import _READERS
+from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 from safetensors.numpy import load_file, save_file
 
+from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo, load_pack
-from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.verify import READERS, verify
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.errors import InputError, PackError
 
@@ -212,8 +216,54 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
 
 
 def test_an_unknown_runtime(tmp_path):
-    with pytest.raises(InputError, match="for: 'tvm', expected one of mlx-swift"):
+    with pytest.raises(InputError, match="for: 'tvm', expected one of mlx-swift, mlx-lm, PEFT"):
         verify(tmp_path, "tvm")
+
+
+def test_the_readers_are_those_of_the_documents_and_the_command():
+    rows = [
+        f"| {name} | {one.to or '–'} | {'yes' if one.ranks else 'no'} | {one.silent} |"
+        f" {one.refused} | {one.source} |"
+        for name, one in READERS.items()
+    ]
+    text = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in text
+    assert [*_READERS] == [*READERS]
+
+
+@pytest.mark.parametrize("name", ["mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"])
+def test_a_pack_with_the_same_modules_in_every_block_goes_everywhere(tmp_path, adapters, name):
+    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
+    assert verify(pack.path, name) == pack
+    export(pack, "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "cluster-0" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+
+
+def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, adapters):
+    one = adapters[0]
+    some = replace(one, modules={p: x for p, x in one.modules.items() if p != Q0})
+    pack = write_pack(tmp_path / "pack", [some, adapters[1]], PackInfo(**ABOUT))
+
+    def refused(name, words):
+        with pytest.raises(InputError) as caught:
+            verify(pack.path, name)
+        (line,) = caught.value.problems
+        assert words in line, line
+
+    for name in ("ExecuTorch", "MNN"):
+        refused(name, f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})")
+    refused("oMLX", "oMLX loads no adapters")
+    refused("llama.cpp", "the pack is for 'm'; name that model")
+    verify(pack.path, "PEFT")
+    export(pack, "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "cluster-0" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(some.modules)
+    wide = replace(one, modules={p: LoRA(mx.ones((32, 513), mx.float16), mx.ones(
+        (513, x.shape[1]), mx.float16)) for p, x in one.modules.items()})  # fmt: skip
+    write_pack(pack.path, [wide], PackInfo(**ABOUT))
+    refused("vllm-metal", "rank 513, at most 512 is taken")
 
 
 def test_the_command(tmp_path, adapters, command):

@@ -47,7 +47,8 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
         assert deltas.keys() == {gguf_name(path) for path in adapter.modules}
         for path, lora in adapter.modules.items():
             expected = in_llama_rows(path, lora.delta())
-            np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=1e-5, atol=1e-6)
+            # A compact pack rounds to float16 what a GGUF leaves to the reader.
+            np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=1e-2, atol=1e-3)
 
 
 def test_without_its_base_model_the_flag_is_named(pack, tmp_path):
@@ -64,11 +65,15 @@ def test_gguf_of_any_dtype_ranks_and_scales(tmp_path, model, dtype, mixed):
     _, deltas = read_gguf(path)
     for module, lora in adapter.modules.items():
         expected = in_llama_rows(module, lora.delta())
-        np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=1e-5, atol=1e-6)
-    stored = {tensor.name[-1]: tensor.data.dtype.name for tensor in GGUFReader(path).tensors}
-    # Scales are folded into b in float32 where they differ; bfloat16 is written as float32.
-    assert stored["a"] == ("float16" if dtype == mx.float16 else "float32")
-    assert stored["b"] == ("float16" if dtype == mx.float16 and not mixed else "float32")
+        # Scales that differ are folded into b, which is rounded once more.
+        rtol, atol = (1e-5, 1e-6) if dtype == mx.float32 or not mixed else (2e-3, 1e-3)
+        np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=rtol, atol=atol)
+    tensors = GGUFReader(path).tensors
+    assert {tensor.tensor_type.name for tensor in tensors} == {
+        "F32" if dtype == mx.float32 else "F16"
+    }
+    ranks = {one.name: one.shape[1] for one in tensors if one.name.endswith("a")}
+    assert ranks == {f"{gguf_name(m)}.lora_a": x.rank for m, x in adapter.modules.items()}
 
 
 @pytest.mark.parametrize("rows", ["exported", "not permuted"])

@@ -1,0 +1,153 @@
+"""Adapters in the forms that a GGUF holds: compact ones written there, and those of a plan.
+
+`lora_a` is quantized in blocks of 32 along the module's input. The rows of `lora_b` are as long as
+the rank, so it is quantized only where that is a multiple of 32, and has 16 bits elsewhere.
+
+A number of Q4_1 is scale * code + bias, as in a compact pack, so its codes of 4, 3 and 2 bits are
+written without any loss. In Q4_0 and Q8_0 the bias is -8 or -128 times the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import quantize
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_factors import BLOCK, QUANTIZED, Factor, GgufAdapter
+from d2c_mlx.compress.affine import Levels, Quantized, dequantize, hartley_rotation, unpack_codes
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.gptq import gptq_round, ridge
+from d2c_mlx.compress.quantize import MODULES_AT_ONCE, Components, svd_components
+
+__all__ = ["GGUF_LOST", "gguf_of", "gguf_store", "kinds"]
+
+# Bits of a plan -> type.
+_KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
+# Bits that a plan offers -> share of the energy that they lose with `lora_b` in 16 bits: squared
+# relative errors of a real adapter. The loss at 8 bits hardly shows, so 16 are not worth offering.
+GGUF_LOST = {8: 0.003**2, 4: 0.045**2}
+
+
+def gguf_of(adapter: Compressed) -> GgufAdapter:
+    """A compact adapter as a GGUF holds it, with no more error than its own rounding made.
+
+    A factor stays 16 bit where no quantized type is as good.
+    """
+    modules = {
+        path: (_a_of([level.a for level in levels]), _b_of([level.b for level in levels]))
+        for path, levels in adapter.modules.items()
+    }
+    return GgufAdapter(adapter.name, modules, base=adapter.base)
+
+
+def gguf_store(
+    adapter: Adapter,
+    levels: Mapping[str, Levels],
+    parts: Mapping[str, Components] | None = None,
+) -> GgufAdapter:
+    """Quantize an adapter into the form of a plan; dW is what GGUF's own readers get.
+
+    `lora_a` is rounded with error compensation, see `quantize_modules`, and `lora_b` is solved
+    anew, given the numbers that a reader gets.
+
+    Args:
+        adapter: any ranks and scales.
+        levels: module path -> one level, components and bits of `lora_a`: 16, 8 or 4. Modules that
+            are missing are dropped.
+        parts: `svd_components` of the adapter, if they are known.
+    """
+    parts = svd_components(adapter) if parts is None else parts
+    paths = sorted(levels, key=lambda path: (adapter.modules[path].shape, path))
+    modules: dict[str, tuple[Factor, Factor]] = {}
+    # Threads of BLAS cost more than they save on matrices as small as these.
+    with threadpool_limits(1):
+        for start in range(0, len(paths), MODULES_AT_ONCE):
+            some = paths[start : start + MODULES_AT_ONCE]
+            pairs = [parts[path] for path in some]
+            modules |= zip(some, _rounded(pairs, [levels[path][0] for path in some]))
+    return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
+
+
+def kinds(n_in: int, rank: int, bits: int) -> tuple[Kind, Kind]:
+    """Types of `lora_a` and `lora_b` at these bits: 16 where rows do not divide into blocks."""
+    a, b = (_KINDS[bits if width % BLOCK == 0 else 16] for width in (n_in, rank))
+    return a, b
+
+
+def _rounded(
+    parts: Sequence[Components], levels: Sequence[tuple[int, int]]
+) -> list[tuple[Factor, Factor]]:
+    """Both factors of every module, at its number of components and bits."""
+    every = [kinds(a.shape[1], n, bits) for (a, _), (n, bits) in zip(parts, levels)]
+    of_a = [
+        [(n, bits if a_kind in QUANTIZED else 16)] for (a_kind, _), (n, bits) in zip(every, levels)
+    ]
+    exact, grams = [], []
+    for (a, b), level in zip(parts, of_a):
+        fixed = hartley_rotation(level) @ b[: level[0][0]]
+        grams.append(fixed @ fixed.T)
+        exact.append(_solved(grams[-1], (fixed @ b.T) @ a))
+    found = []
+    for (a, b), ((codes,), values), kind in zip(
+        parts, gptq_round(exact, grams, of_a, BLOCK, symmetric=True), every
+    ):
+        best = _solved(values @ values.T, (values @ a.T) @ b).T
+        first = Factor(kind[0], _blocks(kind[0], codes)) if codes.bits < 16 else (
+            Factor.plain(codes.weight))  # fmt: skip
+        found.append((first, _quantized(best, kind[1])))
+    return found
+
+
+def _solved(gram: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The factor whose product with the rows of a Gram matrix is closest to what is wanted."""
+    return np.linalg.solve(gram + ridge(gram), wanted)
+
+
+def _quantized(numbers: np.ndarray, kind: Kind) -> Factor:
+    """Numbers in the nearest codes of a type."""
+    return Factor(kind, quantize(np.ascontiguousarray(numbers, np.float32), kind))
+
+
+def _a_of(levels: Sequence[Quantized]) -> Factor:
+    """The rows of `lora_a`: exact at 4 bits and fewer, at 8 bits as close as they are."""
+    if levels[0].width % BLOCK == 0 and all(level.bits <= 4 for level in levels):
+        rows = [_blocks(Kind.Q4_1, level) for level in levels]
+        return Factor(Kind.Q4_1, np.concatenate(rows))
+    return _nearest(np.concatenate(dequantize(levels)), levels)
+
+
+def _b_of(levels: Sequence[Quantized]) -> Factor:
+    """The rows of `lora_b`, whose blocks lie across the groups of a compact pack."""
+    return _nearest(np.concatenate(dequantize(levels)).T, levels)
+
+
+def _nearest(numbers: np.ndarray, levels: Sequence[Quantized]) -> Factor:
+    """Numbers in 8 bits if that loses less than rounding to these levels did, else in 16."""
+    if numbers.shape[1] % BLOCK == 0:
+        small = _quantized(numbers, Kind.Q8_0)
+        # Numbers that are rounded to steps of one size are off by its root of a twelfth.
+        steps = [level.group_size * np.sum(np.square(level.scales, dtype=np.float64)) / 12
+                 for level in levels]  # fmt: skip
+        if np.sum((small.values() - numbers) ** 2, dtype=np.float64) <= sum(steps):
+            return small
+    return Factor.plain(numbers)
+
+
+def _blocks(kind: Kind, rows: Quantized) -> np.ndarray:
+    """Bytes of rows of codes in blocks; llama.cpp's layout of each type."""
+    n, per_row = len(rows.weight), rows.width // BLOCK
+    codes = unpack_codes(rows.weight, rows.bits)[:, : rows.width].reshape(n, per_row, BLOCK)
+    scales, biases = (
+        np.repeat(x, rows.group_size // BLOCK, axis=1)[:, :per_row, None].astype("<f2").view("u1")
+        for x in (rows.scales, rows.biases)
+    )
+    if kind == Kind.Q8_0:
+        parts = [scales, codes - np.uint8(128)]
+    else:
+        halves = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+        parts = [scales, *([biases] if kind == Kind.Q4_1 else []), halves]
+    return np.concatenate(parts, axis=2).reshape(n, -1)

@@ -1,0 +1,96 @@
+"""Forms that a GGUF holds: what the `gguf` package reads is what was stored or measured."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize as read_blocks
+from gguf.quants import quantize
+from helpers.exported import adapter_of
+from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
+from helpers.loras import lora_of
+from helpers.tiny import ALL, tiny_model
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import read_gguf_lora, save_gguf
+from d2c_mlx.compress.gguf_form import gguf_of, gguf_store
+from d2c_mlx.compress.quantize import compress
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    model = tiny_model(tmp_path_factory.mktemp("gguf_form") / "model", mx.float32)
+    return json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("levels", [[(3, 4)], [(1, 4), (2, 2)], [(2, 3)]])
+def test_codes_of_a_compact_pack_are_written_without_loss(tmp_path, config, levels, group_size):
+    adapter = adapter_of("one", mixed=True)
+    small = compress(adapter, dict.fromkeys(ALL, levels), group_size)
+    save_gguf(gguf_of(small), tmp_path / "x.gguf", config)
+    tensors = {one.name: one for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    plain = small.adapter(mx.float32)
+    for module, stored in small.modules.items():
+        a, b = (tensors[f"{gguf_name(module)}.lora_{leaf}"] for leaf in "ab")
+        rank = sum(level.rank for level in stored)
+        assert (a.tensor_type.name, b.tensor_type.name) == ("Q4_1", "F16")
+        found = read_blocks(np.array(a.data), a.tensor_type)
+        # A compact pack rounds scale * code + bias to float16.
+        assert np.array_equal(found.astype("f2"), np.array(plain.modules[module].a.T)[:rank])
+        expected = np.array(plain.modules[module].b)[:rank].T
+        assert np.array_equal(np.array(b.data), in_llama_rows(module, expected))
+
+
+@pytest.mark.parametrize("rank, bits, kinds", [
+    (8, 8, ("Q8_0", "F16")), (8, 16, ("F16", "F16")), (32, 4, ("Q4_1", "Q8_0")),
+])  # fmt: skip
+def test_nothing_loses_more_than_the_pack_did(tmp_path, config, rank, bits, kinds):
+    rng, module = np.random.default_rng(0), [*ALL][4]
+    shape = (256, 64)
+    adapter = Adapter("x", {module: lora_of(rng, shape, rank, 1.0, mx.float32, 0.3)})
+    small = compress(adapter, {module: [(rank, bits)]})
+    form = gguf_of(small)
+    assert tuple(factor.kind.name for factor in form.modules[module]) in (kinds, ("F16", "F16"))
+    exact, pack = (one.modules[module].delta() for one in (adapter, small.adapter(mx.float32)))
+    lost = np.linalg.norm(form.adapter().modules[module].delta() - pack)
+    assert lost <= np.linalg.norm(pack - exact) + 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.2)])
+@pytest.mark.parametrize("rank", [3, 32])
+def test_a_planned_form_is_what_the_reader_gets(tmp_path, config, bits, most, rank):
+    rng = np.random.default_rng(0)
+    adapter = Adapter("x", {m: lora_of(rng, ALL[m], 32, 1.0, mx.float32, 0.3) for m in ALL})
+    modules = {m: ((min(rank, *ALL[m]), bits),) for m in ALL}
+    form = gguf_store(adapter, modules).scaled(1.7)
+    save_gguf(form, tmp_path / "x.gguf", config)
+    again = read_gguf_lora(tmp_path / "x.gguf", ALL, config)
+    _, deltas = read_gguf(tmp_path / "x.gguf")
+    for module, lora in form.adapter().modules.items():
+        n = modules[module][0][0]
+        expected = in_llama_rows(module, lora.delta())
+        np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=1e-5, atol=1e-5)
+        for one, other in ((lora.a, again.modules[module].a), (lora.b, again.modules[module].b)):
+            assert mx.array_equal(one, other)
+        u, s, vt = np.linalg.svd(1.7 * adapter.modules[module].delta())
+        best = (u[:, :n] * s[:n]) @ vt[:n]
+        assert np.linalg.norm(lora.delta() - best) < most * np.linalg.norm(best)
+    kinds = {(a.kind.name, b.kind.name) for a, b in form.modules.values()}
+    quantized = {8: "Q8_0", 4: "Q4_0"}[bits]
+    assert (quantized, quantized if rank == 32 else "F16") in kinds
+
+
+def test_error_compensation_beats_the_nearest_codes():
+    """At the same bytes as `quantize` of the `gguf` package, of the same components."""
+    rng, module = np.random.default_rng(1), [*ALL][4]
+    adapter = Adapter("x", {module: lora_of(rng, (256, 96), 8, 1.0, mx.float32, 0.3)})
+    lora = adapter.modules[module]
+    kind = GGMLQuantizationType.Q4_0
+    nearest = read_blocks(quantize(np.ascontiguousarray(np.array(lora.a).T), kind), kind)
+    exact = lora.delta()
+    plain = np.linalg.norm(np.array(lora.b).T @ nearest - exact)
+    ours = gguf_store(adapter, {module: ((8, 4),)}).adapter().modules[module].delta()
+    assert np.linalg.norm(ours - exact) < 0.95 * plain
