@@ -161,10 +161,11 @@ class Inputs:
     @property
     def holds_all(self) -> bool:
         """True if the bytes of the budget have room for all adapters as they are."""
-        most = self.capacity.max_bytes
+        c, most = self.config, self.capacity.max_bytes
         # They are no GGUF files, and of any shape.
-        as_given = self.config.format == "compact" and not self.config.same_shape
-        return as_given and most is not None and most >= self.capacity.total
+        as_given = c.format == "compact" and not c.same_shape
+        fewer = c.max_adapters is not None and c.max_adapters < len(self.names)
+        return as_given and not fewer and most is not None and most >= self.capacity.total
 
     @cached_property
     def probes(self) -> list[ExampleSet]:

@@ -22,9 +22,9 @@ def test_an_unknown_key_in_yaml(cli, tmp_path):
 
 def test_a_wrong_type_in_yaml(cli, tmp_path):
     path = tmp_path / "my.yaml"
-    path.write_text("answers: many\n")
+    path.write_text("seed: many\n")
     (line,) = cli.fails(path)
-    assert line == f"{path}: answers: found 'many', expected int"
+    assert line == f"{path}: seed: found 'many', expected int"
 
 
 def test_a_yaml_file_that_is_missing(cli, tmp_path):

@@ -15,6 +15,7 @@ from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Fading, groups_of
 from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
@@ -203,7 +204,9 @@ def test_a_thorough_plan_measures_everything(config):
 
 @pytest.mark.parametrize("budget", ["200%", "1MB"])
 def test_with_room_for_everything_everything_is_kept(config, budget):
-    plan = run(config.replace(budget=budget), until="plan", quiet=True).read("plan.json")
+    session = run(config, until="probe", quiet=True)  # a run would copy them
+    room = session.inputs.capacity.room_of(parse_budget(budget))
+    plan = session.planner.search(room).content
     assert plan["base"] == [] and plan["regret"] < 0.02
     assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
 
