@@ -209,7 +209,8 @@ def router_from_states(
     spread = None
     if scaled:
         spread = np.sqrt(np.mean([(x - centre).var(axis=0) for x in states.values()], axis=0))
-        spread = np.maximum(spread, 1e-3 * spread.max())
+        # Where no prompt differs from another, nothing is scaled.
+        spread = np.maximum(spread, 1e-3 * spread.max() or 1.0)
     rows = [_unit((x - centre) / _one(spread)) for x in states.values()]
     directions = np.stack([_unit(x.mean(axis=0)) for x in rows])
     own, right = [], []

@@ -40,7 +40,7 @@ OPTIONS = """adapters: a
 tasks: t
 output: o
 budget: 25%
-init: [table]
+baselines: [kmeans]
 scale: 1.5
 seed: 3
 refine: false
