@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,12 @@ __all__ = ["MOST_FAILED", "search_by_estimates"]
 
 # Proposals in a row that may fail to lower the measured regret.
 MOST_FAILED = 3
-# Moves and swaps that are tried from one partition until it is taken as the best.
-MOST_TRIED = 8
+# Moves and swaps that are tried from one partition until it is taken as the best: one for so many
+# tasks, and at most so many. Of few tasks the proposals leave little to try.
+_TASKS_A_TRY, MOST_TRIED = 3, 8
+# A step must help its tasks by so many standard errors (four times in five it is no luck): with few
+# rows, single tasks win what others lose, and held-out rows do not confirm it.
+_BEYOND_LUCK = 0.84
 # Further evaluations, typically, until the scale of the first merge is found.
 _TUNINGS = 3
 
@@ -80,6 +84,13 @@ class _Measured:
         self._problem = problem
         self.estimates = MergeEstimates(problem.fading, problem.similarity)
         self._known: dict[Members, float] = {}
+        self._regrets: dict[Members, np.ndarray] = {}
+
+    def regrets(self, groups: Iterable[Members]) -> np.ndarray:
+        """Measured regrets of the tasks of some clusters, by task; 0 for a task alone."""
+        groups = sorted(groups)
+        tasks = np.argsort([i for members in groups for i in members])
+        return np.concatenate([self._regrets.get(one, np.zeros(1)) for one in groups])[tasks]
 
     def measure(self, labels: Labels) -> float:
         """Mean regret of all tasks; only clusters that are not known are measured."""
@@ -119,17 +130,18 @@ class _Measured:
             (found[members],) = self._problem.measure([(merged, members)])
             self._known[members] = float(found[members].sum())
         if found:
+            self._regrets |= found
             self.estimates.learn(found)
 
 
 def _measured_step(found: _Measured, labels: Labels, eps: float) -> Labels | None:
-    """The first move or swap that lowers the measured mean regret by more than `eps`.
+    """The first move or swap that lowers the measured mean regret by more than `eps` and luck.
 
     The most promising are tried first; None once several did not.
     """
     tried: set[Labels] = set()
     least = eps * len(labels)
-    for _ in range(MOST_TRIED):
+    for _ in range(min(MOST_TRIED, len(labels) // _TASKS_A_TRY)):
         steps = [one for one in _promising(found, labels) if one[1] not in tried]
         if not steps:
             return None
@@ -139,7 +151,10 @@ def _measured_step(found: _Measured, labels: Labels, eps: float) -> Labels | Non
         most = sum(map(found.cost, old - new)) - least
         # A cluster hardly ever costs less than 0, so one is mostly enough to refuse a step.
         first, second = sorted(new - old, key=found.guess, reverse=True)
-        if found.cost(first) < most and found.cost(first) + found.cost(second) < most:
+        if found.cost(first) >= most or found.cost(first) + found.cost(second) >= most:
+            continue
+        gains = found.regrets(old - new) - found.regrets(new - old)
+        if gains.sum() > _BEYOND_LUCK * gains.std(ddof=1) * np.sqrt(len(gains)):
             return step
     return None
 
