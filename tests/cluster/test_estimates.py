@@ -214,4 +214,4 @@ def test_a_step_that_single_tasks_pay_for_is_luck():
         changed = [i for i in range(24) if old.get(i, 0) != new.get(i, 0)]
         gains = np.array([old.get(i, 0) - new.get(i, 0) for i in changed])
         if after["objective"] == min(objectives) and len(changed) < 12:  # a measured step
-            assert gains.sum() > 0.8 * gains.std(ddof=1) * np.sqrt(len(gains))
+            assert gains.sum() > 0.29 * gains.std(ddof=1) * np.sqrt(len(gains))
