@@ -24,8 +24,8 @@ __all__ = ["MOST_FAILED", "search_by_estimates"]
 # Proposals in a row that may fail to lower the measured regret.
 MOST_FAILED = 3
 # Moves and swaps that are tried from one partition until it is taken as the best: one for so many
-# tasks, and at most so many. Of few tasks the proposals leave little to try.
-_TASKS_A_TRY, MOST_TRIED = 3, 8
+# tasks, and at most so many. Of fewer tasks the proposals leave little to try.
+_TASKS_A_TRY, MOST_TRIED, _FEWEST = 3, 8, 9
 # A step must help its tasks by so many standard errors of their mean: with few rows, single tasks
 # win what others lose. Of 24 adapters with ten rows each, steps that held-out rows confirmed had
 # 0.36 and more; of six with four rows, one that they did not confirm had 0.21.
@@ -142,7 +142,8 @@ def _measured_step(found: _Measured, labels: Labels, eps: float) -> Labels | Non
     """
     tried: set[Labels] = set()
     least = eps * len(labels)
-    for _ in range(min(MOST_TRIED, len(labels) // _TASKS_A_TRY)):
+    n_tries = len(labels) // _TASKS_A_TRY if len(labels) >= _FEWEST else 0
+    for _ in range(min(MOST_TRIED, n_tries)):
         steps = [one for one in _promising(found, labels) if one[1] not in tried]
         if not steps:
             return None
