@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.cluster.estimated_search import State, estimated_partition, improved
-from d2c_mlx.cluster.measured_search import MOST_TRIED, search_by_estimates
+from d2c_mlx.cluster.measured_search import MOST_STEPS, search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS, MergeEstimates
 from d2c_mlx.cluster.partition import Fading, Problem, groups_of
 
@@ -130,7 +130,7 @@ def test_only_what_is_proposed_is_measured_and_the_best_of_it_is_kept():
     found = search_by_estimates(given_problem, 4, seed=0, eps=1e-3)
     assert found.n_clusters == 4 and found.labels[0] != found.labels[1]
     # A step changes two clusters; the partitions before it have four.
-    assert len(asked) == len(set(asked)) <= 4 * len(found.history) + 2 * MOST_TRIED
+    assert len(asked) == len(set(asked)) <= 4 * len(found.history) + 2 * MOST_STEPS
     objectives = [one["objective"] for one in found.history]
     assert found.objective == min(objectives) and found.stopped in ("converged", "patience")
     of_found = sum(truth(g, i) for g in groups_of(found.labels) if len(g) > 1 for i in g) / 12
