@@ -39,8 +39,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters
     from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.packs.marker import mark
-    from d2c_mlx.packs.overwrite import check_output, local_model
+    from d2c_mlx.packs.overwrite import check_output, local_model, mark
     from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)

@@ -18,7 +18,7 @@ import numpy as np
 
 from d2c_mlx.evaluate.heldout import paired_bootstrap, row_losses
 from d2c_mlx.forecast import forecast
-from d2c_mlx.packs.marker import MARKER, read_marker, write_marker
+from d2c_mlx.packs.overwrite import MARKER, read_marker, write_marker
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs

@@ -39,7 +39,7 @@ from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import GgufPlaces
-from d2c_mlx.packs.marker import mark
+from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone

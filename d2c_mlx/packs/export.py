@@ -15,8 +15,7 @@ from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.gguf_form import gguf_of
 from d2c_mlx.packs.manifest import PlainManifest
-from d2c_mlx.packs.marker import mark
-from d2c_mlx.packs.overwrite import check_output, local_model
+from d2c_mlx.packs.overwrite import check_output, local_model, mark
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
 from d2c_mlx.utils.files import read_text, write_dir, write_json

@@ -22,6 +22,7 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
+from d2c_mlx.packs.checks import read_manifest
 from d2c_mlx.packs.manifest import (
     COMPACT,
     FORMAT,
@@ -31,7 +32,6 @@ from d2c_mlx.packs.manifest import (
     GgufManifest,
     GgufPlaces,
     PlainManifest,
-    read_manifest,
 )
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, file_state, hash_file, old_dir, restore_dir

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.export import write_plain
-from d2c_mlx.packs.marker import MARKER, mark
-from d2c_mlx.packs.overwrite import check_output
+from d2c_mlx.packs.overwrite import MARKER, check_output, mark
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError
 from d2c_mlx.utils.files import write_dir, write_text

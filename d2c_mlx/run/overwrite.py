@@ -8,13 +8,16 @@ from pathlib import Path
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.adapters.sources import Source
 from d2c_mlx.models.tasks import probe_file
-from d2c_mlx.packs.marker import MARKER, Marker, read_marker, write_marker
 from d2c_mlx.packs.overwrite import (
+    MARKER,
+    Marker,
     adapter_inputs,
     all_files,
     local_model,
+    read_marker,
     replaced_inputs,
     within_adapters,
+    write_marker,
 )
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.records import has_record

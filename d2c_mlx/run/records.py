@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.packs.manifest import check_format
+from d2c_mlx.packs.checks import check_format
 from d2c_mlx.packs.pack import MANIFEST, load_pack
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError

@@ -10,7 +10,7 @@ from pathlib import Path
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.merge.refine import Member, Refined, RefineOptions, refine
-from d2c_mlx.packs.marker import mark
+from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.files import fingerprint, write_dir, write_json

@@ -9,7 +9,7 @@ import pytest
 from helpers.command import refused
 from helpers.tiny import peft_adapter
 
-from d2c_mlx.packs.marker import MARKER, mark, read_marker, write_marker
+from d2c_mlx.packs.overwrite import MARKER, mark, read_marker, write_marker
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
 from d2c_mlx.utils.files import hash_file, hash_tree

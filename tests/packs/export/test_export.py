@@ -22,7 +22,7 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.marker import MARKER
+from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError

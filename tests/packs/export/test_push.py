@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.marker import MARKER
+from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.push import write_repository
 from d2c_mlx.packs.write import write_pack
