@@ -68,7 +68,7 @@ def compare(
 
 
 def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
-    """What is compared, from the texts of the options; raises ConfigError with all problems."""
+    """The axes of the comparison by the texts of the options; raises ConfigError, all at once."""
     from d2c_mlx.compare import CLUSTERS, Axes
     from d2c_mlx.utils.errors import ConfigError
 

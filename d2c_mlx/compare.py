@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from d2c_mlx.utils.progress import say
 
 __all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
 
-# Whose clusters are merged: those of the first method, or each method's own.
+# Clusters that are merged: those of the first method, or each method's own.
 CLUSTERS = ("shared", "own")
 # Options of a comparison's runs that are not asked for: they take time and are not compared.
 _UNASKED: dict[str, Any] = {"baselines": (), "answers": 0}
-# What a comparison writes beside the directories of its runs.
+# Files of a comparison, beside the directories of its runs.
 _WRITES = ("compare.json", "compare.md", "compare.csv", "compare.svg", "rows")
 
 
@@ -114,7 +115,7 @@ class Comparison:
         if any(name in os.environ for name in RANK_VARIABLES):
             raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
         errors: list[InputError] = []
-        collect(errors, lambda: _check_output(output))
+        collect(errors, partial(_check_output, output))
         self.entries = _entries(configs, options, axes, output, errors)
         _raise(errors)
         self._inputs: dict[str, Inputs] = {}
@@ -131,12 +132,12 @@ class Comparison:
             if key in tried and entry.source not in self._inputs:
                 continue
             tried.add(key)
-            inputs = collect(errors, lambda: self._inputs_of(entry))  # noqa: B023  called here
+            inputs = collect(errors, partial(self._inputs_of, entry))
             file = entry.config.clusters
             # Clusters of another run of this comparison are not there yet.
             if inputs and file and file not in made:
                 names, k = inputs.names, inputs.capacity.n_clusters
-                collect(errors, lambda: read_clusters(Path(file), names, k))  # noqa: B023
+                collect(errors, partial(read_clusters, Path(file), names, k))
 
     def _inputs_of(self, entry: Entry) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
@@ -241,7 +242,7 @@ def _entries(
             name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
             given = {**options, "merge_method": method, "budget": budget,
                      "output": str(output / name)}  # fmt: skip
-            config = collect(errors, lambda: load_config(path, given, merged=True))  # noqa: B023
+            config = collect(errors, partial(load_config, path, given, merged=True))
             if not config:
                 continue
             asked = config.model_fields_set

@@ -33,7 +33,7 @@ def llama_cpp():
 
 
 def conditions():
-    """What a result was measured with."""
+    """The machine and the llama.cpp of a result."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     return {"machine": machine(), "llama_cpp": __llama_cpp_tag__}

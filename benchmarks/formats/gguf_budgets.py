@@ -1,4 +1,4 @@
-"""What a phone with llama.cpp gets for its bytes: plans beside exports, in llama.cpp itself.
+"""Plans for the bytes of GGUF files beside exports of other plans, in llama.cpp itself.
 
     d2c-mlx pack --budget 6.25% --format gguf --output RUN ...       # and one without --format
     python -m benchmarks.formats.gguf_budgets RUN [RUN ...] [--rows N] [--weights float32|stored]
@@ -143,7 +143,7 @@ def main():
 
 
 def result_of(options, rows, known):
-    """What is written."""
+    """The content of the results file."""
     losses = {name: float(values.mean()) for name, values in known.items() if name != "whole"}
     return {
         **conditions(),

@@ -21,7 +21,7 @@ from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 
 ROOT = Path(__file__).parents[2]
-# What mlx_swift.swift has: two blocks of these modules.
+# The model in mlx_swift.swift: two blocks of these modules.
 SHAPES = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (32, 16), "self_attn.v_proj": (32, 16),
           "self_attn.o_proj": (32, 32), "mlp.gate_proj": (32, 64), "mlp.up_proj": (32, 64),
           "mlp.down_proj": (64, 32)}  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _has_template(files: Sequence[Path]) -> bool:
     return bool(config.get("chat_template")) or any(file.name == _TEMPLATE for file in files)
 
 
-def _dtype(tensors: Any, architecture: str) -> mx.Dtype:  # noqa: ANN401  values of a dict
+def _dtype(tensors: Iterable[ReaderTensor], architecture: str) -> mx.Dtype:
     """The dtype of activations: that of the matrices, or what the model was trained in."""
     types = {one.tensor_type.name for one in tensors if len(one.shape) > 1}
     if types == {"F32"}:

@@ -5,10 +5,7 @@ tests/models/test_families.py` writes it.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,6 +14,7 @@ import pytest
 from helpers import ROOT
 from helpers.families import FAMILIES, FEATURES, TOKENS
 from helpers.gguf_files import permuted, read_gguf
+from helpers.made_by_tests import check_table, run_with_torch
 from helpers.tiny import ALL, peft_adapter, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
@@ -42,7 +40,6 @@ from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
 
-DOC = ROOT / "docs" / "reference" / "families.md"
 CONVERTER = ROOT / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
 found: dict = {}
@@ -51,10 +48,7 @@ found: dict = {}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("families")
-    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "helpers" / "families.py")]
-    # With torch. Models are tiny, its threads would only wait for each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
+    run_with_torch("families.py", path)
     for family in FAMILIES:
         tiny_tokenizer().save_pretrained(path / family / "model")
     return path
@@ -250,13 +244,4 @@ def test_table_in_the_docs(bases):
         rows.append([family, *(found[family, feature] for feature in FEATURES)])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\nModules of a block:\n\n"
     table += "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
-    start, end = "<!-- table: tests/models/test_families.py -->\n", "<!-- end -->\n"
-    text = DOC.read_text(encoding="utf-8")
-    head, rest = text.split(start)
-    expected = head + start + table + end + rest.split(end, 1)[1]
-    if os.environ.get("D2C_MLX_WRITE_DOCS"):
-        DOC.write_text(expected, encoding="utf-8")
-        return
-    assert text == expected, (
-        "D2C_MLX_WRITE_DOCS=1 pytest tests/models/test_families.py writes the table"
-    )
+    check_table("tests/models/test_families.py", table)

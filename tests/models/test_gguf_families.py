@@ -4,18 +4,15 @@ The tables in docs/reference/families.md are what this test finds; `D2C_MLX_WRIT
 tests/models/test_gguf_families.py` writes them.
 """
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
-from helpers import ROOT
 from helpers.bases import through_all
 from helpers.gguf_bases import BASES, TEXTS, TOKENS, blocks
+from helpers.made_by_tests import check_table, run_with_torch
 from mlx_lm import load as stock_load
 
 from d2c_mlx.models.base_model import BaseModel
@@ -24,7 +21,6 @@ from d2c_mlx.utils.gguf_file import UnknownTypeError, float_rows, open_gguf, pac
 
 pytestmark = pytest.mark.slow
 
-DOC = ROOT / "docs" / "reference" / "families.md"
 PACKED = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
 UNPACKED = ("F32", "F16", "BF16", "Q2_K", "Q3_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",
             "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4")  # fmt: skip
@@ -34,9 +30,7 @@ found: dict = {}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("bases")
-    program = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "helpers" / "gguf_bases.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
+    run_with_torch("gguf_bases.py", path)
     return path
 
 
@@ -146,13 +140,4 @@ def test_table_in_the_docs():
     rows += [[], ["type", "kept as"], ["---", "---"]]
     rows += [[kind, found[kind]] for kind in (*PACKED, *UNPACKED)]
     table = "".join(f"| {' | '.join(row)} |\n" if row else "\n" for row in rows)
-    start, end = "<!-- table: tests/models/test_gguf_families.py -->\n", "<!-- end -->\n"
-    text = DOC.read_text(encoding="utf-8")
-    head, rest = text.split(start)
-    expected = head + start + table + end + rest.split(end, 1)[1]
-    if os.environ.get("D2C_MLX_WRITE_DOCS"):
-        DOC.write_text(expected, encoding="utf-8")
-        return
-    assert text == expected, (
-        "D2C_MLX_WRITE_DOCS=1 pytest tests/models/test_gguf_families.py writes the tables"
-    )
+    check_table("tests/models/test_gguf_families.py", table)
