@@ -30,6 +30,8 @@ from d2c_mlx.compress.affine import packed_columns
 from d2c_mlx.utils.errors import PackError
 
 __all__ = [
+    "BLOCK",
+    "COMPACT",
     "DTYPES",
     "FIELDS",
     "FORMAT",
@@ -44,7 +46,9 @@ __all__ = [
     "tensor_name",
 ]
 
-FORMAT, VERSION = "d2c-mlx-compact", "1"
+COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
+# The number of a block in a module's path.
+BLOCK = re.compile(r"\.[0-9]+\.")
 DTYPES: dict[str, np.dtype[Any]] = {
     "U32": np.dtype("<u4"),
     "F16": np.dtype("<f2"),

@@ -6,7 +6,6 @@ and of a choice, and for the adapter in that form, which is measured and then wr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,7 +20,13 @@ from d2c_mlx.compress.affine import Levels, packed_columns
 from d2c_mlx.compress.allocate import LOST, Candidate, allocate
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.file_layout import compact_nbytes, estimate_header_nbytes, make_index
+from d2c_mlx.compress.file_layout import (
+    BLOCK,
+    COMPACT,
+    compact_nbytes,
+    estimate_header_nbytes,
+    make_index,
+)
 from d2c_mlx.compress.gguf_form import GGUF_LOST, gguf_store, kinds
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.utils.errors import ConfigError
@@ -30,7 +35,6 @@ __all__ = ["GROUP_SIZE", "CompactStorage", "GgufStorage", "Storage", "compact_st
 
 # Numbers that share a scale and a bias in a compact pack.
 GROUP_SIZE = 64
-_BLOCK = re.compile(r"\.[0-9]+\.")
 Worth = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -83,7 +87,7 @@ def one_shape(storage: Storage, values: Worth, nbytes: float) -> dict[str, Level
     """
     kinds_of: dict[str, list[str]] = {}
     for path in sorted(values):
-        kinds_of.setdefault(_BLOCK.sub(".", path, count=1), []).append(path)
+        kinds_of.setdefault(BLOCK.sub(".", path, count=1), []).append(path)
     best: tuple[float, dict[str, Levels]] = (0.0, {})
     for n in range(1, min(map(len, values.values()), default=0) + 1):
         kept = {kind: sum(float(values[path][:n].sum()) for path in paths)
@@ -150,7 +154,7 @@ class CompactStorage:
 
     def write(self, directory: Path, adapters: Sequence[Compressed]) -> None:
         """See `Storage`."""
-        write_compact(directory / "compact.safetensors", adapters)
+        write_compact(directory / COMPACT, adapters)
 
 
 class GgufStorage:

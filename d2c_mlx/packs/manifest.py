@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from d2c_mlx.compress.file_layout import BLOCK, COMPACT
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.validation import Checked
 
@@ -27,11 +27,10 @@ __all__ = [
     "PlainManifest",
 ]
 
-MANIFEST, FORMAT, COMPACT = "manifest.json", "d2c-mlx-pack", "compact.safetensors"
+MANIFEST, FORMAT = "manifest.json", "d2c-mlx-pack"
 # Storage -> version of the format. Plain packs are still version 1: their manifests from before
 # there were compact packs do not name a storage.
 VERSIONS = {"plain": 1, "compact": 2, "gguf": 3}
-_BLOCK = re.compile(r"\.[0-9]+\.")
 
 
 def _expected(words: str, above: int | None = None) -> Any:  # noqa: ANN401  as pydantic has it
@@ -184,7 +183,7 @@ class GgufPlaces(_Part):
         known: dict[str, Any] = {
             key: config.get(key) for key in cls.model_fields if key != "modules"
         }
-        return cls(**known, modules=sorted({_BLOCK.sub(".*.", path, count=1) for path in paths}))
+        return cls(**known, modules=sorted({BLOCK.sub(".*.", path, count=1) for path in paths}))
 
     def paths(self) -> list[str]:
         """The paths of all modules that files of the pack may have."""

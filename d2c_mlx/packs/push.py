@@ -13,7 +13,7 @@ from pathlib import Path
 from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.export import write_plain
 from d2c_mlx.packs.overwrite import MARKER, check_output, mark
-from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError
 from d2c_mlx.utils.files import write_dir, write_text
 from d2c_mlx.utils.hub import parse_hub_id, upload
@@ -22,7 +22,7 @@ __all__ = ["CARD", "push", "write_repository"]
 
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
-_OURS = ("cluster-*", "compact.safetensors")
+_OURS = ("cluster-*", COMPACT)
 
 
 def write_repository(
