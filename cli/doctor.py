@@ -9,19 +9,27 @@ from .say import say, say_json
 
 
 @click.command(cls=Command)
+@click.option("--tune", is_flag=True, help="measure how large passes through --model should be")
+@click.option("--model", metavar="M", help="base model to tune for  [default: the embedded one]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-def doctor(as_json: bool) -> None:
+def doctor(tune: bool, model: str | None, as_json: bool) -> None:
     """Tell what this machine has and what is missing.
 
-    With what to do about it; the exit code is 1 if something is missing.
+    With what to do about it; the exit code is 1 if something is missing. --tune takes some seconds
+    and helps every later run; a first long run does it by itself.
 
     Example:
       d2c-mlx doctor --json
     """
     import dataclasses
 
-    from d2c_mlx.run.doctor import diagnose
+    from d2c_mlx.run.doctor import diagnose, tune_for
+    from d2c_mlx.utils.errors import ConfigError
 
+    if model and not tune:
+        raise ConfigError("--model: is for --tune, which was not given; add --tune")
+    if tune:
+        tune_for(model)
     findings = diagnose()
     if as_json:
         say_json([dataclasses.asdict(finding) for finding in findings])

@@ -20,6 +20,7 @@ from d2c_mlx.models.forward import KeysValues
 __all__ = [
     "Batch",
     "BatchCost",
+    "PassSize",
     "batches_by_length",
     "default_memory_limit",
     "shared_prefix",
@@ -27,10 +28,19 @@ __all__ = [
     "pad_batch",
 ]
 
-# What a batch costs beside its tokens, in tokens: small matrices are multiplied more slowly.
-_OVERHEAD = 16
-# Most padded tokens of a batch of several rows.
-_MAX_TOKENS = 2048
+
+@dataclass(frozen=True)
+class PassSize:
+    """How large a pass through the model should be; `d2c-mlx doctor --tune` measures it.
+
+    Attributes:
+        overhead: what a batch costs beside its tokens, in tokens: small matrices are multiplied
+            more slowly, and a GPU waits for each kernel.
+        most: most padded tokens of a batch of several rows.
+    """
+
+    overhead: int = 16
+    most: int = 2048
 
 
 def default_memory_limit() -> int:
@@ -136,7 +146,11 @@ class Batch:
 
 
 def split_rows(
-    lengths: Sequence[int], n_prefix: int, cost: BatchCost, limit: int
+    lengths: Sequence[int],
+    n_prefix: int,
+    cost: BatchCost,
+    limit: int,
+    passes: PassSize = PassSize(),
 ) -> list[list[int]] | None:
     """Cut rows, sorted by length, where padding and overhead together cost least.
 
@@ -147,6 +161,7 @@ def split_rows(
         n_prefix: tokens of the prefix.
         cost: estimates the bytes of a batch.
         limit: most bytes of one batch.
+        passes: how large a pass should be.
 
     Returns:
         Row indices of every batch, or None if the longest row alone is above the limit.
@@ -158,11 +173,11 @@ def split_rows(
         options = []
         for start in range(stop - 1, -1, -1):
             rows = stop - start
-            if rows > 1 and rows * width > _MAX_TOKENS:
+            if rows > 1 and rows * width > passes.most:
                 break
             if cost(rows, width, n_prefix) > limit:
                 break
-            options.append((best[start] + rows * width + _OVERHEAD, start))
+            options.append((best[start] + rows * width + passes.overhead, start))
         if not options:
             return None
         value, start = min(options)

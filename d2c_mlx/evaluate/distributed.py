@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from d2c_mlx.evaluate.batches import PassSize
 from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.evaluate.messages import (
     Group,
@@ -143,6 +144,7 @@ class Ranks:
             "arithmetic": _arithmetic(),
             "memory_limit": engine.memory_limit,
             "savings": dataclasses.asdict(engine.optimizations),
+            "passes": dataclasses.asdict(engine.passes),
         }
         plans = self._ask(hello, lambda: _plan(engine))
         # Every rank evaluates as the one with the least memory must: the plan decides bits.
@@ -248,7 +250,9 @@ def _engine(hello: dict[str, Any]) -> Engine:
     base = BaseModel(hello["model"])
     if base.fingerprint != hello["fingerprint"]:
         raise D2CError(f"{base.path} is not the base model that rank 0 has")
-    return Engine(base, hello["memory_limit"], Optimizations(**hello["savings"]), local_ranks())
+    engine = Engine(base, hello["memory_limit"], Optimizations(**hello["savings"]), local_ranks())
+    engine.passes = PassSize(**hello["passes"])
+    return engine
 
 
 def _plan(engine: Engine) -> list[float]:

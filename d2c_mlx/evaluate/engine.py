@@ -20,6 +20,7 @@ import numpy as np
 from d2c_mlx.evaluate.batches import (
     Batch,
     BatchCost,
+    PassSize,
     default_memory_limit,
     shared_prefix,
     split_rows,
@@ -86,6 +87,7 @@ class Engine:
         memory_limit: bytes for weights, activations and kept states.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
+        passes: how large a pass should be; it decides the bits of a loss.
         float32_head: the head as a function of hidden states, in float32; None where the
             architecture scales or caps its logits.
     """
@@ -115,7 +117,8 @@ class Engine:
         self._head = head if self.optimizations.head else None
         self._prefix = self.optimizations.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
-        self._batches: dict[str, list[list[int]]] = {}
+        self.passes = PassSize()
+        self._batches: dict[tuple[str, PassSize, int], list[list[int]]] = {}
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
         self.memory_limit = memory_limit or default_memory_limit() // n_processes
@@ -168,13 +171,14 @@ class Engine:
         Raises:
             ConfigError: a row does not fit the memory limit.
         """
-        if examples.tokens_digest not in self._batches:
+        copies = self.optimizations.stack
+        key = examples.tokens_digest, self.passes, copies
+        if key not in self._batches:
             n_prefix = len(self._prefix_of(examples))
             # The last token predicts nothing.
             lengths = [len(row.tokens) - n_prefix - 1 for row in examples.examples]
-            copies = self.optimizations.stack
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
-            cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
+            cut = split_rows(lengths, n_prefix, cost, self.batch_limit, self.passes)
             if cut is None:
                 needed = cost(1, max(lengths), n_prefix) * self.workers.n * 5 // 3
                 needed += self.memory_limit - self._free
@@ -185,8 +189,8 @@ class Engine:
                 )
             if not self.optimizations.batches:
                 cut = [[i] for batch in cut for i in batch]
-            self._batches[examples.tokens_digest] = cut
-        return self._batches[examples.tokens_digest]
+            self._batches[key] = cut
+        return self._batches[key]
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
         """Evaluate pieces, in an order of its own.

@@ -25,6 +25,7 @@ from d2c_mlx.models.identity import same_weights
 from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name, environment
 from d2c_mlx.utils.errors import InputError, InputWarning, collect, gather
@@ -60,6 +61,7 @@ class Inputs:
         off = set(config.without) - {"cache", "bound"}
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
         self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
+        self.engine.passes = tuned_passes(self.base) or self.engine.passes
         if unused := self.engine.unused:
             _warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
                   " not used: slower, with the same losses")  # fmt: skip

@@ -14,6 +14,7 @@ import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.evaluator import Counts, Evaluator
@@ -23,6 +24,7 @@ from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.study import Study
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory
+from d2c_mlx.run.doctor import tune, tuned_passes
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
@@ -30,9 +32,12 @@ from d2c_mlx.run.snapshot import absolute
 from d2c_mlx.utils.device import process_peak
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import remove_dir, write_text
-from d2c_mlx.utils.progress import progress_bar
+from d2c_mlx.utils.progress import progress_bar, say
 
 __all__ = ["Session", "Stage"]
+
+# Tokens of the stage `probe` from which on a run is long: minutes on a CPU.
+_LONG_RUN = 50_000
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,18 @@ class Session:
         return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
 
     def load(self) -> None:
-        """Load and check all inputs, on every rank; nothing is written.
+        """Load and check all inputs, on every rank; nothing is written in the run directory.
+
+        Before a first long run on a machine, how large passes should be is measured.
 
         Raises:
             InputError: see `Inputs`.
             D2CError: another rank cannot load the base model.
         """
+        engine = self.inputs.engine
+        n_tokens = sum(one.n_tokens for one in self.inputs.probes) * (2 + len(STRENGTHS))
+        if n_tokens > _LONG_RUN and not tuned_passes(engine.base):
+            say(f"first long run with this model here; {tune(engine, stacks=False)}", self.quiet)
         _ = self.evaluator
 
     def copy_all(self) -> None:

@@ -11,7 +11,7 @@ from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
 from scipy.special import log_softmax
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
+from d2c_mlx.evaluate.batches import BatchCost, PassSize, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine, Optimizations
 from d2c_mlx.evaluate.workers import Workers
@@ -253,6 +253,10 @@ def test_the_fingerprint_follows_what_changes_bits(tiny):
     same = plain_engine.fingerprint(sets[0])
     assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
     assert same != Engine(base, optimizations=Optimizations(head=False)).fingerprint(sets[0])
+    plain_engine.passes = PassSize(most=1)
+    assert same != plain_engine.fingerprint(sets[0])
+    plain_engine.passes = PassSize()
+    assert same == plain_engine.fingerprint(sets[0])
     plain_engine._batches.clear()
     plain_engine.batch_limit = BatchCost.of(base, plain_engine._n_logits, 1)(1, 40, 0)
     assert same != plain_engine.fingerprint(sets[0])
