@@ -21,6 +21,9 @@ from d2c_mlx.report.charts import svg_file
 TABLES = {
     "probe": speed.probe,
     "merge": speed.merge,
+    "stages": speed.stages,
+    "search": speed.search,
+    "planning": speed.plans,
     "slots": packs.slots,
     "bytes-excess": packs.bytes_excess,
     "bytes-retention": packs.bytes_retention,

@@ -167,3 +167,59 @@ def serve(read):
               "first token, mixed", "`mlx_lm.server`, mixed",
               "times faster (target 10)")  # fmt: skip
     return markdown(header, rows, left=0)
+
+
+def stages(read):
+    """Where the time of a run goes, before and now; a ratio per run."""
+    rows, found = [], read("stages")["rows"]
+    for budget in dict.fromkeys(one["budget"] for one in found):
+        of = {one["checkout"]: {} for one in found if one["budget"] == budget}
+        for one in found:
+            if one["budget"] == budget:
+                of[one["checkout"]][one["stage"]] = one
+        before, now = of["before"], of["now"]
+        kind = budget if "%" in budget else f"{budget} slots"
+        for stage in before:
+            rows.append((kind, stage, *_work(before[stage]), *_work(now[stage]), ""))
+        sums = [
+            {
+                key: sum(one[key] for one in run.values())
+                for key in ("cpu_seconds", "evaluations", "tokens")
+            }
+            for run in (before, now)
+        ]
+        ratio = sums[1]["cpu_seconds"] / sums[0]["cpu_seconds"]
+        rows.append((kind, "all", *_work(sums[0]), *_work(sums[1]), f"{ratio:.2f}"))
+    header = ("budget", "stage", "CPU s before", "evaluations", "tokens", "CPU s now",
+              "evaluations", "tokens", "now / before")  # fmt: skip
+    return markdown(header, rows, left=2)
+
+
+def _work(one):
+    return f"{one['cpu_seconds']:.1f}", f"{one['evaluations']:,}", f"{one['tokens']:,}"
+
+
+def search(read):
+    """Clustering against the number of adapters, with a model and with estimates given."""
+    result, rows = read("search"), []
+    for one in result["clustered"]:
+        seconds = (f"{one['seconds'][name]:.0f}" for name in ("convert", "probe", "cluster"))
+        evaluations = sum(one["evaluations"].values())
+        rows.append((f"{one['n']} in {max(1, one['n'] // 8)}", *seconds, f"{evaluations:,}",
+                     f"{one['peak_mb']:,}"))  # fmt: skip
+    for one in result["alone"]:
+        rows.append((f"{one['n']} in {one['slots']}, estimates given", "", "",
+                     f"{one['seconds']:.1f}", "0", f"{one['peak_mb']:,}"))  # fmt: skip
+    header = ("adapters in slots", "convert, s", "probe, s", "cluster, s", "evaluations", "peak MB")
+    return markdown(header, rows)
+
+
+def plans(read):
+    """Plans by estimates beside thorough ones."""
+    rows = [
+        (one["budget"], "thorough" if one["thorough"] else "estimates", f"{one['evaluations']:,}",
+         f"{one['seconds']:.0f}", f"{one['regret']:.4f}", f"{one['excess']:.4f}")
+        for one in sorted(read("plans")["rows"], key=lambda one: -float(one["budget"].rstrip("%")))
+    ]  # fmt: skip
+    header = ("budget", "plan", "evaluations", "seconds", "regret", "held-out excess")
+    return markdown(header, rows, left=2)
