@@ -1,0 +1,4 @@
+"""A new task: one adapter made of those that exist, from about ten rows.
+
+Start reading at `compose.py`; `methods.py` lists the ways.
+"""
