@@ -44,6 +44,9 @@ _COMMANDS = {
     "unpack": Entry("formats:unpack", _PACKS, "Write the adapters of a pack for stock mlx-lm."),
     "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
     "push": Entry("hub:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."),
+    "compose": Entry(
+        "compose:compose", _OTHER, "Make an adapter for a new task of those that there are."
+    ),
     "convert": Entry("formats:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
     "help": Entry("topics:help_", _OTHER, "Show the help of a command, or of a topic."),
     "doctor": Entry("doctor:doctor", _OTHER, "Tell what this machine has and what is missing."),

@@ -9,16 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compose.lorahub import N_MODULES, search_weights
+from d2c_mlx.compose.mixing import (
+    continual_weights,
+    mix,
+    mix_factors,
+    random_like,
+    similarity_weights,
+)
 from d2c_mlx.compose.new_task import NewTask
-from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import ExampleSet
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["AUTO", "METHODS", "Make", "Method"]
 
 # (task, rows to learn from, choice) -> the adapter.
 Make = Callable[[NewTask, ExampleSet, float], Adapter]
+
+# Scales of dW that the rows choose from. What ten rows teach is worth less than all of it.
+_SCALES = (0.35, 0.5, 0.7, 1.0)
+# Adapters of the library that are mixed where the rows choose them.
+_N_TOP = 3
 
 
 @dataclass(frozen=True)
@@ -30,11 +46,13 @@ class Method:
         choices: the numbers that cross-validation chooses from; None is the index of every adapter
             of the library.
         about: a few words, for people.
+        needs_prompts: whether it reads `NewTask.similarity`.
     """
 
     make: Make
     choices: Sequence[float] | None = (1.0,)
     about: str = ""
+    needs_prompts: bool = False
 
 
 def _best(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
@@ -42,11 +60,85 @@ def _best(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 
 def _uniform(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return merge_adapters(task.library)
+    return mix(task.library, np.full(len(task.library), 1 / len(task.library)), task.rank)
+
+
+def _retrieve(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    assert task.similarity is not None, "checked before"
+    return mix(task.library, similarity_weights(task.similarity), task.rank)
+
+
+def _by_loss(task: NewTask, rows: ExampleSet) -> list[Adapter]:
+    """The adapters of the library, the one that suits the rows best first."""
+    order = np.argsort(task.losses(task.library, rows), kind="stable")
+    return [task.library[i] for i in order]
+
+
+def _top(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    some = _by_loss(task, rows)[:_N_TOP]
+    return mix(some, np.full(len(some), choice / len(some)), task.rank)
+
+
+def _continual(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    # The last weighs most.
+    worst_first = _by_loss(task, rows)[::-1]
+    return mix(worst_first, continual_weights(len(worst_first)), task.rank)
+
+
+def _fresh(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    return scaled(task.fresh(rows), choice)
+
+
+def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    return scaled(task.trained(_by_loss(task, rows)[0], rows), choice)
+
+
+def _fresh_and(
+    change: Callable[[Adapter], Adapter], task: NewTask, rows: ExampleSet, choice: float
+) -> Adapter:
+    """A fresh LoRA and the mean of the adapters that suit best, each changed, times one scale."""
+    some = [change(one) for one in _by_loss(task, rows)[:_N_TOP]]
+    shares = [1.0, *[1 / len(some)] * len(some)]
+    return mix([task.fresh(rows), *some], choice * np.array(shares), task.rank)
+
+
+def _lorahub(
+    blend: Callable[[Sequence[Adapter], np.ndarray], Adapter] | None,
+    task: NewTask,
+    rows: ExampleSet,
+    choice: float,
+) -> Adapter:
+    """LoraHub by `blend`; None is `mix` on dW."""
+    seed = task.training.seed
+    drawn = np.random.default_rng(seed).permutation(len(task.library))[:N_MODULES]
+    some = [task.library[i] for i in sorted(drawn)]
+    made = blend or (lambda adapters, weights: mix(adapters, weights, task.rank))
+    weights = search_weights(
+        lambda tried: float(task.losses([made(some, tried)], rows)[0]), len(some), seed
+    )
+    return made(some, weights)
 
 
 # The simplest first: of methods that are as good, the first is taken.
 METHODS: dict[str, Method] = {
     "best": Method(_best, None, "the adapter of the library that suits the rows best"),
     "uniform": Method(_uniform, about="the mean of all adapters"),
-}
+    "retrieve": Method(_retrieve, about="adapters of the tasks with the nearest prompts",
+                       needs_prompts=True),
+    "top": Method(_top, (*_SCALES, 1.4), "the mean of the three best adapters, times one scale"),
+    "continual": Method(_continual, about="all adapters, merged one by one, the best last"),
+    "fresh": Method(_fresh, about="a LoRA trained on the rows"),
+    "fresh-scaled": Method(_fresh, _SCALES, "a LoRA trained on the rows, times one scale"),
+    "fresh-library": Method(partial(_fresh_and, lambda one: one), _SCALES,
+                            "that LoRA and the three best adapters, times one scale"),
+    "best-trained": Method(_best_trained, _SCALES,
+                           "the best adapter, trained on with the rows, times one scale"),
+    "lorahub": Method(partial(_lorahub, None), about="weights searched without gradients"),
+    "fresh-random": Method(partial(_fresh_and, random_like), _SCALES,
+                           "a control: fresh-library with adapters of random values"),
+    "lorahub-factors": Method(partial(_lorahub, mix_factors),
+                              about="lorahub as published, on A and B apart, to compare"),
+}  # fmt: skip
+# What `auto` chooses from: at most eight, and none that searches for long.
+AUTO = ("best", "uniform", "retrieve", "top", "fresh", "fresh-scaled", "fresh-library",
+        "best-trained")  # fmt: skip

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.environment import VERSION
+from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.utils.files import fingerprint, write_dir
 
-__all__ = ["NewTask"]
+__all__ = ["Kept", "NewTask"]
 
-# Rows -> a LoRA that was trained on them.
-Train = Callable[[ExampleSet], Adapter]
+
+class Kept:
+    """Adapters that were trained, by all that decides their bytes: a stopped command goes on."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """Keep them in memory and, with a directory, beyond this process."""
+        self._directory, self._known = directory, dict[str, Adapter]()
+
+    def get(self, parts: Sequence[object], n_layers: int, make: Callable[[], Adapter]) -> Adapter:
+        """The adapter of these parts, made once.
+
+        Args:
+            parts: all that decides the adapter's bytes, as JSON values.
+            n_layers: number of transformer blocks of the base model.
+            make: makes it.
+        """
+        key = fingerprint([VERSION, *parts])[:32]
+        if key not in self._known:
+            self._known[key] = self._read(key) or self._write(key, n_layers, make())
+        return self._known[key]
+
+    def _read(self, key: str) -> Adapter | None:
+        try:
+            return load_adapter(self._directory / key) if self._directory else None
+        except (AdapterError, OSError):
+            return None
+
+    def _write(self, key: str, n_layers: int, adapter: Adapter) -> Adapter:
+        if self._directory:
+            with write_dir(self._directory / key) as directory:
+                adapter.save(directory, n_layers)
+        return adapter
 
 
 @dataclass(frozen=True)
@@ -27,19 +63,29 @@ class NewTask:
         base: the base model.
         evaluator: evaluates and caches losses on the base model.
         library: the adapters to compose from, at least one.
-        fresh: trains a LoRA on rows; for the same rows it is trained once.
         similarity: `(n,)` cosines of the new task's prompts with those of each adapter's tasks;
             None where the prompts of the library are not known.
-        seed: seed of all random choices.
+        training: how LoRAs are trained, and the seed of all other random choices.
+        kept: keeps what was trained.
     """
 
     name: str
     base: BaseModel
     evaluator: Evaluator
     library: Sequence[Adapter]
-    fresh: Train
     similarity: np.ndarray | None = None
-    seed: int = 0
+    training: TrainOptions = TrainOptions()
+    kept: Kept = field(default_factory=Kept)
+
+    @property
+    def rank(self) -> int:
+        """The rank of what is made: the largest of the library."""
+        return max(one.rank for one in self.library)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Path -> (in, out) of every module that an adapter of the library changes."""
+        return {path: lora.shape for one in self.library for path, lora in one.modules.items()}
 
     def losses(self, adapters: Sequence[Adapter | None], rows: ExampleSet) -> np.ndarray:
         """Mean NLL per target token of each adapter on some rows, `(n,)` in nats.
@@ -50,3 +96,16 @@ class NewTask:
         """
         jobs = [(one, [rows]) for one in adapters]
         return np.concatenate(self.evaluator.losses_in_parts(jobs))
+
+    def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
+        """An adapter trained on rows from `start` on; the same arguments train once."""
+        parts = [self.base.fingerprint, start.digest, rows.tokens_digest, asdict(self.training)]
+
+        def make() -> Adapter:
+            return train_lora(self.base, start, rows, self.training, self.evaluator.meter)
+
+        return replace(self.kept.get(parts, self.base.n_layers, make), name=self.name)
+
+    def fresh(self, rows: ExampleSet) -> Adapter:
+        """A new LoRA trained on rows alone."""
+        return self.trained(new_lora(self.name, self.shapes, self.rank, self.training.seed), rows)

@@ -120,6 +120,15 @@ class Distiller:
                 )
         return [rows[i] for i in range(len(examples))]
 
+    def own_rows(self, rows: ExampleSet) -> list[TeacherRow]:
+        """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""
+        hidden, _ = self.base.dimensions
+        return [
+            TeacherRow(one, True, np.zeros((one.n_targets, hidden), np.float32),
+                       np.zeros(one.n_targets, np.float32), 0.0)
+            for one in rows.examples
+        ]  # fmt: skip
+
     def with_teacher(
         self,
         adapter: Adapter,

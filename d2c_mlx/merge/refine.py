@@ -25,7 +25,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.blas import all_cores
 
-__all__ = ["Member", "RefineOptions", "Refined", "hold_back", "refine"]
+__all__ = ["Member", "RefineOptions", "Refined", "hold_back", "refine", "schedule", "turns"]
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,17 @@ def _train(
     model: Distiller, merged: Adapter, tasks: Sequence[_Rows], o: RefineOptions, meter: Meter
 ) -> Refined:
     """Train until the held-back rows have not gained for a while."""
-    turns = [[_turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.trained)]
+    orders = [[turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.trained)]
              for i, task in enumerate(tasks)]  # fmt: skip
     cost = _mean_cost(tasks, o.rows)
     meter.expect(o.steps * cost)
-    optimizer = optim.Adam(_schedule(o), betas=[0.9, 0.99], bias_correction=True)
+    optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
     factors = _balanced(merged)
     curve = [(0, _regret(model, merged, tasks))]
     best, kept, step, stopped = curve[0][1] - o.eps, (0, merged), 0, "steps"
     while step < o.steps:
         step += 1
-        rows = [[row for turn in pair for row in next(turn)] for pair in turns]
+        rows = [[row for turn in pair for row in next(turn)] for pair in orders]
         gradient = model.gradient(factors, *_weighted(rows, tasks, o.kl_weight))
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
         factors = optimizer.apply_gradients(gradient, factors)
@@ -207,16 +207,17 @@ def _train(
     return Refined(kept[1], kept[0], tuple(curve), stopped, ())
 
 
-def _schedule(o: RefineOptions) -> Callable[[mx.array], mx.array]:
-    warm = o.steps // 10
-    falling = optim.cosine_decay(o.rate, max(1, o.steps - warm))
+def schedule(steps: int, rate: float) -> Callable[[mx.array], mx.array]:
+    """Learning rates that rise to `rate` over a tenth of the steps, then fall as a cosine."""
+    warm = steps // 10
+    falling = optim.cosine_decay(rate, max(1, steps - warm))
     if not warm:
         return falling
-    rising = optim.linear_schedule(o.rate / warm, o.rate, warm)
+    rising = optim.linear_schedule(rate / warm, rate, warm)
     return optim.join_schedules([rising, falling], [warm])
 
 
-def _turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
+def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
     """Yield `n` rows at a time, in rounds that have every row once, in a new order."""
     rng = np.random.default_rng(seed)
     waiting: list[TeacherRow] = []

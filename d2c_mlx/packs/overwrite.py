@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 MARKER = ".d2c-mlx.json"
-Kind = Literal["compare", "convert", "export", "push", "run"]
+Kind = Literal["compare", "compose", "convert", "export", "push", "run"]
 
 
 class Marker(Checked):
@@ -117,8 +117,8 @@ def check_output(
     """Refuse an output directory that must not be replaced as a whole.
 
     Call it before anything is written there. A directory may be replaced if it is empty or holds
-    only files that its marker lists, unchanged: those of `unpack`, `export` and `push`, and for
-    `convert` also those of an earlier `convert` of adapters of the same names.
+    only files that its marker lists, unchanged: those of `compose`, `unpack`, `export` and `push`,
+    and for `convert` also those of an earlier `convert` of adapters of the same names.
 
     Args:
         output: the directory, which may not exist.
@@ -210,7 +210,8 @@ def _foreign(directory: Path, names: Collection[str]) -> Path | None:
         if path == directory / MARKER:
             continue
         top = path.relative_to(directory).parts[0]
-        ours = marker.kind in ("export", "push") or (marker.kind == "convert" and top in names)
+        ours = marker.kind in ("compose", "export", "push")
+        ours |= marker.kind == "convert" and top in names
         if not ours or not marker.wrote(directory, path):
             return path
     return None
