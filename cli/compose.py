@@ -22,10 +22,11 @@ _PATH = UserPath(path_type=Path)
 @click.option("--output", required=True, type=_PATH, metavar="ADAPTER", help="replaced as a whole;"
               " its name becomes the task's")  # fmt: skip
 @click.option("--method", default="auto", show_default=True, metavar="NAME", help="auto"
-              " compares several on the rows; best, uniform, retrieve, top, continual, fresh, fresh-scaled,"
-              " fresh-library, best-trained, lorahub, ...: see docs/how-to/new-task.md")  # fmt: skip
+              " compares several; best, uniform, retrieve, top, continual, fresh, fresh-scaled,"
+              " fresh-library, best-trained, lorahub: docs/how-to/new-task.md")  # fmt: skip
 @click.option("--tasks", type=_PATH, metavar="DIR", help="<adapter>/probe.jsonl of the"
-              " adapters given, whose prompts tell which are near  [default: the pack's router]")  # fmt: skip
+              " adapters, whose prompts tell which are near  [default: the pack's"
+              " router]")  # fmt: skip
 @click.option("--probe-examples", type=click.IntRange(2), default=10, show_default=True,
               help="rows of probe.jsonl, the first ones")  # fmt: skip
 @click.option("--model", metavar="M", help="the base model  [default: the embedded one]")

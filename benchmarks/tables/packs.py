@@ -135,3 +135,29 @@ def order(read):
         ))  # fmt: skip
     header = ("pack", "added by", "orders", "mean", "best", "worst", "planned at once")
     return markdown(header, rows, left=2)
+
+
+def compose(read):
+    """A task left out at a time: what is made of the others and ten rows."""
+    rows = read("compose")["rows"]
+    made = [{**row["methods"], "auto": row["methods"][row["auto"]] | {"seconds": row["seconds"]}}
+            for row in rows]  # fmt: skip
+    of = {name: [one for one in made if name in one] for name in {key for m in made for key in m}}
+    excess = {name: statistics.mean(one[name]["excess"] for one in some)
+              for name, some in of.items()}  # fmt: skip
+    lines = []
+    for name in sorted(of, key=excess.__getitem__):
+        some = of[name]
+        kept = [(one["base"]["loss"] - one[name]["loss"])
+                / (one["base"]["loss"] - one["real"]["loss"]) for one in some]  # fmt: skip
+        ahead = sum(one[name]["excess"] < one["fresh"]["excess"] for one in some)
+        chrf = [one[name]["chrf"] for one in some if one[name]["chrf"] is not None]
+        seconds = [one[name]["seconds"] for one in some if "seconds" in one[name]]
+        lines.append((
+            name, f"{excess[name]:.3f}", f"{statistics.mean(kept):.0%}",
+            f"{statistics.mean(chrf):.1f}" if chrf else "",
+            "" if name == "fresh" else f"{ahead} of {len(some)}",
+            f"{statistics.mean(seconds):.0f}" if seconds else "",
+        ))  # fmt: skip
+    header = ("method", "excess", "gain kept", "chrF", "ahead of fresh", "seconds")
+    return markdown(header, lines)

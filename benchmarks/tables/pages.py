@@ -33,6 +33,7 @@ TABLES = {
     "routers": speed.routers,
     "serve": speed.serve,
     "order": packs.order,
+    "compose": packs.compose,
     "library": paper.library,
     "train-mlx": paper.train_mlx,
     "decay": paper.decay,

@@ -22,7 +22,15 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.compose.cross_validation import Score, choose, cross_validate, difference, join, split
+from d2c_mlx.compose.cross_validation import (
+    Score,
+    as_good,
+    choose,
+    cross_validate,
+    difference,
+    join,
+    split,
+)
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.compose.train import TrainOptions
@@ -198,18 +206,17 @@ def compose_adapter(
 def _about(
     task: NewTask, rows: ExampleSet, chosen: str, scores: dict[str, Score]
 ) -> dict[str, Any]:
-    candidates, as_good = {}, []
+    candidates = {}
     for name, score in scores.items():
         ahead, error = difference(score, scores[chosen])
         candidates[name] = {"loss": score.loss, "ahead": ahead, "error": error}
-        if name in ("base", *_REFERENCES) and name != chosen and ahead <= error:
-            as_good.append(name)
+    others = [name for name in ("base", *_REFERENCES) if name != chosen]
     choice = scores[chosen].choice
     picked = task.library[int(choice or 0)].name if METHODS[chosen].choices is None else choice
     return {
         "task": task.name, "method": chosen, "choice": picked, "rows": len(rows.examples),
         "library": [one.name for one in task.library], "candidates": candidates,
-        "as_good": as_good,
+        "as_good": [name for name in others if as_good(scores[name], scores[chosen])],
     }  # fmt: skip
 
 

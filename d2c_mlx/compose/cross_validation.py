@@ -12,9 +12,11 @@ from d2c_mlx.compose.methods import Method
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.models.examples import ExampleSet
 
-__all__ = ["Score", "choose", "cross_validate", "difference", "join", "split"]
+__all__ = ["Score", "as_good", "choose", "cross_validate", "difference", "join", "split"]
 
 _N_FOLDS = 5
+# Nats per target token that are no difference, however small the standard error is.
+_EQUAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,18 @@ def difference(one: Score, other: Score) -> tuple[float, float]:
     return mean, float(spread)
 
 
+def as_good(one: Score, other: Score) -> bool:
+    """True if the loss of one is above that of the other by no more than a standard error."""
+    mean, error = difference(one, other)
+    return mean <= max(error, _EQUAL)
+
+
 def choose(scores: Mapping[str, Score]) -> str:
-    """The first method whose loss is within one standard error of the lowest.
+    """The first method that is `as_good` as the one with the lowest loss.
 
     Args:
         scores: name -> score, the simplest first; "base" takes no part.
     """
     methods = {name: score for name, score in scores.items() if name != "base"}
     lowest = min(methods.values(), key=lambda score: score.loss)
-
-    def as_good(score: Score) -> bool:
-        mean, error = difference(score, lowest)
-        return mean <= error
-
-    return next(name for name, score in methods.items() if as_good(score))
+    return next(name for name, score in methods.items() if as_good(score, lowest))

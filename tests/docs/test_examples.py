@@ -32,6 +32,16 @@ def test_two_adapters_become_a_pack_that_mlx_lm_generates_with(base, tmp_path):
     assert (tmp_path / "two" / "run" / "pack" / "manifest.json").is_file()
 
 
+def test_a_new_task_is_composed_added_and_answered(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
+    done = start("new_task.py", tmp_path / "out", tmp_path, "c", paths.model)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("as good: ") and lines[-2].startswith("  answered ")
+    tasks = json.loads((tmp_path / "out" / "run" / "pack" / "manifest.json").read_text())["tasks"]
+    assert len({tasks[name] for name in "abc"}) == 3
+
+
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     """Its cells in their order in one namespace, as a kernel runs them."""
     notebook = json.loads((EXAMPLES / "compare.ipynb").read_text(encoding="utf-8"))

@@ -1,0 +1,52 @@
+"""From ten rows of a new task to an adapter in a pack that `d2c-mlx serve` answers with.
+
+    python examples/new_task.py [OUTPUT] [LIBRARY] [NEW] [MODEL]
+
+By default num-es of examples/demo is the new task; its own adapter is left out. Nothing is
+downloaded. A few minutes, nearly all of it for training.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from d2c_mlx import RunConfig, run_pipeline
+from d2c_mlx.compose.compose import ComposeOptions, compose
+from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.serve.generate import Question, answer
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def main(output: Path, library: Path, new: str, model: str | None) -> None:
+    """Pack the other adapters, compose the missing one, add it, and answer."""
+    names = [one.name for one in (library / "adapters").iterdir() if one.name != new]
+    for name in names:
+        source = library / "adapters" / name
+        shutil.copytree(source, output / "loras" / name, dirs_exist_ok=True)
+    others, tasks = output / "loras", library / "tasks"
+    config = RunConfig(adapters=str(others), tasks=str(tasks), model=model, budget=str(len(names)),
+                       output=str(output / "run"), probe_examples=4)  # fmt: skip
+    pack = run_pipeline(config, until="pack").path("pack")
+
+    options = ComposeOptions(tasks=tasks, model=model)
+    found = compose(str(others), tasks / new, output / "made" / new, options)
+    loss, bare = (found["candidates"][name]["loss"] for name in (found["method"], "base"))
+    print(f"{found['method']}: loss {loss:.3f}, base model {bare:.3f}")
+    print(f"as good: {', '.join(found['as_good']) or 'neither base model, best nor fresh LoRA'}")
+
+    room = AddOptions(model=model, budget=str(len(names) + 1))
+    added = add_from_path(pack, str(output / "made" / new), room).pack
+    row = json.loads((tasks / new / "test.jsonl").read_text().splitlines()[0])
+    chat = row.get("messages") or [{"content": row["prompt"]}, {"content": row["completion"]}]
+    question = Question(new, chat[-2]["content"], None, 16)
+    print(f"{new}: {question.prompt}")
+    print(f"  expected {chat[-1]['content']!r}")
+    print(f"  answered {''.join(answer(added, question, str(added.base_directory(model))))!r}")
+    print(f"d2c-mlx serve {pack}")
+
+
+if __name__ == "__main__":
+    given = [*sys.argv[1:], *[None] * 4]
+    main(Path(given[0] or "runs/new-task"), Path(given[1] or DEMO), given[2] or "num-es", given[3])

@@ -1,0 +1,54 @@
+"""A tiny library, and rows whose answers are those of one of its adapters."""
+
+import pytest
+from helpers.tiny import library, peft_adapter
+
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compose.new_task import NewTask
+from d2c_mlx.compose.train import TrainOptions
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import Example, ExampleSet
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory):
+    found = library(tmp_path_factory.mktemp("compose"), NAMES)
+    for seed, name in enumerate(NAMES):
+        peft_adapter(found.adapters, name, alpha=40, seed=seed,
+                     targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_base(paths):
+    return BaseModel(str(paths.model))
+
+
+@pytest.fixture(scope="session")
+def adapters(paths, tiny_base):
+    return [read_adapter(paths.adapters / name, tiny_base.module_shapes) for name in NAMES]
+
+
+@pytest.fixture(scope="session")
+def new_task(tiny_base, adapters):
+    """Its training, a step of length 0, teaches nothing."""
+    evaluator = Evaluator(Engine(tiny_base), LossCache())
+    return NewTask("new", tiny_base, evaluator, adapters, training=TrainOptions(1, 0.0))
+
+
+@pytest.fixture(scope="session")
+def answered(tiny_base):
+    """`answered(adapter)`: ten rows with its own greedy answers; None is the base model."""
+
+    def rows(adapter):
+        prompts = [tuple(range(10 + i, 16 + i)) for i in range(10)]
+        tiny_base.attach(adapter)
+        answers = tiny_base.answers(prompts, [6] * len(prompts))
+        return ExampleSet("new", tuple(Example(p + tuple(a), 6) for p, a in zip(prompts, answers)))
+
+    return rows

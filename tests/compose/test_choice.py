@@ -1,0 +1,141 @@
+"""Training and choosing on a tiny model: what is planted is found."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import log_probabilities
+
+from d2c_mlx.compose.compose import compose_adapter
+from d2c_mlx.compose.cross_validation import (
+    Score,
+    choose,
+    cross_validate,
+    difference,
+    join,
+    split,
+)
+from d2c_mlx.compose.methods import AUTO, METHODS, Method
+from d2c_mlx.compose.new_task import Kept
+from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.merge.methods import scaled
+
+
+def mean_nll(base, adapter, examples):
+    """From whole rows' logits, in float64."""
+    total = 0.0
+    for one in examples:
+        targets = list(one.tokens[one.first_target :])
+        total -= log_probabilities(base, adapter, one)[np.arange(len(targets)), targets].sum()
+    return total / sum(one.n_targets for one in examples)
+
+
+def test_auto_has_at_most_eight_candidates_and_knows_them():
+    assert len(AUTO) <= 8 and set(AUTO) <= METHODS.keys()
+    # Of those that are as good the first is taken, so both are in one order.
+    assert [name for name in METHODS if name in AUTO] == list(AUTO)
+
+
+def test_a_planted_adapter_is_chosen(new_task, answered, adapters):
+    made, about = compose_adapter(new_task, answered(adapters[1]))
+    assert (about["method"], about["choice"]) == ("best", "b")
+    assert made.digest == adapters[1].uniform(new_task.base.dtype).digest
+    assert made.name == "new" and about["as_good"] == []
+    assert about["candidates"]["base"]["ahead"] > about["candidates"]["base"]["error"]
+
+
+def test_where_the_base_model_is_as_good_it_is_said(new_task, answered):
+    assert "base" in compose_adapter(new_task, answered(None))[1]["as_good"]
+
+
+def test_no_fold_chooses_for_itself(new_task, answered, adapters):
+    """Against a loop over folds that asks the model row by row."""
+    rows, seen = answered(adapters[2]), []
+
+    def make(task, some, choice):
+        seen.append((choice, {one.tokens for one in some.examples}))
+        return scaled(task.library[2], choice)
+
+    choices = (0.25, 0.5, 1.0, 2.0)
+    folds = split(rows, seed=3)
+    found = cross_validate(new_task, {"m": Method(make, choices)}, folds)["m"]
+    table = np.array([
+        [mean_nll(new_task.base, scaled(adapters[2], c), fold.examples) for c in choices]
+        for fold in folds
+    ])  # fmt: skip
+    n = np.array([fold.n_targets for fold in folds])
+    for k in range(len(folds)):
+        others = np.delete(table, k, axis=0).T @ np.delete(n, k)
+        assert found.losses[k] == pytest.approx(table[k, others.argmin()], abs=1e-4)
+    assert found.choice == choices[(table.T @ n).argmin()]
+    assert found.loss == pytest.approx(found.losses @ n / n.sum())
+    held_back = [{one.tokens for one in fold.examples} for fold in folds for _ in choices]
+    for (_, learned), held in zip(seen, held_back):
+        assert not learned & held and len(learned) + len(held) == 10
+
+
+def test_folds_are_the_rows_and_their_losses_are_shared(new_task, answered):
+    rows = answered(None)
+    folds = split(rows)
+    assert [len(fold.examples) for fold in folds] == [2] * 5
+    assert sorted(one.tokens for fold in folds for one in fold.examples) == sorted(
+        one.tokens for one in rows.examples
+    )
+    assert [part.digest for part in join(folds).parts] == [fold.digest for fold in folds]
+
+
+def test_the_simplest_within_a_standard_error_is_taken():
+    n = np.full(5, 10)
+    lowest = np.array([1.0, 1.2, 0.9, 1.1, 1.0])
+    noise = np.array([0.1, -0.09, 0.1, -0.1, 0.02])
+    scores = {
+        "base": Score(lowest, n),
+        "worse": Score(lowest + 0.2 + noise / 10, n),
+        "simple": Score(lowest + noise, n),
+        "lowest": Score(lowest, n),
+    }
+    assert choose(scores) == "simple"
+    del scores["simple"]
+    assert choose(scores) == "lowest"
+    mean, error = difference(Score(lowest + noise, n), scores["lowest"])
+    assert mean == pytest.approx(noise.mean())
+    assert error == pytest.approx(noise.std(ddof=1) / np.sqrt(5))
+
+
+def test_training_lowers_the_loss_of_its_rows_and_repeats_to_the_byte(new_task, answered, adapters):
+    base, rows = new_task.base, answered(adapters[0])
+    start = new_lora("new", new_task.shapes, 4, seed=1)
+    assert mean_nll(base, start, rows.examples) == pytest.approx(
+        mean_nll(base, None, rows.examples), abs=1e-6
+    )
+    first, again = (train_lora(base, start, rows, TrainOptions(12, 1e-2)) for _ in range(2))
+    assert mean_nll(base, first, rows.examples) < mean_nll(base, None, rows.examples) - 0.5
+    assert first.digest == again.digest
+
+
+def test_the_loss_that_is_trained_is_that_of_the_answers(new_task, answered, adapters):
+    base, rows = new_task.base, answered(adapters[0])
+    model = Distiller(base)
+    base.attach(adapters[1])
+    own = model.own_rows(rows)
+    weights = mx.array([[1 / rows.n_targets, 0.0]] * rows.n_targets)
+    found = model.loss(base.attached_factors, own, weights).item()
+    assert found == pytest.approx(mean_nll(base, adapters[1], rows.examples), abs=1e-4)
+
+
+def test_what_was_trained_is_kept_and_what_is_damaged_made_again(tmp_path, adapters):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return adapters[0]
+
+    def get(*parts):
+        return Kept(tmp_path).get(parts, 2, make).digest
+
+    assert get("x", 1) == get("x", 1) == adapters[0].digest and len(calls) == 1
+    get("x", 2)
+    assert len(calls) == 2
+    for file in tmp_path.glob("*/adapters.safetensors"):
+        file.write_bytes(b"no")
+    assert get("x", 1) == adapters[0].digest and len(calls) == 3

@@ -1,0 +1,92 @@
+"""The command: what it writes and says, what it refuses, and what a pack makes of it."""
+
+import json
+
+import pytest
+from helpers.served import client, serving
+from helpers.tiny import task, write_jsonl
+
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.serve.mixed_batch import MixedModel
+
+
+@pytest.fixture
+def argv(paths, tmp_path):
+    """`argv(**options)`: of a compose of the tiny library for a task called "new"."""
+    task(tmp_path / "tasks", "new", n_probe=5)
+
+    def make(**options):
+        given = {"from": paths.adapters, "model": paths.model, "task": tmp_path / "tasks" / "new",
+                 "output": tmp_path / "made" / "new", **options}  # fmt: skip
+        return ["compose", *(part for k, v in given.items() if v for part in (f"--{k}", str(v)))]
+
+    return make
+
+
+@pytest.mark.slow
+def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, tmp_path):
+    pack = tmp_path / "run" / "pack"
+    options = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
+               "budget": 2, "output": tmp_path / "run"}  # fmt: skip
+    pairs = [part for k, v in options.items() for part in (f"--{k}", v)]
+    assert command("pack", "--quiet", *pairs)[0] == 0
+    assert command("route", pack, "--model", paths.model, "--tasks", paths.tasks)[0] == 0
+    # The router of the pack tells which tasks are near.
+    made = argv(**{"from": tmp_path / "run"}, method="retrieve")
+    code, out, err = command(*made)
+    assert code == 0, err
+    assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " in out
+    about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
+    assert about["method"] == "retrieve" and about["rows"] == 5
+    assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
+    written = load_adapter(tmp_path / "made" / "new")
+    code, out, _ = command("add", pack, tmp_path / "made" / "new", "--model", paths.model,
+                           "--budget", 3)  # fmt: skip
+    assert code == 0 and "new: an adapter of its own" in out
+    assert load_pack(pack).load("new").digest == written.digest
+    # Another time: what was trained is not trained again, the bytes are the same.
+    code, out, err = command(*made, "--json")
+    assert code == 0 and json.loads(out)["candidates"].keys() == {
+        "base", "best", "retrieve", "fresh"
+    }  # fmt: skip
+    assert load_adapter(tmp_path / "made" / "new").digest == written.digest
+    said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
+                   "--max-tokens", 4, "-q")[1]  # fmt: skip
+    mixed = MixedModel(BaseModel(str(paths.model)), load_pack(pack))
+    with serving(load_pack(pack), mixed) as server, client(server) as api:
+        messages = [{"role": "user", "content": "What is new?"}]
+        found = api.chat.completions.create(
+            model="new", messages=messages, max_tokens=4, temperature=0
+        )
+    assert found.choices[0].message.content.strip() == said.strip()
+
+
+def refused(command, argv, tmp_path):
+    code, out, err = command(*argv)
+    assert (code, out) == (2, "") and not (
+        tmp_path / "made" / "new" / "adapters.safetensors"
+    ).exists()
+    return [line.removeprefix("error: ") for line in err.splitlines()]
+
+
+def test_what_is_refused(command, argv, paths, tmp_path):
+    (line,) = refused(command, argv(method="lorahubs"), tmp_path)
+    assert line.startswith("method: found 'lorahubs', expected one of auto, best, uniform,")
+    (line,) = refused(command, argv(method="retrieve"), tmp_path)
+    assert line.startswith("method: retrieve compares prompts") and "--tasks DIR" in line
+    (line,) = refused(command, argv(task=tmp_path / "tasks" / "none"), tmp_path)
+    assert line.startswith(f"{tmp_path / 'tasks' / 'none' / 'probe.jsonl'}: missing")
+    (line,) = refused(command, argv(**{"from": tmp_path / "nothing"}), tmp_path)
+    assert "no such directory and no Hugging Face id; --from is" in line
+    one = write_jsonl(tmp_path / "one" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])
+    (line,) = refused(command, argv(task=one.parent), tmp_path)
+    assert line.endswith("found one row, expected two or more; about ten are best")
+    mine = tmp_path / "made" / "new" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (line,) = refused(command, argv(), tmp_path)
+    assert line.startswith("output: ") and mine.read_text() == "mine"
+    (line,) = refused(command, argv(output=paths.adapters / "new"), tmp_path)
+    assert f"is in the adapters' folder {paths.adapters}" in line

@@ -1,0 +1,107 @@
+"""Mixes of adapters against dense sums, and weights against their formulas."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, truncated
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compose.lorahub import lorahub_objective, search_weights
+from d2c_mlx.compose.mixing import (
+    continual_weights,
+    mix,
+    mix_factors,
+    random_like,
+    similarity_weights,
+)
+from d2c_mlx.utils.errors import AdapterError
+
+SHAPES = {P: (7, 9), Q: (5, 6)}
+
+
+def dense_sum(adapters, weights, path):
+    total = np.zeros(SHAPES[path][::-1])
+    for adapter, weight in zip(adapters, weights):
+        if path in adapter.modules:
+            total += weight * dense(adapter.modules[path])
+    return total
+
+
+@pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [1.5, -0.7, 0.0], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("rank", [2, 40])
+def test_a_mix_is_the_dense_sum_in_its_rank(weights, rank):
+    adapters = adapters_of(np.random.default_rng(0), 3, SHAPES, dtypes=(mx.float32,))
+    found = mix(adapters, weights, rank)
+    for path, shape in SHAPES.items():
+        expected = truncated(dense_sum(adapters, weights, path), rank)
+        got = dense(found.modules[path]) if path in found.modules else np.zeros(shape[::-1])
+        assert_close(got, expected, max(1.0, np.linalg.norm(expected)))
+
+
+def test_factors_are_mixed_apart_only_where_the_name_says_so():
+    rng = np.random.default_rng(1)
+    adapters = [Adapter(n, {P: lora_of(rng, SHAPES[P], 3, 0.5)}) for n in "xyz"]
+    weights = [0.4, -1.2, 0.9]
+    pairs = [[np.array(f, np.float64) for f in one.modules[P].factors()] for one in adapters]
+    a, b = (sum(w * pair[k] for w, pair in zip(weights, pairs)) for k in (0, 1))
+    assert_close(dense(mix_factors(adapters, weights).modules[P]), (a @ b).T, 1.0)
+    # Uniform weights keep 1 / n^2 of what n copies have 1 / n of each in a mix of dW.
+    twice = [adapters[0], Adapter("w", {P: lora_of(rng, SHAPES[P], 3)})]
+    apart, together = mix_factors(twice, [0.5, 0]), mix(twice, [0.5, 0], 3)
+    assert_close(2 * dense(apart.modules[P]), dense(together.modules[P]), 1.0)
+
+
+def test_factors_of_different_ranks_are_refused():
+    rng = np.random.default_rng(2)
+    adapters = [Adapter(str(r), {P: lora_of(rng, SHAPES[P], r)}) for r in (2, 3)]
+    with pytest.raises(AdapterError, match=r"ranks \[2, 3\], expected one"):
+        mix_factors(adapters, [1, 1])
+
+
+def test_the_nearest_tasks_share_the_weight():
+    similarity = np.array([0.1, 0.9, 0.5, 0.7, -1.0])
+    each = np.exp(np.array([0.9, 0.7, 0.5]) / 0.2)
+    np.testing.assert_allclose(
+        similarity_weights(similarity)[[1, 3, 2, 0, 4]], [*(each / each.sum()), 0, 0]
+    )
+    assert similarity_weights(np.array([-0.5])) == [1.0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_continual_weights_are_those_of_merging_one_by_one(n):
+    updates = np.random.default_rng(n).normal(size=(n, 4))
+    merged = updates[0]
+    for update in updates[1:]:
+        merged = (merged + update) / 2
+    if n > 1:
+        np.testing.assert_allclose(continual_weights(n) @ updates, merged)
+    assert continual_weights(n).sum() == pytest.approx(1)
+
+
+def test_random_values_weigh_as_much_and_say_nothing():
+    (one,) = adapters_of(np.random.default_rng(3), 1, {P: (60, 50)})
+    other = random_like(one, 1)
+    old, new = dense(one.modules[P]), dense(other.modules[P])
+    assert np.linalg.norm(new) == pytest.approx(np.linalg.norm(old), rel=1e-4)
+    assert abs((old * new).sum()) < 0.1 * np.linalg.norm(old) ** 2
+    assert random_like(one, 1).digest == other.digest != random_like(one, 2).digest
+
+
+def test_lorahubs_objective_is_its_formula():
+    weights = np.array([0.5, -1.5, 0.0, 1.0])
+    assert lorahub_objective(2.0, weights) == pytest.approx(2.0 + 0.05 * 3.0 / 4)
+
+
+def test_the_search_finds_a_planted_mix_and_counts_its_questions():
+    planted, asked = np.array([1.0, 0.0, -0.5]), []
+
+    def loss(weights):
+        asked.append(weights.copy())
+        return float(((weights - planted) ** 2).sum())
+
+    found = search_weights(loss, 3, seed=0, evaluations=200)
+    assert np.abs(found - planted).max() < 0.15
+    assert len(asked) == 200 and not asked[0].any() and np.abs(asked).max() <= 1.5
+    assert (search_weights(loss, 3, seed=0, evaluations=200) == found).all()
+    # Where nothing is better than the base model, it stays at it.
+    assert not search_weights(lambda weights: 1.0, 3).any()
