@@ -41,7 +41,7 @@ def generate(
       d2c-mlx generate runs/first --task num-de "Write this number in German words: 896"
     """
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.generate import Question, answer, stock_command
+    from d2c_mlx.serve.load import Question, answer, stock_command
 
     found = load_pack(pack)
     directory = str(found.base_directory(model))

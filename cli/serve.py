@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def serve(
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.access import LOOPBACK, Access
+    from d2c_mlx.serve.front import LOOPBACK, Access
     from d2c_mlx.serve.mixed_batch import MixedModel
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.server import PackServer
@@ -87,36 +86,34 @@ def serve(
     if host in ("0.0.0.0", "::"):
         known += ("*",)
     access = Access(token or None, origins, known)
-    service = PackService(found, mixed, router, access, limits)
+    service = PackService(found, mixed, router, limits)
     try:
-        opened = PackServer((host, port), service)
+        opened = PackServer((host, port), service, access)
     except OSError as error:
         raise click.ClickException(
             f"--host {host} --port {port}: {error.strerror}; give another --port"
         ) from None
-    with opened as server:
-        _stop_by_signal(server.shutdown)
-        say(
-            f"{server.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
-            f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"
-        )
-        server.serve_forever(poll_interval=0.1)
+    _stop_by_signal(opened.stop)
+    say(
+        f"{opened.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
+        f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"
+    )
+    opened.run()
 
 
-def _stop_by_signal(shutdown: Callable[[], None]) -> None:
+def _stop_by_signal(stop: Callable[[], None]) -> None:
     """Have Ctrl-C and SIGTERM stop the server, and a second one the process."""
 
-    def stop(*_: object) -> None:
+    def by_signal(*_: object) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, signal.default_int_handler)
         say("stopping")
-        # It waits for the loop that this very thread runs.
-        threading.Thread(target=shutdown, daemon=True).start()
+        stop()
 
     # The word of `interrupt` is for runs.
     signal.set_wakeup_fd(-1)
     for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, stop)
+        signal.signal(one, by_signal)
 
 
 def _loopback(host: str) -> bool:

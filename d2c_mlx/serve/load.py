@@ -1,16 +1,23 @@
-"""A pack in a program that uses mlx-lm: one line to load it, one to change the task."""
+"""A pack in a program that uses mlx-lm: one line to load it, one to change the task; an answer."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
+from mlx_lm import stream_generate
 
 from d2c_mlx.models.attach import switch
 from d2c_mlx.models.resolve import resolve_base
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["load"]
+__all__ = ["Question", "answer", "load", "stock_command"]
 
 
 def load(
@@ -40,3 +47,68 @@ def load(
     loaded, tokenizer = load_stock(directory)
     switch(loaded, adapter, pack.path)
     return loaded, tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `answer` is asked.
+
+    Attributes:
+        task: one of the pack's tasks.
+        prompt: the user's message.
+        system: the system message; None takes that of the task's calibration rows.
+        max_tokens: most tokens of the answer.
+    """
+
+    task: str
+    prompt: str
+    system: str | None = None
+    max_tokens: int = 256
+
+
+def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
+    """Yield the answer to a question in pieces, greedily decoded.
+
+    Args:
+        pack: what `load_pack` verified.
+        question: see `Question`.
+        directory: the base model's mlx-lm directory.
+
+    Raises:
+        InputError: no such task or model, or a base without a chat template.
+    """
+    adapter = pack.load(question.task)
+    _, path = resolve_base(pack.manifest.base.model, directory)
+    model, tokenizer = load_stock(path)
+    switch(model, adapter, pack.path)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        # MLX's CPU backend is slow in 16 bit.
+        model.set_dtype(mx.float32)
+    if not tokenizer.has_chat_template:
+        raise ModelError(
+            f"{path}: has no chat template; use the adapter from a program of your own"
+        )
+    tokens = tokenizer.apply_chat_template(
+        pack.messages(question.task, question.prompt, question.system), add_generation_prompt=True
+    )
+    for step in stream_generate(model, tokenizer, tokens, max_tokens=question.max_tokens):
+        yield step.text
+
+
+def stock_command(pack: Pack, question: Question, directory: str) -> str:
+    """The command of stock mlx-lm that answers alike, after `unpack` unless it is plain."""
+    key = pack.tasks[question.task]
+    folder, before = str(pack.path), ""
+    if pack.storage != "plain":
+        folder = f"{pack.path.name}-plain"
+        before = f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output {shlex.quote(folder)}\n"
+    name = f"cluster-{key}" if isinstance(key, int) else key and key.removesuffix(".gguf")
+    adapter = "" if name is None else f" --adapter-path {shlex.quote(f'{folder}/{name}')}"
+    first = pack.messages(question.task, "", question.system)[0]
+    system = (
+        f" --system-prompt {shlex.quote(first['content'])}" if first["role"] == "system" else ""
+    )
+    return (
+        f"{before}mlx_lm.generate --model {shlex.quote(directory)}{adapter}{system} --prompt"
+        f" {shlex.quote(question.prompt)}"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Condition, Thread
@@ -16,100 +16,73 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.server import Response
 
+from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.router import Router
 
-__all__ = ["TEXT_ONLY", "Job", "Scheduler"]
+__all__ = ["STARTED", "Job", "Piece", "Scheduler"]
 
 _log = logging.getLogger(__name__)
-# Seconds between two checks of whether a client is still there, or the queue still empty.
+# Seconds between two checks of whether the server stops while nothing is asked.
 _POLL_SECONDS = 0.2
 # Prompt tokens of one row that are processed between two steps of the others.
 _PREFILL_TOKENS = 512
-# Token of a response that has text but no token of its own.
-TEXT_ONLY = -1
+# The event that says that a job is in the batch, and its task chosen.
+STARTED = "started"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one generated token adds to an answer.
+
+    Attributes:
+        text: that is certain now; "" while a stop word may have begun.
+        token: its id.
+        logprob: its log-probability in nats.
+        finish_reason: "stop" or "length" with the last one.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None
 
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way through the scheduler; written by two threads, see `events`.
+    """One request on its way through the scheduler.
 
     Attributes:
         prompt: token ids.
         task: of the pack; None is the base model.
+        max_tokens: of the answer.
+        emit: called on the scheduler's thread with what happens, in order: `STARTED`, progress of
+            the prompt as a tuple, pieces, and at the end None or an exception.
+        stop_sequences: token ids that end an answer.
+        sampler: mlx-lm's; None takes the most likely token.
+        processors: mlx-lm's logits processors.
+        stop_words: text that ends an answer, and is not part of it.
         routing_prompt: token ids by which the router chooses the task; None if it is given.
         prompts: task -> `prompt` once the router has chosen it, where they differ by system
             message.
-        max_tokens: of the answer.
-        sampler: mlx-lm's; None takes the most likely token.
-        processors: mlx-lm's logits processors.
-        stop_sequences: token ids that end an answer.
-        stop_words: text that ends an answer, and is not part of it.
-        n_tokens: tokens of the answer so far.
-        unsent: token ids and log-probabilities (nats) that the client was not sent yet.
         cancelled: set it when the client waits no more; the scheduler then drops the job.
         submitted: when the job was made, by `time.perf_counter`.
-        events: what the scheduler tells, in order: "routed", progress of the prompt as a tuple,
-            responses, and at the end None or an exception.
     """
 
     prompt: list[int]
     task: str | None
-    routing_prompt: list[int] | None
     max_tokens: int
-    sampler: Callable[[mx.array], mx.array] | None
-    processors: list[Any]
+    emit: Callable[[Any], None]
     stop_sequences: StopSequences
+    sampler: Callable[[mx.array], mx.array] | None = None
+    processors: Sequence[Any] = ()
     stop_words: Sequence[str] = ()
+    routing_prompt: list[int] | None = None
     prompts: Mapping[str | None, list[int]] = field(default_factory=dict)
-    n_tokens: int = 0
-    unsent: list[tuple[int, float]] = field(default_factory=list)
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
-    events: Queue[Any] = field(default_factory=Queue)
-
-    def wait_for_task(self, check: Callable[[], None]) -> None:
-        """Wait until the router has chosen `task`; arguments and errors as in `responses`."""
-        self._next(check)
-
-    def responses(
-        self, check: Callable[[], None], progress: Callable[[int, int], None]
-    ) -> Iterator[Response]:
-        """Yield what is generated: a response per token, and text with the token `TEXT_ONLY`.
-
-        Args:
-            check: called every 0.2 seconds; an exception of it ends the waiting.
-            progress: called with (prompt tokens done, all prompt tokens).
-
-        Raises:
-            RuntimeError: generating failed.
-        """
-        checked = time.perf_counter()
-        while (event := self._next(check)) is not None:
-            if time.perf_counter() - checked > _POLL_SECONDS:
-                check()
-                checked = time.perf_counter()
-            if isinstance(event, tuple):
-                progress(*event)
-            else:
-                if event.token != TEXT_ONLY:
-                    self.unsent.append((event.token, event.logprob))
-                yield event
-
-    def _next(self, check: Callable[[], None]) -> Any:  # noqa: ANN401  see `responses`
-        while True:
-            try:
-                event = self.events.get(timeout=_POLL_SECONDS)
-            except Empty:
-                check()
-                continue
-            if isinstance(event, Exception):
-                raise event
-            return event
 
 
 class _RunningJob:
@@ -120,14 +93,14 @@ class _RunningJob:
     """
 
     def __init__(self, job: Job, detokenizer: Any) -> None:  # noqa: ANN401  mlx-lm's
-        self.job, self.ended = job, False
+        self.job, self.ended, self.n_tokens = job, False, 0
         self._detokenizer = detokenizer
         # Text that is held back because a stop word may have begun in it.
         self._held = ""
 
-    def add(self, generated: Any) -> Iterator[Response]:  # noqa: ANN401  mlx-lm's
-        """Yield the responses that a generated token gives."""
-        self.job.n_tokens += 1
+    def add(self, generated: Any) -> Piece:  # noqa: ANN401  mlx-lm's
+        """The piece that a generated token adds."""
+        self.n_tokens += 1
         reason = generated.finish_reason
         if reason != "stop":
             self._detokenizer.add_token(generated.token)
@@ -141,12 +114,7 @@ class _RunningJob:
         held = 0 if self.ended else _partial_stop(text, self.job.stop_words)
         text, self._held = text[: len(text) - held], text[len(text) - held :]
         logprob = float(generated.logprobs[generated.token].item())
-        if reason == "stop":
-            # With "stop" mlx-lm's handler leaves out this text, and the text that it holds back
-            # itself because a control marker may begin so; with "length" it gives out both.
-            yield Response(text, TEXT_ONLY, 0.0, "length", ())
-            text = ""
-        yield Response(text, generated.token, logprob, reason, ())
+        return Piece(text, generated.token, logprob, reason)
 
 
 def _partial_stop(text: str, words: Sequence[str]) -> int:
@@ -190,7 +158,7 @@ class Scheduler:
         return self.alive and not self._draining
 
     def submit(self, job: Job) -> None:
-        """Queue a job; read its answer by `job.responses`.
+        """Queue a job; `job.emit` gets its answer.
 
         Raises:
             RequestError: (503) the queue is full, or the server stops.
@@ -203,8 +171,8 @@ class Scheduler:
                     503, f"{self._open} requests run or wait already; try again later"
                 )
             self._open += 1
+            self._inbox.put(job)
         self._metrics.open.set(self._open)
-        self._inbox.put(job)
 
     def drain(self, seconds: float) -> None:
         """Take no more jobs, and wait for those that are there for at most some seconds."""
@@ -213,8 +181,9 @@ class Scheduler:
             self._changed.wait_for(lambda: not self._open or not self.alive, seconds)
 
     def close(self) -> None:
-        """Stop; jobs that run end with an error."""
-        self._closing = True
+        """Stop; jobs that run or wait end with an error."""
+        with self._changed:
+            self._closing = True
         self._thread.join()
 
     def _run(self) -> None:
@@ -236,6 +205,8 @@ class Scheduler:
                 batch.close()
                 batch = self._new_batch()
         self._end_all(running, "the server stops")
+        while not self._inbox.empty():
+            self._end(self._inbox.get_nowait(), RuntimeError("the server stops"))
         del batch
         # A thread that used MLX destroys its streams before it ends, or the process may abort at
         # its exit.
@@ -268,11 +239,10 @@ class Scheduler:
                 match = self._router.route(self._model.base.model, job.routing_prompt)
                 job.task = None if match is None else match.task
                 job.prompt = job.prompts[job.task]
-                job.events.put("routed")
             (uid,) = batch.insert(
                 [list(job.prompt)], max_tokens=[job.max_tokens],
                 caches=[self._model.cache(job.task)], samplers=[job.sampler],
-                logits_processors=[job.processors], stop_sequences=[job.stop_sequences],
+                logits_processors=[list(job.processors)], stop_sequences=[job.stop_sequences],
             )  # fmt: skip
         except Exception:  # no request may end the others
             _log.exception("a request could not be started")
@@ -280,18 +250,18 @@ class Scheduler:
             return
         self._metrics.count_start(job.task, len(job.prompt))
         running[uid] = _RunningJob(job, self._model.base.tokenizer.detokenizer)
+        job.emit(STARTED)
 
     def _step(self, batch: BatchGenerator, running: dict[int, _RunningJob]) -> None:
         """Generate a token for every row, or a piece of the prompts; drop jobs that ended."""
         prompts, tokens = batch.next()
         for prompt in prompts:
-            running[prompt.uid].job.events.put(prompt.progress)
+            running[prompt.uid].job.emit(prompt.progress)
         for token in tokens:
             one = running[token.uid]
-            if not one.job.n_tokens:
+            if not one.n_tokens:
                 self._metrics.first_token.observe(time.perf_counter() - one.job.submitted)
-            for response in one.add(token):
-                one.job.events.put(response)
+            one.job.emit(one.add(token))
             self._metrics.answer_tokens.inc()
         over = [uid for uid, one in running.items() if one.ended or one.job.cancelled]
         batch.remove(over)
@@ -308,4 +278,4 @@ class Scheduler:
             self._open -= 1
             self._changed.notify_all()
         self._metrics.open.set(self._open)
-        job.events.put(error)
+        job.emit(error)

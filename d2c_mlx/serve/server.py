@@ -2,109 +2,237 @@
 
     d2c-mlx serve runs/first/pack
 
-HTTP and the form of replies are mlx-lm's `APIHandler`. Every request is checked before it
-(`requests`); behind it the `Scheduler` generates, since mlx-lm's own thread empties its batch
-before it changes an adapter, and then loads the model again.
+uvicorn speaks HTTP, Starlette finds the address (`routes`), and the `Scheduler` generates. uvicorn
+has no deadline for a request's head and no limit to idle connections; these are here.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import json
-import logging
 import socket
 import sys
 from functools import partial
-from http.server import ThreadingHTTPServer
+from http import HTTPStatus
+from threading import Event, Thread
 from typing import Any
 
-from d2c_mlx.serve.connections import Places, is_readable
-from d2c_mlx.serve.handler import Handler
-from d2c_mlx.serve.requests import RequestError
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from d2c_mlx.serve.api import RequestError
+from d2c_mlx.serve.front import Access
+from d2c_mlx.serve.routes import application
 from d2c_mlx.serve.service import PackService
 
 __all__ = ["PackServer"]
 
-_log = logging.getLogger(__name__)
-# Connections beyond those whose requests may run or wait.
-_SPARE_CONNECTIONS = 64
+# Most bytes of the request line and headers.
+_HEAD_NBYTES = 65_536
 # In which the last replies are sent when the server stops.
-_REPLY_SECONDS = 5.0
-_BODY = json.dumps(RequestError(503, "too many connections; try again later").body)
-_FULL = (
-    "HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    f"Content-Length: {len(_BODY)}\r\n\r\n{_BODY}"
-).encode()
+_REPLY_SECONDS = 5
+# In which a client that was refused may read why.
+_LINGER_SECONDS = 1.0
 
 
-class PackServer(ThreadingHTTPServer):
-    """Listens, and gives every connection a thread; call `serve_forever` to run it.
+class PackServer:
+    """Listens; call `run` to serve, and `stop` from another thread or a signal to end that.
 
     Attributes:
         service: what it serves; closed with the server.
+        address: host and port.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
-    # Of `handle_request`, which `server_close` calls for those who are there already.
-    timeout = 0
-
-    def __init__(self, address: tuple[str, int], service: PackService) -> None:
+    def __init__(
+        self, address: tuple[str, int], service: PackService, access: Access | None = None
+    ) -> None:
         """Listen.
 
         Args:
             address: host and port; port 0 takes any free one.
             service: what to serve. It is closed if the address cannot be had.
+            access: None lets every client of this machine ask, and no web page.
 
         Raises:
             OSError: the address cannot be had.
         """
-        self.service, self._listens = service, False
+        self.service = service
+        try:
+            self._socket = _listen(address)
+        except OSError:
+            service.close()
+            raise
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
         limits = service.limits
-        self.places = Places(limits.batch + limits.queue + _SPARE_CONNECTIONS)
-        with contextlib.suppress(OSError):
-            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-            self.address_family = found[0][0]
-        super().__init__(address, partial(Handler, service))
+        places = _Places(limits.batch + limits.queue + limits.spare)
+        protocol: Any = partial(_Connection, places, limits.seconds)
+        config = uvicorn.Config(
+            application(service, access or Access()), http=protocol,
+            loop="asyncio", ws="none", lifespan="off", log_config=None, log_level="critical",
+            access_log=False, proxy_headers=False, server_header=False, backlog=128,
+            timeout_graceful_shutdown=_REPLY_SECONDS, h11_max_incomplete_event_size=_HEAD_NBYTES,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._stopped = Event()
 
     @property
     def url(self) -> str:
         """The base URL that clients use."""
-        host, port = self.server_address[:2]
-        name = host.decode() if isinstance(host, bytes | bytearray) else host
-        return f"http://[{name}]:{port}/v1" if ":" in name else f"http://{name}:{port}/v1"
+        host, port = self.address
+        return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
-    def server_activate(self) -> None:
-        """Start to listen."""
-        super().server_activate()
-        self._listens = True
+    def stop(self) -> None:
+        """Have `run` end."""
+        self._stopped.set()
 
-    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Start a thread for a connection; refuse it at once if every place has a request."""
-        if self.places.take(request):
-            super().process_request(request, client_address)
-            return
-        with contextlib.suppress(OSError):
-            request.settimeout(0)
-            request.send(_FULL)
-        self.shutdown_request(request)
+    def run(self) -> None:
+        """Serve until `stop` is called.
 
-    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401
-        """Close a connection, and free its place."""
-        self.places.free(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Log what went wrong; a client that left is no error."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            _log.exception("a request failed")
-
-    def server_close(self) -> None:
-        """Stop: requests that run may end, for some seconds; whoever waits is told that we stop."""
-        self.service.scheduler.drain(0)
-        # Connected already, but never accepted; none where the address could not be had.
-        while self._listens and is_readable(self.socket):
-            self.handle_request()
-        super().server_close()
+        Requests that run may then end, for some seconds; whoever comes is told that we stop.
+        """
+        # Not on this thread: uvicorn would take its signals.
+        thread = Thread(target=self._server.run, args=([self._socket],), daemon=True)
+        thread.start()
+        while thread.is_alive() and not self._stopped.wait(1.0):
+            pass
         self.service.close()
-        self.places.end_all(_REPLY_SECONDS)
+        self._server.should_exit = True
+        thread.join()
+        self._socket.close()
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(place[:2], family=family, backlog=128)
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, with a deadline for every request and a place among all.
+
+    The application finds it as `scope["state"]["connection"]`.
+
+    Attributes:
+        deadline: of the request that comes, by the loop's clock.
+    """
+
+    def __init__(self, places: _Places, seconds: float, **options: Any) -> None:  # noqa: ANN401  uvicorn's
+        state = {**options.pop("app_state"), "connection": self}
+        super().__init__(app_state=state, **options)
+        self._places, self._seconds = places, seconds
+        self.deadline, self._refused = 0.0, False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:  # noqa: ANN401
+        super().connection_made(transport)
+        self._expect_head()
+        if not self._places.take(self):
+            self.refuse(503, "too many connections; try again later")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._places.free(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if not self._timer and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        self._places.take(self)
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self._seconds, self._end_if_stuck)
+
+    def _expect_head(self) -> None:
+        self.deadline = self.loop.time() + self._seconds
+        self._timer = self.loop.call_at(self.deadline, self._is_late)
+
+    def _is_late(self) -> None:
+        self.refuse(408, f"the request is not there after {self._seconds:g} seconds; send it at"
+                    " once")  # fmt: skip
+
+    def _end_if_stuck(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.abort()
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+
+    def head_received(self) -> None:
+        """The application has the request's head; its body is still coming, maybe."""
+        if not self._timer:
+            # It came together with the one before.
+            self.deadline = self.loop.time() + self._seconds
+        self._stop_timer()
+
+    def received(self) -> None:
+        """Keep the connection until its reply is sent: its request is there."""
+        self._places.received(self)
+
+    def abort(self) -> None:
+        """Close the connection whatever was not sent."""
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say as JSON what h11 found wrong; uvicorn says it as text, without the reason."""
+        error = sys.exc_info()[1]
+        status = getattr(error, "error_status_hint", 400)
+        if status == 431 and b"\n" not in self.conn.trailing_data[0]:
+            status = 414
+        self.refuse(status, f"Bad request ({error or msg})")
+
+    def refuse(self, status: int, message: str) -> None:
+        """Reply without the application, and close."""
+        if self._refused:
+            return
+        self._refused = True
+        self._stop_timer()
+        self._places.free(self)
+        body = json.dumps(RequestError(status, message).body).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        # What is still coming is read and dropped: closing at once would reset the connection
+        # before the client has read this.
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.abort)
+
+
+class _Places:
+    """The open connections, at most a number; whoever still waits for a request may have to go."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # Oldest first -> whether its request is still coming.
+        self._open: dict[_Connection, bool] = {}
+
+    def take(self, connection: _Connection) -> bool:
+        """Take a place to wait for a request in, if need be that of who has been slow for longest.
+
+        Returns:
+            False if every place has a request.
+        """
+        self._open.pop(connection, None)
+        if len(self._open) >= self._most:
+            slowest = next((one for one, coming in self._open.items() if coming), None)
+            if slowest is None:
+                return False
+            slowest.refuse(408, "the connection was needed by another client; try again")
+        self._open[connection] = True
+        return True
+
+    def received(self, connection: _Connection) -> None:
+        """Keep a connection until it ends: its request is there."""
+        if connection in self._open:
+            self._open[connection] = False
+
+    def free(self, connection: _Connection) -> None:
+        """Give the place of a connection back."""
+        self._open.pop(connection, None)

@@ -15,8 +15,8 @@ __all__ = ["EXTRAS", "RANK_VARIABLES", "VERSION", "cache_directory", "require_ex
 VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-# Extras of pyproject.toml that one command or option needs -> the module that each brings.
-EXTRAS = {"serve": "prometheus_client"}
+# Extras of pyproject.toml that one command or option needs -> the modules that each brings.
+EXTRAS = {"serve": ("prometheus_client", "starlette", "uvicorn")}
 
 
 def cache_directory() -> Path:
@@ -35,11 +35,11 @@ def require_extra(extra: str, user: str) -> None:
     Raises:
         ConfigError: the package is missing; the message says what to install.
     """
-    module = EXTRAS[extra]
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        raise ConfigError(
-            f"{user}: needs the package {module.replace('_', '-')}, which is not installed; run"
-            f' pip install "d2c-mlx[{extra}]"'
-        ) from None
+    for module in EXTRAS[extra]:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise ConfigError(
+                f"{user}: needs the package {module.replace('_', '-')}, which is not installed;"
+                f' run pip install "d2c-mlx[{extra}]"'
+            ) from None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import openai
 
-from d2c_mlx.serve.access import Access
+from d2c_mlx.serve.front import Access
 from d2c_mlx.serve.router import load_router
 from d2c_mlx.serve.server import PackServer
 from d2c_mlx.serve.service import PackService
@@ -20,16 +20,15 @@ WORDS = "the quick brown fox and lazy dogs are watching an answer to question".s
 
 @contextmanager
 def serving(pack, mixed, router=None, limits=None, **access):
-    service = PackService(pack, mixed, router or load_router(pack), Access(**access), limits)
-    server = PackServer(("127.0.0.1", 0), service)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    service = PackService(pack, mixed, router or load_router(pack), limits)
+    server = PackServer(("127.0.0.1", 0), service, Access(**access))
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
+        server.stop()
         thread.join()
-        server.server_close()
 
 
 def client(server, key="none"):
@@ -83,7 +82,7 @@ def idle(server):
 
 def raw(server, content, wait=True):
     """Bytes that the server sends back to bytes."""
-    with socket.create_connection(server.server_address) as connection:
+    with socket.create_connection(server.address) as connection:
         connection.settimeout(60)
         connection.sendall(content)
         if not wait:

@@ -168,7 +168,7 @@ def test_a_token_is_asked_for_and_pages_that_are_allowed_may_ask(pack, mixed):
         allowed = raw(
             server, f"OPTIONS /v1/completions HTTP/1.0\r\nOrigin: {page}\r\n\r\n".encode()
         )
-        assert b" 204 " in allowed and f"Allow-Origin: {page}".encode() in allowed
+        assert b" 204 " in allowed and f"allow-origin: {page}".encode() in allowed
 
 
 @pytest.mark.slow
@@ -209,5 +209,5 @@ def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
         assert [one.id for one in api.models.list()] == ["model", "auto"]
         assert running.service.models == {"model": "model", "auto": "auto"}
         quoted = raw(running, b"GET /v1/models/%61ut%6F HTTP/1.0\r\n\r\n")
-        assert b" 200 " in quoted and b'"id": "auto"' in quoted
+        assert b" 200 " in quoted and b'"id":"auto"' in quoted
         assert api.completions.create(model="auto", prompt="the", max_tokens=2).model == "auto"

@@ -14,9 +14,8 @@ from contextlib import ExitStack
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
-from helpers.served import counts_at, post, raw, serving
+from helpers.served import counts_at, counts_when, post, raw, serving
 
-from d2c_mlx.serve.server import _SPARE_CONNECTIONS
 from d2c_mlx.serve.service import Limits
 
 HEALTH = b"GET /health HTTP/1.0\r\n\r\n"
@@ -36,7 +35,7 @@ def trickle():
     with ExitStack() as stack:
 
         def open_one(server, start):
-            connection = stack.enter_context(socket.create_connection(server.server_address))
+            connection = stack.enter_context(socket.create_connection(server.address))
             connection.sendall(start)
 
             def send():
@@ -64,24 +63,56 @@ def test_a_request_that_trickles_in_has_a_deadline(start, pack, mixed, trickle):
 
 
 def test_who_is_slow_goes_when_all_places_are_taken(pack, mixed):
-    """And no request that is there already: it is told that all are taken."""
-    limits = Limits(batch=1, queue=0, seconds=600)
+    """And no request that is there already: others are told that all places are taken."""
+    endless = post(LONG | {"max_tokens": 500})
+    limits = Limits(batch=1, queue=1, spare=0, seconds=600, drain_seconds=0)
     with serving(pack, mixed, limits=limits) as server, ExitStack() as stack:
-        slow = []
-        for _ in range(_SPARE_CONNECTIONS + 2):
-            slow.append(stack.enter_context(socket.create_connection(server.server_address)))
-            slow[-1].sendall(b"GET /health HTTP/1.1\r\n")
+
+        def connect(content):
+            one = stack.enter_context(socket.create_connection(server.address))
+            one.sendall(content)
+            return one
+
+        slow = [connect(b"GET /health HTTP/1.1\r\n") for _ in range(2)]
         assert b" 200 " in raw(server, HEALTH)
-        # The two that came first had to go.
-        assert all(read_all(one).startswith(b"HTTP/1.0 200") for one in slow[:2])
-        slow.append(stack.enter_context(socket.create_connection(server.server_address)))
-        while len(server.places._open) <= _SPARE_CONNECTIONS:
-            time.sleep(0.01)
-        for connection in list(server.places._open):
-            server.places.received(connection)
+        # The one that came first had to go.
+        assert b" 408 " in read_all(slow[0]) and b"needed by another" not in raw(server, HEALTH)
+        streams = [connect(endless) for _ in range(2)]
+        assert b" 408 " in read_all(slow[1])
+        counts_at(server, "d2c_mlx_open", 2)
         refused = raw(server, b"")
-        assert refused.startswith(b"HTTP/1.0 503 ")
+        assert refused.startswith(b"HTTP/1.1 503 ")
         assert json.loads(refused.split(b"\r\n\r\n")[1])["error"]["code"] == "overloaded"
+        assert all(one.recv(12) == b"HTTP/1.1 200" for one in streams[:1])
+
+
+def test_a_connection_serves_one_request_after_another(pack, mixed):
+    """Each with a deadline of its own; two that come at once are answered in turn."""
+    with serving(pack, mixed, limits=Limits(seconds=0.5)) as server:
+        with socket.create_connection(server.address) as connection:
+            ask = HEALTH.replace(b"1.0", b"1.1").replace(
+                b"\r\n\r\n", b"\r\nHost: localhost\r\n\r\n"
+            )
+            for n in (1, 2, 1):
+                connection.sendall(ask * n)
+                found = b""
+                while found.count(b'"ok"}') < n:
+                    found += connection.recv(65536)
+                time.sleep(0.3)
+            connection.sendall(ask[:9])
+            assert b" 408 " in read_all(connection)
+
+
+def test_who_takes_no_reply_is_cut_off(pack, mixed):
+    """As soon as neither side's buffers hold more."""
+    with serving(pack, mixed, limits=Limits(seconds=0.3)) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(server.address)
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4000)
+        counts_at(server, 'd2c_mlx_replies_total{status="200"}', 500)
+        time.sleep(1)
+        with pytest.raises(ConnectionResetError):
+            read_all(client)
 
 
 def test_only_names_of_this_server_are_answered(pack, mixed):
@@ -89,7 +120,7 @@ def test_only_names_of_this_server_are_answered(pack, mixed):
 
     def status(*hosts, method="GET"):
         lines = "".join(f"Host: {one}\r\n" for one in hosts)
-        reply = raw(server, f"{method} /v1/models HTTP/1.1\r\n{lines}\r\n".encode())
+        reply = raw(server, f"{method} /v1/models HTTP/1.0\r\n{lines}\r\n".encode())
         return int(reply.split()[1]), reply
 
     with serving(pack, mixed) as server:
@@ -136,8 +167,9 @@ def test_a_server_that_stops_lets_streams_end_and_no_one_wait(pack, mixed, trick
             ended = [pool.submit(raw, server, post(LONG)) for _ in range(5)]
             counts_at(server, "d2c_mlx_open", 1)
             trickle(server, b"GET")
-            server.shutdown()
-            late.connect(server.server_address)
+            server.stop()
+            counts_when(server, lambda _: not server.service.scheduler.accepts)
+            late.connect(server.address)
             late.sendall(post(LONG))
         replies = [one.result() for one in ended]
         # Some may have come too late.
