@@ -34,6 +34,7 @@ from .say import say
               " wait; more are refused with 503")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="most"
               " that a request may ask for")  # fmt: skip
+@click.option("--no-ui", is_flag=True, help="without the chat page at /")
 def serve(
     pack: Path,
     model: str | None,
@@ -45,13 +46,14 @@ def serve(
     batch: int,
     queue: int,
     max_tokens: int,
+    no_ui: bool,
 ) -> None:
     """Serve a pack behind OpenAI's API.
 
     Chat and text completions, streaming or not. The field `model` of a request names a task of
     PACK; the base model's own name asks the base, `auto` lets the pack's router choose (d2c-mlx
     route PACK --tasks DIR fits one). Requests of all tasks run in one batch. /v1/models lists the
-    names, /health and /metrics say how it is.
+    names, /health and /metrics say how it is. / is a chat page for browsers.
 
     Examples:
       d2c-mlx serve runs/first/pack
@@ -85,7 +87,7 @@ def serve(
     # A page has a name to lead here; an address in digits is the machine's own.
     if host in ("0.0.0.0", "::"):
         known += ("*",)
-    access = Access(token or None, origins, known)
+    access = Access(token or None, origins, known, not no_ui)
     service = PackService(found, mixed, router, limits)
     try:
         opened = PackServer((host, port), service, access)

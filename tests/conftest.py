@@ -2,6 +2,7 @@
 """Fixtures on real weights. `pytest --library DIR` runs the parity tests on another library."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def command(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: $CHROMIUM, one on the PATH, or playwright's own."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with api.sync_playwright() as playwright:
+        path = path or playwright.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip(
+                "needs a Chromium on the PATH, in $CHROMIUM, or playwright install chromium"
+            )
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        instance = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield instance
+        instance.close()
+
+
 @pytest.fixture
 def start_at(monkeypatch):
     """Make D2C start at the given labels, whatever the kind of start."""
@@ -130,7 +149,6 @@ def float_base(base, tmp_path_factory):
     Stock mlx-lm would run the 4-bit model in float16 here; the same numbers need the same dtype.
     """
     import json
-    import shutil
 
     from mlx.utils import tree_flatten
     from mlx_lm.utils import dequantize_model, load, save_model

@@ -26,6 +26,8 @@ __all__ = ["LOOPBACK", "Access", "Front", "read_body"]
 _log = logging.getLogger(__name__)
 # Names by which this machine's own clients ask.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# The second is that of a proxy before the server.
+_SCHEMES = ("http", "https")
 _MOST_HEADERS, _MOST_TARGET = 100, 8000
 # Of a request that is refused, this much is read and dropped, for so long: unread bytes would reset
 # the connection before the client has read the reply.
@@ -40,21 +42,25 @@ class Access:
         token: that requests bring as `Authorization: Bearer`; None asks for none.
         origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
         hosts: names by which clients may ask, without ports; "*" is any address in digits.
+        page: `/` is a chat page, which asks for the token itself.
     """
 
     token: str | None = None
     origins: Sequence[str] = ()
     hosts: Sequence[str] = LOOPBACK
+    page: bool = True
 
-    def check(self, headers: Headers, is_preflight: bool = False) -> None:
-        """Check that a request with these headers may ask; browsers bring no token in a preflight.
+    def check(self, headers: Headers, needs_token: bool = True) -> None:
+        """Check that a request with these headers may ask.
+
+        Browsers bring no token in a preflight, and where a person opens a page.
 
         Raises:
             RequestError: (400, 401, 403 or 421) it may not.
         """
         self._check_host(headers)
         self._check_origin(headers)
-        if not is_preflight:
+        if needs_token:
             self._check_token(headers)
 
     def _check_host(self, headers: Headers) -> None:
@@ -74,9 +80,10 @@ class Access:
         )
 
     def _check_origin(self, headers: Headers) -> None:
-        """A page that the user happens to visit must not use the model."""
-        origin = headers.get("Origin")
-        if origin is not None and origin not in self.origins and "*" not in self.origins:
+        """A page that the user happens to visit must not use the model; ours is of this host."""
+        origin, host = headers.get("Origin"), headers.get("Host")
+        own = [f"{scheme}://{host}" for scheme in _SCHEMES] if self.page else []
+        if origin is not None and origin not in (*own, *self.origins) and "*" not in self.origins:
             raise RequestError(
                 403, f"Origin {origin}: not allowed; start with --allow-origin {origin}"
             )
@@ -152,7 +159,8 @@ class _Exchange:
         method = self._scope["method"]
         if method not in ("GET", "POST", "OPTIONS"):
             raise RequestError(501, f"{method}: not supported, expected GET, POST or OPTIONS")
-        self._access.check(self._headers, is_preflight=method == "OPTIONS")
+        is_page = self._access.page and (method, self._scope["path"]) == ("GET", "/")
+        self._access.check(self._headers, needs_token=method != "OPTIONS" and not is_page)
         if method == "OPTIONS":
             raise _Preflight
         if method == "POST" and not {"content-length", "transfer-encoding"} & {*self._headers}:

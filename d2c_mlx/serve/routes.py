@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -39,7 +44,26 @@ def application(service: PackService, access: Access) -> ASGIApp:
         *(Route(path, Completions(service, True), methods=["POST"]) for path in _CHAT),
         Route("/v1/completions", Completions(service, False), methods=["POST"]),
     ]  # fmt: skip
+    if access.page:
+        routes.append(Route("/", _page, methods=["GET"]))
     return Front(Router(routes, redirect_slashes=False), service, access)
+
+
+async def _page(_request: HttpRequest) -> Response:
+    """The chat page: its browser runs no other script, and loads nothing from elsewhere."""
+    page = (Path(__file__).parent / "chat.html").read_bytes()
+    own = {}
+    for kind in (b"style", b"script"):
+        (inline,) = re.findall(b"<%s>(.*?)</%s>" % (kind, kind), page, re.DOTALL)
+        own[kind] = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action"
+        f" 'none'; frame-ancestors 'none'; style-src 'sha256-{own[b'style']}'; script-src"
+        f" 'sha256-{own[b'script']}'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+               "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}  # fmt: skip
+    return Response(page, headers=headers, media_type="text/html")
 
 
 async def _health(service: PackService, _request: HttpRequest) -> Response:
@@ -52,18 +76,22 @@ async def _metrics(service: PackService, _request: HttpRequest) -> Response:
 
 
 async def _models(service: PackService, _request: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_describe(name) for name in service.names]})
+    return JSONResponse(
+        {"object": "list", "data": [_describe(service, name) for name in service.names]}
+    )
 
 
 async def _model(service: PackService, request: HttpRequest) -> Response:
     name = request.path_params["name"]
     service.check_model(name)
-    return JSONResponse(_describe(name))
+    return JSONResponse(_describe(service, name))
 
 
-def _describe(name: str) -> dict[str, Any]:
-    """An entry of `/v1/models`."""
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
+def _describe(service: PackService, name: str) -> dict[str, Any]:
+    """An entry of `/v1/models`; tasks have the base model as `parent`, as vLLM's adapters."""
+    parent = service.base_name if service.models.get(name) else None
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx",
+            "parent": parent}  # fmt: skip
 
 
 class Completions:
@@ -156,12 +184,15 @@ class _Reply:
         async for _ in self._news(answer):
             pass
         content = self._event([self._choice(answer)], self._usage()).text()
-        await Response(content, media_type="application/json")({"type": "http"}, _never, send)
+        reply = Response(content, headers=self._route(), media_type="application/json")
+        await reply({"type": "http"}, _never, send)
 
     async def stream(self, send: Send) -> None:
         """Send the answer piece by piece."""
-        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        headers = {"Cache-Control": "no-cache", **self._route()}
+        start = Response(headers=headers, media_type="text/event-stream")
+        del start.headers["Content-Length"]
+        await send({"type": "http.response.start", "status": 200, "headers": start.raw_headers})
 
         async def say(content: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": content, "more_body": more})
@@ -176,6 +207,11 @@ class _Reply:
         if self._request.stream_options.get("include_usage"):
             await say(_data(self._event([], self._usage())))
         await say(b"data: [DONE]\n\n", more=False)
+
+    def _route(self) -> dict[str, str]:
+        """What the router found, as a header, if it was asked."""
+        assert self._job
+        return {"X-D2C-Route": json.dumps(self._job.route)} if self._job.route else {}
 
     def _answer(self) -> Answer:
         assert self._job

@@ -65,6 +65,8 @@ class Job:
         processors: mlx-lm's logits processors.
         stop_words: text that ends an answer, and is not part of it.
         routing_prompt: token ids by which the router chooses the task; None if it is given.
+        route: what the router found: the `nearest` task, its `similarity`, and the `threshold`
+            below which the base model answers; None if it was not asked.
         prompts: task -> `prompt` once the router has chosen it, where they differ by system
             message.
         cancelled: set it when the client waits no more; the scheduler then drops the job.
@@ -81,6 +83,7 @@ class Job:
     stop_words: Sequence[str] = ()
     routing_prompt: list[int] | None = None
     prompts: Mapping[str | None, list[int]] = field(default_factory=dict)
+    route: dict[str, Any] | None = None
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -236,7 +239,10 @@ class Scheduler:
         try:
             if job.routing_prompt:
                 assert self._router is not None
-                match = self._router.route(self._model.base.model, job.routing_prompt)
+                state = self._router.states(self._model.base.model, [job.routing_prompt])[0]
+                (found,), match = self._router.matches(state), self._router.best(state)
+                job.route = {"nearest": found.task, "similarity": round(found.similarity, 4),
+                             "threshold": round(self._router.threshold, 4)}  # fmt: skip
                 job.task = None if match is None else match.task
                 job.prompt = job.prompts[job.task]
             (uid,) = batch.insert(

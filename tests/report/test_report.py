@@ -2,13 +2,13 @@
 
 import html
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.browser import axe_finds, tabbed
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
 
@@ -250,24 +250,6 @@ def test_a_run_from_before_there_were_cosines_has_a_report(directory):
     assert "How alike" not in render_html(artifacts)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium: $CHROMIUM, one on the PATH, or playwright's own."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    with api.sync_playwright() as playwright:
-        path = path or playwright.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip(
-                "needs a Chromium on the PATH, in $CHROMIUM, or playwright install chromium"
-            )
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        instance = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield instance
-        instance.close()
-
-
 @pytest.fixture
 def opened(request, directory):
     """The run whose report is opened: `--report DIR`, or the tiny one of this file."""
@@ -313,34 +295,14 @@ def test_in_a_browser(opened, browser, width, theme, tmp_path):
 
 @pytest.mark.parametrize(("kind", "theme"), [("d2c", "light"), ("auto", "dark")])
 def test_axe_finds_nothing(runs, browser, kind, theme, tmp_path):
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright", reason="needs: pip install axe-playwright-python"
-    )
     artifacts = artifacts_of(runs[kind])
     (tmp_path / "report.html").write_text(render_html(artifacts))
     page = browser.new_page(viewport={"width": 400, "height": 900}, color_scheme=theme)
     page.goto((tmp_path / "report.html").as_uri())
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     page.locator(".heat tbody td").last.hover()
-    found = axe.Axe().run(page).response
-    assert [one["id"] for one in found["violations"]] == [] and len(found["passes"]) > 20
+    assert axe_finds(page) == []
     page.close()
-
-
-def tabbed(page):
-    """What Tab reaches, in its order, with the number that each got in the page."""
-    page.evaluate(
-        "document.querySelectorAll('[tabindex], input, summary, a')"
-        ".forEach((one, i) => one.dataset.stop = i)"
-    )
-    found = []
-    for _ in range(300):
-        page.keyboard.press("Tab")
-        stop = page.evaluate("document.activeElement.dataset.stop || null")
-        if stop is None:
-            break
-        found.append(int(stop))
-    return found
 
 
 def test_by_keyboard_alone(directory, browser, tmp_path):
