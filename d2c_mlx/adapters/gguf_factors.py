@@ -17,8 +17,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.float16 import balance_factors
+from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
 
 __all__ = ["BLOCK", "QUANTIZED", "Factor", "GgufAdapter", "factors_of", "row_nbytes"]
 

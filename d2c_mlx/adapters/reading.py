@@ -1,4 +1,4 @@
-"""Reading adapters in whichever format their files are: PEFT, MLX or GGUF."""
+"""Reading adapters in whichever format their files are: PEFT, MLX, GGUF or AdapterBias."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
+from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.adapter_config import read_config, stated_base
 from d2c_mlx.adapters.checks import check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
@@ -20,13 +21,15 @@ from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 
 __all__ = ["read_adapter", "read_adapters"]
 
+_LOADERS = {PEFT_WEIGHTS: load_peft, WEIGHTS: load_adapter, ADAPTER_BIAS: load_adapter_bias}
+
 
 def read_adapter(
     path: str | Path,
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Read a PEFT, MLX or GGUF adapter, recognised by its files, and check it against the base.
+    """Read an adapter, its format recognised by its files, and check it against the base.
 
     `read_adapters` reads all adapters that an option names.
 
@@ -43,7 +46,7 @@ def read_adapter(
     if path.suffix.lower() == ".gguf" and path.is_file():
         check_base(path, config)
         return read_gguf_lora(path, shapes, config)
-    found = [file for file in (PEFT_WEIGHTS, WEIGHTS) if (path / file).exists()]
+    found = [file for file in _LOADERS if (path / file).exists()]
     if len(found) > 1:
         raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
     gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
@@ -57,12 +60,12 @@ def read_adapter(
         )
     if not found:
         raise AdapterError(
-            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
-            " .gguf"
+            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
+            f" {ADAPTER_BIAS} or one .gguf"
         )
     if found == [PEFT_WEIGHTS]:
         check_base(path / PEFT_WEIGHTS, config)
-    adapter = load_peft(path) if found == [PEFT_WEIGHTS] else load_adapter(path)
+    adapter = _LOADERS[found[0]](path)
     check_adapter(adapter, shapes, path / found[0])
     return adapter
 

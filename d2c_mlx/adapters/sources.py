@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
+from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
@@ -160,7 +161,7 @@ def _exists(path: Path) -> bool:
 
 def _is_single(directory: Path) -> bool:
     """True if a directory is one adapter's; subdirectories may be its checkpoints."""
-    return any((directory / file).exists() for file in (*_FILES, PICKLE))
+    return any((directory / file).exists() for file in (*_FILES, ADAPTER_BIAS, PICKLE))
 
 
 def _folder(directory: Path) -> list[Source]:

@@ -14,6 +14,8 @@ from functools import partial
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compose.adamix import train_adamix
+from d2c_mlx.compose.calibration import calibrate
 from d2c_mlx.compose.lorahub import N_MODULES, search_weights
 from d2c_mlx.compose.mixing import (
     continual_weights,
@@ -23,8 +25,11 @@ from d2c_mlx.compose.mixing import (
     similarity_weights,
 )
 from d2c_mlx.compose.new_task import NewTask
+from d2c_mlx.compose.routing import Route, route, route_factors, train_routing
+from d2c_mlx.compose.train import new_lora
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.errors import AdapterError
 
 __all__ = ["AUTO", "METHODS", "Make", "Method"]
 
@@ -35,6 +40,8 @@ Make = Callable[[NewTask, ExampleSet, float], Adapter]
 _SCALES = (0.35, 0.5, 0.7, 1.0)
 # Adapters of the library that are mixed where the rows choose them.
 _N_TOP = 3
+# Skills of multi-head routing, and the learning rate of their weights, as published.
+_N_SKILLS, _ROUTING_RATE = 8, 0.1
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,41 @@ def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     return scaled(task.trained(_by_loss(task, rows)[0], rows), choice)
 
 
+def _mean_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    return scaled(task.trained(_uniform(task, rows, 1.0), rows), choice)
+
+
+def _routed(how: Route, task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    skills = _by_loss(task, rows)[:_N_SKILLS]
+    found = task.made(how.__name__, skills, rows,
+                      lambda trainer: train_routing(trainer, skills, rows, how),
+                      _ROUTING_RATE)  # fmt: skip
+    return mix([found], [choice], task.rank)
+
+
+def _calibrated(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    pair = _by_loss(task, rows)[:2]
+    merge = mix(pair, [choice] * len(pair), task.rank)
+    return task.made("calibrate", [merge], rows, lambda trainer: calibrate(trainer, merge, rows))
+
+
+def _adamix(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    start = new_lora(task.name, task.shapes, task.rank, task.training.seed)
+    found = task.made("adamix", [start], rows, lambda trainer: train_adamix(trainer, start, rows))
+    return scaled(found, choice)
+
+
+def _shift(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    shapes = {path: shape for path, shape in task.base.module_shapes.items()
+              if path.endswith(".down_proj")}  # fmt: skip
+    if not shapes:
+        raise AdapterError(
+            f"method: shift trains down_proj, which {task.base.name} has not; use fresh"
+        )
+    start = new_lora(task.name, shapes, 1, task.training.seed)
+    return scaled(task.trained(start, rows), choice)
+
+
 def _fresh_and(
     change: Callable[[Adapter], Adapter], task: NewTask, rows: ExampleSet, choice: float
 ) -> Adapter:
@@ -133,11 +175,22 @@ METHODS: dict[str, Method] = {
                             "that LoRA and the three best adapters, times one scale"),
     "best-trained": Method(_best_trained, _SCALES,
                            "the best adapter, trained on with the rows, times one scale"),
+    "shift": Method(_shift, _SCALES, "a LoRA of rank 1 on every down_proj (AdapterBias): the least"
+                    " to train"),
+    "mean-trained": Method(_mean_trained, _SCALES,
+                           "the mean of all adapters, trained on with the rows (MHR-mu)"),
+    "routed": Method(partial(_routed, route), _SCALES,
+                     "weights per module and block of features, trained on the rows (MHR-z)"),
+    "calibrated": Method(_calibrated, (0.5, 1.0), "the two best adapters, and a projection beside"
+                         " them trained on the rows"),
+    "adamix": Method(_adamix, _SCALES, "copies of a LoRA trained with random routing, averaged"),
     "lorahub": Method(partial(_lorahub, None), about="weights searched without gradients"),
     "fresh-random": Method(partial(_fresh_and, random_like), _SCALES,
                            "a control: fresh-library with adapters of random values"),
     "lorahub-factors": Method(partial(_lorahub, mix_factors),
                               about="lorahub as published, on A and B apart, to compare"),
+    "routed-factors": Method(partial(_routed, route_factors), _SCALES,
+                             "routed as published, on A and B apart, to compare"),
 }  # fmt: skip
 # What `auto` chooses from: at most eight, and none that searches for long.
 AUTO = ("best", "uniform", "retrieve", "top", "fresh", "fresh-scaled", "fresh-library",

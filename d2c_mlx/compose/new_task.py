@@ -10,7 +10,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
+from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -99,12 +99,28 @@ class NewTask:
 
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""
-        parts = [self.base.fingerprint, start.digest, rows.tokens_digest, asdict(self.training)]
+        return self.made("lora", [start], rows, lambda trainer: train_lora(
+            trainer.base, start, rows, trainer.options, trainer.meter))  # fmt: skip
 
-        def make() -> Adapter:
-            return train_lora(self.base, start, rows, self.training, self.evaluator.meter)
+    def made(
+        self, how: str, of: Sequence[Adapter], rows: ExampleSet,
+        make: Callable[[Trainer], Adapter], rate: float | None = None,
+    ) -> Adapter:  # fmt: skip
+        """What `make` trains on rows; the same `how`, adapters, rows and options train once.
 
-        return replace(self.kept.get(parts, self.base.n_layers, make), name=self.name)
+        Args:
+            how: names the way of training.
+            of: the adapters that it starts from.
+            rows: prompts with answers.
+            make: trains it.
+            rate: learning rate; None is that of `training`.
+        """
+        options = replace(self.training, rate=rate or self.training.rate)
+        parts = [how, self.base.fingerprint, [one.digest for one in of], rows.tokens_digest,
+                 asdict(options)]  # fmt: skip
+        trainer = Trainer(self.base, options, self.evaluator.meter)
+        found = self.kept.get(parts, self.base.n_layers, lambda: make(trainer))
+        return replace(found, name=self.name)
 
     def fresh(self, rows: ExampleSet) -> Adapter:
         """A new LoRA trained on rows alone."""

@@ -1,27 +1,42 @@
-"""A fresh LoRA: trained on the rows of a new task alone, or on from an adapter that exists."""
+"""Training on the rows of a new task: a fresh LoRA, one that exists, or numbers that make one."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.evaluate.distill import Distiller, Factors
+from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.merge.refine import schedule, turns
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.blas import all_cores
 
-__all__ = ["TrainOptions", "new_lora", "train_lora"]
+__all__ = [
+    "TrainOptions",
+    "Trainer",
+    "as_adapter",
+    "as_factors",
+    "new_lora",
+    "pull_back",
+    "train_lora",
+]
 
 # A training step in forward passes of its tokens, for the progress display.
 _STEP = 3
+
+# Arrays in dicts and tuples: what is trained.
+Parameters = Any
+# (model, parameters, rows of the step) -> the gradient, in the form of the parameters.
+Gradient = Callable[[Distiller, Parameters, Sequence[TeacherRow]], Parameters]
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,96 @@ def new_lora(name: str, shapes: Mapping[str, tuple[int, int]], rank: int, seed: 
     return Adapter(name, modules)
 
 
+def as_factors(adapter: Adapter) -> Factors:
+    """The factors of an adapter, as `Distiller.gradient` takes them."""
+    factors: Factors = {}
+    for path, lora in sorted(adapter.modules.items()):
+        a, b = lora.factors()
+        factors[path] = mx.array(a)[None], mx.array(b)[None]
+    return factors
+
+
+def as_adapter(name: str, factors: Factors) -> Adapter:
+    """The adapter of these factors; `as_factors` turned round."""
+    return Adapter(name, {path: LoRA(a[0], b[0]) for path, (a, b) in factors.items()})
+
+
+def pull_back(
+    make: Callable[[Parameters], Factors], parameters: Parameters, gradient: Factors
+) -> Parameters:
+    """The gradient of the parameters, from that of the factors which `make` makes of them."""
+
+    def inner(values: Parameters) -> mx.array:
+        products = tree_map(lambda x, g: (x * g).sum(), make(values), gradient)
+        return sum(x for _, x in tree_flatten(products))
+
+    return mx.grad(inner)(parameters)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains on one base model; on one machine always to the same bytes.
+
+    Attributes:
+        base: base model; an adapter stays attached.
+        options: how to train.
+        meter: shows progress.
+    """
+
+    base: BaseModel
+    options: TrainOptions = TrainOptions()
+    meter: Meter = Silent()
+
+    def fit(
+        self, start: Parameters, make: Callable[[Parameters], Factors], rows: ExampleSet
+    ) -> Parameters:
+        """Train numbers that factors are made of, on the mean NLL per target of the rows' answers.
+
+        Args:
+            start: the numbers at the beginning.
+            make: makes the factors, by operations of MLX.
+            rows: prompts with answers.
+
+        Raises:
+            ModelError: the architecture scales or caps its logits.
+        """
+
+        def gradient(
+            model: Distiller, parameters: Parameters, some: Sequence[TeacherRow]
+        ) -> Parameters:
+            share = 1 / sum(row.example.n_targets for row in some)
+            found = model.gradient(make(parameters), some, [(share, 0.0)] * len(some))
+            return pull_back(make, parameters, found)
+
+        self.base.attach(as_adapter("", make(start)))
+        return self.descend(start, gradient, rows)
+
+    def descend(
+        self, parameters: Parameters, gradient: Gradient, rows: ExampleSet, passes: int = 1
+    ) -> Parameters:
+        """Follow a gradient for all steps.
+
+        Args:
+            parameters: the numbers at the beginning.
+            gradient: of the rows of a step.
+            rows: prompts with answers.
+            passes: how often `gradient` runs the rows forwards and backwards.
+        """
+        o, model = self.options, Distiller(self.base)
+        own = model.own_rows(rows)
+        order = turns(own, o.rows, (o.seed,))
+        cost = passes * _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
+        self.meter.expect(o.steps * cost)
+        optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
+        with all_cores():
+            for _ in range(o.steps):
+                found, _ = optim.clip_grad_norm(gradient(model, parameters, next(order)), 1.0)
+                parameters = optimizer.apply_gradients(found, parameters)
+                mx.eval(parameters, optimizer.state)
+                self.meter.advance(cost)
+        return parameters
+
+
 def train_lora(
     base: BaseModel,
     start: Adapter,
@@ -77,26 +182,6 @@ def train_lora(
     Raises:
         ModelError: the architecture scales or caps its logits.
     """
-    o, meter = options or TrainOptions(), meter or Silent()
-    model = Distiller(base)
-    own = model.own_rows(rows)
-    order = turns(own, o.rows, (o.seed,))
-    cost = _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
-    meter.expect(o.steps * cost)
-    optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
-    factors: Factors = {}
-    for path, lora in sorted(start.modules.items()):
-        a, b = lora.factors()
-        factors[path] = mx.array(a)[None], mx.array(b)[None]
-    with all_cores():
-        base.attach(start)
-        for _ in range(o.steps):
-            some = next(order)
-            share = 1 / sum(row.example.n_targets for row in some)
-            gradient = model.gradient(factors, some, [(share, 0.0)] * len(some))
-            gradient, _ = optim.clip_grad_norm(gradient, 1.0)
-            factors = optimizer.apply_gradients(gradient, factors)
-            mx.eval(factors, optimizer.state)
-            meter.advance(cost)
-    modules = {path: LoRA(a[0], b[0]) for path, (a, b) in factors.items()}
-    return replace(start, modules=modules)
+    trainer = Trainer(base, options or TrainOptions(), meter or Silent())
+    factors = trainer.fit(as_factors(start), lambda factors: factors, rows)
+    return replace(start, modules=as_adapter("", factors).modules)

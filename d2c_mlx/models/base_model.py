@@ -14,8 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.float16 import balance_factors
+from d2c_mlx.adapters.adapter import Adapter, balance_factors
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.identity import config_digest, weights_digest

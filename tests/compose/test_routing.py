@@ -1,0 +1,105 @@
+"""Multi-head routing: PEFT's Poly layer on the same weights, dW by loops, and training."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from helpers.loras import dense, lora_of
+from peft import PolyConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compose.routing import block_weights, route, route_factors, train_routing
+from d2c_mlx.compose.train import Trainer, TrainOptions
+
+RANK, SKILLS, BLOCKS = 3, 5, 4
+TOKENS = [[5, 9, 3, 17, 8, 30, 2]]
+
+
+@pytest.fixture(scope="module")
+def poly(paths):
+    """PEFT's model with Poly layers of random values, and its path -> layer."""
+    torch.manual_seed(1)
+    stock = AutoModelForCausalLM.from_pretrained(paths.model, dtype=torch.float32)
+    config = PolyConfig(task_type="CAUSAL_LM", r=RANK, n_tasks=2, n_skills=SKILLS, n_splits=BLOCKS,
+                        target_modules=["q_proj", "v_proj", "down_proj"])  # fmt: skip
+    model = get_peft_model(stock, config).eval()
+    for name, values in model.named_parameters():
+        if "poly_" in name:
+            values.data = torch.randn_like(values) * (1.0 if "logits" in name else 0.3)
+    layers = {name.removeprefix("base_model.model."): one
+              for name, one in model.named_modules() if hasattr(one, "poly_lora_A")}  # fmt: skip
+    return model, layers
+
+
+def skills_of(layer):
+    """a `(s, in, r)` and b `(s, r, out)` of a Poly layer, which keeps them in blocks."""
+    a = layer.poly_lora_A["default"].detach().numpy()
+    b = layer.poly_lora_B["default"].detach().numpy()
+    a = np.concatenate(list(a), axis=1)
+    b = np.concatenate(list(b), axis=-1) / RANK
+    return mx.array(a), mx.array(b)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_factors_are_those_of_pefts_poly_layer(poly, tiny_base, task):
+    model, layers = poly
+    modules = {}
+    for path, layer in layers.items():
+        logits = layer.poly_router["default"].module_logits[task].detach().numpy()
+        weights = block_weights(mx.array(logits.reshape(BLOCKS, SKILLS)))
+        modules[path] = LoRA(*route_factors(skills_of(layer), weights))
+    tiny_base.attach(Adapter("poly", modules))
+    ours = np.array(tiny_base.model(mx.array(TOKENS)))
+    with torch.no_grad():
+        given = {"input_ids": torch.tensor(TOKENS), "task_ids": torch.tensor([task])}
+        theirs = model(**given).logits.numpy()
+        with model.disable_adapter():
+            bare = model(**given).logits.numpy()
+    assert np.abs(theirs - bare).max() > 0.5
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def random_skills(ranks=(3, 1, 2), shape=(8, 12)):
+    rng = np.random.default_rng(0)
+    loras = [lora_of(rng, shape, rank) for rank in ranks]
+    width = max(ranks)
+    a = mx.stack([mx.pad(one.a, [(0, 0), (0, width - one.rank)]) for one in loras])
+    b = mx.stack([mx.pad(one.b, [(0, width - one.rank), (0, 0)]) for one in loras])
+    return [dense(one) for one in loras], (a, b)
+
+
+def test_every_block_of_an_update_has_the_root_of_its_two_weights():
+    updates, skills = random_skills()
+    rng = np.random.default_rng(1)
+    weights = rng.random((4, 3))
+    found = dense(LoRA(*route(skills, mx.array(weights, mx.float32))))
+    for i in range(12):
+        for j in range(8):
+            both = np.sqrt(weights[i // 3] * weights[j // 2])
+            assert found[i, j] == pytest.approx(sum(both * [x[i, j] for x in updates]), abs=1e-4)
+
+
+def test_the_same_weights_everywhere_are_a_mix_of_updates():
+    updates, skills = random_skills()
+    weights = mx.array([[0.5, 0.2, 0.3]] * 2)
+    found = dense(LoRA(*route(skills, weights)))
+    mean = 0.5 * updates[0] + 0.2 * updates[1] + 0.3 * updates[2]
+    np.testing.assert_allclose(found, mean, atol=1e-4)
+    # Of n equal weights factors keep 1 / n^2 of each update, which is seen where only one is there.
+    alone = tuple(x * mx.array([1.0, 0, 0])[:, None, None] for x in skills)
+    found = dense(LoRA(*route_factors(alone, mx.full((1, 3), 1 / 3))))
+    np.testing.assert_allclose(found, updates[0] / 9, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [route, route_factors])
+def test_training_finds_the_skill_that_the_rows_need(tiny_base, adapters, answered, new_task, how):
+    rows = answered(adapters[1])
+    trainer = Trainer(tiny_base, TrainOptions(15, 0.3, 10))
+    found = train_routing(trainer, adapters, rows, how)
+    assert found.rank == adapters[0].rank * (3 if how is route else 1)
+    start = train_routing(Trainer(tiny_base, TrainOptions(1, 1e-9)), adapters, rows, how)
+    losses = new_task.losses([start, found, adapters[1]], rows)
+    assert losses[1] < losses[0] - 0.3 * (losses[0] - losses[2])
+    again = train_routing(trainer, adapters, rows, how)
+    assert again.digest == found.digest

@@ -1,0 +1,215 @@
+"""What is trained beside a fresh LoRA: a projection on a merge, copies of a LoRA, a shift."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from helpers.loras import dense
+from mlx_lm import load as stock_load
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compose.adamix import adamix_gradient, train_adamix
+from d2c_mlx.compose.calibration import calibrate, fold
+from d2c_mlx.compose.methods import METHODS
+from d2c_mlx.compose.mixing import mix
+from d2c_mlx.compose.train import (
+    Trainer,
+    TrainOptions,
+    as_adapter,
+    as_factors,
+    new_lora,
+    train_lora,
+)
+from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.utils.errors import AdapterError
+
+TOKENS = [[5, 9, 3, 17, 8, 30, 2]]
+
+
+class Beside(nn.Module):
+    """A linear module with a merge and a projection beside each other."""
+
+    def __init__(self, linear, merge, projection):
+        super().__init__()
+        self.linear, self.updates = linear, [merge, projection]
+
+    def __call__(self, x):
+        return self.linear(x) + sum((x @ a[0]) @ b[0] for a, b in self.updates)
+
+
+def test_a_folded_projection_is_one_that_runs_beside(paths, tiny_base, adapters):
+    merge = mix(adapters[:2], [0.5, 0.5], 100)
+    frozen = as_factors(merge)
+    rng = np.random.default_rng(0)
+    model, _ = stock_load(str(paths.model))
+    model.set_dtype(mx.float32)
+    projections, beside = {}, []
+    for path, (a, b) in frozen.items():
+        kind = f"{path.split('.', 3)[3]} {a.shape[1]} {b.shape[2]}"
+        if kind not in projections:
+            shapes = (1, a.shape[1], 4), (1, 4, b.shape[2])
+            projections[kind] = tuple(mx.array(rng.normal(0, 0.2, s), mx.float32) for s in shapes)
+        linear = dict(model.named_modules())[path]
+        beside.append((path, Beside(linear, (a, b), projections[kind])))
+    assert len(projections) == 2 < len(frozen)
+    folded = fold(frozen, projections)
+    tiny_base.attach(None)
+    bare = np.array(tiny_base.model(mx.array(TOKENS)))
+    tiny_base.attach(as_adapter("folded", folded))
+    found = np.array(tiny_base.model(mx.array(TOKENS)))
+    model.update_modules(nn.utils.tree_unflatten(beside))
+    wanted = np.array(model(mx.array(TOKENS)))
+    # Sums over r + s in one or in two: float32 rounds them apart, no number differs.
+    assert np.abs(wanted - bare).max() > 0.5
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    for path, (a, b) in folded.items():
+        assert (a[:, :, :-4] == frozen[path][0]).all() and (b[:, :-4] == frozen[path][1]).all()
+
+
+def test_a_projection_is_trained_on_a_merge_that_stays(new_task, answered, adapters):
+    rows = answered(adapters[2])
+    merge = mix(adapters[:2], [0.5, 0.5], 3)
+    found = calibrate(Trainer(new_task.base, TrainOptions(20, 0.02, 10)), merge, rows, 2)
+    losses = new_task.losses([merge, found], rows)
+    assert losses[1] < losses[0] - 0.1
+    added = {}
+    for path, (a, b) in as_factors(merge).items():
+        lora = found.modules[path]
+        assert lora.rank == merge.modules[path].rank + 2
+        assert (lora.a[:, :-2] == a[0]).all() and (lora.b[:-2] == b[0]).all()
+        added.setdefault(path.split(".", 3)[3], []).append((lora.a[:, -2:], lora.b[-2:]))
+    # One for all layers.
+    for (a, b), *others in added.values():
+        assert others and all((x == a).all() and (y == b).all() for x, y in others)
+
+
+def test_one_copy_is_the_lora_itself(new_task, answered, adapters):
+    rows, options = answered(adapters[1]), TrainOptions(4, 1e-2)
+    alone = train_lora(new_task.base, adapters[0], rows, options)
+    mixed = train_adamix(Trainer(new_task.base, options), adapters[0], rows, copies=1,
+                         consistency=0.0)  # fmt: skip
+    for path, lora in alone.modules.items():
+        np.testing.assert_allclose(dense(mixed.modules[path]), dense(lora), atol=1e-5)
+
+
+def test_the_mean_of_copies_learns(new_task, answered, adapters):
+    rows = answered(adapters[1])
+    start = new_lora("new", new_task.shapes, 4)
+    found = train_adamix(Trainer(new_task.base, TrainOptions(15, 0.01, 10)), start, rows, copies=3)
+    losses = new_task.losses([start, found], rows)
+    assert losses[1] < losses[0] - 0.1 and found.rank == 4
+
+
+def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answered, adapters):
+    """Over whole logits, differentiated by MLX."""
+    base, rows = new_task.base, answered(adapters[1])
+    model = Distiller(base)
+    some = model.own_rows(rows)[:3]
+    rng = np.random.default_rng(0)
+    parameters = {
+        path: (a + mx.array(rng.normal(0, 0.1, (2, *a.shape[1:])), mx.float32), b)
+        for path, (a, b) in as_factors(adapters[0]).items()
+    }
+    draws = np.array([rng.permutation(2) for _ in parameters]).T
+    base.attach(adapters[0])
+    found = adamix_gradient(model, parameters, draws, some, 0.7)
+    tokens = mx.array([row.example.tokens for row in some])
+    first = some[0].example.first_target
+
+    def predicted(values, draw):
+        factors = {path: (a[int(i)][None], b) for i, (path, (a, b)) in zip(draw, values.items())}
+        with base.replaced_factors([factors[path] for path in base.attached_factors]):
+            logits = base.model(tokens)[:, first - 1 : -1]
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def dense_loss(values):
+        p, q = (predicted(values, draw) for draw in draws)
+        nll = sum(-mx.take_along_axis(x, tokens[:, first:, None], axis=2).mean() for x in (p, q))
+        fixed = [mx.stop_gradient(x) for x in (p, q)]
+        kl = sum((mx.exp(x) * (x - y)).sum(axis=-1).mean() for x, y in zip(fixed, (q, p)))
+        return nll / 2 + 0.7 * kl / 2
+
+    wanted = mx.grad(dense_loss)(parameters)
+    for path in parameters:
+        for x, y in zip(found[path], wanted[path]):
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5)
+
+
+@pytest.fixture
+def bias(tiny_base, tmp_path):
+    """A written AdapterBias, and its v and w by layer."""
+    rng = np.random.default_rng(5)
+    tensors, layers = {}, {}
+    for i in range(tiny_base.n_layers):
+        width, out = tiny_base.module_shapes[f"model.layers.{i}.mlp.down_proj"]
+        v, w = rng.normal(0, 0.5, out), rng.normal(0, 0.5, (1, width))
+        layers[i] = v.astype(np.float32), w.astype(np.float32)
+        tensors[f"model.layers.{i}.mlp.adapter_vector"] = layers[i][0]
+        tensors[f"model.layers.{i}.mlp.adapter_alpha.weight"] = layers[i][1]
+    directory = tmp_path / "adapters" / "shifted"
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_bias.safetensors")
+    return directory, tensors, layers
+
+
+def test_an_adapter_bias_is_its_formula_on_torch(paths, tiny_base, bias):
+    directory, _, layers = bias
+    adapter = read_adapter(directory, tiny_base.module_shapes)
+    assert adapter.rank == 1 and len(adapter.modules) == tiny_base.n_layers
+    model = AutoModelForCausalLM.from_pretrained(paths.model, dtype=torch.float32)
+    with torch.no_grad():
+        bare = model(torch.tensor(TOKENS)).logits.numpy()
+        for i, (v, w) in layers.items():
+            v, w = torch.tensor(v), torch.tensor(w)
+            model.model.layers[i].mlp.down_proj.register_forward_hook(
+                lambda _, given, y, v=v, w=w: y + (given[0] @ w.T) * v
+            )
+        wanted = model(torch.tensor(TOKENS)).logits.numpy()
+    tiny_base.attach(adapter)
+    assert np.abs(wanted - bare).max() > 0.5
+    np.testing.assert_allclose(np.array(tiny_base.model(mx.array(TOKENS))), wanted, atol=2e-4)
+
+
+def test_an_adapter_bias_is_written_as_a_lora(command, paths, tiny_base, bias, tmp_path):
+    directory, _, _ = bias
+    code, _, err = command("convert", "--adapters", directory.parent, "--model", paths.model,
+                           "--output", tmp_path / "run")  # fmt: skip
+    assert code == 0, err
+    written = load_adapter(tmp_path / "run" / "shifted")
+    read = read_adapter(directory, tiny_base.module_shapes)
+    for path, lora in read.modules.items():
+        np.testing.assert_array_equal(dense(written.modules[path]), dense(lora))
+
+
+def test_what_no_lora_does_is_refused_by_name(tiny_base, bias):
+    directory, tensors, _ = bias
+    layer = "model.layers.1.mlp"
+    del tensors[f"{layer}.adapter_vector"]
+    tensors[f"{layer}.adapter_alpha.bias"] = np.ones(1, np.float32)
+    tensors["model.norm.weight"] = np.ones(8, np.float32)
+    save_file(tensors, directory / "adapter_bias.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(directory, tiny_base.module_shapes)
+    problems = str(caught.value).splitlines()
+    assert len(problems) == 3
+    assert any(f"{layer}.adapter_alpha.bias: a bias of the scorer adds" in one for one in problems)
+    assert any("model.norm.weight has shape (8,); expected only" in one for one in problems)
+    assert any(f"{layer}.adapter_vector is missing" in one for one in problems)
+
+
+RANKS = {"shift": 1, "mean-trained": 4, "routed": 4, "calibrated": 8, "adamix": 4,
+         "routed-factors": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_every_method_makes_one_lora(new_task, answered, adapters, name):
+    rows = answered(adapters[0])
+    made = METHODS[name].make(new_task, rows, METHODS[name].choices[0])
+    assert made.rank == RANKS[name] and made.name == "new"
+    assert np.isfinite(new_task.losses([made], rows)).all()
+    again = METHODS[name].make(new_task, rows, METHODS[name].choices[0])
+    assert again.digest == made.digest
