@@ -14,7 +14,7 @@ from pathlib import Path
 from d2c_mlx import RunConfig, run_pipeline
 from d2c_mlx.compose.compose import ComposeOptions, compose
 from d2c_mlx.packs.add import AddOptions, add_from_path
-from d2c_mlx.serve.generate import Question, answer
+from d2c_mlx.serve.load import Question, answer
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -224,6 +224,6 @@ def _foresee(task: NewTask, methods: dict[str, Method], rows: ExampleSet, n_fold
     """Tell the progress display about how much is to come."""
     o, n = task.training, rows.n_tokens
     step = 3 * n * min(o.rows, len(rows.examples)) // len(rows.examples)
-    trainings = sum(name in methods for name in ("fresh", "best-trained")) * (n_folds + 1)
+    trainings = sum(one.trainings for one in methods.values()) * (n_folds + 1)
     grid = sum(len(one.choices or task.library) for one in methods.values())
     task.evaluator.meter.foresee(n * (1 + grid) + trainings * o.steps * step)

@@ -54,12 +54,14 @@ class Method:
             of the library.
         about: a few words, for people.
         needs_prompts: whether it reads `NewTask.similarity`.
+        trainings: about how many trainings of a fresh LoRA its own take, for progress.
     """
 
     make: Make
     choices: Sequence[float] | None = (1.0,)
     about: str = ""
     needs_prompts: bool = False
+    trainings: int = 0
 
 
 def _best(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
@@ -169,28 +171,32 @@ METHODS: dict[str, Method] = {
                        needs_prompts=True),
     "top": Method(_top, (*_SCALES, 1.4), "the mean of the three best adapters, times one scale"),
     "continual": Method(_continual, about="all adapters, merged one by one, the best last"),
-    "fresh": Method(_fresh, about="a LoRA trained on the rows"),
+    "fresh": Method(_fresh, about="a LoRA trained on the rows", trainings=1),
     "fresh-scaled": Method(_fresh, _SCALES, "a LoRA trained on the rows, times one scale"),
     "fresh-library": Method(partial(_fresh_and, lambda one: one), _SCALES,
                             "that LoRA and the three best adapters, times one scale"),
     "best-trained": Method(_best_trained, _SCALES,
-                           "the best adapter, trained on with the rows, times one scale"),
+                           "the best adapter, trained on with the rows, times one scale",
+                           trainings=1),
     "shift": Method(_shift, _SCALES, "a LoRA of rank 1 on every down_proj (AdapterBias): the least"
-                    " to train"),
+                    " to train", trainings=1),
     "mean-trained": Method(_mean_trained, _SCALES,
-                           "the mean of all adapters, trained on with the rows (MHR-mu)"),
+                           "the mean of all adapters, trained on with the rows (MHR-mu)",
+                           trainings=1),
     "routed": Method(partial(_routed, route), _SCALES,
-                     "weights per module and block of features, trained on the rows (MHR-z)"),
+                     "weights per module and block of features, trained on the rows (MHR-z)",
+                     trainings=1),
     "calibrated": Method(_calibrated, (0.5, 1.0), "the two best adapters, and a projection beside"
-                         " them trained on the rows"),
-    "adamix": Method(_adamix, _SCALES, "copies of a LoRA trained with random routing, averaged"),
+                         " them trained on the rows", trainings=2),
+    "adamix": Method(_adamix, _SCALES, "copies of a LoRA trained with random routing, averaged",
+                     trainings=3),
     "lorahub": Method(partial(_lorahub, None), about="weights searched without gradients"),
     "fresh-random": Method(partial(_fresh_and, random_like), _SCALES,
                            "a control: fresh-library with adapters of random values"),
     "lorahub-factors": Method(partial(_lorahub, mix_factors),
                               about="lorahub as published, on A and B apart, to compare"),
     "routed-factors": Method(partial(_routed, route_factors), _SCALES,
-                             "routed as published, on A and B apart, to compare"),
+                             "routed as published, on A and B apart, to compare", trainings=1),
 }  # fmt: skip
 # What `auto` chooses from: at most eight, and none that searches for long.
 AUTO = ("best", "uniform", "retrieve", "top", "fresh", "fresh-scaled", "fresh-library",
