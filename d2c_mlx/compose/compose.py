@@ -45,7 +45,7 @@ from d2c_mlx.packs.overwrite import adapter_inputs, check_output, local_model, m
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack, pack_directory
 from d2c_mlx.serve.router import Router, fit_router, load_router
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.errors import ConfigError, PackError, TaskError
+from d2c_mlx.utils.errors import AdapterError, ConfigError, PackError, TaskError
 from d2c_mlx.utils.files import write_dir, write_json
 from d2c_mlx.utils.progress import progress_bar
 
@@ -101,7 +101,11 @@ def compose(
         known = ", ".join(("auto", *METHODS))
         raise ConfigError(f"method: found {options.method!r}, expected one of {known}")
     pack = load_pack(source) if (pack_directory(source) / MANIFEST).is_file() else None
-    sources = [] if pack else find_adapters(source, "--from")
+    found = [] if pack else find_adapters(source, "--from")
+    # In the adapters' folder, what an earlier time made is none of them.
+    sources = [one for one in found if one.path.resolve() != output.resolve()]
+    if not pack and not sources:
+        raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
     inputs = [("task", task), *adapter_inputs(sources), *local_model(options.model)]
     inputs += [("from", pack.path)] if pack else []
     check = partial(check_output, output, inputs)

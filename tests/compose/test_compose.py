@@ -1,6 +1,7 @@
 """The command: what it writes and says, what it refuses, and what a pack makes of it."""
 
 import json
+import shutil
 
 import pytest
 from helpers.served import client, serving
@@ -42,16 +43,16 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert about["method"] == "retrieve" and about["rows"] == 5
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = load_adapter(tmp_path / "made" / "new")
-    code, out, _ = command("add", pack, tmp_path / "made" / "new", "--model", paths.model,
-                           "--budget", 3)  # fmt: skip
-    assert code == 0 and "new: an adapter of its own" in out
-    assert load_pack(pack).load("new").digest == written.digest
     # Another time: what was trained is not trained again, the bytes are the same.
     code, out, err = command(*made, "--json")
     assert code == 0 and json.loads(out)["candidates"].keys() == {
         "base", "best", "retrieve", "fresh"
     }  # fmt: skip
     assert load_adapter(tmp_path / "made" / "new").digest == written.digest
+    code, out, _ = command("add", pack, tmp_path / "made" / "new", "--model", paths.model,
+                           "--budget", 3)  # fmt: skip
+    assert code == 0 and "new: an adapter of its own" in out
+    assert load_pack(pack).load("new").digest == written.digest
     said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
                    "--max-tokens", 4, "-q")[1]  # fmt: skip
     mixed = MixedModel(BaseModel(str(paths.model)), load_pack(pack))
@@ -88,5 +89,19 @@ def test_what_is_refused(command, argv, paths, tmp_path):
     mine.write_text("mine")
     (line,) = refused(command, argv(), tmp_path)
     assert line.startswith("output: ") and mine.read_text() == "mine"
-    (line,) = refused(command, argv(output=paths.adapters / "new"), tmp_path)
-    assert f"is in the adapters' folder {paths.adapters}" in line
+
+
+@pytest.mark.slow
+def test_in_the_adapters_folder_what_was_made_before_is_not_mixed_in(
+    command, argv, paths, tmp_path
+):
+    folder = shutil.copytree(paths.adapters, tmp_path / "loras")
+    made = argv(**{"from": folder}, output=folder / "new", method="uniform")
+    digests = []
+    for _ in range(2):
+        code, out, err = command(*made, "--json")
+        assert code == 0 and json.loads(out)["library"] == ["a", "b", "c"], err
+        digests.append(load_adapter(folder / "new").digest)
+    assert digests[0] == digests[1]
+    alone = argv(**{"from": folder / "new"}, output=folder / "new")
+    assert "no adapter but the output itself" in command(*alone)[2]
