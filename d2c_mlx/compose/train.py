@@ -50,9 +50,9 @@ class TrainOptions:
         seed: seed of the order of the rows.
     """
 
-    steps: int = 30
+    steps: int = 25
     rate: float = 2e-3
-    rows: int = 4
+    rows: int = 2
     seed: int = 0
 
 
