@@ -8,7 +8,8 @@ from .help import Command
 
 TOPICS = {
     "environment": """\
-D2C_MLX_CACHE      folder of converted models and losses  [~/.cache/d2c-mlx]
+D2C_MLX_CACHE      folder of converted models, losses and what compose trained
+                   [~/.cache/d2c-mlx]
 D2C_MLX_DEBUG      1: show the traceback of an error that nobody expected
 D2C_MLX_DEVICE     cpu: compute on the CPU, in float32
 D2C_MLX_BLAS       off, or the path of a BLAS to load before MLX (Linux)

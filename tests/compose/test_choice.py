@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import ROOT
 from helpers.tiny import log_probabilities
 
 from d2c_mlx.compose.compose import compose_adapter
@@ -34,6 +35,8 @@ def test_auto_has_at_most_eight_candidates_and_knows_them():
     assert len(AUTO) <= 8 and set(AUTO) <= METHODS.keys()
     # Of those that are as good the first is taken, so both are in one order.
     assert [name for name in METHODS if name in AUTO] == list(AUTO)
+    page = (ROOT / "docs" / "how-to" / "new-task.md").read_text(encoding="utf-8")
+    assert not [name for name in METHODS if f"`{name}`" not in page]
 
 
 def test_a_planted_adapter_is_chosen(new_task, answered, adapters):
