@@ -142,7 +142,10 @@ def compose(read):
     rows = read("compose")["rows"]
     made = [{**row["methods"], "auto": row["methods"][row["auto"]] | {"seconds": row["seconds"]}}
             for row in rows]  # fmt: skip
-    of = {name: [one for one in made if name in one] for name in {key for m in made for key in m}}
+    of = {
+        name: [one for one in made if name in one]
+        for name in dict.fromkeys(key for m in made for key in m)
+    }
     excess = {name: statistics.mean(one[name]["excess"] for one in some)
               for name, some in of.items()}  # fmt: skip
     lines = []

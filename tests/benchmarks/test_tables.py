@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import ROOT
 
+from benchmarks.tables import packs
 from benchmarks.tables.__main__ import main
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -212,3 +213,21 @@ def test_missing_and_broken_results_are_errors_in_one_line(page, name):
     refused(page, f"{path}: not JSON")
     path.unlink()
     refused(page, f"{path}: no such file")
+
+
+def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
+    def row(task, **excess):
+        parts = {name: {"loss": 1 + x, "excess": x, "chrf": None, "seconds": 2.0}
+                 for name, x in excess.items()}  # fmt: skip
+        return {"task": task, "draw": 0, "auto": "top", "seconds": 9.0, "methods": parts}
+
+    first = row("a", real=0, base=1, top=0.25, fresh=0.5)
+    rows = [first, row("b", real=0, base=2, top=1, fresh=0.8)]
+    table = packs.compose({"compose": {"rows": rows}}.__getitem__)
+    assert table[2:] == [
+        "| real | 0.000 | 100% |  | 2 of 2 | 2 |",
+        "| top | 0.625 | 62% |  | 1 of 2 | 2 |",
+        "| auto | 0.625 | 62% |  | 1 of 2 | 9 |",
+        "| fresh | 0.650 | 55% |  |  | 2 |",
+        "| base | 1.500 | 0% |  | 0 of 2 | 2 |",
+    ]
