@@ -50,7 +50,8 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     if rows:
         say(f"wrote        {len(rows)} empty files of rows in {found.tasks}")
     if found.without_rows:
-        say(f"next: fill the rows in {found.tasks} (see {found.tasks / 'README.md'}), then")
+        say(f"next: fill the rows (see {found.tasks / 'README.md'}), or let the adapters answer"
+            f" prompts: d2c-mlx tasks answer {output}; then")  # fmt: skip
     say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
 
 
@@ -82,10 +83,52 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: b
     Example:
       d2c-mlx tasks split data/valid.jsonl --output tasks/num-de --probe 10
     """
-    from d2c_mlx.models.split_rows import split_rows
+    from d2c_mlx.models.make_rows import split_rows
 
     rows = dict(zip(("probe", "test"), split_rows(file, output, probe, test, seed)))
     if as_json:
         say(json.dumps({"output": str(output), **rows}))
         return
     say(f"wrote {rows['probe']} calibration and {rows['test']} held-out rows to {output}")
+
+
+@tasks.command("answer", cls=Command)
+@click.argument("config", type=_DIR)
+@click.option("--system", metavar="TEXT", help="system message before each prompt; \"\" is an empty"
+              " one  [default: the chat template's own]")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N",
+              help="an answer that does not end by then is left out")  # fmt: skip
+@_JSON
+def answer(config: Path, system: str | None, max_tokens: int, as_json: bool) -> None:
+    """Make rows of the adapters' own answers, where there are none.
+
+    CONFIG is the YAML file that init writes. Write 20 or more prompts, one a line, to prompts.txt
+    in an adapter's folder of rows; its answers become probe.jsonl and test.jsonl. Read them: a run
+    then tells how far the pack is from the adapters, not from the truth.
+
+    Example:
+      d2c-mlx tasks answer d2c-mlx.yaml
+    """
+    import dataclasses
+
+    from d2c_mlx.adapters.sources import find_adapters
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.make_rows import Asking, answer_tasks, read_prompts
+    from d2c_mlx.run.config_file import load_config
+
+    c = load_config(config, {})
+    prompts = read_prompts(find_adapters(c.adapters), Path(c.tasks))
+    asking = Asking(system, max_tokens, c.probe_examples)
+    found = []
+    for one in answer_tasks(BaseModel(c.model), prompts, Path(c.tasks), asking):
+        found.append(dataclasses.asdict(one))
+        if not as_json:
+            left = f", {one.left_out} prompts left out" if one.left_out else ""
+            say(f"{one.task}: {one.probe} calibration and {one.test} held-out rows{left};"
+                f" the first: {one.prompt!r} -> {one.answer!r}")  # fmt: skip
+    if as_json:
+        say_json(found)
+        return
+    say(f"Read them in {c.tasks}, and remove wrong ones. Are most wrong? Many chat templates add a"
+        " system message, which the adapters may not know: delete the files, and try --system"
+        f' "".\nnext: d2c-mlx run {config}')  # fmt: skip

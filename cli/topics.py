@@ -35,9 +35,9 @@ fish  _D2C_MLX_COMPLETE=fish_source d2c-mlx > ~/.config/fish/completions/d2c-mlx
 tasks/NAME/probe.jsonl  about 10 calibration rows, which decide; or mlx-lm's valid.jsonl
 tasks/NAME/test.jsonl   30 to 100 held-out rows, which judge; no prompt may be in both
 A row: {"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}
-d2c-mlx tasks split FILE --output tasks/NAME makes both from one file.
-No answers: d2c-mlx convert --adapters loras --output mlx, then ask the adapter with
-mlx_lm.generate --model M --adapter-path mlx/NAME --prompt "...", and keep good answers.""",
+A file of rows: d2c-mlx tasks split FILE --output tasks/NAME makes both.
+Only prompts: write 20 or more to tasks/NAME/prompts.txt, one a line, then d2c-mlx tasks
+answer d2c-mlx.yaml makes the adapters' answers the rows. Read them, remove wrong ones.""",
 }
 
 

@@ -300,7 +300,10 @@ def _read_rows(
     if problems:
         raise TaskError(problems)
     if not rows:
-        raise TaskError(f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}")
+        raise TaskError(
+            f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}; d2c-mlx help"
+            " rows tells ways to get them"
+        )
     return rows
 
 

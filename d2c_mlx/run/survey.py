@@ -32,20 +32,25 @@ NOTE = "README.md"
 _SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03)
 _ROWS = """\
 # Rows
-A folder per adapter, called like it. Fill two files in each, one JSON object a line:
+A folder per adapter, called like it, with two files, one JSON object a line:
 
 - `probe.jsonl`: about 10 calibration rows, which decide what is merged and how much is kept.
-- `test.jsonl`: 30 to 100 held-out rows, which judge. No prompt may be in both.
+- `test.jsonl`: 30 to 100 held-out rows, which judge; 10 judge roughly. No prompt may be in both.
 
-Formats, as mlx-lm has them (one per file):
+Take rows like those that the adapter was trained on, but not those. One of these ways for each:
 
-    {"prompt": "What is asked", "completion": "the right answer"}
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"text": "only where the adapter was trained on plain text"}
+1. A file of rows: `d2c-mlx tasks split FILE --output tasks/NAME` makes both. Without
+   `probe.jsonl`, mlx-lm's `valid.jsonl` is read.
+2. Write them, in one of mlx-lm's formats (one per file):
 
-Use rows like those that the adapter was trained on, but not those. Both files from one:
-`d2c-mlx tasks split FILE --output tasks/NAME`. Without `probe.jsonl`, mlx-lm's `valid.jsonl` is
-read. No answers? Ask the adapter and keep its good ones: `d2c-mlx help rows`.
+       {"prompt": "What is asked", "completion": "the right answer"}
+       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+       {"text": "only where the adapter was trained on plain text"}
+
+   Many chat templates add a system message of their own. If the adapter was trained with another,
+   or an empty one, begin `messages` with it: {"role": "system", "content": ""}.
+3. Only prompts: write 20 or more to `prompts.txt` beside the two, one a line. `d2c-mlx tasks
+   answer d2c-mlx.yaml` makes the adapters' answers the rows. Read them, and remove wrong ones.
 """
 _BLOCK = re.compile(r"\.(\d+)\.")
 

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from helpers.tiny import library, peft_adapter, write_jsonl
 
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
+from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.survey import survey
 
@@ -120,3 +123,41 @@ def test_one_file_becomes_two(tmp_path, command):
     code, _, err = command(*argv)
     assert code == 2 and "found 15 different prompts, expected more than the 15" in err
     assert not (tmp_path / "b").exists()
+
+
+def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
+    """Each prompt once, greedily as the model itself answers; half of them judge."""
+    given = ["tasks", "answer", "d2c-mlx.yaml", "--system", ""]
+    command("init", "adapters")
+    with (project / "d2c-mlx.yaml").open("a") as file:
+        file.write("model: model\n")
+    code, _, err = command(*given)
+    assert code == 2 and "no adapter without rows has prompts; write 20 or more" in err
+    prompts = ["One?", "Two?", "Three?"]
+    peft_adapter(project / "adapters", "c", alpha=400, seed=1,
+                 targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
+    (project / "tasks" / "c" / "prompts.txt").write_text("\n\n ".join([*prompts, prompts[0]]))
+    base = BaseModel("model")
+    base.attach(read_adapter("adapters/c", base.module_shapes, base.config))
+    tokens = dict(zip(prompts, encode_prompts(base.tokenizer, prompts, "")))
+    answers = {prompt: base.answer(tokens[prompt], 4) for prompt in prompts}
+    code, _, err = command(*given, "--max-tokens", "4")
+    assert code == 2 and "prompts.txt: found 0 answers of c" in err
+    assert (project / "tasks" / "c" / "probe.jsonl").read_bytes() == b""
+    # A random model knows no end: what each answer has in the fourth place becomes one.
+    config = json.loads((project / "model" / "config.json").read_text())
+    ends = {answer[3] for answer in answers.values()}
+    config["eos_token_id"] = [config["eos_token_id"], *ends]
+    (project / "model" / "config.json").write_text(json.dumps(config))
+    code, out, err = command(*given, "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)
+    assert (found["task"], found["probe"], found["test"], found["left_out"]) == ("c", 1, 2, 0)
+    task = load_task(project / "tasks" / "c")
+    for row in (*task.probe, *task.test):
+        system, asked, said = row["messages"]
+        answer = answers.pop(asked["content"])
+        kept = answer[: min(answer.index(end) for end in ends if end in answer)]
+        assert (system["content"], said["content"]) == ("", base.tokenizer.decode(kept).strip())
+    assert not answers
+    assert "no adapter without rows has prompts" in command(*given)[2]
