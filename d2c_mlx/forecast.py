@@ -7,11 +7,12 @@ machine, measured in a second or two. Linear algebra beside them is not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from d2c_mlx.cluster.measured_search import MOST_FAILED
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.pipeline import STAGES, settled_stages
@@ -132,13 +133,20 @@ def _cluster(inputs: Inputs) -> float:
 
 
 def _merge(inputs: Inputs) -> float:
-    return _LAYERWISE * _probe_tokens(inputs) * _merged_share(inputs)
+    # K-Means and D2C are not known yet.
+    return _merging(inputs, [_about_equal(inputs)])
 
 
-def _merged_share(inputs: Inputs) -> float:
-    """Share of the tasks that are merged with others, if clusters are about equal."""
+def _merging(inputs: Inputs, partitions: Iterable[Sequence[Members]]) -> float:
+    """Tokens of the layer-wise merges of some partitions; each cluster is merged once."""
+    tokens = [one.n_tokens for one in inputs.probes]
+    clusters = {members for groups in partitions for members in groups if len(members) > 1}
+    return _LAYERWISE * float(sum(tokens[i] for members in clusters for i in members))
+
+
+def _about_equal(inputs: Inputs) -> list[Members]:
     n, k = len(inputs.names), inputs.capacity.n_clusters
-    return min(1.0, (n - k) / k)
+    return groups_of([i * k // n for i in range(n)])
 
 
 def _refine(inputs: Inputs) -> float:
@@ -147,11 +155,22 @@ def _refine(inputs: Inputs) -> float:
 
 
 def _bench(inputs: Inputs) -> float:
-    c, tests = inputs.config, sum(one.n_tokens for one in inputs.tests)
-    merged = 0 if c.planned else len(c.baselines) + ("random" in c.baselines) * (c.random_seeds - 1)
-    methods = 3 + merged + c.refine
-    merges = merged * _merge(inputs) if merged else 0.0  # a plan may have no room for one
-    return methods * tests + merges + _STEP_TOKENS * _answer_steps(inputs)
+    c, tests = inputs.config, [one.n_tokens for one in inputs.tests]
+    partitions = [] if c.planned else _baselines(inputs)
+    served = {members for groups in partitions for members in groups}
+    # Base, adapters and pack; what is merged or served twice is measured once.
+    held_out = (3 + c.refine) * sum(tests) + sum(tests[i] for members in served for i in members)
+    return held_out + _merging(inputs, partitions) + _STEP_TOKENS * _answer_steps(inputs)
+
+
+def _baselines(inputs: Inputs) -> list[list[Members]]:
+    c, n, k = inputs.config, len(inputs.names), inputs.capacity.n_clusters
+    found = {
+        "kmeans": [_about_equal(inputs)],
+        "random": [random_partition(n, k, c.seed + i).groups for i in range(c.random_seeds)],
+        "merge-all": [merge_all(n).groups],
+    }
+    return [groups for name in c.baselines for groups in found[name]]
 
 
 def _answer_steps(inputs: Inputs) -> int:

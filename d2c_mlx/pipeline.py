@@ -32,7 +32,7 @@ from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.merge.methods import scaled
@@ -326,6 +326,8 @@ def bench(session: Session) -> Stage:
         # Names the measured pack, since the card of another one must not show these numbers.
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
+        served, own = (methods[name].variants[0] for name in ("pack", "individual"))
+        content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
         content["provenance"]["unused"] = session.unused
         if c.answers:

@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.grouping import indices_by_key
 
-__all__ = ["BenchMethod", "bench_methods", "method_losses", "paired_bootstrap", "row_losses"]
+__all__ = [
+    "BenchMethod",
+    "bench_methods",
+    "excess_interval",
+    "method_losses",
+    "paired_bootstrap",
+    "row_losses",
+]
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,39 @@ def bench_methods(
             },
         }
     return result
+
+
+def excess_interval(
+    engine: Engine,
+    pack: Mapping[str, Adapter | None],
+    individual: Mapping[str, Adapter | None],
+    tests: Sequence[ExampleSet],
+) -> dict[str, float]:
+    """The 95 % interval of a pack's excess, see `paired_bootstrap`.
+
+    What `bench_methods` has just measured is not measured again.
+
+    Args:
+        engine: the one that measured, so far as this process did.
+        pack: task -> the adapter that serves it, None for the base model.
+        individual: task -> its own adapter.
+        tests: held-out examples of every task.
+
+    Returns:
+        `low` and `high`, in nats per target token.
+    """
+
+    def rows(serves: Mapping[str, Adapter | None]) -> dict[str, np.ndarray]:
+        pieces = [(serves[test.task], part) for test in tests for part in test.parts]
+        sums = iter(engine.row_sums(pieces))
+        found = {}
+        for test in tests:
+            nll = np.concatenate([next(sums) for _ in test.parts])
+            found[test.task] = np.stack([nll, [one.n_targets for one in test.examples]], axis=1)
+        return found
+
+    found = paired_bootstrap(rows(pack), rows(individual))
+    return {"low": found["low"], "high": found["high"]}
 
 
 def row_losses(

@@ -13,6 +13,7 @@ from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.report.frontier import planned_frontier, slots_frontier
+from d2c_mlx.report.words import excess_interval
 from d2c_mlx.utils.templates import markdown, percent, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
@@ -73,6 +74,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "frontier": planned_frontier(plan, share, asked) if plan else slots_frontier(rows),
         "table": render_table(bench),
         "pack": bench["methods"]["pack"],
+        "interval": excess_interval(bench),
         "share": share,
         "worst": worst,
         # The whole bar. Without a loss worth a picture no bar is filled.

@@ -10,10 +10,10 @@ from typing import Any
 from d2c_mlx.evaluate.metrics import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["answered", "next_commands", "verdict"]
+__all__ = ["answered", "excess_interval", "next_commands", "verdict"]
 
-# Fewer held-out rows than this cannot tell adapters apart that are nearly alike.
-_FEW = 20
+# A wider interval, as a share of what the adapters gain, cannot tell packs apart that are alike.
+_WIDE = 0.02
 # With fewer answers the interval is wider than a fifth.
 _FEW_ANSWERS = 100
 
@@ -35,13 +35,27 @@ def verdict(bench: Mapping[str, Any]) -> str:
         said += f", unpacked for other programs {size(unpacked)}"
     cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
     said += f". On held-out rows that costs {cost}"
+    if between := excess_interval(bench):
+        said += f" ({between})"
     if pack["retention"] is not None:
         said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
     name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
     kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
-    said += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
-    n = bench["provenance"]["config"]["test_examples"]
-    return f"{said} {n} held-out rows per task are few to judge by." if 0 < n < _FEW else said
+    return f"{said}. The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+
+
+def excess_interval(bench: Mapping[str, Any]) -> str:
+    """The 95 % interval of the pack's excess, and whether the rows are too few; "" if unknown.
+
+    Args:
+        bench: content of `bench.json`.
+    """
+    if "interval" not in bench:
+        return ""
+    low, high = bench["interval"]["low"], bench["interval"]["high"]
+    said = f"95% interval {low:.4f} to {high:.4f}"
+    few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
+    return f"{said}: too few rows to tell more" if few else said
 
 
 def answered(bench: Mapping[str, Any]) -> str:

@@ -17,10 +17,12 @@ from d2c_mlx.utils.errors import ConfigError, InputWarning
 TASK = {"excess": 0.02, "retention": 0.98, "loss": 1.0}
 BENCH = {
     "methods": {
+        "base": {"excess": 2.0},
         "individual": {"nbytes": 9_000_000},
         "pack": {"nbytes": 1_500_000, "excess": 0.0123, "retention": 0.991,
                  "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
     },
+    "interval": {"low": -0.01, "high": 0.035},
     "unpacked_nbytes": 7_500_000,
     "provenance": {"config": {"model": "org/base", "test_examples": 8}},
 }  # fmt: skip
@@ -39,10 +41,14 @@ def config(tmp_path):
 def test_the_result_in_words():
     assert verdict(BENCH) == (
         "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On"
-        " held-out rows that costs 0.0123 nats per target token; 99.1% of what the adapters gain is"
-        " kept."
-        " The worst task is b: 0.0500 nats. 8 held-out rows per task are few to judge by."
+        " held-out rows that costs 0.0123 nats per target token (95% interval -0.0100 to 0.0350:"
+        " too few rows to tell more); 99.1% of what the adapters gain is kept. The worst task is b:"
+        " 0.0500 nats."
     )
+    narrow = verdict({**BENCH, "interval": {"low": 0.01, "high": 0.015}})
+    assert "(95% interval 0.0100 to 0.0150); 99.1%" in narrow
+    old = {key: value for key, value in BENCH.items() if key != "interval"}
+    assert "token; 99.1%" in verdict(old)
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx unpack 'my runs/1' ")
