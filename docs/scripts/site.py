@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES, SITE = ROOT / "build" / "site-pages", ROOT / "build" / "site"
 # Where a file of the repository lies in the site.
 FOLDERS = {"docs": "", "benchmarks": "benchmarks", "tests/robustness": "robustness"}
-COPIED = {".md", ".svg", ".json", ".png"}
+COPIED = {".md", ".svg", ".json", ".png", ".css"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
