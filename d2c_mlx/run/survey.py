@@ -246,11 +246,12 @@ def _few(names: Sequence[str]) -> str:
 def _yaml(found: Survey) -> str:
     base = found.base or ""
     embedded = base.rpartition("/")[2] == EMBEDDED
-    why, model = f"the adapters name {base or 'none'}", "# model: DIR or owner/name"
+    why, model = "which no adapter names", "# model: DIR or owner/name"
     if embedded:
         why, model = "which is the embedded default", "# model: left out"
-    elif "/" in base:
-        model = f"model: {_value(base)}"
+    elif base:
+        # Also if it is a folder that has moved: the embedded default would be another model.
+        why, model = "as the adapters name it", f"model: {_value(base)}"
     sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(found))
     return f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line goes first.

@@ -55,6 +55,15 @@ def test_nothing_that_is_there_is_replaced(project, command):
     assert found["budgets"]["50%"] == sum(sizes) // 2 and found["budgets"]["1"] == max(sizes)
 
 
+@pytest.mark.parametrize("base", ["model", "moved", "org/other"])
+def test_the_base_that_the_adapters_name_is_taken(project, command, base):
+    """A folder, as mlx-lm's trainer names it, too; never the embedded default in its place."""
+    for name in "abc":
+        peft_adapter(project / "adapters", name, base_model_name_or_path=base)
+    command("init", "adapters")
+    assert load_config(project / "d2c-mlx.yaml", {}).model == base
+
+
 def test_bytes_are_those_that_a_run_counts(project, command):
     """Without the base model, to a few bytes of config."""
     code, out, _ = command("convert", "--adapters", "adapters", "--model", "model", "--output", "m")
