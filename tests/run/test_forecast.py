@@ -57,6 +57,19 @@ def test_a_plan_may_have_no_room_for_a_merge(config):
     assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
 
 
+def test_a_cluster_of_several_baselines_is_counted_once(config):
+    """In one slot all partitions are the same; in five of six most tasks are alone."""
+
+    def bench(*baselines, **changes):
+        return forecast(config.replace(baselines=baselines, **changes)).stages[-2].tokens
+
+    one = bench("merge-all", budget="1")
+    assert one > bench(budget="1")
+    assert bench("kmeans", "random", "merge-all", budget="1") == one
+    assert bench("random", random_seeds=9, budget="1") == one
+    assert bench("random", random_seeds=1, budget="5") < one
+
+
 def test_a_dry_run_counts_answers(config):
     """Each of two rows by three methods; the tokens of losses stay as they are."""
     none, two, all_of_them = (forecast(config.replace(answers=n)).stages[-2] for n in (0, 2, 9))
