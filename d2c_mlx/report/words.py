@@ -13,7 +13,7 @@ from d2c_mlx.utils.templates import percent, size
 __all__ = ["answered", "excess_interval", "next_commands", "verdict"]
 
 # A wider interval, as a share of what the adapters gain, cannot tell packs apart that are alike.
-_WIDE = 0.02
+_WIDE = 0.01
 # With fewer answers the interval is wider than a fifth.
 _FEW_ANSWERS = 100
 
