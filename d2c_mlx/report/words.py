@@ -36,7 +36,8 @@ def verdict(bench: Mapping[str, Any]) -> str:
     cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
     said += f". On held-out rows that costs {cost}"
     if between := excess_interval(bench):
-        said += f" ({between})"
+        said += f" (95% interval {between['low']:.4f} to {between['high']:.4f}"
+        said += ": too few rows to tell more)" if between["few"] else ")"
     if pack["retention"] is not None:
         said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
     name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
@@ -44,18 +45,17 @@ def verdict(bench: Mapping[str, Any]) -> str:
     return f"{said}. The worst task is {name}: {worst['excess']:.4f} nats{kept}."
 
 
-def excess_interval(bench: Mapping[str, Any]) -> str:
-    """The 95 % interval of the pack's excess, and whether the rows are too few; "" if unknown.
+def excess_interval(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The 95 % interval of the pack's excess: `low`, `high`, and `few` if that needs more rows.
 
     Args:
-        bench: content of `bench.json`.
+        bench: content of `bench.json`; an older one has no interval, which gives None.
     """
     if "interval" not in bench:
-        return ""
+        return None
     low, high = bench["interval"]["low"], bench["interval"]["high"]
-    said = f"95% interval {low:.4f} to {high:.4f}"
     few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
-    return f"{said}: too few rows to tell more" if few else said
+    return {"low": low, "high": high, "few": few}
 
 
 def answered(bench: Mapping[str, Any]) -> str:
