@@ -23,8 +23,12 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="print the result a
               " with commas: directories, .gguf files, owner/name[@revision]")  # fmt: skip
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
+@click.option("--accept-dora", type=click.IntRange(1), metavar="RANK", help="take DoRAs in as the"
+              " closest LoRAs of this rank, and show the error")  # fmt: skip
 @_JSON
-def convert(model: str | None, adapters: str, output: str, to: str, as_json: bool) -> None:
+def convert(
+    model: str | None, adapters: str, output: str, to: str, accept_dora: int | None, as_json: bool
+) -> None:
     """Convert adapters to MLX or PEFT, exactly.
 
     Adapters may be PEFT, MLX or GGUF. One that cannot be converted exactly is refused, with the
@@ -35,6 +39,7 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
       d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
       d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
     """
+    from d2c_mlx.adapters.base_weights import BaseWeights
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters
@@ -46,7 +51,8 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
     check = partial(check_output, Path(output), local_model(model), sources)
     check()
     base = BaseModel(model)
-    found = read_adapters(sources, base.module_shapes, base.config)
+    weights = BaseWeights(base.weight, accept_dora)
+    found = read_adapters(sources, base.module_shapes, base.config, base=weights)
     with write_dir(Path(output), lambda _: check()) as directory:
         for adapter in found:
             if to == "peft":
@@ -56,14 +62,17 @@ def convert(model: str | None, adapters: str, output: str, to: str, as_json: boo
         mark(directory, "convert")
     rows = [
         {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base,
-         **({"origin": a.origin} if a.origin else {})}
+         **({"origin": a.origin} if a.origin else {}),
+         **({} if a.dora_error is None else {"dora_error": a.dora_error})}
         for a in found
     ]  # fmt: skip
     if as_json:
         say_json(rows)
         return
     for row in rows:
-        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules")
+        lost = row.get("dora_error")
+        said = "" if lost is None else f", a DoRA: relative error of dW {lost:.3f}"
+        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules{said}")
     say(f"wrote {len(rows)} adapters to {output}")
 
 

@@ -29,6 +29,14 @@ RUN_OPTIONS = (
         help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
     ),
     click.option(
+        "--accept-dora",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        type=int,
+        help="take DoRAs in as the closest LoRAs of this rank, and show the error  [default:"
+        " refuse them]",
+    ),
+    click.option(
         "--tasks",
         cls=GroupedOption,
         group="Adapters and tasks",

@@ -79,6 +79,8 @@ class Adapter:
         base: the base model's name, as its config states it.
         sources: names of the adapters it was merged from; empty for an original.
         origin: `owner/name@commit` if it was read from the Hugging Face hub.
+        dora_error: of a DoRA that was taken in as a LoRA, the Frobenius norm of what its dW lost,
+            relative to dW; None of a LoRA.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Adapter:
     base: str | None = None
     sources: tuple[str, ...] = ()
     origin: str | None = None
+    dora_error: float | None = None
 
     @property
     def rank(self) -> int:

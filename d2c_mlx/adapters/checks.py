@@ -12,12 +12,20 @@ import mlx.core as mx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.utils.errors import AdapterError
 
-__all__ = ["DORA", "check_adapter", "check_base", "check_finite", "pair_problems"]
+__all__ = [
+    "DORA",
+    "check_adapter",
+    "check_base",
+    "check_finite",
+    "magnitude_problems",
+    "pair_problems",
+]
 
 # Why a DoRA is refused, of PEFT or mlx-lm.
 DORA = (
     "a DoRA scales each row of the merged weight, the base's own numbers too, by a learned"
-    " magnitude: the update is no low-rank addition, so it cannot be merged or packed exactly"
+    " magnitude: the update is no low-rank addition, so it cannot be merged or packed exactly;"
+    " run and convert take it in as a LoRA, and show the error, with --accept-dora RANK"
 )
 # model_type of base models whose weights mlx-lm multiplies as it loads them: B A of the stored
 # weights is not dW of the loaded ones, and the factor differs by module.
@@ -46,7 +54,7 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
         problems.append(
             f"{path}: {len(unknown)} modules are no linear layer of a transformer block of the"
             f" base model (first: {unknown[0]}); embeddings, lm_head and experts cannot carry a"
-            " LoRA that every runtime loads"
+            " LoRA that every runtime loads; train it without them"
         )
     wrong = [m for m, lora in adapter.modules.items() if m in shapes and lora.shape != shapes[m]]
     if wrong:
@@ -112,6 +120,34 @@ def pair_problems(
                 f"{path}: {module}: {leaves[0]} has rank {a.shape[1]}, {leaves[1]} {b.shape[0]}"
             )
     return problems
+
+
+def magnitude_problems(
+    path: Path,
+    pairs: Mapping[str, Mapping[str, mx.array]],
+    magnitudes: Mapping[str, mx.array],
+    leaf: str,
+) -> list[str]:
+    """Magnitudes of a DoRA that are missing, of no module or of another length, in one line.
+
+    Args:
+        path: the file to name in messages.
+        pairs: as for `pair_problems`.
+        magnitudes: module path -> m `(out,)`.
+        leaf: name of the factor `(r, out)`.
+    """
+    wrong = [
+        module
+        for module in sorted(pairs.keys() | magnitudes.keys())
+        if module not in magnitudes
+        or magnitudes[module].shape != pairs.get(module, {leaf: mx.array(0)})[leaf].shape[1:]
+    ]
+    if not wrong:
+        return []
+    return [
+        f"{path}: {len(wrong)} modules have no magnitude for each output, or no factors (first:"
+        f" {wrong[0]}); save the DoRA again"
+    ]
 
 
 def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None = None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-__all__ = ["CoreSpace", "Factors", "factorise", "to_core"]
+__all__ = ["CoreSpace", "Factors", "best_factors", "factorise", "to_core"]
 
 Factors = tuple[np.ndarray, np.ndarray]
 
@@ -72,13 +72,7 @@ def _qr(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> Factors:
-    """The best factors of `q_b @ core @ q_a.T` with a given rank, singular values split evenly.
-
-    No other factors of this rank are closer in Frobenius norm (Eckart-Young).
-
-    The left singular vectors are eigenvectors of the core's Gram matrix, of which only the
-    leading ones are computed. In float64 that loses singular values below 1e-8 of the largest,
-    less than float32 factors can hold.
+    """The best factors of `q_b @ core @ q_a.T` with a given rank, see `best_factors`.
 
     Args:
         core: `(q, p)`.
@@ -89,15 +83,35 @@ def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> 
     Returns:
         `a (in, r)`, `b (r, out)` with r = min(rank, size of the core).
     """
-    if core.shape[0] > core.shape[1]:
-        b, a = factorise(core.T, q_b, q_a, rank)
+    a, b = best_factors(core, rank)
+    return q_a @ a, b @ q_b.T
+
+
+def best_factors(update: np.ndarray, rank: int) -> Factors:
+    """The best factors of an update with a given rank, singular values split evenly.
+
+    No other factors of this rank are closer in Frobenius norm (Eckart-Young).
+
+    The left singular vectors are eigenvectors of the update's Gram matrix, of which only the
+    leading ones are computed. In float64 that loses singular values below 1e-8 of the largest,
+    less than float32 factors can hold.
+
+    Args:
+        update: `(out, in)`.
+        rank: at least 1.
+
+    Returns:
+        `a (in, r)`, `b (r, out)` with r = min(rank, in, out).
+    """
+    if update.shape[0] > update.shape[1]:
+        b, a = best_factors(update.T, rank)
         return a.T, b.T
-    wide = core.astype(np.float64)
+    wide = update.astype(np.float64)
     size = len(wide)
     leading = [max(0, size - rank), size - 1]
     _, u = scipy.linalg.eigh(wide @ wide.T, subset_by_index=leading, check_finite=False)
     vt = u.T @ wide
     root = np.sqrt(np.linalg.norm(vt, axis=1))
     vt /= np.where(root > 0, root, 1)[:, None]
-    dtype = core.dtype
-    return q_a @ vt.T.astype(dtype), (root[:, None] * u.T).astype(dtype) @ q_b.T
+    dtype = update.dtype
+    return vt.T.astype(dtype), (root[:, None] * u.T).astype(dtype)

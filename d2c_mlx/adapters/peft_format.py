@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
-from d2c_mlx.adapters.checks import DORA, check_base, pair_problems
+from d2c_mlx.adapters.base_weights import BaseWeights
+from d2c_mlx.adapters.checks import DORA, check_base, magnitude_problems, pair_problems
 from d2c_mlx.adapters.tensor_file import read_tensors
-from d2c_mlx.utils.errors import AdapterError, InputError, collect
+from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning, collect
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
 __all__ = ["PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
@@ -32,6 +34,13 @@ __all__ = ["PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
+# The magnitudes of a DoRA, and a module stored in full; older versions had longer names.
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
+_WHOLE = re.compile(
+    r"base_model\.model\.(?!.*\.lora_)(?P<path>.+?)(\.modules_to_save(\.default)?)?\.weight"
+)
+
+_Tensors = dict[str, mx.array]
 
 # Fields of a config whose value never changes what A and B mean on the stock base model.
 _HARMLESS = frozenset(
@@ -58,7 +67,7 @@ _REFUSED = {
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
+def _refusals(config: Mapping[str, object], path: Path, accepted: Collection[str]) -> list[str]:
     """List the fields of a PEFT config that A and B alone do not describe, one line each."""
     problems = []
     if config.get("peft_type") != "LORA":
@@ -83,10 +92,10 @@ def _refusals(config: Mapping[str, object], path: Path) -> list[str]:
             f"{path}: use_rslora is {config['use_rslora']!r}, expected true or false, no quotes"
         )
     for field, value in config.items():
-        if not value or field in _HARMLESS or field == "bias":
+        if not value or field in _HARMLESS or field == "bias" or field in accepted:
             continue
         reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
-        problems.append(f"{path}: {field} is {value!r}: {reason}; it cannot be converted")
+        problems.append(f"{path}: {field} is {value!r}: {reason}")
     return problems
 
 
@@ -111,10 +120,16 @@ def _pattern_lookup(
     return lookup
 
 
-def load_peft(directory: Path) -> Adapter:
+def load_peft(directory: Path, base: BaseWeights | None = None) -> Adapter:
     """Load PEFT's layout (`adapter_model.safetensors` + `adapter_config.json`).
 
     `read_adapter` recognises a layout by itself and checks the adapter against its base.
+
+    Args:
+        directory: of the adapter.
+        base: the base model's weights, for what they alone tell: modules stored in full that are
+            the base's own are left out with an `InputWarning`, and DoRAs become LoRAs where it has
+            a `dora_rank`. Without them both are refused.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not
@@ -122,33 +137,70 @@ def load_peft(directory: Path) -> Adapter:
     """
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
     errors: list[InputError] = []
-    problems = _refusals(config, where)
+    tensors = collect(errors, lambda: read_tensors(weights)) or {}
+    pairs, magnitudes, whole, other = _sorted(tensors, bool(config.get("use_dora")))
+    as_dora = bool(config.get("use_dora")) and base is not None and base.dora_rank is not None
+    held = [path for path, x in whole.items() if base is not None and base.holds(path, x)]
+    compared = base is not None and bool(whole)
+    accepted = {"use_dora": as_dora, "modules_to_save": compared}
+    problems = _refusals(config, where, [field for field, yes in accepted.items() if yes])
     for field in ("r", "lora_alpha"):
         if not is_positive(config.get(field)):
             problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
-    tensors = collect(errors, lambda: read_tensors(weights)) or {}
-    pairs: dict[str, dict[str, mx.array]] = {}
-    other = []
-    for name, x in sorted(tensors.items()):
-        match = _TENSOR.fullmatch(name)
-        if match and x.ndim == 2:
-            pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
-        elif not (config.get("use_dora") and ".lora_magnitude_vector" in name):
-            other.append(name)
-    if other:
-        # PEFT stores whole embeddings beside their factors: name a factor, which tells more.
-        other.sort(key=lambda name: ".lora_" not in name)
-        problems.append(
-            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {other[0]}"
-            f" with shape {tuple(tensors[other[0]].shape)}, expected"
-            f" {_PREFIX}<module>.lora_A.weight or .lora_B.weight)"
-        )
+    if compared or not config.get("modules_to_save"):
+        problems += _unknown(weights, other, {p: x for p, x in whole.items() if p not in held})
     problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
+    if as_dora:
+        problems += magnitude_problems(weights, pairs, magnitudes, "lora_B")
     problems += [line for error in errors for line in error.problems]
     if problems:
         raise AdapterError(problems)
-    modules = _scaled_modules(pairs, config, where)
-    return Adapter(directory.name, modules, base_name(config))
+    if held:
+        warnings.warn(
+            f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out",
+            InputWarning,
+            stacklevel=2,
+        )
+    adapter = Adapter(directory.name, _scaled_modules(pairs, config, where), base_name(config))
+    return base.to_lora(adapter, magnitudes) if base is not None and as_dora else adapter
+
+
+def _sorted(
+    tensors: Mapping[str, mx.array], is_dora: bool
+) -> tuple[dict[str, _Tensors], _Tensors, _Tensors, _Tensors]:
+    """Factors by module, magnitudes by module, modules stored in full by path, and all others."""
+    pairs: dict[str, _Tensors] = {}
+    magnitudes, whole, other = {}, {}, {}
+    for name, x in sorted(tensors.items()):
+        if (match := _TENSOR.fullmatch(name)) and x.ndim == 2:
+            pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
+        elif is_dora and (match := _MAGNITUDE.fullmatch(name)) and x.ndim == 1:
+            magnitudes[match["path"]] = x
+        elif match := _WHOLE.fullmatch(name):
+            whole[match["path"]] = x
+        else:
+            other[name] = x
+    return pairs, magnitudes, whole, other
+
+
+def _unknown(weights: Path, other: _Tensors, whole: _Tensors) -> list[str]:
+    """Describe tensors that no LoRA of a linear module holds."""
+    problems = []
+    if other:
+        first = min(other)
+        problems.append(
+            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {first}"
+            f" with shape {tuple(other[first].shape)}, expected {_PREFIX}<module>.lora_A.weight or"
+            " .lora_B.weight); train it without them, on linear modules of the blocks alone"
+        )
+    if whole:
+        first = min(whole)
+        problems.append(
+            f"{weights}: {len(whole)} modules are stored in full, and not as the base model has"
+            f" them (first: {first} with shape {tuple(whole[first].shape)}): no LoRA holds such a"
+            " change; train it without modules_to_save and new tokens"
+        )
+    return problems
 
 
 def _scaled_modules(

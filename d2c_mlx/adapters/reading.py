@@ -12,6 +12,7 @@ from typing import Any
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
 from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.adapter_config import read_config, stated_base
+from d2c_mlx.adapters.base_weights import BaseWeights
 from d2c_mlx.adapters.checks import check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
@@ -21,13 +22,22 @@ from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 
 __all__ = ["read_adapter", "read_adapters"]
 
-_LOADERS = {PEFT_WEIGHTS: load_peft, WEIGHTS: load_adapter, ADAPTER_BIAS: load_adapter_bias}
+# Files of weights that are not read, and what to do.
+_OTHER_FILES = {
+    PICKLE: "a pickle can run code and is never loaded; save it again with PEFT's"
+    " save_pretrained(..., safe_serialization=True)",
+    "adapter_model.pt": "a pickle in torchtune's own names is never loaded; its Hugging Face"
+    " checkpointer writes adapter_model.safetensors beside it, but not for Phi-3 and vision models",
+    "adapters.npz": "has no scale; train it again, or save it as adapters.safetensors with the"
+    " adapter_config.json of mlx-lm",
+}
 
 
 def read_adapter(
     path: str | Path,
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any] | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Read an adapter, its format recognised by its files, and check it against the base.
 
@@ -38,6 +48,7 @@ def read_adapter(
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json. A GGUF needs it, as its rows are ordered by heads; and
             without it a base whose weights mlx-lm changes is not refused.
+        base: the base model's weights, see `load_peft`.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
@@ -46,18 +57,16 @@ def read_adapter(
     if path.suffix.lower() == ".gguf" and path.is_file():
         check_base(path, config)
         return read_gguf_lora(path, shapes, config)
-    found = [file for file in _LOADERS if (path / file).exists()]
+    found = [file for file in (PEFT_WEIGHTS, WEIGHTS, ADAPTER_BIAS) if (path / file).exists()]
     if len(found) > 1:
         raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
     gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
     if not found and len(gguf) == 1:
         check_base(gguf[0], config)
         return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
-    if not found and (path / PICKLE).exists():
-        raise AdapterError(
-            f"{path / PICKLE}: a pickle can run code and is never loaded; save it again with PEFT's"
-            " save_pretrained(..., safe_serialization=True)"
-        )
+    for name, why in _OTHER_FILES.items() if not found else ():
+        if (path / name).exists():
+            raise AdapterError(f"{path / name}: {why}")
     if not found:
         raise AdapterError(
             f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
@@ -65,7 +74,10 @@ def read_adapter(
         )
     if found == [PEFT_WEIGHTS]:
         check_base(path / PEFT_WEIGHTS, config)
-    adapter = _LOADERS[found[0]](path)
+    if found == [ADAPTER_BIAS]:
+        adapter = load_adapter_bias(path)
+    else:
+        adapter = (load_peft if found == [PEFT_WEIGHTS] else load_adapter)(path, base)
     check_adapter(adapter, shapes, path / found[0])
     return adapter
 
@@ -75,6 +87,7 @@ def read_adapters(
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any],
     is_base: Callable[[Path], bool] = lambda _: False,
+    base: BaseWeights | None = None,
 ) -> list[Adapter]:
     """Read every adapter and check it against the base model.
 
@@ -85,13 +98,14 @@ def read_adapters(
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json, see `read_adapter`.
         is_base: True for a directory with a copy of the base model.
+        base: the base model's weights, see `load_peft`.
 
     Raises:
         InputError: the problems of all adapters, one line each.
     """
 
     def read(source: Source) -> Adapter:
-        adapter = read_adapter(source.path, shapes, config)
+        adapter = read_adapter(source.path, shapes, config, base)
         return replace(adapter, name=source.name, origin=source.origin)
 
     found = gather(partial(read, source) for source in sources)

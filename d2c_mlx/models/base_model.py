@@ -175,6 +175,28 @@ class BaseModel:
             isinstance(module, nn.QuantizedLinear) for module in self.model.modules()
         )
 
+    def weight(self, path: str) -> mx.array | None:
+        """The weight of a module in float32, dequantized; None if the model has no such module.
+
+        A head that the model shares with its embeddings has theirs.
+
+        Args:
+            path: as in `module_shapes`, or of a norm, the embeddings or the head.
+        """
+        modules = dict(self.model.named_modules())
+        module = modules.get(path)
+        if module is None and path.endswith("lm_head"):
+            module = next((m for name, m in modules.items() if name.endswith("embed_tokens")), None)
+        if isinstance(module, _AdaptedLinear):
+            module = module.linear
+        if module is None or "weight" not in module:
+            return None
+        if "scales" not in module:
+            return module.weight.astype(mx.float32)
+        found = mx.dequantize(module.weight, module.scales, module.get("biases"),
+                              module.group_size, module.bits, module.mode)  # fmt: skip
+        return found.astype(mx.float32)
+
     def attach(self, *adapters: Adapter | None, fold: bool = False) -> None:
         """Put adapters in place of those attached before.
 

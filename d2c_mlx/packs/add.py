@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.base_weights import BaseWeights
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.similarity import similarity
@@ -106,7 +107,8 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = BaseModel(str(found.base_directory(options.model)))
-        (new,) = read_adapters(sources, base.module_shapes, base.config)
+        own = BaseWeights(base.weight)
+        (new,) = read_adapters(sources, base.module_shapes, base.config, base=own)
         judge, system = None, None
         if options.tasks:
             tasks = _tasks(options.tasks, new.name, found.tasks)

@@ -86,6 +86,14 @@ class RunConfig(RunRules):
         group=_INPUT,
         default_text="no",
     )
+    accept_dora: int | None = option(
+        None,
+        "take DoRAs in as the closest LoRAs of this rank, and show the error",
+        group=_INPUT,
+        default_text="refuse them",
+        ge=1,
+        le=_MOST_RANK,
+    )
     tasks: str = option(
         ...,
         "folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.base_weights import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compress.budget import parse_budget
@@ -74,14 +75,7 @@ class Inputs:
         known = [source.name for source in sources]
         if config.skip_bad:
             sources = self._usable(sources)
-        is_base = partial(same_weights, self.base.path)
-        self.adapters: list[Adapter] = (
-            collect(
-                errors,
-                lambda: read_adapters(sources, self.base.module_shapes, self.base.config, is_base),
-            )
-            or []
-        )
+        self.adapters: list[Adapter] = collect(errors, lambda: self._read(sources)) or []
         names = [source.name for source in sources]
         self.tasks: list[Task] = (
             collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
@@ -115,13 +109,17 @@ class Inputs:
         if errors:
             raise InputError([line for error in errors for line in error.problems])
 
+    def _read(self, sources: Sequence[Source]) -> list[Adapter]:
+        own, is_base = self.base, partial(same_weights, self.base.path)
+        weights = BaseWeights(own.weight, self.config.accept_dora)
+        return read_adapters(sources, own.module_shapes, own.config, is_base, weights)
+
     def _usable(self, sources: Sequence[Source]) -> Sequence[Source]:
         """The sources without those that cannot be read or have no rows; all if none is left."""
         kept, left_out = [], []
         for source in sources:
             found: list[InputError] = []
-            shapes, config = self.base.module_shapes, self.base.config
-            collect(found, partial(read_adapters, [source], shapes, config))
+            collect(found, partial(self._read, [source]))
             collect(found, partial(load_task, Path(self.config.tasks) / source.name))
             if found:
                 left_out.append(f"{source.name} ({found[0].problems[0]})")
@@ -212,11 +210,15 @@ def opening(inputs: Inputs) -> str:
         budget += f" = {size(capacity.max_bytes)}"
     elif capacity.budget.n_adapters:
         budget = f"{min(capacity.n_clusters, len(ranks))} of them"
+    doras = ", ".join(
+        f"{one.name} {one.dora_error:.3f}" for one in inputs.adapters if one.dora_error is not None
+    )
     return (
         f"found {len(ranks)} adapters of {inputs.base.name} (rank {span(ranks)},"
         f" {size(capacity.total)}), {span([len(one.examples) for one in inputs.probes])}"
         f" calibration and {span([len(one.examples) for one in inputs.tests])} held-out rows"
         f" each; room for {budget}; device: {device_name()}"
+        + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )
 
 
@@ -239,6 +241,7 @@ def provenance(inputs: Inputs) -> dict[str, Any]:
                 "probe": probe.digest,
                 "test": test.digest,
                 **({"origin": adapter.origin} if adapter.origin else {}),
+                **({} if adapter.dora_error is None else {"dora_error": adapter.dora_error}),
             }
             for adapter, probe, test in zip(inputs.adapters, inputs.probes, inputs.tests)
         },

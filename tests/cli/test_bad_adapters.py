@@ -185,7 +185,6 @@ def test_an_unsupported_peft_feature(cli, lib, field, value):
         (f"{Q0}.lora_magnitude_vector", (32,)),
         (f"{Q0}.lora_magnitude_vector.weight", (32,)),
         (f"{Q0}.lora_B.bias", (32,)),
-        ("base_model.model.lm_head.weight", (300, 32)),
         (f"{Q0}.lora_A.default.weight", (4, 32)),
     ],
 )

@@ -89,6 +89,10 @@ def main(root):
                 lora = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **changes}
                 options = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
                 peft = get_peft_model(model, options).eval()
+                for name, x in peft.named_parameters():
+                    # PEFT begins with the rows' own lengths, and then nothing is scaled.
+                    if "magnitude" in name:
+                        x.data *= 1 + 0.2 * torch.randn_like(x)
                 peft.save_pretrained(root / family / feature)
                 logits[feature] = peft(tokens).logits.numpy()
                 model = peft.unload()

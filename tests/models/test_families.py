@@ -21,6 +21,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
 
+from d2c_mlx.adapters.base_weights import BaseWeights
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft
@@ -91,15 +92,34 @@ def test_base_is_the_one_that_torch_has(root, bases, family):
     assert np.abs(logits(bases[family].model) - expected).max() < 1e-4
 
 
+def check_dora(base, source, known):
+    """A LoRA of full rank is the DoRA, on this base; one of a smaller rank loses what it says."""
+    whole, less = (
+        read_adapter(source, base.module_shapes, base=BaseWeights(base.weight, rank))
+        for rank in (1000, 8)
+    )
+    assert whole.dora_error < 1e-5 < less.dora_error < 1
+    base.attach(whole)
+    assert np.abs(logits(base.model) - known["DoRA"]).max() < 1e-5 * np.abs(known["DoRA"]).max()
+    assert np.abs(known["base"] - known["DoRA"]).max() > 1e-2
+    deltas = [(lora.delta(), less.modules[path].delta()) for path, lora in whole.modules.items()]
+    lost = np.concatenate([np.ravel(x - y) for x, y in deltas])
+    total = np.concatenate([x.ravel() for x, _ in deltas])
+    error = np.linalg.norm(lost) / np.linalg.norm(total)
+    assert less.dora_error == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.parametrize("family, feature", CELLS)
 def test_cell(root, bases, family, feature, tmp_path):
     base, source, words = bases[family], root / family / feature, FEATURES[feature][1]
     if words:
         with pytest.raises(AdapterError, match=words) as caught:
             read_adapter(source, base.module_shapes)
+        found[family, feature] = "refused"
         if feature == "DoRA":
             assert len(caught.value.problems) == 1
-        found[family, feature] = "refused"
+            check_dora(base, source, np.load(root / family / "logits.npz"))
+            found[family, feature] = "--accept-dora"
         return
     known = np.load(root / family / "logits.npz")
     adapter = read_adapter(source, base.module_shapes)

@@ -1,0 +1,197 @@
+"""DoRAs as LoRAs, and modules stored in full, against stock mlx-lm; PEFT's are in test_families."""
+
+import json
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.command import edit_config, edit_tensors
+from helpers.tiny import Gpu, library, peft_adapter
+from mlx.utils import tree_flatten
+from mlx_lm import load as stock_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load, quantize_model, save
+from safetensors.numpy import load_file
+
+from d2c_mlx.adapters.base_weights import BaseWeights
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import AdapterError, InputWarning
+
+TOKENS = mx.array([[3, 14, 15, 92, 65, 35]])
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A tiny library; the adapter a is a DoRA that mlx-lm made, trained by chance."""
+    found = library(tmp_path_factory.mktemp("dora"), ("a", "b"))
+    for file in (found.adapters / "a").iterdir():
+        file.unlink()
+    dora(found.model, found.adapters / "a")
+    return found
+
+
+def dora(model, directory):
+    """Save a DoRA as mlx-lm does, and return the model that has it."""
+    directory.mkdir(exist_ok=True)
+    loaded, _ = stock_load(str(model))
+    loaded.freeze()
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(loaded, 2, parameters, use_dora=True)
+    mx.random.seed(0)
+    tensors = {
+        name: x * (1 + 0.1 * mx.random.normal(x.shape)) if name.endswith(".m")
+        else 0.1 * mx.random.normal(x.shape)
+        for name, x in tree_flatten(loaded.trainable_parameters())
+    }  # fmt: skip
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    config = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": parameters}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def logits(model):
+    return np.array(model(TOKENS).astype(mx.float32))
+
+
+def stock_logits(model, adapter):
+    """Of stock mlx-lm with its own DoRA layers, computed in float32."""
+    loaded, _ = stock_load(str(model), adapter_path=str(adapter))
+    loaded.set_dtype(mx.float32)
+    return logits(loaded)
+
+
+def test_a_dora_of_mlx_lm_at_full_rank_is_the_dora(paths):
+    base = BaseModel(str(paths.model))
+    expected = stock_logits(paths.model, paths.adapters / "a")
+    errors = []
+    for rank in (32, 8, 4):
+        adapter = read_adapter(paths.adapters / "a", base.module_shapes,
+                               base=BaseWeights(base.weight, rank))  # fmt: skip
+        assert adapter.rank == rank
+        base.attach(adapter)
+        difference = np.abs(logits(base.model) - expected).max()
+        assert (difference < 1e-5 * np.abs(expected).max()) == (rank == 32)
+        errors.append(adapter.dora_error)
+    assert errors[0] < 1e-5 < errors[1] < errors[2] < 1
+
+
+def test_on_a_quantized_base_one_module_at_a_time_is_dequantized(paths, tmp_path, monkeypatch):
+    loaded, tokenizer, config = load(str(paths.model), return_config=True)
+    loaded, config = quantize_model(loaded, config, group_size=32, bits=4)
+    small = tmp_path / "small"
+    save(small, str(paths.model), loaded, tokenizer, config)
+    dora(small, tmp_path / "a")
+    monkeypatch.setattr(mx, "default_device", Gpu)  # By name: weights stay as they are stored.
+    base = BaseModel(str(small))
+    path = "model.layers.1.mlp.up_proj"
+    assert isinstance(dict(base.model.named_modules())[path], nn.QuantizedLinear)
+    assert base.weight(path).shape == (64, 32)
+    whole = BaseWeights(base.weight, 32)
+    adapter = read_adapter(tmp_path / "a", base.module_shapes, base=whole)
+    base.attach(adapter)
+    assert base.weight(path).shape == (64, 32)
+    expected = logits(stock_load(str(small), adapter_path=str(tmp_path / "a"))[0])
+    # In 16 bit.
+    assert np.abs(logits(base.model) - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+def test_run_and_convert_say_what_is_lost(paths, tmp_path, command):
+    options = ["--model", paths.model, "--adapters", paths.adapters]
+    code, out, _ = command("convert", *options, "--accept-dora", 8, "--output", tmp_path / "out")
+    assert code == 0
+    said, other, _ = out.splitlines()
+    error = float(said.rpartition(" ")[2])
+    assert said.split()[:4] == ["a", "rank", "8", "14"] and 0 < error < 1
+    assert "relative error of dW" in said and "error" not in other
+    assert load_adapter(tmp_path / "out" / "a").rank == 8
+    options += ["--tasks", paths.tasks, "--output", tmp_path / "run", "--budget", 1]
+    options += ["--answers", 0, "--baselines", "", "--accept-dora", 8]
+    code, _, err = command("run", *options)
+    assert code == 0, err
+    assert f"DoRAs as LoRAs, relative error of dW: a {error:.3f}\n" in err
+    bench = json.loads((tmp_path / "run" / "bench.json").read_text())
+    inputs = bench["provenance"]["inputs"]
+    assert inputs["a"]["dora_error"] == pytest.approx(error, abs=1e-3)
+    assert "dora_error" not in inputs["b"]
+    for name in ("report.md", "report.html"):
+        said = f"LoRAs of rank 8, relative error of dW: a {error:.3f}"
+        assert said in (tmp_path / "run" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.m"),
+        lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.m": mx.ones((3,))}),
+        lambda tensors: tensors.update({"model.layers.0.mlp.nope.m": mx.ones((3,))}),
+    ],
+)
+def test_a_dora_without_its_magnitudes(paths, tmp_path, change):
+    tensors = mx.load(str(paths.adapters / "a" / "adapters.safetensors"))
+    change(tensors)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    config = (paths.adapters / "a" / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match="1 modules have no magnitude") as caught:
+        load_adapter(tmp_path, BaseWeights(lambda path: None, 4))
+    assert len(caught.value.problems) == 1
+
+
+def test_a_dora_of_another_base_is_refused_by_its_shapes(paths):
+    base = BaseModel(str(paths.model))
+    other = {path: (48, 32) for path in base.module_shapes}
+    with pytest.raises(AdapterError, match="shape of another base model"):
+        read_adapter(paths.adapters / "a", other, base=BaseWeights(lambda path: None, 4))
+
+
+SAVED = ["model.norm", "model.layers.0.input_layernorm", "model.embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4"])
+@pytest.mark.parametrize("name", SAVED)
+def test_modules_stored_in_full_are_left_out_if_they_are_the_base_s(paths, tmp_path, name, kind):
+    base = BaseModel(str(paths.model))
+    stored = load_file(paths.model / "model.safetensors")
+    # The head is that of the embeddings.
+    x = stored[f"{name.replace('lm_head', 'model.embed_tokens')}.weight"].astype(kind)
+    path = peft_adapter(tmp_path, "a")
+    plain = read_adapter(path, base.module_shapes)
+    edit_config(path, modules_to_save=[name.rpartition(".")[2]])
+    edit_tensors(path, lambda t: t.update({f"base_model.model.{name}.weight": x}))
+    own = BaseWeights(base.weight)
+    with pytest.warns(InputWarning, match=f"{name}: stored in full, as the base model has them"):
+        assert read_adapter(path, base.module_shapes, base=own).digest == plain.digest
+    with pytest.raises(AdapterError, match="modules_to_save"):
+        read_adapter(path, base.module_shapes)
+    changed = x.copy()
+    changed.flat[1] *= 2
+    for other in (changed, np.concatenate([x, x])):
+        edit_tensors(path, partial(dict.update, **{f"base_model.model.{name}.weight": other}))
+        words = f"1 modules are stored in full, and not as the base model has them .first: {name} "
+        with pytest.raises(AdapterError, match=words) as caught:
+            read_adapter(path, base.module_shapes, base=own)
+        assert len(caught.value.problems) == 1
+        assert "train it without modules_to_save" in caught.value.problems[0]
+
+
+def test_loras_of_embeddings_and_head_are_refused_by_name(paths, tmp_path):
+    base = BaseModel(str(paths.model))
+    own = BaseWeights(base.weight)
+    path = peft_adapter(tmp_path, "peft")
+    factors = {"A": np.ones((4, 300), "f2"), "B": np.ones((32, 4), "f2")}
+    edit_tensors(path, lambda t: t.update(
+        {f"base_model.model.model.embed_tokens.lora_embedding_{k}": x for k, x in factors.items()}
+    ))  # fmt: skip
+    with pytest.raises(AdapterError, match="embed_tokens.lora_embedding_A .* train it without"):
+        read_adapter(path, base.module_shapes, base=own)
+    # As mlx-lm's LoRAEmbedding has them, and the head by both.
+    for name in ("model.embed_tokens", "lm_head"):
+        tensors = {f"{name}.lora_a": mx.ones((300, 4)), f"{name}.lora_b": mx.ones((4, 32))}
+        mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+        config = {"lora_parameters": {"rank": 4, "scale": 1.0}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(AdapterError, match=f"first: {name}.; embeddings, lm_head .* without"):
+            read_adapter(tmp_path, base.module_shapes, base=own)

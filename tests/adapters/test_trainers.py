@@ -1,0 +1,152 @@
+"""Adapters as trainers write them: their own fields and values, over tiny tensors.
+
+Fields are those of unsloth 2026.10, llamafactory 0.9.5, axolotl 0.19, torchtune 0.6.1, mlx-tune
+0.6.0, mlx-lm-lora 5.10.2, PEFT 0.18 and the versions of mlx-lm that are named.
+"""
+
+import json
+import math
+import warnings
+
+import pytest
+from helpers.tiny import ALL, peft_adapter
+
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.utils.errors import AdapterError, InputWarning
+
+# What PEFT itself writes, whoever calls it.
+PEFT = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
+    "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+    "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False,
+    "lora_dropout": 0.05, "megatron_config": None, "megatron_core": "megatron.core",
+    "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.18.0",
+    "qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": None,
+    "target_modules": ["v_proj", "q_proj"], "target_parameters": None, "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+}  # fmt: skip
+UNSLOTH = {
+    **PEFT, "lora_alpha": 16, "lora_dropout": 0, "loftq_config": None,
+    "base_model_name_or_path": "unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit",
+    "auto_mapping": {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+        "unsloth_fixed": True,
+    },
+    "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn).*?(?:q_proj|v_proj).*?)",
+}  # fmt: skip
+TORCHTUNE = {
+    "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "peft_type": "LORA",
+    "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
+}  # fmt: skip
+# Trainer -> (its config, scale, or words of the refusal).
+PEFT_TRAINERS = {
+    "Unsloth": (UNSLOTH, 4.0),
+    "Unsloth, LoftQ": ({**UNSLOTH, "init_lora_weights": "loftq"}, "changes the base model's"),
+    "LLaMA-Factory": ({**PEFT, "use_rslora": True}, 8 / math.sqrt(4)),
+    "LLaMA-Factory, PiSSA": (
+        {**PEFT, "init_lora_weights": "pissa_niter_16"},
+        "path_initial_model_for_weight_conversion",
+    ),
+    "LLaMA-Factory, new tokens": (
+        {**PEFT, "modules_to_save": ["embed_tokens", "lm_head"]},
+        "modules_to_save is .* stored in full",
+    ),
+    "axolotl": ({**PEFT, "target_parameters": [], "fan_in_fan_out": None}, 2.0),
+    "axolotl, DoRA": ({**PEFT, "use_dora": True}, "--accept-dora RANK"),
+    "axolotl, ReLoRA of blocks": ({**PEFT, "layers_to_transform": [0, 1]}, 2.0),
+    "torchtune": (TORCHTUNE, 2.0),
+}
+MLX_LM = {
+    "adapter_path": "adapters", "batch_size": 4, "data": "data/", "iters": 1000,
+    "learning_rate": 1e-5, "lr_schedule": None, "max_seq_length": 2048, "model": "mlx-community/m",
+    "resume_adapter_file": None, "save_every": 100, "seed": 0, "steps_per_eval": 200,
+    "steps_per_report": 10, "test": False, "test_batches": 500, "train": True, "val_batches": 25,
+}  # fmt: skip
+ALPHA = {"rank": 4, "alpha": 16, "dropout": 0.0, "scale": 10.0}
+PLAIN = {"rank": 4, "dropout": 0.0, "scale": 20.0}
+# mlx-lm-lora tells what it trained among the parameters, and no base.
+MLX_LM_LORA = {"lora_parameters": {**PLAIN, "use_dora": False, "num_layers": -1}, "num_layers": -1}
+MLX_TRAINERS = {
+    "mlx-lm 0.10": ({**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA}, 10.0),
+    "mlx-lm 0.16": (
+        {**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA, "use_dora": False},
+        10.0,
+    ),
+    "mlx-lm 0.16, DoRA": (
+        {**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA, "use_dora": True},
+        "--accept-dora RANK",
+    ),
+    "mlx-lm 0.21": (
+        {**MLX_LM, "fine_tune_type": "lora", "num_layers": 16, "lora_parameters": ALPHA},
+        10.0,
+    ),
+    "mlx-lm 0.32": (
+        {**MLX_LM, "fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam",
+         "grad_accumulation_steps": 1, "mask_prompt": False, "lora_parameters": PLAIN},
+        20.0,
+    ),
+    "mlx-lm 0.32, full": ({**MLX_LM, "fine_tune_type": "full"}, "only a plain LoRA"),
+    "mlx-tune": (
+        {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {
+            "rank": 4, "scale": 16 / 4, "dropout": 0,
+            "keys": ["self_attn.q_proj", "self_attn.v_proj"]}},
+        4.0,
+    ),
+    "mlx-lm-lora": (MLX_LM_LORA, 20.0),
+    "mlx-lm-lora, DoRA": (
+        {**MLX_LM_LORA, "lora_parameters": {**PLAIN, "use_dora": True}},
+        "--accept-dora RANK",
+    ),
+}  # fmt: skip
+
+
+def check(path, config, expected):
+    """Every module has the scale of the trainer, or one line says what to do."""
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    if isinstance(expected, str):
+        with pytest.raises(AdapterError, match=expected) as caught:
+            read_adapter(path, ALL)
+        assert len(caught.value.problems) == 1
+        return
+    adapter = read_adapter(path, ALL)
+    assert {lora.scale for lora in adapter.modules.values()} == {expected}
+    named = config.get("base_model_name_or_path") or config.get("model")
+    assert (len(adapter.modules), adapter.rank, adapter.base) == (4, 4, named)
+
+
+@pytest.mark.parametrize("trainer", PEFT_TRAINERS)
+def test_trainers_that_use_peft(tmp_path, trainer):
+    check(peft_adapter(tmp_path, "a"), *PEFT_TRAINERS[trainer])
+
+
+@pytest.mark.parametrize("trainer", MLX_TRAINERS)
+def test_trainers_on_mlx(tmp_path, trainer):
+    plain = read_adapter(peft_adapter(tmp_path, "plain"), ALL)
+    plain.save(tmp_path / "a", 2)
+    config, expected = MLX_TRAINERS[trainer]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(tmp_path / "a", config, expected)
+    # Before 0.14.2 the same config meant another scale, which nothing tells.
+    old = "lora_layers" in config and not isinstance(expected, str)
+    assert [str(one.message).partition("json: ")[2] for one in caught] == old * [
+        "scale is 10, as mlx-lm has had it since 0.14.2; if an older one trained this, write 40,"
+        " its scale * alpha / rank"
+    ]
+    assert all(one.category is InputWarning for one in caught)
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [("adapter_model.pt", "torchtune"), ("adapter_model.bin", "safe_serialization=True"),
+     ("adapters.npz", "has no scale")],
+)  # fmt: skip
+def test_files_that_are_not_read(tmp_path, file, words):
+    (tmp_path / file).write_bytes(bytes(8))
+    with pytest.raises(AdapterError, match=f"{file}: .*{words}") as caught:
+        read_adapter(tmp_path, ALL)
+    assert len(caught.value.problems) == 1
