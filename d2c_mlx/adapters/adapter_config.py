@@ -11,7 +11,13 @@ from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["base_name", "read_config", "stated_base"]
+__all__ = ["base_key", "base_name", "read_config", "stated_base"]
+
+# How names of models end that hold another's weights in another precision or file.
+_PRECISION = re.compile(
+    r"[-_.](unsloth|bnb|mlx|gguf|gptq|awq|dwq|\d-?bits?|int[48]|fp8|b?fp?16|fp32|float(16|32)|"
+    r"i?q\d(_\w+)?)$"
+)
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -52,3 +58,14 @@ def base_name(config: Mapping[str, object]) -> str | None:
         parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]
         name = parts[-1] if parts and parts[-1][0] != "~" else ""
     return name or None
+
+
+def base_key(name: str | None) -> str | None:
+    """What a base model is: its name without owner and precision, small letters; None as given.
+
+    `unsloth/Llama-3.2-1B-bnb-4bit` and `mlx-community/Llama-3.2-1B-4bit` are one.
+    """
+    key = name and name.rpartition("/")[2].lower()
+    while key and (shorter := _PRECISION.sub("", key)) not in ("", key):
+        key = shorter
+    return key

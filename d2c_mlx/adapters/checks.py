@@ -21,6 +21,13 @@ __all__ = [
     "pair_problems",
 ]
 
+
+class OtherBaseError(AdapterError):
+    """An adapter does not fit the base model; `base` is the name of its own, if it has one."""
+
+    base: str | None = None
+
+
 # Why a DoRA is refused, of PEFT or mlx-lm.
 DORA = (
     "a DoRA scales each row of the merged weight, the base's own numbers too, by a learned"
@@ -72,6 +79,10 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" norm up to {bounds[large[0]]:.1e}, at most {_MAX_NORM:.0e} is read); look at its"
             " scale (alpha), or train it again"
         )
+    if wrong or any(".layers." in module for module in unknown):
+        error = OtherBaseError(problems)
+        error.base = adapter.base
+        raise error
     if problems:
         raise AdapterError(problems)
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
 from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS, load_adapter_bias
-from d2c_mlx.adapters.adapter_config import read_config, stated_base
+from d2c_mlx.adapters.adapter_config import base_key, read_config, stated_base
 from d2c_mlx.adapters.base_weights import BaseWeights
-from d2c_mlx.adapters.checks import check_adapter, check_base
+from d2c_mlx.adapters.checks import OtherBaseError, check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, load_peft
 from d2c_mlx.adapters.sources import Source
-from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
+from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning
 
 __all__ = ["read_adapter", "read_adapters"]
 
@@ -101,16 +100,50 @@ def read_adapters(
         base: the base model's weights, see `load_peft`.
 
     Raises:
-        InputError: the problems of all adapters, one line each.
+        InputError: the problems of all adapters, one line each; one line for all those of another
+            base model, if it has another name too.
     """
-
-    def read(source: Source) -> Adapter:
-        adapter = read_adapter(source.path, shapes, config, base)
-        return replace(adapter, name=source.name, origin=source.origin)
-
-    found = gather(partial(read, source) for source in sources)
+    found: list[Adapter] = []
+    failed: dict[str, InputError] = {}
+    for source in sources:
+        try:
+            adapter = read_adapter(source.path, shapes, config, base)
+            found.append(replace(adapter, name=source.name, origin=source.origin))
+        except InputError as error:
+            failed[source.name] = error
+    if failed:
+        raise AdapterError(_problems(found, failed))
     _warn_of_bases(found, sources, is_base)
     return found
+
+
+def _problems(found: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
+    """One line for every other base model, with its adapters, and all other problems."""
+    fitting = {base_key(adapter.base) for adapter in found} - {None}
+    others: dict[str | None, list[str]] = {}
+    lines: list[str] = []
+    for name, error in failed.items():
+        if isinstance(error, OtherBaseError) and base_key(error.base) not in fitting:
+            others.setdefault(error.base, []).append(name)
+        else:
+            lines += error.problems
+    n = len(found) + len(failed)
+    if n == 1 or not others:
+        return [line for error in failed.values() for line in error.problems]
+    alone = "run them by themselves with it as --model, or leave them out (--skip-bad)"
+    for base, names in others.items():
+        remedy = "give it as --model" if base and len(names) == n else alone
+        lines.append(
+            f"adapters: {_few(names)} ({len(names)} of {n}) do not fit the base model and name"
+            f" {f'{base!r}' if base else 'none'}; {remedy}; first: {failed[names[0]].problems[0]}"
+        )
+    if found:
+        bases = sorted({repr(adapter.base) for adapter in found if adapter.base})
+        lines.append(
+            f"adapters: {_few([one.name for one in found])} ({len(found)} of {n}) fit the base"
+            f" model and name {', '.join(bases) or 'none'}; give these alone, or --skip-bad"
+        )
+    return lines
 
 
 def _warn_of_bases(
@@ -118,9 +151,12 @@ def _warn_of_bases(
 ) -> None:
     """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
     named: dict[str, list[str]] = {}
+    first: dict[str | None, str] = {}
     for adapter in adapters:
         if adapter.base:
-            named.setdefault(adapter.base, []).append(adapter.name)
+            # Of one model in two precisions, such as 4 bit for training, the first name stands.
+            base = first.setdefault(base_key(adapter.base), adapter.base)
+            named.setdefault(base, []).append(adapter.name)
     if len(named) > 1:
         # A path says more than a name: mlx-lm trains on a local copy in float32, say.
         known = {
@@ -140,4 +176,4 @@ def _warn_of_bases(
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+    return ", ".join([*names[:20], "..."] if len(names) > 20 else names)

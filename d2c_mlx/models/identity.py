@@ -72,13 +72,11 @@ def weights_digest(directory: Path) -> str:
 def same_weights(one: Path, other: Path) -> bool:
     """True if two model directories hold the same tensors, but perhaps in another precision.
 
-    The first numbers of each tensor are compared. A quantized copy is not the same, and neither is
-    what cannot be read.
+    The first numbers of each tensor are compared, packed ones unpacked: a float32 copy of a
+    quantized model is the same, a quantized copy of another is not, nor what cannot be read.
     """
     try:
-        first, second = (
-            _beginnings(sorted(path.glob("model*.safetensors"))) for path in (one, other)
-        )
+        first, second = map(_beginnings, (one, other))
     except ModelError:
         return False
     if not first or first.keys() != second.keys():
@@ -159,15 +157,41 @@ def _tensors(files: Sequence[Path]) -> list[tuple[str, str, list[int], str]]:
     return found
 
 
-def _beginnings(files: Sequence[Path]) -> dict[str, tuple[list[int], str, mx.array]]:
-    """Name -> shape, dtype and first numbers of every tensor of floats."""
-    found = {}
-    for file, name, entry, nbytes in _entries(files):
-        kind = _FLOATS.get(entry["dtype"])
+_Beginnings = dict[str, tuple[list[int], str, mx.array]]
+
+
+def _beginnings(directory: Path) -> _Beginnings:
+    """Name -> shape, dtype and first numbers of every tensor of a model, packed ones unpacked."""
+    found: _Beginnings = {}
+    for file, name, entry, nbytes in _entries(sorted(directory.glob("model*.safetensors"))):
+        kind = {**_FLOATS, "U32": mx.uint32}.get(entry["dtype"])
         if kind is not None:
             n = min(nbytes, _BEGINNING * kind.size)
             data = mx.array(np.frombuffer(file.read(n), np.uint8)).view(kind)
             found[name] = (entry["shape"], entry["dtype"], data)
+    packed = [name for name, (_, dtype, _) in found.items() if dtype == "U32"]
+    return _unpacked(directory, found, packed) if packed else found
+
+
+def _unpacked(directory: Path, found: _Beginnings, packed: Sequence[str]) -> _Beginnings:
+    """The same with the numbers, in float32, of weights that mlx-lm quantized."""
+    try:
+        stated = json.loads(read_text(directory / "config.json"))["quantization"]
+        for name in packed:
+            module = name.removesuffix(".weight")
+            about = {**stated, **stated.get(module, {})}
+            bits, size = about["bits"], about["group_size"]
+            (shape, _, words), (_, _, scales), (_, _, biases) = (
+                found.pop(f"{module}.{part}") for part in ("weight", "scales", "biases")
+            )
+            width = shape[1] * 32 // bits
+            n = min(width, _BEGINNING) // size
+            x, a, b = words[None, : n * size * bits // 32], scales[None, :n], biases[None, :n]
+            kinds = (a.astype(mx.float32), b.astype(mx.float32))
+            numbers = mx.dequantize(x, *kinds, group_size=size, bits=bits)[0]
+            found[name] = ([shape[0], width], "F32", numbers)
+    except _UNREADABLE as error:
+        raise ModelError(f"{directory}: quantized in a way that is not known ({error})") from None
     return found
 
 

@@ -29,6 +29,30 @@ def test_an_adapter_for_another_base(cli, lib):
     cli.fails_with(path, "model.layers.0.self_attn.q_proj", "(48, 32)", "(32, 32)", "tiny/llama")
 
 
+def test_adapters_of_two_bases_in_one_folder(cli, lib):
+    """One line for every base, with its adapters and what to do; --skip-bad goes on with one."""
+    wide = edit_tensors(lib.adapters / "beta", lambda tensors: tensors.update(
+        {f"{Q0}.lora_A.weight": np.ones((4, 48), np.float16)}
+    ))  # fmt: skip
+    edit_config(lib.adapters / "beta", base_model_name_or_path="org/Wide-1B")
+    assert cli.fails() == [
+        "adapters: beta (1 of 3) do not fit the base model and name 'org/Wide-1B'; run them by"
+        " themselves with it as --model, or leave them out (--skip-bad); first:"
+        f" {wide}: 1 modules have the shape of another base model; first:"
+        " model.layers.0.self_attn.q_proj: found in, out = (48, 32), expected (32, 32) (the adapter"
+        " names base 'org/Wide-1B')",
+        "adapters: alpha, gamma (2 of 3) fit the base model and name 'tiny/llama'; give these"
+        " alone, or --skip-bad",
+    ]
+    with pytest.warns(InputWarning, match="left out 1 of 3: beta .*shape of another base"):
+        assert cli([*cli.argv("probe", "--quiet"), "--skip-bad"])[0] == 0
+    shutil.rmtree(cli.output)
+    for name in ("alpha", "gamma"):
+        shutil.copytree(lib.adapters / "beta", lib.adapters / name, dirs_exist_ok=True)
+    words = "adapters: alpha, beta, gamma (3 of 3) do not fit the base model"
+    cli.fails_with(words, "'org/Wide-1B'; give it as --model")
+
+
 @pytest.mark.parametrize(
     "module",
     ["model.layers.0.self_attn.nope_proj", "model.layers.7.self_attn.q_proj", "lm_head"],
@@ -140,6 +164,13 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
     base = BaseModel(str(lib.model))
     with pytest.warns(InputWarning, match="found 2 names of base models"):
         read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)
+    # One model in other precisions is no other.
+    names = ["unsloth/llama-unsloth-bnb-4bit", "mlx-community/Llama-8bit", "x/llama.Q4_K_M"]
+    for name, other in zip(("alpha", "beta", "gamma"), names):
+        edit_config(lib.adapters / name, base_model_name_or_path=other)
+    assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
+    for name in ("alpha", "gamma"):
+        edit_config(lib.adapters / name, base_model_name_or_path="tiny/llama-chat")
     # A folder that is known to be the base, as of a float32 copy, is no other; warnings are errors.
     path = str(lib.model)
     edit_config(lib.adapters / "beta", base_model_name_or_path=path)

@@ -9,6 +9,8 @@ import mlx.core as mx
 import pytest
 from helpers.gguf_files import write_gguf
 from helpers.tiny import LAYERS, tiny_model
+from mlx_lm import load as stock_load
+from mlx_lm.utils import dequantize_model, quantize_model, save
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.models.base_model import BaseModel
@@ -52,6 +54,21 @@ def test_a_copy_in_another_precision_is_the_same_model(model, copy, tmp_path):
     assert not same_weights(copy, model)
     (copy / "model.safetensors").write_bytes(b"no tensors at all")
     assert not same_weights(copy, model)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_float32_copy_of_a_quantized_model_is_the_same_model(model, tmp_path, bits):
+    """As mlx-lm quantizes, and as a person makes a copy to train on."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    loaded, tokenizer, config = stock_load(str(model), return_config=True)
+    loaded, config = quantize_model(loaded, config, group_size=32, bits=bits)
+    save(small, str(model), loaded, tokenizer, config)
+    loaded, _ = stock_load(str(small))
+    loaded.set_dtype(mx.float32)
+    del config["quantization"], config["quantization_config"]
+    save(large, str(model), dequantize_model(loaded), tokenizer, config)
+    assert same_weights(small, large) and same_weights(large, small)
+    assert not same_weights(small, model)
 
 
 def pack_for(model, path):
