@@ -25,6 +25,14 @@ _GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
 
+# Kinds of scaled RoPE that mlx-lm has for a family; all others have both.
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "gemma2": (), "lfm2": (), "gemma3_text": ("linear",), "phi3": ("linear",),
+}  # fmt: skip
+# Keys of yarn that mlx-lm has no field for, and the values that change nothing.
+_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "attn_factor": 1.0,
+         "yarn_log_multiplier": 0.0}  # fmt: skip
+
 Get = Callable[..., Any]
 
 
@@ -172,13 +180,16 @@ def _rope_scaling(
     get: Get, factors: np.ndarray | None, config: Mapping[str, Any], path: Path
 ) -> dict[str, Any] | None:
     kind = get("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
+    kinds = ("none", *_SCALINGS.get(config["model_type"], ("linear", "yarn")))
+    if kind not in kinds:
         raise ModelError(
-            f"{path}: rope.scaling.type is {kind!r}, expected 'none' or 'linear': give the mlx-lm"
-            " directory instead"
+            f"{path}: rope.scaling.type is {kind!r}, expected {' or '.join(map(repr, kinds))}: give"
+            " the mlx-lm directory instead"
         )
     if kind == "linear":
         return {"type": "linear", "factor": float(get("rope.scaling.factor"))}
+    if kind == "yarn":
+        return _yarn(get, path)
     if factors is None or (factors == 1).all():
         return None
     scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3,
@@ -194,6 +205,22 @@ def _rope_scaling(
             " directory instead"
         )
     return scaling
+
+
+def _yarn(get: Get, path: Path) -> dict[str, Any]:
+    for key, usual in _YARN.items():
+        if (found := get(f"rope.scaling.{key}", usual)) != usual:
+            raise ModelError(
+                f"{path}: rope.scaling.{key} is {found}, expected {usual:g} or none: give the"
+                " mlx-lm directory instead"
+            )
+    return {
+        "rope_type": "yarn",
+        "factor": float(get("rope.scaling.factor")),
+        "original_max_position_embeddings": int(get("rope.scaling.original_context_length")),
+        "beta_fast": float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        "beta_slow": float(get("rope.scaling.yarn_beta_slow", 1.0)),
+    }
 
 
 def write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -> None:

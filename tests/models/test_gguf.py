@@ -1,6 +1,7 @@
 """GGUF -> mlx-lm directory: against the model it was made from, and the embedded default."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -8,6 +9,7 @@ from helpers.gguf_files import write_gguf
 from helpers.tiny import tiny_model
 
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.gguf_config import config_of
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.utils.errors import ModelError
 
@@ -40,7 +42,14 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype,
     ("changes", "words"),
     [
         ({"general.architecture": "mamba"}, ["general.architecture", "mamba", "llama"]),
-        ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.type"]),
+        ({"llama.rope.scaling.type": "longrope"}, ["rope.scaling.type", "'linear' or 'yarn'"]),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.yarn_attn_factor": mx.array(0.5),
+            },
+            ["rope.scaling.yarn_attn_factor is 0.5, expected 1 or none"],
+        ),
         ({"llama.block_count": mx.array(1 << 30, mx.uint32)}, ["1073741824 blocks in"]),
         ({"tensors": {"rope_freqs.weight": mx.arange(1.0, 5)}}, ["rope_freqs.weight"]),
         ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
@@ -52,6 +61,22 @@ def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, wo
         BaseModel(str(path))
     assert all(word in str(caught.value) for word in words)
     assert not list((tmp_path / "cache" / "models").glob("*bad*"))
+
+
+@pytest.mark.parametrize(
+    "architecture, kind",
+    [("gemma2", "linear"), ("lfm2", "linear"), ("gemma3", "yarn"), ("phi3", "yarn")],
+)
+def test_a_scaled_rope_that_mlx_lm_would_pass_over_is_refused(architecture, kind):
+    numbers = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+               "attention.layer_norm_rms_epsilon", "context_length", "attention.sliding_window",
+               "shortconv.l_cache")  # fmt: skip
+    found = {f"{architecture}.{name}": 8 for name in numbers}
+    found |= {"general.architecture": architecture, "tokenizer.ggml.tokens": ["a"],
+              f"{architecture}.attention.head_count_kv": [8],
+              f"{architecture}.rope.scaling.type": kind}  # fmt: skip
+    with pytest.raises(ModelError, match=f"rope.scaling.type is '{kind}', expected 'none'"):
+        config_of(found, True, "float16", None, Path("x.gguf"))
 
 
 def templates(directory):
