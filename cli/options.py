@@ -209,7 +209,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Evaluation",
         metavar="M",
-        help='"3GB", "800MB"  [default: what the device recommends, else half the memory]',
+        help='of the process while it evaluates: "3GB", "800MB"  [default: what the device'
+        " recommends, else half the memory]",
     ),
     click.option(
         "--without",

@@ -48,7 +48,7 @@ from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.inputs import Inputs, opening, provenance
-from d2c_mlx.run.records import check_pack, expect_pack
+from d2c_mlx.run.records import check_pack, expect_pack, peaks
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
 from d2c_mlx.run.snapshot import changed_options
@@ -355,6 +355,7 @@ def report(session: Session) -> Stage:
 
     def body() -> None:
         artifacts = {Path(name).stem: session.read(name) for name in reads}
+        artifacts["peaks"] = peaks(session.output)
         if phone.exists():
             artifacts["phone"] = read_phone(phone, of=session.path("pack"))
         for name, render in (("report.md", render_markdown), ("report.html", render_html)):

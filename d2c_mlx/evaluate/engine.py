@@ -188,7 +188,8 @@ class Engine:
                 raise ConfigError(
                     f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
                     f" {examples.task} ({max(lengths) + n_prefix} tokens) needs about"
-                    f" {needed / 1e6:,.0f} MB with the model; raise the limit or shorten the row"
+                    f" {needed / 1e6:,.0f} MB with the model, beside what Python holds; raise the"
+                    f" limit by {(needed - self.memory_limit) / 1e6:,.0f} MB or shorten the row"
                 )
             if not self.optimizations.batches:
                 cut = [[i] for batch in cut for i in batch]

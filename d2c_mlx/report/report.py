@@ -86,6 +86,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "metric_names": dict(zip(METRICS, METRIC_NAMES)),
         "provenance": bench["provenance"],
         "phone": artifacts.get("phone"),
+        "peaks": artifacts.get("peaks"),
     }
 
 

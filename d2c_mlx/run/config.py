@@ -234,7 +234,7 @@ class RunConfig(RunRules):
     random_seeds: int = option(3, "random partitions to average", group=_EVALUATION, ge=1)
     memory_limit: str | None = option(
         None,
-        '"3GB", "800MB"',
+        'of the process while it evaluates: "3GB", "800MB"',
         group=_EVALUATION,
         metavar="M",
         default_text="what the device recommends, else half the memory",

@@ -28,7 +28,7 @@ from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
-from d2c_mlx.utils.device import device_name, environment
+from d2c_mlx.utils.device import device_name, environment, outside_mlx
 from d2c_mlx.utils.errors import InputError, InputWarning, collect, gather
 from d2c_mlx.utils.templates import size, span
 
@@ -61,7 +61,9 @@ class Inputs:
         self.base = BaseModel(config.model)
         off = set(config.without) - {"cache", "bound"}
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
-        self.engine = Engine(self.base, config.memory_bytes, savings, local_ranks())
+        # The limit is the process's.
+        limit = max(1, config.memory_bytes - outside_mlx()) if config.memory_bytes else None
+        self.engine = Engine(self.base, limit, savings, local_ranks())
         self.engine.passes = tuned_passes(self.base) or self.engine.passes
         if unused := self.engine.unused:
             _warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"

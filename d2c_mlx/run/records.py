@@ -21,6 +21,7 @@ __all__ = [
     "has_record",
     "keep_pack",
     "outputs_hold",
+    "peaks",
     "read_finish",
     "write_finish",
 ]
@@ -134,6 +135,14 @@ def expect_pack(output: Path, directory: Path) -> None:
     """
     path = _stages(output) / "pack.json"
     write_json(path, {**_read(path), "expected": hash_tree(directory)})
+
+
+def peaks(output: Path) -> dict[str, int]:
+    """Most bytes in any stage of a run: `mlx`, which its evaluations held, and the `process`."""
+    records = [_read(path) for path in _stages(output).glob("*.json")]
+    keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
+    return {name: max((one.get(key, 0) for one in records), default=0)
+            for name, key in keys.items()}  # fmt: skip
 
 
 def keep_pack(pack: Path, before: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,12 +21,15 @@ __all__ = [
     "device_name",
     "environment",
     "machine",
+    "outside_mlx",
     "process_peak",
     "use_device",
     "versions",
 ]
 
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
+
+_STEP = 256 << 20
 
 
 def use_device() -> None:
@@ -92,6 +97,26 @@ def process_peak() -> int:
     """Most bytes of memory that this process has held so far, all that is not MLX's included."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def outside_mlx() -> int:
+    """Bytes of memory that this process holds now beside MLX's, Python and NumPy.
+
+    In whole steps of 256 MiB, so that the same command plans the same batches each time.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        held = pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        held = _resident_by_ps()
+    rest = held - mx.get_active_memory() - mx.get_cache_memory()
+    return max(0, -(-rest // _STEP)) * _STEP
+
+
+def _resident_by_ps() -> int:
+    """Bytes of memory that this process holds, for macOS, which has no /proc."""
+    argv = ["ps", "-o", "rss=", "-p", str(os.getpid())]
+    return 1024 * int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,9 @@ from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.records import Record
+from d2c_mlx.utils.device import _resident_by_ps, outside_mlx
 from d2c_mlx.utils.errors import InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -63,6 +65,16 @@ def test_artifacts_and_the_shape_of_bench_json(config):
         text = (output / name).read_text()
         assert f"{manifest['nbytes']:,}" in text
         assert f"{methods['kmeans']['loss']:.4f}" in text
+        assert re.search(r"Peak memory: MLX [\d.]+ [KM]B, the whole process [\d.]+ [MG]B", text)
+
+
+def test_the_memory_limit_is_that_of_the_process(config):
+    limited = config.replace(memory_limit="4GB")
+    before = Inputs(limited).engine.memory_limit
+    assert before == 4_000_000_000 - outside_mlx()
+    ballast = np.ones(75_000_000)
+    assert Inputs(limited).engine.memory_limit <= before - (256 << 20)
+    assert _resident_by_ps() > ballast.nbytes
 
 
 def test_report_html_is_self_contained(config):
