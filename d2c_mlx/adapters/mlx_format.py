@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
-from d2c_mlx.adapters.base_weights import BaseWeights
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import DORA, magnitude_problems, pair_problems
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
 from d2c_mlx.adapters.tensor_file import read_tensors

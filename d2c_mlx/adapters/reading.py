@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
-from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.adapter_config import base_key, read_config, stated_base
-from d2c_mlx.adapters.base_weights import BaseWeights
+from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, BaseWeights, load_adapter_bias
 from d2c_mlx.adapters.checks import OtherBaseError, check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS
+from d2c_mlx.adapters.as_lora import ADAPTER_BIAS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather

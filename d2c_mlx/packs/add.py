@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.adapter_config import read_config
-from d2c_mlx.adapters.base_weights import BaseWeights
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.similarity import similarity
