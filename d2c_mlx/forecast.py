@@ -23,10 +23,10 @@ from d2c_mlx.run.session import Session
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
-# three and the gains of modules six; the layer-wise merge runs members once and each of two merges
+# three, and so do the gains of modules; the layer-wise merge runs members once and each of two merges
 # in parts; a form is rounded and measured about twice; the paper's loop measures about five
 # partitions.
-_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 6, 7, 8, 20
+_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 7, 8, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
 # A step of answers takes about as long as so many tokens of prompts.

@@ -22,8 +22,9 @@ from d2c_mlx.utils.files import fingerprint
 __all__ = ["POINTS", "module_gains"]
 
 # Scales of the adapter at which derivatives are taken. A small pack is near the base; near the
-# whole adapter the loss of ten rows is flat, and its derivatives are noise.
-POINTS = (0.1, 0.3)
+# whole adapter the loss of ten rows is flat, and its derivatives are noise. More points cost more
+# and say the same (benchmarks/notes/2026-11-29-estimates.md).
+POINTS = (0.2,)
 # Padded tokens whose activations are kept at a time.
 _BATCH = 512
 

@@ -48,8 +48,8 @@ class Study:
     def module_gains(self) -> list[dict[str, float]]:
         """The gain of every module of each adapter on its task's calibration rows, in nats."""
         library = self.library
-        # Forward and backward passes, at several points.
-        costs = [6 * probe.n_tokens for probe in library.probes]
+        # A pass forwards and one backwards.
+        costs = [3 * probe.n_tokens for probe in library.probes]
         library.evaluator.meter.expect(sum(costs))
         found = []
         for adapter, probe, cost in zip(library.adapters, library.probes, costs):
