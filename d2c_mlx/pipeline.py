@@ -14,10 +14,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
@@ -28,7 +29,7 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.compress.compact_file import CompactAdapters
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
@@ -127,8 +128,11 @@ def probe(session: Session) -> Stage:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
 
+    def weaker(adapter: Adapter, strength: float) -> Adapter:
+        return scaled(adapter, strength).uniform(inputs.base.dtype)
+
     def body() -> None:
-        weakened = {one: [scaled(adapter, one).uniform(inputs.base.dtype)
+        weakened = {one: [adapter.changed(partial(weaker, strength=one))
                           for adapter in session.adapters] for one in STRENGTHS}  # fmt: skip
         table = measure_losses(session.evaluator, session.adapters, inputs.probes, weakened)
         # For the report; four digits, so that no machine's rounding shows.
@@ -282,7 +286,7 @@ def pack(session: Session) -> Stage:
 
     def merges() -> None:
         adapters = [
-            dataclasses.replace(load_adapter(session.path(source) / str(k)), sources=tuple(names))
+            dataclasses.replace(session.stored_adapter(f"{source}/{k}"), sources=tuple(names))
             for k, names in enumerate(entry["members"] for entry in session.read("merges.json"))
         ]
         write_pack(session.path("pack"), adapters, info, ready)
@@ -296,7 +300,7 @@ def pack(session: Session) -> Stage:
                             dataclasses.replace(info, gguf=places), ready)  # fmt: skip
             return
         file = session.path("planned") / COMPACT
-        adapters = [read_compact(file, k) for k in range(len(plan["units"]))]
+        adapters = CompactAdapters(file, len(plan["units"]))
         write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
@@ -394,8 +398,8 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
         variants, nbytes = [], []
         for clustering in clusterings:
             if method == "d2c":
-                folder = session.path("merged")
-                merged = [load_adapter(folder / str(k)) for k in range(clustering.n_clusters)]
+                merged = [session.stored_adapter(f"merged/{k}")
+                          for k in range(clustering.n_clusters)]  # fmt: skip
             else:
                 merged = [session.study.merger.final(one).adapter for one in clustering.groups]
             variants.append({names[i]: merged[k] for i, k in enumerate(clustering.labels)})

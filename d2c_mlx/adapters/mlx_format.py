@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
@@ -10,11 +12,13 @@ from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.checks import DORA, pair_problems
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
-from d2c_mlx.adapters.tensor_file import read_tensors
+from d2c_mlx.adapters.tensor_file import Layout, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.parsing import is_positive
 
-__all__ = ["load_adapter"]
+__all__ = ["MLX_LAYOUT", "Spool", "load_adapter"]
+
+MLX_LAYOUT = Layout("{}.lora_a", "{}.lora_b", transposed=False)
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -65,3 +69,21 @@ def load_adapter(directory: str | Path) -> Adapter:
             f" {modules[wrong[0]].rank}; mlx-lm could not load this adapter either"
         )
     return Adapter(directory.name, modules, base_name(config))
+
+
+class Spool:
+    """Adapters that wait in files of a temporary directory, which ends with this object."""
+
+    def __init__(self) -> None:
+        """Make the directory, where the system has its temporary files."""
+        self._directory = TemporaryDirectory(prefix="d2c-mlx-")
+        self._numbers = count()
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Write an adapter; returns the same with its numbers in that file."""
+        file = Path(self._directory.name) / f"{next(self._numbers)}.safetensors"
+        a, b = MLX_LAYOUT[:2]
+        tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
+        tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
+        mx.save_safetensors(str(file), tensors)
+        return in_file(adapter, file, MLX_LAYOUT)

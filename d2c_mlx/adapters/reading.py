@@ -14,12 +14,13 @@ from d2c_mlx.adapters.adapter_bias import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.adapter_config import read_config, stated_base
 from d2c_mlx.adapters.checks import check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
-from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, load_peft
+from d2c_mlx.adapters.mlx_format import MLX_LAYOUT, load_adapter
+from d2c_mlx.adapters.peft_format import PEFT_LAYOUT, PEFT_WEIGHTS, PICKLE, load_peft
 from d2c_mlx.adapters.sources import Source
+from d2c_mlx.adapters.tensor_file import in_file
 from d2c_mlx.utils.errors import AdapterError, InputWarning, gather
 
-__all__ = ["read_adapter", "read_adapters"]
+__all__ = ["left_in_file", "read_adapter", "read_adapters"]
 
 _LOADERS = {PEFT_WEIGHTS: load_peft, WEIGHTS: load_adapter, ADAPTER_BIAS: load_adapter_bias}
 
@@ -76,9 +77,10 @@ def read_adapters(
     config: Mapping[str, Any],
     is_base: Callable[[Path], bool] = lambda _: False,
 ) -> list[Adapter]:
-    """Read every adapter and check it against the base model.
+    """Read every adapter and check it against the base model; one at a time is in memory.
 
-    Adapters whose configs name different base models get an `InputWarning`.
+    What is returned is `left_in_file`. Adapters whose configs name different base models get an
+    `InputWarning`.
 
     Args:
         sources: what `find_adapters` found.
@@ -92,11 +94,25 @@ def read_adapters(
 
     def read(source: Source) -> Adapter:
         adapter = read_adapter(source.path, shapes, config)
+        adapter = left_in_file(adapter, source.path)
         return replace(adapter, name=source.name, origin=source.origin)
 
     found = gather(partial(read, source) for source in sources)
     _warn_of_bases(found, sources, is_base)
     return found
+
+
+def left_in_file(adapter: Adapter, path: Path) -> Adapter:
+    """The same adapter with its numbers in the files that it was read from, not in memory.
+
+    Args:
+        adapter: what `read_adapter` read from `path`.
+        path: its directory; an adapter in a GGUF stays in memory.
+    """
+    for file, layout in ((path / WEIGHTS, MLX_LAYOUT), (path / PEFT_WEIGHTS, PEFT_LAYOUT)):
+        if file.is_file():
+            return in_file(adapter, file, layout)
+    return adapter
 
 
 def _warn_of_bases(

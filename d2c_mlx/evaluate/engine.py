@@ -25,7 +25,7 @@ from d2c_mlx.evaluate.batches import (
     shared_prefix,
     split_rows,
 )
-from d2c_mlx.evaluate.workers import Piece, StateCache, group_pieces, make_workers
+from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -132,7 +132,7 @@ class Engine:
         if self.fold:
             free -= folded
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
-        self._kept = StateCache(free // 5)
+        self._kept: ByteCache[tuple[str, int], list[mx.array]] = ByteCache(free // 5)
         self.batch_limit = free * 3 // 5 // self.workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
@@ -301,7 +301,7 @@ class Engine:
                 last[:] = kept[-1:]
             # Other threads, with streams of their own, will read them.
             mx.eval(kept)
-            self._kept.put(key, kept)
+            self._kept.put(key, kept, sum(x.nbytes for x in kept))
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
     def _batch_nll(self, batch: Batch) -> mx.array:
