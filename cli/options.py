@@ -45,6 +45,14 @@ RUN_OPTIONS = (
         " embedded SmolLM2-135M-Instruct]",
     ),
     click.option(
+        "--probe-model",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        metavar="M",
+        help="base model that everything is chosen on, such as a 4-bit copy of --model, which"
+        " the pack is for and is measured on  [default: --model]",
+    ),
+    click.option(
         "--output",
         cls=GroupedOption,
         group="Adapters and tasks",

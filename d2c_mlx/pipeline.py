@@ -265,15 +265,15 @@ def pack(session: Session) -> Stage:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
     c, inputs = session.config, session.inputs
     info = PackInfo(
-        model=inputs.base.name,
-        config_hash=inputs.base.config_hash,
-        weights_hash=inputs.base.weights_hash,
-        n_layers=inputs.base.n_layers,
+        model=inputs.shipped.name,
+        config_hash=inputs.shipped.config_hash,
+        weights_hash=inputs.shipped.weights_hash,
+        n_layers=inputs.shipped.n_layers,
         budget=inputs.capacity.budget.text,
         max_bytes=inputs.capacity.max_bytes,
         origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
         systems=systems_of(inputs.tasks),
-        dtype=inputs.base.dtype,
+        dtype=inputs.shipped.dtype,
     )
 
     def ready(directory: Path) -> None:
@@ -295,7 +295,7 @@ def pack(session: Session) -> Stage:
         plan = session.read("plan.json")
         if c.format == "gguf":
             files = [session.path("planned") / f"{k}.gguf" for k in range(len(plan["units"]))]
-            places = GgufPlaces.of(inputs.base.config, inputs.capacity.target_paths)
+            places = GgufPlaces.of(inputs.shipped.config, inputs.capacity.target_paths)
             write_gguf_pack(session.path("pack"), files, serves_of(plan),
                             dataclasses.replace(info, gguf=places), ready)  # fmt: skip
             return
@@ -326,7 +326,7 @@ def bench(session: Session) -> Stage:
                 packed.nbytes, [{name: packed.load(name) for name in inputs.names}]
             ),
         }
-        results = bench_methods(session.evaluator, methods, inputs.tests)
+        results = bench_methods(session.judge, methods, inputs.tests)
         # Names the measured pack, since the card of another one must not show these numbers.
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
@@ -334,16 +334,20 @@ def bench(session: Session) -> Stage:
         content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
         content["provenance"]["unused"] = session.unused
+        shown = {name: methods[name] for name in ("base", "individual", "pack")}
+        if c.probe_model:  # What a choice on another base model is worth.
+            there = bench_methods(session.evaluator, shown, inputs.tests)
+            content["chosen_on"] = {"model": inputs.base.name, "methods": there}
         if c.answers:
-            shown = {name: methods[name] for name in ("base", "individual", "pack")}
             asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
                      for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
-            content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
+            content["answers"] = answer_rows(inputs.shipped, shown, asked, session.evaluator.meter)
             content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(session.path("bench.json"), content)
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
+    options += [inputs.shipped.fingerprint] if c.probe_model else []
     merges = [] if c.planned else ["losses.json", "clusters.json", "merged"]
     return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import mlx.core as mx
 
@@ -76,12 +78,13 @@ class Spool:
 
     def __init__(self) -> None:
         """Make the directory, where the system has its temporary files."""
-        self._directory = TemporaryDirectory(prefix="d2c-mlx-")
+        self._directory = Path(mkdtemp(prefix="d2c-mlx-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._numbers = count()
 
     def put(self, adapter: Adapter) -> Adapter:
         """Write an adapter; returns the same with its numbers in that file."""
-        file = Path(self._directory.name) / f"{next(self._numbers)}.safetensors"
+        file = self._directory / f"{next(self._numbers)}.safetensors"
         a, b = MLX_LAYOUT[:2]
         tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
         tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}

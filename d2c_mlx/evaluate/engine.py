@@ -21,7 +21,6 @@ from d2c_mlx.evaluate.batches import (
     Batch,
     BatchCost,
     PassSize,
-    default_memory_limit,
     shared_prefix,
     split_rows,
 )
@@ -38,7 +37,7 @@ from d2c_mlx.models.forward import (
     wait_for,
 )
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
-from d2c_mlx.utils.device import arithmetic
+from d2c_mlx.utils.device import arithmetic, default_memory_limit, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
 
@@ -110,8 +109,7 @@ class Engine:
             n_processes: number of processes that share this machine's cores and memory.
         """
         self.base, self.optimizations = base, optimizations or Optimizations()
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self._fast = on_cpu and self.optimizations.exponentials
+        self._fast = on_cpu() and self.optimizations.exponentials
         use_fast_exponentials(base.model, self._fast)
         self.workers = make_workers(self.optimizations.streams, n_processes)
         head = find_head(base.model)
@@ -136,9 +134,7 @@ class Engine:
         self.batch_limit = free * 3 // 5 // self.workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
-        # Metal's alone: what is wired is not paged out and in again between batches.
-        if most := mx.device_info().get("max_recommended_working_set_size"):
-            mx.set_wired_limit(min(int(most), self.memory_limit))
+        wire(self.memory_limit)
 
     @property
     def unused(self) -> list[str]:

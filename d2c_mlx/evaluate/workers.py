@@ -15,6 +15,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
+from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.grouping import indices_by_key
 
 __all__ = [
@@ -140,7 +141,7 @@ class Workers:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        device = mx.default_device()
+        device = current_device()
         self._pool = ThreadPoolExecutor(
             n, initializer=lambda: setattr(_thread, "stream", _Stream(device))
         )
@@ -188,7 +189,7 @@ def make_workers(several: bool, n_processes: int) -> Workers:
         several: False for the calling thread alone.
         n_processes: number of processes that share this machine's cores.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not on_cpu():
         return Workers(1)
     n_cores = max(1, (os.cpu_count() or 1) // n_processes)
     n_workers = min(n_cores, 4) if several else 1

@@ -101,6 +101,14 @@ class RunConfig(RunRules):
         metavar="M",
         default_text="the embedded SmolLM2-135M-Instruct",
     )
+    probe_model: str | None = option(
+        None,
+        "base model that everything is chosen on, such as a 4-bit copy of --model, which the pack"
+        " is for and is measured on",
+        group=_INPUT,
+        metavar="M",
+        default_text="--model",
+    )
     output: str = option(
         ...,
         "run directory; the same command continues there",
