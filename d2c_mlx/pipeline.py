@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
@@ -41,7 +42,7 @@ from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
@@ -322,9 +323,7 @@ def bench(session: Session) -> Stage:
                 inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
             ),
             **({} if c.planned else _merged_methods(session)),
-            "pack": BenchMethod(
-                packed.nbytes, [{name: packed.load(name) for name in inputs.names}]
-            ),
+            "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
         }
         results = bench_methods(session.judge, methods, inputs.tests)
         # Names the measured pack, since the card of another one must not show these numbers.
@@ -390,6 +389,15 @@ def _clusterings(session: Session) -> dict[str, list[Clustering]]:
         name: [Clustering.from_json(entry) for entry in methods[name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
     }
+
+
+def _unpacked(pack: Pack) -> dict[str, Adapter | None]:
+    """Task -> the adapter that serves it, in a temporary file; None is the base model."""
+    spool, found = Spool(), dict.fromkeys(pack.tasks)
+    for tasks in pack.adapters.values():
+        if adapter := pack.load(tasks[0]):
+            found |= dict.fromkeys(tasks, spool.put(adapter))
+    return found
 
 
 def _merged_methods(session: Session) -> dict[str, BenchMethod]:

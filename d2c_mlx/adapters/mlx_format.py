@@ -74,7 +74,7 @@ def load_adapter(directory: str | Path) -> Adapter:
 
 
 class Spool:
-    """Adapters that wait in files of a temporary directory, which ends with this object."""
+    """Adapters that wait in files of a temporary directory, which ends with the last of them."""
 
     def __init__(self) -> None:
         """Make the directory, where the system has its temporary files."""
@@ -89,4 +89,4 @@ class Spool:
         tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
         tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
         mx.save_safetensors(str(file), tensors)
-        return in_file(adapter, file, MLX_LAYOUT)
+        return in_file(adapter, file, MLX_LAYOUT, owner=self)

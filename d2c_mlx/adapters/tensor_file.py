@@ -179,15 +179,15 @@ class FileModules(Mapping[str, LoRA]):
         AdapterError: on access, if the file is not the one that was opened first.
     """
 
-    def __init__(self, file: Path, scales: Mapping[str, float], layout: Layout) -> None:
-        """Look where the tensors are.
+    def __init__(
+        self, file: Path, scales: Mapping[str, float], layout: Layout, owner: object = None
+    ) -> None:
+        """Look where the tensors of a file are that was checked, see `read_tensors`.
 
-        Args:
-            file: a safetensors file that was checked, see `read_tensors`.
-            scales: module path -> scale.
-            layout: names of the tensors.
+        Arguments are those of `in_file`, and the scale of every module.
         """
         self._file, self._scales, self._layout = file, dict(scales), layout
+        self._owner = owner
         entries = parse_json(_header_text(file).decode())
         with open_file(file) as opened:
             self._seen = _identity(opened)
@@ -223,10 +223,17 @@ class FileModules(Mapping[str, LoRA]):
         return found.view(mx.bfloat16) if dtype == "<u2" else found
 
 
-def in_file(adapter: Adapter, file: Path, layout: Layout) -> Adapter:
-    """The same adapter with its numbers left in the file that it was read from."""
+def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) -> Adapter:
+    """The same adapter with its numbers left in the file that it was read from.
+
+    Args:
+        adapter: what was read.
+        file: the file.
+        layout: names of its tensors.
+        owner: an object with which the file ends; it lives as long as the modules.
+    """
     scales = {path: lora.scale for path, lora in adapter.modules.items()}
-    return replace(adapter, modules=FileModules(file, scales, layout))
+    return replace(adapter, modules=FileModules(file, scales, layout, owner))
 
 
 def _identity(opened: BinaryIO) -> tuple[int, int, int]:

@@ -50,7 +50,7 @@ class Merged:
 
     Attributes:
         adapter: the merge, with one rank and one scale, in the base model's 16-bit dtype. One that
-            a `Merger` keeps is in a temporary file, which ends with the merger.
+            a `Merger` keeps is in a temporary file.
         method: one of `RUN_METHODS` except "auto"; "none" for a single adapter.
         scale: factor on dW; 1 for a single adapter.
         regret: mean normalised regret of the members on their calibration rows; None if nothing
