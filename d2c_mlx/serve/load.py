@@ -81,7 +81,7 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
     _, path = resolve_base(pack.manifest.base.model, directory)
     model, tokenizer = load_stock(path)
     switch(model, adapter, pack.path)
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if on_cpu():
         # MLX's CPU backend is slow in 16 bit.
         model.set_dtype(mx.float32)
     if not tokenizer.has_chat_template:
