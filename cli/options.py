@@ -49,8 +49,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Adapters and tasks",
         metavar="M",
-        help="base model that everything is chosen on, such as a 4-bit copy of --model, which"
-        " the pack is for and is measured on  [default: --model]",
+        help="base model to choose everything on, such as a copy in 4 bits; the pack is for"
+        " --model, and the report has its losses on both  [default: --model]",
     ),
     click.option(
         "--output",

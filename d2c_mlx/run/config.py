@@ -103,8 +103,8 @@ class RunConfig(RunRules):
     )
     probe_model: str | None = option(
         None,
-        "base model that everything is chosen on, such as a 4-bit copy of --model, which the pack"
-        " is for and is measured on",
+        "base model to choose everything on, such as a copy in 4 bits; the pack is for --model, and"
+        " the report has its losses on both",
         group=_INPUT,
         metavar="M",
         default_text="--model",
