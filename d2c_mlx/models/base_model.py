@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, balance_factors
@@ -104,7 +104,10 @@ class BaseModel:
         if on_cpu() or dequantize:
             model = dequantize_model(model)
         if not lazy:
-            mx.eval(model.parameters())
+            # The largest first, while there is room for its stored form beside it.
+            weights = [one for _, one in tree_flatten(model.parameters())]
+            for one in sorted(weights, key=lambda one: -one.nbytes):
+                mx.eval(one)
         self.model = model
         self.module_shapes = linear_shapes(model.named_modules())
         self.first_adapted_block = self.n_layers
