@@ -14,7 +14,7 @@ from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.checks import DORA, pair_problems
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
-from d2c_mlx.adapters.tensor_file import Layout, in_file, read_tensors
+from d2c_mlx.adapters.tensor_file import FileModules, Layout, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.parsing import is_positive
 
@@ -83,7 +83,9 @@ class Spool:
         self._numbers = count()
 
     def put(self, adapter: Adapter) -> Adapter:
-        """Write an adapter; returns the same with its numbers in that file."""
+        """Write an adapter, unless it is in a file; returns the same with its numbers there."""
+        if isinstance(adapter.modules, FileModules):
+            return adapter
         file = self._directory / f"{next(self._numbers)}.safetensors"
         a, b = MLX_LAYOUT[:2]
         tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}

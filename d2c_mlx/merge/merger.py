@@ -137,7 +137,8 @@ class Merger:
             else:
                 self._merges[key] = self._tuned(self._unscaled(members, method), members, method)
             made = self._merges[key]
-            self._merges[key] = replace(made, adapter=self._spool.put(made.adapter))
+            waiting = self._spool.put(made.adapter)
+            self._merges[key] = made if waiting is made.adapter else replace(made, adapter=waiting)
         return self._merges[key]
 
     def _tuned(self, merged: Adapter, members: Members, method: str) -> Merged:
