@@ -4,8 +4,8 @@
 
 Random weights with the standard deviation of trained ones, in bfloat16; adapters of rank 32 on all
 linear modules, in PEFT's layout and float16, four of a kind; one calibration row of a few tokens,
-since a forward pass of a large model is slow on a CPU. For more than 24 adapters losses and
-clusters are put in, not measured: that takes five passes an adapter, and all cosines. Merges are of
+since a forward pass of a large model is slow on a CPU. More than 24 adapters are copies of
+those, and losses and clusters are put in, not measured: four passes an adapter, and all cosines. Merges are of
 fours, at scale 1. The peak is the process's, base model included, and begins anew with every stage
 (Linux). Results: results/large.json, written after every stage. DIR keeps model and adapters for
 the next run.
@@ -122,7 +122,10 @@ def write_library(work, shape, n):
         path, name = work / "adapters" / f"{i:03d}", f"{i:03d}"
         if not (path / "adapter_config.json").exists():
             shutil.rmtree(path, ignore_errors=True)
-            write_adapter(path, shape, i)
+            if i < MEASURED:
+                write_adapter(path, shape, i)
+            else:
+                shutil.copytree(work / "adapters" / f"{i % MEASURED:03d}", path)
         (work / f"{n}" / name).symlink_to(path)
         task = work / "tasks" / name
         task.mkdir(parents=True, exist_ok=True)
