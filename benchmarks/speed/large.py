@@ -4,11 +4,11 @@
 
 Random weights with the standard deviation of trained ones, in bfloat16; adapters of rank 32 on all
 linear modules, in PEFT's layout and float16, four of a kind; one calibration row of a few tokens,
-since a forward pass of a large model is slow on a CPU. More than 24 adapters are copies of
-those, and losses and clusters are put in, not measured: four passes an adapter, and all cosines. Merges are of
-fours, at scale 1. The peak is the process's, base model included, and begins anew with every stage
-(Linux). Results: results/large.json, written after every stage. DIR keeps model and adapters for
-the next run.
+since a forward pass of a large model is slow on a CPU. More than 24 adapters are copies of those,
+and losses and clusters are put in, not measured: four passes an adapter, and all cosines. Merges
+are of fours, at scale 1. The peak is the process's, base model included, and begins anew with every
+stage (Linux). Results: results/large.json, written after every stage. DIR keeps model and adapters
+for the next run.
 """
 
 import gc
