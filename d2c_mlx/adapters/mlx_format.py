@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import weakref
 from itertools import count
@@ -90,5 +91,7 @@ class Spool:
         a, b = MLX_LAYOUT[:2]
         tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
         tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
-        mx.save_safetensors(str(file), tensors)
+        content = io.BytesIO()
+        mx.save_safetensors(content, tensors)
+        file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
         return in_file(adapter, file, MLX_LAYOUT, owner=self)
