@@ -53,6 +53,14 @@ RUN_OPTIONS = (
         " embedded SmolLM2-135M-Instruct]",
     ),
     click.option(
+        "--probe-model",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        metavar="M",
+        help="base model to choose everything on, such as a copy in 4 bits; the pack is for"
+        " --model, and the report has its losses on both  [default: --model]",
+    ),
+    click.option(
         "--output",
         cls=GroupedOption,
         group="Adapters and tasks",

@@ -14,10 +14,12 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
@@ -28,7 +30,7 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.compress.compact_file import CompactAdapters
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
@@ -40,7 +42,7 @@ from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
@@ -127,8 +129,11 @@ def probe(session: Session) -> Stage:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
 
+    def weaker(adapter: Adapter, strength: float) -> Adapter:
+        return scaled(adapter, strength).uniform(inputs.base.dtype)
+
     def body() -> None:
-        weakened = {one: [scaled(adapter, one).uniform(inputs.base.dtype)
+        weakened = {one: [adapter.changed(partial(weaker, strength=one))
                           for adapter in session.adapters] for one in STRENGTHS}  # fmt: skip
         table = measure_losses(session.evaluator, session.adapters, inputs.probes, weakened)
         # For the report; four digits, so that no machine's rounding shows.
@@ -261,15 +266,15 @@ def pack(session: Session) -> Stage:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
     c, inputs = session.config, session.inputs
     info = PackInfo(
-        model=inputs.base.name,
-        config_hash=inputs.base.config_hash,
-        weights_hash=inputs.base.weights_hash,
-        n_layers=inputs.base.n_layers,
+        model=inputs.shipped.name,
+        config_hash=inputs.shipped.config_hash,
+        weights_hash=inputs.shipped.weights_hash,
+        n_layers=inputs.shipped.n_layers,
         budget=inputs.capacity.budget.text,
         max_bytes=inputs.capacity.max_bytes,
         origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
         systems=systems_of(inputs.tasks),
-        dtype=inputs.base.dtype,
+        dtype=inputs.shipped.dtype,
     )
 
     def ready(directory: Path) -> None:
@@ -282,7 +287,7 @@ def pack(session: Session) -> Stage:
 
     def merges() -> None:
         adapters = [
-            dataclasses.replace(load_adapter(session.path(source) / str(k)), sources=tuple(names))
+            dataclasses.replace(session.stored_adapter(f"{source}/{k}"), sources=tuple(names))
             for k, names in enumerate(entry["members"] for entry in session.read("merges.json"))
         ]
         write_pack(session.path("pack"), adapters, info, ready)
@@ -291,12 +296,12 @@ def pack(session: Session) -> Stage:
         plan = session.read("plan.json")
         if c.format == "gguf":
             files = [session.path("planned") / f"{k}.gguf" for k in range(len(plan["units"]))]
-            places = GgufPlaces.of(inputs.base.config, inputs.capacity.target_paths)
+            places = GgufPlaces.of(inputs.shipped.config, inputs.capacity.target_paths)
             write_gguf_pack(session.path("pack"), files, serves_of(plan),
                             dataclasses.replace(info, gguf=places), ready)  # fmt: skip
             return
         file = session.path("planned") / COMPACT
-        adapters = [read_compact(file, k) for k in range(len(plan["units"]))]
+        adapters = CompactAdapters(file, len(plan["units"]))
         write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (
@@ -318,11 +323,9 @@ def bench(session: Session) -> Stage:
                 inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
             ),
             **({} if c.planned else _merged_methods(session)),
-            "pack": BenchMethod(
-                packed.nbytes, [{name: packed.load(name) for name in inputs.names}]
-            ),
+            "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
         }
-        results = bench_methods(session.evaluator, methods, inputs.tests)
+        results = bench_methods(session.judge, methods, inputs.tests)
         # Names the measured pack, since the card of another one must not show these numbers.
         of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
         content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
@@ -330,16 +333,20 @@ def bench(session: Session) -> Stage:
         content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
         content["unpacked_nbytes"] = unpacked_nbytes(packed)
         content["provenance"]["unused"] = session.unused
+        shown = {name: methods[name] for name in ("base", "individual", "pack")}
+        if c.probe_model:  # What a choice on another base model is worth.
+            there = bench_methods(session.evaluator, shown, inputs.tests)
+            content["chosen_on"] = {"model": inputs.base.name, "methods": there}
         if c.answers:
-            shown = {name: methods[name] for name in ("base", "individual", "pack")}
             asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
                      for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
-            content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
+            content["answers"] = answer_rows(inputs.shipped, shown, asked, session.evaluator.meter)
             content["metrics"] = answer_metrics(content["answers"], list(shown))
         write_json(session.path("bench.json"), content)
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
+    options += [inputs.shipped.fingerprint] if c.probe_model else []
     merges = [] if c.planned else ["losses.json", "clusters.json", "merged"]
     return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
 
@@ -385,6 +392,15 @@ def _clusterings(session: Session) -> dict[str, list[Clustering]]:
     }
 
 
+def _unpacked(pack: Pack) -> dict[str, Adapter | None]:
+    """Task -> the adapter that serves it, in a temporary file; None is the base model."""
+    spool, found = Spool(), dict.fromkeys(pack.tasks)
+    for tasks in pack.adapters.values():
+        if adapter := pack.load(tasks[0]):
+            found |= dict.fromkeys(tasks, spool.put(adapter))
+    return found
+
+
 def _merged_methods(session: Session) -> dict[str, BenchMethod]:
     """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
     names, n_layers = session.inputs.names, session.inputs.base.n_layers
@@ -395,8 +411,8 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
         variants, nbytes = [], []
         for clustering in clusterings:
             if method == "d2c":
-                folder = session.path("merged")
-                merged = [load_adapter(folder / str(k)) for k in range(clustering.n_clusters)]
+                merged = [session.stored_adapter(f"merged/{k}")
+                          for k in range(clustering.n_clusters)]  # fmt: skip
             else:
                 merged = [session.study.merger.final(one).adapter for one in clustering.groups]
             variants.append({names[i]: merged[k] for i, k in enumerate(clustering.labels)})

@@ -24,6 +24,7 @@ TABLES = {
     "stages": speed.stages,
     "search": speed.search,
     "planning": speed.plans,
+    "large": speed.large,
     "slots": packs.slots,
     "bytes-excess": packs.bytes_excess,
     "bytes-retention": packs.bytes_retention,

@@ -83,6 +83,17 @@ def merge(read):
     return markdown(header, rows)
 
 
+def large(read):
+    """Seconds, peak memory and evaluated tokens of every stage on models of other shapes."""
+    rows = []
+    for name, one in read("large").items():
+        for stage, found in one["stages"].items():
+            tokens = f"{found['tokens']:,}" if "tokens" in found else ""
+            peak = f"{found['peak_nbytes'] / 1e9:.2f}"
+            rows.append((name, stage, f"{found['seconds']:.0f}", peak, tokens))
+    return markdown(("run", "stage", "seconds", "peak GB", "tokens"), rows, left=2)
+
+
 def phone(read):
     """A pack as on a phone: base, individual adapters and the pack, at the ends of the contexts."""
     result = read("phone")

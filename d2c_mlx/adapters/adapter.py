@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +118,14 @@ class Adapter:
                 sha.update(_bits(x).tobytes())
         return sha.hexdigest()
 
+    def changed(self, change: Callable[[Adapter], Adapter]) -> Adapter:
+        """The adapter with each module changed whenever it is asked for, so nothing is kept.
+
+        Args:
+            change: called with an adapter of one module.
+        """
+        return replace(self, modules=_Changed(self, change))
+
     def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
         """The same update with one rank and one scale, as mlx-lm's layout requires.
 
@@ -226,6 +234,24 @@ class Adapter:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(n_layers, own_ranks).items():
             (directory / name).write_bytes(content)
+
+
+class _Changed(Mapping[str, LoRA]):
+    def __init__(self, adapter: Adapter, change: Callable[[Adapter], Adapter]) -> None:
+        self._adapter, self._change = adapter, change
+
+    def __getitem__(self, path: str) -> LoRA:
+        one = replace(self._adapter, modules={path: self._adapter.modules[path]})
+        return self._change(one).modules[path]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._adapter.modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.modules)
+
+    def __len__(self) -> int:
+        return len(self._adapter.modules)
 
 
 def zeros(

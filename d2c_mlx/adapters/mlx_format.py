@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import warnings
+import weakref
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import mlx.core as mx
@@ -14,11 +19,13 @@ from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import DORA, magnitude_problems, pair_problems
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
-from d2c_mlx.adapters.tensor_file import read_tensors
+from d2c_mlx.adapters.tensor_file import FileModules, Layout, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputWarning
 from d2c_mlx.utils.parsing import is_positive
 
-__all__ = ["load_adapter"]
+__all__ = ["MLX_LAYOUT", "Spool", "load_adapter"]
+
+MLX_LAYOUT = Layout("{}.lora_a", "{}.lora_b", transposed=False)
 
 
 def load_adapter(directory: str | Path, base: BaseWeights | None = None) -> Adapter:
@@ -105,3 +112,26 @@ def _warn_of_alpha(
             InputWarning,
             stacklevel=3,
         )
+
+
+class Spool:
+    """Adapters that wait in files of a temporary directory, which ends with the last of them."""
+
+    def __init__(self) -> None:
+        """Make the directory, where the system has its temporary files."""
+        self._directory = Path(mkdtemp(prefix="d2c-mlx-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._numbers = count()
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Write an adapter, unless it is in a file; returns the same with its numbers there."""
+        if isinstance(adapter.modules, FileModules):
+            return adapter
+        file = self._directory / f"{next(self._numbers)}.safetensors"
+        a, b = MLX_LAYOUT[:2]
+        tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
+        tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
+        content = io.BytesIO()
+        mx.save_safetensors(content, tensors)
+        file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
+        return in_file(adapter, file, MLX_LAYOUT, owner=self)

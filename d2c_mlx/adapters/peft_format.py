@@ -25,14 +25,15 @@ from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
 from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import DORA, check_base, magnitude_problems, pair_problems
-from d2c_mlx.adapters.tensor_file import read_tensors
+from d2c_mlx.adapters.tensor_file import Layout, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning, collect
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
-__all__ = ["PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
+__all__ = ["PEFT_LAYOUT", "PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
 
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
+PEFT_LAYOUT = Layout(_PREFIX + "{}.lora_A.weight", _PREFIX + "{}.lora_B.weight", transposed=True)
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
 # The magnitudes of a DoRA, and a module stored in full; older versions had longer names.
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(\.weight)?")

@@ -13,12 +13,13 @@ from d2c_mlx.adapters.adapter_config import base_key, read_config, stated_base
 from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, BaseWeights, load_adapter_bias
 from d2c_mlx.adapters.checks import OtherBaseError, check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
-from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, load_peft
+from d2c_mlx.adapters.mlx_format import MLX_LAYOUT, load_adapter
+from d2c_mlx.adapters.peft_format import PEFT_LAYOUT, PEFT_WEIGHTS, PICKLE, load_peft
 from d2c_mlx.adapters.sources import Source
+from d2c_mlx.adapters.tensor_file import in_file
 from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning
 
-__all__ = ["read_adapter", "read_adapters"]
+__all__ = ["left_in_file", "read_adapter", "read_adapters"]
 
 # Files of weights that are not read, and what to do.
 _OTHER_FILES = {
@@ -87,9 +88,10 @@ def read_adapters(
     is_base: Callable[[Path], bool] = lambda _: False,
     base: BaseWeights | None = None,
 ) -> list[Adapter]:
-    """Read every adapter and check it against the base model.
+    """Read every adapter and check it against the base model; one at a time is in memory.
 
-    Adapters whose configs name different base models get an `InputWarning`.
+    What is returned is `left_in_file`. Adapters whose configs name different base models get an
+    `InputWarning`.
 
     Args:
         sources: what `find_adapters` found.
@@ -107,6 +109,7 @@ def read_adapters(
     for source in sources:
         try:
             adapter = read_adapter(source.path, shapes, config, base)
+            adapter = left_in_file(adapter, source.path)
             found.append(replace(adapter, name=source.name, origin=source.origin))
         except InputError as error:
             failed[source.name] = error
@@ -143,6 +146,21 @@ def _problems(found: Sequence[Adapter], failed: Mapping[str, InputError]) -> lis
             f" model and name {', '.join(bases) or 'none'}; give these alone, or --skip-bad"
         )
     return lines
+
+
+def left_in_file(adapter: Adapter, path: Path) -> Adapter:
+    """The same adapter with its numbers in the files that it was read from, not in memory.
+
+    Args:
+        adapter: what `read_adapter` read from `path`.
+        path: its directory; an adapter in a GGUF, or made of a DoRA, stays in memory.
+    """
+    if adapter.dora_error is not None:
+        return adapter
+    for file, layout in ((path / WEIGHTS, MLX_LAYOUT), (path / PEFT_WEIGHTS, PEFT_LAYOUT)):
+        if file.is_file():
+            return in_file(adapter, file, layout)
+    return adapter
 
 
 def _warn_of_bases(

@@ -15,7 +15,14 @@ from d2c_mlx.adapters.as_lora import ADAPTER_BIAS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
-from d2c_mlx.utils.hub import HubId, download, list_files, parse_hub_id, read_head
+from d2c_mlx.utils.hub import (
+    HubId,
+    download,
+    download_all,
+    list_files,
+    parse_hub_id,
+    read_head,
+)
 
 __all__ = ["Source", "absolute_entries", "find_adapters", "local_entries"]
 
@@ -70,9 +77,9 @@ def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -
         InputError: the problems of all entries, one line each.
     """
     entries = _entries(spec)
-    found = [
-        one for some in gather(partial(_entry, entry, field) for entry in entries) for one in some
-    ]
+    calls = [partial(_entry, entry, field) for entry in entries]
+    several = sum(local_entries([entry]) is None for entry in entries) > 1
+    found = [one for some in (download_all if several else gather)(calls) for one in some]
     problems = _name_problems([one.name for one in found], ", ".join(entries))
     if problems:
         raise AdapterError(problems)

@@ -1,30 +1,45 @@
 """Reading safetensors files of strangers: the header is checked before any number is used.
 
 Every reader of this package goes through `open_tensors`: adapters, compact packs and routers.
+`FileModules` leaves the numbers of an adapter in its file, so that many adapters take no memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_finite
 from d2c_mlx.utils.errors import AdapterError, InputError
 from d2c_mlx.utils.files import open_file
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["Header", "TensorFile", "open_tensors", "read_header", "read_tensors"]
+__all__ = [
+    "FileModules",
+    "Header",
+    "Layout",
+    "TensorFile",
+    "in_file",
+    "open_tensors",
+    "read_header",
+    "read_tensors",
+]
 
 # Tensor name -> (dtype as safetensors names it, shape).
 Header = dict[str, tuple[str, tuple[int, ...]]]
 # Most tensors of a file and bytes of its header: ten times those of the largest adapters.
 _MOST_TENSORS, _MOST_HEADER = 20_000, 16 << 20
+# NumPy's dtype of a file's numbers; it has no bfloat16, whose bits are read as integers.
+_DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 
 
 @dataclass(frozen=True)
@@ -138,3 +153,89 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         )
     check_finite(tensors, path)
     return tensors
+
+
+class Layout(NamedTuple):
+    """Where a file has the factors of a module.
+
+    Attributes:
+        a: name of the tensor `a`; `{}` stands for the module's path.
+        b: name of the tensor `b`.
+        transposed: whether they are `(r, in)` and `(out, r)`.
+    """
+
+    a: str
+    b: str
+    transposed: bool
+
+
+class FileModules(Mapping[str, LoRA]):
+    """The modules of an adapter, each read from its file whenever it is asked for.
+
+    Make them by `in_file`. Hold a module no longer than it is needed, since another access reads
+    it again.
+
+    Raises:
+        AdapterError: on access, if the file is not the one that was opened first.
+    """
+
+    def __init__(
+        self, file: Path, scales: Mapping[str, float], layout: Layout, owner: object = None
+    ) -> None:
+        """Look where the tensors of a file are that was checked, see `read_tensors`.
+
+        Arguments are those of `in_file`, and the scale of every module.
+        """
+        self._file, self._scales, self._layout = file, dict(scales), layout
+        self._owner = owner
+        entries = parse_json(_header_text(file).decode())
+        with open_file(file) as opened:
+            self._seen = _identity(opened)
+            start = 8 + int.from_bytes(opened.read(8), "little")
+        self._places = {
+            name: (_DTYPES[one["dtype"]], one["shape"], start + one["data_offsets"][0])
+            for name, one in entries.items() if name != "__metadata__"
+        }  # fmt: skip
+
+    def __getitem__(self, path: str) -> LoRA:
+        scale = self._scales[path]
+        with open_file(self._file) as opened:
+            if _identity(opened) != self._seen:
+                raise AdapterError(f"{self._file}: was changed while it was in use; run again")
+            a, b = (self._read(opened, name.format(path)) for name in self._layout[:2])
+        return LoRA(a, b, scale)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._scales
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
+
+    def _read(self, opened: BinaryIO, name: str) -> mx.array:
+        dtype, shape, start = self._places[name]
+        opened.seek(start)
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        x = np.frombuffer(opened.read(nbytes), dtype).reshape(shape)
+        found = mx.array(np.ascontiguousarray(x.T) if self._layout.transposed else x)
+        return found.view(mx.bfloat16) if dtype == "<u2" else found
+
+
+def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) -> Adapter:
+    """The same adapter with its numbers left in the file that it was read from.
+
+    Args:
+        adapter: what was read.
+        file: the file.
+        layout: names of its tensors.
+        owner: an object with which the file ends; it lives as long as the modules.
+    """
+    scales = {path: lora.scale for path, lora in adapter.modules.items()}
+    return replace(adapter, modules=FileModules(file, scales, layout, owner))
+
+
+def _identity(opened: BinaryIO) -> tuple[int, int, int]:
+    found = os.fstat(opened.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -21,6 +21,7 @@ from d2c_mlx.compress.allocate import Candidate, lost_worth
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.compress.quantize import Components, svd_components
 from d2c_mlx.compress.storage import one_shape
+from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.study import Study
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
@@ -50,7 +51,6 @@ class Form:
         levels: module path -> bit allocation; modules that are missing are dropped.
         family: `Candidate.family`, "own" or "merged".
         share: `Candidate.share`, the share of the 16-bit bytes.
-        parts: `svd_components` of the adapter, if they are known.
         lost: share of the adapter's worth that is not stored, between 0 and 1.
     """
 
@@ -59,7 +59,6 @@ class Form:
     levels: Mapping[str, Levels]
     family: str = "own"
     share: float = 1.0
-    parts: Mapping[str, Components] | None = None
     lost: float = 0.0
 
 
@@ -81,6 +80,10 @@ class FormMeter:
         """
         self._study, self._capacity = study, capacity
         self._library = study.library
+        # In float64, so four times as large as their adapters.
+        self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
+            self._library.engine.memory_limit // 8
+        )
         # Share of the 16-bit bytes -> levels of all adapters, where they are of one shape.
         self._shapes: dict[float, Mapping[str, Levels]] | None = {} if same_shape else None
 
@@ -96,13 +99,13 @@ class FormMeter:
         ends = rooms[0] / sum(whole), rooms[-1] / sum(whole)
         shares = _grid(*ends, _STEPS[family], self._capacity.storage.most[family])[::-1]
         for (members, adapter), nbytes in zip(units, whole):
-            parts = svd_components(adapter)
-            values = worth(parts, [self._study.module_gains[i] for i in members])
+            gains = [self._study.module_gains[i] for i in members]
+            values = worth(self._components(adapter), gains)
             forms: dict[str, Form] = {}
             for share in shares:
                 levels = self._levels(share, share * nbytes, values)
                 lost = lost_worth(values, levels)
-                form = Form(members, adapter, levels, family, share, parts, lost)
+                form = Form(members, adapter, levels, family, share, lost)
                 if levels:
                     forms.setdefault(repr(levels), form)
             yield list(forms.values())
@@ -123,13 +126,22 @@ class FormMeter:
     def _common(self) -> dict[str, np.ndarray]:
         """Mean worth of components of all adapters, of those that every adapter has."""
         every = [
-            worth(svd_components(adapter), [gains])
+            worth(self._components(adapter), [gains])
             for adapter, gains in zip(self._library.adapters, self._study.module_gains)
         ]
         found = {}
         for path in set.intersection(*map(set, every)):
             n = min(len(one[path]) for one in every)
             found[path] = np.mean([one[path][:n] for one in every], axis=0)
+        return found
+
+    def _components(self, adapter: Adapter) -> dict[str, Components]:
+        """`svd_components`, computed again if memory had no room to keep them."""
+        found = self._parts.get(adapter.digest)
+        if found is None:
+            found = svd_components(adapter)
+            nbytes = sum(a.nbytes + b.nbytes for a, b in found.values())
+            self._parts.put(adapter.digest, found, nbytes)
         return found
 
     def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
@@ -172,8 +184,10 @@ class FormMeter:
             start: one of `scales`, from which a line search goes.
             known: the form as measured at `start`, if it was; it is not stored or measured again.
         """
-        store = self._capacity.storage.store
-        small = known and known.stored or store(form.adapter, form.levels, form.parts)
+        small = known and known.stored
+        if not small:
+            parts = self._components(form.adapter)
+            small = self._capacity.storage.store(form.adapter, form.levels, parts)
 
         def regret(scale: float) -> float:
             if known and scale == known.scale:

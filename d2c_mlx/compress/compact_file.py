@@ -8,8 +8,10 @@ explains it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from safetensors import SafetensorError
@@ -32,6 +34,7 @@ from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
+    "CompactAdapters",
     "index_of",
     "read_compact",
     "read_index",
@@ -51,7 +54,8 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
         PackError: the adapters differ in shapes or group sizes.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    for adapter in adapters:
+    counts, names, bases, sizes = [], [], [], set()
+    for adapter in adapters:  # once, since each may be read from a file
         for path, levels in adapter.modules.items():
             shape = (levels[0].a.width, levels[0].b.width)
             if shapes.setdefault(path, shape) != shape:
@@ -59,16 +63,21 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
                     f"{adapter.name}: {path}: found in, out = {shape}, others have {shapes[path]};"
                     " a pack has one base model"
                 )
-    sizes = sorted({adapter.group_size for adapter in adapters if adapter.modules})
+        if adapter.modules:
+            sizes.add(adapter.group_size)
+        bits = {
+            path: {one.bits: one.rank for one in some} for path, some in adapter.modules.items()
+        }
+        counts.append(bits)
+        names.append(adapter.name)
+        bases.append(adapter.base)
     if len(sizes) > 1:
-        raise PackError(f"group sizes {sizes}: one pack has one; quantize all adapters alike")
-    counts = [
-        {path: {level.bits: level.rank for level in levels} for path, levels in a.modules.items()}
-        for a in adapters
-    ]
-    base = next((adapter.base for adapter in adapters if adapter.base), None)
-    names = [adapter.name for adapter in adapters]
-    return make_index(names, base, counts, shapes, sizes[0] if sizes else GROUP_SIZES[1])
+        raise PackError(
+            f"group sizes {sorted(sizes)}: one pack has one; quantize all adapters alike"
+        )
+    base = next((one for one in bases if one), None)
+    size = sizes.pop() if sizes else GROUP_SIZES[1]
+    return make_index(names, base, counts, shapes, size)
 
 
 def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
@@ -83,20 +92,60 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
         PackError: as `index_of`.
     """
     index = index_of(adapters)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in index.tensors()}
-    parts["counts"].append(index.counts)
-    for adapter in adapters:
-        for module, *_ in index.modules:
-            for level in adapter.modules.get(module, ()):
-                for factor in (level.a, level.b):
-                    for field in FIELDS[: 1 if factor.bits == 16 else 3]:
-                        rows = getattr(factor, field)
-                        parts[tensor_name(factor.bits, factor.width, field)].append(rows)
+    header = header_bytes(index)
+    # Where the next rows of each tensor go: one adapter after the other, so one is in memory.
+    dtypes, places, end = {}, {}, len(header)
+    for name, (kind, shape) in index.tensors().items():
+        dtypes[name], places[name] = np.dtype(DTYPES[kind]), end
+        end += math.prod(shape) * dtypes[name].itemsize
     with open(path, "wb") as file:
-        file.write(header_bytes(index))
-        for name, (dtype, _) in index.tensors().items():
-            file.write(np.concatenate(parts[name]).astype(DTYPES[dtype]).tobytes())
+
+        def add(name: str, rows: np.ndarray) -> None:
+            file.seek(places[name])
+            places[name] += file.write(rows.astype(dtypes[name]).tobytes())
+
+        file.write(header)
+        file.truncate(end)
+        add("counts", index.counts)
+        for adapter in adapters:
+            for name, parts in _rows_of(adapter, index).items():
+                add(name, np.concatenate(parts))
     return index
+
+
+def _rows_of(adapter: Compressed, index: Index) -> dict[str, list[np.ndarray]]:
+    """Tensor name -> the adapter's rows, in the file's order."""
+    found: dict[str, list[np.ndarray]] = {}
+    for module, *_ in index.modules:
+        for level in adapter.modules.get(module, ()):
+            for factor in (level.a, level.b):
+                for field in FIELDS[: 1 if factor.bits == 16 else 3]:
+                    name = tensor_name(factor.bits, factor.width, field)
+                    found.setdefault(name, []).append(getattr(factor, field))
+    return found
+
+
+class CompactAdapters(Sequence[Compressed]):
+    """The adapters of a file, each read by `read_compact` whenever it is asked for."""
+
+    def __init__(self, path: Path, n: int) -> None:
+        """Take the first `n` adapters of the file."""
+        self._path, self._n = path, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, k: int) -> Compressed: ...
+
+    @overload
+    def __getitem__(self, k: slice) -> list[Compressed]: ...
+
+    def __getitem__(self, k: int | slice) -> Compressed | list[Compressed]:
+        numbers = range(self._n)[k]
+        if isinstance(numbers, range):
+            return [read_compact(self._path, i) for i in numbers]
+        return read_compact(self._path, numbers)
 
 
 def read_index(path: Path) -> Index:

@@ -16,7 +16,7 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import full_logits, run_blocks
 from d2c_mlx.models.kernels import target_scores
 from d2c_mlx.utils.blas import all_cores
-from d2c_mlx.utils.device import arithmetic
+from d2c_mlx.utils.device import arithmetic, on_cpu
 from d2c_mlx.utils.files import fingerprint
 
 __all__ = ["POINTS", "module_gains"]
@@ -78,7 +78,7 @@ def _integrated(
     base.attach(adapter)
     head = find_head(base.model)
     factors = base.attached_factors
-    fast = mx.default_device().type == mx.DeviceType.cpu
+    fast = on_cpu()
 
     def loss(scales: mx.array, some: Sequence[Example]) -> mx.array:
         x, places, targets = pad_batch(some)

@@ -6,7 +6,6 @@ a fixed number of tokens, for gradients and captured activations.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ __all__ = [
     "BatchCost",
     "PassSize",
     "batches_by_length",
-    "default_memory_limit",
     "shared_prefix",
     "split_rows",
     "pad_batch",
@@ -41,14 +39,6 @@ class PassSize:
 
     overhead: int = 16
     most: int = 2048
-
-
-def default_memory_limit() -> int:
-    """Bytes an evaluation may take: most of Metal's recommended working set, else half the RAM."""
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if working_set:
-        return int(working_set) * 4 // 5
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from d2c_mlx.models.exact import find_head
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import KeysValues, head_in_float32, run_blocks
 from d2c_mlx.models.kernels import target_scores
+from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["Distiller", "Factors", "TeacherRow"]
@@ -73,7 +74,7 @@ class Distiller:
                 " architecture scales or caps its logits"
             )
         self.base, self._head = base, head_in_float32(head)
-        self._fast = mx.default_device().type == mx.DeviceType.cpu
+        self._fast = on_cpu()
 
     def teacher_rows(
         self,

@@ -21,11 +21,10 @@ from d2c_mlx.evaluate.batches import (
     Batch,
     BatchCost,
     PassSize,
-    default_memory_limit,
     shared_prefix,
     split_rows,
 )
-from d2c_mlx.evaluate.workers import Piece, StateCache, group_pieces, make_workers
+from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -38,7 +37,7 @@ from d2c_mlx.models.forward import (
     wait_for,
 )
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
-from d2c_mlx.utils.device import arithmetic
+from d2c_mlx.utils.device import arithmetic, default_memory_limit, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
 
@@ -110,8 +109,7 @@ class Engine:
             n_processes: number of processes that share this machine's cores and memory.
         """
         self.base, self.optimizations = base, optimizations or Optimizations()
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self._fast = on_cpu and self.optimizations.exponentials
+        self._fast = on_cpu() and self.optimizations.exponentials
         use_fast_exponentials(base.model, self._fast)
         self.workers = make_workers(self.optimizations.streams, n_processes)
         head = find_head(base.model)
@@ -132,13 +130,11 @@ class Engine:
         if self.fold:
             free -= folded
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
-        self._kept = StateCache(free // 5)
+        self._kept: ByteCache[tuple[str, int], list[mx.array]] = ByteCache(free // 5)
         self.batch_limit = free * 3 // 5 // self.workers.n
         mx.set_cache_limit(free // 5)
         mx.set_memory_limit(self.memory_limit)
-        # Metal's alone: what is wired is not paged out and in again between batches.
-        if most := mx.device_info().get("max_recommended_working_set_size"):
-            mx.set_wired_limit(min(int(most), self.memory_limit))
+        wire(self.memory_limit)
 
     @property
     def unused(self) -> list[str]:
@@ -302,7 +298,7 @@ class Engine:
                 last[:] = kept[-1:]
             # Other threads, with streams of their own, will read them.
             mx.eval(kept)
-            self._kept.put(key, kept)
+            self._kept.put(key, kept, sum(x.nbytes for x in kept))
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
     def _batch_nll(self, batch: Batch) -> mx.array:

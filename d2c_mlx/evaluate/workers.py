@@ -1,4 +1,4 @@
-"""Scheduling for the engine: groups of pieces, worker threads, and states kept between passes."""
+"""Scheduling for the engine: groups of pieces, worker threads, and what is kept between passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -15,11 +15,12 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
+from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.grouping import indices_by_key
 
 __all__ = [
     "CHUNK_TOKENS",
-    "StateCache",
+    "ByteCache",
     "Piece",
     "Work",
     "Workers",
@@ -37,6 +38,8 @@ class Work(Protocol):
         """Number of tokens: what it costs."""
 
 
+K = TypeVar("K")
+V = TypeVar("V")
 S = TypeVar("S", bound=Work)
 T = TypeVar("T")
 
@@ -75,33 +78,34 @@ def split_chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
         yield chunk
 
 
-class StateCache:
-    """Hidden states by key, within a number of bytes; the least recently used go first."""
+class ByteCache(Generic[K, V]):
+    """Values by key, within a number of bytes; the least recently used go first."""
 
     def __init__(self, nbytes: int) -> None:
+        """Make a cache for at most `nbytes`."""
         self._free = nbytes
-        self._entries: OrderedDict[object, list[mx.array]] = OrderedDict()
+        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: object) -> list[mx.array] | None:
-        """The arrays under `key`, or None if they are not there any more."""
+    def get(self, key: K) -> V | None:
+        """The value under `key`, or None if it is not there any more."""
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
-    def put(self, key: object, arrays: list[mx.array]) -> None:
-        """Keep arrays, unless they alone are too large; others are dropped to make room."""
-        size = sum(x.nbytes for x in arrays)
+    def put(self, key: K, value: V, nbytes: int) -> None:
+        """Keep a value, unless it alone is too large; others are dropped to make room."""
         with self._lock:
-            held = sum(x.nbytes for entry in self._entries.values() for x in entry)
-            if size > self._free + held:
+            self._free += self._entries.pop(key, (None, 0))[1]
+            if nbytes > self._free + sum(size for _, size in self._entries.values()):
                 return
-            while size > self._free:
-                _, old = self._entries.popitem(last=False)
-                self._free += sum(x.nbytes for x in old)
-            self._entries[key] = arrays
-            self._free -= size
+            while nbytes > self._free:
+                _, (_, size) = self._entries.popitem(last=False)
+                self._free += size
+            self._entries[key] = value, nbytes
+            self._free -= nbytes
 
 
 class _ThreadState(threading.local):
@@ -137,7 +141,7 @@ class Workers:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        device = mx.default_device()
+        device = current_device()
         self._pool = ThreadPoolExecutor(
             n, initializer=lambda: setattr(_thread, "stream", _Stream(device))
         )
@@ -185,7 +189,7 @@ def make_workers(several: bool, n_processes: int) -> Workers:
         several: False for the calling thread alone.
         n_processes: number of processes that share this machine's cores.
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not on_cpu():
         return Workers(1)
     n_cores = max(1, (os.cpu_count() or 1) // n_processes)
     n_workers = min(n_cores, 4) if several else 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.similarity import closest_scale
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
+from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
@@ -47,7 +49,8 @@ class Merged:
     """One merge.
 
     Attributes:
-        adapter: the merge, with one rank and one scale, in the base model's 16-bit dtype.
+        adapter: the merge, with one rank and one scale, in the base model's 16-bit dtype. One that
+            a `Merger` keeps is in a temporary file.
         method: one of `RUN_METHODS` except "auto"; "none" for a single adapter.
         scale: factor on dW; 1 for a single adapter.
         regret: mean normalised regret of the members on their calibration rows; None if nothing
@@ -87,8 +90,10 @@ class Merger:
         self._workers, self._library = library.workers, library
         self.method = options.method or self._best
         self.quick_method = _QUICK.get(self.method, self.method)
+        # A search makes hundreds, each as large as an adapter, and asks again for most of them.
         self._merges: dict[tuple[str, Members], Merged] = {}
-        self._inputs: dict[int, ModuleInputs] = {}
+        self._spool = Spool()
+        self._inputs: ByteCache[int, ModuleInputs] = ByteCache(library.engine.memory_limit // 8)
 
     @cached_property
     def _best(self) -> str:
@@ -131,6 +136,9 @@ class Merger:
                 self._merges[key] = self._layerwise(members)
             else:
                 self._merges[key] = self._tuned(self._unscaled(members, method), members, method)
+            made = self._merges[key]
+            waiting = self._spool.put(made.adapter)
+            self._merges[key] = made if waiting is made.adapter else replace(made, adapter=waiting)
         return self._merges[key]
 
     def _tuned(self, merged: Adapter, members: Members, method: str) -> Merged:
@@ -231,9 +239,12 @@ class Merger:
 
     def _own_inputs(self, i: int, members: Members) -> ModuleInputs:
         """The module inputs of task i under its own adapter."""
-        if i not in self._inputs or not set(self._paths(members)) <= self._inputs[i].keys():
-            (self._inputs[i],) = self._inputs_of((i,), self._adapters[i], members)
-        return self._inputs[i]
+        found = self._inputs.get(i)
+        if found is None or not set(self._paths(members)) <= found.keys():
+            (found,) = self._inputs_of((i,), self._adapters[i], members)
+            distinct = {id(x): x.nbytes for x in found.values()}
+            self._inputs.put(i, found, sum(distinct.values()))
+        return found
 
     def _inputs_of(self, tasks: Members, adapter: Adapter, members: Members) -> list[ModuleInputs]:
         """The inputs of every module that any member has, for each task under one adapter."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, balance_factors
@@ -28,6 +28,7 @@ from d2c_mlx.models.stock import (
 )
 from d2c_mlx.models.tasks import Row
 from d2c_mlx.models.tokenize import context_length, encode
+from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
 __all__ = ["BaseModel", "block_index"]
@@ -79,12 +80,15 @@ class BaseModel:
         first_adapted_block: index of the first block that an attached adapter changes.
     """
 
-    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
+    def __init__(
+        self, spec: str | None = None, dequantize: bool = False, lazy: bool = False
+    ) -> None:
         """Load a base model; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
             spec: see `resolve_model`.
             dequantize: replace quantized weights on any device, not on a CPU alone.
+            lazy: leave the weights in their files until the model is run.
 
         Raises:
             ModelError: it cannot be found, or mlx-lm cannot load it.
@@ -94,13 +98,16 @@ class BaseModel:
         model, self.tokenizer = load_stock(self.path, lazy=True)
         self.dtype: mx.Dtype = stored_dtype(model) or mx.float16
         self.compute_dtype = self.dtype
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        if on_cpu:
+        if on_cpu():
             self.compute_dtype = mx.float32
             model.set_dtype(mx.float32)
-        if on_cpu or dequantize:
+        if on_cpu() or dequantize:
             model = dequantize_model(model)
-        mx.eval(model.parameters())
+        if not lazy:
+            # The largest first, while there is room for its stored form beside it.
+            weights = [one for _, one in tree_flatten(model.parameters())]
+            for one in sorted(weights, key=lambda one: -one.nbytes):
+                mx.eval(one)
         self.model = model
         self.module_shapes = linear_shapes(model.named_modules())
         self.first_adapted_block = self.n_layers

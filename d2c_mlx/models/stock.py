@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.utils import load
 
-from d2c_mlx.utils.device import use_device
+from d2c_mlx.utils.device import current_device, use_device
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["WITHOUT_CODE", "greedy", "greedy_batch", "linear_shapes", "load_stock", "stored_dtype"]
@@ -111,7 +111,7 @@ def greedy_batch(
     try:
         found = batch_generate(
             model, tokenizer, [list(one) for one in prompts], max_tokens=list(max_tokens),
-            return_token_ids=True, stream=mx.default_stream(mx.default_device()),
+            return_token_ids=True, stream=mx.default_stream(current_device()),
         )  # fmt: skip
     except ValueError:  # a kind of cache that mlx-lm cannot batch
         return [greedy(model, tokenizer, *one) for one in zip(prompts, max_tokens)]

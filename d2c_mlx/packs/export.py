@@ -95,7 +95,7 @@ def unpacked_nbytes(pack: Pack) -> int:
     if isinstance(pack.manifest, PlainManifest):
         return pack.nbytes
     blocks = pack.manifest.base.n_layers
-    found = [pack.load(served[0]) for served in pack.adapters.values()]
+    found = (pack.load(served[0]) for served in pack.adapters.values())
     return sum(adapter.nbytes(blocks) for adapter in found if adapter)
 
 

@@ -32,6 +32,7 @@ from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.models.tokenize import context_length
+from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
@@ -72,7 +73,7 @@ class StockModel:
         self.weights_nbytes = self.held_nbytes
         self.dtype: mx.Dtype | None = stored_dtype(self.model)
         self.compute_dtype = self.dtype
-        if mx.default_device().type == mx.DeviceType.cpu:
+        if on_cpu():
             self.compute_dtype = mx.float32
             self.model.set_dtype(mx.float32)
         mx.eval(self.model.parameters())

@@ -109,6 +109,14 @@ class RunConfig(RunRules):
         metavar="M",
         default_text="the embedded SmolLM2-135M-Instruct",
     )
+    probe_model: str | None = option(
+        None,
+        "base model to choose everything on, such as a copy in 4 bits; the pack is for --model, and"
+        " the report has its losses on both",
+        group=_INPUT,
+        metavar="M",
+        default_text="--model",
+    )
     output: str = option(
         ...,
         "run directory; the same command continues there",

@@ -29,7 +29,7 @@ from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name, environment, outside_mlx
-from d2c_mlx.utils.errors import InputError, InputWarning, collect, gather
+from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning, collect, gather
 from d2c_mlx.utils.templates import size, span
 
 __all__ = ["Inputs", "opening", "provenance"]
@@ -40,8 +40,10 @@ class Inputs:
 
     Attributes:
         config: options of the run.
-        base: the base model.
-        engine: evaluates adapters on the base model.
+        base: the base model that everything is chosen on.
+        shipped: the base model of the pack, which judges it; another than `base` with
+            `probe_model`, its weights then in their files until it is run.
+        engine: evaluates adapters on `base`.
         adapters: adapters as they were given, sorted by name.
         tasks: one task per adapter, in the same order.
         capacity: bytes of the adapters and of the budget.
@@ -58,9 +60,13 @@ class Inputs:
                 model cannot be loaded, its problem alone: the others must fit it.
         """
         self.config = config
-        self.base = BaseModel(config.model)
+        self.shipped = self.base = BaseModel(config.probe_model or config.model)
+        if config.probe_model:
+            self.shipped = BaseModel(config.model, lazy=True)
+            self.base.dtype = self.shipped.dtype
         off = set(config.without) - {"cache", "bound"}
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
+        self._savings = savings
         # The limit is the process's.
         limit = max(1, config.memory_bytes - outside_mlx()) if config.memory_bytes else None
         self.engine = Engine(self.base, limit, savings, local_ranks())
@@ -77,6 +83,7 @@ class Inputs:
         known = [source.name for source in sources]
         if config.skip_bad:
             sources = self._usable(sources)
+        collect(errors, self._check_shipped)
         self.adapters: list[Adapter] = collect(errors, lambda: self._read(sources)) or []
         names = [source.name for source in sources]
         self.tasks: list[Task] = (
@@ -106,13 +113,15 @@ class Inputs:
         """Make the capacity, check all together and raise `errors` with what is found."""
         config = self.config
         budget = parse_budget(config.budget)
-        self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank, config.format)
+        self.capacity = Capacity(
+            self.shipped, self.adapters, budget, config.merge_rank, config.format
+        )
         self._check(errors)
         if errors:
             raise InputError([line for error in errors for line in error.problems])
 
     def _read(self, sources: Sequence[Source]) -> list[Adapter]:
-        own, is_base = self.base, partial(same_weights, self.base.path)
+        own, is_base = self.shipped, partial(same_weights, self.shipped.path)
         weights = BaseWeights(own.weight, self.config.accept_dora)
         return read_adapters(sources, own.module_shapes, own.config, is_base, weights)
 
@@ -140,6 +149,8 @@ class Inputs:
             collect(errors, lambda: self.capacity.merge_rank and (
                 self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
             collect(errors, lambda: self.prompts)
+        if not errors and config.probe_model:
+            collect(errors, self._check_tokens)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
         for plugin in config.plugins:
@@ -148,6 +159,34 @@ class Inputs:
             collect(errors, lambda: check_blocks(self.base))
         if not errors:
             collect(errors, self._check_memory)
+
+    def _check_shipped(self) -> None:
+        """Check that both base models take the same adapters and token ids."""
+        chosen, shipped = self.base, self.shipped
+        if chosen.module_shapes != shipped.module_shapes:
+            different = set(chosen.module_shapes.items()) ^ set(shipped.module_shapes.items())
+            raise ConfigError(
+                f"probe_model: {chosen.name} and {shipped.name} differ in {len(different)} linear"
+                f" modules (first: {min(different)[0]}), expected two forms of one model"
+            )
+
+    def _check_tokens(self) -> None:
+        """Check that both base models have the same tokens for the calibration rows."""
+        n = self.config.probe_examples
+        for one, other in zip(self.probes, encode_probes(self.shipped.encode, self.tasks, n)):
+            if one.tokens_digest != other.tokens_digest:
+                raise ConfigError(
+                    f"probe_model: the tokenizers of {self.base.name} and {self.shipped.name}"
+                    f" differ (first: the calibration rows of {one.task}), expected two forms of"
+                    " one model"
+                )
+
+    @cached_property
+    def judge(self) -> Engine:
+        """The engine of the shipped base model, which is loaded now if it is not `base`."""
+        if self.shipped is self.base:
+            return self.engine
+        return Engine(self.shipped, self.config.memory_bytes, self._savings, local_ranks())
 
     def _check_memory(self) -> None:
         """Raise the error of the longest row that does not fit; what fits it fits the others."""
@@ -216,7 +255,7 @@ def opening(inputs: Inputs) -> str:
         f"{one.name} {one.dora_error:.3f}" for one in inputs.adapters if one.dora_error is not None
     )
     return (
-        f"found {len(ranks)} adapters of {inputs.base.name} (rank {span(ranks)},"
+        f"found {len(ranks)} adapters of {inputs.shipped.name} (rank {span(ranks)},"
         f" {size(capacity.total)}), {span([len(one.examples) for one in inputs.probes])}"
         f" calibration and {span([len(one.examples) for one in inputs.tests])} held-out rows"
         f" each; room for {budget}; device: {device_name()}"
@@ -226,7 +265,7 @@ def opening(inputs: Inputs) -> str:
 
 def provenance(inputs: Inputs) -> dict[str, Any]:
     """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
-    base, capacity = inputs.base, inputs.capacity
+    base, capacity = inputs.shipped, inputs.capacity
     return {
         "config": inputs.config.to_dict(),
         "base": {"model": base.name, "config_sha256": base.config_hash},

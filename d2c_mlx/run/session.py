@@ -14,6 +14,7 @@ import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import left_in_file
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import Group, Ranks
@@ -117,6 +118,19 @@ class Session:
             cache = LossCache(cache_directory() / "losses.sqlite")
         return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
 
+    @property
+    def judge(self) -> Evaluator:
+        """The evaluator on the pack's base model; with `probe_model` another than `evaluator`.
+
+        It runs here alone, since the other ranks have the base model that is chosen on.
+        """
+        own = self.evaluator
+        if self.inputs.judge is self.inputs.engine:
+            return own
+        judge = Evaluator(self.inputs.judge, own.cache)
+        judge.meter, judge.counts = own.meter, own.counts
+        return judge
+
     def load(self) -> None:
         """Load and check all inputs, on every rank; nothing is written in the run directory.
 
@@ -139,8 +153,12 @@ class Session:
 
     @cached_property
     def adapters(self) -> list[Adapter]:
-        """The converted adapters, read back from the run directory."""
-        return [load_adapter(self.path("adapters") / name) for name in self.inputs.names]
+        """The converted adapters, in the files of the run directory."""
+        return [self.stored_adapter(f"adapters/{name}") for name in self.inputs.names]
+
+    def stored_adapter(self, name: str) -> Adapter:
+        """An adapter of the run directory, its numbers left in the file: `merged/0`."""
+        return left_in_file(load_adapter(self.path(name)), self.path(name))
 
     @cached_property
     def library(self) -> Library:

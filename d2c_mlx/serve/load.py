@@ -15,6 +15,7 @@ from d2c_mlx.models.attach import switch
 from d2c_mlx.models.resolve import resolve_base
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["Question", "answer", "load", "stock_command"]
@@ -81,7 +82,7 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
     _, path = resolve_base(pack.manifest.base.model, directory)
     model, tokenizer = load_stock(path)
     switch(model, adapter, pack.path)
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if on_cpu():
         # MLX's CPU backend is slow in 16 bit.
         model.set_dtype(mx.float32)
     if not tokenizer.has_chat_template:

@@ -21,6 +21,7 @@ from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.router import Router
+from d2c_mlx.utils.device import current_device
 
 __all__ = ["STARTED", "Job", "Piece", "Scheduler"]
 
@@ -219,7 +220,7 @@ class Scheduler:
         return BatchGenerator(
             self._model, completion_batch_size=self._batch,
             prefill_batch_size=min(8, self._batch), prefill_step_size=_PREFILL_TOKENS,
-            stream=mx.default_stream(mx.default_device()),
+            stream=mx.default_stream(current_device()),
         )  # fmt: skip
 
     def _admit_waiting(self, batch: BatchGenerator, running: dict[int, _RunningJob]) -> None:

@@ -1,4 +1,8 @@
-"""The device that MLX computes on, this machine, and the versions that results depend on."""
+"""The device that MLX computes on, this machine, and the versions that results depend on.
+
+Every decision that differs between Metal and a CPU asks this file, so that tests can describe the
+other device; only `blas.py` knows Linux beside it.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,17 @@ from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
     "arithmetic",
+    "current_device",
+    "default_memory_limit",
     "device_name",
     "environment",
     "machine",
+    "on_cpu",
     "outside_mlx",
     "process_peak",
     "use_device",
     "versions",
+    "wire",
 ]
 
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
@@ -45,6 +53,28 @@ def use_device() -> None:
         mx.set_default_device(mx.cpu)
 
 
+def current_device() -> mx.Device:
+    """The device that MLX computes on where none is named."""
+    return mx.default_device()
+
+
+def on_cpu() -> bool:
+    """True where float32 is fast and 16 bits are slow, and elementwise work takes one core."""
+    return current_device().type == mx.DeviceType.cpu
+
+
+def default_memory_limit() -> int:
+    """Bytes an evaluation may take: most of Metal's recommended working set, else half the RAM."""
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    return int(working_set) * 4 // 5 if working_set else (_system_memory() or 8 << 30) // 2
+
+
+def wire(limit: int) -> None:
+    """Keep at most `limit` bytes from being paged out and in again between batches, on Metal."""
+    if most := mx.device_info().get("max_recommended_working_set_size"):
+        mx.set_wired_limit(min(int(most), limit))
+
+
 def arithmetic() -> dict[str, str | None]:
     """All that decides the bits of a result beside model and engine, for cache keys.
 
@@ -54,7 +84,7 @@ def arithmetic() -> dict[str, str | None]:
     info = mx.device_info()
     found = {
         "MLX": version("mlx"), "device": str(info.get("device_name")),
-        "backend": str(mx.default_device()), "BLAS": loaded_blas(),
+        "backend": str(current_device()), "BLAS": loaded_blas(),
     }  # fmt: skip
     if mac := platform.mac_ver()[0]:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
@@ -64,16 +94,13 @@ def arithmetic() -> dict[str, str | None]:
 
 def device_name() -> str:
     """The device that MLX computes on: `gpu, Apple M2`, or `cpu`."""
-    kind = str(mx.default_device().type).split(".")[-1]
-    return f"{kind}, {mx.device_info()['device_name']}" if kind == "gpu" else kind
+    return "cpu" if on_cpu() else f"gpu, {mx.device_info()['device_name']}"
 
 
 def machine() -> dict[str, Any]:
     """Describe device, backend, memory (bytes) and BLAS; keys without a value are left out."""
     info = mx.device_info()
-    backend = str(mx.default_device().type).split(".")[-1]
-    if backend == "gpu" and mx.metal.is_available():
-        backend = "metal"
+    backend = "cpu" if on_cpu() else "metal" if mx.metal.is_available() else "gpu"
     facts = {
         "system": platform.platform(),
         "device": info.get("device_name", "unknown"),

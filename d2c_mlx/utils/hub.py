@@ -6,15 +6,31 @@ Nothing here runs unless the user named an id that is no local path, or pushes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from d2c_mlx.utils.errors import D2CError, InputError
+from d2c_mlx.utils.errors import D2CError, InputError, gather
+from d2c_mlx.utils.progress import progress_bar
 
-__all__ = ["HubId", "download", "read_head", "list_files", "parse_hub_id", "upload"]
+__all__ = [
+    "HubId",
+    "download",
+    "download_all",
+    "list_files",
+    "parse_hub_id",
+    "read_head",
+    "upload",
+]
 
+T = TypeVar("T")
+# Repositories at once: an adapter is small, so most of the time is waiting for answers.
+_AT_ONCE = 8
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 
 
@@ -53,20 +69,75 @@ def download(
         InputError: `error`, if there is no such repository or revision, no access, or no network.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import logging
 
-    # The client would warn that nothing fits the patterns; our callers have better messages.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with _translate_errors(one, field, error):
-            found = snapshot_download(
-                one.repo, revision=one.revision, allow_patterns=list(patterns)
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    with _silent_client, _translate_errors(one, field, error):
+        found = snapshot_download(one.repo, revision=one.revision, allow_patterns=list(patterns))
     # The cache is laid out as snapshots/<commit>.
     return Path(found), Path(found).name
+
+
+class _SilentClient:
+    """Silences the client, which would warn that nothing fits the patterns; threads share it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        from huggingface_hub.utils import logging
+
+        with self._lock:
+            if not self._users:
+                self._before = logging.get_verbosity()
+                logging.set_verbosity_error()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        from huggingface_hub.utils import logging
+
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                logging.set_verbosity(self._before)
+
+
+_silent_client = _SilentClient()
+
+
+def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Run calls that download an adapter each, some at once, with one bar for all.
+
+    The client goes on with a file after its connection broke. What is complete stays in the hub's
+    cache, so the same calls after an interruption ask for the other files alone.
+
+    Returns:
+        Their results, in the order of the calls.
+
+    Raises:
+        InputError: the problems of all calls that failed.
+    """
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    quiet = are_progress_bars_disabled()  # By $HF_HUB_DISABLE_PROGRESS_BARS, say.
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    disable_progress_bars()
+    try:
+        with progress_bar("download", quiet, unit="adapters") as bar:
+            bar.expect(len(calls))
+
+            def run(call: Callable[[], T]) -> T:
+                found = call()
+                bar.advance(1)
+                return found
+
+            return gather([pool.submit(partial(run, call)).result for call in calls])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if not quiet:
+            enable_progress_bars()
 
 
 def list_files(one: HubId, field: str, error: type[InputError]) -> list[str]:

@@ -63,7 +63,7 @@ class Bar:
 
 
 @contextmanager
-def _lines(name: str, progress: Progress, quiet: bool, every: float) -> Iterator[None]:
+def _lines(name: str, progress: Progress, quiet: bool, every: float, unit: str) -> Iterator[None]:
     """Say how far the work is, every some seconds, and in the end how long it took."""
     done, started = threading.Event(), time.monotonic()
 
@@ -73,7 +73,7 @@ def _lines(name: str, progress: Progress, quiet: bool, every: float) -> Iterator
     def tell() -> None:
         while not done.wait(every):
             (task,) = progress.tasks
-            known = f"{task.completed:,.0f} of {task.total or 0:,.0f} tokens, "
+            known = f"{task.completed:,.0f} of {task.total or 0:,.0f} {unit}, "
             say(f"{name}: {known if task.visible else ''}{elapsed()}", quiet)
 
     thread = threading.Thread(target=tell, daemon=True)
@@ -87,18 +87,21 @@ def _lines(name: str, progress: Progress, quiet: bool, every: float) -> Iterator
 
 
 @contextmanager
-def progress_bar(name: str, quiet: bool = False, every: float = _EVERY) -> Iterator[Bar]:
+def progress_bar(
+    name: str, quiet: bool = False, every: float = _EVERY, unit: str = "tokens"
+) -> Iterator[Bar]:
     """Show a bar on standard error once there is work to expect; without a terminal, lines.
 
     Args:
         name: text before the bar.
         quiet: show nothing.
         every: seconds between two lines.
+        unit: what the bar counts.
     """
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -106,5 +109,5 @@ def progress_bar(name: str, quiet: bool = False, every: float = _EVERY) -> Itera
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         bar = Bar(progress, progress.add_task(name, total=0, visible=False))
-        with _lines(name, progress, quiet or console.is_terminal, every):
+        with _lines(name, progress, quiet or console.is_terminal, every, unit):
             yield bar

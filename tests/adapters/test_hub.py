@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 
 import pytest
 from helpers.gguf_files import write_lora
@@ -125,6 +126,45 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
         assert line.startswith("error: ") and name.split("@")[0] in line
         assert all(word in line for word in words), line
     assert "adapter_model.bin" not in hub.gets("org/pickle")
+
+
+@pytest.mark.slow
+def test_many_come_at_once_and_the_rest_later(hub, paths, tmp_path):
+    """Weights wait until four are asked for; one breaks off, and goes on from there.
+
+    What came whole is not asked for again once the last is there, too.
+    """
+    files = hub.repos["org/a"]["main"]
+    names = [f"org/n{i}" for i in range(8)]
+    # Of megabytes, since the client keeps what it has by ten of them.
+    weights = "adapter_model.safetensors"
+    large = {**files, weights: with_padding(files[weights])}
+    hub.repos |= {name: {"main": large if name == "org/n7" else files} for name in names}
+    hub.refused["org/n6"] = (403, "", "gone")
+    hub.gate = threading.Barrier(4, lambda: setattr(hub, "gate", None))
+    hub.cut = {"org/n7"}
+    hub.ranges.clear()
+    args = ["convert", "--model", paths.model, "--adapters", ",".join(names), "--output"]
+    home, out = tmp_path / "home", tmp_path / "out"
+    first = hub.run(home, *args, out)
+    assert first.returncode == 2 and not out.exists() and hub.gate is None
+    (line,) = first.stderr.splitlines()
+    assert line.startswith("error: adapters: 'org/n6'")
+    ((repo, start),) = hub.ranges
+    assert repo == "org/n7" and start > 0
+    del hub.refused["org/n6"]
+    hub.log.clear()
+    second = hub.run(home, *args, out, HF_HUB_DISABLE_PROGRESS_BARS=None)
+    assert second.returncode == 0 and second.stderr.startswith("download: done, 0:"), second.stderr
+    asked = [path for method, path in hub.log if method == "GET" and path.endswith(weights)]
+    assert [path.split("/")[2] for path in asked] == ["n6"]
+    assert len(list(out.glob("n*"))) == 8
+
+
+def with_padding(data, size=15 << 20):
+    """The same tensors in a file with a header of this many bytes, blank at its end."""
+    n = int.from_bytes(data[:8], "little")
+    return size.to_bytes(8, "little") + data[8 : 8 + n].ljust(size) + data[8 + n :]
 
 
 @pytest.mark.slow

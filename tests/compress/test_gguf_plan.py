@@ -63,7 +63,7 @@ def test_no_choice_exceeds_its_budget(session, tmp_path):
     candidates = [forms.estimate(form, form.lost) for form in offered]
     sizes = []
     for k, (form, one) in enumerate(zip(offered, candidates)):
-        storage.write(tmp_path, [storage.store(form.adapter, form.levels, form.parts)])
+        storage.write(tmp_path, [storage.store(form.adapter, form.levels, None)])
         sizes.append((tmp_path / "0.gguf").stat().st_size)
         assert one.nbytes == sizes[k] == storage.total([one])
     assert len(sizes) >= 15

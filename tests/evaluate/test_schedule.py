@@ -3,11 +3,10 @@
 import subprocess
 import sys
 
-import mlx.core as mx
 import pytest
 
 from d2c_mlx.evaluate.batches import BatchCost, PassSize, shared_prefix, split_rows
-from d2c_mlx.evaluate.workers import StateCache, Workers, split_chunks
+from d2c_mlx.evaluate.workers import ByteCache, Workers, split_chunks
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -35,17 +34,18 @@ def test_the_shared_prefix_ends_before_the_first_predicting_position():
     assert shared_prefix(rows((same, 8))) == ()
 
 
-def test_kept_states_stay_within_their_bytes():
-    kept = StateCache(100)
-    x = [mx.zeros(10)]
+def test_what_is_kept_stays_within_its_bytes():
+    kept = ByteCache(100)
     for key in "abc":
-        kept.put(key, x)
+        kept.put(key, key, 40)
     assert kept.get("a") is None and kept.get("b") and kept.get("c")
     kept.get("b")
-    kept.put("d", x)
+    kept.put("d", "d", 40)
     assert kept.get("c") is None and kept.get("b")
-    kept.put("huge", [mx.zeros(26)])
+    kept.put("huge", "huge", 104)
     assert kept.get("huge") is None and kept.get("b")
+    kept.put("b", "larger", 60)
+    assert kept.get("b") == "larger" and kept.get("d")
 
 
 def test_lots_keep_the_order():

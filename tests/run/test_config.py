@@ -171,6 +171,7 @@ def test_the_help_states_the_defaults():
             stated[name] = match[1]
     values = {name: getattr(default, name) for name in stated}
     assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
+    assert stated.pop("probe_model") == "--model" and values.pop("probe_model") is None
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
     assert stated.pop("merge_rank").startswith("the largest") and values.pop("merge_rank") is None
     assert stated.pop("merge_method").startswith("layerwise, or regmean++")
@@ -184,7 +185,7 @@ def test_the_help_states_the_defaults():
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "memory_limit", "refine", "same_shape", "without", "baselines"}
     special |= {"unlabelled", "clusters", "skip_bad", "merge_method", "merge_rank", "max_adapters"}
-    special |= {"accept_dora"}
+    special |= {"accept_dora", "probe_model"}
     unstated = set(RunConfig.model_fields) - set(stated) - special
     assert unstated == set(NEEDED)
 

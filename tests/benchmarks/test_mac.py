@@ -1,0 +1,30 @@
+"""The script for who has a Mac, without its long parts; see benchmarks/mac.py for a whole run."""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from helpers import ROOT
+
+from benchmarks import mac
+
+
+def test_one_file_is_written_and_a_part_that_fails_is_in_it(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "mac.json"
+    monkeypatch.setattr(mac, "COMMAND", [sys.executable, "-c", f"exit('no {Path.home()}')"])
+    monkeypatch.setattr(sys, "argv", ["mac", "--output", str(output), "--without", "cpu,tests"])
+    mac.main()
+    found = json.loads(output.read_text())
+    assert {"machine", "python", "versions"} == found["environment"].keys()
+    assert "mlx" in found["environment"]["versions"]
+    assert found["demo"]["failed"] == found["phone"]["failed"] == ["no ~"]
+    assert "cpu" not in found and f"wrote {output}" in capsys.readouterr().out
+
+
+def test_the_workflow_runs_it_on_a_mac_and_keeps_the_file():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    steps = yaml.safe_load(text)["jobs"]["test"]["steps"]
+    made, kept = (one for one in steps if one.get("if") == "runner.os == 'macOS'")
+    assert made["run"].startswith("benchmarks/mac.sh ") and kept["with"]["path"] == "mac.json"
+    assert "-m benchmarks.mac" in (ROOT / "benchmarks" / "mac.sh").read_text()

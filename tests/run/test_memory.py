@@ -1,0 +1,96 @@
+"""Adapters stay in their files: more of them take no more memory, in any stage."""
+
+import gc
+import json
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.loras import lora_of
+from helpers.tiny import SHAPES, library, peft_adapter
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.mlx_format import Spool
+from d2c_mlx.adapters.peft_format import load_peft
+from d2c_mlx.adapters.reading import left_in_file
+from d2c_mlx.compress.compact_file import CompactAdapters, write_compact
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import AdapterError
+
+RANK = 16
+# Bytes of one adapter in float32.
+NBYTES = 4 * 2 * RANK * sum(map(sum, SHAPES.values()))
+
+
+def peaks(root, n, budget, **more):
+    """Most bytes of MLX's arrays in every stage of a run of n adapters, those of the model too."""
+    gc.collect()  # The model of the run before is part of a cycle.
+    names = [f"a{i}" for i in range(n)]
+    lib = library(root, names)
+    for i, name in enumerate(names):
+        peft_adapter(lib.adapters, name, rank=RANK, seed=i, targets=tuple(SHAPES))
+    if "merge_method" in more:
+        clusters = root / "clusters.json"
+        clusters.write_text(json.dumps([names[i : i + 3] for i in range(0, n, 3)]))
+        more["clusters"] = str(clusters)
+    session = run(
+        RunConfig(
+            model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget=budget,
+            output=str(root / "run"), baselines=(), probe_examples=1, test_examples=1, answers=0,
+            **more,
+        ), until="bench", quiet=True,
+    )  # fmt: skip
+    records = {path.stem: json.loads(path.read_text())
+               for path in (session.output / ".stages").glob("*.json")}  # fmt: skip
+    return {stage: one["peak_nbytes"] for stage, one in records.items() if "peak_nbytes" in one}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear", "layerwise", None])
+def test_more_adapters_take_no_more_memory(tmp_path, method):
+    few, many = (
+        peaks(tmp_path / str(n), n, f"{n // 3}" if method else "30%",
+              **({"merge_method": method, "scale": 1.0} if method else {}))
+        for n in (3, 12)
+    )  # fmt: skip
+    assert few.keys() == many.keys() > {"convert", "probe", "pack", "bench"}
+    for stage, most in few.items():
+        # All nine would take nine times as much. Rows and lists of them take a little.
+        assert many[stage] - most < 2 * NBYTES, stage
+
+
+def test_an_adapter_in_its_file_is_the_same(tmp_path):
+    path = peft_adapter(tmp_path, "a", targets=tuple(SHAPES))
+    adapter = load_peft(path)
+    for kept in (left_in_file(adapter, path), Spool().put(adapter)):
+        assert (kept.digest, kept.rank, len(kept.modules)) == (
+            adapter.digest,
+            4,
+            len(adapter.modules),
+        )
+        assert "model.layers.0.mlp.no" not in kept.modules
+    kept = left_in_file(adapter, path)
+    half = kept.changed(lambda one: one.uniform())
+    assert half.digest == adapter.digest
+    peft_adapter(tmp_path, "a", seed=1, targets=tuple(SHAPES))
+    with pytest.raises(AdapterError, match="was changed while it was in use; run again"):
+        next(iter(kept.modules.values()))
+
+
+def test_a_compact_file_is_written_one_adapter_after_the_other(tmp_path):
+    one, path = lora_of(np.random.default_rng(0), (4096, 4096), 4), "model.layers.0.q"
+    small = compress(Adapter("a", {path: one}), {path: [(4, 8)]})
+    adapters = [replace(small, name=f"a{i}") for i in range(40)]
+    one, all_of_them = tmp_path / "one", tmp_path / "all"
+    write_compact(all_of_them, adapters)
+    size = all_of_them.stat().st_size
+    tracemalloc.start()
+    write_compact(one, CompactAdapters(all_of_them, 40))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert one.read_bytes() == all_of_them.read_bytes()
+    assert peak < size / 4
+    assert [x.name for x in CompactAdapters(all_of_them, 40)[-2:]] == ["a38", "a39"]

@@ -1,0 +1,85 @@
+"""What differs between Metal and a CPU, both sides by a description of the device."""
+
+import os
+import platform
+import re
+import resource
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from helpers import ROOT
+from helpers.tiny import Gpu
+
+from d2c_mlx.evaluate.workers import make_workers
+from d2c_mlx.utils.device import (
+    arithmetic,
+    default_memory_limit,
+    device_name,
+    machine,
+    on_cpu,
+    process_peak,
+    wire,
+)
+
+GB = 1 << 30
+# As MLX describes them: a MacBook Air of 8 GB, and any Linux.
+MAC = {
+    "device_name": "Apple M2", "architecture": "applegpu_g14g", "memory_size": 8 * GB,
+    "max_recommended_working_set_size": 5 * GB, "max_buffer_length": 4 * GB, "resource_limit": 5,
+}  # fmt: skip
+LINUX = {"device_name": "AMD EPYC", "architecture": "x86_64"}
+
+
+@pytest.fixture(params=["mac", "linux"])
+def mac(request, monkeypatch):
+    """True on a described Mac, False on a described Linux; what was wired is in `mac.wired`."""
+    mac = request.param == "mac"
+    found = SimpleNamespace(is_mac=mac, wired=[])
+    monkeypatch.setattr(mx, "device_info", lambda: MAC if mac else LINUX)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: mac)
+    monkeypatch.setattr(mx, "set_wired_limit", found.wired.append)
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.5" if mac else "", ("",) * 3, ""))
+    monkeypatch.setattr(sys, "platform", "darwin" if mac else "linux")
+    monkeypatch.setattr(os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2)
+    if mac:
+        monkeypatch.setattr(mx, "default_device", Gpu)
+    return found
+
+
+def test_memory_is_planned_by_what_the_device_recommends(mac):
+    assert default_memory_limit() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
+    wire(2 * GB)
+    wire(7 * GB)
+    assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
+
+
+def test_a_device_is_described(mac):
+    facts = machine()
+    assert facts["backend"] == ("metal" if mac.is_mac else "cpu")
+    assert facts["memory"] == 8 * GB and facts["device"] == (
+        "Apple M2" if mac.is_mac else "AMD EPYC"
+    )
+    assert device_name() == ("gpu, Apple M2" if mac.is_mac else "cpu")
+    assert on_cpu() is not mac.is_mac
+    bits = arithmetic()
+    assert {"macOS", "architecture", "TF32"} <= bits.keys() if mac.is_mac else "macOS" not in bits
+
+
+def test_one_thread_feeds_a_gpu_and_several_a_cpu(mac, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("d2c_mlx.evaluate.workers.limit_blas_threads", lambda n: True)
+    assert make_workers(True, 1).n == (1 if mac.is_mac else 4)
+
+
+def test_the_peak_is_in_bytes_wherever_the_system_counts_in_others(mac, monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=3000)
+    monkeypatch.setattr(resource, "getrusage", lambda _: usage)
+    assert process_peak() == (3000 if mac.is_mac else 3000 * 1024)
+
+
+def test_no_other_file_asks_for_the_device():
+    asks = re.compile(r"default_device|device_info|DeviceType|mx\.metal|set_wired|mac_ver")
+    files = [path for path in (ROOT / "d2c_mlx").rglob("*.py") if asks.search(path.read_text())]
+    assert files == [ROOT / "d2c_mlx" / "utils" / "device.py"]
