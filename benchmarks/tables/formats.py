@@ -34,9 +34,9 @@ def gguf_budgets(read):
         what = one["what"].partition(" bits")[0] + " bits" * ("LoRAQuant" in one["what"])
         tasks = f", {one['tasks']} tasks" if "tasks" in one else ""
         cell = f"{one['excess']:+.3f} ({one['nbytes'] / 1e6:.2f} MB{tasks})"
-        found.setdefault((what, one["reader"]), {})[one["budget"]] = cell
-    lines = [(*key, *(cells.get(budget, "") for budget in budgets)) for key, cells in found.items()]
-    return markdown(("files", "read by", *budgets), lines, left=2)
+        found.setdefault(what, {})[one["budget"]] = cell
+    lines = [(what, *(cells.get(b, "") for b in budgets)) for what, cells in found.items()]
+    return markdown(("files", *budgets), lines)
 
 
 def route(read):
