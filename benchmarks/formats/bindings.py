@@ -69,17 +69,18 @@ class LlamaCpp:
         if lib.llama_set_adapters_lora(self.context, some, len(some), [1.0] * len(some)):
             raise SystemExit(f"llama.cpp does not take {path}")
 
-    def logits(self, tokens):
-        """Logits after every token, float32 `(tokens, vocabulary)`."""
+    def logits(self, tokens, first=0):
+        """Logits after every token from the first wanted on, float32 `(tokens, vocabulary)`."""
         ffi, lib = llama_cpp()
         lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
         batch, n = self.batch, len(tokens)
         batch.n_tokens = n
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, i >= first
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         if lib.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp could not compute the logits")
+        n -= first
         raw = ffi.buffer(lib.llama_get_logits(self.context), 4 * n * self.n_vocab)
         return np.frombuffer(raw, np.float32).reshape(n, self.n_vocab).copy()
 

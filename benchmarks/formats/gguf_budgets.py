@@ -1,19 +1,25 @@
-"""Plans for the bytes of GGUF files beside exports of other plans, in llama.cpp itself.
+"""What a phone gets for its bytes: plans for GGUF, compact packs, plain exports, LoRAQuant.
 
     d2c-mlx pack --budget 6.25% --format gguf --output RUN ...       # and one without --format
     python -m benchmarks.formats.gguf_budgets RUN [RUN ...] [--rows N] [--weights float32|stored]
 
-Every run has the same library and the embedded base. Its pack is exported to GGUF; llama.cpp and we
-compute the loss of the same held-out tokens. `excess` is the mean over tasks of loss - loss under
-the task's own adapter, by the same program. The first row of a run is what its own files give us,
-the second what the GGUF files give in llama.cpp. `as many as fit`: whole adapters in the smallest
-files of llama.cpp's converter (q8_0) or of PEFT (16 bit) at the run's budget, the base model for
-the other tasks, at the mean over all choices; their rounding is not counted against them.
-`padded`: the GGUF files in 16 bit with one rank for all modules.
+Every run has the same library and the embedded base. `excess` is the mean over tasks of loss - loss
+under the task's own adapter, both by the program that reads the files: llama.cpp for GGUF, d2c-mlx
+for all else, which gets the losses of PEFT (peft_pack.py) and of llama.cpp (gguf_lora.py). All see
+the same tokens.
+
+For each budget of the runs there are peers. `whole`: adapters as llama.cpp's converter (q8_0) or
+PEFT (16 bit) writes them, `rank 1`: the same of the leading singular component; as many tasks as
+fit have one, the others the base model, at the mean over all choices. `LoRAQuant`: loraquant.py, at
+the largest share that fits.
+
+Every loss is written as it is measured; the same command goes on after that.
 """
 
+import itertools
 import json
 import tempfile
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,9 +28,13 @@ import numpy as np
 from benchmarks import command_line
 from benchmarks.formats.bindings import LlamaCpp, conditions, in_float32
 from benchmarks.formats.gguf_lora import ours, theirs
+from benchmarks.formats.loraquant import LoraQuant
+from benchmarks.tables.pages import show
+from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import GgufStorage
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import embedded_gguf
@@ -35,77 +45,152 @@ from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.files import write_json
 
 
+class Losses:
+    """Losses by label and task, kept in the results file."""
+
+    def __init__(self, path, about):
+        """Go on with a file of the same conditions, or begin anew."""
+        self._path, self._about, self.rows, self._known = path, about, [], {}
+        if path.exists():
+            old = json.loads(path.read_text())
+            if {key: old.get(key) for key in about} == about:
+                self._known = old["losses"]
+
+    def of(self, label, names, measure):
+        """A loss per task; `measure(place of the task)` gives those that are not known."""
+        known = self._known.setdefault(label, {})
+        for i, name in enumerate(names):
+            if name not in known:
+                known[name] = measure(i)
+                self.write()
+        return np.array([known[name] for name in names])
+
+    def write(self):
+        """Write all that is known."""
+        write_json(self._path, {**self._about, "rows": self.rows, "losses": self._known})
+
+
 class Judge:
-    """Mean losses of held-out rows, here and in llama.cpp."""
+    """Losses of held-out rows, here and in llama.cpp, which is loaded when it is needed."""
 
-    def __init__(self, base, llm, sets):
-        """Judge the rows of `sets`, task -> `ExampleSet`."""
-        self.base, self.llm, self.names, self.sets = base, llm, [*sets], [*sets.values()]
+    def __init__(self, options, config, names):
+        """Judge the first rows of every task."""
+        self.base, self.names = BaseModel(), names
+        tasks = load_tasks(Path(config.tasks), names)
+        sets = [self.base.encode(task.name, task.test[: options.rows]) for task in tasks]
+        self._rows, self._weights = [one.examples for one in sets], options.weights
+        rows = f"{len(names)} tasks, {options.rows} held-out rows each"
+        about = {**conditions(), "mlx": mx.__version__, "weights": options.weights,
+                 "conditions": rows}  # fmt: skip
+        self._losses = Losses(options.output, about)
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+        self.own = [load_adapter(options.runs[0] / "adapters" / name) for name in names]
 
-    def here(self, adapters):
-        """A loss per task under its adapter, None is the base."""
-        return self._mean(ours(self.base, a, one.examples) for a, one in zip(adapters, self.sets))
+    @cached_property
+    def _llm(self):
+        model = embedded_gguf()
+        if self._weights == "float32":
+            model = in_float32(model, self.folder / "float32.gguf")
+        return LlamaCpp(model)
 
-    def there(self, files):
-        """The same by llama.cpp under the files."""
-        return self._mean(theirs(self.llm, f, one.examples) for f, one in zip(files, self.sets))
+    def here(self, label, adapter):
+        """Losses by d2c-mlx; `adapter(place of the task)`, None is the base."""
+        return self._losses.of(
+            f"{label}; here", self.names,
+            lambda i: -float(ours(self.base, adapter(i), self._rows[i]).mean()),
+        )  # fmt: skip
 
-    @staticmethod
-    def _mean(each):
-        return np.array([-float(one.mean()) for one in each])
+    def there(self, label, file):
+        """The same by llama.cpp under `file(place of the task)`."""
+        return self._losses.of(
+            f"{label}; llama.cpp", self.names,
+            lambda i: -float(theirs(self._llm, file(i), self._rows[i]).mean()),
+        )  # fmt: skip
+
+    def gguf(self, adapter):
+        """A file of an adapter in 16 bit, for llama.cpp."""
+        save_gguf_lora(adapter, self.folder / "one.gguf", self.base.config)
+        return self.folder / "one.gguf"
+
+    def note(self, **row):
+        """Write a row of the table."""
+        self._losses.rows.append(json.loads(json.dumps(row, default=float)))
+        self._losses.write()
 
 
-def whole(base, adapters, folder):
-    """Kind of file -> mean bytes of a whole adapter."""
-    storage = GgufStorage(base.module_shapes, base.config)
-    eight = [
-        storage.nbytes(a.name, {path: ((lora.rank, 8),) for path, lora in a.modules.items()})
-        for a in adapters
-    ]
+def excess_of_runs(judge, runs, known):
+    """Note the packs of runs; returns budget -> bytes."""
+    budgets = {}
+    for run in runs:
+        config, pack = load_config(run / "config.yaml", {}), load_pack(run / "pack")
+        budgets[config.budget] = pack.manifest.budget.nbytes
+        label = f"{config.budget}, {pack.storage} pack"
+        files = export(pack, "gguf", judge.folder / run.name)
+        paths = [files[name] and judge.folder / run.name / files[name] for name in judge.names]
+        row = {"budget": config.budget, "nbytes": pack.nbytes}
+        if pack.storage == "gguf":
+            losses = judge.there(label, lambda i, paths=paths: paths[i])
+            judge.note(**row, what="d2c-mlx, GGUF", reader="llama.cpp",
+                       excess=(losses - known["llama.cpp"]).mean())  # fmt: skip
+        else:
+            losses = judge.here(label, lambda i, pack=pack: pack.load(judge.names[i]))
+            judge.note(**row, what="d2c-mlx, compact", reader="d2c-mlx, Swift",
+                       excess=(losses - known["here"]).mean(),
+                       as_gguf=sum(p.stat().st_size for p in set(filter(None, paths))))  # fmt: skip
+    return budgets
+
+
+def rank_one(adapter):
+    """The leading singular component of every module."""
+    found = {}
+    for path, (a, b) in svd_components(adapter).items():
+        a, b = (mx.array(x[:1].astype(np.float16)) for x in (a, b))
+        found[path] = LoRA(a.T, b)
+    return Adapter(adapter.name, found, adapter.base)
+
+
+def plain_sizes(judge, adapters):
+    """Kind of file -> mean bytes of an adapter."""
+    storage = GgufStorage(judge.base.module_shapes, judge.base.config)
+    eight = [storage.nbytes(one.name, {p: ((x.rank, 8),) for p, x in one.modules.items()})
+             for one in adapters]  # fmt: skip
+    folder = judge.folder / "peft"
     sizes = []
     for adapter in adapters:
-        save_peft(adapter.uniform(mx.float16), folder / adapter.name)
-        sizes.append(sum(file.stat().st_size for file in (folder / adapter.name).iterdir()))
+        save_peft(adapter.uniform(mx.float16), folder / f"{adapter.name}-{adapter.rank}")
+        sizes.append(sum(file.stat().st_size for file in
+                         (folder / f"{adapter.name}-{adapter.rank}").iterdir()))  # fmt: skip
     return {"llama.cpp's converter, q8_0": np.mean(eight), "PEFT, 16 bit": np.mean(sizes)}
 
 
-def padded(pack, base):
-    """Bytes of the same adapters in 16 bit with one rank each, as they were exported once."""
-    storage, total = GgufStorage(base.module_shapes, base.config), 0
-    for tasks in pack.adapters.values():
-        adapter = pack.load(tasks[0])
-        total += storage.nbytes(adapter.name, dict.fromkeys(adapter.modules, ((adapter.rank, 16),)))
-    return total
+def plain_peers(judge, budgets, known):
+    """Note as many plain adapters as fit; the rounding of q8_0 is not counted against them."""
+    n, lost = len(judge.names), (known["base"] - known["llama.cpp"]).mean()
+    one = [rank_one(adapter) for adapter in judge.own]
+    cut = judge.there("rank 1", lambda i: judge.gguf(one[i])) - known["llama.cpp"]
+    for what, adapters, excess in (("whole", judge.own, 0.0), ("rank 1", one, cut.mean())):
+        for kind, size in plain_sizes(judge, adapters).items():
+            for budget, nbytes in budgets.items():
+                k = min(n, int(nbytes // size))
+                judge.note(budget=budget, what=f"{kind}, {what}", reader=kind.split(",")[0],
+                           nbytes=round(k * size), tasks=k,
+                           excess=(k * excess + (n - k) * lost) / n)  # fmt: skip
 
 
-def rows_of(run, judge, known, folder):
-    """The rows of one run; `known` has the losses of base and own adapters, and whole sizes."""
-    config, pack = load_config(run / "config.yaml", {}), load_pack(run / "pack")
-    names = judge.names
-    files = export(pack, "gguf", folder / run.name)
-    paths = [files[name] and folder / run.name / files[name] for name in names]
-    nbytes = sum(path.stat().st_size for path in {path for path in paths if path})
-    about = {"budget": config.budget, "nbytes_allowed": pack.manifest.budget.nbytes}
-    here = judge.here([pack.load(name) for name in names]) - known["own here"]
-    there = judge.there(paths) - known["own there"]
-    label = f"{config.budget}, {pack.storage}"
-    found = [
-        {"label": f"{label}: our own reading", "nbytes": pack.nbytes, "excess": here.mean()},
-        {
-            "label": f"{label}: GGUF in llama.cpp",
-            "nbytes": nbytes,
-            "excess": there.mean(),
-            "padded": padded(pack, judge.base),
-        },
-    ]
-    lost = float((known["base there"] - known["own there"]).mean())
-    for kind, size in known["whole"].items() if pack.storage == "gguf" else ():
-        k = min(len(names), int(pack.manifest.budget.nbytes // size))
-        found.append({
-            "label": f"{config.budget}, as many as fit: {kind}", "adapters": k,
-            "nbytes": round(k * size), "excess": (1 - k / len(names)) * lost,
-        })  # fmt: skip
-    return [{**about, **one} for one in found]
+def loraquant_peers(judge, budgets, known):
+    """Note LoRAQuant at every budget, with a part of 1 bit where that fits."""
+    for bits, (budget, nbytes) in itertools.product((2, 3), budgets.items()):
+        quant, what = LoraQuant(judge.own, bits, rest=True), f"LoRAQuant, {bits} bits and 1 bit"
+        if quant.nbytes(0) > nbytes:
+            quant, what = LoraQuant(judge.own, bits, rest=False), f"LoRAQuant, {bits} bits alone"
+        share = quant.fit(nbytes)
+        adapter = partial(quant.adapter, share=share)
+        losses = judge.here(
+            f"{budget}, LoRAQuant {bits}", lambda i, adapter=adapter: adapter(judge.names[i])
+        )
+        judge.note(budget=budget, what=what, reader="its own", nbytes=quant.nbytes(share),
+                   share=share, excess=(losses - known["here"]).mean())  # fmt: skip
 
 
 def main():
@@ -115,44 +200,17 @@ def main():
     parser.add_argument("--rows", type=int, default=4, help="held-out rows per task")
     parser.add_argument("--weights", choices=("float32", "stored"), default="float32")
     options = parser.parse_args()
-    base, first = BaseModel(), load_pack(options.runs[0] / "pack")
     config = load_config(options.runs[0] / "config.yaml", {})
-    tasks = load_tasks(Path(config.tasks), sorted(first.tasks))
-    sets = {task.name: base.encode(task.name, task.test[: options.rows]) for task in tasks}
-    own = [load_adapter(options.runs[0] / "adapters" / task.name) for task in tasks]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model = embedded_gguf()
-        if options.weights == "float32":
-            model = in_float32(model, folder / "float32.gguf")
-        judge = Judge(base, LlamaCpp(model), sets)
-        files = [folder / f"{adapter.name}.gguf" for adapter in own]
-        for adapter, file in zip(own, files):
-            save_gguf_lora(adapter, file, base.config)
-        known = {
-            "own here": judge.here(own), "own there": judge.there(files),
-            "base there": judge.there([None] * len(sets)), "whole": whole(base, own, folder),
-        }  # fmt: skip
-        rows = [{"label": "own adapters, 16 bit, in llama.cpp", "excess": 0.0,
-                 "nbytes": sum(file.stat().st_size for file in files)}]  # fmt: skip
-        for run in options.runs:
-            rows += rows_of(run, judge, known, folder)
-            write_json(options.output, result_of(options, rows, known))
-    for row in rows:
-        print(f"{row['label']:<50} {row['nbytes']:>11,} bytes  excess {row['excess']:+.4f}")
-
-
-def result_of(options, rows, known):
-    """The content of the results file."""
-    losses = {name: float(values.mean()) for name, values in known.items() if name != "whole"}
-    return {
-        **conditions(),
-        "mlx": mx.__version__,
-        "weights": options.weights,
-        "conditions": f"{len(known['own here'])} tasks, {options.rows} held-out rows each",
-        "losses": losses,
-        "rows": json.loads(json.dumps(rows, default=float)),
+    judge = Judge(options, config, sorted(load_pack(options.runs[0] / "pack").tasks))
+    known = {
+        "base": judge.there("base", lambda _: None),
+        "llama.cpp": judge.there("own", lambda i: judge.gguf(judge.own[i])),
+        "here": judge.here("own", lambda i: judge.own[i]),
     }
+    budgets = excess_of_runs(judge, options.runs, known)
+    plain_peers(judge, budgets, known)
+    loraquant_peers(judge, budgets, known)
+    show("gguf-budgets", gguf_budgets=json.loads(options.output.read_text()))
 
 
 if __name__ == "__main__":

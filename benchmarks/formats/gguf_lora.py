@@ -32,23 +32,23 @@ from d2c_mlx.utils.files import write_json
 
 
 def target_log_probs(logits, example):
-    """Log-probabilities of an example's target tokens, in float64."""
+    """Log-probabilities of an example's target tokens, in float64, of the logits before each."""
     table = log_softmax(np.asarray(logits, np.float64), axis=-1)
-    values = table[np.arange(len(table)), list(example.tokens[1:])]
-    return values[example.first_target - 1 :]
+    return table[np.arange(len(table)), list(example.tokens[example.first_target :])]
 
 
 def ours(base, adapter, examples):
     """Log-probabilities by our model, float32."""
     base.attach(adapter)
-    rows = [base.model(mx.array([e.tokens[:-1]]))[0] for e in examples]
+    rows = [base.model(mx.array([e.tokens[:-1]]))[0, e.first_target - 1 :] for e in examples]
     return np.concatenate([target_log_probs(np.array(x), e) for x, e in zip(rows, examples)])
 
 
 def theirs(llm, adapter, examples):
     """Log-probabilities by llama.cpp."""
     llm.attach(adapter)
-    return np.concatenate([target_log_probs(llm.logits(e.tokens[:-1]), e) for e in examples])
+    rows = [llm.logits(e.tokens[:-1], e.first_target - 1) for e in examples]
+    return np.concatenate([target_log_probs(x, e) for x, e in zip(rows, examples)])
 
 
 def compare(base, adapters, sets, folder):

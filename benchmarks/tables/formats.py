@@ -25,13 +25,18 @@ def gguf_families(read):
 
 
 def gguf_budgets(read):
-    """Bytes and excess of packs and plain exports in llama.cpp."""
-    lines = [
-        (one["label"], f"{one['nbytes']:,}", f"{one['padded']:,}" if "padded" in one else "",
-         f"{one['excess']:+.3f}")
-        for one in read("gguf_budgets")["rows"]
-    ]  # fmt: skip
-    return markdown(("budget, files: who reads them", "bytes", "padded", "excess"), lines)
+    """Excess of packs and plain exports at equal bytes, a column for each budget."""
+    rows = read("gguf_budgets")["rows"]
+    budgets = sorted({one["budget"] for one in rows}, key=lambda x: -float(x.rstrip("%")))
+    found = {}
+    for one in rows:
+        # LoRAQuant leaves its second part out where that does not fit.
+        what = one["what"].partition(" bits")[0] + " bits" * ("LoRAQuant" in one["what"])
+        tasks = f", {one['tasks']} tasks" if "tasks" in one else ""
+        cell = f"{one['excess']:+.3f} ({one['nbytes'] / 1e6:.2f} MB{tasks})"
+        found.setdefault(what, {})[one["budget"]] = cell
+    lines = [(what, *(cells.get(b, "") for b in budgets)) for what, cells in found.items()]
+    return markdown(("files", *budgets), lines)
 
 
 def route(read):

@@ -73,34 +73,39 @@ _PATTERNS = "`rank_pattern`, `alpha_pattern`"
 _EVERY = "modules that are not in every block"
 READERS = {
     "mlx-swift": Reader(
-        "mlx", True, "missing tensors", "`LoRAContainer.swift` 155-193", _MLX
+        "mlx", True, "missing tensors",
+        "`LoRAContainer.load`, [run](../../benchmarks/notes/2026-11-29-mlx-swift.md)", _MLX,
     ),
     "mlx-lm": Reader(
         "mlx", False, "missing tensors",
-        "`tuner/utils.py` of 0.32.2, run in tests; main (d78bf58) reads alike", _MLX,
+        "`load_adapters` of 0.32.2, `test_families.py`; main (d78bf58) reads alike", _MLX,
     ),
     "PEFT": Reader(
-        "peft", True, "missing tensors (a warning)", "0.21, run in tests",
+        "peft", True, "missing tensors (a warning)", "0.21, run by `test_export.py`",
         "a base whose weights mlx-lm rescales",
     ),
     "llama.cpp": Reader(
         "gguf", True, "norms; rsLoRA and `alpha_pattern` in its converter",
-        "`llama-adapter.cpp` 165-368, [run](../../benchmarks/pages/formats.md)",
+        "`llama-adapter.cpp` 165-368, `set_gguf_parameters` of its converter,"
+        " [run](../../benchmarks/pages/formats.md)",
         "families without [GGUF names](families.md), modules that have none",
     ),
     "vllm-metal": Reader(
-        "peft", True, f"{_PATTERNS}, unknown tensors", "`v1/lora/`",
+        "peft", True, f"{_PATTERNS}, unknown tensors",
+        "`load_peft_adapter` of `v1/lora/peft_loader.py`; vLLM's `MaxLoRARanks`",
         f"ranks above {_MOST_RANK}", (_small_rank,),
     ),
     "ExecuTorch": Reader(
-        "peft", False, f"rsLoRA, {_PATTERNS}", "`examples/models/llama/model.py` 70-256",
+        "peft", False, f"rsLoRA, {_PATTERNS}", "`examples/models/llama/model.py` 70-256, August",
         _EVERY, (_in_every_block,),
     ),
     "MNN": Reader(
-        "peft", True, f"rsLoRA, {_PATTERNS}, unknown tensors", "`export/utils/lora.py` 46-110",
-        _EVERY, (_in_every_block,),
+        "peft", True, f"rsLoRA, {_PATTERNS}, unknown tensors",
+        "`load`, `get_lora` of `export/utils/lora.py`", _EVERY, (_in_every_block,),
     ),
-    "oMLX": Reader(None, False, "every adapter", "`model_discovery.py`", "every pack"),
+    "oMLX": Reader(
+        None, False, "every adapter", "`discover_models` of `model_discovery.py`", "every pack"
+    ),
 }  # fmt: skip
 
 

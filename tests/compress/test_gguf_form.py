@@ -78,6 +78,8 @@ def test_a_planned_form_is_what_the_reader_gets(tmp_path, config, bits, most, ra
         u, s, vt = np.linalg.svd(1.7 * adapter.modules[module].delta())
         best = (u[:, :n] * s[:n]) @ vt[:n]
         assert np.linalg.norm(lora.delta() - best) < most * np.linalg.norm(best)
+    places = [(t.data_offset, int(t.n_bytes)) for t in GGUFReader(tmp_path / "x.gguf").tensors]
+    assert all(0 <= b - a - size < 8 for (a, size), (b, _) in zip(places, places[1:]))
     kinds = {(a.kind.name, b.kind.name) for a, b in form.modules.values()}
     quantized = {8: "Q8_0", 4: "Q4_0"}[bits]
     assert (quantized, quantized if rank == 32 else "F16") in kinds

@@ -20,46 +20,50 @@ struct Manifest {
     let dtype: Tensor.DType
 
     init(_ content: [String: JSON]) throws {
-        func need(_ good: Bool, _ what: String) throws {
-            guard good else { throw PackError("\(what); write the pack again") }
-        }
+        var problems = Problems()
+        func need(_ good: Bool, _ what: String) { problems.need(good, "\(what); write the pack again") }
         let storage = (content["storage"] ?? .string("plain")).string ?? ""
-        try need(
+        need(
             content["format"]?.string == "d2c-mlx-pack" && Self.versions[storage] != nil
                 && content["format_version"]?.int == Self.versions[storage],
             "expected format 'd2c-mlx-pack', storage plain in version 1 or compact in version 2")
+        try problems.check()
         isCompact = storage == "compact"
         let base = content["base"]?.object ?? [:]
         let weights = base["weights_sha256"] ?? .null
-        try need(
+        need(
             base["model"]?.string != nil && base["config_sha256"]?.string != nil
                 && (weights == .null || weights.string != nil), "base: expected model and hashes")
         model = base["model"]?.string ?? ""
         let budget = content["budget"]?.object ?? [:]
-        try need(
+        need(
             budget["text"]?.string != nil
                 && (budget["nbytes"] == .null || budget["nbytes"]?.int ?? 0 > 0),
             "budget: expected a text and a number of bytes or null")
         nLayers = base["n_layers"]?.int ?? 0
         let named = content["dtype"]?.string.flatMap(Tensor.DType.init)
-        try need(
+        need(
             !isCompact || nLayers > 0 && named != nil, "expected base.n_layers and a floating dtype")
         dtype = named ?? .float16
-        files = try Self.files(content["files"]?.object ?? [:])
+        let listed = try problems.collect { try Self.files(content["files"]?.object ?? [:]) }
+        // Without them the rest would only repeat what is wrong.
+        if listed == nil { try problems.check() }
+        files = listed ?? [:]
         let (sum, over) = files.values.reduce((0, false)) {
             let (sum, over) = $0.0.addingReportingOverflow($1.nBytes)
             return (sum, over || $0.1)
         }
-        try need(!over && content["nbytes"]?.int == sum, "nbytes: expected \(sum)")
+        need(!over && content["nbytes"]?.int == sum, "nbytes: expected \(sum)")
         tasks = content["tasks"]?.object ?? [:]
-        try need(!tasks.isEmpty, "tasks: expected one or more")
-        for (task, adapter) in tasks {
-            try need(isPrintable(task), "tasks: the name \(shown(task)) is not printable")
+        need(!tasks.isEmpty, "tasks: expected one or more")
+        for (task, adapter) in tasks.sorted(by: { $0.key < $1.key }) {
+            need(isPrintable(task), "tasks: the name \(shown(task)) is not printable")
             let good = isCompact
                 ? adapter == .null || adapter.int ?? -1 >= 0 : adapter.string.map(isListed) ?? false
-            try need(good, "task \(shown(task)) points to no adapter of the pack")
+            need(good, "task \(shown(task)) points to no adapter of the pack")
         }
-        try need(!isCompact || files[Self.compactFile] != nil, "\(Self.compactFile) is not listed")
+        need(!isCompact || files[Self.compactFile] != nil, "\(Self.compactFile) is not listed")
+        try problems.check()
     }
 
     private func isListed(_ folder: String) -> Bool {
@@ -68,13 +72,15 @@ struct Manifest {
     }
 
     private static func files(_ entries: [String: JSON]) throws -> [String: Listed] {
-        var found: [String: Listed] = [:]
-        for (name, entry) in entries {
-            guard isInside(name, depth: 2), let nBytes = entry.object?["nbytes"]?.int, nBytes >= 0,
-                let sha256 = entry.object?["sha256"]?.string
-            else { throw PackError("files: \(shown(name)) is no file of a pack; write the pack again") }
-            found[name] = Listed(nBytes: nBytes, sha256: sha256)
+        var (found, problems): ([String: Listed], Problems) = ([:], Problems())
+        for (name, entry) in entries.sorted(by: { $0.key < $1.key }) {
+            let (nBytes, sha256) = (entry.object?["nbytes"]?.int ?? -1, entry.object?["sha256"]?.string)
+            problems.need(
+                isInside(name, depth: 2) && nBytes >= 0 && sha256 != nil,
+                "files: \(shown(name)) is no file of a pack; write the pack again")
+            found[name] = Listed(nBytes: nBytes, sha256: sha256 ?? "")
         }
+        try problems.check()
         return found
     }
 }

@@ -21,24 +21,30 @@ public final class Pack: @unchecked Sendable {
         do {
             manifest = try Manifest(content)
         } catch let error as PackError {
-            throw PackError("\(shown(path, most: .max)): \(error)")
+            throw error.at(shown(path, most: .max))
         }
         // Those that are read are verified as they are opened.
         let folders = Set(manifest.tasks.values.compactMap(\.string))
         let read = manifest.isCompact
             ? [Manifest.compactFile]
             : folders.flatMap { ["\($0)/adapters.safetensors", "\($0)/adapter_config.json"] }
-        for name in Set(manifest.files.keys).subtracting(read).sorted() { _ = try verified(name) }
+        var problems = Problems()
+        for name in Set(manifest.files.keys).subtracting(read).sorted() {
+            _ = try problems.collect { try verified(name) }
+        }
         if manifest.isCompact {
             // It stays open, so that what is read later is what was verified.
-            compact = try at(Manifest.compactFile) {
-                try CompactFile(TensorFile(verified(Manifest.compactFile)))
+            compact = try problems.collect {
+                try at(Manifest.compactFile) { try CompactFile(TensorFile(verified(Manifest.compactFile))) }
             }
-            let wrong = manifest.tasks.filter { $1.int ?? -1 >= compact?.names.count ?? 0 }
-            if let task = wrong.keys.min() { throw PackError("task \(shown(task)) has no adapter") }
+            let n = compact?.names.count ?? .max
+            for task in tasks {
+                problems.need(manifest.tasks[task]?.int ?? -1 < n, "task \(shown(task)) has no adapter")
+            }
         } else {
-            for folder in folders.sorted() { _ = try plain(folder) }
+            for folder in folders.sorted() { _ = try problems.collect { try plain(folder) } }
         }
+        try problems.check()
     }
 
     /// The tasks that the pack serves.
@@ -71,18 +77,22 @@ public final class Pack: @unchecked Sendable {
 
     /// Read every adapter once, as `d2c-mlx verify` does.
     public func verify() throws {
-        var seen = Set<String>()
+        var (seen, problems) = (Set<String>(), Problems())
         for task in tasks {
-            if let name = try name(for: task), seen.insert(name).inserted { _ = try adapter(for: task) }
+            if let name = try name(for: task), seen.insert(name).inserted {
+                _ = try problems.collect { try adapter(for: task) }
+            }
         }
+        try problems.check()
     }
 
     private func plain(_ folder: String) throws -> (PlainAdapter.Layout, TensorFile) {
-        let config = try verified("\(folder)/adapter_config.json").json()
-        return try at(folder) {
-            let file = try TensorFile(verified("\(folder)/adapters.safetensors"))
-            return (try PlainAdapter.Layout(config: config, tensors: file), file)
-        }
+        var problems = Problems()
+        let config = try problems.collect { try verified("\(folder)/adapter_config.json").json() }
+        let file = try problems.collect { try TensorFile(verified("\(folder)/adapters.safetensors")) }
+        try problems.check()
+        // Both are there, since nothing was thrown.
+        return (try at(folder) { try PlainAdapter.Layout(config: config!, tensors: file!) }, file!)
     }
 
     /// A file of the manifest, inside the pack and with the size and hash that the manifest has.
@@ -101,7 +111,7 @@ public final class Pack: @unchecked Sendable {
         do {
             return try read()
         } catch let error as PackError {
-            throw PackError("\(shown(directory.path, most: .max)): \(shown(name)): \(error)")
+            throw error.at("\(shown(directory.path, most: .max)): \(shown(name))")
         }
     }
 }

@@ -2,10 +2,42 @@ import Foundation
 
 /// A pack that is refused, or a task that it does not serve.
 public struct PackError: Error, CustomStringConvertible {
-    /// Place, what was found, and what was expected, in one line.
-    public let description: String
+    /// All that is wrong: place, what was found, and what was expected, in one line each.
+    public let problems: [String]
+    public var description: String { problems.joined(separator: "\n") }
 
-    init(_ description: String) { self.description = description }
+    init(_ problem: String) { problems = [problem] }
+    init(problems: [String]) { self.problems = problems }
+
+    /// The same problems, in a place.
+    func at(_ place: String) -> PackError { PackError(problems: problems.map { "\(place): \($0)" }) }
+}
+
+/// What is wrong in several parts, so that one does not hide the next.
+struct Problems {
+    private var found: [String] = []
+
+    /// The value, or nil with what it threw kept.
+    mutating func collect<T>(_ read: () throws -> T) throws -> T? {
+        do {
+            return try read()
+        } catch let error as PackError {
+            found += error.problems
+            return nil
+        }
+    }
+
+    /// Keep a problem unless a condition holds.
+    mutating func need(_ good: Bool, _ problem: @autoclosure () -> String) {
+        if !good { found.append(problem()) }
+    }
+
+    /// Throw what was kept, the first hundred of it.
+    func check() throws {
+        guard !found.isEmpty else { return }
+        let rest = found.count > 100 ? ["and \(found.count - 100) more problems"] : []
+        throw PackError(problems: found.prefix(100) + rest)
+    }
 }
 
 /// How a message repeats what a stranger wrote: in ASCII, and not all of it.
@@ -66,7 +98,7 @@ final class PackFile: Sendable {
             guard let object = value.object else { throw PackError("expected a JSON object") }
             return object
         } catch let error as PackError {
-            throw PackError("\(shown(path, most: .max)): \(error)")
+            throw error.at(shown(path, most: .max))
         }
     }
 }

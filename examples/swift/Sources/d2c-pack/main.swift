@@ -18,7 +18,7 @@ func list(_ path: String) throws {
     }
 }
 
-/// One line for each pack; a pack that is refused does not hide the next.
+/// One line for each pack, for one that is refused a line for each problem, all but the first indented.
 func verify(_ paths: [String]) -> Int32 {
     var code: Int32 = 0
     for path in paths {
@@ -26,7 +26,7 @@ func verify(_ paths: [String]) -> Int32 {
             try open(path).verify()
             print("verified")
         } catch {
-            print("error: \(error)")
+            print("error: " + "\(error)".replacingOccurrences(of: "\n", with: "\n       "))
             code = 2
         }
     }

@@ -1,0 +1,54 @@
+"""LoRAQuant as a peer: codes, bytes, and the split of components."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import lora_of
+
+from benchmarks.formats.loraquant import LoraQuant, important, rounded
+from d2c_mlx.adapters.adapter import Adapter
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    rng = np.random.default_rng(0)
+    shapes = {"q": (192, 160), "v": (192, 64)}
+    return Adapter("x", {p: lora_of(rng, s, 4, 1.0, mx.float32, 0.3) for p, s in shapes.items()})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_codes_of_a_group(bits):
+    rows = np.random.default_rng(1).normal(size=(5, 200)).astype(np.float32)
+    found = rounded(rows, bits)
+    for i in (0, 128):
+        for row, group in zip(rows, found[:, i : i + 128]):
+            assert len(set(group.tolist())) <= 2**bits
+            if bits == 1:
+                size = np.abs(row[i : i + 128]).mean()
+                assert np.allclose(group, np.where(row[i : i + 128] < 0, -size, size), rtol=1e-3)
+    assert np.linalg.norm(found - rows) < {1: 0.7, 2: 0.55, 3: 0.25}[bits] * np.linalg.norm(rows)
+
+
+def test_bytes_are_those_of_codes_scales_and_zero_points(adapter):
+    quant = LoraQuant([adapter], 2, rest=True)
+    (whole,) = {quant.nbytes(1.0)}
+    # Four components; 192 and 160 numbers are two groups of 128, 64 are one.
+    assert whole == 4 * sum(w / 4 + g * 2.25 for w, g in ((192, 2), (160, 2), (192, 2), (64, 1)))
+    share = quant.fit(whole - 100)
+    assert quant.nbytes(share) <= whole - 100 < quant.nbytes(share + 1e-3)
+    assert LoraQuant([adapter], 2, rest=False).fit(10) == 0
+
+
+def test_the_important_part_holds_its_share(adapter):
+    exact = {path: lora.delta() for path, lora in adapter.modules.items()}
+    for path, matrix in exact.items():
+        energy = np.linalg.svd(matrix, compute_uv=False)[:4] ** 2
+        n = important(LoraQuant([adapter], 2, True)._parts["x"][path], 0.7)
+        assert energy[: n - 1].sum() < 0.7 * energy.sum() <= energy[:n].sum() * (1 + 1e-5)
+
+    def error(bits, rest, share):
+        stored = LoraQuant([adapter], bits, rest).adapter("x", share)
+        return sum(np.linalg.norm(stored.modules[p].delta() - exact[p]) ** 2 for p in exact)
+
+    assert error(3, True, 1.0) < error(2, True, 1.0) < error(2, True, 0.5)
+    assert error(3, True, 0.7) < error(3, False, 0.7)
