@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers.served import counts_at, counts_when, post, raw, serving
 
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.jobs import Limits
 
 HEALTH = b"GET /health HTTP/1.0\r\n\r\n"
 LONG = {"model": "wide", "prompt": "the", "max_tokens": 60, "stream": True,
