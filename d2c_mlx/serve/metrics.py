@@ -10,7 +10,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 
 __all__ = ["Metrics", "log_request", "log_requests_to"]
@@ -72,6 +79,8 @@ class Metrics:
         self.waiting: Sequence[str] = ()
         self.most_adapters = 0
         self._registry.register(self)
+        # Memory and open files, on Linux.
+        ProcessCollector(registry=self._registry)
 
     def started(self, task: str | None, name: str, n_prompt_tokens: int, waited: float) -> None:
         """Count a request that runs now.
