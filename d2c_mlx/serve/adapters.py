@@ -174,7 +174,7 @@ class Adapters:
         """True if an adapter is in memory; else it is being read, or waits for room.
 
         Raises:
-            RequestError: (500) it cannot be read.
+            RequestError: (500) it cannot be read, or has no room beside what is pinned.
         """
         if entry.slot is not None:
             return True
@@ -189,9 +189,15 @@ class Adapters:
             future = self.submit(partial(self.read, entry))
             future.add_done_callback(lambda done: self._post(partial(self._was_read, entry, done)))
             return False
-        if waits is entry and self._factors is not None and self.place(entry, self._factors):
+        if waits is not entry or self._factors is None:
+            return False
+        placed = self.place(entry, self._factors)
+        if placed or not any(one.rows for one in self._loaded.values()):
             self._incoming = None
-        return entry.slot is not None
+        if not placed and self._incoming is None:
+            raise RequestError(500, "the adapter has no room in memory beside those that are"
+                                    " pinned; unload one of them")  # fmt: skip
+        return placed
 
     @property
     def lacks_room(self) -> bool:

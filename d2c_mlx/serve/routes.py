@@ -39,7 +39,7 @@ def application(service: PackService, access: Access) -> ASGIApp:
         return Route(path, partial(answer, service), methods=[method])
 
     def change(path: str, answer: Callable[..., Any]) -> Route:
-        return route("POST", path, answer if access.changes else _no_changes)
+        return route("POST", path, answer if access.changes and access.token else _no_changes)
 
     routes = [
         route("GET", "/health", _health), route("GET", "/health/ready", _health),

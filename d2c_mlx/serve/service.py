@@ -102,6 +102,9 @@ class PackService:
             RequestError: (400, 404) no such model, a prompt that cannot be encoded or is too long,
                 too long an answer, or a schema that is none.
         """
+        most = self.limits.batch + self.limits.queue
+        if request.n > most:
+            raise field_error("n", request.n, f"at most {most}, which may run and wait here")
         router, scale = None, None
         routing_prompt: list[int] = []
         prompts: dict[str | None, list[int]] = {}

@@ -195,6 +195,21 @@ def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
         assert reply == text(answer, own, prompt, N), name
 
 
+def test_no_room_beside_what_is_pinned(pack, library, model_path):
+    """Which a wider adapter takes from others: who asks for it does not wait for ever."""
+    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a1"))
+    room = 6 * sum(x.nbytes for pair in factors.values() for x in pair)
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        for i in (1, 4):
+            pin = {"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True}
+            assert do(PATHS[0], pin)[0] == 200
+        with pytest.raises(openai.InternalServerError, match="no room in memory beside"):
+            ask(server, "a0")
+        assert ask(server, "p1") and do(PATHS[1], {"lora_name": "p1"})[0] == 200
+        assert do(PATHS[1], {"lora_name": "p4"})[0] == 200
+        assert ask(server, "a0")
+
+
 def begin(server, name, n):
     """A stream that has begun, and a function that gives all its text."""
     api = client(server, TOKEN)

@@ -13,6 +13,7 @@ from helpers.served import GOOD, client, counted, counts_at, idle, post, raw, se
 from mlx_lm import load as stock_load
 from pydantic import BaseModel
 
+from d2c_mlx.serve.jobs import Limits
 from d2c_mlx.serve.metrics import log_requests_to
 
 # One kind of pack suffices.
@@ -68,6 +69,13 @@ def test_several_answers_to_one_request(server, answer):
         chat = api.chat.completions.create(model="wide", messages=messages, max_tokens=3, n=2)
         first, second = (one.message.content for one in chat.choices)
         assert first == second == text(answer, "wide", "x", 3, True)
+
+
+def test_more_answers_than_may_ever_wait_are_refused(pack, mixed):
+    with serving(pack, mixed, limits=Limits(batch=1, queue=1)) as server:
+        reply = raw(server, post(GOOD | {"n": 3}))
+        assert b" 400 " in reply and b"at most 2" in reply
+        assert b" 200 " in raw(server, post(GOOD | {"n": 2}))
 
 
 def test_the_likeliest_tokens_are_told(server, answer, model_path):
