@@ -214,11 +214,13 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
     (code,) = blocks("docs/how-to/serve.md", "python")
     service = PackService(pack, Adapters(BaseModel(), pack))
-    with PackServer(("127.0.0.1", 0), service) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
+    server = PackServer(("127.0.0.1", 0), service)
+    thread = Thread(target=server.run)
+    thread.start()
+    try:
         exec(code.replace("http://127.0.0.1:8080/v1", server.url), {})
-        server.shutdown()
+    finally:
+        server.stop()
         thread.join()
     assert "hundert" in expected and capsys.readouterr().out.strip() == expected.strip()
 
