@@ -210,6 +210,27 @@ def test_no_room_beside_what_is_pinned(pack, library, model_path):
         assert ask(server, "a0")
 
 
+@pytest.mark.slow
+def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
+    """Memory has room for one adapter, and others ask for it all the time."""
+    with changing(pack, library, 1, BaseModel(str(model_path))) as (server, _):
+        stop = threading.Event()
+
+        def insist(i):
+            while not stop.is_set():
+                ask(server, "wide", n=40 + 17 * i, logit_bias=NO_END)
+
+        with ThreadPoolExecutor(6) as pool:
+            others = [pool.submit(insist, i) for i in range(6)]
+            try:
+                counts_at(server, "d2c_mlx_first_token_seconds_count", 6)
+                assert ask(server, "other") == text(answer, "other", "the fox", N)
+                assert counted(server)["d2c_mlx_adapter_evictions_total"]
+            finally:
+                stop.set()
+            assert all(one.result() is None for one in others)
+
+
 def begin(server, name, n):
     """A stream that has begun, and a function that gives all its text."""
     api = client(server, TOKEN)
