@@ -6,12 +6,17 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .help import Command
-from .paths import PackPath
+from .paths import PackPath, UserPath
 from .say import say
+
+if TYPE_CHECKING:
+    from d2c_mlx.serve.front import Access
+    from d2c_mlx.serve.service import PackService
 
 
 @click.command(cls=Command)
@@ -32,9 +37,22 @@ from .say import say
               " that run at a time")  # fmt: skip
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that"
               " wait; more are refused with 503")  # fmt: skip
+@click.option("--adapter-memory", metavar="SIZE", help="most memory of adapters, such as 500MB;"
+              " those used longest ago give way  [default: all of the pack stay]")  # fmt: skip
+@click.option(
+    "--adapter-dir",
+    "directory",
+    type=UserPath(path_type=Path),
+    metavar="DIR",
+    help="further adapters (PEFT, MLX, GGUF); a request that names one loads it",
+)
+@click.option("--allow-changes", is_flag=True, help="let clients load and unload adapters of"
+              " --adapter-dir, scale them, and reload the pack; needs --token")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="most"
               " that a request may ask for")  # fmt: skip
 @click.option("--no-ui", is_flag=True, help="without the chat page at /")
+@click.option("--log-file", type=UserPath(path_type=Path), metavar="FILE", help="append a line of"
+              " JSON for every request: numbers and names, nothing of what was said")  # fmt: skip
 def serve(
     pack: Path,
     model: str | None,
@@ -45,8 +63,12 @@ def serve(
     hosts: tuple[str, ...],
     batch: int,
     queue: int,
+    adapter_memory: str | None,
+    directory: Path | None,
+    allow_changes: bool,
     max_tokens: int,
     no_ui: bool,
+    log_file: Path | None,
 ) -> None:
     """Serve a pack behind OpenAI's API.
 
@@ -68,27 +90,58 @@ def serve(
             "--token: found characters that clients cannot send alike, expected ASCII without"
             " spaces; give another token"
         )
+    if allow_changes and not token:
+        raise click.UsageError("--allow-changes lets clients change what others get; give --token")
+    if directory and not directory.is_dir():
+        raise click.UsageError(f"--adapter-dir: {directory} is no directory")
+    memory = _bytes(adapter_memory)
     from d2c_mlx.utils.environment import require_extra
 
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.serve.adapters import Adapters
     from d2c_mlx.serve.front import LOOPBACK, Access
-    from d2c_mlx.serve.mixed_batch import MixedModel
+    from d2c_mlx.serve.jobs import Limits
     from d2c_mlx.serve.router import load_router
-    from d2c_mlx.serve.server import PackServer
-    from d2c_mlx.serve.service import Limits, PackService
+    from d2c_mlx.serve.service import PackService
 
     found = load_pack(pack)
-    base = BaseModel(str(found.base_directory(model)))
-    mixed, router = MixedModel(base, found), load_router(found)
-    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
+    adapters = Adapters(BaseModel(str(found.base_directory(model))), found, memory)
     known = (*LOOPBACK, host.lower(), *(name.lower() for name in hosts))
     # A page has a name to lead here; an address in digits is the machine's own.
     if host in ("0.0.0.0", "::"):
         known += ("*",)
-    access = Access(token or None, origins, known, not no_ui)
-    service = PackService(found, mixed, router, limits)
+    access = Access(token or None, origins, known, not no_ui, allow_changes)
+    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
+    _log_to(log_file)
+    _run(PackService(found, adapters, load_router(found), limits, directory), host, port, access)
+
+
+def _bytes(size: str | None) -> int | None:
+    """Bytes of --adapter-memory."""
+    from d2c_mlx.compress.budget import bytes_of
+
+    nbytes = bytes_of(size) if size else None
+    if size and not nbytes:
+        raise click.UsageError(f"--adapter-memory: found {size!r}, expected a size such as 500MB")
+    return nbytes
+
+
+def _log_to(file: Path | None) -> None:
+    from d2c_mlx.serve.metrics import log_requests_to
+
+    try:
+        if file:
+            log_requests_to(file)
+    except OSError as error:
+        raise click.ClickException(f"--log-file {file}: {error.strerror}") from None
+
+
+def _run(service: PackService, host: str, port: int, access: Access) -> None:
+    """Listen, and serve until a signal."""
+    from d2c_mlx.serve.server import PackServer
+
     try:
         opened = PackServer((host, port), service, access)
     except OSError as error:
@@ -97,8 +150,9 @@ def serve(
         ) from None
     _stop_by_signal(opened.stop)
     say(
-        f"{opened.url}: {len(found.tasks)} tasks{' and auto' if router else ''} of {pack},"
-        f" {mixed.nbytes / 1e6:,.0f} MB of adapters in memory; stop with Ctrl-C"
+        f"{opened.url}: {len(service.pack.tasks)} tasks{' and auto' if service.router else ''} of"
+        f" {service.pack.path}, {service.adapters.model.nbytes / 1e6:,.0f} MB of adapters in"
+        " memory; stop with Ctrl-C"
     )
     opened.run()
 

@@ -23,8 +23,8 @@ from d2c_mlx.run.session import Session
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
-# three, the gains of modules too; the layer-wise merge runs members once and each of two merges in
-# parts; a form is rounded and measured about twice; the paper's loop measures about five partitions.
+# three, the gains of modules too; the layer-wise merge runs members once and two merges in parts; a
+# form is rounded and measured about twice; the paper's loop measures about five partitions.
 _TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 7, 8, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3

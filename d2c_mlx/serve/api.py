@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, TypeVar
 
@@ -22,8 +23,14 @@ __all__ = [
     "ChatRequest",
     "Request",
     "RequestError",
+    "ScalesRequest",
     "TextRequest",
+    "LoadRequest",
+    "UnloadRequest",
     "field_error",
+    "read_fields",
+    "read_object",
+    "read_json",
     "read_request",
 ]
 
@@ -32,8 +39,7 @@ T = TypeVar("T", bound=BaseModel)
 # Fields that would be ignored silently, or give the client something else than it expects. The
 # values listed have no effect, so they pass: client libraries send them unasked.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",),
-    "response_format": ({"type": "text"},), "top_logprobs": (0, -1), "functions": ([],),
+    "best_of": (1,), "echo": (False,), "suffix": ("",), "functions": ([],),
     "function_call": ("none",), "adapters": (), "draft_model": ("default_model",), "audio": (),
     "modalities": (["text"],), "prediction": (), "role_mapping": (),
     "parallel_tool_calls": (True,), "reasoning_effort": (), "ignore_eos": (False,),
@@ -41,6 +47,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # Most that is added to a logit: float16 holds it, and no logit comes near.
 _MAX_BIAS = 10_000
+# Most that an update is multiplied by: far beyond, its row would be no number.
+_MAX_SCALE = 16
 
 
 class RequestError(Exception):
@@ -50,19 +58,23 @@ class RequestError(Exception):
         status: HTTP status code.
         message: what is wrong and what to do.
         field: name of the request's field at fault; None if it is no single field.
+        kind: type of the error in vLLM's API, which has the status as its code; None in OpenAI's.
     """
 
-    def __init__(self, status: int, message: str, field: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, field: str | None = None, kind: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.field = status, message, field
+        self.status, self.message, self.field, self.kind = status, message, field, kind
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body of the reply, in the form of OpenAI's API."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         codes = {401: "invalid_api_key", 404: "not_found", 503: "overloaded"}
-        return {"error": {"message": self.message, "type": kind, "param": self.field,
-                          "code": codes.get(self.status)}}  # fmt: skip
+        code = self.status if self.kind else codes.get(self.status)
+        return {"error": {"message": self.message, "type": self.kind or kind,
+                          "param": self.field, "code": code}}  # fmt: skip
 
 
 def field_error(name: str, found: object, expected: str) -> RequestError:
@@ -128,6 +140,38 @@ def _bias(bias: object, info: ValidationInfo) -> dict[int, float]:
     return {int(token): float(value) for token, value in bias.items()}
 
 
+def _schema(about: object) -> str | None:
+    """The JSON schema of a `response_format`, as JSON; None is any text."""
+    about = about if isinstance(about, dict) else {}
+    inner = about.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if about.get("type") == "json_schema" and isinstance(schema, dict):
+        return json.dumps(schema)
+    if about.get("type") == "json_object":
+        return '{"type": "object"}'
+    if about.get("type") != "text":
+        raise expects('{"type": "text"}, "json_object", or "json_schema" with a schema')
+    return None
+
+
+def _lora(scales: object) -> dict[int, float]:
+    found = _scales(scales)
+    if sum(scale != 0 for scale in found.values()) > 1:
+        raise refused("found several adapters, expected one whose scale is not 0: a row has one")
+    return found
+
+
+def _scales(scales: object) -> dict[int, float]:
+    if not isinstance(scales, list) or not all(
+        isinstance(one, dict) and type(one.get("id")) is int
+        and _in_range(one.get("scale"), float, -_MAX_SCALE, _MAX_SCALE) for one in scales
+    ):  # fmt: skip
+        raise expects(
+            f'a list of {{"id": int, "scale": number from -{_MAX_SCALE} to {_MAX_SCALE}}}'
+        )
+    return {one["id"]: float(one["scale"]) for one in scales}
+
+
 def _messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise expects("a list that is not empty")
@@ -161,6 +205,7 @@ class Request(BaseModel):
     Attributes:
         model: the task that is asked, see `PackService.models`.
         max_tokens: most tokens of the answer; None is the default.
+        response_format: JSON schema of the answer, as JSON; None is any text.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -172,6 +217,9 @@ class Request(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: Annotated[list[str], PlainValidator(_stop_words)] = []
     logprobs: bool = False
+    top_logprobs: int = Field(0, ge=-1, le=20)
+    n: int = Field(1, ge=1, le=16)
+    response_format: Annotated[str | None, PlainValidator(_schema)] = None
     temperature: Annotated[float, _number(float, 0, 100)] = 0.0
     top_p: Annotated[float, _number(float, 1e-6, 1)] = 1.0
     min_p: Annotated[float, _number(float, 0, 1)] = 0.0
@@ -185,19 +233,52 @@ class Request(BaseModel):
     repetition_penalty: Annotated[float, _number(float, 0.01, 100)] = 0.0
     repetition_context_size: _Window = 20
     logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = {}
+    lora: Annotated[dict[int, float] | None, PlainValidator(_lora)] = None
     seed: Annotated[int | None, _number(int, -(2**63), 2**63 - 1)] = None
 
     @field_validator("seed", mode="after")
     @classmethod
-    def _is_greedy(cls, seed: int | None, info: ValidationInfo) -> int | None:
-        if seed is not None and info.data.get("temperature", 0) != 0:
-            raise refused("a batch has one stream of random numbers; leave it out")
+    def _is_its_own(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        if seed is not None and info.data.get("xtc_probability"):
+            raise refused("XTC draws from the numbers of the whole batch; leave out one of the two")
         return seed
+
+    @field_validator("top_logprobs", mode="after")
+    @classmethod
+    def _has_logprobs(cls, number: int, info: ValidationInfo) -> int:
+        if number > 0 and not info.data.get("logprobs"):
+            raise refused("needs logprobs true")
+        return number
 
     @property
     def most_tokens(self) -> int | None:
         """Most tokens of the answer; None if the request leaves it open."""
         return self.max_completion_tokens or self.max_tokens
+
+
+class LoadRequest(BaseModel):
+    """A request to `/v1/load_lora_adapter`, as vLLM has it; `pinned` is SGLang's."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+    pinned: bool = False
+
+
+class ScalesRequest(BaseModel):
+    """A request to `/lora-adapters`, as llama.cpp has it: id of an adapter -> its scale."""
+
+    scales: Annotated[dict[int, float], PlainValidator(_scales)]
+
+
+class UnloadRequest(BaseModel):
+    """A request to `/v1/unload_lora_adapter`, as vLLM has it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    lora_name: str = ""
 
 
 class ChatRequest(Request):
@@ -239,15 +320,20 @@ def read_request(raw: bytes, chat: bool, vocabulary: int = 1 << 31) -> ChatReque
     return found.model_copy(update={"tools": []}) if found.tool_choice == "none" else found
 
 
+def read_json(raw: bytes) -> Any:  # noqa: ANN401  JSON is any
+    """Parse a body; raises RequestError (400) if it is no JSON."""
+    try:
+        return parse_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON ({error})") from None
+
+
 def read_object(raw: bytes) -> dict[str, Any]:
     """Parse a body; raises RequestError (400) if it is no JSON object.
 
     Null means that a field was left out.
     """
-    try:
-        body = parse_json(raw.decode("utf-8"))
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON ({error})") from None
+    body = read_json(raw)
     if not isinstance(body, dict):
         raise RequestError(400, f"the body is a {type(body).__name__}, expected a JSON object")
     return {key: value for key, value in body.items() if value is not None}

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import re
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2c_mlx.serve.api import RequestError
+from d2c_mlx.serve.metrics import log_request
 from d2c_mlx.serve.service import PackService
 
 __all__ = ["LOOPBACK", "Access", "Front", "read_body"]
@@ -43,12 +45,14 @@ class Access:
         origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
         hosts: names by which clients may ask, without ports; "*" is any address in digits.
         page: `/` is a chat page, which asks for the token itself.
+        changes: adapters may be loaded and unloaded, by whoever has the token.
     """
 
     token: str | None = None
     origins: Sequence[str] = ()
     hosts: Sequence[str] = LOOPBACK
     page: bool = True
+    changes: bool = False
 
     def check(self, headers: Headers, needs_token: bool = True) -> None:
         """Check that a request with these headers may ask.
@@ -116,6 +120,16 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         exchange = _Exchange(self._service, self._access, scope, receive, send)
+        began = time.perf_counter()
+        try:
+            await self._serve(exchange, scope)
+        finally:
+            log_request(
+                method=scope["method"], path=scope["path"][:80], status=exchange.status or 499,
+                seconds=round(time.perf_counter() - began, 4), **scope["state"].get("facts", {}),
+            )  # fmt: skip
+
+    async def _serve(self, exchange: _Exchange, scope: Scope) -> None:
         try:
             exchange.check()
             # Starlette raises what it refuses only inside an application.
@@ -136,7 +150,11 @@ class Front:
 
 
 class _Exchange:
-    """A request and its reply on a connection."""
+    """A request and its reply on a connection.
+
+    Attributes:
+        status: of the reply once it began, else 0.
+    """
 
     def __init__(
         self, service: PackService, access: Access, scope: Scope, receive: Receive, send: Send
@@ -146,8 +164,8 @@ class _Exchange:
         self._headers = Headers(scope=scope)
         self._connection = scope["state"]["connection"]
         self._connection.head_received()
-        # Whether the request has more body, and the status of the reply once it began.
-        self._more, self._status = True, 0
+        # Whether the request has more body.
+        self._more, self.status = True, 0
 
     def check(self) -> None:
         """Check who asks, and how; raises RequestError."""
@@ -179,16 +197,16 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """As ASGI's, with CORS headers; TimeoutError if the client takes nothing."""
         if message["type"] == "http.response.start":
-            self._status = message["status"]
+            self.status = message["status"]
             self._add_cors(MutableHeaders(scope=message))
         elif not message.get("more_body"):
-            self._service.metrics.replies.labels(str(self._status)).inc()
+            self._service.metrics.replies.labels(str(self.status)).inc()
         async with asyncio.timeout(self._service.limits.seconds):
             await self._send(message)
 
     async def refuse(self, error: RequestError) -> None:
         """Reply with an error: in its stream if that began, else with its status."""
-        if self._status:
+        if self.status:
             event = f"data: {json.dumps(error.body)}\n\n".encode()
             await self.send({"type": "http.response.body", "body": event, "more_body": False})
             return

@@ -1,7 +1,7 @@
 """One base model, and a batch in which each row has an adapter of its own.
 
-All adapters of a pack are in memory at once, stacked per module; each row takes its factors from
-the stack (S-LoRA, https://arxiv.org/abs/2311.03285; here by `mx.gather_mm`).
+Adapters in memory are stacked per module, one in each slot; each row takes its factors from the
+stack (S-LoRA, https://arxiv.org/abs/2311.03285; here by `mx.gather_mm`).
 
 Which adapter a row has is one more entry of its prompt cache, not a table beside the batch:
 mlx-lm's batch generator merges, filters and splits caches itself, so a row cannot get another's
@@ -10,7 +10,7 @@ adapter, and nothing of mlx-lm's is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,42 +18,44 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from d2c_mlx.adapters.checks import check_adapter
+from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.packs.pack import Pack
 
-__all__ = ["MixedModel", "RowAdapters"]
+__all__ = ["Factors", "MixedModel", "RowAdapters"]
+
+# Module path -> `a (1, in, r)` and `b (1, r, out)` of an adapter.
+Factors = Mapping[str, tuple[mx.array, mx.array]]
 
 
 class RowAdapters:
     """The adapter of every row of a batch, as an entry of an mlx-lm prompt cache.
 
     Attributes:
-        slots: for each row, the adapter's position in the stack; 0 is the base model.
+        rows: for each row, the adapter's slot, 0 for the base model, and the scale of its update.
     """
 
     nbytes = 0
     state = ()
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = list(slots)
+    def __init__(self, rows: Sequence[tuple[int, float]]) -> None:
+        self.rows = list(rows)
 
     @classmethod
     def merge(cls, caches: Sequence[RowAdapters]) -> RowAdapters:
         """The entry of the batch that these batches make, one after the other."""
-        return cls([slot for one in caches for slot in one.slots])
+        return cls([row for one in caches for row in one.rows])
 
     def extend(self, other: RowAdapters) -> None:
         """Append the rows of another batch."""
-        self.slots += other.slots
+        self.rows += other.rows
 
     def filter(self, keep: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
-        self.slots = [self.slots[i] for i in keep]
+        self.rows = [self.rows[i] for i in keep]
 
     def extract(self, row: int) -> RowAdapters:
         """The entry of one row alone."""
-        return RowAdapters([self.slots[row]])
+        return RowAdapters([self.rows[row]])
 
     def prepare(self, **_padding: object) -> None:
         """Do nothing: padding changes no adapter."""
@@ -62,84 +64,153 @@ class RowAdapters:
         """Do nothing: the end of padding changes no adapter either."""
 
 
-class _ActiveSlots:
-    """Slots of the batch that runs: one for all rows, or one for each, `(rows,)`."""
+class _ActiveRows:
+    """Slots and scales of the batch that runs: one for all rows, or one for each, `(rows,)`."""
 
     slots: int | mx.array = 0
+    scales: float | mx.array = 1.0
+
+    def set(self, rows: Sequence[tuple[int, float]]) -> None:
+        slots, scales = zip(*rows)
+        self.slots = slots[0] if len(set(slots)) == 1 else mx.array(slots)
+        # For rows of a module's `(rows, length, r)`.
+        same = len(set(scales)) == 1
+        self.scales = scales[0] if same else mx.array(scales, mx.float32)[:, None, None]
+
+    def scaled(self, x: mx.array) -> mx.array:
+        if isinstance(self.scales, float) and self.scales == 1:
+            return x
+        return (x * self.scales).astype(x.dtype)
 
 
 class _MixedLoRA(nn.Module):
-    """`linear(x) + (x @ a[slot]) @ b[slot]` with `a (slots, in, r)` and `b (slots, r, out)`."""
+    """`linear(x) + scale * (x @ a[slot]) @ b[slot]`, `a (slots, in, r)` and `b (slots, r, out)`."""
 
-    def __init__(self, linear: nn.Module, a: mx.array, b: mx.array, active: _ActiveSlots) -> None:
+    def __init__(self, linear: nn.Module, shape: tuple[int, int], active: _ActiveRows) -> None:
         super().__init__()
-        self.linear, self.a, self.b, self.active = linear, a, b, active
+        self.linear, self.active = linear, active
+        self.a, self.b = mx.zeros((1, shape[0], 0)), mx.zeros((1, 0, shape[1]))
 
     def __call__(self, x: mx.array) -> mx.array:
         y, slots = self.linear(x), self.active.slots
         if isinstance(slots, int):
             if not slots:
                 return y
-            update = (x @ self.a[slots]) @ self.b[slots]
+            update = self.active.scaled(x @ self.a[slots]) @ self.b[slots]
         else:
-            update = mx.gather_mm(x, self.a, rhs_indices=slots)
+            update = self.active.scaled(mx.gather_mm(x, self.a, rhs_indices=slots))
             update = mx.gather_mm(update, self.b, rhs_indices=slots)
         return y + update.astype(y.dtype)
 
+    def put(self, n_slots: int, rows: Mapping[int, tuple[mx.array, mx.array] | None]) -> None:
+        """Give the stacks so many slots, and some of them new factors; None is no update."""
+        rank = max([self.a.shape[2], *(one[0].shape[2] for one in rows.values() if one)])
+        dtype = next((one[0].dtype for one in rows.values() if one), self.a.dtype)
+        more, wider = max(0, n_slots - self.a.shape[0]), rank - self.a.shape[2]
+        a = mx.pad(self.a.astype(dtype), [(0, more), (0, 0), (0, wider)])
+        b = mx.pad(self.b.astype(dtype), [(0, more), (0, wider), (0, 0)])
+        for slot, one in rows.items():
+            pad = rank - one[0].shape[2] if one else 0
+            a[slot] = mx.pad(one[0][0], [(0, 0), (0, pad)]) if one else mx.zeros_like(a[slot])
+            b[slot] = mx.pad(one[1][0], [(0, pad), (0, 0)]) if one else mx.zeros_like(b[slot])
+        self.a, self.b = a, b
+
 
 class MixedModel:
-    """A pack on its base model, with all adapters in memory.
+    """A base model with adapters in slots.
 
     Call it like an mlx-lm model, with caches made by `cache`. For one adapter at a time use
     `serve.load`, which needs less memory.
 
     Attributes:
         base: the model that it runs; its linear modules are replaced.
-        nbytes: bytes of all adapters in memory.
     """
 
-    def __init__(self, base: BaseModel, pack: Pack) -> None:
-        """Load all adapters.
-
-        Args:
-            base: the pack's base model without adapters; not to be used for anything else then.
-            pack: verified.
-
-        Raises:
-            AdapterError: an adapter is not of this base.
-            PackError: an adapter cannot be read.
-        """
+    def __init__(self, base: BaseModel) -> None:
+        """Take a base without adapters, which is not to be used for anything else then."""
         self.base = base
-        keys = list(pack.adapters)
-        adapters = [pack.load(tasks[0]) for tasks in pack.adapters.values()]
-        for one in adapters:
-            if one:
-                check_adapter(one, base.module_shapes, pack.path)
-        self._slots = {task: 0 if key is None else 1 + keys.index(key)
-                       for task, key in pack.tasks.items()}  # fmt: skip
-        self._active = _ActiveSlots()
-        linears = dict(base.model.named_modules())
-        modules = {}
-        for path in sorted({path for one in adapters if one for path in one.modules}):
-            a, b = base.stacked_factors(path, [None, *adapters])
-            modules[path] = _MixedLoRA(linears[path], a, b, self._active)
-        base.model.update_modules(tree_unflatten(list(modules.items())))
-        factors = [(one.a, one.b) for one in modules.values()]
-        mx.eval(factors)
-        self.nbytes = sum(x.nbytes for pair in factors for x in pair)
+        self._active = _ActiveRows()
+        self._modules: dict[str, _MixedLoRA] = {}
+        self._n_slots, self._free = 1, list[int]()
 
-    def cache(self, task: str | None) -> list[Any]:
-        """An empty prompt cache for one sequence of a task; None is the base model."""
-        slot = 0 if task is None else self._slots[task]
-        return [*make_prompt_cache(self.base.model), RowAdapters([slot])]
+    def factors(self, adapter: Adapter) -> Factors:
+        """Make the factors of an adapter; a thread of its own may, while this model runs."""
+        found = {path: self.base.stacked_factors(path, [adapter]) for path in adapter.modules}
+        mx.eval(list(found.values()))
+        return found
+
+    def put(self, adapters: Sequence[Factors]) -> list[int]:
+        """Put adapters into slots; returns the slot of each."""
+        slots = []
+        for _ in adapters:
+            if not self._free:
+                self._free.append(self._n_slots)
+                self._n_slots += 1
+            slots.append(self._free.pop(0))
+        self._wrap({path for one in adapters for path in one})
+        for path, module in self._modules.items():
+            module.put(self._n_slots, {k: one.get(path) for k, one in zip(slots, adapters)})
+        self._evaluate()
+        return slots
+
+    def free(self, slot: int) -> None:
+        """Give a slot back; no row may have it any more. Its memory is kept for the next."""
+        self._free = sorted([*self._free, slot])
+
+    def trim(self, most: int) -> None:
+        """Give memory back of free slots above this number."""
+        kept = self._n_slots
+        while kept - 1 > most and kept - 1 in self._free:
+            kept -= 1
+        if kept == self._n_slots:
+            return
+        self._n_slots, self._free = kept, [slot for slot in self._free if slot < kept]
+        for module in self._modules.values():
+            # A slice would keep the whole.
+            module.a = mx.take(module.a, mx.arange(kept), axis=0)
+            module.b = mx.take(module.b, mx.arange(kept), axis=0)
+        self._evaluate()
+
+    def slot_nbytes(self, factors: Factors | None = None) -> int:
+        """Bytes of one slot, as they would be with this adapter."""
+        rank = {path: module.a.shape[2] for path, module in self._modules.items()}
+        for path, (a, _) in (factors or {}).items():
+            rank[path] = max(rank.get(path, 0), a.shape[2])
+        return (
+            sum(r * sum(self.base.module_shapes[path]) for path, r in rank.items())
+            * self.base.compute_dtype.size
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(x.nbytes for module in self._modules.values() for x in (module.a, module.b))
+
+    def cache(self, slot: int, scale: float = 1.0) -> list[Any]:
+        """An empty prompt cache for one sequence: the adapter's slot, a factor of its update."""
+        return [*make_prompt_cache(self.base.model), RowAdapters([(slot, scale)])]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits `(rows, length, vocabulary)` of token ids `(rows, length)`."""
         *layers, rows = cache
-        same = len(set(rows.slots)) == 1
-        self._active.slots = rows.slots[0] if same else mx.array(rows.slots)
+        self._active.set(rows.rows)
         try:
             return self.base.model(tokens, cache=layers)
         finally:
             # The router runs the inner model directly, as the base.
-            self._active.slots = 0
+            self._active.set([(0, 1.0)])
+
+    def _wrap(self, paths: set[str]) -> None:
+        """Replace linear modules that get their first adapter."""
+        linears = dict(self.base.model.named_modules())
+        new = {
+            path: _MixedLoRA(linears[path], self.base.module_shapes[path], self._active)
+            for path in sorted(paths - self._modules.keys())
+        }
+        self.base.model.update_modules(tree_unflatten(list(new.items())))
+        self._modules |= new
+        for path in new:
+            self._modules[path].put(self._n_slots, {})
+
+    def _evaluate(self) -> None:
+        mx.eval([(module.a, module.b) for module in self._modules.values()])

@@ -16,16 +16,16 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2c_mlx.serve import api
-from d2c_mlx.serve.answers import Answer, Choice, Completion, Usage
 from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.front import Access, Front, read_body
-from d2c_mlx.serve.scheduler import STARTED, Job, Piece
+from d2c_mlx.serve.jobs import STARTED, Job, Piece
 from d2c_mlx.serve.service import PackService
+from d2c_mlx.serve.text import Answer, Choice, Completion, Encoder, Usage
 
 __all__ = ["application"]
 
@@ -35,12 +35,19 @@ _CHAT = ("/v1/chat/completions", "/chat/completions")
 def application(service: PackService, access: Access) -> ASGIApp:
     """The application that serves a pack to those who may ask."""
 
-    def get(path: str, answer: Callable[..., Any]) -> Route:
-        return Route(path, partial(answer, service), methods=["GET"])
+    def route(method: str, path: str, answer: Callable[..., Any]) -> Route:
+        return Route(path, partial(answer, service), methods=[method])
+
+    def change(path: str, answer: Callable[..., Any]) -> Route:
+        return route("POST", path, answer if access.changes and access.token else _no_changes)
 
     routes = [
-        get("/health", _health), get("/metrics", _metrics), get("/v1/models", _models),
-        get("/v1/models/{name:path}", _model),
+        route("GET", "/health", _health), route("GET", "/health/ready", _health),
+        route("GET", "/health/live", _live), route("GET", "/metrics", _metrics),
+        route("GET", "/v1/models", _models), route("GET", "/v1/models/{name:path}", _model),
+        route("GET", "/lora-adapters", _adapters), change("/lora-adapters", _scale),
+        change("/v1/load_lora_adapter", _load), change("/v1/unload_lora_adapter", _unload),
+        change("/v1/reload", _reload), route("POST", "/v1/embeddings", _no_embeddings),
         *(Route(path, Completions(service, True), methods=["POST"]) for path in _CHAT),
         Route("/v1/completions", Completions(service, False), methods=["POST"]),
     ]  # fmt: skip
@@ -67,7 +74,14 @@ async def _page(_request: HttpRequest) -> Response:
 
 
 async def _health(service: PackService, _request: HttpRequest) -> Response:
-    good = service.scheduler.accepts
+    return _state(service.scheduler.accepts)
+
+
+async def _live(service: PackService, _request: HttpRequest) -> Response:
+    return _state(service.scheduler.alive)
+
+
+def _state(good: bool) -> Response:
     return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
 
 
@@ -76,9 +90,8 @@ async def _metrics(service: PackService, _request: HttpRequest) -> Response:
 
 
 async def _models(service: PackService, _request: HttpRequest) -> Response:
-    return JSONResponse(
-        {"object": "list", "data": [_describe(service, name) for name in service.names]}
-    )
+    data = [_describe(service, name) for name in service.names]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def _model(service: PackService, request: HttpRequest) -> Response:
@@ -88,10 +101,59 @@ async def _model(service: PackService, request: HttpRequest) -> Response:
 
 
 def _describe(service: PackService, name: str) -> dict[str, Any]:
-    """An entry of `/v1/models`; tasks have the base model as `parent`, as vLLM's adapters."""
-    parent = service.base_name if service.models.get(name) else None
+    """An entry of `/v1/models`; `root` and `parent` are vLLM's."""
+    entry, base = service.adapters.names.get(name), service.base_name
+    root = str(entry.path) if entry else name
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx",
-            "parent": parent}  # fmt: skip
+            "root": root, "parent": base if entry else None}  # fmt: skip
+
+
+async def _adapters(service: PackService, _request: HttpRequest) -> Response:
+    """llama.cpp's list; the first task of an adapter stands for all."""
+    entries = {entry: name for name, entry in reversed([*service.adapters.names.items()])}
+    return JSONResponse([
+        {"id": entry.id, "path": str(entry.path), "scale": entry.scale, "task_name": name,
+         "prompt_prefix": ""}
+        for entry, name in sorted(entries.items(), key=lambda one: one[0].id)
+    ])  # fmt: skip
+
+
+async def _no_embeddings(_service: PackService, _request: HttpRequest) -> Response:
+    raise RequestError(404, "/v1/embeddings: no such address; a pack's model makes no embeddings")
+
+
+async def _no_changes(_service: PackService, request: HttpRequest) -> Response:
+    raise RequestError(404, f"{request.url.path}: adapters do not change; start the server with"
+                            " --allow-changes and --token")  # fmt: skip
+
+
+async def _scale(service: PackService, request: HttpRequest) -> Response:
+    scales = api.read_json(await read_body(request, service))
+    found = api.read_fields(api.ScalesRequest, {"scales": scales})
+    await asyncio.wrap_future(service.set_scales(found.scales))
+    return JSONResponse({"success": True})
+
+
+async def _load(service: PackService, request: HttpRequest) -> Response:
+    body = api.read_object(await read_body(request, service))
+    if body.get("is_3d_lora_weight"):
+        raise RequestError(400, "is_3d_lora_weight: not supported; leave it out")
+    asked = api.read_fields(api.LoadRequest, body)
+    await asyncio.wrap_future(service.load_adapter(asked))
+    return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+
+async def _unload(service: PackService, request: HttpRequest) -> Response:
+    body = api.read_object(await read_body(request, service))
+    name = api.read_fields(api.UnloadRequest, body).lora_name
+    left = await asyncio.wrap_future(service.unload_adapter(name))
+    await asyncio.wrap_future(left)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def _reload(service: PackService, _request: HttpRequest) -> Response:
+    await asyncio.wrap_future(service.reload())
+    return JSONResponse({"success": True, "tasks": [*service.pack.tasks]})
 
 
 class Completions:
@@ -105,7 +167,7 @@ class Completions:
         """Serve one request; raises ConnectionAbortedError as soon as its client has left."""
         raw = await read_body(HttpRequest(scope, receive), self._service)
         request = api.read_request(raw, self._chat, self._service.vocabulary)
-        work = asyncio.create_task(self._reply(request, send))
+        work = asyncio.create_task(self._reply(request, scope, send))
         left = asyncio.create_task(_gone(receive))
         await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
         try:
@@ -117,7 +179,7 @@ class Completions:
                 task.cancel()
             await asyncio.gather(work, left, return_exceptions=True)
 
-    async def _reply(self, request: api.Request, send: Send) -> None:
+    async def _reply(self, request: api.Request, scope: Scope, send: Send) -> None:
         reply = _Reply(self._service, request)
         try:
             await reply.start()
@@ -125,6 +187,7 @@ class Completions:
         except RuntimeError as error:
             raise RequestError(500, str(error)) from None
         finally:
+            scope["state"]["facts"] = reply.facts()
             reply.cancel()
 
 
@@ -133,62 +196,96 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+class _Choice:
+    """One of the answers that a request asks for, as its job runs."""
+
+    def __init__(self, index: int, job: Job, answer: Answer) -> None:
+        self.index, self.job, self.answer = index, job, answer
+        self.n_tokens, self._pieces = 0, list[Piece]()
+
+    def add(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self.n_tokens += 1
+        self.answer.add(piece.text, piece.finish_reason)
+
+    def take(self, request: api.Request, encoder: Encoder) -> Choice:
+        """What it has that was not sent."""
+        fields: dict[str, Any] = {"index": self.index, "finish_reason": self.answer.finish_reason}
+        whole = not request.stream
+        if isinstance(request, api.ChatRequest):
+            fields["message" if whole else "delta"] = self.answer.take(whole)
+        else:
+            fields["text"] = self.answer.take_text()
+        pieces, self._pieces = self._pieces, []
+        if request.logprobs:
+            content = encoder.logprobs(pieces)
+            fields["logprobs"] = {"content": content} if content else None
+        return Choice(**fields)
+
+
 class _Reply:
-    """The reply to a request, as its job runs."""
+    """The reply to a request, as its jobs run."""
 
     def __init__(self, service: PackService, request: api.Request) -> None:
         self._service, self._request = service, request
-        self._chat = isinstance(request, api.ChatRequest)
-        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
+        chat = isinstance(request, api.ChatRequest)
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4()}"
+        self._kind = "chat.completion" if chat else "text_completion"
+        if chat and request.stream:
+            self._kind += ".chunk"
         self._created = int(time.time())
-        self._events: asyncio.Queue[Any] = asyncio.Queue()
-        self._job: Job | None = None
-        self._pieces: list[Piece] = []
-        self._n_tokens = 0
+        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._choices: list[_Choice] = []
 
     async def start(self) -> None:
-        """Queue the job, and wait until it is in the batch; raises RequestError."""
-        loop = asyncio.get_running_loop()
+        """Queue the jobs, and wait until one is in the batch; raises RequestError."""
+        loop, request = asyncio.get_running_loop(), self._request
 
-        def emit(event: object) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def emit(index: int, event: object) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        self._job = await run_in_threadpool(self._service.job, self._request, emit)
-        self._service.scheduler.submit(self._job)
-        while await self._next() != STARTED:
+        loading = self._service.find(request.model)
+        if loading:
+            await asyncio.wrap_future(loading)
+        emits = [partial(emit, i) for i in range(request.n)]
+        jobs = await run_in_threadpool(self._service.jobs, request, emits)
+        self._service.scheduler.submit(*jobs)
+        answers = (self._service.answer(request, job.prompt) for job in jobs)
+        self._choices = [_Choice(i, *both) for i, both in enumerate(zip(jobs, answers))]
+        while (await self._next())[1] != STARTED:
             pass
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        if self._job:
-            self._job.cancelled = True
+        for one in self._choices:
+            one.job.cancelled = True
 
-    async def _next(self) -> Any:  # noqa: ANN401  see `Job.emit`
-        event = await self._events.get()
+    async def _next(self) -> tuple[int, Any]:
+        index, event = await self._events.get()
         if isinstance(event, Exception):
             raise event
-        return event
+        return index, event
 
-    async def _news(self, answer: Answer) -> AsyncIterator[tuple[int, int] | None]:
-        """Fill an answer until it ends; yields progress of the prompt, and None for each piece."""
-        while (event := await self._next()) is not None:
+    async def _news(self) -> AsyncIterator[tuple[_Choice, Any]]:
+        """Fill the answers until all have ended; yields each with what happened, see `Job.emit`."""
+        left = len(self._choices)
+        while left:
+            index, event = await self._next()
             if isinstance(event, Piece):
-                self._pieces.append(event)
-                self._n_tokens += 1
-                answer.add(event.text, event.finish_reason)
-            yield event if isinstance(event, tuple) else None
+                self._choices[index].add(event)
+            left -= event is None
+            yield self._choices[index], event
 
     async def whole(self, send: Send) -> None:
-        """Send the answer when it is whole."""
-        answer = self._answer()
-        async for _ in self._news(answer):
+        """Send the answers when they are whole."""
+        async for _ in self._news():
             pass
-        content = self._event([self._choice(answer)], self._usage()).text()
+        content = self._event(self._choices, with_usage=True).text()
         reply = Response(content, headers=self._route(), media_type="application/json")
         await reply({"type": "http"}, _never, send)
 
     async def stream(self, send: Send) -> None:
-        """Send the answer piece by piece."""
+        """Send the answers piece by piece."""
         headers = {"Cache-Control": "no-cache", **self._route()}
         start = Response(headers=headers, media_type="text/event-stream")
         del start.headers["Content-Length"]
@@ -197,55 +294,44 @@ class _Reply:
         async def say(content: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": content, "more_body": more})
 
-        answer = self._answer()
-        async for progress in self._news(answer):
-            if progress:
-                await say(b": keepalive %d/%d\n\n" % progress)
-            elif answer.has_news and not answer.finish_reason:
-                await say(_data(self._event([self._choice(answer)])))
-        await say(_data(self._event([self._choice(answer)])))
+        async for choice, event in self._news():
+            if isinstance(event, tuple):
+                await say(b": keepalive %d/%d\n\n" % event)
+            elif event is None or (choice.answer.has_news and not choice.answer.finish_reason):
+                await say(_data(self._event([choice])))
         if self._request.stream_options.get("include_usage"):
-            await say(_data(self._event([], self._usage())))
+            await say(_data(self._event([], with_usage=True)))
         await say(b"data: [DONE]\n\n", more=False)
 
     def _route(self) -> dict[str, str]:
         """What the router found, as a header, if it was asked."""
-        assert self._job
-        return {"X-D2C-Route": json.dumps(self._job.route)} if self._job.route else {}
-
-    def _answer(self) -> Answer:
-        assert self._job
-        return self._service.answer(self._request, self._job.prompt)
-
-    def _choice(self, answer: Answer) -> Choice:
-        """What an answer has that was not sent."""
-        fields: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
-        whole = not self._request.stream
-        if self._chat:
-            fields["message" if whole else "delta"] = answer.take(whole)
-        else:
-            fields["text"] = answer.take_text()
-        pieces, self._pieces = self._pieces, []
-        if self._request.logprobs:
-            content = self._service.logprobs(pieces)
-            fields["logprobs"] = {"content": content} if content else None
-        return Choice(**fields)
+        route = self._choices[0].job.route
+        return {"X-D2C-Route": json.dumps(route)} if route else {}
 
     def _usage(self) -> Usage:
-        assert self._job
-        n, m = len(self._job.prompt), self._n_tokens
+        n = len(self._choices[0].job.prompt)
+        m = sum(one.n_tokens for one in self._choices)
         return Usage(prompt_tokens=n, completion_tokens=m, total_tokens=n + m)
 
-    def _event(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
-        assert self._job
-        kind = "chat.completion" if self._chat else "text_completion"
-        if self._chat and self._request.stream:
-            kind += ".chunk"
-        fields = {} if usage is None else {"usage": usage}
+    def _event(self, choices: list[_Choice], with_usage: bool = False) -> Completion:
+        usage = {"usage": self._usage()} if with_usage else {}
+        taken = [one.take(self._request, self._service.encoder) for one in choices]
         return Completion(
-            id=self._id, object=kind, created=self._created, choices=choices,
-            model=self._service.name_of(self._job.task), system_fingerprint="d2c-mlx", **fields,
+            id=self._id, object=self._kind, created=self._created, choices=taken,
+            model=self._service.name_of(self._choices[0].job.task),
+            system_fingerprint="d2c-mlx", **usage,
         )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What the log says of it: numbers and names."""
+        facts: dict[str, Any] = {"id": self._id, "model": self._request.model[:80],
+                                 "stream": self._request.stream}  # fmt: skip
+        if self._choices:
+            usage = self._usage()
+            facts["task"] = self._service.name_of(self._choices[0].job.task)
+            facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens}
+            facts["finish_reasons"] = [one.answer.finish_reason for one in self._choices]
+        return facts
 
 
 def _data(event: Completion) -> bytes:

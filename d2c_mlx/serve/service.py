@@ -1,190 +1,154 @@
-"""The service behind the server: the pack on its model, its names, tokenizer and limits.
+"""The service behind the server: the pack on its model, its names, router and limits.
 
 `routes` asks it for each request, `server` hands it to them. It knows neither.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from mlx_lm.generate import make_stop_sequences
-from transformers import PreTrainedTokenizerBase
 
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.tokenize import context_length
-from d2c_mlx.packs.pack import Pack
-from d2c_mlx.serve.answers import Answer
-from d2c_mlx.serve.api import ChatRequest, Request, RequestError, TextRequest, field_error
+from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.serve.adapters import Adapters, Entry
+from d2c_mlx.serve.api import LoadRequest, Request, RequestError, field_error
+from d2c_mlx.serve.jobs import Grammars, Job, Limits, fit_answer, processors_of, sampler_of
 from d2c_mlx.serve.metrics import Metrics
-from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.router import Router
-from d2c_mlx.serve.sampling import processors_of, sampler_of
-from d2c_mlx.serve.scheduler import Job, Piece, Scheduler
+from d2c_mlx.serve.router import Router, load_router
+from d2c_mlx.serve.scheduler import Scheduler
+from d2c_mlx.serve.text import Answer, Encoder
+from d2c_mlx.utils.errors import InputError
 
-__all__ = ["AUTO", "Limits", "PackService"]
+__all__ = ["AUTO", "PackService"]
 
 # Requests for this model are routed.
 AUTO = "auto"
-# Tokens of an answer to a request that names no number.
-_DEFAULT_TOKENS = 512
-# Arguments that transformers would take for itself instead of passing them to the template: another
-# template, or another form of the result.
-_RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
-    "documents", "kwargs",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a server.
-
-    Attributes:
-        batch: requests that run at a time.
-        queue: requests that wait.
-        body_nbytes: bytes of a request's body.
-        max_tokens: tokens of an answer that a request may ask for.
-        seconds: in which a whole request must come, and a client take a part of its answer.
-        drain_seconds: in which requests that run may end when the server stops.
-        spare: connections beside those whose requests run or wait.
-    """
-
-    batch: int = 16
-    queue: int = 64
-    body_nbytes: int = 1_000_000
-    max_tokens: int = 2048
-    seconds: float = 30.0
-    drain_seconds: float = 10.0
-    spare: int = 64
 
 
 class PackService:
     """A pack at work on its base model, without HTTP.
 
     Attributes:
+        pack: what is served now.
+        adapters: its adapters, and those that came later.
+        router: for requests to "auto"; None if there is none.
         limits: see `Limits`.
+        directory: where further adapters may be read from; None if nowhere.
         metrics: counters of what happened.
         scheduler: runs the requests, on a thread of its own.
-        tokenizer: mlx-lm's, of the base model.
+        encoder: the base model's tokenizer.
         vocabulary: number of token ids that the model knows.
         context: most tokens of prompt and answer together; None if the model does not say.
         base_name: name by which requests ask the base model.
-        models: name in a request -> task, None for the base; a task hides a base of its name.
-        systems: task -> system message of conversations that have none.
-        names: all names that requests may use, "auto" included if there is a router.
     """
 
     def __init__(
         self,
         pack: Pack,
-        model: MixedModel,
+        adapters: Adapters,
         router: Router | None = None,
         limits: Limits | None = None,
+        directory: Path | None = None,
     ) -> None:
         """Start the scheduler; `close` stops it.
 
         Args:
             pack: verified.
-            model: the same pack on its base model.
+            adapters: those of the same pack on its base model.
             router: for requests to "auto"; None leaves that name out.
             limits: None is the defaults.
+            directory: where adapters are looked for that a request names and nobody knows, and
+                where others may be loaded from; None is nowhere.
         """
+        self.pack, self.adapters, self.router = pack, adapters, router
         self.limits, self.metrics = limits or Limits(), Metrics()
-        self.tokenizer = model.base.tokenizer
-        self.context = context_length(model.base.model.args)
-        _, self.vocabulary = model.base.dimensions
+        self.directory = directory and directory.resolve()
+        base = adapters.model.base
+        self.encoder = Encoder(base.tokenizer)
+        self.context = context_length(base.model.args)
+        _, self.vocabulary = base.dimensions
         # XTC sampling never leaves these out.
-        self._kept = (*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids)
-        self._stop_sequences = make_stop_sequences(self.tokenizer)
+        self._kept = (*base.tokenizer.encode("\n"), *base.tokenizer.eos_token_ids)
+        self._stop_sequences = make_stop_sequences(base.tokenizer)
+        self._grammars: Grammars | None = None
+        self._preparing = Lock()
         self.base_name: str = pack.manifest.base.model
-        self.models: dict[str, str | None] = {self.base_name: None, **{t: t for t in pack.tasks}}
-        self.systems: Mapping[str | None, str] = dict(pack.systems.items())
-        self.names = list(dict.fromkeys([*self.models, *([AUTO] if router else [])]))
-        self._router = router
-        # Tokenizers may not be used by two threads at once.
-        self._encoding = Lock()
-        self.scheduler = Scheduler(
-            model, router, self.metrics, self.limits.batch, self.limits.queue
-        )
+        self.scheduler = Scheduler(adapters, self.metrics, self.base_name, self.limits)
 
-    def job(self, request: Request, emit: Callable[[Any], None]) -> Job:
-        """The job that answers a request; it is not submitted yet. Encoding may take a while.
+    @property
+    def models(self) -> dict[str, str | None]:
+        """Name in a request -> task, None for the base; a task hides a base of its name."""
+        return {self.base_name: None, **{name: name for name in self.adapters.names}}
+
+    @property
+    def names(self) -> list[str]:
+        """All names that requests may use, "auto" included if there is a router."""
+        return list(dict.fromkeys([*self.models, *([AUTO] if self.router else [])]))
+
+    def jobs(self, request: Request, emits: Sequence[Callable[[Any], None]]) -> list[Job]:
+        """The jobs that answer a request, one for each of `emits`; encoding may take a while.
+
+        They are not submitted yet.
 
         Raises:
             RequestError: (400, 404) no such model, a prompt that cannot be encoded or is too long,
-                or too long an answer.
+                too long an answer, or a schema that is none.
         """
-        self.check_model(request.model)
-        routing_prompt: list[int] | None = None
+        most = self.limits.batch + self.limits.queue
+        if request.n > most:
+            raise field_error("n", request.n, f"at most {most}, which may run and wait here")
+        router, scale = None, None
+        routing_prompt: list[int] = []
         prompts: dict[str | None, list[int]] = {}
-        if request.model in self.models:
-            task = self.models[request.model]
-            prompt = self.encode(request, self.systems.get(task))
+        systems: dict[str | None, str] = dict(self.pack.systems.items())
+        if request.lora is not None or request.model in self.models:
+            task, scale = self._chosen(request)
+            prompt = self.encoder.encode(request, systems.get(task))
         else:
-            task = None
-            routing_prompt, prompts = self._encode_to_route(request)
-            prompt = max(prompts.values(), key=len)
-        return Job(
-            prompt, task, self._fit_answer(len(prompt), request.most_tokens), emit,
-            self._stop_sequences, sampler_of(request, self.vocabulary, self._kept),
-            processors_of(request), request.stop, routing_prompt, prompts,
-        )  # fmt: skip
+            self.check_model(request.model)
+            task, router = None, self.router
+            assert router
+            known = {said: self.encoder.encode(request, said)
+                     for said in {None, router.system, *systems.values()}}  # fmt: skip
+            prompts = {one: known[systems.get(one)] for one in (None, *self.adapters.names)}
+            # The one that may need most room; the router chooses among them.
+            prompt, routing_prompt = max(prompts.values(), key=len), known[router.system]
+        most = fit_answer(self.limits, self.context, len(prompt), request.most_tokens)
+        return [
+            Job(
+                prompt, task, most, emit, self._stop_sequences,
+                sampler_of(request, self.vocabulary, self._kept, i), self._processors(request),
+                request.stop, router, routing_prompt, prompts, scale, request.top_logprobs,
+            )
+            for i, emit in enumerate(emits)
+        ]  # fmt: skip
 
-    def encode(self, request: Request, system: str | None = None) -> list[int]:
-        """Token ids of a request's prompt, the chat template applied.
+    def _processors(self, request: Request) -> list[Any]:
+        found = processors_of(request)
+        if request.response_format is None:
+            return found
+        with self._preparing:
+            self._grammars = self._grammars or Grammars(self.encoder.tokenizer, self.vocabulary)
+        return [*found, self._grammars.processor(request.response_format)]
 
-        Args:
-            request: a chat or a text.
-            system: system message of a conversation that has none; None leaves it to the template.
-
-        Raises:
-            RequestError: (400) the template fails on these messages, or an option is none of its
-                variables.
-        """
-        if isinstance(request, TextRequest):
-            # As `mlx_lm.generate`: a prompt that was made by the template has it already.
-            bos = self.tokenizer.bos_token
-            special = bos is None or not request.prompt.startswith(bos)
-            with self._encoding:
-                return self.tokenizer.encode(request.prompt, add_special_tokens=special)
-        assert isinstance(request, ChatRequest)
-        for name in request.chat_template_kwargs:
-            if name in _RESERVED:
-                raise field_error(
-                    "chat_template_kwargs", name, "variables of the model's own template"
-                )
-        if not self.tokenizer.has_chat_template:
-            raise RequestError(400, "the model has no chat template; ask /v1/completions")
-        try:
-            messages = [_plain_message(one) for one in request.messages]
-            if system is not None and not any(one["role"] == "system" for one in messages):
-                messages = [{"role": "system", "content": system}, *messages]
-            with self._encoding:
-                return self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True,
-                    tools=request.tools or None, **request.chat_template_kwargs,
-                )  # fmt: skip
-        except Exception as error:  # a template is a program of the model's authors
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            words = f"messages: the chat template fails ({why})"
-            raise RequestError(400, words, "messages") from None
-
-    def _encode_to_route(self, request: Request) -> tuple[list[int], dict[str | None, list[int]]]:
-        """Token ids by which the router chooses the task of a request, and of its prompt then.
-
-        Returns:
-            The request encoded with the system message that the router was fitted on, and task ->
-            the request with that of the task's rows.
-        """
-        router = self._router.system if self._router else None
-        known = {system: self.encode(request, system)
-                 for system in {None, router, *self.systems.values()}}  # fmt: skip
-        prompts = {task: known[self.systems.get(task)] for task in (None, *self.models.values())}
-        return known[router], prompts
+    def _chosen(self, request: Request) -> tuple[str | None, float | None]:
+        """Task of a request, and its scale: by name, or by an adapter's id as with llama.cpp."""
+        if request.lora is None:
+            return self.models[request.model], None
+        known = {one.id: name for name, one in self.adapters.names.items()}
+        for number in request.lora:
+            if number not in known:
+                raise field_error("lora", number, "an id of GET /lora-adapters")
+        chosen = [(known[number], scale) for number, scale in request.lora.items() if scale]
+        return chosen[0] if chosen else (None, None)
 
     def name_of(self, task: str | None) -> str:
         """The name of a task in a reply; None is the base model."""
@@ -192,7 +156,7 @@ class PackService:
 
     def answer(self, request: Request, prompt: Sequence[int]) -> Answer:
         """An empty answer to a prompt."""
-        return Answer(self.tokenizer, prompt, getattr(request, "tools", None) or None)
+        return Answer(self.encoder.tokenizer, prompt, getattr(request, "tools", None) or None)
 
     def check_model(self, name: str) -> None:
         """Check that requests may ask for a model; raises RequestError (404) if it is none."""
@@ -204,54 +168,154 @@ class PackService:
         known = ", ".join(self.names[:20])
         raise RequestError(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
 
-    def _fit_answer(self, n_prompt: int, asked: int | None) -> int:
-        """Most tokens of the answer to a prompt of `n_prompt` tokens.
+    def find(self, name: str) -> Future[None] | None:
+        """Begin to load an adapter of `directory` that a request names; None if none is there.
 
-        A default is shortened to what the context has room for.
+        The future raises RequestError (400) if it is there and cannot be loaded.
+        """
+        if self.directory is None or name in self.names or Path(name).name != name:
+            return None
+        for path in (self.directory / name, self.directory / f"{name}.gguf"):
+            with suppress(RequestError):
+                found = self._inside(name, str(path))
+                return self.adapters.submit(partial(self._find, name, found))
+        return None
+
+    def _find(self, name: str, path: Path) -> None:
+        if name in self.names:
+            # Another request was first.
+            return
+        try:
+            self._load(path, LoadRequest(lora_name=name))
+        except InputError as error:
+            words = f"LoRA adapter '{name}' was found but could not be loaded. {error.problems[0]}"
+            raise RequestError(400, words, "model", "BadRequestError") from None
+
+    def load_adapter(self, request: LoadRequest) -> Future[None]:
+        """Begin to load an adapter by vLLM's rules; the future raises RequestError (400, 500).
 
         Raises:
-            RequestError: (400) more than the limit, or than the context has room for.
+            RequestError: the request is wrong (400), or nothing is at its path (404).
         """
-        most, context = self.limits.max_tokens, self.context
-        max_tokens = min(_DEFAULT_TOKENS, most) if asked is None else asked
-        if max_tokens > most:
-            raise RequestError(400, f"max_tokens: found {max_tokens}, this server gives {most} at"
-                               " most", "max_tokens")  # fmt: skip
-        if context and asked is None:
-            max_tokens = max(1, min(max_tokens, context - n_prompt))
-        if not n_prompt or (context and n_prompt + max_tokens > context):
-            raise RequestError(
-                400,
-                f"the prompt has {n_prompt} tokens; with max_tokens {max_tokens} the model's"
-                f" context of {context} is too short",
-            )
-        return max_tokens
+        name = request.lora_name
+        if not name or not request.lora_path:
+            raise _refused("Both 'lora_name' and 'lora_path' must be provided.")
+        if name in (self.base_name, AUTO):
+            raise _refused(f"lora_name: {name!r} is another model of this server")
+        path = self._inside(name, request.lora_path)
+        return self.adapters.submit(partial(self._load_asked, path, request))
 
-    def logprobs(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-        """Log-probabilities in the form of OpenAI's API, with the token's `id` besides."""
-        entries = []
-        for one in pieces:
-            with self._encoding:
-                text = self.tokenizer.decode([one.token])
-            # A partial UTF-8 character has no bytes yet.
-            content = None if "\ufffd" in text else list(text.encode())
-            entries.append({"id": one.token, "token": text, "logprob": one.logprob,
-                            "bytes": content, "top_logprobs": []})  # fmt: skip
-        return entries
+    def _load_asked(self, path: Path, request: LoadRequest) -> None:
+        try:
+            self._load(path, request)
+        except InputError as error:
+            raise RequestError(500, error.problems[0], None, "InternalServerError") from None
+
+    def _load(self, path: Path, request: LoadRequest) -> None:
+        """Read an adapter and serve it; on the loader's thread."""
+        base, name = self.adapters.model.base, request.lora_name
+
+        def check() -> None:
+            if name in self.adapters.names and not request.load_inplace:
+                raise _refused(
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the"
+                    " adapter in place, set 'load_inplace' to True."
+                )
+
+        def add() -> None:
+            check()
+            self.adapters.add(name, entry, factors)
+
+        check()
+        read = partial(read_adapter, path, base.module_shapes, base.config)
+        entry = Entry(path, read, request.pinned)
+        factors = self.adapters.read(entry)
+        self.scheduler.call(add).result()
+
+    def _inside(self, name: str, text: str) -> Path:
+        """A path in `directory`; raises RequestError (400, 404)."""
+        missing = RequestError(
+            404, f"Loading lora {name} failed: No adapter found for {text}", None, "NotFoundError"
+        )
+        if self.directory is None:
+            raise missing
+        try:
+            path = (self.directory / text).resolve()
+            inside, there = self.directory in path.parents, path.exists()
+        except (OSError, ValueError):
+            raise missing from None
+        if not inside:
+            raise _refused(f"lora_path: found {text[:200]!r}, expected a path inside the server's"
+                           " --adapter-dir")  # fmt: skip
+        if not there:
+            raise missing
+        return path
+
+    def unload_adapter(self, name: str) -> Future[Any]:
+        """Stop serving an adapter by vLLM's rules; the inner future is done when nobody uses it.
+
+        Raises:
+            RequestError: (400) no name; the future raises it if there is no such adapter (404).
+        """
+        if not name:
+            raise _refused("'lora_name' needs to be provided to unload a LoRA adapter.")
+
+        def remove() -> Future[None]:
+            if name not in self.adapters.names:
+                words = f"The lora adapter '{name}' cannot be found."
+                raise RequestError(404, words, None, "NotFoundError")
+            return self.adapters.remove(name)
+
+        return self.scheduler.call(remove)
+
+    def set_scales(self, scales: Mapping[int, float]) -> Future[None]:
+        """Set the scales of adapters by id, for requests that name none; those left out get 0.
+
+        The future raises RequestError (400) for an id that no adapter has.
+        """
+
+        def change() -> None:
+            entries = {one.id: one for one in self.adapters.names.values()}
+            for number in scales.keys() - entries.keys():
+                raise field_error("id", number, "an id of GET /lora-adapters")
+            for number, entry in entries.items():
+                entry.scale = scales.get(number, 0.0)
+
+        return self.scheduler.call(change)
+
+    def reload(self) -> Future[None]:
+        """Read the pack again, and serve it in place of the one before.
+
+        The future raises RequestError (409) if it is no pack any more, or one of another base.
+        """
+        return self.adapters.submit(self._reload)
+
+    def _reload(self) -> None:
+        old = self.pack
+        try:
+            new = load_pack(old.path)
+            router = load_router(new)
+        except InputError as error:
+            raise RequestError(409, f"{error.problems[0]}; the pack before is served") from None
+        if new.manifest.base != old.manifest.base:
+            raise RequestError(409, f"{new.path}: is of another base model; start the server again")
+        entries = self.adapters.entries_of(new)
+
+        def swap() -> None:
+            names = self.adapters.names.items()
+            others = {name: one for name, one in names if name not in old.tasks}
+            self.pack, self.router = new, router
+            self.adapters.replace({**others, **entries})
+
+        self.scheduler.call(swap).result()
 
     def close(self) -> None:
         """Stop; requests that do not end in `drain_seconds` end with an error."""
         self.scheduler.drain(self.limits.drain_seconds)
         self.scheduler.close()
+        self.adapters.close()
 
 
-def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates read it: content is a string, arguments of calls are objects."""
-    plain, content = deepcopy(message), message.get("content")
-    parts = content if isinstance(content, list) else []
-    plain["content"] = "".join(part["text"] for part in parts) if parts else content or ""
-    for call in plain.get("tool_calls") or ():
-        function = call.get("function") or {}
-        if isinstance(function.get("arguments"), str) and function["arguments"]:
-            function["arguments"] = json.loads(function["arguments"])
-    return plain
+def _refused(message: str) -> RequestError:
+    """A refusal in vLLM's form."""
+    return RequestError(400, message, None, "InvalidUserInput")

@@ -16,7 +16,7 @@ VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Extras of pyproject.toml that one command or option needs -> the modules that each brings.
-EXTRAS = {"serve": ("prometheus_client", "starlette", "uvicorn")}
+EXTRAS = {"serve": ("prometheus_client", "starlette", "uvicorn", "llguidance")}
 
 
 def cache_directory() -> Path:

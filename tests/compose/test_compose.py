@@ -10,7 +10,7 @@ from helpers.tiny import task, write_jsonl
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert load_pack(pack).load("new").digest == written.digest
     said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
                    "--max-tokens", 4, "-q")[1]  # fmt: skip
-    mixed = MixedModel(BaseModel(str(paths.model)), load_pack(pack))
+    mixed = Adapters(BaseModel(str(paths.model)), load_pack(pack))
     with serving(load_pack(pack), mixed) as server, client(server) as api:
         messages = [{"role": "user", "content": "What is new?"}]
         found = api.chat.completions.create(

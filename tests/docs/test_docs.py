@@ -193,7 +193,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import PackInfo
     from d2c_mlx.packs.write import write_pack
-    from d2c_mlx.serve.mixed_batch import MixedModel
+    from d2c_mlx.serve.adapters import Adapters
     from d2c_mlx.serve.server import PackServer
     from d2c_mlx.serve.service import PackService
 
@@ -213,12 +213,14 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     base.attach(adapters[0])
     expected = tokenizer.decode(base.answer(prompt, 64), skip_special_tokens=True)
     (code,) = blocks("docs/how-to/serve.md", "python")
-    service = PackService(pack, MixedModel(BaseModel(), pack))
-    with PackServer(("127.0.0.1", 0), service) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
+    service = PackService(pack, Adapters(BaseModel(), pack))
+    server = PackServer(("127.0.0.1", 0), service)
+    thread = Thread(target=server.run)
+    thread.start()
+    try:
         exec(code.replace("http://127.0.0.1:8080/v1", server.url), {})
-        server.shutdown()
+    finally:
+        server.stop()
         thread.join()
     assert "hundert" in expected and capsys.readouterr().out.strip() == expected.strip()
 

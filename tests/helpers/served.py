@@ -19,8 +19,8 @@ WORDS = "the quick brown fox and lazy dogs are watching an answer to question".s
 
 
 @contextmanager
-def serving(pack, mixed, router=None, limits=None, **access):
-    service = PackService(pack, mixed, router or load_router(pack), limits)
+def serving(pack, adapters, router=None, limits=None, directory=None, **access):
+    service = PackService(pack, adapters, router or load_router(pack), limits, directory)
     server = PackServer(("127.0.0.1", 0), service, Access(**access))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -24,7 +24,7 @@ from d2c_mlx.models.base_model import BaseModel, greedy
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import fit_router, save_router
 
 
@@ -54,20 +54,20 @@ def pack(request, model_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(pack, model_path):
-    return MixedModel(BaseModel(str(model_path)), pack)
+    return Adapters(BaseModel(str(model_path)), pack)
 
 
 @pytest.fixture(scope="module")
 def answer(pack, model_path):
-    """`answer(task, prompt, n)`: greedy tokens of stock mlx-lm with its own LoRA layers."""
+    """`answer(task or adapter, prompt, n)`: greedy tokens of stock mlx-lm with its LoRA layers."""
     model, tokenizer = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     known = {}
 
     def ask(name, prompt, n):
-        key = name, tuple(prompt), n
+        one = pack.load(name) if isinstance(name, str) else name
+        key = one and one.digest, tuple(prompt), n
         if key not in known:
-            one = None if name is None else pack.load(name)
             switch(model, one and one.uniform(mx.float32), pack.path)
             known[key] = greedy(model, tokenizer, prompt, n)
         return known[key]

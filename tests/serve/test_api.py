@@ -7,8 +7,8 @@ import pkgutil
 import mlx_lm.tool_parsers
 import pytest
 
-from d2c_mlx.serve.answers import read_tool_calls
 from d2c_mlx.serve.api import RequestError, read_request
+from d2c_mlx.serve.text import read_tool_calls
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -20,7 +20,6 @@ IGNORED = [
     ("min_tokens", 5, [0]),
     ("num_draft_tokens", 3, [0]),
     ("continue_final_message", True, [False]),
-    ("n", 2, [1]),
 ]
 
 

@@ -10,7 +10,7 @@ from d2c_mlx_cli.main import cli
 from helpers.browser import axe_finds, tabbed
 from helpers.served import counts_at, idle, serving, text
 
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.jobs import Limits
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,27 +12,31 @@ from d2c_mlx.models.attach import switch
 from d2c_mlx.serve.mixed_batch import RowAdapters
 
 
+def cache(mixed, name, scale=1.0):
+    return mixed.model.cache(0 if name is None else mixed.names[name].slot, scale)
+
+
 def test_a_batch_of_all_adapters_gives_each_rows_own_logits(pack, mixed, model_path):
     """Beside stock mlx-lm with one adapter at a time, and rows in any order."""
     model, _ = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     rows = [None, *pack.tasks, NAMES[0], None]
     tokens = mx.array(np.random.default_rng(0).integers(3, 250, (len(rows), 9)))
-    caches = [mixed.cache(name) for name in rows]
+    caches = [cache(mixed, name) for name in rows]
     merged = [c[0].merge(list(c)) for c in zip(*caches)]
-    found = np.array(mixed(tokens, cache=merged))
+    found = np.array(mixed.model(tokens, cache=merged))
     for i, name in enumerate(rows):
         one = None if name is None else pack.load(name)
         switch(model, one and one.uniform(mx.float32), pack.path)
         np.testing.assert_allclose(found[i], np.array(model(tokens[i : i + 1]))[0], atol=2e-5)
-        alone = np.array(mixed(tokens[i : i + 1], cache=mixed.cache(name)))
+        alone = np.array(mixed.model(tokens[i : i + 1], cache=cache(mixed, name)))
         np.testing.assert_allclose(alone[0], found[i], atol=2e-5)
 
 
 def test_adapters_stay_with_their_rows_while_others_come_and_go(pack, mixed, answer):
     """mlx-lm's batch generator, rows of other lengths that are added, end and are removed."""
     rng = random.Random(3)
-    batch = BatchGenerator(mixed, completion_batch_size=5, prefill_batch_size=2,
+    batch = BatchGenerator(mixed.model, completion_batch_size=5, prefill_batch_size=2,
                            prefill_step_size=4)  # fmt: skip
     asked, found, removed = {}, {}, set()
     todo = [(rng.choice([None, *pack.tasks]), [rng.randrange(3, 250) for _ in range(n)])
@@ -40,7 +44,7 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(pack, mixed, ans
     while todo or len(found) < len(asked):
         for name, prompt in [todo.pop() for _ in range(min(len(todo), rng.randrange(4)))]:
             n = rng.randrange(1, 25)
-            (uid,) = batch.insert([list(prompt)], max_tokens=[n], caches=[mixed.cache(name)],
+            (uid,) = batch.insert([list(prompt)], max_tokens=[n], caches=[cache(mixed, name)],
                                   stop_sequences=[StopSequences()])  # fmt: skip
             asked[uid] = name, prompt, n, []
         _, tokens = batch.next()
@@ -62,7 +66,8 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(pack, mixed, ans
 
 
 def test_row_adapters_are_whatever_mlx_lm_does_to_a_cache():
-    rows = RowAdapters.merge([RowAdapters([1]), RowAdapters([0]), RowAdapters([2])])
-    rows.extend(RowAdapters([5, 6]))
+    one, two, *more = [(slot, slot / 2) for slot in range(6)]
+    rows = RowAdapters.merge([RowAdapters([two]), RowAdapters([one]), RowAdapters(more[:1])])
+    rows.extend(RowAdapters(more[1:]))
     rows.filter([4, 0, 2])
-    assert rows.slots == [6, 1, 2] and rows.extract(1).slots == [1]
+    assert rows.rows == [more[2], two, more[0]] and rows.extract(1).rows == [two]

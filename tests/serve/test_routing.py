@@ -26,7 +26,7 @@ from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import with_file, write_pack
 from d2c_mlx.run.route import RouteOptions, route_prompts
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import (
     ROUTER,
     Router,
@@ -361,7 +361,7 @@ def test_a_server_routes_as_the_rows_were(spoken):
     pack = load_pack(pack.path)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": "Who is it? Answer 2"}]
-    with serving(pack, MixedModel(base, pack)) as server:
+    with serving(pack, Adapters(base, pack)) as server:
         api = client(server)
         for system in ([], [{"role": "system", "content": ""}]):
             messages = [*system, *asked]

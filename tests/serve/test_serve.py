@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import make_sampler
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import load_router
 
 
@@ -205,7 +205,7 @@ def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     adapters = [replace(one, sources=(name,)) for one, name in zip(ADAPTERS, ("auto", "model"))]
     pack = write_pack(tmp_path / "pack", adapters, PackInfo(**about))
     server = SimpleNamespace(pack=load_pack(pack.path))
-    with serving(server.pack, MixedModel(base, server.pack)) as running, client(running) as api:
+    with serving(server.pack, Adapters(base, server.pack)) as running, client(running) as api:
         assert [one.id for one in api.models.list()] == ["model", "auto"]
         assert running.service.models == {"model": "model", "auto": "auto"}
         quoted = raw(running, b"GET /v1/models/%61ut%6F HTTP/1.0\r\n\r\n")

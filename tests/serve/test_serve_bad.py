@@ -28,9 +28,8 @@ from helpers.served import (
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.sample_utils import make_sampler
 
+from d2c_mlx.serve.jobs import Job, Limits
 from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.scheduler import Job
-from d2c_mlx.serve.service import Limits
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +68,12 @@ BAD = [
     (400, post(GOOD | {"max_tokens": 400, "prompt": "the fox " * 100}), "context"),
     (400, post(GOOD | {"temperature": -1}), "temperature"),
     (400, post(GOOD | {"temperature": "hot"}), "temperature"),
-    (400, post(GOOD | {"seed": 1, "temperature": 1}), "seed"),
-    (400, post(GOOD | {"n": 2}), "n: not supported"),
+    (400, post(GOOD | {"seed": 1, "temperature": 1, "xtc_probability": 0.5}), "seed: XTC"),
+    (400, post(GOOD | {"n": 0}), "n: found 0, expected 1 to 16"),
+    (400, post(GOOD | {"top_logprobs": 2}), "top_logprobs: needs logprobs true"),
+    (400, post(GOOD | {"response_format": {"type": "xml"}}), "response_format: found"),
+    (400, post(GOOD | {"response_format": {"type": "json_schema", "json_schema": {
+        "schema": {"type": "nothing"}}}}), "the schema is refused"),
     (400, post(GOOD | {"adapters": "/tmp/x"}), "adapters: not supported"),
     (400, post(GOOD | {"stop": [1]}), "stop"),
     (400, post(GOOD | {"stop": ["x"] * 17}), "stop"),
@@ -195,7 +198,7 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, mixed, answer,
 
 
 def test_a_template_that_fails_is_no_closed_connection(pack, mixed, monkeypatch):
-    monkeypatch.setattr(mixed.base.tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
+    monkeypatch.setattr(mixed.model.base.tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
     body = CHAT | {"chat_template_kwargs": {"zero": 0}}
     with serving(pack, mixed) as server:
         reply = raw(server, post(body, "/v1/chat/completions"))

@@ -16,9 +16,9 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import fit_router, load_router, save_router
-from d2c_mlx.serve.service import PackService
+from d2c_mlx.serve.text import Encoder
 
 BOS = "<|endoftext|>"
 # Said whole, as one token each, and then the answer ends.
@@ -72,7 +72,7 @@ def made(tmp_path_factory):
         task(root / "tasks", name)
     probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]
     pack = save_router(pack, fit_router(base.model, probes))
-    return pack, MixedModel(base, pack)
+    return pack, Adapters(base, pack)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def server(made):
 
 def say(server, text, stream=False, **options):
     """The answer's text, reason, calls of tools and usage, as OpenAI's client reads them."""
-    token = server.service.tokenizer.convert_tokens_to_ids(text.replace(" ", "Ġ"))
+    token = server.service.encoder.tokenizer.convert_tokens_to_ids(text.replace(" ", "Ġ"))
     body = {"model": "model", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9,
             "logit_bias": {str(token): 100}, "stream": stream, **options}  # fmt: skip
     with client(server) as api:
@@ -134,7 +134,7 @@ def test_calls_of_tools(server, stream):
 
 def test_no_tools_are_shown_where_none_is_to_be_called(server):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    tokenizer = server.service.tokenizer
+    tokenizer = server.service.encoder.tokenizer
     seen = []
     for options in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"},
                     {"tools": tools, "tool_choice": "auto"}):  # fmt: skip
@@ -153,7 +153,7 @@ def test_no_tools_are_shown_where_none_is_to_be_called(server):
 
 def test_a_prompt_with_the_first_token_does_not_get_it_twice(server):
     """As `mlx_lm.generate` reads a prompt that the template has made."""
-    tokenizer = server.service.tokenizer
+    tokenizer = server.service.encoder.tokenizer
     messages = [{"role": "user", "content": "the fox"}]
     made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -188,14 +188,14 @@ def test_a_reply_that_fails_is_said(made, monkeypatch):
 
     with serving(*made) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(PackService, "logprobs", broken)
+            patch.setattr(Encoder, "logprobs", broken)
             reply = raw(server, post(GOOD | {"logprobs": True}))
             assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"
             reply = raw(server, post(GOOD | {"logprobs": True, "stream": True}))
             assert (
                 b" 200 " in reply and reply.count(b"HTTP/1.1") == 1 and b'data: {"error"' in reply
             )
-            patch.setattr(PackService, "encode", broken)
+            patch.setattr(Encoder, "encode", broken)
             for stream in (False, True):
                 reply = raw(server, post(GOOD | {"stream": stream}))
                 assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"

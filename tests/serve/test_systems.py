@@ -16,7 +16,7 @@ from d2c_mlx.packs.update import opened, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.route import RouteOptions, route_prompts
-from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.adapters import Adapters
 
 ASKED = "Who is it? Answer 2"
 
@@ -44,7 +44,7 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     pack = load_pack(made)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": ASKED}]
-    with serving(pack, MixedModel(base, pack)) as server:
+    with serving(pack, Adapters(base, pack)) as server:
         api = client(server)
 
         def reply(model, *before):

@@ -1,19 +1,119 @@
-"""What a model generates, in the form of OpenAI's API: text, thoughts and calls of tools."""
+"""From messages to tokens by the chat template, and from generated text to messages."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from threading import Lock
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "Choice", "Completion", "Message", "Usage", "read_tool_calls"]
+from d2c_mlx.serve.api import ChatRequest, Request, RequestError, TextRequest, field_error
+from d2c_mlx.serve.jobs import Piece
+
+__all__ = [
+    "Answer",
+    "Choice",
+    "Completion",
+    "Encoder",
+    "Message",
+    "Usage",
+    "read_tool_calls",
+]
 
 _log = logging.getLogger(__name__)
+
+
+# Arguments that transformers would take for itself instead of passing them to the template: another
+# template, or another form of the result.
+_RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    "documents", "kwargs",
+}  # fmt: skip
+
+
+class Encoder:
+    """A tokenizer that several threads may use, one at a time.
+
+    Attributes:
+        tokenizer: mlx-lm's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401
+        """Use mlx-lm's tokenizer."""
+        self.tokenizer, self._lock = tokenizer, Lock()
+
+    def logprobs(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        """Log-probabilities in the form of OpenAI's API, with the token's `id` besides."""
+        return [
+            {**self._entry(one.token, one.logprob),
+             "top_logprobs": [self._entry(*other) for other in one.top]}
+            for one in pieces
+        ]  # fmt: skip
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        with self._lock:
+            text = self.tokenizer.decode([token])
+        # A partial UTF-8 character has no bytes yet.
+        content = None if "\ufffd" in text else list(text.encode())
+        return {"id": token, "token": text, "logprob": logprob, "bytes": content}
+
+    def encode(self, request: Request, system: str | None = None) -> list[int]:
+        """Token ids of a request's prompt, the chat template applied.
+
+        Args:
+            request: a chat or a text.
+            system: system message of a conversation that has none; None leaves it to the template.
+
+        Raises:
+            RequestError: (400) the template fails on these messages, or an option is none of its
+                variables.
+        """
+        if isinstance(request, TextRequest):
+            # As `mlx_lm.generate`: a prompt that was made by the template has it already.
+            bos = self.tokenizer.bos_token
+            special = bos is None or not request.prompt.startswith(bos)
+            with self._lock:
+                return self.tokenizer.encode(request.prompt, add_special_tokens=special)
+        assert isinstance(request, ChatRequest)
+        for name in request.chat_template_kwargs:
+            if name in _RESERVED:
+                raise field_error(
+                    "chat_template_kwargs", name, "variables of the model's own template"
+                )
+        if not self.tokenizer.has_chat_template:
+            raise RequestError(400, "the model has no chat template; ask /v1/completions")
+        try:
+            messages = [_plain_message(one) for one in request.messages]
+            if system is not None and not any(one["role"] == "system" for one in messages):
+                messages = [{"role": "system", "content": system}, *messages]
+            with self._lock:
+                return self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True,
+                    tools=request.tools or None, **request.chat_template_kwargs,
+                )  # fmt: skip
+        except Exception as error:  # a template is a program of the model's authors
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            words = f"messages: the chat template fails ({why})"
+            raise RequestError(400, words, "messages") from None
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates read it: content is a string, arguments of calls are objects."""
+    plain, content = deepcopy(message), message.get("content")
+    parts = content if isinstance(content, list) else []
+    plain["content"] = "".join(part["text"] for part in parts) if parts else content or ""
+    for call in plain.get("tool_calls") or ():
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), str) and function["arguments"]:
+            function["arguments"] = json.loads(function["arguments"])
+    return plain
 
 
 class Usage(BaseModel):

@@ -1,0 +1,348 @@
+"""Adapters that come and go while requests run: over sockets, beside stock mlx-lm."""
+
+import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import openai
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers.adapters import ABOUT, ADAPTERS
+from helpers.served import (
+    GOOD,
+    client,
+    counted,
+    counts_at,
+    counts_when,
+    idle,
+    post,
+    prompt_of,
+    raw,
+    serving,
+    text,
+)
+
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.serve.adapters import Adapters
+
+# One kind of pack suffices.
+pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
+TOKEN = "s3cret"
+N = 6
+PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reload", "/lora-adapters")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, model_path):
+    """Twelve adapters as directories, made of three; one that is broken, and a link outside."""
+    root = tmp_path_factory.mktemp("library")
+    for i in range(12):
+        one = ADAPTERS[i % 3]
+        modules = {path: replace(lora, scale=lora.scale * (1 + i // 3))
+                   for path, lora in one.modules.items()}  # fmt: skip
+        replace(one, modules=modules).save(root / f"a{i}", 2)
+    (root / "broken").mkdir()
+    (root / "broken" / "adapters.safetensors").write_bytes(b"x")
+    (root / "outside").symlink_to(model_path)
+    return root
+
+
+@contextmanager
+def changing(pack, library, memory=None, base=None, **options):
+    """A server of its own, whose adapters may change, and `do(path, body)`, which asks for that."""
+    adapters = Adapters(base or BaseModel(str(options.pop("model"))), pack, memory)
+    options = {"token": TOKEN, "changes": True, "directory": library, **options}
+    with serving(pack, adapters, **options) as server:
+
+        def do(path, body):
+            method = b"GET " if body is None else None
+            key = {"Authorization": f"Bearer {TOKEN}"}
+            content = post({} if body is None else body, path, **key)
+            reply = raw(server, content.replace(b"POST ", method) if method else content)
+            head, said = reply.split(b"\r\n\r\n", 1)
+            return int(head.split()[1]), said.decode()
+
+        server.adapters = adapters
+        yield server, do
+
+
+def read(library, name):
+    return load_adapter(library / name)
+
+
+def ask(server, name, prompt="the fox", n=N, **options):
+    """The text of an answer; options as in a request."""
+    with client(server, TOKEN) as api:
+        found = api.completions.create(model=name, prompt=prompt, max_tokens=n, extra_body=options)
+        return found.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def shared(pack, library, model_path):
+    """A server for tests that leave it as it was."""
+    with changing(pack, library, model=model_path) as found:
+        yield found
+
+
+def test_an_adapter_is_loaded_asked_and_unloaded(shared, library, answer):
+    """vLLM's shapes and words."""
+    server, do = shared
+    first, second = (read(library, name) for name in ("a3", "a7"))
+    body = {"lora_name": "mine", "lora_path": "a3"}
+    loaded = 200, "Success: LoRA adapter 'mine' added successfully."
+    assert do(PATHS[0], body) == loaded
+    assert ask(server, "mine") == text(answer, first, "the fox", N)
+    with client(server, TOKEN) as api:
+        card = api.models.retrieve("mine").model_dump()
+        base = api.models.retrieve("model").model_dump()
+    assert (card["parent"], card["root"]) == ("model", str(library / "a3"))
+    assert (base["parent"], base["root"]) == (None, "model")
+    assert do(PATHS[0], body) == failed(400, "InvalidUserInput", "The lora adapter 'mine' has "
+        "already been loaded. If you want to load the adapter in place, set 'load_inplace' to "
+        "True.")  # fmt: skip
+    assert do(PATHS[0], body | {"lora_path": str(library / "a7"), "load_inplace": True}) == loaded
+    assert ask(server, "mine") == text(answer, second, "the fox", N)
+    unload = {"lora_name": "mine"}
+    assert do(PATHS[1], unload) == (200, "Success: LoRA adapter 'mine' removed successfully.")
+    assert do(PATHS[1], unload) == failed(404, "NotFoundError", "The lora adapter 'mine' cannot be "
+                                          "found.")  # fmt: skip
+    assert do(PATHS[1], {}) == failed(400, "InvalidUserInput", "'lora_name' needs to be provided to"
+                                      " unload a LoRA adapter.")  # fmt: skip
+
+
+def failed(status, kind, message):
+    return status, json.dumps({"error": {"message": message, "type": kind, "param": None,
+                                         "code": status}})  # fmt: skip
+
+
+def test_what_may_not_be_loaded(shared, library):
+    server, do = shared
+    nothing = failed(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
+    assert do(PATHS[0], {"lora_name": "x"}) == nothing == do(PATHS[0], {"lora_path": "a1"})
+    for path in ("..", "../x", "/etc", "outside", str(library), "a1/../../model"):
+        status, said = do(PATHS[0], {"lora_name": "x", "lora_path": path})
+        assert status in (400, 404) and ("expected a path inside" in said or "No adapter" in said)
+        assert status == 400 or not (library / path).exists()
+    for path in ("org/name", "a99", "\0", "x" * 5000):
+        status, said = do(PATHS[0], {"lora_name": "x", "lora_path": path})
+        assert status == 404 and "Loading lora x failed: No adapter found for" in said
+    status, said = do(PATHS[0], {"lora_name": "x", "lora_path": "broken"})
+    assert status == 500 and "InternalServerError" in said and "broken" in said
+    for name in ("model", "auto"):
+        assert do(PATHS[0], {"lora_name": name, "lora_path": "a1"})[0] == 400
+    for body in ([1], {"lora_name": 1}, {"lora_name": "x", "lora_path": "a1", "pinned": "yes"},
+                 {"lora_name": "x", "lora_path": "a1", "is_3d_lora_weight": True}):  # fmt: skip
+        assert do(PATHS[0], body)[0] == 400
+    assert "x" not in server.adapters.names
+
+
+def test_changes_are_off_and_behind_the_token(pack, mixed, library):
+    with serving(pack, mixed, token=TOKEN, directory=library) as server:
+        for path in PATHS:
+            reply = raw(server, post({}, path, Authorization=f"Bearer {TOKEN}"))
+            assert b" 404 " in reply and b"--allow-changes" in reply
+    with serving(pack, mixed, token=TOKEN, changes=True, directory=library) as server:
+        assert all(b" 401 " in raw(server, post({}, path)) for path in PATHS)
+    refused = CliRunner().invoke(cli, ["serve", str(pack.path), "--allow-changes"])
+    assert refused.exit_code == 2 and "give --token" in refused.output
+
+
+def test_a_request_loads_what_is_in_the_directory(shared, library, answer):
+    """The first of several at once; it need not be allowed to change anything else."""
+    server, do = shared
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: ask(server, "a5"), range(8)))
+    assert {*found} == {text(answer, read(library, "a5"), "the fox", N)}
+    with client(server, TOKEN) as api:
+        with pytest.raises(openai.BadRequestError, match="'broken' was found but could not be lo"):
+            api.completions.create(**GOOD | {"model": "broken"})
+        for name in ("a99", "../a1", "outside", ".", "a1/", "\0"):
+            with pytest.raises(openai.NotFoundError, match="expected one of"):
+                api.completions.create(**GOOD | {"model": name})
+    assert do(PATHS[1], {"lora_name": "a5"})[0] == 200
+
+
+def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
+    """Each answer is its own adapter's, whoever had to leave; pinned ones stay."""
+    rng = random.Random(0)
+    base = BaseModel(str(model_path))
+    factors = Adapters(base, pack, 1).model.factors(read(library, "a0"))
+    room = 9 * sum(x.nbytes for pair in factors.values() for x in pair)
+    names = [*(f"a{i}" for i in range(12)), *pack.tasks, "model"]
+    asked = [(rng.choice(names), prompt_of(rng, 3)) for _ in range(40)]
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        pin = {"lora_name": "kept", "lora_path": "a0", "pinned": True}
+        assert do(PATHS[0], pin)[0] == 200
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda job: ask(server, *job), asked))
+        kept = server.adapters.names["kept"].slot
+        assert server.adapters.model.nbytes <= room and kept
+        assert counted(server)["d2c_mlx_adapter_evictions_total"] > 9
+        codes = [do(PATHS[0], pin | {"lora_name": f"p{i}"})[0] for i in range(9)]
+        # One slot stays for others.
+        assert codes[0] == 200 and codes[-1] == 400
+        assert ask(server, "a3") == text(answer, read(library, "a3"), "the fox", N)
+        idle(server)
+    for (name, prompt), reply in zip(asked, found):
+        own = None if name == "model" else name if name in pack.tasks else read(library, name)
+        assert reply == text(answer, own, prompt, N), name
+
+
+def test_no_room_beside_what_is_pinned(pack, library, model_path):
+    """Which a wider adapter takes from others: who asks for it does not wait for ever."""
+    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a1"))
+    room = 6 * sum(x.nbytes for pair in factors.values() for x in pair)
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        for i in (1, 4):
+            pin = {"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True}
+            assert do(PATHS[0], pin)[0] == 200
+        with pytest.raises(openai.InternalServerError, match="no room in memory beside"):
+            ask(server, "a0")
+        assert ask(server, "p1") and do(PATHS[1], {"lora_name": "p1"})[0] == 200
+        assert do(PATHS[1], {"lora_name": "p4"})[0] == 200
+        assert ask(server, "a0")
+
+
+@pytest.mark.slow
+def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
+    """Memory has room for one adapter, and others ask for it all the time."""
+    with changing(pack, library, 1, BaseModel(str(model_path))) as (server, _):
+        stop = threading.Event()
+
+        def insist(i):
+            while not stop.is_set():
+                ask(server, "wide", n=40 + 17 * i, logit_bias=NO_END)
+
+        with ThreadPoolExecutor(6) as pool:
+            others = [pool.submit(insist, i) for i in range(6)]
+            try:
+                counts_at(server, "d2c_mlx_first_token_seconds_count", 6)
+                assert ask(server, "other") == text(answer, "other", "the fox", N)
+                assert counted(server)["d2c_mlx_adapter_evictions_total"]
+            finally:
+                stop.set()
+            assert all(one.result() is None for one in others)
+
+
+def begin(server, name, n):
+    """A stream that has begun, and a function that gives all its text."""
+    api = client(server, TOKEN)
+    stream = api.completions.create(model=name, prompt="the fox", max_tokens=n, stream=True,
+                                    logit_bias=NO_END)  # fmt: skip
+    first = next(iter(stream)).choices[0].text
+    return stream, lambda: first + "".join(one.choices[0].text for one in stream)
+
+
+# No end token, so that an answer is as long as it may be.
+NO_END = {"0": -10_000, "1": -10_000, "2": -10_000}
+
+
+def test_what_runs_keeps_its_adapter(shared, library):
+    """Other weights under its name, and an unload, which waits for it."""
+    server, do = shared
+    n, body = 60, {"lora_name": "mine", "lora_path": "a3"}
+    assert do(PATHS[0], body)[0] == 200
+    alone = begin(server, "mine", n)[1]()
+    ends = [begin(server, "mine", n)[1] for _ in range(2)]
+    assert do(PATHS[0], body | {"lora_path": "a7", "load_inplace": True})[0] == 200
+    changed = begin(server, "mine", n)[1]()
+    assert [end() for end in ends] == [alone, alone] != [changed, changed]
+    (stream, _), unloaded = begin(server, "mine", 400), []
+    thread = threading.Thread(target=lambda: unloaded.append(do(PATHS[1], {"lora_name": "mine"})))
+    thread.start()
+    counts_when(server, lambda _: "mine" not in server.adapters.names)
+    with client(server, TOKEN) as api, pytest.raises(openai.NotFoundError):
+        api.completions.create(**GOOD | {"model": "mine"})
+    assert not unloaded
+    stream.close()
+    thread.join()
+    assert unloaded[0][0] == 200
+    idle(server)
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_a_pack_that_is_replaced_is_reloaded_without_losing_a_request(
+    memory, pack, model_path, tmp_path, answer
+):
+    base = BaseModel(str(model_path))
+    about = PackInfo(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
+    old, new = ADAPTERS, [replace(one, name=f"x{i}", sources=(ADAPTERS[i - 1].name,))
+                          for i, one in enumerate(ADAPTERS)]  # fmt: skip
+    pack = write_pack(tmp_path / "pack", old, about)
+    names = [one.name for one in old]
+    was = {name: text(answer, pack.load(name), "the fox", N) for name in names}
+    with changing(load_pack(pack.path), None, memory, base) as (server, do):
+        stop = threading.Event()
+
+        def go(name):
+            found = []
+            while not stop.is_set():
+                found.append(ask(server, name))
+            return found
+
+        with ThreadPoolExecutor(6) as pool:
+            asked = [(name, pool.submit(go, name)) for name in names * 2]
+            counts_at(server, "d2c_mlx_first_token_seconds_count", 12)
+            now = write_pack(tmp_path / "pack", new, about)
+            status, said = do(PATHS[2], {})
+            assert status == 200 and sorted(json.loads(said)["tasks"]) == sorted(names)
+            after = {name: ask(server, name) for name in names}
+            stop.set()
+            found = [(name, one.result()) for name, one in asked]
+        is_now = {name: text(answer, now.load(name), "the fox", N) for name in names}
+        assert after == is_now != was
+        for name, texts in found:
+            assert {*texts} <= {was[name], is_now[name]}
+        (tmp_path / "pack" / "manifest.json").write_text("{}")
+        status, said = do(PATHS[2], {})
+        assert status == 409 and "the pack before is served" in said
+
+
+def test_scales_of_a_request_and_of_all(shared, library, answer):
+    """llama.cpp's addresses; each row of a batch has its own."""
+    server, do = shared
+    assert do(PATHS[0], {"lora_name": "mine", "lora_path": "a3"})[0] == 200
+    listed = {one["task_name"]: one for one in json.loads(do("/lora-adapters", None)[1])}
+    mine, wide = listed["mine"]["id"], listed["wide"]["id"]
+    assert listed["mine"] == {"id": mine, "path": str(library / "a3"), "scale": 1.0,
+                              "task_name": "mine", "prompt_prefix": ""}  # fmt: skip
+
+    def scaled(factor):
+        one = read(library, "a3")
+        modules = {path: replace(x, scale=x.scale * factor) for path, x in one.modules.items()}
+        return text(answer, replace(one, modules=modules), "the fox", N)
+
+    factors = [0.5, -1.0, 2.0, 1.0, 0.25, -2.0, 1.5, 0.5]
+    with ThreadPoolExecutor(8) as pool:
+        lora = [[{"id": mine, "scale": one}, {"id": wide, "scale": 0}] for one in factors]
+        found = list(pool.map(lambda one: ask(server, "model", lora=one), lora))
+    assert found == [scaled(one) for one in factors] and len({*found}) > 3
+    # Without a scale that counts it is the base.
+    for none in ([], [{"id": mine, "scale": 0}]):
+        assert ask(server, "mine", lora=none) == text(answer, None, "the fox", N)
+    for bad, words in (
+        ([{"id": mine, "scale": 1}, {"id": wide, "scale": 1}], "a row has one"),
+        ([{"id": 10**9, "scale": 1}], "an id of GET"),
+        ({"id": 1}, "a list of"),
+        ([{"id": mine, "scale": 1e9}], "a list of"),
+        ([{"id": mine}], "a list"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask(server, "mine", lora=bad)
+    assert do(PATHS[3], [{"id": mine, "scale": 0.5}]) == (200, '{"success":true}')
+    assert (
+        ask(server, "mine") == scaled(0.5) != ask(server, "mine", lora=[{"id": mine, "scale": 1}])
+    )
+    # Those that are left out.
+    assert ask(server, "wide") == text(answer, None, "the fox", N)
+    assert do(PATHS[3], [{"id": one["id"], "scale": 1} for one in listed.values()])[0] == 200
+    assert ask(server, "wide") == text(answer, "wide", "the fox", N)
+    assert do(PATHS[3], [{"id": 10**9, "scale": 1}])[0] == 400
+    assert do(PATHS[1], {"lora_name": "mine"})[0] == 200

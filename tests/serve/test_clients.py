@@ -1,0 +1,219 @@
+"""What chat front ends ask beyond plain answers, and what those who watch a server read."""
+
+import json
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.served import GOOD, client, counted, counts_at, idle, post, raw, serving, text
+from mlx_lm import load as stock_load
+from pydantic import BaseModel
+
+from d2c_mlx.serve.jobs import Limits
+from d2c_mlx.serve.metrics import log_requests_to
+
+# One kind of pack suffices.
+pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
+WARM = {"model": "wide", "prompt": "the fox", "max_tokens": 8, "temperature": 5.0}
+
+
+class Fox(BaseModel):
+    """A schema whose answers all end."""
+
+    mood: Literal["lazy", "quick"]
+    brown: bool
+
+
+@pytest.fixture(scope="module")
+def server(pack, mixed):
+    with serving(pack, mixed) as running:
+        yield running
+
+
+def test_a_seed_is_the_requests_own(server):
+    """Whatever else is in the batch."""
+    with client(server) as api, ThreadPoolExecutor(6) as pool:
+
+        def ask(**options):
+            found = api.completions.create(**WARM | options)
+            return [one.text for one in found.choices]
+
+        (alone,) = ask(seed=3)
+        others = [pool.submit(ask, seed=i, top_p=0.9, extra_body={"top_k": 40}) for i in range(4)]
+        again = [pool.submit(ask, seed=3) for _ in range(4)]
+        assert [one.result() for one in again] == [[alone]] * 4
+        assert len({*sum((one.result() for one in others), [])}) > 1
+        several = ask(seed=3, n=3)
+        assert several[0] == alone and len({*several}) == 3 and ask(seed=4) == several[1:2]
+        assert ask(seed=5, extra_body={"top_k": 1}) == ask(seed=6, top_p=1e-6)
+
+
+def test_several_answers_to_one_request(server, answer):
+    expected = text(answer, "wide", "the fox", 4)
+    n_prompt = len(answer.tokenizer.encode("the fox"))
+    with client(server) as api:
+        whole = api.completions.create(**GOOD, n=3)
+        assert [(one.index, one.text) for one in whole.choices] == [(i, expected) for i in range(3)]
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (n_prompt, 12)
+        texts, ends = ["", "", ""], []
+        for one in api.completions.create(**GOOD, n=3, stream=True):
+            (choice,) = one.choices
+            texts[choice.index] += choice.text
+            ends += [choice.index] if choice.finish_reason else []
+        assert texts == [expected] * 3 and sorted(ends) == [0, 1, 2]
+        messages = [{"role": "user", "content": "x"}]
+        chat = api.chat.completions.create(model="wide", messages=messages, max_tokens=3, n=2)
+        first, second = (one.message.content for one in chat.choices)
+        assert first == second == text(answer, "wide", "x", 3, True)
+
+
+def test_more_answers_than_may_ever_wait_are_refused(pack, mixed):
+    with serving(pack, mixed, limits=Limits(batch=1, queue=1)) as server:
+        reply = raw(server, post(GOOD | {"n": 3}))
+        assert b" 400 " in reply and b"at most 2" in reply
+        assert b" 200 " in raw(server, post(GOOD | {"n": 2}))
+
+
+def test_the_likeliest_tokens_are_told(server, answer, model_path):
+    """Beside the whole model's own logits."""
+    model, tokenizer = stock_load(str(model_path))
+    model.set_dtype(mx.float32)
+    logits = np.array(model(mx.array([tokenizer.encode("the fox")]))[0, -1])
+    expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    order = np.argsort(-expected)[:5]
+    with client(server) as api:
+        more = {"logprobs": True, "top_logprobs": 5}
+        found = api.completions.create(model="model", prompt="the fox", max_tokens=2,
+                                       extra_body=more)  # fmt: skip
+        first, _ = found.choices[0].logprobs.content
+        assert [one["id"] for one in first["top_logprobs"]] == order.tolist()
+        np.testing.assert_allclose([one["logprob"] for one in first["top_logprobs"]],
+                                   expected[order], atol=1e-4)  # fmt: skip
+        assert first["id"] == order[0] and first["token"] == tokenizer.decode([order[0]])
+
+
+def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
+    """`parse` of OpenAI's client asks for it, strictly; a model of noise obeys."""
+    messages = [{"role": "user", "content": "How is the fox?"}]
+    chat = {"model": "wide", "messages": messages, "max_tokens": 60}
+    kinds = set()
+    with client(server) as api, ThreadPoolExecutor(8) as pool:
+
+        def parse(seed):
+            found = api.chat.completions.parse(**chat, temperature=2.0, seed=seed,
+                                               response_format=Fox)  # fmt: skip
+            return found.choices[0].message.parsed
+
+        plain = [pool.submit(lambda: api.completions.create(**GOOD)) for _ in range(3)]
+        for fox in pool.map(parse, range(8)):
+            assert isinstance(fox, Fox)
+            kinds.add((fox.mood, fox.brown))
+        expected = text(answer, "wide", "the fox", 4)
+        assert all(one.result().choices[0].text == expected for one in plain)
+        assert len(kinds) > 1
+        # As the program `llm` sends it, in a stream.
+        about = {"name": "output", "schema": Fox.model_json_schema()}
+        stream = api.chat.completions.create(
+            **chat, stream=True, stream_options={"include_usage": True},
+            response_format={"type": "json_schema", "json_schema": about},
+        )  # fmt: skip
+        *parts, last = stream
+        said = "".join(one.choices[0].delta.content or "" for one in parts)
+        assert Fox.model_validate_json(said) and last.usage.completion_tokens
+        free = api.chat.completions.create(**chat, response_format={"type": "json_object"})
+        assert free.choices[0].message.content.startswith("{")
+        same = api.completions.create(**GOOD, extra_body={"response_format": {"type": "text"}})
+        assert same.choices[0].text == expected
+
+
+# Bodies as Open WebUI's backend makes them: parameters of a model's settings, unknown ones
+# too, and titles and tags as further chats.
+CHAT = {"model": "wide", "messages": [{"role": "system", "content": "The lazy dog."},
+                                      {"role": "user", "content": "Who is it?"}]}  # fmt: skip
+WEBUI = [
+    {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.8,
+     "top_p": 0.9, "max_tokens": 5, "frequency_penalty": 0.1, "presence_penalty": 0.0, "seed": 7,
+     "stop": ["###"], "logit_bias": {"5": -1}, "num_ctx": 2048, "user": {"name": "x", "id": "1"}},
+    {**CHAT, "stream": False, "max_completion_tokens": 5, "chat_id": "1", "session_id": "2"},
+    {**CHAT, "stream": True, "tools": [], "tool_choice": None, "metadata": {"task": "title"},
+     "max_tokens": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", WEBUI)
+def test_what_open_webui_sends_is_answered(server, body):
+    for path in ("/v1/chat/completions", "/chat/completions"):
+        reply = raw(server, post(body, path, User_Agent="Python/3.11 aiohttp/3.12"))
+        assert b" 200 " in reply.split(b"\r\n")[0], reply
+        assert (b"data: [DONE]" in reply) == body["stream"]
+
+
+def test_what_is_not_there_says_so(server):
+    for path, words in (("/v1/embeddings", b"makes no embeddings"), ("/api/chat", b"no such add")):
+        reply = raw(server, post({"model": "wide", "input": "x"}, path))
+        assert b" 404 " in reply and words in reply
+
+
+def test_metrics_have_the_names_that_dashboards_know(pack, mixed):
+    with serving(pack, mixed) as server, client(server) as api:
+        for name in ("wide", "wide", "model"):
+            api.completions.create(model=name, prompt="the fox", max_tokens=4)
+        idle(server)
+        ended = 'vllm:request_success_total{finished_reason="length",model_name="%s"}'
+        counts = counts_at(server, ended % "model", 1)
+        assert counts[ended % "wide"] == 2
+        for name, n in (("wide", 2), ("model", 1)):
+            label = f'{{model_name="{name}"}}'
+            assert counts[f"vllm:generation_tokens_total{label}"] == 4 * n
+            assert counts[f"vllm:prompt_tokens_total{label}"] > 0
+            for kind, each in (("time_to_first_token", 1), ("request_queue_time", 1),
+                               ("e2e_request_latency", 1), ("inter_token_latency", 3)):  # fmt: skip
+                assert counts[f"vllm:{kind}_seconds_count{label}"] == n * each
+        lora = [key for key in counts if key.startswith("vllm:lora_requests_info")]
+        assert re.fullmatch(r'.*\{max_lora="\d+",running_lora_adapters="",waiting_.*=""\}', *lora)
+        stream = api.completions.create(**GOOD | {"max_tokens": 400}, stream=True)
+        next(iter(stream))
+        counts = counted(server)
+        assert counts['vllm:num_requests_running{model_name="wide"}'] == 1
+        assert any('running_lora_adapters="wide"' in key for key in counts)
+        stream.close()
+        idle(server)
+        server.service.metrics.forget("wide")
+        assert not any("wide" in key for key in counted(server))
+
+
+def test_a_log_has_numbers_and_nothing_of_what_was_said(pack, mixed, tmp_path):
+    log_requests_to(tmp_path / "log.jsonl")
+    try:
+        with serving(pack, mixed) as server, client(server) as api:
+            found = api.completions.create(**GOOD | {"prompt": "a secret fox"})
+            raw(server, post(GOOD | {"model": "nobody", "prompt": "secret"}))
+            raw(server, b"GET /health HTTP/1.0\r\n\r\n")
+            idle(server)
+    finally:
+        for handler in logging.getLogger("d2c_mlx.requests").handlers[:]:
+            logging.getLogger("d2c_mlx.requests").removeHandler(handler)
+            handler.close()
+    written = (tmp_path / "log.jsonl").read_text()
+    first, second, third = map(json.loads, written.splitlines())
+    assert "secret" not in written and found.choices[0].text not in written
+    assert (first["status"], first["task"], first["tokens"]) == (200, "wide", 4)
+    assert first["finish_reasons"] == ["length"] and first["seconds"] > 0 and first["time"]
+    assert (second["status"], second["model"]) == (404, "nobody")
+    assert (third["path"], third["status"]) == ("/health", 200)
+
+
+def test_who_stops_is_alive_and_not_ready(pack, mixed):
+    with serving(pack, mixed) as server:
+
+        def status(path):
+            return int(raw(server, f"GET {path} HTTP/1.0\r\n\r\n".encode()).split()[1])
+
+        paths = ("/health", "/health/ready", "/health/live")
+        assert [status(path) for path in paths] == [200, 200, 200]
+        server.service.scheduler.drain(0)
+        assert [status(path) for path in paths] == [503, 503, 200]
