@@ -41,6 +41,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " in out
     about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
     assert about["method"] == "retrieve" and about["rows"] == 5
+    assert out.count(" is as good: within one standard error") == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = load_adapter(tmp_path / "made" / "new")
     # Another time: what was trained is not trained again, the bytes are the same.
