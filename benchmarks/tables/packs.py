@@ -153,13 +153,13 @@ def compose(read):
         some = of[name]
         kept = [(one["base"]["loss"] - one[name]["loss"])
                 / (one["base"]["loss"] - one["real"]["loss"]) for one in some]  # fmt: skip
-        ahead = sum(one[name]["excess"] < one["fresh"]["excess"] for one in some)
+        ahead = [one[name]["excess"] < one["fresh"]["excess"] for one in some if "fresh" in one]
         chrf = [one[name]["chrf"] for one in some if one[name]["chrf"] is not None]
         seconds = [one[name]["seconds"] for one in some if "seconds" in one[name]]
         lines.append((
             name, f"{excess[name]:.3f}", f"{statistics.mean(kept):.0%}",
             f"{statistics.mean(chrf):.1f}" if chrf else "",
-            "" if name == "fresh" else f"{ahead} of {len(some)}",
+            "" if name == "fresh" else f"{sum(ahead)} of {len(ahead)}",
             f"{statistics.mean(seconds):.0f}" if seconds else "",
         ))  # fmt: skip
     header = ("method", "excess", "gain kept", "chrF", "ahead of fresh", "seconds")

@@ -21,7 +21,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapters
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compose.cross_validation import (
     Score,
     as_good,
@@ -45,7 +45,14 @@ from d2c_mlx.packs.overwrite import adapter_inputs, check_output, local_model, m
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack, pack_directory
 from d2c_mlx.serve.router import Router, fit_router, load_router
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.errors import AdapterError, ConfigError, PackError, TaskError
+from d2c_mlx.utils.errors import (
+    AdapterError,
+    ConfigError,
+    InputError,
+    PackError,
+    TaskError,
+    collect,
+)
 from d2c_mlx.utils.files import write_dir, write_json
 from d2c_mlx.utils.progress import progress_bar
 
@@ -97,20 +104,17 @@ def compose(
         InputError: every problem of options, adapters, rows and output; nothing is written.
     """
     options, started = options or ComposeOptions(), time.monotonic()
-    if options.method not in (*METHODS, "auto"):
-        known = ", ".join(("auto", *METHODS))
-        raise ConfigError(f"method: found {options.method!r}, expected one of {known}")
-    pack = load_pack(source) if (pack_directory(source) / MANIFEST).is_file() else None
-    found = [] if pack else find_adapters(source, "--from")
-    # In the adapters' folder, what an earlier time made is none of them.
-    sources = [one for one in found if one.path.resolve() != output.resolve()]
-    if not pack and not sources:
-        raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
+    errors: list[InputError] = []
+    collect(errors, partial(_check_method, options.method))
+    given = collect(errors, partial(_given, source, output))
+    rows = collect(errors, partial(load_task, task, tests=False))
+    if given is None or rows is None or errors:
+        raise InputError(line for error in errors for line in error.problems)
+    pack, sources = given
     inputs = [("task", task), *adapter_inputs(sources), *local_model(options.model)]
     inputs += [("from", pack.path)] if pack else []
     check = partial(check_output, output, inputs)
     check()
-    rows = load_task(task, tests=False)
     base = BaseModel(str(pack.base_directory(options.model)) if pack else options.model)
     (encoded,) = encode_probes(base.encode, [rows], options.n_probe)
     if len(encoded.examples) < 2:
@@ -123,13 +127,30 @@ def compose(
     with progress_bar("compose", quiet) as bar:
         evaluator.meter = bar
         made, about = compose_adapter(new, encoded, options.method)
-    about |= {"base": base.name, "seed": options.seed, "from": str(source),
+    about |= {"base": base.name, "seed": options.seed,
               "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
     with write_dir(output, lambda _: check()) as directory:
         made.save(directory, base.n_layers)
         write_json(directory / ABOUT, about)
         mark(directory, "compose")
     return about
+
+
+def _check_method(name: str) -> None:
+    if name not in (*METHODS, "auto"):
+        known = ", ".join(("auto", *METHODS))
+        raise ConfigError(f"method: found {name!r}, expected one of {known}")
+
+
+def _given(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
+    """The pack, or adapters without the one that an earlier time made in their folder."""
+    if (pack_directory(source) / MANIFEST).is_file():
+        return load_pack(source), []
+    found = find_adapters(source, "--from")
+    others = [one for one in found if one.path.resolve() != output.resolve()]
+    if not others:
+        raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
+    return None, others
 
 
 def _of_pack(pack: Pack) -> list[Adapter]:

@@ -70,7 +70,7 @@ class Distiller:
         head = find_head(base.model)
         if head is None:
             raise ModelError(
-                f"{base.name}: refine needs a head that is linear in the hidden states; this"
+                f"{base.name}: training needs a head that is linear in the hidden states; this"
                 " architecture scales or caps its logits"
             )
         self.base, self._head = base, head_in_float32(head)

@@ -41,6 +41,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " in out
     about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
     assert about["method"] == "retrieve" and about["rows"] == 5
+    assert out.count(" is as good: within one standard error") == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = load_adapter(tmp_path / "made" / "new")
     # Another time: what was trained is not trained again, the bytes are the same.
@@ -73,14 +74,14 @@ def refused(command, argv, tmp_path):
 
 
 def test_what_is_refused(command, argv, paths, tmp_path):
-    (line,) = refused(command, argv(method="lorahubs"), tmp_path)
-    assert line.startswith("method: found 'lorahubs', expected one of auto, best, uniform,")
+    # All at once.
+    wrong = {"from": tmp_path / "nothing", "task": tmp_path / "none", "method": "lorahubs"}
+    method, source, task = refused(command, argv(**wrong), tmp_path)
+    assert method.startswith("method: found 'lorahubs', expected one of auto, best, uniform,")
+    assert "no such directory and no Hugging Face id; --from is" in source
+    assert task.startswith(f"{tmp_path / 'none' / 'probe.jsonl'}: missing")
     (line,) = refused(command, argv(method="retrieve"), tmp_path)
     assert line.startswith("method: retrieve compares prompts") and "--tasks DIR" in line
-    (line,) = refused(command, argv(task=tmp_path / "tasks" / "none"), tmp_path)
-    assert line.startswith(f"{tmp_path / 'tasks' / 'none' / 'probe.jsonl'}: missing")
-    (line,) = refused(command, argv(**{"from": tmp_path / "nothing"}), tmp_path)
-    assert "no such directory and no Hugging Face id; --from is" in line
     one = write_jsonl(tmp_path / "one" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])
     (line,) = refused(command, argv(task=one.parent), tmp_path)
     assert line.endswith("found one row, expected two or more; about ten are best")
