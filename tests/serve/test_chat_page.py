@@ -87,12 +87,16 @@ def test_two_tasks_answer_one_prompt(server, opened, answer):
 
 def test_what_was_routed_and_how_sure(server, opened):
     page = opened(server)
+    page.locator("#send:enabled").wait_for()
+    names = page.locator("#first option").all_inner_texts()
+    assert names == ["auto (routed)", "late", "other", "wide", "model (base model)"]
+    assert page.locator("#base").inner_text() == "3 tasks on model"
     (card,) = ask(page, "auto")
     words = card.locator("p").first.inner_text()
     name = card.locator("h3").inner_text()
     reply = get(server, "/v1/models")
     assert name in reply[2]
-    assert re.search(r"auto(: no task| chose) .*similarity -?[01]\.\d\d[.;] ", words)
+    assert re.search(r"auto(: the base| chose) .*similarity -?[01]\.\d\d[.;] ", words)
     assert ("chose" in words) == (name != "model")
     (card,) = ask(page, "late")
     assert card.locator("p").first.is_hidden() and card.locator("h3").inner_text() == "late"
