@@ -3,6 +3,9 @@
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
     convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
 
+Where there are only prompts, adapters `answer` them before `probe`. Without rows `probe` is left
+out, weights alone decide, and `bench` compares weights.
+
 Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
 change is not repeated.
 """
@@ -14,11 +17,14 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.estimated_search import cluster_by_weights
 from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import (
@@ -40,7 +46,7 @@ from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, PackInfo, load_pack
+from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
@@ -123,6 +129,18 @@ def convert(session: Session) -> Stage:
     return Stage("convert", options, [], ["adapters"], body)
 
 
+def answer(session: Session) -> Stage:
+    """Let task adapters answer prompts that have none -> `answered/`, the rows of the run."""
+    inputs = session.inputs
+
+    def body() -> None:
+        inputs.asked.write(inputs.base, session.adapters, partial(mark, kind="run"))
+        inputs.take_answers()
+
+    options = [inputs.base.fingerprint, inputs.asked.prompts]
+    return Stage("answer", options, ["adapters"], ["answered"], body)
+
+
 def probe(session: Session) -> Stage:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
@@ -148,7 +166,8 @@ def plan(session: Session) -> Stage:
 
     def body() -> None:
         planner, room = session.planner, inputs.capacity.room
-        found = planner.plan(planner.measure(), room) if c.thorough else planner.search(room)
+        every = c.thorough and c.has_rows
+        found = planner.plan(planner.measure(), room) if every else planner.search(room)
         with write_dir(session.path("planned")) as directory:
             inputs.capacity.storage.write(directory, found.adapters)
             mark(directory, "run")
@@ -157,7 +176,7 @@ def plan(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
     options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
-    return Stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
+    return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
 
 
 def cluster(session: Session) -> Stage:
@@ -180,7 +199,10 @@ def cluster(session: Session) -> Stage:
         labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
         if labels:
             stopped = c.search if plugin else "given"
-            found = Clustering("d2c", labels, measured_regret(problem, labels), stopped=stopped)
+            regret = measured_regret(problem, labels) if c.has_rows else None
+            found = Clustering("d2c", labels, regret, stopped=stopped)
+        elif not c.has_rows:
+            found = cluster_by_weights(problem, k)
         elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
@@ -207,7 +229,7 @@ def cluster(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.random_seeds]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
-    return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
+    return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
 
 
 def merge(session: Session) -> Stage:
@@ -234,7 +256,7 @@ def merge(session: Session) -> Stage:
         write_json(session.path("merges.json"), merges)
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
-    reads = ["adapters", "losses.json", "clusters.json"]
+    reads = ["adapters", *_losses(session.config), "clusters.json"]
     return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
 
@@ -274,7 +296,7 @@ def pack(session: Session) -> Stage:
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
-        for name in ("report.md", "report.html", "bench.json"):
+        for name in ("report.md", "report.html", "bench.json", "weights.json"):
             session.path(name).unlink(missing_ok=True)
         expect_pack(session.output, directory)
 
@@ -307,8 +329,12 @@ def pack(session: Session) -> Stage:
 
 
 def bench(session: Session) -> Stage:
-    """Measure every method on the held-out rows -> `bench.json`."""
+    """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
     c, inputs = session.config, session.inputs
+    if not c.has_rows:
+        compare = partial(_compare_weights, session)
+        options = inputs.base.fingerprint
+        return Stage("bench", options, ["adapters", "pack"], ["weights.json"], compare)
 
     def body() -> None:
         packed = load_pack(session.path("pack"))
@@ -323,13 +349,9 @@ def bench(session: Session) -> Stage:
             ),
         }
         results = bench_methods(session.evaluator, methods, inputs.tests)
-        # Names the measured pack, since the card of another one must not show these numbers.
-        of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
-        content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
+        content = {"methods": results, **_about(session, packed)}
         served, own = (methods[name].variants[0] for name in ("pack", "individual"))
         content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
-        content["unpacked_nbytes"] = unpacked_nbytes(packed)
-        content["provenance"]["unused"] = session.unused
         if c.answers:
             shown = {name: methods[name] for name in ("base", "individual", "pack")}
             asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
@@ -344,10 +366,33 @@ def bench(session: Session) -> Stage:
     return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
 
 
+def _about(session: Session, packed: Pack) -> dict[str, Any]:
+    """What a bench says beside its methods: how the pack was made, and its bytes in memory."""
+    # Names the measured pack, since the card of another one must not show these numbers.
+    of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
+    about = {**provenance(session.inputs), **of, "unused": session.unused}
+    return {"provenance": about, "unpacked_nbytes": unpacked_nbytes(packed)}
+
+
+def _compare_weights(session: Session) -> None:
+    """Write `weights.json`, what can be said of the pack without rows."""
+    packed, tasks = load_pack(session.path("pack")), {}
+    for adapter in session.adapters:
+        error, kept = errors_and_kept(adapter, packed.load(adapter.name))
+        tasks[adapter.name] = {"error": error**0.5, "kept": kept}
+    mean = {key: sum(one[key] for one in tasks.values()) / len(tasks) for key in ("error", "kept")}
+    methods = {"individual": {"nbytes": session.inputs.capacity.total},
+               "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks}}  # fmt: skip
+    cosines = session.library.similarity.round(4).tolist()
+    content = {"methods": methods, "similarity": cosines, **_about(session, packed)}
+    write_json(session.path("weights.json"), content)
+
+
 def report(session: Session) -> Stage:
     """Render the results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
-    reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
+    benched = "bench.json" if session.config.has_rows else "weights.json"
+    reads = [*_losses(session.config), *chosen, "pack/manifest.json", benched]
     # The user may have put the output of `d2c-mlx phone PACK --json` there.
     phone = session.path("phone.json")
     if phone.exists():
@@ -366,8 +411,13 @@ def report(session: Session) -> Stage:
 
 STAGES: dict[str, Callable[[Session], Stage]] = {
     stage.__name__: stage
-    for stage in (convert, probe, plan, cluster, merge, refine, pack, bench, report)
+    for stage in (convert, answer, probe, plan, cluster, merge, refine, pack, bench, report)
 }
+
+
+def _losses(config: RunConfig) -> list[str]:
+    """The losses of the stage `probe`, which needs rows."""
+    return ["losses.json"] if config.has_rows else []
 
 
 def _merge_options(config: RunConfig) -> list[object]:
