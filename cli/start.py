@@ -53,6 +53,9 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
         say(f"next: fill the rows (see {found.tasks / 'README.md'}), or let the adapters answer"
             f" prompts: d2c-mlx tasks answer {output}; then")  # fmt: skip
     say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
+    if len(found.without_rows) == len(found.found):
+        say(f"no rows to be had? d2c-mlx run --adapters {directory} --output runs/first goes by"
+            " weights alone, and measures nothing")  # fmt: skip
 
 
 @click.group()

@@ -332,9 +332,8 @@ def bench(session: Session) -> Stage:
     """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
     c, inputs = session.config, session.inputs
     if not c.has_rows:
-        compare = partial(_compare_weights, session)
-        options = inputs.base.fingerprint
-        return Stage("bench", options, ["adapters", "pack"], ["weights.json"], compare)
+        compare, of = partial(_compare_weights, session), inputs.base.fingerprint
+        return Stage("bench", of, ["adapters", "pack"], ["weights.json"], compare)
 
     def body() -> None:
         packed = load_pack(session.path("pack"))

@@ -151,7 +151,8 @@ class Merger:
         if options.scale is not None and self.method not in _QUICK:
             return Merged(self._scaled(merged, options.scale), method, options.scale)
         if not self._probes:
-            scale = closest_scale(merged, [self._adapters[i] for i in members]) ** _BETWEEN or 1.0
+            closest = closest_scale(merged, [self._adapters[i] for i in members])
+            scale = closest**_BETWEEN if closest > 0 else 1.0
             return Merged(self._scaled(merged, scale), method, scale)
         scales = COARSE_SCALES if options.scale is None else (options.scale,)
         best, lowest = line_search(regret, scales, self._start(merged, members, method))
