@@ -152,7 +152,7 @@ class Merger:
             return Merged(self._scaled(merged, options.scale), method, options.scale)
         if not self._probes:
             closest = closest_scale(merged, [self._adapters[i] for i in members])
-            scale = closest**_BETWEEN if closest > 0 else 1.0
+            scale = float(f"{closest**_BETWEEN:.2g}") if closest > 0 else 1.0
             return Merged(self._scaled(merged, scale), method, scale)
         scales = COARSE_SCALES if options.scale is None else (options.scale,)
         best, lowest = line_search(regret, scales, self._start(merged, members, method))
