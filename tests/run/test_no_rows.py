@@ -73,10 +73,12 @@ def test_alike_adapters_are_merged(bare):
     assert session.read("weights.json")["methods"]["pack"]["error"] < 2
 
 
-def test_bytes_by_errors_of_dw(bare):
-    session = run(bare.replace(budget="40%"), quiet=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [{}, {"format": "gguf"}, {"same_shape": True}])
+def test_bytes_by_errors_of_dw(bare, form):
+    session = run(bare.replace(budget="60%", **form), quiet=True)
     plan, pack = session.read("plan.json"), load_pack(session.path("pack"))
-    assert pack.nbytes <= 0.4 * session.inputs.capacity.total
+    assert pack.nbytes <= 0.6 * session.inputs.capacity.total
     assert session.evaluator.counts.asked == 0
     errors = [np.mean(list(dense_errors(adapter, pack.load(adapter.name)).values()))
               for adapter in session.adapters]  # fmt: skip
@@ -88,7 +90,7 @@ def test_bytes_by_errors_of_dw(bare):
 def test_more_bytes_leave_less_error(bare):
     session = Session(bare.replace(budget="40%"), quiet=True)
     run(bare, until="convert", quiet=True)
-    planner, rooms = session.planner, [400, 1500, 2500, 4000, 6000, 9000]
+    planner, rooms = session.planner, [400, 1500, 4000, 9000]
     plans = [planner.search(room) for room in rooms]
     for room, plan in zip(rooms, plans):
         assert sum(unit["nbytes"] for unit in plan.content["units"]) <= room
@@ -132,6 +134,7 @@ def prompts(bare):
     return bare.replace(unlabelled=str(file), baselines=(), search="estimates")
 
 
+@pytest.mark.slow
 def test_adapters_answer_prompts_and_a_person_corrects_them(prompts):
     assert not any(one.done for one in forecast(prompts).stages)
     session = run(prompts, until="probe", quiet=True)
