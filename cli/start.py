@@ -118,8 +118,11 @@ def answer(config: Path, system: str | None, max_tokens: int, as_json: bool) -> 
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.models.make_rows import Asking, answer_tasks, read_prompts
     from d2c_mlx.run.config_file import load_config
+    from d2c_mlx.utils.errors import ConfigError
 
     c = load_config(config, {})
+    if not c.tasks:
+        raise ConfigError(f"{config}: tasks: not given; name the folder that has the prompts")
     prompts = read_prompts(find_adapters(c.adapters), Path(c.tasks))
     asking = Asking(system, max_tokens, c.probe_examples)
     found = []

@@ -22,6 +22,8 @@ __all__ = ["OwnAnswers", "answer_rows", "max_answer_tokens", "prompt_and_expecte
 
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
+# Prompts that are answered at once.
+_AT_ONCE = 16
 # Which prompts the answers are to.
 _OF = "prompts.json"
 
@@ -197,7 +199,8 @@ class OwnAnswers:
         examples = base.encode(adapter.name, rows, ()).examples
         base.attach(adapter)
         asked = [one.prompt_tokens for one in examples]
-        said = base.answers(asked, [_MOST_TOKENS] * len(asked))
+        parts = [asked[i : i + _AT_ONCE] for i in range(0, len(asked), _AT_ONCE)]
+        said = [one for part in parts for one in base.answers(part, [_MOST_TOKENS] * len(part))]
         texts = [base.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said]
         plain = all(len(row["messages"]) == 2 for row in rows)
         return [
