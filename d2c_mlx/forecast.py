@@ -93,7 +93,8 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     for name in names:
         # Every stage after one that is not done is to do.
         done = done and session.done(STAGES[name](session))
-        work = 0 if done or name not in _WORK else round(_WORK[name](inputs))
+        asked = session.config.has_rows and not done and name in _WORK
+        work = round(_WORK[name](inputs)) if asked else 0
         stages.append(StageForecast(name, done, work, work / rate if work else 0.0))
     n_tokens = sum(one.tokens for one in stages)
     evaluations = n_tokens * len(inputs.names) / max(1, _probe_tokens(inputs))
