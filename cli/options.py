@@ -42,7 +42,18 @@ RUN_OPTIONS = (
         group="Adapters and tasks",
         type=_PATH,
         metavar="DIR",
-        help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
+        help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl  [default: none: by"
+        " weights alone, nothing is measured]",
+    ),
+    click.option(
+        "--unlabelled",
+        cls=GroupedOption,
+        group="Adapters and tasks",
+        type=_PATH,
+        metavar="FILE",
+        help='prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with'
+        ' "messages"; without --tasks the adapters\' answers to them are the rows, else'
+        " they are for --refine",
     ),
     click.option(
         "--model",
@@ -113,7 +124,7 @@ RUN_OPTIONS = (
         metavar="NAME",
         help="linear, ties, ..., auto; auto packs for every cluster the best of seven on its"
         " calibration rows  [default: layerwise, or regmean++ where a model cannot be run"
-        " by blocks]",
+        " by blocks; without rows tsv]",
     ),
     click.option(
         "--merge-rank",
@@ -134,7 +145,8 @@ RUN_OPTIONS = (
         cls=GroupedOption,
         group="Merge",
         type=float,
-        help="scale of every merge  [default: tuned per cluster on the calibration rows]",
+        help="scale of every merge  [default: tuned per cluster on the calibration rows;"
+        " without any from the weights]",
     ),
     click.option(
         "--clusters",
@@ -256,15 +268,6 @@ RUN_OPTIONS = (
         group="Refine",
         type=float,
         help="its learning rate  [default: 0.0005]",
-    ),
-    click.option(
-        "--unlabelled",
-        cls=GroupedOption,
-        group="Refine",
-        type=_PATH,
-        metavar="FILE",
-        help='prompts without answers for it: JSONL, {"task": NAME, "prompt": ...} or with'
-        ' "messages"',
     ),
 )
 PHONE_OPTIONS = (

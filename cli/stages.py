@@ -88,6 +88,11 @@ def _execute(
 
     merged = until in ("cluster", "merge", "refine")
     checked = load_config(config, given, saved=resumed, merged=merged)
+    if until == "probe" and not checked.has_rows:
+        raise ConfigError(
+            "tasks: not given, and d2c-mlx probe measures on rows: pass --tasks DIR, or prompts as"
+            " --unlabelled FILE"
+        )
     if until == "plan" and not checked.planned:
         raise ConfigError(
             f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"
@@ -109,7 +114,10 @@ def _execute(
         session = run_pipeline(checked, until, quiet)
         if until == "plan" and not session.config.planned:
             until = "merge"  # all adapters fit, and were copied
-    _show(directory, until, as_json)
+    artifact = _ARTIFACTS[until]
+    if not checked.has_rows:
+        artifact = artifact.replace("bench.json", "weights.json")
+    _show(directory, until, as_json, artifact)
 
 
 def _log_to(path: str) -> None:
@@ -134,11 +142,11 @@ _ARTIFACTS = {
 }
 
 
-def _show(directory: RunDirectory, stage: str, as_json: bool) -> None:
+def _show(directory: RunDirectory, stage: str, as_json: bool, artifact: str) -> None:
     from d2c_mlx.report.report import render_table
     from d2c_mlx.report.words import answered, verdict
 
-    content, output = directory.read(_ARTIFACTS[stage]), directory.root
+    content, output = directory.read(artifact), directory.root
     if as_json:
         say_json(content)
     elif stage in ("bench", "report"):
@@ -147,7 +155,7 @@ def _show(directory: RunDirectory, stage: str, as_json: bool) -> None:
         if stage == "report":
             _show_next(output, content)
     else:
-        say(f"wrote {output / _ARTIFACTS[stage]}")
+        say(f"wrote {output / artifact}")
 
 
 def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
@@ -163,9 +171,11 @@ def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
         what = "done" if one.done else f"{one.tokens:>12,} tokens {minutes(one.seconds):>10}"
         say(f"{one.name:<8} {what}")
     pack = f"{found.adapters} adapters" if found.adapters else "adapters as the plan chooses"
-    say(
+    work = "No rows, so nothing is measured, which takes seconds" if not config.has_rows else (
         f"About {found.evaluations:,} evaluations, {minutes(found.seconds)} at"
-        f" {found.tokens_per_second:,.0f} tokens/s here; the pack: {pack}, at most"
+        f" {found.tokens_per_second:,.0f} tokens/s here")  # fmt: skip
+    say(
+        f"{work}; the pack: {pack}, at most"
         f" {found.nbytes / 1e6:,.2f} MB in {config.output}. Nothing was written."
     )
 
@@ -298,7 +308,7 @@ def pack() -> None:
 def bench() -> None:
     """Measure every method on held-out rows.
 
-    The losses go to bench.json.
+    The losses go to bench.json; without rows the errors of dW go to weights.json.
 
     A pack as on a phone is measured by d2c-mlx phone PACK.
 

@@ -53,6 +53,9 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
         say(f"next: fill the rows (see {found.tasks / 'README.md'}), or let the adapters answer"
             f" prompts: d2c-mlx tasks answer {output}; then")  # fmt: skip
     say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
+    if len(found.without_rows) == len(found.found):
+        say(f"no rows to be had? d2c-mlx run --adapters {directory} --output runs/first goes by"
+            " weights alone, and measures nothing")  # fmt: skip
 
 
 @click.group()
@@ -115,8 +118,11 @@ def answer(config: Path, system: str | None, max_tokens: int, as_json: bool) -> 
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.models.make_rows import Asking, answer_tasks, read_prompts
     from d2c_mlx.run.config_file import load_config
+    from d2c_mlx.utils.errors import ConfigError
 
     c = load_config(config, {})
+    if not c.tasks:
+        raise ConfigError(f"{config}: tasks: not given; name the folder that has the prompts")
     prompts = read_prompts(find_adapters(c.adapters), Path(c.tasks))
     asking = Asking(system, max_tokens, c.probe_examples)
     found = []

@@ -117,6 +117,10 @@ class Comparison:
         errors: list[InputError] = []
         collect(errors, partial(_check_output, output))
         self.entries = _entries(configs, options, axes, output, errors)
+        if not all(one.config.tasks for one in self.entries):
+            errors.append(
+                ConfigError("tasks: not given; compare judges on held-out rows: pass --tasks DIR")
+            )
         _raise(errors)
         self._inputs: dict[str, Inputs] = {}
         self.left = [one for one in self.entries if not one.finished or self._rows(one) is None]

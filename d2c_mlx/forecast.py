@@ -30,6 +30,8 @@ _TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 7, 8, 20
 _STEP = 3
 # A step of answers takes about as long as so many tokens of prompts.
 _STEP_TOKENS = 20
+# Steps of an adapter's own answers, which nobody knows before.
+_OWN_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,11 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     for name in names:
         # Every stage after one that is not done is to do.
         done = done and session.done(STAGES[name](session))
-        work = 0 if done or name not in _WORK else round(_WORK[name](inputs))
-        stages.append(StageForecast(name, done, work, work / rate))
+        asked = session.config.has_rows and not done and name in _WORK
+        work = round(_WORK[name](inputs)) if asked else 0
+        stages.append(StageForecast(name, done, work, work / rate if work else 0.0))
     n_tokens = sum(one.tokens for one in stages)
-    evaluations = n_tokens * len(inputs.names) / _probe_tokens(inputs)
+    evaluations = n_tokens * len(inputs.names) / max(1, _probe_tokens(inputs))
     capacity = inputs.capacity
     slots = None if session.config.planned else capacity.n_clusters
     nbytes = min(capacity.max_bytes or (slots or 0) * capacity.largest, capacity.total)
@@ -103,6 +106,8 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
 def _rate(inputs: Inputs) -> float:
     """Tokens per second of the base model on the first sets, for at least a second."""
     sets: list[ExampleSet] = [part for one in inputs.probes for part in one.parts]
+    if not sets:
+        return 0.0
     list(inputs.engine.run([(None, sets[0])]))  # the first pass prepares kernels
     done, started = 0, time.perf_counter()
     for i in range(0, len(sets), 4):
@@ -115,6 +120,10 @@ def _rate(inputs: Inputs) -> float:
 
 def _probe_tokens(inputs: Inputs) -> int:
     return sum(one.n_tokens for one in inputs.probes)
+
+
+def _answer(inputs: Inputs) -> float:
+    return float(_STEP_TOKENS * _OWN_STEPS * len(inputs.names))
 
 
 def _probe(inputs: Inputs) -> float:
@@ -184,6 +193,6 @@ def _answer_steps(inputs: Inputs) -> int:
 
 
 _WORK: Mapping[str, Callable[[Inputs], float]] = {
-    "probe": _probe, "plan": _plan, "cluster": _cluster, "merge": _merge, "refine": _refine,
-    "bench": _bench,
+    "answer": _answer, "probe": _probe, "plan": _plan, "cluster": _cluster, "merge": _merge,
+    "refine": _refine, "bench": _bench,
 }  # fmt: skip

@@ -3,6 +3,9 @@
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
     convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
 
+Where there are only prompts, adapters `answer` them before `probe`. Without rows `probe` is left
+out, weights alone decide, and `bench` compares weights.
+
 Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
 change is not repeated.
 """
@@ -20,7 +23,9 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import Spool
+from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.estimated_search import cluster_by_weights
 from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import (
@@ -125,6 +130,18 @@ def convert(session: Session) -> Stage:
     return Stage("convert", options, [], ["adapters"], body)
 
 
+def answer(session: Session) -> Stage:
+    """Let task adapters answer prompts that have none -> `answered/`, the rows of the run."""
+    inputs = session.inputs
+
+    def body() -> None:
+        inputs.asked.write(inputs.base, session.adapters, partial(mark, kind="run"))
+        inputs.take_answers()
+
+    options = [inputs.base.fingerprint, inputs.asked.prompts]
+    return Stage("answer", options, ["adapters"], ["answered"], body)
+
+
 def probe(session: Session) -> Stage:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
@@ -153,7 +170,8 @@ def plan(session: Session) -> Stage:
 
     def body() -> None:
         planner, room = session.planner, inputs.capacity.room
-        found = planner.plan(planner.measure(), room) if c.thorough else planner.search(room)
+        every = c.thorough and c.has_rows
+        found = planner.plan(planner.measure(), room) if every else planner.search(room)
         with write_dir(session.path("planned")) as directory:
             inputs.capacity.storage.write(directory, found.adapters)
             mark(directory, "run")
@@ -162,7 +180,7 @@ def plan(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
     options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
-    return Stage("plan", options, ["adapters", "losses.json"], ["plan.json", "planned"], body)
+    return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
 
 
 def cluster(session: Session) -> Stage:
@@ -185,7 +203,10 @@ def cluster(session: Session) -> Stage:
         labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
         if labels:
             stopped = c.search if plugin else "given"
-            found = Clustering("d2c", labels, measured_regret(problem, labels), stopped=stopped)
+            regret = measured_regret(problem, labels) if c.has_rows else None
+            found = Clustering("d2c", labels, regret, stopped=stopped)
+        elif not c.has_rows:
+            found = cluster_by_weights(problem, k)
         elif c.search == "estimates":
             found = search_by_estimates(problem, k, c.seed, c.eps)
         else:
@@ -212,7 +233,7 @@ def cluster(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
                c.search, c.random_seeds]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
-    return Stage("cluster", options, ["adapters", "losses.json"], ["clusters.json"], body)
+    return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
 
 
 def merge(session: Session) -> Stage:
@@ -239,7 +260,7 @@ def merge(session: Session) -> Stage:
         write_json(session.path("merges.json"), merges)
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
-    reads = ["adapters", "losses.json", "clusters.json"]
+    reads = ["adapters", *_losses(session.config), "clusters.json"]
     return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
 
@@ -279,7 +300,7 @@ def pack(session: Session) -> Stage:
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
-        for name in ("report.md", "report.html", "bench.json"):
+        for name in ("report.md", "report.html", "bench.json", "weights.json"):
             session.path(name).unlink(missing_ok=True)
         expect_pack(session.output, directory)
 
@@ -312,8 +333,11 @@ def pack(session: Session) -> Stage:
 
 
 def bench(session: Session) -> Stage:
-    """Measure every method on the held-out rows -> `bench.json`."""
+    """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
     c, inputs = session.config, session.inputs
+    if not c.has_rows:
+        compare, of = partial(_compare_weights, session), inputs.base.fingerprint
+        return Stage("bench", of, ["adapters", "pack"], ["weights.json"], compare)
 
     def body() -> None:
         packed = load_pack(session.path("pack"))
@@ -326,13 +350,9 @@ def bench(session: Session) -> Stage:
             "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
         }
         results = bench_methods(session.judge, methods, inputs.tests)
-        # Names the measured pack, since the card of another one must not show these numbers.
-        of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
-        content: dict[str, Any] = {"methods": results, "provenance": {**provenance(inputs), **of}}
+        content = {"methods": results, **_about(session, packed)}
         served, own = (methods[name].variants[0] for name in ("pack", "individual"))
         content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
-        content["unpacked_nbytes"] = unpacked_nbytes(packed)
-        content["provenance"]["unused"] = session.unused
         shown = {name: methods[name] for name in ("base", "individual", "pack")}
         if c.probe_model:  # What a choice on another base model is worth.
             there = bench_methods(session.evaluator, shown, inputs.tests)
@@ -351,10 +371,33 @@ def bench(session: Session) -> Stage:
     return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
 
 
+def _about(session: Session, packed: Pack) -> dict[str, Any]:
+    """What a bench says beside its methods: how the pack was made, and its bytes in memory."""
+    # Names the measured pack, since the card of another one must not show these numbers.
+    of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
+    about = {**provenance(session.inputs), **of, "unused": session.unused}
+    return {"provenance": about, "unpacked_nbytes": unpacked_nbytes(packed)}
+
+
+def _compare_weights(session: Session) -> None:
+    """Write `weights.json`, what can be said of the pack without rows."""
+    packed, tasks = load_pack(session.path("pack")), {}
+    for adapter in session.adapters:
+        error, kept = errors_and_kept(adapter, packed.load(adapter.name))
+        tasks[adapter.name] = {"error": error**0.5, "kept": kept}
+    mean = {key: sum(one[key] for one in tasks.values()) / len(tasks) for key in ("error", "kept")}
+    methods = {"individual": {"nbytes": session.inputs.capacity.total},
+               "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks}}  # fmt: skip
+    cosines = session.library.similarity.round(4).tolist()
+    content = {"methods": methods, "similarity": cosines, **_about(session, packed)}
+    write_json(session.path("weights.json"), content)
+
+
 def report(session: Session) -> Stage:
     """Render the results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
-    reads = ["losses.json", *chosen, "pack/manifest.json", "bench.json"]
+    benched = "bench.json" if session.config.has_rows else "weights.json"
+    reads = [*_losses(session.config), *chosen, "pack/manifest.json", benched]
     # The user may have put the output of `d2c-mlx phone PACK --json` there.
     phone = session.path("phone.json")
     if phone.exists():
@@ -373,8 +416,13 @@ def report(session: Session) -> Stage:
 
 STAGES: dict[str, Callable[[Session], Stage]] = {
     stage.__name__: stage
-    for stage in (convert, probe, plan, cluster, merge, refine, pack, bench, report)
+    for stage in (convert, answer, probe, plan, cluster, merge, refine, pack, bench, report)
 }
+
+
+def _losses(config: RunConfig) -> list[str]:
+    """The losses of the stage `probe`, which needs rows."""
+    return ["losses.json"] if config.has_rows else []
 
 
 def _merge_options(config: RunConfig) -> list[object]:

@@ -1,15 +1,15 @@
-"""Similarity of adapters by weights alone: cosines of dW, and features with these cosines."""
+"""Similarity of adapters by weights alone: cosines of dW, features with them, errors of dW."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 
-__all__ = ["closest_scale", "gram", "similarity", "svd_features"]
+__all__ = ["closest_scale", "errors_and_kept", "gram", "similarity", "svd_features"]
 
 
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
@@ -18,19 +18,54 @@ def gram(adapters: Sequence[Adapter]) -> np.ndarray:
     Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW;
     in float64, because components may cancel.
     """
-    n = len(adapters)
-    products = np.zeros((n, n))
+    products = np.zeros((len(adapters), len(adapters)))
+    for _, here, blocks in _grams(adapters):
+        products[np.ix_(here, here)] += blocks
+    return products
+
+
+def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    """Yield every module's path, the adapters that have it, and the inner products of their dW."""
     with threadpool_limits(1):  # as in merge_adapters
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
-            here = [i for i in range(n) if path in adapters[i].modules]
+            here = [i for i in range(len(adapters)) if path in adapters[i].modules]
             factors = [adapters[i].modules[path].factors() for i in here]
             a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
             b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
             inner = (a.T @ a) * (b @ b.T)
             starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
-            blocks = np.add.reduceat(np.add.reduceat(inner, starts, axis=0), starts, axis=1)
-            products[np.ix_(here, here)] += blocks
-    return products
+            rows = np.add.reduceat(inner, starts, axis=0)
+            yield path, here, np.add.reduceat(rows, starts, axis=1)
+
+
+def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, float]:
+    """How far a stored update is from an adapter's, without data; all modules count alike.
+
+    A module that only `stored` has counts against the mean module of the adapter.
+
+    Args:
+        adapter: the original.
+        stored: what serves its task; None is the bare base model.
+
+    Returns:
+        The mean over modules of `|stored - dW|^2 / |dW|^2` in Frobenius norm, 0 for equal updates
+        and 1 for the bare base model; and the mean squared cosine, the share of the energy that is
+        kept at whatever scale.
+    """
+    wanted, found, both = {}, {}, {}
+    for path, here, products in _grams([adapter, stored] if stored else [adapter]):
+        if 0 in here:
+            wanted[path] = products[0, 0]
+        if 1 in here:
+            found[path] = products[-1, -1]
+        both[path] = products[0, 1] if len(here) == 2 else 0.0
+    mean = max(sum(wanted.values()) / len(wanted), 1e-30)
+    errors, kept = 0.0, 0.0
+    for path, product in both.items():
+        own, other = wanted.get(path, 0.0), found.get(path, 0.0)
+        errors += max(own - 2 * product + other, 0.0) / (own or mean)
+        kept += product**2 / (own * other) if own and other else float(own == other == 0)
+    return errors / len(wanted), kept / len(both)
 
 
 def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
-from d2c_mlx.cluster.partition import (
-    canonical,
-)
+from d2c_mlx.cluster.partition import Clustering, Problem, canonical
 
-__all__ = ["State", "estimated_partition", "improved"]
+__all__ = ["State", "cluster_by_weights", "estimated_partition", "improved"]
 
 # Swaps whose exact gain is computed where no single move helps, the most promising ones.
 _SWAPS = 64
@@ -39,6 +37,17 @@ def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> tuple[int
             labels[labels == b] = a
         state = State(estimates, np.unique(labels, return_inverse=True)[1])
     return improved(estimates, state.labels)
+
+
+def cluster_by_weights(problem: Problem, n_clusters: int) -> Clustering:
+    """Cluster where nothing can be measured: the partition that is estimated to be best.
+
+    Args:
+        problem: with a fading that is typical of adapters, since these were not measured.
+        n_clusters: K, at most N.
+    """
+    labels = estimated_partition(MergeEstimates(problem.fading, problem.similarity), n_clusters)
+    return Clustering("d2c", labels, init="weights", stopped="nothing to measure on")
 
 
 def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:

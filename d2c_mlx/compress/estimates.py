@@ -18,7 +18,7 @@ from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.allocate import Candidate
 from d2c_mlx.compress.candidates import Form, FormMeter
 
-__all__ = ["FormEstimates"]
+__all__ = ["FormErrors", "FormEstimates"]
 
 # log regret = _AT_EVEN + _SLOPE * log odds of the lost worth, before anything is measured; then the
 # standard deviations of the slope, of an adapter's own factor, and of a measurement.
@@ -138,6 +138,44 @@ class FormEstimates:
         system = x.T @ x + np.diag((_SD_MEASURED / spread) ** 2)
         found = prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))
         return float(found[0]), float(found[1]), found[2:]
+
+
+class FormErrors:
+    """Forms of adapters where there are no rows, with the methods of `FormEstimates`.
+
+    All modules count alike there, so the worth that a form lacks is its error of dW but for
+    rounding, and nothing has to be fitted.
+    """
+
+    def __init__(self, meter: FormMeter) -> None:
+        """Start without adapters.
+
+        Args:
+            meter: measures errors of forms.
+        """
+        self._meter = meter
+        self._forms: dict[_Key, Form] = {}
+        self._candidates: dict[_Key, Candidate] = {}
+
+    def add(self, forms: Sequence[Form], share: float, floor: float = 0.0) -> None:
+        """Add an adapter; arguments of `FormEstimates.add`, of which `share` is not needed."""
+        for form in forms:
+            self._forms[_key(form)] = form
+            error = floor + len(form.members) * form.lost
+            self._candidates[_key(form)] = self._meter.estimate(form, error)
+
+    def candidates(self) -> list[Candidate]:
+        """Every form, measured ones with their stored form."""
+        return list(self._candidates.values())
+
+    def measure(self, chosen: Sequence[Candidate]) -> None:
+        """Store candidates, and replace their errors by those of what is stored."""
+        for one in chosen:
+            form = self._forms[_key(one)]
+            self._candidates[_key(one)] = self._meter.measure(form, (1.0,), 1.0)
+
+    def tune(self, chosen: Sequence[Candidate]) -> None:
+        """Leave every scale at 1, the closest in dW."""
 
 
 def _key(one: Form | Candidate) -> _Key:

@@ -5,7 +5,8 @@ follow, with half as many clusters each time. The search ends when a partition l
 compression, measured or estimated, than the best plan so far loses in all.
 
 `search` estimates all candidates and measures those that it chooses; `measure` and `plan` measure
-all of them (`--thorough`).
+all of them (`--thorough`). Without rows, for a `WeightStudy`, a regret is the squared relative
+error of dW, and `search` needs no model.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.estimates import FormEstimates
+from d2c_mlx.compress.estimates import FormErrors, FormEstimates
 from d2c_mlx.merge.merger import Merged
-from d2c_mlx.merge.study import Study
+from d2c_mlx.merge.study import Study, WeightStudy
 
 __all__ = ["Plan", "Planner", "serves_of"]
 
@@ -119,7 +120,8 @@ class Planner:
             BudgetError: no choice serves every task.
         """
         forms, share = self.forms, room / self.capacity.total
-        found = FormEstimates(forms)
+        by_weights = isinstance(self.study, WeightStudy)
+        found = FormErrors(forms) if by_weights else FormEstimates(forms)
         own = [((i,), adapter) for i, adapter in enumerate(self.study.library.adapters)]
         for ladder in forms.ladders(own, "own", [room]):
             found.add(ladder, share)
@@ -138,7 +140,7 @@ class Planner:
         return self._planned([*bare, *found.candidates()], chosen, room)
 
     def _settled(
-        self, found: FormEstimates, bare: Sequence[Candidate], room: float
+        self, found: FormEstimates | FormErrors, bare: Sequence[Candidate], room: float
     ) -> tuple[list[Candidate], list[Candidate]]:
         """The choice of which nothing is estimated, and the candidates of the base model."""
         bare = list(bare)

@@ -1,17 +1,31 @@
-"""Greedy answers to held-out rows."""
+"""Greedy answers: to held-out rows, to judge, and to prompts that have none, to be rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.tasks import Row, row_format
+from d2c_mlx.models.tasks import Row, Task, load_tasks, prompt_key, row_format
+from d2c_mlx.utils.errors import TaskError
+from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
+from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["answer_rows", "max_answer_tokens", "prompt_and_expected"]
+__all__ = ["OwnAnswers", "answer_rows", "max_answer_tokens", "prompt_and_expected"]
+
+# Tokens after which an answer is cut; one that did not end by then is no row.
+_MOST_TOKENS = 256
+# Prompts that are answered at once.
+_AT_ONCE = 16
+# Which prompts the answers are to.
+_OF = "prompts.json"
 
 
 class Answerer(Protocol):
@@ -90,3 +104,107 @@ def prompt_and_expected(row: Row) -> dict[str, str]:
         asked = [one["content"] for one in row["messages"][:-1]]
         return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
     return {"prompt": row["prompt"], "expected": row["completion"]}
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """Prompts of tasks, and the folder of the answers: `<task>/probe.jsonl` and `test.jsonl`.
+
+    Answers that are there are never replaced: a person may have corrected or removed some.
+
+    Attributes:
+        directory: the folder; what is in it is read as it is.
+        prompts: task -> rows in mlx-lm's chat format with a stand-in for the answer, see
+            `load_unlabelled`.
+        n_probe: most calibration rows of a task, and no more than half; the others are held out.
+    """
+
+    directory: Path
+    prompts: Mapping[str, Sequence[Row]]
+    n_probe: int
+
+    @property
+    def there(self) -> bool:
+        """True if the prompts are answered."""
+        return self.directory.exists()
+
+    def tasks(self, names: Sequence[str]) -> list[Task]:
+        """The answered rows of tasks; the prompts with their stand-ins where there are none yet.
+
+        Raises:
+            TaskError: tasks with fewer than two prompts, answers to other prompts, or what a person
+                wrote that is no row.
+        """
+        prompts = {name: self._distinct(name) for name in names}
+        few = [name for name in names if len(prompts[name]) < 2]
+        if few:
+            raise TaskError(
+                f"unlabelled: found fewer than 2 prompts for {', '.join(few)}, expected 2 or more"
+                " for each adapter: one to decide by, one to judge by; 20 are better"
+            )
+        if not self.there:
+            return [self._split(name, prompts[name]) for name in names]
+        if parse_json(read_text(self.directory / _OF)) != fingerprint(prompts):
+            raise TaskError(
+                f"{self.directory}: answers to other prompts than those of --unlabelled; use them"
+                f" with --tasks {self.directory} and another --output, or delete them"
+            )
+        return load_tasks(self.directory, names)
+
+    def write(
+        self, base: BaseModel, adapters: Sequence[Adapter], done: Callable[[Path], None]
+    ) -> None:
+        """Let each adapter answer its prompts, unless that is done.
+
+        Args:
+            base: their base model; the last adapter stays attached.
+            adapters: one per task, of its name.
+            done: takes the complete folder before it takes its place.
+
+        Raises:
+            TaskError: tasks with fewer than two answers; nothing is written.
+        """
+        if self.there:
+            return
+        found = {one.name: self._answered(base, one) for one in adapters}
+        few = [name for name, rows in found.items() if len(rows) < 2]
+        if few:
+            raise TaskError(
+                f"unlabelled: fewer than 2 prompts of {', '.join(few)} have an answer that ends"
+                f" within {_MOST_TOKENS} tokens; give more prompts, such as the adapter was trained"
+                " on"
+            )
+        with write_dir(self.directory) as directory:
+            for name, rows in found.items():
+                task = self._split(name, rows)
+                (directory / name).mkdir()
+                for file, some in (("probe", task.probe), ("test", task.test)):
+                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
+                    write_text(directory / name / f"{file}.jsonl", "".join(lines))
+            prompts = {one.name: self._distinct(one.name) for one in adapters}
+            write_json(directory / _OF, fingerprint(prompts))
+            done(directory)
+
+    def _distinct(self, name: str) -> list[Row]:
+        """The prompts of a task, each once."""
+        return list({prompt_key(row): row for row in self.prompts.get(name, ())}.values())
+
+    def _split(self, name: str, rows: Sequence[Row]) -> Task:
+        n = min(self.n_probe, (len(rows) + 1) // 2)
+        return Task(name, tuple(rows[:n]), tuple(rows[n:]))
+
+    def _answered(self, base: BaseModel, adapter: Adapter) -> list[Row]:
+        """The prompts of a task with answers that end and are not empty."""
+        rows = self._distinct(adapter.name)
+        examples = base.encode(adapter.name, rows, ()).examples
+        base.attach(adapter)
+        asked = [one.prompt_tokens for one in examples]
+        parts = [asked[i : i + _AT_ONCE] for i in range(0, len(asked), _AT_ONCE)]
+        said = [one for part in parts for one in base.answers(part, [_MOST_TOKENS] * len(part))]
+        texts = [base.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said]
+        plain = all(len(row["messages"]) == 2 for row in rows)
+        return [
+            {"prompt": row["messages"][0]["content"], "completion": text} if plain
+            else {"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]}
+            for row, tokens, text in zip(rows, said, texts) if text and len(tokens) < _MOST_TOKENS
+        ]  # fmt: skip

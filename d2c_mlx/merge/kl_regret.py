@@ -1,21 +1,34 @@
-"""Regrets of tasks under an adapter, judged by the answers of their task adapters."""
+"""Regrets of tasks under an adapter, by the answers of their task adapters or by weights alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.evaluate.distill import Distiller, TeacherRow
 from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.examples import ExampleSet
 
-__all__ = ["TeacherRegret", "shrinkage"]
+__all__ = ["StoredRegret", "TeacherRegret", "WeightRegret", "shrinkage"]
 
 # Scale at which a task adapter is compared with itself: far enough from 1 for a loss to move.
 _WEAKER = 0.8
+
+
+class StoredRegret(Protocol):
+    """Judges stored forms of adapters: what a planner needs of the two below."""
+
+    sets: list[ExampleSet]
+    trust: list[float]
+
+    def under(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:
+        """`(n_tasks,)` normalised regrets of tasks under an adapter; None is the base model."""
 
 
 class TeacherRegret:
@@ -79,6 +92,27 @@ class TeacherRegret:
         sets = [self.sets[i] for i in tasks]
         (losses,) = self._evaluator.losses_in_parts([(adapter, sets)])
         return self.regret(losses, np.array(tasks))
+
+
+class WeightRegret:
+    """Regrets where there are no rows: the squared relative error of dW, see `errors_and_kept`.
+
+    It is 0 at the task adapter and 1 at the base model, as that of `TeacherRegret` is.
+
+    Attributes:
+        sets: calibration rows, of which there are none.
+        trust: their weights, 0 for each task.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        """Judge by these task adapters."""
+        self._adapters = adapters
+        self.sets: list[ExampleSet] = []
+        self.trust = [0.0] * len(adapters)
+
+    def under(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:
+        """See `StoredRegret`; nothing is measured."""
+        return np.array([errors_and_kept(self._adapters[i], adapter)[0] for i in tasks])
 
 
 def _trust(model: Distiller, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AUTO_METHODS", "MERGE_METHODS", "RUN_METHODS", "MergeOptions"]
+__all__ = ["AUTO_METHODS", "MERGE_METHODS", "NEED_ROWS", "RUN_METHODS", "MergeOptions"]
 
 # The keys of `methods.METHODS`; a test compares.
 MERGE_METHODS = (
@@ -16,6 +16,8 @@ MERGE_METHODS = (
 )  # fmt: skip
 # The last three ask the model, so `Merger` makes them.
 RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
+# Those that look at calibration rows.
+NEED_ROWS = ("regmean", "regmean++", "layerwise", "auto")
 # Methods that "auto" tries on every cluster beside the default. The simplest come first and win
 # ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")

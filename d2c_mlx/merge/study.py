@@ -1,7 +1,8 @@
 """A measured library: its losses, regrets and merges.
 
 A `Library` is measured; a `Study` holds the results. Clusterings use `Study.problem`, merges come
-from `Study.merger`, and stored forms are judged by `Study.teacher_regret`.
+from `Study.merger`, and stored forms are judged by `Study.teacher_regret`. A `WeightStudy` has the
+same where there are no rows, from weights alone.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import svd_features
+from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading, Members, Problem
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.loss_table import LossTable
-from d2c_mlx.merge.kl_regret import TeacherRegret
+from d2c_mlx.merge.kl_regret import StoredRegret, TeacherRegret, WeightRegret
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merger import Merger
 from d2c_mlx.merge.options import MergeOptions
 
-__all__ = ["Study"]
+__all__ = ["Study", "WeightStudy"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,12 @@ class Study:
         return found
 
     @cached_property
-    def teacher_regret(self) -> TeacherRegret:
+    def teacher_regret(self) -> StoredRegret:
         """Regrets by teacher targets."""
+        return self._teacher
+
+    @cached_property
+    def _teacher(self) -> TeacherRegret:
         return TeacherRegret(self.library, self.losses)
 
     @cached_property
@@ -68,7 +74,7 @@ class Study:
         """The merger of these adapters, which merges each set of members once."""
         if not self.by_teacher:
             return self.merger_with(self.options)
-        teacher = self.teacher_regret
+        teacher = self._teacher
         return Merger(replace(self.library, probes=teacher.sets), self.options, teacher.regret)
 
     def merger_with(self, options: MergeOptions) -> Merger:
@@ -107,3 +113,50 @@ class Study:
         sets = [(merge, [self.library.probes[i] for i in some]) for merge, some in jobs]
         found = self.library.evaluator.losses(sets, allowed)
         return [self.losses.regret(losses, some) for losses, some in zip(found, tasks)]
+
+
+# The regret of a weakened adapter: medians over 24 real ones.
+_FADED = (0.72, 0.25)
+
+
+@dataclass(frozen=True)
+class WeightStudy(Study):
+    """The study of a library without rows: errors of dW stand for losses, and modules count alike.
+
+    Use it like a `Study`; `losses` is not read. `by_teacher` makes merges the closest in dW, which
+    a plan compares with other forms.
+    """
+
+    @cached_property
+    def module_gains(self) -> list[dict[str, float]]:
+        """A gain of 1 for every module of each adapter."""
+        return [dict.fromkeys(adapter.modules, 1.0) for adapter in self.library.adapters]
+
+    @cached_property
+    def teacher_regret(self) -> StoredRegret:
+        """Regrets by errors of dW."""
+        return WeightRegret(self.library.adapters)
+
+    @cached_property
+    def merger(self) -> Merger:
+        """The merger of these adapters, by a method that needs no rows."""
+        o = self.options
+        if self.by_teacher:  # The mean is the closest update, cut to its rank.
+            o = replace(o, method=o.method or "linear", scale=o.scale or 1.0)
+        return self.merger_with(o)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The problem that clusterings solve, with errors of dW as its regrets."""
+        n, strengths = len(self.library.adapters), np.array(STRENGTHS)
+        # Orthogonal updates: a mean of m is off by 1 - 1 / m, where `MergeEstimates` has m ** -0.5.
+        faded = 1 - strengths**2 if self.by_teacher else np.array(_FADED)
+        return Problem(
+            merge=lambda members, like=(): self.merger.quick(members, like).adapter,
+            measure=lambda jobs, limits=None: [
+                self.teacher_regret.under(merge, tasks) for merge, tasks in jobs
+            ],
+            features=svd_features(self.library.similarity),
+            fading=Fading(STRENGTHS, np.tile(faded, (n, 1))),
+            similarity=self.library.similarity,
+        )

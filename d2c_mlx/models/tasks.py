@@ -183,7 +183,7 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
 
     Args:
         path: a JSONL file.
-        tasks: tasks that may be named.
+        tasks: tasks that may be named; their rows may be missing.
         n_probe: number of calibration rows of each task that are used.
 
     Returns:
@@ -218,7 +218,7 @@ def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
         return f"expected a JSON object, found {type(row).__name__}"
     if row.get("task") not in list(known):
         return f'"task" is {row.get("task")!r}, expected an adapter: {", ".join(sorted(known))}'
-    if row_format(known[row["task"]].probe[0]) == ("text",):
+    if ("text",) in map(row_format, known[row["task"]].probe[:1]):
         return f"the rows of {row['task']} are texts, which have no prompts"
     if "messages" not in row:
         good = isinstance(row.get("prompt"), str) and row["prompt"]

@@ -47,28 +47,30 @@ class Frontier:
         return min(range(len(self.shares)), key=lambda k: abs(self.shares[k] - self.asked))
 
 
-def planned_frontier(plan: Json, share: float, asked: float) -> Frontier:
+def planned_frontier(plan: Json, share: float, asked: float, measured: bool = True) -> Frontier:
     """The budgets that a plan was made for, with the regret expected on calibration rows.
 
     Args:
         plan: content of `plan.json`.
         share: bytes of the pack over the adapters' 16-bit bytes.
         asked: the budget over the adapters' 16-bit bytes.
+        measured: False for a plan without rows, whose regrets are squared errors of dW.
     """
+    what = "expected regret" if measured else "squared error of dW"
     found = plan["frontier"]
     labels = {"own": "an adapter per task"}
     if all(row["merged"] is not None for row in found):
         labels |= {"merged": "merged adapters only", "all": "the better of both"}
     shares = [f"{100 * row['share']:.2f}%" for row in found]
     says = [
-        f"{at} of the bytes, expected regret: "
+        f"{at} of the bytes, {what}: "
         + ", ".join(f"{row[key]:.4f} with {label}" for key, label in labels.items())
         for at, row in zip(shares, found)
     ]
     return Frontier(
         shares=[row["share"] for row in found],
         lines={label: [row[key] for row in found] for key, label in labels.items()},
-        unit="expected regret on calibration rows",
+        unit=f"{what} on calibration rows" if measured else what,
         base=1.0,
         pack=(share, plan["regret"]),
         asked=asked,
@@ -79,12 +81,14 @@ def planned_frontier(plan: Json, share: float, asked: float) -> Frontier:
     )
 
 
-def slots_frontier(rows: Sequence[Json]) -> Frontier:
+def slots_frontier(rows: Sequence[Json]) -> Frontier | None:
     """The numbers of adapters that were measured on held-out rows, each at its best method.
 
     Args:
-        rows: methods as in `bench.json`, with their `name` and `share`.
+        rows: methods as in `bench.json`, with their `name` and `share`; of none there is nothing.
     """
+    if not rows:
+        return None
     best: dict[int, Json] = {}
     for row in sorted(rows, key=lambda row: (row["nbytes"], row["excess"], row["name"] != "pack")):
         if row["nbytes"]:

@@ -13,7 +13,7 @@ from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.report.frontier import planned_frontier, slots_frontier
-from d2c_mlx.report.words import excess_interval
+from d2c_mlx.report.words import OWN_ANSWERS, excess_interval, unmeasured
 from d2c_mlx.utils.templates import markdown, percent, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
@@ -30,6 +30,8 @@ def _rows(bench: Json) -> list[dict[str, Any]]:
     if methods.get("d2c") == methods["pack"]:
         del methods["d2c"]
     total = methods["individual"]["nbytes"]
+    if "loss" not in methods["pack"]:
+        return []
     order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
     return [
         {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
@@ -39,14 +41,23 @@ def _rows(bench: Json) -> list[dict[str, Any]]:
 def render_table(bench: Json) -> str:
     """The table of methods as Markdown: bytes, held-out loss, excess, retention.
 
+    Without rows it has the tasks, and what their weights lost.
+
     Args:
-        bench: content of `bench.json`.
+        bench: content of `bench.json` or `weights.json`.
     """
+    rows = _rows(bench)
+    if not rows:
+        tasks = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["error"])
+        lines = ["| task | error of dW | energy kept |", "|---|--:|--:|"]
+        lines += [f"| {markdown(name)} | {percent(one['error'])} | {percent(one['kept'])} |"
+                  for name, one in tasks]  # fmt: skip
+        return "\n".join(lines)
     lines = [
         "| method | bytes | of input | loss | excess | retention |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for row in _rows(bench):
+    for row in rows:
         lines.append(
             f"| {markdown(row['name'])} | {row['nbytes']:,} | {percent(row['share'])} |"
             f" {row['loss']:.4f} | {row['excess']:.4f} | {percent(row['retention'])} |"
@@ -55,23 +66,28 @@ def render_table(bench: Json) -> str:
 
 
 def _context(artifacts: Mapping[str, Json]) -> Json:
-    manifest, bench, plan = artifacts["manifest"], artifacts["bench"], artifacts.get("plan")
+    manifest, plan, measured = artifacts["manifest"], artifacts.get("plan"), "bench" in artifacts
+    bench = artifacts["bench" if measured else "weights"]
     d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
-    lost = [1 - (one["retention"] or 1) for one in bench["methods"]["pack"]["tasks"].values()]
-    worst = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["excess"])
+    of = bench["methods"]["pack"]["tasks"]
+    lost = [1 - (one["retention"] or 1) if measured else one["error"] for one in of.values()]
+    worst = sorted(of.items(), key=lambda kv: -kv[1]["excess" if measured else "error"])
     rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
+    slots = slots_frontier(rows)
     share, asked = (
         (nbytes or 0) / total
         for nbytes in (bench["methods"]["pack"]["nbytes"], bench["provenance"]["budget"]["nbytes"])
     )
     return {
-        "losses": artifacts["losses"],
+        "measured": measured,
+        "said": OWN_ANSWERS if measured else unmeasured(bench),
+        "losses": artifacts["losses"] if measured else {"tasks": sorted(of), **bench},
         "d2c": d2c,
         "plan": plan,
         "stored": _stored(artifacts),
         "manifest": manifest,
         "rows": rows,
-        "frontier": planned_frontier(plan, share, asked) if plan else slots_frontier(rows),
+        "frontier": planned_frontier(plan, share, asked, measured) if plan else slots,
         "table": render_table(bench),
         "pack": bench["methods"]["pack"],
         "interval": excess_interval(bench),
@@ -95,8 +111,9 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
     """Render `report.md`.
 
     Args:
-        artifacts: name -> JSON as the stages wrote it: losses, manifest (of the pack) and bench;
-            clusters and merges, or plan; and phone, if the phone benchmark ran.
+        artifacts: name -> JSON as the stages wrote it: losses, manifest (of the pack) and bench, or
+            weights in place of losses and bench; clusters and merges, or plan; and phone, if the
+            phone benchmark ran.
     """
     context = _context(artifacts)
     context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None
@@ -109,7 +126,8 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
     A policy in its head allows its own script alone, so that no name or answer can be one.
     """
     context = _context(artifacts)
-    context["frontier_chart"] = charts.frontier_chart(context["frontier"])
+    if context["frontier"]:
+        context["frontier_chart"] = charts.frontier_chart(context["frontier"])
     if len(context["rows"]) > len(("base", "individual", "pack")):
         context["bars"] = charts.excess_bars(context["rows"])
     if context["d2c"] and len(context["d2c"]["history"]) > 1:

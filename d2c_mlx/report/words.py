@@ -10,7 +10,12 @@ from typing import Any
 from d2c_mlx.evaluate.metrics import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["answered", "excess_interval", "next_commands", "verdict"]
+__all__ = ["OWN_ANSWERS", "answered", "excess_interval", "next_commands", "unmeasured", "verdict"]
+
+OWN_ANSWERS = (
+    "These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
+    " loss says how far the pack is from the adapters, not from the truth."
+)
 
 # A wider interval, as a share of what the adapters gain, cannot tell packs apart that are alike.
 _WIDE = 0.01
@@ -22,8 +27,41 @@ def verdict(bench: Mapping[str, Any]) -> str:
     """What came out, what it costs on held-out rows, and the worst task, in some sentences.
 
     Args:
-        bench: content of `bench.json`.
+        bench: content of `bench.json`, or of `weights.json` where there are no rows.
     """
+    pack = bench["methods"]["pack"]
+    if "loss" not in pack:
+        return f"{_sizes(bench)}. {unmeasured(bench)}"
+    cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
+    said = f"{_sizes(bench)}. On held-out rows that costs {cost}"
+    if between := excess_interval(bench):
+        said += f" (95% interval {between['low']:.4f} to {between['high']:.4f}"
+        said += ": too few rows to tell more)" if between["few"] else ")"
+    if pack["retention"] is not None:
+        said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
+    name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
+    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
+    said += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    return said if bench["provenance"]["config"]["tasks"] else f"{said} {OWN_ANSWERS}"
+
+
+def unmeasured(bench: Mapping[str, Any]) -> str:
+    """What a run without rows can say of its pack, and what it cannot.
+
+    Args:
+        bench: content of `weights.json`.
+    """
+    pack = bench["methods"]["pack"]
+    name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["error"])
+    return (
+        "No loss and no answer was measured, as there are no rows: whether the tasks still work is"
+        f" unknown. By weights, the mean error of an update is {percent(pack['error'])} of it, and"
+        f" {percent(pack['kept'])} of its energy is kept; the worst is {name}, error"
+        f" {percent(worst['error'])}. With rows, d2c-mlx run --tasks DIR measures."
+    )
+
+
+def _sizes(bench: Mapping[str, Any]) -> str:
     pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
     share = percent(pack["nbytes"] / inputs["nbytes"])
     n = len(pack["tasks"])
@@ -33,16 +71,7 @@ def verdict(bench: Mapping[str, Any]) -> str:
     unpacked = bench.get("unpacked_nbytes", pack["nbytes"])
     if unpacked != pack["nbytes"]:
         said += f", unpacked for other programs {size(unpacked)}"
-    cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
-    said += f". On held-out rows that costs {cost}"
-    if between := excess_interval(bench):
-        said += f" (95% interval {between['low']:.4f} to {between['high']:.4f}"
-        said += ": too few rows to tell more)" if between["few"] else ")"
-    if pack["retention"] is not None:
-        said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
-    name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
-    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
-    return f"{said}. The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    return said
 
 
 def excess_interval(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:

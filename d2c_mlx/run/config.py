@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 # The keys of `pipeline.STAGES`, repeated here so that a finished run imports no model code.
-STAGES = ("convert", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
+STAGES = (
+    "convert", "answer", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report",
+)  # fmt: skip
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
 FORMATS = ("compact", "gguf")
@@ -94,13 +96,21 @@ class RunConfig(RunRules):
         ge=1,
         le=_MOST_RANK,
     )
-    tasks: str = option(
-        ...,
+    tasks: str | None = option(
+        None,
         "folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
         group=_INPUT,
         metavar="DIR",
         path=True,
-        missing=NOT_GIVEN.format("tasks"),
+        default_text="none: by weights alone, nothing is measured",
+    )
+    unlabelled: str | None = option(
+        None,
+        'prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with "messages"; without'
+        " --tasks the adapters' answers to them are the rows, else they are for --refine",
+        group=_INPUT,
+        metavar="FILE",
+        path=True,
     )
     model: str | None = option(
         None,
@@ -166,7 +176,8 @@ class RunConfig(RunRules):
         " rows",
         group=_MERGE,
         metavar="NAME",
-        default_text="layerwise, or regmean++ where a model cannot be run by blocks",
+        default_text="layerwise, or regmean++ where a model cannot be run by blocks; without rows"
+        " tsv",
         choices=RUN_METHODS,
         **_more(MERGE_METHODS),
     )
@@ -185,7 +196,7 @@ class RunConfig(RunRules):
         None,
         "scale of every merge",
         group=_MERGE,
-        default_text="tuned per cluster on the calibration rows",
+        default_text="tuned per cluster on the calibration rows; without any from the weights",
         gt=0,
         le=_MOST_SCALE,
     )
@@ -267,17 +278,10 @@ class RunConfig(RunRules):
         "train every merge for a while to match its members",
         group=_REFINE,
         default_text="no",
+        validate_default=True,
     )
     refine_steps: int = option(40, "most steps of it", group=_REFINE, ge=1)
     refine_rate: float = option(0.0005, "its learning rate", group=_REFINE, gt=0)
-    unlabelled: str | None = option(
-        None,
-        'prompts without answers for it: JSONL, {"task": NAME, "prompt": ...} or with "messages"',
-        group=_REFINE,
-        metavar="FILE",
-        path=True,
-        expected='"" unless with --refine',
-    )
 
     @property
     def merging(self) -> MergeOptions:
@@ -302,6 +306,16 @@ class RunConfig(RunRules):
         return is_planned(self.plan, self.budget)
 
     @property
+    def answered(self) -> bool:
+        """True if the rows are answers of the task adapters to `unlabelled` prompts."""
+        return bool(self.unlabelled and not self.tasks)
+
+    @property
+    def has_rows(self) -> bool:
+        """True if there are rows to measure on; else weights decide."""
+        return bool(self.tasks or self.unlabelled)
+
+    @property
     def memory_bytes(self) -> int | None:
         """`memory_limit` in bytes; None if it is not given."""
         return bytes_of(self.memory_limit) if self.memory_limit else None
@@ -316,4 +330,8 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
     left_out = {"cluster", "merge", "refine"} if config.planned else {"plan"}
     if not config.refine:
         left_out.add("refine")
+    if not config.answered:
+        left_out.add("answer")
+    if not config.has_rows:
+        left_out.add("probe")
     return [name for name in STAGES[: STAGES.index(until) + 1] if name not in left_out]

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config import SEARCHES, RunConfig
 from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError, ConfigError, InputWarning, Problem
 from d2c_mlx.utils.files import read_text
@@ -18,8 +18,12 @@ from d2c_mlx.utils.parsing import parse_json, read_yaml
 
 __all__ = ["load_config", "read_clusters"]
 
-# Options that only refining uses.
+# Options that only refining uses, and those that only rows give a use.
 _OF_REFINING = ("refine_steps", "refine_rate")
+_OF_ROWS = (
+    "thorough", "eps", "probe_examples", "test_examples", "answers", "baselines", "random_seeds",
+    "stack",
+)  # fmt: skip
 
 
 def load_config(
@@ -115,6 +119,10 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
         needed["thorough"] = "a budget in bytes"
     if not config.refine:
         needed |= dict.fromkeys(_OF_REFINING, "--refine")
+    if not config.has_rows:
+        needed |= dict.fromkeys(_OF_ROWS, "rows, --tasks or --unlabelled")
+        if config.search in SEARCHES:
+            needed["search"] = needed["eps"]
     for name, what in needed.items():
         value = getattr(config, name)
         if name in overrides and value != RunConfig.model_fields[name].default:

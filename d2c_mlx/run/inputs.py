@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.capacity import Capacity
+from d2c_mlx.evaluate.answers import OwnAnswers
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
 from d2c_mlx.evaluate.engine import Engine, Optimizations
@@ -45,7 +47,8 @@ class Inputs:
             `probe_model`, its weights then in their files until it is run.
         engine: evaluates adapters on `base`.
         adapters: adapters as they were given, sorted by name.
-        tasks: one task per adapter, in the same order.
+        tasks: one task per adapter, in the same order; none without rows.
+        asked: prompts that the adapters answer; only where `config.answered`.
         capacity: bytes of the adapters and of the budget.
     """
 
@@ -71,7 +74,7 @@ class Inputs:
         limit = max(1, config.memory_bytes - outside_mlx()) if config.memory_bytes else None
         self.engine = Engine(self.base, limit, savings, local_ranks())
         self.engine.passes = tuned_passes(self.base) or self.engine.passes
-        if unused := self.engine.unused:
+        if config.has_rows and (unused := self.engine.unused):
             _warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
                   " not used: slower, with the same losses")  # fmt: skip
         errors: list[InputError] = []
@@ -86,12 +89,29 @@ class Inputs:
         collect(errors, self._check_shipped)
         self.adapters: list[Adapter] = collect(errors, lambda: self._read(sources)) or []
         names = [source.name for source in sources]
-        self.tasks: list[Task] = (
-            collect(errors, lambda: load_tasks(Path(config.tasks), names)) or []
-        )
-        if not errors and in_folders and (spare := spare_tasks(Path(config.tasks), known)):
+        self.tasks: list[Task] = collect(errors, lambda: self._load_tasks(names)) or []
+        folder = Path(config.tasks) if config.tasks else None
+        if not errors and in_folders and folder and (spare := spare_tasks(folder, known)):
             _warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         self._fit(errors)
+
+    def _load_tasks(self, names: Sequence[str]) -> list[Task]:
+        """The rows of the run; stand-ins where adapters have yet to answer, none without any."""
+        config = self.config
+        if config.tasks:
+            return load_tasks(Path(config.tasks), names)
+        if not config.unlabelled:
+            return []
+        asked = load_unlabelled(Path(config.unlabelled), [Task(name, (), ()) for name in names], 0)
+        self.asked = OwnAnswers(Path(config.output) / "answered", asked, config.probe_examples)
+        return self.asked.tasks(names)
+
+    def take_answers(self) -> None:
+        """Read the rows again, after the adapters have answered."""
+        self.tasks = self.asked.tasks(self.names)
+        for name in ("probes", "tests"):
+            vars(self).pop(name, None)
+        self._check_memory()
 
     def of(self, config: RunConfig) -> Inputs:
         """The same model, adapters and rows for a run that merges otherwise.
@@ -131,7 +151,8 @@ class Inputs:
         for source in sources:
             found: list[InputError] = []
             collect(found, partial(self._read, [source]))
-            collect(found, partial(load_task, Path(self.config.tasks) / source.name))
+            if self.config.tasks:
+                collect(found, partial(load_task, Path(self.config.tasks) / source.name))
             if found:
                 left_out.append(f"{source.name} ({found[0].problems[0]})")
             else:
@@ -224,7 +245,7 @@ class Inputs:
     @cached_property
     def prompts(self) -> dict[str, ExampleSet]:
         """Task -> its unlabelled prompts for refining, for tasks that have some."""
-        if not self.config.unlabelled:
+        if not self.config.unlabelled or not self.config.tasks:
             return {}
         n = self.config.probe_examples
         rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
@@ -256,11 +277,18 @@ def opening(inputs: Inputs) -> str:
     )
     return (
         f"found {len(ranks)} adapters of {inputs.shipped.name} (rank {span(ranks)},"
-        f" {size(capacity.total)}), {span([len(one.examples) for one in inputs.probes])}"
-        f" calibration and {span([len(one.examples) for one in inputs.tests])} held-out rows"
-        f" each; room for {budget}; device: {device_name()}"
+        f" {size(capacity.total)}), {_rows(inputs)}; room for {budget}; device: {device_name()}"
         + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )
+
+
+def _rows(inputs: Inputs) -> str:
+    if not inputs.tasks:
+        return "no rows, so weights alone decide and no loss is measured (--tasks DIR)"
+    n_probe, n_test = (span([len(one.examples) for one in some])
+                       for some in (inputs.probes, inputs.tests))  # fmt: skip
+    of = " of the adapters' own answers" if inputs.config.answered else ""
+    return f"{n_probe} calibration and {n_test} held-out rows each{of}"
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:
@@ -279,12 +307,11 @@ def provenance(inputs: Inputs) -> dict[str, Any]:
         "inputs": {
             adapter.name: {
                 "adapter": adapter.digest,
-                "probe": probe.digest,
-                "test": test.digest,
+                **({"probe": rows[0].digest, "test": rows[1].digest} if rows else {}),
                 **({"origin": adapter.origin} if adapter.origin else {}),
                 **({} if adapter.dora_error is None else {"dora_error": adapter.dora_error}),
             }
-            for adapter, probe, test in zip(inputs.adapters, inputs.probes, inputs.tests)
+            for adapter, rows in zip_longest(inputs.adapters, zip(inputs.probes, inputs.tests))
         },
         **environment(),
     }

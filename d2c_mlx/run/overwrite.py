@@ -28,9 +28,9 @@ __all__ = ["RUN_WRITES", "check_run", "mark_run"]
 
 # The names that a run may replace in its directory; a test compares them with a run.
 RUN_WRITES = (
-    "adapters", "planned", "merged", "refined", "refining", "pack", ".stages", ".lock", MARKER,
-    "config.yaml", "losses.json", "plan.json", "clusters.json", "merges.json", "refines.json",
-    "bench.json", "report.md", "report.html",
+    "adapters", "answered", "planned", "merged", "refined", "refining", "pack", ".stages", ".lock",
+    MARKER, "config.yaml", "losses.json", "plan.json", "clusters.json", "merges.json",
+    "refines.json", "bench.json", "weights.json", "report.md", "report.html",
 )  # fmt: skip
 
 
@@ -54,10 +54,12 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
         ConfigError: the run would replace an input, or files that no earlier run wrote, or its
             directory would be taken for one of its adapters.
     """
-    output, tasks = Path(config.output), Path(config.tasks)
-    rows = [file for one in sources for file in (probe_file(tasks / one.name),
-            tasks / one.name / "test.jsonl")]  # fmt: skip
-    inputs = adapter_inputs(sources) + [("tasks", path) for path in (tasks, *rows)]
+    output, inputs = Path(config.output), adapter_inputs(sources)
+    if config.tasks:
+        tasks = Path(config.tasks)
+        rows = [file for one in sources for file in (probe_file(tasks / one.name),
+                tasks / one.name / "test.jsonl")]  # fmt: skip
+        inputs += [("tasks", path) for path in (tasks, *rows)]
     if config.unlabelled:
         inputs.append(("unlabelled prompts", Path(config.unlabelled)))
     inputs += [*local_model(config.model), *local_model(config.probe_model)]

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import bytes_of, parse_budget
+from d2c_mlx.merge.options import NEED_ROWS
 from d2c_mlx.run.removed import REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.validation import Checked, expects, refused
@@ -63,7 +64,7 @@ class RunRules(Checked):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value) if number else value
 
-    @field_validator("adapters", "tasks", "output", check_fields=False)
+    @field_validator("adapters", "output", check_fields=False)
     @classmethod
     def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
         if not value:
@@ -149,6 +150,16 @@ class RunRules(Checked):
             raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
         return rank
 
+    @field_validator("merge_method", "refine", check_fields=False)
+    @classmethod
+    def _with_rows(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
+        """Refuse what needs rows where there are none."""
+        rows = info.data.get("tasks") or info.data.get("unlabelled")
+        if "tasks" in info.data and not rows and (value in NEED_ROWS or value is True):
+            raise refused(f"found {value!r}, which needs calibration rows: pass --tasks DIR, or"
+                          " prompts as --unlabelled FILE")  # fmt: skip
+        return value
+
     @field_validator("clusters", "refine", check_fields=False)
     @classmethod
     def _with_merges(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
@@ -161,12 +172,13 @@ class RunRules(Checked):
             )
         return value
 
-    @field_validator("unlabelled", check_fields=False)
+    @field_validator("refine", check_fields=False)
     @classmethod
-    def _with_refine(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path and info.data.get("refine") is False:
-            raise expects('"" unless with --refine')
-        return path
+    def _for_prompts(cls, refine: bool, info: ValidationInfo) -> bool:
+        if not refine and info.data.get("tasks") and (prompts := info.data.get("unlabelled")):
+            raise refused(f"found False, but beside --tasks the prompts of {prompts} are for"
+                          " refining: pass --refine, or leave --unlabelled out")  # fmt: skip
+        return refine
 
 
 def _in_bytes(info: ValidationInfo) -> bool | None:

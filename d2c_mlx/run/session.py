@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -22,7 +23,7 @@ from d2c_mlx.evaluate.evaluator import Counts, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.study import Study
+from d2c_mlx.merge.study import Study, WeightStudy
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory
 from d2c_mlx.run.doctor import tune, tuned_passes
@@ -168,7 +169,10 @@ class Session:
 
     @cached_property
     def study(self) -> Study:
-        """The library with the losses that the stage `probe` measured."""
+        """The library with the losses that the stage `probe` measured, or without rows."""
+        if not self.config.has_rows:
+            none = LossTable((), np.empty(0), np.empty(0))
+            return WeightStudy(self.library, none, self.config.merging, self.config.planned)
         return Study(
             self.library,
             LossTable.from_json(self.read("losses.json")),
@@ -187,6 +191,8 @@ class Session:
     @property
     def unused(self) -> list[str]:
         """Names of defaults that the base model's architecture does not allow."""
+        if not self.config.has_rows:
+            return []
         found = self.inputs.engine.unused
         merges = not self.config.planned and self.config.merge_method is None
         return found + ["layerwise"] * (merges and self.study.merger.method != "layerwise")

@@ -68,8 +68,8 @@ def snapshot(config: RunConfig) -> str | None:
         return None
     use_device()
     options = {k: value for k, value in absolute(config).to_dict().items() if k != "output"}
-    paths = [*model, *chosen_on, *adapters, Path(config.tasks)]
-    paths += [Path(one) for one in (config.unlabelled, config.clusters) if one]
+    paths = [*model, *chosen_on, *adapters]
+    paths += [Path(one) for one in (config.tasks, config.unlabelled, config.clusters) if one]
     # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")
     software = [VERSION, versions(), [*arithmetic().values()]]

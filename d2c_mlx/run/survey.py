@@ -253,10 +253,12 @@ def _yaml(found: Survey) -> str:
         # Also if it is a folder that has moved: the embedded default would be another model.
         why, model = "as the adapters name it", f"model: {_value(base)}"
     sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(found))
+    none = len(found.without_rows) == len(found.found)
+    rows = "# Without this line weights alone decide, and nothing is measured.\n" if none else ""
     return f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line goes first.
 adapters: {_value(found.adapters)}
-tasks: {_value(str(found.tasks))}
+{rows}tasks: {_value(str(found.tasks))}
 # The base model, {why}.
 {model}
 # What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes every adapter is kept, at a

@@ -70,13 +70,14 @@ def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as 
     Args:
         default: the default; `...` makes the option required.
         help: one phrase, to follow the option's name.
-        details: limits of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`). Also `group` and
-            `metavar` for the command line, `choices` for a name or each name in a list, `more`
-            for a function that gives further names (`more_text` says which in documents),
-            `default_text` where the default says too little, `path` for a path, and `expected`,
-            `missing` and `remedy` for messages.
+        details: arguments of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`,
+            `validate_default`). Also `group` and `metavar` for the command line, `choices` for a
+            name or each name in a list, `more` for a function that gives further names (`more_text`
+            says which in documents), `default_text` where the default says too little, `path` for a
+            path, and `expected`, `missing` and `remedy` for messages.
     """
-    limits = {key: details.pop(key) for key in ("ge", "gt", "le", "min_length") if key in details}
+    kept = ("ge", "gt", "le", "min_length", "validate_default")
+    limits = {key: details.pop(key) for key in kept if key in details}
     return Field(default, description=help, json_schema_extra=details, **limits)
 
 

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.similarity import closest_scale, similarity, svd_features
+from d2c_mlx.adapters.similarity import closest_scale, errors_and_kept, similarity, svd_features
 from d2c_mlx.cluster.partition import kmeans
 
 
@@ -70,6 +70,24 @@ def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     target = np.concatenate(others)
     (scale,), *_ = np.linalg.lstsq(np.tile(one, len(others))[:, None], target, rcond=None)
     assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_errors_of_dw_are_those_of_the_dense_updates(seed):
+    (one, other, *_), shapes = random_adapters(seed)
+    own, stored = ({path: dense_updates([x], {path: shapes[path]}) for path in shapes}
+                   for x in (one, other))  # fmt: skip
+    energy = {path: np.sum(own[path] ** 2) for path in one.modules}
+    mean = np.mean(list(energy.values()))
+    every = {**one.modules, **other.modules}
+    errors = [np.sum((own[path] - stored[path]) ** 2) / energy.get(path, mean) for path in every]
+    both = {path: np.sum(own[path] ** 2) * np.sum(stored[path] ** 2) for path in every}
+    kept = [np.sum(own[path] * stored[path]) ** 2 / max(both[path], 1e-30) for path in every]
+    expected = sum(errors) / len(energy), np.mean(kept)
+    assert errors_and_kept(one, other) == pytest.approx(expected, rel=1e-5)
+    assert errors_and_kept(one, None) == (1.0, 0.0)
+    assert errors_and_kept(one, one) == pytest.approx((0.0, 1.0), abs=1e-9)
 
 
 def test_a_merge_of_nothing_has_no_scale():

@@ -33,7 +33,7 @@ def test_a_yaml_file_that_is_missing(cli, tmp_path):
 
 
 def test_an_option_that_is_not_given(cli):
-    cli.fails_with("tasks: not given", "--tasks", tasks=None)
+    cli.fails_with("adapters: not given", "--adapters", adapters=None)
 
 
 def test_an_option_out_of_range(cli):

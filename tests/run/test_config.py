@@ -18,6 +18,7 @@ from d2c_mlx.utils.errors import ConfigError, InputWarning
 from docs.scripts.options import FILES
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
+REQUIRED = ("adapters", "output")
 STAGES = ("run", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report")
 
 
@@ -81,7 +82,7 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
     text = "answrs: 3\nseed: zero\nscale: true\nbaselines: 3\nanswers: 1.5\nmodel: 4\n"
     path = write(tmp_path, text)
     found = problems(path, {"eps": "small", "zzz": 1})
-    assert len(found) == 8 + len(NEEDED)
+    assert len(found) == 8 + len(REQUIRED)
     text = "\n".join(found)
     for part in (
         f"{path}: answrs: unknown key; did you mean 'answers'?",
@@ -103,10 +104,10 @@ def test_all_values_out_of_range_at_once():
         "probe_examples": 0, "test_examples": -1, "random_seeds": 0, "budget": "much",
     }  # fmt: skip
     found = problems(None, wrong)
-    for name in (*NEEDED, *wrong):
+    for name in (*REQUIRED, *wrong):
         (line,) = (line for line in found if line.startswith(f"{name}: "))
-        assert name in NEEDED or repr(wrong[name]) in line
-    assert len(found) == len(NEEDED) + len(wrong)
+        assert name in REQUIRED or repr(wrong[name]) in line
+    assert len(found) == len(REQUIRED) + len(wrong)
 
 
 @pytest.mark.parametrize("name", ["density", "scale", "eps"])
@@ -170,6 +171,7 @@ def test_the_help_states_the_defaults():
         if match:
             stated[name] = match[1]
     values = {name: getattr(default, name) for name in stated}
+    assert stated.pop("tasks").startswith("none") and values.pop("tasks") == NEEDED["tasks"]
     assert stated.pop("model").startswith("the embedded") and values.pop("model") is None
     assert stated.pop("probe_model") == "--model" and values.pop("probe_model") is None
     assert stated.pop("scale").startswith("tuned") and values.pop("scale") is None
