@@ -111,7 +111,7 @@ def test_training_lowers_the_loss_of_its_rows_and_repeats_to_the_byte(new_task, 
     assert mean_nll(base, start, rows.examples) == pytest.approx(
         mean_nll(base, None, rows.examples), abs=1e-6
     )
-    first, again = (train_lora(base, start, rows, TrainOptions(12, 1e-2)) for _ in range(2))
+    first, again = (train_lora(base, start, rows, TrainOptions(12, 1e-2, 4)) for _ in range(2))
     assert mean_nll(base, first, rows.examples) < mean_nll(base, None, rows.examples) - 0.5
     assert first.digest == again.digest
 
