@@ -64,10 +64,10 @@ def bases(root):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layerwise_merges_every_family(root, bases, family):
     base = bases[family]
-    library = Library(Engine(base), None, [], [])
+    rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
+    library = Library(Engine(base), None, [], [rows])
     assert Merger(library, MergeOptions(), None).method == "layerwise"
     check_blocks(base)
-    rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
     one, other = (
         read_adapter(root / family / feature, base.module_shapes)
         for feature in ("all linear", "some blocks")
