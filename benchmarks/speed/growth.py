@@ -24,7 +24,8 @@ from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
-STAGES = [stage for stage in ALL if stage not in ("plan", "refine")]  # for slots, unrefined
+# For slots, with rows, unrefined.
+STAGES = [stage for stage in ALL if stage not in ("answer", "plan", "refine")]
 
 
 def grow(library, directory, n, base, width):

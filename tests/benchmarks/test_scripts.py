@@ -20,7 +20,7 @@ NAMES = ["date-en", "gec-en", "num-de", "qa-de"]
 SCRIPTS = {
     "quality.order": "--library {root} --orders 1 --slots 2 --budget 95 --tests 2",
     "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
-    "quality.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --thorough",
+    "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --thorough",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
     "speed.search": "--sizes= --alone 60",
     "serving.route": "--library {root}",

@@ -1,6 +1,7 @@
 """Runs without rows, and on the adapters' own answers to prompts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_an_untrained_adapter_takes_no_bytes(bare):
     run(bare, until="convert", quiet=True)
     session = Session(bare.replace(budget="40%"), quiet=True)
     empty = zeros({path: lora.shape for path, lora in session.adapters[0].modules.items()}, 4)
-    session.adapters[0].modules.update(empty)
+    session.adapters[0] = replace(session.adapters[0], modules=empty)
     plan = session.planner.search(4000)
     assert plan.content["base"] == ["a"]
 

@@ -19,12 +19,12 @@ BENCH = {
     "methods": {
         "base": {"excess": 2.0},
         "individual": {"nbytes": 9_000_000},
-        "pack": {"nbytes": 1_500_000, "excess": 0.0123, "retention": 0.991,
+        "pack": {"nbytes": 1_500_000, "loss": 1.0, "excess": 0.0123, "retention": 0.991,
                  "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
     },
     "interval": {"low": -0.01, "high": 0.035},
     "unpacked_nbytes": 7_500_000,
-    "provenance": {"config": {"model": "org/base", "test_examples": 8}},
+    "provenance": {"config": {"model": "org/base", "test_examples": 8, "tasks": "tasks"}},
 }  # fmt: skip
 
 

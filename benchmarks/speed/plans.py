@@ -1,6 +1,6 @@
 """Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
 
-    python -m benchmarks.quality.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
+    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
 
 An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
 probe and the same teacher targets, which are not counted; losses that one kind left in the cache
