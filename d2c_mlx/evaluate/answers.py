@@ -13,6 +13,7 @@ from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.make_rows import whole_answers
 from d2c_mlx.models.tasks import Row, Task, load_tasks, prompt_key, row_format
 from d2c_mlx.utils.errors import TaskError
 from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
@@ -22,8 +23,6 @@ __all__ = ["OwnAnswers", "answer_rows", "max_answer_tokens", "prompt_and_expecte
 
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
-# Prompts that are answered at once.
-_AT_ONCE = 16
 # Which prompts the answers are to.
 _OF = "prompts.json"
 
@@ -198,13 +197,10 @@ class OwnAnswers:
         rows = self._distinct(adapter.name)
         examples = base.encode(adapter.name, rows, ()).examples
         base.attach(adapter)
-        asked = [one.prompt_tokens for one in examples]
-        parts = [asked[i : i + _AT_ONCE] for i in range(0, len(asked), _AT_ONCE)]
-        said = [one for part in parts for one in base.answers(part, [_MOST_TOKENS] * len(part))]
-        texts = [base.tokenizer.decode(one, skip_special_tokens=True).strip() for one in said]
+        texts = whole_answers(base, [one.prompt_tokens for one in examples], _MOST_TOKENS)
         plain = all(len(row["messages"]) == 2 for row in rows)
         return [
             {"prompt": row["messages"][0]["content"], "completion": text} if plain
             else {"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]}
-            for row, tokens, text in zip(rows, said, texts) if text and len(tokens) < _MOST_TOKENS
+            for row, text in zip(rows, texts) if text
         ]  # fmt: skip

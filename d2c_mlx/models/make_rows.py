@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -19,7 +18,15 @@ from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.utils.errors import TaskError, gather
 from d2c_mlx.utils.files import read_text, write_text
 
-__all__ = ["PROMPTS", "Answered", "Asking", "answer_tasks", "read_prompts", "split_rows"]
+__all__ = [
+    "PROMPTS",
+    "Answered",
+    "Asking",
+    "answer_tasks",
+    "read_prompts",
+    "split_rows",
+    "whole_answers",
+]
 
 FILES = ("probe.jsonl", "test.jsonl")
 PROMPTS = "prompts.txt"
@@ -138,6 +145,22 @@ def answer_tasks(
         yield _answer_task(base, adapter, tasks / source.name, some, asking)
 
 
+def whole_answers(base: BaseModel, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    """Greedy answers of the attached adapter; empty where one does not end within `most` tokens.
+
+    Args:
+        base: the base model.
+        prompts: token ids of each.
+        most: tokens of an answer that is cut.
+    """
+    parts = [prompts[i : i + _AT_ONCE] for i in range(0, len(prompts), _AT_ONCE)]
+    said = [one for part in parts for one in base.answers(part, [most] * len(part))]
+    return [
+        base.tokenizer.decode(one, skip_special_tokens=True).strip() if len(one) < most else ""
+        for one in said
+    ]
+
+
 def _has_rows(task: Path) -> bool:
     paths = probe_file(task), task / "test.jsonl"
     return all(path.is_file() and path.stat().st_size for path in paths)
@@ -161,15 +184,9 @@ def _answer_task(
 ) -> Answered:
     tokens = encode_prompts(base.tokenizer, prompts, asking.system)
     base.attach(adapter)
-    answers = list(chain.from_iterable(
-        base.answers(some, [asking.max_tokens] * len(some))
-        for some in (tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE))
-    ))  # fmt: skip
-    rows: dict[str, Row] = {}
-    for prompt, answer in zip(prompts, answers):
-        said = base.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        if said and len(answer) < asking.max_tokens:
-            rows[prompt] = _row(prompt, said, asking.system)
+    answers = whole_answers(base, tokens, asking.max_tokens)
+    rows = {prompt: _row(prompt, said, asking.system)
+            for prompt, said in zip(prompts, answers) if said}  # fmt: skip
     if len(rows) < 2:
         raise TaskError(
             f"{task / PROMPTS}: found {len(rows)} answers of {adapter.name} that are not empty and"
