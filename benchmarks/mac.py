@@ -1,4 +1,4 @@
-"""What a Mac has to say about d2c-mlx, in one JSON file to send back: `benchmarks/mac.sh`.
+"""A report of how d2c-mlx does on a Mac, in one JSON file to send back: `benchmarks/mac.sh`.
 
     python -m benchmarks.mac [--output mac.json] [--without demo,cpu,phone,tests] [--quick]
 

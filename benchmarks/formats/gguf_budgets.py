@@ -1,4 +1,4 @@
-"""What a phone gets for its bytes: plans for GGUF, compact packs, plain exports, LoRAQuant.
+"""Losses at equal bytes on a phone: plans for GGUF, compact packs, plain exports, LoRAQuant.
 
     d2c-mlx pack --budget 6.25% --format gguf --output RUN ...       # and one without --format
     python -m benchmarks.formats.gguf_budgets RUN [RUN ...] [--rows N] [--weights float32|stored]

@@ -19,7 +19,7 @@ GROUP, STEPS, RATE = 128, 100, 1e-3
 
 
 def rounded(x: np.ndarray, bits: int) -> np.ndarray:
-    """What is stored of rows `(n, width)`."""
+    """Rows `(n, width)` as they come back from their stored bits."""
     found, top = np.empty_like(x), 2**bits - 1
     for i in range(0, x.shape[1], GROUP):
         part = x[:, i : i + GROUP]

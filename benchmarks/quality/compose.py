@@ -85,7 +85,7 @@ def measure(evaluator, adapters, sets, name, draw, options):
     for key in made:
         score = scores[key]
         parts[key] |= {"expected": score.loss, "choice": score.choice, "seconds": seconds[key]}
-    # What `auto` takes: all that it compares.
+    # `auto` trains all that it compares, which is what it takes.
     total = sum(seconds[key] for key in made if key in AUTO)
     return {"task": name, "draw": draw, "auto": chosen, "seconds": total, "methods": parts}
 

@@ -43,7 +43,7 @@ GARBAGE = (
 
 @dataclass(frozen=True)
 class Stress:
-    """What is asked of a server, and what it must answer.
+    """Questions to a server, and the answers that it must give.
 
     Attributes:
         address: host and port.
@@ -136,20 +136,20 @@ def request(path, body):
 
 
 def state(stress):
-    """What `/metrics` says once no request is open."""
+    """The metrics of a server, read once no request is open."""
     line = f"GET /metrics HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
     names = ("process_resident_memory_bytes", "process_open_fds", "d2c_mlx_adapter_loads_total",
              "d2c_mlx_adapter_evictions_total", "d2c_mlx_vanished_total")  # fmt: skip
     while b"\nd2c_mlx_open 0.0" not in stress.send(line):
         time.sleep(0.2)
-    # What was refused lingers for a second.
+    # A refused connection lingers for a second.
     time.sleep(2)
     lines = [line.split(" ") for line in stress.send(line).decode().splitlines()]
     return {one[0]: int(float(one[1])) for one in lines if one[0] in names}
 
 
 def answers_of(base, adapters):
-    """What each adapter answers offline."""
+    """Answers of each adapter, made offline."""
     found = {}
     tokenizer = base.tokenizer
     for name, one in adapters.items():
