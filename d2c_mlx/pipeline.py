@@ -19,11 +19,8 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import Spool
-from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.estimated_search import cluster_by_weights
 from d2c_mlx.cluster.measured_search import search_by_estimates
@@ -37,30 +34,27 @@ from d2c_mlx.cluster.partition import (
 )
 from d2c_mlx.compress.compact_file import CompactAdapters
 from d2c_mlx.compress.planner import serves_of
-from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.distributed import leading_rank
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.loss_table import measure_losses
-from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import systems_of
-from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo, load_pack
+from d2c_mlx.packs.pack import COMPACT, PackInfo
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights
 from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.inputs import Inputs, opening, provenance
+from d2c_mlx.run.directory import changed_options
+from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.records import check_pack, expect_pack, peaks
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
-from d2c_mlx.run.snapshot import changed_options
 from d2c_mlx.utils.errors import InputWarning
-from d2c_mlx.utils.files import hash_file, write_dir, write_json, write_text
+from d2c_mlx.utils.files import write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.progress import say
 
@@ -241,7 +235,7 @@ def merge(session: Session) -> Stage:
     inputs = session.inputs
 
     def body() -> None:
-        (clustering,) = _clusterings(session)["d2c"]
+        (clustering,) = clusterings(session)["d2c"]
         if "layerwise" in session.unused:
             warnings.warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
@@ -335,62 +329,20 @@ def pack(session: Session) -> Stage:
 def bench(session: Session) -> Stage:
     """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
     c, inputs = session.config, session.inputs
-    if not c.has_rows:
-        compare, of = partial(_compare_weights, session), inputs.base.fingerprint
-        return Stage("bench", of, ["adapters", "pack"], ["weights.json"], compare)
+    name, compare = (
+        ("bench.json", compare_losses) if c.has_rows else ("weights.json", compare_weights)
+    )
 
     def body() -> None:
-        packed = load_pack(session.path("pack"))
-        methods = {
-            "base": BenchMethod(0, [dict.fromkeys(inputs.names)]),
-            "individual": BenchMethod(
-                inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
-            ),
-            **({} if c.planned else _merged_methods(session)),
-            "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
-        }
-        results = bench_methods(session.judge, methods, inputs.tests)
-        content = {"methods": results, **_about(session, packed)}
-        served, own = (methods[name].variants[0] for name in ("pack", "individual"))
-        content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
-        shown = {name: methods[name] for name in ("base", "individual", "pack")}
-        if c.probe_model:  # What a choice on another base model is worth.
-            there = bench_methods(session.evaluator, shown, inputs.tests)
-            content["chosen_on"] = {"model": inputs.base.name, "methods": there}
-        if c.answers:
-            asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
-                     for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
-            content["answers"] = answer_rows(inputs.shipped, shown, asked, session.evaluator.meter)
-            content["metrics"] = answer_metrics(content["answers"], list(shown))
-        write_json(session.path("bench.json"), content)
+        write_json(session.path(name), compare(session))
 
+    if not c.has_rows:
+        return Stage("bench", inputs.base.fingerprint, ["adapters", "pack"], [name], body)
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
     options += [inputs.shipped.fingerprint] if c.probe_model else []
     merges = [] if c.planned else ["losses.json", "clusters.json", "merged"]
-    return Stage("bench", options, ["adapters", *merges, "pack"], ["bench.json"], body)
-
-
-def _about(session: Session, packed: Pack) -> dict[str, Any]:
-    """What a bench says beside its methods: how the pack was made, and its bytes in memory."""
-    # Names the measured pack, since the card of another one must not show these numbers.
-    of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
-    about = {**provenance(session.inputs), **of, "unused": session.unused}
-    return {"provenance": about, "unpacked_nbytes": unpacked_nbytes(packed)}
-
-
-def _compare_weights(session: Session) -> None:
-    """Write `weights.json`, what can be said of the pack without rows."""
-    packed, tasks = load_pack(session.path("pack")), {}
-    for adapter in session.adapters:
-        error, kept = errors_and_kept(adapter, packed.load(adapter.name))
-        tasks[adapter.name] = {"error": error**0.5, "kept": kept}
-    mean = {key: sum(one[key] for one in tasks.values()) / len(tasks) for key in ("error", "kept")}
-    methods = {"individual": {"nbytes": session.inputs.capacity.total},
-               "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks}}  # fmt: skip
-    cosines = session.library.similarity.round(4).tolist()
-    content = {"methods": methods, "similarity": cosines, **_about(session, packed)}
-    write_json(session.path("weights.json"), content)
+    return Stage("bench", options, ["adapters", *merges, "pack"], [name], body)
 
 
 def report(session: Session) -> Stage:
@@ -429,41 +381,3 @@ def _merge_options(config: RunConfig) -> list[object]:
     c = config
     plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
     return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]
-
-
-def _clusterings(session: Session) -> dict[str, list[Clustering]]:
-    """Method -> its clusterings, from `clusters.json`, baselines first."""
-    methods: dict[str, list[dict[str, Any]]] = session.read("clusters.json")["methods"]
-    return {
-        name: [Clustering.from_json(entry) for entry in methods[name]]
-        for name in ("merge-all", "random", "kmeans", "d2c")
-    }
-
-
-def _unpacked(pack: Pack) -> dict[str, Adapter | None]:
-    """Task -> the adapter that serves it, in a temporary file; None is the base model."""
-    spool, found = Spool(), dict.fromkeys(pack.tasks)
-    for tasks in pack.adapters.values():
-        if adapter := pack.load(tasks[0]):
-            found |= dict.fromkeys(tasks, spool.put(adapter))
-    return found
-
-
-def _merged_methods(session: Session) -> dict[str, BenchMethod]:
-    """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
-    names, n_layers = session.inputs.names, session.inputs.base.n_layers
-    found = {}
-    for method, clusterings in _clusterings(session).items():
-        if method not in {*session.config.baselines, "d2c"}:
-            continue
-        variants, nbytes = [], []
-        for clustering in clusterings:
-            if method == "d2c":
-                merged = [session.stored_adapter(f"merged/{k}")
-                          for k in range(clustering.n_clusters)]  # fmt: skip
-            else:
-                merged = [session.study.merger.final(one).adapter for one in clustering.groups]
-            variants.append({names[i]: merged[k] for i, k in enumerate(clustering.labels)})
-            nbytes.append(sum(adapter.nbytes(n_layers) for adapter in merged))
-        found[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
-    return found

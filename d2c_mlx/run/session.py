@@ -25,12 +25,11 @@ from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.study import Study, WeightStudy
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.directory import RunDirectory
+from d2c_mlx.run.directory import RunDirectory, absolute
 from d2c_mlx.run.doctor import tune, tuned_passes
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
-from d2c_mlx.run.snapshot import absolute
 from d2c_mlx.utils.device import process_peak
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import remove_dir, write_text

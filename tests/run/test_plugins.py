@@ -17,8 +17,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, find, plugins
+from d2c_mlx.run.directory import snapshot
 from d2c_mlx.run.doctor import diagnose
-from d2c_mlx.run.snapshot import snapshot
 from d2c_mlx.utils.errors import ConfigError, D2CError
 
 EXAMPLE = ROOT / "examples" / "plugin"
