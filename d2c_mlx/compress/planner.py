@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from d2c_mlx.adapters.gguf_factors import GgufAdapter
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
@@ -34,6 +36,8 @@ __all__ = ["Plan", "Planner", "serves_of"]
 _ROUNDING = 1e-6
 # The default merge loses this share of the estimated regret, which is RegMean's.
 _BETTER = 0.6
+# Scales are not searched for the best forms, which hold this share of the regret together.
+_LIGHT = 0.2
 # Budgets of the frontier, as multiples of the given one.
 _FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
 
@@ -135,7 +139,7 @@ class Planner:
                 (ladder,) = forms.ladders([(members, one.adapter)], "merged", [room])
                 found.add(ladder, len(members) * share, self._summed(one, members))
             chosen, bare = self._settled(found, bare, room)
-        found.tune([one for one in chosen if one.family != "base"])
+        found.tune(_heaviest(chosen))
         chosen, bare = self._settled(found, bare, room)
         return self._planned([*bare, *found.candidates()], chosen, room)
 
@@ -276,6 +280,17 @@ class Planner:
 def _bare(task: int, regret: float) -> Candidate:
     """The candidate that leaves a task to the base model."""
     return Candidate((task,), "base", 0.0, {}, 0, regret)
+
+
+def _heaviest(chosen: Sequence[Candidate]) -> list[Candidate]:
+    """The stored candidates that hold nearly all of the regret, the worst first.
+
+    A scale gains a share of a form's regret, so that of the others would not show.
+    """
+    stored = sorted((one for one in chosen if one.stored), key=lambda one: -one.regret)
+    regrets = np.maximum([one.regret for one in stored], 0.0)
+    before = np.cumsum(regrets) - regrets
+    return [one for one, some in zip(stored, before) if some < (1 - _LIGHT) * regrets.sum()]
 
 
 def _regret(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float:

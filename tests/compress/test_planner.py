@@ -18,7 +18,9 @@ from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.estimates import FormEstimates
 from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.planner import Planner
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.evaluator import Silent
@@ -192,6 +194,27 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
         regret = session.study.teacher_regret.under(plain, one.members).sum()
         assert one.regret == pytest.approx(float(regret), abs=1e-6)
     assert sorted(i for members in of for i in members) == list(range(4))
+
+
+@pytest.mark.slow
+def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, monkeypatch):
+    session, tuned, settled = run(config.replace(budget="90%"), until="probe", quiet=True), [], []
+    tune, choice = FormEstimates.tune, Planner._settled
+
+    def remember(planner, *arguments):
+        settled.append(choice(planner, *arguments))
+        return settled[-1]
+
+    monkeypatch.setattr(Planner, "_settled", remember)
+    monkeypatch.setattr(
+        FormEstimates, "tune", lambda found, some: [tuned.extend(some), tune(found, some)]
+    )
+    session.planner.search(session.inputs.capacity.room)
+    stored = [one for one in settled[-2][0] if one.stored]
+    others = [max(0.0, one.regret) for one in stored if one not in tuned]
+    regrets = [max(0.0, one.regret) for one in tuned]
+    assert regrets and others and max(others) <= regrets[-1] <= regrets[0]
+    assert sum(others) <= 0.2 * sum(others + regrets) < sum(others) + regrets[-1]
 
 
 @pytest.mark.slow
