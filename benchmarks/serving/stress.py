@@ -144,8 +144,12 @@ def state(stress):
         time.sleep(0.2)
     # A refused connection lingers for a second.
     time.sleep(2)
-    lines = [line.split(" ") for line in stress.send(line).decode().splitlines()]
-    return {one[0]: int(float(one[1])) for one in lines if one[0] in names}
+    found: Counter[str] = Counter()
+    for row in stress.send(line).decode().splitlines():
+        key, _, value = row.rpartition(" ")
+        if key.partition("{")[0] in names:
+            found[key.partition("{")[0]] += int(float(value))
+    return dict(found)
 
 
 def answers_of(base, adapters):

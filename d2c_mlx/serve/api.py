@@ -44,6 +44,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "prediction": (), "role_mapping": (),
     "parallel_tool_calls": (True,), "reasoning_effort": (), "ignore_eos": (False,),
     "min_tokens": (0,), "num_draft_tokens": (0,), "continue_final_message": (False,),
+    # Ollama's, which Open WebUI's settings have beside OpenAI's.
+    "repeat_penalty": (1, 1.0), "mirostat": (0,), "tfs_z": (1, 1.0), "typical_p": (1, 1.0),
+    "num_predict": (), "format": ("",), "think": (),
 }  # fmt: skip
 # Most that is added to a logit: float16 holds it, and no logit comes near.
 _MAX_BIAS = 10_000
@@ -313,7 +316,8 @@ def read_request(raw: bytes, chat: bool, vocabulary: int = 1 << 31) -> ChatReque
     body = read_object(raw)
     for name, harmless in _UNSUPPORTED.items():
         if name in body and not any(_same(body[name], one) for one in harmless):
-            raise RequestError(400, f"{name}: not supported; leave it out", name)
+            raise RequestError(400, f"{name}: not supported; leave it out (in a chat program, clear"
+                                    " that setting)", name)  # fmt: skip
     if not chat:
         return read_fields(TextRequest, body, vocabulary=vocabulary)
     found = read_fields(ChatRequest, body, vocabulary=vocabulary)

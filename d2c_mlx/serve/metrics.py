@@ -39,8 +39,9 @@ class Metrics:
         disconnected: clients that left before their answer ended.
         open: requests that run or wait.
         first_token: seconds from a request to its first token.
-        loads: adapters put into memory.
-        evictions: adapters that had to leave it for others.
+        loads: adapters put into memory, by name.
+        evictions: adapters that had to leave it for others, by name.
+        prefix_nbytes: bytes of keys and values of beginnings that prompts share.
         running: name of the model of every request that runs, as it is now.
         waiting: name of the model of every request that waits.
         most_adapters: number of adapters that memory has room for.
@@ -61,13 +62,19 @@ class Metrics:
         self.prompt_tokens = counter("d2c_mlx_prompt_tokens", "tokens of prompts")
         self.answer_tokens = counter("d2c_mlx_answer_tokens", "tokens generated")
         self.disconnected = counter("d2c_mlx_vanished", "clients that left before the end")
-        self.loads = counter("d2c_mlx_adapter_loads", "adapters put into memory")
-        self.evictions = counter("d2c_mlx_adapter_evictions", "adapters that left it for others")
+        self.loads = counter("d2c_mlx_adapter_loads", "adapters put into memory", "adapter")
+        self.evictions = counter(
+            "d2c_mlx_adapter_evictions", "adapters that left it for others", "adapter"
+        )
+        self.prefix_nbytes = Gauge("d2c_mlx_prefix_bytes", "of beginnings that prompts share",
+                                   registry=self._registry)  # fmt: skip
         self.open = Gauge("d2c_mlx_open", "requests that run or wait", registry=self._registry)
         self.first_token = seconds("d2c_mlx_first_token_seconds", "from request to first token")
         model = "model_name"
         self._prompt_tokens = counter("vllm:prompt_tokens", "tokens of prompts", model)
         self._tokens = counter("vllm:generation_tokens", "tokens generated", model)
+        self._queries = counter("vllm:prefix_cache_queries", "tokens looked up", model)
+        self._hits = counter("vllm:prefix_cache_hits", "tokens found there", model)
         self._ended = counter(
             "vllm:request_success", "requests that ended", model, "finished_reason"
         )
@@ -82,18 +89,23 @@ class Metrics:
         # Memory and open files, on Linux.
         ProcessCollector(registry=self._registry)
 
-    def started(self, task: str | None, name: str, n_prompt_tokens: int, waited: float) -> None:
+    def started(
+        self, name: str, task: str | None, n_prompt: int, n_cached: int, waited: float
+    ) -> None:
         """Count a request that runs now.
 
         Args:
-            task: None is the base model.
             name: of the model.
-            n_prompt_tokens: tokens of its prompt.
+            task: None is the base model.
+            n_prompt: tokens of its prompt.
+            n_cached: those of them that another request had processed.
             waited: seconds since it was made.
         """
         self.requests.labels("" if task is None else task).inc()
-        self.prompt_tokens.inc(n_prompt_tokens)
-        self._prompt_tokens.labels(name).inc(n_prompt_tokens)
+        self.prompt_tokens.inc(n_prompt)
+        self._prompt_tokens.labels(name).inc(n_prompt)
+        self._queries.labels(name).inc(n_prompt)
+        self._hits.labels(name).inc(n_cached)
         self._queued.labels(name).observe(waited)
 
     def token(self, name: str, seconds: float, is_first: bool) -> None:
@@ -112,7 +124,8 @@ class Metrics:
     def forget(self, name: str) -> None:
         """Drop what is counted by the name of a model that is not served any more."""
         for one in (self._prompt_tokens, self._tokens, self._queued, self._first, self._between,
-                    self._whole, self.requests):  # fmt: skip
+                    self._whole, self._queries, self._hits, self.requests, self.loads,
+                    self.evictions):  # fmt: skip
             _drop(one, name)
         for reason in _REASONS:
             _drop(self._ended, name, reason)

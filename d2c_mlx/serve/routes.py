@@ -309,9 +309,10 @@ class _Reply:
         return {"X-D2C-Route": json.dumps(route)} if route else {}
 
     def _usage(self) -> Usage:
-        n = len(self._choices[0].job.prompt)
-        m = sum(one.n_tokens for one in self._choices)
-        return Usage(prompt_tokens=n, completion_tokens=m, total_tokens=n + m)
+        job = self._choices[0].job
+        n, m = len(job.prompt), sum(one.n_tokens for one in self._choices)
+        return Usage(prompt_tokens=n, prompt_tokens_details={"cached_tokens": job.n_cached},
+                     completion_tokens=m, total_tokens=n + m)  # fmt: skip
 
     def _event(self, choices: list[_Choice], with_usage: bool = False) -> Completion:
         usage = {"usage": self._usage()} if with_usage else {}

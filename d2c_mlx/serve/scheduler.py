@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, Queue
 from threading import Condition, Thread
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from d2c_mlx.serve.adapters import Adapters, Entry
 from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.jobs import STARTED, Job, Limits, RunningJob
 from d2c_mlx.serve.metrics import Metrics
+from d2c_mlx.serve.prefixes import Beginning, Prefixes
 from d2c_mlx.utils.device import current_device
 
 __all__ = ["Scheduler"]
@@ -64,6 +66,8 @@ class Scheduler:
         self._inbox: Queue[Job | Callable[[], Any]] = Queue()
         self._waiting: list[_WaitingJob] = []
         self._running: dict[int, RunningJob] = {}
+        self._prefixes = Prefixes(limits.prefix_nbytes)
+        metrics.prefix_nbytes.set_function(lambda: self._prefixes.nbytes)
         self._open, self._changed = 0, Condition()
         self._draining = self._closing = False
         self._thread = Thread(target=self._run, name="d2c-mlx-scheduler", daemon=True)
@@ -130,7 +134,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        self._adapters.attach(self._inbox.put, self._metrics)
+        self._adapters.attach(self._inbox.put, self._metrics, self._prefixes)
         batch = self._new_batch()
         while not self._closing:
             try:
@@ -259,20 +263,23 @@ class Scheduler:
         return False
 
     def _admit(self, batch: BatchGenerator, one: _WaitingJob) -> None:
-        job, entry = one.job, one.entry
+        job, entry, model = one.job, one.entry, self._adapters.model
         slot, own = (0, 1.0) if entry is None else (entry.slot or 0, entry.scale)
         scale = own if job.scale is None else job.scale
-        (uid,) = batch.insert(
-            [list(job.prompt)], max_tokens=[job.max_tokens],
-            caches=[self._adapters.model.cache(slot, scale)], samplers=[job.sampler],
+        begun = self._prefixes.find(entry.load if entry else 0, scale, job.prompt)
+        job.n_cached, end = begun.n_kept, max(begun.n_kept, begun.n_shared)
+        (uid,) = batch.insert_segments(
+            [[job.prompt[job.n_cached : end], job.prompt[end:]]], max_tokens=[job.max_tokens],
+            caches=[model.cache(slot, scale, begun.layers)], samplers=[job.sampler],
+            # Penalties look back into what is there already.
+            all_tokens=[job.prompt[: job.n_cached]],
             logits_processors=[list(job.processors)], stop_sequences=[job.stop_sequences],
         )  # fmt: skip
         if entry:
             self._adapters.begin(entry)
         waited = time.perf_counter() - job.submitted
-        self._metrics.started(job.task, self._name(job), len(job.prompt), waited)
-        tokenizer = self._adapters.model.base.tokenizer
-        self._running[uid] = RunningJob(job, entry, tokenizer.detokenizer)
+        self._metrics.started(self._name(job), job.task, len(job.prompt), job.n_cached, waited)
+        self._running[uid] = RunningJob(job, entry, begun, model.base.tokenizer.detokenizer)
         job.emit(STARTED)
 
     def _step(self, batch: BatchGenerator) -> None:
@@ -280,7 +287,11 @@ class Scheduler:
         running = self._running
         prompts, tokens = batch.next()
         for prompt in prompts:
-            running[prompt.uid].job.emit(prompt.progress)
+            one = running[prompt.uid]
+            one.job.emit(prompt.progress)
+            if prompt.end_of_segment and one.begun.n_shared:
+                self._prefixes.keep(one.begun, partial(_layers, batch, prompt.uid))
+                one.begun = Beginning()
         for token in tokens:
             one = running[token.uid]
             self._metrics.token(self._name(one.job), *one.tick())
@@ -317,3 +328,8 @@ class Scheduler:
             self._changed.notify_all()
         self._metrics.open.set(self._open)
         job.emit(error)
+
+
+def _layers(batch: BatchGenerator, uid: int) -> list[Any]:
+    """Keys and values of a row, without its last entry, which is its adapter."""
+    return batch.extract_cache([uid])[uid][0][:-1]

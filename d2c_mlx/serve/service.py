@@ -228,7 +228,7 @@ class PackService:
 
         check()
         read = partial(read_adapter, path, base.module_shapes, base.config)
-        entry = Entry(path, read, request.pinned)
+        entry = Entry(path, read, request.pinned, name=name)
         factors = self.adapters.read(entry)
         self.scheduler.call(add).result()
 

@@ -120,6 +120,7 @@ class Usage(BaseModel):
     """Tokens of a prompt and its answer."""
 
     prompt_tokens: int
+    prompt_tokens_details: dict[str, int]
     completion_tokens: int
     total_tokens: int
 
