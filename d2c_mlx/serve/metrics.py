@@ -47,7 +47,9 @@ class Metrics:
         most_adapters: number of adapters that memory has room for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, base_name: str) -> None:
+        """Count requests without a task under the base model's name."""
+        self._base_name = base_name
         self._registry = CollectorRegistry()
 
         def counter(name: str, about: str, *labels: str) -> Counter:
@@ -89,18 +91,20 @@ class Metrics:
         # Memory and open files, on Linux.
         ProcessCollector(registry=self._registry)
 
-    def started(
-        self, name: str, task: str | None, n_prompt: int, n_cached: int, waited: float
-    ) -> None:
+    def name(self, task: str | None) -> str:
+        """The name of a task's model; None is the base model."""
+        return self._base_name if task is None else task
+
+    def started(self, task: str | None, n_prompt: int, n_cached: int, waited: float) -> None:
         """Count a request that runs now.
 
         Args:
-            name: of the model.
             task: None is the base model.
             n_prompt: tokens of its prompt.
             n_cached: those of them that another request had processed.
             waited: seconds since it was made.
         """
+        name = self.name(task)
         self.requests.labels("" if task is None else task).inc()
         self.prompt_tokens.inc(n_prompt)
         self._prompt_tokens.labels(name).inc(n_prompt)
@@ -108,18 +112,19 @@ class Metrics:
         self._hits.labels(name).inc(n_cached)
         self._queued.labels(name).observe(waited)
 
-    def token(self, name: str, seconds: float, is_first: bool) -> None:
+    def token(self, task: str | None, seconds: float, is_first: bool) -> None:
         """Count a token, so many seconds after the one before, or after the request was made."""
+        name = self.name(task)
         self.answer_tokens.inc()
         self._tokens.labels(name).inc()
         (self._first if is_first else self._between).labels(name).observe(seconds)
         if is_first:
             self.first_token.observe(seconds)
 
-    def ended(self, name: str, reason: str | None, seconds: float) -> None:
+    def ended(self, task: str | None, reason: str | None, seconds: float) -> None:
         """Count a request that ended so many seconds after it was made; reason None is no end."""
-        self._ended.labels(name, reason or "abort").inc()
-        self._whole.labels(name).observe(seconds)
+        self._ended.labels(self.name(task), reason or "abort").inc()
+        self._whole.labels(self.name(task)).observe(seconds)
 
     def forget(self, name: str) -> None:
         """Drop what is counted by the name of a model that is not served any more."""

@@ -58,7 +58,7 @@ def application(service: PackService, access: Access) -> ASGIApp:
 
 async def _page(_request: HttpRequest) -> Response:
     """The chat page: its browser runs no other script, and loads nothing from elsewhere."""
-    page = (Path(__file__).parent / "chat.html").read_bytes()
+    page = (Path(__file__).parent / "static/chat.html").read_bytes()
     own = {}
     for kind in (b"style", b"script"):
         (inline,) = re.findall(b"<%s>(.*?)</%s>" % (kind, kind), page, re.DOTALL)
@@ -319,7 +319,7 @@ class _Reply:
         taken = [one.take(self._request, self._service.encoder) for one in choices]
         return Completion(
             id=self._id, object=self._kind, created=self._created, choices=taken,
-            model=self._service.name_of(self._choices[0].job.task),
+            model=self._service.metrics.name(self._choices[0].job.task),
             system_fingerprint="d2c-mlx", **usage,
         )  # fmt: skip
 
@@ -329,7 +329,7 @@ class _Reply:
                                  "stream": self._request.stream}  # fmt: skip
         if self._choices:
             usage = self._usage()
-            facts["task"] = self._service.name_of(self._choices[0].job.task)
+            facts["task"] = self._service.metrics.name(self._choices[0].job.task)
             facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens}
             facts["finish_reasons"] = [one.answer.finish_reason for one in self._choices]
         return facts

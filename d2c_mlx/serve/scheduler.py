@@ -50,18 +50,15 @@ class _WaitingJob:
 class Scheduler:
     """Runs jobs of all tasks in one batch, on a thread of its own."""
 
-    def __init__(
-        self, adapters: Adapters, metrics: Metrics, base_name: str, limits: Limits
-    ) -> None:
+    def __init__(self, adapters: Adapters, metrics: Metrics, limits: Limits) -> None:
         """Start the thread.
 
         Args:
             adapters: on their base; used by the thread alone from now on.
             metrics: counts what happens.
-            base_name: of the base model, in metrics.
             limits: how many jobs may run and wait.
         """
-        self._adapters, self._metrics, self._base_name = adapters, metrics, base_name
+        self._adapters, self._metrics = adapters, metrics
         self._batch, self._max_open = limits.batch, limits.batch + limits.queue
         self._inbox: Queue[Job | Callable[[], Any]] = Queue()
         self._waiting: list[_WaitingJob] = []
@@ -236,14 +233,11 @@ class Scheduler:
         if changed:
             self._tell()
 
-    def _name(self, job: Job) -> str:
-        return self._base_name if job.task is None else job.task
-
     def _tell(self) -> None:
         """Say who runs and who waits, for `/metrics`."""
         metrics, adapters = self._metrics, self._adapters
-        metrics.running = tuple(self._name(one.job) for one in self._running.values())
-        metrics.waiting = tuple(self._name(one.job) for one in self._waiting)
+        metrics.running = tuple(metrics.name(one.job.task) for one in self._running.values())
+        metrics.waiting = tuple(metrics.name(one.job.task) for one in self._waiting)
         metrics.most_adapters = min(adapters.most_in_memory(), len(adapters.names))
 
     def _is_ready(self, one: _WaitingJob) -> bool:
@@ -278,7 +272,7 @@ class Scheduler:
         if entry:
             self._adapters.begin(entry)
         waited = time.perf_counter() - job.submitted
-        self._metrics.started(self._name(job), job.task, len(job.prompt), job.n_cached, waited)
+        self._metrics.started(job.task, len(job.prompt), job.n_cached, waited)
         self._running[uid] = RunningJob(job, entry, begun, model.base.tokenizer.detokenizer)
         job.emit(STARTED)
 
@@ -294,14 +288,14 @@ class Scheduler:
                 one.begun = Beginning()
         for token in tokens:
             one = running[token.uid]
-            self._metrics.token(self._name(one.job), *one.tick())
+            self._metrics.token(one.job.task, *one.tick())
             one.job.emit(one.add(token))
         over = [uid for uid, one in running.items() if one.finish_reason or one.job.cancelled]
         batch.remove(over)
         for uid in over:
             one = running.pop(uid)
             seconds = time.perf_counter() - one.job.submitted
-            self._metrics.ended(self._name(one.job), one.finish_reason, seconds)
+            self._metrics.ended(one.job.task, one.finish_reason, seconds)
             self._end(one.job, one.entry, ran=True)
         if over:
             self._tell()

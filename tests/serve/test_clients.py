@@ -155,7 +155,7 @@ WEBUI = [
      "presence_penalty": 0.0, "seed": 7, "stop": ["###"], "logit_bias": {"5": -1},
      "response_format": {"type": "text"}, "num_ctx": 2048, "num_keep": 24, "num_gpu": 1,
      "keep_alive": "5m", "use_mmap": True, "user": {"name": "x", "id": "1"}},
-    {**CHAT, "stream": False, "max_completion_tokens": 1000, "chat_id": "1", "session_id": "2",
+    {**CHAT, "stream": False, "max_completion_tokens": 100, "chat_id": "1", "session_id": "2",
      "stop": ["e"]},
     {**CHAT, "stream": True, "tools": [], "tool_choice": None, "metadata": {"task": "title"},
      "max_tokens": 5},
