@@ -33,7 +33,8 @@ from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
 TOKEN, TOKENS = "stress", 4
-PROMPTS = ("the quick brown fox", "Write this number in German words: 896", "x", "Who is it?")
+_SHARED = "Write the number in German words. 7: sieben. 12: zwölf. 30: dreißig. 41: "
+PROMPTS = ("the quick brown fox", "x", "Who is it?", _SHARED, _SHARED + "einundvierzig. 896:")
 GARBAGE = (
     b"\x00\x01\x02\r\n\r\n", b"POST / HTTP/1.1\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",

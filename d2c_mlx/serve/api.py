@@ -26,7 +26,6 @@ __all__ = [
     "ScalesRequest",
     "TextRequest",
     "LoadRequest",
-    "UnloadRequest",
     "field_error",
     "read_fields",
     "read_object",
@@ -260,7 +259,7 @@ class Request(BaseModel):
 
 
 class LoadRequest(BaseModel):
-    """A request to `/v1/load_lora_adapter`, as vLLM has it; `pinned` is SGLang's."""
+    """A request to load an adapter or unload it, as vLLM has it; `pinned` is SGLang's."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -274,14 +273,6 @@ class ScalesRequest(BaseModel):
     """A request to `/lora-adapters`, as llama.cpp has it: id of an adapter -> its scale."""
 
     scales: Annotated[dict[int, float], PlainValidator(_scales)]
-
-
-class UnloadRequest(BaseModel):
-    """A request to `/v1/unload_lora_adapter`, as vLLM has it."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    lora_name: str = ""
 
 
 class ChatRequest(Request):

@@ -145,7 +145,7 @@ async def _load(service: PackService, request: HttpRequest) -> Response:
 
 async def _unload(service: PackService, request: HttpRequest) -> Response:
     body = api.read_object(await read_body(request, service))
-    name = api.read_fields(api.UnloadRequest, body).lora_name
+    name = api.read_fields(api.LoadRequest, body).lora_name
     left = await asyncio.wrap_future(service.unload_adapter(name))
     await asyncio.wrap_future(left)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -330,7 +330,8 @@ class _Reply:
         if self._choices:
             usage = self._usage()
             facts["task"] = self._service.metrics.name(self._choices[0].job.task)
-            facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens}
+            facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens,
+                      **usage.prompt_tokens_details}  # fmt: skip
             facts["finish_reasons"] = [one.answer.finish_reason for one in self._choices]
         return facts
 

@@ -46,6 +46,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(
             idle(server)
             grown, before = mx.get_active_memory() - before, mx.get_active_memory()
         assert grown < 2e6 and evictions(server)
+        assert any(n for key, n in counted(server).items() if "prefix_cache_hits_total" in key)
         assert not [name for name in found.names if name.startswith("own-")]
         assert all(not one.users and not one.rows for one in found.names.values())
         assert not any("own-" in key for key in counted(server))
