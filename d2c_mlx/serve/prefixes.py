@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
 
 __all__ = ["Beginning", "Prefixes"]
 
 # Beginnings end at multiples of so many tokens, as those of vLLM.
 _BLOCK = 16
-# Beginnings whose hash is remembered, to find those that come again.
-_MOST_SEEN = 1 << 16
+# Hashes of beginnings that are remembered, to find those that come again: some megabytes.
+_MOST_SEEN = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ class Prefixes:
             return Beginning(n_kept * _BLOCK, layers)
         return Beginning(n_kept * _BLOCK, layers, n_seen * _BLOCK, names[n_seen - 1], load)
 
-    def keep(self, one: Beginning, extract: Callable[[], Sequence[Any]]) -> None:
-        """Keep what `extract` gives for the shared tokens of a beginning, if it is new and fits."""
+    def keep(self, one: Beginning, batch: BatchGenerator, uid: int) -> None:
+        """Keep what a row has, the shared tokens of a beginning, if it is new and fits."""
         if one.name in self._kept:
             return
-        layers = extract()
+        # The last entry is the row's adapter.
+        layers = batch.extract_cache([uid])[uid][0][:-1]
         mx.eval([layer.state for layer in layers])
         nbytes = sum(layer.nbytes for layer in layers)
         if nbytes > self._memory:

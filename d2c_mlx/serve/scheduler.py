@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from queue import Empty, Queue
 from threading import Condition, Thread
 from typing import Any, TypeVar
@@ -284,7 +283,7 @@ class Scheduler:
             one = running[prompt.uid]
             one.job.emit(prompt.progress)
             if prompt.end_of_segment and one.begun.n_shared:
-                self._prefixes.keep(one.begun, partial(_layers, batch, prompt.uid))
+                self._prefixes.keep(one.begun, batch, prompt.uid)
                 one.begun = Beginning()
         for token in tokens:
             one = running[token.uid]
@@ -322,8 +321,3 @@ class Scheduler:
             self._changed.notify_all()
         self._metrics.open.set(self._open)
         job.emit(error)
-
-
-def _layers(batch: BatchGenerator, uid: int) -> list[Any]:
-    """Keys and values of a row, without its last entry, which is its adapter."""
-    return batch.extract_cache([uid])[uid][0][:-1]

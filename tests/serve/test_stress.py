@@ -31,7 +31,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(
                for name, one in adapters.items()}  # fmt: skip
     # Else an adapter that is mixed up might not show.
     assert len({str(one) for one in answers.values()}) == len(answers)
-    found = Adapters(BaseModel(str(model_path)), pack, 60_000)
+    found = Adapters(BaseModel(str(model_path)), pack, 100_000)
     limits = Limits(batch=4, queue=8, seconds=2)
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "changes": True, "directory": tmp_path, "limits": limits}
