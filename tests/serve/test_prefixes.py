@@ -5,6 +5,8 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
 from helpers.adapters import ABOUT, ADAPTERS, Q, adapter_of
 from helpers.served import client, counted, prompt_of, serving, text
 from helpers.tiny import tiny_model
@@ -133,6 +135,14 @@ def test_what_was_used_longest_ago_gives_way(pack, mixed, n_shared):
         kept = [ask(server, "wide", f"{SHARED} {tail}")[2] for tail in (*TAILS, "x")]
         assert kept[:3] == [0] * 3 and 0 < kept[3] <= n_shared / 2
         assert 0 < counted(server)["d2c_mlx_prefix_bytes"] <= each / 2
+
+
+@one_kind
+@pytest.mark.parametrize("option", ["--prefix-memory", "--adapter-memory"])
+def test_what_is_no_size_is_refused(pack, option):
+    refused = CliRunner().invoke(cli, ["serve", str(pack.path), option, "5%"])
+    words = f"{option}: found '5%', expected a size such as 500MB"
+    assert refused.exit_code == 2 and words in refused.output
 
 
 @pytest.mark.parametrize(("kind", "config"), [
