@@ -103,7 +103,7 @@ LOCKED := $(UV) --require-hashes -r
 # so that none is forgotten and none comes along.
 DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
   d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja d2c_mlx/report/report.js \
-  d2c_mlx/report/report.md.jinja d2c_mlx/serve/chat.html
+  d2c_mlx/report/report.md.jinja d2c_mlx/serve/static/chat.html
 
 check-dist: .venv/tools
 	rm -rf dist build
@@ -153,7 +153,8 @@ check-lowest check-newest: .venv/tools
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
   merge/test_merge merge/test_refine models/test_gguf serve/test_serving serve/test_mixed \
-  serve/test_serve serve/test_serve_bad serve/test_changes serve/test_clients report/test_report cluster/test_cluster))
+  serve/test_serve serve/test_serve_bad serve/test_changes serve/test_clients \
+  serve/test_prefixes report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python requirements/tools.txt
 	$(PYTHON) -m venv .venv-tools

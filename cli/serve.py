@@ -39,6 +39,8 @@ if TYPE_CHECKING:
               " wait; more are refused with 503")  # fmt: skip
 @click.option("--adapter-memory", metavar="SIZE", help="most memory of adapters, such as 500MB;"
               " those used longest ago give way  [default: all of the pack stay]")  # fmt: skip
+@click.option("--prefix-memory", metavar="SIZE", default="500MB", show_default=True, help="most"
+              " memory of beginnings that prompts of a task share; 0 keeps none")  # fmt: skip
 @click.option(
     "--adapter-dir",
     "directory",
@@ -64,6 +66,7 @@ def serve(
     batch: int,
     queue: int,
     adapter_memory: str | None,
+    prefix_memory: str,
     directory: Path | None,
     allow_changes: bool,
     max_tokens: int,
@@ -94,7 +97,8 @@ def serve(
         raise click.UsageError("--allow-changes lets clients change what others get; give --token")
     if directory and not directory.is_dir():
         raise click.UsageError(f"--adapter-dir: {directory} is no directory")
-    memory = _bytes(adapter_memory)
+    memory = _bytes("--adapter-memory", adapter_memory) if adapter_memory else None
+    kept = 0 if prefix_memory == "0" else _bytes("--prefix-memory", prefix_memory)
     from d2c_mlx.utils.environment import require_extra
 
     require_extra("serve", "serve")
@@ -113,18 +117,17 @@ def serve(
     if host in ("0.0.0.0", "::"):
         known += ("*",)
     access = Access(token or None, origins, known, not no_ui, allow_changes)
-    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens)
+    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens, prefix_nbytes=kept)
     _log_to(log_file)
     _run(PackService(found, adapters, load_router(found), limits, directory), host, port, access)
 
 
-def _bytes(size: str | None) -> int | None:
-    """Bytes of --adapter-memory."""
+def _bytes(option: str, size: str) -> int:
     from d2c_mlx.compress.budget import bytes_of
 
-    nbytes = bytes_of(size) if size else None
-    if size and not nbytes:
-        raise click.UsageError(f"--adapter-memory: found {size!r}, expected a size such as 500MB")
+    nbytes = bytes_of(size)
+    if not nbytes:
+        raise click.UsageError(f"{option}: found {size!r}, expected a size such as 500MB")
     return nbytes
 
 

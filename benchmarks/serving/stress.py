@@ -33,7 +33,8 @@ from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
 TOKEN, TOKENS = "stress", 4
-PROMPTS = ("the quick brown fox", "Write this number in German words: 896", "x", "Who is it?")
+_SHARED = "Write the number in German words. 7: sieben. 12: zwölf. 30: dreißig. 41: "
+PROMPTS = ("the quick brown fox", "x", "Who is it?", _SHARED, _SHARED + "einundvierzig. 896:")
 GARBAGE = (
     b"\x00\x01\x02\r\n\r\n", b"POST / HTTP/1.1\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
@@ -144,8 +145,12 @@ def state(stress):
         time.sleep(0.2)
     # A refused connection lingers for a second.
     time.sleep(2)
-    lines = [line.split(" ") for line in stress.send(line).decode().splitlines()]
-    return {one[0]: int(float(one[1])) for one in lines if one[0] in names}
+    found: Counter[str] = Counter()
+    for row in stress.send(line).decode().splitlines():
+        key, _, value = row.rpartition(" ")
+        if key.partition("{")[0] in names:
+            found[key.partition("{")[0]] += int(float(value))
+    return dict(found)
 
 
 def answers_of(base, adapters):

@@ -26,12 +26,13 @@ from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import Factors, MixedModel
+from d2c_mlx.serve.prefixes import Prefixes
 from d2c_mlx.utils.errors import InputError
 
 __all__ = ["Adapters", "Entry"]
 
 _log = logging.getLogger(__name__)
-_ids = itertools.count()
+_ids, _loads = itertools.count(), itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -43,8 +44,10 @@ class Entry:
         read: reads it; None if the base serves its tasks as it is.
         pinned: it stays in memory.
         scale: factor of its update, where a request names none.
+        name: under which it is counted.
         id: unlike that of any other.
         slot: in `MixedModel` while it is in memory; 0 is the base.
+        load: number of the load that put it there, unlike any other; 0 is the base.
         users: requests that wait for it or run with it.
         rows: requests that run with it.
         used: when a request last began with it, in begun requests.
@@ -56,8 +59,10 @@ class Entry:
     read: Callable[[], Adapter | None]
     pinned: bool = False
     scale: float = 1.0
+    name: str = ""
     id: int = field(default_factory=lambda: next(_ids))
     slot: int | None = None
+    load: int = 0
     users: int = 0
     rows: int = 0
     used: int = 0
@@ -75,6 +80,7 @@ class Adapters:
         names: name in a request -> entry. It is replaced, never changed: any thread may read it.
         memory: most bytes of adapters in memory; None is no limit. One always fits.
         metrics: counts loads and evictions, and forgets names; None before `attach`.
+        prefixes: what adapters in memory made of prompts; None before `attach`.
     """
 
     def __init__(self, base: BaseModel, pack: Pack, memory: int | None = None) -> None:
@@ -94,6 +100,7 @@ class Adapters:
         # Slot -> who has it, those included that are no longer served and still in use.
         self._loaded: dict[int, Entry] = {}
         self.metrics: Metrics | None = None
+        self.prefixes: Prefixes | None = None
         self._clock = itertools.count(1)
         self._loader: ThreadPoolExecutor | None = None
         self._starting = Lock()
@@ -112,7 +119,7 @@ class Adapters:
         bare = Entry(pack.path, lambda: None, slot=0)
         shared = {
             key: Entry(pack.path / str(key) if pack.storage != "compact" else pack.path,
-                       partial(pack.load, tasks[0]))
+                       partial(pack.load, tasks[0]), name=tasks[0])
             for key, tasks in pack.adapters.items()
         }  # fmt: skip
         return {task: bare if key is None else shared[key] for task, key in pack.tasks.items()}
@@ -129,11 +136,14 @@ class Adapters:
         check_adapter(adapter, self.model.base.module_shapes, entry.path)
         return self.model.factors(adapter)
 
-    def attach(self, post: Callable[[Callable[[], None]], None], metrics: Metrics) -> None:
+    def attach(
+        self, post: Callable[[Callable[[], None]], None], metrics: Metrics, prefixes: Prefixes
+    ) -> None:
         """Begin: `post` has a function called on the scheduler's thread."""
         self._post, self._incoming, self._factors = post, None, None
-        self.metrics = metrics
-        metrics.loads.inc(len(self._loaded))
+        self.metrics, self.prefixes = metrics, prefixes
+        for entry in self._loaded.values():
+            metrics.loads.labels(entry.name).inc()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Have the loader's thread call a function, after all others. On any thread."""
@@ -265,19 +275,25 @@ class Adapters:
     def _has(self, entry: Entry, slot: int) -> None:
         entry.slot = slot
         if slot:
-            self._loaded[slot] = entry
-            if self.metrics:
-                self.metrics.loads.inc()
+            # The file may have changed since it was read before.
+            self._loaded[slot], entry.load = entry, next(_loads)
+            if self.metrics and not entry.gone:
+                self.metrics.loads.labels(entry.name).inc()
 
     def _free(self, entry: Entry) -> None:
         if entry.slot:
             self.model.free(entry.slot)
             del self._loaded[entry.slot]
+            if self.prefixes:
+                self.prefixes.drop(entry.load)
         entry.slot = None
 
     def _leave(self, entry: Entry) -> None:
         if entry.gone and not entry.users and not entry.gone.done():
             self._free(entry)
+            if self.metrics and entry.name not in self.names:
+                # Its last requests were counted after it was unloaded.
+                self.metrics.forget(entry.name)
             entry.gone.set_result(None)
 
     def _make_room(self, most: int) -> bool:
@@ -290,9 +306,10 @@ class Adapters:
             idle = [one for one in wide or self._loaded.values() if not (one.rows or one.pinned)]
             if not idle:
                 return False
-            self._free(min(idle, key=lambda one: one.used))
-            if self.metrics:
-                self.metrics.evictions.inc()
+            last = min(idle, key=lambda one: one.used)
+            self._free(last)
+            if self.metrics and not last.gone:
+                self.metrics.evictions.labels(last.name).inc()
 
     def _was_read(self, entry: Entry, done: Future[Factors]) -> None:
         if self._incoming is not entry:

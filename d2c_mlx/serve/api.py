@@ -26,7 +26,6 @@ __all__ = [
     "ScalesRequest",
     "TextRequest",
     "LoadRequest",
-    "UnloadRequest",
     "field_error",
     "read_fields",
     "read_object",
@@ -44,6 +43,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "prediction": (), "role_mapping": (),
     "parallel_tool_calls": (True,), "reasoning_effort": (), "ignore_eos": (False,),
     "min_tokens": (0,), "num_draft_tokens": (0,), "continue_final_message": (False,),
+    # Ollama's, which Open WebUI's settings have beside OpenAI's.
+    "repeat_penalty": (1, 1.0), "mirostat": (0,), "tfs_z": (1, 1.0), "typical_p": (1, 1.0),
+    "num_predict": (), "format": ("",), "think": (),
 }  # fmt: skip
 # Most that is added to a logit: float16 holds it, and no logit comes near.
 _MAX_BIAS = 10_000
@@ -257,7 +259,7 @@ class Request(BaseModel):
 
 
 class LoadRequest(BaseModel):
-    """A request to `/v1/load_lora_adapter`, as vLLM has it; `pinned` is SGLang's."""
+    """A request to load an adapter or unload it, as vLLM has it; `pinned` is SGLang's."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -271,14 +273,6 @@ class ScalesRequest(BaseModel):
     """A request to `/lora-adapters`, as llama.cpp has it: id of an adapter -> its scale."""
 
     scales: Annotated[dict[int, float], PlainValidator(_scales)]
-
-
-class UnloadRequest(BaseModel):
-    """A request to `/v1/unload_lora_adapter`, as vLLM has it."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    lora_name: str = ""
 
 
 class ChatRequest(Request):
@@ -313,7 +307,8 @@ def read_request(raw: bytes, chat: bool, vocabulary: int = 1 << 31) -> ChatReque
     body = read_object(raw)
     for name, harmless in _UNSUPPORTED.items():
         if name in body and not any(_same(body[name], one) for one in harmless):
-            raise RequestError(400, f"{name}: not supported; leave it out", name)
+            raise RequestError(400, f"{name}: not supported; leave it out (in a chat program, clear"
+                                    " that setting)", name)  # fmt: skip
     if not chat:
         return read_fields(TextRequest, body, vocabulary=vocabulary)
     found = read_fields(ChatRequest, body, vocabulary=vocabulary)

@@ -22,6 +22,7 @@ from mlx_lm.sample_utils import (
 
 from d2c_mlx.serve.adapters import Entry
 from d2c_mlx.serve.api import Request, RequestError
+from d2c_mlx.serve.prefixes import Beginning
 from d2c_mlx.serve.router import Router
 
 __all__ = [
@@ -160,6 +161,7 @@ class Limits:
         seconds: in which a whole request must come, and a client take a part of its answer.
         drain_seconds: in which requests that run may end when the server stops.
         spare: connections beside those whose requests run or wait.
+        prefix_nbytes: bytes of keys and values of beginnings that prompts share; 0 keeps none.
     """
 
     batch: int = 16
@@ -169,6 +171,7 @@ class Limits:
     seconds: float = 30.0
     drain_seconds: float = 10.0
     spare: int = 64
+    prefix_nbytes: int = 500_000_000
 
 
 def fit_answer(limits: Limits, context: int | None, n_prompt: int, asked: int | None) -> int:
@@ -240,6 +243,7 @@ class Job:
         n_top: number of likeliest tokens to tell with each.
         route: what the router found: the `nearest` task, its `similarity`, and the `threshold`
             below which the base model answers; None if it was not asked.
+        n_cached: tokens of the prompt that another had processed, once the job runs.
         cancelled: set it when the client waits no more; the scheduler then drops the job.
         submitted: when the job was made, by `time.perf_counter`.
     """
@@ -258,6 +262,7 @@ class Job:
     scale: float | None = None
     n_top: int = 0
     route: dict[str, Any] | None = None
+    n_cached: int = 0
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -269,9 +274,11 @@ class RunningJob:
     of the word alone.
     """
 
-    def __init__(self, job: Job, entry: Entry | None, detokenizer: Any) -> None:  # noqa: ANN401
-        """Begin; `entry` is the job's adapter, None for the base model."""
-        self.job, self.entry, self.n_tokens = job, entry, 0
+    def __init__(
+        self, job: Job, entry: Entry | None, begun: Beginning, detokenizer: Any  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        """Begin; `entry` is the job's adapter, None for the base model, `begun` its beginning."""
+        self.job, self.entry, self.begun, self.n_tokens = job, entry, begun, 0
         self.finish_reason: str | None = None
         self._ticked = job.submitted
         self._detokenizer = detokenizer

@@ -39,14 +39,17 @@ class Metrics:
         disconnected: clients that left before their answer ended.
         open: requests that run or wait.
         first_token: seconds from a request to its first token.
-        loads: adapters put into memory.
-        evictions: adapters that had to leave it for others.
+        loads: adapters put into memory, by name.
+        evictions: adapters that had to leave it for others, by name.
+        prefix_nbytes: bytes of keys and values of beginnings that prompts share.
         running: name of the model of every request that runs, as it is now.
         waiting: name of the model of every request that waits.
         most_adapters: number of adapters that memory has room for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, base_name: str) -> None:
+        """Count requests without a task under the base model's name."""
+        self._base_name = base_name
         self._registry = CollectorRegistry()
 
         def counter(name: str, about: str, *labels: str) -> Counter:
@@ -61,13 +64,19 @@ class Metrics:
         self.prompt_tokens = counter("d2c_mlx_prompt_tokens", "tokens of prompts")
         self.answer_tokens = counter("d2c_mlx_answer_tokens", "tokens generated")
         self.disconnected = counter("d2c_mlx_vanished", "clients that left before the end")
-        self.loads = counter("d2c_mlx_adapter_loads", "adapters put into memory")
-        self.evictions = counter("d2c_mlx_adapter_evictions", "adapters that left it for others")
+        self.loads = counter("d2c_mlx_adapter_loads", "adapters put into memory", "adapter")
+        self.evictions = counter(
+            "d2c_mlx_adapter_evictions", "adapters that left it for others", "adapter"
+        )
+        self.prefix_nbytes = Gauge("d2c_mlx_prefix_bytes", "of beginnings that prompts share",
+                                   registry=self._registry)  # fmt: skip
         self.open = Gauge("d2c_mlx_open", "requests that run or wait", registry=self._registry)
         self.first_token = seconds("d2c_mlx_first_token_seconds", "from request to first token")
         model = "model_name"
         self._prompt_tokens = counter("vllm:prompt_tokens", "tokens of prompts", model)
         self._tokens = counter("vllm:generation_tokens", "tokens generated", model)
+        self._queries = counter("vllm:prefix_cache_queries", "tokens looked up", model)
+        self._hits = counter("vllm:prefix_cache_hits", "tokens found there", model)
         self._ended = counter(
             "vllm:request_success", "requests that ended", model, "finished_reason"
         )
@@ -82,37 +91,46 @@ class Metrics:
         # Memory and open files, on Linux.
         ProcessCollector(registry=self._registry)
 
-    def started(self, task: str | None, name: str, n_prompt_tokens: int, waited: float) -> None:
+    def name(self, task: str | None) -> str:
+        """The name of a task's model; None is the base model."""
+        return self._base_name if task is None else task
+
+    def started(self, task: str | None, n_prompt: int, n_cached: int, waited: float) -> None:
         """Count a request that runs now.
 
         Args:
             task: None is the base model.
-            name: of the model.
-            n_prompt_tokens: tokens of its prompt.
+            n_prompt: tokens of its prompt.
+            n_cached: those of them that another request had processed.
             waited: seconds since it was made.
         """
+        name = self.name(task)
         self.requests.labels("" if task is None else task).inc()
-        self.prompt_tokens.inc(n_prompt_tokens)
-        self._prompt_tokens.labels(name).inc(n_prompt_tokens)
+        self.prompt_tokens.inc(n_prompt)
+        self._prompt_tokens.labels(name).inc(n_prompt)
+        self._queries.labels(name).inc(n_prompt)
+        self._hits.labels(name).inc(n_cached)
         self._queued.labels(name).observe(waited)
 
-    def token(self, name: str, seconds: float, is_first: bool) -> None:
+    def token(self, task: str | None, seconds: float, is_first: bool) -> None:
         """Count a token, so many seconds after the one before, or after the request was made."""
+        name = self.name(task)
         self.answer_tokens.inc()
         self._tokens.labels(name).inc()
         (self._first if is_first else self._between).labels(name).observe(seconds)
         if is_first:
             self.first_token.observe(seconds)
 
-    def ended(self, name: str, reason: str | None, seconds: float) -> None:
+    def ended(self, task: str | None, reason: str | None, seconds: float) -> None:
         """Count a request that ended so many seconds after it was made; reason None is no end."""
-        self._ended.labels(name, reason or "abort").inc()
-        self._whole.labels(name).observe(seconds)
+        self._ended.labels(self.name(task), reason or "abort").inc()
+        self._whole.labels(self.name(task)).observe(seconds)
 
     def forget(self, name: str) -> None:
         """Drop what is counted by the name of a model that is not served any more."""
         for one in (self._prompt_tokens, self._tokens, self._queued, self._first, self._between,
-                    self._whole, self.requests):  # fmt: skip
+                    self._whole, self._queries, self._hits, self.requests, self.loads,
+                    self.evictions):  # fmt: skip
             _drop(one, name)
         for reason in _REASONS:
             _drop(self._ended, name, reason)

@@ -186,9 +186,12 @@ class MixedModel:
         """Bytes of all slots."""
         return sum(x.nbytes for module in self._modules.values() for x in (module.a, module.b))
 
-    def cache(self, slot: int, scale: float = 1.0) -> list[Any]:
-        """An empty prompt cache for one sequence: the adapter's slot, a factor of its update."""
-        return [*make_prompt_cache(self.base.model), RowAdapters([(slot, scale)])]
+    def cache(self, slot: int, scale: float = 1.0, layers: Sequence[Any] = ()) -> list[Any]:
+        """A prompt cache for one sequence: the adapter's slot, a factor of its update.
+
+        It has what `layers` has, which this adapter made at this scale; else it is empty.
+        """
+        return [*(layers or make_prompt_cache(self.base.model)), RowAdapters([(slot, scale)])]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits `(rows, length, vocabulary)` of token ids `(rows, length)`."""

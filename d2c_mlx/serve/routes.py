@@ -58,7 +58,7 @@ def application(service: PackService, access: Access) -> ASGIApp:
 
 async def _page(_request: HttpRequest) -> Response:
     """The chat page: its browser runs no other script, and loads nothing from elsewhere."""
-    page = (Path(__file__).parent / "chat.html").read_bytes()
+    page = (Path(__file__).parent / "static/chat.html").read_bytes()
     own = {}
     for kind in (b"style", b"script"):
         (inline,) = re.findall(b"<%s>(.*?)</%s>" % (kind, kind), page, re.DOTALL)
@@ -145,7 +145,7 @@ async def _load(service: PackService, request: HttpRequest) -> Response:
 
 async def _unload(service: PackService, request: HttpRequest) -> Response:
     body = api.read_object(await read_body(request, service))
-    name = api.read_fields(api.UnloadRequest, body).lora_name
+    name = api.read_fields(api.LoadRequest, body).lora_name
     left = await asyncio.wrap_future(service.unload_adapter(name))
     await asyncio.wrap_future(left)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -309,16 +309,17 @@ class _Reply:
         return {"X-D2C-Route": json.dumps(route)} if route else {}
 
     def _usage(self) -> Usage:
-        n = len(self._choices[0].job.prompt)
-        m = sum(one.n_tokens for one in self._choices)
-        return Usage(prompt_tokens=n, completion_tokens=m, total_tokens=n + m)
+        job = self._choices[0].job
+        n, m = len(job.prompt), sum(one.n_tokens for one in self._choices)
+        return Usage(prompt_tokens=n, prompt_tokens_details={"cached_tokens": job.n_cached},
+                     completion_tokens=m, total_tokens=n + m)  # fmt: skip
 
     def _event(self, choices: list[_Choice], with_usage: bool = False) -> Completion:
         usage = {"usage": self._usage()} if with_usage else {}
         taken = [one.take(self._request, self._service.encoder) for one in choices]
         return Completion(
             id=self._id, object=self._kind, created=self._created, choices=taken,
-            model=self._service.name_of(self._choices[0].job.task),
+            model=self._service.metrics.name(self._choices[0].job.task),
             system_fingerprint="d2c-mlx", **usage,
         )  # fmt: skip
 
@@ -328,8 +329,9 @@ class _Reply:
                                  "stream": self._request.stream}  # fmt: skip
         if self._choices:
             usage = self._usage()
-            facts["task"] = self._service.name_of(self._choices[0].job.task)
-            facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens}
+            facts["task"] = self._service.metrics.name(self._choices[0].job.task)
+            facts |= {"prompt_tokens": usage.prompt_tokens, "tokens": usage.completion_tokens,
+                      **usage.prompt_tokens_details}  # fmt: skip
             facts["finish_reasons"] = [one.answer.finish_reason for one in self._choices]
         return facts
 

@@ -22,6 +22,7 @@ from d2c_mlx.serve.adapters import Adapters, Entry
 from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.jobs import STARTED, Job, Limits, RunningJob
 from d2c_mlx.serve.metrics import Metrics
+from d2c_mlx.serve.prefixes import Beginning, Prefixes
 from d2c_mlx.utils.device import current_device
 
 __all__ = ["Scheduler"]
@@ -48,22 +49,21 @@ class _WaitingJob:
 class Scheduler:
     """Runs jobs of all tasks in one batch, on a thread of its own."""
 
-    def __init__(
-        self, adapters: Adapters, metrics: Metrics, base_name: str, limits: Limits
-    ) -> None:
+    def __init__(self, adapters: Adapters, metrics: Metrics, limits: Limits) -> None:
         """Start the thread.
 
         Args:
             adapters: on their base; used by the thread alone from now on.
             metrics: counts what happens.
-            base_name: of the base model, in metrics.
             limits: how many jobs may run and wait.
         """
-        self._adapters, self._metrics, self._base_name = adapters, metrics, base_name
+        self._adapters, self._metrics = adapters, metrics
         self._batch, self._max_open = limits.batch, limits.batch + limits.queue
         self._inbox: Queue[Job | Callable[[], Any]] = Queue()
         self._waiting: list[_WaitingJob] = []
         self._running: dict[int, RunningJob] = {}
+        self._prefixes = Prefixes(limits.prefix_nbytes)
+        metrics.prefix_nbytes.set_function(lambda: self._prefixes.nbytes)
         self._open, self._changed = 0, Condition()
         self._draining = self._closing = False
         self._thread = Thread(target=self._run, name="d2c-mlx-scheduler", daemon=True)
@@ -130,7 +130,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        self._adapters.attach(self._inbox.put, self._metrics)
+        self._adapters.attach(self._inbox.put, self._metrics, self._prefixes)
         batch = self._new_batch()
         while not self._closing:
             try:
@@ -232,14 +232,11 @@ class Scheduler:
         if changed:
             self._tell()
 
-    def _name(self, job: Job) -> str:
-        return self._base_name if job.task is None else job.task
-
     def _tell(self) -> None:
         """Say who runs and who waits, for `/metrics`."""
         metrics, adapters = self._metrics, self._adapters
-        metrics.running = tuple(self._name(one.job) for one in self._running.values())
-        metrics.waiting = tuple(self._name(one.job) for one in self._waiting)
+        metrics.running = tuple(metrics.name(one.job.task) for one in self._running.values())
+        metrics.waiting = tuple(metrics.name(one.job.task) for one in self._waiting)
         metrics.most_adapters = min(adapters.most_in_memory(), len(adapters.names))
 
     def _is_ready(self, one: _WaitingJob) -> bool:
@@ -259,20 +256,23 @@ class Scheduler:
         return False
 
     def _admit(self, batch: BatchGenerator, one: _WaitingJob) -> None:
-        job, entry = one.job, one.entry
+        job, entry, model = one.job, one.entry, self._adapters.model
         slot, own = (0, 1.0) if entry is None else (entry.slot or 0, entry.scale)
         scale = own if job.scale is None else job.scale
-        (uid,) = batch.insert(
-            [list(job.prompt)], max_tokens=[job.max_tokens],
-            caches=[self._adapters.model.cache(slot, scale)], samplers=[job.sampler],
+        begun = self._prefixes.find(entry.load if entry else 0, scale, job.prompt)
+        job.n_cached, end = begun.n_kept, max(begun.n_kept, begun.n_shared)
+        (uid,) = batch.insert_segments(
+            [[job.prompt[job.n_cached : end], job.prompt[end:]]], max_tokens=[job.max_tokens],
+            caches=[model.cache(slot, scale, begun.layers)], samplers=[job.sampler],
+            # Penalties look back into what is there already.
+            all_tokens=[job.prompt[: job.n_cached]],
             logits_processors=[list(job.processors)], stop_sequences=[job.stop_sequences],
         )  # fmt: skip
         if entry:
             self._adapters.begin(entry)
         waited = time.perf_counter() - job.submitted
-        self._metrics.started(job.task, self._name(job), len(job.prompt), waited)
-        tokenizer = self._adapters.model.base.tokenizer
-        self._running[uid] = RunningJob(job, entry, tokenizer.detokenizer)
+        self._metrics.started(job.task, len(job.prompt), job.n_cached, waited)
+        self._running[uid] = RunningJob(job, entry, begun, model.base.tokenizer.detokenizer)
         job.emit(STARTED)
 
     def _step(self, batch: BatchGenerator) -> None:
@@ -280,17 +280,21 @@ class Scheduler:
         running = self._running
         prompts, tokens = batch.next()
         for prompt in prompts:
-            running[prompt.uid].job.emit(prompt.progress)
+            one = running[prompt.uid]
+            one.job.emit(prompt.progress)
+            if prompt.end_of_segment and one.begun.n_shared:
+                self._prefixes.keep(one.begun, batch, prompt.uid)
+                one.begun = Beginning()
         for token in tokens:
             one = running[token.uid]
-            self._metrics.token(self._name(one.job), *one.tick())
+            self._metrics.token(one.job.task, *one.tick())
             one.job.emit(one.add(token))
         over = [uid for uid, one in running.items() if one.finish_reason or one.job.cancelled]
         batch.remove(over)
         for uid in over:
             one = running.pop(uid)
             seconds = time.perf_counter() - one.job.submitted
-            self._metrics.ended(self._name(one.job), one.finish_reason, seconds)
+            self._metrics.ended(one.job.task, one.finish_reason, seconds)
             self._end(one.job, one.entry, ran=True)
         if over:
             self._tell()

@@ -69,7 +69,8 @@ class PackService:
                 where others may be loaded from; None is nowhere.
         """
         self.pack, self.adapters, self.router = pack, adapters, router
-        self.limits, self.metrics = limits or Limits(), Metrics()
+        self.base_name: str = pack.manifest.base.model
+        self.limits, self.metrics = limits or Limits(), Metrics(self.base_name)
         self.directory = directory and directory.resolve()
         base = adapters.model.base
         self.encoder = Encoder(base.tokenizer)
@@ -80,8 +81,7 @@ class PackService:
         self._stop_sequences = make_stop_sequences(base.tokenizer)
         self._grammars: Grammars | None = None
         self._preparing = Lock()
-        self.base_name: str = pack.manifest.base.model
-        self.scheduler = Scheduler(adapters, self.metrics, self.base_name, self.limits)
+        self.scheduler = Scheduler(adapters, self.metrics, self.limits)
 
     @property
     def models(self) -> dict[str, str | None]:
@@ -149,10 +149,6 @@ class PackService:
                 raise field_error("lora", number, "an id of GET /lora-adapters")
         chosen = [(known[number], scale) for number, scale in request.lora.items() if scale]
         return chosen[0] if chosen else (None, None)
-
-    def name_of(self, task: str | None) -> str:
-        """The name of a task in a reply; None is the base model."""
-        return self.base_name if task is None else task
 
     def answer(self, request: Request, prompt: Sequence[int]) -> Answer:
         """An empty answer to a prompt."""
@@ -228,7 +224,7 @@ class PackService:
 
         check()
         read = partial(read_adapter, path, base.module_shapes, base.config)
-        entry = Entry(path, read, request.pinned)
+        entry = Entry(path, read, request.pinned, name=name)
         factors = self.adapters.read(entry)
         self.scheduler.call(add).result()
 

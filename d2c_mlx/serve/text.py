@@ -120,6 +120,7 @@ class Usage(BaseModel):
     """Tokens of a prompt and its answer."""
 
     prompt_tokens: int
+    prompt_tokens_details: dict[str, int]
     completion_tokens: int
     total_tokens: int
 
@@ -287,6 +288,4 @@ def _initial_state(tokenizer: Any, prompt: Sequence[int]) -> str:  # noqa: ANN40
     thinks = tokenizer.has_thinking and (
         tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
     )
-    # mlx-lm 0.32.0 has no such attribute.
-    known = getattr(tokenizer, "response_initial_state", None)
-    return known or ("reasoning" if thinks else "normal")
+    return tokenizer.response_initial_state or ("reasoning" if thinks else "normal")

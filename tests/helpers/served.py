@@ -61,6 +61,12 @@ def counted(server):
     }
 
 
+def evictions(server):
+    """Adapters that left memory for others."""
+    counts = counted(server).items()
+    return sum(n for key, n in counts if key.startswith("d2c_mlx_adapter_evictions_total"))
+
+
 def counts_when(server, true):
     """All counts as soon as something is true of them."""
     for _ in range(200):

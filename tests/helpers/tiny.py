@@ -1,5 +1,6 @@
 """A real but tiny base model, adapters and tasks, written in a moment."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.llama import Model, ModelArgs
 from safetensors.numpy import save_file
 from scipy.special import log_softmax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -77,8 +77,11 @@ class Gpu:
     type = mx.DeviceType.gpu
 
 
-def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0) -> Path:
-    """Write an mlx-lm model directory: a random llama of 2 layers and its tokenizer."""
+def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0, **other) -> Path:
+    """Write an mlx-lm model directory: a random llama of 2 layers and its tokenizer.
+
+    `other` is of its config: a `model_type` of mlx-lm, and what that needs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(directory)
@@ -97,9 +100,11 @@ def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0) -> 
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_token_id,
         "torch_dtype": str(dtype).removeprefix("mlx.core."),
+        **other,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    model = Model(ModelArgs.from_dict(config))
+    family = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = family.Model(family.ModelArgs.from_dict(config))
     rng = np.random.default_rng(seed)
     weights = []
     for name, x in tree_flatten(model.parameters()):

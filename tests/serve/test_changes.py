@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from helpers.served import (
     counted,
     counts_at,
     counts_when,
+    evictions,
     idle,
     post,
     prompt_of,
@@ -184,7 +186,7 @@ def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
             found = list(pool.map(lambda job: ask(server, *job), asked))
         kept = server.adapters.names["kept"].slot
         assert server.adapters.model.nbytes <= room and kept
-        assert counted(server)["d2c_mlx_adapter_evictions_total"] > 9
+        assert evictions(server) > 9
         codes = [do(PATHS[0], pin | {"lora_name": f"p{i}"})[0] for i in range(9)]
         # One slot stays for others.
         assert codes[0] == 200 and codes[-1] == 400
@@ -225,7 +227,7 @@ def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_pat
             try:
                 counts_at(server, "d2c_mlx_first_token_seconds_count", 6)
                 assert ask(server, "other") == text(answer, "other", "the fox", N)
-                assert counted(server)["d2c_mlx_adapter_evictions_total"]
+                assert evictions(server)
             finally:
                 stop.set()
             assert all(one.result() is None for one in others)
@@ -265,6 +267,40 @@ def test_what_runs_keeps_its_adapter(shared, library):
     thread.join()
     assert unloaded[0][0] == 200
     idle(server)
+
+
+def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
+    """New weights under an old name, by a load in place, and in a file that is read again."""
+    shutil.copytree(library, tmp_path / "own", symlinks=True)
+    prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
+    with changing(pack, tmp_path / "own", 1, BaseModel(str(model_path))) as (server, do):
+
+        def shared(name, adapter):
+            """Whether each prompt found something."""
+            found = []
+            for prompt in prompts:
+                with client(server, TOKEN) as api:
+                    reply = api.completions.create(model=name, prompt=prompt, max_tokens=N)
+                assert reply.choices[0].text == text(answer, adapter, prompt, N)
+                found.append(reply.usage.prompt_tokens_details.cached_tokens > 0)
+            return found
+
+        first, second = (read(library, one) for one in ("a3", "a7"))
+        assert shared("a3", first) == shared("a7", second) == [False, False, True]
+        # Memory has room for one.
+        assert shared("a3", first)[:2] == [False, False]
+        body = {"lora_name": "a3", "lora_path": "a7", "load_inplace": True}
+        assert do(PATHS[0], body)[0] == 200 and shared("a3", second)[:2] == [False, False]
+        ask(server, "wide")
+        shutil.rmtree(tmp_path / "own" / "a7")
+        shutil.copytree(library / "a3", tmp_path / "own" / "a7")
+        assert shared("a3", first) == [False, False, True]
+        assert counted(server)["d2c_mlx_prefix_bytes"]
+        assert do(PATHS[1], {"lora_name": "a3"})[0] == 200
+        counts = counts_when(server, lambda counts: not counts["d2c_mlx_prefix_bytes"])
+        key = 'd2c_mlx_adapter_%s_total{adapter="%s"}'
+        assert counts[key % ("loads", "a7")] == counts[key % ("evictions", "a7")] == 1
+        assert key % ("loads", "a3") not in counts
 
 
 @pytest.mark.parametrize("memory", [None, 1])

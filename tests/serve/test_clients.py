@@ -130,26 +130,67 @@ def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
         assert same.choices[0].text == expected
 
 
-# Bodies as Open WebUI's backend makes them: parameters of a model's settings, unknown ones
-# too, and titles and tags as further chats.
 CHAT = {"model": "wide", "messages": [{"role": "system", "content": "The lazy dog."},
                                       {"role": "user", "content": "Who is it?"}]}  # fmt: skip
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "description": "The fox.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
+# A tool was called: what the model is asked next.
+CALLED = {"model": "wide", "tools": TOOLS, "messages": [
+    *CHAT["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "quick"}]}  # fmt: skip
+# As Open WebUI's backend makes them (utils/payload.py, routers/openai.py, routers/tasks.py): the
+# settings of a model, those that it does not know as they are; titles and tags as further chats.
 WEBUI = [
     {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.8,
-     "top_p": 0.9, "max_tokens": 5, "frequency_penalty": 0.1, "presence_penalty": 0.0, "seed": 7,
-     "stop": ["###"], "logit_bias": {"5": -1}, "num_ctx": 2048, "user": {"name": "x", "id": "1"}},
-    {**CHAT, "stream": False, "max_completion_tokens": 5, "chat_id": "1", "session_id": "2"},
+     "top_p": 0.9, "min_p": 0.05, "top_k": 40, "max_tokens": 5, "frequency_penalty": 0.1,
+     "presence_penalty": 0.0, "seed": 7, "stop": ["###"], "logit_bias": {"5": -1},
+     "response_format": {"type": "text"}, "num_ctx": 2048, "num_keep": 24, "num_gpu": 1,
+     "keep_alive": "5m", "use_mmap": True, "user": {"name": "x", "id": "1"}},
+    {**CHAT, "stream": False, "max_completion_tokens": 100, "chat_id": "1", "session_id": "2",
+     "stop": ["e"]},
     {**CHAT, "stream": True, "tools": [], "tool_choice": None, "metadata": {"task": "title"},
      "max_tokens": 5},
+    {**CALLED, "stream": True, "max_tokens": 5,
+     "messages": [*CALLED["messages"], {"role": "user", "content": [
+         {"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]}]},
 ]  # fmt: skip
+# As LM Studio's plugin openai-compat-endpoint makes them (src/generator.ts), with OpenAI's client.
+LM_STUDIO = [
+    {**CALLED, "stream": True},
+    {**CALLED, "stream": True, "max_tokens": 5, "tool_choice": "auto"},
+]
+REFUSED = {
+    "reasoning_effort": "low", "repeat_penalty": 1.1, "mirostat": 1, "num_predict": 128,
+    "think": False, "tool_choice": "required",
+    "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:x"}}]}],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("body", WEBUI)
-def test_what_open_webui_sends_is_answered(server, body):
-    for path in ("/v1/chat/completions", "/chat/completions"):
-        reply = raw(server, post(body, path, User_Agent="Python/3.11 aiohttp/3.12"))
-        assert b" 200 " in reply.split(b"\r\n")[0], reply
-        assert (b"data: [DONE]" in reply) == body["stream"]
+@pytest.mark.parametrize(("path", "body"), [
+    ("/chat/completions", WEBUI[0]),
+    *(("/v1/chat/completions", body) for body in WEBUI + LM_STUDIO),
+])  # fmt: skip
+def test_what_chat_programs_send_is_answered(server, path, body):
+    reply = raw(server, post(body, path, User_Agent="Python/3.11 aiohttp/3.12"))
+    assert b" 200 " in reply.split(b"\r\n")[0], reply
+    assert (b"data: [DONE]" in reply) == body["stream"] and b'"error"' not in reply
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_chat_programs_send_and_is_not_there_is_refused_by_name(server, field):
+    reply = raw(server, post({**CHAT, field: REFUSED[field]}, "/v1/chat/completions"))
+    head, body = reply.split(b"\r\n\r\n", 1)
+    assert b" 400 " in head and json.loads(body)["error"]["param"] == field
 
 
 def test_what_is_not_there_says_so(server):

@@ -1,0 +1,175 @@
+"""Beginnings that prompts share are processed once, for one adapter at one scale."""
+
+import random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
+from helpers.adapters import ABOUT, ADAPTERS, Q, adapter_of
+from helpers.served import client, counted, prompt_of, serving, text
+from helpers.tiny import tiny_model
+from mlx_lm import load as stock_load
+
+from d2c_mlx.models.attach import switch
+from d2c_mlx.models.base_model import BaseModel, greedy
+from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.jobs import Limits
+
+RNG = random.Random(0)
+SHARED, *OTHERS = (prompt_of(RNG, 76) for _ in range(4))
+TAILS = [prompt_of(RNG, n) for n in (5, 9, 2)]
+ALL = ("model", *(one.name for one in ADAPTERS))
+one_kind = pytest.mark.parametrize("pack", ["compact"], indirect=True)
+
+
+def ask(server, model, prompt, n=6, **options):
+    """Text, log-probabilities, and number of tokens that were there."""
+    with client(server) as api:
+        found = api.completions.create(model=model, prompt=prompt, max_tokens=n,
+                                       extra_body={"logprobs": True, **options})  # fmt: skip
+    (choice,) = found.choices
+    logprobs = [one["logprob"] for one in choice.logprobs.content]
+    return choice.text, logprobs, found.usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.fixture(scope="module")
+def n_shared(answer):
+    """Tokens that are kept of `SHARED`: whole blocks of 16."""
+    return len(answer.tokenizer.encode(SHARED)) // 16 * 16
+
+
+@pytest.fixture(scope="module")
+def server(pack, mixed):
+    with serving(pack, mixed) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(pack, mixed, server):
+    """A server that processes every prompt whole."""
+    with serving(pack, mixed, limits=Limits(prefix_nbytes=0)) as running:
+        yield running
+
+
+@one_kind
+def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
+    """Of stock mlx-lm; adapters take turns, so another's beginning would show."""
+    kept, answers = [], set()
+    for tail in TAILS:
+        for name in ALL:
+            found, logprobs, n = ask(server, name, SHARED + " " + tail)
+            own = None if name == "model" else name
+            assert found == text(answer, own, SHARED + " " + tail, 6)
+            kept.append(n)
+            answers.add((tail, found))
+            expected = ask(whole, name, SHARED + " " + tail)
+            assert expected[0] == found and expected[2] == 0
+            np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
+    assert kept == [0] * 8 + [n_shared] * 4 and len(answers) == len(kept)
+    counts = counted(server)
+    for name in ALL:
+        asked = counts[f'vllm:prompt_tokens_total{{model_name="{name}"}}']
+        assert counts[f'vllm:prefix_cache_queries_total{{model_name="{name}"}}'] == asked
+        assert counts[f'vllm:prefix_cache_hits_total{{model_name="{name}"}}'] == n_shared
+    with client(server) as api:
+        *_, last = api.chat.completions.create(
+            model="wide", messages=[{"role": "user", "content": "x"}], max_tokens=1, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        assert last.usage.prompt_tokens_details.cached_tokens == 0
+
+
+@one_kind
+def test_another_scale_is_another_adapter(server, whole, n_shared):
+    lora = [{"id": server.service.adapters.names["wide"].id, "scale": 0.25}]
+    kept = []
+    for tail in TAILS:
+        prompt = SHARED + " " + tail
+        ask(server, "wide", prompt)
+        found, logprobs, n = ask(server, "wide", prompt, lora=lora)
+        expected = ask(whole, "wide", prompt, lora=lora)
+        assert found == expected[0]
+        np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
+        kept.append(n)
+    assert kept == [0, 0, n_shared]
+
+
+@one_kind
+def test_penalties_look_back_into_it(server, whole, n_shared):
+    penalties = {"repetition_penalty": 3.0, "repetition_context_size": 200}
+    for tail in TAILS:
+        found = ask(server, "late", SHARED + " " + tail, **penalties)
+    assert found[2] == n_shared and found[0] == ask(whole, "late", SHARED + " " + tail,
+                                                    **penalties)[0]  # fmt: skip
+    assert found[0] != ask(whole, "late", SHARED + " " + tail)[0]
+
+
+@one_kind
+def test_what_was_used_longest_ago_gives_way(pack, mixed, n_shared):
+    """Memory has room for two."""
+    with serving(pack, mixed) as server:
+        for tail in TAILS[:2]:
+            ask(server, "wide", SHARED + " " + tail)
+        each = counted(server)["d2c_mlx_prefix_bytes"]
+    args = mixed.model.base.model.args
+    width = args.hidden_size // args.num_attention_heads * args.num_key_value_heads
+    assert each == n_shared * args.num_hidden_layers * 2 * width * 4
+    with serving(pack, mixed, limits=Limits(prefix_nbytes=int(2.2 * each))) as server:
+
+        def tokens(beginning, *tails):
+            return [ask(server, "wide", f"{beginning} {tail}")[2] > 0 for tail in tails]
+
+        first, second, third = OTHERS
+        assert tokens(first, *TAILS) == [False, False, True]
+        assert tokens(second, *TAILS) == [False, False, True]
+        assert tokens(first, "x") == [True]
+        assert tokens(third, *TAILS) == [False, False, True]
+        assert counted(server)["d2c_mlx_prefix_bytes"] <= 2.2 * each
+        assert tokens(first, "y") == [True] and tokens(second, "y") == [False]
+    with serving(pack, mixed, limits=Limits(prefix_nbytes=int(each / 2))) as server:
+        # A shorter one that fits.
+        kept = [ask(server, "wide", f"{SHARED} {tail}")[2] for tail in (*TAILS, "x")]
+        assert kept[:3] == [0] * 3 and 0 < kept[3] <= n_shared / 2
+        assert 0 < counted(server)["d2c_mlx_prefix_bytes"] <= each / 2
+
+
+@one_kind
+@pytest.mark.parametrize("option", ["--prefix-memory", "--adapter-memory"])
+def test_what_is_no_size_is_refused(pack, option):
+    refused = CliRunner().invoke(cli, ["serve", str(pack.path), option, "5%"])
+    words = f"{option}: found '5%', expected a size such as 500MB"
+    assert refused.exit_code == 2 and words in refused.output
+
+
+@pytest.mark.parametrize(("kind", "config"), [
+    ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 24,
+                     "sliding_window_pattern": 2}),
+    ("lfm2", {"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+              "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
+              "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]}),
+])  # fmt: skip
+def test_caches_that_cannot_be_cut(kind, config, tmp_path):
+    """A sliding window, far shorter than the beginning, and the state of a convolution."""
+    path = tiny_model(tmp_path / "model", model_type=kind, **config)
+    adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
+    base = BaseModel(str(path))
+    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
+    pack = write_pack(tmp_path / "pack", [adapter], PackInfo(**about))
+    model, tokenizer = stock_load(str(path))
+    model.set_dtype(mx.float32)
+
+    def answer(name, tokens, n):
+        switch(model, None if name == "model" else adapter.uniform(mx.float32), path)
+        return greedy(model, tokenizer, tokens, n)
+
+    answer.tokenizer = tokenizer
+    with serving(pack, Adapters(base, pack)) as server:
+        for tail in TAILS:
+            for name in ("model", "own"):
+                found, _, n_kept = ask(server, name, SHARED + " " + tail)
+                assert found == text(answer, name, SHARED + " " + tail, 6)
+        assert n_kept > 24
