@@ -3,15 +3,15 @@
     d2c-mlx pack --budget 6.25% --format gguf --output RUN ...       # and one without --format
     python -m benchmarks.formats.gguf_budgets RUN [RUN ...] [--rows N] [--weights float32|stored]
 
-Every run has the same library and the embedded base. `excess` is the mean over tasks of loss - loss
-under the task's own adapter, both by the program that reads the files: llama.cpp for GGUF, d2c-mlx
-for all else, which gets the losses of PEFT (peft_pack.py) and of llama.cpp (gguf_lora.py). All see
-the same tokens.
+Every run has the same library and the embedded base; those without rows are judged on `--tasks`.
+`excess` is the mean over tasks of loss - loss under the task's own adapter, both by the program
+that reads the files: llama.cpp for GGUF, d2c-mlx for all else, which gets the losses of PEFT
+(peft_pack.py) and of llama.cpp (gguf_lora.py). All see the same tokens.
 
 For each budget of the runs there are peers. `whole`: adapters as llama.cpp's converter (q8_0) or
 PEFT (16 bit) writes them, `rank 1`: the same of the leading singular component; as many tasks as
 fit have one, the others the base model, at the mean over all choices. `LoRAQuant`: loraquant.py, at
-the largest share that fits.
+the largest share that fits. A peer gets the bytes of our larger pack of that budget.
 
 Every loss is written as it is measured; the same command goes on after that.
 """
@@ -76,7 +76,7 @@ class Judge:
     def __init__(self, options, config, names):
         """Judge the first rows of every task."""
         self.base, self.names = BaseModel(), names
-        tasks = load_tasks(Path(config.tasks), names)
+        tasks = load_tasks(options.tasks or Path(config.tasks), names)
         sets = [self.base.encode(task.name, task.test[: options.rows]) for task in tasks]
         self._rows, self._weights = [one.examples for one in sets], options.weights
         rows = f"{len(names)} tasks, {options.rows} held-out rows each"
@@ -120,22 +120,23 @@ class Judge:
 
 
 def excess_of_runs(judge, runs, known):
-    """Note the packs of runs; returns budget -> bytes."""
+    """Note the packs of runs; returns budget -> bytes of the largest."""
     budgets = {}
     for run in runs:
         config, pack = load_config(run / "config.yaml", {}), load_pack(run / "pack")
-        budgets[config.budget] = pack.manifest.budget.nbytes
-        label = f"{config.budget}, {pack.storage} pack"
+        budgets[config.budget] = max(pack.nbytes, budgets.get(config.budget, 0))
+        how = "" if config.tasks else ", by weights"
+        label = f"{config.budget}, {pack.storage} pack{how}"
         files = export(pack, "gguf", judge.folder / run.name)
         paths = [files[name] and judge.folder / run.name / files[name] for name in judge.names]
         row = {"budget": config.budget, "nbytes": pack.nbytes}
         if pack.storage == "gguf":
             losses = judge.there(label, lambda i, paths=paths: paths[i])
-            judge.note(**row, what="d2c-mlx, GGUF", reader="llama.cpp",
+            judge.note(**row, what=f"d2c-mlx, GGUF{how}", reader="llama.cpp",
                        excess=(losses - known["llama.cpp"]).mean())  # fmt: skip
         else:
             losses = judge.here(label, lambda i, pack=pack: pack.load(judge.names[i]))
-            judge.note(**row, what="d2c-mlx, compact", reader="d2c-mlx, Swift",
+            judge.note(**row, what=f"d2c-mlx, compact{how}", reader="d2c-mlx, Swift",
                        excess=(losses - known["here"]).mean(),
                        as_gguf=sum(p.stat().st_size for p in set(filter(None, paths))))  # fmt: skip
     return budgets
@@ -187,7 +188,7 @@ def loraquant_peers(judge, budgets, known):
         share = quant.fit(nbytes)
         adapter = partial(quant.adapter, share=share)
         losses = judge.here(
-            f"{budget}, LoRAQuant {bits}", lambda i, adapter=adapter: adapter(judge.names[i])
+            f"{what}, {share}", lambda i, adapter=adapter: adapter(judge.names[i])
         )
         judge.note(budget=budget, what=what, reader="its own", nbytes=quant.nbytes(share),
                    share=share, excess=(losses - known["here"]).mean())  # fmt: skip
@@ -198,6 +199,7 @@ def main():
     parser = command_line(__doc__, __spec__, "gguf_budgets.json")
     parser.add_argument("runs", type=Path, nargs="+", help="run directories with a pack")
     parser.add_argument("--rows", type=int, default=4, help="held-out rows per task")
+    parser.add_argument("--tasks", type=Path, help="held-out rows, where the runs had none")
     parser.add_argument("--weights", choices=("float32", "stored"), default="float32")
     options = parser.parse_args()
     config = load_config(options.runs[0] / "config.yaml", {})

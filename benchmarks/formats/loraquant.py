@@ -7,12 +7,11 @@ rounding). The others get 1 bit: sign times mean magnitude of 128 numbers. All m
 share. Below the bytes that this takes at least, the others are left out.
 """
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compress.file_layout import header_bytes, make_index
 from d2c_mlx.compress.quantize import Components, svd_components
 
 GROUP, STEPS, RATE = 128, 100, 1e-3
@@ -77,21 +76,22 @@ class LoraQuant:
         return low / 1000
 
     def nbytes(self, share: float) -> int:
-        """Bytes of codes, scales and zero points of all adapters, without names and headers."""
-        total = 0.0
-        for a, b, n in self._sizes(share):
-            for rows, bits in ((n, self._bits), (len(a) - n if self._rest else 0, 1)):
-                for width in (a.shape[1], b.shape[1]):
-                    groups = -(-width // GROUP)
-                    total += rows * (
-                        width * bits / 8 + groups * (2 + (bits / 8 if bits > 1 else 0))
-                    )
-        return int(np.ceil(total))
-
-    def _sizes(self, share: float) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Bytes of a file of all adapters: codes, scales, zero points, a compact pack's header."""
+        total, counts, shapes = 0.0, [], {}
         for parts in self._parts.values():
-            for a, b in parts.values():
-                yield a, b, important((a, b), share)
+            counts.append({})
+            for path, (a, b) in parts.items():
+                n = important((a, b), share)
+                rest = len(a) - n if self._rest else 0
+                shapes[path] = a.shape[1], b.shape[1]
+                # A compact pack has no level of 1 bit: 4 is named as briefly.
+                counts[-1][path] = {self._bits: n, 4: rest}
+                for width in shapes[path]:
+                    groups = -(-width // GROUP)
+                    total += n * (width * self._bits / 8 + groups * (2 + self._bits / 8))
+                    total += rest * (width / 8 + groups * 2)
+        index = make_index([*self._parts], None, counts, shapes, GROUP)
+        return int(np.ceil(total)) + len(header_bytes(index)) + index.counts.size
 
     def adapter(self, name: str, share: float) -> Adapter:
         """One adapter with the numbers that its reader gets, float32."""

@@ -7,6 +7,8 @@ from helpers.loras import lora_of
 
 from benchmarks.formats.loraquant import LoraQuant, important, rounded
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compress.compact_file import write_compact
+from d2c_mlx.compress.quantize import compress
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,18 @@ def test_codes_of_a_group(bits):
     assert np.linalg.norm(found - rows) < {1: 0.7, 2: 0.55, 3: 0.25}[bits] * np.linalg.norm(rows)
 
 
-def test_bytes_are_those_of_codes_scales_and_zero_points(adapter):
+def test_bytes_are_those_of_codes_scales_zero_points_and_a_compact_header(adapter, tmp_path):
     quant = LoraQuant([adapter], 2, rest=True)
     (whole,) = {quant.nbytes(1.0)}
-    # Four components; 192 and 160 numbers are two groups of 128, 64 are one.
-    assert whole == 4 * sum(w / 4 + g * 2.25 for w, g in ((192, 2), (160, 2), (192, 2), (64, 1)))
-    share = quant.fit(whole - 100)
-    assert quant.nbytes(share) <= whole - 100 < quant.nbytes(share + 1e-3)
+    small = compress(adapter, dict.fromkeys(adapter.modules, [(4, 2)]), 128)
+    write_compact(tmp_path / "x", [small])
+    header = 8 + int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
+    # Four components; 192 and 160 numbers are two groups of 128, 64 are one. Two modules' counts.
+    rows = 4 * sum(w / 4 + g * 2.25 for w, g in ((192, 2), (160, 2), (192, 2), (64, 1)))
+    assert whole == header + 2 + rows
+    most = quant.nbytes(0.5)
+    share = quant.fit(most)
+    assert quant.nbytes(share) <= most < quant.nbytes(share + 1e-3)
     assert LoraQuant([adapter], 2, rest=False).fit(10) == 0
 
 
