@@ -187,9 +187,7 @@ def loraquant_peers(judge, budgets, known):
             quant, what = LoraQuant(judge.own, bits, rest=False), f"LoRAQuant, {bits} bits alone"
         share = quant.fit(nbytes)
         adapter = partial(quant.adapter, share=share)
-        losses = judge.here(
-            f"{what}, {share}", lambda i, adapter=adapter: adapter(judge.names[i])
-        )
+        losses = judge.here(f"{what}, {share}", lambda i, adapter=adapter: adapter(judge.names[i]))
         judge.note(budget=budget, what=what, reader="its own", nbytes=quant.nbytes(share),
                    share=share, excess=(losses - known["here"]).mean())  # fmt: skip
 
