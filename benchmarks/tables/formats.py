@@ -24,9 +24,9 @@ def gguf_families(read):
     return markdown(("family", *keys), lines)
 
 
-def gguf_budgets(read):
+def gguf_budgets(read, file="gguf_budgets"):
     """Excess of packs and plain exports at equal bytes, a column for each budget."""
-    rows = read("gguf_budgets")["rows"]
+    rows = read(file)["rows"]
     budgets = sorted({one["budget"] for one in rows}, key=lambda x: -float(x.rstrip("%")))
     found = {}
     for one in rows:

@@ -51,6 +51,7 @@ TABLES = {
     "gguf-lora": formats.gguf_lora,
     "gguf-families": formats.gguf_families,
     "gguf-budgets": formats.gguf_budgets,
+    "gguf-budgets-24": partial(formats.gguf_budgets, file="gguf_budgets_24"),
     "route": formats.route,
     "summary": summary.summary,
     "methods": summary.methods,
