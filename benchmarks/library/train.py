@@ -133,10 +133,13 @@ def adapt(base, model, task, options):
     seen = train(adapted, train_rows, options)
     seconds = time.perf_counter() - started
     after = mean_loss(adapted, test_rows[: options.tests])
-    adapted.half()
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.half()
     adapted.peft_config["default"].base_model_name_or_path = base.name
     with write_dir(options.output / "adapters" / task.name) as directory:
         adapted.save_pretrained(directory)
+    adapted.unload()
     settings = ("rank", "alpha", "targets", "rslora", "layers", "steps", "seed", "dtype")
     return {
         "name": task.name, **{name: getattr(options, name) for name in settings},
@@ -197,11 +200,11 @@ def main():
     options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
     base = BaseModel(options.model)
+    with tempfile.TemporaryDirectory() as directory:
+        model = torch_base(base, Path(directory))
     for name, some in jobs(options):
         if (options.output / "adapters" / name).exists():
             continue
-        with tempfile.TemporaryDirectory() as directory:
-            model = torch_base(base, Path(directory))
         line = adapt(base, model, options.tasks / name, some)
         with open(options.output / "training.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
