@@ -114,7 +114,7 @@ def lora_config(options, n_layers):
     last = None if options.layers == "all" else int(options.layers)
     return LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=targets, use_rslora=options.rslora,
+        target_modules=targets, use_rslora=options.rslora, use_dora=options.dora,
         layers_to_transform=last and list(range(n_layers - last, n_layers)),
     )  # fmt: skip
 
@@ -162,6 +162,7 @@ def parse():
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--targets", default="all-linear", help="or modules, with commas")
     parser.add_argument("--rslora", action="store_true")
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--layers", default="all", help="or a number, counted from the end")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--tokens", type=int, default=320, help="of a batch")
