@@ -10,9 +10,11 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 
 
-def load_library(library: Path, n_examples: int, n_adapters: int | None = None):
-    """`(base, adapters, paths, probe sets)` of the embedded model."""
-    base = BaseModel()
+def load_library(
+    library: Path, n_examples: int, n_adapters: int | None = None, model: str | None = None
+):
+    """`(base, adapters, paths, probe sets)`, of the embedded model by default."""
+    base = BaseModel(model)
     paths = [one.path for one in find_adapters(library / "adapters")][:n_adapters]
     adapters = [read_adapter(path, base.module_shapes) for path in paths]
     sets = [

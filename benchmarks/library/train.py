@@ -114,7 +114,7 @@ def lora_config(options, n_layers):
     last = None if options.layers == "all" else int(options.layers)
     return LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=targets, use_rslora=options.rslora,
+        target_modules=targets, use_rslora=options.rslora, use_dora=options.dora,
         layers_to_transform=last and list(range(n_layers - last, n_layers)),
     )  # fmt: skip
 
@@ -133,10 +133,13 @@ def adapt(base, model, task, options):
     seen = train(adapted, train_rows, options)
     seconds = time.perf_counter() - started
     after = mean_loss(adapted, test_rows[: options.tests])
-    adapted.half()
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.half()
     adapted.peft_config["default"].base_model_name_or_path = base.name
     with write_dir(options.output / "adapters" / task.name) as directory:
         adapted.save_pretrained(directory)
+    adapted.unload()
     settings = ("rank", "alpha", "targets", "rslora", "layers", "steps", "seed", "dtype")
     return {
         "name": task.name, **{name: getattr(options, name) for name in settings},
@@ -159,6 +162,7 @@ def parse():
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--targets", default="all-linear", help="or modules, with commas")
     parser.add_argument("--rslora", action="store_true")
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--layers", default="all", help="or a number, counted from the end")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--tokens", type=int, default=320, help="of a batch")
@@ -197,11 +201,11 @@ def main():
     options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
     base = BaseModel(options.model)
+    with tempfile.TemporaryDirectory() as directory:
+        model = torch_base(base, Path(directory))
     for name, some in jobs(options):
         if (options.output / "adapters" / name).exists():
             continue
-        with tempfile.TemporaryDirectory() as directory:
-            model = torch_base(base, Path(directory))
         line = adapt(base, model, options.tasks / name, some)
         with open(options.output / "training.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")

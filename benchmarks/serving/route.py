@@ -1,6 +1,6 @@
 """Routing without labels: accuracy on held-out rows, what it costs, and prompts of no task.
 
-    python -m benchmarks.serving.route --library DIR [--pack PACK]
+    python -m benchmarks.serving.route --library DIR [--pack PACK] [--model MODEL]
 
 Fitted on ten probe prompts per task. *Left out*: the held-out prompts of a task that the router was
 not fitted on, which should go to the base model. *Foreign*: prompts of none of the tasks, listed
@@ -125,9 +125,10 @@ def main():
     parser = command_line(__doc__, __spec__, "route.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--pack", type=Path)
+    parser.add_argument("--model", help="default: the embedded one")
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
-    base, _, paths, probes = load_library(options.library, 10)
+    base, _, paths, probes = load_library(options.library, 10, model=options.model)
     tests = [
         base.encode(path.name, load_task(options.library / "tasks" / path.name).test)
         for path in paths

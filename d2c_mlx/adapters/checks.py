@@ -60,8 +60,8 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
     if unknown:
         problems.append(
             f"{path}: {len(unknown)} modules are no linear layer of a transformer block of the"
-            f" base model (first: {unknown[0]}); embeddings, lm_head and experts cannot carry a"
-            " LoRA that every runtime loads; train it without them"
+            f" base model (first: {unknown[0]}); embeddings, lm_head, experts and vision parts"
+            " cannot carry a LoRA that every runtime loads; train it without them"
         )
     wrong = [m for m, lora in adapter.modules.items() if m in shapes and lora.shape != shapes[m]]
     if wrong:

@@ -64,6 +64,8 @@ _REFUSED = {
     "fan_in_fan_out": "its factors are transposed",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
 }
+# Where the blocks of a text model are: alone, and within vision-language models of transformers.
+_TEXT = {"model", "model.language_model", "language_model.model", "model.text_model"}
 # Initialisations that also change the base model's weights.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -121,7 +123,9 @@ def _pattern_lookup(
     return lookup
 
 
-def load_peft(directory: Path, base: BaseWeights | None = None) -> Adapter:
+def load_peft(
+    directory: Path, base: BaseWeights | None = None, shapes: Collection[str] = ()
+) -> Adapter:
     """Load PEFT's layout (`adapter_model.safetensors` + `adapter_config.json`).
 
     `read_adapter` recognises a layout by itself and checks the adapter against its base.
@@ -131,6 +135,8 @@ def load_peft(directory: Path, base: BaseWeights | None = None) -> Adapter:
         base: the base model's weights, for what they alone tell: modules stored in full that are
             the base's own are left out with an `InputWarning`, and DoRAs become LoRAs where it has
             a `dora_rank`. Without them both are refused.
+        shapes: paths of the base's linear modules; those of a text model within a vision-language
+            model become these.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not
@@ -162,8 +168,20 @@ def load_peft(directory: Path, base: BaseWeights | None = None) -> Adapter:
             InputWarning,
             stacklevel=2,
         )
-    adapter = Adapter(directory.name, _scaled_modules(pairs, config, where), base_name(config))
+    names = _text_names(pairs, shapes)
+    modules = {names[path]: one for path, one in _scaled_modules(pairs, config, where).items()}
+    magnitudes = {names[path]: x for path, x in magnitudes.items()}
+    adapter = Adapter(directory.name, modules, base_name(config))
     return base.to_lora(adapter, magnitudes) if base is not None and as_dora else adapter
+
+
+def _text_names(paths: Collection[str], shapes: Collection[str]) -> dict[str, str]:
+    """Module path -> the base's for it; the same where two text models may be meant, or none."""
+    here, there = ({x.partition(".layers.")[0] for x in some} & _TEXT for some in (shapes, paths))
+    if len(here) != 1 or len(there) != 1:
+        return {path: path for path in paths}
+    new, old = (f"{root}.layers." for (root,) in (here, there))
+    return {path: re.sub(rf"^{re.escape(old)}", new, path) for path in paths}
 
 
 def _sorted(

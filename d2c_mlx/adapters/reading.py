@@ -75,8 +75,10 @@ def read_adapter(
         check_base(path / PEFT_WEIGHTS, config)
     if found == [ADAPTER_BIAS]:
         adapter = load_adapter_bias(path)
+    elif found == [PEFT_WEIGHTS]:
+        adapter = load_peft(path, base, shapes)
     else:
-        adapter = (load_peft if found == [PEFT_WEIGHTS] else load_adapter)(path, base)
+        adapter = load_adapter(path, base)
     check_adapter(adapter, shapes, path / found[0])
     return adapter
 
@@ -153,7 +155,8 @@ def left_in_file(adapter: Adapter, path: Path) -> Adapter:
 
     Args:
         adapter: what `read_adapter` read from `path`.
-        path: its directory; an adapter in a GGUF, or made of a DoRA, stays in memory.
+        path: its directory; an adapter in a GGUF, made of a DoRA, or whose modules have other names
+            there stays in memory.
     """
     if adapter.dora_error is not None:
         return adapter

@@ -214,6 +214,10 @@ class FileModules(Mapping[str, LoRA]):
     def __len__(self) -> int:
         return len(self._scales)
 
+    def is_whole(self) -> bool:
+        """True if the file has every module, under its own name."""
+        return all(self._layout.a.format(path) in self._places for path in self._scales)
+
     def _read(self, opened: BinaryIO, name: str) -> mx.array:
         dtype, shape, start = self._places[name]
         opened.seek(start)
@@ -227,13 +231,14 @@ def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) 
     """The same adapter with its numbers left in the file that it was read from.
 
     Args:
-        adapter: what was read.
+        adapter: what was read; unchanged if its modules have other names than in the file.
         file: the file.
         layout: names of its tensors.
         owner: an object with which the file ends; it lives as long as the modules.
     """
     scales = {path: lora.scale for path, lora in adapter.modules.items()}
-    return replace(adapter, modules=FileModules(file, scales, layout, owner))
+    modules = FileModules(file, scales, layout, owner)
+    return replace(adapter, modules=modules) if modules.is_whole() else adapter
 
 
 def _identity(opened: BinaryIO) -> tuple[int, int, int]:

@@ -45,8 +45,8 @@ def convert_gguf(path: Path, directory: Path) -> None:
 
     Args:
         path: the `.gguf` file. A tokenizer.json and tokenizer_config.json beside it are used
-            instead of the tokenizer inside it, with a chat_template.jinja if there is one; its own
-            chat template only where these files have none.
+            instead of the tokenizer inside it; a chat_template.jinja in any case. Its own chat
+            template is used only where these files have none.
         directory: existing, empty.
 
     Raises:
@@ -92,27 +92,27 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
         path,
     )
     parameters = _parameters(config, tensors, path)
+    # What it may lack comes before the weights, which take long.
+    beside = tokenizer_beside(path)
+    if len(beside) < len(TOKENIZER_FILES):
+        write_tokenizer(metadata, directory, path)
+    for file in beside:
+        shutil.copyfile(file, directory / file.name)
+    template = metadata.get("tokenizer.chat_template")
+    if len(beside) > 1 and isinstance(template, str) and not _has_template(beside):
+        (directory / _TEMPLATE).write_text(template, encoding="utf-8")
     bits = _write_weights(_weights(parameters, tensors, config, dtype), directory)
     quantization = _quantization(bits)
     if quantization:
         config["quantization"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    beside = tokenizer_beside(path)
-    if beside:
-        for file in beside:
-            shutil.copyfile(file, directory / file.name)
-        template = metadata.get("tokenizer.chat_template")
-        if isinstance(template, str) and not _has_template(beside):
-            (directory / _TEMPLATE).write_text(template, encoding="utf-8")
-    else:
-        write_tokenizer(metadata, directory, path)
 
 
 def tokenizer_beside(path: Path) -> list[Path]:
-    """The tokenizer files beside a GGUF, used instead of the one inside; none unless complete."""
+    """The tokenizer files beside a GGUF, used instead of the one inside; or a template alone."""
     files = [path.parent / name for name in (*TOKENIZER_FILES, _TEMPLATE)]
     there = [file for file in files if file.exists()]
-    return there if set(files[:2]) <= set(there) else []
+    return there if set(files[:2]) <= set(there) else [x for x in there if x.name == _TEMPLATE]
 
 
 def _has_template(files: Sequence[Path]) -> bool:

@@ -113,9 +113,13 @@ def encode(
                 f" {context:,}; shorten it"
             )
     # Without a chat template every row fails, for one reason.
+    remedy = (
+        "change it as the model's chat template asks" if tokenizer.chat_template
+        else "the model has no chat template: put a chat_template.jinja beside its weights"
+    )  # fmt: skip
     problems += [
         f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
-        f" ({reason}); change it as the model's chat template asks, or use rows of text"
+        f" ({reason}); {remedy}, or use rows of text"
         for reason, (first, *more) in failed.items()
     ]
     if problems:

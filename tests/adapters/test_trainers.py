@@ -6,12 +6,15 @@ Fields are those of unsloth 2026.10, llamafactory 0.9.5, axolotl 0.19, torchtune
 
 import json
 import math
+import re
 import warnings
 
+import mlx.core as mx
 import pytest
+from helpers.command import edit_tensors
 from helpers.tiny import ALL, peft_adapter
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning
 
 # What PEFT itself writes, whoever calls it.
@@ -121,6 +124,42 @@ def check(path, config, expected):
 @pytest.mark.parametrize("trainer", PEFT_TRAINERS)
 def test_trainers_that_use_peft(tmp_path, trainer):
     check(peft_adapter(tmp_path, "a"), *PEFT_TRAINERS[trainer])
+
+
+def rename(path, old, new):
+    """Another name for some tensors of a PEFT adapter."""
+    edit_tensors(path, lambda t: [t.update({k.replace(old, new): t.pop(k)}) for k in list(t)])
+
+
+# Transformers since 4.52 and before, Idefics 3 and SmolVLM; mlx-lm's vision-language models.
+@pytest.mark.parametrize("there", ["model.language_model", "language_model.model",
+                                   "model.text_model", "model"])  # fmt: skip
+@pytest.mark.parametrize("here", ["model", "language_model.model"])
+def test_the_text_model_of_a_vision_language_model(tmp_path, here, there):
+    pattern = {rf"{re.escape(there)}.layers.1.*": 3}
+    path = peft_adapter(tmp_path, "a", alpha_pattern=pattern)
+    rename(path, ".model.layers", f".{there}.layers")
+    shapes = {f"{here}.{one.removeprefix('model.')}": shape for one, shape in ALL.items()}
+    adapter = left_in_file(read_adapter(path, shapes), path)
+    plain = read_adapter(peft_adapter(tmp_path, "b", alpha_pattern={r".*layers.1.*": 3}), ALL)
+    assert {f"{here}.{one.removeprefix('model.')}" for one in plain.modules} == set(adapter.modules)
+    for one, lora in plain.modules.items():
+        other = adapter.modules[f"{here}.{one.removeprefix('model.')}"]
+        assert lora.scale == other.scale == (0.75 if ".1." in one else 2)
+        assert mx.array_equal(lora.a, other.a) and mx.array_equal(lora.b, other.b)
+
+
+@pytest.mark.parametrize("old, new, named", [
+    ("model.layers.1", "model.visual.blocks.1", "first: model.visual.blocks.1.self_attn.q_proj"),
+    ("model.layers.1", "model.language_model.layers.1", "first: model.language_model.layers.1."),
+    ("model.layers", "model.audio_tower.layers", "first: model.audio_tower.layers.0."),
+])  # fmt: skip
+def test_a_vision_part_or_two_text_models_are_refused_by_name(tmp_path, old, new, named):
+    path = peft_adapter(tmp_path, "a")
+    rename(path, f".{old}", f".{new}")
+    with pytest.raises(AdapterError, match=f"{named}.*train it without them") as caught:
+        read_adapter(path, ALL)
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("trainer", MLX_TRAINERS)

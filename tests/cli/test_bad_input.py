@@ -181,6 +181,12 @@ def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
     assert third.endswith("tokens, more than the model's context of 512; shorten it")
 
 
+def test_prompts_for_a_model_without_a_chat_template(cli, lib):
+    (lib.model / "chat_template.jinja").unlink()
+    for line in cli.fails():
+        assert "put a chat_template.jinja beside its weights, or use rows of text" in line
+
+
 # Several at once.
 
 

@@ -19,13 +19,19 @@ def run_with_torch(script, path):
     subprocess.run([*program, str(path)], check=True, capture_output=True, env=environment)
 
 
-def check_table(test, table):
-    """The table of a test in families.md is this one; D2C_MLX_WRITE_DOCS=1 writes it."""
+def table(*rows):
+    """A table in Markdown; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def check_table(test, text):
+    """What families.md has of a test is this text; D2C_MLX_WRITE_DOCS=1 writes it."""
     start, end = f"<!-- table: {test} -->\n", "<!-- end -->\n"
-    text = FAMILIES_DOC.read_text(encoding="utf-8")
-    head, rest = text.split(start)
-    expected = head + start + table + end + rest.split(end, 1)[1]
+    found = FAMILIES_DOC.read_text(encoding="utf-8")
+    head, rest = found.split(start)
+    expected = head + start + text + end + rest.split(end, 1)[1]
     if os.environ.get("D2C_MLX_WRITE_DOCS"):
         FAMILIES_DOC.write_text(expected, encoding="utf-8")
         return
-    assert text == expected, f"D2C_MLX_WRITE_DOCS=1 pytest {test} writes the table"
+    assert found == expected, f"D2C_MLX_WRITE_DOCS=1 pytest {test} writes the table"

@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 from helpers.families import FAMILIES, FEATURES, TOKENS
 from helpers.gguf_files import permuted, read_gguf
-from helpers.made_by_tests import check_table, run_with_torch
+from helpers.made_by_tests import check_table, run_with_torch, table
 from helpers.tiny import ALL, peft_adapter, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
@@ -176,6 +176,19 @@ def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
     assert again.digest == adapter.uniform().digest
 
 
+def test_a_vision_language_model_is_its_text_model(root):
+    tiny_tokenizer().save_pretrained(root / "vision" / "model")
+    base = BaseModel(str(root / "vision" / "model"))
+    with np.load(root / "vision" / "logits.npz") as file:
+        known = dict(file)
+    assert np.abs(logits(base.model) - known["base"]).max() < 1e-4
+    base.attach(read_adapter(root / "vision" / "text", base.module_shapes))
+    assert np.abs(logits(base.model) - known["text"]).max() < 1e-4
+    assert np.abs(known["base"] - known["text"]).max() > 1e-2
+    with pytest.raises(AdapterError, match=r"modules are no .*first: model\.(multi|vision)"):
+        read_adapter(root / "vision" / "all", base.module_shapes)
+
+
 @pytest.fixture
 def falcon(tmp_path):
     """A random Falcon-H1 as mlx-lm has it, and PEFT, MLX and GGUF adapters of one module."""
@@ -257,11 +270,11 @@ def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon)
 def test_table_in_the_docs(bases):
     if set(found) != set(CELLS):
         pytest.skip("not every cell was run, or one has failed")
-    rows, modules = [["family", *FEATURES], ["---"] * (1 + len(FEATURES))], {}
+    rows, modules = [["family", *FEATURES]], {}
     for family, base in bases.items():
         names = ", ".join(sorted({path.rpartition(".")[2] for path in base.module_shapes}))
         modules.setdefault(names, []).append(family)
         rows.append([family, *(found[family, feature] for feature in FEATURES)])
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\nModules of a block:\n\n"
-    table += "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
-    check_table("tests/models/test_families.py", table)
+    lists = "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
+    check_table("tests/models/test_families.py",
+                f"{table(*rows)}\nModules of a block:\n\n{lists}")  # fmt: skip

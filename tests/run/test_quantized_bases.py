@@ -1,12 +1,16 @@
-"""Base models that mlx-lm quantized: their losses are those of stock mlx-lm on the same files."""
+"""Base models that mlx-lm quantized: their losses are those of stock mlx-lm on the same files.
+
+The table in docs/reference/families.md is what this test finds, as in test_gguf_families.py.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.bases import TOKENS, through_all
+from helpers.bases import COLUMNS, TOKENS, through_all
 from helpers.loras import lora_of
 from helpers.losses import losses_of
+from helpers.made_by_tests import check_table, table
 from helpers.tiny import Gpu, tiny_model
 from mlx_lm import load as stock_load
 from mlx_lm.utils import load, quantize_model, save
@@ -17,14 +21,18 @@ from d2c_mlx.models.base_model import BaseModel
 
 pytestmark = pytest.mark.slow
 
+BITS = (4, 8)
+found: dict = {f"{bits} bits": [] for bits in BITS}
 
-@pytest.fixture(scope="module", params=[4, 8])
+
+@pytest.fixture(scope="module", params=BITS)
 def quantized(request, tmp_path_factory):
     path = tiny_model(tmp_path_factory.mktemp("quantized") / "model")
     loaded, tokenizer, config = load(str(path), return_config=True)
     loaded, config = quantize_model(loaded, config, group_size=32, bits=request.param)
-    save(path.with_name("small"), str(path), loaded, tokenizer, config)
-    return path.with_name("small")
+    small = path.with_name(f"{request.param} bits")
+    save(small, str(path), loaded, tokenizer, config)
+    return small
 
 
 def nll(model, examples):
@@ -60,13 +68,20 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
         tolerance = 1e-5 if device == "cpu" else 1e-2
         assert one == pytest.approx(nll(stock, examples), rel=tolerance)
     assert abs(got[0] - got[1]) > 0.1
+    found[quantized.name].append(f"{tolerance:g}")
 
 
 def test_the_whole_program_on_a_quantized_base(quantized, tmp_path):
     before = sorted(path.name for path in quantized.iterdir())
-    method, units, written = through_all(quantized, tmp_path)
-    assert method in ("layerwise", "regmean++") and units
-    assert {"mlx", "peft", "gguf"} <= set(written)
+    found[quantized.name] += through_all(quantized, tmp_path)
     # Nothing was dequantized to disk.
     assert sorted(path.name for path in quantized.iterdir()) == before
     assert stock_load(str(quantized))[0](TOKENS).shape[-1] > 0
+
+
+def test_table_in_the_docs():
+    if any(len(cells) != 2 + len(COLUMNS) for cells in found.values()):
+        pytest.skip("not every cell was run, or one has failed")
+    columns = ("as mlx-lm has it", "load, loss to (float32)", "to (as stored)", *COLUMNS)
+    rows = [[base, *cells] for base, cells in found.items()]
+    check_table("tests/run/test_quantized_bases.py", table(columns, *rows))
