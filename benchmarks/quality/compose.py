@@ -27,7 +27,6 @@ from benchmarks.common import load_library
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
-from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.engine import Engine
@@ -35,6 +34,7 @@ from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.serve.router import prompt_states, router_from_states
 from d2c_mlx.utils.device import machine
@@ -59,7 +59,7 @@ def arithmetic_weights(names, new):
 def arithmetic(task, rows, choice):
     """The method of this script, see above."""
     weights = arithmetic_weights([one.name for one in task.library], task.name)
-    return mix(task.library, choice * weights, task.rank)
+    return scaled(task.mixed(task.library, weights), choice)
 
 
 ALL = METHODS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}

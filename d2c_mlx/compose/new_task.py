@@ -12,6 +12,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.base_model import BaseModel
@@ -27,7 +28,7 @@ _MOST_BYTES = 2 << 30
 
 
 class Kept:
-    """Adapters that were trained, by all that decides their bytes: a stopped command goes on.
+    """Adapters that were made, by all that decides their bytes: a stopped command goes on.
 
     A directory keeps 2 GiB of them and those of this process; what was not used for longest goes.
     """
@@ -120,6 +121,13 @@ class NewTask:
         """
         jobs = [(one, [rows]) for one in adapters]
         return np.concatenate(self.evaluator.losses_in_parts(jobs))
+
+    def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray) -> Adapter:
+        """The `mix` of adapters, of `rank`; the same arguments are mixed once."""
+        parts = ["mix", [one.digest for one in adapters], weights.tolist(), self.rank]
+        found = self.kept.get(parts, self.base.n_layers,
+                              lambda: mix(adapters, weights, self.rank).uniform())  # fmt: skip
+        return replace(found, name=self.name, sources=tuple(one.name for one in adapters))
 
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""
