@@ -177,7 +177,7 @@ def compose_tasks(read):
         parts = row["methods"]
         excess = [parts[name]["excess"] if name in parts else None for name in _SINGLE]
         cells = ["" if x is None else f"{x:.3f}" for x in (*excess, parts[row["auto"]]["excess"])]
-        lines.append((row["task"], row["draw"], *cells, row["auto"]))
+        lines.append((row["task"], str(row["draw"]), *cells, row["auto"]))
     return markdown(("task", "draw", *_SINGLE, "auto", "which took"), lines)
 
 
@@ -190,7 +190,7 @@ def two_tasks(read):
             parts = [one[name] for one in some]
             loss = [one["loss"] for one in parts if "loss" in one]
             lines.append((
-                name, n, f"{statistics.mean(loss):.3f}" if loss else "",
+                name, str(n), f"{statistics.mean(loss):.3f}" if loss else "",
                 f"{statistics.mean(one['chrf'] for one in parts):.1f}",
                 f"{statistics.mean(one['exact_match'] for one in parts):.0f}%",
             ))  # fmt: skip

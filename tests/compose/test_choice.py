@@ -1,6 +1,7 @@
 """Training and choosing on a tiny model: what is planted is found."""
 
 import os
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from d2c_mlx.compose.cross_validation import (
     split,
 )
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
+from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.new_task import Kept
 from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.distill import Distiller
@@ -165,3 +167,13 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, adapters, monkeypatc
     for number in range(3, 7):
         mine.get([number], 2, lambda: adapters[0])
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_mix_that_no_row_changes_is_made_once(tmp_path, new_task, answered, adapters):
+    task = replace(new_task, kept=Kept(tmp_path))
+    folds = split(answered(adapters[1]))
+    cross_validate(task, {"uniform": METHODS["uniform"]}, folds)
+    assert len(list(tmp_path.iterdir())) == 1
+    made = METHODS["uniform"].make(task, folds[0], 1.0)
+    assert made.digest == mix(adapters, [1 / 3] * 3, task.rank).digest
+    assert made.sources == ("a", "b", "c") and len(list(tmp_path.iterdir())) == 1
