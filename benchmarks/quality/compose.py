@@ -5,9 +5,14 @@
 
 Ten rows of the task's probe.jsonl (draw 0: the first, draw 1: the next) make an adapter by every
 method; 30 held-out rows judge it, beside the base model and the task's real adapter, which nothing
-else sees. *Score* is chrF of greedy answers to the first of them. Seconds are those of the method
-with cross-validation and refit, without what an earlier method of the list has trained or measured.
-Resumes task by task.
+else sees. *Score* is chrF of greedy answers to the first of them, of base, real, `auto`'s choice,
+`best` and `fresh`. Seconds are those of the method with cross-validation and refit, without what an
+earlier method of the list has trained or measured. Resumes task by task, and within a task what was
+trained or measured is cached.
+
+`arithmetic` is a method of this script: every task is of a kind and a language, and its update is
+the kind's mean over the other languages, plus the language's mean over the other kinds, minus the
+mean over both (qa-fr: qa-X + Y-fr - Y-X, for all X and Y), times a scale.
 """
 
 import json
@@ -21,7 +26,7 @@ from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
-from d2c_mlx.compose.methods import AUTO, METHODS
+from d2c_mlx.compose.methods import AUTO, METHODS, Method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.engine import Engine
@@ -29,8 +34,9 @@ from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.serve.router import fit_router
+from d2c_mlx.serve.router import prompt_states, router_from_states
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_json
@@ -40,12 +46,36 @@ N_ROWS = 10
 TASKS = "num-de,qa-fr,gec-es,date-en,reply-de,summ-en,num-fr,gec-de"
 
 
-def similarity(base, library, sets, rows):
-    """Cosines of the new prompts' mean state with every task of the library."""
-    router = fit_router(base.model, sets)
-    states = router.states(base.model, [one.prompt_tokens for one in rows.examples])
-    found = {one.task: one.similarity for one in router.matches(states.mean(axis=0), len(sets))}
-    return np.array([found[one.name] for one in library])
+def arithmetic_weights(names, new):
+    """Weights of `arithmetic`, one per name, which are KIND-LANGUAGE as `new` is."""
+    kind, language = new.split("-")
+    parts = [name.split("-") for name in names]
+    same = [(one == kind, other == language) for one, other in parts]
+    counts = {one: same.count(one) for one in set(same)}
+    signs = {(True, False): 1, (False, True): 1, (False, False): -1}
+    return np.array([signs[one] / counts[one] for one in same])
+
+
+def arithmetic(task, rows, choice):
+    """The method of this script, see above."""
+    weights = arithmetic_weights([one.name for one in task.library], task.name)
+    return scaled(task.mixed(task.library, weights), choice)
+
+
+ALL = METHODS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}
+
+
+def prompts_of(rows):
+    """Token ids of every prompt."""
+    return [one.prompt_tokens for one in rows.examples]
+
+
+def similarity(states, name, new):
+    """Cosines of the mean state of new prompts `(n, hidden)` with every other task."""
+    others = {task: one for task, one in states.items() if task != name}
+    router = router_from_states(others, 1)
+    found = {one.task: one.similarity for one in router.matches(new.mean(axis=0), len(others))}
+    return np.array([found[task] for task in others])
 
 
 def composed(task, rows, names):
@@ -53,40 +83,55 @@ def composed(task, rows, names):
     folds, made, scores, seconds = split(rows), {}, {}, {}
     for name in names:
         started = time.perf_counter()
-        scores |= cross_validate(task, {name: METHODS[name]}, folds)
-        one = METHODS[name].make(task, join(folds), scores[name].choice)
+        scores |= cross_validate(task, {name: ALL[name]}, folds)
+        one = ALL[name].make(task, join(folds), scores[name].choice)
         made[name] = replace(one, name=task.name).uniform(task.base.dtype)
         seconds[name] = time.perf_counter() - started
+        print(f"  {name} {scores[name].loss:.3f}, {seconds[name]:.0f} s", flush=True)
     return made, scores, seconds
 
 
-def measure(evaluator, adapters, sets, name, draw, options):
+def judge(evaluator, judged, tests, rows, answered):
+    """Loss on held-out rows of every adapter, and scores of the answers of some to `rows`."""
+    losses = dict(zip(judged, np.concatenate(
+        evaluator.losses([(one, [tests]) for one in judged.values()]))))  # fmt: skip
+    methods = {key: BenchMethod(0, [{tests.task: one}]) for key, one in judged.items()
+               if rows and key in answered}  # fmt: skip
+    answers = answer_rows(evaluator.runner.base, methods, [(rows, tests)] if rows else [])
+    found = answer_metrics(answers, list(methods))
+    return {key: {"loss": losses[key], **scores(found.get(key, {}))} for key in judged}
+
+
+def scores(metrics):
+    """What the tables show of `answer_metrics`; None where nothing was answered."""
+    return {key: metrics.get(key) for key in ("chrf", "exact_match")}
+
+
+def measure(evaluator, adapters, states, name, draw, options):
     """The row of one task and draw."""
     base = evaluator.runner.base
     read = load_task(options.library / "tasks" / name)
     rows = base.encode(name, read.probe[draw * N_ROWS : (draw + 1) * N_ROWS])
     tests = base.encode(name, read.test[: options.tests])
+    base.attach(None)
+    new = prompt_states(base.model, prompts_of(rows), base.n_layers // 2 + 1)
+    near = similarity(states, name, new)
     library = [one for one in adapters if one.name != name]
-    near = similarity(base, library, [one for one in sets if one.task != name], rows)
     task = NewTask(name, base, evaluator, library, near, kept=Kept(cache_directory() / "trained"))
-    made, scores, seconds = composed(task, rows, options.methods)
+    made, expected, seconds = composed(task, rows, options.methods)
+    auto = [key for key in options.methods if key in AUTO]
+    chosen = choose({key: expected[key] for key in auto})
     (real,) = [one for one in adapters if one.name == name]
     judged = {"base": None, "real": real, **made}
-    losses = dict(zip(judged, np.concatenate(
-        evaluator.losses([(one, [tests]) for one in judged.values()]))))  # fmt: skip
-    chrf = {}
-    if options.answers:
-        methods = {key: BenchMethod(0, [{name: one}]) for key, one in judged.items()}
-        answers = answer_rows(base, methods, [(read.test[: options.answers], tests)])
-        chrf = {key: one["chrf"] for key, one in answer_metrics(answers, list(judged)).items()}
-    chosen = choose({key: one for key, one in scores.items() if key in AUTO})
-    parts = {key: {"loss": losses[key], "excess": losses[key] - losses["real"],
-                   "chrf": chrf.get(key)} for key in judged}  # fmt: skip
+    answered = {"base", "real", "best", "fresh", chosen} & judged.keys()
+    parts = judge(evaluator, judged, tests, read.test[: options.answers], answered)
+    for part in parts.values():
+        part["excess"] = part["loss"] - parts["real"]["loss"]
     for key in made:
-        score = scores[key]
+        score = expected[key]
         parts[key] |= {"expected": score.loss, "choice": score.choice, "seconds": seconds[key]}
     # `auto` trains all that it compares, which is what it takes.
-    total = sum(seconds[key] for key in made if key in AUTO)
+    total = sum(seconds[key] for key in auto)
     return {"task": name, "draw": draw, "auto": chosen, "seconds": total, "methods": parts}
 
 
@@ -96,27 +141,30 @@ def main():
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--draws", default="0,1")
-    parser.add_argument("--methods", default=";".join(AUTO), help="separated by semicolons")
+    parser.add_argument("--methods", default=";".join((*AUTO, "fresh-random", "arithmetic")),
+                        help="separated by semicolons")  # fmt: skip
     parser.add_argument("--tests", type=int, default=30)
     parser.add_argument("--answers", type=int, default=10)
     options = parser.parse_args()
-    options.methods = [name for name in METHODS if name in options.methods.split(";")]
+    options.methods = [name for name in ALL if name in options.methods.split(";")]
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     base, adapters, _, sets = load_library(options.library, N_ROWS)
+    states = {one.task: prompt_states(base.model, prompts_of(one), base.n_layers // 2 + 1)
+              for one in sets}  # fmt: skip
     evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for draw in map(int, options.draws.split(",")):
         for name in options.tasks.split(","):
             there = [row for row in found["rows"] if (row["task"], row["draw"]) == (name, draw)]
             if there and set(options.methods) <= there[0]["methods"].keys():
                 continue
-            row = measure(evaluator, adapters, sets, name, draw, options)
+            row = measure(evaluator, adapters, states, name, draw, options)
             rows = [one for one in found["rows"] if one not in there]
             found = {"machine": machine(), "rows": [*rows, row]}
             write_json(options.output, found)
-            best = min(row["methods"].items(), key=lambda one: one[1]["loss"] if one[0] != "real"
-                       else np.inf)  # fmt: skip
+            best = min((key for key in row["methods"] if key != "real"),
+                       key=lambda key: row["methods"][key]["loss"])  # fmt: skip
             print(f"{name} {draw}: auto {row['auto']} {row['methods'][row['auto']]['excess']:.3f},"
-                  f" {best[0]} {best[1]['excess']:.3f}, {row['seconds']:.0f} s",
+                  f" {best} {row['methods'][best]['excess']:.3f}, {row['seconds']:.0f} s",
                   flush=True)  # fmt: skip
     show("compose", compose=found)
 

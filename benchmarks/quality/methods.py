@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
-from benchmarks.quality.byte_families import ALONE
+from benchmarks.quality.bytes import ALONE
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import gram, similarity
 from d2c_mlx.cluster.d2c import d2c

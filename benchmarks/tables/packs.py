@@ -164,3 +164,34 @@ def compose(read):
         ))  # fmt: skip
     header = ("method", "excess", "gain kept", "chrF", "ahead of fresh", "seconds")
     return markdown(header, lines)
+
+
+# Columns of the tables of single tasks and of two at once.
+_SINGLE = ("base", "best", "arithmetic", "fresh")
+
+
+def compose_tasks(read):
+    """Excess on every task, and what `auto` took there."""
+    lines = []
+    for row in read("compose")["rows"]:
+        parts = row["methods"]
+        excess = [parts[name]["excess"] if name in parts else None for name in _SINGLE]
+        cells = ["" if x is None else f"{x:.3f}" for x in (*excess, parts[row["auto"]]["excess"])]
+        lines.append((row["task"], str(row["draw"]), *cells, row["auto"]))
+    return markdown(("task", "draw", *_SINGLE, "auto", "which took"), lines)
+
+
+def two_tasks(read):
+    """Loss, chrF and exact answers of every way to do two tasks at once, by number of rows."""
+    rows, lines = read("two_tasks")["rows"], []
+    for n in sorted({row["rows"] for row in rows}):
+        some = [row["methods"] for row in rows if row["rows"] == n]
+        for name in some[0]:
+            parts = [one[name] for one in some]
+            loss = [one["loss"] for one in parts if "loss" in one]
+            lines.append((
+                name, str(n), f"{statistics.mean(loss):.3f}" if loss else "",
+                f"{statistics.mean(one['chrf'] for one in parts):.1f}",
+                f"{statistics.mean(one['exact_match'] for one in parts):.0f}%",
+            ))  # fmt: skip
+    return markdown(("method", "rows", "loss", "chrF", "exact"), lines)

@@ -35,6 +35,8 @@ TABLES = {
     "serve": speed.serve,
     "order": packs.order,
     "compose": packs.compose,
+    "compose-tasks": packs.compose_tasks,
+    "two-tasks": packs.two_tasks,
     "library": paper.library,
     "train-mlx": paper.train_mlx,
     "decay": paper.decay,

@@ -69,12 +69,12 @@ def _best(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 
 def _uniform(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return mix(task.library, np.full(len(task.library), 1 / len(task.library)), task.rank)
+    return task.mixed(task.library, np.full(len(task.library), 1 / len(task.library)))
 
 
 def _retrieve(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     assert task.similarity is not None, "checked before"
-    return mix(task.library, similarity_weights(task.similarity), task.rank)
+    return task.mixed(task.library, similarity_weights(task.similarity))
 
 
 def _by_loss(task: NewTask, rows: ExampleSet) -> list[Adapter]:
@@ -85,13 +85,13 @@ def _by_loss(task: NewTask, rows: ExampleSet) -> list[Adapter]:
 
 def _top(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     some = _by_loss(task, rows)[:_N_TOP]
-    return mix(some, np.full(len(some), choice / len(some)), task.rank)
+    return scaled(task.mixed(some, np.full(len(some), 1 / len(some))), choice)
 
 
 def _continual(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     # The last weighs most.
     worst_first = _by_loss(task, rows)[::-1]
-    return mix(worst_first, continual_weights(len(worst_first)), task.rank)
+    return task.mixed(worst_first, continual_weights(len(worst_first)))
 
 
 def _fresh(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
@@ -111,7 +111,7 @@ def _routed(how: Route, task: NewTask, rows: ExampleSet, choice: float) -> Adapt
     found = task.made(how.__name__, skills, rows,
                       lambda trainer: train_routing(trainer, skills, rows, how),
                       _ROUTING_RATE)  # fmt: skip
-    return mix([found], [choice], task.rank)
+    return scaled(task.mixed([found], np.ones(1)), choice)
 
 
 def _calibrated(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
@@ -142,8 +142,8 @@ def _fresh_and(
 ) -> Adapter:
     """A fresh LoRA and the mean of the adapters that suit best, each changed, times one scale."""
     some = [change(one) for one in _by_loss(task, rows)[:_N_TOP]]
-    shares = [1.0, *[1 / len(some)] * len(some)]
-    return mix([task.fresh(rows), *some], choice * np.array(shares), task.rank)
+    shares = np.array([1.0, *[1 / len(some)] * len(some)])
+    return scaled(task.mixed([task.fresh(rows), *some], shares), choice)
 
 
 def _lorahub(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,19 +12,26 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import AdapterError
-from d2c_mlx.utils.files import fingerprint, write_dir
+from d2c_mlx.utils.files import fingerprint, remove_dir, write_dir
 
 __all__ = ["Kept", "NewTask"]
 
+# Bytes of trained adapters that a directory keeps.
+_MOST_BYTES = 2 << 30
+
 
 class Kept:
-    """Adapters that were trained, by all that decides their bytes: a stopped command goes on."""
+    """Adapters that were made, by all that decides their bytes: a stopped command goes on.
+
+    A directory keeps 2 GiB of them and those of this process; what was not used for longest goes.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         """Keep them in memory and, with a directory, beyond this process."""
@@ -42,16 +51,32 @@ class Kept:
         return self._known[key]
 
     def _read(self, key: str) -> Adapter | None:
+        if not self._directory:
+            return None
         try:
-            return load_adapter(self._directory / key) if self._directory else None
+            found = load_adapter(self._directory / key)
+            os.utime(self._directory / key)
         except (AdapterError, OSError):
             return None
+        return found
 
     def _write(self, key: str, n_layers: int, adapter: Adapter) -> Adapter:
         if self._directory:
             with write_dir(self._directory / key) as directory:
                 adapter.save(directory, n_layers)
+            self._known[key] = adapter
+            # Another process may remove the same.
+            with contextlib.suppress(OSError):
+                self._trim(self._directory)
         return adapter
+
+    def _trim(self, directory: Path) -> None:
+        total = 0
+        kept = sorted(directory.glob("[!.]*"), key=lambda one: one.stat().st_mtime_ns)
+        for one in reversed(kept):
+            total += sum(file.stat().st_size for file in one.iterdir())
+            if total > _MOST_BYTES and one.name not in self._known:
+                remove_dir(one)
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,13 @@ class NewTask:
         """
         jobs = [(one, [rows]) for one in adapters]
         return np.concatenate(self.evaluator.losses_in_parts(jobs))
+
+    def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray) -> Adapter:
+        """The `mix` of adapters, of `rank`; the same arguments are mixed once."""
+        parts = ["mix", [one.digest for one in adapters], weights.tolist(), self.rank]
+        found = self.kept.get(parts, self.base.n_layers,
+                              lambda: mix(adapters, weights, self.rank).uniform())  # fmt: skip
+        return replace(found, name=self.name, sources=tuple(one.name for one in adapters))
 
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""

@@ -51,7 +51,7 @@ class TrainOptions:
     """
 
     steps: int = 25
-    rate: float = 2e-3
+    rate: float = 5e-3
     rows: int = 2
     seed: int = 0
 

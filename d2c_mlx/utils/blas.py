@@ -85,7 +85,10 @@ def limit_blas_threads(n_threads: int) -> bool:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Let the preloaded OpenBLAS use all cores of this process inside the block."""
+    """Let the preloaded OpenBLAS use all cores of this process inside the block.
+
+    `OPENBLAS_NUM_THREADS` stays its limit: beside other work, threads that wait cost more than one.
+    """
     getter = getattr(_library, "openblas_get_num_threads", None)
     if getter is None:
         yield
@@ -94,6 +97,9 @@ def all_cores() -> Iterator[None]:
     cores = os.cpu_count() or 1
     if sys.platform == "linux":  # Only Linux tells which cores a process may use.
         cores = len(os.sched_getaffinity(0))
+    wish = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if wish.isdecimal():
+        cores = min(cores, max(1, int(wish)))
     limit_blas_threads(cores)
     try:
         yield

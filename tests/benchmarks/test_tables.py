@@ -231,3 +231,7 @@ def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
         "| fresh | 0.650 | 55% |  |  | 2 |",
         "| base | 1.500 | 0% |  | 0 of 2 | 2 |",
     ]
+    assert packs.compose_tasks({"compose": {"rows": rows}}.__getitem__)[2:] == [
+        "| a | 0 | 1.000 |  |  | 0.500 | 0.250 | top |",
+        "| b | 0 | 2.000 |  |  | 0.800 | 1.000 | top |",
+    ]

@@ -1,5 +1,8 @@
 """Training and choosing on a tiny model: what is planted is found."""
 
+import os
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from d2c_mlx.compose.cross_validation import (
     split,
 )
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
+from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.new_task import Kept
 from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.distill import Distiller
@@ -142,3 +146,34 @@ def test_what_was_trained_is_kept_and_what_is_damaged_made_again(tmp_path, adapt
     for file in tmp_path.glob("*/adapters.safetensors"):
         file.write_bytes(b"no")
     assert get("x", 1) == adapters[0].digest and len(calls) == 3
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path, adapters, monkeypatch):
+    def keep(number):
+        Kept(tmp_path).get([number], 2, lambda: adapters[0])
+        return {one.name for one in tmp_path.iterdir()}
+
+    keep(0)
+    (first,) = tmp_path.iterdir()
+    size = sum(file.stat().st_size for file in first.iterdir())
+    monkeypatch.setattr("d2c_mlx.compose.new_task._MOST_BYTES", size * 5 // 2)
+    (second,) = keep(1) - {first.name}
+    for age, name in enumerate((first.name, second)):
+        os.utime(tmp_path / name, (age, age))
+    assert keep(0) == {first.name, second}
+    assert second not in keep(2) and first.name in keep(2)
+    # What one process made is all kept: its command may be stopped and go on.
+    mine = Kept(tmp_path)
+    for number in range(3, 7):
+        mine.get([number], 2, lambda: adapters[0])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_mix_that_no_row_changes_is_made_once(tmp_path, new_task, answered, adapters):
+    task = replace(new_task, kept=Kept(tmp_path))
+    folds = split(answered(adapters[1]))
+    cross_validate(task, {"uniform": METHODS["uniform"]}, folds)
+    assert len(list(tmp_path.iterdir())) == 1
+    made = METHODS["uniform"].make(task, folds[0], 1.0)
+    assert made.digest == mix(adapters, [1 / 3] * 3, task.rank).digest
+    assert made.sources == ("a", "b", "c") and len(list(tmp_path.iterdir())) == 1
