@@ -13,6 +13,8 @@ ROUTERS = {
     "arrow by token, 1": "Arrow, per token and module, best 1",
     "arrow by token, 4": "Arrow, per token and module, best 4",
 }
+# In the order of tables.
+SERVERS = ["d2c-mlx", "mlx_lm.server", "llama-server"]
 
 
 def routers(read):
@@ -37,7 +39,7 @@ def _cells(read):
         for key, value in one.items():
             if key not in ("clients", "server", "tasks", "room", "round"):
                 cell[key] = cell[key] + value if key in cell else value
-    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], SERVERS.index(item[0][1]))))
 
 
 def clients(read):
@@ -72,9 +74,11 @@ def rooms(read):
             f"{n}", f"{server}, {tasks}", f"{room}", f"{one['tokens'] / one['cpu_seconds']:.1f}",
             f"{one['tokens'] / one['seconds']:.1f}", *(f"{x:.1f}" for x in at),
             *(f"{one[key]}" if key in one else "" for key in ("loads", "evictions")),
+            f"{one['cached_tokens'] / one['prompt_tokens']:.0%}" if "cached_tokens" in one else "",
         ))  # fmt: skip
     header = ("clients", "server, tasks", "room for", "tokens/CPU s", "tokens/s",
-              "first token, median, s", "p99, s", "loads", "evictions")  # fmt: skip
+              "first token, median, s", "p99, s", "loads", "evictions",
+              "prompt tokens kept")  # fmt: skip
     return markdown(header, rows, left=2)
 
 
