@@ -105,7 +105,7 @@ def measure(address, process, jobs, n_clients):
     return {
         "requests": len(jobs), "tokens": sum(n for n, _ in replies), "seconds": round(seconds, 2),
         "cpu_seconds": round(used, 2), "first_token_s": [round(first, 3) for _, first in replies],
-        **{word: int(after[key] - before[key]) for word, key in COUNTERS.items() if key in after},
+        **{word: int(after[key] - before[key]) for word, key in COUNTERS.items() if after},
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 

@@ -73,7 +73,7 @@ def rooms(read):
         rows.append((
             f"{n}", f"{server}, {tasks}", f"{room}", f"{one['tokens'] / one['cpu_seconds']:.1f}",
             f"{one['tokens'] / one['seconds']:.1f}", *(f"{x:.1f}" for x in at),
-            *(f"{one[key]}" if key in one else "" for key in ("loads", "evictions")),
+            *(f"{one.get(key, 0)}" if "loads" in one else "" for key in ("loads", "evictions")),
             f"{one['cached_tokens'] / one['prompt_tokens']:.0%}" if "cached_tokens" in one else "",
         ))  # fmt: skip
     header = ("clients", "server, tasks", "room for", "tokens/CPU s", "tokens/s",
