@@ -85,24 +85,25 @@ def rooms(read):
 def stress(read):
     """What came of every request so far, and what the server holds, at some points of a run."""
     result = read("stress")
-    rows, total, asked = [], {}, 0
-    every = -(-len(result["rows"]) // 8)
-    for i, one in enumerate(result["rows"]):
-        for key, n in one["outcomes"].items():
+    rows, total = [], {}
+    points = [result["start"], *result["rows"]]
+    every = -(-len(points) // 8)
+    for i, one in enumerate(points):
+        for key, n in one.get("outcomes", {}).items():
             total[key] = total.get(key, 0) + n
-        asked += sum(one["outcomes"].values())
-        if (i + 1) % every and one is not result["rows"][-1]:
+        if i % every and one is not points[-1]:
             continue
         others = {key: n for key, n in total.items()
                   if key not in ("right", "left", "garbage", "reloaded")}  # fmt: skip
         rows.append((
-            f"{asked:,}", *(f"{total.get(key, 0):,}" for key in ("right", "left", "garbage")),
-            f"{total.get('reloaded', 0)}", ", ".join(f"{k}: {n}" for k, n in others.items()) or "0",
+            f"{sum(total.values()):,}",
+            *(f"{total.get(key, 0):,}" for key in ("right", "left", "garbage", "reloaded")),
+            ", ".join(f"{key}: {n}" for key, n in others.items()) or "0",
             f"{one['d2c_mlx_adapter_loads_total']:,}",
             f"{one['d2c_mlx_adapter_evictions_total']:,}", f"{one['resident_bytes'] / 1e6:.0f}",
             *(f"{one[key]}" for key in ("threads", "files", "sockets")),
         ))  # fmt: skip
     header = ("requests", "right answers", "clients that left", "garbage", "packs reloaded",
-              "anything else", "loads", "evictions", "resident MB", "threads", "files",
-              "sockets")  # fmt: skip
+              "anything else", "loads of names still served", "their evictions", "resident MB",
+              "threads", "files", "sockets")  # fmt: skip
     return markdown(header, rows, left=0)
