@@ -1,40 +1,49 @@
 """Requests of every kind against one server: is the right adapter in every answer, is nothing left?
 
-    python -m benchmarks.serving.stress --library DIR [--adapters 8] [--requests 10000]
-        [--clients 16]
+    python -m benchmarks.serving.stress --library DIR [--adapters 24] [--requests 10000]
+        [--clients 32]
 
-Of a pack of half the adapters and a directory with all, in memory for a quarter: answers streamed
+The pack has half the adapters, a directory all of them, memory room for a third: answers streamed
 and whole, adapters that are loaded, asked and unloaded, adapters that the first request loads,
-packs that are reloaded, clients that leave, and bytes that are no request. An answer is *wrong* if
-it is another adapter's, and *other* if it is no adapter's: rows of a batch are computed together,
-which can change a token where two are equally likely. At the end no request, connection or adapter
-may be left, and memory be that of the half-time.
+packs that are reloaded, clients that leave, and bytes that are no request. An answer of two tokens
+tells the likeliest tokens' log-probabilities, which no two adapters share; they are compared with
+those of the base under that adapter alone. An answer is *wrong* if it is another adapter's, and
+*other* if it is nobody's. After every part the server must be idle, and at the end its threads,
+files and sockets be those of the start. Then it gets SIGTERM while it streams.
 """
 
+import http.client
 import itertools
 import json
+import os
 import random
 import socket
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from threading import Barrier
+
+import mlx.core as mx
 
 from benchmarks import command_line
 from benchmarks.common import load_library
-from benchmarks.serving.serve import server
+from benchmarks.serving.servers import OURS, cpu_seconds, metrics, server
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
-TOKEN, TOKENS = "stress", 4
-_SHARED = "Write the number in German words. 7: sieben. 12: zwölf. 30: dreißig. 41: "
-PROMPTS = ("the quick brown fox", "x", "Who is it?", _SHARED, _SHARED + "einundvierzig. 896:")
+TOKEN, TOKENS, TOP = "stress", 2, 5
+_SHARED = "Numbers in German words. 7: sieben. 12: zwölf. 30:"
+PROMPTS = ("the quick brown fox", "Number: 896", "Who is it?", _SHARED, _SHARED + " dreißig. 8:")
+# Nats by which an answer may differ from that of its adapter alone; any two adapters differ more.
+TOLERANCE = 0.01
+# In which a server must be gone after SIGTERM: 10 to end what runs, 5 to send it, and some.
+STOP_SECONDS = 20
 GARBAGE = (
     b"\x00\x01\x02\r\n\r\n", b"POST / HTTP/1.1\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
@@ -48,13 +57,13 @@ class Stress:
 
     Attributes:
         address: host and port.
-        answers: name of an adapter -> prompt -> its answer.
+        answers: name of an adapter -> prompt -> its answer, see `answers_of`.
         served: names that the server knows from the start.
         files: names in the server's directory, which `load_lora_adapter` takes as paths.
     """
 
     address: tuple[str, int]
-    answers: dict[str, dict[str, str]]
+    answers: dict[str, dict[str, tuple[float, ...]]]
     served: list[str]
     files: list[str]
 
@@ -74,28 +83,33 @@ class Stress:
         if kind < 0.36:
             status, _ = self.post("/v1/reload", {})
             return "reloaded" if status == 200 else f"reload {status}"
-        name = dice.choice([*self.served, *self.files])
-        return self._ask(name, name, prompt, dice.random() < 0.5)
+        # The first more often than the last.
+        names = [*self.served, *self.files]
+        name = names[int(len(names) * dice.random() ** 3)]
+        return self.ask(name, name, prompt, dice.random() < 0.5)
 
-    def _ask(self, name, adapter, prompt, stream=False):
-        body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "stream": stream}
+    def ask(self, name, adapter, prompt=PROMPTS[0], stream=False):
+        """Ask a name; whether the answer is that adapter's."""
+        body = {"model": name, "prompt": prompt, "max_tokens": TOKENS, "stream": stream,
+                "logprobs": True, "top_logprobs": TOP}  # fmt: skip
         status, said = self.post("/v1/completions", body)
         if status != 200:
             return f"status {status}"
-        if stream:
-            lines = [line[6:] for line in said.splitlines() if line.startswith("data: {")]
-            said = "".join(json.loads(one)["choices"][0]["text"] for one in lines)
-        else:
-            said = json.loads(said)["choices"][0]["text"]
-        if said == self.answers[adapter][prompt]:
+        lines = [line[6:] for line in said.splitlines() if line.startswith("data: {")]
+        parts = [json.loads(one)["choices"][0]["logprobs"] for one in lines if stream]
+        parts = parts or [json.loads(said)["choices"][0]["logprobs"]]
+        tokens = [one for part in parts if part for one in part["content"]]
+        found = [top["logprob"] for one in tokens for top in one["top_logprobs"]]
+        if difference(found, self.answers[adapter][prompt]) < TOLERANCE:
             return "right"
-        return "wrong" if said in [one[prompt] for one in self.answers.values()] else "other"
+        others = [difference(found, one[prompt]) for one in self.answers.values()]
+        return "wrong" if min(others) < TOLERANCE else "other"
 
     def _come_and_go(self, name, file, prompt):
         status, _ = self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": file})
         if status != 200:
             return f"load {status}"
-        found = self._ask(name, file, prompt)
+        found = self.ask(name, file, prompt)
         status, _ = self.post("/v1/unload_lora_adapter", {"lora_name": name})
         return found if status == 200 else f"unload {status}"
 
@@ -137,52 +151,98 @@ def request(path, body):
 
 
 def state(stress):
-    """The metrics of a server, read once no request is open."""
-    line = f"GET /metrics HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
-    names = ("process_resident_memory_bytes", "process_open_fds", "d2c_mlx_adapter_loads_total",
-             "d2c_mlx_adapter_evictions_total", "d2c_mlx_vanished_total")  # fmt: skip
-    while b"\nd2c_mlx_open 0.0" not in stress.send(line):
+    """Some metrics of a server, read once no request is open."""
+    while metrics(stress.address, TOKEN)["d2c_mlx_open"]:
         time.sleep(0.2)
     # A refused connection lingers for a second.
     time.sleep(2)
-    found: Counter[str] = Counter()
-    for row in stress.send(line).decode().splitlines():
-        key, _, value = row.rpartition(" ")
-        if key.partition("{")[0] in names:
-            found[key.partition("{")[0]] += int(float(value))
-    return dict(found)
+    found = metrics(stress.address, TOKEN)
+    names = ("d2c_mlx_adapter_loads_total", "d2c_mlx_adapter_evictions_total",
+             "d2c_mlx_vanished_total", "vllm:prefix_cache_hits_total")  # fmt: skip
+    return {name: int(found[name]) for name in names}
+
+
+def resources(process):
+    """What a process holds."""
+    return {
+        "resident_bytes": process.memory_info().rss, "threads": process.num_threads(),
+        "files": process.num_fds(), "sockets": len(process.net_connections()),
+    }  # fmt: skip
+
+
+def difference(found, known):
+    """Most nats between two answers; infinite if one is empty. One may have ended earlier."""
+    return max((abs(x - y) for x, y in zip(found, known)), default=float("inf"))
 
 
 def answers_of(base, adapters):
-    """Answers of each adapter, made offline."""
+    """Each adapter's answers: for every token the likeliest ones' log-probabilities, in order.
+
+    Raises:
+        SystemExit: two adapters cannot be told apart.
+    """
     found = {}
-    tokenizer = base.tokenizer
     for name, one in adapters.items():
         base.attach(one)
-        found[name] = {}
+        found[name] = dict.fromkeys(PROMPTS, ())
+        rows = [base.tokenizer.encode(prompt) for prompt in PROMPTS]
+        for _ in range(TOKENS):
+            # What is right of a token does not change it.
+            length = max(map(len, rows))
+            logits = base.model(mx.array([row + [0] * (length - len(row)) for row in rows]))
+            for i, prompt in enumerate(PROMPTS):
+                last = logits[i, len(rows[i]) - 1].astype(mx.float32)
+                likely = mx.sort(last - mx.logsumexp(last))[: -TOP - 1 : -1].tolist()
+                found[name][prompt] += tuple(likely)
+                rows[i] = [*rows[i], last.argmax().item()]
+    for (one, x), (other, y) in itertools.combinations(found.items(), 2):
         for prompt in PROMPTS:
-            words = tokenizer.detokenizer
-            for token in base.answer(tokenizer.encode(prompt), TOKENS):
-                if token not in tokenizer.eos_token_ids:
-                    words.add_token(token)
-            words.finalize()
-            found[name][prompt] = words.text
+            if difference(x[prompt], y[prompt]) < 2 * TOLERANCE:
+                raise SystemExit(f"{one} and {other} answer {prompt!r} alike")
     return found
+
+
+def stopped(address, process, served):
+    """SIGTERM while 16 streams run: how they end, and how long the server takes to end."""
+
+    def stream(name):
+        connection = http.client.HTTPConnection(*address, timeout=600)
+        body = {"model": name, "prompt": "Once", "max_tokens": 400, "stream": True}
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        reply = connection.getresponse()
+        reply.readline()
+        streaming.wait(600)
+        # IncompleteRead would be a stream that was cut.
+        with closing(connection), reply:
+            return reply.read().split(b"data: ")[-1]
+
+    streaming = Barrier(17)
+    with ThreadPoolExecutor(16) as pool:
+        last = pool.map(stream, itertools.islice(itertools.cycle(served), 16))
+        streaming.wait(600)
+        started = time.perf_counter()
+        process.terminate()
+        last, code = list(last), process.wait(10 * STOP_SECONDS)
+    ends = Counter("done" if one.startswith(b"[DONE]") else
+                   "told" if b"the server stops" in one else "cut" for one in last)  # fmt: skip
+    return {"seconds": round(time.perf_counter() - started, 1), "exit_code": code, **ends}
 
 
 def main():
     """Run, print, write."""
     parser = command_line(__doc__, __spec__, "stress.json")
     parser.add_argument("--library", type=Path, required=True)
-    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--adapters", type=int, help="number of the library's  [default: all]")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--part", type=int, default=500, help="requests between two looks at it")
+    parser.add_argument("--clients", type=int, default=32)
     options = parser.parse_args()
     base, adapters, paths, _ = load_library(options.library, 1, options.adapters)
     named = {path.name: replace(one, sources=(path.name,)) for path, one in zip(paths, adapters)}
     served = list(named)[: max(1, len(named) // 2)]
     nbytes = sum(sum(base.module_shapes[p]) * x.rank * 4 for p, x in adapters[0].modules.items())
-    memory = f"{(len(named) // 4 + 2) * nbytes / 1e6:.1f}MB"
+    room = max(1, len(named) // 3)
     answers = answers_of(base, named)
     with tempfile.TemporaryDirectory() as directory:
         pack = write_pack(
@@ -194,27 +254,33 @@ def main():
         for name, one in named.items():
             one.save(folder / f"file-{name}", base.n_layers)
             answers[f"file-{name}"] = answers[name]
-        code = "from d2c_mlx_cli.main import main; main()"
-        with server(code, "serve", pack.path, "--port", 0, "--token", TOKEN, "--allow-changes",
-                    "--adapter-dir", folder, "--adapter-memory", memory) as url:  # fmt: skip
-            place = urlsplit(url)
-            stress = Stress((place.hostname, place.port), answers, served,
-                            [f"file-{name}" for name in named])  # fmt: skip
-            measure(stress, options)
+        command = [*OURS, pack.path, "--token", TOKEN, "--allow-changes", "--adapter-dir", folder,
+                   "--adapter-memory", f"{(room + 1.5) * nbytes / 1e6:.1f}MB"]  # fmt: skip
+        del base, adapters
+        about = {"requests": options.requests, "clients": options.clients, "tokens": TOKENS,
+                 "adapters": len(named), "room": room, "environment": environment(),
+                 "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS")}  # fmt: skip
+        with server(command) as (address, process):
+            stress = Stress(address, answers, served, [f"file-{name}" for name in named])
+            measure(stress, process, options, about)
 
 
-def measure(stress, options):
-    """Two halves, and the state after each."""
-    numbers, rows = itertools.count(), []
-    for _ in range(2):
-        started = time.perf_counter()
-        found = stress.run(itertools.islice(numbers, options.requests // 2), options.clients)
-        seconds = time.perf_counter() - started
+def measure(stress, process, options, about):
+    """Part after part, and the state after each; then the end."""
+    numbers, rows, result = itertools.count(), [], {**about, "start": {}}
+    result["start"] = {**state(stress), **resources(process)}
+    for _ in range(options.requests // options.part):
+        started, used = time.perf_counter(), cpu_seconds(process)
+        found = stress.run(itertools.islice(numbers, options.part), options.clients)
+        seconds, used = time.perf_counter() - started, cpu_seconds(process) - used
         rows.append({"outcomes": dict(found.most_common()), "seconds": round(seconds, 1),
-                     **state(stress)})  # fmt: skip
+                     "cpu_seconds": round(used, 1), "load": os.getloadavg()[0], **state(stress),
+                     **resources(process)})  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
-        write_json(options.output, {"requests": options.requests, "clients": options.clients,
-                                    "rows": rows, "environment": environment()})  # fmt: skip
+        write_json(options.output, {**result, "rows": rows})
+    stop = stopped(stress.address, process, stress.served[: about["room"]])
+    print(json.dumps(stop))
+    write_json(options.output, {**result, "rows": rows, "stop": stop})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hashlib import sha256
 
 from benchmarks import RESULTS
 from benchmarks.tables import experiment as paper
-from benchmarks.tables import formats, packs, plots, speed, summary
+from benchmarks.tables import formats, packs, plots, serving, speed, summary
 from benchmarks.tables.findings import findings
 from benchmarks.tables.result_files import reader
 from d2c_mlx.report.charts import svg_file
@@ -31,8 +31,10 @@ TABLES = {
     "bytes-strong": packs.bytes_strong,
     "phone": speed.phone,
     "switch": speed.switch,
-    "routers": speed.routers,
-    "serve": speed.serve,
+    "routers": serving.routers,
+    "clients": serving.clients,
+    "rooms": serving.rooms,
+    "stress": serving.stress,
     "order": packs.order,
     "compose": packs.compose,
     "compose-tasks": packs.compose_tasks,

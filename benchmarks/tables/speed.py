@@ -1,18 +1,9 @@
-"""Tables of what is fast and small: the engine, merging, phone, routing and server.
+"""Tables of what is fast and small: the engine, merging, phone.
 
 Each function gets `read` of result_files.py and returns lines of Markdown.
 """
 
 from benchmarks.tables.result_files import markdown
-
-# Router in routers.json -> its words.
-ROUTERS = {
-    "states": "states: `d2c-mlx route`, fitted on probes",
-    "arrow by prompt": "Arrow, the adapter with most votes of a prompt",
-    "entropy": "lowest entropy of the first token, the base model among the candidates",
-    "arrow by token, 1": "Arrow, per token and module, best 1",
-    "arrow by token, 4": "Arrow, per token and module, best 4",
-}
 
 
 def probe(read):
@@ -143,41 +134,6 @@ def switch(read):
     header = ("run", "model ready, ms", "stock mlx-lm's reload, ms", "times less (target 20)",
               "with one token, ms", "stock, ms", "times less")  # fmt: skip
     return markdown(header, rows)
-
-
-def routers(read):
-    """Routing that needs no probes beside the router that is fitted on them, best first."""
-    result = read("routers")
-    rows = [("the task is named", "100%", "", f"{result['labelled_loss']:.3f}", "")]
-    for name, one in sorted(result["routers"].items(), key=lambda item: item[1]["loss"]):
-        chosen = "right" in one
-        rows.append((
-            ROUTERS.get(name, name), f"{one['right']:.1f}%" if chosen else "",
-            f"{one['foreign_accepted']:.0f}%" if chosen else "", f"{one['loss']:.3f}",
-            f"{one['seconds']:.3f}" if "seconds" in one else "",
-        ))  # fmt: skip
-    return markdown(("router", "right", "foreign prompts taken for a task", "loss", "s"), rows)
-
-
-def serve(read):
-    """Tokens per second of the server, by clients."""
-    found = {(one["server"], one["adapters"], one["clients"]): one for one in read("serve")["rows"]}
-    rows = []
-    for n in dict.fromkeys(n for _, _, n in found):
-        one, mixed, stock = (
-            found[server, kind, n]
-            for server, kind in (("d2c-mlx", "one"), ("d2c-mlx", "mixed"),
-                                 ("mlx_lm.server", "mixed"))
-        )  # fmt: skip
-        rates = [row["tokens_per_s"] for row in (one, mixed, stock)]
-        rows.append((
-            f"{n}", f"{rates[0]:.1f}", f"{rates[1]:.1f}", f"{rates[1] / rates[0]:.2f}",
-            f"{mixed['first_token_s']:.2f} s", f"{rates[2]:.1f}", f"{rates[1] / rates[2]:.1f}",
-        ))  # fmt: skip
-    header = ("clients", "all on one adapter, tokens/s", "eight mixed", "ratio (target 0.8)",
-              "first token, mixed", "`mlx_lm.server`, mixed",
-              "times faster (target 10)")  # fmt: skip
-    return markdown(header, rows, left=0)
 
 
 def stages(read):

@@ -1,13 +1,16 @@
-"""The stress test of benchmarks/, in small, on the tiny model."""
+"""The measurements of benchmarks/serving/, in small, on the tiny model."""
 
 from dataclasses import replace
 
 import mlx.core as mx
+import psutil
 import pytest
 from helpers.adapters import ADAPTERS
-from helpers.served import counted, evictions, idle, serving, text
+from helpers.served import counted, evictions, idle, serving
 
-from benchmarks.serving.stress import PROMPTS, TOKEN, TOKENS, Stress
+from benchmarks.serving.clients import TOKENS, jobs_of, measure
+from benchmarks.serving.servers import OURS, server
+from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.jobs import Limits
@@ -18,19 +21,15 @@ pytestmark = [
 ]
 
 
-def test_the_right_adapter_in_every_answer_and_nothing_left(
-    pack, model_path, tmp_path, answer, request
-):
+def test_the_right_adapter_in_every_answer_and_nothing_left(pack, model_path, tmp_path, request):
     """Loads, first uses, reloads, clients that leave and garbage at once, beyond memory."""
     adapters = {one.name: one for one in ADAPTERS}
     for one in ADAPTERS:
         modules = {k: replace(x, scale=2 * x.scale) for k, x in one.modules.items()}
         adapters[f"file-{one.name}"] = replace(one, modules=modules)
         adapters[f"file-{one.name}"].save(tmp_path / f"file-{one.name}", 2)
-    answers = {name: {prompt: text(answer, one, prompt, TOKENS) for prompt in PROMPTS}
-               for name, one in adapters.items()}  # fmt: skip
-    # Else an adapter that is mixed up might not show.
-    assert len({str(one) for one in answers.values()}) == len(answers)
+    # Raises if two cannot be told apart: one that is mixed up might not show.
+    answers = answers_of(BaseModel(str(model_path)), adapters)
     found = Adapters(BaseModel(str(model_path)), pack, 100_000)
     limits = Limits(batch=4, queue=8, seconds=2)
     files = [name for name in answers if name.startswith("file-")]
@@ -50,3 +49,39 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(
         assert not [name for name in found.names if name.startswith("own-")]
         assert all(not one.users and not one.rows for one in found.names.values())
         assert not any("own-" in key for key in counted(server))
+
+
+def test_an_answer_of_another_adapter_is_wrong(pack, model_path):
+    base, other_base = BaseModel(str(model_path)), BaseModel(str(model_path))
+    answers = answers_of(other_base, {one.name: one for one in ADAPTERS})
+    first, other, *_ = answers
+    with serving(pack, Adapters(base, pack), token=TOKEN) as server:
+        stress = Stress(server.address, answers, [first], [])
+        assert stress.ask(first, first) == stress.ask(other, other) == "right"
+        assert stress.ask(first, other) == "wrong"
+
+
+def test_every_client_gets_its_tokens_and_loads_are_counted(pack, model_path):
+    found = Adapters(BaseModel(str(model_path)), pack, 1)
+    tests = {one.name: [{"messages": [{"role": "user", "content": "fox"}, {}]}] for one in ADAPTERS}
+    jobs = jobs_of(tests, 12, 0)
+    ends = dict.fromkeys(map(str, found.model.base.tokenizer.eos_token_ids), -100)
+    bodies = [{"model": task, "messages": said, "max_tokens": TOKENS, "logit_bias": ends}
+              for task, said in jobs]  # fmt: skip
+    with serving(pack, found) as server:
+        row = measure(server.address, psutil.Process(), bodies, 4)
+    assert (row["requests"], row["tokens"]) == (12, 12 * TOKENS)
+    assert len(row["first_token_s"]) == 12 and row["cpu_seconds"] > 0
+    # One adapter at a time is in memory.
+    assert row["loads"] >= len({task for task, _ in jobs}) > 1
+    assert row["evictions"] >= row["loads"] - 1
+
+
+def test_streams_end_within_the_limit_after_sigterm(pack, model_path):
+    command = [*OURS, pack.path, "--model", model_path, "--token", TOKEN]
+    with server(command) as (address, process):
+        held = resources(process)
+        stop = stopped(address, process, [one.name for one in ADAPTERS])
+    assert held["threads"] > 1 and held["files"] > 3 and held["sockets"] >= 1
+    assert stop["seconds"] < STOP_SECONDS and stop["exit_code"] == 0
+    assert stop.get("told", 0) + stop.get("done", 0) == 16
