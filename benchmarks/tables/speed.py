@@ -3,6 +3,8 @@
 Each function gets `read` of result_files.py and returns lines of Markdown.
 """
 
+import numpy as np
+
 from benchmarks.tables.result_files import markdown
 
 
@@ -168,12 +170,18 @@ def _work(one):
 
 def search(read):
     """Clustering against the number of adapters, with a model and with estimates given."""
-    result, rows = read("search"), []
+    result, rows, counts = read("search"), [], []
     for one in result["clustered"]:
         seconds = (f"{one['seconds'][name]:.0f}" for name in ("convert", "probe", "cluster"))
-        evaluations = sum(one["evaluations"].values())
-        rows.append((f"{one['n']} in {max(1, one['n'] // 8)}", *seconds, f"{evaluations:,}",
+        counts.append(sum(one["evaluations"].values()))
+        rows.append((f"{one['n']} in {max(1, one['n'] // 8)}", *seconds, f"{counts[-1]:,.0f}",
                      f"{one['peak_mb']:,}"))  # fmt: skip
+    if len(counts) > 1:
+        of = [[one["seconds"][name] for one in result["clustered"]]
+              for name in ("convert", "probe", "cluster")]  # fmt: skip
+        of += [counts, [one["peak_mb"] for one in result["clustered"]]]
+        sizes = np.log([one["n"] for one in result["clustered"]])
+        rows.append(("exponent", *(f"{np.polyfit(sizes, np.log(some), 1)[0]:.2f}" for some in of)))
     for one in result["alone"]:
         rows.append((f"{one['n']} in {one['slots']}, estimates given", "", "",
                      f"{one['seconds']:.1f}", "0", f"{one['peak_mb']:,}"))  # fmt: skip
