@@ -165,7 +165,7 @@ def stages(read):
 
 
 def _work(one):
-    return f"{one['cpu_seconds']:.1f}", f"{one['evaluations']:,}", f"{one['tokens']:,}"
+    return f"{one['cpu_seconds']:.1f}", f"{one['evaluations']:,.0f}", f"{one['tokens']:,}"
 
 
 def search(read):
