@@ -179,9 +179,9 @@ def search(read):
     if len(counts) > 1:
         of = [[one["seconds"][name] for one in result["clustered"]]
               for name in ("convert", "probe", "cluster")]  # fmt: skip
-        of += [counts, [one["peak_mb"] for one in result["clustered"]]]
         sizes = np.log([one["n"] for one in result["clustered"]])
-        rows.append(("exponent", *(f"{np.polyfit(sizes, np.log(some), 1)[0]:.2f}" for some in of)))
+        found = (f"{np.polyfit(sizes, np.log(some), 1)[0]:.2f}" for some in [*of, counts])
+        rows.append(("exponent", *found, ""))
     for one in result["alone"]:
         rows.append((f"{one['n']} in {one['slots']}, estimates given", "", "",
                      f"{one['seconds']:.1f}", "0", f"{one['peak_mb']:,}"))  # fmt: skip
