@@ -224,7 +224,7 @@ def test_peft_takes_every_line_of_the_recipe():
     script = (
         "import sys, yaml, argparse; from benchmarks.library.train import lora_config\n"
         "lines = yaml.safe_load(open(sys.argv[1]))['adapters']\n"
-        "found = [lora_config(argparse.Namespace(**line), 30) for line in lines]\n"
+        "found = [lora_config(argparse.Namespace(dora=False, **line), 30) for line in lines]\n"
         "for line, one in zip(lines, found):\n"
         "    assert len(one.target_modules) == (7 if line['targets'] == 'all-linear' else 4)\n"
         "    last = line['layers']\n"
