@@ -103,7 +103,7 @@ def judge(evaluator, judged, tests, rows, answered):
 
 
 def scores(metrics):
-    """What the tables show of `answer_metrics`; None where nothing was answered."""
+    """The two of `answer_metrics` that tables show; None where nothing was answered."""
     return {key: metrics.get(key) for key in ("chrf", "exact_match")}
 
 

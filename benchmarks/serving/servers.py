@@ -24,7 +24,7 @@ def server(command, seconds=600):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
     words = [str(address[1]) if one == PORT else str(one) for one in command]
-    # What it says goes to the error stream: the output is a script's own.
+    # The server writes to the error stream: the output is a script's own.
     with psutil.Popen(words, stdout=sys.stderr) as process:
         try:
             _wait(address, process, seconds)

@@ -163,7 +163,7 @@ def state(stress):
 
 
 def resources(process):
-    """What a process holds."""
+    """Memory, threads, files and sockets of a process."""
     return {
         "resident_bytes": process.memory_info().rss, "threads": process.num_threads(),
         "files": process.num_fds(), "sockets": len(process.net_connections()),
@@ -187,7 +187,7 @@ def answers_of(base, adapters):
         found[name] = dict.fromkeys(PROMPTS, ())
         rows = [base.tokenizer.encode(prompt) for prompt in PROMPTS]
         for _ in range(TOKENS):
-            # What is right of a token does not change it.
+            # Later tokens do not change earlier ones, so padding on the right does no harm.
             length = max(map(len, rows))
             logits = base.model(mx.array([row + [0] * (length - len(row)) for row in rows]))
             for i, prompt in enumerate(PROMPTS):

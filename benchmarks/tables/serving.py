@@ -83,7 +83,7 @@ def rooms(read):
 
 
 def stress(read):
-    """What came of every request so far, and what the server holds, at some points of a run."""
+    """Outcomes of the requests so far and resources of the server, at some points of a run."""
     result = read("stress")
     rows, total = [], {}
     points = [result["start"], *result["rows"]]

@@ -92,7 +92,7 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
         path,
     )
     parameters = _parameters(config, tensors, path)
-    # What it may lack comes before the weights, which take long.
+    # The tokenizer may be missing, and weights take long, so they come after it.
     beside = tokenizer_beside(path)
     if len(beside) < len(TOKENIZER_FILES):
         write_tokenizer(metadata, directory, path)

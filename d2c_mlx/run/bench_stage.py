@@ -71,7 +71,7 @@ def clusterings(session: Session) -> dict[str, list[Clustering]]:
 
 
 def _about(session: Session, packed: Pack) -> dict[str, Any]:
-    """What a bench says beside its methods: how the pack was made, and its bytes in memory."""
+    """How the pack was made and its bytes in memory, as a bench says beside its methods."""
     # Names the measured pack, since the card of another one must not show these numbers.
     of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
     about = {**provenance(session.inputs), **of, "unused": session.unused}

@@ -62,7 +62,10 @@ def imported(paths, monkeypatch):
 
     def module(name):
         found = importlib.import_module(f"benchmarks.{name}")
-        tiny = lambda _=None: BaseModel(str(paths.model))  # noqa: E731
+
+        def tiny(_=None):
+            return BaseModel(str(paths.model))
+
         for where in (found, common):
             if hasattr(where, "BaseModel"):
                 monkeypatch.setattr(where, "BaseModel", tiny)

@@ -162,7 +162,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, adapters, monkeypatc
         os.utime(tmp_path / name, (age, age))
     assert keep(0) == {first.name, second}
     assert second not in keep(2) and first.name in keep(2)
-    # What one process made is all kept: its command may be stopped and go on.
+    # A process keeps all that it made: its command may be stopped and go on.
     mine = Kept(tmp_path)
     for number in range(3, 7):
         mine.get([number], 2, lambda: adapters[0])
