@@ -1,10 +1,12 @@
 """Where the time of a run goes, stage by stage, in this checkout and in an older one.
 
     python -m benchmarks.speed.stages --before DIR [--library DIR] [--budgets 2,12.5%]
+        [--until cluster]
 
 DIR is a checkout of an earlier commit with an environment in `.venv`. Every stage is a command of
 its own, from a cold cache, so each includes starting and loading the model; CPU seconds are those
-of all its threads. Results: results/stages.json, written after every stage.
+of all its threads. Results: results/stages.json, written after every run; one that is there is not
+repeated.
 """
 
 import json
@@ -31,14 +33,14 @@ def timed(command, environment):
     return round(time.perf_counter() - started, 1), round(cpu, 1)
 
 
-def staged(checkout, library, budget, here):
-    """A row per stage of one run."""
+def staged(checkout, library, budget, until, here):
+    """A row per stage of one run, up to one."""
     options = [f"--adapters={library}/adapters", f"--tasks={library}/tasks", f"--budget={budget}",
                f"--output={here}/run", "--probe-examples=4", "--test-examples=8",
                "--baselines=kmeans"]  # fmt: skip
     environment = {**os.environ, "D2C_MLX_CACHE": f"{here}/cache"}
     skipped = ("cluster", "merge") if "%" in budget else ("plan",)
-    for stage in STAGES:
+    for stage in STAGES[: STAGES.index(until) + 1]:
         if stage not in skipped:
             command = [checkout / ".venv/bin/d2c-mlx", stage, *options]
             seconds, cpu = timed(list(map(str, command)), environment)
@@ -54,16 +56,23 @@ def main():
     parser.add_argument("--before", type=Path, required=True, help="checkout of an earlier commit")
     parser.add_argument("--library", type=Path, default=Path("examples/demo"))
     parser.add_argument("--budgets", default="2,12.5%", help="adapters, or percent of the bytes")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     options = parser.parse_args()
     result = {"machine": machine(), "rows": []}
+    if options.output.exists():
+        result["rows"] = json.loads(options.output.read_text())["rows"]
+    there = {(row["budget"], row["checkout"]) for row in result["rows"]}
     for budget in options.budgets.split(","):
         for name, checkout in (("before", options.before), ("now", Path())):
+            if (budget, name) in there:
+                continue
             with tempfile.TemporaryDirectory() as directory:
                 library = options.library.resolve()
-                for row in staged(checkout.resolve(), library, budget, Path(directory)):
+                for row in staged(checkout.resolve(), library, budget, options.until,
+                                  Path(directory)):  # fmt: skip
                     result["rows"].append({"checkout": name, **row})
-                    write_json(options.output, result)
                     print(result["rows"][-1], flush=True)
+            write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def spread(values, form):
 def in_slots(read, n_clusters):
     """The row of the default in slots.json with so many clusters and seed 0, or None."""
     for one in read("slots")["rows"]:
-        if (one["clusters"], one["seed"], one["case"]) == (n_clusters, 0, "moves: layerwise"):
+        if (one["clusters"], one["seed"], one["case"]) == (n_clusters, 0, "estimates"):
             return one
     return None
 

@@ -13,8 +13,9 @@ from benchmarks.tables.result_files import markdown
 BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {
+    "estimates": "d2c-mlx",
     "moves: layerwise": "d2c-mlx, clusters of its search before estimates",
-    "moves: layerwise, refined": "the same, `--refine`",
+    "moves: layerwise, refined": "those, `--refine`",
     "random: layerwise": "random clusters, merged as d2c-mlx does",
     "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
     "moves: tsv": "TSV, the best merge without data, on these clusters",
@@ -33,13 +34,13 @@ def library(read):
 
 
 def in_bytes(read, budget):
-    """`(bytes, excess, retention)` of the plan for a budget in bytes."""
-    _, _, rows = budgets(read("bytes"))
-    row = rows[budget, "auto"]
+    """`(bytes, excess, retention)` of the default plan for a budget in bytes."""
+    (row,) = (one for one in read("plans")["rows"]
+              if one["budget"] == budget and not one["thorough"])  # fmt: skip
     return row["nbytes"], row["excess"], row["retention"]
 
 
-def in_slots(read, k, case="moves: layerwise"):
+def in_slots(read, k, case="estimates"):
     """`(bytes, excess, retention)` of K adapters of the library's size, means over seeds."""
     n, nbytes = library(read)
     (rows,) = (some for at, name, some in cases(read) if (at, name) == (k, case))
@@ -76,7 +77,7 @@ def methods(read):
 
 
 def plans(read):
-    """Bytes, excess and retention of a plan at every budget."""
+    """Bytes, excess and retention of a thorough plan at every budget."""
     each, _, rows = budgets(read("bytes"))
     lines = [
         (budget, f"{rows[budget, 'auto']['nbytes'] / 1e3:,.0f}",
