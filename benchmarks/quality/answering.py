@@ -1,7 +1,7 @@
 """Greedy answers of many adapters to held-out rows, in batches, each adapter and task once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,16 @@ class Answers:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
         return {task: known[task] for task in tasks}
+
+    def serving(self, serves: Mapping[str, Adapter | None]) -> dict[str, list[str]]:
+        """Task -> one answer per row under the adapter that serves it, None for the base model."""
+        groups: dict[str | None, list[str]] = {}
+        for task, adapter in serves.items():
+            groups.setdefault(adapter and adapter.digest, []).append(task)
+        found = {}
+        for tasks in groups.values():
+            found |= self.of(serves[tasks[0]], tasks)
+        return found
 
 
 @dataclass(frozen=True)

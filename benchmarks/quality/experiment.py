@@ -79,7 +79,7 @@ class Judge:
         losses = method_losses(
             self._session.evaluator, BenchMethod(0, [stored.serves]), self._session.inputs.tests
         )
-        answers = self._all_answers(stored.serves)
+        answers = self._answers.serving(stored.serves)
         tasks = {}
         for name, loss in zip(self._session.inputs.names, losses):
             stats = [
@@ -95,15 +95,6 @@ class Judge:
             **stored.about,
             "tasks": tasks,
         }
-
-    def _all_answers(self, serves) -> dict[str, list[str]]:
-        groups: dict[str | None, list[str]] = {}
-        for task, adapter in serves.items():
-            groups.setdefault(adapter and adapter.digest, []).append(task)
-        found = {}
-        for tasks in groups.values():
-            found |= self._answers.of(serves[tasks[0]], tasks)
-        return found
 
 
 def cases(options):

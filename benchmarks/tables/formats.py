@@ -39,16 +39,17 @@ def gguf_budgets(read, file="gguf_budgets"):
     return markdown(("files", *budgets), lines)
 
 
-def route(read):
+def route(read, file="route"):
     """Routing: the task of each prompt, and what that costs."""
-    one = read("route")
+    one = read(file)
     right, base = one["routed_right"], one["to_the_base"]
-    return markdown(("held-out prompts of 24 tasks", ""), [
+    losses = [("loss of the 12.5 % pack, routed", "routed_loss"),
+              ("loss, with labels", "labelled_loss")]  # fmt: skip
+    return markdown((f"held-out prompts of {one['tasks']} tasks", ""), [
         ("sent to their task", f"{right:.1f}%"),
         ("to another task", f"{100 - right - base:.1f}%"),
         ("to the base model", f"{base:.1f}%"),
-        ("loss of the 12.5 % pack, routed", f"{one['routed_loss']:.3f}"),
-        ("loss, with labels", f"{one['labelled_loss']:.3f}"),
+        *((words, f"{one[key]:.3f}") for words, key in losses if key in one),
         ("prompts of no task taken for one", f"{one['foreign_accepted']:.1f}%"),
         ("prompts of a task left out taken for another", f"{one['left_out_accepted']:.1f}%"),
         ("median time of routing a prompt", f"{1000 * one['route_seconds']:.1f} ms"),

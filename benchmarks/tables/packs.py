@@ -137,6 +137,57 @@ def order(read):
     return markdown(header, rows, left=2)
 
 
+def gemma(read):
+    """Packs of eight adapters of Gemma 3 at several budgets."""
+    return markdown(("budget", "KB", "loss", "excess", "retention"), [
+        (one["budget"] if "%" in one["budget"] else f"{one['budget']} slots",
+         f"{one['nbytes'] / 1e3:,.0f}", f"{one['losses']['pack']:.3f}", f"{one['excess']:.4f}",
+         f"{one['retention']:.1%}")
+        for one in sorted(read("gemma")["rows"], key=lambda one: -one["nbytes"])
+    ])  # fmt: skip
+
+
+def answers(read):
+    """Score by kind of task under merged adapters, and its share of the own adapters'."""
+    rows = {}
+    for one in read("scores")["rows"]:
+        rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
+    (own,) = rows["individual", None]
+    kinds = dict.fromkeys(name.split("-")[0] for name in own)
+    lines = []
+    for (case, k), some in rows.items():
+        means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
+        of = [[means[name] for name in own if name.split("-")[0] == kind] for kind in kinds]
+        total = statistics.mean(means.values())
+        kept = total / statistics.mean(one["score"] for one in own.values())
+        lines.append((f"{case}, K = {k}" if k else case, f"{len(some)}",
+                      *(f"{statistics.mean(one):.1f}" for one in of), f"{total:.1f}",
+                      f"{kept:.1%}"))  # fmt: skip
+    return markdown(("case", "draws", *kinds, "all", "of their own"), lines)
+
+
+def departures(read):
+    """Where answers of merged adapters leave those of the adapters themselves, by kind of task."""
+    lines = []
+    for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
+        if one["clusters"]:
+            lines += [(one["clusters"], name.split("-")[0], task)
+                      for name, task in one["tasks"].items()]  # fmt: skip
+    rows = []
+    for k, kind in dict.fromkeys((k, kind) for k, kind, _ in lines):
+        each = [parts for a, b, task in lines if (a, b) == (k, kind)
+                for parts in zip(task["is_own"], task["same_words"], task["length"])]  # fmt: skip
+        others = [(same, length) for is_own, same, length in each if not is_own]
+        at_once = [same == 0 for same, _ in others]
+        rows.append((
+            f"{k}", kind, f"{1 - len(others) / len(each):.0%}",
+            *(f"{statistics.mean(some):.0%}" for some in (at_once, *zip(*others))),
+        ))  # fmt: skip
+    header = ("K", "kind", "the same", "others: first word differs", "same words before",
+              "length")  # fmt: skip
+    return markdown(header, rows, left=2)
+
+
 def compose(read):
     """A task left out at a time: what is made of the others and ten rows."""
     rows = read("compose")["rows"]
