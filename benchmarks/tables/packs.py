@@ -7,6 +7,7 @@ target token over the individual adapters.
 import statistics
 
 from benchmarks.tables.result_files import markdown
+from d2c_mlx.compose.methods import AUTO
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
 EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
@@ -188,33 +189,50 @@ def departures(read):
     return markdown(header, rows, left=2)
 
 
+# The method that the held-out rows would choose.
+HINDSIGHT = "best of auto's, in hindsight"
+
+
 def compose(read):
     """A task left out at a time: what is made of the others and ten rows."""
     rows = read("compose")["rows"]
-    made = [{**row["methods"], "auto": row["methods"][row["auto"]] | {"seconds": row["seconds"]}}
-            for row in rows]  # fmt: skip
-    of = {
-        name: [one for one in made if name in one]
-        for name in dict.fromkeys(key for m in made for key in m)
-    }
-    excess = {name: statistics.mean(one[name]["excess"] for one in some)
-              for name, some in of.items()}  # fmt: skip
+    made = []
+    for row in rows:
+        found = {name: one for name, one in row["methods"].items() if name in AUTO}
+        best = min(found.values(), key=lambda one: one["excess"])
+        took = found[row["auto"]] | {"seconds": row["seconds"]}
+        made.append({**row["methods"], "auto": took, HINDSIGHT: {**best, "chrf": None}})
+    of = {name: [one[name] for one in made] for name in made[0] if all(name in m for m in made)}
+    ends = [(one["base"]["loss"], one["base"]["loss"] - one["real"]["loss"]) for one in made]
+    fresh = [one["excess"] for one in of["fresh"]]
     lines = []
-    for name in sorted(of, key=excess.__getitem__):
-        some = of[name]
-        kept = [(one["base"]["loss"] - one[name]["loss"])
-                / (one["base"]["loss"] - one["real"]["loss"]) for one in some]  # fmt: skip
-        ahead = [one[name]["excess"] < one["fresh"]["excess"] for one in some if "fresh" in one]
-        chrf = [one[name]["chrf"] for one in some if one[name]["chrf"] is not None]
-        seconds = [one[name]["seconds"] for one in some if "seconds" in one[name]]
+    for name, some in of.items():
+        excess = [one["excess"] for one in some]
+        kept = [(base - one["loss"]) / gain for one, (base, gain) in zip(some, ends)]
+        chrf = [one["chrf"] for one in some if one["chrf"] is not None]
+        ahead = sum(ours < theirs for ours, theirs in zip(excess, fresh))
+        seconds = [one["seconds"] for one in some if "seconds" in one]
         lines.append((
-            name, f"{excess[name]:.3f}", f"{statistics.mean(kept):.0%}",
-            f"{statistics.mean(chrf):.1f}" if chrf else "",
-            "" if name == "fresh" else f"{sum(ahead)} of {len(ahead)}",
+            name, f"{statistics.mean(excess):.3f}", f"{statistics.mean(kept):.0%}",
+            f"{statistics.mean(chrf):.1f}" if len(chrf) == len(made) else "",
+            "" if name == "fresh" else f"{ahead} of {len(made)}",
             f"{statistics.mean(seconds):.0f}" if seconds else "",
         ))  # fmt: skip
+    lines.sort(key=lambda line: float(line[1]))
     header = ("method", "excess", "gain kept", "chrF", "ahead of fresh", "seconds")
     return markdown(header, lines)
+
+
+def compose_all(read):
+    """Excess of every method on the tasks on which all were measured."""
+    rows = [row for row in read("compose")["rows"] if "routed" in row["methods"]]
+    some = [row["methods"] for row in rows]
+    lines = [(name, *(f"{one[name]['excess']:.3f}" for one in some),
+              *(f"{one[name].get('seconds', 0):.0f}" for one in some))
+             for name in some[0] if name != "real"]  # fmt: skip
+    lines.sort(key=lambda line: float(line[1]))
+    tasks = [row["task"] for row in rows]
+    return markdown(("method", *tasks, *(f"{task}, seconds" for task in tasks)), lines)
 
 
 # Columns of the tables of single tasks and of two at once.

@@ -42,6 +42,7 @@ TABLES = {
     "departures": packs.departures,
     "compose": packs.compose,
     "compose-tasks": packs.compose_tasks,
+    "compose-all": packs.compose_all,
     "two-tasks": packs.two_tasks,
     "library": paper.library,
     "train-mlx": paper.train_mlx,
