@@ -15,8 +15,8 @@ from .paths import PackPath, UserPath
 from .say import say
 
 if TYPE_CHECKING:
-    from d2c_mlx.serve.front import Access
     from d2c_mlx.serve.service import PackService
+    from d2c_mlx.web.front import Access
 
 
 @click.command(cls=Command)
@@ -105,10 +105,10 @@ def serve(
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.adapters import Adapters
-    from d2c_mlx.serve.front import LOOPBACK, Access
     from d2c_mlx.serve.jobs import Limits
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.service import PackService
+    from d2c_mlx.web.front import LOOPBACK, Access
 
     found = load_pack(pack)
     adapters = Adapters(BaseModel(str(found.base_directory(model))), found, memory)
@@ -143,7 +143,7 @@ def _log_to(file: Path | None) -> None:
 
 def _run(service: PackService, host: str, port: int, access: Access) -> None:
     """Listen, and serve until a signal."""
-    from d2c_mlx.serve.server import PackServer
+    from d2c_mlx.web.server import PackServer
 
     try:
         opened = PackServer((host, port), service, access)

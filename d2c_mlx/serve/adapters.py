@@ -23,10 +23,10 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import Pack
-from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import Factors, MixedModel
 from d2c_mlx.serve.prefixes import Prefixes
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.utils.errors import InputError
 
 __all__ = ["Adapters", "Entry"]

@@ -19,10 +19,10 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.jobs import STARTED, Job, Limits, RunningJob
 from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.prefixes import Beginning, Prefixes
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.utils.device import current_device
 
 __all__ = ["Scheduler"]

@@ -1,7 +1,4 @@
-"""The service behind the server: the pack on its model, its names, router and limits.
-
-`routes` asks it for each request, `server` hands it to them. It knows neither.
-"""
+"""The service behind the server: the pack on its model, its names, router and limits."""
 
 from __future__ import annotations
 
@@ -19,10 +16,11 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.api import LoadRequest, Request, RequestError, field_error
-from d2c_mlx.serve.jobs import Grammars, Job, Limits, fit_answer, processors_of, sampler_of
+from d2c_mlx.serve.jobs import Job, Limits, fit_answer
 from d2c_mlx.serve.metrics import Metrics
+from d2c_mlx.serve.requests import LoadRequest, Request, RequestError, field_error
 from d2c_mlx.serve.router import Router, load_router
+from d2c_mlx.serve.sampling import Grammars, processors_of, sampler_of
 from d2c_mlx.serve.scheduler import Scheduler
 from d2c_mlx.serve.text import Answer, Encoder
 from d2c_mlx.utils.errors import InputError

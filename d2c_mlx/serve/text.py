@@ -15,22 +15,12 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from d2c_mlx.serve.api import ChatRequest, Request, RequestError, TextRequest, field_error
 from d2c_mlx.serve.jobs import Piece
+from d2c_mlx.serve.requests import ChatRequest, Request, RequestError, TextRequest, field_error
 
-__all__ = [
-    "Answer",
-    "Choice",
-    "Completion",
-    "Encoder",
-    "Message",
-    "Usage",
-    "read_tool_calls",
-]
+__all__ = ["Answer", "Encoder", "Message", "read_tool_calls"]
 
 _log = logging.getLogger(__name__)
-
-
 # Arguments that transformers would take for itself instead of passing them to the template: another
 # template, or another form of the result.
 _RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
@@ -116,15 +106,6 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-class Usage(BaseModel):
-    """Tokens of a prompt and its answer."""
-
-    prompt_tokens: int
-    prompt_tokens_details: dict[str, int]
-    completion_tokens: int
-    total_tokens: int
-
-
 class Message(BaseModel):
     """What the model said, or a piece of it."""
 
@@ -132,33 +113,6 @@ class Message(BaseModel):
     content: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
-
-
-class Choice(BaseModel):
-    """An answer, or a piece of it: `message` in a chat, `delta` in its stream, else `text`."""
-
-    index: int
-    finish_reason: str | None
-    message: Message | None = None
-    delta: Message | None = None
-    text: str | None = None
-    logprobs: dict[str, Any] | None = None
-
-
-class Completion(BaseModel):
-    """A reply, or an event of a stream."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[Choice]
-    system_fingerprint: str
-    usage: Usage | None = None
-
-    def text(self) -> bytes:
-        """The reply as JSON, without what was not given."""
-        return self.model_dump_json(exclude_unset=True).encode()
 
 
 class Answer:

@@ -194,8 +194,8 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from d2c_mlx.packs.pack import PackInfo
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.adapters import Adapters
-    from d2c_mlx.serve.server import PackServer
     from d2c_mlx.serve.service import PackService
+    from d2c_mlx.web.server import PackServer
 
     base = BaseModel()
     adapters = [

@@ -7,7 +7,7 @@ import pkgutil
 import mlx_lm.tool_parsers
 import pytest
 
-from d2c_mlx.serve.api import RequestError, read_request
+from d2c_mlx.serve.requests import RequestError, read_request
 from d2c_mlx.serve.text import read_tool_calls
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}

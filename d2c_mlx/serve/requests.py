@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from d2c_mlx.serve import fields
 from d2c_mlx.utils.parsing import parse_json
-from d2c_mlx.utils.validation import expects, problems_of, refused
+from d2c_mlx.utils.validation import problems_of, refused
 
 __all__ = [
     "ChatRequest",
@@ -47,10 +38,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "repeat_penalty": (1, 1.0), "mirostat": (0,), "tfs_z": (1, 1.0), "typical_p": (1, 1.0),
     "num_predict": (), "format": ("",), "think": (),
 }  # fmt: skip
-# Most that is added to a logit: float16 holds it, and no logit comes near.
-_MAX_BIAS = 10_000
-# Most that an update is multiplied by: far beyond, its row would be no number.
-_MAX_SCALE = 16
 
 
 class RequestError(Exception):
@@ -84,123 +71,6 @@ def field_error(name: str, found: object, expected: str) -> RequestError:
     return RequestError(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)
 
 
-def _in_range(value: object, kind: type, low: float, high: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        return False
-    return value == 0 or low <= value <= high
-
-
-def _number(kind: type, low: float, high: float) -> PlainValidator:
-    """A number in a range; 0 always passes.
-
-    A value beyond would fail the batch, and with it the requests of others.
-    """
-    zero, what = "0, or " if low > 0 else "", "a whole number" if kind is int else "a number"
-
-    def check(value: object) -> Any:  # noqa: ANN401  an int or a float
-        if not _in_range(value, kind, low, high):
-            raise expects(f"{zero}{what} from {low} to {high}")
-        return kind(value)
-
-    return PlainValidator(check)
-
-
-def _stop_words(stop: object) -> list[str]:
-    words = [stop] if isinstance(stop, str) else stop
-    if not (
-        isinstance(words, list) and len(words) <= 16
-        and all(isinstance(one, str) and 0 < len(one) <= 256 for one in words)
-    ):  # fmt: skip
-        raise expects("a string, or a list of 16 at most, of 1 to 256 characters")
-    return words
-
-
-def _stream_options(options: object) -> dict[str, Any]:
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
-        raise expects('{"include_usage": bool}')
-    return options
-
-
-def _tool_choice(choice: object) -> str:
-    if choice not in ("auto", "none"):
-        raise expects("auto or none")
-    return str(choice)
-
-
-def _bias(bias: object, info: ValidationInfo) -> dict[int, float]:
-    if not isinstance(bias, dict):
-        raise expects("an object: token id -> number")
-    vocabulary = (info.context or {}).get("vocabulary", 1 << 31)
-    for token, value in bias.items():
-        # int() accepts more than digits.
-        if not re.fullmatch("[0-9]{1,9}", token) or int(token) >= vocabulary:
-            raise refused(f"found {token[:80]!r}, expected token ids below {vocabulary}")
-        if not _in_range(value, float, -_MAX_BIAS, _MAX_BIAS):
-            raise refused(
-                f"found {str(value)[:80]!r}, expected numbers from {-_MAX_BIAS} to {_MAX_BIAS}"
-            )
-    return {int(token): float(value) for token, value in bias.items()}
-
-
-def _schema(about: object) -> str | None:
-    """The JSON schema of a `response_format`, as JSON; None is any text."""
-    about = about if isinstance(about, dict) else {}
-    inner = about.get("json_schema")
-    schema = inner.get("schema") if isinstance(inner, dict) else None
-    if about.get("type") == "json_schema" and isinstance(schema, dict):
-        return json.dumps(schema)
-    if about.get("type") == "json_object":
-        return '{"type": "object"}'
-    if about.get("type") != "text":
-        raise expects('{"type": "text"}, "json_object", or "json_schema" with a schema')
-    return None
-
-
-def _lora(scales: object) -> dict[int, float]:
-    found = _scales(scales)
-    if sum(scale != 0 for scale in found.values()) > 1:
-        raise refused("found several adapters, expected one whose scale is not 0: a row has one")
-    return found
-
-
-def _scales(scales: object) -> dict[int, float]:
-    if not isinstance(scales, list) or not all(
-        isinstance(one, dict) and type(one.get("id")) is int
-        and _in_range(one.get("scale"), float, -_MAX_SCALE, _MAX_SCALE) for one in scales
-    ):  # fmt: skip
-        raise expects(
-            f'a list of {{"id": int, "scale": number from -{_MAX_SCALE} to {_MAX_SCALE}}}'
-        )
-    return {one["id"]: float(one["scale"]) for one in scales}
-
-
-def _messages(messages: object) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise expects("a list that is not empty")
-    for i, one in enumerate(messages):
-        where = f"in message {i} "
-        if not isinstance(one, dict) or not isinstance(one.get("role"), str):
-            raise refused(f"{where}found {str(one)[:80]!r}, expected an object with role, content")
-        content = one.get("content")
-        parts = content if isinstance(content, list) else []
-        # Nothing is fetched, not even an image from its address.
-        if not all(
-            isinstance(part, dict) and part.get("type") == "text"
-            and isinstance(part.get("text"), str) for part in parts
-        ):  # fmt: skip
-            raise refused(f"{where}content: only parts of text are supported")
-        if not isinstance(content, str | list) and "tool_calls" not in one:
-            raise refused(
-                f"{where}content: found {str(content)[:80]!r}, expected a string or a list of"
-                " parts of text"
-            )
-    return messages
-
-
-_Penalty = Annotated[float, _number(float, -2, 2)]
-_Window = Annotated[int, _number(int, 0, 1_000_000)]
-
-
 class Request(BaseModel):
     """The fields that chats and texts have in common; unknown ones are passed over.
 
@@ -214,29 +84,29 @@ class Request(BaseModel):
 
     model: str = Field(json_schema_extra={"missing": "missing, expected the name of a task"})
     stream: bool = False
-    stream_options: Annotated[dict[str, Any], PlainValidator(_stream_options)] = {}
+    stream_options: fields.StreamOptions = {}
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[str], PlainValidator(_stop_words)] = []
+    stop: fields.StopWords = []
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=-1, le=20)
     n: int = Field(1, ge=1, le=16)
-    response_format: Annotated[str | None, PlainValidator(_schema)] = None
-    temperature: Annotated[float, _number(float, 0, 100)] = 0.0
-    top_p: Annotated[float, _number(float, 1e-6, 1)] = 1.0
-    min_p: Annotated[float, _number(float, 0, 1)] = 0.0
-    top_k: Annotated[int, _number(int, 0, 2**31 - 1)] = 0
-    xtc_probability: Annotated[float, _number(float, 0, 1)] = 0.0
-    xtc_threshold: Annotated[float, _number(float, 0, 0.5)] = 0.1
-    presence_penalty: _Penalty = 0.0
-    presence_context_size: _Window = 20
-    frequency_penalty: _Penalty = 0.0
-    frequency_context_size: _Window = 20
-    repetition_penalty: Annotated[float, _number(float, 0.01, 100)] = 0.0
-    repetition_context_size: _Window = 20
-    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = {}
-    lora: Annotated[dict[int, float] | None, PlainValidator(_lora)] = None
-    seed: Annotated[int | None, _number(int, -(2**63), 2**63 - 1)] = None
+    response_format: fields.Schema = None
+    temperature: Annotated[float, fields.number(float, 0, 100)] = 0.0
+    top_p: Annotated[float, fields.number(float, 1e-6, 1)] = 1.0
+    min_p: Annotated[float, fields.number(float, 0, 1)] = 0.0
+    top_k: Annotated[int, fields.number(int, 0, 2**31 - 1)] = 0
+    xtc_probability: Annotated[float, fields.number(float, 0, 1)] = 0.0
+    xtc_threshold: Annotated[float, fields.number(float, 0, 0.5)] = 0.1
+    presence_penalty: Annotated[float, fields.number(float, -2, 2)] = 0.0
+    presence_context_size: Annotated[int, fields.number(int, 0, 1_000_000)] = 20
+    frequency_penalty: Annotated[float, fields.number(float, -2, 2)] = 0.0
+    frequency_context_size: Annotated[int, fields.number(int, 0, 1_000_000)] = 20
+    repetition_penalty: Annotated[float, fields.number(float, 0.01, 100)] = 0.0
+    repetition_context_size: Annotated[int, fields.number(int, 0, 1_000_000)] = 20
+    logit_bias: fields.Bias = {}
+    lora: fields.Lora = None
+    seed: Annotated[int | None, fields.number(int, -(2**63), 2**63 - 1)] = None
 
     @field_validator("seed", mode="after")
     @classmethod
@@ -272,17 +142,17 @@ class LoadRequest(BaseModel):
 class ScalesRequest(BaseModel):
     """A request to `/lora-adapters`, as llama.cpp has it: id of an adapter -> its scale."""
 
-    scales: Annotated[dict[int, float], PlainValidator(_scales)]
+    scales: fields.Scales
 
 
 class ChatRequest(Request):
     """A request to `/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], PlainValidator(_messages)] = Field(
+    messages: fields.Messages = Field(
         json_schema_extra={"missing": "missing, expected a list that is not empty"}
     )
     tools: list[Any] = []
-    tool_choice: Annotated[str, PlainValidator(_tool_choice)] = "auto"
+    tool_choice: fields.ToolChoice = "auto"
     chat_template_kwargs: dict[str, Any] = {}
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from d2c_mlx.serve.api import RequestError
-from d2c_mlx.serve.front import Access
-from d2c_mlx.serve.routes import application
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
+from d2c_mlx.web.front import Access
+from d2c_mlx.web.routes import application
 
 __all__ = ["PackServer"]
 

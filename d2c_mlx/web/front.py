@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d2c_mlx.serve.api import RequestError
 from d2c_mlx.serve.metrics import log_request
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
 
 __all__ = ["LOOPBACK", "Access", "Front", "read_body"]
