@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
+from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.packs.manifest import (
     COMPACT,
     FORMAT,
@@ -16,6 +18,7 @@ from d2c_mlx.packs.manifest import (
     VERSIONS,
     CompactManifest,
     GgufManifest,
+    GgufPlaces,
     Manifest,
     PlainManifest,
 )
@@ -24,10 +27,11 @@ from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.validation import problems_of
 
-__all__ = ["check_format", "read_manifest"]
+__all__ = ["check_format", "problems_inside", "read_manifest"]
 
 # Characters of a value that a message repeats.
 _MOST_FOUND = 60
+_MOST_MODULES = 1 << 16
 
 
 def check_format(path: Path) -> dict[str, Any]:
@@ -218,6 +222,53 @@ def _about_problems(
             dtype.append(f"{path}: dtype {found}, expected {problem.expected}")
     lines = [f"{path}: {'; '.join(some)}; write the pack again" for some in parts.values() if some]
     return lines + dtype
+
+
+def problems_inside(
+    directory: Path, manifest: PlainManifest | CompactManifest | GgufManifest
+) -> list[str]:
+    """Problems of what is in the files, or said of it: layout, index or places of the adapters."""
+    if isinstance(manifest, CompactManifest):
+        return _index_problems(directory, manifest)
+    if isinstance(manifest, GgufManifest):
+        return _places_problems(directory, manifest.gguf)
+    folders = sorted(set(manifest.tasks.values()))
+    return [line for folder in folders for line in layout_problems(directory / folder)]
+
+
+def _places_problems(directory: Path, places: GgufPlaces) -> list[str]:
+    """What the manifest says of more modules than any model has."""
+    if places.num_hidden_layers * max(1, len(places.modules)) <= _MOST_MODULES:
+        return []
+    return [
+        f"{directory / MANIFEST}: gguf: {places.num_hidden_layers} blocks of"
+        f" {len(places.modules)} modules, at most {_MOST_MODULES:,} in all are read; write the pack"
+        " again"
+    ]
+
+
+def _index_problems(directory: Path, manifest: CompactManifest) -> list[str]:
+    """Problems of the file's index, and what the manifest says of adapters that it lacks."""
+    path = directory / COMPACT
+    index = read_index(path)
+    names = index.names
+    problems = [
+        f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
+        for k, name in enumerate(names)
+        if not isinstance(name, str) or not name.isprintable()
+    ]
+    outside = [module for module, *_ in index.modules if ".layers." not in module]
+    if outside:
+        problems.append(
+            f"{path}: {len(outside)} modules are in no transformer block (first:"
+            f" {ascii(outside[0])}); write the pack again"
+        )
+    wrong = [k for k in manifest.tasks.values() if k is not None and k not in range(len(names))]
+    if wrong:
+        problems.append(
+            f"{directory / MANIFEST}: tasks name adapter {wrong[0]}, the file holds {len(names)}"
+        )
+    return problems
 
 
 def _said(place: Mapping[str, Any], key: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import mlx.core as mx
 from pydantic import ConfigDict, Field, field_validator
 
 from d2c_mlx.compress.file_layout import BLOCK, COMPACT
@@ -24,6 +26,7 @@ __all__ = [
     "Manifest",
     "PackBudget",
     "PackFile",
+    "PackInfo",
     "PlainManifest",
 ]
 
@@ -206,6 +209,40 @@ class GgufManifest(Manifest):
     dtype: Literal["float16", "bfloat16", "float32"]
     tasks: Mapping[str, str | None]
     gguf: GgufPlaces
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """The facts in a manifest besides adapters, tasks and files.
+
+    Attributes:
+        model: name or hub id of the base model.
+        config_hash: `config_digest` of the base model.
+        weights_hash: `weights_digest` of the base model; None in packs of earlier versions.
+        n_layers: number of transformer blocks of the base model. A plain pack does not store it:
+            its adapters do, and `Pack.info` says 0.
+        budget: as the user wrote it.
+        max_bytes: the most bytes that all adapter files may take, or None.
+        origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
+            from the hub.
+        systems: task -> system message of all its calibration rows; without tasks that have none.
+        merged: adapter, as in `Pack.tasks` -> number of adapters in it; one for each task that it
+            serves where it is not named.
+        dtype: of the base's activations, in which adapters of a compact pack are read.
+        gguf: where tensors of a pack of GGUF files belong.
+    """
+
+    model: str
+    config_hash: str
+    weights_hash: str | None = None
+    n_layers: int = 0
+    budget: str = "-"
+    max_bytes: int | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+    systems: Mapping[str, str] = field(default_factory=dict)
+    merged: Mapping[str | int, int] = field(default_factory=dict)
+    dtype: mx.Dtype = mx.float16
+    gguf: GgufPlaces | None = None
 
 
 def _only(value: object, kind: type) -> dict[str, Any]:

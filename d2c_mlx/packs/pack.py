@@ -17,12 +17,11 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import read_gguf
-from d2c_mlx.adapters.layout_check import layout_problems
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.compress.compact_file import read_compact, read_index
+from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
-from d2c_mlx.packs.checks import read_manifest
+from d2c_mlx.packs.checks import problems_inside, read_manifest
 from d2c_mlx.packs.manifest import (
     COMPACT,
     FORMAT,
@@ -30,7 +29,7 @@ from d2c_mlx.packs.manifest import (
     VERSIONS,
     CompactManifest,
     GgufManifest,
-    GgufPlaces,
+    PackInfo,
     PlainManifest,
 )
 from d2c_mlx.utils.errors import PackError
@@ -47,42 +46,6 @@ __all__ = [
     "load_pack",
     "pack_directory",
 ]
-
-_MOST_MODULES = 1 << 16
-
-
-@dataclass(frozen=True)
-class PackInfo:
-    """The facts in a manifest besides adapters, tasks and files.
-
-    Attributes:
-        model: name or hub id of the base model.
-        config_hash: `config_digest` of the base model.
-        weights_hash: `weights_digest` of the base model; None in packs of earlier versions.
-        n_layers: number of transformer blocks of the base model. A plain pack does not store it:
-            its adapters do, and `Pack.info` says 0.
-        budget: as the user wrote it.
-        max_bytes: the most bytes that all adapter files may take, or None.
-        origins: task -> `owner/name@commit` of the adapter that was made for it, where it came
-            from the hub.
-        systems: task -> system message of all its calibration rows; without tasks that have none.
-        merged: adapter, as in `Pack.tasks` -> number of adapters in it; one for each task that it
-            serves where it is not named.
-        dtype: of the base's activations, in which adapters of a compact pack are read.
-        gguf: where tensors of a pack of GGUF files belong.
-    """
-
-    model: str
-    config_hash: str
-    weights_hash: str | None = None
-    n_layers: int = 0
-    budget: str = "-"
-    max_bytes: int | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)
-    systems: Mapping[str, str] = field(default_factory=dict)
-    merged: Mapping[str | int, int] = field(default_factory=dict)
-    dtype: mx.Dtype = mx.float16
-    gguf: GgufPlaces | None = None
 
 
 @dataclass(frozen=True)
@@ -334,9 +297,7 @@ def load_pack(directory: str | Path) -> Pack:
         manifest = read_manifest(directory / MANIFEST)
         names = (MANIFEST, *manifest.files)
         pack = Pack(directory, manifest, {name: before.get(directory / name) for name in names})
-        checks = {"compact": _compact_problems, "gguf": _gguf_problems, "plain": _plain_problems}
-        problems = checks[pack.storage](pack)
-        if problems:
+        if problems := problems_inside(directory, manifest):
             raise PackError(problems)
         with pack.reading():
             return pack
@@ -360,45 +321,3 @@ def _restore(directory: Path) -> None:
             f"{directory}: missing; a command that was killed left it as {old}, which cannot be"
             f" moved back ({error.strerror}); rename it"
         ) from None
-
-
-def _plain_problems(pack: Pack) -> list[str]:
-    """Problems of the adapters' layout."""
-    folders = sorted({str(folder) for folder in pack.tasks.values()})
-    return [line for folder in folders for line in layout_problems(pack.path / folder)]
-
-
-def _gguf_problems(pack: Pack) -> list[str]:
-    """What the manifest says of more modules than any model has."""
-    places = pack.info.gguf
-    if places is None or (places.num_hidden_layers * max(1, len(places.modules)) <= _MOST_MODULES):
-        return []
-    return [
-        f"{pack.path / MANIFEST}: gguf: {places.num_hidden_layers} blocks of"
-        f" {len(places.modules)} modules, at most {_MOST_MODULES:,} in all are read; write the pack"
-        " again"
-    ]
-
-
-def _compact_problems(pack: Pack) -> list[str]:
-    """Problems of the file's index, and what the manifest says of adapters that it lacks."""
-    path = pack.path / COMPACT
-    index = read_index(path)
-    names = index.names
-    problems = [
-        f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
-        for k, name in enumerate(names)
-        if not isinstance(name, str) or not name.isprintable()
-    ]
-    outside = [module for module, *_ in index.modules if ".layers." not in module]
-    if outside:
-        problems.append(
-            f"{path}: {len(outside)} modules are in no transformer block (first:"
-            f" {ascii(outside[0])}); write the pack again"
-        )
-    wrong = [k for k in pack.tasks.values() if k is not None and k not in range(len(names))]
-    if wrong:
-        problems.append(
-            f"{pack.path / MANIFEST}: tasks name adapter {wrong[0]}, the file holds {len(names)}"
-        )
-    return problems
