@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,7 +52,7 @@ from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.records import check_pack, expect_pack, peaks
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
-from d2c_mlx.utils.errors import InputWarning
+from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.progress import say
@@ -182,11 +181,9 @@ def cluster(session: Session) -> Stage:
     c, inputs = session.config, session.inputs
     k, n = inputs.capacity.n_clusters, len(inputs.names)
     if k == n > 1:
-        warnings.warn(
+        warn(
             f"budget: {c.budget} has room for all adapters ({n}), so none has to be merged; give"
             " less for a smaller pack",
-            InputWarning,
-            stacklevel=2,
         )
 
     given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
@@ -237,11 +234,9 @@ def merge(session: Session) -> Stage:
     def body() -> None:
         (clustering,) = clusterings(session)["d2c"]
         if "layerwise" in session.unused:
-            warnings.warn(
+            warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
                 f" are merged by {session.study.merger.method} instead of layerwise",
-                InputWarning,
-                stacklevel=2,
             )
         merges = []
         with write_dir(session.path("merged")) as directory:

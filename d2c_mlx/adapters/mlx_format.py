@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import warnings
 import weakref
 from collections.abc import Mapping
 from itertools import count
@@ -20,7 +19,7 @@ from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import DORA, magnitude_problems, pair_problems
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
 from d2c_mlx.adapters.tensor_file import FileModules, Layout, in_file, read_tensors
-from d2c_mlx.utils.errors import AdapterError, InputWarning
+from d2c_mlx.utils.errors import AdapterError, warn
 from d2c_mlx.utils.parsing import is_positive
 
 __all__ = ["MLX_LAYOUT", "Spool", "load_adapter"]
@@ -106,11 +105,9 @@ def _warn_of_alpha(
     """
     alpha, rank, scale = (parameters.get(name, 0) for name in ("alpha", "rank", "scale"))
     if "lora_layers" in config and is_positive(alpha) and alpha != rank:
-        warnings.warn(
+        warn(
             f"{where}: scale is {scale:g}, as mlx-lm has had it since 0.14.2; if an older one"
             f" trained this, write {scale * alpha / rank:g}, its scale * alpha / rank",
-            InputWarning,
-            stacklevel=3,
         )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import DORA, check_base, magnitude_problems, pair_problems
 from d2c_mlx.adapters.tensor_file import Layout, read_tensors
-from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning, collect
+from d2c_mlx.utils.errors import AdapterError, InputError, collect, warn
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
 __all__ = ["PEFT_LAYOUT", "PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
@@ -163,10 +162,8 @@ def load_peft(
     if problems:
         raise AdapterError(problems)
     if held:
-        warnings.warn(
+        warn(
             f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out",
-            InputWarning,
-            stacklevel=2,
         )
     names = _text_names(pairs, shapes)
     modules = {names[path]: one for path, one in _scaled_modules(pairs, config, where).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from d2c_mlx.adapters.mlx_format import MLX_LAYOUT, load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_LAYOUT, PEFT_WEIGHTS, PICKLE, load_peft
 from d2c_mlx.adapters.sources import Source
 from d2c_mlx.adapters.tensor_file import in_file
-from d2c_mlx.utils.errors import AdapterError, InputError, InputWarning
+from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
 __all__ = ["left_in_file", "read_adapter", "read_adapters"]
 
@@ -187,11 +186,9 @@ def _warn_of_bases(
     if len(named) > 1:
         listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
         # A local path and an id may be the same model, so it is no error.
-        warnings.warn(
+        warn(
             f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
             " are the same model, leave out what was trained on another",
-            InputWarning,
-            stacklevel=3,
         )
 
 

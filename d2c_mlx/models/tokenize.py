@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from mlx_lm.tuner.datasets import create_dataset
 
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import Row, Task, row_format
-from d2c_mlx.utils.errors import InputWarning, TaskError, gather
+from d2c_mlx.utils.errors import TaskError, gather, warn
 
 __all__ = [
     "context_length",
@@ -125,12 +124,10 @@ def encode(
     if problems:
         raise TaskError(problems)
     if any(one.prompt is not None for one in examples):
-        warnings.warn(
+        warn(
             "tasks: the model's chat template ends a prompt with tokens that no finished"
             " conversation has, so mlx-lm's trainer, and losses here, leave out as many tokens of"
             " each answer; answers are asked with the whole prompt",
-            InputWarning,
-            stacklevel=2,
         )
     return ExampleSet(task, tuple(examples))
 

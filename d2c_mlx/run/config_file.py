@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.run.config import SEARCHES, RunConfig
 from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
-from d2c_mlx.utils.errors import BudgetError, ConfigError, InputWarning, Problem
+from d2c_mlx.utils.errors import BudgetError, ConfigError, Problem, warn
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json, read_yaml
 
@@ -58,7 +57,7 @@ def load_config(
         found = values.pop(name)
         # A number of adapters is merged whatever the plan says, so dropping it changes nothing.
         if name != "plan":
-            _warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
+            warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
     if merged and _in_bytes(values):
         values["plan"] = "d2c"
     try:
@@ -77,10 +76,10 @@ def _without_what_is_gone(values: dict[str, Any], path: Path | None) -> None:
         found = values.pop(key)
         # `patience` once was null by default.
         if found not in (REMOVED[key].default, None):
-            _warn(f"{key}: {found!r} of {path} is left out: {REMOVED[key]}")
+            warn(f"{key}: {found!r} of {path} is left out: {REMOVED[key]}")
     for key, gone in REMOVED_VALUES.items():
         if said := gone.get(str(values.get(key))):
-            _warn(f"{key}: {values.pop(key)} of {path} is left out: {said}")
+            warn(f"{key}: {values.pop(key)} of {path} is left out: {said}")
 
 
 def _or_default(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  as YAML gave it
@@ -126,11 +125,7 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
     for name, what in needed.items():
         value = getattr(config, name)
         if name in overrides and value != RunConfig.model_fields[name].default:
-            _warn(f"{name}: {value!r} does nothing without {what}")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, InputWarning, stacklevel=2)
+            warn(f"{name}: {value!r} does nothing without {what}")
 
 
 def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -31,7 +30,7 @@ from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name, environment, outside_mlx
-from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning, collect, gather
+from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
 from d2c_mlx.utils.templates import size, span
 
 __all__ = ["Inputs", "opening", "provenance"]
@@ -75,8 +74,8 @@ class Inputs:
         self.engine = Engine(self.base, limit, savings, local_ranks())
         self.engine.passes = tuned_passes(self.base) or self.engine.passes
         if config.has_rows and (unused := self.engine.unused):
-            _warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
-                  " not used: slower, with the same losses")  # fmt: skip
+            warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
+                 " not used: slower, with the same losses")  # fmt: skip
         errors: list[InputError] = []
         sources: Sequence[Source] = collect(errors, lambda: find_adapters(config.adapters)) or []
         self._sources = sources
@@ -92,7 +91,7 @@ class Inputs:
         self.tasks: list[Task] = collect(errors, lambda: self._load_tasks(names)) or []
         folder = Path(config.tasks) if config.tasks else None
         if not errors and in_folders and folder and (spare := spare_tasks(folder, known)):
-            _warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
+            warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         self._fit(errors)
 
     def _load_tasks(self, names: Sequence[str]) -> list[Task]:
@@ -158,7 +157,7 @@ class Inputs:
             else:
                 kept.append(source)
         if kept and left_out:
-            _warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
+            warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
         return kept or sources
 
     def _check(self, errors: list[InputError]) -> None:
@@ -258,10 +257,6 @@ class Inputs:
             for name in names
         )  # fmt: skip
         return dict(zip(names, encoded))
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, InputWarning, stacklevel=2)
 
 
 def opening(inputs: Inputs) -> str:

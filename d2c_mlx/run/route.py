@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened
 from d2c_mlx.run.records import keep_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
-from d2c_mlx.utils.errors import InputWarning, PackError
+from d2c_mlx.utils.errors import PackError, warn
 from d2c_mlx.utils.files import hash_tree
 
 __all__ = ["RouteOptions", "route_prompts"]
@@ -78,12 +77,10 @@ def route_prompts(
             before = hash_tree(found.path)
             fitted = fit_router(base.model, probes, common_system(own))
             if fitted.accuracy < _GOOD:
-                warnings.warn(
+                warn(
                     f"router: {fitted.accuracy:.0%} of the calibration prompts find their task when"
                     f" they are left out, expected {_GOOD:.0%}; name tasks in requests, or give"
                     " more rows with --probe-examples",
-                    InputWarning,
-                    stacklevel=2,
                 )
             found = save_router(found, fitted)
             keep_pack(found.path.resolve(), before)

@@ -15,6 +15,7 @@ be right.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +34,7 @@ __all__ = [
     "collect",
     "gather",
     "printable",
+    "warn",
 ]
 
 T = TypeVar("T")
@@ -158,3 +160,8 @@ def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
     if errors:
         raise InputError(line for error in errors for line in error.problems)
     return results
+
+
+def warn(text: str) -> None:
+    """Warn of input that is probably wrong, in one line."""
+    warnings.warn(text, InputWarning, stacklevel=3)
