@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from .help import GroupedOption
@@ -10,44 +12,40 @@ from .paths import UserPath
 __all__ = ["PHONE_OPTIONS", "RUN_OPTIONS"]
 
 _PATH = UserPath(path_type=str)
+_option = partial(click.option, cls=GroupedOption)
 
 RUN_OPTIONS = (
-    click.option(
+    _option(
         "--adapters",
-        cls=GroupedOption,
         group="Adapters and tasks",
         type=_PATH,
         metavar="A",
         help="folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with"
         " commas: directories, .gguf files, Hugging Face ids owner/name[@revision]",
     ),
-    click.option(
+    _option(
         "--skip-bad/--no-skip-bad",
-        cls=GroupedOption,
         group="Adapters and tasks",
         default=None,
         help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
     ),
-    click.option(
+    _option(
         "--accept-dora",
-        cls=GroupedOption,
         group="Adapters and tasks",
         type=int,
         help="take DoRAs in as the closest LoRAs of this rank, and show the error  [default:"
         " refuse them]",
     ),
-    click.option(
+    _option(
         "--tasks",
-        cls=GroupedOption,
         group="Adapters and tasks",
         type=_PATH,
         metavar="DIR",
         help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl  [default: none: by"
         " weights alone, nothing is measured]",
     ),
-    click.option(
+    _option(
         "--unlabelled",
-        cls=GroupedOption,
         group="Adapters and tasks",
         type=_PATH,
         metavar="FILE",
@@ -55,293 +53,255 @@ RUN_OPTIONS = (
         ' "messages"; without --tasks the adapters\' answers to them are the rows, else'
         " they are for --refine",
     ),
-    click.option(
+    _option(
         "--model",
-        cls=GroupedOption,
         group="Adapters and tasks",
         metavar="M",
         help="base model: mlx-lm directory, Hugging Face id or .gguf file  [default: the"
         " embedded SmolLM2-135M-Instruct]",
     ),
-    click.option(
+    _option(
         "--probe-model",
-        cls=GroupedOption,
         group="Adapters and tasks",
         metavar="M",
         help="base model to choose everything on, such as a copy in 4 bits; the pack is for"
         " --model, and the report has its losses on both  [default: --model]",
     ),
-    click.option(
+    _option(
         "--output",
-        cls=GroupedOption,
         group="Adapters and tasks",
         type=_PATH,
         metavar="DIR",
         help="run directory; the same command continues there",
     ),
-    click.option(
+    _option(
         "--budget",
-        cls=GroupedOption,
         group="Budget",
         metavar="B",
         help='"12.5%", "40MB", "500KB" or a number of adapters  [default: 12.5%]',
     ),
-    click.option(
+    _option(
         "--plan",
-        cls=GroupedOption,
         group="Budget",
         metavar="NAME",
         help="of a budget in bytes: auto chooses clusters, rank and bits by measuring; d2c"
         " merges in 16 bit, as a number of adapters always does  [default: auto]",
     ),
-    click.option(
+    _option(
         "--format",
-        cls=GroupedOption,
         group="Budget",
         metavar="NAME",
         help="files of a planned pack, whose bytes are planned: compact, one for all adapters;"
         " gguf, one for each, which llama.cpp reads as it is  [default: compact]",
     ),
-    click.option(
+    _option(
         "--same-shape/--no-same-shape",
-        cls=GroupedOption,
         group="Budget",
         default=None,
         help="plan one rank and one set of modules for all adapters, for runtimes that feed a"
         " LoRA to a fixed graph  [default: no]",
     ),
-    click.option(
+    _option(
         "--max-adapters",
-        cls=GroupedOption,
         group="Budget",
         type=int,
         help="most adapters that a plan may store  [default: any number]",
     ),
-    click.option(
+    _option(
         "--merge-method",
-        cls=GroupedOption,
         group="Merge",
         metavar="NAME",
         help="linear, ties, ..., auto; auto packs for every cluster the best of seven on its"
         " calibration rows  [default: layerwise, or regmean++ where a model cannot be run"
         " by blocks; without rows tsv]",
     ),
-    click.option(
+    _option(
         "--merge-rank",
-        cls=GroupedOption,
         group="Merge",
         type=int,
         help="largest rank of a merged adapter  [default: the largest of the inputs]",
     ),
-    click.option(
+    _option(
         "--density",
-        cls=GroupedOption,
         group="Merge",
         type=float,
         help="share of entries kept by methods that sparsify  [default: 0.5]",
     ),
-    click.option(
+    _option(
         "--scale",
-        cls=GroupedOption,
         group="Merge",
         type=float,
         help="scale of every merge  [default: tuned per cluster on the calibration rows;"
         " without any from the weights]",
     ),
-    click.option(
+    _option(
         "--clusters",
-        cls=GroupedOption,
         group="Search",
         type=_PATH,
         metavar="FILE",
         help="merge these clusters in place of D2C's, to compare merge methods: clusters.json"
         " of a run, or a JSON list of lists of adapters",
     ),
-    click.option(
+    _option(
         "--search",
-        cls=GroupedOption,
         group="Search",
         metavar="NAME",
         help="estimates: measure the partitions that are estimated to be best; paper: the"
         " plain loop of D2C  [default: estimates]",
     ),
-    click.option(
+    _option(
         "--thorough/--no-thorough",
-        cls=GroupedOption,
         group="Search",
         default=None,
         help="measure every candidate of a plan, instead of those that estimates choose"
         "  [default: False]",
     ),
-    click.option(
+    _option(
         "--eps",
-        cls=GroupedOption,
         group="Search",
         type=float,
         help="smallest fall of regret that moves a task  [default: 0.001]",
     ),
-    click.option(
+    _option(
         "--seed",
-        cls=GroupedOption,
         group="Search",
         type=int,
         help="of all random choices  [default: 0]",
     ),
-    click.option(
+    _option(
         "--probe-examples",
-        cls=GroupedOption,
         group="Evaluation",
         type=int,
         help="calibration rows that decide, the first of probe.jsonl  [default: 10]",
     ),
-    click.option(
+    _option(
         "--test-examples",
-        cls=GroupedOption,
         group="Evaluation",
         type=int,
         help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
     ),
-    click.option(
+    _option(
         "--answers",
-        cls=GroupedOption,
         group="Evaluation",
         type=int,
         help="most held-out rows of each task that are answered and compared with the expected"
         " answers; 0 is none  [default: 3]",
     ),
-    click.option(
+    _option(
         "--baselines",
-        cls=GroupedOption,
         group="Evaluation",
         metavar="LIST",
         help='partitions that bench merges too, to compare; "" is none  [default:'
         " merge-all,random,kmeans]",
     ),
-    click.option(
+    _option(
         "--random-seeds",
-        cls=GroupedOption,
         group="Evaluation",
         type=int,
         help="random partitions to average  [default: 3]",
     ),
-    click.option(
+    _option(
         "--memory-limit",
-        cls=GroupedOption,
         group="Evaluation",
         metavar="M",
         help='of the process while it evaluates: "3GB", "800MB"  [default: what the device'
         " recommends, else half the memory]",
     ),
-    click.option(
+    _option(
         "--without",
-        cls=GroupedOption,
         group="Evaluation",
         metavar="LIST",
         help="optimizations of the evaluation to switch off: head, prefix, batches, frozen,"
         " fold, streams, exponentials, cache, bound",
     ),
-    click.option(
+    _option(
         "--stack",
-        cls=GroupedOption,
         group="Evaluation",
         type=int,
         help="adapters evaluated in one batch; above 1 a loss depends on the others by"
         " rounding  [default: 1]",
     ),
-    click.option(
+    _option(
         "--refine/--no-refine",
-        cls=GroupedOption,
         group="Refine",
         default=None,
         help="train every merge for a while to match its members  [default: no]",
     ),
-    click.option(
+    _option(
         "--refine-steps",
-        cls=GroupedOption,
         group="Refine",
         type=int,
         help="most steps of it  [default: 40]",
     ),
-    click.option(
+    _option(
         "--refine-rate",
-        cls=GroupedOption,
         group="Refine",
         type=float,
         help="its learning rate  [default: 0.0005]",
     ),
 )
 PHONE_OPTIONS = (
-    click.option(
+    _option(
         "--device",
-        cls=GroupedOption,
         group="Model and device",
         metavar="PROFILE",
         required=True,
         help="iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml"
         " file of your own",
     ),
-    click.option(
+    _option(
         "--model",
-        cls=GroupedOption,
         group="Model and device",
         metavar="M",
         help="mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
         " SmolLM2-135M-Instruct]",
     ),
-    click.option(
+    _option(
         "--bits",
-        cls=GroupedOption,
         group="Model and device",
         type=int,
         help="4 or 8, if M is not quantized yet  [default: M as it is]",
     ),
-    click.option(
+    _option(
         "--adapters",
-        cls=GroupedOption,
         group="Quality",
         type=_PATH,
         metavar="A",
         help="the individual adapters, to measure them too",
     ),
-    click.option(
+    _option(
         "--tasks",
-        cls=GroupedOption,
         group="Quality",
         type=_PATH,
         metavar="DIR",
         help="<task>/test.jsonl, to measure quality too",
     ),
-    click.option(
+    _option(
         "--test-examples",
-        cls=GroupedOption,
         group="Quality",
         type=int,
         help="rows that judge, 0 is all  [default: 10]",
     ),
-    click.option(
+    _option(
         "--answers",
-        cls=GroupedOption,
         group="Quality",
         type=int,
         help="how many of them are answered and compared, 0 is none  [default: all of them]",
     ),
-    click.option(
+    _option(
         "--contexts",
-        cls=GroupedOption,
         group="Measurement",
         metavar="LIST",
         help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
     ),
-    click.option(
+    _option(
         "--decode",
-        cls=GroupedOption,
         group="Measurement",
         type=int,
         help="tokens generated after each  [default: 32]",
     ),
-    click.option(
+    _option(
         "--runs",
-        cls=GroupedOption,
         group="Measurement",
         type=int,
         help="timed runs of each  [default: 3]",

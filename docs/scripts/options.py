@@ -27,6 +27,8 @@ _CLICK_HEAD = '''\
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from .help import GroupedOption
@@ -35,6 +37,7 @@ from .paths import UserPath
 __all__ = [{names}]
 
 _PATH = UserPath(path_type=str)
+_option = partial(click.option, cls=GroupedOption)
 '''
 _DOCS_HEAD = """\
 # Options
@@ -115,13 +118,12 @@ def command_line() -> str:
 
 
 def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
-    """Lines of one `click.option`, as ruff formats them."""
+    """Lines of one `_option`, as ruff formats them."""
     flag = option.flag
     names = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
     help = option.help + (f"  [default: {option.default}]" if option.default else "")
-    yield "    click.option("
+    yield "    _option("
     yield f"        {json.dumps(names)},"
-    yield "        cls=GroupedOption,"
     yield f"        group={json.dumps(option.group)},"
     if option.path:
         yield "        type=_PATH,"
