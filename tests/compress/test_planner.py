@@ -8,52 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from d2c_mlx_cli.main import main
-from helpers.tiny import divergence, library
+from helpers.tiny import expected_regret, library
 
-from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Fading, groups_of
-from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.estimates import FormEstimates
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.planner import Planner
-from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.evaluator import Silent
-from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, InputError
 from d2c_mlx.utils.files import hash_tree
-from d2c_mlx.utils.line_search import FINE_SCALES, line_search
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Four adapters on a tiny model, whose layout's index takes a large share of a budget."""
-    paths = library(tmp_path, ["a", "b", "c", "d"])
-    return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="60%", output=str(tmp_path / "run"), probe_examples=3,
-        test_examples=2,
-    )  # fmt: skip
-
-
-def expected_regret(session, i, adapter):
-    """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
-    table = session.read("losses.json")
-    gain = max(table["base"][i] - table["individual"][i], 0.05)
-    return (
-        divergence(session.inputs.base, session.adapters[i], adapter, session.inputs.probes[i])
-        / session.inputs.probes[i].n_targets
-        / gain
-    )
 
 
 @pytest.mark.slow
@@ -245,16 +216,6 @@ def test_few_adapters_are_merges_however_much_room_there_is(config):
     assert plan.read("plan.json")["regret"] < 0.02
 
 
-def test_worth_falls_where_singular_values_are_equal():
-    """But for rounding, by which a component may be worth more than the one before it."""
-    rng = np.random.default_rng(0)
-    left, right = (np.linalg.qr(rng.normal(size=(40, 12)))[0] for _ in range(2))
-    energy = {"m": (left.T.astype(np.float32), right.T.astype(np.float32))}
-    (values,) = worth(energy, [{"m": 1.0}]).values()
-    assert (np.diff(values) <= 0).all() and values[-1] == pytest.approx(1 / 12, rel=1e-5)
-    assert allocate({"m": values}, {"m": 80}, 1e6) == {"m": ((12, 8),)}
-
-
 @pytest.mark.slow
 def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
     session = run(config, until="pack", quiet=True)
@@ -311,68 +272,6 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
     assert "budget: found '2' adapters, expected bytes" in capsys.readouterr().err
 
 
-def test_worth_is_energy_times_gain_and_a_part_for_all(config):
-    session = run(config, until="convert", quiet=True)
-    one, two = session.adapters[:2]
-    paths = sorted(one.modules)
-    gains = [
-        {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
-        dict.fromkeys(paths, 2.0),
-    ]
-    alone = worth(svd_components(one), gains[:1])
-    assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
-        {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
-    )
-    for path, values in alone.items():
-        energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
-        assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
-    # A merge's are the mean of its members'.
-    merged = worth(svd_components(merge_adapters([one, two])), gains)
-    assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
-    assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
-
-
-def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
-    """By their answers another scale is better; by what the adapter expects none is."""
-    session = run(config, until="probe", quiet=True)
-    for i, adapter in enumerate(session.adapters):
-        scaled = [
-            replace(adapter, modules={
-                path: LoRA(one.a, one.b, scale * one.scale) for path, one in adapter.modules.items()
-            })
-            for scale in (1.0, 0.8, 1.4)
-        ]  # fmt: skip
-        found = [float(session.study.teacher_regret.under(one, [i])[0]) for one in scaled]
-        assert found[0] == pytest.approx(0, abs=1e-4) and min(found[1:]) > 1e-3
-
-
-def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
-    session = run(config, until="probe", quiet=True)
-    session.inputs.engine.float32_head = None
-    found = session.study.teacher_regret.under(session.adapters[0], range(4))
-    (losses,) = session.evaluator.losses([(session.adapters[0], session.inputs.probes)])
-    assert found == pytest.approx(session.study.losses.regret(losses), abs=1e-6)
-    assert session.study.teacher_regret.under(None, [2]) == pytest.approx(
-        session.study.losses.regret(session.study.losses.base)[2]
-    )
-
-
-@pytest.mark.parametrize(
-    ("losses", "best", "asked"),
-    [([3, 2, 1, 4, 0], 2, 4), ([3, 3, 1], 0, 2), ([3, 4], 0, 2), ([3, 2], 1, 2), ([3], 0, 1)],
-)
-def test_scales_are_tried_while_they_help(losses, best, asked):
-    scales = [1 + i / 5 for i in range(len(losses))]
-    seen = []
-
-    def regret(scale):
-        seen.append(scale)
-        return losses[scales.index(scale)]
-
-    assert line_search(regret, scales, scales[0]) == (scales[best], losses[best])
-    assert seen == scales[:asked]
-
-
 @pytest.mark.slow
 def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     """By tokens, to a factor of two; nothing is left in the end."""
@@ -390,20 +289,3 @@ def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
     assert own == sorted(own, reverse=True)
     done = seen[len(session.inputs.names)][1] - before
     assert done / 2 <= first <= 2 * done and after >= done
-
-
-def test_a_candidate_is_measured_as_it_is_packed(config):
-    """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
-    session = run(config.replace(probe_examples=4), until="probe", quiet=True)
-    assert all(len(probe.parts) == 2 for probe in session.inputs.probes)
-    path = max(session.adapters[2].modules)
-    form = Form((0, 2), session.adapters[2], {path: ((1, 2),)}, "merged", 0.1)
-    one = session.planner.forms.measure(form)
-    assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
-    plain = compact_store(form.adapter, form.levels, one.scale).adapter(session.inputs.base.dtype)
-    assert one.regret == pytest.approx(
-        sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
-    )
-    other = session.planner.forms.measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
-    assert other.scale >= 2 and one.scale in FINE_SCALES
-    assert other.nbytes == one.nbytes

@@ -140,3 +140,19 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(D2CError, match="cannot be used as the cache"):
         LossCache(tmp_path / "file" / "losses.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "asked"),
+    [([3, 2, 1, 4, 0], 2, 4), ([3, 3, 1], 0, 2), ([3, 4], 0, 2), ([3, 2], 1, 2), ([3], 0, 1)],
+)
+def test_scales_are_tried_while_they_help(losses, best, asked):
+    scales = [1 + i / 5 for i in range(len(losses))]
+    seen = []
+
+    def regret(scale):
+        seen.append(scale)
+        return losses[scales.index(scale)]
+
+    assert line_search(regret, scales, scales[0]) == (scales[best], losses[best])
+    assert seen == scales[:asked]

@@ -204,6 +204,17 @@ def divergence(base, teacher, adapter, examples) -> float:
     return total
 
 
+def expected_regret(session, i, adapter):
+    """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
+    table = session.read("losses.json")
+    gain = max(table["base"][i] - table["individual"][i], 0.05)
+    return (
+        divergence(session.inputs.base, session.adapters[i], adapter, session.inputs.probes[i])
+        / session.inputs.probes[i].n_targets
+        / gain
+    )
+
+
 def refinable(root, names=("a", "b")):
     """Two strong adapters of different modules, six probe rows each."""
     found = library(root, names)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
-from helpers.served import client, serving
 from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
@@ -18,15 +17,13 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import run_blocks
-from d2c_mlx.models.tasks import common_system, load_task
-from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import with_file, write_pack
 from d2c_mlx.run.route import RouteOptions, route_prompts
-from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import (
     ROUTER,
     Router,
@@ -327,47 +324,6 @@ def test_on_the_command_line(made, pack):
     # An arrival drops the router: it would never be chosen.
     new = replace(load_pack(pack.path).load("a"), name="new")
     assert load_router(add_adapter(load_pack(pack.path), new).pack) is None
-
-
-def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
-    paths, pack = spoken
-    rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
-    prompts = [row["messages"][1]["content"] for row in rows]
-    found = route_prompts(pack.path, prompts, RouteOptions(paths.tasks, model=str(paths.model)))
-    assert [one["task"] for one in found] == [*"aaaabbbb"]
-    again = load_router(load_pack(pack.path))
-    assert again.system == ""
-    base = BaseModel(str(paths.model))
-    with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
-    own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
-    assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
-    assert None in [again.route(base.model, prompt) for prompt in without]
-
-
-def test_rows_with_several_system_messages_have_none_in_common(spoken):
-    paths, _ = spoken
-    first, second = (load_task(paths.tasks / n) for n in "ab")
-    assert common_system([first, second]) == ""
-    rows = [{"messages": row["messages"][1:]} for row in second.probe]
-    assert common_system([first, replace(second, probe=tuple(rows))]) is None
-    assert common_system([replace(second, probe=tuple(rows))]) is None
-    assert common_system([replace(first, probe=({"prompt": "a", "completion": "b"},))]) is None
-
-
-def test_a_server_routes_as_the_rows_were(spoken):
-    """And answers the prompt that was asked."""
-    paths, pack = spoken
-    route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
-    pack = load_pack(pack.path)
-    base = BaseModel(str(paths.model))
-    asked = [{"role": "user", "content": "Who is it? Answer 2"}]
-    with serving(pack, Adapters(base, pack)) as server:
-        api = client(server)
-        for system in ([], [{"role": "system", "content": ""}]):
-            messages = [*system, *asked]
-            auto = api.chat.completions.create(model="auto", messages=messages, max_tokens=5)
-            named = api.chat.completions.create(model="b", messages=messages, max_tokens=5)
-            assert auto.model == "b" and auto.choices == named.choices
 
 
 def test_who_changes_the_tasks_is_told_that_the_router_is_gone(made, pack):

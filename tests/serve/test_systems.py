@@ -6,19 +6,49 @@ import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers.served import client, serving
-from helpers.tiny import write_jsonl
+from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
 
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tasks import read_rows
+from d2c_mlx.models.tasks import common_system, load_task, read_rows
+from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.packs.add import AddOptions, add_from_path
-from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.update import opened, remove_tasks
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.router import load_router
 
 ASKED = "Who is it? Answer 2"
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """As SmolLM2's template: a system message of its own, rows have an empty one."""
+    paths = library(tmp_path, list("ab"))
+    tokenizer = tiny_tokenizer()
+    default = "<|im_start|>system\nThe other foxes are watching the lazy dog.<|im_end|>\n"
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ '" + default.replace("\n", "\\n") + "' }}"
+        "{% endif %}" + CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(paths.model)
+    for name, words in (("a", "Write the number"), ("b", "Who is it? Answer")):
+        rows = [
+            {"messages": [{"role": role, "content": said} for role, said in
+                          (("system", ""), ("user", f"{words} {i}"), ("assistant", "x"))]}
+            for i in range(8)
+        ]  # fmt: skip
+        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
+        write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
+    base = BaseModel(str(paths.model))
+    found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
+             for n in "ab"]  # fmt: skip
+    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
+    return paths, write_pack(tmp_path / "run" / "pack", found, PackInfo(**about, budget="3"))
 
 
 @pytest.fixture
@@ -95,3 +125,44 @@ def test_packs_that_change_keep_them(run_of_two):
         remove_tasks(pack, ["b"])
     found = add_from_path(made, str(paths.adapters / "b"), replace(options, tasks=None)).pack
     assert found.systems == {"a": ""}
+
+
+def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
+    paths, pack = spoken
+    rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
+    prompts = [row["messages"][1]["content"] for row in rows]
+    found = route_prompts(pack.path, prompts, RouteOptions(paths.tasks, model=str(paths.model)))
+    assert [one["task"] for one in found] == [*"aaaabbbb"]
+    again = load_router(load_pack(pack.path))
+    assert again.system == ""
+    base = BaseModel(str(paths.model))
+    with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
+    own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
+    assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
+    assert None in [again.route(base.model, prompt) for prompt in without]
+
+
+def test_rows_with_several_system_messages_have_none_in_common(spoken):
+    paths, _ = spoken
+    first, second = (load_task(paths.tasks / n) for n in "ab")
+    assert common_system([first, second]) == ""
+    rows = [{"messages": row["messages"][1:]} for row in second.probe]
+    assert common_system([first, replace(second, probe=tuple(rows))]) is None
+    assert common_system([replace(second, probe=tuple(rows))]) is None
+    assert common_system([replace(first, probe=({"prompt": "a", "completion": "b"},))]) is None
+
+
+def test_a_server_routes_as_the_rows_were(spoken):
+    """And answers the prompt that was asked."""
+    paths, pack = spoken
+    route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
+    pack = load_pack(pack.path)
+    base = BaseModel(str(paths.model))
+    asked = [{"role": "user", "content": "Who is it? Answer 2"}]
+    with serving(pack, Adapters(base, pack)) as server:
+        api = client(server)
+        for system in ([], [{"role": "system", "content": ""}]):
+            messages = [*system, *asked]
+            auto = api.chat.completions.create(model="auto", messages=messages, max_tokens=5)
+            named = api.chat.completions.create(model="b", messages=messages, max_tokens=5)
+            assert auto.model == "b" and auto.choices == named.choices

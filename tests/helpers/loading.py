@@ -1,0 +1,64 @@
+"""A server whose adapters may change, and a folder of adapters to load."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.serve.adapters import Adapters
+from helpers.adapters import ADAPTERS
+from helpers.served import client, post, raw, serving
+
+TOKEN = "s3cret"
+# Tokens of an answer.
+N = 6
+PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reload", "/lora-adapters")
+# No end token, so that an answer is as long as it may be.
+NO_END = {"0": -10_000, "1": -10_000, "2": -10_000}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, model_path):
+    """Twelve adapters as directories, made of three; one that is broken, and a link outside."""
+    root = tmp_path_factory.mktemp("library")
+    for i in range(12):
+        one = ADAPTERS[i % 3]
+        modules = {path: replace(lora, scale=lora.scale * (1 + i // 3))
+                   for path, lora in one.modules.items()}  # fmt: skip
+        replace(one, modules=modules).save(root / f"a{i}", 2)
+    (root / "broken").mkdir()
+    (root / "broken" / "adapters.safetensors").write_bytes(b"x")
+    (root / "outside").symlink_to(model_path)
+    return root
+
+
+@contextmanager
+def changing(pack, library, memory=None, base=None, **options):
+    """A server of its own, whose adapters may change, and `do(path, body)`, which asks for that."""
+    adapters = Adapters(base or BaseModel(str(options.pop("model"))), pack, memory)
+    options = {"token": TOKEN, "changes": True, "directory": library, **options}
+    with serving(pack, adapters, **options) as server:
+
+        def do(path, body):
+            method = b"GET " if body is None else None
+            key = {"Authorization": f"Bearer {TOKEN}"}
+            content = post({} if body is None else body, path, **key)
+            reply = raw(server, content.replace(b"POST ", method) if method else content)
+            head, said = reply.split(b"\r\n\r\n", 1)
+            return int(head.split()[1]), said.decode()
+
+        server.adapters = adapters
+        yield server, do
+
+
+def read(library, name):
+    return load_adapter(library / name)
+
+
+def ask(server, name, prompt="the fox", n=N, **options):
+    """The text of an answer; options as in a request."""
+    with client(server, TOKEN) as api:
+        found = api.completions.create(model=name, prompt=prompt, max_tokens=n, extra_body=options)
+        return found.choices[0].text

@@ -1,0 +1,113 @@
+"""More adapters than memory has room for: over sockets, beside stock mlx-lm."""
+
+import random
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
+from helpers.served import client, counted, counts_at, counts_when, evictions, idle, prompt_of, text
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.serve.adapters import Adapters
+
+# One kind of pack suffices.
+pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
+
+
+def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
+    """Each answer is its own adapter's, whoever had to leave; pinned ones stay."""
+    rng = random.Random(0)
+    base = BaseModel(str(model_path))
+    factors = Adapters(base, pack, 1).model.factors(read(library, "a0"))
+    room = 9 * sum(x.nbytes for pair in factors.values() for x in pair)
+    names = [*(f"a{i}" for i in range(12)), *pack.tasks, "model"]
+    asked = [(rng.choice(names), prompt_of(rng, 3)) for _ in range(40)]
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        pin = {"lora_name": "kept", "lora_path": "a0", "pinned": True}
+        assert do(PATHS[0], pin)[0] == 200
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda job: ask(server, *job), asked))
+        kept = server.adapters.names["kept"].slot
+        assert server.adapters.model.nbytes <= room and kept
+        assert evictions(server) > 9
+        codes = [do(PATHS[0], pin | {"lora_name": f"p{i}"})[0] for i in range(9)]
+        # One slot stays for others.
+        assert codes[0] == 200 and codes[-1] == 400
+        assert ask(server, "a3") == text(answer, read(library, "a3"), "the fox", N)
+        idle(server)
+    for (name, prompt), reply in zip(asked, found):
+        own = None if name == "model" else name if name in pack.tasks else read(library, name)
+        assert reply == text(answer, own, prompt, N), name
+
+
+def test_no_room_beside_what_is_pinned(pack, library, model_path):
+    """Which a wider adapter takes from others: who asks for it does not wait for ever."""
+    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a1"))
+    room = 6 * sum(x.nbytes for pair in factors.values() for x in pair)
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        for i in (1, 4):
+            pin = {"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True}
+            assert do(PATHS[0], pin)[0] == 200
+        with pytest.raises(openai.InternalServerError, match="no room in memory beside"):
+            ask(server, "a0")
+        assert ask(server, "p1") and do(PATHS[1], {"lora_name": "p1"})[0] == 200
+        assert do(PATHS[1], {"lora_name": "p4"})[0] == 200
+        assert ask(server, "a0")
+
+
+@pytest.mark.slow
+def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
+    """Memory has room for one adapter, and others ask for it all the time."""
+    with changing(pack, library, 1, BaseModel(str(model_path))) as (server, _):
+        stop = threading.Event()
+
+        def insist(i):
+            while not stop.is_set():
+                ask(server, "wide", n=40 + 17 * i, logit_bias=NO_END)
+
+        with ThreadPoolExecutor(6) as pool:
+            others = [pool.submit(insist, i) for i in range(6)]
+            try:
+                counts_at(server, "d2c_mlx_first_token_seconds_count", 6)
+                assert ask(server, "other") == text(answer, "other", "the fox", N)
+                assert evictions(server)
+            finally:
+                stop.set()
+            assert all(one.result() is None for one in others)
+
+
+def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
+    """New weights under an old name, by a load in place, and in a file that is read again."""
+    shutil.copytree(library, tmp_path / "own", symlinks=True)
+    prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
+    with changing(pack, tmp_path / "own", 1, BaseModel(str(model_path))) as (server, do):
+
+        def shared(name, adapter):
+            """Whether each prompt found something."""
+            found = []
+            for prompt in prompts:
+                with client(server, TOKEN) as api:
+                    reply = api.completions.create(model=name, prompt=prompt, max_tokens=N)
+                assert reply.choices[0].text == text(answer, adapter, prompt, N)
+                found.append(reply.usage.prompt_tokens_details.cached_tokens > 0)
+            return found
+
+        first, second = (read(library, one) for one in ("a3", "a7"))
+        assert shared("a3", first) == shared("a7", second) == [False, False, True]
+        # Memory has room for one.
+        assert shared("a3", first)[:2] == [False, False]
+        body = {"lora_name": "a3", "lora_path": "a7", "load_inplace": True}
+        assert do(PATHS[0], body)[0] == 200 and shared("a3", second)[:2] == [False, False]
+        ask(server, "wide")
+        shutil.rmtree(tmp_path / "own" / "a7")
+        shutil.copytree(library / "a3", tmp_path / "own" / "a7")
+        assert shared("a3", first) == [False, False, True]
+        assert counted(server)["d2c_mlx_prefix_bytes"]
+        assert do(PATHS[1], {"lora_name": "a3"})[0] == 200
+        counts = counts_when(server, lambda counts: not counts["d2c_mlx_prefix_bytes"])
+        key = 'd2c_mlx_adapter_%s_total{adapter="%s"}'
+        assert counts[key % ("loads", "a7")] == counts[key % ("evictions", "a7")] == 1
+        assert key % ("loads", "a3") not in counts
