@@ -37,7 +37,6 @@ from .paths import UserPath
 __all__ = [{names}]
 
 _PATH = UserPath(path_type=str)
-_option = partial(click.option, cls=GroupedOption)
 '''
 _DOCS_HEAD = """\
 # Options
@@ -80,6 +79,11 @@ class _Option(NamedTuple):
     def flag(self) -> str:
         return f"--{self.name.replace('_', '-')}"
 
+    @property
+    def maker(self) -> str:
+        """Name of the function that makes options of this group, in the generated code."""
+        return f"_{self.group.lower().replace(' ', '_')}"
+
 
 def _options(config: type[Checked]) -> Iterator[_Option]:
     """The fields with a group; fields without one are arguments."""
@@ -110,21 +114,26 @@ def command_line() -> str:
     No option has a default in it, since a default there would override the YAML file.
     """
     names = ", ".join(f'"{name}"' for name, *_ in sorted(_CONFIGS))
-    parts = [_CLICK_HEAD.format(names=names)]
+    each = {name: list(_options(config)) for name, config, *_ in _CONFIGS}
+    makers = {one.maker: one.group for options in each.values() for one in options}
+    head = _CLICK_HEAD.format(names=names) + "".join(
+        f"{maker} = partial(click.option, cls=GroupedOption, group={json.dumps(group)})\n"
+        for maker, group in makers.items()
+    )
+    parts = [head]
     for name, config, *_ in _CONFIGS:
-        lines = [line for one in _options(config) for line in _click(one, config is RunConfig)]
+        lines = [line for one in each[name] for line in _click(one, config is RunConfig)]
         parts.append("\n".join([f"{name} = (", *lines, ")"]))
     return "\n".join(parts) + "\n"
 
 
 def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
-    """Lines of one `_option`, as ruff formats them."""
+    """Lines of one option, as ruff formats them."""
     flag = option.flag
     names = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
     help = option.help + (f"  [default: {option.default}]" if option.default else "")
-    yield "    _option("
+    yield f"    {option.maker}("
     yield f"        {json.dumps(names)},"
-    yield f"        group={json.dumps(option.group)},"
     if option.path:
         yield "        type=_PATH,"
     elif option.kind in (int, float):
