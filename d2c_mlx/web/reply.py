@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message as HttpMessage
 from starlette.types import Send
 
+from d2c_mlx.serve.changes import find_adapter
 from d2c_mlx.serve.jobs import STARTED, Job, Piece
 from d2c_mlx.serve.requests import ChatRequest, Request
 from d2c_mlx.serve.service import PackService
@@ -108,7 +109,7 @@ class Reply:
         def emit(index: int, event: object) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        loading = self._service.find(request.model)
+        loading = find_adapter(self._service, request.model)
         if loading:
             await asyncio.wrap_future(loading)
         emits = [partial(emit, i) for i in range(request.n)]

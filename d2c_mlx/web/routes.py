@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from d2c_mlx.serve.changes import load_adapter, reload_pack, set_scales, unload_adapter
 from d2c_mlx.serve.requests import (
     LoadRequest,
     Request,
@@ -134,7 +135,7 @@ async def _no_changes(_service: PackService, request: HttpRequest) -> Response:
 async def _scale(service: PackService, request: HttpRequest) -> Response:
     scales = read_json(await read_body(request, service))
     found = read_fields(ScalesRequest, {"scales": scales})
-    await asyncio.wrap_future(service.set_scales(found.scales))
+    await asyncio.wrap_future(set_scales(service, found.scales))
     return JSONResponse({"success": True})
 
 
@@ -143,20 +144,20 @@ async def _load(service: PackService, request: HttpRequest) -> Response:
     if body.get("is_3d_lora_weight"):
         raise RequestError(400, "is_3d_lora_weight: not supported; leave it out")
     asked = read_fields(LoadRequest, body)
-    await asyncio.wrap_future(service.load_adapter(asked))
+    await asyncio.wrap_future(load_adapter(service, asked))
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
 
 async def _unload(service: PackService, request: HttpRequest) -> Response:
     body = read_object(await read_body(request, service))
     name = read_fields(LoadRequest, body).lora_name
-    left = await asyncio.wrap_future(service.unload_adapter(name))
+    left = await asyncio.wrap_future(unload_adapter(service, name))
     await asyncio.wrap_future(left)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 async def _reload(service: PackService, _request: HttpRequest) -> Response:
-    await asyncio.wrap_future(service.reload())
+    await asyncio.wrap_future(reload_pack(service))
     return JSONResponse({"success": True, "tasks": [*service.pack.tasks]})
 
 
