@@ -156,7 +156,8 @@ def problems_of(
         path, field, kind, parent = _follow(model, details)
         if path in found:
             continue
-        name, words = ".".join(map(_key_text, path)), details.get("ctx", {}).get("words", "")
+        name = ".".join(_cut(str(key)) for key in path)
+        words = details.get("ctx", {}).get("words", "")
         where = place if isinstance(place, str) else place.get(str(path[0]) if path else "", "")
         about, absent = _about(field), details["type"] == "missing"
         if details["type"] == "extra_forbidden":
@@ -182,8 +183,7 @@ def found_text(value: object) -> str:
     """Format any value for a message, cut to 200 characters."""
     if isinstance(value, int) and abs(value) >= _MOST_INT:
         return "a number beyond 64 bits"
-    text = repr(value)
-    return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."
+    return _cut(repr(value))
 
 
 def range_of(field: FieldInfo) -> str:
@@ -348,7 +348,6 @@ def _value(values: object, path: Path, default: object) -> object:
     return values
 
 
-def _key_text(key: str | int) -> str:
-    """Format a key from a stranger's file, cut to 200 characters."""
-    text = str(key)
+def _cut(text: str) -> str:
+    """Cut a text from a stranger's file to 200 characters."""
     return text if len(text) <= _MOST_FOUND else f"{text[:_MOST_FOUND]}..."
