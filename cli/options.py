@@ -149,11 +149,7 @@ RUN_OPTIONS = (
         type=float,
         help="smallest fall of regret that moves a task  [default: 0.001]",
     ),
-    _search(
-        "--seed",
-        type=int,
-        help="of all random choices  [default: 0]",
-    ),
+    _search("--seed", type=int, help="of all random choices  [default: 0]"),
     _evaluation(
         "--probe-examples",
         type=int,
@@ -176,11 +172,7 @@ RUN_OPTIONS = (
         help='partitions that bench merges too, to compare; "" is none  [default:'
         " merge-all,random,kmeans]",
     ),
-    _evaluation(
-        "--random-seeds",
-        type=int,
-        help="random partitions to average  [default: 3]",
-    ),
+    _evaluation("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
     _evaluation(
         "--memory-limit",
         metavar="M",
@@ -204,16 +196,8 @@ RUN_OPTIONS = (
         default=None,
         help="train every merge for a while to match its members  [default: no]",
     ),
-    _refine(
-        "--refine-steps",
-        type=int,
-        help="most steps of it  [default: 40]",
-    ),
-    _refine(
-        "--refine-rate",
-        type=float,
-        help="its learning rate  [default: 0.0005]",
-    ),
+    _refine("--refine-steps", type=int, help="most steps of it  [default: 40]"),
+    _refine("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
 )
 PHONE_OPTIONS = (
     _model_and_device(
@@ -246,11 +230,7 @@ PHONE_OPTIONS = (
         metavar="DIR",
         help="<task>/test.jsonl, to measure quality too",
     ),
-    _quality(
-        "--test-examples",
-        type=int,
-        help="rows that judge, 0 is all  [default: 10]",
-    ),
+    _quality("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]"),
     _quality(
         "--answers",
         type=int,
@@ -261,14 +241,6 @@ PHONE_OPTIONS = (
         metavar="LIST",
         help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
     ),
-    _measurement(
-        "--decode",
-        type=int,
-        help="tokens generated after each  [default: 32]",
-    ),
-    _measurement(
-        "--runs",
-        type=int,
-        help="timed runs of each  [default: 3]",
-    ),
+    _measurement("--decode", type=int, help="tokens generated after each  [default: 32]"),
+    _measurement("--runs", type=int, help="timed runs of each  [default: 3]"),
 )

@@ -13,9 +13,7 @@ OPTIONS = {
     ("phone", "--history"): _HISTORY,
 }
 # Two words of a command line -> what to do.
-COMMANDS = {
-    ("bench", "compare"): "compare the two files of --json with any tool for JSON",
-}
+COMMANDS = {("bench", "compare"): "compare the two files of --json with any tool for JSON"}
 
 
 def instead(command: str, option: str) -> str | None:

@@ -183,7 +183,7 @@ def cluster(session: Session) -> Stage:
     if k == n > 1:
         warn(
             f"budget: {c.budget} has room for all adapters ({n}), so none has to be merged; give"
-            " less for a smaller pack",
+            " less for a smaller pack"
         )
 
     given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
@@ -236,7 +236,7 @@ def merge(session: Session) -> Stage:
         if "layerwise" in session.unused:
             warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
-                f" are merged by {session.study.merger.method} instead of layerwise",
+                f" are merged by {session.study.merger.method} instead of layerwise"
             )
         merges = []
         with write_dir(session.path("merged")) as directory:

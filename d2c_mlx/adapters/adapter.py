@@ -190,12 +190,7 @@ class Adapter:
             "base_model_name_or_path": self.base,
             "fine_tune_type": "lora",
             "num_layers": n_layers,
-            "lora_parameters": {
-                "rank": self.rank,
-                "scale": scale,
-                "dropout": 0.0,
-                "keys": keys,
-            },
+            "lora_parameters": {"rank": self.rank, "scale": scale, "dropout": 0.0, "keys": keys},
         }
 
     def trimmed(self) -> Adapter:

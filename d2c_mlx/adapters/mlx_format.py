@@ -107,7 +107,7 @@ def _warn_of_alpha(
     if "lora_layers" in config and is_positive(alpha) and alpha != rank:
         warn(
             f"{where}: scale is {scale:g}, as mlx-lm has had it since 0.14.2; if an older one"
-            f" trained this, write {scale * alpha / rank:g}, its scale * alpha / rank",
+            f" trained this, write {scale * alpha / rank:g}, its scale * alpha / rank"
         )
 
 

@@ -162,9 +162,7 @@ def load_peft(
     if problems:
         raise AdapterError(problems)
     if held:
-        warn(
-            f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out",
-        )
+        warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
     names = _text_names(pairs, shapes)
     modules = {names[path]: one for path, one in _scaled_modules(pairs, config, where).items()}
     magnitudes = {names[path]: x for path, x in magnitudes.items()}

@@ -188,7 +188,7 @@ def _warn_of_bases(
         # A local path and an id may be the same model, so it is no error.
         warn(
             f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
-            " are the same model, leave out what was trained on another",
+            " are the same model, leave out what was trained on another"
         )
 
 

@@ -15,14 +15,7 @@ from d2c_mlx.adapters.as_lora import ADAPTER_BIAS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
-from d2c_mlx.utils.hub import (
-    HubId,
-    download,
-    download_all,
-    list_files,
-    parse_hub_id,
-    read_head,
-)
+from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_hub_id, read_head
 
 __all__ = ["Source", "absolute_entries", "find_adapters", "local_entries"]
 

@@ -49,9 +49,7 @@ class Measure(Protocol):
     """A callable that measures regrets of tasks under merges on their calibration rows."""
 
     def __call__(
-        self,
-        jobs: Sequence[tuple[Any, Sequence[int]]],
-        limits: Sequence[np.ndarray] | None = None,
+        self, jobs: Sequence[tuple[Any, Sequence[int]]], limits: Sequence[np.ndarray] | None = None
     ) -> Sequence[np.ndarray]:
         """Measure every merge on its tasks.
 

@@ -136,10 +136,7 @@ def _levels(bits: Sequence[int]) -> Levels:
 
 
 def choose(
-    candidates: Sequence[Candidate],
-    n_tasks: int,
-    nbytes: float,
-    max_adapters: int | None = None,
+    candidates: Sequence[Candidate], n_tasks: int, nbytes: float, max_adapters: int | None = None
 ) -> list[int]:
     """Choose the candidates that serve every task exactly once with the least summed regret.
 

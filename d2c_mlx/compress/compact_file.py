@@ -33,13 +33,7 @@ from d2c_mlx.compress.file_layout import (
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = [
-    "CompactAdapters",
-    "index_of",
-    "read_compact",
-    "read_index",
-    "write_compact",
-]
+__all__ = ["CompactAdapters", "index_of", "read_compact", "read_index", "write_compact"]
 
 # Most numbers of one factor in 16 bit; a vocabulary of 262,144 at rank 1,024 has as many.
 _MOST_NUMBERS = 1 << 28

@@ -45,9 +45,7 @@ def gguf_of(adapter: Compressed) -> GgufAdapter:
 
 
 def gguf_store(
-    adapter: Adapter,
-    levels: Mapping[str, Levels],
-    parts: Mapping[str, Components] | None = None,
+    adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None = None
 ) -> GgufAdapter:
     """Quantize an adapter into the form of a plan; dW is what GGUF's own readers get.
 

@@ -210,9 +210,7 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield batch
 
 
-def pad_batch(
-    examples: Sequence[Example],
-) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+def pad_batch(examples: Sequence[Example]) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
     """Pad whole examples on the right, for a pass with a gradient.
 
     Returns:

@@ -17,13 +17,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.evaluate.batches import (
-    Batch,
-    BatchCost,
-    PassSize,
-    shared_prefix,
-    split_rows,
-)
+from d2c_mlx.evaluate.batches import Batch, BatchCost, PassSize, shared_prefix, split_rows
 from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact

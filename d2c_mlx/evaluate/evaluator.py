@@ -16,15 +16,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
 from d2c_mlx.utils.files import fingerprint
 
-__all__ = [
-    "CUTS",
-    "Counts",
-    "Evaluator",
-    "Job",
-    "Meter",
-    "Runner",
-    "Silent",
-]
+__all__ = ["CUTS", "Counts", "Evaluator", "Job", "Meter", "Runner", "Silent"]
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 

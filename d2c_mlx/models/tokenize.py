@@ -15,13 +15,7 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import Row, Task, row_format
 from d2c_mlx.utils.errors import TaskError, gather, warn
 
-__all__ = [
-    "context_length",
-    "encode",
-    "encode_probes",
-    "encode_prompts",
-    "encode_tests",
-]
+__all__ = ["context_length", "encode", "encode_probes", "encode_prompts", "encode_tests"]
 
 # `encode` of one model: name of the set, its rows, and where each stands.
 Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
@@ -127,7 +121,7 @@ def encode(
         warn(
             "tasks: the model's chat template ends a prompt with tokens that no finished"
             " conversation has, so mlx-lm's trainer, and losses here, leave out as many tokens of"
-            " each answer; answers are asked with the whole prompt",
+            " each answer; answers are asked with the whole prompt"
         )
     return ExampleSet(task, tuple(examples))
 

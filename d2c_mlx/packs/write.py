@@ -15,13 +15,7 @@ from d2c_mlx.packs.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, PackIn
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, hash_file, write_dir, write_json
 
-__all__ = [
-    "rewrite_pack",
-    "with_file",
-    "write_compact_pack",
-    "write_gguf_pack",
-    "write_pack",
-]
+__all__ = ["rewrite_pack", "with_file", "write_compact_pack", "write_gguf_pack", "write_pack"]
 
 # Called with the complete pack before it takes its place, see `write_dir`.
 Ready = Callable[[Path], None]

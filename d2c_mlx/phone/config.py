@@ -46,18 +46,10 @@ class PhoneConfig(Checked):
         expected="4 or 8",
     )
     adapters: str | None = option(
-        None,
-        "the individual adapters, to measure them too",
-        group=_QUALITY,
-        metavar="A",
-        path=True,
+        None, "the individual adapters, to measure them too", group=_QUALITY, metavar="A", path=True
     )
     tasks: str | None = option(
-        None,
-        "<task>/test.jsonl, to measure quality too",
-        group=_QUALITY,
-        metavar="DIR",
-        path=True,
+        None, "<task>/test.jsonl, to measure quality too", group=_QUALITY, metavar="DIR", path=True
     )
     test_examples: int = option(
         10, "rows that judge, 0 is all", group=_QUALITY, ge=0, expected="0 (all) or more"

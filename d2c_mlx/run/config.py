@@ -163,11 +163,7 @@ class RunConfig(RunRules):
         default_text="no",
     )
     max_adapters: int | None = option(
-        None,
-        "most adapters that a plan may store",
-        group=_BUDGET,
-        default_text="any number",
-        ge=1,
+        None, "most adapters that a plan may store", group=_BUDGET, default_text="any number", ge=1
     )
 
     merge_method: str | None = option(

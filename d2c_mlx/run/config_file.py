@@ -26,10 +26,7 @@ _OF_ROWS = (
 
 
 def load_config(
-    path: Path | None,
-    overrides: Mapping[str, object],
-    saved: bool = False,
-    merged: bool = False,
+    path: Path | None, overrides: Mapping[str, object], saved: bool = False, merged: bool = False
 ) -> RunConfig:
     """Read the options of a run from a YAML file and `overrides`, and check all of them.
 

@@ -80,7 +80,7 @@ def route_prompts(
                 warn(
                     f"router: {fitted.accuracy:.0%} of the calibration prompts find their task when"
                     f" they are left out, expected {_GOOD:.0%}; name tasks in requests, or give"
-                    " more rows with --probe-examples",
+                    " more rows with --probe-examples"
                 )
             found = save_router(found, fitted)
             keep_pack(found.path.resolve(), before)

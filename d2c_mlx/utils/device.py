@@ -159,8 +159,4 @@ def versions() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """Describe machine, Python and packages, which results depend on beside their inputs."""
-    return {
-        "machine": machine(),
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
+    return {"machine": machine(), "python": platform.python_version(), "versions": versions()}

@@ -18,15 +18,7 @@ from typing import TypeVar
 from d2c_mlx.utils.errors import D2CError, InputError, gather
 from d2c_mlx.utils.progress import progress_bar
 
-__all__ = [
-    "HubId",
-    "download",
-    "download_all",
-    "list_files",
-    "parse_hub_id",
-    "read_head",
-    "upload",
-]
+__all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "read_head", "upload"]
 
 T = TypeVar("T")
 # Repositories at once: an adapter is small, so most of the time is waiting for answers.

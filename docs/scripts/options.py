@@ -132,19 +132,24 @@ def _click(option: _Option, in_a_file: bool) -> Iterator[str]:
     flag = option.flag
     names = f"{flag}/--no-{flag[2:]}" if option.kind is bool else flag
     help = option.help + (f"  [default: {option.default}]" if option.default else "")
-    yield f"    {option.maker}("
-    yield f"        {json.dumps(names)},"
+    arguments = [json.dumps(names)]
     if option.path:
-        yield "        type=_PATH,"
+        arguments.append("type=_PATH")
     elif option.kind in (int, float):
-        yield f"        type={option.kind.__name__},"
+        arguments.append(f"type={option.kind.__name__}")
     if option.kind is bool:
-        yield "        default=None,"
+        arguments.append("default=None")
     if option.metavar:
-        yield f'        metavar="{option.metavar}",'
+        arguments.append(f'metavar="{option.metavar}"')
     # Options that a YAML file may give are required by the config, not by click.
     if option.required and not in_a_file:
-        yield "        required=True,"
+        arguments.append("required=True")
+    line = f"    {option.maker}({', '.join(arguments)}, help={_quoted(help)}),"
+    if len(line) <= 100:
+        yield line
+        return
+    yield f"    {option.maker}("
+    yield from (f"        {argument}," for argument in arguments)
     yield from _wrapped("        help=", help)
     yield "    ),"
 
