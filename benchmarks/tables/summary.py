@@ -49,17 +49,20 @@ def in_slots(read, k, case="estimates"):
 
 
 def summary(read):
-    """Four budgets: what is stored, and what is lost."""
+    """Four budgets: what is stored, and what is lost; Gemma's slots are the same share of eight."""
     n, nbytes = library(read)
     lines = [
-        (f"`{budget}`", f"{n} adapters, fewer components and bits", *in_bytes(read, budget))
+        (f"`{budget}`", f"{n} adapters, fewer components and bits", *in_bytes(read, budget), budget)
         for budget in BYTES
     ]
-    lines += [(f"`{k}`", f"{k} merged adapters", *in_slots(read, k)) for k in SLOTS]
+    lines += [(f"`{k}`", f"{k} merged adapters", *in_slots(read, k), f"{8 * k // n}")
+              for k in SLOTS]  # fmt: skip
+    gemma = {one["budget"]: one["retention"] for one in read("gemma")["rows"]}
     return markdown(
-        (f"budget ({n} adapters, {nbytes / 1e6:.1f} MB)", "what is stored", "MB", "excess", "kept"),
-        [(*words, f"{size / 1e6:.2f}", f"{excess:.3f}", f"{kept:.1%}")
-         for *words, size, excess, kept in lines], left=2,
+        (f"budget ({n} adapters, {nbytes / 1e6:.1f} MB)", "what is stored", "MB", "excess", "kept",
+         "kept, Gemma 3"),
+        [(*words, f"{size / 1e6:.2f}", f"{excess:.3f}", f"{kept:.1%}", f"{gemma[other]:.1%}")
+         for *words, size, excess, kept, other in lines], left=2,
     )  # fmt: skip
 
 
