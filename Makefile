@@ -50,7 +50,7 @@ benchmark: .venv/benchmark blas
 	$(BIN)/python -m benchmarks.library.rows --output $(BENCH)/tasks --cache $(BENCH)/downloads $(ROWS)
 	$(BIN)/python -m benchmarks.library.train --recipe $(RECIPE) --tasks $(BENCH)/tasks \
 	  --output $(BENCH) --result benchmarks/results/library.json
-	$(BIN)/python -m benchmarks.quality.decay $(BENCH)
+	$(BIN)/python -m benchmarks.library.decay $(BENCH)
 	$(BIN)/python -m benchmarks.quality.experiment $(LIBRARY) $(EXPERIMENT)
 	$(BIN)/python -m benchmarks.quality.ablations $(LIBRARY) $(ABLATIONS)
 	$(BIN)/python -m benchmarks.tables

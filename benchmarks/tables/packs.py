@@ -160,10 +160,10 @@ def answers(read):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
         of = [[means[name] for name in own if name.split("-")[0] == kind] for kind in kinds]
         total = statistics.mean(means.values())
-        kept = total / statistics.mean(one["score"] for one in own.values())
+        ceiling = statistics.mean(one["score"] for one in own.values())
         lines.append((f"{case}, K = {k}" if k else case, f"{len(some)}",
                       *(f"{statistics.mean(one):.1f}" for one in of), f"{total:.1f}",
-                      f"{kept:.1%}"))  # fmt: skip
+                      f"{total / ceiling:.1%}" if k else ""))  # fmt: skip
     return markdown(("case", "draws", *kinds, "all", "of their own"), lines)
 
 
@@ -204,7 +204,7 @@ def compose(read):
         made.append({**row["methods"], "auto": took, HINDSIGHT: {**best, "chrf": None}})
     of = {name: [one[name] for one in made] for name in made[0] if all(name in m for m in made)}
     ends = [(one["base"]["loss"], one["base"]["loss"] - one["real"]["loss"]) for one in made]
-    fresh = [one["excess"] for one in of["fresh"]]
+    fresh = [one["excess"] for one in of.get("fresh", [])]
     lines = []
     for name, some in of.items():
         excess = [one["excess"] for one in some]
@@ -215,7 +215,7 @@ def compose(read):
         lines.append((
             name, f"{statistics.mean(excess):.3f}", f"{statistics.mean(kept):.0%}",
             f"{statistics.mean(chrf):.1f}" if len(chrf) == len(made) else "",
-            "" if name == "fresh" else f"{ahead} of {len(made)}",
+            f"{ahead} of {len(made)}" if fresh and name != "fresh" else "",
             f"{statistics.mean(seconds):.0f}" if seconds else "",
         ))  # fmt: skip
     lines.sort(key=lambda line: float(line[1]))

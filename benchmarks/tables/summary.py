@@ -60,7 +60,7 @@ def summary(read):
     gemma = {one["budget"]: one["retention"] for one in read("gemma")["rows"]}
     return markdown(
         (f"budget ({n} adapters, {nbytes / 1e6:.1f} MB)", "what is stored", "MB", "excess", "kept",
-         "kept, Gemma 3"),
+         "Gemma 3"),
         [(*words, f"{size / 1e6:.2f}", f"{excess:.3f}", f"{kept:.1%}", f"{gemma[other]:.1%}")
          for *words, size, excess, kept, other in lines], left=2,
     )  # fmt: skip

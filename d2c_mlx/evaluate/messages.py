@@ -2,8 +2,8 @@
 
 Collectives only: `mx.distributed` has no one-sided messages, so no rank can take work from another.
 A message is a JSON header and an array of float32, which holds any 16-bit value exactly. After a
-rank has died the ring backend raises nothing: it returns what was in memory, and hangs later. Hence
-the checksums.
+rank has died the ring backend raises an error, or nothing: it returns what was in memory, and hangs
+later. Hence the checksums.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from d2c_mlx.utils.errors import D2CError
 __all__ = ["Group", "RankError", "gather", "pack_pieces", "receive", "send", "unpack_pieces"]
 
 Group = mx.distributed.Group
+_AGAIN = "the same command continues where it stopped"
 
 
 class RankError(D2CError):
@@ -133,7 +134,15 @@ def receive(group: Group) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _sum(group: Group, x: np.ndarray) -> np.ndarray:
-    return np.array(mx.distributed.all_sum(mx.array(x), group=group))
+    return _arrived(lambda: mx.distributed.all_sum(mx.array(x), group=group))
+
+
+def _arrived(ask: Callable[[], mx.array]) -> np.ndarray:
+    """What all ranks say; raises RankError where the backend notices that one has gone."""
+    try:
+        return np.array(ask())
+    except RuntimeError as error:
+        raise RankError(f"a rank has ended, see what it said ({error}); {_AGAIN}") from None
 
 
 def gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
@@ -151,12 +160,12 @@ def gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]
 def _all_rows(group: Group, text: bytes, n: int) -> list[bytes]:
     """The texts of all ranks, of one length, about message `n`."""
     sent = mx.array(np.frombuffer(_seal(text, n) + text, np.uint8))[None]
-    rows = [row.tobytes() for row in np.array(mx.distributed.all_gather(sent, group=group))]
+    found = _arrived(lambda: mx.distributed.all_gather(sent, group=group))
+    rows = [row.tobytes() for row in found]
     gone = [str(i) for i, row in enumerate(rows) if row[:4] != _seal(row[4:], n)]
     if gone:
         raise RankError(
-            f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; the same"
-            " command continues where it stopped"
+            f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; {_AGAIN}"
         )
     return [row[4:] for row in rows]
 

@@ -1,4 +1,4 @@
-"""benchmarks/quality/decay.py against numpy's SVD of the dense updates."""
+"""benchmarks/library/decay.py against numpy's SVD of the dense updates."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def measured(tmp_path_factory):
     peft_adapter(library / "adapters", "short", rank=32, targets=tuple(SHAPES), seed=2)
     write_jsonl(library / "training.jsonl", [{"name": "short", "steps": 100},
                                              {"name": "large", "steps": 300}])  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.quality.decay", library, "--model", model,
+    command = [sys.executable, "-m", "benchmarks.library.decay", library, "--model", model,
                "--output", root / "decay.json"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
                           cwd=ROOT)  # fmt: skip

@@ -226,6 +226,7 @@ def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
     table = packs.compose({"compose": {"rows": rows}}.__getitem__)
     assert table[2:] == [
         "| real | 0.000 | 100% |  | 2 of 2 | 2 |",
+        "| best of auto's, in hindsight | 0.525 | 68% |  | 1 of 2 | 2 |",
         "| top | 0.625 | 62% |  | 1 of 2 | 2 |",
         "| auto | 0.625 | 62% |  | 1 of 2 | 9 |",
         "| fresh | 0.650 | 55% |  |  | 2 |",

@@ -30,6 +30,7 @@ from d2c_mlx.evaluate.messages import (
     _split_lengths,
     gather,
     pack_pieces,
+    send,
     unpack_pieces,
 )
 from d2c_mlx.models.base_model import BaseModel
@@ -153,6 +154,19 @@ def test_a_rank_that_dies_ends_the_run_with_a_line(paths, tmp_path):
     assert "rank 0 exited with code 1 " in text and "Traceback" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert "the same command continues" in line and "| pack |" not in text
+
+
+@pytest.mark.parametrize("name", ["all_sum", "all_gather"])
+def test_a_lost_connection_is_told_as_a_rank_that_has_ended(monkeypatch, name):
+    """As the ring backend says it where it notices before `mlx.launch` ends the others."""
+    group = mx.distributed.init()
+
+    def lost(x, group):
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr(mx.distributed, name, lost)
+    with pytest.raises(RankError, match="a rank has ended.*lost.*the same command continues"):
+        send(group, {"n": 1}) if name == "all_sum" else gather(group, {"row": []}, 1)
 
 
 def test_what_was_in_memory_before_is_no_answer(monkeypatch):

@@ -1,6 +1,6 @@
 """The fall of the singular values of dW, in weakly and in strongly trained adapters.
 
-    python -m benchmarks.quality.decay LIBRARY [LIBRARY ...] [--output FILE]
+    python -m benchmarks.library.decay LIBRARY [LIBRARY ...] [--output FILE]
 
 A library has `adapters/<name>`, or the adapters themselves, and `training.jsonl`, which may know
 their steps. Strong is rank 32 or more on all seven linear modules, of 300 steps or more where they
