@@ -110,6 +110,9 @@ def leading_rank() -> Iterator[Group | None]:
     try:
         yield group
     except RankError:
+        # This process says itself why it ends, and ends: `_watch` would say it again.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except D2CError:
         if group:
