@@ -223,18 +223,6 @@ def compose(read):
     return markdown(header, lines)
 
 
-def compose_all(read):
-    """Excess of every method on the tasks on which all were measured."""
-    rows = [row for row in read("compose")["rows"] if "routed" in row["methods"]]
-    some = [row["methods"] for row in rows]
-    lines = [(name, *(f"{one[name]['excess']:.3f}" for one in some),
-              *(f"{one[name].get('seconds', 0):.0f}" for one in some))
-             for name in some[0] if name != "real"]  # fmt: skip
-    lines.sort(key=lambda line: float(line[1]))
-    tasks = [row["task"] for row in rows]
-    return markdown(("method", *tasks, *(f"{task}, seconds" for task in tasks)), lines)
-
-
 # Columns of the tables of single tasks and of two at once.
 _SINGLE = ("base", "best", "arithmetic", "fresh")
 
