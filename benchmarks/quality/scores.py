@@ -3,9 +3,9 @@
     python -m benchmarks.quality.scores --library DIR --work DIR [--tests 20] [--case estimates]
 
 `--work` is that of `benchmarks.quality.slots`: the packs of its runs of a case are judged, by the
-metric of each task (metrics.py) on the first held-out rows. Of every answer that is not the own
-adapter's: how far it is the same, how much longer it is, and whether it breaks off or rambles on.
-Answers are kept in the work directory, results/scores.json is written after every pack.
+metric of each task (metrics.py) on the first held-out rows. Every answer is also compared with the
+own adapter's: whether it is the same, how far, and how long it is. Answers are kept in the work
+directory, results/scores.json is written after every pack; one of other rows is not gone on with.
 """
 
 import json
@@ -35,15 +35,22 @@ def same_words(answer, own):
     return same / max(len(ours), 1)
 
 
-def judged(rows, answers, own):
+def stats_of(rows, answers):
+    """Task -> of every row what its answer adds to the score."""
+    return {
+        name: [row_stats(name, *row, answer) for row, answer in zip(some, answers[name])]
+        for name, some in rows.items()
+    }
+
+
+def judged(stats, answers, own):
     """Score of every task, and of every row what it is made of and how it leaves `own`."""
     tasks = {}
-    for name, some in rows.items():
-        stats = [row_stats(name, *row, answer) for row, answer in zip(some, answers[name])]
+    for name, some in stats.items():
         pairs = list(zip(answers[name], own[name]))
         tasks[name] = {
-            "score": task_score(name, np.array(stats)),
-            "stats": [[round(x, 4) for x in one] for one in stats],
+            "score": task_score(name, np.array(some)),
+            "stats": [[round(x, 4) for x in one] for one in some],
             "is_own": [a == b for a, b in pairs],
             "same_words": [round(same_words(a, b), 3) for a, b in pairs],
             "length": [round(len(a) / max(len(b), 1), 3) for a, b in pairs],
@@ -51,14 +58,11 @@ def judged(rows, answers, own):
     return tasks
 
 
-def worst(rows, answers, own):
-    """Of every task the row that loses most: prompt, expected, own and merged answer."""
+def worst(rows, stats, own_stats, answers, own):
+    """Prompt, expected, own and merged answer of the row of each task that loses most."""
     found = {}
     for name, some in rows.items():
-        lost = [
-            sum(row_stats(name, *row, b)[:1]) - sum(row_stats(name, *row, a)[:1])
-            for row, a, b in zip(some, answers[name], own[name])
-        ]
+        lost = [b[0] - a[0] for a, b in zip(stats[name], own_stats[name])]
         i = int(np.argmax(lost))
         if lost[i] > 0:
             found[name] = dict(zip(("prompt", "expected", "own", "merged"),
@@ -91,18 +95,25 @@ def main():
     rows = {name: [tuple(prompt_and_expected(row).values()) for row in some]
             for name, some in tests.items()}  # fmt: skip
     sets = [base.encode(name, some) for name, some in tests.items()]
-    answers = Answers(options.work / "answers", sets, None, make_workers(True, 1))
+    answers = Answers(options.work / f"answers-{options.tests}", sets, None, make_workers(True, 1))
     content = {"tests": options.tests, "machine": machine(), "rows": []}
     if options.output.exists():
-        content["rows"] = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        if before["tests"] != options.tests:
+            raise SystemExit(f"{options.output}: found {before['tests']} tests, expected"
+                             f" {options.tests}; give another --output")  # fmt: skip
+        content["rows"] = before["rows"]
     there = {(one["case"], one["clusters"], one["seed"]) for one in content["rows"]}
     adapters = dict(zip(names, adapters))
     own = answers.serving(adapters)
+    own_stats = stats_of(rows, own)
     for case, k, seed, serves in cases(options, adapters):
         if (case, k, seed) not in there:
             given = answers.serving(serves)
-            row = {"case": case, "clusters": k, "seed": seed, "tasks": judged(rows, given, own)}
-            content["rows"].append(row | {"worst": worst(rows, given, own) if k else {}})
+            stats = stats_of(rows, given)
+            row = {"case": case, "clusters": k, "seed": seed, "tasks": judged(stats, given, own)}
+            lost = worst(rows, stats, own_stats, given, own) if k else {}
+            content["rows"].append(row | {"worst": lost})
             write_text(options.output, json.dumps(content, ensure_ascii=False) + "\n")
             scores = [one["score"] for one in row["tasks"].values()]
             print(case, k, seed, f"{np.mean(scores):.2f}", flush=True)

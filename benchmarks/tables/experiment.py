@@ -7,15 +7,10 @@ the metric of each task, excess in nats per target token over the individual ada
 import statistics
 
 from benchmarks.tables.packs import spread
-from benchmarks.tables.result_files import markdown
+from benchmarks.tables.result_files import kind_of, markdown
 
 ENDS = ("base", "individual")
 RANKS = (1, 2, 4, 8, 16, 32)
-
-
-def kind_of(task):
-    """The kind of a task: the part of its name before the language."""
-    return task.split("-")[0]
 
 
 def averages(row, tasks=None):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from benchmarks.tables.experiment import averages, ends, kind_of
+from benchmarks.tables.experiment import averages, ends
+from benchmarks.tables.result_files import kind_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = {

@@ -6,7 +6,7 @@ target token over the individual adapters.
 
 import statistics
 
-from benchmarks.tables.result_files import markdown
+from benchmarks.tables.result_files import kind_of, markdown
 from d2c_mlx.compose.methods import AUTO
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
@@ -154,11 +154,11 @@ def answers(read):
     for one in read("scores")["rows"]:
         rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
     (own,) = rows["individual", None]
-    kinds = dict.fromkeys(name.split("-")[0] for name in own)
+    kinds = dict.fromkeys(map(kind_of, own))
     lines = []
     for (case, k), some in rows.items():
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
-        of = [[means[name] for name in own if name.split("-")[0] == kind] for kind in kinds]
+        of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]
         total = statistics.mean(means.values())
         ceiling = statistics.mean(one["score"] for one in own.values())
         lines.append((f"{case}, K = {k}" if k else case, f"{len(some)}",
@@ -168,16 +168,13 @@ def answers(read):
 
 
 def departures(read):
-    """Where answers of merged adapters leave those of the adapters themselves, by kind of task."""
-    lines = []
+    """First differences of merged adapters' answers from the own adapters', by kind of task."""
+    groups, rows = {}, []
     for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
-        if one["clusters"]:
-            lines += [(one["clusters"], name.split("-")[0], task)
-                      for name, task in one["tasks"].items()]  # fmt: skip
-    rows = []
-    for k, kind in dict.fromkeys((k, kind) for k, kind, _ in lines):
-        each = [parts for a, b, task in lines if (a, b) == (k, kind)
-                for parts in zip(task["is_own"], task["same_words"], task["length"])]  # fmt: skip
+        for name, task in one["tasks"].items() if one["clusters"] else ():
+            each = groups.setdefault((one["clusters"], kind_of(name)), [])
+            each += zip(task["is_own"], task["same_words"], task["length"])
+    for (k, kind), each in groups.items():
         others = [(same, length) for is_own, same, length in each if not is_own]
         at_once = [same == 0 for same, _ in others]
         rows.append((

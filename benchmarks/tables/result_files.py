@@ -1,4 +1,4 @@
-"""Reading results/*.json, and tables in Markdown; for all of this folder."""
+"""Reading results/*.json, kinds of tasks, and tables in Markdown; for all of this folder."""
 
 import json
 
@@ -27,3 +27,8 @@ def markdown(header, rows, left=1):
     marks = ["---"] * left + ["--:"] * (len(header) - left)
     first, *others = (f"| {' | '.join(line)} |" for line in (header, *rows))
     return [first, f"|{'|'.join(marks)}|", *others]
+
+
+def kind_of(task):
+    """The kind of a task: the part of its name before the language."""
+    return task.split("-")[0]

@@ -138,7 +138,7 @@ def _sum(group: Group, x: np.ndarray) -> np.ndarray:
 
 
 def _arrived(ask: Callable[[], mx.array]) -> np.ndarray:
-    """What all ranks say; raises RankError where the backend notices that one has gone."""
+    """The result of a collective; raises RankError where the backend notices a lost rank."""
     try:
         return np.array(ask())
     except RuntimeError as error:

@@ -237,7 +237,7 @@ def problems_inside(
 
 
 def _places_problems(directory: Path, places: GgufPlaces) -> list[str]:
-    """What the manifest says of more modules than any model has."""
+    """A problem if the manifest lists more modules than any model has."""
     if places.num_hidden_layers * max(1, len(places.modules)) <= _MOST_MODULES:
         return []
     return [

@@ -74,7 +74,7 @@ class _RunningChoice:
         self.answer.add(piece.text, piece.finish_reason)
 
     def take(self, request: Request, encoder: Encoder) -> _Choice:
-        """What it has that was not sent."""
+        """The part of the answer that was not sent yet."""
         fields: dict[str, Any] = {"index": self.index, "finish_reason": self.answer.finish_reason}
         whole = not request.stream
         if isinstance(request, ChatRequest):
@@ -121,7 +121,7 @@ class Reply:
             pass
 
     def cancel(self) -> None:
-        """Nobody waits any more."""
+        """End the jobs, as their client has left or has its answer."""
         for one in self._choices:
             one.job.cancelled = True
 
@@ -169,7 +169,7 @@ class Reply:
         await say(b"data: [DONE]\n\n", more=False)
 
     def _route(self) -> dict[str, str]:
-        """What the router found, as a header, if it was asked."""
+        """The header with the router's finding, empty where no router was asked."""
         route = self._choices[0].job.route
         return {"X-D2C-Route": json.dumps(route)} if route else {}
 
@@ -189,7 +189,7 @@ class Reply:
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What the log says of it: numbers and names."""
+        """Numbers and names of the reply for the log, no text of it."""
         facts: dict[str, Any] = {"id": self._id, "model": self._request.model[:80],
                                  "stream": self._request.stream}  # fmt: skip
         if self._choices:
