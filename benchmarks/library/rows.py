@@ -16,7 +16,7 @@ from statistics import mean
 from benchmarks import command_line
 from benchmarks.library.sources import SourceError, Sources
 from benchmarks.library.splits import LIMITS, split
-from benchmarks.library.tasks import gec, num_date, qa, reply, summ, tone
+from benchmarks.library.tasks import gec, num_date, qa, reply, summ, tone, translate
 from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ CODE = (Path(__file__), HERE / "sources.py", HERE / "splits.py",
 # Task -> (module, kind, language).
 TASKS = {
     f"{kind}-{language}": (module, kind, language)
-    for module in (gec, qa, summ, reply, tone, num_date)
+    for module in (gec, qa, summ, reply, tone, num_date, translate)
     for kind, languages in module.LANGUAGES.items()
     for language in languages
 }

@@ -1,21 +1,30 @@
 """Two adapters for one job that needs both: in one pass, in two, or trained for the job.
 
-    python -m benchmarks.quality.two_tasks --library DIR [--languages de,fr] [--rows 10,40]
+    python -m benchmarks.quality.two_tasks --library DIR [--job dates] [--languages de,fr]
+        [--rows 10,40]
 
-The job is to write a date with its year in words: date-de writes "24. Oktober 1992", num-de turns
-1992 into words. Its rows join those two tasks' own where they have the same year, and no year is
-both learned and held out. *Two passes* ask date-de, then num-de for the year of its answer; a
-program puts the two together, which a loss cannot judge. Nothing is chosen by the rows: a merge is
-the mean or the sum of both, a LoRA is as it was trained. Resumes case by case.
+- *dates*: a date with its year in words; date-de writes "24. Oktober 1992", num-de turns 1992 into
+  words. Rows join those two tasks' own where they have the same year, and no year is both learned
+  and held out. *Two passes* ask date-de, then num-de for the year of its answer; a program puts the
+  two together, which a loss cannot judge.
+- *summaries*: an English line for a foreign description, which summ-de writes in German and
+  translate-de translates; rows of brief-de, without texts that summ-de has learned.
+
+Nothing is chosen by the rows: a merge is the mean or the sum of both, a LoRA is as it was trained.
+Resumes case by case.
 """
 
 import json
 import random
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import command_line
 from benchmarks.common import load_library
+from benchmarks.library.tasks import translate
+from benchmarks.library.tasks.languages import NAMES
 from benchmarks.quality.compose import judge, scores
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.methods import METHODS
@@ -32,8 +41,8 @@ from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_json
 
 YEAR = re.compile(r"\d{4}")
+AS_SUMM = ("short English line", "short line")
 NUMBER = "Write this number in {} words: {}"
-NAMES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French"}
 # Name of the table -> method and its fixed choice.
 TRAINED = {
     "joint LoRA": ("fresh", 1.0),
@@ -49,18 +58,19 @@ def chat(prompt, answer):
     return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
 
 
-def pairs(library, task):
-    """(prompt, answer) of all rows of a task."""
-    for split in ("probe", "test", "train"):
+def pairs(library, task, splits=("probe", "test", "train")):
+    """(prompt, answer) of the rows of a task."""
+    for split in splits:
         path = library / "tasks" / task / f"{split}.jsonl"
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             one = prompt_and_expected(json.loads(line))
             yield one["prompt"], one["expected"]
 
 
-def joint_rows(library, language, seed=0):
+def dates(library, language, seed=0):
     """(rows to learn from, held-out rows) in random order; no year is in both."""
-    words = {prompt.split()[-1]: answer for prompt, answer in pairs(library, f"num-{language}")}
+    numbers = pairs(library, f"num-{language}")
+    words = {prompt.split()[-1]: answer for prompt, answer in numbers}
     by_year = {}
     for prompt, answer in pairs(library, f"date-{language}"):
         (year,) = YEAR.findall(answer)
@@ -73,15 +83,28 @@ def joint_rows(library, language, seed=0):
     return [rng.sample(part, len(part)) for part in parts]
 
 
-def two_passes(base, date, num, language, held):
-    """ChrF and share of exact answers of one adapter after the other."""
-    asked = [prompt_and_expected(row) for row in held]
-    first = answers(base, date, [one["prompt"].replace(", the year in words", "") for one in asked])
+def summaries(library, language):
+    """(rows to learn from, held-out rows) of brief; no text that summ was trained on."""
+    known = {prompt for prompt, _ in pairs(library, f"summ-{language}", ["train"])}
+    return [
+        [chat(prompt, answer) for prompt, answer in pairs(library, f"brief-{language}", splits)
+         if prompt.replace(*AS_SUMM) not in known]
+        for splits in (["probe", "train"], ["test"])
+    ]  # fmt: skip
+
+
+def date_then_number(base, date, num, language, prompts):
+    """Answers of two passes."""
+    first = answers(base, date, [one.replace(", the year in words", "") for one in prompts])
     years = [(YEAR.findall(one) or ["0"])[0] for one in first]
     words = answers(base, num, [NUMBER.format(NAMES[language], year) for year in years])
-    said = [one.replace(year, word) for one, year, word in zip(first, years, words)]
-    rows = [{**one, "said": text} for one, text in zip(asked, said)]
-    return scores(answer_metrics({"": rows}, ["said"])["said"])
+    return [one.replace(year, word) for one, year, word in zip(first, years, words)]
+
+
+def summary_then_translation(base, short, english, language, prompts):
+    """Answers of two passes."""
+    lines = answers(base, short, [one.replace(*AS_SUMM) for one in prompts])
+    return answers(base, english, [translate.prompt(language, line) for line in lines])
 
 
 def answers(base, adapter, prompts):
@@ -92,32 +115,55 @@ def answers(base, adapter, prompts):
     return [one["said"] for one in found[""]]
 
 
-def measure(evaluator, adapters, language, n_rows, options):
-    """The row of one language and number of rows."""
-    base = evaluator.runner.base
-    learned, held = joint_rows(options.library, language)
-    pair = [one for kind in ("date", "num") for one in adapters if one.name == f"{kind}-{language}"]
+@dataclass(frozen=True)
+class Job:
+    """A job that two adapters do one after the other.
+
+    Attributes:
+        kinds: kind of the task of each adapter, and what the table calls it.
+        rows: of (library, language), makes the rows to learn from and those held out.
+        passes: of (base, adapter, adapter, language, prompts), answers.
+    """
+
+    kinds: dict[str, str]
+    rows: Callable
+    passes: Callable
+
+
+JOBS = {
+    "dates": Job({"date": "date", "num": "number"}, dates, date_then_number),
+    "summaries": Job({"summ": "summary", "translate": "translation"}, summaries,
+                     summary_then_translation),
+}  # fmt: skip
+
+
+def measure(evaluator, adapters, job, language, options):
+    """Name -> loss and scores of every method, for each number of rows."""
+    base, named = evaluator.runner.base, {one.name: one for one in adapters}
+    pair = [named[f"{kind}-{language}"] for kind in job.kinds]
     task = NewTask("joint", base, evaluator, pair, kept=Kept(cache_directory() / "trained"))
-    rows = base.encode("joint", learned[:n_rows])
+    learned, held = job.rows(options.library, language)
+    rows, held = base.encode("joint", learned[: options.n_rows]), held[: options.tests]
     judged = {
         "base": None,
-        "date": pair[0],
-        "number": pair[1],
+        **dict(zip(job.kinds.values(), pair)),
         "mean": mix(pair, (0.5, 0.5), task.rank),
         "sum": mix(pair, (1, 1), task.rank),
     }
     for name, (method, choice) in TRAINED.items():
         judged[name] = METHODS[method].make(task, rows, choice).uniform(base.dtype)
-    held = held[: options.tests]
     parts = judge(evaluator, judged, base.encode("joint", held), held, judged)
-    parts["two passes"] = two_passes(base, *pair, language, held)
-    return {"language": language, "rows": n_rows, "methods": parts}
+    asked = [prompt_and_expected(row) for row in held]
+    said = job.passes(base, *pair, language, [one["prompt"] for one in asked])
+    found = [{**one, "said": text} for one, text in zip(asked, said)]
+    return parts | {"two passes": scores(answer_metrics({"": found}, ["said"])["said"])}
 
 
 def main():
     """Measure what is missing, print all of it."""
     parser = command_line(__doc__, __spec__, "two_tasks.json")
     parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--job", choices=JOBS, default="dates")
     parser.add_argument("--languages", default="de,fr")
     parser.add_argument("--rows", default="10,40")
     parser.add_argument("--tests", type=int, default=30)
@@ -126,13 +172,15 @@ def main():
     base, adapters, _, _ = load_library(options.library, 1)
     evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for n_rows in map(int, options.rows.split(",")):
+        options.n_rows = n_rows
         for language in options.languages.split(","):
-            if any((one["language"], one["rows"]) == (language, n_rows) for one in found["rows"]):
+            row = {"job": options.job, "language": language, "rows": n_rows}
+            if any(row.items() <= one.items() for one in found["rows"]):
                 continue
-            row = measure(evaluator, adapters, language, n_rows, options)
-            found = {"machine": machine(), "rows": [*found["rows"], row]}
+            methods = measure(evaluator, adapters, JOBS[options.job], language, options)
+            found = {"machine": machine(), "rows": [*found["rows"], {**row, "methods": methods}]}
             write_json(options.output, found)
-            print(language, n_rows, "rows", flush=True)
+            print(*row.values(), "rows", flush=True)
     show("two-tasks", two_tasks=found)
 
 

@@ -236,16 +236,16 @@ def compose_tasks(read):
 
 
 def two_tasks(read):
-    """Loss, chrF and exact answers of every way to do two tasks at once, by number of rows."""
+    """Loss, chrF and exact answers of every way to do two tasks at once, by job and rows."""
     rows, lines = read("two_tasks")["rows"], []
-    for n in sorted({row["rows"] for row in rows}):
-        some = [row["methods"] for row in rows if row["rows"] == n]
+    for job, n in sorted({(row["job"], row["rows"]) for row in rows}):
+        some = [row["methods"] for row in rows if (row["job"], row["rows"]) == (job, n)]
         for name in some[0]:
             parts = [one[name] for one in some]
             loss = [one["loss"] for one in parts if "loss" in one]
             lines.append((
-                name, str(n), f"{statistics.mean(loss):.3f}" if loss else "",
+                job, name, str(n), f"{statistics.mean(loss):.3f}" if loss else "",
                 f"{statistics.mean(one['chrf'] for one in parts):.1f}",
                 f"{statistics.mean(one['exact_match'] for one in parts):.0f}%",
             ))  # fmt: skip
-    return markdown(("method", "rows", "loss", "chrF", "exact"), lines)
+    return markdown(("job", "method", "rows", "loss", "chrF", "exact"), lines)

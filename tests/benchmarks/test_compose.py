@@ -9,9 +9,10 @@ import pytest
 from helpers.tiny import library, write_jsonl
 
 from benchmarks import common
+from benchmarks.library.tasks import summ, translate
 from benchmarks.quality import two_tasks
 from benchmarks.quality.compose import arithmetic_weights
-from benchmarks.quality.two_tasks import chat, joint_rows
+from benchmarks.quality.two_tasks import chat, dates, summaries
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.models.base_model import BaseModel
 
@@ -40,7 +41,7 @@ def joint(tmp_path):
 
 
 def test_joint_rows_need_both_and_no_year_is_in_both_parts(joint):
-    texts = [[prompt_and_expected(row) for row in part] for part in joint_rows(joint, "de")]
+    texts = [[prompt_and_expected(row) for row in part] for part in dates(joint, "de")]
     learned, held = ({one["prompt"].split()[-1][:4] for one in part} for part in texts)
     assert not learned & held and len(learned | held) == 5
     assert sum(map(len, texts)) == 10
@@ -50,17 +51,75 @@ def test_joint_rows_need_both_and_no_year_is_in_both_parts(joint):
         assert one["expected"] == f"{month}. Oktober wort{int(year) - 1990}"
 
 
+class Index:
+    """Debian's lines and descriptions of packages."""
+
+    def __init__(self, **packages):
+        self.packages = packages
+
+    def text(self, source):
+        language = source.removeprefix("debian-")
+        return "\n\n".join(
+            f"Package: {name}\nDescription-{language}: {line}\n {text}\n .\n More."
+            for name, (line, text) in self.packages[language].items()
+        )
+
+
+def test_a_brief_is_the_english_line_of_a_foreign_text_and_translate_of_a_line():
+    text = "Dieses Programm zeichnet Karten von Städten, Flüssen und Bergen der Welt."
+    sources = Index(
+        de={"maps": ("Landkarten für alle zeichnen", text),
+            "lone": ("Ein Spiel ohne englische Zeile", f"Spiel. {text}"),
+            "same": ("not translated at all", f"Noch einmal. {text}")},
+        en={"maps": ("draw maps for everybody", "It draws maps."),
+            "same": ("not translated at all", "It is the same.")},
+    )  # fmt: skip
+    (line,) = translate.rows("translate", "de", sources, 0)
+    assert line.prompt == "Translate this German line into English: Landkarten für alle zeichnen"
+    assert line.answer == "draw maps for everybody"
+    short, brief = summ.rows("summ", "de", sources, 0), translate.rows("brief", "de", sources, 0)
+    assert [row.answer for row in brief] == ["draw maps for everybody", "not translated at all"]
+    assert [row.group for row in brief] == [row.group for row in short[1:]]
+    asked = [row.prompt.replace(*two_tasks.AS_SUMM) for row in brief]
+    assert asked == [row.prompt for row in short[1:]]
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Rows of brief, of which summ has learned one."""
+    for task, form, answer in (("summ-de", "short", "alt"), ("translate-de", "", "neu"),
+                               ("brief-de", "short English", "new")):  # fmt: skip
+        rows = [chat(summ.prompt("de", form, f"Text {i}."), answer) for i in range(4)]
+        for part, some in {"probe": rows[:2], "test": rows[2:], "train": rows[2:3]}.items():
+            write_jsonl(tmp_path / "tasks" / task / f"{part}.jsonl", some)
+    return tmp_path
+
+
+def test_what_a_summary_has_learned_is_not_held_out(foreign):
+    learned, held = summaries(foreign, "de")
+    assert [prompt_and_expected(row)["prompt"][-7:] for row in held] == ["Text 3."]
+    assert len(learned) == 2
+
+
 @pytest.mark.slow
-def test_two_tasks_are_measured_in_one_pass_and_in_two(joint, tmp_path, monkeypatch, capsys):
-    paths = library(tmp_path / "tiny", ["date-de", "num-de"])
-    (joint / "adapters").symlink_to(paths.adapters)
+@pytest.mark.parametrize(
+    "job, of, names",
+    [("dates", "joint", ("date", "num")), ("summaries", "foreign", ("summ", "translate"))],
+)
+def test_two_tasks_are_measured_in_one_pass_and_in_two(
+    job, of, names, request, tmp_path, monkeypatch, capsys
+):
+    rows = request.getfixturevalue(of)
+    paths = library(tmp_path / "tiny", [f"{name}-de" for name in names])
+    (rows / "adapters").symlink_to(paths.adapters)
     monkeypatch.setattr(common, "BaseModel", functools.partial(BaseModel, str(paths.model)))
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
-    words = ["--library", joint, "--languages", "de", "--rows", "2", "--tests", "2"]
+    words = ["--library", rows, "--job", job, "--languages", "de", "--rows", "2", "--tests", "2"]
     result = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["two_tasks", *map(str, words), "--output", str(result)])
     two_tasks.main()
     (row,) = json.loads(result.read_text())["rows"]
-    assert {"date", "number", "sum", "joint LoRA", "mean, calibrated"} < row["methods"].keys()
+    called = set(two_tasks.JOBS[job].kinds.values())
+    assert called | {"sum", "joint LoRA", "mean, calibrated"} < row["methods"].keys()
     assert row["methods"]["two passes"].keys() == {"chrf", "exact_match"}
-    assert "| two passes | 2 |  |" in capsys.readouterr().out
+    assert f"| {job} | two passes | 2 |  |" in capsys.readouterr().out

@@ -36,24 +36,41 @@ def needs(kind: str, language: str) -> tuple[str, ...]:
 
 def rows(kind: str, language: str, sources, seed: int) -> list[Row]:
     """Rows of a task: the first paragraph of every description, once."""
+    return [
+        Row(prompt(language, "short", text), line, group(package), (text, line))
+        for package, line, text in described(language, sources)
+    ]
+
+
+def prompt(language: str, form: str, text: str) -> str:
+    """What asks for a line in some form."""
+    return f"Summarize this {NAMES[language]} package description in one {form} line: {text}"
+
+
+def described(language: str, sources):
+    """Yield `(package, one line, first paragraph)` of what can be summed up."""
     bad = _BAD_ENGLISH if language == "en" else _BAD
-    found: dict[str, Row] = {}
+    found: set[str] = set()
     families: Counter[str] = Counter()
-    for package, line, text in packages(sources.text(needs(kind, language)[0])):
-        if not (40 <= len(text) <= 260 and 12 <= len(line) <= 70 and len(line) < 0.8 * len(text)):
+    for package, line, text in packages(sources.text(needs("summ", language)[0])):
+        if not (40 <= len(text) <= 260 and fits(line) and len(line) < 0.8 * len(text)):
             continue
         if bad.search(text) or bad.search(line) or not re.search(r"[.!]$", text):
             continue
-        if not re.search(r"[^\W\d_]{3}.* .*[^\W\d_]{3}", line) or line.lower() in text.lower():
+        if line.lower() in text.lower():
             continue
         if _PART.search(line):
             continue
-        prompt = f"Summarize this {NAMES[language]} package description in one short line: {text}"
         if families[family(package)] == _PER_FAMILY or text in found:
             continue
         families[family(package)] += 1
-        found[text] = Row(prompt, line, f"package {family(package)}", (text, line))
-    return list(found.values())
+        found.add(text)
+        yield package, line, text
+
+
+def fits(line: str) -> bool:
+    """Whether a line has the length of a summary, and two words."""
+    return 12 <= len(line) <= 70 and bool(re.search(r"[^\W\d_]{3}.* .*[^\W\d_]{3}", line))
 
 
 def packages(index: str):
@@ -79,6 +96,11 @@ def first_paragraph(body: str) -> str:
             return ""
         lines.append(line.strip())
     return " ".join(lines)
+
+
+def group(package: str) -> str:
+    """The group of a package's rows."""
+    return f"package {family(package)}"
 
 
 def family(package: str) -> str:
