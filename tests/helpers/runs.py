@@ -1,5 +1,7 @@
 """Looking at run directories."""
 
+import json
+
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -12,3 +14,11 @@ def stages_started(output):
 def records(output):
     """Files of the stages that are done; the one that says a whole run is finished is of none."""
     return [path for path in (output / ".stages").glob("*.json") if path.stem != "finish"]
+
+
+def artifacts_of(directory):
+    """What a report is made of."""
+    names = [name for name in ("losses", "bench", "clusters", "merges", "plan", "phone")
+             if (directory / f"{name}.json").exists()]  # fmt: skip
+    found = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
+    return {**found, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
