@@ -167,6 +167,24 @@ def answers(read):
     return markdown(("case", "draws", *kinds, "all", "of their own"), lines)
 
 
+def without_rows(read):
+    """Packs made by weights alone, or of answers to prompts, beside those made with rows."""
+    beside = {}
+    for one in read("slots")["rows"]:
+        if one["case"] == "estimates":
+            beside.setdefault(str(one["clusters"]), []).append(one["excess"])
+    for one in read("bytes")["rows"]:
+        if one["family"] == "auto":
+            beside.setdefault(one["budget"], []).append(one["excess"])
+    lines = [
+        (one["budget"] if "%" in one["budget"] else f"{one['budget']} slots", one["case"],
+         f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+         f"{statistics.mean(beside[one['budget']]):.3f}" if one["budget"] in beside else "")
+        for one in read("without_rows")["rows"]
+    ]  # fmt: skip
+    return markdown(("budget", "made by", "excess", "retention", "excess with rows"), lines, left=2)
+
+
 def departures(read):
     """First differences of merged adapters' answers from the own adapters', by kind of task."""
     groups, rows = {}, []

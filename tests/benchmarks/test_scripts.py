@@ -4,12 +4,15 @@ import functools
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.tiny import library, task, write_jsonl
 
 from benchmarks import common
+from benchmarks.quality import without_rows
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.tasks import Task, load_task, load_unlabelled, prompt_key
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -102,3 +105,14 @@ def test_refining_prints_what_it_adds(imported, paths, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["refine", *words])
     imported("quality.refine").main()
     assert "date-en, gec-en: merge" in capsys.readouterr().out
+
+
+def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
+    file = without_rows.write_prompts(paths.adapters.parent, tmp_path / "prompts.jsonl")
+    tasks = [Task(name, (), ()) for name in NAMES]
+    found = load_unlabelled(Path(file), tasks, 0)
+    rows = {name: load_task(paths.tasks / name).probe for name in NAMES}
+    assert {name: [prompt_key(one) for one in some] for name, some in found.items()} == {
+        name: [prompt_key(one) for one in some] for name, some in rows.items()
+    }
+    assert "completion" not in Path(file).read_text()
