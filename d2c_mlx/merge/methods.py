@@ -26,7 +26,7 @@ from d2c_mlx.merge.concat import concat, factor_linear
 from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
 from d2c_mlx.merge.lego import lego
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
+from d2c_mlx.merge.spectral import ctm, iso_c, iso_cts, knots, pico, tsv
 from d2c_mlx.merge.wudi import wudi
 from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
@@ -102,6 +102,8 @@ METHODS: dict[str, Method] = {
     "knots": _in_core(lambda space, o: knots(space, o.density)),
     "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
     "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
+    "pico": _in_core(lambda space, o: pico(space)),
+    "ctm": _in_core(lambda space, o: ctm(space, o.rank, o.density)),
     "regmean": _regmean,
     "wudi": _in_core(lambda space, o: wudi(space)),
     "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),

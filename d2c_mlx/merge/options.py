@@ -11,8 +11,8 @@ __all__ = ["AUTO_METHODS", "MERGE_METHODS", "NEED_ROWS", "RUN_METHODS", "MergeOp
 
 # The keys of `methods.METHODS`; a test compares.
 MERGE_METHODS = (
-    "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts",
-    "regmean", "wudi", "lego", "concat", "factor-linear",
+    "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts", "pico",
+    "ctm", "regmean", "wudi", "lego", "concat", "factor-linear",
 )  # fmt: skip
 # The last three ask the model, so `Merger` makes them.
 RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")

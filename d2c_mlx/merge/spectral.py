@@ -1,4 +1,4 @@
-"""Merges of singular vectors: TSV-M, KnOTS, Iso-C and Iso-CTS.
+"""Merges of singular vectors: TSV-M, KnOTS, Iso-C, Iso-CTS, Pico and CtM.
 
 A result is `(q, p)` in core space. The bases are orthonormal, so all but KnOTS give exactly what
 the dense dW would. TSV-M and Iso add the tasks up as their papers do: T near-orthogonal tasks keep
@@ -8,19 +8,23 @@ updates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import scipy.linalg
 
-from d2c_mlx.adapters.core_space import CoreSpace
+from d2c_mlx.adapters.core_space import CoreSpace, Factors
 from d2c_mlx.merge.entrywise import ties
 
-__all__ = ["iso_c", "iso_cts", "knots", "tsv"]
+__all__ = ["ctm", "iso_c", "iso_cts", "knots", "pico", "tsv"]
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Rounding errors of float32: singular values as a share of the whole (their vectors are arbitrary),
 # singular values of unit vectors that are parallel, and entries as a share of the largest.
 _ZERO, _PARALLEL, _ROUNDING = 1e-5, 1e-4, 1e-6
+# CtM's rounds, and the share of the energy by which one must gain for the next.
+_ROUNDS, _GAIN = 50, 1e-6
 
 
 def tsv(space: CoreSpace, rank: int) -> np.ndarray:
@@ -111,9 +115,7 @@ def knots(space: CoreSpace, density: float) -> np.ndarray:
 
     Source: KnOTS, https://arxiv.org/abs/2410.19735; the V_i in core coordinates of the inputs.
     """
-    # U comes from its Gram matrix, sum_i M_i M_i^T; in float64, as that squares singular values.
-    wide = [(left.astype(np.float64), right.astype(np.float64)) for left, right in space.parts]
-    values, vectors = np.linalg.eigh(sum(x @ (y.T @ y) @ x.T for x, y in wide))
+    values, vectors = np.linalg.eigh(_gram(_wide(space)))
     u = vectors[:, values > _ZERO**2 * values.max()].astype(space.r_b.dtype)
     if not u.size:
         return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
@@ -123,9 +125,94 @@ def knots(space: CoreSpace, density: float) -> np.ndarray:
     return u @ ties(np.where(zero, 0, parts), density)
 
 
+def pico(space: CoreSpace) -> np.ndarray:
+    """The mean, with output directions that many tasks share made smaller.
+
+    Use it in place of `linear`. A direction `u_j` of all outputs with a share `s_j` of the energy
+    of all updates is multiplied by `1 / (1 + (T - 1) s_j)`; the result gets the mean norm of the
+    updates. The paper's B is that of factors whose A has orthonormal rows, so that nothing depends
+    on how a dW is factored. T counts the tasks that have the module. Equal updates do not merge to
+    themselves: their spectrum gets flatter.
+
+    Args:
+        space: the T updates.
+
+    Returns:
+        `(q, p)`.
+
+    Source: Pico, https://arxiv.org/abs/2604.16826.
+    """
+    parts, n = _wide(space), _n_updates(space)
+    values, u = np.linalg.eigh(_gram(parts))
+    share = np.maximum(values, 0) / max(values.sum(), np.finfo(float).tiny)
+    damped = u * (1 / (1 + (n - 1) * share))
+    mean = damped @ (u.T @ space.weighted_sum(np.full(len(parts), 1 / n)))
+    size = sum(_norm(*part) for part in parts) / n
+    norm = np.linalg.norm(mean)
+    # Where updates cancel, only rounding would be made as large as they are.
+    return (mean * (size / norm if norm > _ZERO * size else 0)).astype(space.r_b.dtype)
+
+
+def ctm(space: CoreSpace, rank: int, density: float) -> np.ndarray:
+    """Merge by `ties` within the `rank` output and input directions that the tasks share best.
+
+    Use it in place of `ties` where the rank is small: the rank is there before merging, and nothing
+    is cut off afterwards. U and V maximise `sum |U^T M_i V|^2` over updates of equal norm
+    (Tucker-2, by alternating eigendecompositions); TIES merges the `U^T M_i V`. Equal updates merge
+    to themselves at density 1, if there is room for their rank.
+
+    Args:
+        space: the T updates.
+        rank: rank of the merge.
+        density: share of entries kept by TIES.
+
+    Returns:
+        `(q, p)`.
+
+    Source: Compress then Merge, https://arxiv.org/abs/2606.03723, with its beta of 0.
+    """
+    parts = _wide(space)
+    unit = [(x / _norm(x, y), y) for x, y in parts if _norm(x, y) > 0]
+    if not unit:
+        return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
+    v, before = _leading(_gram([(y, x) for x, y in unit]), rank)[1], 0.0
+    for _ in range(_ROUNDS):
+        _, u = _leading(_gram([(x, v.T @ y) for x, y in unit]), rank)
+        energy, v = _leading(_gram([(y, u.T @ x) for x, y in unit]), rank)
+        if energy - before <= _GAIN * energy:
+            break
+        before = energy
+    cores = np.stack([(u.T @ x) @ (y.T @ v) for x, y in parts])
+    # Zeros that the bases left as rounding errors have no sign.
+    cores[np.abs(cores) <= _ROUNDING * np.abs(cores).max()] = 0
+    return (u @ ties(cores, density) @ v.T).astype(space.r_b.dtype)
+
+
+def _wide(space: CoreSpace) -> list[Factors]:
+    """The parts in float64, as Gram matrices square singular values."""
+    return [(left.astype(np.float64), right.astype(np.float64)) for left, right in space.parts]
+
+
+def _gram(parts: Sequence[Factors]) -> np.ndarray:
+    """The sum of `M M^T`, `(q, q)`, where `M = left @ right.T`."""
+    return sum(left @ (right.T @ right) @ left.T for left, right in parts)
+
+
+def _leading(gram: np.ndarray, n: int) -> tuple[float, np.ndarray]:
+    """The sum of the n largest eigenvalues, and their vectors as columns."""
+    size = len(gram)
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=[max(0, size - n), size - 1])
+    return float(values.sum()), vectors
+
+
 def _n_updates(space: CoreSpace) -> int:
     """T without the tasks that lack the module, which need no direction."""
     return max(1, sum(rank > 0 for rank in space.ranks))
+
+
+def _norm(left: np.ndarray, right: np.ndarray) -> float:
+    """The norm of `left @ right.T`."""
+    return float(np.sqrt(np.sum((left.T @ left) * (right.T @ right))))
 
 
 def _size(left: np.ndarray, right: np.ndarray) -> float:

@@ -25,6 +25,13 @@ def flattened(delta, copies, rank):
     return copies * s[:rank].mean() * u[:, :rank] @ vt[:rank]
 
 
+def calibrated(delta, copies, rank):
+    """A direction with a larger share of the energy is made smaller, at the same norm."""
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    damped = s / (1 + (copies - 1) * s**2 / (s**2).sum())
+    return (u * damped * (np.linalg.norm(s) / np.linalg.norm(damped))) @ vt
+
+
 def own_rank(copies, columns, directions):
     """The rank of one adapter."""
     return columns
@@ -76,6 +83,8 @@ PROMISES = {
     "knots": Promise(),
     "iso-c": Promise(flattened, rank_of_update, in_any_shape=False),
     "iso-cts": Promise(flattened, rank_of_update, in_any_shape=False),
+    "pico": Promise(calibrated),
+    "ctm": Promise(),
     "regmean": Promise(),
     "wudi": Promise(),
     "lego": Promise(in_any_shape=False, draws="perhaps"),

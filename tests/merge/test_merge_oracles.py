@@ -27,7 +27,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import to_core
 from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.spectral import iso_c, iso_cts, knots, tsv
+from d2c_mlx.merge.spectral import ctm, iso_c, iso_cts, knots, pico, tsv
 
 
 def own_space(adapters):
@@ -128,7 +128,7 @@ def test_dare_is_the_mean_in_expectation():
     assert (abs(total - cores.mean(axis=0)) < error).all()
 
 
-@pytest.mark.parametrize("method", ["ties", "dare-ties", "emr", "knots"])
+@pytest.mark.parametrize("method", ["ties", "dare-ties", "emr", "knots", "pico", "ctm"])
 def test_where_updates_cancel_rounding_elects_no_sign(method):
     lora = lora_of(np.random.default_rng(0), (40, 30), 4)
     pair = [Adapter("a", {P: lora}), Adapter("b", {P: LoRA(lora.a, -lora.b, lora.scale)})]
@@ -228,7 +228,72 @@ def test_knots(shape, n, density, same_outputs, seed):
     assert_merges(adapters, "knots", expected, 1e-3, density=density)
 
 
-@pytest.mark.parametrize("merge", [tsv, iso_c, iso_cts])
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+def test_pico(shape, n, rank, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    # Factors whose A has orthonormal rows, as `dW = B A`.
+    q, r = zip(*(np.linalg.qr(np.array(one.modules[P].a, dtype=float)) for one in adapters))
+    b = [one.modules[P].scale * np.array(one.modules[P].b, dtype=float).T @ x.T
+         for one, x in zip(adapters, r)]  # fmt: skip
+    u, s, _ = np.linalg.svd(np.concatenate(b, axis=1), full_matrices=False)
+    alpha = 1 / (1 + (n - 1) * s**2 / (s**2).sum())
+    calibrate = np.eye(len(u)) + u @ np.diag(alpha - 1) @ u.T
+    merged = sum(calibrate @ one @ a.T for one, a in zip(b, q))
+    norms = [np.linalg.norm(one @ a.T) for one, a in zip(b, q)]
+    merged *= np.mean(norms) / np.linalg.norm(merged)
+    assert_merges(adapters, "pico", truncated(merged, rank), 1e-3, rank=rank)
+
+
+def loop_tucker(tensor, rank):
+    """Tucker-2 of `(T, out, in)` by alternating SVDs of its unfoldings; (U, V)."""
+
+    def leading(unfolded):
+        u, s, _ = np.linalg.svd(unfolded, full_matrices=False)
+        return u[:, :rank], (s[:rank] ** 2).sum()
+
+    (v, _), before = leading(np.concatenate(tensor.transpose(0, 2, 1), axis=1)), 0.0
+    for _ in range(50):
+        u, _ = leading(np.concatenate(tensor @ v, axis=1))
+        v, energy = leading(np.concatenate(tensor.transpose(0, 2, 1) @ u, axis=1))
+        if energy - before <= 1e-6 * energy:
+            break
+        before = energy
+    return u, v
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 5), st.sampled_from([0.2, 1.0]), seeds)
+def test_ctm(shape, n, rank, density, seed):
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    tasks = np.stack(deltas(adapters))
+    # There are no more directions than columns.
+    rank = min(rank, sum(one.modules[P].rank for one in adapters))
+    u, v = loop_tucker(tasks / np.linalg.norm(tasks, axis=(1, 2), keepdims=True), rank)
+    cores = u.T @ tasks @ v
+    cores[abs(cores) <= 1e-6 * abs(cores).max()] = 0
+    expected = u @ loop_ties(cores, density) @ v.T
+    assert_merges(adapters, "ctm", expected, 1e-3, rank=rank, density=density)
+
+
+def test_what_ctm_shares_holds_more_of_the_tasks_than_the_directions_of_their_mean():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(20, 3)), rng.normal(size=(3, 18))
+    tasks = np.stack([common[0] @ rng.normal(size=(3, 3)) @ common[1]
+                      + 0.1 * rng.normal(size=(20, 18)) for _ in range(4)])  # fmt: skip
+    factors = [(x.T, np.eye(20)) for x in tasks]
+    space = to_core(factors)
+    merged = space.q_b @ ctm(space, 3, 1.0) @ space.q_a.T
+    u, _, vt = svd(merged, 3)
+    mean_u, _, mean_vt = svd(tasks.mean(axis=0), 3)
+
+    def held(u, vt):
+        return np.linalg.norm(u.T @ tasks @ vt.T)
+
+    assert np.linalg.matrix_rank(merged) == 3 and held(u, vt) >= held(mean_u, mean_vt)
+
+
+@pytest.mark.parametrize("merge", [tsv, iso_c, iso_cts, lambda space, _: pico(space)])
 def test_tasks_without_the_module_take_no_directions(merge):
     rng = np.random.default_rng(0)
     factors = [(rng.normal(size=(40, 8)), rng.normal(size=(8, 30))) for _ in range(2)]
