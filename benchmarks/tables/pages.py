@@ -22,6 +22,7 @@ TABLES = {
     "probe": speed.probe,
     "merge": speed.merge,
     "stages": speed.stages,
+    "stages-24": partial(speed.stages, file="stages_24"),
     "search": speed.search,
     "planning": speed.plans,
     "large": speed.large,

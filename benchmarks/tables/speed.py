@@ -138,9 +138,9 @@ def switch(read):
     return markdown(header, rows)
 
 
-def stages(read):
+def stages(read, file="stages"):
     """Where the time of a run goes, before and now; a ratio per run."""
-    rows, found = [], read("stages")["rows"]
+    rows, found = [], read(file)["rows"]
     for budget in dict.fromkeys(one["budget"] for one in found):
         of = {one["checkout"]: {} for one in found if one["budget"] == budget}
         for one in found:
