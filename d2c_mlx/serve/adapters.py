@@ -209,10 +209,9 @@ class Adapters:
                                     " pinned; unload one of them")  # fmt: skip
         return placed
 
-    @property
-    def lacks_room(self) -> bool:
+    def lacks_room(self, entry: Entry) -> bool:
         """True if an adapter was read and waits for room."""
-        return self._incoming is not None and self._factors is not None
+        return self._incoming is entry and self._factors is not None
 
     def place(self, entry: Entry, factors: Factors) -> bool:
         """Put an adapter into memory, in place of those that were used longest ago.

@@ -251,7 +251,10 @@ class Scheduler:
             one.entry = entry = adapters.acquire(one.job.task)
         if adapters.is_ready(entry):
             return True
-        if adapters.lacks_room and not one.lacks_room_since:
+        # Only who is next holds up others: the one whose turn it is may be behind all the rest.
+        if not adapters.lacks_room(entry):
+            one.lacks_room_since = 0.0
+        elif not one.lacks_room_since:
             one.lacks_room_since = time.perf_counter()
         return False
 

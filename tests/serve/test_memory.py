@@ -11,6 +11,7 @@ from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import client, counted, counts_at, counts_when, evictions, idle, prompt_of, text
 
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.serve import scheduler
 from d2c_mlx.serve.adapters import Adapters
 
 # One kind of pack suffices.
@@ -77,6 +78,27 @@ def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_pat
             finally:
                 stop.set()
             assert all(one.result() is None for one in others)
+
+
+def test_an_adapter_that_is_loaded_anew_while_several_wait_for_its_room(
+    pack, library, model_path, answer, monkeypatch
+):
+    """The first that waits holds up all others; it must not wait for one of those."""
+    monkeypatch.setattr(scheduler, "_PASSED_SECONDS", 0.0)
+    with ThreadPoolExecutor(3) as pool, changing(
+        pack, library, 1, BaseModel(str(model_path))
+    ) as (server, do):  # fmt: skip
+        assert do(PATHS[0], {"lora_name": "asked", "lora_path": "a3"})[0] == 200
+        found = server.adapters
+        long = pool.submit(ask, server, "wide", n=400, logit_bias=NO_END)
+        counts_at(server, "d2c_mlx_first_token_seconds_count", 1)
+        others = [pool.submit(ask, server, "asked") for _ in range(2)]
+        entry = found.names["asked"]
+        counts_when(server, lambda _: entry.users == 2 and found.lacks_room(entry))
+        anew = {"lora_name": "asked", "lora_path": "a7", "load_inplace": True}
+        assert do(PATHS[0], anew)[0] == 200 and not long.done()
+        expected = text(answer, read(library, "a7"), "the fox", N)
+        assert [one.result(60) for one in others] == [expected] * 2 and long.result(60)
 
 
 def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
