@@ -189,7 +189,7 @@ def departures(read):
     """First differences of merged adapters' answers from the own adapters', by kind of task."""
     groups, rows = {}, []
     for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
-        for name, task in one["tasks"].items() if one["clusters"] else ():
+        for name, task in one["tasks"].items() if one["case"] == "estimates" else ():
             each = groups.setdefault((one["clusters"], kind_of(name)), [])
             each += zip(task["is_own"], task["same_words"], task["length"])
     for (k, kind), each in groups.items():
