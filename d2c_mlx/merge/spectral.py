@@ -172,7 +172,7 @@ def ctm(space: CoreSpace, rank: int, density: float) -> np.ndarray:
     Source: Compress then Merge, https://arxiv.org/abs/2606.03723, with its beta of 0.
     """
     parts = _wide(space)
-    unit = [(x / _norm(x, y), y) for x, y in parts if _norm(x, y) > 0]
+    unit = [(x / norm, y) for x, y in parts if (norm := _norm(x, y)) > 0]
     if not unit:
         return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
     v, before = _leading(_gram([(y, x) for x, y in unit]), rank)[1], 0.0

@@ -17,7 +17,7 @@ def records(output):
 
 
 def artifacts_of(directory):
-    """What a report is made of."""
+    """Name -> content of the JSON files that the report of a run is made of."""
     names = [name for name in ("losses", "bench", "clusters", "merges", "plan", "phone")
              if (directory / f"{name}.json").exists()]  # fmt: skip
     found = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}

@@ -43,7 +43,7 @@ def rows(kind: str, language: str, sources, seed: int) -> list[Row]:
 
 
 def prompt(language: str, form: str, text: str) -> str:
-    """What asks for a line in some form."""
+    """The prompt that asks for one line of a description."""
     return f"Summarize this {NAMES[language]} package description in one {form} line: {text}"
 
 
@@ -57,9 +57,7 @@ def described(language: str, sources):
             continue
         if bad.search(text) or bad.search(line) or not re.search(r"[.!]$", text):
             continue
-        if line.lower() in text.lower():
-            continue
-        if _PART.search(line):
+        if line.lower() in text.lower() or _PART.search(line):
             continue
         if families[family(package)] == _PER_FAMILY or text in found:
             continue
@@ -69,7 +67,7 @@ def described(language: str, sources):
 
 
 def fits(line: str) -> bool:
-    """Whether a line has the length of a summary, and two words."""
+    """True if a line has the length of a summary and at least two words."""
     return 12 <= len(line) <= 70 and bool(re.search(r"[^\W\d_]{3}.* .*[^\W\d_]{3}", line))
 
 

@@ -47,5 +47,5 @@ def lines(language, english, sources):
 
 
 def prompt(language: str, line: str) -> str:
-    """What asks for a line in English."""
+    """The prompt that asks for the English of a line."""
     return f"Translate this {NAMES[language]} line into English: {line}"
