@@ -6,23 +6,36 @@ import os
 import signal
 import sys
 import threading
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["tell_of_interrupts"]
+__all__ = ["interrupts_told"]
 
-# The first line end is for the ^C of a terminal, the last one is click's.
-_WORD = b"\nstopping at the end of this step; what is done is kept"
+# The first line end is for the ^C of a terminal.
+_WORD = b"\nstopping at the end of this step; what is done is kept\n"
 
 
-@cache  # once in a process
-def tell_of_interrupts() -> None:
-    """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step."""
+@contextmanager
+def interrupts_told() -> Iterator[None]:
+    """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step.
+
+    What is to be said has been said when this ends, so that no later line is mixed with it.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
         return
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_tell, args=(read,), daemon=True).start()
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_tell, args=(read,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        thread.join()
+        os.close(read)
 
 
 def _tell(read: int) -> None:

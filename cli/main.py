@@ -11,7 +11,7 @@ import warnings
 import click
 
 from .help import Entry, LazyGroup
-from .interrupt import tell_of_interrupts
+from .interrupt import interrupts_told
 from .removed import COMMANDS
 
 _RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
@@ -165,11 +165,11 @@ def main() -> None:
         _error(problem)
         sys.exit(1)
     warnings.formatwarning = _format_warning
-    tell_of_interrupts()
     try:
         # Without standalone mode click returns the exit code of an Exit instead of raising it. The
         # name is that of `python -m d2c_mlx` too.
-        sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
+        with interrupts_told():
+            sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
     except click.ClickException as error:
         from .say import say
 

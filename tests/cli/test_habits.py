@@ -16,11 +16,11 @@ from d2c_mlx.utils.environment import VERSION
 
 BUSY = """
 import hashlib, os, signal, threading
-from d2c_mlx_cli.interrupt import tell_of_interrupts
-tell_of_interrupts()
+from d2c_mlx_cli.interrupt import interrupts_told
 # Not before the main thread is in a call that runs no Python.
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+with interrupts_told():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
 """
 
 
@@ -37,7 +37,7 @@ def test_ctrl_c_is_answered_before_the_step_at_work_ends():
         # In the background of a shell interrupts are ignored, which a process inherits.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
-        word = b"\nstopping at the end of this step; what is done is kept"
+        word = b"\nstopping at the end of this step; what is done is kept\n"
         assert process.stderr.read(len(word)) == word
         # Otherwise the word would come with the end.
         assert process.poll() is None
