@@ -162,7 +162,8 @@ def main() -> None:
     """
     _open_streams()
     if problem := _little_memory():
-        _error(problem)
+        # Not by `say`, which imports the library and so OpenBLAS.
+        click.echo(f"error: {problem}", err=True)
         sys.exit(1)
     warnings.formatwarning = _format_warning
     try:

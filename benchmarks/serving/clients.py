@@ -8,9 +8,10 @@ Every client streams one chat after the other over HTTP: held-out prompts whose 
 Zipf's law, greedy answers of 16 tokens, none ends earlier. *one*: the same prompts, all under one
 adapter. One server is up at a time, a process of its own; *one* and *mixed* take turns. Beside
 seconds there are those of processors that the server used: where others run too, tokens by these
-are what compares. All servers have the same base in float32, as many threads for arithmetic as
-OPENBLAS_NUM_THREADS says (llama.cpp one) and 16 rows at most; prompts that they cache, they cache.
-A run that was ended goes on where it was.
+are what compares. A client whose connection is reset tries again, as some must when 64 come to
+mlx-lm's server at once. All servers have the same base in float32, as many threads for arithmetic
+as OPENBLAS_NUM_THREADS says (llama.cpp one) and 16 rows at most; prompts that they cache, they
+cache. A run that was ended goes on where it was.
 """
 
 import http.client
@@ -65,14 +66,24 @@ class Server:
     kinds: dict
 
 
+def send(address, content):
+    """`(connection, reply)`, asked again when the server resets the connection."""
+    while True:
+        connection = http.client.HTTPConnection(*address, timeout=3600)
+        try:
+            connection.request("POST", "/v1/chat/completions", content,
+                               {"Content-Type": "application/json"})  # fmt: skip
+            return connection, connection.getresponse()
+        except ConnectionResetError:
+            connection.close()
+            time.sleep(0.02)
+
+
 def ask(address, body):
     """`(tokens, seconds to the first one)` of a streamed chat."""
     started, first, tokens = time.perf_counter(), None, None
-    connection = http.client.HTTPConnection(*address, timeout=3600)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
-    connection.request("POST", "/v1/chat/completions", content,
-                       {"Content-Type": "application/json"})  # fmt: skip
-    reply = connection.getresponse()
+    connection, reply = send(address, content)
     if reply.status != 200:
         raise SystemExit(f"status {reply.status}: {reply.read().decode()}")
     for line in reply:
