@@ -80,7 +80,11 @@ class RunRules(Checked):
     @field_validator("output", check_fields=False)
     @classmethod
     def _is_no_file(cls, value: str) -> str:
-        if Path(value).is_file():
+        try:
+            is_file = Path(value).is_file()
+        except OSError as error:
+            raise refused(f"{error.strerror}, expected a directory or a new name") from None
+        if is_file:
             raise refused(f"{value} is a file, expected a directory or a new name")
         return value
 

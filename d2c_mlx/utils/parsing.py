@@ -163,9 +163,10 @@ def read_yaml(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path}: a directory, expected a YAML file of options") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as UTF-8 text ({error})") from None
-    # Impossible dates and halves of surrogate pairs raise ValueError. A word under `!!timestamp` or
-    # `!!bool` raises one of the last two.
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError) as error:
+    # Impossible dates and halves of surrogate pairs raise ValueError, `"\UFFFFFFFF"` raises
+    # OverflowError. A word under `!!timestamp` or `!!bool` raises one of the last two.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, AttributeError,
+            LookupError) as error:  # fmt: skip
         raise ConfigError(f"{path}: not readable as YAML ({_yaml_reason(error)})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(data).__name__}")

@@ -200,9 +200,15 @@ HOSTILE = {
     "seed: 0x" + "f" * MANY: "a number of more than 1,000 digits",
     "a: &a [*a]": "Circular",
     "a: !!timestamp x": "not readable as YAML",
+    'a: "\\UFFFFFFFF"': "not readable as YAML",
     "a: !!bool x": "not readable as YAML",
     "#\n" * 500_001: "1,000,002 characters, at most 1,000,000 are read",
 }
+
+
+def test_a_name_that_no_file_system_takes(tmp_path):
+    (line,) = problems(write(tmp_path, ""), {**NEEDED, "output": "x" * 5000})
+    assert "output: File name too long, expected a directory or a new name" in line
 
 
 @pytest.mark.slow
