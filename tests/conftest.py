@@ -16,6 +16,7 @@ if WORKER:
 import d2c_mlx  # noqa: F401  first of all, so that the fast BLAS is loaded before mlx.core
 import mlx.core as mx
 import numpy as np
+from hypothesis import settings
 
 # Parity is defined in float32, which is what a CPU device computes in; on Metal the base's 16-bit
 # dtype would be compared with float32 oracles. `make demo` is what exercises Metal. Commands that
@@ -30,6 +31,10 @@ ROOT = Path(__file__).parents[1]
 os.fsync = lambda file: None
 
 pytest.register_assert_rewrite("helpers")
+
+# A busy machine may take any time for an example.
+settings.register_profile("d2c", deadline=None)
+settings.load_profile("d2c")
 
 
 def pytest_configure(config):

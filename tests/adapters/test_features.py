@@ -53,7 +53,7 @@ def dense_cosines(adapters, shapes):
     return rows @ rows.T
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @example(6100)  # components that cancel
 @given(st.integers(0, 10_000))
 def test_similarity_is_the_cosine_of_the_dense_updates(seed):
@@ -62,7 +62,7 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
     assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     (merged, *adapters), shapes = random_adapters(seed)
@@ -72,7 +72,7 @@ def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_errors_of_dw_are_those_of_the_dense_updates(seed):
     (one, other, *_), shapes = random_adapters(seed)
@@ -107,7 +107,7 @@ def test_similarity_of_disjoint_opposite_and_equal_updates():
     assert similarity(adapters) == pytest.approx(np.array(expected), abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_svd_features_keep_the_similarities(seed, n):
     adapters, shapes = random_adapters(seed, n)

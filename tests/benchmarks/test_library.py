@@ -40,7 +40,7 @@ some_rows = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(some_rows, st.integers(0, 5), st.randoms(use_true_random=False))
 def test_nothing_is_on_two_sides(rows, seed, draw):
     limits = {"train": 20, "probe": 3, "test": 5}

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import sacrebleu
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 from sklearn.metrics import fbeta_score
@@ -87,7 +87,6 @@ def distance(a, b):
     return rest(0, 0)
 
 
-@settings(deadline=None)
 @given(sentences, sentences)
 def test_edits_make_the_target_and_no_fewer_tokens_could_change(source, target):
     made, at, cost = [], 0, 0
@@ -128,7 +127,6 @@ def test_other_metrics_by_hand(task, expected, answer, value):
     assert score(task, (expected, answer), (expected, expected)) == pytest.approx(50 + value / 2)
 
 
-@settings(deadline=None)
 @given(sentences, sentences)
 def test_rouge_l_is_the_common_subsequence(expected, answer):
     a, b = (tuple(re.findall(r"\w+", text.casefold())) for text in (expected, answer))
@@ -146,14 +144,12 @@ def test_rouge_l_is_the_common_subsequence(expected, answer):
     assert score("tone-uk", (expected, answer)) == score("summ-uk", (expected, answer))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=3))
 def test_chrf_is_sacrebleus_of_one_row_corpora(pairs):
     found = [sacrebleu.corpus_chrf([answer], [[expected]]).score for expected, answer in pairs]
     assert score("reply-de", *pairs) == pytest.approx(np.mean(found))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(METRIC_OF)), sentences, sentences)
 def test_values_are_in_bounds_and_a_perfect_answer_has_all(kind, expected, answer):
     stats = np.array([row_stats(f"{kind}-es", f"Do this: {answer}", expected, expected)])
@@ -172,7 +168,6 @@ def test_letters_beyond_ascii_count(kind, right, wrong):
     assert found[0] == pytest.approx(100) and found[1] < 80
 
 
-@settings(deadline=None)
 @given(sentences, sentences, sentences)
 def test_gec_counts_every_edit_once(source, expected, answer):
     hits, wrong, missed = gec(source, expected, answer)

@@ -156,7 +156,7 @@ def test_refill_leaves_full_partitions_and_its_input_alone():
     assert labels.tolist() == [1, 0, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_refill_moves_as_few_as_it_can(data):
     n = data.draw(st.integers(1, 9))
@@ -190,7 +190,7 @@ def test_a_tie_keeps_a_task_where_it_is(start_at):
     assert (found.stopped, len(found.history)) == ("converged", 1)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     n=st.integers(2, 8),
     n_clusters=st.integers(1, 8),
@@ -250,7 +250,7 @@ def test_seeds_start_at_different_partitions():
     assert len(starts) > 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 7), st.integers(1, 7), st.integers(0, 10_000), st.sampled_from(INITS))
 def test_any_table(n, n_clusters, seed, init):
     rng = np.random.default_rng(seed)

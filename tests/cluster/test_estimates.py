@@ -81,7 +81,7 @@ def test_what_is_measured_is_learnt(seed):
     assert estimates.pair[0, 1] == estimates.pair[0].max() > 0.3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(4, 9), st.integers(2, 4), st.integers(0, 999))
 def test_gains_of_moves_are_differences_of_costs(n, k, seed):
     rng = np.random.default_rng(seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.planted import planted
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from d2c_mlx.cluster.partition import canonical, kmeans, merge_all, random_partition
@@ -16,7 +16,6 @@ def test_canonical():
     assert all(type(label) is int for label in canonical(np.array([3, 1])))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=8), st.permutations(range(6)))
 def test_canonical_forgets_numbers_only(labels, numbers):
     same = canonical(labels)
@@ -26,7 +25,6 @@ def test_canonical_forgets_numbers_only(labels, numbers):
         assert [one == other for other in labels] == [same[i] == other for other in same]
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0)
 )

@@ -39,7 +39,7 @@ def best_by_enumeration(candidates, n_tasks, nbytes, most):
     return lowest
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(st.integers(1, 4), st.integers(0, 8), st.integers(1, 200), st.integers(0, 4), st.integers())
 def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, most, seed):
     candidates = random_candidates(np.random.default_rng(abs(seed)), n_tasks, n_units)
@@ -95,7 +95,7 @@ def spent(levels, widths):
     return sum(n * widths[path] * _BYTES[bits] for path, some in levels.items() for n, bits in some)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6))
 def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
     rng = np.random.default_rng(seed)

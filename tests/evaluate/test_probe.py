@@ -65,7 +65,7 @@ def test_ties_keep_the_smaller(values, best):
     assert line_search(Counted(grid, values), grid)[0] == grid[best]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.none() | st.floats(0.01, 5))
 def test_any_loss_ends_in_a_local_minimum(values, start):
     grid = [0.1 * (i + 1) for i in range(len(values))]

@@ -103,7 +103,7 @@ def fuzz(request):
 
         @settings(
             max_examples=request.config.getoption("--inputs"), derandomize=True, database=None,
-            deadline=None, suppress_health_check=list(HealthCheck),
+            suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(strategy)
         def inputs(one):

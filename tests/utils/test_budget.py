@@ -91,7 +91,7 @@ def test_allowed_adapters(text, sizes, largest, count):
     assert parse_budget(text).allowed_adapters(sizes, largest) == count
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(2, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
     st.integers(1, 10**9),
