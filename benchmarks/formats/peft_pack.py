@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import command_line
-from benchmarks.speed.loops import peft_loop
+from benchmarks.other_loops import peft_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_tasks

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.common import load_library, run
-from benchmarks.speed.loops import mlx_lm_loop, peft_loop, plain_loop
+from benchmarks.other_loops import mlx_lm_loop, peft_loop, plain_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.evaluate.batches import shared_prefix

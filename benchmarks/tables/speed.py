@@ -57,6 +57,20 @@ def engine(result):
     ]  # fmt: skip
 
 
+def engine_pair(read):
+    """The engine before and after, beside mlx-lm's loop and PEFT; means over rounds."""
+    rows = []
+    for side in ("before", "now"):
+        some = [one for one in read("engine_pair")["rows"] if one["checkout"] == side]
+        rates = [np.mean([one["tokens"] / one[key] for one in some])
+                 for key in ("seconds", "mlx_lm_seconds", "peft_seconds")]  # fmt: skip
+        share = np.mean([one["flops"] / one["seconds"] / one["matmul_flops"] for one in some])
+        rows.append((side, *(f"{rate:.0f}" for rate in rates), f"{share:.1%}"))
+    header = ("checkout", "d2c-mlx, tokens/s", "mlx-lm's loop", "PEFT",
+              "useful FLOPs, share of a plain float32 matmul")  # fmt: skip
+    return markdown(header, rows)
+
+
 def merge(read):
     """Merging against PEFT, and the ratio of what it takes."""
     result = read("merge")

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from helpers.tiny import library, task, write_jsonl
 
 from benchmarks import common
 from benchmarks.quality import without_rows
+from benchmarks.speed import engine_pair
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import Task, load_task, load_unlabelled, prompt_key
 from d2c_mlx.pipeline import run
@@ -98,6 +100,11 @@ def test_a_part_of_the_probe_script_measures(imported, paths, name):
     found = imported(name).measure(paths.tasks.parent, *arguments)
     assert keys <= found.keys()
     assert json.dumps(found)
+
+
+def test_an_engine_is_measured_in_a_process_of_its_own():
+    found = engine_pair.measure(ROOT / "examples" / "demo", None, 1)
+    assert found["tokens"] > 0 and all(n > 0 for n in found.values())
 
 
 def test_refining_prints_what_it_adds(imported, paths, monkeypatch, capsys):
