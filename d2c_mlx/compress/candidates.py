@@ -82,7 +82,7 @@ class FormMeter:
         self._library = study.library
         # In float64, so four times as large as their adapters.
         self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
-            self._library.engine.memory_limit // 8
+            self._library.engine.free // 8
         )
         # Share of the 16-bit bytes -> levels of all adapters, where they are of one shape.
         self._shapes: dict[float, Mapping[str, Levels]] | None = {} if same_shape else None

@@ -80,6 +80,7 @@ class Engine:
         workers: threads that run anything under the attached adapter.
         optimizations: those asked for; what is not exact on this model is not used all the same.
         memory_limit: bytes for weights, activations and kept states.
+        free: bytes of them that what was loaded before leaves.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
         passes: how large a pass should be; it decides the bits of a loss.
@@ -117,7 +118,7 @@ class Engine:
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
         self.memory_limit = memory_limit or default_memory_limit() // n_processes
-        self._free = free = max(0, self.memory_limit - mx.get_active_memory())
+        self.free = free = max(0, self.memory_limit - mx.get_active_memory())
         weights = sum(width * out for width, out in base.module_shapes.values())
         folded = weights * base.compute_dtype.size
         self.fold = self.optimizations.fold and base.can_fold and 3 * folded < free
@@ -174,7 +175,7 @@ class Engine:
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit, self.passes)
             if cut is None:
                 needed = cost(1, max(lengths), n_prefix) * self.workers.n * 5 // 3
-                needed += self.memory_limit - self._free
+                needed += self.memory_limit - self.free
                 raise ConfigError(
                     f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
                     f" {examples.task} ({max(lengths) + n_prefix} tokens) needs about"

@@ -97,7 +97,7 @@ class Merger:
         # A search makes hundreds, each as large as an adapter, and asks again for most of them.
         self._merges: dict[tuple[str, Members], Merged] = {}
         self._spool = Spool()
-        self._inputs: ByteCache[int, ModuleInputs] = ByteCache(library.engine.memory_limit // 8)
+        self._inputs: ByteCache[int, ModuleInputs] = ByteCache(library.engine.free // 8)
 
     @cached_property
     def _best(self) -> str:

@@ -231,6 +231,14 @@ def test_the_memory_limit_is_kept(tmp_path, limit):
     assert values[0] == pytest.approx(plain_loss(base, None, sets[0]), rel=1e-5)
 
 
+def test_free_is_what_the_loaded_base_leaves(tiny):
+    """What is kept between merges or forms must fit beside it."""
+    gc.collect()
+    active = mx.get_active_memory()
+    assert Engine(tiny[0], active + 10**8).free == pytest.approx(10**8, abs=1e6)
+    assert Engine(tiny[0], active // 2).free == 0
+
+
 def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     base, _, sets = tiny
     gc.collect()  # what is freed later would be room
