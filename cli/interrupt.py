@@ -19,7 +19,7 @@ _WORD = b"\nstopping at the end of this step; what is done is kept\n"
 def interrupts_told() -> Iterator[None]:
     """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step.
 
-    What is to be said has been said when this ends, so that no later line is mixed with it.
+    The thread has ended when this does, so that no later line is mixed with its own.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -80,7 +80,7 @@ class Engine:
         workers: threads that run anything under the attached adapter.
         optimizations: those asked for; what is not exact on this model is not used all the same.
         memory_limit: bytes for weights, activations and kept states.
-        free: bytes of them that what was loaded before leaves.
+        free: bytes of the limit that the base and all else in memory left at the start.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
         passes: how large a pass should be; it decides the bits of a loss.

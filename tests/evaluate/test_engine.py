@@ -232,7 +232,7 @@ def test_the_memory_limit_is_kept(tmp_path, limit):
 
 
 def test_free_is_what_the_loaded_base_leaves(tiny):
-    """What is kept between merges or forms must fit beside it."""
+    """Caches of merges and of forms are a share of it, so the base must not count."""
     gc.collect()
     active = mx.get_active_memory()
     assert Engine(tiny[0], active + 10**8).free == pytest.approx(10**8, abs=1e6)
@@ -241,7 +241,7 @@ def test_free_is_what_the_loaded_base_leaves(tiny):
 
 def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     base, _, sets = tiny
-    gc.collect()  # what is freed later would be room
+    gc.collect()  # Memory that is freed later would count as room.
     with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of a"):
         Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
 

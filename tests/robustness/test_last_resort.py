@@ -68,7 +68,7 @@ def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, 
     def fail(directory):
         raise error
 
-    # Were it imported meanwhile, it would keep this function for the tests after this one.
+    # `update` first: imported under the patch, it would keep `fail` for later tests.
     monkeypatch.setattr("d2c_mlx.packs.update.load_pack", fail)
     monkeypatch.setattr("d2c_mlx.packs.pack.load_pack", fail)
     with pytest.raises(type(error)):
