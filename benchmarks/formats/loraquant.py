@@ -59,11 +59,7 @@ class LoraQuant:
     def __init__(self, adapters: list[Adapter], bits: int, rest: bool) -> None:
         """Take the adapters apart."""
         self._bits, self._rest = bits, rest
-        self._parts = {
-            one.name: {path: (a.astype(np.float32), b.astype(np.float32))
-                       for path, (a, b) in svd_components(one).items()}
-            for one in adapters
-        }  # fmt: skip
+        self._parts = {one.name: svd_components(one) for one in adapters}
 
     def fit(self, nbytes: int) -> float:
         """The largest share whose bytes fit, to a thousandth; 0 if none does."""

@@ -16,18 +16,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from benchmarks import command_line
 from benchmarks.common import ends
-from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.allocate import allocate
+from benchmarks.quality.families import bits_alone, rank_alone, shared_basis, shared_private
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -35,7 +31,7 @@ from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 from d2c_mlx.utils.line_search import FINE_SCALES
 
-# Candidates that a family may choose from.
+# Candidates that a family may choose from; none for those that make their own.
 FAMILIES = {
     "auto": ("base", "own", "merged"),
     "rank and bits": ("base", "own"),
@@ -43,77 +39,12 @@ FAMILIES = {
     "bits alone": ("base", "bits"),
     "rank alone": ("base", "rank"),
     "shared basis": (),
+    "shared + private": (),
     "hindsight": ("base", "own", "merged"),
 }
 
-
-def bits_alone(session):
-    """Candidates with all components of an adapter at the same bits."""
-    found, forms = [], session.planner.forms
-    for bits in (2, 3, 4, 8):
-        for i, adapter in enumerate(session.adapters):
-            levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
-            found.append(forms.measure(Form((i,), adapter, levels, "bits", bits / 16)))
-    return found
-
-
-def rank_alone(session):
-    """Candidates with some components of an adapter in 16 bit."""
-    found, forms = [], session.planner.forms
-    widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
-    for share in (2.0**k for k in range(-6, 1)):
-        for i, adapter in enumerate(session.adapters):
-            values = worth(svd_components(adapter), [session.study.module_gains[i]])
-            levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
-            kept = {path: some for path, some in levels.items() if some}
-            found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
-    return found
-
-
 ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
-
-
-def shared_basis(session, room):
-    """All adapters as `U S_i V^T` in 16 bit, U and V common to all (arXiv 2407.00066).
-
-    U and V are the leading directions of all dW together, of the largest rank that fits `room`
-    bytes in every module; scales are tuned on the probes as for every other form.
-
-    Returns:
-        The adapters in the order of the tasks, their bytes and the mean regret on the probes; None
-        where not even rank 1 fits.
-    """
-    shapes = {
-        path: session.inputs.base.module_shapes[path]
-        for path in session.inputs.capacity.target_paths
-    }
-
-    def nbytes(rank):
-        ranks = [min(rank, *shape) for shape in shapes.values()]
-        return sum(
-            2 * (r * sum(s) + len(session.adapters) * r * r) for r, s in zip(ranks, shapes.values())
-        )
-
-    rank = max((r for r in range(1, 513) if nbytes(r) <= room), default=None)
-    if rank is None:
-        return None
-    modules = [{} for _ in session.adapters]
-    for path, shape in shapes.items():
-        updates = [
-            one.modules[path].delta().T if path in one.modules else np.zeros(shape, np.float32)
-            for one in session.adapters
-        ]
-        u = np.linalg.eigh(sum(x @ x.T for x in updates))[1][:, -rank:]
-        v = np.linalg.eigh(sum(x.T @ x for x in updates))[1][:, -rank:]
-        for one, x in zip(modules, updates):
-            one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
-    adapters = [Adapter(name, one) for name, one in zip(session.inputs.names, modules)]
-    found, forms = [], session.planner.forms
-    for i, one in enumerate(adapters):
-        levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
-        found.append(forms.measure(Form((i,), one, levels, "shared basis")))
-    served = [one.stored.scaled(one.scale) for one in found]
-    return served, nbytes(rank), sum(one.regret for one in found) / len(found)
+MAKERS = {"shared basis": shared_basis, "shared + private": shared_private}
 
 
 def in_hindsight(session, candidates):
@@ -165,14 +96,14 @@ def chosen(session, name, room, candidates):
     return {"probe_regret": plan.content["regret"], **stored, **judged}
 
 
-def basis(session, room):
-    """The row of a shared basis, if one fits."""
-    found = shared_basis(session, room)
+def made(session, name, room):
+    """The row of a family that makes its own adapters, if one fits."""
+    found = MAKERS[name](session, room)
     if found is None:
         return None
-    adapters, nbytes, regret = found
-    serves = {name: i for i, name in enumerate(session.inputs.names)}
-    counts = {"own": len(adapters), "merged": 0, "base": 0}
+    adapters, nbytes, merged, regret = found
+    serves = {task: i for i, task in enumerate(session.inputs.names)}
+    counts = {"own": len(adapters), "merged": merged, "base": 0}
     return {"probe_regret": regret, **counts, **judge(session, adapters, serves, nbytes)}
 
 
@@ -193,9 +124,7 @@ def rows_of(session, name, budgets, rooms, candidates):
     elif name == "hindsight":
         pool = in_hindsight(session, candidates)
     for budget, room in zip(budgets, rooms):
-        found = (
-            basis(session, room) if name == "shared basis" else chosen(session, name, room, pool)
-        )
+        found = made(session, name, room) if name in MAKERS else chosen(session, name, room, pool)
         if found:
             yield {"budget": budget, "family": name, **found}
 
@@ -227,7 +156,9 @@ def continued(output, facts, families):
     if not output.exists():
         return facts | {"rows": []}
     before = json.loads(output.read_text())
-    same = ("candidates", "every", "examples", "tests", "machine")
+    same = ["examples", "tests"]
+    if "candidates" in facts:
+        same += ["candidates", "every", "machine"]
     if any(before.get(key) != facts[key] for key in same):
         raise SystemExit(f"{output}: of other candidates, rows or another machine; move it away")
     return before | {"rows": [row for row in before["rows"] if row["family"] not in families]}
@@ -252,10 +183,12 @@ def main():
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
         rooms = [session.inputs.capacity.room_of(parse_budget(one)) for one in budgets]
-        candidates, facts = measured(session, rooms)
-        facts |= {"examples": options.examples, "tests": options.tests, "machine": machine()}
+        asked, candidates = options.families.split(","), []
+        facts = {"examples": options.examples, "tests": options.tests, "machine": machine()}
+        if not set(asked) <= set(MAKERS):
+            candidates, costs = measured(session, rooms)
+            facts |= costs
         print(json.dumps(facts), flush=True)
-        asked = options.families.split(",")
         result = continued(options.output, facts, asked)
         for name in asked:
             for one in rows_of(session, name, budgets, rooms, candidates):

@@ -80,7 +80,7 @@ class FormMeter:
         """
         self._study, self._capacity = study, capacity
         self._library = study.library
-        # In float64, so four times as large as their adapters.
+        # In float32, so twice as large as their adapters.
         self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
             self._library.engine.free // 8
         )
@@ -231,9 +231,13 @@ def worth(
     totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
     values = {}
     for path, (a, b) in parts.items():
-        energy = np.sum(a**2, axis=1) * np.sum(b**2, axis=1)
+        energy = _squares(a) * _squares(b)
         gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
         share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
         # Rounding may let equal singular values rise, and `allocate` needs falling worths.
         values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
     return values
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.sum(np.square(rows, dtype=np.float64), axis=1)

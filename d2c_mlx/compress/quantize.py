@@ -30,9 +30,10 @@ __all__ = [
     "MODULES_AT_ONCE",
     "Components",
     "check_levels",
-    "svd_components",
     "compress",
+    "in_float64",
     "quantize_modules",
+    "svd_components",
     "svd_rows",
 ]
 
@@ -79,8 +80,9 @@ def compress(
     with threadpool_limits(1):
         for start in range(0, len(kept), MODULES_AT_ONCE):
             paths = kept[start : start + MODULES_AT_ONCE]
-            pairs = [parts[path] for path in paths], [levels_of[path] for path in paths]
-            found |= zip(paths, quantize_modules(*pairs, group_size, rounds))
+            precise = [in_float64(parts[path]) for path in paths]
+            wanted = [levels_of[path] for path in paths]
+            found |= zip(paths, quantize_modules(precise, wanted, group_size, rounds))
     modules = {path: found[path] for path in sorted(found)}
     return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
 
@@ -88,7 +90,8 @@ def compress(
 def svd_components(adapter: Adapter) -> dict[str, Components]:
     """Module path -> the singular components of its dW, see `svd_rows`.
 
-    Compute them once to try several bit allocations of one adapter.
+    Compute them once to try several bit allocations of one adapter. They take the bytes of its
+    float32 factors.
     """
     with threadpool_limits(1):
         return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
@@ -129,7 +132,7 @@ def quantize_modules(
     0.0071 -> 0.0038, 4 bit 0.118 -> 0.062, 3 bit 0.246 -> 0.126, 2 bit 0.509 -> 0.254.
 
     Args:
-        parts: components of every module, at least one row, see `svd_rows`.
+        parts: components of every module in float64, at least one row, see `in_float64`.
         levels: bit allocation of every module, at least one level; components beyond the module's
             rows are left out.
         group_size: one of `GROUP_SIZES`.
@@ -198,11 +201,11 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
         b: `(r, out)`, the scale folded in.
 
     Returns:
-        Rows `(n, in)` and `(n, out)` in float64, each with the root of its singular value;
+        Rows `(n, in)` and `(n, out)` in float32, each with the root of its singular value;
         components that are zero are left out, so n may be below r.
     """
     if not a.shape[1]:
-        return a.T.astype(np.float64), b.astype(np.float64)
+        return a.T, b
     space = to_core([(a, b)])
     core = space.weighted_sum(np.ones(1))
     left, right = factorise(core, space.q_a, space.q_b, a.shape[1])
@@ -211,7 +214,13 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
     # Both factors hold the root of the singular value; a value below 1e-7 of the largest is
     # rounding.
     order = order[size[order] > size.max() * 1e-7**0.5]
-    return left.T[order].astype(np.float64), right[order].astype(np.float64)
+    return left.T[order], right[order]
+
+
+def in_float64(parts: Components) -> Components:
+    """A module's components as `quantize_modules` computes with them."""
+    a, b = parts
+    return a.astype(np.float64), b.astype(np.float64)
 
 
 def _stacked(parts: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -47,6 +48,9 @@ __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 STRENGTH = 0.75
 # Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
+# Modules whose dense update takes more bytes are solved one after the other, on all cores: a solver
+# holds three times as much.
+_LARGE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -253,8 +257,10 @@ class _Merging:
             return matched(factors[path], grams[i], lacking, self.rank)
 
         each = [(i, path) for i in range(len(merges)) for path in paths]
+        large = any(8 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
+        threads, blas = (1, None) if large else (len(each), 1)
         # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
-        with threadpool_limits(1), ThreadPoolExecutor(len(each)) as pool:
+        with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
             grams = list(pool.map(Grams, tokens))
             found = list(pool.map(solve, *zip(*each)))
         for (i, path), (a, b) in zip(each, found):

@@ -210,8 +210,9 @@ class Merger:
             self._base, [self._adapters[i] for i in members], [self._probes[i] for i in members],
             aims, self._options.rank, _LAYERWISE_TOKENS, self._workers,
         )  # fmt: skip
-        self._evaluator.meter.advance(cost)
         found = [one.uniform(self._base.dtype) for one in made]
+        del made  # float32, twice as large.
+        self._evaluator.meter.advance(cost)
         return min((
             Merged(one, "layerwise" if strength else "regmean++", scale, regret)
             for one, (_, strength), regret in zip(found, aims, self._regrets(found, members))

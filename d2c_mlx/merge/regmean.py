@@ -56,12 +56,13 @@ class Grams:
         ]
         return np.concatenate(sides, axis=1)
 
-    def against(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """`off_diagonal * sum_i X_i^T Y_i`, `(in, out)`, for T arrays `Y_i (n_tokens, out)`.
+    def add_against(self, outputs: Sequence[np.ndarray], to: np.ndarray) -> None:
+        """Add `off_diagonal * sum_i X_i^T Y_i` to `(in, out)`, for T `Y_i (n_tokens, out)`.
 
         It keeps the precision of the outputs, because nothing is solved here.
         """
-        return self._off_diagonal * sum(x.T @ y for x, y in zip(self._given, outputs))
+        for x, y in zip(self._given, outputs):
+            to += x.T @ (self._off_diagonal * y)
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """`K^-1 right`, both `(in, n)`."""
@@ -77,7 +78,7 @@ class Grams:
             half = self._lower(right)
             return half.T @ half
         x, total = self._woodbury
-        whole, half = right / np.sqrt(total), self._lower(x @ (right / total))
+        half, whole = self._lower((x / total[:, 0]) @ right), right / np.sqrt(total)
         return whole.T @ whole - half.T @ half
 
     def _lower(self, right: np.ndarray) -> np.ndarray:
@@ -133,13 +134,15 @@ def matched(
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
     """
     stack = np.concatenate([b for _, b in factors])
-    right = grams.times([a for a, _ in factors]) @ stack + grams.against(lacking)
+    right = grams.times([a for a, _ in factors]) @ stack
+    grams.add_against(lacking, to=right)
     if right.shape[1] <= right.shape[0]:
         u = _leading(grams.norms(right), rank)
-    else:
-        q, r = scipy.linalg.qr(right.T, mode="economic", check_finite=False)
-        u = q @ _leading(grams.norms(r.T), rank)
-    return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
+        return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
+    # right^T = q r, in the memory of right.
+    q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
+    u = _leading(grams.norms(r.T), rank)
+    return grams.solve(r.T @ u).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:

@@ -1,0 +1,181 @@
+"""Families of stored adapters that the planner does not offer, for comparison with what it does.
+
+Each is tuned on the probe rows, as the planner's candidates are.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.cluster.estimated_search import estimated_partition
+from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.partition import groups_of
+from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.candidates import Form, worth
+from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.utils.line_search import line_search
+
+
+def bits_alone(session):
+    """Candidates with all components of an adapter at the same bits."""
+    found, forms = [], session.planner.forms
+    for bits in (2, 3, 4, 8):
+        for i, adapter in enumerate(session.adapters):
+            levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
+            found.append(forms.measure(Form((i,), adapter, levels, "bits", bits / 16)))
+    return found
+
+
+def rank_alone(session):
+    """Candidates with some components of an adapter in 16 bit."""
+    found, forms = [], session.planner.forms
+    widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
+    for share in (2.0**k for k in range(-6, 1)):
+        for i, adapter in enumerate(session.adapters):
+            values = worth(svd_components(adapter), [session.study.module_gains[i]])
+            levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
+            kept = {path: some for path, some in levels.items() if some}
+            found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
+    return found
+
+
+ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
+
+
+def shared_basis(session, room):
+    """All adapters as `U S_i V^T` in 16 bit, U and V common to all (arXiv 2407.00066).
+
+    U and V are the leading directions of all dW together, of the largest rank that fits `room`
+    bytes in every module; scales are tuned on the probes as for every other form.
+
+    Returns:
+        As `shared_private`; None where not even rank 1 fits.
+    """
+    shapes = {
+        path: session.inputs.base.module_shapes[path]
+        for path in session.inputs.capacity.target_paths
+    }
+
+    def nbytes(rank):
+        ranks = [min(rank, *shape) for shape in shapes.values()]
+        return sum(
+            2 * (r * sum(s) + len(session.adapters) * r * r) for r, s in zip(ranks, shapes.values())
+        )
+
+    rank = max((r for r in range(1, 513) if nbytes(r) <= room), default=None)
+    if rank is None:
+        return None
+    modules = [{} for _ in session.adapters]
+    for path, shape in shapes.items():
+        updates = [
+            one.modules[path].delta().T if path in one.modules else np.zeros(shape, np.float32)
+            for one in session.adapters
+        ]
+        u = np.linalg.eigh(sum(x @ x.T for x in updates))[1][:, -rank:]
+        v = np.linalg.eigh(sum(x.T @ x for x in updates))[1][:, -rank:]
+        for one, x in zip(modules, updates):
+            one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
+    adapters = [Adapter(name, one) for name, one in zip(session.inputs.names, modules)]
+    found, forms = [], session.planner.forms
+    for i, one in enumerate(adapters):
+        levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
+        found.append(forms.measure(Form((i,), one, levels, "shared basis")))
+    served = [one.stored.scaled(one.scale) for one in found]
+    return served, nbytes(rank), 0, sum(one.regret for one in found) / len(found)
+
+
+@dataclass(frozen=True)
+class Both:
+    """A shared merge and what one task adds to it."""
+
+    shared: Compressed
+    private: Compressed | None
+
+    def adapter(self, dtype):
+        """The sum of both, as one adapter of the sum of their ranks."""
+        return total([one.adapter(dtype) for one in (self.shared, self.private) if one])
+
+
+def total(adapters, signs=(1.0, 1.0)):
+    """The adapter whose dW is the signed sum of those of one or two adapters."""
+    some = [(one, sign) for one, sign in zip(adapters, signs) if one is not None]
+    modules = {}
+    for path in dict.fromkeys(path for one, _ in some for path in one.modules):
+        pairs = [(*one.modules[path].factors(), sign) for one, sign in some if path in one.modules]
+        a = np.concatenate([a for a, _, _ in pairs], axis=1)
+        b = np.concatenate([sign * b for _, b, sign in pairs])
+        modules[path] = LoRA(mx.array(a), mx.array(b))
+    return Adapter(some[0][0].name, modules)
+
+
+# Numbers of clusters, and the share of the bytes that their merges have: all are tried.
+DIVISORS, SHARED = (4, 8), (0.5, 0.75)
+PRIVATE_SCALES = (0.35, 0.5, 0.7, 1.0, 1.2, 1.4, 1.7)
+
+
+def shared_private(session, room):
+    """K merges, and for every task a small update that brings its merge closer to its adapter.
+
+    After TUNA's universal adapter beside a task's own. The merges are those that a plan would try
+    for estimated clusters; a private update is the difference between adapter and stored merge, in
+    the components and bits that a plan would give it.
+
+    Returns:
+        What serves the tasks, in their order, its bytes, the number of merges and the mean regret
+        on the probes.
+    """
+    estimates = MergeEstimates(session.study.problem.fading, session.study.problem.similarity)
+    n, found = len(session.adapters), []
+    for k in sorted({max(1, n // divisor) for divisor in DIVISORS}):
+        groups = groups_of(estimated_partition(estimates, k))
+        for share in SHARED:
+            units = shared(session, groups, share * room / len(groups))
+            served = [private(session, unit, i, (1 - share) * room / n)
+                      for unit in units for i in unit.members]  # fmt: skip
+            served.sort(key=lambda one: one[0])
+            regret = sum(one[2] for one in served) / n
+            stored = [unit.stored.scaled(unit.scale) for unit in units]
+            stored += [both.private for _, both, _ in served if both.private]
+            nbytes = compact_nbytes(index_of(stored))
+            found.append(([both for _, both, _ in served], nbytes, k, regret))
+            print(f"shared + private, {k} merges with {share:.0%}: regret {regret:.4f}", flush=True)
+    return min(found, key=lambda one: one[3])
+
+
+def shared(session, groups, nbytes):
+    """The merge of every group in at most so many bytes, at its best scale."""
+    forms, storage = session.planner.forms, session.inputs.capacity.storage
+    found = []
+    for members in groups:
+        adapter = session.adapters[members[0]]
+        if len(members) > 1:
+            adapter = session.study.merger.final(members).adapter
+        gains = [session.study.module_gains[i] for i in members]
+        levels = storage.allocate(worth(svd_components(adapter), gains), nbytes)
+        found.append(forms.measure(Form(members, adapter, levels, "merged")))
+    return found
+
+
+def private(session, unit, i, nbytes):
+    """Task, what serves it, and its regret: the stored merge and what task i adds to it."""
+    regrets, dtype = session.study.teacher_regret, session.inputs.base.dtype
+    merge = unit.stored.scaled(unit.scale)
+    rest = total([session.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
+    parts = svd_components(rest)
+    storage = session.inputs.capacity.storage
+    levels = storage.allocate(worth(parts, [session.study.module_gains[i]]), nbytes)
+    if not levels:
+        return i, Both(merge, None), float(regrets.under(merge.adapter(dtype), (i,)).sum())
+    small = storage.store(rest, levels, parts)
+
+    def regret(scale):
+        served = Both(merge, small.scaled(scale)).adapter(dtype)
+        return float(regrets.under(served, (i,)).sum())
+
+    scale, lowest = line_search(regret, PRIVATE_SCALES, 1.0)
+    return i, Both(merge, small.scaled(scale)), lowest
