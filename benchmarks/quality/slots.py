@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import command_line
 from benchmarks.common import ends
+from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -38,7 +39,6 @@ PLAIN = {"merge_method": "regmean++"}
 RUNS = {
     # The default of a run, merged layer by layer.
     "estimates": {},
-    "estimates, refined": {"refine": True},
     "paper": {**PLAIN, "search": "paper"},
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
@@ -49,15 +49,23 @@ MERGES = {
     "scale 1": {"scale": 1.0},
     "rank 32": {"merge_rank": 32},
     "auto": {"merge_method": "auto"},
-    "layerwise": {"merge_method": "layerwise"},
     **{name: {"merge_method": name} for name in MERGE_METHODS},
+}
+# Options of a whole run on clusters that are known. Prompts are those of rows of other draws.
+LEVERS = {
+    "refined": {"refine": True},
+    "refined with prompts": {"refine": True, "unlabelled": True},
+    "rank 16": {"merge_rank": 16},
+    "rank 16, refined": {"merge_rank": 16, "refine": True},
+    "rank 64": {"merge_rank": 64},
+    "layerwise": {"merge_method": "layerwise"},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")
 # (seed, clusters, options) -> merges: those of "layerwise" are refined next.
 MADE = {}
 CASES = (
     *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
-    *(f"estimates: {name}" for name in MERGES),
+    *(f"estimates: {name}" for name in (*MERGES, *LEVERS)),
 )  # fmt: skip
 
 
@@ -96,6 +104,28 @@ def packed(session):
     return adapters, merges
 
 
+def pulled(session, case, clustering, options):
+    """A run with the options of a lever, on known clusters, in a directory of its own."""
+    how, names = case.partition(": ")[2], session.inputs.names
+    start = session.output.name.removesuffix("estimates")
+    place = session.output.with_name(start + slug(case))
+    clusters = place.with_suffix(".clusters.json")
+    write_json(clusters, [[names[i] for i in group] for group in clustering.groups])
+    changes = dict(LEVERS[how])
+    if "unlabelled" in changes:
+        n, seed = options.examples, session.config.seed
+        changes["unlabelled"] = write_prompts(
+            options.library, place.with_suffix(".prompts.jsonl"), range(seed * n, (seed + 1) * n)
+        )
+    config = session.config.replace(**changes, clusters=str(clusters), output=str(place))
+    return run(config, until="pack", quiet=True)
+
+
+def slug(case):
+    """The name of a case in that of its directory."""
+    return case.replace(":", "").replace(",", "").replace(" ", "-")
+
+
 def partitions(session, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
     if kind == "estimates":
@@ -125,6 +155,7 @@ def clusters_found(session, results):
 def measure(config, case, results, options):
     """One case: its row."""
     started = time.perf_counter()
+    kind, _, how = case.partition(": ")
     if case in RUNS:
         session = run(config.replace(**RUNS[case]), until="pack", quiet=True)
         (saved,) = session.read("clusters.json")["methods"]["d2c"]
@@ -132,10 +163,13 @@ def measure(config, case, results, options):
         found = [packed(session)]
     else:
         session = run(config, until="probe", quiet=True)
-        kind, _, how = case.partition(": ")
         clusterings = partitions(session, kind, results, options)
-        changes = MERGES.get(how, {})
-        found = [served(session, one, changes) for one in clusterings]
+        if how in LEVERS:
+            session = pulled(session, case, clusterings[0], options)
+            found = [packed(session)]
+        else:
+            changes = MERGES.get(how, {})
+            found = [served(session, one, changes) for one in clusterings]
     methods = {
         **ends(session),
         **{f"{i}": BenchMethod(0, [adapters]) for i, (adapters, _) in enumerate(found)},
@@ -159,7 +193,15 @@ def measure(config, case, results, options):
         "asked_tokens": session.evaluator.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),
         "search": searched(session) if case in RUNS else None,
+        "stages": stages(session, ("merge", "refine")),
     }
+
+
+def stages(session, names):
+    """Stage -> seconds, of those that the last run of the case had."""
+    paths = {name: session.output / ".stages" / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text())["seconds"]
+            for name, path in paths.items() if path.exists()}  # fmt: skip
 
 
 def searched(session):
@@ -211,11 +253,10 @@ def measure_all(options, directory):
             for case in cases:
                 if (n_clusters, seed, case) in done:
                     continue
-                # Refining goes on with the run before it, other runs have a directory of their own.
-                place = case.split(",")[0] if case in RUNS else "estimates"
+                place = case if case in RUNS else "estimates"
                 config = RunConfig(
                     adapters=str(options.library / "adapters"), tasks=str(tasks),
-                    output=str(directory / f"{n_clusters}-{seed}-{place.replace(' ', '-')}"),
+                    output=str(directory / f"{n_clusters}-{seed}-{slug(place)}"),
                     budget=str(n_clusters), probe_examples=options.examples,
                     test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
                 )  # fmt: skip

@@ -32,11 +32,12 @@ from d2c_mlx.utils.files import write_json, write_text
 N_PROMPTS = 20
 
 
-def write_prompts(library, path):
-    """The file of `--unlabelled`: prompts of every adapter's task."""
+def write_prompts(library, path, skip=range(0)):
+    """The file of `--unlabelled`: prompts of every adapter's task, of rows that are not skipped."""
     lines = []
     for one in sorted((library / "adapters").iterdir()):
-        for row in load_task(library / "tasks" / one.name).probe[:N_PROMPTS]:
+        rows = load_task(library / "tasks" / one.name).probe
+        for row in [row for i, row in enumerate(rows) if i not in skip][:N_PROMPTS]:
             chat = {"messages": row["messages"][:-1]} if "messages" in row else row
             asked = {key: chat[key] for key in ("messages", "prompt") if key in chat}
             lines.append(json.dumps({"task": one.name, **asked}, ensure_ascii=False))

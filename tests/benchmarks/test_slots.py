@@ -14,6 +14,7 @@ from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -85,9 +86,26 @@ def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, meas
 
 def test_what_was_measured_is_not_measured_again(measured):
     first = measured("estimates;kmeans")
-    again = measured("estimates;kmeans;estimates, refined")
+    again = measured("estimates;kmeans;estimates: refined")
     assert {case: again[case] for case in first} == first
-    assert set(again) - set(first) == {"estimates, refined"}
+    assert set(again) - set(first) == {"estimates: refined"}
+
+
+def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
+    rows = measured("estimates;estimates: rank 16;estimates: refined with prompts")
+    for how in ("rank 16", "refined with prompts"):
+        one = rows[f"estimates: {how}"]
+        assert one["clusters_of"] == rows["estimates"]["clusters_of"]
+        assert ("refine" in one["stages"]) == how.startswith("refined")
+    pack = load_pack(tmp_path / "work" / "2-0-estimates-rank-16" / "pack")
+    ranks = {pack.load(name).rank for name in NAMES}
+    assert max(ranks) == 16
+    assert rows["estimates: rank 16"]["excess"] != rows["estimates"]["excess"]
+    config = (tmp_path / "work" / "2-0-estimates-refined-with-prompts" / "config.yaml").read_text()
+    prompts = tmp_path / "work" / "2-0-estimates-refined-with-prompts.prompts.jsonl"
+    assert f"unlabelled: {prompts}" in config
+    used = (tmp_path / "work" / "tasks-0" / "a" / "probe.jsonl").read_text()
+    assert not any(json.loads(line)["prompt"] in used for line in prompts.read_text().splitlines())
 
 
 def test_cases_of_the_past_are_kept_and_not_measured(measured):
