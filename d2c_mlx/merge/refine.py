@@ -2,9 +2,10 @@
 
 The student starts as the merge. Its loss on a task is the cross entropy on the answers of the
 calibration rows plus the KL divergence from the task adapter, both over `gain` as in the normalised
-regret. Calibration rows that are held back from training choose the step to keep. What they judge
-is what a pack would hold (16 bit, rank kept), and the unrefined merge takes part as step 0. So
-refining never makes a merge worse on them.
+regret. What is judged and kept is a moving average of the factors: single steps follow the few rows
+that they train on. Calibration rows that are held back from training choose the step to keep. What
+they judge is what a pack would hold (16 bit, rank kept), and the unrefined merge takes part as step
+0. So refining never makes a merge worse on them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
@@ -26,6 +28,9 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.blas import all_cores
 
 __all__ = ["Member", "RefineOptions", "Refined", "hold_back", "refine", "schedule", "turns"]
+
+# Least weight of a step in the average; the first steps count alike.
+_NEWEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class RefineOptions:
     held_share: float = 0.3
     rows: int = 2
     every: int = 5
-    patience: int = 5
+    patience: int = 3
     eps: float = 1e-3
     seed: int = 0
 
@@ -178,7 +183,7 @@ def _train(
     cost = _mean_cost(tasks, o.rows)
     meter.expect(o.steps * cost)
     optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
-    factors = _balanced(merged)
+    factors = average = _balanced(merged)
     curve = [(0, _regret(model, merged, tasks))]
     best, kept, step, stopped = curve[0][1] - o.eps, (0, merged), 0, "steps"
     while step < o.steps:
@@ -187,12 +192,13 @@ def _train(
         gradient = model.gradient(factors, *_weighted(rows, tasks, o.kl_weight))
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
         factors = optimizer.apply_gradients(gradient, factors)
-        mx.eval(factors, optimizer.state)
+        average = _averaged(average, factors, step)
+        mx.eval(factors, average, optimizer.state)
         meter.advance(cost)
         if step % o.every and step < o.steps:
             continue
         # The candidate is what a pack would hold, rounding to 16 bit included.
-        candidate = _adapter(merged, factors, model.base.dtype)
+        candidate = _adapter(merged, average, model.base.dtype)
         regret = _regret(model, candidate, tasks)
         if not math.isfinite(regret):
             stopped = "diverged"
@@ -227,6 +233,13 @@ def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[l
             waiting += [rows[i] for i in rng.permutation(len(rows))]
         yield waiting[:n]
         del waiting[:n]
+
+
+def _averaged(average: Factors, factors: Factors, step: int) -> Factors:
+    """The average of the start and of the factors after every step, the latest ones in the main."""
+    newest = max(_NEWEST, 1 / (step + 1))
+    moved: Factors = tree_map(lambda old, new: old + newest * (new - old), average, factors)
+    return moved
 
 
 def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:

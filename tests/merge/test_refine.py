@@ -14,7 +14,14 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.refine import Member, RefineOptions, _balanced, hold_back, refine
+from d2c_mlx.merge.refine import (
+    Member,
+    RefineOptions,
+    _averaged,
+    _balanced,
+    hold_back,
+    refine,
+)
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task, load_unlabelled
@@ -135,6 +142,19 @@ def test_batches_of_one_row_give_the_same_gradient(base, members, merged, monkey
     monkeypatch.setattr("d2c_mlx.evaluate.distill._BATCH", 1)
     apart = model.gradient(factors, rows, weights)
     tree_map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), whole, apart)
+
+
+def test_the_average_has_the_first_steps_alike_and_then_the_latest_in_the_main():
+    rng = np.random.default_rng(0)
+    steps = [rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(30)]
+    average = {"q": tuple(map(mx.array, steps[0]))}
+    for step, (a, b) in enumerate(steps[1:], 1):
+        average = _averaged(average, {"q": (mx.array(a), mx.array(b))}, step)
+        if step < 10:
+            expected = np.mean(steps[: step + 1], axis=0, dtype=np.float64)
+        else:
+            expected = 0.9 * expected + 0.1 * steps[step]
+        np.testing.assert_allclose(np.array(average["q"]), expected, atol=1e-6)
 
 
 def test_it_improves_what_an_independent_evaluation_measures(base, members, merged):
