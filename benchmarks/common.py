@@ -36,3 +36,8 @@ def ends(session):
         "base": BenchMethod(0, [dict.fromkeys(names)]),
         "individual": BenchMethod(0, [dict(zip(names, session.adapters))]),
     }
+
+
+def slug(case):
+    """The name of a case in that of its directory."""
+    return case.replace(":", "").replace(",", "").replace(" ", "-")

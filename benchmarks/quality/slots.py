@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks import command_line
-from benchmarks.common import ends
+from benchmarks.common import ends, slug
 from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.mlx_format import load_adapter
@@ -119,11 +119,6 @@ def pulled(session, case, clustering, options):
         )
     config = session.config.replace(**changes, clusters=str(clusters), output=str(place))
     return run(config, until="pack", quiet=True)
-
-
-def slug(case):
-    """The name of a case in that of its directory."""
-    return case.replace(":", "").replace(",", "").replace(" ", "-")
 
 
 def partitions(session, kind, results, options):

@@ -6,12 +6,15 @@ target token over the individual adapters.
 
 import statistics
 
+from benchmarks.common import slug
 from benchmarks.tables.result_files import kind_of, markdown
 from d2c_mlx.compose.methods import AUTO
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
 EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
 RETENTION_GOALS = {"12.5%": "99.5%", "6.25%": "99%", "3%": "97%", "1.5%": "93%", "0.75%": "85%"}
+# Kinds of task whose answers are right or wrong.
+EXACT = ("date", "num")
 STRONG_GOALS = {"6.25%": "0.005", "3%": "0.02", "1%": "0.04"}
 
 
@@ -155,16 +158,30 @@ def answers(read):
         rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
     (own,) = rows["individual", None]
     kinds = dict.fromkeys(map(kind_of, own))
+    exact = [name for name in own if kind_of(name) in EXACT]
+    ceilings = {name: one["score"] for name, one in own.items()}
     lines = []
-    for (case, k), some in rows.items():
+    for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
+        shares = [sum(means[name] for name in names) / sum(ceilings[name] for name in names)
+                  for names in (own, exact)]  # fmt: skip
         of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]
-        total = statistics.mean(means.values())
-        ceiling = statistics.mean(one["score"] for one in own.values())
-        lines.append((f"{case}, K = {k}" if k else case, f"{len(some)}",
-                      *(f"{statistics.mean(one):.1f}" for one in of), f"{total:.1f}",
-                      f"{total / ceiling:.1%}" if k else ""))  # fmt: skip
-    return markdown(("case", "draws", *kinds, "all", "of their own"), lines)
+        lines.append((f"{k}" if k else "", case, f"{len(some)}",
+                      *(f"{statistics.mean(one):.1f}" for one in of),
+                      f"{statistics.mean(means.values()):.1f}",
+                      *(f"{share:.1%}" if k else "" for share in shares),
+                      *costs(read, case, k)))  # fmt: skip
+    header = ("K", "case", "draws", *kinds, "all", "of their own", "exact ones", "excess", "seconds")
+    return markdown(header, lines, left=2)
+
+
+def costs(read, case, k):
+    """Excess, and seconds to merge and refine, of a case of scores.json in slots.json."""
+    rows = [one for one in read("slots")["rows"]
+            if (slug(one["case"]), one["clusters"]) == (case, k)]  # fmt: skip
+    seconds = [sum(one["stages"].values()) for one in rows if one.get("stages")]
+    return (f"{statistics.mean(one['excess'] for one in rows):.3f}" if rows else "",
+            f"{statistics.mean(seconds):.0f}" if seconds else "")  # fmt: skip
 
 
 def without_rows(read):

@@ -21,7 +21,7 @@ from d2c_mlx.adapters.gguf_factors import BLOCK, QUANTIZED, Factor, GgufAdapter
 from d2c_mlx.compress.affine import Levels, Quantized, dequantize, hartley_rotation, unpack_codes
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.gptq import gptq_round, ridge
-from d2c_mlx.compress.quantize import MODULES_AT_ONCE, Components, in_float64, svd_components
+from d2c_mlx.compress.quantize import Components, in_float64, svd_components, together
 
 __all__ = ["GGUF_LOST", "gguf_of", "gguf_store", "kinds"]
 
@@ -63,8 +63,7 @@ def gguf_store(
     modules: dict[str, tuple[Factor, Factor]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for start in range(0, len(paths), MODULES_AT_ONCE):
-            some = paths[start : start + MODULES_AT_ONCE]
+        for some in together(paths, parts):
             pairs = [in_float64(parts[path]) for path in some]
             modules |= zip(some, _rounded(pairs, [levels[path][0] for path in some]))
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)

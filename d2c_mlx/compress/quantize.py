@@ -6,7 +6,7 @@ more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. `gptq.py` does th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -27,7 +27,6 @@ from d2c_mlx.compress.gptq import gptq_round, ridge
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
-    "MODULES_AT_ONCE",
     "Components",
     "check_levels",
     "compress",
@@ -35,12 +34,14 @@ __all__ = [
     "quantize_modules",
     "svd_components",
     "svd_rows",
+    "together",
 ]
 
 # Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
 Components = tuple[np.ndarray, np.ndarray]
-# Modules that are rounded together: more of them would leave the processor's cache.
-MODULES_AT_ONCE = 16
+# Modules that are rounded together, and the numbers that they have at most: more would leave the
+# processor's cache, and take a hundred bytes of memory each.
+_AT_ONCE, _NUMBERS_AT_ONCE = 16, 1 << 19
 
 
 def compress(
@@ -78,8 +79,7 @@ def compress(
     found: dict[str, tuple[Level, ...]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for start in range(0, len(kept), MODULES_AT_ONCE):
-            paths = kept[start : start + MODULES_AT_ONCE]
+        for paths in together(kept, parts):
             precise = [in_float64(parts[path]) for path in paths]
             wanted = [levels_of[path] for path in paths]
             found |= zip(paths, quantize_modules(precise, wanted, group_size, rounds))
@@ -215,6 +215,19 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
     # rounding.
     order = order[size[order] > size.max() * 1e-7**0.5]
     return left.T[order], right[order]
+
+
+def together(paths: Sequence[str], parts: Mapping[str, Components]) -> Iterator[list[str]]:
+    """Yield the modules in their order, as many at a time as should be rounded together."""
+    some: list[str] = []
+    for path in paths:
+        numbers = sum(x.size for one in (*some, path) for x in parts[one])
+        if some and (len(some) == _AT_ONCE or numbers > _NUMBERS_AT_ONCE):
+            yield some
+            some = []
+        some.append(path)
+    if some:
+        yield some
 
 
 def in_float64(parts: Components) -> Components:

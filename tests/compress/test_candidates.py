@@ -1,5 +1,6 @@
 """Candidates of a plan: what components are worth, and what an adapter is measured to lose."""
 
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from helpers.tiny import expected_regret
 
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import Form, worth
+from d2c_mlx.compress.candidates import Form, _mapped, worth
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.merge.methods import merge_adapters
@@ -87,3 +88,25 @@ def test_a_candidate_is_measured_as_it_is_packed(config):
     other = session.planner.forms.measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
     assert other.scale >= 2 and one.scale in FINE_SCALES
     assert other.nbytes == one.nbytes
+
+
+def buffer_of(array):
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array.obj if isinstance(array, memoryview) else array
+
+
+@pytest.mark.parametrize("form", ["compact", "gguf"])
+def test_numbers_of_measured_forms_wait_in_a_file(config, form):
+    session = run(config.replace(format=form, budget="50%"), until="probe", quiet=True)
+    adapter, storage = session.adapters[0], session.inputs.capacity.storage
+    parts = svd_components(adapter)
+    levels = storage.allocate(worth(parts, [{}]), 0.5 * session.inputs.capacity.sizes[0])
+    one = session.planner.forms.measure(Form((0,), adapter, levels))
+    found, expected = [], []
+    _mapped(one.stored, lambda x: found.append(x) or x)
+    _mapped(storage.store(adapter, levels, parts), lambda x: expected.append(x) or x)
+    assert all(isinstance(buffer_of(x), mmap.mmap) for x in found)
+    assert len(found) == len(expected) > 4
+    for x, y in zip(found, expected):
+        np.testing.assert_array_equal(x, y)
