@@ -107,13 +107,6 @@ def test_an_engine_is_measured_in_a_process_of_its_own():
     assert found["tokens"] > 0 and all(n > 0 for n in found.values())
 
 
-def test_refining_prints_what_it_adds(imported, paths, monkeypatch, capsys):
-    words = ["--library", str(paths.tasks.parent), "date-en,gec-en", "--seeds", "0"]
-    monkeypatch.setattr(sys, "argv", ["refine", *words])
-    imported("quality.refine").main()
-    assert "date-en, gec-en: merge" in capsys.readouterr().out
-
-
 def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
     file = without_rows.write_prompts(paths.adapters.parent, tmp_path / "prompts.jsonl")
     tasks = [Task(name, (), ()) for name in NAMES]
