@@ -171,8 +171,8 @@ def answers(read):
                       f"{statistics.mean(means.values()):.1f}",
                       *(f"{share:.1%}" if k else "" for share in shares),
                       *costs(read, case, k)))  # fmt: skip
-    header = ("K", "case", "draws", *kinds, "all", "of their own", "exact ones", "excess", "seconds")
-    return markdown(header, lines, left=2)
+    shared = ("all", "of their own", "exact ones", "excess", "seconds")
+    return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
 
 
 def costs(read, case, k):
