@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -10,6 +11,9 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapters.adapter import Adapter
 
 __all__ = ["closest_scale", "errors_and_kept", "gram", "similarity", "svd_features"]
+
+# Bytes of a module's factors that are compared with others at once.
+_AT_ONCE = 32 << 20
 
 
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
@@ -29,13 +33,38 @@ def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.nda
     with threadpool_limits(1):  # as in merge_adapters
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
             here = [i for i in range(len(adapters)) if path in adapters[i].modules]
-            factors = [adapters[i].modules[path].factors() for i in here]
-            a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
-            b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
-            inner = (a.T @ a) * (b @ b.T)
-            starts = np.cumsum([0, *(f.shape[1] for f, _ in factors)])[:-1]
-            rows = np.add.reduceat(inner, starts, axis=0)
-            yield path, here, np.add.reduceat(rows, starts, axis=1)
+            first = adapters[here[0]].modules[path]
+            at_once = max(1, _AT_ONCE // (8 * first.rank * sum(first.shape)))
+            tiles = [range(n, min(n + at_once, len(here))) for n in range(0, len(here), at_once)]
+            products = np.empty((len(here), len(here)))
+            for k, rows in enumerate(tiles):
+                one = _stacked(adapters, path, [here[i] for i in rows])
+                for columns in tiles[: k + 1]:
+                    other = one
+                    if columns != rows:
+                        other = _stacked(adapters, path, [here[i] for i in columns])
+                    inner = (one.a.T @ other.a) * (one.b @ other.b.T)
+                    summed = np.add.reduceat(inner, one.starts, axis=0)
+                    found = np.add.reduceat(summed, other.starts, axis=1)
+                    products[np.ix_(rows, columns)] = found
+                    products[np.ix_(columns, rows)] = found.T
+            yield path, here, products
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The factors of a module of several adapters side by side, and where each begins."""
+
+    a: np.ndarray
+    b: np.ndarray
+    starts: np.ndarray
+
+
+def _stacked(adapters: Sequence[Adapter], path: str, some: Sequence[int]) -> _Stack:
+    factors = [adapters[i].modules[path].factors() for i in some]
+    a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
+    b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
+    return _Stack(a, b, np.cumsum([0, *(x.shape[1] for x, _ in factors)])[:-1])
 
 
 def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, float]:

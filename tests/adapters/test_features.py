@@ -62,6 +62,15 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
     assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("nbytes", [1, 1 << 9, 1 << 30])
+def test_similarity_is_the_same_however_many_adapters_are_compared_at_once(nbytes, monkeypatch):
+    monkeypatch.setattr("d2c_mlx.adapters.similarity._AT_ONCE", nbytes)
+    adapters, shapes = random_adapters(3, n=9)
+    np.testing.assert_allclose(
+        similarity(adapters), dense_cosines(adapters, shapes), rtol=0, atol=1e-6
+    )
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
