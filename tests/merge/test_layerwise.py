@@ -15,6 +15,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge import layerwise
 from d2c_mlx.merge.layerwise import _parts, merge_layerwise
 from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
@@ -128,9 +129,13 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
     return updates
 
 
+@pytest.mark.parametrize("large", [0, layerwise._LARGE], ids=["one by one", "at once"])
 @pytest.mark.parametrize("rank", [2, 64])
 @pytest.mark.parametrize("scale, strength", [(1.0, 0.0), (1.0, 0.75), (1.4, 1.0)])
-def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(tiny, scale, strength, rank):
+def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
+    tiny, scale, strength, rank, large, monkeypatch
+):
+    monkeypatch.setattr(layerwise, "_LARGE", large)
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
     (made,) = merge_layerwise(base, adapters, sets, [(scale, strength)], rank)
