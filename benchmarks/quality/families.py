@@ -18,6 +18,7 @@ from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.merge.concat import concat
 from d2c_mlx.utils.line_search import line_search
 
 
@@ -106,9 +107,8 @@ def total(adapters, signs=(1.0, 1.0)):
     some = [(one, sign) for one, sign in zip(adapters, signs) if one is not None]
     modules = {}
     for path in dict.fromkeys(path for one, _ in some for path in one.modules):
-        pairs = [(*one.modules[path].factors(), sign) for one, sign in some if path in one.modules]
-        a = np.concatenate([a for a, _, _ in pairs], axis=1)
-        b = np.concatenate([sign * b for _, b, sign in pairs])
+        here = [(one.modules[path], sign) for one, sign in some if path in one.modules]
+        a, b = concat([lora.factors() for lora, _ in here], np.array([sign for _, sign in here]))
         modules[path] = LoRA(mx.array(a), mx.array(b))
     return Adapter(some[0][0].name, modules)
 

@@ -61,8 +61,6 @@ LEVERS = {
     "layerwise": {"merge_method": "layerwise"},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")
-# (seed, clusters, options) -> merges: those of "layerwise" are refined next.
-MADE = {}
 CASES = (
     *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
     *(f"estimates: {name}" for name in (*MERGES, *LEVERS)),
@@ -86,13 +84,10 @@ def probes_of(library, seed, n_examples, directory):
 
 def served(session, clustering, changes):
     """The adapter of every task when the clusters are merged with other options; and the scales."""
-    options = {**PLAIN, **changes}
-    key = session.config.seed, clustering.labels, tuple(options.items())
-    if key not in MADE:
-        merger = session.study.merger_with(session.config.replace(**options).merging)
-        MADE[key] = [merger.final(members) for members in clustering.groups]
-    merges, found = MADE[key], [one.adapter for one in MADE[key]]
-    adapters = {session.inputs.names[i]: found[k] for i, k in enumerate(clustering.labels)}
+    config = session.config.replace(**{**PLAIN, **changes})
+    merger = session.study.merger_with(config.merging)
+    merges = [merger.final(members) for members in clustering.groups]
+    adapters = {session.inputs.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]
 
 
@@ -104,11 +99,11 @@ def packed(session):
     return adapters, merges
 
 
-def pulled(session, case, clustering, options):
-    """A run with the options of a lever, on known clusters, in a directory of its own."""
+def pulled(session, case, clustering, i, options):
+    """A run with a lever's options on the case's i-th clustering, in a directory of its own."""
     how, names = case.partition(": ")[2], session.inputs.names
     start = session.output.name.removesuffix("estimates")
-    place = session.output.with_name(start + slug(case))
+    place = session.output.with_name(f"{start}{slug(case)}{f'-{i}' if i else ''}")
     clusters = place.with_suffix(".clusters.json")
     write_json(clusters, [[names[i] for i in group] for group in clustering.groups])
     changes = dict(LEVERS[how])
@@ -160,8 +155,8 @@ def measure(config, case, results, options):
         session = run(config, until="probe", quiet=True)
         clusterings = partitions(session, kind, results, options)
         if how in LEVERS:
-            session = pulled(session, case, clusterings[0], options)
-            found = [packed(session)]
+            pulls = [pulled(session, case, one, i, options) for i, one in enumerate(clusterings)]
+            found, session = [packed(one) for one in pulls], pulls[0]
         else:
             changes = MERGES.get(how, {})
             found = [served(session, one, changes) for one in clusterings]
@@ -193,10 +188,14 @@ def measure(config, case, results, options):
 
 
 def stages(session, names):
-    """Stage -> seconds, of those that the last run of the case had."""
-    paths = {name: session.output / ".stages" / f"{name}.json" for name in names}
-    return {name: json.loads(path.read_text())["seconds"]
-            for name, path in paths.items() if path.exists()}  # fmt: skip
+    """Stage -> seconds, of those that the case's first run had."""
+    return {name: record(session, name)["seconds"] for name in names
+            if (session.output / ".stages" / f"{name}.json").exists()}  # fmt: skip
+
+
+def record(session, name):
+    """What a run wrote down about a stage."""
+    return json.loads((session.output / ".stages" / f"{name}.json").read_text())
 
 
 def searched(session):
@@ -204,10 +203,7 @@ def searched(session):
 
     Tokens and seconds, merging too, are those of what was not in the cache.
     """
-    records = [
-        json.loads((session.output / ".stages" / f"{name}.json").read_text())
-        for name in ("probe", "cluster")
-    ]
+    records = [record(session, name) for name in ("probe", "cluster")]
     probe, cluster = (one["evaluations"]["asked"] for one in records)
     return {
         # The probe asks for the parts of every task's rows one by one.

@@ -220,12 +220,14 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
 def together(paths: Sequence[str], parts: Mapping[str, Components]) -> Iterator[list[str]]:
     """Yield the modules in their order, as many at a time as should be rounded together."""
     some: list[str] = []
+    numbers = 0
     for path in paths:
-        numbers = sum(x.size for one in (*some, path) for x in parts[one])
-        if some and (len(some) == _AT_ONCE or numbers > _NUMBERS_AT_ONCE):
+        more = sum(x.size for x in parts[path])
+        if some and (len(some) == _AT_ONCE or numbers + more > _NUMBERS_AT_ONCE):
             yield some
-            some = []
+            some, numbers = [], 0
         some.append(path)
+        numbers += more
     if some:
         yield some
 

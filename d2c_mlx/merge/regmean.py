@@ -138,11 +138,12 @@ def matched(
     grams.add_against(lacking, to=right)
     if right.shape[1] <= right.shape[0]:
         u = _leading(grams.norms(right), rank)
-        return grams.solve(right @ u).astype(stack.dtype), u.T.astype(stack.dtype)
-    # right^T = q r, in the memory of right.
-    q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
-    u = _leading(grams.norms(r.T), rank)
-    return grams.solve(r.T @ u).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
+        projected = right @ u
+    else:  # right^T = q r, in the memory of right.
+        q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
+        leading = _leading(grams.norms(r.T), rank)
+        u, projected = q @ leading, r.T @ leading
+    return grams.solve(projected).astype(stack.dtype), u.T.astype(stack.dtype)
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:
