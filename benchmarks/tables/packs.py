@@ -160,6 +160,7 @@ def answers(read):
     kinds = dict.fromkeys(map(kind_of, own))
     exact = [name for name in own if kind_of(name) in EXACT]
     ceilings = {name: one["score"] for name, one in own.items()}
+    beside = read("slots")["rows"]
     lines = []
     for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
@@ -170,15 +171,14 @@ def answers(read):
                       *(f"{statistics.mean(one):.1f}" for one in of),
                       f"{statistics.mean(means.values()):.1f}",
                       *(f"{share:.1%}" if k else "" for share in shares),
-                      *costs(read, case, k)))  # fmt: skip
+                      *costs(beside, case, k)))  # fmt: skip
     shared = ("all", "of their own", "exact ones", "excess", "seconds")
     return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
 
 
-def costs(read, case, k):
-    """Excess, and seconds to merge and refine, of a case of scores.json in slots.json."""
-    rows = [one for one in read("slots")["rows"]
-            if (slug(one["case"]), one["clusters"]) == (case, k)]  # fmt: skip
+def costs(beside, case, k):
+    """Excess, and seconds to merge and refine, of a case of scores.json, by rows of slots.json."""
+    rows = [one for one in beside if (slug(one["case"]), one["clusters"]) == (case, k)]
     seconds = [sum(one["stages"].values()) for one in rows if one.get("stages")]
     return (f"{statistics.mean(one['excess'] for one in rows):.3f}" if rows else "",
             f"{statistics.mean(seconds):.0f}" if seconds else "")  # fmt: skip

@@ -92,7 +92,8 @@ def test_what_was_measured_is_not_measured_again(measured):
 
 
 def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
-    rows = measured("estimates;estimates: rank 16;estimates: refined with prompts")
+    rows = measured("estimates;estimates: rank 16;estimates: refined with prompts;random: rank 16")
+    assert len(rows["random: rank 16"]["each_excess"]) == 3
     for how in ("rank 16", "refined with prompts"):
         one = rows[f"estimates: {how}"]
         assert one["clusters_of"] == rows["estimates"]["clusters_of"]
