@@ -6,15 +6,12 @@ target token over the individual adapters.
 
 import statistics
 
-from benchmarks.common import slug
-from benchmarks.tables.result_files import kind_of, markdown
+from benchmarks.tables.result_files import markdown
 from d2c_mlx.compose.methods import AUTO
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
 EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
 RETENTION_GOALS = {"12.5%": "99.5%", "6.25%": "99%", "3%": "97%", "1.5%": "93%", "0.75%": "85%"}
-# Kinds of task whose answers are right or wrong.
-EXACT = ("date", "num")
 STRONG_GOALS = {"6.25%": "0.005", "3%": "0.02", "1%": "0.04"}
 
 
@@ -151,39 +148,6 @@ def gemma(read):
     ])  # fmt: skip
 
 
-def answers(read):
-    """Score by kind of task under merged adapters, and its share of the own adapters'."""
-    rows = {}
-    for one in read("scores")["rows"]:
-        rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
-    (own,) = rows["individual", None]
-    kinds = dict.fromkeys(map(kind_of, own))
-    exact = [name for name in own if kind_of(name) in EXACT]
-    ceilings = {name: one["score"] for name, one in own.items()}
-    beside = read("slots")["rows"]
-    lines = []
-    for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
-        means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
-        shares = [sum(means[name] for name in names) / sum(ceilings[name] for name in names)
-                  for names in (own, exact)]  # fmt: skip
-        of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]
-        lines.append((f"{k}" if k else "", case, f"{len(some)}",
-                      *(f"{statistics.mean(one):.1f}" for one in of),
-                      f"{statistics.mean(means.values()):.1f}",
-                      *(f"{share:.1%}" if k else "" for share in shares),
-                      *costs(beside, case, k)))  # fmt: skip
-    shared = ("all", "of their own", "exact ones", "excess", "seconds")
-    return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
-
-
-def costs(beside, case, k):
-    """Excess, and seconds to merge and refine, of a case of scores.json, by rows of slots.json."""
-    rows = [one for one in beside if (slug(one["case"]), one["clusters"]) == (case, k)]
-    seconds = [sum(one["stages"].values()) for one in rows if one.get("stages")]
-    return (f"{statistics.mean(one['excess'] for one in rows):.3f}" if rows else "",
-            f"{statistics.mean(seconds):.0f}" if seconds else "")  # fmt: skip
-
-
 def without_rows(read):
     """Packs made by weights alone, or of answers to prompts, beside those made with rows."""
     beside = {}
@@ -200,25 +164,6 @@ def without_rows(read):
         for one in read("without_rows")["rows"]
     ]  # fmt: skip
     return markdown(("budget", "made by", "excess", "retention", "excess with rows"), lines, left=2)
-
-
-def departures(read):
-    """First differences of merged adapters' answers from the own adapters', by kind of task."""
-    groups, rows = {}, []
-    for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
-        for name, task in one["tasks"].items() if one["case"] == "estimates" else ():
-            each = groups.setdefault((one["clusters"], kind_of(name)), [])
-            each += zip(task["is_own"], task["same_words"], task["length"])
-    for (k, kind), each in groups.items():
-        others = [(same, length) for is_own, same, length in each if not is_own]
-        at_once = [same == 0 for same, _ in others]
-        rows.append((
-            f"{k}", kind, f"{1 - len(others) / len(each):.0%}",
-            *(f"{statistics.mean(some):.0%}" for some in (at_once, *zip(*others))),
-        ))  # fmt: skip
-    header = ("K", "kind", "the same", "others: first word differs", "same words before",
-              "length")  # fmt: skip
-    return markdown(header, rows, left=2)
 
 
 # The method that the held-out rows would choose.

@@ -11,8 +11,8 @@ from functools import partial
 from hashlib import sha256
 
 from benchmarks import RESULTS
+from benchmarks.tables import answers, formats, packs, plots, serving, speed, summary
 from benchmarks.tables import experiment as paper
-from benchmarks.tables import formats, packs, plots, serving, speed, summary
 from benchmarks.tables.findings import findings
 from benchmarks.tables.result_files import reader
 from d2c_mlx.report.charts import svg_file
@@ -39,8 +39,9 @@ TABLES = {
     "stress": serving.stress,
     "order": packs.order,
     "gemma": packs.gemma,
-    "answers": packs.answers,
-    "departures": packs.departures,
+    "answers": answers.answers,
+    "answers-pairs": answers.pairs,
+    "departures": answers.departures,
     "without-rows": packs.without_rows,
     "compose": packs.compose,
     "compose-tasks": packs.compose_tasks,

@@ -1,0 +1,116 @@
+"""Tables of greedy answers of merged adapters, beside those of the adapters themselves.
+
+Each function gets `read` of result_files.py and returns lines of Markdown. Scores are in percent by
+the metric of each task.
+"""
+
+import statistics
+
+import numpy as np
+
+from benchmarks.common import slug
+from benchmarks.quality.metrics import pooled_bootstrap
+from benchmarks.tables.result_files import kind_of, markdown
+
+# Kinds of task whose answers are right or wrong.
+EXACT = ("date", "num")
+# Two cases of scores.json, or one beside a method of results/rows_24, on the same test rows.
+PAIRS = (
+    ("estimates", "individual"),
+    ("estimates", "D2C-moves"),
+    ("estimates", "K-Means-layerwise"),
+    ("estimates", "kmeans-layerwise"),
+    ("estimates-refined", "individual"),
+    ("estimates-refined", "estimates"),
+    ("estimates-refined", "kmeans-layerwise"),
+    ("estimates-rank-16", "estimates"),
+)
+# Slots -> the budget of the same 24 adapters there.
+SHARES = {3: "12.5", 6: "25", 12: "50"}
+SEEDS = (0, 1, 2)
+
+
+def answers(read):
+    """Score by kind of task under merged adapters, and its share of the own adapters'."""
+    rows = {}
+    for one in read("scores")["rows"]:
+        rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
+    (own,) = rows["individual", None]
+    kinds = dict.fromkeys(map(kind_of, own))
+    exact = [name for name in own if kind_of(name) in EXACT]
+    ceilings = {name: one["score"] for name, one in own.items()}
+    beside = read("slots")["rows"]
+    lines = paper_rows(read("paper"), len(kinds))
+    for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
+        means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
+        shares = [sum(means[name] for name in names) / sum(ceilings[name] for name in names)
+                  for names in (own, exact)]  # fmt: skip
+        of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]
+        lines.append((f"{k}" if k else "", case, f"{len(some)}",
+                      *(f"{statistics.mean(one):.1f}" for one in of),
+                      f"{statistics.mean(means.values()):.1f}",
+                      *(f"{share:.1%}" if k else "" for share in shares),
+                      *costs(beside, case, k)))  # fmt: skip
+    shared = ("all", "of their own", "exact ones", "excess", "seconds")
+    return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
+
+
+def paper_rows(paper, n_kinds):
+    """Rows of the paper's own scores, on its own adapters and tasks."""
+    slots, nothing = f"{paper['slots']} of {paper['adapters']}", [""] * n_kinds
+    return [
+        (slots, f"{name} of the paper", "", *nothing, f"{score:.1f}",
+         f"{score / paper['ceiling']:.1%}", "", "", "")
+        for name, score in paper["scores"].items()
+    ]  # fmt: skip
+
+
+def costs(beside, case, k):
+    """Excess, and seconds to merge and refine, of a case of scores.json, by rows of slots.json."""
+    rows = [one for one in beside if (slug(one["case"]), one["clusters"]) == (case, k)]
+    seconds = [sum(one["stages"].values()) for one in rows if one.get("stages")]
+    return (f"{statistics.mean(one['excess'] for one in rows):.3f}" if rows else "",
+            f"{statistics.mean(seconds):.0f}" if seconds else "")  # fmt: skip
+
+
+def stats(read, case, k):
+    """Draw -> task -> what every test row adds to the score, of a case or a method of rows_24."""
+    rows = {one["seed"]: one["tasks"] for one in read("scores")["rows"]
+            if (one["case"], one["clusters"]) in ((case, k), (case, None))}  # fmt: skip
+    if not rows:
+        names = {seed: f"rows_24/{case}-{SHARES[k]}-{seed}-0-10" for seed in SEEDS}
+        rows = {seed: read(name)["tasks"] for seed, name in names.items()}
+    return {seed: {name: np.array(one["stats"]) for name, one in tasks.items()}
+            for seed, tasks in rows.items()}  # fmt: skip
+
+
+def pairs(read, k=3):
+    """Cases beside each other on the same test rows, the draws of probe rows that both have."""
+    lines = []
+    for case, other in PAIRS:
+        ours, theirs = stats(read, case, k), stats(read, other, k)
+        both = [(ours[seed], theirs.get(seed, theirs.get(None)))
+                for seed in ours if seed in theirs or None in theirs]  # fmt: skip
+        found = pooled_bootstrap(both)
+        lines.append((case, other, f"{found['difference']:+.1f}",
+                      f"{found['low']:+.1f} to {found['high']:+.1f}", f"{len(both)}"))  # fmt: skip
+    return markdown(("case", "beside", "points of score", "95 %", "draws"), lines, left=2)
+
+
+def departures(read):
+    """First differences of merged adapters' answers from the own adapters', by kind of task."""
+    groups, rows = {}, []
+    for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
+        for name, task in one["tasks"].items() if one["case"] == "estimates" else ():
+            each = groups.setdefault((one["clusters"], kind_of(name)), [])
+            each += zip(task["is_own"], task["same_words"], task["length"])
+    for (k, kind), each in groups.items():
+        others = [(same, length) for is_own, same, length in each if not is_own]
+        at_once = [same == 0 for same, _ in others]
+        rows.append((
+            f"{k}", kind, f"{1 - len(others) / len(each):.0%}",
+            *(f"{statistics.mean(some):.0%}" for some in (at_once, *zip(*others))),
+        ))  # fmt: skip
+    header = ("K", "kind", "the same", "others: first word differs", "same words before",
+              "length")  # fmt: skip
+    return markdown(header, rows, left=2)
