@@ -50,7 +50,7 @@ STRENGTH = 0.75
 _BATCH = 256
 # Modules whose dense update takes more bytes are solved one after the other, on all cores: a solver
 # holds three times as much.
-_LARGE = 1 << 26
+_LARGE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class _Merging:
             return matched(factors[path], grams[i], lacking, self.rank)
 
         each = [(i, path) for i in range(len(merges)) for path in paths]
-        large = any(8 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
+        large = any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
         threads, blas = (1, None) if large else (len(each), 1)
         # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
         with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:

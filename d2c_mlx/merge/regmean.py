@@ -19,8 +19,13 @@ class Grams:
     Entries off the diagonal are multiplied by `off_diagonal`, 0.9 as the paper advises for most
     models. A ridge is added to every K_i, on both sides of the equation. So without data the result
     is the mean, and equal updates merge to themselves; a ridge in the inverse alone would shrink
-    them. Everything is float64. With fewer tokens than inputs no `in x in` matrix is formed
-    (Woodbury).
+    them.
+
+    All is computed in the precision of the activations: what a Cholesky factorisation loses depends
+    on K scaled to a diagonal of ones (Demmel, https://www.netlib.org/lapack/lawnspdf/lawn14.pdf),
+    and so scaled K has no eigenvalue below `1 - off_diagonal`. With less than half as many tokens
+    as inputs no `in x in` matrix is formed (Woodbury); there, differences of large numbers need
+    float64.
     """
 
     def __init__(
@@ -29,62 +34,97 @@ class Grams:
         """Factorise the sum K of the K_i.
 
         Args:
-            activations: T arrays `(n_tokens, in)`, the module's inputs for examples of each task.
-                A Gram matrix G may be given as any X with `X^T X = G`.
-            off_diagonal: factor on entries off the diagonal, between 0 and 1.
+            activations: T arrays `(n_tokens, in)`, the module's inputs for examples of each task,
+                float32 or float64. A Gram matrix G may be given as any X with `X^T X = G`.
+            off_diagonal: factor on entries off the diagonal, between 0 and 1; 1 needs float64.
             ridge: share of the mean diagonal entry of the X_i^T X_i, above 0.
         """
         self._off_diagonal = off_diagonal
-        self._given = list(activations)
-        self._tokens = [x.astype(np.float64) for x in activations]
-        squares = np.stack([(x * x).sum(axis=0) for x in self._tokens])
+        dtype = np.result_type(np.float32, *activations)
+        self._tokens = [x.astype(dtype, copy=False) for x in activations]
+        squares = np.stack([np.einsum("ti,ti->i", x, x, dtype=np.float64) for x in self._tokens])
         floor = ridge * squares.mean() or 1.0  # 1 gives the mean where there is no data.
         self._diagonals = (1 - off_diagonal) * squares + floor
-        total = self._diagonals.sum(axis=0)
-        x = np.sqrt(off_diagonal) * np.concatenate(self._tokens)
-        # Woodbury's identity, where x has fewer rows than columns.
-        self._woodbury = (x, total[:, None]) if len(x) < x.shape[1] else None
-        system = x @ (x / total).T if self._woodbury else x.T @ x
-        system[np.diag_indices(len(system))] += 1.0 if self._woodbury else total
-        self._factor = scipy.linalg.cho_factor(system, overwrite_a=True, check_finite=False)
+        x, total = np.concatenate(self._tokens), self._diagonals.sum(axis=0)
+        self._woodbury = None
+        if 2 * len(x) < len(total):  # K = S (I + Y^T Y) S
+            y = x * np.sqrt(off_diagonal / total)
+            self._woodbury = y, np.sqrt(total)[:, None]
+            system, total = y @ y.T, 1.0
+        else:
+            system = x.T @ x
+            system *= off_diagonal
+        system[np.diag_indices(len(system))] += total
+        self._factor, _ = scipy.linalg.cho_factor(system, overwrite_a=True, check_finite=False)
 
     def times(self, columns: Sequence[np.ndarray]) -> np.ndarray:
         """`[K_1 a_1 .. K_T a_T]`, `(in, sum r_i)`, for T arrays `a_i (in, r_i)`."""
         sides = [
-            self._off_diagonal * (x.T @ (x @ a)) + diagonal[:, None] * a
+            self._off_diagonal * (x.T @ (x @ a)) + diagonal[:, None].astype(x.dtype) * a
             for x, diagonal, a in zip(self._tokens, self._diagonals, columns)
         ]
         return np.concatenate(sides, axis=1)
 
     def add_against(self, outputs: Sequence[np.ndarray], to: np.ndarray) -> None:
-        """Add `off_diagonal * sum_i X_i^T Y_i` to `(in, out)`, for T `Y_i (n_tokens, out)`.
-
-        It keeps the precision of the outputs, because nothing is solved here.
-        """
-        for x, y in zip(self._given, outputs):
-            to += x.T @ (self._off_diagonal * y)
+        """Add `off_diagonal * sum_i X_i^T Y_i` to `(in, out)`, for T `Y_i (n_tokens, out)`."""
+        for x, y in zip(self._tokens, outputs):
+            to.T[:] += (self._off_diagonal * y).T @ x
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """`K^-1 right`, both `(in, n)`."""
         if self._woodbury is None:
-            return scipy.linalg.cho_solve(self._factor, right, check_finite=False)
-        x, total = self._woodbury
-        inner = scipy.linalg.cho_solve(self._factor, x @ (right / total), check_finite=False)
-        return (right - x.T @ inner) / total
+            return self._back(self._half(right))
+        y, root = self._woodbury
+        whole = right / root
+        return (whole - y.T @ self._back(self._half(y @ whole))) / root
 
     def norms(self, right: np.ndarray) -> np.ndarray:
         """`right^T K^-1 right`, `(n, n)`, for `right (in, n)`."""
         if self._woodbury is None:
-            half = self._lower(right)
+            half = self._half(right)
             return half.T @ half
-        x, total = self._woodbury
-        half, whole = self._lower((x / total[:, 0]) @ right), right / np.sqrt(total)
+        y, root = self._woodbury
+        whole = right / root
+        half = self._half(y @ whole)
         return whole.T @ whole - half.T @ half
 
-    def _lower(self, right: np.ndarray) -> np.ndarray:
+    def nearest(self, right: np.ndarray, rank: int) -> Factors:
+        """The low-rank V whose outputs are nearest to those of `W = K^-1 right`.
+
+        `tr (V - W)^T K (V - W)` is least for W projected on the leading eigenvectors of
+        `W^T K W = right^T K^-1 right`.
+
+        Args:
+            right: `(in, out)` in the order of Fortran; its memory is used.
+            rank: most columns of V.
+
+        Returns:
+            V as `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
+        """
+        wide = right.shape[1] > right.shape[0]
+        if self._woodbury is None:
+            # With K = L L^T and h = L^-1 right, W^T K W = h^T h, and W is L^-T h.
+            half = self._half(right, overwrite=True)
+            u = _leading(half @ half.T if wide else half.T @ half, rank)
+            u = scipy.linalg.qr(half.T @ u, mode="economic", check_finite=False)[0] if wide else u
+            return self._back(half @ u), u.T
+        if not wide:
+            u = _leading(self.norms(right), rank)
+            return self.solve(right @ u), u.T
+        # right^T = q r, in the memory of right.
+        q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
+        u = _leading(self.norms(r.T), rank)
+        return self.solve(r.T @ u), (q @ u).T
+
+    def _half(self, right: np.ndarray, overwrite: bool = False) -> np.ndarray:
         """`L^-1 right`, where `L L^T` is the factorised matrix."""
-        factor, _ = self._factor
-        return scipy.linalg.solve_triangular(factor, right, trans="T", check_finite=False)
+        return scipy.linalg.solve_triangular(
+            self._factor, right, trans="T", overwrite_b=overwrite, check_finite=False
+        )
+
+    def _back(self, right: np.ndarray) -> np.ndarray:
+        """`L^-T right`."""
+        return scipy.linalg.solve_triangular(self._factor, right, check_finite=False)
 
 
 def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
@@ -109,10 +149,10 @@ def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
     """
     right = grams.times([a for a, _ in factors])
     solved = grams.solve(right)
-    # W = solved @ stack with stack^T = q r, and W^T K W = q r (solved^T right) r^T q^T.
+    # W = solved @ stack with stack^T = q r, and W^T K W = q r (right^T K^-1 right) r^T q^T.
     stack = np.concatenate([b for _, b in factors])
     q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
-    u = _leading(r @ (solved.T @ right) @ r.T, rank)
+    u = _leading(r @ grams.norms(right) @ r.T, rank)
     return (solved @ (r.T @ u)).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
 
 
@@ -134,16 +174,10 @@ def matched(
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
     """
     stack = np.concatenate([b for _, b in factors])
-    right = grams.times([a for a, _ in factors]) @ stack
+    right = (stack.T @ grams.times([a for a, _ in factors]).T).T
     grams.add_against(lacking, to=right)
-    if right.shape[1] <= right.shape[0]:
-        u = _leading(grams.norms(right), rank)
-        projected = right @ u
-    else:  # right^T = q r, in the memory of right.
-        q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
-        leading = _leading(grams.norms(r.T), rank)
-        u, projected = q @ leading, r.T @ leading
-    return grams.solve(projected).astype(stack.dtype), u.T.astype(stack.dtype)
+    a, b = grams.nearest(right, rank)
+    return a.astype(stack.dtype), b.astype(stack.dtype)
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:

@@ -55,6 +55,29 @@ def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
     assert lost <= least + 1e-6 * np.linalg.norm(root @ whole)
 
 
+@pytest.mark.parametrize("shape", [(64, 48), (48, 96)])
+@pytest.mark.parametrize("n_tokens", [3, 20, 200])
+def test_matched_of_float32_is_as_near_where_some_inputs_are_thousands_of_others(shape, n_tokens):
+    rng = np.random.default_rng(n_tokens)
+
+    def normal(*size):
+        return rng.normal(size=size).astype(np.float32)
+
+    sizes = np.float32(10) ** rng.uniform(-3, 3, shape[0]).astype(np.float32)
+    inputs = [normal(n_tokens, shape[0]) * sizes for _ in range(3)]
+    factors = [(normal(shape[0], 4) / sizes[:, None], normal(4, shape[1])) for _ in range(3)]
+    lacking = [normal(n_tokens, shape[1]) for _ in range(3)]
+    grams = dense_grams([x.astype(np.float64) for x in inputs], 0.9, 1e-6)
+    right = sum(gram @ a @ b for gram, (a, b) in zip(grams, factors))
+    right += 0.9 * sum(x.T.astype(np.float64) @ y for x, y in zip(inputs, lacking))
+    root = scipy.linalg.cholesky(sum(grams))
+    whole = scipy.linalg.solve_triangular(root, right, trans="T")
+    a, b = matched(factors, Grams(inputs), lacking, 6)
+    assert a.dtype == b.dtype == np.float32
+    least = np.linalg.norm(truncated(whole, 6) - whole)
+    assert np.linalg.norm(root @ a.astype(np.float64) @ b - whole) <= (1 + 1e-6) * least
+
+
 @settings(NUMERIC, max_examples=20)
 @given(st.tuples(dims, dims), counts, seeds)
 def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
