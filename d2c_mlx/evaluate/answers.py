@@ -14,7 +14,8 @@ from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.make_rows import whole_answers
-from d2c_mlx.models.tasks import Row, Task, load_tasks, prompt_key, row_format
+from d2c_mlx.models.rows import Row, prompt_key, row_format
+from d2c_mlx.models.tasks import Task, load_tasks
 from d2c_mlx.utils.errors import TaskError
 from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
 from d2c_mlx.utils.parsing import parse_json

@@ -19,8 +19,8 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import greedy, greedy_batch, linear_shapes, load_stock, stored_dtype
-from d2c_mlx.models.tasks import Row
 from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from d2c_mlx.models.rows import (
+    Row,
+    messages_problem,
+    prompt_key,
+    read_lines,
+    read_rows,
+    row_format,
+)
 from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
-from d2c_mlx.utils.files import read_text
-from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
-    "Row",
     "Task",
     "common_system",
     "load_task",
     "load_tasks",
     "load_unlabelled",
     "probe_file",
-    "prompt_key",
-    "read_rows",
-    "row_format",
     "spare_tasks",
     "systems_of",
 ]
 
-Row = dict[str, Any]
-# Most bytes of a file of rows, of which the first ten decide.
-_MOST_ROWS = 256 << 20
-_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
-_FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
 # Most names that a message lists, and most files with the same problem that have a line each.
 _MOST_LISTED, _MOST_ALIKE = 8, 3
-_EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,7 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
         return None
 
     found: dict[str, list[Row]] = {}
-    for row in _read_rows(path, "--unlabelled names a JSONL file", problem).values():
+    for row in read_lines(path, "--unlabelled names a JSONL file", problem).values():
         found.setdefault(row["task"], []).append(_with_answer(row))
     return found
 
@@ -223,113 +217,9 @@ def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
     if "messages" not in row:
         good = isinstance(row.get("prompt"), str) and row["prompt"]
         return None if good else 'expected a non-empty string "prompt", or "messages"'
-    return _messages_problem(row["messages"], "user")
+    return messages_problem(row["messages"], "user")
 
 
 def _with_answer(row: Row) -> Row:
     prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
-
-
-def prompt_key(row: Row) -> str:
-    """A key of the row's prompt, equal for "prompt" and for "messages" that say the same."""
-    keys = row_format(row)
-    if keys == ("text",):
-        return str(row["text"]).strip()
-    messages = [{"role": "user", "content": row.get("prompt", "")}]
-    if keys == ("messages",):
-        messages = row["messages"][:-1]
-    said = [(one["role"], one["content"].strip()) for one in messages]
-    return json.dumps([one for one in said if one[1]], ensure_ascii=False)
-
-
-def read_rows(path: Path, hint: str) -> dict[int, Row]:
-    """Read a JSONL file of rows: line number -> row, all of one format.
-
-    Args:
-        path: the file.
-        hint: end of the message if there is no such file.
-
-    Raises:
-        TaskError: the problems of all lines.
-    """
-    rows = _read_rows(path, hint, _row_problem)
-    formats = {row_format(row) for row in rows.values()}
-    if len(formats) > 1:
-        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
-    return rows
-
-
-def _read_rows(
-    path: Path, hint: str, row_problem: Callable[[object], str | None]
-) -> dict[int, Row]:
-    """Line number -> row.
-
-    Args:
-        path: a JSONL file.
-        hint: end of the message if there is no such file.
-        row_problem: gives what is wrong with one row, or None.
-    """
-    if path.is_dir():
-        raise TaskError(f"{path}: a directory, expected a JSONL file of rows")
-    if not path.is_file():
-        raise TaskError(f"{path}: missing; {hint}")
-    try:
-        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-        lines = read_text(path, _MOST_ROWS).split("\n")
-    except OSError as error:
-        raise TaskError(
-            f"{path}: cannot be read ({error.strerror}); expected rows of JSON"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    rows: dict[int, Row] = {}
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            problems.append(f"{path}:{number}: not JSON ({error})")
-            continue
-        problem = row_problem(row)
-        if problem:
-            problems.append(f"{path}:{number}: {problem}")
-        rows[number] = row
-    if problems:
-        raise TaskError(problems)
-    if not rows:
-        raise TaskError(
-            f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}; d2c-mlx help"
-            " rows tells ways to get them"
-        )
-    return rows
-
-
-def row_format(row: Row) -> tuple[str, ...] | None:
-    """The keys that make a row one of mlx-lm's formats, in mlx-lm's order of preference."""
-    return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
-
-
-def _row_problem(row: object) -> str | None:
-    """Describe what is wrong with one row; None if nothing is."""
-    if not isinstance(row, dict):
-        return f"expected a JSON object, found {type(row).__name__}"
-    keys = row_format(row)
-    if keys is None:
-        return f"found the keys {sorted(row)}, {_EXPECTED}"
-    if keys != ("messages",):
-        bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
-        return f'"{bad}" must be a non-empty string' if bad else None
-    return _messages_problem(row["messages"], "assistant")
-
-
-def _messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  as JSON gave it
-    good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
-        return '"messages" must be a list of objects with "role" and "content"'
-    if not all(isinstance(m["role"], str) for m in messages):
-        return '"role" must be a string'
-    role = messages[-1]["role"]
-    return None if role == last else f'the last message has role {role!r}, expected "{last}"'

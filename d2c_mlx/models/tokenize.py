@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 from mlx_lm.tuner.datasets import create_dataset
 
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.tasks import Row, Task, row_format
+from d2c_mlx.models.rows import Row, row_format
+from d2c_mlx.models.tasks import Task
 from d2c_mlx.utils.errors import TaskError, gather, warn
 
 __all__ = ["context_length", "encode", "encode_probes", "encode_prompts", "encode_tests"]

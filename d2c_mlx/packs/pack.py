@@ -260,7 +260,7 @@ class Pack:
             AdapterError: the model is not the pack's base; it stays as it was.
         """
         # mlx_lm takes a second to import, and a pack is read without it.
-        from d2c_mlx.models.attach import switch
+        from d2c_mlx.models.stock import switch
 
         switch(model, None if task is None else self.load(task), self.path)
 

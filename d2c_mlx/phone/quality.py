@@ -13,7 +13,7 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.tasks import Row
+from d2c_mlx.models.rows import Row
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.progress import Bar
 

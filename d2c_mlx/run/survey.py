@@ -21,7 +21,8 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.models.resolve import EMBEDDED
-from d2c_mlx.models.tasks import probe_file, read_rows
+from d2c_mlx.models.rows import read_rows
+from d2c_mlx.models.tasks import probe_file
 from d2c_mlx.utils.errors import InputError, collect
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.templates import size, span

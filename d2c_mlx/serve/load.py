@@ -11,9 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import stream_generate
 
-from d2c_mlx.models.attach import switch
 from d2c_mlx.models.resolve import resolve_base
-from d2c_mlx.models.stock import load_stock
+from d2c_mlx.models.stock import load_stock, switch
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError

@@ -14,7 +14,8 @@ from benchmarks import common
 from benchmarks.quality import without_rows
 from benchmarks.speed import engine_pair
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tasks import Task, load_task, load_unlabelled, prompt_key
+from d2c_mlx.models.rows import prompt_key
+from d2c_mlx.models.tasks import Task, load_task, load_unlabelled
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 

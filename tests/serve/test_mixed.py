@@ -8,7 +8,7 @@ from helpers.served import NAMES
 from mlx_lm import load as stock_load
 from mlx_lm.generate import BatchGenerator, StopSequences
 
-from d2c_mlx.models.attach import switch
+from d2c_mlx.models.stock import switch
 from d2c_mlx.serve.mixed_batch import RowAdapters
 
 

@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.models.attach import switch
+from d2c_mlx.models.stock import switch
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
