@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.scores --library DIR --work DIR [--tests 20] [--case estimates]
 
-`--work` is that of `benchmarks.quality.slots`: the packs of its runs of a case are judged, by the
-metric of each task (metrics.py) on the first held-out rows. Every answer is also compared with the
+`--work` is that of `benchmarks.quality.slots` or `without_rows`: the packs of its runs of a case are
+judged, by the metric of each task (metrics.py) on the first held-out rows. Every answer is also compared with the
 own adapter's: whether it is the same, how far, and how long it is. Answers are kept in the work
 directory, results/scores.json is written after every pack; one of other rows is not gone on with.
 """
@@ -18,7 +18,6 @@ from benchmarks.common import load_library
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.metrics import row_stats, task_score
 from benchmarks.tables.pages import show
-from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.evaluate.workers import make_workers
 from d2c_mlx.models.tasks import load_task
@@ -77,7 +76,8 @@ def cases(options, own):
     for path in sorted(options.work.glob(f"*-*-{options.case}/pack")):
         k, seed, case = path.parent.name.split("-", 2)
         pack = load_pack(path)
-        yield case, int(k), int(seed), {name: load_adapter(pack.adapter_path(name)) for name in own}
+        budget = int(k) if k.isdigit() else k
+        yield case, budget, int(seed), {name: pack.load(name) for name in own}
 
 
 def main():

@@ -9,8 +9,7 @@
 
 Beside them stand the packs made with rows that results/slots.json ("estimates") and
 results/bytes.json ("auto") have. A pack that is in the results is not made again. In `--work` runs
-of a number of adapters are called as `benchmarks.quality.scores` takes them. Results:
-results/without_rows.json.
+are called as `benchmarks.quality.scores` takes them. Results: results/without_rows.json.
 """
 
 import json
@@ -47,10 +46,10 @@ def write_prompts(library, path, skip=range(0)):
 
 def measure(options, budget, directory):
     """One budget: the pack without rows, and its excess on held-out rows."""
-    name = f"{budget} {options.case}" if "%" in budget else f"{budget}-0-{options.case}"
     config = RunConfig(
-        adapters=str(options.library / "adapters"), output=str(directory / name), budget=budget
-    )
+        adapters=str(options.library / "adapters"), budget=budget,
+        output=str(directory / f"{budget}-0-{options.case}"),
+    )  # fmt: skip
     made = config
     if options.case == "prompts":
         prompts = write_prompts(options.library, directory / "prompts.jsonl")
