@@ -2,10 +2,11 @@
 
     python -m benchmarks.quality.scores --library DIR --work DIR [--tests 20] [--case estimates]
 
-`--work` is that of `benchmarks.quality.slots` or `without_rows`: the packs of its runs of a case are
-judged, by the metric of each task (metrics.py) on the first held-out rows. Every answer is also compared with the
-own adapter's: whether it is the same, how far, and how long it is. Answers are kept in the work
-directory, results/scores.json is written after every pack; one of other rows is not gone on with.
+`--work` is that of `benchmarks.quality.slots` or `without_rows`: the packs of its runs of a case
+are judged, by the metric of each task (metrics.py) on the first held-out rows. Every answer is also
+compared with the own adapter's: whether it is the same, how far, and how long it is. Answers are
+kept in the work directory, results/scores.json is written after every pack; one of other rows is
+not gone on with.
 """
 
 import json

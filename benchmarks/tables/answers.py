@@ -28,19 +28,20 @@ PAIRS = (
 # Slots -> the budget of the same 24 adapters there.
 SHARES = {3: "12.5", 6: "25", 12: "50"}
 SEEDS = (0, 1, 2)
+# Cases that have a table of their own, `without_rows` of packs.py.
+WITHOUT_ROWS = ("weights", "prompts")
 
 
 def answers(read):
     """Score by kind of task under merged adapters, and its share of the own adapters'."""
-    rows = {}
-    for one in read("scores")["rows"]:
-        rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
+    rows = grouped(read)
     (own,) = rows["individual", None]
     kinds = dict.fromkeys(map(kind_of, own))
     exact = [name for name in own if kind_of(name) in EXACT]
     ceilings = {name: one["score"] for name, one in own.items()}
     beside = read("slots")["rows"]
     lines = paper_rows(read("paper"), len(kinds))
+    rows = {key: some for key, some in rows.items() if key[0] not in WITHOUT_ROWS}
     for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
         shares = [sum(means[name] for name in names) / sum(ceilings[name] for name in names)
@@ -53,6 +54,34 @@ def answers(read):
                       *costs(beside, case, k)))  # fmt: skip
     shared = ("all", "of their own", "exact ones", "excess", "seconds")
     return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
+
+
+def grouped(read):
+    """Case and budget -> of every draw, task -> its score and more."""
+    rows = {}
+    for one in read("scores")["rows"]:
+        rows.setdefault((one["case"], one["clusters"]), []).append(one["tasks"])
+    return rows
+
+
+def kept(read, case, budget):
+    """The share of the adapters' score that a case keeps, mean over draws; None: not measured."""
+    rows = grouped(read)
+    (own,) = rows["individual", None]
+    means = [statistics.mean(one["score"] for one in tasks.values())
+             for tasks in (own, *rows.get((case, budget), ()))]  # fmt: skip
+    return statistics.mean(means[1:]) / means[0] if means[1:] else None
+
+
+def kept_in_bytes(read, budget):
+    """The same of `auto` with rows, of the experiment on these adapters."""
+    scores = {}
+    for row in read("experiment_24")["rows"]:
+        if row["method"] == "individual" or (row["method"], row.get("budget")) == ("auto", budget):
+            each = [score for _, score in row["tasks"].values()]
+            scores.setdefault(row["method"], []).append(statistics.mean(each))
+    (own,) = scores["individual"]
+    return statistics.mean(scores["auto"]) / own if "auto" in scores else None
 
 
 def paper_rows(paper, n_kinds):
@@ -100,8 +129,9 @@ def pairs(read, k=3):
 def departures(read):
     """First differences of merged adapters' answers from the own adapters', by kind of task."""
     groups, rows = {}, []
-    for one in sorted(read("scores")["rows"], key=lambda one: one["clusters"] or 0):
-        for name, task in one["tasks"].items() if one["case"] == "estimates" else ():
+    default = [one for one in read("scores")["rows"] if one["case"] == "estimates"]
+    for one in sorted(default, key=lambda one: one["clusters"]):
+        for name, task in one["tasks"].items():
             each = groups.setdefault((one["clusters"], kind_of(name)), [])
             each += zip(task["is_own"], task["same_words"], task["length"])
     for (k, kind), each in groups.items():

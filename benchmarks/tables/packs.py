@@ -6,6 +6,7 @@ target token over the individual adapters.
 
 import statistics
 
+from benchmarks.tables.answers import kept, kept_in_bytes
 from benchmarks.tables.result_files import markdown
 from d2c_mlx.compose.methods import AUTO
 
@@ -157,13 +158,27 @@ def without_rows(read):
     for one in read("bytes")["rows"]:
         if one["family"] == "auto":
             beside.setdefault(one["budget"], []).append(one["excess"])
-    lines = [
-        (one["budget"] if "%" in one["budget"] else f"{one['budget']} slots", one["case"],
-         f"{one['excess']:.3f}", f"{one['retention']:.1%}",
-         f"{statistics.mean(beside[one['budget']]):.3f}" if one["budget"] in beside else "")
-        for one in read("without_rows")["rows"]
-    ]  # fmt: skip
-    return markdown(("budget", "made by", "excess", "retention", "excess with rows"), lines, left=2)
+    lines = []
+    for one in read("without_rows")["rows"]:
+        budget, case = one["budget"], one["case"]
+        if "%" in budget:
+            name, key, with_rows = budget, budget, kept_in_bytes(read, budget)
+        else:
+            name, key = f"{budget} slots", int(budget)
+            with_rows = kept(read, "estimates", key)
+        lines.append((
+            name, case, f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+            percent(kept(read, case, key)),
+            f"{statistics.mean(beside[budget]):.3f}" if budget in beside else "",
+            percent(with_rows),
+        ))  # fmt: skip
+    header = ("budget", "made by", "excess", "retention", "score", "with rows: excess", "score")
+    return markdown(header, lines, left=2)
+
+
+def percent(share):
+    """A share, if it was measured."""
+    return "" if share is None else f"{share:.1%}"
 
 
 # The method that the held-out rows would choose.
