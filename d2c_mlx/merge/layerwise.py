@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -49,7 +50,7 @@ STRENGTH = 0.75
 # Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
 # Modules whose dense update takes more bytes are solved one after the other, on all cores: a solver
-# holds three times as much.
+# holds several times as much.
 _LARGE = 1 << 25
 
 
@@ -234,37 +235,36 @@ class _Merging:
             seen: for every merge and part, the block without these modules.
             taught: for every part, the block under its own member, which gives the targets.
         """
-        places = [part.task for part in merges[0].parts]
-
-        def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
-            found: list[list[np.ndarray]] = [[] for _ in self.adapters]
-            for task, x in zip(places, arrays):
-                found[task].append(x)
-            return [np.concatenate(some) for some in found]
-
+        by_task = partial(_by_task, [part.task for part in merges[0].parts])
         factors = {path: [self._factors(one, path) for one in self.adapters] for path in paths}
         wanted = {path: by_task(one.outputs[path] for one in taught) for path in paths}
         tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
 
-        def solve(i: int, path: str) -> Factors:
+        def solve(i: int, path: str, grams: Grams) -> Factors:
             if merges[i].strength == 0:  # five times as fast, and the same
-                return regmean(factors[path], grams[i], self.rank)
+                return regmean(factors[path], grams, self.rank)
             bare = by_task(one.outputs[path] for one in seen[i])
             lacking = [
                 merges[i].strength * (y - (said + (x @ a) @ b))
                 for y, said, x, (a, b) in zip(wanted[path], bare, tokens[i], factors[path])
             ]
-            return matched(factors[path], grams[i], lacking, self.rank)
+            return matched(factors[path], grams, lacking, self.rank)
 
-        each = [(i, path) for i in range(len(merges)) for path in paths]
-        large = any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
-        threads, blas = (1, None) if large else (len(each), 1)
-        # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
-        with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
-            grams = list(pool.map(Grams, tokens))
-            found = list(pool.map(solve, *zip(*each)))
-        for (i, path), (a, b) in zip(each, found):
-            merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
+        def solve_all(some: Sequence[int], threads: int, blas: int | None) -> None:
+            # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
+            with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
+                grams = dict(zip(some, pool.map(Grams, [tokens[i] for i in some])))
+                each = [(i, path, grams[i]) for i in some for path in paths]
+                found = list(pool.map(solve, *zip(*each)))
+            for (i, path, _), (a, b) in zip(each, found):
+                merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
+
+        every = range(len(merges))
+        if any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths):
+            for i in every:
+                solve_all([i], 1, None)
+        else:
+            solve_all(every, len(every) * len(paths), 1)
 
     def _factors(self, adapter: Adapter, path: str) -> Factors:
         """An adapter's factors of a module; without columns where the adapter lacks it."""
@@ -272,6 +272,14 @@ class _Merging:
             return adapter.modules[path].factors()
         width, out = self.base.module_shapes[path]
         return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+
+
+def _by_task(places: Sequence[int], arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Join the arrays of each task, given the task of every array."""
+    found: dict[int, list[np.ndarray]] = {}
+    for task, x in zip(places, arrays):
+        found.setdefault(task, []).append(x)
+    return [np.concatenate(found[task]) for task in sorted(found)]
 
 
 def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:

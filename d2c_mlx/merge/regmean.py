@@ -23,9 +23,8 @@ class Grams:
 
     All is computed in the precision of the activations: what a Cholesky factorisation loses depends
     on K scaled to a diagonal of ones (Demmel, https://www.netlib.org/lapack/lawnspdf/lawn14.pdf),
-    and so scaled K has no eigenvalue below `1 - off_diagonal`. With less than half as many tokens
-    as inputs no `in x in` matrix is formed (Woodbury); there, differences of large numbers need
-    float64.
+    and so scaled K has no eigenvalue below `1 - off_diagonal`. With far fewer tokens than inputs no
+    `in x in` matrix is formed (Woodbury); there, differences of large numbers need float64.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Grams:
         self._diagonals = (1 - off_diagonal) * squares + floor
         x, total = np.concatenate(self._tokens), self._diagonals.sum(axis=0)
         self._woodbury = None
-        if 2 * len(x) < len(total):  # K = S (I + Y^T Y) S
+        if 4 * len(x) < len(total):  # K = S (I + Y^T Y) S
             y = x * np.sqrt(off_diagonal / total)
             self._woodbury = y, np.sqrt(total)[:, None]
             system, total = y @ y.T, 1.0
@@ -69,6 +68,10 @@ class Grams:
         """Add `off_diagonal * sum_i X_i^T Y_i` to `(in, out)`, for T `Y_i (n_tokens, out)`."""
         for x, y in zip(self._tokens, outputs):
             to.T[:] += (self._off_diagonal * y).T @ x
+
+    def inputs(self) -> np.ndarray:
+        """`off_diagonal [X_1^T .. X_T^T]`, `(in, n_tokens)`."""
+        return self._off_diagonal * np.concatenate(self._tokens).T
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """`K^-1 right`, both `(in, n)`."""
@@ -101,20 +104,17 @@ class Grams:
         Returns:
             V as `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
         """
-        wide = right.shape[1] > right.shape[0]
-        if self._woodbury is None:
-            # With K = L L^T and h = L^-1 right, W^T K W = h^T h, and W is L^-T h.
-            half = self._half(right, overwrite=True)
-            u = _leading(half @ half.T if wide else half.T @ half, rank)
-            u = scipy.linalg.qr(half.T @ u, mode="economic", check_finite=False)[0] if wide else u
-            return self._back(half @ u), u.T
-        if not wide:
+        if self._woodbury is not None:
             u = _leading(self.norms(right), rank)
             return self.solve(right @ u), u.T
-        # right^T = q r, in the memory of right.
-        q, r = scipy.linalg.qr(right.T, overwrite_a=True, mode="economic", check_finite=False)
-        u = _leading(self.norms(r.T), rank)
-        return self.solve(r.T @ u), (q @ u).T
+        # With K = L L^T and h = L^-1 right, W^T K W = h^T h, and W is L^-T h.
+        half = self._half(right, overwrite=True)
+        if half.shape[1] <= len(half):
+            u = _leading(half.T @ half, rank)
+        else:
+            across = half.T @ _leading(half @ half.T, rank)
+            u, _ = scipy.linalg.qr(across, mode="economic", check_finite=False)
+        return self._back(half @ u), u.T
 
     def _half(self, right: np.ndarray, overwrite: bool = False) -> np.ndarray:
         """`L^-1 right`, where `L L^T` is the factorised matrix."""
@@ -147,13 +147,8 @@ def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
     Source: RegMean, https://arxiv.org/abs/2212.09849; the rank: Izenman,
     https://doi.org/10.1016/0047-259X(75)90042-1.
     """
-    right = grams.times([a for a, _ in factors])
-    solved = grams.solve(right)
-    # W = solved @ stack with stack^T = q r, and W^T K W = q r (right^T K^-1 right) r^T q^T.
-    stack = np.concatenate([b for _, b in factors])
-    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
-    u = _leading(r @ grams.norms(right) @ r.T, rank)
-    return (solved @ (r.T @ u)).astype(stack.dtype), (q @ u).T.astype(stack.dtype)
+    right, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
+    return _spanned(grams, right, stack, rank)
 
 
 def matched(
@@ -173,11 +168,23 @@ def matched(
     Returns:
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
     """
-    stack = np.concatenate([b for _, b in factors])
-    right = (stack.T @ grams.times([a for a, _ in factors]).T).T
+    sides, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
+    if 2 * (len(stack) + sum(map(len, lacking))) < min(len(sides), stack.shape[1]):
+        right = np.concatenate([sides, grams.inputs()], axis=1)
+        return _spanned(grams, right, np.concatenate([stack, *lacking]), rank)
+    right = (stack.T @ sides.T).T
     grams.add_against(lacking, to=right)
     a, b = grams.nearest(right, rank)
     return a.astype(stack.dtype), b.astype(stack.dtype)
+
+
+def _spanned(grams: Grams, right: np.ndarray, stack: np.ndarray, rank: int) -> Factors:
+    """`Grams.nearest` of a product, `right (in, n)` and `stack (n, out)`, which is not formed."""
+    # With stack^T = q r, W^T K W = q r (right^T K^-1 right) r^T q^T.
+    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
+    u = _leading(r @ grams.norms(right) @ r.T, rank)
+    a = grams.solve((right @ (r.T @ u)).astype(right.dtype))
+    return a.astype(stack.dtype), (q @ u).T.astype(stack.dtype)
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:
