@@ -62,7 +62,7 @@ class TokenBatch:
         """The kept tokens of `x (rows, length, width)`, float32 `(n_kept, width)`."""
         return np.array(self._kept(x))
 
-    def kept_by_module(self, inputs: Mapping[str, mx.array]) -> ModuleInputs:
+    def kept_by_module(self, inputs: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
         """`kept` of every module; modules with the same array share one again."""
         distinct = {id(x): self._kept(x) for x in inputs.values()}
         mx.eval(distinct)  # together: a GPU is waited for once

@@ -15,7 +15,7 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -49,8 +49,8 @@ __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 STRENGTH = 0.75
 # Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
-# Modules whose dense update takes more bytes are solved one after the other, on all cores: a solver
-# holds several times as much.
+# Modules whose dense update takes more bytes are fitted one after the other, on all cores, and one
+# merge after the other: a solver holds several times as much, and so do their outputs.
 _LARGE = 1 << 25
 
 
@@ -75,8 +75,8 @@ class _Seen:
     """
 
     hidden: mx.array
-    inputs: Mapping[str, np.ndarray]
-    outputs: Mapping[str, np.ndarray]
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
 
 
 @dataclass
@@ -167,18 +167,37 @@ class _Merging:
         merges = [_Merge(scale, strength, own) for scale, strength in aims]
         for block in range(min(blocks), max(blocks) + 1):
             paths = blocks.get(block, [])
-            taught: list[_Seen] = []
-            for i, adapter in enumerate(self.adapters):
-                some = [part for part in own if part.task == i]
-                taught += self.see(some, block, _some(adapter, paths), paths)
-            for group in _by_input(taught[0]):
-                seen = [self.see(one.parts, block, one.some(paths), group, group[-1])
-                        for one in merges]  # fmt: skip
-                self.fit(merges, group, seen, taught)
+            taught, groups = self.teach(own, block, paths)
+            for group in groups:
+                for some in self._at_once(merges, group):
+                    seen = [self.see(one.parts, block, one.some(paths), group, group[-1])
+                            for one in some]  # fmt: skip
+                    self.fit(some, group, seen, taught)
+                for part in taught:
+                    for path in group:
+                        del part.outputs[path]
             for one in merges:
                 one.parts = self.through(one.parts, [block], one.some(paths))
             own = [replace(part, hidden=one.hidden) for part, one in zip(own, taught)]
         return merges
+
+    def teach(
+        self, own: Sequence[_Part], block: int, paths: Sequence[str]
+    ) -> tuple[list[_Seen], list[list[str]]]:
+        """Run a block under the members; groups of its modules with the same input, as they run."""
+        taught: list[_Seen] = []
+        groups: list[list[str]] = []
+        for i, adapter in enumerate(self.adapters):
+            some = [part for part in own if part.task == i]
+            seen = self.see(some, block, _some(adapter, paths), paths)
+            groups = groups or list(_by_input(seen[0]))
+            taught += [replace(one, inputs={}) for one in seen]
+        return taught, groups
+
+    def _at_once(self, merges: list[_Merge], paths: Sequence[str]) -> list[list[_Merge]]:
+        """Merges whose modules `paths` are fitted at once: all, or one where these are large."""
+        large = any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
+        return [[one] for one in merges] if large else [merges]
 
     def see(
         self,
@@ -237,34 +256,27 @@ class _Merging:
         """
         by_task = partial(_by_task, [part.task for part in merges[0].parts])
         factors = {path: [self._factors(one, path) for one in self.adapters] for path in paths}
-        wanted = {path: by_task(one.outputs[path] for one in taught) for path in paths}
         tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
 
-        def solve(i: int, path: str, grams: Grams) -> Factors:
+        def solve(i: int, path: str) -> Factors:
             if merges[i].strength == 0:  # five times as fast, and the same
-                return regmean(factors[path], grams, self.rank)
+                return regmean(factors[path], grams[i], self.rank)
+            wanted = by_task(one.outputs[path] for one in taught)
             bare = by_task(one.outputs[path] for one in seen[i])
             lacking = [
                 merges[i].strength * (y - (said + (x @ a) @ b))
-                for y, said, x, (a, b) in zip(wanted[path], bare, tokens[i], factors[path])
+                for y, said, x, (a, b) in zip(wanted, bare, tokens[i], factors[path])
             ]
-            return matched(factors[path], grams, lacking, self.rank)
+            return matched(factors[path], grams[i], lacking, self.rank)
 
-        def solve_all(some: Sequence[int], threads: int, blas: int | None) -> None:
-            # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
-            with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
-                grams = dict(zip(some, pool.map(Grams, [tokens[i] for i in some])))
-                each = [(i, path, grams[i]) for i in some for path in paths]
-                found = list(pool.map(solve, *zip(*each)))
-            for (i, path, _), (a, b) in zip(each, found):
-                merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
-
-        every = range(len(merges))
-        if any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths):
-            for i in every:
-                solve_all([i], 1, None)
-        else:
-            solve_all(every, len(every) * len(paths), 1)
+        each = [(i, path) for i in range(len(merges)) for path in paths]
+        threads, blas = (len(each), 1) if len(merges) > 1 else (1, None)
+        # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
+        with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
+            grams = list(pool.map(Grams, tokens))
+            found = list(pool.map(solve, *zip(*each)))
+        for (i, path), (a, b) in zip(each, found):
+            merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
 
     def _factors(self, adapter: Adapter, path: str) -> Factors:
         """An adapter's factors of a module; without columns where the adapter lacks it."""
