@@ -109,6 +109,19 @@ def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
     assert not any(json.loads(line)["prompt"] in used for line in prompts.read_text().splitlines())
 
 
+def test_answers_to_prompts_are_further_calibration_rows(paths, tmp_path, measured):
+    file = paths.model / "config.json"  # of a model that ends its answers
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [*range(40, 80)]}))
+    one = measured("estimates;estimates: with prompts")["estimates: with prompts"]
+    place = tmp_path / "work" / "2-0-estimates-with-prompts"
+    tasks = place.with_name(f"{place.name}-tasks")
+    assert "refine" not in one["stages"]
+    assert f"tasks: {tasks}\n" in (place / "config.yaml").read_text()
+    for name in NAMES:
+        before, now = load_task(tmp_path / "work" / "tasks-0" / name), load_task(tasks / name)
+        assert before.probe == now.probe[:2] and len(now.probe) > 2 and before.test == now.test
+
+
 def test_cases_of_the_past_are_kept_and_not_measured(measured):
     with pytest.raises(SystemExit, match="found paper, ties, which no run can measure any more"):
         measured("individual;paper, ties")
