@@ -216,7 +216,7 @@ def stages(session, names):
 
 
 def record(session, name):
-    """What a run wrote down about a stage."""
+    """Read `.stages/<name>.json` of a run: seconds, evaluations."""
     return json.loads((session.output / ".stages" / f"{name}.json").read_text())
 
 

@@ -69,6 +69,11 @@ class Grams:
         for x, y in zip(self._tokens, outputs):
             to.T[:] += (self._off_diagonal * y).T @ x
 
+    @property
+    def few(self) -> bool:
+        """True if the tokens are so few that K is not formed."""
+        return self._woodbury is not None
+
     def inputs(self) -> np.ndarray:
         """`off_diagonal [X_1^T .. X_T^T]`, `(in, n_tokens)`."""
         return self._off_diagonal * np.concatenate(self._tokens).T
@@ -92,7 +97,7 @@ class Grams:
         return whole.T @ whole - half.T @ half
 
     def nearest(self, right: np.ndarray, rank: int) -> Factors:
-        """The low-rank V whose outputs are nearest to those of `W = K^-1 right`.
+        """The low-rank V whose outputs are nearest to those of `W = K^-1 right`, where K is formed.
 
         `tr (V - W)^T K (V - W)` is least for W projected on the leading eigenvectors of
         `W^T K W = right^T K^-1 right`.
@@ -104,9 +109,6 @@ class Grams:
         Returns:
             V as `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
         """
-        if self._woodbury is not None:
-            u = _leading(self.norms(right), rank)
-            return self.solve(right @ u), u.T
         # With K = L L^T and h = L^-1 right, W^T K W = h^T h, and W is L^-T h.
         half = self._half(right, overwrite=True)
         if half.shape[1] <= len(half):
@@ -169,7 +171,7 @@ def matched(
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
     """
     sides, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
-    if 2 * (len(stack) + sum(map(len, lacking))) < min(len(sides), stack.shape[1]):
+    if grams.few:
         right = np.concatenate([sides, grams.inputs()], axis=1)
         return _spanned(grams, right, np.concatenate([stack, *lacking]), rank)
     right = (stack.T @ sides.T).T

@@ -119,7 +119,7 @@ def _row_problem(row: object) -> str | None:
 
 
 def messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  as JSON gave it
-    """What is wrong with a row's "messages", whose last is to have the role `last`; or None."""
+    """Describe what is wrong with a row's "messages"; the last one must have the role `last`."""
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
         return '"messages" must be a list of objects with "role" and "content"'
