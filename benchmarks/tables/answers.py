@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.common import slug
 from benchmarks.quality.metrics import pooled_bootstrap
+from benchmarks.tables.experiment import averages, ends, groups, share
 from benchmarks.tables.result_files import kind_of, markdown
 
 # Kinds of task whose answers are right or wrong.
@@ -25,9 +26,8 @@ PAIRS = (
     ("estimates-refined", "kmeans-layerwise"),
     ("estimates-rank-16", "estimates"),
 )
-# Slots -> the budget of the same 24 adapters there.
-SHARES = {3: "12.5", 6: "25", 12: "50"}
-SEEDS = (0, 1, 2)
+# Slots at which pairs are compared, the share of the 24 adapters in rows_24, and draws there.
+SLOTS, SHARE, SEEDS = 3, "12.5", (0, 1, 2)
 # Cases that have a table of their own, `without_rows` of packs.py.
 WITHOUT_ROWS = ("weights", "prompts")
 
@@ -38,19 +38,16 @@ def answers(read):
     (own,) = rows["individual", None]
     kinds = dict.fromkeys(map(kind_of, own))
     exact = [name for name in own if kind_of(name) in EXACT]
-    ceilings = {name: one["score"] for name, one in own.items()}
     beside = read("slots")["rows"]
     lines = paper_rows(read("paper"), len(kinds))
     rows = {key: some for key, some in rows.items() if key[0] not in WITHOUT_ROWS}
     for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
-        shares = [sum(means[name] for name in names) / sum(ceilings[name] for name in names)
-                  for names in (own, exact)]  # fmt: skip
         of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]
         lines.append((f"{k}" if k else "", case, f"{len(some)}",
                       *(f"{statistics.mean(one):.1f}" for one in of),
                       f"{statistics.mean(means.values()):.1f}",
-                      *(f"{share:.1%}" if k else "" for share in shares),
+                      *(share_of(some, own, names) if k else "" for names in (own, exact)),
                       *costs(beside, case, k)))  # fmt: skip
     shared = ("all", "of their own", "exact ones", "excess", "seconds")
     return markdown(("K", "case", "draws", *kinds, *shared), lines, left=2)
@@ -64,24 +61,26 @@ def grouped(read):
     return rows
 
 
+def share_of(some, own, names):
+    """The share of the own adapters' score on tasks `names`, mean over draws; "" without any."""
+    means = [statistics.mean(one[name]["score"] for name in names) for one in (own, *some)]
+    return share(statistics.mean(means[1:]), means[0]) if some else ""
+
+
 def kept(read, case, budget):
-    """The share of the adapters' score that a case keeps, mean over draws; None: not measured."""
+    """The share of the adapters' score that a case keeps; "" where it was not measured."""
     rows = grouped(read)
     (own,) = rows["individual", None]
-    means = [statistics.mean(one["score"] for one in tasks.values())
-             for tasks in (own, *rows.get((case, budget), ()))]  # fmt: skip
-    return statistics.mean(means[1:]) / means[0] if means[1:] else None
+    return share_of(rows.get((case, budget), []), own, own)
 
 
 def kept_in_bytes(read, budget):
     """The same of `auto` with rows, of the experiment on these adapters."""
-    scores = {}
-    for row in read("experiment_24")["rows"]:
-        if row["method"] == "individual" or (row["method"], row.get("budget")) == ("auto", budget):
-            each = [score for _, score in row["tasks"].values()]
-            scores.setdefault(row["method"], []).append(statistics.mean(each))
-    (own,) = scores["individual"]
-    return statistics.mean(scores["auto"]) / own if "auto" in scores else None
+    result = read("experiment_24")
+    _, (ceiling, _) = map(averages, ends(result))
+    found = [rows for *key, rows in groups(result) if key == [budget, "auto"]]
+    scores = [averages(row)[0] for rows in found for row in rows]
+    return share(statistics.mean(scores), ceiling) if scores else ""
 
 
 def paper_rows(paper, n_kinds):
@@ -89,7 +88,7 @@ def paper_rows(paper, n_kinds):
     slots, nothing = f"{paper['slots']} of {paper['adapters']}", [""] * n_kinds
     return [
         (slots, f"{name} of the paper", "", *nothing, f"{score:.1f}",
-         f"{score / paper['ceiling']:.1%}", "", "", "")
+         share(score, paper["ceiling"]), "", "", "")
         for name, score in paper["scores"].items()
     ]  # fmt: skip
 
@@ -102,22 +101,21 @@ def costs(beside, case, k):
             f"{statistics.mean(seconds):.0f}" if seconds else "")  # fmt: skip
 
 
-def stats(read, case, k):
+def stats(read, case):
     """Draw -> task -> what every test row adds to the score, of a case or a method of rows_24."""
     rows = {one["seed"]: one["tasks"] for one in read("scores")["rows"]
-            if (one["case"], one["clusters"]) in ((case, k), (case, None))}  # fmt: skip
+            if (one["case"], one["clusters"]) in ((case, SLOTS), (case, None))}  # fmt: skip
     if not rows:
-        names = {seed: f"rows_24/{case}-{SHARES[k]}-{seed}-0-10" for seed in SEEDS}
-        rows = {seed: read(name)["tasks"] for seed, name in names.items()}
+        rows = {seed: read(f"rows_24/{case}-{SHARE}-{seed}-0-10")["tasks"] for seed in SEEDS}
     return {seed: {name: np.array(one["stats"]) for name, one in tasks.items()}
             for seed, tasks in rows.items()}  # fmt: skip
 
 
-def pairs(read, k=3):
+def pairs(read):
     """Cases beside each other on the same test rows, the draws of probe rows that both have."""
     lines = []
     for case, other in PAIRS:
-        ours, theirs = stats(read, case, k), stats(read, other, k)
+        ours, theirs = stats(read, case), stats(read, other)
         both = [(ours[seed], theirs.get(seed, theirs.get(None)))
                 for seed in ours if seed in theirs or None in theirs]  # fmt: skip
         found = pooled_bootstrap(both)

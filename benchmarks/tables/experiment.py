@@ -6,8 +6,7 @@ the metric of each task, excess in nats per target token over the individual ada
 
 import statistics
 
-from benchmarks.tables.packs import spread
-from benchmarks.tables.result_files import kind_of, markdown
+from benchmarks.tables.result_files import kind_of, markdown, spread
 
 ENDS = ("base", "individual")
 RANKS = (1, 2, 4, 8, 16, 32)

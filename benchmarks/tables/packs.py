@@ -7,7 +7,7 @@ target token over the individual adapters.
 import statistics
 
 from benchmarks.tables.answers import kept, kept_in_bytes
-from benchmarks.tables.result_files import markdown
+from benchmarks.tables.result_files import markdown, spread
 from d2c_mlx.compose.methods import AUTO
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
@@ -43,14 +43,6 @@ def slots(read):
         for k, case, some in cases(read)
     ]  # fmt: skip
     return markdown(("K", "case", "excess", "retention", "seeds"), rows, left=2)
-
-
-def spread(values, form):
-    """The mean, and the range if there are several."""
-    middle = format(statistics.mean(values), form)
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
 def in_slots(read, n_clusters):
@@ -168,17 +160,12 @@ def without_rows(read):
             with_rows = kept(read, "estimates", key)
         lines.append((
             name, case, f"{one['excess']:.3f}", f"{one['retention']:.1%}",
-            percent(kept(read, case, key)),
+            kept(read, case, key),
             f"{statistics.mean(beside[budget]):.3f}" if budget in beside else "",
-            percent(with_rows),
+            with_rows,
         ))  # fmt: skip
     header = ("budget", "made by", "excess", "retention", "score", "with rows: excess", "score")
     return markdown(header, lines, left=2)
-
-
-def percent(share):
-    """A share, if it was measured."""
-    return "" if share is None else f"{share:.1%}"
 
 
 # The method that the held-out rows would choose.

@@ -1,6 +1,7 @@
-"""Reading results/*.json, kinds of tasks, and tables in Markdown; for all of this folder."""
+"""Reading results/*.json, kinds of tasks, cells and tables in Markdown; for all of this folder."""
 
 import json
+import statistics
 
 from benchmarks import RESULTS
 
@@ -32,3 +33,11 @@ def markdown(header, rows, left=1):
 def kind_of(task):
     """The kind of a task: the part of its name before the language."""
     return task.split("-")[0]
+
+
+def spread(values, form):
+    """The mean, and the range if there are several."""
+    middle = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
