@@ -270,6 +270,7 @@ class _Merging:
             return matched(factors[path], grams[i], lacking, self.rank)
 
         each = [(i, path) for i in range(len(merges)) for path in paths]
+        # A merge comes alone where its modules are large, see `_at_once`: then each has all cores.
         threads, blas = (len(each), 1) if len(merges) > 1 else (1, None)
         # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
         with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
