@@ -12,10 +12,11 @@ import asyncio
 import json
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -124,6 +125,7 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401
         super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, _Closing(transport, self._close))
         self._expect_head()
         if not self._places.take(self):
             self.refuse(503, "too many connections; try again later")
@@ -141,7 +143,8 @@ class _Connection(H11Protocol):
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        self._places.take(self)
+        if not self._refused:
+            self._places.take(self)
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self._seconds, self._end_if_stuck)
@@ -190,19 +193,43 @@ class _Connection(H11Protocol):
         """Reply without the application, and close."""
         if self._refused:
             return
-        self._refused = True
-        self._stop_timer()
-        self._places.free(self)
         body = json.dumps(RequestError(status, message).body).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        # What is still coming is read and dropped: closing at once would reset the connection
-        # before the client has read this.
+        self._linger()
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        """Close after a reply of the application, which need not have read the whole request."""
+        if self.cycle and self.cycle.more_body:
+            self._linger()
+        else:
+            transport.close()
+
+    def _linger(self) -> None:
+        """Read and drop what is still coming, then close.
+
+        Closing at once would reset the connection before the client has read the reply.
+        """
+        self._refused = True
+        self._stop_timer()
+        self._places.free(self)
         self.transport.write_eof()
         self.loop.call_later(_LINGER_SECONDS, self.abort)
+
+
+class _Closing:
+    """A transport whose `close` is another function; uvicorn has no other place to change it."""
+
+    def __init__(
+        self, transport: asyncio.Transport, close: Callable[[asyncio.Transport], None]
+    ) -> None:
+        self._transport, self.close = transport, partial(close, transport)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  of the transport
+        return getattr(self._transport, name)
 
 
 class _Places:

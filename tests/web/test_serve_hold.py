@@ -62,6 +62,12 @@ def test_a_request_that_trickles_in_has_a_deadline(start, pack, mixed, trickle):
         assert b" 200 " in raw(server, HEALTH)
 
 
+def test_why_a_large_request_was_refused_can_be_read(pack, mixed):
+    """Bytes that nobody reads would reset a connection that is closed at once."""
+    with serving(pack, mixed, limits=Limits(body_nbytes=100)) as server:
+        assert b" 413 " in raw(server, post(b" " * 20_000_000))
+
+
 def test_who_is_slow_goes_when_all_places_are_taken(pack, mixed):
     """And no request that is there already: others are told that all places are taken."""
     endless = post(LONG | {"max_tokens": 500})
