@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,6 +57,11 @@ class TokenBatch:
     def n_tokens(self) -> int:
         """Number of tokens, padding included."""
         return self.tokens.size
+
+    def without_first(self, n: int) -> TokenBatch:
+        """The batch without the first `n` columns, in which no token is kept."""
+        columns = [column - n for column in self.columns]
+        return replace(self, tokens=self.tokens[:, n:], columns=columns)
 
     def kept(self, x: mx.array) -> np.ndarray:
         """The kept tokens of `x (rows, length, width)`, float32 `(n_kept, width)`."""
@@ -149,16 +154,21 @@ class Capture(threading.local):
         inputs: inputs of the modules; set it to an empty dict before a pass.
         outputs: outputs of the modules; None, the default, captures none.
         stop_after: path of the module after which `StopForward` is raised; None runs to the end.
+        known: outputs of modules, which are not run; nor is what only they need.
     """
 
     def __init__(self) -> None:
+        self.known: Mapping[str, mx.array] = {}
         self.inputs: dict[str, mx.array] = {}
         self.outputs: dict[str, mx.array] | None = None
         self.stop_after: str | None = None
 
 
 class _CapturedModule(nn.Module):
-    """A module that stores its inputs and outputs for the thread that runs it."""
+    """A module that stores its inputs and outputs for the thread that runs it.
+
+    Where its output is known it gives that one, and stores nothing.
+    """
 
     def __init__(self, path: str, module: nn.Module, capture: Capture) -> None:
         super().__init__()
@@ -166,6 +176,8 @@ class _CapturedModule(nn.Module):
         self._path, self._capture = path, capture
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self._path in self._capture.known:
+            return self._capture.known[self._path]
         self._capture.inputs[self._path] = x
         y = self.module(x)
         if self._capture.outputs is not None:

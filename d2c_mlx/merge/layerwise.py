@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,56 +26,24 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import Factors
-from d2c_mlx.evaluate.batches import shared_prefix
-from d2c_mlx.evaluate.capture import (
-    Capture,
-    StopForward,
-    TokenBatch,
-    capture_modules,
-    token_batches,
-)
+from d2c_mlx.evaluate.capture import capture_modules
 from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.merge.block_passes import BlockPasses, Part, Seen, parts_of
 from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
 
 # Share of the error that is compensated. All of it would overfit a few rows.
 STRENGTH = 0.75
-# Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
-_BATCH = 256
 # Modules whose dense update takes more bytes are fitted one after the other, on all cores, and one
 # merge after the other: a solver holds several times as much, and so do their outputs.
 _LARGE = 1 << 25
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of a task on their way through the blocks."""
-
-    task: int
-    batch: TokenBatch
-    hidden: mx.array
-
-    @property
-    def n_tokens(self) -> int:
-        return self.batch.n_tokens
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The output of a block for a part, and the inputs and outputs of its modules.
-
-    Modules with the same input share one array.
-    """
-
-    hidden: mx.array
-    inputs: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]
+# Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
+_KNOWN = 1 << 28
 
 
 @dataclass
@@ -85,7 +52,7 @@ class _Merge:
 
     scale: float
     strength: float
-    parts: list[_Part]
+    parts: Sequence[Part]
     modules: dict[str, LoRA] = field(default_factory=dict)
 
     def some(self, paths: Sequence[str]) -> Adapter | None:
@@ -139,8 +106,10 @@ def merge_layerwise(
         base.attach(adapter)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
     with capture_modules(base.model, paths) as here:
-        merging = _Merging(base, adapters, rank, workers or Workers(1), here)
-        merges = merging.merges(_parts(sets, most), aims)
+        parts = parts_of(base, sets, most)
+        keep = _has_room(base, paths, parts, len(aims))
+        passes = BlockPasses(base, workers or Workers(1), here, keep)
+        merges = _Merging(base, adapters, rank, passes).merges(parts, aims)
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
     return [
@@ -156,40 +125,44 @@ class _Merging:
     base: BaseModel
     adapters: Sequence[Adapter]
     rank: int
-    workers: Workers
-    here: Capture
+    passes: BlockPasses
 
-    def merges(self, parts: Sequence[_Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
+    def merges(self, parts: Sequence[Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
         """Fit the modules of every merge, from the first block to the last."""
         blocks = _paths_of_blocks(self.adapters)
         # Below the first block that a member changes, all members equal the base model.
-        own = self.through(parts, range(min(blocks)))
+        own = self.passes.through(parts, range(min(blocks)))
         merges = [_Merge(scale, strength, own) for scale, strength in aims]
         for block in range(min(blocks), max(blocks) + 1):
             paths = blocks.get(block, [])
             taught, groups = self.teach(own, block, paths)
             for group in groups:
                 for some in self._at_once(merges, group):
-                    seen = [self.see(one.parts, block, one.some(paths), group, group[-1])
-                            for one in some]  # fmt: skip
+                    seen = [
+                        self.passes.see(one.parts, block, one.some(paths), group, group[-1])
+                        for one in some
+                    ]
                     self.fit(some, group, seen, taught)
+                    for one, rows in zip(some, seen):
+                        fitted = {path: one.modules[path] for path in group}
+                        one.parts = self.passes.adapted(one.parts, rows, fitted)
                 for part in taught:
                     for path in group:
                         del part.outputs[path]
             for one in merges:
-                one.parts = self.through(one.parts, [block], one.some(paths))
-            own = [replace(part, hidden=one.hidden) for part, one in zip(own, taught)]
+                one.parts = self.passes.through(one.parts, [block], one.some(paths))
+            own = [one.after for one in taught]
         return merges
 
     def teach(
-        self, own: Sequence[_Part], block: int, paths: Sequence[str]
-    ) -> tuple[list[_Seen], list[list[str]]]:
+        self, own: Sequence[Part], block: int, paths: Sequence[str]
+    ) -> tuple[list[Seen], list[list[str]]]:
         """Run a block under the members; groups of its modules with the same input, as they run."""
-        taught: list[_Seen] = []
+        taught: list[Seen] = []
         groups: list[list[str]] = []
         for i, adapter in enumerate(self.adapters):
             some = [part for part in own if part.task == i]
-            seen = self.see(some, block, _some(adapter, paths), paths)
+            seen = self.passes.see(some, block, _some(adapter, paths), paths)
             groups = groups or list(_by_input(seen[0]))
             taught += [replace(one, inputs={}) for one in seen]
         return taught, groups
@@ -199,52 +172,12 @@ class _Merging:
         large = any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
         return [[one] for one in merges] if large else [merges]
 
-    def see(
-        self,
-        parts: Sequence[_Part],
-        block: int,
-        adapter: Adapter | None,
-        paths: Sequence[str],
-        last: str | None = None,
-    ) -> list[_Seen]:
-        """Run a block on every part, and keep inputs and outputs of its modules `paths`.
-
-        With `last` the block stops after that module, and hidden states stay those before it.
-        """
-        self.base.attach(adapter)
-
-        def one(part: _Part) -> _Seen:
-            seen: dict[str, mx.array] = {}
-            said: dict[str, mx.array] = {}
-            self.here.inputs, self.here.outputs, self.here.stop_after = seen, said, last
-            hidden = part.hidden
-            with suppress(StopForward):
-                hidden = run_blocks(self.base.model, hidden, first=block, stop=block + 1)
-            mx.eval(hidden)
-            inputs, outputs = (
-                part.batch.kept_by_module({path: x for path, x in some.items() if path in paths})
-                for some in (seen, said)
-            )
-            return _Seen(hidden, inputs, outputs)
-
-        found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
-        return [found[i] for i in range(len(parts))]
-
-    def through(
-        self, parts: Sequence[_Part], blocks: Sequence[int], adapter: Adapter | None = None
-    ) -> list[_Part]:
-        """The parts after some blocks."""
-        for block in blocks:
-            seen = self.see(parts, block, adapter, ())
-            parts = [replace(part, hidden=one.hidden) for part, one in zip(parts, seen)]
-        return list(parts)
-
     def fit(
         self,
         merges: Sequence[_Merge],
         paths: Sequence[str],
-        seen: Sequence[Sequence[_Seen]],
-        taught: Sequence[_Seen],
+        seen: Sequence[Sequence[Seen]],
+        taught: Sequence[Seen],
     ) -> None:
         """Fit the modules `paths`, which have the same input, of every merge.
 
@@ -287,26 +220,22 @@ class _Merging:
         return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
 
 
+def _has_room(base: BaseModel, paths: Sequence[str], parts: Sequence[Part], n_merges: int) -> bool:
+    """True if there is room for all outputs of a block's modules in every merge."""
+    widths: dict[int, int] = {}
+    for path in paths:
+        block = block_index(path)
+        widths[block] = widths.get(block, 0) + base.module_shapes[path][1]
+    n_tokens = sum(part.n_tokens for part in parts)
+    return 4 * max(widths.values()) * n_tokens * n_merges <= _KNOWN
+
+
 def _by_task(places: Sequence[int], arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Join the arrays of each task, given the task of every array."""
     found: dict[int, list[np.ndarray]] = {}
     for task, x in zip(places, arrays):
         found.setdefault(task, []).append(x)
     return [np.concatenate(found[task]) for task in sorted(found)]
-
-
-def _parts(sets: Sequence[ExampleSet], most: int | None) -> list[_Part]:
-    """All rows in parts, without the tokens that all rows begin with.
-
-    Such a token is one input with a different target for every member.
-    """
-    rows = tuple(row for one in sets for row in one.examples)
-    skip = len(shared_prefix(ExampleSet("all", rows), least=1))
-    return [
-        _Part(i, batch, mx.array(batch.tokens))
-        for i, one in enumerate(sets)
-        for batch in token_batches(one, most, skip, _BATCH)
-    ]
 
 
 def _paths_of_blocks(adapters: Sequence[Adapter]) -> dict[int, list[str]]:
@@ -322,7 +251,7 @@ def _some(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
     return replace(adapter, modules=modules) if modules else None
 
 
-def _by_input(seen: _Seen) -> Iterator[list[str]]:
+def _by_input(seen: Seen) -> Iterator[list[str]]:
     """Yield groups of modules with the same input, in the order in which they run."""
     together: dict[int, list[str]] = {}
     for path, x in seen.inputs.items():

@@ -16,7 +16,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge import layerwise
-from d2c_mlx.merge.layerwise import _parts, merge_layerwise
+from d2c_mlx.merge.block_passes import parts_of
+from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -89,16 +90,6 @@ def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
     assert a @ b == pytest.approx(c @ d, abs=1e-8)
 
 
-@pytest.mark.parametrize("n", [0, 1, 3, 6])
-def test_tokens_that_all_rows_begin_with_are_not_looked_at(n):
-    rng = np.random.default_rng(0)
-    rows = [tuple(rng.integers(100 * i, 100 * i + 99, 8).tolist()) for i in range(6)]
-    examples = [Example((*range(700, 700 + n), *row), n + 4) for row in rows]
-    sets = [ExampleSet("a", tuple(examples[:3])), ExampleSet("b", tuple(examples[3:]))]
-    looked = [sorted(set(part.batch.columns)) for part in _parts(sets, None)]
-    assert looked and all(columns == list(range(n, n + 8)) for columns in looked)
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """A base, three adapters of which one has another rank and other modules, their probe rows."""
@@ -108,6 +99,17 @@ def tiny(tmp_path):
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "aba"]
     return base, adapters, sets
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 6])
+def test_tokens_that_all_rows_begin_with_are_not_looked_at(n, tiny):
+    rng = np.random.default_rng(0)
+    rows = [tuple(rng.integers(100 * i, 100 * i + 99, 8).tolist()) for i in range(6)]
+    examples = [Example((*range(700, 700 + n), *row), n + 4) for row in rows]
+    sets = [ExampleSet("a", tuple(examples[:3])), ExampleSet("b", tuple(examples[3:]))]
+    looked = [np.array(part.hidden)[part.batch.rows, part.batch.columns]
+              for part in parts_of(tiny[0], sets, None)]  # fmt: skip
+    assert sorted(np.concatenate(looked)) == sorted(token for row in rows for token in row)
 
 
 def weight_of(base, path):
@@ -152,13 +154,15 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
     return updates
 
 
-@pytest.mark.parametrize("large", [0, layerwise._LARGE], ids=["one by one", "at once"])
+@pytest.mark.parametrize("room", [0, layerwise._LARGE], ids=["one by one", "at once"])
 @pytest.mark.parametrize("rank", [2, 64])
 @pytest.mark.parametrize("scale, strength", [(1.0, 0.0), (1.0, 0.75), (1.4, 1.0)])
 def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
-    tiny, scale, strength, rank, large, monkeypatch
+    tiny, scale, strength, rank, room, monkeypatch
 ):
-    monkeypatch.setattr(layerwise, "_LARGE", large)
+    """Also where modules are fitted one merge at a time, and no output is kept."""
+    monkeypatch.setattr(layerwise, "_LARGE", room)
+    monkeypatch.setattr(layerwise, "_KNOWN", room)
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
     (made,) = merge_layerwise(base, adapters, sets, [(scale, strength)], rank)

@@ -25,7 +25,7 @@ from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.exact import blocks_are_exact, find_head, prefix_is_exact, split_is_exact
-from d2c_mlx.models.forward import find_body, run_blocks
+from d2c_mlx.models.forward import find_body, run_blocks, run_prefix
 from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -144,6 +144,11 @@ def test_windows_embedding_scales_and_all_norms_are_run_in_parts(tmp_path, kind)
     for block in range(last + 1):
         hidden = run_blocks(base.model, hidden, first=block, stop=block + 1)
     np.testing.assert_allclose(hidden, run_blocks(base.model, x), rtol=1e-5, atol=1e-5)
+    prefix, rest = x[:, :5], x[:, 5:]
+    for block in range(last + 1):
+        prefix, states = run_prefix(base.model, prefix, block, block + 1)
+        rest = run_blocks(base.model, rest, states, block, block + 1)
+    np.testing.assert_allclose(rest, hidden[:, 5:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
