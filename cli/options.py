@@ -53,8 +53,8 @@ RUN_OPTIONS = (
         type=_PATH,
         metavar="FILE",
         help='prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with'
-        ' "messages"; without --tasks the adapters\' answers to them are the rows, else'
-        " they are for --refine",
+        ' "messages"; the adapters\' answers are the rows, beside --tasks more of them for'
+        " layerwise and --refine",
     ),
     _adapters_and_tasks(
         "--model",

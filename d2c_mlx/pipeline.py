@@ -3,8 +3,8 @@
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
     convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
 
-Where there are only prompts, adapters `answer` them before `probe`. Without rows `probe` is left
-out, weights alone decide, and `bench` compares weights.
+Where there are prompts, adapters `answer` them before `probe`. Without rows `probe` is left out,
+weights alone decide, and `bench` compares weights.
 
 Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
 change is not repeated.
@@ -124,7 +124,7 @@ def convert(session: Session) -> Stage:
 
 
 def answer(session: Session) -> Stage:
-    """Let task adapters answer prompts that have none -> `answered/`, the rows of the run."""
+    """Let task adapters answer prompts -> `answered/`: the rows of the run, or more of them."""
     inputs = session.inputs
 
     def body() -> None:
@@ -220,9 +220,9 @@ def cluster(session: Session) -> Stage:
         write_json(session.path("clusters.json"), content)
 
     # Merge methods that cluster alike share one clustering, so it is not made again.
-    like = c.replace(merge_method=session.study.merger.quick_method)
-    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k, _merge_options(like),
-               c.search, c.random_seeds]  # fmt: skip
+    quick = session.study.merger.quick_method
+    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k,
+               _merge_options(c, quick), c.search, c.random_seeds]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
     return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
 
@@ -249,7 +249,7 @@ def merge(session: Session) -> Stage:
         write_json(session.path("merges.json"), merges)
 
     options = [inputs.base.fingerprint, _merge_options(session.config)]
-    reads = ["adapters", *_losses(session.config), "clusters.json"]
+    reads = ["adapters", *_losses(session.config), *_answers(session.config), "clusters.json"]
     return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
 
@@ -336,7 +336,7 @@ def bench(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                c.baselines, c.answers]  # fmt: skip
     options += [inputs.shipped.fingerprint] if c.probe_model else []
-    merges = [] if c.planned else ["losses.json", "clusters.json", "merged"]
+    merges = [] if c.planned else ["losses.json", *_answers(c), "clusters.json", "merged"]
     return Stage("bench", options, ["adapters", *merges, "pack"], [name], body)
 
 
@@ -372,7 +372,13 @@ def _losses(config: RunConfig) -> list[str]:
     return ["losses.json"] if config.has_rows else []
 
 
-def _merge_options(config: RunConfig) -> list[object]:
+def _answers(config: RunConfig) -> list[str]:
+    """The answers that merges read beside the rows."""
+    return ["answered"] if config.unlabelled and config.tasks else []
+
+
+def _merge_options(config: RunConfig, method: str | None = None) -> list[object]:
+    """What merges depend on, by the config's method or another one."""
     c = config
     plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
-    return [c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]
+    return [method or c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]

@@ -51,10 +51,9 @@ MERGES = {
     "auto": {"merge_method": "auto"},
     **{name: {"merge_method": name} for name in MERGE_METHODS},
 }
-# Options of a whole run on clusters that are known. Prompts are those of rows of other draws; with
-# `answered` the adapters' answers to them are calibration rows beside the others.
+# Options of a whole run on clusters that are known. Prompts are those of rows of other draws.
 LEVERS = {
-    "with prompts": {"unlabelled": True, "answered": True},
+    "with prompts": {"unlabelled": True},
     "refined": {"refine": True},
     "refined with prompts": {"refine": True, "unlabelled": True},
     "rank 16": {"merge_rank": 16},
@@ -114,28 +113,8 @@ def pulled(session, case, clustering, i, options):
         changes["unlabelled"] = write_prompts(
             options.library, place.with_suffix(".prompts.jsonl"), range(seed * n, (seed + 1) * n)
         )
-    if changes.pop("answered", False):
-        changes = with_answers(session.config, changes.pop("unlabelled"), place)
     config = session.config.replace(**changes, clusters=str(clusters), output=str(place))
     return run(config, until="pack", quiet=True)
-
-
-def with_answers(config, prompts, place):
-    """Options that take the adapters' answers to prompts as further calibration rows."""
-    asked = run(
-        config.replace(tasks=None, unlabelled=prompts, output=f"{place}-answered"),
-        until="answer", quiet=True,
-    )  # fmt: skip
-    tasks, most = place.with_name(f"{place.name}-tasks"), 0
-    for task in sorted(Path(config.tasks).iterdir()):
-        answered = asked.path("answered") / task.name
-        files = (task / "probe.jsonl", answered / "probe.jsonl", answered / "test.jsonl")
-        lines = [line for file in files for line in file.read_text("utf-8").splitlines() if line]
-        (tasks / task.name).mkdir(parents=True, exist_ok=True)
-        (tasks / task.name / "probe.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-        (tasks / task.name / "test.jsonl").write_bytes((task / "test.jsonl").read_bytes())
-        most = max(most, len(lines))
-    return {"tasks": str(tasks), "probe_examples": most}
 
 
 def partitions(session, kind, results, options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.make_rows import whole_answers
 from d2c_mlx.models.rows import Row, prompt_key, row_format
 from d2c_mlx.models.tasks import Task, load_tasks
-from d2c_mlx.utils.errors import TaskError
+from d2c_mlx.utils.errors import TaskError, warn
 from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
 from d2c_mlx.utils.parsing import parse_json
 
@@ -110,18 +111,20 @@ def prompt_and_expected(row: Row) -> dict[str, str]:
 class OwnAnswers:
     """Prompts of tasks, and the folder of the answers: `<task>/probe.jsonl` and `test.jsonl`.
 
-    Answers that are there are never replaced: a person may have corrected or removed some.
+    Answers that are there are never replaced: a person may have corrected or removed some. They are
+    the rows of a run that has no others; else more of them, and none is held out.
 
     Attributes:
         directory: the folder; what is in it is read as it is.
         prompts: task -> rows in mlx-lm's chat format with a stand-in for the answer, see
             `load_unlabelled`.
         n_probe: most calibration rows of a task, and no more than half; the others are held out.
+            None where there are other rows.
     """
 
     directory: Path
     prompts: Mapping[str, Sequence[Row]]
-    n_probe: int
+    n_probe: int | None
 
     @property
     def there(self) -> bool:
@@ -129,14 +132,14 @@ class OwnAnswers:
         return self.directory.exists()
 
     def tasks(self, names: Sequence[str]) -> list[Task]:
-        """The answered rows of tasks; the prompts with their stand-ins where there are none yet.
+        """The rows of a run without others; the prompts and stand-ins where they are not answered.
 
         Raises:
             TaskError: tasks with fewer than two prompts, answers to other prompts, or what a person
                 wrote that is no row.
         """
-        prompts = {name: self._distinct(name) for name in names}
-        few = [name for name in names if len(prompts[name]) < 2]
+        prompts = self._distinct
+        few = [name for name in names if len(prompts.get(name, ())) < 2]
         if few:
             raise TaskError(
                 f"unlabelled: found fewer than 2 prompts for {', '.join(few)}, expected 2 or more"
@@ -144,12 +147,26 @@ class OwnAnswers:
             )
         if not self.there:
             return [self._split(name, prompts[name]) for name in names]
-        if parse_json(read_text(self.directory / _OF)) != fingerprint(prompts):
+        self._check()
+        return load_tasks(self.directory, names)
+
+    def rows(self) -> dict[str, Sequence[Row]]:
+        """The answered rows by task, for a run that has others; none if they are not answered.
+
+        Raises:
+            TaskError: answers to other prompts, or what a person wrote that is no row.
+        """
+        if not self.there:
+            return {}
+        self._check()
+        return {one.name: one.probe for one in load_tasks(self.directory, self.prompts, False)}
+
+    def _check(self) -> None:
+        if parse_json(read_text(self.directory / _OF)) != fingerprint(self._distinct):
             raise TaskError(
                 f"{self.directory}: answers to other prompts than those of --unlabelled; use them"
                 f" with --tasks {self.directory} and another --output, or delete them"
             )
-        return load_tasks(self.directory, names)
 
     def write(
         self, base: BaseModel, adapters: Sequence[Adapter], done: Callable[[Path], None]
@@ -162,17 +179,26 @@ class OwnAnswers:
             done: takes the complete folder before it takes its place.
 
         Raises:
-            TaskError: tasks with fewer than two answers; nothing is written.
+            TaskError: tasks with too few answers; nothing is written.
         """
         if self.there:
             return
-        found = {one.name: self._answered(base, one) for one in adapters}
-        few = [name for name, rows in found.items() if len(rows) < 2]
+        asked = [one for one in adapters if one.name in self.prompts]
+        found = {one.name: self._answered(base, one) for one in asked}
+        least = 2 if self.n_probe else 1
+        few = [name for name, rows in found.items() if len(rows) < least]
         if few:
             raise TaskError(
-                f"unlabelled: fewer than 2 prompts of {', '.join(few)} have an answer that ends"
-                f" within {_MOST_TOKENS} tokens; give more prompts, such as the adapter was trained"
-                " on"
+                f"unlabelled: fewer than {least} prompts of {', '.join(few)} have an answer that"
+                f" ends within {_MOST_TOKENS} tokens; give more prompts, such as the adapter was"
+                " trained on"
+            )
+        left_out = {name: len(self._distinct[name]) - len(rows) for name, rows in found.items()}
+        if n := sum(left_out.values()):
+            n_all = sum(map(len, self._distinct.values()))
+            warn(
+                f"unlabelled: left out {n} of {n_all} prompts, whose answers do not end within"
+                f" {_MOST_TOKENS} tokens (most of {max(left_out, key=left_out.__getitem__)})"
             )
         with write_dir(self.directory) as directory:
             for name, rows in found.items():
@@ -180,22 +206,24 @@ class OwnAnswers:
                 (directory / name).mkdir()
                 for file, some in (("probe", task.probe), ("test", task.test)):
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
-                    write_text(directory / name / f"{file}.jsonl", "".join(lines))
-            prompts = {one.name: self._distinct(one.name) for one in adapters}
-            write_json(directory / _OF, fingerprint(prompts))
+                    if lines:
+                        write_text(directory / name / f"{file}.jsonl", "".join(lines))
+            write_json(directory / _OF, fingerprint(self._distinct))
             done(directory)
 
-    def _distinct(self, name: str) -> list[Row]:
-        """The prompts of a task, each once."""
-        return list({prompt_key(row): row for row in self.prompts.get(name, ())}.values())
+    @cached_property
+    def _distinct(self) -> dict[str, list[Row]]:
+        """The prompts of every task, each once."""
+        return {name: list({prompt_key(row): row for row in rows}.values())
+                for name, rows in self.prompts.items()}  # fmt: skip
 
     def _split(self, name: str, rows: Sequence[Row]) -> Task:
-        n = min(self.n_probe, (len(rows) + 1) // 2)
+        n = min(self.n_probe, (len(rows) + 1) // 2) if self.n_probe else len(rows)
         return Task(name, tuple(rows[:n]), tuple(rows[n:]))
 
     def _answered(self, base: BaseModel, adapter: Adapter) -> list[Row]:
         """The prompts of a task with answers that end and are not empty."""
-        rows = self._distinct(adapter.name)
+        rows = self._distinct[adapter.name]
         examples = base.encode(adapter.name, rows, ()).examples
         base.attach(adapter)
         texts = whole_answers(base, [one.prompt_tokens for one in examples], _MOST_TOKENS)

@@ -80,16 +80,15 @@ class Distiller:
         self,
         adapter: Adapter,
         answered: ExampleSet,
-        prompts: ExampleSet | None = None,
+        own: ExampleSet | None = None,
         label_weight: float = 0.0,
     ) -> list[TeacherRow]:
-        """Teacher targets of rows, for `compare` and `gradient`: the answered rows, then prompts.
+        """Teacher targets of rows, for `compare` and `gradient`: of the answered rows, then of own.
 
         Args:
             adapter: the teacher; it stays attached.
-            answered: rows whose targets are given.
-            prompts: rows of which only the prompt is read; the teacher's greedy answer follows, at
-                most as long as the longest of `answered`.
+            answered: rows whose answers are the user's.
+            own: rows whose answers are the teacher's.
             label_weight: weight of the rows' own targets in `mean` and `constant`, from 0 to 1; the
                 teacher has the rest.
 
@@ -97,11 +96,7 @@ class Distiller:
             One `TeacherRow` per row.
         """
         self.base.attach(adapter)
-        examples = list(answered.examples)
-        longest = max(one.n_targets for one in examples)
-        for one in prompts.examples if prompts else ():
-            prompt = one.prompt_tokens
-            examples.append(Example((*prompt, *self.base.answer(prompt, longest)), len(prompt)))
+        examples = [*answered.examples, *(own.examples if own else ())]
         rows: dict[int, TeacherRow] = {}
         for batch in batches_by_length([len(one.tokens) for one in examples], _BATCH):
             some = [examples[i] for i in batch]

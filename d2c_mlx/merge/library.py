@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,12 +28,14 @@ class Library:
         evaluator: evaluates and caches losses on the base model.
         adapters: one per task; every table has this order.
         probes: calibration rows, one set per adapter in the same order.
+        answers: task -> more rows, with its adapter's own answers; they are never judged by.
     """
 
     engine: Engine
     evaluator: Evaluator
     adapters: Sequence[Adapter]
     probes: Sequence[ExampleSet]
+    answers: Mapping[str, ExampleSet] = field(default_factory=dict)
 
     @property
     def base(self) -> BaseModel:
@@ -49,6 +51,15 @@ class Library:
     def names(self) -> list[str]:
         """Names of the adapters, which are also the names of the tasks."""
         return [adapter.name for adapter in self.adapters]
+
+    @property
+    def rows(self) -> list[ExampleSet]:
+        """All rows of every task: `probes`, and the answers."""
+        none = ExampleSet("", ())
+        return [
+            replace(one, examples=one.examples + self.answers.get(adapter.name, none).examples)
+            for adapter, one in zip(self.adapters, self.probes)
+        ]
 
     @cached_property
     def similarity(self) -> np.ndarray:

@@ -204,11 +204,12 @@ class Merger:
         scale = self._options.scale or (_SCALE_OF_FEW if few else _SCALE_OF_MORE)
         aims = [(scale, 0.0), (scale, STRENGTH)]
         # Forward passes under the members, and of each merge in parts.
-        cost = (1 + 2 * len(aims)) * sum(self._probes[i].n_tokens for i in members)
+        rows = [self._library.rows[i] for i in members]
+        cost = (1 + 2 * len(aims)) * sum(some.n_tokens for some in rows)
         self._evaluator.meter.expect(cost)
         made = merge_layerwise(
-            self._base, [self._adapters[i] for i in members], [self._probes[i] for i in members],
-            aims, self._options.rank, _LAYERWISE_TOKENS, self._workers,
+            self._base, [self._adapters[i] for i in members], rows, aims, self._options.rank,
+            _LAYERWISE_TOKENS, self._workers,
         )  # fmt: skip
         found = [one.uniform(self._base.dtype) for one in made]
         del made  # float32, twice as large.

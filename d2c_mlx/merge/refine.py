@@ -41,13 +41,13 @@ class Member:
         adapter: the task adapter, which is the teacher.
         probe: calibration rows, prompts with answers.
         gain: nats that `adapter` gains over the base model, see `LossTable.gain`.
-        prompts: prompts without answers, see `Distiller.teacher_rows`.
+        own: rows whose answers are the adapter's own.
     """
 
     adapter: Adapter
     probe: ExampleSet
     gain: float
-    prompts: ExampleSet | None = None
+    own: ExampleSet | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RefineOptions:
         kl_weight: weight of the KL divergence; the cross entropy has weight 1.
         held_share: share of every task's calibration rows that is held back; tasks with fewer than
             three rows hold none back.
-        rows: rows of each task in a step, and as many of its prompts without answers.
+        rows: rows of each task in a step, and as many of those with its adapter's own answers.
         every: steps between two evaluations on the held-back rows.
         patience: evaluations without a new best before the training stops.
         eps: the merge is kept unless the held-back regret falls by more than this.
@@ -99,16 +99,16 @@ class Refined:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one task: those to train on, with and without answers, and those held back."""
+    """Rows of one task: those to train on, with the user's answers or own ones; those held back."""
 
     gain: float
     answered: list[TeacherRow]
-    prompts: list[TeacherRow]
+    own: list[TeacherRow]
     held: list[TeacherRow]
 
     @property
     def trained(self) -> list[list[TeacherRow]]:
-        return [some for some in (self.answered, self.prompts) if some]
+        return [some for some in (self.answered, self.own) if some]
 
 
 def hold_back(probe: ExampleSet, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -165,11 +165,9 @@ def refine(
     with all_cores():
         tasks = []
         for one, (train, held) in zip(members, splits):
-            rows = model.teacher_rows(one.adapter, one.probe, one.prompts)
-            prompts = rows[len(one.probe.examples) :]
-            tasks.append(
-                _Rows(one.gain, [rows[i] for i in train], prompts, [rows[i] for i in held])
-            )
+            rows = model.teacher_rows(one.adapter, one.probe, one.own)
+            own = rows[len(one.probe.examples) :]
+            tasks.append(_Rows(one.gain, [rows[i] for i in train], own, [rows[i] for i in held]))
         refined = _train(model, merged, tasks, options, meter or Silent())
     return replace(refined, unjudged=unjudged)
 

@@ -106,8 +106,8 @@ class RunConfig(RunRules):
     )
     unlabelled: str | None = option(
         None,
-        'prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with "messages"; without'
-        " --tasks the adapters' answers to them are the rows, else they are for --refine",
+        'prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with "messages"; the'
+        " adapters' answers are the rows, beside --tasks more of them for layerwise and --refine",
         group=_INPUT,
         metavar="FILE",
         path=True,
@@ -326,7 +326,7 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
     left_out = {"cluster", "merge", "refine"} if config.planned else {"plan"}
     if not config.refine:
         left_out.add("refine")
-    if not config.answered:
+    if not config.unlabelled:
         left_out.add("answer")
     if not config.has_rows:
         left_out.add("probe")

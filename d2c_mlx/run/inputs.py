@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -24,6 +24,7 @@ from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.identity import same_weights
+from d2c_mlx.models.rows import Row
 from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
@@ -47,7 +48,7 @@ class Inputs:
         engine: evaluates adapters on `base`.
         adapters: adapters as they were given, sorted by name.
         tasks: one task per adapter, in the same order; none without rows.
-        asked: prompts that the adapters answer; only where `config.answered`.
+        asked: prompts that the adapters answer; only with `config.unlabelled`.
         capacity: bytes of the adapters and of the budget.
     """
 
@@ -97,18 +98,20 @@ class Inputs:
     def _load_tasks(self, names: Sequence[str]) -> list[Task]:
         """The rows of the run; stand-ins where adapters have yet to answer, none without any."""
         config = self.config
-        if config.tasks:
-            return load_tasks(Path(config.tasks), names)
+        tasks = load_tasks(Path(config.tasks), names) if config.tasks else []
         if not config.unlabelled:
-            return []
-        asked = load_unlabelled(Path(config.unlabelled), [Task(name, (), ()) for name in names], 0)
-        self.asked = OwnAnswers(Path(config.output) / "answered", asked, config.probe_examples)
-        return self.asked.tasks(names)
+            return tasks
+        n, known = config.probe_examples, tasks or [Task(name, (), ()) for name in names]
+        asked = load_unlabelled(Path(config.unlabelled), known, n)
+        place = Path(config.output) / "answered"
+        self.asked = OwnAnswers(place, asked, None if tasks else n)
+        return tasks or self.asked.tasks(names)
 
     def take_answers(self) -> None:
         """Read the rows again, after the adapters have answered."""
-        self.tasks = self.asked.tasks(self.names)
-        for name in ("probes", "tests"):
+        if self.config.answered:
+            self.tasks = self.asked.tasks(self.names)
+        for name in ("probes", "tests", "answers"):
             vars(self).pop(name, None)
         self._check_memory()
 
@@ -168,7 +171,7 @@ class Inputs:
             collect(errors, lambda: self.tests)
             collect(errors, lambda: self.capacity.merge_rank and (
                 self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
-            collect(errors, lambda: self.prompts)
+            collect(errors, self._check_prompts)
         if not errors and config.probe_model:
             collect(errors, self._check_tokens)
         if config.refine:
@@ -210,7 +213,8 @@ class Inputs:
 
     def _check_memory(self) -> None:
         """Raise the error of the longest row that does not fit; what fits it fits the others."""
-        sets = [part for one in (*self.probes, *self.tests) for part in (one, *one.parts)]
+        rows = (*self.probes, *self.tests, *self.answers.values())
+        sets = [part for one in rows for part in (one, *one.parts)]
         for one in sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples)):
             self.engine.batches(one)
 
@@ -242,21 +246,26 @@ class Inputs:
         return [one.cut(0.5) for one in encode_tests(self.base.encode, self.tasks, n)]
 
     @cached_property
-    def prompts(self) -> dict[str, ExampleSet]:
-        """Task -> its unlabelled prompts for refining, for tasks that have some."""
-        if not self.config.unlabelled or not self.config.tasks:
+    def answers(self) -> dict[str, ExampleSet]:
+        """Task -> its adapter's answers to prompts beside its rows; none before they are there."""
+        if not self.config.unlabelled or self.config.answered:
             return {}
-        n = self.config.probe_examples
-        rows = load_unlabelled(Path(self.config.unlabelled), self.tasks, n)
+        return self._encoded(self.asked.rows(), str(self.asked.directory))
+
+    def _check_prompts(self) -> None:
+        """Raise the errors of prompts beside rows, or of the answers that are there."""
+        if self.config.unlabelled and not self.config.answered:
+            self._encoded(self.asked.prompts, self.config.unlabelled)
+            _ = self.answers
+
+    def _encoded(self, rows: Mapping[str, Sequence[Row]], place: str) -> dict[str, ExampleSet]:
         names = sorted(rows)
-        encoded = gather(
+        return dict(zip(names, gather(
             partial(self.base.encode, name, rows[name], [
-                f"{self.config.unlabelled}: row {i + 1} of task {name}"
-                for i in range(len(rows[name]))
+                f"{place}: row {i + 1} of task {name}" for i in range(len(rows[name]))
             ])
             for name in names
-        )  # fmt: skip
-        return dict(zip(names, encoded))
+        )))  # fmt: skip
 
 
 def opening(inputs: Inputs) -> str:
@@ -283,16 +292,22 @@ def _rows(inputs: Inputs) -> str:
     n_probe, n_test = (span([len(one.examples) for one in some])
                        for some in (inputs.probes, inputs.tests))  # fmt: skip
     of = " of the adapters' own answers" if inputs.config.answered else ""
-    return f"{n_probe} calibration and {n_test} held-out rows each{of}"
+    said = f"{n_probe} calibration and {n_test} held-out rows each{of}"
+    if inputs.config.unlabelled and not inputs.config.answered:
+        n_prompts = sum(map(len, inputs.asked.prompts.values()))
+        said += f", and {n_prompts:,} prompts that the adapters answer"
+    return said
 
 
 def provenance(inputs: Inputs) -> dict[str, Any]:
     """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
     base, capacity = inputs.shipped, inputs.capacity
+    n_answers = sum(len(one.examples) for one in inputs.answers.values())
     return {
         "config": inputs.config.to_dict(),
         "base": {"model": base.name, "config_sha256": base.config_hash},
         "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        **({"n_answers": n_answers} if n_answers else {}),
         **({"plugins": found} if (found := list(map(str, inputs.config.plugins))) else {}),
         "budget": {
             "text": capacity.budget.text,
@@ -303,6 +318,7 @@ def provenance(inputs: Inputs) -> dict[str, Any]:
             adapter.name: {
                 "adapter": adapter.digest,
                 **({"probe": rows[0].digest, "test": rows[1].digest} if rows else {}),
+                **({"answers": more.digest} if (more := inputs.answers.get(adapter.name)) else {}),
                 **({"origin": adapter.origin} if adapter.origin else {}),
                 **({} if adapter.dora_error is None else {"dora_error": adapter.dora_error}),
             }

@@ -28,7 +28,7 @@ def refine_inputs(session: Session) -> list[object]:
     inputs = session.inputs
     return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
             [[p.task, p.digest] for p in inputs.probes],
-            [[name, prompts.digest] for name, prompts in inputs.prompts.items()]]  # fmt: skip
+            [[name, rows.digest] for name, rows in inputs.answers.items()]]  # fmt: skip
 
 
 def refine_merge(session: Session, merged: Adapter, indices: Sequence[int]) -> Refined:
@@ -49,7 +49,7 @@ def _members(session: Session, indices: Sequence[int]) -> list[Member]:
     inputs, gain = session.inputs, session.study.losses.gain
     return [
         Member(session.adapters[i], inputs.probes[i], float(gain[i]),
-               inputs.prompts.get(inputs.names[i]))
+               inputs.answers.get(inputs.names[i]))
         for i in indices
     ]  # fmt: skip
 

@@ -179,9 +179,18 @@ class RunRules(Checked):
     @field_validator("refine", check_fields=False)
     @classmethod
     def _for_prompts(cls, refine: bool, info: ValidationInfo) -> bool:
-        if not refine and info.data.get("tasks") and (prompts := info.data.get("unlabelled")):
-            raise refused(f"found False, but beside --tasks the prompts of {prompts} are for"
-                          " refining: pass --refine, or leave --unlabelled out")  # fmt: skip
+        """Refuse prompts beside rows where nothing would read their answers."""
+        prompts, method = info.data.get("unlabelled"), info.data.get("merge_method")
+        if refine or not prompts or not info.data.get("tasks"):
+            return refine
+        if _in_bytes(info) and info.data.get("plan") == "auto":
+            raise refused(f"found False, but beside --tasks no plan reads answers to {prompts}:"
+                          " pass a number of adapters as the budget, or leave --unlabelled out"
+                          )  # fmt: skip
+        if method not in (None, "layerwise", "auto"):
+            raise refused(f"found False, but beside --tasks merge_method {method} does not read"
+                          f" answers to {prompts}: pass layerwise or --refine, or leave"
+                          " --unlabelled out")  # fmt: skip
         return refine
 
 

@@ -164,7 +164,7 @@ class Session:
     def library(self) -> Library:
         """The converted adapters, with the evaluator and rows that measure them."""
         inputs = self.inputs
-        return Library(inputs.engine, self.evaluator, self.adapters, inputs.probes)
+        return Library(inputs.engine, self.evaluator, self.adapters, inputs.probes, inputs.answers)
 
     @cached_property
     def study(self) -> Study:

@@ -92,9 +92,14 @@ def test_what_was_measured_is_not_measured_again(measured):
 
 
 def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
-    rows = measured("estimates;estimates: rank 16;estimates: refined with prompts;random: rank 16")
+    file = paths.model / "config.json"  # of a model that ends its answers
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [*range(40, 80)]}))
+    rows = measured(
+        "estimates;estimates: rank 16;estimates: with prompts;estimates: refined with prompts;"
+        "random: rank 16"
+    )
     assert len(rows["random: rank 16"]["each_excess"]) == 3
-    for how in ("rank 16", "refined with prompts"):
+    for how in ("rank 16", "with prompts", "refined with prompts"):
         one = rows[f"estimates: {how}"]
         assert one["clusters_of"] == rows["estimates"]["clusters_of"]
         assert ("refine" in one["stages"]) == how.startswith("refined")
@@ -102,24 +107,12 @@ def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
     ranks = {pack.load(name).rank for name in NAMES}
     assert max(ranks) == 16
     assert rows["estimates: rank 16"]["excess"] != rows["estimates"]["excess"]
-    config = (tmp_path / "work" / "2-0-estimates-refined-with-prompts" / "config.yaml").read_text()
-    prompts = tmp_path / "work" / "2-0-estimates-refined-with-prompts.prompts.jsonl"
-    assert f"unlabelled: {prompts}" in config
+    for how in ("with-prompts", "refined-with-prompts"):
+        place = tmp_path / "work" / f"2-0-estimates-{how}"
+        prompts = place.with_name(f"{place.name}.prompts.jsonl")
+        assert f"unlabelled: {prompts}" in (place / "config.yaml").read_text()
     used = (tmp_path / "work" / "tasks-0" / "a" / "probe.jsonl").read_text()
     assert not any(json.loads(line)["prompt"] in used for line in prompts.read_text().splitlines())
-
-
-def test_answers_to_prompts_are_further_calibration_rows(paths, tmp_path, measured):
-    file = paths.model / "config.json"  # of a model that ends its answers
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [*range(40, 80)]}))
-    one = measured("estimates;estimates: with prompts")["estimates: with prompts"]
-    place = tmp_path / "work" / "2-0-estimates-with-prompts"
-    tasks = place.with_name(f"{place.name}-tasks")
-    assert "refine" not in one["stages"]
-    assert f"tasks: {tasks}\n" in (place / "config.yaml").read_text()
-    for name in NAMES:
-        before, now = load_task(tmp_path / "work" / "tasks-0" / name), load_task(tasks / name)
-        assert before.probe == now.probe[:2] and len(now.probe) > 2 and before.test == now.test
 
 
 def test_cases_of_the_past_are_kept_and_not_measured(measured):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.tiny import log_probabilities, refinable, write_jsonl
+from helpers.tiny import log_probabilities, refinable
 from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -24,7 +24,7 @@ from d2c_mlx.merge.refine import (
 )
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
-from d2c_mlx.models.tasks import load_task, load_unlabelled
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]
@@ -264,24 +264,22 @@ def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monke
         refine(base, merged, members, FAST)
 
 
-def test_prompts_are_answered_by_their_own_adapter(paths, base, members, merged):
-    """Greedy, as the whole model without a cache continues; the stand-in answer is not read."""
-    file = write_jsonl(paths.tasks / "more.jsonl", [{"task": "a", "prompt": "What is a question?"}])
-    rows = load_unlabelled(file, [load_task(paths.tasks / name) for name in NAMES], 6)
-    prompts = base.encode("a", rows["a"])
-    row = Distiller(base).teacher_rows(members[0].adapter, members[0].probe, prompts)[-1]
-    tokens = list(prompts.examples[0].tokens[: prompts.examples[0].offset])
-    assert not row.answered and row.example.tokens[: len(tokens)] == tuple(tokens)
-    for token in row.example.tokens[len(tokens) :]:
-        logits = base.model(mx.array([tokens]))[0, -1]
-        assert float(logits[token]) == pytest.approx(float(logits.max()), abs=1e-4)
-        tokens.append(token)
-    assert row.example.n_targets <= max(one.n_targets for one in members[0].probe.examples)
-    members[0] = replace(members[0], prompts=prompts)
-    with_prompts = refine(base, merged, members, FAST)
-    assert (
-        with_prompts.adapter.digest
-        != refine(
-            base, merged, [replace(members[0], prompts=None), members[1]], FAST
-        ).adapter.digest
-    )
+def test_of_rows_with_the_own_adapters_answers_only_the_divergence_is_trained(
+    base, members, merged, monkeypatch
+):
+    own = base.encode("a", [{"prompt": "What is a question?", "completion": "An answer."}])
+    one = members[0]
+    rows = Distiller(base).teacher_rows(one.adapter, one.probe, own)
+    assert [row.answered for row in rows] == [True] * len(one.probe.examples) + [False]
+    assert rows[-1].example == own.examples[0]
+    gradient, seen = Distiller.gradient, []
+
+    def spy(self, factors, rows, weights):
+        seen.extend((row.answered, label) for row, (label, _) in zip(rows, weights))
+        return gradient(self, factors, rows, weights)
+
+    monkeypatch.setattr(Distiller, "gradient", spy)
+    found = refine(base, merged, [replace(one, own=own), members[1]], FAST)
+    assert {answered for answered, _ in seen} == {True, False}
+    assert all((label > 0) == answered for answered, label in seen)
+    assert found.adapter.digest != refine(base, merged, members, FAST).adapter.digest

@@ -138,7 +138,8 @@ def prompts(bare):
 @pytest.mark.slow
 def test_adapters_answer_prompts_and_a_person_corrects_them(prompts):
     assert not any(one.done for one in forecast(prompts).stages)
-    session = run(prompts, until="probe", quiet=True)
+    with pytest.warns(InputWarning, match="left out 1 of 16 prompts, whose answers do not end"):
+        session = run(prompts, until="probe", quiet=True)
     rows = session.path("answered") / "a"
     texts = [(rows / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("probe", "test")]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]

@@ -188,7 +188,10 @@ def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
     [
         ({"refine_steps": 0}, "refine_steps: found 0, expected 1 or more"),
         ({"refine_rate": 0.0}, "refine_rate: found 0.0, expected a number above 0"),
-        ({"refine": False, "unlabelled": "x"}, "refine: found False, but beside --tasks"),
+        (
+            {"refine": False, "unlabelled": "x"},
+            "refine: found False, but beside --tasks merge_method linear does not read answers to",
+        ),
     ],
 )
 def test_bad_options(config, options, text):

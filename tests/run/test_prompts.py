@@ -1,0 +1,109 @@
+"""Runs with prompts beside rows: the adapters answer them, and merges read the answers too."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.runs import NAMES
+from helpers.tiny import write_jsonl
+
+from d2c_mlx.merge.layerwise import merge_layerwise
+from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.utils.errors import InputError, InputWarning
+from d2c_mlx.utils.files import hash_tree
+
+
+@pytest.fixture
+def plain(config):
+    """Four adapters of a model that ends its answers, in one merge."""
+    path = Path(config.model) / "config.json"
+    ends = {"eos_token_id": list(range(40, 80))}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ends}))
+    return config.replace(budget="1", plan="auto", scale=1.0, baselines=())
+
+
+@pytest.fixture
+def prompts(plain):
+    """The same with prompts of two of the four."""
+    rows = [
+        {"task": name, "prompt": f"Question {i} for {name}?"} for name in "ac" for i in range(4)
+    ]
+    file = write_jsonl(Path(plain.adapters).parent / "prompts.jsonl", rows)
+    return plain.replace(unlabelled=str(file), output=f"{plain.output}-prompts")
+
+
+@pytest.mark.slow
+def test_merges_read_the_answers_and_nothing_else_does(plain, prompts):
+    without, session = (run(one, quiet=True) for one in (plain, prompts))
+    for name in ("losses.json", "clusters.json"):
+        assert session.read(name) == without.read(name)
+    places = {path.relative_to(session.path("answered")) for path in
+              session.path("answered").glob("*/*")}  # fmt: skip
+    assert {str(path) for path in places} == {"a/probe.jsonl", "c/probe.jsonl"}
+    (merged,) = (load_pack(one.path("pack")).load("a") for one in (session,))
+    assert hash_tree(session.path("merged")) != hash_tree(without.path("merged"))
+
+    base, rows = session.inputs.base, []
+    for name, probe in zip(NAMES, session.inputs.probes):
+        file = session.path("answered") / name / "probe.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        own = base.encode(name, [json.loads(line) for line in lines]) if lines else None
+        assert len(lines) in ((1, 2, 3, 4) if name in "ac" else (0,))
+        rows.append(ExampleSet(name, probe.examples + (own.examples if own else ())))
+    strength = {"layerwise": 0.75, "regmean++": 0.0}[session.read("merges.json")[0]["method"]]
+    (expected,) = merge_layerwise(base, session.adapters, rows, [(1.0, strength)])
+    assert merged.modules.keys() == expected.modules.keys()
+    for path, lora in merged.modules.items():
+        wanted = expected.modules[path].delta()
+        assert abs(lora.delta() - wanted).max() < 0.01 * abs(wanted).max()
+
+    n = sum(len(some.examples) - len(probe.examples)
+            for some, probe in zip(rows, session.inputs.probes))  # fmt: skip
+    for name in ("report.md", "report.html"):
+        said = f"Merges also read {n} answers of the adapters to your prompts."
+        assert said in session.path(name).read_text()
+        assert "answers of the adapters" not in without.path(name).read_text()
+
+
+@pytest.mark.slow
+def test_a_person_corrects_an_answer(prompts):
+    session = run(prompts, until="merge", quiet=True)
+    before, losses = hash_tree(session.path("merged")), session.read("losses.json")
+    file = session.path("answered") / "a" / "probe.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["completion"] = "Corrected, and longer than it was."
+    write_jsonl(file, lines)
+    again = run(prompts, until="merge", quiet=True)
+    assert "Corrected" in file.read_text() and again.read("losses.json") == losses
+    assert hash_tree(again.path("merged")) != before
+    file.write_text('{"prompt": 1}\n')
+    with pytest.raises(InputError, match="probe.jsonl"):
+        run(prompts, until="merge", quiet=True)
+
+
+def test_answers_that_do_not_end_are_left_out_and_it_is_said(prompts):
+    path, answered = Path(prompts.model) / "config.json", Path(prompts.output) / "answered"
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps({**text, "eos_token_id": 9999}))
+    with pytest.raises(InputError, match="fewer than 1 prompts of a, c have an answer that ends"):
+        run(prompts, until="answer", quiet=True)
+    assert not answered.exists()
+    path.write_text(json.dumps({**text, "eos_token_id": 79}))
+    with pytest.warns(InputWarning, match="left out 6 of 8 prompts, whose answers do not end"):
+        run(prompts, until="answer", quiet=True)
+    assert sum(file.read_text().count("\n") for file in answered.glob("*/*.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"merge_method": "ties"}, "merge_method ties does not read answers to"),
+        ({"budget": "50%", "plan": "auto"}, "no plan reads answers to"),
+    ],
+)
+def test_where_nothing_would_read_the_answers(prompts, options, text):
+    with pytest.raises(InputError, match=f"refine: found False, but beside --tasks {text}"):
+        prompts.replace(**options)
+    assert prompts.replace(refine=True, merge_method="ties").refine
