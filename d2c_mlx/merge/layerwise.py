@@ -35,28 +35,32 @@ from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["STRENGTH", "check_blocks", "merge_layerwise"]
+__all__ = ["LayerwiseOptions", "check_blocks", "merge_layerwise"]
 
-# Share of the error that is compensated. All of it would overfit a few rows.
-STRENGTH = 0.75
-# Modules whose dense update takes more bytes are fitted one after the other, on all cores, and one
-# merge after the other: a solver holds several times as much, and so do their outputs.
+# Modules whose dense update takes more bytes are fitted one after the other, on all cores: a solver
+# holds several times as much.
 _LARGE = 1 << 25
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KNOWN = 1 << 28
 
 
-@dataclass
-class _Merge:
-    """A merge on its way through the blocks, with the modules fitted so far."""
+@dataclass(frozen=True)
+class LayerwiseOptions:
+    """Options of a merge.
 
-    scale: float
-    strength: float
-    parts: Sequence[Part]
-    modules: dict[str, LoRA] = field(default_factory=dict)
+    Attributes:
+        scale: factor of every update, which later blocks take into account.
+        strength: share of the error that is compensated, between 0 and 1. All of it would overfit a
+            few rows; none is closer by loss where rows are few, and further from what the members
+            answer.
+        rank: most columns of every module; None takes the largest of the members.
+        most: tokens read of each set, evenly spaced; None reads all.
+    """
 
-    def some(self, paths: Sequence[str]) -> Adapter | None:
-        return _some(Adapter("merge", self.modules), paths)
+    scale: float = 1.0
+    strength: float = 0.75
+    rank: int | None = None
+    most: int | None = None
 
 
 def check_blocks(base: BaseModel) -> None:
@@ -76,83 +80,79 @@ def merge_layerwise(
     base: BaseModel,
     adapters: Sequence[Adapter],
     sets: Sequence[ExampleSet],
-    aims: Sequence[tuple[float, float]],
-    rank: int | None = None,
-    most: int | None = None,
+    options: LayerwiseOptions | None = None,
     workers: Workers | None = None,
-) -> list[Adapter]:
-    """Merge adapters layer by layer, once for every aim; the top of this file has the equation.
+) -> Adapter:
+    """Merge adapters layer by layer; the top of this file has the equation.
 
-    Use it on models that pass `check_blocks`; RegMean++ in merger.py works on any model. The
-    members run once for all aims.
+    Use it on models that pass `check_blocks`; RegMean++ in merger.py works on any model.
 
     Args:
         base: the base model; no adapter stays attached.
         adapters: at least two, sorted by name.
-        sets: examples of each adapter's task, in the same order.
-        aims: pairs of a scale of every update, which later blocks take into account, and a strength
-            of the error compensation, between 0 and 1.
-        rank: most columns of every module of the result; None takes the largest of `adapters`.
-        most: tokens read of each set, evenly spaced; None reads all. Tokens that all rows of all
+        sets: examples of each adapter's task, in the same order. Tokens that all rows of all
             members begin with are never read.
+        options: how to fit; None takes the defaults.
         workers: threads that run the model; None uses this thread.
 
     Returns:
-        One adapter per aim, of float32 factors with scale 1 (the aim's is folded in), named after
-        the members.
+        Float32 factors with scale 1 (that of the options is folded in), named after the members.
     """
-    rank = rank or max(adapter.rank for adapter in adapters)
+    options = options or LayerwiseOptions()
+    rank = options.rank or max(adapter.rank for adapter in adapters)
     for adapter in adapters:  # Capturing wraps modules that can hold an adapter.
         base.attach(adapter)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
     with capture_modules(base.model, paths) as here:
-        parts = parts_of(base, sets, most)
-        keep = _has_room(base, paths, parts, len(aims))
-        passes = BlockPasses(base, workers or Workers(1), here, keep)
-        merges = _Merging(base, adapters, rank, passes).merges(parts, aims)
+        parts = parts_of(base, sets, options.most)
+        passes = BlockPasses(base, workers or Workers(1), here, _has_room(base, paths, parts))
+        merging = _Merging(passes, adapters, options, rank, parts)
+        merging.run()
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
-    return [
-        Adapter("+".join(names), dict(sorted(one.modules.items())), adapters[0].base, names)
-        for one in merges
-    ]
+    modules = dict(sorted(merging.modules.items()))
+    return Adapter("+".join(names), modules, adapters[0].base, names)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Merging:
-    """The arguments of `merge_layerwise` that all blocks share."""
+    """A merge on its way through the blocks.
 
-    base: BaseModel
-    adapters: Sequence[Adapter]
-    rank: int
+    Attributes:
+        parts: the rows, at first before block 0.
+        modules: the modules fitted so far.
+    """
+
     passes: BlockPasses
+    adapters: Sequence[Adapter]
+    options: LayerwiseOptions
+    rank: int
+    parts: Sequence[Part]
+    modules: dict[str, LoRA] = field(default_factory=dict)
 
-    def merges(self, parts: Sequence[Part], aims: Sequence[tuple[float, float]]) -> list[_Merge]:
-        """Fit the modules of every merge, from the first block to the last."""
+    def run(self) -> None:
+        """Fit all modules, from the first block to the last."""
         blocks = _paths_of_blocks(self.adapters)
         # Below the first block that a member changes, all members equal the base model.
-        own = self.passes.through(parts, range(min(blocks)))
-        merges = [_Merge(scale, strength, own) for scale, strength in aims]
+        self.parts = own = self.passes.through(self.parts, range(min(blocks)))
         for block in range(min(blocks), max(blocks) + 1):
             paths = blocks.get(block, [])
             taught, groups = self.teach(own, block, paths)
             for group in groups:
-                for some in self._at_once(merges, group):
-                    seen = [
-                        self.passes.see(one.parts, block, one.some(paths), group, group[-1])
-                        for one in some
-                    ]
-                    self.fit(some, group, seen, taught)
-                    for one, rows in zip(some, seen):
-                        fitted = {path: one.modules[path] for path in group}
-                        one.parts = self.passes.adapted(one.parts, rows, fitted)
+                fitted = self.fitted(paths)
+                seen = self.passes.see(self.parts, block, fitted, group, group[-1])
+                found = self.fit(group, seen, taught)
+                self.parts = self.passes.adapted(self.parts, seen, found)
+                self.modules |= found
                 for part in taught:
                     for path in group:
                         del part.outputs[path]
-            for one in merges:
-                one.parts = self.passes.through(one.parts, [block], one.some(paths))
+            self.parts = self.passes.through(self.parts, [block], self.fitted(paths))
             own = [one.after for one in taught]
-        return merges
+
+    def fitted(self, paths: Sequence[str]) -> Adapter | None:
+        """The modules of `paths` that are fitted."""
+        return _some(Adapter("merge", self.modules), paths)
 
     def teach(
         self, own: Sequence[Part], block: int, paths: Sequence[str]
@@ -167,67 +167,56 @@ class _Merging:
             taught += [replace(one, inputs={}) for one in seen]
         return taught, groups
 
-    def _at_once(self, merges: list[_Merge], paths: Sequence[str]) -> list[list[_Merge]]:
-        """Merges whose modules `paths` are fitted at once: all, or one where these are large."""
-        large = any(4 * math.prod(self.base.module_shapes[path]) > _LARGE for path in paths)
-        return [[one] for one in merges] if large else [merges]
-
     def fit(
-        self,
-        merges: Sequence[_Merge],
-        paths: Sequence[str],
-        seen: Sequence[Sequence[Seen]],
-        taught: Sequence[Seen],
-    ) -> None:
-        """Fit the modules `paths`, which have the same input, of every merge.
+        self, paths: Sequence[str], seen: Sequence[Seen], taught: Sequence[Seen]
+    ) -> dict[str, LoRA]:
+        """Fit the modules `paths`, which have the same input.
 
         Args:
-            merges: merges with the same parts.
             paths: paths of the modules.
-            seen: for every merge and part, the block without these modules.
+            seen: for every part, the block without these modules.
             taught: for every part, the block under its own member, which gives the targets.
         """
-        by_task = partial(_by_task, [part.task for part in merges[0].parts])
-        factors = {path: [self._factors(one, path) for one in self.adapters] for path in paths}
-        tokens = [by_task(one.inputs[paths[0]] for one in some) for some in seen]
+        o, by_task = self.options, partial(_by_task, [part.task for part in self.parts])
+        inputs = by_task(one.inputs[paths[0]] for one in seen)
+        grams = Grams(inputs)
 
-        def solve(i: int, path: str) -> Factors:
-            if merges[i].strength == 0:  # five times as fast, and the same
-                return regmean(factors[path], grams[i], self.rank)
+        def solve(path: str) -> Factors:
+            factors = [self._factors(one, path) for one in self.adapters]
+            if o.strength == 0:  # five times as fast, and the same
+                return regmean(factors, grams, self.rank)
             wanted = by_task(one.outputs[path] for one in taught)
-            bare = by_task(one.outputs[path] for one in seen[i])
+            bare = by_task(one.outputs[path] for one in seen)
             lacking = [
-                merges[i].strength * (y - (said + (x @ a) @ b))
-                for y, said, x, (a, b) in zip(wanted, bare, tokens[i], factors[path])
+                o.strength * (y - (said + (x @ a) @ b))
+                for y, said, x, (a, b) in zip(wanted, bare, inputs, factors)
             ]
-            return matched(factors[path], grams[i], lacking, self.rank)
+            return matched(factors, grams, lacking, self.rank)
 
-        each = [(i, path) for i in range(len(merges)) for path in paths]
-        # A merge comes alone where its modules are large, see `_at_once`: then each has all cores.
-        threads, blas = (len(each), 1) if len(merges) > 1 else (1, None)
+        shapes = [self.passes.base.module_shapes[path] for path in paths]
+        large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
+        threads, blas = (1, None) if large or len(paths) == 1 else (len(paths), 1)
         # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
         with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
-            grams = list(pool.map(Grams, tokens))
-            found = list(pool.map(solve, *zip(*each)))
-        for (i, path), (a, b) in zip(each, found):
-            merges[i].modules[path] = LoRA(mx.array(a), mx.array(merges[i].scale * b))
+            found = list(pool.map(solve, paths))
+        return {path: LoRA(mx.array(a), mx.array(o.scale * b))
+                for path, (a, b) in zip(paths, found)}  # fmt: skip
 
     def _factors(self, adapter: Adapter, path: str) -> Factors:
         """An adapter's factors of a module; without columns where the adapter lacks it."""
         if path in adapter.modules:
             return adapter.modules[path].factors()
-        width, out = self.base.module_shapes[path]
+        width, out = self.passes.base.module_shapes[path]
         return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
 
 
-def _has_room(base: BaseModel, paths: Sequence[str], parts: Sequence[Part], n_merges: int) -> bool:
-    """True if there is room for all outputs of a block's modules in every merge."""
+def _has_room(base: BaseModel, paths: Sequence[str], parts: Sequence[Part]) -> bool:
+    """True if there is room for all outputs of a block's modules."""
     widths: dict[int, int] = {}
     for path in paths:
         block = block_index(path)
         widths[block] = widths.get(block, 0) + base.module_shapes[path][1]
-    n_tokens = sum(part.n_tokens for part in parts)
-    return 4 * max(widths.values()) * n_tokens * n_merges <= _KNOWN
+    return 4 * max(widths.values()) * sum(part.n_tokens for part in parts) <= _KNOWN
 
 
 def _by_task(places: Sequence[int], arrays: Iterable[np.ndarray]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from d2c_mlx.adapters.similarity import closest_scale
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.evaluate.workers import ByteCache
-from d2c_mlx.merge.layerwise import STRENGTH, merge_layerwise
+from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
@@ -128,7 +129,8 @@ class Merger:
         if len(members) == 1 or self.method != "auto":
             return self._merged(members, self.method)
         found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
-        return min(found, key=_regret)
+        judged = self._regrets([one.adapter for one in found], members)
+        return min(zip(judged, found), key=itemgetter(0))[1]
 
     def _merged(self, members: Members, method: str) -> Merged:
         key = method, members
@@ -193,31 +195,21 @@ class Merger:
         return best
 
     def _layerwise(self, members: Members) -> Merged:
-        """Merge block by block, with and without error compensation, and keep the better one.
-
-        Both are made in one pass, at a scale that needs no search, see above. Without error
-        compensation it is RegMean++ block by block, as in its paper, and carries that name.
-        """
+        """Merge block by block, at a scale that needs no search, see above."""
         # Copies of one adapter count as one, and adapters that have nothing in common each.
         alike = self._library.similarity[np.ix_(members, members)]
         few = len(members) ** 2 <= _FEW * alike.sum()
         scale = self._options.scale or (_SCALE_OF_FEW if few else _SCALE_OF_MORE)
-        aims = [(scale, 0.0), (scale, STRENGTH)]
-        # Forward passes under the members, and of each merge in parts.
         rows = [self._library.rows[i] for i in members]
-        cost = (1 + 2 * len(aims)) * sum(some.n_tokens for some in rows)
+        # Forward passes under the members and of the merge, in parts.
+        cost = 2 * sum(some.n_tokens for some in rows)
         self._evaluator.meter.expect(cost)
         made = merge_layerwise(
-            self._base, [self._adapters[i] for i in members], rows, aims, self._options.rank,
-            _LAYERWISE_TOKENS, self._workers,
+            self._base, [self._adapters[i] for i in members], rows,
+            LayerwiseOptions(scale, rank=self._options.rank, most=_LAYERWISE_TOKENS), self._workers,
         )  # fmt: skip
-        found = [one.uniform(self._base.dtype) for one in made]
-        del made  # float32, twice as large.
         self._evaluator.meter.advance(cost)
-        return min((
-            Merged(one, "layerwise" if strength else "regmean++", scale, regret)
-            for one, (_, strength), regret in zip(found, aims, self._regrets(found, members))
-        ), key=_regret)  # fmt: skip
+        return Merged(made.uniform(self._base.dtype), "layerwise", scale)
 
     def _regrets(self, merges: Sequence[Adapter], members: Members) -> list[float]:
         """The mean normalised regret of the members on their calibration rows, for each merge."""

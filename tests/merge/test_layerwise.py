@@ -17,7 +17,7 @@ from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge import layerwise
 from d2c_mlx.merge.block_passes import parts_of
-from d2c_mlx.merge.layerwise import merge_layerwise
+from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.regmean import Grams, matched, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
@@ -154,18 +154,18 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
     return updates
 
 
-@pytest.mark.parametrize("room", [0, layerwise._LARGE], ids=["one by one", "at once"])
+@pytest.mark.parametrize("room", [0, layerwise._LARGE], ids=["nothing kept", "kept"])
 @pytest.mark.parametrize("rank", [2, 64])
 @pytest.mark.parametrize("scale, strength", [(1.0, 0.0), (1.0, 0.75), (1.4, 1.0)])
 def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
     tiny, scale, strength, rank, room, monkeypatch
 ):
-    """Also where modules are fitted one merge at a time, and no output is kept."""
+    """Also where modules are fitted one after the other, and no output is kept."""
     monkeypatch.setattr(layerwise, "_LARGE", room)
     monkeypatch.setattr(layerwise, "_KNOWN", room)
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
-    (made,) = merge_layerwise(base, adapters, sets, [(scale, strength)], rank)
+    made = merge_layerwise(base, adapters, sets, LayerwiseOptions(scale, strength, rank))
     assert made.name == "a+b+c" and made.sources == ("a", "b", "c")
     assert [*made.modules] == sorted(expected)
     for path, update in expected.items():
@@ -187,15 +187,17 @@ def test_layerwise_comes_closer_to_the_members_than_regmean_does(tiny):
             for x, y, some in zip(own, seen, looked)
         )
 
-    aims = [(1.0, strength) for strength in (1.0, 0.5, 0.0)]
-    whole, half, none = map(distance, merge_layerwise(base, adapters, sets, aims, 64))
+    whole, half, none = (
+        distance(merge_layerwise(base, adapters, sets, LayerwiseOptions(1.0, strength, 64)))
+        for strength in (1.0, 0.5, 0.0)
+    )
     assert whole < half < none
 
 
 def test_equal_adapters_merge_to_themselves(tiny):
     base, (adapter, *_), (rows, *_) = tiny
     twice = [adapter, replace(adapter, name="z")]
-    (made,) = merge_layerwise(base, twice, [rows, rows], [(1.0, 0.75)])
+    made = merge_layerwise(base, twice, [rows, rows])
     for path, lora in adapter.modules.items():
         assert made.modules[path].delta() == pytest.approx(lora.delta(), abs=1e-5)
 
@@ -206,7 +208,7 @@ def test_blocks_that_no_member_touches_are_left_alone(tiny):
         replace(one, modules={p: lora for p, lora in one.modules.items() if block_index(p) == 1})
         for one in adapters
     ]
-    (made,) = merge_layerwise(base, upper, sets, [(1.0, 0.75)])
+    made = merge_layerwise(base, upper, sets)
     assert {block_index(path) for path in made.modules} == {1}
     expected = by_whole_forwards(base, upper, sets, 1.0, 0.75, made.rank)
     path = ORDER[3]
@@ -215,17 +217,12 @@ def test_blocks_that_no_member_touches_are_left_alone(tiny):
 
 def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
     base, adapters, sets = tiny
-    aims = [(1.0, 0.75), (1.4, 0.0)]
 
-    def digests(aims, most, n_workers):
-        made = merge_layerwise(base, adapters, sets, aims, None, most, Workers(n_workers))
-        return [one.digest for one in made]
+    def digest(most, n_workers):
+        options = LayerwiseOptions(most=most)
+        return merge_layerwise(base, adapters, sets, options, Workers(n_workers)).digest
 
-    one, other = digests(aims, 20, 1)
-    assert digests(aims, 20, 3) == [one, other]
-    assert digests(aims[::-1], 20, 1) == [other, one]
-    assert digests(aims[:1], 20, 1) == [one]
-    assert one not in digests(aims, 10, 1)
+    assert digest(20, 1) == digest(20, 3) != digest(10, 1)
     names = [type(module).__name__ for _, module in base.model.named_modules()]
     assert "_CapturedModule" not in names and not base.attached_factors
 

@@ -27,7 +27,7 @@ from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.merge.layerwise import STRENGTH, check_blocks, merge_layerwise
+from d2c_mlx.merge.layerwise import check_blocks, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merger import Merger
 from d2c_mlx.merge.options import MergeOptions
@@ -72,12 +72,12 @@ def test_layerwise_merges_every_family(root, bases, family):
         read_adapter(root / family / feature, base.module_shapes)
         for feature in ("all linear", "some blocks")
     )
-    (same,) = merge_layerwise(base, [one, one], [rows, rows], [(1.0, STRENGTH)])
+    same = merge_layerwise(base, [one, one], [rows, rows])
     assert same.modules.keys() == one.modules.keys()
     for path, lora in one.modules.items():
         size = np.abs(lora.delta()).max()
         assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
-    (both,) = merge_layerwise(base, [one, other], [rows, rows], [(1.0, STRENGTH)])
+    both = merge_layerwise(base, [one, other], [rows, rows])
     assert all(np.isfinite(lora.delta()).all() for lora in both.modules.values())
 
 
