@@ -23,9 +23,9 @@ from d2c_mlx.run.session import Session
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
-# three, the gains of modules too; the layer-wise merge runs members once and two merges in parts; a
+# three, the gains of modules too; a layer-wise merge runs the members and itself, and then solves; a
 # form is rounded and measured about twice; the paper's loop measures about five partitions.
-_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 7, 8, 20
+_TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 4, 8, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
 # A step of answers takes about as long as so many tokens of prompts.
@@ -123,7 +123,7 @@ def _probe_tokens(inputs: Inputs) -> int:
 
 
 def _answer(inputs: Inputs) -> float:
-    return float(_STEP_TOKENS * _OWN_STEPS * len(inputs.names))
+    return float(_STEP_TOKENS * _OWN_STEPS * len(inputs.asked.prompts))
 
 
 def _probe(inputs: Inputs) -> float:
@@ -147,7 +147,8 @@ def _merge(inputs: Inputs) -> float:
 
 def _merging(inputs: Inputs, partitions: Iterable[Sequence[Members]]) -> float:
     """Tokens of the layer-wise merges of some partitions; each cluster is merged once."""
-    tokens = [one.n_tokens for one in inputs.probes]
+    more = {name: one.n_tokens for name, one in inputs.answers.items()}
+    tokens = [one.n_tokens + more.get(one.task, 0) for one in inputs.probes]
     clusters = {members for groups in partitions for members in groups if len(members) > 1}
     return _LAYERWISE * float(sum(tokens[i] for members in clusters for i in members))
 
