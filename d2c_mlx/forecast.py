@@ -23,7 +23,7 @@ from d2c_mlx.run.session import Session
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
 # Passes over the calibration rows, beside those that are counted one by one. Teacher targets take
-# three, the gains of modules too; a layer-wise merge runs the members and itself, and then solves; a
+# three, the gains of modules too; a layer-wise merge runs the members and itself and then solves; a
 # form is rounded and measured about twice; the paper's loop measures about five partitions.
 _TEACHER, _GAINS, _LAYERWISE, _FORMS, _PAPER = 3, 3, 4, 8, 20
 # A step of refining runs forwards and backwards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -13,8 +14,9 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
-from d2c_mlx.run.inputs import provenance
+from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
+from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file
 
 __all__ = ["clusterings", "compare_losses", "compare_weights"]
@@ -74,7 +76,7 @@ def _about(session: Session, packed: Pack) -> dict[str, Any]:
     """How the pack was made and its bytes in memory, as a bench says beside its methods."""
     # Names the measured pack, since the card of another one must not show these numbers.
     of = {"pack": {"manifest_sha256": hash_file(session.path("pack") / MANIFEST)}}
-    about = {**provenance(session.inputs), **of, "unused": session.unused}
+    about = {**_provenance(session.inputs), **of, "unused": session.unused}
     return {"provenance": about, "unpacked_nbytes": unpacked_nbytes(packed)}
 
 
@@ -105,3 +107,32 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
             nbytes.append(sum(adapter.nbytes(n_layers) for adapter in merged))
         found[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
     return found
+
+
+def _provenance(inputs: Inputs) -> dict[str, Any]:
+    """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
+    base, capacity = inputs.shipped, inputs.capacity
+    n_answers = sum(len(one.examples) for one in inputs.answers.values())
+    return {
+        "config": inputs.config.to_dict(),
+        "base": {"model": base.name, "config_sha256": base.config_hash},
+        "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        **({"n_answers": n_answers} if n_answers else {}),
+        **({"plugins": found} if (found := list(map(str, inputs.config.plugins))) else {}),
+        "budget": {
+            "text": capacity.budget.text,
+            "nbytes": capacity.max_bytes,
+            "input_nbytes": capacity.total,
+        },
+        "inputs": {
+            adapter.name: {
+                "adapter": adapter.digest,
+                **({"probe": rows[0].digest, "test": rows[1].digest} if rows else {}),
+                **({"answers": more.digest} if (more := inputs.answers.get(adapter.name)) else {}),
+                **({"origin": adapter.origin} if adapter.origin else {}),
+                **({} if adapter.dora_error is None else {"dora_error": adapter.dora_error}),
+            }
+            for adapter, rows in zip_longest(inputs.adapters, zip(inputs.probes, inputs.tests))
+        },
+        **environment(),
+    }

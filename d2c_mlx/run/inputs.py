@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.as_lora import BaseWeights
@@ -30,11 +28,11 @@ from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
-from d2c_mlx.utils.device import device_name, environment, outside_mlx
+from d2c_mlx.utils.device import device_name, outside_mlx
 from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
 from d2c_mlx.utils.templates import size, span
 
-__all__ = ["Inputs", "opening", "provenance"]
+__all__ = ["Inputs", "opening"]
 
 
 class Inputs:
@@ -297,32 +295,3 @@ def _rows(inputs: Inputs) -> str:
         n_prompts = sum(map(len, inputs.asked.prompts.values()))
         said += f", and {n_prompts:,} prompts that the adapters answer"
     return said
-
-
-def provenance(inputs: Inputs) -> dict[str, Any]:
-    """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
-    base, capacity = inputs.shipped, inputs.capacity
-    n_answers = sum(len(one.examples) for one in inputs.answers.values())
-    return {
-        "config": inputs.config.to_dict(),
-        "base": {"model": base.name, "config_sha256": base.config_hash},
-        "compute_dtype": str(base.compute_dtype).split(".")[-1],
-        **({"n_answers": n_answers} if n_answers else {}),
-        **({"plugins": found} if (found := list(map(str, inputs.config.plugins))) else {}),
-        "budget": {
-            "text": capacity.budget.text,
-            "nbytes": capacity.max_bytes,
-            "input_nbytes": capacity.total,
-        },
-        "inputs": {
-            adapter.name: {
-                "adapter": adapter.digest,
-                **({"probe": rows[0].digest, "test": rows[1].digest} if rows else {}),
-                **({"answers": more.digest} if (more := inputs.answers.get(adapter.name)) else {}),
-                **({"origin": adapter.origin} if adapter.origin else {}),
-                **({} if adapter.dora_error is None else {"dora_error": adapter.dora_error}),
-            }
-            for adapter, rows in zip_longest(inputs.adapters, zip(inputs.probes, inputs.tests))
-        },
-        **environment(),
-    }
