@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import _COMMANDS, cli
-from helpers.tiny import LAYERS, SHAPES, library
+from helpers.tiny import LAYERS, SHAPES, end_answers, library
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -190,7 +190,9 @@ def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     options += ["model: ~/model", "adapters: [~/adapters/a, b=~/adapters/b]", "tasks: ~/tasks"]
     options += ["output: ~/run", "unlabelled: ~/prompts.jsonl", "refine_steps: 1"]
     (home / "my.yaml").write_text("\n".join(options))
-    (home / "prompts.jsonl").write_text('{"task": "a", "prompt": "What else?"}\n')
+    end_answers(home / "model")
+    prompts = [{"task": "a", "prompt": f"Question {i} for a?"} for i in range(4)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
     invoke("run", "~/my.yaml", "--quiet")
     invoke("bench", "--output=~/run", "--tasks=~/tasks", "--quiet")
     assert "2 tasks" in invoke("verify", "~/run/pack")

@@ -132,7 +132,8 @@ def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path,
     final, asked = session.study.merger.final, []
     session.study.merger.final = lambda members: asked.append(members) or final(members)
     candidates = session.planner.measure([session.inputs.capacity.room])
-    lost = [final(members).regret * len(members) for members in asked]
+    under = session.study.teacher_regret.under
+    lost = [under(final(members).adapter, members).sum() for members in asked]
     room = session.inputs.capacity.room
     best = len(session.inputs.names) * session.planner.plan(candidates, room).content["regret"]
     costs = halved(session)

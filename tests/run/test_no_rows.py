@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import NAMES, stages_started
-from helpers.tiny import peft_adapter, write_jsonl
+from helpers.tiny import end_answers, peft_adapter, write_jsonl
 
 from d2c_mlx.adapters.adapter import zeros
 from d2c_mlx.forecast import forecast
@@ -126,9 +126,7 @@ def test_a_dry_run_without_rows_measures_nothing(bare):
 @pytest.fixture
 def prompts(bare):
     """Four prompts for each adapter, of a model that ends its answers, and the options."""
-    path = Path(bare.model) / "config.json"
-    text = json.loads(path.read_text())
-    path.write_text(json.dumps({**text, "eos_token_id": list(range(40, 80))}))
+    end_answers(bare.model)
     rows = [{"task": name, "prompt": f"Question {i} for {name}?"} for name in NAMES
             for i in (0, 1, 2, 3, 3)]  # fmt: skip
     file = write_jsonl(Path(bare.adapters).parent / "prompts.jsonl", rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import NAMES
-from helpers.tiny import write_jsonl
+from helpers.tiny import end_answers, write_jsonl
 
 from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.models.examples import ExampleSet
@@ -18,9 +18,7 @@ from d2c_mlx.utils.files import hash_tree
 @pytest.fixture
 def plain(config):
     """Four adapters of a model that ends its answers, in one merge."""
-    path = Path(config.model) / "config.json"
-    ends = {"eos_token_id": list(range(40, 80))}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **ends}))
+    end_answers(config.model)
     return config.replace(budget="1", plan="auto", scale=1.0, baselines=())
 
 
