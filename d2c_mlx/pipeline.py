@@ -378,7 +378,7 @@ def _answers(config: RunConfig) -> list[str]:
 
 
 def _merge_options(config: RunConfig, method: str | None = None) -> list[object]:
-    """What merges depend on, by the config's method or another one."""
+    """Options that merges depend on; `method` takes the place of the config's."""
     c = config
     plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
     return [method or c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]

@@ -37,8 +37,8 @@ from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["LayerwiseOptions", "check_blocks", "merge_layerwise"]
 
-# Modules whose dense update takes more bytes are fitted one after the other, on all cores: a solver
-# holds several times as much.
+# Modules whose dense update takes more bytes are fitted one after the other: a solver holds several
+# times as much.
 _LARGE = 1 << 25
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KNOWN = 1 << 28
@@ -179,7 +179,6 @@ class _Merging:
         """
         o, by_task = self.options, partial(_by_task, [part.task for part in self.parts])
         inputs = by_task(one.inputs[paths[0]] for one in seen)
-        grams = Grams(inputs)
 
         def solve(path: str) -> Factors:
             factors = [self._factors(one, path) for one in self.adapters]
@@ -193,9 +192,9 @@ class _Merging:
 
         shapes = [self.passes.base.module_shapes[path] for path in paths]
         large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
-        threads, blas = (1, None) if large or len(paths) == 1 else (len(paths), 1)
         # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
-        with threadpool_limits(blas), ThreadPoolExecutor(threads) as pool:
+        with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
+            grams = Grams(inputs)
             found = list(pool.map(solve, paths))
         return {path: LoRA(mx.array(a), mx.array(o.scale * b))
                 for path, (a, b) in zip(paths, found)}  # fmt: skip

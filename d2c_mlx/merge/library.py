@@ -52,14 +52,12 @@ class Library:
         """Names of the adapters, which are also the names of the tasks."""
         return [adapter.name for adapter in self.adapters]
 
-    @property
+    @cached_property
     def rows(self) -> list[ExampleSet]:
         """All rows of every task: `probes`, and the answers."""
-        none = ExampleSet("", ())
-        return [
-            replace(one, examples=one.examples + self.answers.get(adapter.name, none).examples)
-            for adapter, one in zip(self.adapters, self.probes)
-        ]
+        more = [self.answers.get(adapter.name) for adapter in self.adapters]
+        return [replace(one, examples=one.examples + own.examples) if own else one
+                for one, own in zip(self.probes, more)]  # fmt: skip
 
     @cached_property
     def similarity(self) -> np.ndarray:

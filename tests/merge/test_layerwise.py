@@ -10,6 +10,7 @@ from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, trun
 from helpers.tiny import library, peft_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
@@ -225,6 +226,29 @@ def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
     assert digest(20, 1) == digest(20, 3) != digest(10, 1)
     names = [type(module).__name__ for _, module in base.model.named_modules()]
     assert "_CapturedModule" not in names and not base.attached_factors
+
+
+def test_every_solver_has_one_thread_of_the_blas(tiny, monkeypatch):
+    """More make small solves ten times as slow: they wait for each other."""
+    seen = []
+
+    def threads():
+        return max(one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas")
+
+    def spy(solver):
+        def spied(*args):
+            seen.append(threads())
+            return solver(*args)
+
+        return spied
+
+    base, adapters, sets = tiny
+    for name in ("Grams", "matched"):
+        monkeypatch.setattr(layerwise, name, spy(getattr(layerwise, name)))
+    with threadpool_limits(2):
+        assert threads() == 2
+        merge_layerwise(base, adapters, sets)
+    assert len(seen) > len(ORDER) and {*seen} == {1}
 
 
 def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
