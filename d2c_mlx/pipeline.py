@@ -31,7 +31,7 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.compress.compact_file import CompactAdapters
+from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.loss_table import measure_losses
@@ -55,6 +55,7 @@ from d2c_mlx.run.session import Session, Stage
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.on_demand import OnDemand
 from d2c_mlx.utils.progress import say
 
 __all__ = ["STAGES", "run", "settled_stages"]
@@ -311,7 +312,7 @@ def pack(session: Session) -> Stage:
                             dataclasses.replace(info, gguf=places), ready)  # fmt: skip
             return
         file = session.path("planned") / COMPACT
-        adapters = CompactAdapters(file, len(plan["units"]))
+        adapters = OnDemand(partial(read_compact, file), len(plan["units"]))
         write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
 
     reads, body = ([source, "merges.json"], merges) if not c.planned else (

@@ -60,7 +60,7 @@ def in_hindsight(session, candidates):
         members = list(one.members)
         losses = base[members]
         if one.family != "base":
-            adapter = one.stored.scaled(one.scale).adapter(session.inputs.base.dtype)
+            adapter = one.load().adapter(session.inputs.base.dtype)
             (losses,) = session.evaluator.losses_in_parts(
                 [(adapter, [session.inputs.tests[i] for i in members])]
             )

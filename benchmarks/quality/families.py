@@ -86,7 +86,7 @@ def shared_basis(session, room):
     for i, one in enumerate(adapters):
         levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
         found.append(forms.measure(Form((i,), one, levels, "shared basis")))
-    served = [one.stored.scaled(one.scale) for one in found]
+    served = [one.load() for one in found]
     return served, nbytes(rank), 0, sum(one.regret for one in found) / len(found)
 
 
@@ -139,7 +139,7 @@ def shared_private(session, room):
                       for unit in units for i in unit.members]  # fmt: skip
             served.sort(key=lambda one: one[0])
             regret = sum(one[2] for one in served) / n
-            stored = [unit.stored.scaled(unit.scale) for unit in units]
+            stored = [unit.load() for unit in units]
             stored += [both.private for _, both, _ in served if both.private]
             nbytes = compact_nbytes(index_of(stored))
             found.append(([both for _, both, _ in served], nbytes, k, regret))
@@ -164,7 +164,7 @@ def shared(session, groups, nbytes):
 def private(session, unit, i, nbytes):
     """Task, what serves it, and its regret: the stored merge and what task i adds to it."""
     regrets, dtype = session.study.teacher_regret, session.inputs.base.dtype
-    merge = unit.stored.scaled(unit.scale)
+    merge = unit.load()
     rest = total([session.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
     parts = svd_components(rest)
     storage = session.inputs.capacity.storage

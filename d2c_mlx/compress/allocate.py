@@ -24,6 +24,7 @@ from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import MAX_COUNT
+from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.utils.errors import BudgetError
 
 __all__ = ["LOST", "Candidate", "allocate", "choose", "lost_worth"]
@@ -49,7 +50,7 @@ class Candidate:
         nbytes: bytes of its rows and of its part of the index.
         regret: normalized regret, summed over the members, on their calibration rows.
         scale: factor of dW.
-        stored: the stored form at scale 1; None for the base model and for an estimate.
+        stored: the stored form at scale 1, in a file; None for the base model and for an estimate.
         measured: False if the regret is an estimate, see estimates.py.
     """
 
@@ -60,8 +61,13 @@ class Candidate:
     nbytes: int
     regret: float
     scale: float = 1.0
-    stored: Compressed | GgufAdapter | None = None
+    stored: WaitingForm | None = None
     measured: bool = True
+
+    def load(self) -> Compressed | GgufAdapter:
+        """Read the stored form, at its scale; only where there is one."""
+        assert self.stored
+        return self.stored.load().scaled(self.scale)
 
 
 def allocate(

@@ -8,24 +8,20 @@ less is kept, the more a scale above 1 gains (0.75 % of the bytes of gec-en: reg
 from __future__ import annotations
 
 import math
-import mmap
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_factors import GgufAdapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.allocate import Candidate, lost_worth
 from d2c_mlx.compress.capacity import Capacity
-from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.quantize import Components, svd_components
 from d2c_mlx.compress.storage import one_shape
+from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.study import Study
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
@@ -43,11 +39,7 @@ _EVENLY = 0.25
 # Scales where the rows' own answers are not trusted.
 _FROM_ONE = FINE_SCALES[FINE_SCALES.index(1.0) :]
 
-# Arrays in a file begin at multiples of it.
-_ALIGNED = 64
-
 Units = Sequence[tuple[Members, Adapter]]
-Stored = Compressed | GgufAdapter
 
 
 @dataclass(frozen=True)
@@ -194,11 +186,12 @@ class FormMeter:
             known: the form as measured at `start`, if it was; it is not stored or measured again.
 
         Returns:
-            The candidate; its numbers wait in a temporary file, since a plan measures several forms
-            of every adapter.
+            The candidate, whose stored form waits in a file.
         """
-        small = known and known.stored
-        if not small:
+        waiting = known.stored if known else None
+        if waiting:
+            small = waiting.load()
+        else:
             parts = self._components(form.adapter)
             small = self._capacity.storage.store(form.adapter, form.levels, parts)
 
@@ -209,7 +202,7 @@ class FormMeter:
             return float(self._study.teacher_regret.under(plain, form.members).sum())
 
         scale, lowest = line_search(regret, scales, start)
-        waiting = small if known else _in_file(small)
+        waiting = waiting or WaitingForm(small)
         return replace(self.estimate(form, lowest), scale=scale, stored=waiting, measured=True)
 
     def estimate(self, form: Form, regret: float) -> Candidate:
@@ -251,43 +244,6 @@ def worth(
         # Rounding may let equal singular values rise, and `allocate` needs falling worths.
         values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
     return values
-
-
-def _in_file(stored: Stored) -> Stored:
-    """The same with its arrays in a file without a name, which ends with the last of them."""
-    with tempfile.TemporaryFile(prefix="d2c-mlx-") as file:
-        places = []
-
-        def put(x: np.ndarray) -> np.ndarray:
-            places.append(file.tell())
-            file.write(x.tobytes() + bytes(_ALIGNED - x.nbytes % _ALIGNED))
-            return x
-
-        _mapped(stored, put)
-        if not places:
-            return stored
-        file.flush()
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    place = iter(places)
-
-    def there(x: np.ndarray) -> np.ndarray:
-        return np.frombuffer(content, x.dtype, x.size, next(place)).reshape(x.shape)
-
-    return cast(Stored, _mapped(stored, there))
-
-
-def _mapped(value: object, change: Callable[[np.ndarray], np.ndarray]) -> object:
-    """The same mappings, tuples and dataclasses with every array changed, always in one order."""
-    if isinstance(value, np.ndarray):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(one, change) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_mapped(one, change) for one in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        found = {one.name: _mapped(getattr(value, one.name), change) for one in fields(value)}
-        return replace(value, **found)
-    return value
 
 
 def _squares(rows: np.ndarray) -> np.ndarray:

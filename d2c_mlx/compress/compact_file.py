@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from safetensors import SafetensorError
@@ -33,7 +32,7 @@ from d2c_mlx.compress.file_layout import (
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["CompactAdapters", "index_of", "read_compact", "read_index", "write_compact"]
+__all__ = ["index_of", "read_compact", "read_index", "write_compact"]
 
 # Most numbers of one factor in 16 bit; a vocabulary of 262,144 at rank 1,024 has as many.
 _MOST_NUMBERS = 1 << 28
@@ -117,29 +116,6 @@ def _rows_of(adapter: Compressed, index: Index) -> dict[str, list[np.ndarray]]:
                     name = tensor_name(factor.bits, factor.width, field)
                     found.setdefault(name, []).append(getattr(factor, field))
     return found
-
-
-class CompactAdapters(Sequence[Compressed]):
-    """The adapters of a file, each read by `read_compact` whenever it is asked for."""
-
-    def __init__(self, path: Path, n: int) -> None:
-        """Take the first `n` adapters of the file."""
-        self._path, self._n = path, n
-
-    def __len__(self) -> int:
-        return self._n
-
-    @overload
-    def __getitem__(self, k: int) -> Compressed: ...
-
-    @overload
-    def __getitem__(self, k: slice) -> list[Compressed]: ...
-
-    def __getitem__(self, k: int | slice) -> Compressed | list[Compressed]:
-        numbers = range(self._n)[k]
-        if isinstance(numbers, range):
-            return [read_compact(self._path, i) for i in numbers]
-        return read_compact(self._path, numbers)
 
 
 def read_index(path: Path) -> Index:

@@ -29,6 +29,7 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.estimates import FormErrors, FormEstimates
 from d2c_mlx.merge.merger import Merged
 from d2c_mlx.merge.study import Study, WeightStudy
+from d2c_mlx.utils.on_demand import OnDemand
 
 __all__ = ["Plan", "Planner", "serves_of"]
 
@@ -65,9 +66,10 @@ class Plan:
         return serves_of(self.content)
 
     @property
-    def adapters(self) -> list[Compressed | GgufAdapter]:
-        """The stored form of every unit, in the order of `content["units"]`."""
-        return [one.stored.scaled(one.scale) for one in self.chosen if one.stored]
+    def adapters(self) -> Sequence[Compressed | GgufAdapter]:
+        """The stored form of every unit, read when asked for, as `content["units"]` orders them."""
+        units = [one for one in self.chosen if one.stored]
+        return OnDemand(lambda k: units[k].load(), len(units))
 
 
 def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:

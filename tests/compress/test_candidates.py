@@ -1,7 +1,9 @@
 """Candidates of a plan: what components are worth, and what an adapter is measured to lose."""
 
-import mmap
-from dataclasses import replace
+import gc
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from helpers.tiny import expected_regret
 
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import Form, _mapped, worth
+from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.merge.methods import merge_adapters
@@ -90,12 +92,6 @@ def test_a_candidate_is_measured_as_it_is_packed(config):
     assert other.nbytes == one.nbytes
 
 
-def buffer_of(array):
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array.obj if isinstance(array, memoryview) else array
-
-
 @pytest.mark.parametrize("form", ["compact", "gguf"])
 def test_numbers_of_measured_forms_wait_in_a_file(config, form):
     session = run(config.replace(format=form, budget="50%"), until="probe", quiet=True)
@@ -103,10 +99,22 @@ def test_numbers_of_measured_forms_wait_in_a_file(config, form):
     parts = svd_components(adapter)
     levels = storage.allocate(worth(parts, [{}]), 0.5 * session.inputs.capacity.sizes[0])
     one = session.planner.forms.measure(Form((0,), adapter, levels))
-    found, expected = [], []
-    _mapped(one.stored, lambda x: found.append(x) or x)
-    _mapped(storage.store(adapter, levels, parts), lambda x: expected.append(x) or x)
-    assert all(isinstance(buffer_of(x), mmap.mmap) for x in found)
-    assert len(found) == len(expected) > 4
-    for x, y in zip(found, expected):
-        np.testing.assert_array_equal(x, y)
+    expected = storage.store(adapter, levels, parts)
+    assert arrays(one.stored.load()) == arrays(expected) and len(arrays(expected)) > 4
+    assert arrays(one.load()) == arrays(expected.scaled(one.scale))
+    file = Path(one.stored._path)
+    assert file.stat().st_size > sum(len(content) for _, _, content in arrays(expected))
+    del one
+    gc.collect()
+    assert not file.exists()
+
+
+def arrays(value):
+    """Dtype, shape and bytes of all arrays in a stored form, in their order."""
+    if isinstance(value, np.ndarray):
+        return [(value.dtype, value.shape, value.tobytes())]
+    if isinstance(value, Mapping):
+        return arrays(tuple(value.values()))
+    if is_dataclass(value):
+        return arrays(tuple(getattr(value, one.name) for one in fields(value)))
+    return [x for one in value for x in arrays(one)] if isinstance(value, tuple) else []

@@ -160,9 +160,7 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
     assert best - 0.02 <= found.content["regret"] < 1.25 * best + 0.05
     of = {one.members: one for one in found.chosen}
     for one in found.chosen:
-        plain = (
-            one.stored.scaled(one.scale).adapter(session.inputs.base.dtype) if one.stored else None
-        )
+        plain = one.load().adapter(session.inputs.base.dtype) if one.stored else None
         regret = session.study.teacher_regret.under(plain, one.members).sum()
         assert one.regret == pytest.approx(float(regret), abs=1e-6)
     assert sorted(i for members in of for i in members) == list(range(4))

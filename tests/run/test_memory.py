@@ -4,6 +4,7 @@ import gc
 import json
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.peft_format import load_peft
 from d2c_mlx.adapters.reading import left_in_file
-from d2c_mlx.compress.compact_file import CompactAdapters, write_compact
+from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.utils.on_demand import OnDemand
 
 RANK = 16
 # Bytes of one adapter in float32.
@@ -87,10 +90,24 @@ def test_a_compact_file_is_written_one_adapter_after_the_other(tmp_path):
     one, all_of_them = tmp_path / "one", tmp_path / "all"
     write_compact(all_of_them, adapters)
     size = all_of_them.stat().st_size
+    there = OnDemand(partial(read_compact, all_of_them), 40)
     tracemalloc.start()
-    write_compact(one, CompactAdapters(all_of_them, 40))
+    write_compact(one, there)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert one.read_bytes() == all_of_them.read_bytes()
     assert peak < size / 4
-    assert [x.name for x in CompactAdapters(all_of_them, 40)[-2:]] == ["a38", "a39"]
+    assert [x.name for x in there[-2:]] == ["a38", "a39"]
+
+
+def test_forms_that_wait_take_no_memory():
+    one, path = lora_of(np.random.default_rng(0), (4096, 4096), 4), "model.layers.0.q"
+    tracemalloc.start()
+    small = compress(Adapter("a", {path: one}), {path: [(4, 8)]})
+    waiting, nbytes = [WaitingForm(small) for _ in range(40)], small.nbytes
+    del small
+    kept = tracemalloc.get_traced_memory()[0]
+    assert sum(one.load().nbytes for one in waiting) == 40 * nbytes
+    again = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 4 * nbytes and again < 4 * nbytes

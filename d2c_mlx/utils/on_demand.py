@@ -1,0 +1,33 @@
+"""A sequence of things that are too large to be in memory together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar, overload
+
+__all__ = ["OnDemand"]
+
+T = TypeVar("T")
+
+
+class OnDemand(Sequence[T]):
+    """A sequence that reads an item whenever it is asked for it, and keeps none."""
+
+    def __init__(self, read: Callable[[int], T], n: int) -> None:
+        """Have `n` items, of which `read(k)` gives the k-th."""
+        self._read, self._n = read, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, k: int) -> T: ...
+
+    @overload
+    def __getitem__(self, k: slice) -> list[T]: ...
+
+    def __getitem__(self, k: int | slice) -> T | list[T]:
+        numbers = range(self._n)[k]
+        if isinstance(numbers, range):
+            return [self._read(i) for i in numbers]
+        return self._read(numbers)
