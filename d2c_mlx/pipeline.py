@@ -55,8 +55,8 @@ from d2c_mlx.run.session import Session, Stage
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
-from d2c_mlx.utils.on_demand import OnDemand
 from d2c_mlx.utils.progress import say
+from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = ["STAGES", "run", "settled_stages"]
 

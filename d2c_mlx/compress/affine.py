@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.utils.grouping import indices_by_key
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = [
     "BITS",

@@ -10,7 +10,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.affine import Quantized, dequantize
-from d2c_mlx.utils.grouping import indices_by_key
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = ["Compressed", "Level"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from d2c_mlx.compress.affine import Levels, Quantized, as_float16, pack_codes, pad_to_groups
-from d2c_mlx.utils.grouping import indices_by_key
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = ["GPTQResult", "gptq_round", "ridge"]
 

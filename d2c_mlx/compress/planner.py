@@ -29,7 +29,7 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.estimates import FormErrors, FormEstimates
 from d2c_mlx.merge.merger import Merged
 from d2c_mlx.merge.study import Study, WeightStudy
-from d2c_mlx.utils.on_demand import OnDemand
+from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = ["Plan", "Planner", "serves_of"]
 

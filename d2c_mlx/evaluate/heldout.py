@@ -12,7 +12,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.grouping import indices_by_key
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = [
     "BenchMethod",

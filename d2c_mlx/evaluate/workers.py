@@ -16,7 +16,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.utils.device import current_device, on_cpu
-from d2c_mlx.utils.grouping import indices_by_key
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = [
     "CHUNK_TOKENS",

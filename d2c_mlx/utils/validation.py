@@ -16,15 +16,11 @@ fit. `info.data` has the fields before it, so rules about two fields are reporte
 from __future__ import annotations
 
 import difflib
-import types
 from collections.abc import Mapping, Sequence
 from typing import (
-    Annotated,
     Any,
     ClassVar,
-    Literal,
     TypeVar,
-    Union,
     get_args,
     get_origin,
     get_type_hints,
@@ -35,15 +31,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError, InputError, Problem
+from d2c_mlx.utils.field_words import (
+    choice_words,
+    expected_words,
+    is_object,
+    own_words,
+    plain_type,
+)
 
-__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "range_of", "refused"]
+__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "refused"]
 
 Path = tuple[str | int, ...]
 T = TypeVar("T", bound="Checked")
 
-_TYPE_WORDS = {int: "int", float: "float", str: "str", bool: "true or false"}
-# Words for a list by the type of its items; any other is "a list".
-_LIST_WORDS = {str: "a list of strings", int: "a list of whole numbers"}
 # Most characters of a value that a message repeats.
 _MOST_FOUND = 200
 _MOST_INT = 2**64
@@ -107,13 +107,13 @@ class Checked(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_a_choice(cls, value: object, info: ValidationInfo) -> object:
-        about = _about(cls.model_fields.get(info.field_name or ""))
+        about = own_words(cls.model_fields.get(info.field_name or ""))
         choices = about.get("choices")
         names = value if isinstance(value, tuple) else () if value is None else (value,)
         if choices and not set(names) <= set(choices):
             choices = (*choices, *about["more"]()) if "more" in about else choices
             if not set(names) <= set(choices):
-                raise expects(_choice(choices, isinstance(value, tuple)))
+                raise expects(choice_words(choices, isinstance(value, tuple)))
         return value
 
     @classmethod
@@ -159,7 +159,7 @@ def problems_of(
         name = ".".join(_cut(str(key)) for key in path)
         words = details.get("ctx", {}).get("words", "")
         where = place if isinstance(place, str) else place.get(str(path[0]) if path else "", "")
-        about, absent = _about(field), details["type"] == "missing"
+        about, absent = own_words(field), details["type"] == "missing"
         if details["type"] == "extra_forbidden":
             words = f"unknown key; {_known(path[-1], parent)}"
         elif absent:
@@ -172,7 +172,7 @@ def problems_of(
         found[path] = Problem(
             name,
             "" if absent else found_text(_value(values, path, details["input"])),
-            _expected(kind, field, details),
+            expected_words(kind, field, details),
             where,
             str(about.get("remedy", getattr(model, "remedy", ""))),
         )
@@ -184,17 +184,6 @@ def found_text(value: object) -> str:
     if isinstance(value, int) and abs(value) >= _MOST_INT:
         return "a number beyond 64 bits"
     return _cut(repr(value))
-
-
-def range_of(field: FieldInfo) -> str:
-    """Describe the values that a field takes, for a document; "" if its type says it all."""
-    about, several = _about(field), get_origin(_plain(field.annotation)) is tuple
-    if "choices" in about:
-        more = f"; {about['more_text']}" if "more_text" in about else ""
-        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}{more}"
-    limits = _limits(field)
-    return str(about.get("expected", "")) or (
-        _range(_plain(field.annotation), limits) if limits else "")  # fmt: skip
 
 
 def _unknown_first(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
@@ -224,7 +213,7 @@ def _follow(
     parent: type[BaseModel] | None = None
     path: Path = ()
     for part in details["loc"]:
-        kind = _plain(kind)
+        kind = plain_type(kind)
         items = get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             parent, field = kind, _field(kind, part)
@@ -232,32 +221,12 @@ def _follow(
         elif get_origin(kind) in (dict, Mapping) and items:
             # Pydantic adds "[key]" to the path if the key itself is wrong.
             parent, field, kind = None, None, None if part == "[key]" else items[1]
-        elif get_origin(kind) in (list, tuple) and items and _is_object(items[0]):
+        elif get_origin(kind) in (list, tuple) and items and is_object(items[0]):
             parent, field, kind = None, None, items[0]
         else:
             break
         path = (*path, part) if part != "[key]" else path
     return path, field, kind, parent
-
-
-def _plain(kind: Any) -> Any:  # noqa: ANN401  types are any
-    """A type without `Annotated` and without `| None`."""
-    while True:
-        if get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
-        elif get_origin(kind) in (Union, types.UnionType):
-            members = [one for one in get_args(kind) if one is not type(None)]
-            if len(members) > 1:
-                return kind
-            kind = members[0]
-        else:
-            return kind
-
-
-def _is_object(kind: Any) -> bool:  # noqa: ANN401  types are any
-    kind = _plain(kind)
-    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
-    return is_model or get_origin(kind) in (dict, Mapping)
 
 
 def _field(model: type[BaseModel], key: str | int) -> FieldInfo | None:
@@ -268,74 +237,14 @@ def _field(model: type[BaseModel], key: str | int) -> FieldInfo | None:
 def _extra_kind(model: type[BaseModel]) -> Any:  # noqa: ANN401  types are any
     """The type of a model's extra keys, if it declares one."""
     said = get_type_hints(model).get("__pydantic_extra__")
-    members = get_args(_plain(said))
+    members = get_args(plain_type(said))
     return members[1] if members else None
-
-
-def _about(field: FieldInfo | None) -> Mapping[str, Any]:
-    extra = field.json_schema_extra if field else None
-    return extra if isinstance(extra, dict) else {}
 
 
 def _known(key: str | int, parent: type[BaseModel] | None) -> str:
     names = [one.alias or name for name, one in parent.model_fields.items()] if parent else []
     close = difflib.get_close_matches(str(key), names, 1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-
-
-def _expected(kind: Any, field: FieldInfo | None, details: ErrorDetails) -> str:  # noqa: ANN401
-    """The words after "expected", from a field's own ones or its type and range."""
-    if details["type"] == "expects":
-        return str(details["ctx"]["words"])
-    if own := _about(field).get("expected"):
-        return str(own)
-    kind = _plain(kind)
-    if get_origin(kind) is Literal:
-        return _choice(get_args(kind), False)
-    items = get_args(kind)
-    if get_origin(kind) in (list, tuple) and items:
-        item = _plain(items[0])
-        if get_origin(item) is Literal:
-            whole = details["type"] in ("tuple_type", "list_type")
-            return _LIST_WORDS[str] if whole else _choice(get_args(item), True)
-        if details["type"] == "too_short" and "choices" in _about(field):
-            return _choice(_about(field)["choices"], True)
-        return _LIST_WORDS.get(item, "a list")
-    limits = _limits(field)
-    if not details["type"].endswith(("_type", "_parsing", "_from_float", "missing")) and limits:
-        return _range(kind, limits)
-    if get_origin(kind) in (dict, Mapping) or _is_object(kind):
-        names = ", ".join(getattr(kind, "model_fields", ()))
-        return f"an object with {names}" if names else "an object"
-    if kind in _TYPE_WORDS:
-        return _TYPE_WORDS[kind]
-    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return message[:1].lower() + message[1:]
-
-
-def _choice(choices: Sequence[str], several: bool) -> str:
-    return f"{'some' if several else 'one'} of {list(choices)}"
-
-
-def _limits(field: FieldInfo | None) -> dict[str, float]:
-    """The limits of a field, such as `{"ge": 1, "le": 10}`."""
-    return {
-        name: getattr(one, name)
-        for one in (field.metadata if field else ())
-        for name in ("gt", "ge", "lt", "le")
-        if getattr(one, name, None) is not None
-    }
-
-
-def _range(kind: Any, limits: Mapping[str, float]) -> str:  # noqa: ANN401  types are any
-    """Limits in words: `1 or more`, `0 to 100`, `a number above 0 and at most 1`."""
-    if limits.keys() == {"ge"}:
-        return f"{limits['ge']:,} or more"
-    if limits.keys() == {"ge", "le"}:
-        return f"{limits['ge']:,} to {limits['le']:,}"
-    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    number = "a whole number" if kind is int else "a number"
-    return f"{number} {' and '.join(f'{words[name]} {one:g}' for name, one in limits.items())}"
 
 
 def _value(values: object, path: Path, default: object) -> object:

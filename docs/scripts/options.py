@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, get_args
 
 from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.field_words import range_of
 from d2c_mlx.utils.files import write_text
-from d2c_mlx.utils.validation import Checked, range_of
+from d2c_mlx.utils.validation import Checked
 
 __all__ = ["FILES", "command_line", "documents", "main"]
 

@@ -21,7 +21,7 @@ from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError
-from d2c_mlx.utils.on_demand import OnDemand
+from d2c_mlx.utils.sequences import OnDemand
 
 RANK = 16
 # Bytes of one adapter in float32.

@@ -1,13 +1,25 @@
-"""A sequence of things that are too large to be in memory together."""
+"""Sequences: indices by key, and items that are too large to be in memory together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar, overload
 
-__all__ = ["OnDemand"]
+__all__ = ["OnDemand", "indices_by_key"]
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+
+def indices_by_key(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Map each distinct key to the indices where it occurs, in ascending order.
+
+    Distinct keys are in order of their first occurrence.
+    """
+    indices: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        indices.setdefault(key, []).append(i)
+    return indices
 
 
 class OnDemand(Sequence[T]):
