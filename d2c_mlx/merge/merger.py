@@ -21,6 +21,7 @@ from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
 from d2c_mlx.models.exact import blocks_are_exact
+from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 __all__ = ["Merged", "Merger", "Regret"]
@@ -147,6 +148,7 @@ class Merger:
             made = self._merges[key]
             waiting = self._spool.put(made.adapter)
             self._merges[key] = made if waiting is made.adapter else replace(made, adapter=waiting)
+            give_back_memory()
         return self._merges[key]
 
     def _tuned(self, merged: Adapter, members: Members, method: str) -> Merged:

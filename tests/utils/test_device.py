@@ -1,13 +1,16 @@
 """What differs between Metal and a CPU, both sides by a description of the device."""
 
+import ctypes
 import os
 import platform
 import re
 import resource
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.tiny import Gpu
@@ -17,6 +20,7 @@ from d2c_mlx.utils.device import (
     arithmetic,
     default_memory_limit,
     device_name,
+    give_back_memory,
     machine,
     on_cpu,
     process_peak,
@@ -53,6 +57,29 @@ def test_memory_is_planned_by_what_the_device_recommends(mac):
     wire(2 * GB)
     wire(7 * GB)
     assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    give_back_memory()
+    before = held()
+    # The first raises glibc's threshold, so that the others lie in its heap; the last stays there.
+    first = np.ones(3 << 20)
+    del first
+    many = [np.ones(1 << 20) for _ in range(32)]
+    last = many.pop()
+    del many
+    kept = held() - before
+    give_back_memory()
+    assert held() - before < kept - (128 << 20) and last.nbytes == 8 << 20
+
+
+def test_nothing_is_given_back_where_the_c_library_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    give_back_memory()
 
 
 def test_a_device_is_described(mac):
