@@ -6,8 +6,8 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -39,8 +39,9 @@ class WaitingForm:
         """
         self.name, self.base = stored.name, stored.base
         # Closed after writing: a system may allow a process 256 open files.
-        descriptor, self._path = tempfile.mkstemp(prefix="d2c-mlx-", suffix=".npy")
-        weakref.finalize(self, _remove, self._path)
+        descriptor, path = tempfile.mkstemp(prefix="d2c-mlx-", suffix=".npy")
+        self._path = Path(path)
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
         with os.fdopen(descriptor, "wb") as file:
 
             def put(x: np.ndarray) -> np.ndarray:
@@ -55,14 +56,9 @@ class WaitingForm:
         Raises:
             OSError: the file is gone.
         """
-        with open(self._path, "rb") as file:
+        with self._path.open("rb") as file:
             found = _mapped(self._without, lambda _: np.load(file, allow_pickle=False))
         return cast(Compressed | GgufAdapter, found)
-
-
-def _remove(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)
 
 
 def _mapped(value: object, change: Callable[[np.ndarray], np.ndarray]) -> object:

@@ -64,7 +64,7 @@ def choice_words(choices: Sequence[str], several: bool) -> str:
 
 
 def own_words(field: FieldInfo | None) -> Mapping[str, Any]:
-    """What a field says of itself: its arguments of `validation.option` that are not limits."""
+    """Choices and words of a field: the arguments of its `validation.option` but for limits."""
     extra = field.json_schema_extra if field else None
     return extra if isinstance(extra, dict) else {}
 
@@ -84,7 +84,7 @@ def plain_type(kind: Any) -> Any:  # noqa: ANN401  types are any
 
 
 def is_object(kind: Any) -> bool:  # noqa: ANN401  types are any
-    """Whether a value of this type is a mapping with keys of its own."""
+    """True for a model or a mapping, which messages call an object."""
     kind = plain_type(kind)
     is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
     return is_model or get_origin(kind) in (dict, Mapping)

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +101,7 @@ def test_numbers_of_measured_forms_wait_in_a_file(config, form):
     expected = storage.store(adapter, levels, parts)
     assert arrays(one.stored.load()) == arrays(expected) and len(arrays(expected)) > 4
     assert arrays(one.load()) == arrays(expected.scaled(one.scale))
-    file = Path(one.stored._path)
+    file = one.stored._path
     assert file.stat().st_size > sum(len(content) for _, _, content in arrays(expected))
     del one
     gc.collect()
