@@ -11,8 +11,7 @@ import click
 from .help import Command
 from .options import RUN_OPTIONS
 from .paths import UserPath
-from .say import say, say_json
-from .stages import minutes
+from .say import minutes, say, say_json
 
 if TYPE_CHECKING:
     from d2c_mlx.compare import Axes

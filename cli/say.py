@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-__all__ = ["say", "say_json"]
+__all__ = ["minutes", "say", "say_json"]
 
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:
@@ -28,3 +28,8 @@ def say_json(content: Any) -> None:  # noqa: ANN401  JSON is any
 
 def _escaped(c: str) -> str:
     return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else json.dumps(c)[1:-1]
+
+
+def minutes(seconds: float) -> str:
+    """A time for people: seconds up to 90, then minutes."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from .execute import execute, log_to
 from .help import Command
 from .options import RUN_OPTIONS
 from .paths import UserPath
-from .say import say, say_json
-
-if TYPE_CHECKING:
-    from d2c_mlx.run.config import RunConfig
-    from d2c_mlx.run.directory import RunDirectory
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _DRY_RUN = click.option(
@@ -45,157 +40,6 @@ _RESUMES = (
 )
 
 
-def _execute(
-    until: str,
-    config: Path | None,
-    quiet: bool,
-    as_json: bool,
-    dry_run: bool = False,
-    **options: Any,  # noqa: ANN401
-) -> None:
-    """Load the config (the run directory's own if no file is given), run and print.
-
-    Under `mlx.launch`, ranks other than 0 work for rank 0 instead; they read only the base model.
-    """
-    from d2c_mlx.run.config_file import load_config
-    from d2c_mlx.utils.environment import RANK_VARIABLES
-    from d2c_mlx.utils.errors import ConfigError
-
-    if any(name in os.environ for name in RANK_VARIABLES):
-        from d2c_mlx.evaluate.distributed import launched_group, run_worker
-
-        group = launched_group()
-        if group and group.rank() > 0:
-            run_worker(group)
-            return
-    given = {name: value for name, value in options.items() if value is not None}
-    if until == "refine":
-        given["refine"] = True
-    if until == "plan":
-        given["plan"] = "auto"
-    if config and config.is_dir():
-        instead = f"adapters are --adapters {config}"
-        if "adapters" in given:
-            instead = (f"a pattern such as --adapters {config.parent}/* is many words: give the"
-                       f" folder, --adapters {config.parent}")  # fmt: skip
-        elif (config / "config.yaml").is_file():
-            instead = f"a run goes on with --output {config}"
-        raise ConfigError(f"{config}: a directory, expected a YAML file of options; {instead}")
-    saved = Path(given.get("output", "")) / "config.yaml"
-    resumed = config is None and "output" in given and "adapters" not in given
-    if resumed and saved.is_file():
-        config = saved
-
-    merged = until in ("cluster", "merge", "refine")
-    checked = load_config(config, given, saved=resumed, merged=merged)
-    if until == "probe" and not checked.has_rows:
-        raise ConfigError(
-            "tasks: not given, and d2c-mlx probe measures on rows: pass --tasks DIR, or prompts as"
-            " --unlabelled FILE"
-        )
-    if until == "plan" and not checked.planned:
-        raise ConfigError(
-            f"budget: found {checked.budget!r} adapters, expected bytes, such as 12.5% or 40MB, to"
-            " plan for; pass the number as --max-adapters"
-        )
-
-    if dry_run:
-        _foretell(checked, until, as_json)
-        return
-
-    from d2c_mlx.run.config import stages_of
-    from d2c_mlx.run.directory import RunDirectory
-
-    directory = RunDirectory(Path(checked.output))
-    # The pipeline checks this too, but takes seconds to import.
-    if not directory.is_finished(checked, stages_of(checked, until)):
-        from d2c_mlx.pipeline import run as run_pipeline
-
-        session = run_pipeline(checked, until, quiet)
-        if until == "plan" and not session.config.planned:
-            until = "merge"  # all adapters fit, and were copied
-    artifact = _ARTIFACTS[until]
-    if not checked.has_rows:
-        artifact = artifact.replace("bench.json", "weights.json")
-    _show(directory, until, as_json, artifact)
-
-
-def _log_to(path: str) -> None:
-    import logging
-
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("d2c_mlx")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-
-_ARTIFACTS = {
-    "probe": "losses.json",
-    "plan": "plan.json",
-    "cluster": "clusters.json",
-    "merge": "merges.json",
-    "refine": "refines.json",
-    "pack": "pack/manifest.json",
-    "bench": "bench.json",
-    "report": "bench.json",
-}
-
-
-def _show(directory: RunDirectory, stage: str, as_json: bool, artifact: str) -> None:
-    from d2c_mlx.report.report import render_table
-    from d2c_mlx.report.words import answered, verdict
-
-    content, output = directory.read(artifact), directory.root
-    if as_json:
-        say_json(content)
-    elif stage in ("bench", "report"):
-        said = f"{verdict(content)} {answered(content)}"
-        say(f"{render_table(content)}\n\n{said.rstrip()}")
-        if stage == "report":
-            _show_next(output, content)
-    else:
-        say(f"wrote {output / artifact}")
-
-
-def _foretell(config: RunConfig, until: str, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from d2c_mlx.forecast import forecast
-
-    found = forecast(config, until)
-    if as_json:
-        say_json({**asdict(found), "seconds": round(found.seconds)})
-        return
-    for one in found.stages:
-        what = "done" if one.done else f"{one.tokens:>12,} tokens {minutes(one.seconds):>10}"
-        say(f"{one.name:<8} {what}")
-    pack = f"{found.adapters} adapters" if found.adapters else "adapters as the plan chooses"
-    work = "No rows, so nothing is measured, which takes seconds" if not config.has_rows else (
-        f"About {found.evaluations:,} evaluations, {minutes(found.seconds)} at"
-        f" {found.tokens_per_second:,.0f} tokens/s here")  # fmt: skip
-    say(
-        f"{work}; the pack: {pack}, at most"
-        f" {found.nbytes / 1e6:,.2f} MB in {config.output}. Nothing was written."
-    )
-
-
-def minutes(seconds: float) -> str:
-    """A time for people: seconds up to 90, then minutes."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _show_next(output: Path, bench: dict[str, Any]) -> None:
-    from d2c_mlx.report.words import next_commands
-
-    compact = not any((output / "pack").glob("cluster-*"))
-    say("\nNext:")
-    for line in next_commands(str(output), bench, compact):
-        say(f"  {line}")
-    for name in ("pack", "report.html"):
-        say(f"{name:<12} {output / name}")
-
-
 def _stage(about: Callable[[], None]) -> click.Command:
     """Make the command of a stage from a function without a body, by its name and docstring.
 
@@ -211,8 +55,8 @@ def _stage(about: Callable[[], None]) -> click.Command:
         **options: Any,  # noqa: ANN401
     ) -> None:
         if log_file:
-            _log_to(log_file)
-        _execute("report" if name == "run" else name, config, quiet, as_json, **options)
+            log_to(log_file)
+        execute("report" if name == "run" else name, config, quiet, as_json, **options)
 
     for option in reversed((_CONFIG, *RUN_OPTIONS, _DRY_RUN, _QUIET, _LOG, _JSON)):
         command = option(command)

@@ -47,7 +47,6 @@ PAST = ("paper, linear", "paper, ties", "moves")
 # How clusters are merged another way.
 MERGES = {
     "scale 1": {"scale": 1.0},
-    "rank 32": {"merge_rank": 32},
     "auto": {"merge_method": "auto"},
     **{name: {"merge_method": name} for name in MERGE_METHODS},
 }
@@ -58,6 +57,7 @@ LEVERS = {
     "refined with prompts": {"refine": True, "unlabelled": True},
     "rank 16": {"merge_rank": 16},
     "rank 16, refined": {"merge_rank": 16, "refine": True},
+    "rank 32": {"merge_rank": 32},
     "rank 64": {"merge_rank": 64},
     "layerwise": {"merge_method": "layerwise"},
 }

@@ -81,41 +81,17 @@ def encode(
         TaskError: every row that the chat template refuses, that has no target token or is too
             long.
     """
-    options = SimpleNamespace(mask_prompt=row_format(rows[0]) != ("text",))
     examples: list[Example] = []
-    problems = []
+    problems: list[str] = []
     failed: dict[str, list[str]] = {}
     for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
         try:
-            tokens, offset = create_dataset([row], tokenizer, options).process(row)
-            asked = _prompt_of(tokenizer, row)
+            examples.append(_example(tokenizer, row))
         except _UNTOKENIZED as error:
             failed.setdefault(_reason(error), []).append(place)
             continue
-        one = Example(tuple(map(int, tokens)), int(offset))
-        if asked != one.prompt_tokens:
-            one = replace(one, prompt=asked)
-        examples.append(one)
-        if one.n_targets < 1:
-            problems.append(
-                f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
-                f" the {one.first_target:,} that are given; complete the row or remove it"
-            )
-        elif context and len(one.tokens) > context:
-            problems.append(
-                f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
-                f" {context:,}; shorten it"
-            )
-    # Without a chat template every row fails, for one reason.
-    remedy = (
-        "change it as the model's chat template asks" if tokenizer.chat_template
-        else "the model has no chat template: put a chat_template.jinja beside its weights"
-    )  # fmt: skip
-    problems += [
-        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
-        f" ({reason}); {remedy}, or use rows of text"
-        for reason, (first, *more) in failed.items()
-    ]
+        problems += _of_wrong_length(examples[-1], place, context)
+    problems += _not_tokenized(tokenizer, failed)
     if problems:
         raise TaskError(problems)
     if any(one.prompt is not None for one in examples):
@@ -156,6 +132,46 @@ def encode_prompts(
             ) from None
 
     return gather(partial(tokens_of, prompt) for prompt in prompts)
+
+
+def _example(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    row: Row,
+) -> Example:
+    options = SimpleNamespace(mask_prompt=row_format(row) != ("text",))
+    tokens, offset = create_dataset([row], tokenizer, options).process(row)
+    asked = _prompt_of(tokenizer, row)
+    one = Example(tuple(map(int, tokens)), int(offset))
+    return one if asked == one.prompt_tokens else replace(one, prompt=asked)
+
+
+def _of_wrong_length(one: Example, place: str, context: int | None) -> Iterable[str]:
+    if one.n_targets < 1:
+        yield (
+            f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
+            f" the {one.first_target:,} that are given; complete the row or remove it"
+        )
+    elif context and len(one.tokens) > context:
+        yield (
+            f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
+            f" {context:,}; shorten it"
+        )
+
+
+def _not_tokenized(
+    tokenizer: Any,  # noqa: ANN401  mlx-lm's
+    failed: dict[str, list[str]],
+) -> list[str]:
+    """A line for every reason: without a chat template every row fails, for one."""
+    remedy = (
+        "change it as the model's chat template asks" if tokenizer.chat_template
+        else "the model has no chat template: put a chat_template.jinja beside its weights"
+    )  # fmt: skip
+    return [
+        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
+        f" ({reason}); {remedy}, or use rows of text"
+        for reason, (first, *more) in failed.items()
+    ]
 
 
 def _prompt_of(
