@@ -24,6 +24,7 @@ from d2c_mlx.compress.storage import one_shape
 from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.study import Study
+from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 __all__ = ["Form", "FormMeter", "worth"]
@@ -203,6 +204,7 @@ class FormMeter:
 
         scale, lowest = line_search(regret, scales, start)
         waiting = waiting or WaitingForm(small)
+        give_back_memory()
         return replace(self.estimate(form, lowest), scale=scale, stored=waiting, measured=True)
 
     def estimate(self, form: Form, regret: float) -> Candidate:

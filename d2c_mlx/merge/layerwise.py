@@ -180,8 +180,7 @@ class _Merging:
         o, by_task = self.options, partial(_by_task, [part.task for part in self.parts])
         inputs = by_task(one.inputs[paths[0]] for one in seen)
 
-        def solve(path: str) -> Factors:
-            factors = [self._factors(one, path) for one in self.adapters]
+        def solve(path: str, factors: Sequence[Factors]) -> Factors:
             wanted = by_task(one.outputs[path] for one in taught)
             bare = by_task(one.outputs[path] for one in seen)
             lacking = [
@@ -192,10 +191,12 @@ class _Merging:
 
         shapes = [self.passes.base.module_shapes[path] for path in paths]
         large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
-        # Threads as in `merge_adapters`. They use no MLX, whose streams belong to a thread.
+        # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of
+        # its own, which stays.
+        updates = [[self._factors(one, path) for one in self.adapters] for path in paths]
         with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
             grams = Grams(inputs)
-            found = list(pool.map(solve, paths))
+            found = list(pool.map(solve, paths, updates))
         return {path: LoRA(mx.array(a), mx.array(o.scale * b))
                 for path, (a, b) in zip(paths, found)}  # fmt: skip
 
