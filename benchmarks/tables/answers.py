@@ -25,6 +25,8 @@ PAIRS = (
     ("estimates-refined", "estimates"),
     ("estimates-refined", "kmeans-layerwise"),
     ("estimates-rank-16", "estimates"),
+    ("estimates-rank-64", "estimates"),
+    ("estimates-rank-64", "individual"),
 )
 # Slots at which pairs are compared, the share of the 24 adapters in rows_24, and draws there.
 SLOTS, SHARE, SEEDS = 3, "12.5", (0, 1, 2)

@@ -271,7 +271,7 @@ class RunConfig(RunRules):
 
     refine: bool = option(
         False,
-        "train every merge for a while to match its members",
+        "train every merge for a while: a lower loss, seldom better answers",
         group=_REFINE,
         default_text="no",
         validate_default=True,
