@@ -33,6 +33,7 @@ from d2c_mlx.merge.regmean import Grams, matched
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["LayerwiseOptions", "check_blocks", "merge_layerwise"]
@@ -191,6 +192,8 @@ class _Merging:
 
         shapes = [self.passes.base.module_shapes[path] for path in paths]
         large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
+        if large:
+            give_back_memory()
         # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of
         # its own, which stays.
         updates = [[self._factors(one, path) for one in self.adapters] for path in paths]

@@ -77,6 +77,15 @@ def test_freed_memory_goes_back_to_the_system():
     assert held() - before < kept - (128 << 20) and last.nbytes == 8 << 20
 
 
+def test_what_mlx_keeps_for_reuse_is_given_back():
+    x = mx.ones((1 << 20,)) + 1
+    mx.eval(x)
+    del x
+    assert mx.get_cache_memory() >= 4 << 20
+    give_back_memory()
+    assert mx.get_cache_memory() == 0
+
+
 def test_nothing_is_given_back_where_the_c_library_keeps_nothing(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     give_back_memory()
