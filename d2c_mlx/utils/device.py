@@ -143,7 +143,7 @@ def outside_mlx() -> int:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: that of MLX's cache, and of the C library, as glibc has it.
+    """Return freed memory to the system: that of MLX's cache, and of the C library, as in glibc.
 
     glibc keeps freed blocks of less than 32 MB, which are arrays of one module: 15 to 50 MB more
     with every merge of a 1B model.
