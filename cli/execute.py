@@ -1,4 +1,4 @@
-"""What the commands of a run do: read options, run the stages or foretell them, show the result.
+"""Runs the stages that a command asks for, and prints the result.
 
 The library is imported late, as in all of `cli`.
 """
@@ -64,7 +64,7 @@ def execute(
 
 
 def _worked_for_rank_0() -> bool:
-    """Under `mlx.launch`, work until rank 0 ends, on any other rank: with the base model alone."""
+    """True if `mlx.launch` made this another rank than 0, which then evaluated for rank 0."""
     from d2c_mlx.utils.environment import RANK_VARIABLES
 
     if not any(name in os.environ for name in RANK_VARIABLES):
@@ -79,7 +79,7 @@ def _worked_for_rank_0() -> bool:
 
 
 def _checked(until: str, config: Path | None, options: dict[str, Any]) -> RunConfig:
-    """The options of a file, or of the run directory if none is given, under those given here."""
+    """The options: those given here, then those of the file or else of the run directory."""
     from d2c_mlx.run.config_file import load_config
     from d2c_mlx.utils.errors import ConfigError
 
@@ -111,7 +111,7 @@ def _checked(until: str, config: Path | None, options: dict[str, Any]) -> RunCon
 
 
 def _not_a_file(config: Path, has_adapters: bool) -> str:
-    """What to do with a directory in the place of CONFIG."""
+    """The error of a CONFIG that is a directory."""
     instead = f"adapters are --adapters {config}"
     if has_adapters:
         instead = (f"a pattern such as --adapters {config.parent}/* is many words: give the"

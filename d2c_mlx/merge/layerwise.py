@@ -192,7 +192,7 @@ class _Merging:
 
         shapes = [self.passes.base.module_shapes[path] for path in paths]
         large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
-        if large:
+        if large:  # The solver needs room, of which MLX keeps some for its next pass.
             give_back_memory()
         # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of
         # its own, which stays.

@@ -146,7 +146,7 @@ class Merger:
             else:
                 self._merges[key] = self._tuned(self._unscaled(members, method), members, method)
             made = self._merges[key]
-            give_back_memory()
+            give_back_memory()  # What is written is a copy.
             waiting = self._spool.put(made.adapter)
             self._merges[key] = made if waiting is made.adapter else replace(made, adapter=waiting)
             give_back_memory()

@@ -143,10 +143,10 @@ def outside_mlx() -> int:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: that of MLX's cache, and of the C library, as in glibc.
+    """Return to the system what MLX and the C library keep of freed memory.
 
-    glibc keeps freed blocks of less than 32 MB, which are arrays of one module: 15 to 50 MB more
-    with every merge of a 1B model.
+    MLX keeps it up to its cache limit. glibc keeps blocks of less than 32 MB, which are arrays of
+    one module: 15 to 50 MB more with every merge of a 1B model.
     """
     mx.clear_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

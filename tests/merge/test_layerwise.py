@@ -259,7 +259,8 @@ def test_a_merge_leaves_no_thread_behind(tiny):
     before = psutil.Process().num_threads()
     for _ in range(3):
         merge_layerwise(base, adapters, sets)
-    assert psutil.Process().num_threads() == before
+    # Threads of other tests may end meanwhile.
+    assert psutil.Process().num_threads() <= before
 
 
 def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
