@@ -45,14 +45,12 @@ class TeacherRow:
 
     Attributes:
         example: the tokens.
-        answered: True if the answer is the user's; else it is the teacher's own.
         mean: `(n_targets, hidden)`, the head's rows averaged by the teacher's probabilities.
         constant: `(n_targets,)`.
         nll: sum over the targets under the teacher, in nats.
     """
 
     example: Example
-    answered: bool
     mean: np.ndarray
     constant: np.ndarray
     nll: float
@@ -111,16 +109,14 @@ class Distiller:
             ends = np.cumsum([one.n_targets for one in some])[:-1]
             parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
             for i, m, c, nll in zip(batch, *parts):
-                rows[i] = TeacherRow(
-                    examples[i], i < len(answered.examples), m, c, float(nll.sum())
-                )
+                rows[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
         return [rows[i] for i in range(len(examples))]
 
     def own_rows(self, rows: ExampleSet) -> list[TeacherRow]:
         """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""
         hidden, _ = self.base.dimensions
         return [
-            TeacherRow(one, True, np.zeros((one.n_targets, hidden), np.float32),
+            TeacherRow(one, np.zeros((one.n_targets, hidden), np.float32),
                        np.zeros(one.n_targets, np.float32), 0.0)
             for one in rows.examples
         ]  # fmt: skip
@@ -168,9 +164,9 @@ class Distiller:
         sums[:, 0] -= [row.nll for row in rows]
         return sums
 
-    def excess(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:
-        """Mean NLL per target minus the teacher's, in nats; the adapter stays attached."""
-        total = float(self.compare(adapter, rows)[:, 0].sum())
+    def divergence(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:
+        """Mean KL(teacher || adapter) per target, in nats; the adapter stays attached."""
+        total = float(self.compare(adapter, rows)[:, 1].sum())
         return total / sum(row.example.n_targets for row in rows)
 
     def gradient(

@@ -1,11 +1,13 @@
 """Refining a merge: a short training that brings a multi-task adapter closer to its members.
 
-The student starts as the merge. Its loss on a task is the cross entropy on the answers of the
-calibration rows plus the KL divergence from the task adapter, both over `gain` as in the normalised
-regret. What is judged and kept is a moving average of the factors: single steps follow the few rows
-that they train on. Calibration rows that are held back from training choose the step to keep. What
-they judge is what a pack would hold (16 bit, rank kept), and the unrefined merge takes part as step
-0. So refining never makes a merge worse on them.
+The student starts as the merge. Its loss on a task is the KL divergence from the task adapter on
+the calibration rows, over `gain` as in the normalised regret. The rows' own answers take no part,
+neither in training nor in judging: a student that is less sure where the adapters are sure and
+wrong has a lower cross entropy than they have, and worse answers. What is judged and kept is a
+moving average of the factors: single steps follow the few rows that they train on. Calibration rows
+that are held back from training choose the step to keep. What they judge is what a pack would hold
+(16 bit, rank kept), and the unrefined merge takes part as step 0. So refining never takes a merge
+further from its members on them.
 """
 
 from __future__ import annotations
@@ -57,19 +59,17 @@ class RefineOptions:
     Attributes:
         steps: most steps.
         rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine.
-        kl_weight: weight of the KL divergence; the cross entropy has weight 1.
         held_share: share of every task's calibration rows that is held back; tasks with fewer than
             three rows hold none back.
         rows: rows of each task in a step, and as many of those with its adapter's own answers.
         every: steps between two evaluations on the held-back rows.
         patience: evaluations without a new best before the training stops.
-        eps: the merge is kept unless the held-back regret falls by more than this.
+        eps: the merge is kept unless the held-back divergence falls by more than this.
         seed: seed of the choice of held-back rows, and of the order of the others.
     """
 
     steps: int = 40
     rate: float = 5e-4
-    kl_weight: float = 1.0
     held_share: float = 0.3
     rows: int = 2
     every: int = 5
@@ -85,7 +85,8 @@ class Refined:
     Attributes:
         adapter: the result, in the base model's 16-bit dtype; the unchanged merge if `step` is 0.
         step: the step that was kept.
-        curve: (step, mean normalised regret on the held-back rows) per evaluation, step 0 first.
+        curve: (step, mean over the tasks of the divergence on the held-back rows, over the gain)
+            per evaluation, step 0 first.
         stopped: why it ended: steps, patience, diverged, one member, or nothing held back.
         unjudged: tasks with too few rows to hold any back.
     """
@@ -99,16 +100,11 @@ class Refined:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one task: those to train on, with the user's answers or own ones; those held back."""
+    """Rows of one task: kinds of rows to train on, with given or own answers; those held back."""
 
     gain: float
-    answered: list[TeacherRow]
-    own: list[TeacherRow]
+    trained: list[list[TeacherRow]]
     held: list[TeacherRow]
-
-    @property
-    def trained(self) -> list[list[TeacherRow]]:
-        return [some for some in (self.answered, self.own) if some]
 
 
 def hold_back(probe: ExampleSet, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -137,7 +133,7 @@ def refine(
     options: RefineOptions | None = None,
     meter: Meter | None = None,
 ) -> Refined:
-    """Train `merged` to match its members; never worse than `merged` on the held-back rows.
+    """Train `merged` to match its members; never further from them on the held-back rows.
 
     Use it where a merge loses much and rows suffice to hold some back. On one machine the same
     arguments give the same bytes.
@@ -166,8 +162,8 @@ def refine(
         tasks = []
         for one, (train, held) in zip(members, splits):
             rows = model.teacher_rows(one.adapter, one.probe, one.own)
-            own = rows[len(one.probe.examples) :]
-            tasks.append(_Rows(one.gain, [rows[i] for i in train], own, [rows[i] for i in held]))
+            kinds = [rows[i] for i in train], rows[len(one.probe.examples) :]
+            tasks.append(_Rows(one.gain, [some for some in kinds if some], [rows[i] for i in held]))
         refined = _train(model, merged, tasks, options, meter or Silent())
     return replace(refined, unjudged=unjudged)
 
@@ -182,12 +178,12 @@ def _train(
     meter.expect(o.steps * cost)
     optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
     factors = average = _balanced(merged)
-    curve = [(0, _regret(model, merged, tasks))]
+    curve = [(0, _divergence(model, merged, tasks))]
     best, kept, step, stopped = curve[0][1] - o.eps, (0, merged), 0, "steps"
     while step < o.steps:
         step += 1
         rows = [[row for turn in pair for row in next(turn)] for pair in orders]
-        gradient = model.gradient(factors, *_weighted(rows, tasks, o.kl_weight))
+        gradient = model.gradient(factors, *_weighted(rows, tasks))
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
         factors = optimizer.apply_gradients(gradient, factors)
         average = _averaged(average, factors, step)
@@ -197,13 +193,13 @@ def _train(
             continue
         # The candidate is what a pack would hold, rounding to 16 bit included.
         candidate = _adapter(merged, average, model.base.dtype)
-        regret = _regret(model, candidate, tasks)
-        if not math.isfinite(regret):
+        divergence = _divergence(model, candidate, tasks)
+        if not math.isfinite(divergence):
             stopped = "diverged"
             break
-        curve.append((step, regret))
-        if regret < best:
-            best, kept = regret, (step, candidate)
+        curve.append((step, divergence))
+        if divergence < best:
+            best, kept = divergence, (step, candidate)
         elif step - kept[0] >= o.patience * o.every:
             stopped = "patience"
             break
@@ -247,25 +243,21 @@ def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
 
 
 def _weighted(
-    rows: Sequence[Sequence[TeacherRow]], tasks: Sequence[_Rows], kl_weight: float
+    rows: Sequence[Sequence[TeacherRow]], tasks: Sequence[_Rows]
 ) -> tuple[list[TeacherRow], list[tuple[float, float]]]:
-    """Rows and the weights of their targets, which give the mean over tasks of mean loss / gain."""
+    """Rows, and weights of their targets that give the mean over tasks of divergence / gain."""
     weights = []
     for some, task in zip(rows, tasks):
-        share = 1 / (len(tasks) * task.gain)
-        n_all = sum(row.example.n_targets for row in some)
-        n_answered = sum(row.example.n_targets for row in some if row.answered)
-        weights += [
-            (share / n_answered if row.answered else 0.0, kl_weight * share / n_all) for row in some
-        ]
+        n_targets = sum(row.example.n_targets for row in some)
+        weights += [(0.0, 1 / (len(tasks) * task.gain * n_targets))] * len(some)
     return [row for some in rows for row in some], weights
 
 
-def _regret(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float:
-    """Mean normalised regret over the tasks that hold rows back."""
+def _divergence(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float:
+    """Mean over the tasks that hold rows back of their divergence per target, over the gain."""
     judged = [task for task in tasks if task.held]
-    regrets = [model.excess(adapter, task.held) / task.gain for task in judged]
-    return float(np.mean(regrets))
+    found = [model.divergence(adapter, task.held) / task.gain for task in judged]
+    return float(np.mean(found))
 
 
 def _balanced(adapter: Adapter) -> Factors:

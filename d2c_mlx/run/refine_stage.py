@@ -65,7 +65,7 @@ def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -
 
     Returns:
         A directory below `kept`, named by a hash of all that it depends on, with `adapter/` and
-        `refine.json`: members, step, stopped, held_back_regret, curve, unjudged, seconds.
+        `refine.json`: members, step, stopped, held_back_divergence, curve, unjudged, seconds.
     """
     merged = load_adapter(session.path("merged") / str(k))
     indices = [session.inputs.names.index(name) for name in names]
@@ -75,12 +75,12 @@ def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -
         return part
     started = time.monotonic()
     refined = refine_merge(session, merged, indices)
-    regrets = dict(refined.curve)
+    at = dict(refined.curve)
     facts = {
         "members": list(names),
         "step": refined.step,
         "stopped": refined.stopped,
-        "held_back_regret": {"before": regrets.get(0), "after": regrets.get(refined.step)},
+        "held_back_divergence": {"before": at.get(0), "after": at.get(refined.step)},
         "curve": refined.curve,
         "unjudged": refined.unjudged,
         "seconds": round(time.monotonic() - started, 2),

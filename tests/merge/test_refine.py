@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.refine import (
     Member,
@@ -157,19 +156,20 @@ def test_the_average_has_the_first_steps_alike_and_then_the_latest_in_the_main()
         np.testing.assert_allclose(np.array(average["q"]), expected, atol=1e-6)
 
 
-def test_it_improves_what_an_independent_evaluation_measures(base, members, merged):
+def test_it_comes_closer_by_what_an_independent_evaluation_measures(base, members, merged):
+    """The judge is the divergence in float64 numpy, over the whole model's logits."""
     refined = refine(base, merged, members, FAST)
     curve = dict(refined.curve)
     assert refined.step > 0 and curve[refined.step] == min(curve.values()) < 0.8 * curve[0]
-    excess = []
-    for one in members:
-        _, held = hold_back(one.probe, FAST.held_share, FAST.seed)
-        rows = replace(one.probe, examples=tuple(one.probe.examples[i] for i in held))
-        (_, own), (_, found) = sorted(
-            Engine(base).run([(one.adapter, rows), (refined.adapter, rows)])
-        )
-        excess.append((found - own) / rows.n_targets / one.gain)
-    assert np.mean(excess) == pytest.approx(curve[refined.step], abs=1e-4)
+    for step, adapter in ((0, merged), (refined.step, refined.adapter)):
+        found = []
+        for one in members:
+            _, held = hold_back(one.probe, FAST.held_share, FAST.seed)
+            rows = [one.probe.examples[i] for i in held]
+            own, theirs = (np.concatenate([log_probabilities(base, teacher, row) for row in rows])
+                           for teacher in (one.adapter, adapter))  # fmt: skip
+            found.append((np.exp(own) * (own - theirs)).sum(axis=-1).mean() / one.gain)
+        assert np.mean(found) == pytest.approx(curve[step], abs=1e-4)
     assert refined.adapter.rank == merged.rank
     assert {x.dtype for m in refined.adapter.modules.values() for x in (m.a, m.b)} == {base.dtype}
 
@@ -201,8 +201,8 @@ def test_tasks_weigh_alike_whatever_their_answers_and_gains(base, members, merge
     for one in members:
         for step in seen:
             mine = [(e.n_targets, w) for e, w in step if e in one.probe.examples]
-            assert sum(n * w[0] for n, w in mine) == pytest.approx(0.5 / one.gain)
             assert sum(n * w[1] for n, w in mine) == pytest.approx(0.5 / one.gain)
+            assert all(w[0] == 0 for _, w in mine)
 
 
 def test_held_back_rows_are_in_no_training_batch(base, members, merged, monkeypatch):
@@ -264,22 +264,27 @@ def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monke
         refine(base, merged, members, FAST)
 
 
-def test_of_rows_with_the_own_adapters_answers_only_the_divergence_is_trained(
+def test_a_step_has_rows_of_both_kinds_given_answers_and_own_ones(
     base, members, merged, monkeypatch
 ):
     own = base.encode("a", [{"prompt": "What is a question?", "completion": "An answer."}])
     one = members[0]
-    rows = Distiller(base).teacher_rows(one.adapter, one.probe, own)
-    assert [row.answered for row in rows] == [True] * len(one.probe.examples) + [False]
-    assert rows[-1].example == own.examples[0]
-    gradient, seen = Distiller.gradient, []
+    gradient, steps = Distiller.gradient, []
 
     def spy(self, factors, rows, weights):
-        seen.extend((row.answered, label) for row, (label, _) in zip(rows, weights))
+        steps.append({row.example for row in rows})
         return gradient(self, factors, rows, weights)
 
     monkeypatch.setattr(Distiller, "gradient", spy)
     found = refine(base, merged, [replace(one, own=own), members[1]], FAST)
-    assert {answered for answered, _ in seen} == {True, False}
-    assert all((label > 0) == answered for answered, label in seen)
+    for rows in steps:
+        assert own.examples[0] in rows and rows & {*one.probe.examples}
     assert found.adapter.digest != refine(base, merged, members, FAST).adapter.digest
+
+
+def test_what_the_rows_answer_does_not_count_but_their_tokens_do(base, members, merged):
+    """A merge whose members agree with the merge is kept, whatever the rows' answers are."""
+    same = [replace(one, adapter=merged) for one in members]
+    found = refine(base, merged, same, FAST)
+    assert found.adapter is merged
+    assert found.curve[0][1] == pytest.approx(0, abs=1e-6)

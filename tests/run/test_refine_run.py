@@ -51,8 +51,8 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     improved = [one for one in facts if one["step"]]
     assert improved
     for k, one in enumerate(facts):
-        regret = one["held_back_regret"]
-        assert one["step"] == 0 or regret["after"] < regret["before"]
+        held = one["held_back_divergence"]
+        assert one["step"] == 0 or held["after"] < held["before"]
         same = hash_tree(on.path("refined") / str(k)) == hash_tree(on.path("merged") / str(k))
         assert same == (one["step"] == 0)
     assert bench["d2c"] == json.loads(plain[1])["methods"]["d2c"] != bench["pack"]
