@@ -42,8 +42,15 @@ RUNS = {
     "paper": {**PLAIN, "search": "paper"},
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
-# adapters, K-Means and a random partition; the search by moves, and its clusters.
-PAST = ("paper, linear", "paper, ties", "moves")
+# adapters, K-Means and a random partition; the search by moves, and its clusters; refining by the
+# rows' answers besides the divergence.
+PAST = (
+    "paper, linear",
+    "paper, ties",
+    "moves",
+    "estimates: refined, cross entropy",
+    "estimates: refined with prompts, cross entropy",
+)
 # How clusters are merged another way.
 MERGES = {
     "scale 1": {"scale": 1.0},

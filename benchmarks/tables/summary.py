@@ -14,8 +14,8 @@ BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {
     "estimates": "d2c-mlx",
+    "estimates: refined": "d2c-mlx, `--refine`",
     "moves: layerwise": "d2c-mlx, clusters of its search before estimates",
-    "moves: layerwise, refined": "those, `--refine`",
     "random: layerwise": "random clusters, merged as d2c-mlx does",
     "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
     "moves: tsv": "TSV, the best merge without data, on these clusters",

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.compress.waiting import WaitingForm
+from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import BudgetError
 
 __all__ = ["LOST", "Candidate", "allocate", "choose", "lost_worth"]
@@ -138,7 +140,13 @@ def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) ->
 
 
 def _levels(bits: Sequence[int]) -> Levels:
-    return tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True))
+    return _shared(tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True)))
+
+
+@cache
+def _shared(levels: tuple[tuple[int, int], ...]) -> Levels:
+    """One object for equal levels: plans for 100 adapters have 100,000 of them, and few differ."""
+    return levels
 
 
 def choose(
@@ -176,6 +184,7 @@ def choose(
             regrets, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1),
             constraints=constraints, options={"mip_rel_gap": _GAP},
         )  # fmt: skip
+    give_back_memory()  # A search tree may take 20 MB, and a plan asks for dozens.
     if found.x is None:
         raise BudgetError(f"budget: no choice of {len(candidates)} candidates fits {nbytes:,.0f} B")
     return np.flatnonzero(found.x > 0.5).tolist()

@@ -6,9 +6,10 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -17,8 +18,16 @@ from d2c_mlx.compress.compressed import Compressed
 
 __all__ = ["WaitingForm"]
 
-# Stands for an array that is in the file.
-_IN_FILE = np.empty(0)
+
+class _InFile:
+    """Stands for an array that is in the file."""
+
+
+class _Parts(NamedTuple):
+    """A dataclass, taken apart: its type and the values of its fields."""
+
+    kind: Callable[..., object]
+    values: tuple[object, ...]
 
 
 class WaitingForm:
@@ -43,12 +52,7 @@ class WaitingForm:
         self._path = Path(path)
         weakref.finalize(self, self._path.unlink, missing_ok=True)
         with os.fdopen(descriptor, "wb") as file:
-
-            def put(x: np.ndarray) -> np.ndarray:
-                np.save(file, x, allow_pickle=False)
-                return _IN_FILE
-
-            self._without = _mapped(stored, put)
+            self._parts = _taken_apart(stored, lambda x: np.save(file, x, allow_pickle=False))
 
     def load(self) -> Compressed | GgufAdapter:
         """Read the form as it was written.
@@ -57,19 +61,39 @@ class WaitingForm:
             OSError: the file is gone.
         """
         with self._path.open("rb") as file:
-            found = _mapped(self._without, lambda _: np.load(file, allow_pickle=False))
+            found = _put_together(self._parts, lambda: np.load(file, allow_pickle=False))
         return cast(Compressed | GgufAdapter, found)
 
 
-def _mapped(value: object, change: Callable[[np.ndarray], np.ndarray]) -> object:
-    """The same mappings, tuples and dataclasses with every array changed, always in one order."""
+def _taken_apart(value: object, put: Callable[[np.ndarray], object]) -> object:
+    """A value without its arrays, which `put` takes in the order of `_put_together`."""
     if isinstance(value, np.ndarray):
-        return change(value)
+        put(value)
+        return _InFile
     if isinstance(value, Mapping):
-        return {key: _mapped(one, change) for key, one in value.items()}
+        return {key: _shared(_taken_apart(one, put)) for key, one in value.items()}
     if isinstance(value, tuple):
-        return tuple(_mapped(one, change) for one in value)
+        return tuple(_taken_apart(one, put) for one in value)
     if is_dataclass(value) and not isinstance(value, type):
-        found = {one.name: _mapped(getattr(value, one.name), change) for one in fields(value)}
-        return replace(value, **found)
+        every = (getattr(value, one.name) for one in fields(value))
+        return _Parts(type(value), tuple(_taken_apart(one, put) for one in every))
     return value
+
+
+def _put_together(parts: object, read: Callable[[], object]) -> object:
+    """The value that was taken apart, with arrays that `read` gives."""
+    if parts is _InFile:
+        return read()
+    if isinstance(parts, dict):
+        return {key: _put_together(one, read) for key, one in parts.items()}
+    if isinstance(parts, _Parts):
+        return parts.kind(*(_put_together(one, read) for one in parts.values))
+    if isinstance(parts, tuple):
+        return tuple(_put_together(one, read) for one in parts)
+    return parts
+
+
+@cache
+def _shared(parts: object) -> object:
+    """One object for what is equal: of hundreds of forms with a hundred modules few differ."""
+    return parts

@@ -75,18 +75,13 @@ class Distiller:
         self._fast = on_cpu()
 
     def teacher_rows(
-        self,
-        adapter: Adapter,
-        answered: ExampleSet,
-        own: ExampleSet | None = None,
-        label_weight: float = 0.0,
+        self, adapter: Adapter, rows: ExampleSet, label_weight: float = 0.0
     ) -> list[TeacherRow]:
-        """Teacher targets of rows, for `compare` and `gradient`: of the answered rows, then of own.
+        """Teacher targets of rows, in their order, for `compare` and `gradient`.
 
         Args:
             adapter: the teacher; it stays attached.
-            answered: rows whose answers are the user's.
-            own: rows whose answers are the teacher's.
+            rows: their answers only say at which tokens the teacher is asked.
             label_weight: weight of the rows' own targets in `mean` and `constant`, from 0 to 1; the
                 teacher has the rest.
 
@@ -94,8 +89,7 @@ class Distiller:
             One `TeacherRow` per row.
         """
         self.base.attach(adapter)
-        examples = [*answered.examples, *(own.examples if own else ())]
-        rows: dict[int, TeacherRow] = {}
+        examples, found = rows.examples, dict[int, TeacherRow]()
         for batch in batches_by_length([len(one.tokens) for one in examples], _BATCH):
             some = [examples[i] for i in batch]
             hidden, targets = self._hidden(some)
@@ -109,8 +103,8 @@ class Distiller:
             ends = np.cumsum([one.n_targets for one in some])[:-1]
             parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
             for i, m, c, nll in zip(batch, *parts):
-                rows[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
-        return [rows[i] for i in range(len(examples))]
+                found[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
+        return [found[i] for i in range(len(examples))]
 
     def own_rows(self, rows: ExampleSet) -> list[TeacherRow]:
         """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""

@@ -43,7 +43,7 @@ class Member:
         adapter: the task adapter, which is the teacher.
         probe: calibration rows, prompts with answers.
         gain: nats that `adapter` gains over the base model, see `LossTable.gain`.
-        own: rows whose answers are the adapter's own.
+        own: more rows to train on, whose answers are the adapter's own.
     """
 
     adapter: Adapter
@@ -161,9 +161,11 @@ def refine(
     with all_cores():
         tasks = []
         for one, (train, held) in zip(members, splits):
-            rows = model.teacher_rows(one.adapter, one.probe, one.own)
-            kinds = [rows[i] for i in train], rows[len(one.probe.examples) :]
-            tasks.append(_Rows(one.gain, [some for some in kinds if some], [rows[i] for i in held]))
+            rows = model.teacher_rows(one.adapter, one.probe)
+            trained = [[rows[i] for i in train]]
+            if one.own:
+                trained.append(model.teacher_rows(one.adapter, one.own))
+            tasks.append(_Rows(one.gain, trained, [rows[i] for i in held]))
         refined = _train(model, merged, tasks, options, meter or Silent())
     return replace(refined, unjudged=unjudged)
 

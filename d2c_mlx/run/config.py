@@ -271,7 +271,7 @@ class RunConfig(RunRules):
 
     refine: bool = option(
         False,
-        "train every merge for a while: a lower loss, seldom better answers",
+        "train every merge for a while to predict what its members predict",
         group=_REFINE,
         default_text="no",
         validate_default=True,

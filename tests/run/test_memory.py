@@ -110,3 +110,26 @@ def test_forms_that_wait_take_no_memory():
     again = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert kept < small.nbytes and again < small.nbytes
+
+
+def test_many_modules_of_many_forms_take_little_memory():
+    """Beside the first, a form takes a place for every module: what is equal is there once."""
+    rng = np.random.default_rng(0)
+    modules = {f"model.layers.{i}.q": lora_of(rng, (64, 64), 8) for i in range(100)}
+    levels = {path: [(4, 4), (4, 2)] for path in modules}
+    forms = [compress(Adapter(f"a{k}", modules), levels) for k in range(20)]
+    WaitingForm(forms[0])
+    tracemalloc.start()
+    waiting = [WaitingForm(one) for one in forms]
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < len(waiting) * len(modules) * 250
+    for one, form in zip(waiting, forms):
+        again = one.load()
+        assert again.name == form.name and [*again.modules] == [*form.modules]
+        for path, some in form.modules.items():
+            for mine, theirs in zip(again.modules[path], some):
+                for x, y in ((mine.a, theirs.a), (mine.b, theirs.b)):
+                    assert (x.bits, x.width, x.group_size) == (y.bits, y.width, y.group_size)
+                    for name in ("weight", "scales", "biases"):
+                        np.testing.assert_array_equal(getattr(x, name), getattr(y, name))
