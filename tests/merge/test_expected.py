@@ -149,7 +149,7 @@ def test_a_trusted_row_enters_by_its_weight(session, trust):
     assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)
     expected = (1 - trust) * kl / probe.n_targets + trust * (nll[1] - nll[0])
     assert found[0] == pytest.approx(expected, abs=1e-4)
-    assert model.excess(other, model.teacher_rows(one, probe)) == pytest.approx(
-        nll[1] - nll[0], abs=1e-4
+    assert model.divergence(other, model.teacher_rows(one, probe)) == pytest.approx(
+        kl / probe.n_targets, abs=1e-4
     )
     assert len({some.digest, model.with_teacher(one, probe, trust + 0.1).digest, probe.digest}) == 3
