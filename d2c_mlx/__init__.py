@@ -12,8 +12,8 @@ from d2c_mlx.utils.blas import preload_blas
 from d2c_mlx.utils.environment import VERSION as __version__
 from d2c_mlx.utils.environment import share_one_heap
 
+# Before there are threads, and before anything imports mlx.core: see utils/blas.py.
 share_one_heap()
-# Before anything imports mlx.core: see utils/blas.py.
 preload_blas()
 # On the GPUs that have it (M5, NVIDIA) MLX would round float32 products to 10 bits by default; what
 # is said to be in float32 here is meant to be.

@@ -16,7 +16,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from d2c_mlx.compress.file_layout import MAX_COUNT
 from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import BudgetError
+from d2c_mlx.utils.sequences import shared
 
 __all__ = ["LOST", "Candidate", "allocate", "choose", "lost_worth"]
 
@@ -140,13 +140,7 @@ def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) ->
 
 
 def _levels(bits: Sequence[int]) -> Levels:
-    return _shared(tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True)))
-
-
-@cache
-def _shared(levels: tuple[tuple[int, int], ...]) -> Levels:
-    """One object for equal levels: plans for 100 adapters have 100,000 of them, and few differ."""
-    return levels
+    return shared(tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True)))
 
 
 def choose(

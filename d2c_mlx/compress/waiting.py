@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from d2c_mlx.adapters.gguf_factors import GgufAdapter
 from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.utils.sequences import shared
 
 __all__ = ["WaitingForm"]
 
@@ -71,7 +71,7 @@ def _taken_apart(value: object, put: Callable[[np.ndarray], object]) -> object:
         put(value)
         return _InFile
     if isinstance(value, Mapping):
-        return {key: _shared(_taken_apart(one, put)) for key, one in value.items()}
+        return {key: shared(_taken_apart(one, put)) for key, one in value.items()}
     if isinstance(value, tuple):
         return tuple(_taken_apart(one, put) for one in value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -90,10 +90,4 @@ def _put_together(parts: object, read: Callable[[], object]) -> object:
         return parts.kind(*(_put_together(one, read) for one in parts.values))
     if isinstance(parts, tuple):
         return tuple(_put_together(one, read) for one in parts)
-    return parts
-
-
-@cache
-def _shared(parts: object) -> object:
-    """One object for what is equal: of hundreds of forms with a hundred modules few differ."""
     return parts
