@@ -65,7 +65,9 @@ LEVERS = {
     "rank 16": {"merge_rank": 16},
     "rank 16, refined": {"merge_rank": 16, "refine": True},
     "rank 32": {"merge_rank": 32},
+    "rank 32, refined": {"merge_rank": 32, "refine": True},
     "rank 64": {"merge_rank": 64},
+    "rank 64, refined": {"merge_rank": 64, "refine": True},
     "layerwise": {"merge_method": "layerwise"},
 }
 BASELINES = ("individual", "merge-all", "kmeans", "random")

@@ -189,6 +189,20 @@ def test_a_vision_language_model_is_its_text_model(root):
         read_adapter(root / "vision" / "all", base.module_shapes)
 
 
+def test_gemma_3_has_the_embedding_scale_that_mlx_lm_rounds(root):
+    """All that parts it from transformers: with the rounded scale, torch has the same logits."""
+    place = root / "Gemma 3 scale"
+    tiny_tokenizer().save_pretrained(place / "model")
+    base = BaseModel(str(place / "model"))
+    published, rounded = (np.load(one / "logits.npz") for one in (place, place / "rounded"))
+    adapter = read_adapter(place / "all linear", base.module_shapes)
+    for name, one in (("base", None), ("all linear", adapter)):
+        base.attach(one)
+        y = logits(base.model)
+        assert np.abs(y - published[name]).max() > 1e-3
+        assert np.abs(y - rounded[name]).max() < 1e-4
+
+
 @pytest.fixture
 def falcon(tmp_path):
     """A random Falcon-H1 as mlx-lm has it, and PEFT, MLX and GGUF adapters of one module."""
