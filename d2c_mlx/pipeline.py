@@ -31,16 +31,10 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.compress.compact_file import read_compact
-from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.loss_table import measure_losses
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.tasks import systems_of
-from d2c_mlx.packs.manifest import GgufPlaces
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT, PackInfo
-from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
@@ -49,6 +43,7 @@ from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.directory import changed_options
 from d2c_mlx.run.inputs import Inputs, opening
+from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
 from d2c_mlx.run.records import check_pack, expect_pack, peaks
 from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
 from d2c_mlx.run.session import Session, Stage
@@ -56,7 +51,6 @@ from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.progress import say
-from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = ["STAGES", "run", "settled_stages"]
 
@@ -275,18 +269,7 @@ def refine(session: Session) -> Stage:
 
 def pack(session: Session) -> Stage:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
-    c, inputs = session.config, session.inputs
-    info = PackInfo(
-        model=inputs.shipped.name,
-        config_hash=inputs.shipped.config_hash,
-        weights_hash=inputs.shipped.weights_hash,
-        n_layers=inputs.shipped.n_layers,
-        budget=inputs.capacity.budget.text,
-        max_bytes=inputs.capacity.max_bytes,
-        origins={adapter.name: adapter.origin for adapter in inputs.adapters if adapter.origin},
-        systems=systems_of(inputs.tasks),
-        dtype=inputs.shipped.dtype,
-    )
+    info, source = pack_info(session.inputs), "refined" if session.config.refine else "merged"
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
@@ -294,31 +277,13 @@ def pack(session: Session) -> Stage:
             session.path(name).unlink(missing_ok=True)
         expect_pack(session.output, directory)
 
-    source = "refined" if c.refine else "merged"
-
-    def merges() -> None:
-        adapters = [
-            dataclasses.replace(session.stored_adapter(f"{source}/{k}"), sources=tuple(names))
-            for k, names in enumerate(entry["members"] for entry in session.read("merges.json"))
-        ]
-        write_pack(session.path("pack"), adapters, info, ready)
-
-    def planned() -> None:
-        plan = session.read("plan.json")
-        if c.format == "gguf":
-            files = [session.path("planned") / f"{k}.gguf" for k in range(len(plan["units"]))]
-            places = GgufPlaces.of(inputs.shipped.config, inputs.capacity.target_paths)
-            write_gguf_pack(session.path("pack"), files, serves_of(plan),
-                            dataclasses.replace(info, gguf=places), ready)  # fmt: skip
-            return
-        file = session.path("planned") / COMPACT
-        adapters = OnDemand(partial(read_compact, file), len(plan["units"]))
-        write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
-
-    reads, body = ([source, "merges.json"], merges) if not c.planned else (
-        ["plan.json", "planned"], planned)  # fmt: skip
+    if session.config.planned:
+        reads, body = ["plan.json", "planned"], partial(pack_plan, session, info, ready)
+    else:
+        reads = [source, "merges.json"]
+        body = partial(pack_merges, session, source, info, ready)
     options = [info.model, info.config_hash, info.weights_hash, info.budget,
-               inputs.capacity.total, info.origins, info.systems]  # fmt: skip
+               session.inputs.capacity.total, info.origins, info.systems]  # fmt: skip
     return Stage("pack", options, reads, ["pack"], body)
 
 
