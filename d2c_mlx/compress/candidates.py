@@ -29,10 +29,10 @@ from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 __all__ = ["Form", "FormMeter", "worth"]
 
-# Sizes to try: from four times smaller to four times larger than an equal share of the budget. The
-# grid is fixed, so that plans for several budgets measure the same forms. A step is a power of two
-# with this exponent. Merges have a coarser grid: measuring one runs the calibration rows of all its
-# tasks, and merges matter only where bytes are scarce.
+# Sizes to try: from four times smaller to four times larger than the equal share of the budget that
+# an adapter's tasks have. The grid is fixed, so that plans for several budgets measure the same
+# forms. A step is a power of two with this exponent. Merges have a coarser grid: measuring one runs
+# the calibration rows of all its tasks, and merges matter only where bytes are scarce.
 _SMALLER, _LARGER = 4, 4
 _STEPS = {"own": 0.5, "merged": 1.0}
 # Share of the worth that is spread evenly over modules.
@@ -97,10 +97,10 @@ class FormMeter:
             family: "own" or "merged".
             rooms: bytes for rows of each budget to plan for, rising.
         """
-        whole = [self._capacity.nbytes(adapter) for _, adapter in units]
-        ends = rooms[0] / sum(whole), rooms[-1] / sum(whole)
-        shares = _grid(*ends, _STEPS[family], self._capacity.storage.most[family])[::-1]
-        for (members, adapter), nbytes in zip(units, whole):
+        for members, adapter in units:
+            nbytes = self._capacity.nbytes(adapter)
+            ends = (self.fair(members, adapter, room) for room in (rooms[0], rooms[-1]))
+            shares = _grid(*ends, _STEPS[family], self._capacity.storage.most[family])[::-1]
             gains = [self._study.module_gains[i] for i in members]
             values = worth(self._components(adapter), gains)
             forms: dict[str, Form] = {}
@@ -111,6 +111,18 @@ class FormMeter:
                 if levels:
                     forms.setdefault(repr(levels), form)
             yield list(forms.values())
+
+    def fair(self, members: Members, adapter: Adapter, room: float) -> float:
+        """The share of an adapter's 16-bit bytes that is its tasks' equal part of a budget.
+
+        Args:
+            members: the tasks that it serves.
+            adapter: a task adapter or a merge, which has the parts of all its members.
+            room: bytes for rows of the budget.
+        """
+        sizes = self._capacity.sizes
+        part = sum(sizes[i] for i in members) / sum(sizes)
+        return room * part / self._capacity.nbytes(adapter)
 
     def _levels(
         self, share: float, nbytes: float, values: Mapping[str, np.ndarray]

@@ -125,21 +125,22 @@ class Planner:
         Raises:
             BudgetError: no choice serves every task.
         """
-        forms, share = self.forms, room / self.capacity.total
+        forms = self.forms
         by_weights = isinstance(self.study, WeightStudy)
         found = FormErrors(forms) if by_weights else FormEstimates(forms)
         own = [((i,), adapter) for i, adapter in enumerate(self.study.library.adapters)]
-        for ladder in forms.ladders(own, "own", [room]):
-            found.add(ladder, share)
+        for unit, ladder in zip(own, forms.ladders(own, "own", [room])):
+            found.add(ladder, forms.fair(*unit, room))
         # The base model's regret is about 1.
         n = len(self.study.library.names)
         bare = [replace(_bare(i, 1.0), measured=False) for i in range(n)]
         chosen, bare = self._settled(found, bare, room)
         merging = self._merging()
         while merges := merging(sum(one.regret for one in chosen)):
-            for members, one in sorted(merges.items()):
-                (ladder,) = forms.ladders([(members, one.adapter)], "merged", [room])
-                found.add(ladder, len(members) * share, self._summed(one, members))
+            units = [(members, one.adapter) for members, one in sorted(merges.items())]
+            for unit, ladder in zip(units, forms.ladders(units, "merged", [room])):
+                floor = self._summed(merges[unit[0]], unit[0])
+                found.add(ladder, forms.fair(*unit, room), floor)
             chosen, bare = self._settled(found, bare, room)
         found.tune(_heaviest(chosen))
         chosen, bare = self._settled(found, bare, room)
