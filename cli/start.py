@@ -63,7 +63,7 @@ def tasks() -> None:
     """Make the rows of a task.
 
     Example:
-      d2c-mlx tasks split data/train.jsonl --output tasks/num-de
+      d2c-mlx tasks split data/valid.jsonl --output tasks/num-de
     """
 
 

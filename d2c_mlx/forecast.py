@@ -99,7 +99,10 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     evaluations = n_tokens * len(inputs.names) / max(1, _probe_tokens(inputs))
     capacity = inputs.capacity
     slots = None if session.config.planned else capacity.n_clusters
-    nbytes = min(capacity.max_bytes or (slots or 0) * capacity.largest, capacity.total)
+    # Merges of a higher rank than the adapters' may take more than all of them.
+    nbytes = capacity.max_bytes or (slots or 0) * capacity.largest
+    if capacity.max_bytes or slots == len(inputs.names):
+        nbytes = min(nbytes, capacity.total)
     return Forecast(stages, round(evaluations), nbytes, slots, rate)
 
 

@@ -51,7 +51,7 @@ def require_extra(extra: str, user: str) -> None:
         except ImportError:
             raise ConfigError(
                 f"{user}: needs the package {module.replace('_', '-')}, which is not installed;"
-                f' run pip install "d2c-mlx[{extra}]"'
+                f' run pip install "d2c-mlx[{extra}]", in a clone ".[{extra}]"'
             ) from None
 
 

@@ -35,7 +35,7 @@ def command(*args):
 def missing(user, module, extra):
     return (
         f"error: {user}: needs the package {module}, which is not installed;"
-        f' run pip install "d2c-mlx[{extra}]"'
+        f' run pip install "d2c-mlx[{extra}]", in a clone ".[{extra}]"'
     )
 
 
