@@ -71,7 +71,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     pack.check_weights(source)
     stock = StockModel(path)
     methods = _load_methods(config, pack, stock)
-    contexts = _fitting_contexts(config, stock)
+    config = config.replace(contexts=_fitting_contexts(config, stock))
     tests = _load_tests(config, pack, stock)
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), progress_bar("phone", quiet) as bar:
@@ -89,7 +89,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         "model": _describe_model(name, source, stock, pack),
         "pack": _describe_pack(pack),
         "device": dataclasses.asdict(profile),
-        "options": {**config.model_dump(), "contexts": list(contexts)},
+        "options": config.model_dump(mode="json"),
         "methods": measured,
         "switch": switches,
         "quality": quality,
@@ -187,7 +187,8 @@ def _measure_method(
     stock: StockModel, profile: Profile, method: BenchMethod, config: PhoneConfig, bar: Bar
 ) -> dict[str, Any]:
     """Speed at every context, and memory and storage against the profile's limits."""
-    adapter, contexts = _largest_adapter(method), config.contexts or ()
+    adapter, contexts = _largest_adapter(method), config.contexts
+    assert contexts
     stock.attach(adapter)
     bar.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
     found = [measure_speed(stock, n, config.decode, config.runs, bar) for n in contexts]

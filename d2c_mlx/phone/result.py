@@ -16,6 +16,7 @@ __all__ = ["FORMAT", "read_phone"]
 
 FORMAT = "d2c-mlx-phone"
 _COMMAND = "d2c-mlx phone PACK --json"
+_SOME: Any = {"expected": "a list that is not empty"}
 
 
 class _Part(Checked):
@@ -77,8 +78,8 @@ class _Storage(_Fit):
 
 class _Method(_Part):
     nbytes: int
-    contexts: list[_Times]
-    memory: list[_Memory]
+    contexts: list[_Times] = Field(min_length=1, json_schema_extra=_SOME)
+    memory: list[_Memory] = Field(min_length=1, json_schema_extra=_SOME)
 
 
 class _PackMethod(_Method):

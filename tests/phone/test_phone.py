@@ -231,6 +231,10 @@ def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
         bench_phone(config, quiet=True)
     result = bench_phone(config.replace(contexts=None, runs=1), quiet=True)
     assert result["options"]["contexts"] == [128]
+    for method in result["methods"].values():
+        for part in ("contexts", "memory"):
+            assert [one["context"] for one in method[part]] == [128]
+    assert "at 128 tokens" in render_phone(result)
 
 
 def test_missing_adapters_are_named(made):

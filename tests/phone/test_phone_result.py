@@ -65,6 +65,16 @@ def test_a_result_that_lacks_parts_is_refused_by_their_names(made, tmp_path):
         with pytest.raises(PackError) as refused:
             read_phone(path)
         assert refused.value.problems == [f"{path}: {said}"]
+    for part in ("contexts", "memory"):
+        other = json.loads(json.dumps(whole))
+        other["methods"]["pack"][part] = []
+        path.write_text(json.dumps(other))
+        with pytest.raises(PackError) as refused:
+            read_phone(path)
+        assert refused.value.problems == [
+            f"{path}: methods.pack.{part}: found [], expected a list that is not empty; write it"
+            " again"
+        ]
     for other in (whole, whole | {"quality": None}):
         path.write_text(json.dumps(other))
         assert read_phone(path) == other and render_phone(other)
