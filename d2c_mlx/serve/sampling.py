@@ -70,7 +70,8 @@ def _seeded(request: Request, top_k: int, seed: int) -> Sampler:
         # An array belongs to the thread that makes it, so the first key is made here.
         key, now = mx.random.split(keys.pop() if keys else mx.random.key(seed % 2**64))
         keys.append(key)
-        if request.top_p < 1:
+        # As mlx-lm, for which 0 is all tokens.
+        if 0 < request.top_p < 1:
             logprobs = apply_top_p(logprobs, request.top_p)
         if request.min_p:
             logprobs = apply_min_p(logprobs, request.min_p)

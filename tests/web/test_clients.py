@@ -50,6 +50,8 @@ def test_a_seed_is_the_requests_own(server):
         several = ask(seed=3, n=3)
         assert several[0] == alone and len({*several}) == 3 and ask(seed=4) == several[1:2]
         assert ask(seed=5, extra_body={"top_k": 1}) == ask(seed=6, top_p=1e-6)
+        # As without a seed, 0 is all tokens.
+        assert ask(seed=3, top_p=0) == [alone]
 
 
 def test_several_answers_to_one_request(server, answer):
