@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from .help import Command
 from .options import PHONE_OPTIONS
 from .paths import PackPath
-from .say import say
+from .say import say, say_json
 
 
 def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any function
@@ -43,4 +42,7 @@ def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     from d2c_mlx.phone.tables import render_phone
 
     result = bench_phone(config, quiet)
-    say(json.dumps(result, indent=2, ensure_ascii=False) if as_json else render_phone(result))
+    if as_json:
+        say_json(result)
+    else:
+        say(render_phone(result))

@@ -260,6 +260,16 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path, command):
         assert err.startswith(words) and err.count("\n") == 1
 
 
+def test_a_path_that_is_not_printable_is_json(made, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(
+        "d2c_mlx.phone.benchmark.bench_phone", lambda config, quiet: {"pack": config.pack}
+    )
+    path = tmp_path / "no\u00a0break\x7f"
+    path.symlink_to(made[1].path)
+    code, out, _ = command("phone", str(path), "--device", "mac-8gb", "--json")
+    assert code == 0 and json.loads(out) == {"pack": str(path)}
+
+
 def test_the_old_spelling_works_and_says_the_new_one(tmp_path, command):
     note = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`"
     for option in (["--device", "watch"], ["--device=watch"]):
