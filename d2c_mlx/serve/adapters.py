@@ -222,7 +222,7 @@ class Adapters:
         if not factors:
             entry.slot = 0
             return True
-        if self.memory is not None and not self._make_room(self.most_in_memory(factors)):
+        if self.memory is not None and not self._make_room(factors):
             return False
         self._has(entry, *self.model.put([factors]))
         return True
@@ -295,20 +295,27 @@ class Adapters:
                 self.metrics.forget(entry.name)
             entry.gone.set_result(None)
 
-    def _make_room(self, most: int) -> bool:
-        """Have one adapter less than `most` in memory, all in slots up to that number."""
-        while True:
-            wide = [one for slot, one in self._loaded.items() if slot > most]
-            if len(self._loaded) < most and not wide:
-                self.model.trim(most)
-                return True
-            idle = [one for one in wide or self._loaded.values() if not (one.rows or one.pinned)]
+    def _make_room(self, factors: Factors) -> bool:
+        """Have a slot free for an adapter, and no others than memory has room for beside it."""
+        while len(self._loaded) >= self.most_in_memory(factors):
+            idle = [one for one in self._loaded.values() if not (one.rows or one.pinned)]
             if not idle:
                 return False
             last = min(idle, key=lambda one: one.used)
             self._free(last)
             if self.metrics and not last.gone:
                 self.metrics.evictions.labels(last.name).inc()
+        most = self.most_in_memory(factors)
+        for slot, entry in [*self._loaded.items()]:
+            if slot > most and entry.rows:
+                return False
+            if slot > most:
+                # A wider adapter makes all slots wider, so there may be fewer.
+                del self._loaded[slot]
+                entry.slot = self.model.move(slot)
+                self._loaded[entry.slot] = entry
+        self.model.trim(most)
+        return True
 
     def _was_read(self, entry: Entry, done: Future[Factors]) -> None:
         if self._incoming is not entry:

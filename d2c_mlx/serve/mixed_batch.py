@@ -102,13 +102,14 @@ class _MixedLoRA(nn.Module):
             update = mx.gather_mm(update, self.b, rhs_indices=slots)
         return y + update.astype(y.dtype)
 
-    def put(self, n_slots: int, rows: Mapping[int, tuple[mx.array, mx.array] | None]) -> None:
-        """Give the stacks so many slots, and some of them new factors; None is no update."""
-        rank = max([self.a.shape[2], *(one[0].shape[2] for one in rows.values() if one)])
+    def put(
+        self, n_slots: int, rank: int, rows: Mapping[int, tuple[mx.array, mx.array] | None]
+    ) -> None:
+        """Give the stacks so many slots of a rank, and some new factors; None is no update."""
         dtype = next((one[0].dtype for one in rows.values() if one), self.a.dtype)
-        more, wider = max(0, n_slots - self.a.shape[0]), rank - self.a.shape[2]
-        a = mx.pad(self.a.astype(dtype), [(0, more), (0, 0), (0, wider)])
-        b = mx.pad(self.b.astype(dtype), [(0, more), (0, wider), (0, 0)])
+        more, wider = max(0, n_slots - self.a.shape[0]), max(0, rank - self.a.shape[2])
+        a = mx.pad(self.a[..., :rank].astype(dtype), [(0, more), (0, 0), (0, wider)])
+        b = mx.pad(self.b[:, :rank].astype(dtype), [(0, more), (0, wider), (0, 0)])
         for slot, one in rows.items():
             pad = rank - one[0].shape[2] if one else 0
             a[slot] = mx.pad(one[0][0], [(0, 0), (0, pad)]) if one else mx.zeros_like(a[slot])
@@ -132,6 +133,8 @@ class MixedModel:
         self._active = _ActiveRows()
         self._modules: dict[str, _MixedLoRA] = {}
         self._n_slots, self._free = 1, list[int]()
+        # Slot that is taken -> rank of each of its modules.
+        self._ranks: dict[int, Mapping[str, int]] = {}
 
     def factors(self, adapter: Adapter) -> Factors:
         """Make the factors of an adapter; a thread of its own may, while this model runs."""
@@ -142,20 +145,34 @@ class MixedModel:
     def put(self, adapters: Sequence[Factors]) -> list[int]:
         """Put adapters into slots; returns the slot of each."""
         slots = []
-        for _ in adapters:
+        for one in adapters:
             if not self._free:
                 self._free.append(self._n_slots)
                 self._n_slots += 1
             slots.append(self._free.pop(0))
+            self._ranks[slots[-1]] = _ranks_of(one)
         self._wrap({path for one in adapters for path in one})
+        rank = self._highest_ranks()
         for path, module in self._modules.items():
-            module.put(self._n_slots, {k: one.get(path) for k, one in zip(slots, adapters)})
+            rows = {k: one.get(path) for k, one in zip(slots, adapters)}
+            module.put(self._n_slots, rank.get(path, 0), rows)
         self._evaluate()
         return slots
 
     def free(self, slot: int) -> None:
         """Give a slot back; no row may have it any more. Its memory is kept for the next."""
         self._free = sorted([*self._free, slot])
+        del self._ranks[slot]
+
+    def move(self, slot: int) -> int:
+        """Move what no row has to the lowest slot that is free, which is returned."""
+        to = self._free.pop(0)
+        for module in self._modules.values():
+            module.a[to], module.b[to] = module.a[slot], module.b[slot]
+        self._evaluate()
+        self._ranks[to] = self._ranks[slot]
+        self.free(slot)
+        return to
 
     def trim(self, most: int) -> None:
         """Give memory back of free slots above this number."""
@@ -172,12 +189,12 @@ class MixedModel:
         self._evaluate()
 
     def slot_nbytes(self, factors: Factors | None = None) -> int:
-        """Bytes of one slot, as they would be with this adapter."""
-        rank = {path: module.a.shape[2] for path, module in self._modules.items()}
-        for path, (a, _) in (factors or {}).items():
-            rank[path] = max(rank.get(path, 0), a.shape[2])
+        """Bytes of one slot beside those that are taken, as they would be with this adapter."""
         return (
-            sum(r * sum(self.base.module_shapes[path]) for path, r in rank.items())
+            sum(
+                rank * sum(self.base.module_shapes[path])
+                for path, rank in self._highest_ranks(factors or {}).items()
+            )
             * self.base.compute_dtype.size
         )
 
@@ -213,7 +230,19 @@ class MixedModel:
         self.base.model.update_modules(tree_unflatten(list(new.items())))
         self._modules |= new
         for path in new:
-            self._modules[path].put(self._n_slots, {})
+            self._modules[path].put(self._n_slots, 0, {})
+
+    def _highest_ranks(self, *more: Factors) -> dict[str, int]:
+        """The highest rank of each module in the slots that are taken, and in more adapters."""
+        highest: dict[str, int] = {}
+        for ranks in (*self._ranks.values(), *map(_ranks_of, more)):
+            for path, rank in ranks.items():
+                highest[path] = max(highest.get(path, 0), rank)
+        return highest
 
     def _evaluate(self) -> None:
         mx.eval([(module.a, module.b) for module in self._modules.values()])
+
+
+def _ranks_of(factors: Factors) -> dict[str, int]:
+    return {path: a.shape[2] for path, (a, _) in factors.items()}

@@ -12,7 +12,7 @@ from helpers.served import client, counted, counts_at, counts_when, evictions, i
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.serve import scheduler
-from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.adapters import Adapters, Entry
 
 # One kind of pack suffices.
 pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
@@ -57,6 +57,48 @@ def test_no_room_beside_what_is_pinned(pack, library, model_path):
         assert ask(server, "p1") and do(PATHS[1], {"lora_name": "p1"})[0] == 200
         assert do(PATHS[1], {"lora_name": "p4"})[0] == 200
         assert ask(server, "a0")
+
+
+def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
+    """Memory has room for two of it, and for many others."""
+    found = Adapters(BaseModel(str(model_path)), pack, 1)
+    wide, *others = (found.model.factors(read(library, f"a{i}")) for i in (0, 1, 4, 7, 10))
+    each = [sum(x.nbytes for pair in one.values() for x in pair) for one in (wide, others[0])]
+    found.memory = 3 * each[0]
+    most = found.most_in_memory(others[0])
+    assert most > 2 == found.most_in_memory(wide)
+    found.add("wide", Entry(library, lambda: None), wide)
+    assert found.names["wide"].slot and found.most_in_memory(others[0]) == 2
+    found.remove("wide").result()
+    assert found.most_in_memory(others[0]) == most
+    for i, one in enumerate(others):
+        found.add(str(i), Entry(library, lambda: None), one)
+    # The base has a slot, too.
+    assert found.model.nbytes == 5 * each[1]
+    found.add("wide", Entry(library, lambda: None), wide)
+    assert not found.names["wide"].slot and found.place(found.names["wide"], wide)
+    assert [bool(found.names[str(i)].slot) for i in range(4)] == [False, False, False, True]
+    assert found.model.nbytes == found.memory
+
+
+def test_a_pinned_adapter_makes_way_for_a_wider_one(pack, library, model_path, answer):
+    """It came last, into a slot that there is not beside the wider one."""
+    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a0"))
+    room = 3 * sum(x.nbytes for pair in factors.values() for x in pair)
+    prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
+    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+        ask(server, "a1")
+        ask(server, "a4")
+        pin = {"lora_name": "kept", "lora_path": "a7", "pinned": True}
+        assert do(PATHS[0], pin)[0] == 200 and server.adapters.names["kept"].slot == 3
+        for prompt in prompts[:2]:
+            ask(server, "kept", prompt)
+        assert ask(server, "a0") == text(answer, read(library, "a0"), "the fox", N)
+        assert server.adapters.names["kept"].slot == 1 and server.adapters.model.nbytes <= room
+        with client(server, TOKEN) as api:
+            found = api.completions.create(model="kept", prompt=prompts[2], max_tokens=N)
+        assert found.choices[0].text == text(answer, read(library, "a7"), prompts[2], N)
+        assert found.usage.prompt_tokens_details.cached_tokens
 
 
 @pytest.mark.slow
