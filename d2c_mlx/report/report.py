@@ -70,7 +70,10 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
     bench = artifacts["bench" if measured else "weights"]
     d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
     of = bench["methods"]["pack"]["tasks"]
-    lost = [1 - (one["retention"] or 1) if measured else one["error"] for one in of.values()]
+    lost = [
+        one["error"] if not measured else 0 if one["retention"] is None else 1 - one["retention"]
+        for one in of.values()
+    ]
     worst = sorted(of.items(), key=lambda kv: -kv[1]["excess" if measured else "error"])
     rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
     slots = slots_frontier(rows)
