@@ -136,7 +136,11 @@ class PackService:
         """Task of a request, and its scale: by name, or by an adapter's id as with llama.cpp."""
         if request.lora is None:
             return self.models[request.model], None
-        known = {one.id: name for name, one in self.adapters.names.items()}
+        names = self.adapters.names
+        # The task that is named stands for its adapter, else the first, as in GET /lora-adapters.
+        known = {one.id: name for name, one in reversed([*names.items()])}
+        if request.model in names:
+            known[names[request.model].id] = request.model
         for number in request.lora:
             if number not in known:
                 raise field_error("lora", number, "an id of GET /lora-adapters")

@@ -78,10 +78,11 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     with serving(pack, Adapters(base, pack)) as server:
         api = client(server)
 
-        def reply(model, *before):
+        def reply(model, *before, **options):
             messages = [*({"role": "system", "content": said} for said in before), *asked]
             tokens = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
+            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6,
+                                                extra_body=options)  # fmt: skip
             return found.model, found.choices[0].message.content, found.usage.prompt_tokens, tokens
 
         for task, system in (("a", ""), ("b", "The quick fox")):
@@ -90,6 +91,10 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
             assert found == expected and found[2] == len(tokens) != len(without)
             *other, tokens = reply(task, "The lazy dog is watching")
             assert other[2] == len(tokens)
+        # The task that is named, or the first of those that share an adapter.
+        lora = [{"id": server.service.adapters.names["a"].id, "scale": 1.0}]
+        for model, task in (("a", "a"), ("b", "b"), ("model", "a")):
+            assert reply(model, lora=lora) == reply(task)
         # The base model has no rows; the router chooses first, then the task's own goes before.
         *found, tokens = reply("model")
         assert found[2] == len(tokens)
