@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,11 +49,12 @@ class Entry:
         id: unlike that of any other.
         slot: in `MixedModel` while it is in memory; 0 is the base.
         load: number of the load that put it there, unlike any other; 0 is the base.
-        users: requests that wait for it or run with it.
+        named: name -> requests by it that wait for the adapter or run with it.
         rows: requests that run with it.
         used: when a request last began with it, in begun requests.
         problem: why it could not be read.
-        gone: done when the entry was unloaded and its last user has ended; None before.
+        leaving: name that was unloaded -> done when the last request by it has ended.
+        gone: no name is left.
     """
 
     path: Path
@@ -63,11 +65,17 @@ class Entry:
     id: int = field(default_factory=lambda: next(_ids))
     slot: int | None = None
     load: int = 0
-    users: int = 0
+    named: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     used: int = 0
     problem: str = ""
-    gone: Future[None] | None = None
+    leaving: dict[str, Future[None]] = field(default_factory=dict)
+    gone: bool = False
+
+    @property
+    def users(self) -> int:
+        """Requests that wait for it or run with it."""
+        return self.named.total()
 
 
 class Adapters:
@@ -165,7 +173,7 @@ class Adapters:
         entry = self.names.get(name)
         if entry is None:
             raise RequestError(404, f"model: {name[:80]!r} was unloaded", "model")
-        entry.users += 1
+        entry.named[name] += 1
         entry.problem = ""
         return entry
 
@@ -174,9 +182,9 @@ class Adapters:
         entry.rows += 1
         entry.used = next(self._clock)
 
-    def release(self, entry: Entry, ran: bool) -> None:
+    def release(self, entry: Entry, name: str, ran: bool) -> None:
         """A user has ended; an adapter that was unloaded leaves with its last one."""
-        entry.users -= 1
+        entry.named[name] -= 1
         entry.rows -= ran
         self._leave(entry)
 
@@ -251,24 +259,21 @@ class Adapters:
         self.replace({**self.names, name: entry})
 
     def remove(self, name: str) -> Future[None]:
-        """Stop serving a name; the future is done when its last user has ended."""
+        """Stop serving a name; the future is done when the last request by it has ended."""
         entry = self.names[name]
-        self.replace({key: one for key, one in self.names.items() if key != name})
-        if entry.gone:
-            return entry.gone
         done: Future[None] = Future()
-        done.set_result(None)
+        entry.leaving[name] = done
+        self.replace({key: one for key, one in self.names.items() if key != name})
         return done
 
     def replace(self, names: Mapping[str, Entry]) -> None:
         """Serve these names instead of all others; what is left out leaves when it is not used."""
-        left = {*self.names.values()} - {*names.values()}
-        for name in self.names.keys() - names.keys():
-            if self.metrics:
-                self.metrics.forget(name)
-        self.names = names
-        for entry in left:
-            entry.gone = Future()
+        before, self.names, served = self.names, names, {*names.values()}
+        for name, entry in before.items():
+            if names.get(name) is not entry:
+                entry.leaving.setdefault(name, Future())
+                entry.gone = entry not in served
+        for entry in {*before.values()}:
             self._leave(entry)
 
     def _has(self, entry: Entry, slot: int) -> None:
@@ -288,12 +293,19 @@ class Adapters:
         entry.slot = None
 
     def _leave(self, entry: Entry) -> None:
-        if entry.gone and not entry.users and not entry.gone.done():
+        over = [name for name in entry.leaving if not entry.named[name]]
+        if entry.gone and not entry.users:
             self._free(entry)
-            if self.metrics and entry.name not in self.names:
-                # Its last requests were counted after it was unloaded.
-                self.metrics.forget(entry.name)
-            entry.gone.set_result(None)
+            self._forget(entry.name)
+        for name in over:
+            # Not before: its last requests are counted after it was unloaded.
+            self._forget(name)
+            entry.leaving.pop(name).set_result(None)
+
+    def _forget(self, name: str) -> None:
+        # Without a name requests are counted for the base model, which stays.
+        if self.metrics and name and name not in self.names:
+            self.metrics.forget(name)
 
     def _make_room(self, factors: Factors) -> bool:
         """Have a slot free for an adapter, and no others than memory has room for beside it."""

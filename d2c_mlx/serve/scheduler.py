@@ -245,9 +245,9 @@ class Scheduler:
             return True
         if entry.gone and entry.slot is None:
             # Another was loaded in its place before it was.
-            adapters.release(entry, False)
-            one.entry = None
             assert one.job.task is not None
+            adapters.release(entry, one.job.task, False)
+            one.entry = None
             one.entry = entry = adapters.acquire(one.job.task)
         if adapters.is_ready(entry):
             return True
@@ -317,8 +317,8 @@ class Scheduler:
     def _end(
         self, job: Job, entry: Entry | None, error: Exception | None = None, ran: bool = False
     ) -> None:
-        if entry:
-            self._adapters.release(entry, ran)
+        if entry and job.task is not None:
+            self._adapters.release(entry, job.task, ran)
         with self._changed:
             self._open -= 1
             self._changed.notify_all()

@@ -11,11 +11,23 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers.adapters import ABOUT, ADAPTERS
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
-from helpers.served import GOOD, client, counts_at, counts_when, idle, post, raw, serving, text
+from helpers.served import (
+    GOOD,
+    client,
+    counted,
+    counts_at,
+    counts_when,
+    idle,
+    post,
+    raw,
+    serving,
+    text,
+)
 
+from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import PackInfo, load_pack
-from d2c_mlx.packs.write import write_pack
+from d2c_mlx.packs.write import write_compact_pack, write_pack
 
 # One kind of pack suffices.
 pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
@@ -136,6 +148,35 @@ def test_what_runs_keeps_its_adapter(shared, library):
     thread.join()
     assert unloaded[0][0] == 200
     idle(server)
+
+
+def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answer):
+    """And those left to the base; what else is served of an adapter stays."""
+    base = BaseModel(str(model_path))
+    about = PackInfo(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
+    both = compress(ADAPTERS[0], dict.fromkeys(ADAPTERS[0].modules, [(2, 8)]))
+    serves = {"one": 0, "two": 0, "bare": None}
+    pack = write_compact_pack(tmp_path / "pack", [both], serves, about)
+    with changing(pack, None, base=base) as (server, do), ThreadPoolExecutor(1) as pool:
+
+        def unload(name):
+            """While a request by this name runs; the counts after it."""
+            stream, _ = begin(server, name, 400)
+            done = pool.submit(do, PATHS[1], {"lora_name": name})
+            counts_when(server, lambda _: name not in server.adapters.names)
+            if name == "two":
+                assert ask(server, "one") == text(answer, pack.load("one"), "the fox", N)
+            assert not done.done()
+            stream.close()
+            assert done.result()[0] == 200
+            return counted(server)
+
+        assert ask(server, "model")
+        for name in ("two", "bare", "one"):
+            counts = unload(name)
+            assert not [key for key in counts if f'="{name}"' in key]
+            assert ('d2c_mlx_adapter_loads_total{adapter="one"}' in counts) == (name != "one")
+        assert counts['d2c_mlx_requests_total{task=""}'] == 1
 
 
 @pytest.mark.parametrize("memory", [None, 1])
