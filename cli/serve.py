@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from collections.abc import Callable
@@ -147,9 +148,12 @@ def _run(service: PackService, host: str, port: int, access: Access) -> None:
 
     try:
         opened = PackServer((host, port), service, access)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        words = getattr(error, "strerror", None) or "no name of a host"
+        of_port = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
         raise click.ClickException(
-            f"--host {host} --port {port}: {error.strerror}; give another --port"
+            f"--host {host[:80]} --port {port}: {words}; give another"
+            f" {'--port' if of_port else '--host'}"
         ) from None
     _stop_by_signal(opened.stop)
     say(

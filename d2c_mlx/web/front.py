@@ -236,7 +236,9 @@ class _Exchange:
             headers["Access-Control-Allow-Origin"] = origin
             headers.add_vary_header("Origin")
         headers["Access-Control-Allow-Methods"] = "*"
-        headers["Access-Control-Allow-Headers"] = "*"
+        # By the Fetch standard "*" leaves out Authorization.
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, *"
+        headers["Access-Control-Expose-Headers"] = "X-D2C-Route"
 
 
 class _Preflight(RequestError):

@@ -56,11 +56,12 @@ class PackServer:
 
         Raises:
             OSError: the address cannot be had.
+            UnicodeError: the host is no name of one.
         """
         self.service = service
         try:
             self._socket = _listen(address)
-        except OSError:
+        except (OSError, UnicodeError):
             service.close()
             raise
         self.address: tuple[str, int] = self._socket.getsockname()[:2]

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -169,6 +170,18 @@ def test_a_token_is_asked_for_and_pages_that_are_allowed_may_ask(pack, mixed):
             server, f"OPTIONS /v1/completions HTTP/1.0\r\nOrigin: {page}\r\n\r\n".encode()
         )
         assert b" 204 " in allowed and f"allow-origin: {page}".encode() in allowed
+        assert b"allow-headers: Authorization, " in allowed
+        assert b"expose-headers: X-D2C-Route" in allowed
+
+
+@pytest.mark.parametrize("host", ["no name", "x" * 64, "a..b", "192.0.2.1"])
+def test_a_host_that_is_none_of_this_machine(pack, model_path, host, command):
+    options = ["--model", model_path, "--token", "x", "--host", host, "--port", "0"]
+    code, out, err = command("serve", pack.path, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"Error: --host {host} --port 0: ")
+    assert err.endswith("; give another --host\n")
+    assert "d2c-mlx-scheduler" not in [one.name for one in threading.enumerate()]
 
 
 @pytest.mark.slow
@@ -180,6 +193,7 @@ def test_the_command(pack, model_path, tmp_path):
         options = ["--model", str(model_path), "--port", port]
         refused = CliRunner().invoke(cli, ["serve", str(pack.path), *options])
     assert refused.exit_code and f"--port {port}: Address already in use" in refused.output
+    assert refused.output.endswith("; give another --port\n")
     command = [sys.executable, "-m", "d2c_mlx_cli.main"]
     code = "from d2c_mlx_cli.main import main; main()"
     command = [sys.executable, "-c", code, "serve", str(pack.path), "--model", str(model_path),
