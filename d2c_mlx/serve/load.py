@@ -100,7 +100,7 @@ def stock_command(pack: Pack, question: Question, directory: str) -> str:
     key = pack.tasks[question.task]
     folder, before = str(pack.path), ""
     if pack.storage != "plain":
-        folder = f"{pack.path.name}-plain"
+        folder = f"{pack.path.resolve().name}-plain"
         before = f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output {shlex.quote(folder)}\n"
     name = f"cluster-{key}" if isinstance(key, int) else key and key.removesuffix(".gguf")
     adapter = "" if name is None else f" --adapter-path {shlex.quote(f'{folder}/{name}')}"
@@ -110,5 +110,5 @@ def stock_command(pack: Pack, question: Question, directory: str) -> str:
     )
     return (
         f"{before}mlx_lm.generate --model {shlex.quote(directory)}{adapter}{system} --prompt"
-        f" {shlex.quote(question.prompt)}"
+        f" {shlex.quote(question.prompt)} --max-tokens {question.max_tokens}"
     )
