@@ -73,7 +73,8 @@ def percent(value: float | None) -> str:
 def size(nbytes: int) -> str:
     """Format bytes with three digits and a unit, for prose; tables have the exact number."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if nbytes >= factor:
+        # From there on the smaller unit would be rounded to 1e+03.
+        if nbytes >= 0.9995 * factor:
             return f"{nbytes / factor:.3g} {unit}"
     return f"{nbytes} bytes"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from d2c_mlx_cli.say import say, say_json
 
-from d2c_mlx.utils.templates import code, markdown, templates_of
+from d2c_mlx.utils.templates import code, markdown, size, templates_of
 
 HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b) https://e.example www.e.example *b* $x$"
 
@@ -34,6 +34,15 @@ def test_text_is_no_markdown(text, escaped):
 
 def test_a_code_span_ends_where_it_should():
     assert code("a|b") == r"`a\|b`" and code("a`b") == "`` a`b ``" and code("``") == "``` `` ```"
+
+
+def test_sizes_have_three_digits_and_a_unit():
+    for nbytes, text in (
+        (0, "0 bytes"), (999, "999 bytes"), (1000, "1 KB"), (999_499, "999 KB"), (999_500, "1 MB"),
+        (999_600, "1 MB"), (12_345_678, "12.3 MB"), (999_499_999, "999 MB"), (999_500_000, "1 GB"),
+        (2_500_000_000, "2.5 GB"),
+    ):  # fmt: skip
+        assert size(nbytes) == text
 
 
 @pytest.mark.parametrize("kind", ["md", "html"])
