@@ -93,7 +93,12 @@ def test_a_pinned_adapter_makes_way_for_a_wider_one(pack, library, model_path, a
         assert do(PATHS[0], pin)[0] == 200 and server.adapters.names["kept"].slot == 3
         for prompt in prompts[:2]:
             ask(server, "kept", prompt)
-        assert ask(server, "a0") == text(answer, read(library, "a0"), "the fox", N)
+        # Not while a request runs with it.
+        with ThreadPoolExecutor(1) as pool:
+            long = pool.submit(ask, server, "kept", n=200, logit_bias=NO_END)
+            counts_when(server, lambda _: server.adapters.names["kept"].rows)
+            assert ask(server, "a0") == text(answer, read(library, "a0"), "the fox", N)
+            assert long.result() == ask(server, "kept", n=200, logit_bias=NO_END)
         assert server.adapters.names["kept"].slot == 1 and server.adapters.model.nbytes <= room
         with client(server, TOKEN) as api:
             found = api.completions.create(model="kept", prompt=prompts[2], max_tokens=N)
