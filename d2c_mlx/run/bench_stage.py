@@ -37,7 +37,7 @@ def compare_losses(session: Session) -> dict[str, Any]:
     results = bench_methods(session.judge, methods, inputs.tests)
     content = {"methods": results, **_about(session, packed)}
     served, own = (methods[name].variants[0] for name in ("pack", "individual"))
-    content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
+    content["interval"] = excess_interval(inputs.judge, served, own, inputs.tests)
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
     if c.probe_model:  # What a choice on another base model is worth.
         there = bench_methods(session.evaluator, shown, inputs.tests)

@@ -12,6 +12,8 @@ from mlx_lm.utils import load, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.heldout import paired_bootstrap, row_losses
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -66,6 +68,12 @@ def test_choices_are_of_one_model_and_the_pack_of_the_other(config, command):
     for name, loss in shipped[1].items():
         assert bench["methods"][name]["loss"] == pytest.approx(loss, rel=1e-5)
         assert there[name]["loss"] == pytest.approx(chosen[1][name], rel=1e-5)
+    serves = [{one.task: pack.load(one.task) for one in inputs.tests},
+              dict(zip(inputs.names, session.adapters))]  # fmt: skip
+    ships = Evaluator(Engine(BaseModel(config.model)))
+    between = paired_bootstrap(*(row_losses(ships, one, inputs.tests) for one in serves))
+    expected = {key: between[key] for key in ("low", "high")}
+    assert bench["interval"] == pytest.approx(expected, abs=1e-5)
     assert bench["chosen_on"]["model"] == BaseModel(config.probe_model).name
     assert bench["provenance"]["base"]["model"] == BaseModel(config.model).name
     ships = BaseModel(config.model)
