@@ -25,6 +25,7 @@ from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.study import Study
 from d2c_mlx.utils.device import give_back_memory
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 __all__ = ["Form", "FormMeter", "worth"]
@@ -134,19 +135,32 @@ class FormMeter:
         if share not in self._shapes:
             mean = share * self._capacity.total / len(self._library.adapters)
             self._shapes[share] = one_shape(storage, self._common, mean)
-        return self._shapes[share]
+        levels = self._shapes[share]
+        # A merge may have fewer components, and would be of another shape.
+        fits = all(len(values[path]) >= n for path, ((n, _),) in levels.items())
+        return levels if fits else {}
 
     @cached_property
     def _common(self) -> dict[str, np.ndarray]:
-        """Mean worth of components of all adapters, of those that every adapter has."""
+        """Mean worth of components of all adapters, of those that every adapter has.
+
+        Raises:
+            ConfigError: no module is changed by every adapter.
+        """
         every = [
             worth(self._components(adapter), [gains])
             for adapter, gains in zip(self._library.adapters, self._study.module_gains)
         ]
         found = {}
         for path in set.intersection(*map(set, every)):
-            n = min(len(one[path]) for one in every)
-            found[path] = np.mean([one[path][:n] for one in every], axis=0)
+            # An adapter may have a module that was not trained, without components.
+            if n := min(len(one[path]) for one in every):
+                found[path] = np.mean([one[path][:n] for one in every], axis=0)
+        if not found:
+            raise ConfigError(
+                f"same_shape: no module is changed by all {len(every)} adapters, expected one or"
+                " more; leave --same-shape out, or plan adapters of the same modules"
+            )
         return found
 
     def _components(self, adapter: Adapter) -> dict[str, Components]:

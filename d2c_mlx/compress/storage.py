@@ -6,6 +6,7 @@ and of a choice, and for the adapter in that form, which is measured and then wr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import (
     BLOCK,
     COMPACT,
+    MAX_COUNT,
     compact_nbytes,
     estimate_header_nbytes,
     make_index,
@@ -47,10 +49,12 @@ class Storage(Protocol):
             what 4 bits take, whose loss hardly shows; for a merge it is 8 bits, since a merge has
             the shares of several tasks.
         lost: bits that are offered -> share of a component's energy that they lose.
+        max_count: most components of a module at the same bits.
     """
 
     most: Mapping[str, float]
     lost: Mapping[int, float]
+    max_count: int
 
     @property
     def header_nbytes(self) -> int:
@@ -77,19 +81,21 @@ class Storage(Protocol):
 def one_shape(storage: Storage, values: Worth, nbytes: float) -> dict[str, Levels]:
     """The levels with the most worth that fit and are of one shape: one rank, one number of bits.
 
-    A kind of module, such as `self_attn.q_proj`, is there in every block or in none. Use it where a
-    graph is fixed before the adapters are, see `Planner.same_shape`.
+    A kind of module, such as `self_attn.q_proj`, is there in every block that has it in `values`,
+    or in none. Use it where a graph is fixed before the adapters are, see `Planner.same_shape`.
 
     Args:
         storage: knows the bytes, and offers bits.
-        values: module path -> worth of its components, falling, of all adapters together.
+        values: module path -> worth of its components, falling, of all adapters together; not
+            empty.
         nbytes: most bytes of one adapter.
     """
     kinds_of: dict[str, list[str]] = {}
     for path in sorted(values):
         kinds_of.setdefault(BLOCK.sub(".", path, count=1), []).append(path)
     best: tuple[float, dict[str, Levels]] = (0.0, {})
-    for n in range(1, min(map(len, values.values()), default=0) + 1):
+    most = min(storage.max_count, *map(len, values.values()))
+    for n in range(1, most + 1):
         kept = {kind: sum(float(values[path][:n].sum()) for path in paths)
                 for kind, paths in kinds_of.items()}  # fmt: skip
         for bits, lost in storage.lost.items():
@@ -108,6 +114,7 @@ class CompactStorage:
 
     most: Mapping[str, float] = {"own": 0.35, "merged": 0.54}
     lost: Mapping[int, float] = {bits: LOST[bits] for bits in (2, 3, 4, 8)}
+    max_count = MAX_COUNT
 
     def __init__(self, names: Sequence[str], base: str | None, shapes: Shapes) -> None:
         """Store adapters of these names and of modules of these shapes."""
@@ -163,6 +170,7 @@ class GgufStorage:
     # The whole adapter at 8 bits, whose second factor has 16.
     most: Mapping[str, float] = {"own": 0.8, "merged": 0.8}
     lost: Mapping[int, float] = GGUF_LOST
+    max_count = sys.maxsize
     header_nbytes = 0
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
-from helpers.tiny import library
+from helpers.tiny import library, peft_adapter
+from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
-from d2c_mlx.compress.storage import GgufStorage, one_shape
+from d2c_mlx.compress.storage import CompactStorage, GgufStorage, one_shape
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import list_pack, remove_tasks
@@ -155,6 +156,14 @@ def test_options_and_bases_that_gguf_does_not_go_with(paths, tmp_path):
         GgufStorage({}, {"model_type": "mamba"})
 
 
+def shapes_in(pack):
+    """Modules and sizes of every adapter of a pack."""
+    return {
+        tuple((path, one.a.shape, one.b.shape) for path, one in sorted(adapter.modules.items()))
+        for name in pack.tasks if (adapter := pack.load(name))
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("form", ["gguf", "compact"])
 def test_one_shape_for_all_adapters(paths, tmp_path, form):
     """Planned for, so nothing is padded: the same modules in every block, one rank, one type."""
@@ -165,11 +174,7 @@ def test_one_shape_for_all_adapters(paths, tmp_path, form):
     assert all(unit["levels"] == units[0]["levels"] for unit in units)
     assert len({str(levels) for levels in units[0]["levels"].values()}) == 1
     assert verify(pack.path, "MNN") == pack
-    shapes = {
-        tuple((path, one.a.shape, one.b.shape) for path, one in sorted(adapter.modules.items()))
-        for name in pack.tasks if (adapter := pack.load(name))
-    }  # fmt: skip
-    assert len(shapes) == 1
+    assert len(shapes_in(pack)) == 1
 
 
 def test_one_shape_is_the_best_of_its_bytes(session):
@@ -195,3 +200,50 @@ def test_one_shape_is_the_best_of_its_bytes(session):
             for path, ((n, bits),) in found.items()
         )
         assert kept == pytest.approx(best) and storage.nbytes("", found) <= nbytes
+
+
+def test_one_shape_where_a_module_was_not_trained(tmp_path):
+    """It is left out of all adapters; with no module in common there is no shape."""
+    paths = library(tmp_path, ["a", "b", "c"])
+    file = paths.adapters / "a" / "adapter_model.safetensors"
+    tensors, zero = load_file(file), "model.layers.1.self_attn.v_proj"
+    key = f"base_model.model.{zero}.lora_B.weight"
+    save_file({**tensors, key: 0 * tensors[key]}, file, metadata={"format": "pt"})
+    config = config_of(paths, tmp_path / "run", format="compact", same_shape=True, budget="60%",
+                       plan="auto").replace(tasks=None)  # fmt: skip
+    found = run(config, until="pack", quiet=True)
+    pack, levels = load_pack(found.path("pack")), found.read("plan.json")["units"][0]["levels"]
+    assert None not in pack.tasks.values() and len(shapes_in(pack)) == 1
+    assert zero not in levels and "model.layers.0.self_attn.v_proj" in levels
+
+    peft_adapter(paths.adapters, "a", targets=("mlp.down_proj",))
+    with pytest.raises(ConfigError, match="same_shape: no module is changed by all 3 adapters"):
+        run(config, until="pack", quiet=True)
+
+
+@pytest.mark.parametrize("form", ["gguf", "compact"])
+def test_a_merge_of_a_lower_rank_is_of_one_shape_too(tmp_path, form):
+    """Copies whose merges are nearly exact, though their rank is below the adapters'."""
+    paths = library(tmp_path, list("abcd"))
+    for name in "abcd":
+        peft_adapter(paths.adapters, name, seed=0)
+    config = config_of(paths, tmp_path / "run", format=form, same_shape=True, merge_rank=1)
+    for thorough in (False, True):
+        found = run(config.replace(thorough=thorough), until="pack", quiet=True)
+        assert len(shapes_in(load_pack(found.path("pack")))) == 1
+    units = [((0, 1), found.study.merger.final((0, 1)).adapter)]
+    (ladder,) = found.planner.forms.ladders(units, "merged", [found.inputs.capacity.room])
+    assert {n for one in ladder for ((n, _),) in one.levels.values()} <= {1}
+
+
+def test_one_shape_has_no_more_components_than_a_file_counts():
+    """One byte counts those of a compact file at the same bits; a GGUF has no such limit."""
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    shapes = dict.fromkeys(paths, (2048, 2048))
+    values = {path: np.linspace(1, 0.5, 300) for path in paths}
+    gguf = GgufStorage(shapes, {"model_type": "llama", "num_hidden_layers": 2})
+    most = {}
+    for storage in (CompactStorage(["a"], None, shapes), gguf):
+        found = one_shape(storage, values, 1e9)
+        most[type(storage)] = {n for ((n, _),) in found.values()}
+    assert most == {CompactStorage: {255}, GgufStorage: {300}}
