@@ -51,12 +51,14 @@ def execute(
 
     directory = RunDirectory(Path(checked.output))
     # The pipeline checks this too, but takes seconds to import.
-    if not directory.is_finished(checked, stages_of(checked, until)):
+    if directory.is_finished(checked, stages_of(checked, until)):
+        copied = directory.copied
+    else:
         from d2c_mlx.pipeline import run as run_pipeline
 
-        session = run_pipeline(checked, until, quiet)
-        if until == "plan" and not session.config.planned:
-            until = "merge"  # all adapters fit, and were copied
+        copied = run_pipeline(checked, until, quiet).copies
+    if until == "plan" and copied:
+        until = "merge"
     artifact = _ARTIFACTS[until]
     if not checked.has_rows:
         artifact = artifact.replace("bench.json", "weights.json")

@@ -98,7 +98,7 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     n_tokens = sum(one.tokens for one in stages)
     evaluations = n_tokens * len(inputs.names) / max(1, _probe_tokens(inputs))
     capacity = inputs.capacity
-    slots = None if session.config.planned else capacity.n_clusters
+    slots = None if session.planned else capacity.n_clusters
     # Merges of a higher rank than the adapters' may take more than all of them.
     nbytes = capacity.max_bytes or (slots or 0) * capacity.largest
     if capacity.max_bytes or slots == len(inputs.names):

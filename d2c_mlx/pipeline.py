@@ -41,7 +41,7 @@ from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights
 from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.directory import changed_options
+from d2c_mlx.run.directory import changed_options, without_plan
 from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
 from d2c_mlx.run.records import check_pack, expect_pack, peaks
@@ -79,8 +79,7 @@ def run(
     """
     with leading_rank() as group:
         session = Session(config, quiet, group, inputs)
-        wanted = stages_of(config, until)
-        if session.directory.is_finished(config, wanted):
+        if session.directory.is_finished(config, stages_of(config, until)):
             return session
         session.load()
         for changed in changed_options(config):
@@ -92,16 +91,15 @@ def run(
                 check_pack(session.output)
             for name in wanted:
                 session.run(STAGES[name](session))
-            session.directory.remember_finish(config, wanted)
+            done = stages_of(config, until)
+            session.directory.remember_finish(config, done, session.copies)
     return session
 
 
 def settled_stages(session: Session, until: str) -> list[str]:
     """The stages up to `until`; a budget with room for all adapters is not planned but copied."""
-    if session.config.planned and session.inputs.holds_all:
-        session.copy_all()
-        until = "merge" if until == "plan" else until
-    return stages_of(session.config, until)
+    stages = stages_of(session.config, until)
+    return without_plan(stages) if session.copies else stages
 
 
 def convert(session: Session) -> Stage:
@@ -277,7 +275,7 @@ def pack(session: Session) -> Stage:
             session.path(name).unlink(missing_ok=True)
         expect_pack(session.output, directory)
 
-    if session.config.planned:
+    if session.planned:
         reads, body = ["plan.json", "planned"], partial(pack_plan, session, info, ready)
     else:
         reads = [source, "merges.json"]
@@ -300,15 +298,15 @@ def bench(session: Session) -> Stage:
     if not c.has_rows:
         return Stage("bench", inputs.base.fingerprint, ["adapters", "pack"], [name], body)
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
-               c.baselines, c.answers]  # fmt: skip
+               session.baselines, c.answers]  # fmt: skip
     options += [inputs.shipped.fingerprint] if c.probe_model else []
-    merges = [] if c.planned else ["losses.json", *_answers(c), "clusters.json", "merged"]
+    merges = [] if session.planned else ["losses.json", *_answers(c), "clusters.json", "merged"]
     return Stage("bench", options, ["adapters", *merges, "pack"], [name], body)
 
 
 def report(session: Session) -> Stage:
     """Render the results for people -> `report.md`, `report.html`."""
-    chosen = ["plan.json"] if session.config.planned else ["clusters.json", "merges.json"]
+    chosen = ["plan.json"] if session.planned else ["clusters.json", "merges.json"]
     benched = "bench.json" if session.config.has_rows else "weights.json"
     reads = [*_losses(session.config), *chosen, "pack/manifest.json", benched]
     # The user may have put the output of `d2c-mlx phone PACK --json` there.

@@ -31,7 +31,7 @@ def compare_losses(session: Session) -> dict[str, Any]:
         "individual": BenchMethod(
             inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
         ),
-        **({} if c.planned else _merged_methods(session)),
+        **({} if session.planned else _merged_methods(session)),
         "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
     }
     results = bench_methods(session.judge, methods, inputs.tests)
@@ -94,7 +94,7 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
     names, n_layers = session.inputs.names, session.inputs.base.n_layers
     found = {}
     for method, some in clusterings(session).items():
-        if method not in {*session.config.baselines, "d2c"}:
+        if method not in {*session.baselines, "d2c"}:
             continue
         variants, nbytes = [], []
         for clustering in some:

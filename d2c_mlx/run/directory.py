@@ -19,7 +19,7 @@ from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.files import fingerprint, read_text
 from d2c_mlx.utils.parsing import read_yaml
 
-__all__ = ["RunDirectory", "absolute", "changed_options", "snapshot"]
+__all__ = ["RunDirectory", "absolute", "changed_options", "snapshot", "without_plan"]
 
 # Options that change no byte of a pack.
 _BESIDE_THE_PACK = {
@@ -62,14 +62,25 @@ class RunDirectory:
             finish is not None
             and set(stages) <= set(finish["stages"])
             and finish["inputs"] == snapshot(config)
-            and outputs_hold(self.root, stages)
+            and outputs_hold(self.root, without_plan(stages) if self.copied else stages)
         )
 
-    def remember_finish(self, config: RunConfig, stages: list[str]) -> None:
-        """Record finished stages and their inputs for `is_finished`."""
+    def remember_finish(self, config: RunConfig, stages: list[str], copied: bool) -> None:
+        """Record finished stages, as `stages_of` names them, and their inputs for `is_finished`."""
         inputs = snapshot(config)
         if inputs is not None:
-            write_finish(self.root, {"inputs": inputs, "stages": stages})
+            write_finish(self.root, {"inputs": inputs, "stages": stages, "copied": copied})
+
+    @property
+    def copied(self) -> bool:
+        """True if a finished run copied all adapters instead of planning."""
+        return (read_finish(self.root) or {}).get("copied") is True
+
+
+def without_plan(stages: Iterable[str]) -> list[str]:
+    """The stages of a run that copies all adapters instead of planning."""
+    copying = {"plan": ("cluster", "merge")}
+    return [one for name in stages for one in copying.get(name, (name,))]
 
 
 def absolute(config: RunConfig) -> RunConfig:

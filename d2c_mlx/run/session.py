@@ -146,10 +146,20 @@ class Session:
             say(f"first long run with this model here; {tune(engine, stacks=False)}", self.quiet)
         _ = self.evaluator
 
-    def copy_all(self) -> None:
-        """Go on without planning or merging, since the budget has room for every adapter."""
-        changes = {"plan": "d2c", "baselines": (), "max_adapters": None}
-        self.config = self.inputs.config = self.config.replace(**changes)
+    @property
+    def copies(self) -> bool:
+        """True if a budget to plan for has room for every adapter, so that all are copied."""
+        return self.config.planned and self.inputs.holds_all
+
+    @property
+    def planned(self) -> bool:
+        """True if the planner chooses what is stored."""
+        return self.config.planned and not self.copies
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Partitions that bench merges too; none beside copies."""
+        return () if self.copies else self.config.baselines
 
     @cached_property
     def adapters(self) -> list[Adapter]:
@@ -171,13 +181,13 @@ class Session:
         """The library with the losses that the stage `probe` measured, or without rows."""
         if not self.config.has_rows:
             none = LossTable((), np.empty(0), np.empty(0))
-            return WeightStudy(self.library, none, self.config.merging, self.config.planned)
+            return WeightStudy(self.library, none, self.config.merging, self.planned)
         return Study(
             self.library,
             LossTable.from_json(self.read("losses.json")),
             self.config.merging,
             # A plan compares merges with low-bit adapters, which are judged by teacher targets.
-            by_teacher=self.config.planned,
+            by_teacher=self.planned,
             stop_early="bound" not in self.config.without,
         )
 
@@ -193,7 +203,7 @@ class Session:
         if not self.config.has_rows:
             return []
         found = self.inputs.engine.unused
-        merges = not self.config.planned and self.config.merge_method is None
+        merges = not self.planned and self.config.merge_method is None
         return found + ["layerwise"] * (merges and self.study.merger.method != "layerwise")
 
     def done(self, stage: Stage) -> bool:

@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
+from d2c_mlx.forecast import forecast
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import stages_of
+from d2c_mlx.utils.errors import InputWarning
 
 # The command, in a process where a model cannot even be imported.
 WITHOUT_A_MODEL = """
@@ -75,3 +79,30 @@ def test_what_changed_is_seen(finished, tmp_path):
 def test_an_earlier_stage_is_finished_too(finished):
     for until in ("probe", "merge", "pack"):
         assert finished.directory.is_finished(finished.config, stages_of(finished.config, until))
+
+
+@pytest.mark.slow
+def test_a_run_that_copied_all_adapters_is_finished_and_goes_on_as_it_was_asked(config, command):
+    """What was copied is no option of the run: the same options again, or a budget to plan for."""
+    config = config.replace(budget="120%", plan="auto", baselines=("kmeans",))
+    with pytest.warns(InputWarning, match="120% has room for all adapters"):
+        session, left = run(config, quiet=True), forecast(config)
+    saved = yaml.safe_load(session.path("config.yaml").read_text(encoding="utf-8"))
+    asked = {"budget": "120%", "plan": "auto", "baselines": ["kmeans"]}
+    assert {name: saved[name] for name in asked} == asked
+    assert session.read("bench.json")["provenance"]["config"]["plan"] == "auto"
+    assert set(session.read("bench.json")["methods"]) == {"base", "individual", "d2c", "pack"}
+    for until in ("probe", "plan", "pack", "report"):
+        assert session.directory.is_finished(config, stages_of(config, until))
+    assert all(one.done for one in left.stages)
+
+    again = run(config, quiet=True)
+    assert "inputs" not in vars(again)
+    _, out, err = command("plan", "--output", config.output)
+    assert (out, err) == (f"wrote {session.path('merges.json')}\n", "")
+    session.path("merges.json").unlink()
+    assert not is_finished(session)
+    code, _, err = command("run", "--output", config.output, "--budget", "70%")
+    assert code == 0 and "will be replaced: budget: '120%', now '70%'\n" in err
+    assert load_pack(session.path("pack")).storage == "compact"
+    assert not session.directory.copied
