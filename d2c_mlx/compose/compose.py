@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compose.cross_validation import (
@@ -119,7 +120,7 @@ def compose(
     (encoded,) = encode_probes(base.encode, [rows], options.n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
-    library = _of_pack(pack) if pack else read_adapters(sources, base.module_shapes, base.config)
+    library = _of_pack(pack) if pack else _read(base, sources)
     similarity = _similarity(base, library, encoded, pack, options)
     evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     new = NewTask(rows.name, base, evaluator, library, similarity, TrainOptions(seed=options.seed),
@@ -151,6 +152,11 @@ def _given(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
     if not others:
         raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
     return None, others
+
+
+def _read(base: BaseModel, sources: Sequence[Source]) -> list[Adapter]:
+    own = BaseWeights(base.weight)
+    return read_adapters(sources, base.module_shapes, base.config, base=own)
 
 
 def _of_pack(pack: Pack) -> list[Adapter]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source
 from d2c_mlx.models.base_model import BaseModel
@@ -141,7 +142,8 @@ def answer_tasks(
         InputError: an adapter cannot be read, or has hardly any answers.
     """
     sources = [source for source, _ in prompts]
-    adapters = read_adapters(sources, base.module_shapes, base.config)
+    own = BaseWeights(base.weight)
+    adapters = read_adapters(sources, base.module_shapes, base.config, base=own)
     for adapter, (source, some) in zip(adapters, prompts):
         yield _answer_task(base, adapter, tasks / source.name, some, asking)
 

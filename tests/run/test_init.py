@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny import library, peft_adapter, write_jsonl
+from helpers.command import store_in_full
+from helpers.tiny import end_answers, library, peft_adapter, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
@@ -12,6 +13,7 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.survey import survey
+from d2c_mlx.utils.errors import InputWarning
 
 
 @pytest.fixture
@@ -170,3 +172,18 @@ def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
         assert (system["content"], said["content"]) == ("", base.tokenizer.decode(kept).strip())
     assert not answers
     assert "no adapter without rows has prompts" in command(*given)[2]
+
+
+def test_an_adapter_that_stores_a_module_of_its_base_answers(project, command):
+    command("init", "adapters")
+    with (project / "d2c-mlx.yaml").open("a") as file:
+        file.write("model: model\n")
+    end_answers("model")
+    prompts = [f"Question {i}?" for i in range(8)]
+    (project / "tasks" / "c" / "prompts.txt").write_text("\n".join(prompts))
+    store_in_full(project / "adapters" / "c", project / "model")
+    with pytest.warns(InputWarning, match="model.norm: stored in full, as the base model has them"):
+        code, out, err = command("tasks", "answer", "d2c-mlx.yaml", "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)
+    assert found["task"] == "c" and found["test"]
