@@ -31,7 +31,8 @@ _FINISH = "finish.json"
 
 # Files of the packs that a run makes. A router is not among them, since it is added later.
 _PACKED = re.compile(
-    r"manifest\.json|compact\.safetensors|cluster-\d+/adapter(s\.safetensors|_config\.json)"
+    r"manifest\.json|compact\.safetensors|cluster-\d+\.gguf"
+    r"|cluster-\d+/adapter(s\.safetensors|_config\.json)"
 )
 
 

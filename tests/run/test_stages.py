@@ -60,6 +60,15 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
 
 
 @pytest.mark.slow
+def test_a_damaged_pack_of_gguf_files_is_made_anew(config):
+    config = config.replace(plan="auto", format="gguf", budget="90%")
+    pack = run(config, "pack", quiet=True).path("pack")
+    made = hash_tree(pack)
+    (pack / "cluster-0.gguf").write_bytes(b"damaged")
+    assert hash_tree(run(config, "pack", quiet=True).path("pack")) == made
+
+
+@pytest.mark.slow
 def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     config = config.replace(budget="2", plan="auto")
     output = run(config, quiet=True).output
