@@ -17,6 +17,7 @@ import mlx.core as mx
 import yaml
 
 from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
+from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft
 from d2c_mlx.adapters.sources import Source, find_adapters
@@ -172,6 +173,8 @@ def _load(path: Path) -> Adapter | None:
     """Read an adapter without its base; None for a GGUF, which needs the base's module names."""
     if (path / PEFT_WEIGHTS).exists():
         return load_peft(path)
+    if (path / ADAPTER_BIAS).exists():
+        return load_adapter_bias(path)
     gguf = path.is_file() or (not (path / WEIGHTS).exists() and any(path.glob("*.gguf")))
     return None if gguf else load_adapter(path)
 
@@ -198,7 +201,7 @@ def describe(found: Survey) -> str:
         "budget       bytes",
         *(f"{text:<12} {size(nbytes)}" for text, nbytes in budgets(found)),
     ]
-    if len(bases) > 1:
+    if len({one.base for one in found.found if one.base}) > 1:
         lines += ["", "More than one base model: leave out what was trained on another one."]
     lines += ["", *(f"problem      {line}" for line in found.problems)] if found.problems else []
     lacking = found.without_rows

@@ -3,9 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.command import store_in_full
-from helpers.tiny import end_answers, library, peft_adapter, write_jsonl
+from helpers.tiny import (
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    end_answers,
+    library,
+    peft_adapter,
+    write_jsonl,
+)
+from safetensors.numpy import save_file
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
@@ -73,6 +83,20 @@ def test_bytes_are_those_that_a_run_counts(project, command):
     for one in survey("adapters").found:
         written = sum(file.stat().st_size for file in (project / "m" / one.name).iterdir())
         assert one.nbytes == written
+
+
+def test_an_adapter_bias_is_looked_at_as_the_lora_that_it_is(project, command):
+    tensors = {}
+    for i in range(LAYERS):
+        tensors[f"model.layers.{i}.mlp.adapter_vector"] = np.ones(HIDDEN, "f4")
+        tensors[f"model.layers.{i}.mlp.adapter_alpha.weight"] = np.ones((1, INTERMEDIATE), "f4")
+    (project / "adapters" / "bias").mkdir()
+    save_file(tensors, project / "adapters" / "bias" / "adapter_bias.safetensors")
+    code, out, _ = command("init", "adapters")
+    assert code == 0 and "problem" not in out and "More than one base model" not in out
+    assert "ranks        1, 4" in out and "modules      down_proj, q_proj, v_proj" in out
+    found = {one.name: one for one in survey("adapters").found}["bias"]
+    assert found.nbytes > 2 * LAYERS * (HIDDEN + INTERMEDIATE)
 
 
 def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
