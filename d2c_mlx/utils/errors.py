@@ -154,9 +154,10 @@ def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
     errors: list[InputError] = []
     results = []
     for call in calls:
-        result = collect(errors, call)
-        if result is not None:
-            results.append(result)
+        try:
+            results.append(call())
+        except InputError as error:
+            errors.append(error)
     if errors:
         raise InputError(line for error in errors for line in error.problems)
     return results

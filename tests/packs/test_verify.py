@@ -266,6 +266,18 @@ def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, adapters):
     refused("vllm-metal", "rank 513, at most 512 is taken")
 
 
+def test_a_problem_is_of_its_adapter_beside_one_without_modules(tmp_path, adapters):
+    one, two = (compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters)
+    some = {path: x for path, x in two.modules.items() if path != Q0}
+    small = [replace(one, name="none", modules={}), one, replace(two, modules=some)]
+    info = PackInfo(**ABOUT, dtype=mx.float16)
+    pack = write_compact_pack(tmp_path / "pack", small, {"none": 0, "a": 1, "b": 2}, info)
+    with pytest.raises(PackError) as caught:
+        verify(pack.path, "MNN")
+    (line,) = caught.value.problems
+    assert line.startswith(f"{pack.path}/cluster-2: 1 modules are in some blocks only")
+
+
 def test_the_command(tmp_path, adapters, command):
     pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
     code, out, _ = command("verify", pack.path, "--for", "mlx-swift")
