@@ -192,7 +192,8 @@ class RunConfig(RunRules):
         None,
         "scale of every merge",
         group=_MERGE,
-        default_text="tuned per cluster on the calibration rows; without any from the weights",
+        default_text="tuned per cluster on the calibration rows, without any from the weights; for"
+        " layerwise 1.0 or 1.4, by how alike the members are",
         gt=0,
         le=_MOST_SCALE,
     )
