@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from d2c_mlx.evaluate.batches import Batch, BatchCost, PassSize, shared_prefix, split_rows
 from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
@@ -118,18 +120,35 @@ class Engine:
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
         self.memory_limit = memory_limit or default_memory_limit() // n_processes
-        self.free = free = max(0, self.memory_limit - mx.get_active_memory())
-        weights = sum(width * out for width, out in base.module_shapes.values())
-        folded = weights * base.compute_dtype.size
-        self.fold = self.optimizations.fold and base.can_fold and 3 * folded < free
-        if self.fold:
-            free -= folded
+        self.free = max(0, self.memory_limit - mx.get_active_memory())
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
-        self._kept: ByteCache[tuple[str, int], list[mx.array]] = ByteCache(free // 5)
-        self.batch_limit = free * 3 // 5 // self.workers.n
-        mx.set_cache_limit(free // 5)
+        fifth = self._share_out()
+        self._kept: ByteCache[tuple[str, int], list[mx.array]] = ByteCache(fifth)
+        mx.set_cache_limit(fifth)
         mx.set_memory_limit(self.memory_limit)
         wire(self.memory_limit)
+
+    def _share_out(self) -> int:
+        """Decide what to fold and how large batches may be; the bytes of each other part."""
+        weights = sum(width * out for width, out in self.base.module_shapes.values())
+        folded, free = weights * self.base.compute_dtype.size, self.free
+        self.fold = self.optimizations.fold and self.base.can_fold and 3 * folded < free
+        if self.fold:
+            free -= folded
+        self.batch_limit = free * 3 // 5 // self.workers.n
+        return free // 5
+
+    def beside(self, base: BaseModel) -> Engine:
+        """This engine as one on another form of the model would be, whose weights come on top.
+
+        Use it for `batches` alone, before the other model is loaded.
+        """
+        other = copy(self)
+        other.base, other._batches = base, {}
+        weights = sum(x.nbytes for _, x in tree_flatten(base.model.parameters()))
+        other.free = self.free - weights
+        other._share_out()
+        return other
 
     @property
     def unused(self) -> list[str]:
@@ -174,8 +193,8 @@ class Engine:
             cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit, self.passes)
             if cut is None:
-                needed = cost(1, max(lengths), n_prefix) * self.workers.n * 5 // 3
-                needed += self.memory_limit - self.free
+                lacking = cost(1, max(lengths), n_prefix) - self.batch_limit
+                needed = self.memory_limit + lacking * self.workers.n * 5 // 3
                 raise ConfigError(
                     f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
                     f" {examples.task} ({max(lengths) + n_prefix} tokens) needs about"

@@ -69,8 +69,9 @@ class Inputs:
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
         self._savings = savings
         # The limit is the process's.
-        limit = max(1, config.memory_bytes - outside_mlx()) if config.memory_bytes else None
-        self.engine = Engine(self.base, limit, savings, local_ranks())
+        most = config.memory_bytes
+        self._limit = max(1, most - outside_mlx()) if most else None
+        self.engine = Engine(self.base, self._limit, savings, local_ranks())
         self.engine.passes = tuned_passes(self.base) or self.engine.passes
         if config.has_rows and (unused := self.engine.unused):
             warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
@@ -207,14 +208,13 @@ class Inputs:
         """The engine of the shipped base model, which is loaded now if it is not `base`."""
         if self.shipped is self.base:
             return self.engine
-        return Engine(self.shipped, self.config.memory_bytes, self._savings, local_ranks())
+        return Engine(self.shipped, self._limit, self._savings, local_ranks())
 
     def _check_memory(self) -> None:
         """Raise the error of the longest row that does not fit; what fits it fits the others."""
-        rows = (*self.probes, *self.tests, *self.answers.values())
-        sets = [part for one in rows for part in (one, *one.parts)]
-        for one in sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples)):
-            self.engine.batches(one)
+        _check_rows(self.engine, (*self.probes, *self.tests, *self.answers.values()))
+        if self.shipped is not self.base:
+            _check_rows(self.engine.beside(self.shipped), self.tests)
 
     @property
     def names(self) -> list[str]:
@@ -264,6 +264,12 @@ class Inputs:
             ])
             for name in names
         )))  # fmt: skip
+
+
+def _check_rows(engine: Engine, rows: Sequence[ExampleSet]) -> None:
+    sets = [part for one in rows for part in (one, *one.parts)]
+    for one in sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples)):
+        engine.batches(one)
 
 
 def opening(inputs: Inputs) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -239,6 +240,15 @@ def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     gc.collect()  # Memory that is freed later would count as room.
     with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of a"):
         Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
+    # Copies of folded weights take a part of it, whatever the limit.
+    engine, refused = Engine(base), []
+    for engine.free in range(0, 3_000_000, 50_000):
+        engine._share_out()
+        try:
+            engine.batches(sets[0])
+        except ConfigError as error:
+            refused.append(str(error))
+    assert len(refused) > 5 and all(re.search(r"limit by \d+ MB", line) for line in refused)
 
 
 def test_a_prefix_that_saves_little_is_not_run_apart(tiny):

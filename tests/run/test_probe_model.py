@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.loras import lora_of
@@ -20,7 +21,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory
 from d2c_mlx.run.inputs import Inputs
-from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +109,32 @@ def test_another_model_is_refused(config, tmp_path):
     (line,) = caught.value.problems
     assert line.startswith("probe_model: the tokenizers of other and model differ (first: the")
     assert about["vocab_size"] == len(tokenizer["model"]["vocab"])
+
+
+def fits(engine, rows):
+    try:
+        return all(engine.batches(part) for one in rows for part in (one, *one.parts))
+    except ConfigError:
+        return False
+
+
+def test_the_memory_limit_holds_for_both_models(config):
+    """A row that does not fit beside the shipped model is refused before the model is loaded."""
+    inputs = Inputs(config.replace(memory_limit="16GB"))
+    assert inputs.judge.memory_limit == inputs.engine.memory_limit
+    rows, base = [*inputs.probes, *inputs.tests], inputs.base
+    shipped = BaseModel(config.model, lazy=True)
+    before = mx.get_active_memory()
+    limits = range(before, before + 2_000_000, 20_000)
+    alone = next(one for one in limits if fits(Engine(base, one), rows))
+    both = next(one for one in limits if fits(Engine(base, one).beside(shipped), rows))
+    assert mx.get_active_memory() == before
+    # With its weights in memory it is refused at the same limits, but for what a pass leaves.
+    mx.eval(shipped.model.parameters())
+    assert not fits(Engine(shipped, alone), rows) and not fits(Engine(shipped, both - 20_000), rows)
+    assert fits(Engine(shipped, both + 40_000), rows)
+
+    inputs.shipped = BaseModel(config.model, lazy=True)
+    inputs.engine = Engine(base, mx.get_active_memory() + alone - before)
+    with pytest.raises(ConfigError, match="memory_limit: .* MB, but the longest row of [ab] "):
+        inputs.take_answers()
