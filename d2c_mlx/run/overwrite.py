@@ -83,7 +83,8 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
         output / name for name in RUN_WRITES
         if name not in (".lock", *written) and _holds(output / name)
     ]  # fmt: skip
-    folders = {"adapters", "planned" if config.planned else "merged"}
+    # A budget in bytes may have room for all adapters, which are then copied to `merged`.
+    folders = {"adapters", "merged"} | ({"planned"} if config.planned else set())
     if config.refine:
         folders |= {"refined", "refining"}
     for folder in written & folders:

@@ -12,6 +12,7 @@ from helpers.tiny import peft_adapter
 from d2c_mlx.packs.overwrite import MARKER, mark, read_marker, write_marker
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
+from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.files import hash_file, hash_tree
 
 pytestmark = pytest.mark.slow
@@ -224,6 +225,16 @@ def test_what_was_put_among_the_planned_adapters_is_not_replaced(cli, lib):
     # A damaged file is made anew.
     (cli.output / "planned" / "compact.safetensors").write_bytes(b"damaged")
     assert cli(cli.argv("pack", "--quiet", budget="60%"))[0] == 0
+
+
+def test_what_was_put_among_the_copied_adapters_is_not_replaced(cli, lib):
+    with pytest.warns(InputWarning, match="200% has room for all adapters"):
+        assert cli(cli.argv("plan", "--quiet", budget="200%"))[0] == 0
+    mine = cli.output / "merged" / "rows.csv"
+    mine.write_text("mine")
+    for argv in (cli.argv("plan", "--quiet", budget="300%"), ["plan", "--output", cli.output]):
+        (line,) = refused(cli, [*argv, "--eps", "0.5"])
+        assert f"your {mine}, which no earlier run wrote" in line
 
 
 def test_a_link_in_a_folder_of_a_run_is_kept(cli, lib, pack):
