@@ -124,7 +124,7 @@ def answer(config: Path, system: str | None, max_tokens: int, as_json: bool) -> 
     if not c.tasks:
         raise ConfigError(f"{config}: tasks: not given; name the folder that has the prompts")
     prompts = read_prompts(find_adapters(c.adapters), Path(c.tasks))
-    asking = Asking(system, max_tokens, c.probe_examples)
+    asking = Asking(system, max_tokens, c.probe_examples, c.accept_dora)
     found = []
     for one in answer_tasks(BaseModel(c.model), prompts, Path(c.tasks), asking):
         found.append(dataclasses.asdict(one))

@@ -44,11 +44,13 @@ class Asking:
         system: system message before each prompt; None leaves it to the chat template.
         max_tokens: most tokens of an answer; one that does not end by then is left out.
         n_probe: most calibration rows, and no more than half of the rows.
+        dora_rank: see `BaseWeights`.
     """
 
     system: str | None = None
     max_tokens: int = 256
     n_probe: int = 10
+    dora_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def answer_tasks(
         InputError: an adapter cannot be read, or has hardly any answers.
     """
     sources = [source for source, _ in prompts]
-    own = BaseWeights(base.weight)
+    own = BaseWeights(base.weight, asking.dora_rank)
     adapters = read_adapters(sources, base.module_shapes, base.config, base=own)
     for adapter, (source, some) in zip(adapters, prompts):
         yield _answer_task(base, adapter, tasks / source.name, some, asking)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command import store_in_full
+from helpers.command import edit_config, edit_tensors, store_in_full
 from helpers.tiny import (
     HIDDEN,
     INTERMEDIATE,
     LAYERS,
+    SHAPES,
+    TARGETS,
     end_answers,
     library,
     peft_adapter,
@@ -198,16 +200,41 @@ def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
     assert "no adapter without rows has prompts" in command(*given)[2]
 
 
-def test_an_adapter_that_stores_a_module_of_its_base_answers(project, command):
+@pytest.fixture
+def asked(project, command):
+    """What `init` wrote, with prompts for c, and a model that ends its answers."""
     command("init", "adapters")
     with (project / "d2c-mlx.yaml").open("a") as file:
         file.write("model: model\n")
     end_answers("model")
     prompts = [f"Question {i}?" for i in range(8)]
     (project / "tasks" / "c" / "prompts.txt").write_text("\n".join(prompts))
-    store_in_full(project / "adapters" / "c", project / "model")
+    return project
+
+
+def test_an_adapter_that_stores_a_module_of_its_base_answers(asked, command):
+    store_in_full(asked / "adapters" / "c", asked / "model")
     with pytest.warns(InputWarning, match="model.norm: stored in full, as the base model has them"):
         code, out, err = command("tasks", "answer", "d2c-mlx.yaml", "--json")
     assert code == 0, err
     (found,) = json.loads(out)
     assert found["task"] == "c" and found["test"]
+
+
+def test_a_dora_answers_where_the_run_takes_it(asked, command):
+    adapter = asked / "adapters" / "c"
+    edit_config(adapter, use_dora=True)
+    lengths = {
+        f"base_model.model.model.layers.{i}.{name}.lora_magnitude_vector": np.ones(
+            SHAPES[name][1], "f2"
+        )
+        for i in range(LAYERS)
+        for name in TARGETS
+    }
+    edit_tensors(adapter, lambda t: t.update(lengths))
+    code, _, err = command("tasks", "answer", "d2c-mlx.yaml")
+    assert code == 2 and "use_dora" in err
+    with (asked / "d2c-mlx.yaml").open("a") as file:
+        file.write("accept_dora: 8\n")
+    code, out, err = command("tasks", "answer", "d2c-mlx.yaml", "--json")
+    assert code == 0 and json.loads(out)[0]["task"] == "c", err
