@@ -100,8 +100,8 @@ class FormMeter:
         """
         for members, adapter in units:
             nbytes = self._capacity.nbytes(adapter)
-            ends = (self.fair(members, adapter, room) for room in (rooms[0], rooms[-1]))
-            shares = _grid(*ends, _STEPS[family], self._capacity.storage.most[family])[::-1]
+            least, most = (self.fair(members, adapter, room) for room in (rooms[0], rooms[-1]))
+            shares = _grid(least, most, _STEPS[family], self._capacity.storage.most[family])[::-1]
             gains = [self._study.module_gains[i] for i in members]
             values = worth(self._components(adapter), gains)
             forms: dict[str, Form] = {}

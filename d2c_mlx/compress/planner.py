@@ -137,10 +137,11 @@ class Planner:
         chosen, bare = self._settled(found, bare, room)
         merging = self._merging()
         while merges := merging(sum(one.regret for one in chosen)):
-            units = [(members, one.adapter) for members, one in sorted(merges.items())]
-            for unit, ladder in zip(units, forms.ladders(units, "merged", [room])):
-                floor = self._summed(merges[unit[0]], unit[0])
-                found.add(ladder, forms.fair(*unit, room), floor)
+            some = sorted(merges.items())
+            units = [(members, one.adapter) for members, one in some]
+            for (members, one), ladder in zip(some, forms.ladders(units, "merged", [room])):
+                share = forms.fair(members, one.adapter, room)
+                found.add(ladder, share, self._summed(one, members))
             chosen, bare = self._settled(found, bare, room)
         found.tune(_heaviest(chosen))
         chosen, bare = self._settled(found, bare, room)
