@@ -70,6 +70,8 @@ docs: .venv-docs/done
 	.venv-docs/bin/python -m docs.scripts.site
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "$(PYTHON) is older than Python 3.11: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 
 # What is installed was tested, byte for byte: `make lock` writes requirements/ anew.
@@ -153,8 +155,8 @@ check-lowest check-newest: .venv/tools
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
   merge/test_merge merge/test_refine models/test_gguf serve/test_serving serve/test_mixed \
-  serve/test_serve serve/test_serve_bad serve/test_changes serve/test_clients \
-  serve/test_prefixes report/test_report cluster/test_cluster))
+  serve/test_changes serve/test_prefixes web/test_serve web/test_serve_bad web/test_clients \
+  report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python requirements/tools.txt
 	$(PYTHON) -m venv .venv-tools

@@ -64,6 +64,7 @@ def main():
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         for budget in options.budgets.split(","):
             if budget in {one["budget"] for one in content["rows"]}:
+                print(f"{budget}: is in {options.output}; give another --output to measure it")
                 continue
             config = RunConfig(
                 model=options.model, adapters=str(options.library / "adapters"),

@@ -8,8 +8,8 @@
 - phone: the demo's pack on its base as stored, timed at two contexts
 - tests: the fast tests
 
-A part that fails is a result, too: its last lines are in the file. No path of the home directory
-and no name of the machine is.
+A part that fails is a result, too: its last lines are in the file, and the exit code is 1. No path
+of the home directory and no name of the machine is in it.
 """
 
 import json
@@ -44,7 +44,8 @@ def call(*argv, **variables):
         code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired:
         code, out, err = None, "", f"not done after {_MOST} s"
-    lines = (out + err).replace(str(Path.home()), "~").splitlines()[-_LINES:]
+    out, err = (one.replace(str(Path.home()), "~") for one in (out, err))
+    lines = (out + err).splitlines()[-_LINES:]
     seconds = round(time.monotonic() - started, 1)
     return {"seconds": seconds, "failed": None if code == 0 else lines}, out
 
@@ -82,7 +83,7 @@ def phone(pack, more):
 
 def tests():
     """The fast tests: the line that counts them, and those that failed."""
-    found, out = call(sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile",
+    found, out = call(sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile",
                       "-m", "not slow")  # fmt: skip
     lines = out.splitlines()
     names = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -116,6 +117,7 @@ def main():
                 said = "failed" if result[name]["failed"] else "done"
                 print(f"{name}: {said}, {result[name]['seconds']} s", file=sys.stderr, flush=True)
     print(f"wrote {options.output}: please send it in an issue of the repository")
+    sys.exit(any(result[name]["failed"] for name in parts if name in result))
 
 
 if __name__ == "__main__":

@@ -148,19 +148,27 @@ def measured(session, rooms):
     }
 
 
-def continued(output, facts, families):
+def measured_before(output, facts, same):
+    """What is there to be continued, if anything.
+
+    Raises:
+        SystemExit: it was measured of something else; in one line.
+    """
+    if not output.exists():
+        return None
+    before = json.loads(output.read_text())
+    if other := [key for key in same if before.get(key) != facts[key]]:
+        raise SystemExit(f"{output}: has other {', '.join(other)}; give another --output")
+    return before
+
+
+def continued(before, facts, families):
     """The result to write: facts, and rows of other families that are there.
 
     Costs are the first run's: one that continues finds its losses in the cache.
     """
-    if not output.exists():
+    if before is None:
         return facts | {"rows": []}
-    before = json.loads(output.read_text())
-    same = ["examples", "tests"]
-    if "candidates" in facts:
-        same += ["candidates", "every", "machine"]
-    if any(before.get(key) != facts[key] for key in same):
-        raise SystemExit(f"{output}: of other candidates, rows or another machine; move it away")
     return before | {"rows": [row for row in before["rows"] if row["family"] not in families]}
 
 
@@ -171,9 +179,14 @@ def main():
     parser.add_argument("--budgets", default="25,12.5,6.25,3,1.5,0.75", help="percent")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--examples", type=int, default=10)
-    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
     budgets = [f"{x}%" for x in options.budgets.split(",")]
+    asked, candidates = options.families.split(","), []
+    facts = {"examples": options.examples, "tests": options.tests, "machine": machine()}
+    whole = not set(asked) <= set(MAKERS)
+    same = ["examples", "tests", "machine"] if whole else ["examples", "tests"]
+    measured_before(options.output, facts, same)
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         config = RunConfig(
@@ -183,13 +196,12 @@ def main():
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
         rooms = [session.inputs.capacity.room_of(parse_budget(one)) for one in budgets]
-        asked, candidates = options.families.split(","), []
-        facts = {"examples": options.examples, "tests": options.tests, "machine": machine()}
-        if not set(asked) <= set(MAKERS):
+        if whole:
             candidates, costs = measured(session, rooms)
             facts |= costs
+            same += ["candidates", "every"]
         print(json.dumps(facts), flush=True)
-        result = continued(options.output, facts, asked)
+        result = continued(measured_before(options.output, facts, same), facts, asked)
         for name in asked:
             for one in rows_of(session, name, budgets, rooms, candidates):
                 result["rows"].append(one)

@@ -279,7 +279,7 @@ def main():
     parser.add_argument("--seeds", default="0,1,2", help="each takes other probe rows")
     parser.add_argument("--cases", default=";".join(CASES), help="separated by semicolons")
     parser.add_argument("--examples", type=int, default=10)
-    parser.add_argument("--tests", type=int, default=100)
+    parser.add_argument("--tests", type=int, default=30)
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="run directories, to be used again")
     options = parser.parse_args()

@@ -87,7 +87,9 @@ def main():
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         work = options.work or Path(directory)
         for budget in options.budgets.split(","):
-            if (budget, options.case) not in {(one["budget"], one["case"]) for one in rows}:
+            if (budget, options.case) in {(one["budget"], one["case"]) for one in rows}:
+                print(f"{budget}: is in {output}; give another --output to measure it")
+            else:
                 rows.append(measure(options, budget, work))
                 write_json(output, content)
                 print(budget, f"{rows[-1]['excess']:.4f} {rows[-1]['retention']:.1%}", flush=True)

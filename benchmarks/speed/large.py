@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--memory-limit", default="6GB")
     parser.add_argument("--cases", default=",".join((*METHODS, "plan")))
     options = parser.parse_args()
-    work = options.work / options.shape
+    work = options.work.resolve() / options.shape
     write_library(work, options.shape, options.adapters)
     results = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}
     name = f"{options.shape}, {options.adapters} adapters, {options.memory_limit}"

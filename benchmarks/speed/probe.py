@@ -15,7 +15,7 @@ compare numbers of one run.
 import json
 from pathlib import Path
 
-from benchmarks import command_line
+from benchmarks import RESULTS, command_line
 from benchmarks.speed import engine, evaluations, growth, ranks
 from benchmarks.tables.pages import show
 from d2c_mlx.utils.device import machine
@@ -45,12 +45,16 @@ def main():
     parser.add_argument("--sizes", default="8,16,32,64", help="numbers of adapters of growth")
     options = parser.parse_args()
     sizes = tuple(map(int, options.sizes.split(",")))
-    some = options.only != ",".join(PARTS) and options.output.exists()
-    result = json.loads(options.output.read_text()) if some else {}
+    output = options.output
+    if options.quick and output == RESULTS / "probe.json":  # The page has whole runs.
+        output = None
+    some = options.only != ",".join(PARTS) and output and output.exists()
+    result = json.loads(output.read_text()) if some else {}
     for part in options.only.split(","):
         result |= measure(part, options.library, options.quick, sizes)
         result |= {"library": str(options.library), "quick": options.quick, "machine": machine()}
-        write_json(options.output, result)
+        if output:
+            write_json(output, result)
     show("probe", probe=result)
 
 

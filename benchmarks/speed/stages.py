@@ -65,6 +65,7 @@ def main():
     for budget in options.budgets.split(","):
         for name, checkout in (("before", options.before), ("now", Path())):
             if (budget, name) in there:
+                print(f"{budget}, {name}: is in {options.output}; give another --output")
                 continue
             with tempfile.TemporaryDirectory() as directory:
                 library = options.library.resolve()

@@ -37,6 +37,15 @@ def test_actions_are_named_by_commit_and_may_do_little(path):
     assert yaml.safe_load(text)["permissions"] in ({}, {"contents": "read"})
 
 
+def test_the_tests_of_the_oldest_and_newest_versions_are_there():
+    printed = subprocess.run(["make", "-n", "check-lowest"], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout  # fmt: skip
+    (command,) = (line for line in printed.splitlines() if line.startswith(".venv-bounds/bin/py"))
+    _, *paths = command.split()
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
 def test_every_locked_package_has_a_hash(path):
     assert pinned(path)
