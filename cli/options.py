@@ -197,7 +197,7 @@ RUN_OPTIONS = (
         default=None,
         help="train every merge for a while to predict what its members predict  [default: no]",
     ),
-    _refine("--refine-steps", type=int, help="most steps of it  [default: 40]"),
+    _refine("--refine-steps", type=int, help="steps of it  [default: 40]"),
     _refine("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
 )
 PHONE_OPTIONS = (

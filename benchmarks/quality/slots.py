@@ -43,13 +43,14 @@ RUNS = {
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
 # adapters, K-Means and a random partition; the search by moves, and its clusters; refining by the
-# rows' answers besides the divergence.
+# rows' answers besides the divergence, and with a step chosen by rows that were held back.
 PAST = (
     "paper, linear",
     "paper, ties",
     "moves",
     "estimates: refined, cross entropy",
     "estimates: refined with prompts, cross entropy",
+    "estimates: refined, held back",
 )
 # How clusters are merged another way.
 MERGES = {

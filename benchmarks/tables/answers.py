@@ -23,7 +23,7 @@ PAIRS = (
     ("estimates", "kmeans-layerwise"),
     ("estimates-refined", "individual"),
     ("estimates-refined", "estimates"),
-    ("estimates-refined", "estimates-refined-cross-entropy"),
+    ("estimates-refined", "estimates-refined-held-back"),
     ("estimates-refined", "kmeans-layerwise"),
     ("estimates-rank-16", "estimates"),
     ("estimates-rank-64", "estimates"),

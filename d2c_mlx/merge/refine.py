@@ -1,19 +1,16 @@
 """Refining a merge: a short training that brings a multi-task adapter closer to its members.
 
 The student starts as the merge. Its loss on a task is the KL divergence from the task adapter on
-the calibration rows, over `gain` as in the normalised regret. The rows' own answers take no part,
-neither in training nor in judging: a student that is less sure where the adapters are sure and
-wrong has a lower cross entropy than they have, and worse answers. What is judged and kept is a
-moving average of the factors: single steps follow the few rows that they train on. Calibration rows
-that are held back from training choose the step to keep. What they judge is what a pack would hold
-(16 bit, rank kept), and the unrefined merge takes part as step 0. So refining never takes a merge
-further from its members on them.
+the calibration rows, over `gain` as in the normalised regret. The rows' own answers take no part: a
+student that is less sure where the adapters are sure and wrong has a lower cross entropy than they
+have, and worse answers. The result is a moving average of the factors: single steps follow the few
+rows that they train on. No row is held back to judge by: the default merge is fitted to all of
+them, so those that training leaves out speak for the merge.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,10 +26,12 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.blas import all_cores
 
-__all__ = ["Member", "RefineOptions", "Refined", "hold_back", "refine", "schedule", "turns"]
+__all__ = ["Member", "RefineOptions", "Refined", "refine", "schedule", "turns"]
 
 # Least weight of a step in the average; the first steps count alike.
 _NEWEST = 0.1
+# A divergence, over the gain, that is lower by less is so by rounding.
+_CLOSER = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,73 +56,41 @@ class RefineOptions:
     """Options of the training.
 
     Attributes:
-        steps: most steps.
+        steps: number of steps.
         rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine.
-        held_share: share of every task's calibration rows that is held back; tasks with fewer than
-            three rows hold none back.
         rows: rows of each task in a step, and as many of those with its adapter's own answers.
-        every: steps between two evaluations on the held-back rows.
-        patience: evaluations without a new best before the training stops.
-        eps: the merge is kept unless the held-back divergence falls by more than this.
-        seed: seed of the choice of held-back rows, and of the order of the others.
+        seed: seed of the order of the rows.
     """
 
     steps: int = 40
     rate: float = 5e-4
-    held_share: float = 0.3
     rows: int = 2
-    every: int = 5
-    patience: int = 3
-    eps: float = 1e-3
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined adapter and the course of its training.
+    """A refined adapter, and how far it is from its members.
 
     Attributes:
-        adapter: the result, in the base model's 16-bit dtype; the unchanged merge if `step` is 0.
-        step: the step that was kept.
-        curve: (step, mean over the tasks of the divergence on the held-back rows, over the gain)
-            per evaluation, step 0 first.
-        stopped: why it ended: steps, patience, diverged, one member, or nothing held back.
-        unjudged: tasks with too few rows to hold any back.
+        adapter: the result, in the base model's 16-bit dtype; the unchanged merge where training
+            did not bring it closer.
+        before: mean over the tasks of the divergence on the calibration rows, over the gain, of the
+            merge; 0 for a single member.
+        after: the same of what training made, as a pack would hold it.
     """
 
     adapter: Adapter
-    step: int
-    curve: tuple[tuple[int, float], ...]
-    stopped: str
-    unjudged: tuple[str, ...]
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one task: kinds of rows to train on, with given or own answers; those held back."""
+    """Rows of one task by kind: the calibration rows, and those with its adapter's own answers."""
 
     gain: float
-    trained: list[list[TeacherRow]]
-    held: list[TeacherRow]
-
-
-def hold_back(probe: ExampleSet, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split calibration rows into those to train on and those to hold back.
-
-    A task's split does not depend on the other tasks.
-
-    Args:
-        probe: calibration rows of one task.
-        share: share of the rows to hold back; none of fewer than three rows.
-        seed: seed of the draw.
-
-    Returns:
-        Indices of the rows to train on, and of those to hold back, both ascending.
-    """
-    n = len(probe.examples)
-    order = np.random.default_rng([seed, zlib.crc32(probe.task.encode())]).permutation(n)
-    n_held = min(max(1, round(share * n)), n - 1) if n >= 3 else 0
-    return sorted(order[n_held:].tolist()), sorted(order[:n_held].tolist())
+    kinds: list[list[TeacherRow]]
 
 
 def refine(
@@ -133,10 +100,9 @@ def refine(
     options: RefineOptions | None = None,
     meter: Meter | None = None,
 ) -> Refined:
-    """Train `merged` to match its members; never further from them on the held-back rows.
+    """Train `merged` to match its members.
 
-    Use it where a merge loses much and rows suffice to hold some back. On one machine the same
-    arguments give the same bytes.
+    On one machine the same arguments give the same bytes.
 
     Args:
         base: base model of all adapters; one of them stays attached.
@@ -146,44 +112,36 @@ def refine(
         meter: shows progress; None shows nothing.
 
     Returns:
-        The refined adapter; the merge itself for a single member, or if no task holds rows back.
+        The refined adapter; the merge itself for a single member, or if it did not come closer.
 
     Raises:
         ModelError: the architecture scales or caps its logits.
     """
-    options = options or RefineOptions()
-    splits = [hold_back(one.probe, options.held_share, options.seed) for one in members]
-    unjudged = tuple(one.probe.task for one, (_, held) in zip(members, splits) if not held)
-    if len(members) == 1 or len(unjudged) == len(members):
-        reason = "one member" if len(members) == 1 else "nothing held back"
-        return Refined(merged, 0, (), reason, unjudged)
+    if len(members) == 1:
+        return Refined(merged, 0.0, 0.0)
     model = Distiller(base)
     with all_cores():
         tasks = []
-        for one, (train, held) in zip(members, splits):
-            rows = model.teacher_rows(one.adapter, one.probe)
-            trained = [[rows[i] for i in train]]
-            if one.own:
-                trained.append(model.teacher_rows(one.adapter, one.own))
-            tasks.append(_Rows(one.gain, trained, [rows[i] for i in held]))
-        refined = _train(model, merged, tasks, options, meter or Silent())
-    return replace(refined, unjudged=unjudged)
+        for one in members:
+            kinds = [model.teacher_rows(one.adapter, some) for some in (one.probe, one.own) if some]
+            tasks.append(_Rows(one.gain, kinds))
+        before = _divergence(model, merged, tasks)
+        trained = _train(model, merged, tasks, options or RefineOptions(), meter or Silent())
+        after = _divergence(model, trained, tasks)
+    return Refined(trained if after < before - _CLOSER else merged, before, after)
 
 
 def _train(
     model: Distiller, merged: Adapter, tasks: Sequence[_Rows], o: RefineOptions, meter: Meter
-) -> Refined:
-    """Train until the held-back rows have not gained for a while."""
-    orders = [[turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.trained)]
+) -> Adapter:
+    """The average of the factors over all steps, as a pack would hold it: 16 bit, rank kept."""
+    orders = [[turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.kinds)]
              for i, task in enumerate(tasks)]  # fmt: skip
     cost = _mean_cost(tasks, o.rows)
     meter.expect(o.steps * cost)
     optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
     factors = average = _balanced(merged)
-    curve = [(0, _divergence(model, merged, tasks))]
-    best, kept, step, stopped = curve[0][1] - o.eps, (0, merged), 0, "steps"
-    while step < o.steps:
-        step += 1
+    for step in range(1, o.steps + 1):
         rows = [[row for turn in pair for row in next(turn)] for pair in orders]
         gradient = model.gradient(factors, *_weighted(rows, tasks))
         gradient, _ = optim.clip_grad_norm(gradient, 1.0)
@@ -191,22 +149,7 @@ def _train(
         average = _averaged(average, factors, step)
         mx.eval(factors, average, optimizer.state)
         meter.advance(cost)
-        if step % o.every and step < o.steps:
-            continue
-        # The candidate is what a pack would hold, rounding to 16 bit included.
-        candidate = _adapter(merged, average, model.base.dtype)
-        divergence = _divergence(model, candidate, tasks)
-        if not math.isfinite(divergence):
-            stopped = "diverged"
-            break
-        curve.append((step, divergence))
-        if divergence < best:
-            best, kept = divergence, (step, candidate)
-        elif step - kept[0] >= o.patience * o.every:
-            stopped = "patience"
-            break
-    meter.expect((step - o.steps) * cost)
-    return Refined(kept[1], kept[0], tuple(curve), stopped, ())
+    return _adapter(merged, average, model.base.dtype)
 
 
 def schedule(steps: int, rate: float) -> Callable[[mx.array], mx.array]:
@@ -240,7 +183,7 @@ def _averaged(average: Factors, factors: Factors, step: int) -> Factors:
 
 def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
     """The mean number of tokens of a step."""
-    sizes = [[len(row.example.tokens) for row in some] for one in tasks for some in one.trained]
+    sizes = [[len(row.example.tokens) for row in some] for one in tasks for some in one.kinds]
     return round(sum(min(n, len(some)) * sum(some) / len(some) for some in sizes))
 
 
@@ -256,9 +199,8 @@ def _weighted(
 
 
 def _divergence(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float:
-    """Mean over the tasks that hold rows back of their divergence per target, over the gain."""
-    judged = [task for task in tasks if task.held]
-    found = [model.divergence(adapter, task.held) / task.gain for task in judged]
+    """Mean over the tasks of the divergence per target of their calibration rows, over the gain."""
+    found = [model.divergence(adapter, task.kinds[0]) / task.gain for task in tasks]
     return float(np.mean(found))
 
 

@@ -277,7 +277,7 @@ class RunConfig(RunRules):
         default_text="no",
         validate_default=True,
     )
-    refine_steps: int = option(40, "most steps of it", group=_REFINE, ge=1)
+    refine_steps: int = option(40, "steps of it", group=_REFINE, ge=1)
     refine_rate: float = option(0.0005, "its learning rate", group=_REFINE, gt=0)
 
     @property

@@ -20,7 +20,7 @@ __all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
 
 def _options(session: Session) -> RefineOptions:
     c = session.config
-    return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, eps=c.eps, seed=c.seed)
+    return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, seed=c.seed)
 
 
 def refine_inputs(session: Session) -> list[object]:
@@ -65,7 +65,7 @@ def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -
 
     Returns:
         A directory below `kept`, named by a hash of all that it depends on, with `adapter/` and
-        `refine.json`: members, step, stopped, held_back_divergence, curve, unjudged, seconds.
+        `refine.json`: members, whether it was refined, divergence before and after, seconds.
     """
     merged = load_adapter(session.path("merged") / str(k))
     indices = [session.inputs.names.index(name) for name in names]
@@ -75,14 +75,10 @@ def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -
         return part
     started = time.monotonic()
     refined = refine_merge(session, merged, indices)
-    at = dict(refined.curve)
     facts = {
         "members": list(names),
-        "step": refined.step,
-        "stopped": refined.stopped,
-        "held_back_divergence": {"before": at.get(0), "after": at.get(refined.step)},
-        "curve": refined.curve,
-        "unjudged": refined.unjudged,
+        "refined": refined.adapter is not merged,
+        "divergence": {"before": refined.before, "after": refined.after},
         "seconds": round(time.monotonic() - started, 2),
     }
     with write_dir(part) as directory:
