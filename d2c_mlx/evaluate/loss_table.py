@@ -16,13 +16,17 @@ __all__ = ["LossTable", "measure_losses", "normalized_regret"]
 
 # In nats. A smaller gain counts as this much where losses are divided by it.
 _LEAST_GAIN = 0.05
+# A lower regret counts as this much.
+_LEAST_REGRET = -1.0
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Bring losses to a scale that tasks share: 0 at the task adapter, 1 at the base model.
 
     A gain counts as at least 0.05 nats, so that an adapter that hardly helps does not outvote the
-    others. Use `LossTable.regret` where there is a table.
+    others. A regret is at least -1: an adapter worse than the base model would outvote them too,
+    since any merge that undoes it is many such gains better. Use `LossTable.regret` where there is
+    a table.
 
     Args:
         losses: `(n_tasks,)` or `(n_tasks, k)`, in nats per target token.
@@ -33,7 +37,8 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
         Regrets in the shape of `losses`, without a unit.
     """
     wide = (slice(None),) + (None,) * (losses.ndim - 1)
-    return (losses - own[wide]) / np.maximum(base - own, _LEAST_GAIN)[wide]
+    regrets = (losses - own[wide]) / np.maximum(base - own, _LEAST_GAIN)[wide]
+    return np.maximum(regrets, _LEAST_REGRET)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ class LossTable:
         return normalized_regret(losses, self.individual[tasks], self.base[tasks])
 
     def losses_at(self, regrets: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Convert regrets to losses; the inverse of `regret`.
+        """Convert regrets to losses; the inverse of `regret` above -1.
+
+        A loss above that of a limit has a regret above the limit, also where the limit is lower.
 
         Args:
             regrets: `(n,)`.

@@ -10,7 +10,7 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.evaluate.distill import Distiller, TeacherRow
-from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.loss_table import LossTable, normalized_regret
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import ExampleSet
@@ -37,9 +37,9 @@ class TeacherRegret:
     Use it to judge stored forms of adapters; clusterings are judged by `LossTable.regret`.
 
     A regret is KL(task adapter || another) over the gain: 0 at the task adapter, about 1 at the
-    base model. On ten rows their answers alone may favour a scale of 1.7 over the adapter itself,
-    or a small form over a large one, by luck. A real scale error moves nearly all rows the same
-    way, and then the rows' own answers count too.
+    base model, at least -1. On ten rows their answers alone may favour a scale of 1.7 over the
+    adapter itself, or a small form over a large one, by luck. A real scale error moves nearly all
+    rows the same way, and then the rows' own answers count too.
 
     Attributes:
         sets: the calibration rows, with teacher targets where the model allows it.
@@ -76,7 +76,9 @@ class TeacherRegret:
             `(n,)` normalised regrets.
         """
         if self._separate:
-            return losses / self._losses.gain[tasks]
+            # They are differences from the task adapter's already.
+            gain = self._losses.gain[tasks]
+            return normalized_regret(losses, np.zeros_like(gain), gain)
         return self._losses.regret(losses, tasks)
 
     def under(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:

@@ -47,6 +47,22 @@ def test_regret_counts_gains_below_a_floor_as_the_floor():
     assert table.gain == pytest.approx([0.5, 0.05, 0.05, 0.05, 0.05])
 
 
+def test_regret_is_never_below_minus_1():
+    # The second adapter is 1.3 nats worse than the base model.
+    table = table_of([5.0, 1.0], np.diag([0.5, 2.3]))
+    assert table.regret(table.base) == pytest.approx([1.0, -1.0])
+    table = table_of([5.0, 5.0], np.diag([0.5, 0.5]))
+    both = np.array([[0.5, 0.0], [0.25, -9.0]])
+    assert table.regret(both) == pytest.approx(np.array([[0, -1 / 9], [-1 / 18, -1]]))
+
+
+def test_a_loss_above_that_of_a_limit_has_a_regret_above_the_limit():
+    table = table_of([5.0, 1.0, 1.0], np.diag([0.5, 2.3, 2.3]))
+    limits, tasks = np.array([0.5, -1.001, -0.5]), np.arange(3)
+    losses = table.losses_at(limits, tasks)
+    assert (table.regret(losses + 1e-6, tasks) > limits).all()
+
+
 def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):
     paths = library(tmp_path, list("abcd"))
     config = RunConfig(

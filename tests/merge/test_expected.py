@@ -97,6 +97,11 @@ def test_rows_that_say_weaker_are_believed(session):
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
+def test_a_teacher_regret_is_never_below_minus_1(session):
+    found, gain = TeacherRegret(session.library, session.study.losses), session.study.losses.gain
+    assert found.regret(gain * [0.5, -3], np.arange(2)) == pytest.approx([0.5, -1])
+
+
 @pytest.mark.slow
 def test_forms_are_stored_weaker_where_rows_say_so(session):
     """Scales below 1 are tried for such adapters, and for no others."""

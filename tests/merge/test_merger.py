@@ -73,7 +73,10 @@ def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(conf
         assert merge["method"] == method
 
 
-@pytest.mark.parametrize(("members", "better"), [((0, 1), "regmean"), ((1, 2), "regmean++")])
+@pytest.mark.parametrize(
+    ("members", "better"),
+    [((0, 1, 2), "regmean"), ((0, 1), "regmean++"), ((1, 2), "regmean++")],
+)
 def test_regmean_again_is_regmean_on_what_reaches_the_merge(config, members, better):
     """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
     merger = merger_of(config.replace(merge_method="regmean++"))
