@@ -115,7 +115,7 @@ class Engine:
         self._prefix = self.optimizations.prefix and prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self.passes = PassSize()
-        self._batches: dict[tuple[str, PassSize, int], list[list[int]]] = {}
+        self._batches: dict[tuple[str, PassSize, int, int], list[list[int]]] = {}
         self._rows: dict[tuple[str, str], np.ndarray] = {}
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
@@ -185,7 +185,8 @@ class Engine:
             ConfigError: a row does not fit the memory limit.
         """
         copies = self.optimizations.stack
-        key = examples.tokens_digest, self.passes, copies
+        # Among several ranks the limit falls to that of the least memory.
+        key = examples.tokens_digest, self.passes, copies, self.batch_limit
         if key not in self._batches:
             n_prefix = len(self._prefix_of(examples))
             # The last token predicts nothing.

@@ -18,12 +18,14 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.batches import PassSize
 from d2c_mlx.evaluate.distributed import (
     _end,
+    _follow,
     _measured,
     _weights,
     launched_group,
     local_ranks,
     share_out,
 )
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.messages import (
     RankError,
     _join_lengths,
@@ -219,6 +221,17 @@ def test_no_rank_is_idle_for_the_rest_of_a_run(paths, tmp_path):
     assert cuts[:2] == [[[0], []], [[0, 1, 2], [3, 4, 5]]]
     # Pieces of 13,500 tokens: one for each, then as fast as they are.
     assert cuts[2] == [[0], [1]] and len(cuts) == 4
+
+
+def test_a_rank_that_has_cut_batches_already_cuts_as_the_one_with_the_least_memory(paths):
+    base = BaseModel(str(paths.model))
+    examples = ExampleSet("t", (Example(tuple(range(1, 31)), 20),) * 20)
+    first, other = Engine(base), Engine(base)
+    alone = first.batches(examples)
+    for engine in (first, other):
+        _follow(engine, [1_000_000, first.fold])
+    assert len(alone) < len(first.batches(examples)) == len(other.batches(examples))
+    assert first.fingerprint(examples) == other.fingerprint(examples)
 
 
 def test_ranks_share_by_what_is_known_of_their_speed():
