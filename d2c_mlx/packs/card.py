@@ -14,7 +14,7 @@ from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack
 from d2c_mlx.utils.errors import ConfigError, PackError
 from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.hub import parse_hub_id
-from d2c_mlx.utils.parsing import parse_json
+from d2c_mlx.utils.parsing import json_or_none, parse_json
 from d2c_mlx.utils.templates import templates_of
 
 __all__ = ["CardOptions", "read_bench", "render_card"]
@@ -45,7 +45,7 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
     """README.md of a model repository: YAML front matter and Markdown.
 
     It holds nothing of this machine. How each adapter was made comes from `merges.json` or
-    `plan.json` of the run directory, where the pack is in one.
+    `plan.json` of the run directory, where the pack is in one and was made from that very file.
 
     Args:
         pack: what `load_pack` verified.
@@ -191,7 +191,14 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
                 raise TypeError
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
-    return found
+    return found if _made_from(path) else {}
+
+
+def _made_from(path: Path) -> bool:
+    """True if the pack beside this file was made from it, and no later stage wrote it anew."""
+    record = json_or_none(path.parent / ".stages" / "pack.json")
+    read = record.get("read") if isinstance(record, dict) else None
+    return isinstance(read, dict) and path.is_file() and read.get(path.name) == hash_file(path)
 
 
 def _adapters(pack: Pack, bench: Json | None) -> list[Json]:

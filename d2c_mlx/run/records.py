@@ -43,8 +43,8 @@ class Record:
         """Hash the inputs that a stage is about to work on; arguments as in `Session.stage`."""
         self._output = output
         self._path = _stages(output) / f"{name}.json"
-        read = [hash_tree(output / file) for file in reads]
-        self._inputs = fingerprint([VERSION, options, read])
+        self._read = {file: hash_tree(output / file) for file in reads}
+        self._inputs = fingerprint([VERSION, options, [*self._read.values()]])
 
     def holds(self, writes: Sequence[str]) -> bool:
         """True if the stage ran on the same inputs and its outputs `writes` are untouched."""
@@ -58,7 +58,8 @@ class Record:
     def write(self, writes: Sequence[str], measured: dict[str, object]) -> None:
         """Record the artifacts `writes` as they are now, and what the stage measured."""
         outputs = {file: hash_tree(self._output / file) for file in writes}
-        write_json(self._path, {"inputs": self._inputs, "outputs": outputs, **measured})
+        content = {"inputs": self._inputs, "read": self._read, "outputs": outputs}
+        write_json(self._path, {**content, **measured})
 
 
 def _untouched(output: Path, outputs: Mapping[str, str]) -> bool:

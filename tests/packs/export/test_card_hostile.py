@@ -11,6 +11,7 @@ from d2c_mlx.packs.card import CardOptions, render_card
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.files import hash_file
 
 NAME = "<img src=x onerror=alert(1)>|`[a](javascript:b)` *b* $x$ '; id #"
 
@@ -25,8 +26,11 @@ def pack(tmp_path, about):
 
 
 def test_names_and_origins_are_text(pack, tmp_path):
-    (tmp_path / "merges.json").write_text(
-        json.dumps([{"members": [NAME], "method": NAME, "scale": 1.5}])
+    merges = tmp_path / "merges.json"
+    merges.write_text(json.dumps([{"members": [NAME], "method": NAME, "scale": 1.5}]))
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / ".stages" / "pack.json").write_text(
+        json.dumps({"read": {merges.name: hash_file(merges)}})
     )
     options = CardOptions(license="x\n---\nbase_model: evil", revision="a`; id")
     text = render_card(pack, "org/name", options)
@@ -40,6 +44,7 @@ def test_names_and_origins_are_text(pack, tmp_path):
     assert "\u202e" not in text and "evil" not in str(card.data.base_model)
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {7}
+    assert any("| 1.5 |" in row for row in rows)
     (command,) = re.findall(r"^llama-cli .*$", card.text, re.MULTILINE)
     assert command.split("--lora ")[1].startswith(("'gguf/", "gguf/"))
     for line in re.findall(r"^(?:model, tokenizer|model) = .*$", card.text, re.MULTILINE):

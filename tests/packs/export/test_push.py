@@ -114,6 +114,24 @@ def test_the_card_of_a_run(tmp_path, budget):
             assert secret.encode() not in content, name
 
 
+@pytest.mark.slow
+def test_a_card_says_how_the_pack_was_made_not_what_a_later_stage_wrote(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
+    config = RunConfig(model=str(paths.model), adapters=str(paths.adapters), merge_method="linear",
+                       tasks=str(paths.tasks), budget="1", probe_examples=2, test_examples=2,
+                       answers=0, output=str(tmp_path / "run"))  # fmt: skip
+    session = run(config, until="pack", quiet=True)
+
+    def made():
+        card = render_card(load_pack(session.path("pack")), "org/name", CardOptions("org/base"))
+        return [row[2:4] for row in tables(ModelCard(card).text)[MADE]]
+
+    assert made() == [["linear", str(session.read("merges.json")[0]["scale"])]]
+    run(config.replace(merge_method="ties"), until="merge", quiet=True)
+    assert session.read("merges.json")[0]["method"] == "ties"
+    assert made() == [["not recorded", "-"]]
+
+
 def test_what_is_not_known_is_said(plain, tmp_path):
     manifest = json.loads((plain.path / "manifest.json").read_text())
     manifest["origins"] = {"one": "org/a@" + "0" * 40}
