@@ -120,7 +120,7 @@ def excess_interval(
     pack: Mapping[str, Adapter | None],
     individual: Mapping[str, Adapter | None],
     tests: Sequence[ExampleSet],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The 95 % interval of a pack's excess, see `paired_bootstrap`.
 
     What `bench_methods` has just measured is not measured again.
@@ -132,7 +132,7 @@ def excess_interval(
         tests: held-out examples of every task.
 
     Returns:
-        `low` and `high`, in nats per target token.
+        `low` and `high`, in nats per target token; None where a task has fewer than two rows.
     """
 
     def rows(serves: Mapping[str, Adapter | None]) -> dict[str, np.ndarray]:
@@ -174,7 +174,7 @@ def row_losses(
 
 def paired_bootstrap(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], n: int = 2000, seed: int = 0
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The difference of two packs' losses on the same held-out rows, by resampling the rows.
 
     Rows are drawn within every task, the same for both; tasks are not drawn, so nothing is said of
@@ -189,7 +189,8 @@ def paired_bootstrap(
     Returns:
         `difference`: our loss less theirs, in nats per target token, the mean over tasks; below 0
         ours is better. `low`, `high`: its 2.5 and 97.5 % quantiles over resamples. `p`: the share
-        of resamples in which ours is not better.
+        of resamples in which ours is not better. These three are None where a task has fewer than
+        two rows, which would be the same in every resample.
     """
     rng = np.random.default_rng(seed)
     difference, drawn = 0.0, np.zeros(n)
@@ -200,6 +201,8 @@ def paired_bootstrap(
             difference += sign * float(rows[:, 0].sum() / rows[:, 1].sum()) / len(ours)
             sums = counts @ rows
             drawn += sign * sums[:, 0] / sums[:, 1] / len(ours)
+    if min(map(len, ours.values())) < 2:
+        return {"difference": difference, "low": None, "high": None, "p": None}
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"difference": difference, "low": float(low), "high": float(high),
             "p": float((drawn >= 0).mean())}  # fmt: skip

@@ -29,6 +29,11 @@ def _rows(content: Json) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (order.index(_place(row)), row["excess"]))
 
 
+def _known(row: Json) -> bool:
+    """True if a run is beside another with an interval, which needs two rows of every task."""
+    return row.get("low") is not None
+
+
 def _place(row: Json) -> tuple[str, str, str]:
     return row["config"], row["budget"], row["clusters"]
 
@@ -50,7 +55,8 @@ def render_runs(content: Json) -> str:
         cells += [f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"])]
         beside = ""
         if "beside" in row:
-            beside = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+            between = f"{row['low']:+.4f} to {row['high']:+.4f}" if _known(row) else "too few rows"
+            beside = f"{row['difference']:+.4f} ({between})"
         lines.append(_line([*map(markdown, cells), beside]))
     lines += [
         "",
@@ -91,8 +97,8 @@ def render_plot(content: Json) -> str:
         y = [methods.index(row["method"]) + step * (k - (len(series) - 1) / 2) for row in some]
         x = [row["excess"] for row in some]
         bars = [
-            [row["difference"] - row["low"] if "beside" in row else 0.0 for row in some],
-            [row["high"] - row["difference"] if "beside" in row else 0.0 for row in some],
+            [row["difference"] - row["low"] if _known(row) else 0.0 for row in some],
+            [row["high"] - row["difference"] if _known(row) else 0.0 for row in some],
         ]
         axes.errorbar(x, y, xerr=bars, fmt="osD^v"[k // len(COLOURS) % 5], capsize=2, label=label,
                       color=COLOURS[k % len(COLOURS)])  # fmt: skip

@@ -34,7 +34,10 @@ def verdict(bench: Mapping[str, Any]) -> str:
         return f"{_sizes(bench)}. {unmeasured(bench)}"
     cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
     said = f"{_sizes(bench)}. On held-out rows that costs {cost}"
-    if between := excess_interval(bench):
+    between = excess_interval(bench)
+    if between and between["low"] is None:
+        said += " (no interval: a task has one held-out row only)"
+    elif between:
         said += f" (95% interval {between['low']:.4f} to {between['high']:.4f}"
         said += ": too few rows to tell more)" if between["few"] else ")"
     if pack["retention"] is not None:
@@ -77,13 +80,15 @@ def _sizes(bench: Mapping[str, Any]) -> str:
 def excess_interval(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The 95 % interval of the pack's excess: `low`, `high`, and `few` if that needs more rows.
 
+    `low` and `high` are None where a task has one row only.
+
     Args:
         bench: content of `bench.json`; an older one has no interval, which gives None.
     """
     if "interval" not in bench:
         return None
     low, high = bench["interval"]["low"], bench["interval"]["high"]
-    few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
+    few = low is None or high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
     return {"low": low, "high": high, "few": few}
 
 

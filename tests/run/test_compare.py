@@ -20,6 +20,7 @@ from d2c_mlx.evaluate.heldout import (
 )
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.session import Session
 
@@ -215,3 +216,19 @@ def test_the_bootstrap_of_one_task_is_scipys():
     assert found["p"] == pytest.approx((theirs.bootstrap_distribution >= 0).mean(), abs=0.03)
     again = paired_bootstrap({"u": b, "t": a}, {"t": b, "u": a}, n=4000)
     assert again["difference"] == pytest.approx(0) and again["low"] < 0 < again["high"]
+
+
+def test_one_row_of_a_task_tells_no_interval_beside_another_method():
+    rows = {"t": np.array([[3.0, 2], [5.0, 4]]), "u": np.array([[2.0, 4]])}
+    other = {task: some * [1.5, 1] for task, some in rows.items()}
+    found = paired_bootstrap(other, rows)
+    assert found == {"difference": pytest.approx((2 / 3 + 1 / 4) / 2), "low": None, "high": None,
+                     "p": None}  # fmt: skip
+    place = {"config": "", "budget": "2", "clusters": "shared"}
+    content = {
+        "runs": [{**place, "name": name, "method": name, "nbytes": 9, "loss": 1.0, "excess": 0.1,
+                  "retention": None} for name in ("linear", "ties")],
+        "pairs": [{**place, "ours": "ties", "theirs": "linear", **found}],
+    }  # fmt: skip
+    assert "| +0.4583 (too few rows) |" in render_runs(content)
+    assert ",,,,ties\n" in render_csv(content) and "<svg" in render_plot(content)

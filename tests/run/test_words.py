@@ -47,6 +47,8 @@ def test_the_result_in_words():
     )
     narrow = verdict({**BENCH, "interval": {"low": 0.01, "high": 0.015}})
     assert "(95% interval 0.0100 to 0.0150); 99.1%" in narrow
+    single = verdict({**BENCH, "interval": {"low": None, "high": None}})
+    assert "token (no interval: a task has one held-out row only); 99.1%" in single
     old = {key: value for key, value in BENCH.items() if key != "interval"}
     assert "token; 99.1%" in verdict(old)
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
@@ -117,6 +119,14 @@ def test_given_clusters_are_merged_by_any_method(config, tmp_path):
         "c: in no cluster",
         "found 3 clusters, expected at most 2, for which the budget has room",
     ]
+
+
+def test_one_row_tells_no_interval(config):
+    session = run(config.replace(test_examples=1), quiet=True)
+    assert session.read("bench.json")["interval"] == {"low": None, "high": None}
+    for name in ("report.html", "report.md"):
+        text = session.path(name).read_text("utf-8")
+        assert " (no interval: a task has one held-out row only)" in text and "95%" not in text
 
 
 def test_answers_are_counted_with_an_interval():
