@@ -124,7 +124,7 @@ def answer(session: Session) -> Stage:
         inputs.asked.write(inputs.base, session.adapters, partial(mark, kind="run"))
         inputs.take_answers()
 
-    options = [inputs.base.fingerprint, inputs.asked.prompts]
+    options = [inputs.base.fingerprint, inputs.asked.prompts, *inputs.base.generation]
     return Stage("answer", options, ["adapters"], ["answered"], body)
 
 
@@ -300,6 +300,7 @@ def bench(session: Session) -> Stage:
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
                session.baselines, c.answers]  # fmt: skip
     options += [inputs.shipped.fingerprint] if c.probe_model else []
+    options += inputs.shipped.generation if c.answers else []
     merges = [] if session.planned else ["losses.json", *_answers(c), "clusters.json", "merged"]
     return Stage("bench", options, ["adapters", *merges, "pack"], [name], body)
 

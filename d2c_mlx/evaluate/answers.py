@@ -25,7 +25,7 @@ __all__ = ["OwnAnswers", "answer_rows", "max_answer_tokens", "prompt_and_expecte
 
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
-# Which prompts the answers are to.
+# Which prompts the answers are to, and whose they are.
 _OF = "prompts.json"
 
 
@@ -120,11 +120,14 @@ class OwnAnswers:
             `load_unlabelled`.
         n_probe: most calibration rows of a task, and no more than half; the others are held out.
             None where there are other rows.
+        by: whose answers they are, adapters and base model, as a JSON value; None where that is not
+            known, and not compared.
     """
 
     directory: Path
     prompts: Mapping[str, Sequence[Row]]
     n_probe: int | None
+    by: object = None
 
     @property
     def there(self) -> bool:
@@ -135,8 +138,8 @@ class OwnAnswers:
         """The rows of a run without others; the prompts and stand-ins where they are not answered.
 
         Raises:
-            TaskError: tasks with fewer than two prompts, answers to other prompts, or what a person
-                wrote that is no row.
+            TaskError: tasks with fewer than two prompts, other answers than this run's, or what a
+                person wrote that is no row.
         """
         prompts = self._distinct
         few = [name for name in names if len(prompts.get(name, ())) < 2]
@@ -154,7 +157,7 @@ class OwnAnswers:
         """The answered rows by task, for a run that has others; none if they are not answered.
 
         Raises:
-            TaskError: answers to other prompts, or what a person wrote that is no row.
+            TaskError: other answers than this run's, or what a person wrote that is no row.
         """
         if not self.there:
             return {}
@@ -162,11 +165,22 @@ class OwnAnswers:
         return {one.name: one.probe for one in load_tasks(self.directory, self.prompts, False)}
 
     def _check(self) -> None:
-        if parse_json(read_text(self.directory / _OF)) != fingerprint(self._distinct):
-            raise TaskError(
-                f"{self.directory}: answers to other prompts than those of --unlabelled; use them"
-                f" with --tasks {self.directory} and another --output, or delete them"
-            )
+        found, of = parse_json(read_text(self.directory / _OF)), self._of
+        # Earlier versions wrote the prompts' hash alone.
+        old = found if isinstance(found, dict) else {"prompts": found}
+        split = any(self.directory.glob("*/test.jsonl"))
+        if old.get("prompts") != of["prompts"]:
+            what = "to other prompts than those of --unlabelled"
+        elif self.by is not None and old.get("by", of["by"]) != of["by"]:
+            what = "of other adapters, or of another base model, than this run has"
+        elif split != bool(self.n_probe):
+            kinds = ("without", "beside") if split else ("beside", "without")
+            what = "made {} --tasks, expected {}".format(*kinds)
+        else:
+            return
+        # Beside other rows none are held out.
+        use = f"use them with --tasks {self.directory} and" if split else "give"
+        raise TaskError(f"{self.directory}: answers {what}; {use} another --output, or delete them")
 
     def write(
         self, base: BaseModel, adapters: Sequence[Adapter], done: Callable[[Path], None]
@@ -208,7 +222,7 @@ class OwnAnswers:
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
                     if lines:
                         write_text(directory / name / f"{file}.jsonl", "".join(lines))
-            write_json(directory / _OF, fingerprint(self._distinct))
+            write_json(directory / _OF, self._of)
             done(directory)
 
     @cached_property
@@ -216,6 +230,10 @@ class OwnAnswers:
         """The prompts of every task, each once."""
         return {name: list({prompt_key(row): row for row in rows}.values())
                 for name, rows in self.prompts.items()}  # fmt: skip
+
+    @property
+    def _of(self) -> dict[str, str]:
+        return {"prompts": fingerprint(self._distinct), "by": fingerprint(self.by)}
 
     def _split(self, name: str, rows: Sequence[Row]) -> Task:
         n = min(self.n_probe, (len(rows) + 1) // 2) if self.n_probe else len(rows)

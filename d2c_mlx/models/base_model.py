@@ -146,6 +146,22 @@ class BaseModel:
             parts.append([file.name, hash_file(file)])
         return fingerprint(parts)
 
+    @cached_property
+    def generation(self) -> list[str]:
+        """Hex SHA-256 of generation_config.json, where mlx-lm looks first for what ends answers.
+
+        Empty without that file. No loss depends on it, so it is not part of `fingerprint`.
+        """
+        file = self.path / "generation_config.json"
+        return [hash_file(file)] if file.exists() else []
+
+    @cached_property
+    def answers_hash(self) -> str:
+        """Hex SHA-256 of the model's files that answers depend on, on any machine."""
+        texts = sorted(self.path.glob("token*.json")) + sorted(self.path.glob("*.jinja"))
+        parts = [[file.name, hash_file(file)] for file in texts]
+        return fingerprint([self.config_hash, self.weights_hash, *parts, self.generation])
+
     def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
         """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length.
 

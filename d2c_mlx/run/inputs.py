@@ -103,7 +103,9 @@ class Inputs:
         n, known = config.probe_examples, tasks or [Task(name, (), ()) for name in names]
         asked = load_unlabelled(Path(config.unlabelled), known, n)
         place = Path(config.output) / "answered"
-        self.asked = OwnAnswers(place, asked, None if tasks else n)
+        digests = {one.name: one.digest for one in self.adapters if one.name in asked}
+        by = [self.base.answers_hash, digests] if digests else None
+        self.asked = OwnAnswers(place, asked, None if tasks else n, by)
         return tasks or self.asked.tasks(names)
 
     def take_answers(self) -> None:

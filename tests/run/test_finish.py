@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from helpers.runs import stages_started
 
 from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
@@ -73,6 +75,21 @@ def test_what_changed_is_seen(finished, tmp_path):
         json.loads(path.read_text(encoding="utf-8"))["methods"].keys() == content["methods"].keys()
     )
     assert is_finished(finished)
+
+
+@pytest.mark.slow
+def test_another_end_of_answers_is_seen(finished):
+    """mlx-lm takes it from generation_config.json first; no loss depends on it."""
+    asked = run(finished.config.replace(answers=1), quiet=True)
+    first = stages_started(finished.output)
+    ends = Path(finished.config.model) / "generation_config.json"
+    ends.write_text(json.dumps({"eos_token_id": [*range(3, 300, 2)]}))
+    assert not is_finished(asked)
+    answers = run(asked.config, quiet=True).read("bench.json")["answers"]
+    again = stages_started(finished.output)
+    assert {name for name in first if again[name] != first[name]} == {"bench", "report"}
+    fresh = asked.config.replace(output=f"{asked.output}-fresh")
+    assert run(fresh, quiet=True).read("bench.json")["answers"] == answers
 
 
 @pytest.mark.slow

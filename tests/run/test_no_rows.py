@@ -166,6 +166,35 @@ def test_adapters_answer_prompts_and_a_person_corrects_them(prompts):
         run(prompts, quiet=True)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unlabelled")
+def test_answers_of_other_adapters_are_refused(prompts):
+    session = run(prompts, until="answer", quiet=True)
+    place, adapters = session.path("answered"), Path(prompts.adapters)
+    corrected = [{"prompt": f"{i}?", "completion": "Corrected."} for i in range(2)]
+    write_jsonl(place / "a" / "probe.jsonl", corrected)
+    peft_adapter(adapters, "a", alpha=60, seed=50)
+    with pytest.raises(InputError, match="answered: answers of other adapters, or of another base"):
+        run(prompts, until="answer", quiet=True)
+    # A directory of an earlier version says nothing of adapters.
+    of = json.loads((place / "prompts.json").read_text())
+    (place / "prompts.json").write_text(json.dumps(of["prompts"]))
+    run(prompts, until="answer", quiet=True)
+    (place / "prompts.json").write_text(json.dumps(of))
+    peft_adapter(adapters, "a")
+    run(prompts, until="answer", quiet=True)
+    assert "Corrected." in (place / "a" / "probe.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unlabelled")
+def test_answers_that_would_end_elsewhere_are_refused(prompts):
+    run(prompts, until="answer", quiet=True)
+    (Path(prompts.model) / "generation_config.json").write_text('{"eos_token_id": [41]}')
+    with pytest.raises(InputError, match="answers of other adapters, or of another base model"):
+        run(prompts, until="answer", quiet=True)
+
+
 def test_prompts_that_are_too_few(prompts):
     write_jsonl(Path(prompts.unlabelled), [{"task": name, "prompt": "One?"} for name in NAMES])
     with pytest.raises(InputError, match="fewer than 2 prompts for a, b, c, d, expected 2 or more"):

@@ -93,6 +93,22 @@ def test_answers_that_do_not_end_are_left_out_and_it_is_said(prompts):
     assert sum(file.read_text().count("\n") for file in answered.glob("*/*.jsonl")) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unlabelled")
+def test_answers_beside_rows_and_those_that_are_all_the_rows(prompts):
+    rows = [{"task": name, "prompt": f"Question {i} for {name}?"} for name in NAMES
+            for i in range(4)]  # fmt: skip
+    write_jsonl(Path(prompts.unlabelled), rows)
+    alone = prompts.replace(tasks=None)
+    kinds = {"beside": prompts, "without": alone}
+    for (kind, first), second in zip(kinds.items(), (alone, prompts)):
+        place = f"{prompts.output}-{kind}"
+        run(first.replace(output=place), until="answer", quiet=True)
+        text = f"answers made {kind} --tasks, expected .* another --output, or delete them"
+        with pytest.raises(InputError, match=text):
+            run(second.replace(output=place), until="answer", quiet=True)
+
+
 @pytest.mark.parametrize(
     "options, text",
     [
