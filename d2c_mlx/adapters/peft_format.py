@@ -123,7 +123,10 @@ def _pattern_lookup(
 
 
 def load_peft(
-    directory: Path, base: BaseWeights | None = None, shapes: Collection[str] = ()
+    directory: Path,
+    base: BaseWeights | None = None,
+    shapes: Collection[str] = (),
+    pass_over: bool = False,
 ) -> Adapter:
     """Load PEFT's layout (`adapter_model.safetensors` + `adapter_config.json`).
 
@@ -136,6 +139,7 @@ def load_peft(
             a `dora_rank`. Without them both are refused.
         shapes: paths of the base's linear modules; those of a text model within a vision-language
             model become these.
+        pass_over: leave modules stored in full to the one who has the base model.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not
@@ -146,7 +150,10 @@ def load_peft(
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
     pairs, magnitudes, whole, other = _sorted(tensors, bool(config.get("use_dora")))
     as_dora = bool(config.get("use_dora")) and base is not None and base.dora_rank is not None
-    held = [path for path, x in whole.items() if base is not None and base.holds(path, x)]
+    if pass_over:
+        whole, config = {}, {**config, "modules_to_save": None}
+    names = _text_names(pairs, shapes, whole)
+    held = [path for path, x in whole.items() if base is not None and base.holds(names[path], x)]
     compared = base is not None and bool(whole)
     accepted = {"use_dora": as_dora, "modules_to_save": compared}
     problems = _refusals(config, where, [field for field, yes in accepted.items() if yes])
@@ -163,20 +170,24 @@ def load_peft(
         raise AdapterError(problems)
     if held:
         warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
-    names = _text_names(pairs, shapes)
     modules = {names[path]: one for path, one in _scaled_modules(pairs, config, where).items()}
     magnitudes = {names[path]: x for path, x in magnitudes.items()}
     adapter = Adapter(directory.name, modules, base_name(config))
     return base.to_lora(adapter, magnitudes) if base is not None and as_dora else adapter
 
 
-def _text_names(paths: Collection[str], shapes: Collection[str]) -> dict[str, str]:
+def _text_names(
+    paths: Collection[str], shapes: Collection[str], whole: Collection[str]
+) -> dict[str, str]:
     """Module path -> the base's for it; the same where two text models may be meant, or none."""
     here, there = ({x.partition(".layers.")[0] for x in some} & _TEXT for some in (shapes, paths))
     if len(here) != 1 or len(there) != 1:
-        return {path: path for path in paths}
-    new, old = (f"{root}.layers." for (root,) in (here, there))
-    return {path: re.sub(rf"^{re.escape(old)}", new, path) for path in paths}
+        return {path: path for path in (*paths, *whole)}
+    (new,), (old,) = here, there
+    # Embeddings and norms are beside the blocks; a LoRA there is refused by its own name.
+    begins = {**dict.fromkeys(whole, "."), **dict.fromkeys(paths, ".layers.")}
+    return {path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
+            for path, begin in begins.items()}  # fmt: skip
 
 
 def _sorted(

@@ -203,7 +203,9 @@ class BaseModel:
         modules = dict(self.model.named_modules())
         module = modules.get(path)
         if module is None and path.endswith("lm_head"):
-            module = next((m for name, m in modules.items() if name.endswith("embed_tokens")), None)
+            ends = ("lm_head", "embed_tokens")
+            named = (m for end in ends for name, m in modules.items() if name.endswith(end))
+            module = next(named, None)
         if isinstance(module, _AdaptedLinear):
             module = module.linear
         if module is None or "weight" not in module:

@@ -12,17 +12,19 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.models.tokenize import encode, encode_tests
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
@@ -70,7 +72,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     name, source, path = quantized_model(config.model, config.bits)
     pack.check_weights(source)
     stock = StockModel(path)
-    methods = _load_methods(config, pack, stock)
+    methods = _load_methods(config, pack, stock, source)
     config = config.replace(contexts=_fitting_contexts(config, stock))
     tests = _load_tests(config, pack, stock)
     # mlx-lm prints warnings of its own; standard output is for the result.
@@ -132,7 +134,9 @@ def _dtype(dtype: mx.Dtype | None) -> str:
     return str(dtype).split(".")[-1]
 
 
-def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, BenchMethod]:
+def _load_methods(
+    config: PhoneConfig, pack: Pack, stock: StockModel, source: Path
+) -> dict[str, BenchMethod]:
     """Adapters that serve each task: none, its task adapter if `adapters` is given, the pack's."""
     packed = {task: pack.load(task) for task in pack.tasks}
     for adapter in packed.values():
@@ -147,13 +151,16 @@ def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[st
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
+        # Before it was quantized: what an adapter stores in full is of that model.
+        model = cache(partial(BaseModel, str(source), lazy=True))
+        own = BaseWeights(lambda path: model().weight(path))
         found = gather(
-            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config)
+            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config, own)
             for task in packed
         )
-        own = {task: one.uniform(stock.dtype or mx.float16) for task, one in zip(packed, found)}
-        nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in own.values())
-        methods["individual"] = BenchMethod(nbytes, [own])
+        served = {task: one.uniform(stock.dtype or mx.float16) for task, one in zip(packed, found)}
+        nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in served.values())
+        methods["individual"] = BenchMethod(nbytes, [served])
     return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
 
 

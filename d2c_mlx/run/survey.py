@@ -172,7 +172,7 @@ def _look(source: Source, task: Path) -> Found:
 def _load(path: Path) -> Adapter | None:
     """Read an adapter without its base; None for a GGUF, which needs the base's module names."""
     if (path / PEFT_WEIGHTS).exists():
-        return load_peft(path)
+        return load_peft(path, pass_over=True)
     if (path / ADAPTER_BIAS).exists():
         return load_adapter_bias(path)
     gguf = path.is_file() or (not (path / WEIGHTS).exists() and any(path.glob("*.gguf")))

@@ -10,10 +10,12 @@ import re
 import warnings
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers.command import edit_tensors
 from helpers.tiny import ALL, peft_adapter
 
+from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning
 
@@ -147,6 +149,24 @@ def test_the_text_model_of_a_vision_language_model(tmp_path, here, there):
         other = adapter.modules[f"{here}.{one.removeprefix('model.')}"]
         assert lora.scale == other.scale == (0.75 if ".1." in one else 2)
         assert mx.array_equal(lora.a, other.a) and mx.array_equal(lora.b, other.b)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.input_layernorm"])
+@pytest.mark.parametrize("here", ["model", "language_model.model"])
+def test_what_a_vision_language_model_s_adapter_stores_in_full(tmp_path, here, name):
+    there, own = "model.language_model", np.arange(6, dtype="f2").reshape(2, 3)
+    path = peft_adapter(tmp_path, "a", modules_to_save=[name.rpartition(".")[2]])
+    rename(path, ".model.layers", f".{there}.layers")
+    edit_tensors(path, lambda t: t.update({f"base_model.model.{there}.{name}.weight": own}))
+    shapes = {f"{here}.{one.removeprefix('model.')}": shape for one, shape in ALL.items()}
+    weights = BaseWeights({f"{here}.{name}": mx.array(own)}.get)
+    with pytest.warns(InputWarning, match=f"{there}.{name}: stored in full"):
+        assert len(read_adapter(path, shapes, base=weights).modules) == 4
+    weights = BaseWeights({f"{here}.{name}": mx.array(own + 1)}.get)
+    with pytest.raises(
+        AdapterError, match=f"not as the base model has them .first: {there}.{name}"
+    ):
+        read_adapter(path, shapes, base=weights)
 
 
 @pytest.mark.parametrize("old, new, named", [

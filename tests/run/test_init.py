@@ -144,6 +144,13 @@ def test_a_bad_adapter_is_told_and_the_others_are_looked_at(project, command):
     assert code == 0 and "problem      adapters/a/adapter_config.json: missing" in out
 
 
+def test_modules_stored_in_full_are_left_to_the_run(project, command):
+    """Only the base model tells whether they are its own."""
+    store_in_full(project / "adapters" / "a", project / "model")
+    code, out, err = command("init", "adapters")
+    assert (code, err) == (0, "") and "problem" not in out
+
+
 def test_one_file_becomes_two(tmp_path, command):
     rows = [{"prompt": f"Question {i % 15}?", "completion": f"{i}"} for i in range(20)]
     path = write_jsonl(tmp_path / "train.jsonl", rows)
