@@ -56,7 +56,7 @@ def convert(
     with write_dir(Path(output), lambda _: check()) as directory:
         for adapter in found:
             if to == "peft":
-                save_peft(adapter, directory / adapter.name, base.config)
+                save_peft(adapter, directory / adapter.name, base.config, base.n_layers)
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
         mark(directory, "convert")

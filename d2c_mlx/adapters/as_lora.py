@@ -46,7 +46,7 @@ def load_adapter_bias(directory: str | Path) -> Adapter:
     problems = []
     for name, x in read_tensors(path).items():
         leaf = next((one for one in (_VECTOR, _SCORER) if name.endswith(one)), None)
-        if leaf and x.size == max(x.shape):
+        if leaf and x.size == max(x.shape, default=0):
             parts.setdefault(name.removesuffix(leaf), {})[leaf] = x.reshape(-1)
         elif name.endswith(".adapter_alpha.bias"):
             problems.append(

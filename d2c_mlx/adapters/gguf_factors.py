@@ -123,7 +123,8 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
     """The factors of an adapter in 16 or 32 bits, each module with its own rank.
 
     Components that are zero, such as padding, are left out. Where ranks and scales are all the same
-    no bit changes and alpha = scale * rank. Else scales are folded into b, rounded to its type.
+    no bit changes and alpha = scale * rank. Else scales are folded into b, rounded to its type; to
+    float32 where they are too large for it.
 
     float16 and float32 stay. bfloat16 becomes float16, which holds its numbers exactly down to
     8e-6; where one is too large for it, float32: not every backend has bfloat16.
@@ -137,7 +138,8 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
     for path, lora in loras.items():
         a, b = _numpy(lora)
         if not same and lora.scale != 1:
-            b = (b * np.float32(lora.scale)).astype(b.dtype)
+            folded = b * np.float32(lora.scale)
+            b = folded.astype(b.dtype) if np.abs(folded).max() <= np.finfo(b.dtype).max else folded
         modules[path] = Factor.plain(a.T), Factor.plain(b.T)
     alpha = first.scale * first.rank if same and first.scale != 1 else None
     return GgufAdapter(adapter.name, modules, alpha, adapter.base)

@@ -54,6 +54,17 @@ def test_there_and_back_is_exact(tmp_path, config, dtype, mixed):
     assert twice.digest == again.digest
 
 
+def test_a_scale_that_float16_cannot_take_in_is_kept(tmp_path, config):
+    adapter = adapter_of("one", mixed=True)
+    path, lora = next(iter(adapter.modules.items()))
+    large = LoRA(lora.a * 1e-3, mx.full(lora.b.shape, 3e4, mx.float16), 16.0)
+    adapter = replace(adapter, modules={**adapter.modules, path: large})
+    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    again = read_adapter(tmp_path / "one.gguf", ALL, config).modules
+    assert np.allclose(again[path].delta(), large.delta(), rtol=1e-5)
+    assert {one.b.dtype for name, one in again.items() if name != path} == {mx.float16}
+
+
 def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config, monkeypatch):
     """The logits of the adapter; a reader that forgets the rows of q and k has others."""
     adapter = adapter_of("one", dtype=mx.float32)

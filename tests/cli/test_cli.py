@@ -105,6 +105,9 @@ def test_convert_there_and_back(tmp_path):
     )
     invoke("convert", *options, str(tmp_path / "p"), "--output", str(tmp_path / "m2"))
     assert hash_tree(tmp_path / "m") == hash_tree(tmp_path / "m2")
+    # Every block has them, so every reader knows the names.
+    config = json.loads((tmp_path / "p" / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
 @pytest.mark.slow

@@ -191,11 +191,13 @@ def test_what_no_lora_does_is_refused_by_name(tiny_base, bias):
     del tensors[f"{layer}.adapter_vector"]
     tensors[f"{layer}.adapter_alpha.bias"] = np.ones(1, np.float32)
     tensors["model.norm.weight"] = np.ones(8, np.float32)
+    tensors["model.layers.0.mlp.adapter_vector"] = np.array(1, np.float32)
     save_file(tensors, directory / "adapter_bias.safetensors")
     with pytest.raises(AdapterError) as caught:
         read_adapter(directory, tiny_base.module_shapes)
     problems = str(caught.value).splitlines()
-    assert len(problems) == 3
+    assert len(problems) == 5
+    assert any("layers.0.mlp.adapter_vector has shape (); expected" in one for one in problems)
     assert any(f"{layer}.adapter_alpha.bias: a bias of the scorer adds" in one for one in problems)
     assert any("model.norm.weight has shape (8,); expected only" in one for one in problems)
     assert any(f"{layer}.adapter_vector is missing" in one for one in problems)
