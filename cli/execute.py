@@ -97,7 +97,7 @@ def _checked(until: str, config: Path | None, options: dict[str, Any]) -> RunCon
     if resumed and saved.is_file():
         config = saved
 
-    merged = until in ("cluster", "merge", "refine")
+    merged = until in ("cluster", "merge")
     checked = load_config(config, given, saved=resumed, merged=merged)
     if until == "probe" and not checked.has_rows:
         raise ConfigError(

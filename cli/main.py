@@ -29,7 +29,9 @@ _COMMANDS = {
     "plan": Entry("stages:plan", _RUNS, "Choose what to store for a budget in bytes."),
     "cluster": Entry("stages:cluster", _RUNS, "Choose which adapters to merge."),
     "merge": Entry("stages:merge", _RUNS, "Merge each cluster into one adapter."),
-    "refine": Entry("stages:refine", _RUNS, "Train each merge to match its members."),
+    "refine": Entry(
+        "stages:refine", _RUNS, "Train each merge, or adapter of a plan, to match its tasks' own."
+    ),
     "pack": Entry("stages:pack", _RUNS, "Write what ships: adapters and a manifest."),
     "bench": Entry("stages:bench", _RUNS, "Measure every method on held-out rows."),
     "report": Entry("stages:report", _RUNS, "Write the results for people."),

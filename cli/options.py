@@ -195,7 +195,8 @@ RUN_OPTIONS = (
     _refine(
         "--refine/--no-refine",
         default=None,
-        help="train every merge for a while to predict what its members predict  [default: no]",
+        help="train every merge, or low-bit adapter, for a while to predict what its members"
+        " predict  [default: no]",
     ),
     _refine("--refine-steps", type=int, help="steps of it  [default: 40]"),
     _refine("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),

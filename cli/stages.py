@@ -128,9 +128,9 @@ def merge() -> None:
 
 @_stage
 def refine() -> None:
-    """Train each merge to match its members.
+    """Train each merge, or adapter of a plan, to match its tasks' own.
 
-    The adapters go to refined/<k>/. From then on the options of the run directory include --refine.
+    The adapters go to refined/. From then on the options of the run directory include --refine.
 
     Example:
       d2c-mlx refine --output runs/first --refine-steps 50

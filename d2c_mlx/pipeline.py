@@ -1,7 +1,7 @@
 """The pipeline: adapters, a few examples per task and a budget -> a pack, and its measurements.
 
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
-    convert -> probe -> plan                         -> pack -> bench -> report    (budget in bytes)
+    convert -> probe -> plan             (-> refine) -> pack -> bench -> report    (budget in bytes)
 
 Where there are prompts, adapters `answer` them before `probe`. Without rows `probe` is left out,
 weights alone decide, and `bench` compares weights.
@@ -13,8 +13,6 @@ change is not repeated.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,7 +43,7 @@ from d2c_mlx.run.directory import changed_options, without_plan
 from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
 from d2c_mlx.run.records import check_pack, expect_pack, peaks
-from d2c_mlx.run.refine_stage import refine_cluster, refine_inputs
+from d2c_mlx.run.refine_stage import refine_inputs, refine_merges, refine_plan
 from d2c_mlx.run.session import Session, Stage
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import write_dir, write_json, write_text
@@ -247,27 +245,18 @@ def merge(session: Session) -> Stage:
 
 
 def refine(session: Session) -> Stage:
-    """Train each merge to match its members, if asked for -> `refined/<k>/`, `refines.json`."""
-
-    def body() -> None:
-        # A cluster takes minutes: each is kept as soon as it is done.
-        parts = [refine_cluster(session, k, entry["members"], session.path("refining"))
-                 for k, entry in enumerate(session.read("merges.json"))]  # fmt: skip
-        with write_dir(session.path("refined")) as refined:
-            for k, part in enumerate(parts):
-                shutil.copytree(part / "adapter", refined / str(k))
-            mark(refined, "run")
-        facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
-        write_json(session.path("refines.json"), facts)
-
-    reads = ["adapters", "losses.json", "merged", "merges.json"]
-    return Stage("refine", refine_inputs(session), reads, ["refined", "refines.json"], body,
-                 leftovers=["refining"])  # fmt: skip
+    """Train what was merged or planned to match its members, if asked for -> `refined/`."""
+    planned = session.planned
+    body = partial(refine_plan if planned else refine_merges, session)
+    reads = ["plan.json", "planned"] if planned else ["merged", "merges.json"]
+    return Stage("refine", refine_inputs(session), ["adapters", "losses.json", *reads],
+                 ["refined", "refines.json"], body, leftovers=["refining"])  # fmt: skip
 
 
 def pack(session: Session) -> Stage:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
-    info, source = pack_info(session.inputs), "refined" if session.config.refine else "merged"
+    info, made = pack_info(session.inputs), "planned" if session.planned else "merged"
+    source = "refined" if session.config.refine else made
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
@@ -275,11 +264,9 @@ def pack(session: Session) -> Stage:
             session.path(name).unlink(missing_ok=True)
         expect_pack(session.output, directory)
 
-    if session.planned:
-        reads, body = ["plan.json", "planned"], partial(pack_plan, session, info, ready)
-    else:
-        reads = [source, "merges.json"]
-        body = partial(pack_merges, session, source, info, ready)
+    write = pack_plan if session.planned else pack_merges
+    reads = [source, "plan.json" if session.planned else "merges.json"]
+    body = partial(write, session, source, info, ready)
     options = [info.model, info.config_hash, info.weights_hash, info.budget,
                session.inputs.capacity.total, info.origins, info.systems]  # fmt: skip
     return Stage("pack", options, reads, ["pack"], body)
@@ -301,8 +288,10 @@ def bench(session: Session) -> Stage:
                session.baselines, c.answers]  # fmt: skip
     options += [inputs.shipped.fingerprint] if c.probe_model else []
     options += inputs.shipped.generation if c.answers else []
-    merges = [] if session.planned else ["losses.json", *_answers(c), "clusters.json", "merged"]
-    return Stage("bench", options, ["adapters", *merges, "pack"], [name], body)
+    beside = ["losses.json", *_answers(c), "clusters.json", "merged"]
+    if session.planned:
+        beside = ["plan.json", "planned"] if c.refine else []
+    return Stage("bench", options, ["adapters", *beside, "pack"], [name], body)
 
 
 def report(session: Session) -> Stage:

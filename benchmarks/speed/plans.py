@@ -1,11 +1,12 @@
 """Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
 
-    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
+    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough] [--refine]
 
 An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
 probe, teacher targets and gains of modules, which are not counted; losses that one kind left in the
-cache are counted all the same, but take no time, so the thorough plan comes last. Results:
-results/plans.json, written after every plan.
+cache are counted all the same, but take no time, so the thorough plan comes last. `--refine` trains
+every plan by estimates, which is timed apart from planning it. Results: results/plans.json, written
+after every plan.
 """
 
 import json
@@ -20,13 +21,15 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.pipeline import run
+from d2c_mlx.refine.refine import refine
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.refine_stage import members_of
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
 
 def planned(session, budget, thorough):
-    """One plan: its costs, and the losses of its pack."""
+    """One plan, and its row: its costs, and the losses of its pack."""
     planner, counts = session.planner, session.evaluator.counts
     room = session.inputs.capacity.room_of(parse_budget(budget))
     before, tokens, started = counts.asked, counts.tokens, time.perf_counter()
@@ -34,7 +37,7 @@ def planned(session, budget, thorough):
     seconds = time.perf_counter() - started
     parts = len(session.inputs.probes[0].parts)
     nbytes = compact_nbytes(index_of(plan.adapters))
-    return {
+    return plan, {
         "budget": budget,
         "thorough": thorough,
         "evaluations": round((counts.asked - before) / parts),
@@ -49,12 +52,26 @@ def planned(session, budget, thorough):
     }
 
 
+def refined(session, plan, before):
+    """The row of a plan whose adapters are trained, as `d2c-mlx run --refine` does."""
+    started = time.perf_counter()
+    forms = [
+        refine(session.inputs.base, form, members_of(session, unit["tasks"])).adapter
+        for unit, form in zip(plan.content["units"], plan.adapters)
+    ]
+    seconds = round(time.perf_counter() - started, 1)
+    nbytes = compact_nbytes(index_of(forms))
+    judged = judge(session, forms, plan.serves, nbytes)
+    return {**before, "refined": True, "seconds": seconds, **judged}
+
+
 def main():
     """Measure and print."""
     parser = command_line(__doc__, __spec__, "plans.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--budgets", default="12.5,3,0.75", help="percent")
     parser.add_argument("--thorough", action="store_true", help="thorough plans too")
+    parser.add_argument("--refine", action="store_true", help="train the plans by estimates too")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
@@ -76,7 +93,10 @@ def main():
                  "gains_seconds": round(time.perf_counter() - between, 1)}  # fmt: skip
         for thorough in (False, True) if options.thorough else (False,):
             for budget in options.budgets.split(","):
-                rows.append(planned(session, f"{budget}%", thorough))
+                plan, row = planned(session, f"{budget}%", thorough)
+                rows.append(row)
+                if options.refine and not thorough:
+                    rows.append(refined(session, plan, row))
                 write_json(options.output, {**facts, "rows": rows})
                 print(json.dumps(rows[-1]), flush=True)
 

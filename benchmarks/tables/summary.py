@@ -36,7 +36,8 @@ def library(read):
 def in_bytes(read, budget):
     """`(bytes, excess, retention)` of the default plan for a budget in bytes."""
     (row,) = (one for one in read("plans")["rows"]
-              if one["budget"] == budget and not one["thorough"])  # fmt: skip
+              if one["budget"] == budget and not one["thorough"] and not one.get("refined")
+              )  # fmt: skip
     return row["nbytes"], row["excess"], row["retention"]
 
 

@@ -20,9 +20,10 @@ import numpy as np
 from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.train import Parameters, Trainer, as_adapter, as_factors, pull_back
+from d2c_mlx.compose.train import Trainer, as_adapter, as_factors
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.refine.steps import Parameters, pull_back
 
 __all__ = ["adamix_gradient", "train_adamix"]
 

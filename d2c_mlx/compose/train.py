@@ -5,19 +5,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.evaluate.evaluator import Meter, Silent
-from d2c_mlx.merge.refine import schedule, turns
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.refine.steps import Parameters, pull_back, schedule, turns
 from d2c_mlx.utils.blas import all_cores
 
 __all__ = [
@@ -26,15 +24,12 @@ __all__ = [
     "as_adapter",
     "as_factors",
     "new_lora",
-    "pull_back",
     "train_lora",
 ]
 
 # A training step in forward passes of its tokens, for the progress display.
 _STEP = 3
 
-# Arrays in dicts and tuples: what is trained.
-Parameters = Any
 # (model, parameters, rows of the step) -> the gradient, in the form of the parameters.
 Gradient = Callable[[Distiller, Parameters, Sequence[TeacherRow]], Parameters]
 
@@ -45,7 +40,7 @@ class TrainOptions:
 
     Attributes:
         steps: number of steps.
-        rate: highest learning rate of Adam, see `refine.schedule`.
+        rate: highest learning rate of Adam, see `steps.schedule`.
         rows: rows of a step.
         seed: seed of the order of the rows.
     """
@@ -85,18 +80,6 @@ def as_factors(adapter: Adapter) -> Factors:
 def as_adapter(name: str, factors: Factors) -> Adapter:
     """The adapter of these factors; `as_factors` turned round."""
     return Adapter(name, {path: LoRA(a[0], b[0]) for path, (a, b) in factors.items()})
-
-
-def pull_back(
-    make: Callable[[Parameters], Factors], parameters: Parameters, gradient: Factors
-) -> Parameters:
-    """The gradient of the parameters, from that of the factors which `make` makes of them."""
-
-    def inner(values: Parameters) -> mx.array:
-        products = tree_map(lambda x, g: (x * g).sum(), make(values), gradient)
-        return sum(x for _, x in tree_flatten(products))
-
-    return mx.grad(inner)(parameters)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Merging several adapters into one: the methods, their tuning, and refining a merge.
+"""Merging several adapters into one: the methods, and their tuning.
 
 May import `evaluate` and below.
 """

@@ -9,12 +9,14 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.cluster.partition import Clustering
+from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
 from d2c_mlx.run.inputs import Inputs
+from d2c_mlx.run.pack_stage import stored_forms
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file
@@ -31,7 +33,7 @@ def compare_losses(session: Session) -> dict[str, Any]:
         "individual": BenchMethod(
             inputs.capacity.total, [dict(zip(inputs.names, session.adapters))]
         ),
-        **({} if session.planned else _merged_methods(session)),
+        **(_planned(session, packed) if session.planned else _merged_methods(session)),
         "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
     }
     results = bench_methods(session.judge, methods, inputs.tests)
@@ -87,6 +89,19 @@ def _unpacked(pack: Pack) -> dict[str, Adapter | None]:
         if adapter := pack.load(tasks[0]):
             found |= dict.fromkeys(tasks, spool.put(adapter))
     return found
+
+
+def _planned(session: Session, pack: Pack) -> dict[str, BenchMethod]:
+    """The plan before it was refined, for a pack that is."""
+    if not session.config.refine:
+        return {}
+    forms, plan = stored_forms(session, "planned"), session.read("plan.json")
+    spool, plain = Spool(), dict[int | None, Adapter | None]()
+    for k, form in enumerate(forms):
+        if adapter := form.adapter(session.inputs.base.dtype):
+            plain[k] = spool.put(adapter)
+    serves = {name: plain.get(k) for name, k in serves_of(plan).items()}
+    return {"plan": BenchMethod(pack.nbytes, [serves])}
 
 
 def _merged_methods(session: Session) -> dict[str, BenchMethod]:

@@ -272,7 +272,7 @@ class RunConfig(RunRules):
 
     refine: bool = option(
         False,
-        "train every merge for a while to predict what its members predict",
+        "train every merge, or low-bit adapter, for a while to predict what its members predict",
         group=_REFINE,
         default_text="no",
         validate_default=True,
@@ -324,7 +324,7 @@ class RunConfig(RunRules):
 
 def stages_of(config: RunConfig, until: str = "report") -> list[str]:
     """Names of the stages of a run up to and including `until`, in order."""
-    left_out = {"cluster", "merge", "refine"} if config.planned else {"plan"}
+    left_out = {"cluster", "merge"} if config.planned else {"plan"}
     if not config.refine:
         left_out.add("refine")
     if not config.unlabelled:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.manifest import GgufPlaces
@@ -17,7 +18,7 @@ from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.sequences import OnDemand
 
-__all__ = ["pack_info", "pack_merges", "pack_plan"]
+__all__ = ["pack_info", "pack_merges", "pack_plan", "stored_forms"]
 
 Ready = Callable[[Path], None]
 
@@ -47,15 +48,20 @@ def pack_merges(session: Session, source: str, info: PackInfo, ready: Ready) -> 
     write_pack(session.path("pack"), adapters, info, ready)
 
 
-def pack_plan(session: Session, info: PackInfo, ready: Ready) -> None:
-    """Write what was planned, as it is stored -> `pack/`; `ready` is called before it is seen."""
+def pack_plan(session: Session, source: str, info: PackInfo, ready: Ready) -> None:
+    """Write the plan's adapters of `source/`, as stored; `ready` is called before they are seen."""
     inputs, plan = session.inputs, session.read("plan.json")
     if session.config.format == "gguf":
-        files = [session.path("planned") / f"{k}.gguf" for k in range(len(plan["units"]))]
+        files = [session.path(source) / f"{k}.gguf" for k in range(len(plan["units"]))]
         places = GgufPlaces.of(inputs.shipped.config, inputs.capacity.target_paths)
         info = dataclasses.replace(info, gguf=places)
         write_gguf_pack(session.path("pack"), files, serves_of(plan), info, ready)
         return
-    file = session.path("planned") / COMPACT
-    adapters = OnDemand(partial(read_compact, file), len(plan["units"]))
+    adapters = stored_forms(session, source)
     write_compact_pack(session.path("pack"), adapters, serves_of(plan), info, ready)
+
+
+def stored_forms(session: Session, source: str) -> Sequence[Compressed]:
+    """The adapters of a plan in `source/`, as they are stored, each read when asked for."""
+    file = session.path(source) / COMPACT
+    return OnDemand(partial(read_compact, file), len(session.read("plan.json")["units"]))

@@ -1,21 +1,124 @@
-"""The refine stage of a run: trains each merge, and keeps each as soon as it is done."""
+"""The refine stage of a run: trains each merge or stored form, and keeps each once it is done."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.merge.refine import Member, Refined, RefineOptions, refine
+from d2c_mlx.compress.compact_file import read_compact, write_compact
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.overwrite import mark
+from d2c_mlx.packs.pack import COMPACT
+from d2c_mlx.refine.refine import Member, RefineOptions, refine
+from d2c_mlx.refine.students import Form
+from d2c_mlx.run.pack_stage import stored_forms
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.environment import VERSION
-from d2c_mlx.utils.files import fingerprint, write_dir, write_json
+from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
+from d2c_mlx.utils.sequences import OnDemand
 
-__all__ = ["refine_cluster", "refine_inputs", "refine_merge"]
+__all__ = ["members_of", "refine_inputs", "refine_merges", "refine_plan"]
+
+
+def refine_inputs(session: Session) -> list[object]:
+    """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
+    inputs = session.inputs
+    return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
+            [[p.task, p.digest] for p in inputs.probes],
+            [[name, rows.digest] for name, rows in inputs.answers.items()]]  # fmt: skip
+
+
+def members_of(session: Session, names: Sequence[str]) -> list[Member]:
+    """Tasks as `refine` takes them: adapter, calibration rows, answers to prompts, gain."""
+    inputs, gain = session.inputs, session.study.losses.gain
+    places = map(inputs.names.index, names)
+    return [
+        Member(session.adapters[i], inputs.probes[i], float(gain[i]),
+               inputs.answers.get(inputs.names[i]))
+        for i in places
+    ]  # fmt: skip
+
+
+def refine_merges(session: Session) -> None:
+    """Refine every merge -> `refined/<k>/`, `refines.json`."""
+
+    def save(directory: Path, adapter: Adapter) -> None:
+        adapter.save(directory / "adapter", session.inputs.base.n_layers)
+
+    parts = []
+    for k, entry in enumerate(session.read("merges.json")):
+        merged = load_adapter(session.path("merged") / str(k))
+        parts.append(_refined(session, entry["members"], merged.digest, merged, save))
+    with write_dir(session.path("refined")) as directory:
+        for k, part in enumerate(parts):
+            shutil.copytree(part / "adapter", directory / str(k))
+        mark(directory, "run")
+    _remember(session, parts)
+
+
+def refine_plan(session: Session) -> None:
+    """Refine every adapter of a plan, as it is stored -> `refined/`, `refines.json`."""
+
+    def save(directory: Path, form: Compressed) -> None:
+        write_compact(directory / COMPACT, [form])
+
+    parts, planned = [], hash_file(session.path("planned") / COMPACT)
+    units, forms = session.read("plan.json")["units"], stored_forms(session, "planned")
+    for k, (unit, form) in enumerate(zip(units, forms)):
+        parts.append(_refined(session, unit["tasks"], [planned, k], form, save))
+    refined = OnDemand(lambda k: read_compact(parts[k] / COMPACT, 0), len(parts))
+    with write_dir(session.path("refined")) as directory:
+        session.inputs.capacity.storage.write(directory, refined)
+        mark(directory, "run")
+    _remember(session, parts)
+
+
+def _refined(
+    session: Session,
+    names: Sequence[str],
+    source: object,
+    adapter: Form,
+    save: Callable[[Path, Form], None],
+) -> Path:
+    """Refine one adapter, unless that is done already: it takes minutes.
+
+    Args:
+        session: the run.
+        names: tasks that it serves.
+        source: a JSON value that tells the adapter from others.
+        adapter: a merge, or an adapter as it is stored.
+        save: writes the result into a directory.
+
+    Returns:
+        A directory in `refining/`, named by a hash of all that it depends on, with what `save`
+        wrote and `refine.json`: members, whether it was refined, divergence before and after,
+        seconds.
+    """
+    members = members_of(session, names)
+    contents = [[one.adapter.digest, one.gain] for one in members]
+    key = fingerprint([refine_inputs(session), list(names), contents, source])
+    part = session.path("refining") / key[:32]
+    if part.exists():
+        return part
+    started, meter = time.monotonic(), session.evaluator.meter
+    refined = refine(session.inputs.base, adapter, members, _options(session), meter)
+    facts = {
+        "members": list(names),
+        "refined": refined.adapter is not adapter,
+        "divergence": {"before": refined.before, "after": refined.after},
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    with write_dir(part) as directory:
+        save(directory, refined.adapter)
+        write_json(directory / "refine.json", facts)
+        mark(directory, "run")
+    return part
 
 
 def _options(session: Session) -> RefineOptions:
@@ -23,66 +126,6 @@ def _options(session: Session) -> RefineOptions:
     return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, seed=c.seed)
 
 
-def refine_inputs(session: Session) -> list[object]:
-    """Everything that refining depends on besides adapters and merges, as a JSON value."""
-    inputs = session.inputs
-    return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
-            [[p.task, p.digest] for p in inputs.probes],
-            [[name, rows.digest] for name, rows in inputs.answers.items()]]  # fmt: skip
-
-
-def refine_merge(session: Session, merged: Adapter, indices: Sequence[int]) -> Refined:
-    """Refine one merge; use `refine_cluster` to keep the result in the run directory.
-
-    Args:
-        session: the run.
-        merged: the merge.
-        indices: positions of its members in `session.adapters`.
-    """
-    return refine(
-        session.inputs.base, merged, _members(session, indices), _options(session),
-        session.evaluator.meter,
-    )  # fmt: skip
-
-
-def _members(session: Session, indices: Sequence[int]) -> list[Member]:
-    inputs, gain = session.inputs, session.study.losses.gain
-    return [
-        Member(session.adapters[i], inputs.probes[i], float(gain[i]),
-               inputs.answers.get(inputs.names[i]))
-        for i in indices
-    ]  # fmt: skip
-
-
-def refine_cluster(session: Session, k: int, names: Sequence[str], kept: Path) -> Path:
-    """Refine one cluster's merge, unless that is done already.
-
-    Args:
-        session: the run.
-        k: number of the merge in `merged/`.
-        names: names of its members.
-        kept: directory of the refined merges that are done.
-
-    Returns:
-        A directory below `kept`, named by a hash of all that it depends on, with `adapter/` and
-        `refine.json`: members, whether it was refined, divergence before and after, seconds.
-    """
-    merged = load_adapter(session.path("merged") / str(k))
-    indices = [session.inputs.names.index(name) for name in names]
-    contents = [[one.adapter.digest, one.gain] for one in _members(session, indices)]
-    part = kept / fingerprint([refine_inputs(session), list(names), contents, merged.digest])[:32]
-    if part.exists():
-        return part
-    started = time.monotonic()
-    refined = refine_merge(session, merged, indices)
-    facts = {
-        "members": list(names),
-        "refined": refined.adapter is not merged,
-        "divergence": {"before": refined.before, "after": refined.after},
-        "seconds": round(time.monotonic() - started, 2),
-    }
-    with write_dir(part) as directory:
-        refined.adapter.save(directory / "adapter", session.inputs.base.n_layers)
-        write_json(directory / "refine.json", facts)
-        mark(directory, "run")
-    return part
+def _remember(session: Session, parts: Sequence[Path]) -> None:
+    facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
+    write_json(session.path("refines.json"), facts)

@@ -164,17 +164,25 @@ class RunRules(Checked):
                           " prompts as --unlabelled FILE")  # fmt: skip
         return value
 
-    @field_validator("clusters", "refine", check_fields=False)
+    @field_validator("clusters", check_fields=False)
     @classmethod
-    def _with_merges(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
-        """Refuse what is about clusters where a plan has none."""
-        if value and _in_bytes(info) and info.data.get("plan") == "auto":
-            nothing = "False" if info.field_name == "refine" else "none"
+    def _with_merges(cls, clusters: str | None, info: ValidationInfo) -> str | None:
+        """Refuse clusters where a plan has none."""
+        if clusters and _planned(info):
             raise expects(
-                f"{nothing} where a budget in bytes is planned; pass --plan d2c, or a number of"
-                " adapters as the budget"
+                "none where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
+                " as the budget"
             )
-        return value
+        return clusters
+
+    @field_validator("refine", check_fields=False)
+    @classmethod
+    def _in_a_compact_file(cls, refine: bool, info: ValidationInfo) -> bool:
+        """Refuse to train what a plan stores as GGUF."""
+        if refine and _planned(info) and info.data.get("format") == "gguf":
+            raise expects("False where a plan is stored as GGUF, which cannot be trained; leave"
+                          " --format gguf out, or pass --plan d2c")  # fmt: skip
+        return refine
 
     @field_validator("refine", check_fields=False)
     @classmethod
@@ -183,15 +191,20 @@ class RunRules(Checked):
         prompts, method = info.data.get("unlabelled"), info.data.get("merge_method")
         if refine or not prompts or not info.data.get("tasks"):
             return refine
-        if _in_bytes(info) and info.data.get("plan") == "auto":
+        if _planned(info):
             raise refused(f"found False, but beside --tasks no plan reads answers to {prompts}:"
-                          " pass a number of adapters as the budget, or leave --unlabelled out"
-                          )  # fmt: skip
+                          " pass --refine, or a number of adapters as the budget, or leave"
+                          " --unlabelled out")  # fmt: skip
         if method not in (None, "layerwise", "auto"):
             raise refused(f"found False, but beside --tasks merge_method {method} does not read"
                           f" answers to {prompts}: pass layerwise or --refine, or leave"
                           " --unlabelled out")  # fmt: skip
         return refine
+
+
+def _planned(info: ValidationInfo) -> bool:
+    """True if a budget in bytes is planned, not merged to a number of adapters."""
+    return bool(_in_bytes(info)) and info.data.get("plan") == "auto"
 
 
 def _in_bytes(info: ValidationInfo) -> bool | None:

@@ -244,7 +244,7 @@ def test_a_budget_below_the_header_is_refused_before_anything_is_written(config)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"refine": True}, "refine: found True, expected False where a budget in bytes"),
+        ({"refine": True, "format": "gguf"}, "refine: found True, expected False where a plan is"),
         ({"plan": "d2c", "max_adapters": 2}, "max_adapters: found 2, expected none"),
         ({"budget": "2", "max_adapters": 2}, "max_adapters: found 2, expected none"),
         ({"max_adapters": 0}, "max_adapters: found 0, expected 1 or more"),

@@ -284,7 +284,8 @@ def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
 
 
 def test_values_at_odds_are_told_with_all_others():
-    wrong = {**NEEDED, "refine": True, "density": 0.0, "merge_method": "concat", "max_adapters": 0}
+    wrong = {**NEEDED, "refine": True, "format": "gguf", "density": 0.0, "merge_method": "concat",
+             "max_adapters": 0}  # fmt: skip
     assert [line.split(":")[0] for line in problems(None, wrong)] == [
         "max_adapters", "merge_method", "density", "refine"
     ]  # fmt: skip

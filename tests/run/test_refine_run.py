@@ -13,6 +13,7 @@ from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx.run.config import RunConfig
@@ -196,3 +197,59 @@ def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
 def test_bad_options(config, options, text):
     with pytest.raises(InputError, match=text):
         config.replace(**options)
+
+
+@pytest.fixture
+def planned(config):
+    return config.replace(budget="45%", merge_method=None, scale=None, baselines=[])
+
+
+@pytest.mark.slow
+def test_a_plan_is_refined_in_the_same_bytes(planned):
+    off = run(planned.replace(refine=False), quiet=True)
+    before, packed = load_pack(off.path("pack")), hash_tree(off.path("pack"))
+    bench = off.read("bench.json")["methods"]
+    digests = {name: one.digest for name in before.tasks if (one := before.load(name))}
+    on = run(planned, quiet=True)
+    after, facts = load_pack(on.path("pack")), on.read("refines.json")
+    assert on.read("plan.json") == off.read("plan.json")
+    assert after.nbytes == before.nbytes and after.tasks == before.tasks
+    assert [one["members"] for one in facts] == [
+        one["tasks"] for one in on.read("plan.json")["units"]
+    ]
+    assert any(one["refined"] for one in facts)
+    for one in facts:
+        at = one["divergence"]
+        assert one["refined"] == (at["after"] < at["before"] - 1e-4)
+        for name in one["members"]:
+            same = after.load(name).digest == digests[name]
+            assert same == (not one["refined"])
+    methods = on.read("bench.json")["methods"]
+    # The plan as it was, beside what refining made of it.
+    assert methods["plan"] == bench["pack"] != methods["pack"]
+    assert not on.path("refining").exists()
+    report = on.path("report.md").read_text()
+    assert "| plan |" in report and "scales and biases" in report
+    again = run(planned.replace(refine=False), quiet=True)
+    assert hash_tree(again.path("pack")) == packed
+    assert "plan" not in again.read("bench.json")["methods"]
+
+
+@pytest.mark.slow
+def test_a_plan_that_was_killed_goes_on_at_the_adapter_it_was_in(planned, tmp_path, monkeypatch):
+    whole = run(planned.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
+    output = run(planned, until="plan", quiet=True).output
+    command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    calls = []
+
+    def counted(*args, refine=refining.refine):
+        calls.append(args)
+        return refine(*args)
+
+    monkeypatch.setattr(refining, "refine", counted)
+    run(planned, until="pack", quiet=True)
+    assert len(calls) == len(whole.read("plan.json")["units"]) - 1
+    for name in ("refined", "pack"):
+        assert hash_tree(output / name) == hash_tree(whole.path(name))

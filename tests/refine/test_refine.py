@@ -14,16 +14,12 @@ from mlx.utils import tree_flatten, tree_map
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.refine import (
-    Member,
-    RefineOptions,
-    _averaged,
-    _balanced,
-    refine,
-)
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task
+from d2c_mlx.refine.refine import Member, RefineOptions, refine
+from d2c_mlx.refine.steps import averaged
+from d2c_mlx.refine.students import student_of
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]
@@ -63,7 +59,7 @@ def _student(base, merged, member):
     model = Distiller(base)
     rows = model.teacher_rows(member.adapter, member.probe)
     base.attach(merged)
-    return model, rows, _balanced(merged)
+    return model, rows, student_of(merged, base.dtype).start
 
 
 def test_loss_is_nll_and_divergence_over_the_whole_vocabulary(base, members, merged):
@@ -148,7 +144,7 @@ def test_the_average_has_the_first_steps_alike_and_then_the_latest_in_the_main()
     steps = [rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(30)]
     average = {"q": tuple(map(mx.array, steps[0]))}
     for step, (a, b) in enumerate(steps[1:], 1):
-        average = _averaged(average, {"q": (mx.array(a), mx.array(b))}, step)
+        average = averaged(average, {"q": (mx.array(a), mx.array(b))}, step)
         if step < 10:
             expected = np.mean(steps[: step + 1], axis=0, dtype=np.float64)
         else:
