@@ -22,7 +22,7 @@ from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.evaluate.distill import Factors
 from d2c_mlx.refine.steps import Parameters
 
-__all__ = ["Form", "Student", "balance", "student_of"]
+__all__ = ["Form", "Student", "student_of"]
 
 Form = TypeVar("Form", Adapter, Compressed)
 
@@ -56,7 +56,7 @@ def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
     return _Merge(form, dtype) if isinstance(form, Adapter) else _Stored(form, dtype)
 
 
-def balance(adapter: Adapter, path: str) -> float:
+def _balance(adapter: Adapter, path: str) -> float:
     """What `a` is multiplied with, and `b` divided by, for both to have one norm.
 
     Adam moves both by the same amount.
@@ -73,7 +73,7 @@ class _Merge:
         self.start: Factors = {}
         for path in sorted(form.modules):
             a, b = form.modules[path].factors()
-            ratio = balance(form, path)
+            ratio = _balance(form, path)
             self.start[path] = mx.array(a * ratio)[None], mx.array(b / ratio)[None]
 
     def factors(self, parameters: Factors) -> Factors:
@@ -141,7 +141,7 @@ class _Stored:
             for path, levels in form.modules.items()
         }
         exact = self.plain(form)
-        self._ratios = {path: balance(exact, path) for path in form.modules}
+        self._ratios = {path: _balance(exact, path) for path in form.modules}
         self.start: Parameters = {
             path: [(a.start(ratio), b.start(1 / ratio)) for a, b in self._parts[path]]
             for path, ratio in self._ratios.items()

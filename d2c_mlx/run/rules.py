@@ -180,8 +180,8 @@ class RunRules(Checked):
     def _in_a_compact_file(cls, refine: bool, info: ValidationInfo) -> bool:
         """Refuse to train what a plan stores as GGUF."""
         if refine and _planned(info) and info.data.get("format") == "gguf":
-            raise expects("False where a plan is stored as GGUF, which cannot be trained; leave"
-                          " --format gguf out, or pass --plan d2c")  # fmt: skip
+            raise expects("False where a plan is stored as GGUF, which is not trained; leave"
+                          " --format gguf out")  # fmt: skip
         return refine
 
     @field_validator("refine", check_fields=False)
@@ -204,7 +204,8 @@ class RunRules(Checked):
 
 def _planned(info: ValidationInfo) -> bool:
     """True if a budget in bytes is planned, not merged to a number of adapters."""
-    return bool(_in_bytes(info)) and info.data.get("plan") == "auto"
+    budget, plan = info.data.get("budget"), info.data.get("plan")
+    return is_planned(plan, budget) if budget and plan else False
 
 
 def _in_bytes(info: ValidationInfo) -> bool | None:
