@@ -161,7 +161,7 @@ def _index(path: Path, file: TensorFile) -> Index:
 
 def _check_size(path: Path, index: Index) -> None:
     """Refuse a plain adapter of gigabytes: a few wide rows, padded to another module's rank."""
-    rank = int(index.counts.sum(axis=2, dtype=np.int64).max(initial=0))
+    rank = int(np.max(index.counts.sum(axis=2, dtype=np.int64), initial=0))
     widest = max((max(sides) for _, *sides in index.modules), default=0)
     if rank * widest > _MOST_NUMBERS:
         raise PackError(

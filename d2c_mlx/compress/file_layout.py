@@ -146,8 +146,9 @@ def make_index(
         [[[one.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules] for one in counts],
         np.int64,
     ).reshape(len(counts), len(modules), len(bits))
-    if table.max(initial=0) > MAX_COUNT:
-        raise PackError(f"{table.max()} components of one module at the same bits; {MAX_COUNT} fit")
+    most = int(np.max(table, initial=0))
+    if most > MAX_COUNT:
+        raise PackError(f"{most} components of one module at the same bits; {MAX_COUNT} fit")
     return Index(tuple(names), base, modules, tuple(bits), group_size, table.astype(np.uint8))
 
 

@@ -213,7 +213,7 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
     order = np.argsort(-size, kind="stable")
     # Both factors hold the root of the singular value; a value below 1e-7 of the largest is
     # rounding.
-    order = order[size[order] > size.max() * 1e-7**0.5]
+    order = order[size[order] > np.max(size) * 1e-7**0.5]
     return left.T[order], right[order]
 
 

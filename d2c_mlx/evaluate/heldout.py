@@ -198,7 +198,7 @@ def paired_bootstrap(
         a, b = ours[task], theirs[task]
         counts = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=n)
         for sign, rows in ((1, a), (-1, b)):
-            difference += sign * float(rows[:, 0].sum() / rows[:, 1].sum()) / len(ours)
+            difference += sign * float(rows[:, 0].sum()) / float(rows[:, 1].sum()) / len(ours)
             sums = counts @ rows
             drawn += sign * sums[:, 0] / sums[:, 1] / len(ours)
     if min(map(len, ours.values())) < 2:

@@ -141,7 +141,7 @@ def shrinkage(shifts: np.ndarray, n_targets: Sequence[int]) -> float:
     from scipy.special import stdtrit
 
     n, sizes = len(shifts), np.asarray(n_targets)
-    mean = float(shifts.sum() / sizes.sum())
+    mean = float(shifts.sum()) / float(sizes.sum())
     if n < 2 or mean == 0:
         return 0.0
     # The variance of a ratio of sums over rows drawn at random.

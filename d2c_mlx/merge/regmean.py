@@ -49,7 +49,7 @@ class Grams:
         if 4 * len(x) < len(total):  # K = S (I + Y^T Y) S
             y = x * np.sqrt(off_diagonal / total)
             self._woodbury = y, np.sqrt(total)[:, None]
-            system, total = y @ y.T, 1.0
+            system, total = y @ y.T, np.array(1.0)
         else:
             system = x.T @ x
             system *= off_diagonal

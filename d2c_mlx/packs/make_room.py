@@ -88,7 +88,7 @@ def make_room(
     lost = np.zeros(len(others))
     for one in gone:
         lost[one.adapter] += one.energy
-    return Room(kept, arrival, sum(one.rank for one in gone), float(lost.max(initial=0)))
+    return Room(kept, arrival, sum(one.rank for one in gone), float(np.max(lost, initial=0)))
 
 
 def _arrival(

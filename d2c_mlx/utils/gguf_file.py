@@ -205,6 +205,6 @@ def _words(q: np.ndarray, bits: int) -> np.ndarray:
     eight = q.reshape(len(q), -1, 8).astype(np.uint64) << (
         np.arange(8, dtype=np.uint64) * np.uint64(bits)
     )
-    whole = np.bitwise_or.reduce(eight, axis=-1)
+    whole = eight.sum(axis=-1, dtype=np.uint64)
     data = np.ascontiguousarray(whole.astype("<u8")[..., None].view(np.uint8)[..., :bits])
     return data.reshape(len(q), -1).view(np.uint32)
