@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.adapters.sources import Source
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.models.tasks import probe_file
 from d2c_mlx.packs.overwrite import (
     MARKER,
@@ -83,8 +84,11 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
         output / name for name in RUN_WRITES
         if name not in (".lock", *written) and _holds(output / name)
     ]  # fmt: skip
-    # A budget in bytes may have room for all adapters, which are then copied to `merged`.
-    folders = {"adapters", "merged"} | ({"planned"} if config.planned else set())
+    folders = {"adapters", "planned" if config.planned else "merged"}
+    # A plan with room for all adapters copies them to `merged`; how many MB they are is not known.
+    percent = parse_budget(config.budget).percent
+    if percent is None or percent >= 100:
+        folders.add("merged")
     if config.refine:
         folders |= {"refined", "refining"}
     for folder in written & folders:

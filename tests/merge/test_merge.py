@@ -58,6 +58,9 @@ def test_the_table_of_the_documents_is_true():
         for line in text.splitlines()
         if line.startswith("| `")
     ]
+    of_runs, rows = rows[:2], rows[2:]
+    assert [row[0] for row in of_runs] == ["`layerwise`", "`regmean++`"]
+    assert all("of a run only" in row[1] for row in of_runs)
     assert [row[0].strip("`") for row in rows] == list(METHODS)
     adapters = adapters_of(np.random.default_rng(1), 5, {P: (9, 7), Q: (5, 6), R: (4, 4)})
     assert len({lora.rank for one in adapters for lora in one.modules.values()}) > 2

@@ -62,7 +62,8 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
         gain = np.maximum(losses(None, names) - own, 0.05)
         merge = merge_adapters([found[member], found["c"]])
         for scale in COARSE_SCALES:
-            costs[k, scale] = ((losses(scaled(merge, scale), names) - own) / gain).sum()
+            regrets = (losses(scaled(merge, scale), names) - own) / gain
+            costs[k, scale] = np.maximum(regrets, -1).sum()
     result = add_from_path(
         pack.path, str(paths.adapters / "c"), AddOptions(tasks=paths.tasks, model=str(paths.model))
     )
