@@ -149,7 +149,7 @@ def measured(session, rooms):
 
 
 def measured_before(output, facts, same):
-    """What is there to be continued, if anything.
+    """The content of results that can be continued; None where there are none.
 
     Raises:
         SystemExit: it was measured of something else; in one line.

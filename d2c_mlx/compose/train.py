@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -15,7 +14,7 @@ from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.refine.steps import Parameters, pull_back, schedule, turns
+from d2c_mlx.refine.steps import Parameters, descend, pull_back, turns
 from d2c_mlx.utils.blas import all_cores
 
 __all__ = [
@@ -136,14 +135,16 @@ class Trainer:
         order = turns(own, o.rows, (o.seed,))
         cost = passes * _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
         self.meter.expect(o.steps * cost)
-        optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
+
+        def next_gradient(parameters: Parameters) -> Parameters:
+            return gradient(model, parameters, next(order))
+
+        trained = parameters
         with all_cores():
-            for _ in range(o.steps):
-                found, _ = optim.clip_grad_norm(gradient(model, parameters, next(order)), 1.0)
-                parameters = optimizer.apply_gradients(found, parameters)
-                mx.eval(parameters, optimizer.state)
+            for step in descend(parameters, next_gradient, o.steps, o.rate):
+                trained = step
                 self.meter.advance(cost)
-        return parameters
+        return trained
 
 
 def train_lora(

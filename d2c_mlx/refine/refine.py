@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Generic
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -23,7 +22,7 @@ from d2c_mlx.evaluate.distill import Distiller, TeacherRow
 from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.refine.steps import averaged, pull_back, schedule, turns
+from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
 from d2c_mlx.refine.students import Form, Student, student_of
 from d2c_mlx.utils.blas import all_cores
 
@@ -142,16 +141,16 @@ def _train(
              for i, task in enumerate(tasks)]  # fmt: skip
     cost = _mean_cost(tasks, o.rows)
     meter.expect(o.steps * cost)
-    optimizer = optim.Adam(schedule(o.steps, o.rate), betas=[0.9, 0.99], bias_correction=True)
-    parameters = average = student.start
-    for step in range(1, o.steps + 1):
+
+    def gradient(parameters: Parameters) -> Parameters:
         rows = [[row for turn in pair for row in next(turn)] for pair in orders]
         by_factor = model.gradient(student.factors(parameters), *_weighted(rows, tasks))
-        gradient = pull_back(student.factors, parameters, by_factor)
-        gradient, _ = optim.clip_grad_norm(gradient, 1.0)
-        parameters = optimizer.apply_gradients(gradient, parameters)
+        return pull_back(student.factors, parameters, by_factor)
+
+    average = student.start
+    for step, parameters in enumerate(descend(average, gradient, o.steps, o.rate), 1):
         average = averaged(average, parameters, step)
-        mx.eval(parameters, average, optimizer.state)
+        mx.eval(average)
         meter.advance(cost)
     return student.made(average)
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.evaluate.distill import Factors, TeacherRow
 
-__all__ = ["Parameters", "averaged", "pull_back", "schedule", "turns"]
+__all__ = ["Parameters", "averaged", "descend", "pull_back", "schedule", "turns"]
 
 # Arrays in dicts and tuples: what is trained.
 Parameters = Any
@@ -41,6 +41,18 @@ def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[l
             waiting += [rows[i] for i in rng.permutation(len(rows))]
         yield waiting[:n]
         del waiting[:n]
+
+
+def descend(
+    parameters: Parameters, gradient: Callable[[Parameters], Parameters], steps: int, rate: float
+) -> Iterator[Parameters]:
+    """Yield the parameters after each step of Adam, whose highest learning rate is `rate`."""
+    optimizer = optim.Adam(schedule(steps, rate), betas=[0.9, 0.99], bias_correction=True)
+    for _ in range(steps):
+        found, _ = optim.clip_grad_norm(gradient(parameters), 1.0)
+        parameters = optimizer.apply_gradients(found, parameters)
+        mx.eval(parameters, optimizer.state)
+        yield parameters
 
 
 def averaged(average: Parameters, newest: Parameters, step: int) -> Parameters:

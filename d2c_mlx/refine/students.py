@@ -1,4 +1,4 @@
-"""What refining trains: the numbers that the factors of an adapter are made of.
+"""Students: adapters as refining trains them, in the numbers that their factors are made of.
 
 A merge trains its factors. An adapter in the low bits of a plan keeps its codes and trains the
 scale and the bias of every group of them, so nothing is rounded anew and no byte is added.
@@ -57,7 +57,7 @@ def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
 
 
 def _balance(adapter: Adapter, path: str) -> float:
-    """What `a` is multiplied with, and `b` divided by, for both to have one norm.
+    """The ratio by which `a` is multiplied and `b` divided, so that both have one norm.
 
     Adam moves both by the same amount.
     """
@@ -110,7 +110,7 @@ class _Part:
         return cls(stored, mx.array(codes.reshape(len(codes), -1, stored.group_size)))
 
     def start(self, ratio: float) -> tuple[mx.array, ...]:
-        """What is trained, in float32: scales and biases of the groups, or 16-bit numbers."""
+        """The parameters in float32: scales and biases of the groups, or 16-bit numbers."""
         one = self.stored
         some = [one.weight] if self.codes is None else [one.scales, one.biases]
         return tuple(mx.array(x.astype(np.float32) * ratio) for x in some)

@@ -240,7 +240,7 @@ def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
 
 
 def test_adapters_that_store_a_module_of_the_base_in_full(made, tmp_path):
-    """Of the base as it was before it was quantized."""
+    """The module is that of the base before quantization."""
     paths, pack, *_ = made
     adapters = shutil.copytree(paths.adapters, tmp_path / "adapters")
     store_in_full(adapters / "a", paths.model, "model.embed_tokens")

@@ -59,7 +59,7 @@ def numbers_of(form):
 
 
 def codes_of(form):
-    """What may not change: the packed codes of every factor below 16 bits."""
+    """The packed codes of every factor below 16 bits, which may not change."""
     return {key: some for key, some in numbers_of(form).items()
             if key[-1] == "weight" and key[1] != 16}  # fmt: skip
 

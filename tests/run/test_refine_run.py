@@ -40,6 +40,11 @@ def config(tmp_path, paths):
     )  # fmt: skip
 
 
+@pytest.fixture
+def planned(config):
+    return config.replace(budget="45%", merge_method=None, scale=None, baselines=[])
+
+
 @pytest.mark.slow
 def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     off = run(config.replace(refine=False), quiet=True)
@@ -93,9 +98,11 @@ main()
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options, until", [("config", "merge"), ("planned", "plan")])
+def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp_path, monkeypatch):
+    config = request.getfixturevalue(options)
     whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
-    output = run(config, until="merge", quiet=True).output
+    output = run(config, until=until, quiet=True).output
     command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -108,7 +115,7 @@ def test_killed_it_goes_on_at_the_cluster_it_was_in(config, tmp_path, monkeypatc
 
     monkeypatch.setattr(refining, "refine", counted)
     run(config, until="pack", quiet=True)
-    assert len(calls) == len(whole.read("merges.json")) - 1
+    assert len(calls) == len(whole.read("refines.json")) - 1
     for name in ("refined", "pack"):
         assert hash_tree(output / name) == hash_tree(whole.path(name))
 
@@ -199,11 +206,6 @@ def test_bad_options(config, options, text):
         config.replace(**options)
 
 
-@pytest.fixture
-def planned(config):
-    return config.replace(budget="45%", merge_method=None, scale=None, baselines=[])
-
-
 @pytest.mark.slow
 def test_a_plan_is_refined_in_the_same_bytes(planned):
     off = run(planned.replace(refine=False), quiet=True)
@@ -233,23 +235,3 @@ def test_a_plan_is_refined_in_the_same_bytes(planned):
     again = run(planned.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == packed
     assert "plan" not in again.read("bench.json")["methods"]
-
-
-@pytest.mark.slow
-def test_a_plan_that_was_killed_goes_on_at_the_adapter_it_was_in(planned, tmp_path, monkeypatch):
-    whole = run(planned.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
-    output = run(planned, until="plan", quiet=True).output
-    command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    calls = []
-
-    def counted(*args, refine=refining.refine):
-        calls.append(args)
-        return refine(*args)
-
-    monkeypatch.setattr(refining, "refine", counted)
-    run(planned, until="pack", quiet=True)
-    assert len(calls) == len(whole.read("plan.json")["units"]) - 1
-    for name in ("refined", "pack"):
-        assert hash_tree(output / name) == hash_tree(whole.path(name))
