@@ -199,7 +199,11 @@ RUN_OPTIONS = (
         " predict  [default: no]",
     ),
     _refine("--refine-steps", type=int, help="steps of it  [default: 40]"),
-    _refine("--refine-rate", type=float, help="its learning rate  [default: 0.0005]"),
+    _refine(
+        "--refine-rate",
+        type=float,
+        help="its learning rate  [default: 0.0005, and 0.002 for low-bit adapters]",
+    ),
 )
 PHONE_OPTIONS = (
     _model_and_device(

@@ -55,13 +55,14 @@ class RefineOptions:
 
     Attributes:
         steps: number of steps.
-        rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine.
+        rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine;
+            None takes the student's own, see `students.Student.rate`.
         rows: rows of each task in a step, and as many of those with its adapter's own answers.
         seed: seed of the order of the rows.
     """
 
     steps: int = 40
-    rate: float = 5e-4
+    rate: float | None = None
     rows: int = 2
     seed: int = 0
 
@@ -147,8 +148,8 @@ def _train(
         by_factor = model.gradient(student.factors(parameters), *_weighted(rows, tasks))
         return pull_back(student.factors, parameters, by_factor)
 
-    average = student.start
-    for step, parameters in enumerate(descend(average, gradient, o.steps, o.rate), 1):
+    average, rate = student.start, student.rate if o.rate is None else o.rate
+    for step, parameters in enumerate(descend(average, gradient, o.steps, rate), 1):
         average = averaged(average, parameters, step)
         mx.eval(average)
         meter.advance(cost)

@@ -32,9 +32,11 @@ class Student(Protocol[Form]):
 
     Attributes:
         start: parameters at the beginning.
+        rate: learning rate that suits them.
     """
 
     start: Parameters
+    rate: float
 
     def factors(self, parameters: Parameters) -> Factors:
         """The factors, made by operations of MLX."""
@@ -67,6 +69,8 @@ def _balance(adapter: Adapter, path: str) -> float:
 
 class _Merge:
     """A plain adapter, whose factors are trained."""
+
+    rate = 5e-4
 
     def __init__(self, form: Adapter, dtype: mx.Dtype) -> None:
         self._form, self._dtype = form, dtype
@@ -133,6 +137,9 @@ class _Part:
 
 class _Stored:
     """An adapter in low bits: scales and biases are trained, and numbers that are in 16 bit."""
+
+    # One scale stands for 64 numbers.
+    rate = 2e-3
 
     def __init__(self, form: Compressed, dtype: mx.Dtype) -> None:
         self._form, self._dtype = form, dtype

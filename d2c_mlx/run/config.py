@@ -278,7 +278,13 @@ class RunConfig(RunRules):
         validate_default=True,
     )
     refine_steps: int = option(40, "steps of it", group=_REFINE, ge=1)
-    refine_rate: float = option(0.0005, "its learning rate", group=_REFINE, gt=0)
+    refine_rate: float | None = option(
+        None,
+        "its learning rate",
+        group=_REFINE,
+        gt=0,
+        default_text="0.0005, and 0.002 for low-bit adapters",
+    )
 
     @property
     def merging(self) -> MergeOptions:
