@@ -1,12 +1,14 @@
 """Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
 
     python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough] [--refine]
+        [--packs DIR]
 
 An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
 probe, teacher targets and gains of modules, which are not counted; losses that one kind left in the
 cache are counted all the same, but take no time, so the thorough plan comes last. `--refine` trains
 every plan by estimates, which is timed apart from planning it. Results: results/plans.json, written
-after every plan.
+after every plan. `--packs` keeps the packs: `benchmarks.quality.scores --work DIR --case plan`, or
+`--case plan-refined`, judges their answers.
 """
 
 import json
@@ -20,9 +22,11 @@ from benchmarks.quality.bytes import judge
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import refine
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.pack_stage import pack_info
 from d2c_mlx.run.refine_stage import members_of
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
@@ -53,7 +57,7 @@ def planned(session, budget, thorough):
 
 
 def refined(session, plan, before):
-    """The row of a plan whose adapters are trained, as `d2c-mlx run --refine` does."""
+    """A plan's adapters, trained as `d2c-mlx run --refine` does, and their row."""
     started = time.perf_counter()
     forms = [
         refine(session.inputs.base, form, members_of(session, unit["tasks"])).adapter
@@ -62,7 +66,13 @@ def refined(session, plan, before):
     seconds = round(time.perf_counter() - started, 1)
     nbytes = compact_nbytes(index_of(forms))
     judged = judge(session, forms, plan.serves, nbytes)
-    return {**before, "refined": True, "seconds": seconds, **judged}
+    return forms, {**before, "refined": True, "seconds": seconds, **judged}
+
+
+def keep(session, plan, forms, place):
+    """The pack of a plan in `place/pack`, with these adapters."""
+    place.mkdir(parents=True)
+    write_compact_pack(place / "pack", forms, plan.serves, pack_info(session.inputs))
 
 
 def main():
@@ -72,6 +82,7 @@ def main():
     parser.add_argument("--budgets", default="12.5,3,0.75", help="percent")
     parser.add_argument("--thorough", action="store_true", help="thorough plans too")
     parser.add_argument("--refine", action="store_true", help="train the plans by estimates too")
+    parser.add_argument("--packs", type=Path, help="keeps every pack of a plan by estimates")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
@@ -95,8 +106,13 @@ def main():
             for budget in options.budgets.split(","):
                 plan, row = planned(session, f"{budget}%", thorough)
                 rows.append(row)
+                if options.packs and not thorough:
+                    keep(session, plan, plan.adapters, options.packs / f"{budget}%-0-plan")
                 if options.refine and not thorough:
-                    rows.append(refined(session, plan, row))
+                    forms, row = refined(session, plan, row)
+                    rows.append(row)
+                    if options.packs:
+                        keep(session, plan, forms, options.packs / f"{budget}%-0-plan-refined")
                 write_json(options.output, {**facts, "rows": rows})
                 print(json.dumps(rows[-1]), flush=True)
 

@@ -31,8 +31,8 @@ PAIRS = (
 )
 # Slots at which pairs are compared, the share of the 24 adapters in rows_24, and draws there.
 SLOTS, SHARE, SEEDS = 3, "12.5", (0, 1, 2)
-# Cases that have a table of their own, `without_rows` of packs.py.
-WITHOUT_ROWS = ("weights", "prompts")
+# Cases that have tables of their own, `without_rows` and `bytes_refined` of packs.py.
+ELSEWHERE = ("weights", "prompts", "plan", "plan-refined")
 
 
 def answers(read):
@@ -43,7 +43,7 @@ def answers(read):
     exact = [name for name in own if kind_of(name) in EXACT]
     beside = read("slots")["rows"]
     lines = paper_rows(read("paper"), len(kinds))
-    rows = {key: some for key, some in rows.items() if key[0] not in WITHOUT_ROWS}
+    rows = {key: some for key, some in rows.items() if key[0] not in ELSEWHERE}
     for (case, k), some in sorted(rows.items(), key=lambda item: item[0][1] or 0):
         means = {name: statistics.mean(one[name]["score"] for one in some) for name in own}
         of = [[means[name] for name in own if kind_of(name) == kind] for kind in kinds]

@@ -98,6 +98,21 @@ def bytes_retention(read):
     return markdown([*header, "bytes of auto"], lines, left=0)
 
 
+def bytes_refined(read):
+    """Plans by estimates, and the same trained: excess, retention and share of the score."""
+    rows = {(one["budget"], bool(one.get("refined"))): one
+            for one in read("plans")["rows"] if not one["thorough"]}  # fmt: skip
+    lines = []
+    for budget in (budget for budget, refined in rows if refined):
+        line = [budget]
+        for case, one in zip(("plan", "plan-refined"), (rows[budget, False], rows[budget, True])):
+            line += [f"{one['excess']:.3f}", f"{one['retention']:.1%}", kept(read, case, budget)]
+        lines.append((*line, f"{rows[budget, True]['seconds']:.0f}"))
+    header = ("budget", "excess", "retention", "score", "refined: excess", "retention", "score",
+              "seconds")  # fmt: skip
+    return markdown(header, lines)
+
+
 def bytes_strong(read):
     """Strongly trained adapters: `auto` beside its goal, and in hindsight."""
     each, _, rows = budgets(read("bytes-strong"))

@@ -30,6 +30,7 @@ TABLES = {
     "slots": packs.slots,
     "bytes-excess": packs.bytes_excess,
     "bytes-retention": packs.bytes_retention,
+    "bytes-refined": packs.bytes_refined,
     "bytes-strong": packs.bytes_strong,
     "phone": speed.phone,
     "switch": speed.switch,
