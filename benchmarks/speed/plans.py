@@ -71,8 +71,16 @@ def refined(session, plan, before):
 
 def keep(session, plan, forms, place):
     """The pack of a plan in `place/pack`, with these adapters."""
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     write_compact_pack(place / "pack", forms, plan.serves, pack_info(session.inputs))
+
+
+def measured(session, budget, thorough, train):
+    """Yield `(case, plan, its adapters, row)` of one plan, then of the same trained."""
+    plan, row = planned(session, budget, thorough)
+    yield "plan", plan, plan.adapters, row
+    if train:
+        yield "plan-refined", plan, *refined(session, plan, row)
 
 
 def main():
@@ -104,17 +112,13 @@ def main():
                  "gains_seconds": round(time.perf_counter() - between, 1)}  # fmt: skip
         for thorough in (False, True) if options.thorough else (False,):
             for budget in options.budgets.split(","):
-                plan, row = planned(session, f"{budget}%", thorough)
-                rows.append(row)
-                if options.packs and not thorough:
-                    keep(session, plan, plan.adapters, options.packs / f"{budget}%-0-plan")
-                if options.refine and not thorough:
-                    forms, row = refined(session, plan, row)
+                train = options.refine and not thorough
+                for case, plan, forms, row in measured(session, f"{budget}%", thorough, train):
                     rows.append(row)
-                    if options.packs:
-                        keep(session, plan, forms, options.packs / f"{budget}%-0-plan-refined")
-                write_json(options.output, {**facts, "rows": rows})
-                print(json.dumps(rows[-1]), flush=True)
+                    write_json(options.output, {**facts, "rows": rows})
+                    print(json.dumps(row), flush=True)
+                    if options.packs and not thorough:
+                        keep(session, plan, forms, options.packs / f"{budget}%-0-{case}")
 
 
 if __name__ == "__main__":

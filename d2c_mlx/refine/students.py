@@ -138,7 +138,7 @@ class _Part:
 class _Stored:
     """An adapter in low bits: scales and biases are trained, and numbers that are in 16 bit."""
 
-    # One scale stands for 64 numbers.
+    # The best of four on three tasks: benchmarks/notes/2026-11-29-refining.md.
     rate = 2e-3
 
     def __init__(self, form: Compressed, dtype: mx.Dtype) -> None:
