@@ -79,6 +79,22 @@ class _Walk:
             self.skip(_WIDTHS[kind])
 
 
+class _Reader(GGUFReader):
+    """The package's reader on a plain view of the file's pages.
+
+    It takes two slices for each of a tokenizer's words, and one of `np.memmap` costs several times
+    one of a plain array.
+    """
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._pages
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._pages = mapped.view(np.ndarray)
+
+
 def open_gguf(path: Path) -> GGUFReader:
     """Open a GGUF file with the `gguf` package, after checking lengths and types in its header.
 
@@ -103,7 +119,7 @@ def open_gguf(path: Path) -> GGUFReader:
     for name, kind, end in ends:
         if walk.at + end > size:
             raise ValueError(f"tensor {name} ({kind}) is cut short: the file ends within it")
-    return GGUFReader(path)
+    return _Reader(path)
 
 
 def _tensor_end(walk: _Walk) -> tuple[str, str, int]:
