@@ -49,13 +49,15 @@ def test_the_help_states_the_defaults():
     assert stated.pop("max_adapters").startswith("any") and values.pop("max_adapters") is None
     assert stated.pop("memory_limit").startswith("what") and values.pop("memory_limit") is None
     assert stated.pop("accept_dora") == "refuse them" and values.pop("accept_dora") is None
+    # tests/refine/test_stored.py holds its words to the rates that train.
+    assert stated.pop("refine_rate") and values.pop("refine_rate") is None
     for name in ("refine", "same_shape", "skip_bad"):
         assert stated.pop(name) == "no" and values.pop(name) is False
     assert stated.pop("baselines") == ",".join(values.pop("baselines"))
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "memory_limit", "refine", "same_shape", "without", "baselines"}
     special |= {"unlabelled", "clusters", "skip_bad", "merge_method", "merge_rank", "max_adapters"}
-    special |= {"accept_dora", "probe_model"}
+    special |= {"accept_dora", "probe_model", "refine_rate"}
     unstated = set(RunConfig.model_fields) - set(stated) - special
     assert unstated == set(NEEDED)
 
