@@ -28,7 +28,8 @@ from mlx_lm.tuner.trainer import default_loss
 from benchmarks import command_line
 from benchmarks.stock_models import float32_base
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_dir, write_json

@@ -22,7 +22,8 @@ from benchmarks.other_loops import mlx_lm_loop, peft_loop, plain_loop
 from benchmarks.stock_models import torch_model
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.evaluate.batches import shared_prefix
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.models.base_model import block_index
 from d2c_mlx.utils.blas import limit_blas_threads
 

@@ -21,9 +21,10 @@ __all__ = [
     "BatchCost",
     "PassSize",
     "batches_by_length",
+    "pad_batch",
+    "pad_inputs",
     "shared_prefix",
     "split_rows",
-    "pad_batch",
 ]
 
 
@@ -210,6 +211,15 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield batch
 
 
+def pad_inputs(examples: Sequence[Example], n_prefix: int) -> np.ndarray:
+    """Token ids after the prefix, without the last one, `(rows, width)`, padded on the right."""
+    rows = [example.tokens[n_prefix:-1] for example in examples]
+    x = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for i, row in enumerate(rows):
+        x[i, : len(row)] = row
+    return x
+
+
 def pad_batch(examples: Sequence[Example]) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
     """Pad whole examples on the right, for a pass with a gradient.
 
@@ -217,13 +227,11 @@ def pad_batch(examples: Sequence[Example]) -> tuple[mx.array, tuple[mx.array, mx
         Token ids `(rows, width)`; a pair of arrays `(n_targets,)`, the row and column of every
         position that predicts a target, examples in their order; the targets' ids `(n_targets,)`.
     """
-    x = np.zeros((len(examples), max(len(one.tokens) for one in examples) - 1), np.int32)
     row: list[int] = []
     column: list[int] = []
     target: list[int] = []
     for i, one in enumerate(examples):
-        x[i, : len(one.tokens) - 1] = one.tokens[:-1]
         row += [i] * one.n_targets
         column += range(one.first_target - 1, len(one.tokens) - 1)
         target += one.tokens[one.first_target :]
-    return mx.array(x), (mx.array(row), mx.array(column)), mx.array(target)
+    return mx.array(pad_inputs(examples, 0)), (mx.array(row), mx.array(column)), mx.array(target)

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.evaluate.batches import PassSize
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.messages import (
     Group,
     RankError,
@@ -36,6 +36,7 @@ from d2c_mlx.evaluate.messages import (
     send,
     unpack_pieces,
 )
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet

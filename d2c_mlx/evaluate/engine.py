@@ -12,18 +12,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from d2c_mlx.evaluate.batches import Batch, BatchCost, PassSize, shared_prefix, split_rows
+from d2c_mlx.evaluate.batches import (
+    Batch,
+    BatchCost,
+    PassSize,
+    pad_inputs,
+    shared_prefix,
+    split_rows,
+)
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
-from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
     full_logits,
     head_in_float32,
@@ -37,39 +44,12 @@ from d2c_mlx.utils.device import arithmetic, default_memory_limit, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
 
-__all__ = ["Engine", "Optimizations"]
+__all__ = ["Engine"]
 
 # Tokens that a shared prefix must save, about three times what a batch costs beside its tokens.
 _MIN_PREFIX_SAVING = 48
 # Most pieces whose rows are remembered.
 _MOST_REMEMBERED = 1 << 16
-
-
-@dataclass(frozen=True)
-class Optimizations:
-    """Switches of the engine's optimizations; each changes a loss by rounding only.
-
-    `--without NAME` turns one off. The field names are part of every cache key.
-
-    Attributes:
-        head: compute logits at target positions only.
-        prefix: run the tokens that all rows of a set begin with once per adapter.
-        batches: run several rows at once, sorted by length; else row by row.
-        frozen: run the blocks below the first that an adapter changes once per set.
-        fold: add float32 adapters to copies of the weights; else compute them beside the weights.
-        streams: on a CPU device evaluate one set per core side by side; else one set on all cores.
-        exponentials: on a CPU device use the faster exponentials of `models/kernels.py`.
-        stack: adapters in one batch.
-    """
-
-    head: bool = True
-    prefix: bool = True
-    batches: bool = True
-    frozen: bool = True
-    fold: bool = True
-    streams: bool = True
-    exponentials: bool = True
-    stack: int = 1
 
 
 class Engine:
@@ -266,7 +246,7 @@ class Engine:
         prefix, batches = self._prefix_of(examples), self.batches(examples)
         first = self._first_block()
         rows = [[examples.examples[i] for i in batch] for batch in batches]
-        inputs = [mx.array(self._tokens(batch, len(prefix))) for batch in rows]
+        inputs = [mx.array(pad_inputs(batch, len(prefix))) for batch in rows]
         start = mx.array([prefix]) if prefix else None
         if first:
             start, inputs = self._below(examples, first, start, inputs, last)
@@ -345,15 +325,6 @@ class Engine:
         prefix = shared_prefix(examples) if self._prefix else ()
         # A pass of its own, on few tokens, must save more than it costs.
         return prefix if len(prefix) * (len(examples.examples) - 1) >= _MIN_PREFIX_SAVING else ()
-
-    def _tokens(self, batch: Sequence[Example], n_prefix: int) -> np.ndarray:
-        """`(rows, width)` token ids after the prefix, padded on the right."""
-        width = max(len(example.tokens) for example in batch) - n_prefix - 1
-        x = np.zeros((len(batch), width), np.int32)
-        for i, example in enumerate(batch):
-            inputs = example.tokens[n_prefix:-1]
-            x[i, : len(inputs)] = inputs
-        return x
 
 
 def _key(piece: Piece) -> tuple[str, str]:

@@ -16,8 +16,9 @@ from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.evaluate.answers import OwnAnswers
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import CUTS
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet

@@ -13,7 +13,8 @@ from helpers.tiny import divergence, library, peft_adapter, tiny_model
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.batches import BatchCost, PassSize, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
 from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact

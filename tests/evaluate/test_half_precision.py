@@ -10,7 +10,8 @@ from scipy.special import log_softmax
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.evaluate.engine import Engine, Optimizations
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
 from d2c_mlx.models.base_model import BaseModel

@@ -4,7 +4,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from d2c_mlx.evaluate.engine import Optimizations
+from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.run.config import SAVINGS, RunConfig
