@@ -147,9 +147,11 @@ def update(directory, check):
     if directory.resolve() == RESULTS.parent:
         root = directory.resolve().parent
         pages += [root / "README.md", root / "docs" / "results.md"]
-    for page in pages:
+    # Before any table is made: a broken region is an error at once.
+    parts = {page: [*regions(page)] for page in pages}
+    for page, its in parts.items():
         text, before = [], len(changed)
-        for name, lines in regions(page):
+        for name, lines in its:
             made = TABLES[name](read) if name else lines
             if made != lines:
                 changed.append(f"table {name}")

@@ -2,13 +2,18 @@
 
 import json
 import statistics
+from functools import cache
 
 from benchmarks import RESULTS
 
 
 def reader(directory=RESULTS, **known):
-    """Returns `read(name)`: what is known, as of a script that just measured it, or the file's."""
+    """Returns `read(name)`: what is known, as of a script that just measured it, or the file's.
 
+    A file is read once; its content is not to be changed.
+    """
+
+    @cache
     def read(name):
         if name in known:
             return known[name]

@@ -12,6 +12,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,21 @@ def arithmetic() -> dict[str, str | None]:
     the system and newer GPUs have others for float32. So system, architecture and TF32 count too.
     """
     info = mx.device_info()
+    mlx, mac = _software()
     found = {
-        "MLX": version("mlx"), "device": str(info.get("device_name")),
+        "MLX": mlx, "device": str(info.get("device_name")),
         "backend": str(current_device()), "BLAS": loaded_blas(),
     }  # fmt: skip
-    if mac := platform.mac_ver()[0]:
+    if mac:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
         found |= {"macOS": mac, "architecture": str(info.get("architecture")), "TF32": tf32}
     return found
+
+
+@cache
+def _software() -> tuple[str, str]:
+    """MLX's version, and that of macOS or "". Read once: every loss that is looked up asks."""
+    return version("mlx"), platform.mac_ver()[0]
 
 
 def device_name() -> str:

@@ -40,7 +40,7 @@ def inputs(tmp_path):
     """Options of a run on four tiny adapters, but for its budget and output."""
     paths = library(tmp_path, ["a", "b", "c", "d"])
     return {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
-            "probe_examples": 3, "test_examples": 3, "random_seeds": 1}  # fmt: skip
+            "probe_examples": 3, "test_examples": 3, "random_seeds": 1, "answers": 0}  # fmt: skip
 
 
 def command(inputs, way, output):

@@ -18,6 +18,7 @@ from helpers.tiny import Gpu
 
 from d2c_mlx.evaluate.workers import make_workers
 from d2c_mlx.utils.device import (
+    _software,
     arithmetic,
     default_memory_limit,
     device_name,
@@ -46,11 +47,13 @@ def mac(request, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: mac)
     monkeypatch.setattr(mx, "set_wired_limit", found.wired.append)
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.5" if mac else "", ("",) * 3, ""))
+    _software.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin" if mac else "linux")
     monkeypatch.setattr(os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2)
     if mac:
         monkeypatch.setattr(mx, "default_device", Gpu)
-    return found
+    yield found
+    _software.cache_clear()
 
 
 def test_memory_is_planned_by_what_the_device_recommends(mac):
