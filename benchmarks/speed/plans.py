@@ -1,14 +1,15 @@
 """Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
 
-    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough] [--refine]
-        [--packs DIR]
+    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
+        [--refine [--prompts]] [--packs DIR]
 
 An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
 probe, teacher targets and gains of modules, which are not counted; losses that one kind left in the
 cache are counted all the same, but take no time, so the thorough plan comes last. `--refine` trains
-every plan by estimates, which is timed apart from planning it. Results: results/plans.json, written
-after every plan. `--packs` keeps the packs: `benchmarks.quality.scores --work DIR --case plan`, or
-`--case plan-refined`, judges their answers.
+every plan by estimates, which is timed apart from planning it; with `--prompts` also on what the
+adapters answer to prompts of other rows. Results: results/plans.json, written after every plan.
+`--packs` keeps the packs: `benchmarks.quality.scores --work DIR --case plan`, or a case of those
+that are trained, plan-refined and plan-refined-with-prompts, judges their answers.
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import command_line
 from benchmarks.quality.bytes import judge
+from benchmarks.quality.without_rows import N_PROMPTS, write_prompts
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
@@ -66,7 +68,8 @@ def refined(session, plan, before):
     seconds = round(time.perf_counter() - started, 1)
     nbytes = compact_nbytes(index_of(forms))
     judged = judge(session, forms, plan.serves, nbytes)
-    return forms, {**before, "refined": True, "seconds": seconds, **judged}
+    prompts = {"prompts": N_PROMPTS} if session.config.unlabelled else {}
+    return forms, {**before, "refined": True, **prompts, "seconds": seconds, **judged}
 
 
 def keep(session, plan, forms, place):
@@ -80,7 +83,21 @@ def measured(session, budget, thorough, train):
     plan, row = planned(session, budget, thorough)
     yield "plan", plan, plan.adapters, row
     if train:
-        yield "plan-refined", plan, *refined(session, plan, row)
+        case = "plan-refined" + "-with-prompts" * bool(session.config.unlabelled)
+        yield case, plan, *refined(session, plan, row)
+
+
+def config_of(options, directory):
+    """The run whose probe all plans start from."""
+    config = RunConfig(
+        adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
+        output=str(directory / "run"), budget=f"{options.budgets.split(',')[0]}%",
+        probe_examples=options.examples, test_examples=options.tests,
+    )  # fmt: skip
+    if not options.prompts:
+        return config
+    asked = write_prompts(options.library, directory / "prompts.jsonl", range(options.examples))
+    return config.replace(refine=True, unlabelled=asked)
 
 
 def main():
@@ -90,19 +107,18 @@ def main():
     parser.add_argument("--budgets", default="12.5,3,0.75", help="percent")
     parser.add_argument("--thorough", action="store_true", help="thorough plans too")
     parser.add_argument("--refine", action="store_true", help="train the plans by estimates too")
+    parser.add_argument("--prompts", action="store_true",
+                        help=f"with --refine: on {N_PROMPTS} prompts per task besides")  # fmt: skip
     parser.add_argument("--packs", type=Path, help="keeps every pack of a plan by estimates")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
+    if options.prompts and not options.refine:
+        parser.error("--prompts is for --refine")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
-        config = RunConfig(
-            adapters=str(options.library / "adapters"), tasks=str(options.library / "tasks"),
-            output=str(Path(directory) / "run"), budget=f"{options.budgets.split(',')[0]}%",
-            probe_examples=options.examples, test_examples=options.tests,
-        )  # fmt: skip
-        session = run(config, until="probe", quiet=True)
+        session = run(config_of(options, Path(directory)), until="probe", quiet=True)
         started = time.perf_counter()
         session.study.teacher_regret.under(None, [0])
         between = time.perf_counter()

@@ -100,17 +100,15 @@ def bytes_retention(read):
 
 def bytes_refined(read):
     """Plans by estimates, and the same trained: excess, retention and share of the score."""
-    rows = {(one["budget"], bool(one.get("refined"))): one
-            for one in read("plans")["rows"] if not one["thorough"]}  # fmt: skip
+    rows = [one for one in read("plans")["rows"] if not one["thorough"]]
+    trained = {one["budget"] for one in rows if one.get("refined")}
     lines = []
-    for budget in (budget for budget, refined in rows if refined):
-        line = [budget]
-        for case, one in zip(("plan", "plan-refined"), (rows[budget, False], rows[budget, True])):
-            line += [f"{one['excess']:.3f}", f"{one['retention']:.1%}", kept(read, case, budget)]
-        lines.append((*line, f"{rows[budget, True]['seconds']:.0f}"))
-    header = ("budget", "excess", "retention", "score", "refined: excess", "retention", "score",
-              "seconds")  # fmt: skip
-    return markdown(header, lines)
+    for one in (one for one in rows if one["budget"] in trained):
+        case = "plan" + "-refined" * bool(one.get("refined")) + "-with-prompts" * ("prompts" in one)
+        lines.append((one["budget"], case, f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+                      kept(read, case, one["budget"]),
+                      f"{one['seconds']:.0f}" if one.get("refined") else ""))  # fmt: skip
+    return markdown(("budget", "case", "excess", "retention", "score", "seconds"), lines, left=2)
 
 
 def bytes_strong(read):

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -12,7 +13,7 @@ from helpers.tiny import library, task, write_jsonl
 
 from benchmarks import common
 from benchmarks.quality import without_rows
-from benchmarks.speed import engine_pair
+from benchmarks.speed import engine_pair, plans
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.rows import prompt_key
 from d2c_mlx.models.tasks import Task, load_task, load_unlabelled
@@ -118,3 +119,14 @@ def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
         name: [prompt_key(one) for one in some] for name, some in rows.items()
     }
     assert "completion" not in Path(file).read_text()
+
+
+def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, tmp_path):
+    options = SimpleNamespace(library=paths.adapters.parent, budgets="60", examples=2, tests=2,
+                              prompts=True)  # fmt: skip
+    config = plans.config_of(options, tmp_path)
+    assert config.refine and config.probe_examples == 2
+    asked = load_unlabelled(Path(config.unlabelled), [Task(name, (), ()) for name in NAMES], 0)
+    for name in NAMES:
+        rows = [prompt_key(one) for one in load_task(paths.tasks / name).probe]
+        assert [prompt_key(one) for one in asked[name]] == rows[2:]
