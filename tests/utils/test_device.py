@@ -17,8 +17,8 @@ from helpers import ROOT
 from helpers.tiny import Gpu
 
 from d2c_mlx.evaluate.workers import make_workers
+from d2c_mlx.utils import device
 from d2c_mlx.utils.device import (
-    _software,
     arithmetic,
     default_memory_limit,
     device_name,
@@ -47,13 +47,12 @@ def mac(request, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: mac)
     monkeypatch.setattr(mx, "set_wired_limit", found.wired.append)
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.5" if mac else "", ("",) * 3, ""))
-    _software.cache_clear()
+    monkeypatch.setattr(device, "_software", device._software.__wrapped__)
     monkeypatch.setattr(sys, "platform", "darwin" if mac else "linux")
     monkeypatch.setattr(os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2)
     if mac:
         monkeypatch.setattr(mx, "default_device", Gpu)
-    yield found
-    _software.cache_clear()
+    return found
 
 
 def test_memory_is_planned_by_what_the_device_recommends(mac):
