@@ -44,6 +44,7 @@ def planned(session, budget, thorough):
     parts = len(session.inputs.probes[0].parts)
     nbytes = compact_nbytes(index_of(plan.adapters))
     return plan, {
+        "case": "plan",
         "budget": budget,
         "thorough": thorough,
         "evaluations": round((counts.asked - before) / parts),
@@ -68,8 +69,8 @@ def refined(session, plan, before):
     seconds = round(time.perf_counter() - started, 1)
     nbytes = compact_nbytes(index_of(forms))
     judged = judge(session, forms, plan.serves, nbytes)
-    prompts = {"prompts": N_PROMPTS} if session.config.unlabelled else {}
-    return forms, {**before, "refined": True, **prompts, "seconds": seconds, **judged}
+    case = "plan-refined" + "-with-prompts" * bool(session.config.unlabelled)
+    return forms, {**before, "case": case, "seconds": seconds, **judged}
 
 
 def keep(session, plan, forms, place):
@@ -79,12 +80,11 @@ def keep(session, plan, forms, place):
 
 
 def measured(session, budget, thorough, train):
-    """Yield `(case, plan, its adapters, row)` of one plan, then of the same trained."""
+    """Yield `(plan, its adapters, row)` of one plan, then of the same trained."""
     plan, row = planned(session, budget, thorough)
-    yield "plan", plan, plan.adapters, row
+    yield plan, plan.adapters, row
     if train:
-        case = "plan-refined" + "-with-prompts" * bool(session.config.unlabelled)
-        yield case, plan, *refined(session, plan, row)
+        yield plan, *refined(session, plan, row)
 
 
 def config_of(options, directory):
@@ -129,12 +129,12 @@ def main():
         for thorough in (False, True) if options.thorough else (False,):
             for budget in options.budgets.split(","):
                 train = options.refine and not thorough
-                for case, plan, forms, row in measured(session, f"{budget}%", thorough, train):
+                for plan, forms, row in measured(session, f"{budget}%", thorough, train):
                     rows.append(row)
                     write_json(options.output, {**facts, "rows": rows})
                     print(json.dumps(row), flush=True)
                     if options.packs and not thorough:
-                        keep(session, plan, forms, options.packs / f"{budget}%-0-{case}")
+                        keep(session, plan, forms, options.packs / f"{budget}%-0-{row['case']}")
 
 
 if __name__ == "__main__":

@@ -101,13 +101,13 @@ def bytes_retention(read):
 def bytes_refined(read):
     """Plans by estimates, and the same trained: excess, retention and share of the score."""
     rows = [one for one in read("plans")["rows"] if not one["thorough"]]
-    trained = {one["budget"] for one in rows if one.get("refined")}
-    lines = []
-    for one in (one for one in rows if one["budget"] in trained):
-        case = "plan" + "-refined" * bool(one.get("refined")) + "-with-prompts" * ("prompts" in one)
-        lines.append((one["budget"], case, f"{one['excess']:.3f}", f"{one['retention']:.1%}",
-                      kept(read, case, one["budget"]),
-                      f"{one['seconds']:.0f}" if one.get("refined") else ""))  # fmt: skip
+    trained = {one["budget"] for one in rows if one["case"] != "plan"}
+    lines = [
+        (one["budget"], one["case"], f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+         kept(read, one["case"], one["budget"]),
+         f"{one['seconds']:.0f}" if one["case"] != "plan" else "")
+        for one in rows if one["budget"] in trained
+    ]  # fmt: skip
     return markdown(("budget", "case", "excess", "retention", "score", "seconds"), lines, left=2)
 
 

@@ -209,7 +209,7 @@ def plans(read):
         (one["budget"], "thorough" if one["thorough"] else "estimates", f"{one['evaluations']:,}",
          f"{one['seconds']:.0f}", f"{one['regret']:.4f}", f"{one['excess']:.4f}")
         for one in sorted(read("plans")["rows"], key=lambda one: -float(one["budget"].rstrip("%")))
-        if not one.get("refined")
+        if one["case"] == "plan"
     ]  # fmt: skip
     header = ("budget", "plan", "evaluations", "seconds", "regret", "held-out excess")
     return markdown(header, rows, left=2)

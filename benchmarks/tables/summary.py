@@ -36,7 +36,7 @@ def library(read):
 def in_bytes(read, budget):
     """`(bytes, excess, retention)` of the default plan for a budget in bytes."""
     (row,) = (one for one in read("plans")["rows"]
-              if one["budget"] == budget and not one["thorough"] and not one.get("refined")
+              if one["budget"] == budget and not one["thorough"] and one["case"] == "plan"
               )  # fmt: skip
     return row["nbytes"], row["excess"], row["retention"]
 

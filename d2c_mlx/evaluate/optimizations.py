@@ -1,4 +1,4 @@
-"""What makes the engine fast, and how each of it is turned off."""
+"""The engine's optimizations, each of which can be turned off."""
 
 from __future__ import annotations
 

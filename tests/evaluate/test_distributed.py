@@ -51,7 +51,7 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
     speed, rounds = np.array([3000.0, 10.0]), []
     for _ in range(80):
         work = [size * len(mine) for mine in share_out(tokens, _weights(speed))]
-        # What is measured of nothing is no speed.
+        # A rank without work has no speed that could be measured.
         speed = _measured(speed, work, [n / 3000 or 1e-5 for n in work])
         rounds.append(work)
     assert abs(rounds[-1][0] - rounds[-1][1]) <= size
@@ -59,7 +59,7 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
 
 
 def test_a_round_ends_before_its_adapters_are_too_large():
-    """Of 40 bytes each; one that is in the round already costs nothing."""
+    """Adapters have 40 bytes each; an adapter that is in the round already costs nothing."""
 
     def adapter(value):
         return Adapter("", {"q": LoRA(mx.full((6, 1), value), mx.ones((1, 4)), 1.0)})

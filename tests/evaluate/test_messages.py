@@ -1,4 +1,4 @@
-"""What ranks send each other arrives whole, or is told as a rank that has ended."""
+"""Messages between ranks arrive whole; where one does not, the error names the lost rank."""
 
 import mlx.core as mx
 import numpy as np

@@ -31,7 +31,7 @@ WAYS = {
         "refine_steps": 4,
         "merge_method": "linear",
     },
-    "bytes": {"budget": "20%"},
+    "bytes": {"budget": "20%", "answers": 1},
 }
 
 
