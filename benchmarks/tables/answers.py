@@ -32,7 +32,7 @@ PAIRS = (
 # Slots at which pairs are compared, the share of the 24 adapters in rows_24, and draws there.
 SLOTS, SHARE, SEEDS = 3, "12.5", (0, 1, 2)
 # Cases that have tables of their own, `without_rows` and `bytes_refined` of packs.py.
-ELSEWHERE = ("weights", "prompts", "plan", "plan-refined")
+ELSEWHERE = ("weights", "prompts", "plan", "plan-refined", "plan-refined-with-prompts")
 
 
 def answers(read):
