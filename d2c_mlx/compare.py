@@ -155,12 +155,13 @@ class Comparison:
         for source in sorted({one.source for one in self.left}):
             of = [one for one in self.entries if one.source == source]
             left = [one for one in of if one in self.left]
-            # As if nothing were done; then probe is shared by all, cluster by those on given ones.
+            # As if nothing were done; then probe and the answers to prompts are shared by all,
+            # cluster by those on given ones.
             new = left[0].config.replace(output=str(self.output / ".new"))
             each = {one.name: one.seconds for one in
                     forecast(new, inputs=self._inputs_of(left[0]).of(new)).stages}  # fmt: skip
-            probe, cluster = each.pop("probe"), each.get("cluster", 0.0)
-            total += probe if left == of else 0.0
+            shared, cluster = each.pop("probe") + each.pop("answer", 0.0), each.get("cluster", 0.0)
+            total += shared if left == of else 0.0
             total += sum(sum(each.values()) - bool(one.config.clusters) * cluster for one in left)
         return total
 

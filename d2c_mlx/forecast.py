@@ -15,7 +15,9 @@ from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.make_rows import AT_ONCE
 from d2c_mlx.pipeline import STAGES, settled_stages
+from d2c_mlx.refine.refine import RefineOptions
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
@@ -126,7 +128,8 @@ def _probe_tokens(inputs: Inputs) -> int:
 
 
 def _answer(inputs: Inputs) -> float:
-    return float(_STEP_TOKENS * _OWN_STEPS * len(inputs.asked.prompts))
+    batches = sum(-(-len(rows) // AT_ONCE) for rows in inputs.asked.prompts.values())
+    return float(_STEP_TOKENS * _OWN_STEPS * batches)
 
 
 def _probe(inputs: Inputs) -> float:
@@ -150,10 +153,17 @@ def _merge(inputs: Inputs) -> float:
 
 def _merging(inputs: Inputs, partitions: Iterable[Sequence[Members]]) -> float:
     """Tokens of the layer-wise merges of some partitions; each cluster is merged once."""
-    more = {name: one.n_tokens for name, one in inputs.answers.items()}
-    tokens = [one.n_tokens + more.get(one.task, 0) for one in inputs.probes]
+    more = _prompts_beside(inputs)
+    tokens = [one.n_tokens * (1 + more.get(one.task, 0) / len(one.examples))
+              for one in inputs.probes]  # fmt: skip
     clusters = {members for groups in partitions for members in groups if len(members) > 1}
     return _LAYERWISE * float(sum(tokens[i] for members in clusters for i in members))
+
+
+def _prompts_beside(inputs: Inputs) -> dict[str, int]:
+    """Task -> prompts beside its rows, whose answers count as long as those."""
+    beside = inputs.config.unlabelled and inputs.config.tasks
+    return {name: len(rows) for name, rows in inputs.asked.prompts.items()} if beside else {}
 
 
 def _about_equal(inputs: Inputs) -> list[Members]:
@@ -162,8 +172,14 @@ def _about_equal(inputs: Inputs) -> list[Members]:
 
 
 def _refine(inputs: Inputs) -> float:
-    c = inputs.config
-    return _STEP * c.refine_steps * _probe_tokens(inputs) / 4 if c.refine else 0.0
+    c, n, more = inputs.config, RefineOptions.rows, _prompts_beside(inputs)
+
+    def rows(one: ExampleSet) -> int:
+        """Rows of a task in a step, and as many answers."""
+        return min(n, len(one.examples)) + min(n, more.get(one.task, 0))
+
+    step = sum(rows(one) * one.n_tokens / len(one.examples) for one in inputs.probes)
+    return _STEP * c.refine_steps * step if c.refine else 0.0
 
 
 def _bench(inputs: Inputs) -> float:

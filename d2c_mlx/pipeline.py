@@ -87,6 +87,7 @@ def run(
         with locked(session.output):
             if "pack" in wanted:
                 check_pack(session.output)
+            session.keep_options()
             for name in wanted:
                 session.run(STAGES[name](session))
             done = stages_of(config, until)
@@ -141,7 +142,7 @@ def probe(session: Session) -> Stage:
         cosines = session.library.similarity.round(4).tolist()
         write_json(session.path("losses.json"), {**table.to_json(), "similarity": cosines})
 
-    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
+    options = [*inputs.chosen_by, [rows.digest for rows in inputs.probes], STRENGTHS]
     return Stage("probe", options, ["adapters"], ["losses.json"], body)
 
 
@@ -161,7 +162,7 @@ def plan(session: Session) -> Stage:
             mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
-    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
+    options = [*inputs.chosen_by, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
     options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
     return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
@@ -212,7 +213,7 @@ def cluster(session: Session) -> Stage:
 
     # Merge methods that cluster alike share one clustering, so it is not made again.
     quick = session.study.merger.quick_method
-    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k,
+    options = [*inputs.chosen_by, [p.digest for p in inputs.probes], k,
                _merge_options(c, quick), c.search, c.random_seeds]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
     return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
@@ -239,7 +240,7 @@ def merge(session: Session) -> Stage:
             mark(directory, "run")
         write_json(session.path("merges.json"), merges)
 
-    options = [inputs.base.fingerprint, _merge_options(session.config)]
+    options = [*inputs.chosen_by, _merge_options(session.config)]
     reads = ["adapters", *_losses(session.config), *_answers(session.config), "clusters.json"]
     return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
@@ -298,7 +299,8 @@ def report(session: Session) -> Stage:
     """Render the results for people -> `report.md`, `report.html`."""
     chosen = ["plan.json"] if session.planned else ["clusters.json", "merges.json"]
     benched = "bench.json" if session.config.has_rows else "weights.json"
-    reads = [*_losses(session.config), *chosen, "pack/manifest.json", benched]
+    refined = ["refines.json"] if session.config.refine else []
+    reads = [*_losses(session.config), *chosen, *refined, "pack/manifest.json", benched]
     # The user may have put the output of `d2c-mlx phone PACK --json` there.
     phone = session.path("phone.json")
     if phone.exists():

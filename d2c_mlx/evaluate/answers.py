@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from d2c_mlx.utils.errors import TaskError, warn
 from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["OwnAnswers", "answer_rows", "max_answer_tokens", "prompt_and_expected"]
+__all__ = ["OwnAnswers", "answer_rows", "check_prompts", "max_answer_tokens", "prompt_and_expected"]
 
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
@@ -107,6 +108,24 @@ def prompt_and_expected(row: Row) -> dict[str, str]:
     return {"prompt": row["prompt"], "expected": row["completion"]}
 
 
+def check_prompts(prompts: Mapping[str, Sequence[Row]], names: Iterable[str]) -> None:
+    """Check that there are prompts enough to be all the rows of these tasks.
+
+    Raises:
+        TaskError: tasks with fewer than two prompts.
+    """
+    few = [name for name in names if len(_each_once(prompts.get(name, ()))) < 2]
+    if few:
+        raise TaskError(
+            f"unlabelled: found fewer than 2 prompts for {', '.join(few)}, expected 2 or more for"
+            " each adapter: one to decide by, one to judge by; 20 are better"
+        )
+
+
+def _each_once(rows: Sequence[Row]) -> list[Row]:
+    return list({prompt_key(row): row for row in rows}.values())
+
+
 @dataclass(frozen=True)
 class OwnAnswers:
     """Prompts of tasks, and the folder of the answers: `<task>/probe.jsonl` and `test.jsonl`.
@@ -122,12 +141,18 @@ class OwnAnswers:
             None where there are other rows.
         by: whose answers they are, adapters and base model, as a JSON value; None where that is not
             known, and not compared.
+        like: a folder of the same answers, if it is there; what is in it is copied.
     """
 
     directory: Path
     prompts: Mapping[str, Sequence[Row]]
     n_probe: int | None
     by: object = None
+    like: Path | None = None
+
+    def in_place(self, directory: Path) -> OwnAnswers:
+        """The same answers in another folder, copied where they are in this one."""
+        return replace(self, directory=directory, like=self.directory)
 
     @property
     def there(self) -> bool:
@@ -138,18 +163,12 @@ class OwnAnswers:
         """The rows of a run without others; the prompts and stand-ins where they are not answered.
 
         Raises:
-            TaskError: tasks with fewer than two prompts, other answers than this run's, or what a
+            TaskError: see `check_prompts`; other answers than this run's, or what a
                 person wrote that is no row.
         """
-        prompts = self._distinct
-        few = [name for name in names if len(prompts.get(name, ())) < 2]
-        if few:
-            raise TaskError(
-                f"unlabelled: found fewer than 2 prompts for {', '.join(few)}, expected 2 or more"
-                " for each adapter: one to decide by, one to judge by; 20 are better"
-            )
+        check_prompts(self.prompts, names)
         if not self.there:
-            return [self._split(name, prompts[name]) for name in names]
+            return [self._split(name, self._distinct[name]) for name in names]
         self._check()
         return load_tasks(self.directory, names)
 
@@ -177,10 +196,18 @@ class OwnAnswers:
             kinds = ("without", "beside") if split else ("beside", "without")
             what = "made {} --tasks, expected {}".format(*kinds)
         else:
+            self._say_split(old.get("n_probe", self.n_probe))
             return
         # Beside other rows none are held out.
         use = f"use them with --tasks {self.directory} and" if split else "give"
         raise TaskError(f"{self.directory}: answers {what}; {use} another --output, or delete them")
+
+    def _say_split(self, n: int | None) -> None:
+        if n != self.n_probe:
+            warn(
+                f"probe_examples: found {self.n_probe}, but {self.directory} has {n} calibration"
+                " rows a task, as it was answered for; delete it for another split"
+            )
 
     def write(
         self, base: BaseModel, adapters: Sequence[Adapter], done: Callable[[Path], None]
@@ -196,6 +223,12 @@ class OwnAnswers:
             TaskError: tasks with too few answers; nothing is written.
         """
         if self.there:
+            return
+        if self.like and self.like.exists():
+            with write_dir(self.directory) as directory:
+                hidden = shutil.ignore_patterns(".*")
+                shutil.copytree(self.like, directory, ignore=hidden, dirs_exist_ok=True)
+                done(directory)
             return
         asked = [one for one in adapters if one.name in self.prompts]
         found = {one.name: self._answered(base, one) for one in asked}
@@ -228,12 +261,12 @@ class OwnAnswers:
     @cached_property
     def _distinct(self) -> dict[str, list[Row]]:
         """The prompts of every task, each once."""
-        return {name: list({prompt_key(row): row for row in rows}.values())
-                for name, rows in self.prompts.items()}  # fmt: skip
+        return {name: _each_once(rows) for name, rows in self.prompts.items()}
 
     @property
-    def _of(self) -> dict[str, str]:
-        return {"prompts": fingerprint(self._distinct), "by": fingerprint(self.by)}
+    def _of(self) -> dict[str, Any]:
+        prompts, by = fingerprint(self._distinct), fingerprint(self.by)
+        return {"prompts": prompts, "by": by, "n_probe": self.n_probe}
 
     def _split(self, name: str, rows: Sequence[Row]) -> Task:
         n = min(self.n_probe, (len(rows) + 1) // 2) if self.n_probe else len(rows)

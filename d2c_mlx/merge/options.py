@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AUTO_METHODS", "MERGE_METHODS", "NEED_ROWS", "RUN_METHODS", "MergeOptions"]
+__all__ = [
+    "AUTO_METHODS",
+    "MERGE_METHODS",
+    "NEED_ROWS",
+    "READ_ANSWERS",
+    "RUN_METHODS",
+    "MergeOptions",
+]
 
 # The keys of `methods.METHODS`; a test compares.
 MERGE_METHODS = (
@@ -18,6 +25,8 @@ MERGE_METHODS = (
 RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
 # Those that look at calibration rows.
 NEED_ROWS = ("regmean", "regmean++", "layerwise", "auto")
+# Those that also read adapters' answers to prompts beside the rows; None is the default.
+READ_ANSWERS = (None, "layerwise", "auto")
 # Methods that "auto" tries on every cluster beside the default. The simplest come first and win
 # ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")

@@ -75,7 +75,9 @@ class Study:
         if not self.by_teacher:
             return self.merger_with(self.options)
         teacher = self._teacher
-        return Merger(replace(self.library, probes=teacher.sets), self.options, teacher.regret)
+        # Merges of a plan are compared with other forms, on the calibration rows alone.
+        library = replace(self.library, probes=teacher.sets, answers={})
+        return Merger(library, self.options, teacher.regret)
 
     def merger_with(self, options: MergeOptions) -> Merger:
         """A merger with other options, tuned by the answers in the rows."""

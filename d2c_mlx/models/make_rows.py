@@ -21,6 +21,7 @@ from d2c_mlx.utils.errors import TaskError, gather
 from d2c_mlx.utils.files import read_text, write_text
 
 __all__ = [
+    "AT_ONCE",
     "PROMPTS",
     "Answered",
     "Asking",
@@ -33,7 +34,7 @@ __all__ = [
 FILES = ("probe.jsonl", "test.jsonl")
 PROMPTS = "prompts.txt"
 # Prompts that are answered at once.
-_AT_ONCE = 16
+AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def whole_answers(base: BaseModel, prompts: Sequence[Sequence[int]], most: int) 
         prompts: token ids of each.
         most: tokens of an answer that is cut.
     """
-    parts = [prompts[i : i + _AT_ONCE] for i in range(0, len(prompts), _AT_ONCE)]
+    parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
     said = [one for part in parts for one in base.answers(part, [most] * len(part))]
     return [
         base.tokenizer.decode(one, skip_special_tokens=True).strip() if len(one) < most else ""

@@ -128,7 +128,9 @@ def greedy_batch(
             return_token_ids=True, stream=mx.default_stream(current_device()),
         )  # fmt: skip
     except ValueError:  # a kind of cache that mlx-lm cannot batch
-        return [greedy(model, tokenizer, *one) for one in zip(prompts, max_tokens)]
+        singly = [greedy(model, tokenizer, *one) for one in zip(prompts, max_tokens)]
+        ends = tokenizer.eos_token_ids
+        return [one[:-1] if one and one[-1] in ends else one for one in singly]
     return [tuple(tokens) for tokens in found.token_ids]
 
 

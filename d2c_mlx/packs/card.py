@@ -180,18 +180,28 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
     """Map tasks that share an adapter to how it was made and its scale, by the run directory."""
     path = pack.path.resolve().parent / ("merges.json" if pack.storage == "plain" else "plan.json")
     content = _json(path) if path.is_file() else []
-    refined = bool(bench and bench["refined"])
+    refined = _refined(path.with_name("refines.json")) if bench and bench["refined"] else set()
     found: dict[frozenset[str], tuple[str, object]] = {}
     try:
         for entry in content["units"] if isinstance(content, dict) else content:
             tasks = frozenset(entry.get("members") or entry["tasks"])
             how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
-            found[tasks] = (how + ", refined" * refined, entry["scale"])
+            found[tasks] = (how + ", refined" * (tasks in refined), entry["scale"])
             if type(entry["scale"]) not in (int, float):
                 raise TypeError
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
     return found if _made_from(path) else {}
+
+
+def _refined(path: Path) -> set[frozenset[str]]:
+    """Tasks of every adapter that training changed; empty for a pack that was copied away."""
+    if not path.is_file():
+        return set()
+    try:
+        return {frozenset(one["members"]) for one in _json(path) if one["refined"]}
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
 
 
 def _made_from(path: Path) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
@@ -87,6 +87,8 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "losses": artifacts["losses"] if measured else {"tasks": sorted(of), **bench},
         "d2c": d2c,
         "plan": plan,
+        # Of every adapter of a refined run, whether training brought it closer.
+        "refined": [one["refined"] for one in cast("list[Json]", artifacts.get("refines", []))],
         "stored": _stored(artifacts),
         "manifest": manifest,
         "rows": rows,
@@ -115,8 +117,8 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
 
     Args:
         artifacts: name -> JSON as the stages wrote it: losses, manifest (of the pack) and bench, or
-            weights in place of losses and bench; clusters and merges, or plan; and phone, if the
-            phone benchmark ran.
+            weights in place of losses and bench; clusters and merges, or plan; refines, if it was
+            refined; and phone, if the phone benchmark ran.
     """
     context = _context(artifacts)
     context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None

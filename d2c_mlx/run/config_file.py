@@ -9,6 +9,7 @@ from typing import Any
 
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.merge.options import READ_ANSWERS
 from d2c_mlx.run.config import SEARCHES, RunConfig
 from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError, ConfigError, Problem, warn
@@ -103,6 +104,9 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
         found.add("plan")
     if values.get("merge_rank") is not None and values.get("merge_method") == "concat":
         found.add("merge_rank")
+    unread = (plan == "auto" and in_bytes) or values.get("merge_method") not in READ_ANSWERS
+    if values.get("unlabelled") and values.get("tasks") and unread and not values.get("refine"):
+        found.add("unlabelled")
     return found
 
 

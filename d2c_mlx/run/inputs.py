@@ -13,7 +13,7 @@ from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.capacity import Capacity
-from d2c_mlx.evaluate.answers import OwnAnswers
+from d2c_mlx.evaluate.answers import OwnAnswers, check_prompts
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
 from d2c_mlx.evaluate.engine import Engine
@@ -21,6 +21,7 @@ from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.identity import same_weights
 from d2c_mlx.models.rows import Row
@@ -34,6 +35,9 @@ from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
 from d2c_mlx.utils.templates import size, span
 
 __all__ = ["Inputs", "opening"]
+
+# Where in a run directory the answers to prompts are.
+_ANSWERED = "answered"
 
 
 class Inputs:
@@ -102,8 +106,11 @@ class Inputs:
         if not config.unlabelled:
             return tasks
         n, known = config.probe_examples, tasks or [Task(name, (), ()) for name in names]
-        asked = load_unlabelled(Path(config.unlabelled), known, n)
-        place = Path(config.output) / "answered"
+        left_out = [Task(source.name, (), ()) for source in self._sources
+                    if source.name not in names]  # fmt: skip
+        found = load_unlabelled(Path(config.unlabelled), [*known, *left_out], n)
+        asked = {name: rows for name, rows in found.items() if name in names}
+        place = Path(config.output) / _ANSWERED
         digests = {one.name: one.digest for one in self.adapters if one.name in asked}
         by = [self.base.answers_hash, digests] if digests else None
         self.asked = OwnAnswers(place, asked, None if tasks else n, by)
@@ -128,6 +135,9 @@ class Inputs:
         """
         other = copy(self)
         other.config = config
+        if config.unlabelled:
+            other.asked = self.asked.in_place(Path(config.output) / _ANSWERED)
+            vars(other).pop("answers", None)
         errors: list[InputError] = []
         collect(errors, lambda: check_run(config, self._sources))
         other._fit(errors)
@@ -151,12 +161,14 @@ class Inputs:
 
     def _usable(self, sources: Sequence[Source]) -> Sequence[Source]:
         """The sources without those that cannot be read or have no rows; all if none is left."""
-        kept, left_out = [], []
+        kept, left_out, prompts = [], [], self._prompts_alone(sources)
         for source in sources:
             found: list[InputError] = []
             collect(found, partial(self._read, [source]))
             if self.config.tasks:
                 collect(found, partial(load_task, Path(self.config.tasks) / source.name))
+            if prompts is not None:
+                collect(found, partial(check_prompts, prompts, [source.name]))
             if found:
                 left_out.append(f"{source.name} ({found[0].problems[0]})")
             else:
@@ -164,6 +176,15 @@ class Inputs:
         if kept and left_out:
             warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
         return kept or sources
+
+    def _prompts_alone(self, sources: Sequence[Source]) -> dict[str, list[Row]] | None:
+        """Prompts that are all the rows; None where there are others, or prompts that are wrong."""
+        config = self.config
+        if not config.unlabelled or config.tasks:
+            return None
+        tasks = [Task(source.name, (), ()) for source in sources]
+        wrong: list[InputError] = []
+        return collect(wrong, lambda: load_unlabelled(Path(config.unlabelled or ""), tasks, 0))
 
     def _check(self, errors: list[InputError]) -> None:
         """Add problems that only show when adapters, rows and model come together."""
@@ -220,6 +241,11 @@ class Inputs:
             _check_rows(self.engine.beside(self.shipped), self.tests)
 
     @property
+    def chosen_by(self) -> list[str]:
+        """What all choices depend on of the base models: weights, and the pack's dtype if other."""
+        return [self.base.fingerprint, *([str(self.base.dtype)] if self.config.probe_model else [])]
+
+    @property
     def names(self) -> list[str]:
         """Adapter names, sorted; the order of every table."""
         return [adapter.name for adapter in self.adapters]
@@ -255,8 +281,16 @@ class Inputs:
 
     def _check_prompts(self) -> None:
         """Raise the errors of prompts beside rows, or of the answers that are there."""
-        if self.config.unlabelled and not self.config.answered:
-            self._encoded(self.asked.prompts, self.config.unlabelled)
+        config = self.config
+        if config.unlabelled and not config.answered:
+            automatic = not config.refine and config.merge_method != "layerwise"
+            if automatic and not blocks_are_exact(self.base.model):
+                raise ConfigError(
+                    f"unlabelled: beside --tasks only layer-wise merges read answers to"
+                    f" {config.unlabelled}, and blocks of {self.base.name} cannot be run one at a"
+                    " time: pass --refine, or leave --unlabelled out"
+                )
+            self._encoded(self.asked.prompts, config.unlabelled)
             _ = self.answers
 
     def _encoded(self, rows: Mapping[str, Sequence[Row]], place: str) -> dict[str, ExampleSet]:

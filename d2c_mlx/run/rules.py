@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import bytes_of, parse_budget
-from d2c_mlx.merge.options import NEED_ROWS
+from d2c_mlx.merge.options import NEED_ROWS, READ_ANSWERS
 from d2c_mlx.run.removed import REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.validation import Checked, expects, refused
@@ -195,7 +195,7 @@ class RunRules(Checked):
             raise refused(f"found False, but beside --tasks no plan reads answers to {prompts}:"
                           " pass --refine, or a number of adapters as the budget, or leave"
                           " --unlabelled out")  # fmt: skip
-        if method not in (None, "layerwise", "auto"):
+        if method not in READ_ANSWERS:
             raise refused(f"found False, but beside --tasks merge_method {method} does not read"
                           f" answers to {prompts}: pass layerwise or --refine, or leave"
                           " --unlabelled out")  # fmt: skip

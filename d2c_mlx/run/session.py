@@ -206,6 +206,12 @@ class Session:
         merges = not self.planned and self.config.merge_method is None
         return found + ["layerwise"] * (merges and self.study.merger.method != "layerwise")
 
+    def keep_options(self) -> None:
+        """Mark the directory as a run's, and write the options of this run into it."""
+        mark_run(self.output)
+        text = yaml.safe_dump(absolute(self.config).to_dict(), sort_keys=False)
+        write_text(self.path("config.yaml"), text)
+
     def done(self, stage: Stage) -> bool:
         """True if a stage already ran on the same inputs and its outputs are untouched."""
         return self._record(stage).holds(stage.writes)
@@ -224,9 +230,6 @@ class Session:
 
     def _run(self, stage: Stage, record: Record) -> None:
         started = time.monotonic()
-        mark_run(self.output)
-        text = yaml.safe_dump(absolute(self.config).to_dict(), sort_keys=False)
-        write_text(self.path("config.yaml"), text)
         self.evaluator.counts = Counts()
         mx.reset_peak_memory()
         with progress_bar(stage.name, self.quiet) as bar:

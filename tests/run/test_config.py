@@ -275,6 +275,18 @@ def test_what_an_earlier_run_was_asked_for_is_left_out_where_it_cannot_be(tmp_pa
         load_config(path, {"budget": "much"}, saved=True)
 
 
+@pytest.mark.parametrize("now", [{"merge_method": "ties"}, {"budget": "60%"}, {"refine": False}])
+def test_prompts_of_an_earlier_run_are_left_out_where_nothing_reads_them(tmp_path, now):
+    old = {**NEEDED, "budget": "60%" if "refine" in now else "2", "unlabelled": "p.jsonl",
+           "refine": "refine" in now}  # fmt: skip
+    path = write(tmp_path, yaml.safe_dump(old))
+    with pytest.warns(InputWarning, match=f"unlabelled: p.jsonl of {path} does not go with"):
+        assert load_config(path, now, saved=True).unlabelled is None
+    assert load_config(path, {**now, "refine": True}, saved=True).unlabelled == "p.jsonl"
+    with pytest.raises(ConfigError, match="refine: found False, but beside --tasks"):
+        load_config(path, now)
+
+
 def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
     path = write(tmp_path, "seed: -1\nscale: 0\n")
     assert problems(path, {**NEEDED, "eps": -1.0, "scale": 2.0}) == [

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.tiny import library
+from helpers.tiny import library, write_jsonl
 
 from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
@@ -52,6 +52,23 @@ def test_stages_after_a_change_are_done_again(config):
 def test_a_budget_with_room_for_all_is_copied_not_planned(config):
     said = forecast(config.replace(budget="120%"))
     assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
+
+
+def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
+    """Two rows of a task in a step, and two answers; sixteen prompts are answered at once."""
+
+    def tokens(stage, n, **changes):
+        lines = [{"task": "a", "prompt": f"Question {i}?"} for i in range(n)]
+        if n:
+            changes["unlabelled"] = str(write_jsonl(tmp_path / f"{n}.jsonl", lines))
+        said = forecast(config.replace(**changes))
+        return next(one.tokens for one in said.stages if one.name == stage)
+
+    assert tokens("answer", 17) == 2 * tokens("answer", 16) == 2 * tokens("answer", 1)
+    assert tokens("merge", 8) > tokens("merge", 0)
+    few, many = (tokens("refine", 0, refine=True, probe_examples=n) for n in (2, 6))
+    assert few == pytest.approx(many, rel=0.2)
+    assert tokens("refine", 2, refine=True) > tokens("refine", 1, refine=True)
 
 
 def test_a_plan_may_have_no_room_for_a_merge(config):

@@ -93,6 +93,19 @@ def test_choices_are_of_one_model_and_the_pack_of_the_other(config, command):
     assert again["individual"] == pytest.approx(shipped[0], rel=1e-5)
 
 
+def test_merges_for_another_dtype_are_made_anew(config, tmp_path):
+    """The probe model's weights are the same; the pack's dtype is not."""
+    config = config.replace(output=str(tmp_path / "run"))
+    run(config, until="merge", quiet=True)
+    half = tmp_path / "model"
+    loaded, tokenizer, about = load(config.model, return_config=True)
+    loaded.set_dtype(mx.bfloat16)
+    save(half, config.model, loaded, tokenizer, about)
+    session = run(config.replace(model=str(half)), until="merge", quiet=True)
+    (merged,) = session.path("merged").glob("*/adapters.safetensors")
+    assert {one.dtype for one in mx.load(str(merged)).values()} == {mx.bfloat16}
+
+
 def test_another_model_is_refused(config, tmp_path):
     path = tiny_model(tmp_path / "wide")
     about = json.loads((path / "config.json").read_text())

@@ -1,16 +1,20 @@
 """Runs with prompts beside rows: the adapters answer them, and merges read the answers too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers.runs import NAMES
+from helpers.runs import NAMES, stages_started
 from helpers.tiny import end_answers, write_jsonl
 
 from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.directory import RunDirectory
+from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.utils.errors import InputError, InputWarning
 from d2c_mlx.utils.files import hash_tree
 
@@ -59,9 +63,69 @@ def test_merges_read_the_answers_and_nothing_else_does(plain, prompts):
     n = sum(len(some.examples) - len(probe.examples)
             for some, probe in zip(rows, session.inputs.probes))  # fmt: skip
     for name in ("report.md", "report.html"):
-        said = f"Merges also read {n} answers of the adapters to your prompts."
+        said = f"{n} answers of the adapters to your prompts were used beside the calibration rows"
         assert said in session.path(name).read_text()
         assert "answers of the adapters" not in without.path(name).read_text()
+
+
+@pytest.mark.slow
+def test_a_plan_reads_rows_alone(plain, prompts):
+    """Its merges are compared with other forms; only training reads the answers."""
+    changes = {"budget": "30%", "scale": None, "refine": True, "refine_steps": 2}
+    without, session = (run(one.replace(**changes), until="refine", quiet=True)
+                        for one in (plain, prompts))  # fmt: skip
+    merges = [one.study.merger.final((0, 2)) for one in (without, session)]
+    assert merges[0].method == "layerwise"
+    assert merges[0].adapter.digest == merges[1].adapter.digest
+    assert session.read("plan.json") == without.read("plan.json")
+    assert hash_tree(session.path("refined")) != hash_tree(without.path("refined"))
+
+
+@pytest.mark.slow
+def test_several_runs_of_one_comparison_share_the_answers(prompts, command):
+    output = Path(prompts.output).with_name("compared")
+    words = ["compare", "--merge-methods", "layerwise,linear", "--budgets", "2", "--refine",
+             "--refine-steps", "2", "--output", output]  # fmt: skip
+    for name in ("model", "adapters", "tasks", "unlabelled"):
+        words += [f"--{name}", getattr(prompts, name)]
+    words += ["--probe-examples", "3", "--test-examples", "2", "--answers", "0"]
+    code, _, err = command(*words)
+    assert code == 0, err
+    first, second = sorted(path.parent for path in output.glob("*/answered"))
+    assert hash_tree(first / "answered") == hash_tree(second / "answered")
+    for out in (first, second):
+        assert RunDirectory(out).is_finished(load_config(out / "config.yaml", {}), ["report"])
+    started = [stages_started(out) for out in (first, second)]
+    code, _, err = command(*words)
+    assert code == 0 and "run 2 of 2" in err and err.count(", done") == 2
+    assert [stages_started(out) for out in (first, second)] == started
+    # One that is made anew takes the answers of the other.
+    shutil.rmtree(second)
+    assert command(*words)[0] == 0
+    assert hash_tree(first / "answered") == hash_tree(second / "answered")
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["beside rows", "alone"])
+def test_prompts_of_an_adapter_that_is_left_out_are_too(prompts, rows):
+    names = [name for name in NAMES if name != "b" or rows]
+    lines = [{"task": name, "prompt": f"Question {i}?"} for name in names for i in range(4)]
+    write_jsonl(Path(prompts.unlabelled), lines)
+    (Path(prompts.adapters) / "a" / "adapter_config.json").write_text("{")
+    config = prompts.replace(skip_bad=True, tasks=prompts.tasks if rows else None)
+    with pytest.warns(InputWarning, match="left out 1 of 4: a" if rows else "left out 2 of 4: a"):
+        inputs = Inputs(config)
+    assert [*inputs.asked.prompts] == inputs.names == (["b", "c", "d"] if rows else ["c", "d"])
+
+
+@pytest.mark.filterwarnings("ignore:unlabelled")
+def test_another_split_of_answers_that_are_there_is_said(prompts):
+    rows = [{"task": name, "prompt": f"Question {i}?"} for name in NAMES for i in range(8)]
+    write_jsonl(Path(prompts.unlabelled), rows)
+    config = prompts.replace(tasks=None, probe_examples=2)
+    run(config, until="answer", quiet=True)
+    text = "probe_examples: found 4, but .*answered has 2 calibration rows a task"
+    with pytest.warns(InputWarning, match=text):
+        run(config.replace(probe_examples=4), until="answer", quiet=True)
 
 
 @pytest.mark.slow

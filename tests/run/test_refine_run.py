@@ -13,13 +13,15 @@ from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 
+from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
-from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.errors import D2CError, InputError
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -62,9 +64,44 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
         assert same == (not one["refined"])
     assert bench["d2c"] == json.loads(plain[1])["methods"]["d2c"] != bench["pack"]
     assert not on.path("refining").exists()
-    assert "refined" in on.path("report.md").read_text()
+    n = sum(one["refined"] for one in facts)
+    for name in ("report.md", "report.html"):
+        assert f"{n} of 2 adapters of the pack were refined" in on.path(name).read_text()
+    pack = load_pack(on.path("pack"))
+    card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
+    assert card.count(", refined |") == n
     again = run(config.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == plain[0]
+
+
+@pytest.mark.slow
+def test_options_of_the_last_command_are_kept_though_no_stage_ran(config):
+    """`refine` after `run --no-refine`: all its stages are done, and yet a run now refines."""
+    first = run(config, quiet=True)
+    packed, saved = hash_tree(first.path("pack")), first.path("config.yaml")
+    run(config.replace(refine=False), quiet=True)
+    run(load_config(saved, {"refine": True}, saved=True), until="refine", quiet=True)
+    again = run(load_config(saved, {}, saved=True), quiet=True)
+    assert again.config.refine and hash_tree(again.path("pack")) == packed
+
+
+def test_training_that_overflows_names_the_rate(config):
+    with pytest.raises(D2CError, match="refine: .*: trained to numbers .*give a lower --refine-r"):
+        run(config.replace(refine_rate=1e30), until="refine", quiet=True)
+    assert not (Path(config.output) / "refines.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:budget. 4 has room for all")
+def test_what_no_training_changed_is_not_called_refined(config):
+    """A cluster of one is not trained; the report says so, and so does the card."""
+    session = run(config.replace(budget="4"), quiet=True)
+    for name in ("report.md", "report.html"):
+        text = session.path(name).read_text()
+        assert "0 of 4 adapters of the pack were refined: no training" in text
+    pack = load_pack(session.path("pack"))
+    card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
+    assert "its own adapter |" in card and ", refined" not in card
 
 
 def test_test_rows_are_never_touched(config, monkeypatch):
