@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,10 @@ from .say import minutes, say, say_json
 if TYPE_CHECKING:
     from d2c_mlx.compare import Axes
 
-# Options of a run that a comparison sets itself.
-_SET = {"merge_method", "budget", "plan", "max_adapters", "thorough"}
+# Options of a run that a comparison sets itself, or that only a plan in bytes has.
+_SET = {"merge_method", "budget", "plan", "max_adapters", "thorough", "format", "same_shape"}
+# Options with another default here.
+_UNASKED = {"baselines": "none", "answers": "0"}
 
 
 def compare(
@@ -33,7 +37,7 @@ def compare(
     """Compare merge methods and budgets in one table.
 
     Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
-    command line goes before all of them. A run has a directory in --output, as d2c-mlx run makes
+    command line overrides all of them. A run has a directory in --output, as d2c-mlx run makes
     it, without baselines and answers unless they are asked for. Finished runs are not repeated. A
     budget in bytes is merged, not planned.
 
@@ -84,6 +88,15 @@ def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
     return Axes(*lists.values())
 
 
+def _as_here(param: click.Parameter) -> click.Parameter:
+    """The parameter, with the default of a comparison in its help."""
+    if not isinstance(param, click.Option) or param.name not in _UNASKED:
+        return param
+    here = copy(param)
+    here.help = re.sub(r"default: .*]", f"default: {_UNASKED[param.name]}]", param.help or "")
+    return here
+
+
 for _option in reversed((
     click.argument("configs", metavar="[CONFIG]...", nargs=-1, type=UserPath(path_type=Path)),
     click.option("--merge-methods", required=True, metavar="LIST", help="merge methods, with"
@@ -99,4 +112,4 @@ for _option in reversed((
 )):  # fmt: skip
     compare = _option(compare)
 compare = click.command("compare", cls=Command)(compare)
-compare.params = [one for one in compare.params if one.name not in _SET]
+compare.params = [_as_here(one) for one in compare.params if one.name not in _SET]

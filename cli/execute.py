@@ -94,7 +94,12 @@ def _checked(until: str, config: Path | None, options: dict[str, Any]) -> RunCon
         raise ConfigError(_not_a_file(config, "adapters" in given))
     saved = Path(given.get("output", "")) / "config.yaml"
     resumed = config is None and "output" in given and "adapters" not in given
-    if resumed and saved.is_file():
+    if resumed and not saved.is_file():
+        raise ConfigError(
+            f"output: {saved.parent}: no run is there (config.yaml missing); give the directory of"
+            " an earlier run, or CONFIG or --adapters to start one"
+        )
+    if resumed:
         config = saved
 
     merged = until in ("cluster", "merge")

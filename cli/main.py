@@ -88,9 +88,9 @@ class _Commands(LazyGroup):
 def cli() -> None:
     """Merge and compress many LoRA adapters to fit a storage budget.
 
-    Adapters, about ten examples per task and a budget go in; a verified pack comes out. Of a number
-    of adapters ("5") stock mlx-lm loads it; of bytes ("3%") d2c-mlx unpack makes adapters that it
-    does.
+    Adapters, about ten examples per task and a budget go in; a verified pack comes out. Stock
+    mlx-lm loads a pack of so many adapters ("5") as it is, and one of so many bytes ("3%") after
+    d2c-mlx unpack.
     """
 
 

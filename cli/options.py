@@ -143,7 +143,7 @@ RUN_OPTIONS = (
         "--thorough/--no-thorough",
         default=None,
         help="measure every candidate of a plan, instead of those that estimates choose"
-        "  [default: False]",
+        "  [default: no]",
     ),
     _search(
         "--eps",

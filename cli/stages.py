@@ -71,7 +71,7 @@ def _stage(about: Callable[[], None]) -> click.Command:
 def run() -> None:
     """Convert, probe, cluster, merge, pack, bench and report in one go.
 
-    CONFIG is a YAML file of options; an option on the command line goes before it.
+    CONFIG is a YAML file of options; an option on the command line overrides it.
 
     Examples:
       d2c-mlx run --adapters loras --tasks tasks --budget 25% --output runs/first

@@ -146,7 +146,8 @@ class Comparison:
     def _inputs_of(self, entry: Entry) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
         if entry.source not in self._inputs:
-            self._inputs[entry.source] = Inputs(entry.config)
+            # Clusters of another run of this comparison are not there yet.
+            self._inputs[entry.source] = Inputs(entry.config.replace(clusters=None))
         return self._inputs[entry.source].of(entry.config)
 
     def seconds(self) -> float:
@@ -157,7 +158,7 @@ class Comparison:
             left = [one for one in of if one in self.left]
             # As if nothing were done; then probe and the answers to prompts are shared by all,
             # cluster by those on given ones.
-            new = left[0].config.replace(output=str(self.output / ".new"))
+            new = left[0].config.replace(output=str(self.output / ".new"), clusters=None)
             each = {one.name: one.seconds for one in
                     forecast(new, inputs=self._inputs_of(left[0]).of(new)).stages}  # fmt: skip
             shared, cluster = each.pop("probe") + each.pop("answer", 0.0), each.get("cluster", 0.0)

@@ -239,16 +239,19 @@ def _scaled_modules(
         "alpha_pattern",
         where,
     )
-    modules, problems = {}, []
+    modules, wrong = {}, list[str]()
     for path, pair in sorted(pairs.items()):
         rank = int(pair["lora_A"].shape[1])
         if rank != rank_of(path):
-            problems.append(f"{where}: {path} has rank {rank}, but r says {rank_of(path)}")
+            wrong.append(f"{path} has rank {rank}, expected {rank_of(path)}")
         scale = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         a, b = (mx.contiguous(pair[leaf]) for leaf in ("lora_A", "lora_B"))
         modules[path] = LoRA(a, b, scale)
-    if problems:
-        raise AdapterError(problems)
+    if wrong:
+        raise AdapterError(
+            f"{where}: r or rank_pattern is not the rank of {len(wrong)} modules (first:"
+            f" {wrong[0]}); set them to the ranks of the tensors"
+        )
     return modules
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "MERGE_METHODS",
     "NEED_ROWS",
     "READ_ANSWERS",
+    "READ_DENSITY",
     "RUN_METHODS",
     "MergeOptions",
 ]
@@ -27,6 +28,8 @@ RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
 NEED_ROWS = ("regmean", "regmean++", "layerwise", "auto")
 # Those that also read adapters' answers to prompts beside the rows; None is the default.
 READ_ANSWERS = (None, "layerwise", "auto")
+# Those that keep a share of the entries.
+READ_DENSITY = ("ties", "dare-linear", "dare-ties", "knots", "ctm", "auto")
 # Methods that "auto" tries on every cluster beside the default. The simplest come first and win
 # ties.
 AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")

@@ -219,6 +219,7 @@ class RunConfig(RunRules):
         False,
         "measure every candidate of a plan, instead of those that estimates choose",
         group=_SEARCH,
+        default_text="no",
     )
     eps: float = option(0.001, "smallest fall of regret that moves a task", group=_SEARCH, ge=0)
     seed: int = option(0, "of all random choices", group=_SEARCH, ge=0, le=_MOST_SEED)

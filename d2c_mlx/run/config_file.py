@@ -9,7 +9,7 @@ from typing import Any
 
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.merge.options import READ_ANSWERS
+from d2c_mlx.merge.options import READ_ANSWERS, READ_DENSITY, RUN_METHODS
 from d2c_mlx.run.config import SEARCHES, RunConfig
 from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError, ConfigError, Problem, warn
@@ -117,6 +117,8 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
         needed["search"] = "a number of adapters as the budget, or --plan d2c"
     else:
         needed["thorough"] = "a budget in bytes"
+    if config.merge_method in {None, *RUN_METHODS} - {*READ_DENSITY}:
+        needed["density"] = f"a merge method that reads it: {', '.join(READ_DENSITY)}"
     if not config.refine:
         needed |= dict.fromkeys(_OF_REFINING, "--refine")
     if not config.has_rows:

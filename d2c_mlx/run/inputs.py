@@ -28,6 +28,7 @@ from d2c_mlx.models.rows import Row
 from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_tests
 from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name, outside_mlx
@@ -98,6 +99,8 @@ class Inputs:
         if not errors and in_folders and folder and (spare := spare_tasks(folder, known)):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         self._fit(errors)
+        if config.clusters:
+            read_clusters(Path(config.clusters), self.names, self.capacity.n_clusters)
 
     def _load_tasks(self, names: Sequence[str]) -> list[Task]:
         """The rows of the run; stand-ins where adapters have yet to answer, none without any."""

@@ -24,7 +24,7 @@ from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import probe_file
-from d2c_mlx.utils.errors import InputError, collect
+from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.templates import size, span
 
@@ -125,7 +125,8 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
             beside it; for an adapter, or a list, the same here.
 
     Raises:
-        InputError: there are no adapters. What is wrong with one of them is in `Survey.problems`.
+        InputError: there are no adapters, or none that can be read. What is wrong with some of
+            them is in `Survey.problems`.
     """
     sources = find_adapters(adapters)
     if tasks is None:
@@ -134,7 +135,10 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
         listed = all(source.folder for source in sources)
         tasks = _rows_beside(folder.parent if listed else Path(), sources)
-    return Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
+    found = Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
+    if all(one.problems and not one.modules for one in found.found):
+        raise AdapterError(found.problems)
+    return found
 
 
 def _rows_beside(root: Path, sources: Sequence[Source]) -> Path:
@@ -260,13 +264,13 @@ def _yaml(found: Survey) -> str:
     none = len(found.without_rows) == len(found.found)
     rows = "# Without this line weights alone decide, and nothing is measured.\n" if none else ""
     return f"""\
-# Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line goes first.
+# Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line overrides it.
 adapters: {_value(found.adapters)}
 {rows}tasks: {_value(str(found.tasks))}
 # The base model, {why}.
 {model}
-# What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes every adapter is kept, at a
-# lower rank and precision; for a number they are merged into as many, which stock mlx-lm loads.
+# What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes adapters are kept at a lower
+# rank and precision; for a number they are merged into as many, which stock mlx-lm loads.
 {sizes}
 budget: "12.5%"  # {size(int(0.125 * found.nbytes))}
 output: runs/first

@@ -110,7 +110,7 @@ def matches_end(pattern: str, path: str) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses early the files on which PyYAML would take minutes."""
+    """A loader that refuses a key given twice, and early what would take PyYAML minutes."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -133,6 +133,16 @@ class _Loader(yaml.SafeLoader):
         self._sizes.setdefault(node, self._n_values - before)
         if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
             raise yaml.YAMLError(f"a number of more than {_MAX_DIGITS:,} digits")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401  PyYAML's
+        node = super().compose_mapping_node(anchor)
+        there = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in there:
+                text = f"{key.value} is given twice; keep one"
+                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+            there.add((key.tag, str(key.value)))
         return node
 
 

@@ -51,7 +51,7 @@ _CONFIGS: tuple[tuple[str, type[Checked], str, str], ...] = (
         RunConfig,
         "A run and its stages",
         "Every option is also a key of the YAML file, with `_` for `-`; a list is one in YAML, or a"
-        " text with commas. What is given on the command line goes before the file. `--output` of"
+        " text with commas. What is given on the command line overrides the file. `--output` of"
         " an earlier run, with neither a file nor `--adapters`, takes its options.",
     ),
     (

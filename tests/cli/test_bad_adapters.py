@@ -83,8 +83,8 @@ def test_a_missing_factor(cli, lib):
 
 def test_another_rank_than_the_config_says(cli, lib):
     path = edit_config(lib.adapters / "beta", r=8)
-    lines = cli.fails()
-    assert all(str(path) in line and "rank 4" in line and "8" in line for line in lines)
+    n = "r or rank_pattern is not the rank of 4 modules"
+    cli.fails_with(f"{path}: {n}", "q_proj has rank 4, expected 8); set them to the ranks")
 
 
 @pytest.mark.parametrize(

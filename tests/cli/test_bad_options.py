@@ -9,6 +9,7 @@ from helpers.command import NAMES
 from helpers.tiny import peft_adapter
 
 from d2c_mlx.utils.errors import InputWarning
+from d2c_mlx.utils.parsing import read_yaml
 
 # The options.
 
@@ -27,13 +28,38 @@ def test_a_wrong_type_in_yaml(cli, tmp_path):
     assert line == f"{path}: seed: found 'many', expected int"
 
 
+def test_a_key_that_is_given_twice(cli, tmp_path):
+    """An anchor that fills in other keys gives none of them twice."""
+    path = tmp_path / "my.yaml"
+    path.write_text("seed: 1\nbudget: 1\nseed: 2\n")
+    (line,) = cli.fails(path)
+    assert line == f"{path}: not readable as YAML (line 3, column 1: seed is given twice; keep one)"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
+
+
+def test_clusters_are_read_before_anything_is_done(cli, tmp_path):
+    cli.fails_with(
+        f"clusters: {tmp_path / 'none.json'}: No such file", clusters=tmp_path / "none.json"
+    )
+    code, _, err = cli([*cli.argv(clusters=tmp_path / "none.json"), "--dry-run"])
+    assert code == 2 and "clusters: " in err
+
+
+def test_an_output_where_no_run_is(cli):
+    for command in ("run", "report", "refine"):
+        code, _, err = cli([command, "--output", str(cli.output)])
+        assert code == 2 and err.count("\n") == 1
+        assert f"output: {cli.output}: no run is there (config.yaml missing)" in err
+
+
 def test_a_yaml_file_that_is_missing(cli, tmp_path):
     (line,) = cli.fails(tmp_path / "my.yaml")
     assert str(tmp_path / "my.yaml") in line and "no such file" in line
 
 
 def test_an_option_that_is_not_given(cli):
-    cli.fails_with("adapters: not given", "--adapters", adapters=None)
+    cli.fails_with(f"output: {cli.output}: no run is there", "--adapters", adapters=None)
 
 
 def test_an_option_out_of_range(cli):

@@ -4,7 +4,7 @@ import re
 
 import click
 import pytest
-from d2c_mlx_cli import stages
+from d2c_mlx_cli import compare, stages
 from d2c_mlx_cli.main import _COMMANDS, cli
 from helpers import ROOT
 
@@ -51,15 +51,30 @@ def test_the_help_states_the_defaults():
     assert stated.pop("accept_dora") == "refuse them" and values.pop("accept_dora") is None
     # tests/refine/test_stored.py holds its words to the rates that train.
     assert stated.pop("refine_rate") and values.pop("refine_rate") is None
-    for name in ("refine", "same_shape", "skip_bad"):
+    for name in ("refine", "same_shape", "skip_bad", "thorough"):
         assert stated.pop(name) == "no" and values.pop(name) is False
     assert stated.pop("baselines") == ",".join(values.pop("baselines"))
     assert stated == {name: str(value) for name, value in values.items()}
     special = {"model", "scale", "memory_limit", "refine", "same_shape", "without", "baselines"}
-    special |= {"unlabelled", "clusters", "skip_bad", "merge_method", "merge_rank", "max_adapters"}
+    special |= {
+        "unlabelled",
+        "clusters",
+        "skip_bad",
+        "merge_method",
+        "merge_rank",
+        "max_adapters",
+        "thorough",
+    }
     special |= {"accept_dora", "probe_model", "refine_rate"}
     unstated = set(RunConfig.model_fields) - set(stated) - special
     assert unstated == set(NEEDED)
+
+
+def test_a_comparison_states_its_own_defaults():
+    shown = {name: one.help for name, one in options(compare.compare).items()}
+    assert "[default: none]" in shown["baselines"] and "[default: 0]" in shown["answers"]
+    assert "[default: 0]" not in options(stages.run)["answers"].help
+    assert not {"format", "same_shape", "thorough"} & shown.keys()
 
 
 def test_options_have_no_default_of_their_own():

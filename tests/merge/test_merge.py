@@ -17,7 +17,7 @@ from helpers.loras import (
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.merge.methods import METHODS, merge_adapters
-from d2c_mlx.merge.options import MERGE_METHODS
+from d2c_mlx.merge.options import MERGE_METHODS, READ_DENSITY
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 
@@ -84,3 +84,13 @@ def test_unknown_method():
 
 def test_lists_repeated_in_config_are_true():
     assert MERGE_METHODS == tuple(METHODS)
+
+
+def test_those_that_read_a_density_are_listed():
+    adapters = adapters_of(np.random.default_rng(1), 3, {P: (9, 7)})
+
+    def reads(name):
+        few, many = (merge_by(adapters, name, density) for density in (0.3, 0.9))
+        return few.digest != many.digest
+
+    assert {*filter(reads, METHODS)} == {*READ_DENSITY} - {"auto"}

@@ -236,6 +236,7 @@ SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
         (SLOTS, {"thorough": True}, "a budget in bytes"),
         (BYTES, {"refine_steps": 3}, "--refine"),
         (SLOTS, {"refine_rate": 1.0}, "--refine"),
+        (SLOTS, {"density": 0.2}, "a merge method that reads it: ties"),
     ],
 )
 def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, without):
@@ -249,6 +250,7 @@ def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, 
     assert getattr(load_config(path, common), name) == value
     assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
     good = {"budget": "25%"} if name == "thorough" else {"refine": True, "budget": "2"}
+    good |= {"merge_method": "ties"} if name == "density" else {}
     assert getattr(load_config(None, common | asked | good), name) == value
     if name == "search":
         assert load_config(None, {**common, **asked, "plan": "d2c"})

@@ -1,6 +1,7 @@
 """`d2c-mlx init` and `d2c-mlx tasks split`: what a first run needs."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,10 @@ def project(tmp_path, monkeypatch):
         file.unlink()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def set_model(file, model):
+    file.write_text(re.sub("^model: .*", f"model: {model}", file.read_text(), flags=re.M))
 
 
 def test_what_is_found_and_missing_is_said_and_written(project, command):
@@ -144,6 +149,14 @@ def test_a_bad_adapter_is_told_and_the_others_are_looked_at(project, command):
     assert code == 0 and "problem      adapters/a/adapter_config.json: missing" in out
 
 
+def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, command):
+    for path in (project / "adapters").glob("*/adapter_config.json"):
+        path.unlink()
+    code, out, err = command("init", "adapters")
+    assert (code, out) == (2, "") and not (project / "d2c-mlx.yaml").exists()
+    assert err.count(": missing; an adapter needs its adapter_config.json\n") == 3
+
+
 def test_modules_stored_in_full_are_left_to_the_run(project, command):
     """Only the base model tells whether they are its own."""
     store_in_full(project / "adapters" / "a", project / "model")
@@ -173,8 +186,7 @@ def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
     """Each prompt once, greedily as the model itself answers; half of them judge."""
     given = ["tasks", "answer", "d2c-mlx.yaml", "--system", ""]
     command("init", "adapters")
-    with (project / "d2c-mlx.yaml").open("a") as file:
-        file.write("model: model\n")
+    set_model(project / "d2c-mlx.yaml", "model")
     code, _, err = command(*given)
     assert code == 2 and "no adapter without rows has prompts; write 20 or more" in err
     prompts = ["One?", "Two?", "Three?"]
@@ -211,8 +223,7 @@ def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
 def asked(project, command):
     """What `init` wrote, with prompts for c, and a model that ends its answers."""
     command("init", "adapters")
-    with (project / "d2c-mlx.yaml").open("a") as file:
-        file.write("model: model\n")
+    set_model(project / "d2c-mlx.yaml", "model")
     end_answers("model")
     prompts = [f"Question {i}?" for i in range(8)]
     (project / "tasks" / "c" / "prompts.txt").write_text("\n".join(prompts))
