@@ -234,7 +234,7 @@ PHONE_OPTIONS = (
         "--tasks",
         type=_PATH,
         metavar="DIR",
-        help="<task>/test.jsonl, to measure quality too",
+        help="rows as a run has them, to measure quality too",
     ),
     _quality("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]"),
     _quality(

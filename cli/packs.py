@@ -69,7 +69,8 @@ def add(
     is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an equal
     share of the bytes and drops what the other adapters need least. A router is dropped. For the
     full search put ADAPTER beside the others, move the changed pack elsewhere and run d2c-mlx run
-    again: losses that it measured before are in the cache.
+    again: losses that it measured before are in the cache. --same-shape and --max-adapters of that
+    run do not bind an adapter that is added.
 
     Examples:
       d2c-mlx add runs/first/pack loras/gec-nl
@@ -142,6 +143,8 @@ def _routed(pack: Path) -> str:
 @click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
               " it is that]")  # fmt: skip
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="tasks shown")
+@click.option("--budget", metavar="B", help="bytes for the pack with its router, such as 40MB"
+              "  [default: the pack's budget]")  # fmt: skip
 @_JSON
 def route(
     pack: Path,
@@ -150,6 +153,7 @@ def route(
     probe_examples: int,
     model: str | None,
     top: int,
+    budget: str | None,
     as_json: bool,
 ) -> None:
     """Tell which task of a pack each prompt is of.
@@ -158,7 +162,8 @@ def route(
     model.
 
     With --tasks the router is fitted on the prompts of the calibration rows first and kept in the
-    pack, where its bytes count; add and remove drop it.
+    pack, where its bytes count: a pack that fills a budget in bytes needs another --budget. add and
+    remove drop it.
 
     Examples:
       d2c-mlx route runs/first/pack --tasks tasks
@@ -166,7 +171,7 @@ def route(
     """
     from d2c_mlx.run.route import RouteOptions, route_prompts
 
-    rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top))
+    rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top, budget))
     if as_json:
         say_json(rows)
         return

@@ -196,7 +196,7 @@ class Comparison:
         session = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
         pack, tests = load_pack(session.path("pack")), session.inputs.tests
         serves = {test.task: pack.load(test.task) for test in tests}
-        found = row_losses(session.evaluator, serves, tests)
+        found = row_losses(session.judge, serves, tests)
         rows = {task: losses.tolist() for task, losses in found.items()}
         write_json(self._rows_file(entry), {"of": _measured(entry), "rows": rows})
         return found
@@ -254,6 +254,10 @@ def _entries(
             asked = config.model_fields_set
             config = config.replace(**{k: v for k, v in _UNASKED.items() if k not in asked})
             own = config.replace(clusters=None)
+            if config.clusters and "shared" not in axes.clusters:
+                errors.append(ConfigError(f"clusters: found {config.clusters}, which no run would"
+                                          " merge; pass --on shared, or leave it out"))  # fmt: skip
+                continue
             if not config.clusters and lender is None:
                 lender = str(output / name / "clusters.json")
                 found.append(Entry(name, stem, axes.clusters, own))
@@ -270,7 +274,7 @@ def _measured(entry: Entry) -> dict[str, Any]:
     """What the losses of rows depend on, as the run's bench names it."""
     found = entry.directory.read("bench.json")["provenance"]
     tests = {task: one["test"] for task, one in found["inputs"].items()}
-    return {"pack": found["pack"]["manifest_sha256"], "tests": tests}
+    return {"pack": found["pack"]["manifest_sha256"], "base": found["base"], "tests": tests}
 
 
 def _row(entry: Entry, kind: str) -> dict[str, Any]:

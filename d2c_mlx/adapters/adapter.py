@@ -129,8 +129,8 @@ class Adapter:
     def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
         """The same update with one rank and one scale, as mlx-lm's layout requires.
 
-        Only where ranks or scales differ, smaller ranks are padded with zeros and scales folded
-        into b, in float32.
+        Where ranks differ, smaller ones are padded with zeros. Where scales differ, they are folded
+        into b, and all factors are float32.
 
         float16 has a small range: where a column of `a` or its row of `b` is out of it, both are
         brought to one size by a power of two, so the update stays the same. Numbers that are then
@@ -143,7 +143,9 @@ class Adapter:
             AdapterError: numbers that are then still too large for float16.
         """
         modules = dict(self.modules)
-        if len({(lora.rank, lora.scale) for lora in modules.values()}) > 1:
+        if len({lora.scale for lora in modules.values()}) > 1:
+            modules = {path: _folded(lora) for path, lora in modules.items()}
+        if len({lora.rank for lora in modules.values()}) > 1:
             rank = self.rank
             modules = {path: _padded(lora, rank) for path, lora in modules.items()}
         if dtype is None:
@@ -311,9 +313,11 @@ def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:
     return [found[i] for i in range(len(factors))]
 
 
+def _folded(lora: LoRA) -> LoRA:
+    return LoRA(lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale, 1.0)
+
+
 def _padded(lora: LoRA, rank: int) -> LoRA:
     width = rank - lora.rank
-    a, b = lora.a, lora.b
-    if lora.scale != 1.0:
-        b = b.astype(mx.float32) * lora.scale
-    return LoRA(mx.pad(a, [(0, 0), (0, width)]), mx.pad(b, [(0, width), (0, 0)]), 1.0)
+    a, b = mx.pad(lora.a, [(0, 0), (0, width)]), mx.pad(lora.b, [(0, width), (0, 0)])
+    return LoRA(a, b, lora.scale)

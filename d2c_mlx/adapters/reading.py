@@ -18,7 +18,7 @@ from d2c_mlx.adapters.sources import Source
 from d2c_mlx.adapters.tensor_file import in_file
 from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
-__all__ = ["left_in_file", "read_adapter", "read_adapters"]
+__all__ = ["left_in_file", "read_adapter", "read_adapters", "weights_file"]
 
 # Files of weights that are not read, and what to do.
 _OTHER_FILES = {
@@ -52,34 +52,46 @@ def read_adapter(
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
     path = Path(path)
+    file = weights_file(path)
+    if file.suffix.lower() == ".gguf":
+        check_base(file, config)
+        adapter = read_gguf_lora(file, shapes, config)
+        return adapter if file == path else replace(adapter, name=path.name)
+    if file.name == PEFT_WEIGHTS:
+        check_base(file, config)
+        adapter = load_peft(path, base, shapes)
+    elif file.name == ADAPTER_BIAS:
+        adapter = load_adapter_bias(path)
+    else:
+        adapter = load_adapter(path, base)
+    check_adapter(adapter, shapes, file)
+    return adapter
+
+
+def weights_file(path: Path) -> Path:
+    """The file that has the weights of an adapter: PEFT's, MLX's, of AdapterBias, or a `.gguf`.
+
+    Args:
+        path: the directory of one adapter, or a `.gguf`.
+
+    Raises:
+        AdapterError: there is none that is read, or more than one.
+    """
     if path.suffix.lower() == ".gguf" and path.is_file():
-        check_base(path, config)
-        return read_gguf_lora(path, shapes, config)
+        return path
     found = [file for file in (PEFT_WEIGHTS, WEIGHTS, ADAPTER_BIAS) if (path / file).exists()]
     if len(found) > 1:
         raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
     gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
-    if not found and len(gguf) == 1:
-        check_base(gguf[0], config)
-        return replace(read_gguf_lora(gguf[0], shapes, config), name=path.name)
-    for name, why in _OTHER_FILES.items() if not found else ():
+    if found or len(gguf) == 1:
+        return path / found[0] if found else gguf[0]
+    for name, why in _OTHER_FILES.items():
         if (path / name).exists():
             raise AdapterError(f"{path / name}: {why}")
-    if not found:
-        raise AdapterError(
-            f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
-            f" {ADAPTER_BIAS} or one .gguf"
-        )
-    if found == [PEFT_WEIGHTS]:
-        check_base(path / PEFT_WEIGHTS, config)
-    if found == [ADAPTER_BIAS]:
-        adapter = load_adapter_bias(path)
-    elif found == [PEFT_WEIGHTS]:
-        adapter = load_peft(path, base, shapes)
-    else:
-        adapter = load_adapter(path, base)
-    check_adapter(adapter, shapes, path / found[0])
-    return adapter
+    raise AdapterError(
+        f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
+        f" {ADAPTER_BIAS} or one .gguf"
+    )
 
 
 def read_adapters(

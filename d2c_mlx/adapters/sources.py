@@ -250,7 +250,7 @@ def _from_hub(one: HubId) -> Source:
     pinned = HubId(one.repo, commit)
     # Other programs keep base models in the same cache.
     kept = [file for file in sorted(directory.glob("*")) if _is_gguf(file) and _is_lora(file)]
-    if kept:
+    if len(kept) == 1:
         return Source(name, kept[0], origin)
     file_name = _the_gguf(pinned)
     directory, _ = download(pinned, [file_name], "adapters", AdapterError)

@@ -17,6 +17,7 @@ from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.files import fingerprint, remove_dir, write_dir
@@ -41,11 +42,11 @@ class Kept:
         """The adapter of these parts, made once.
 
         Args:
-            parts: all that decides the adapter's bytes, as JSON values.
+            parts: all that decides the adapter's bytes beside software and device, as JSON values.
             n_layers: number of transformer blocks of the base model.
             make: makes it.
         """
-        key = fingerprint([VERSION, *parts])[:32]
+        key = fingerprint([VERSION, *arithmetic().values(), *parts])[:32]
         if key not in self._known:
             self._known[key] = self._read(key) or self._write(key, n_layers, make())
         return self._known[key]

@@ -184,7 +184,14 @@ class OwnAnswers:
         return {one.name: one.probe for one in load_tasks(self.directory, self.prompts, False)}
 
     def _check(self) -> None:
-        found, of = parse_json(read_text(self.directory / _OF)), self._of
+        of = self._of
+        try:
+            found = parse_json(read_text(self.directory / _OF))
+        except (OSError, ValueError) as error:
+            raise TaskError(
+                f"{self.directory / _OF}: not readable ({error}); delete {self.directory} to have"
+                " the prompts answered again"
+            ) from None
         # Earlier versions wrote the prompts' hash alone.
         old = found if isinstance(found, dict) else {"prompts": found}
         split = any(self.directory.glob("*/test.jsonl"))

@@ -63,12 +63,11 @@ class TokenBatch:
         columns = [column - n for column in self.columns]
         return replace(self, tokens=self.tokens[:, n:], columns=columns)
 
-    def kept(self, x: mx.array) -> np.ndarray:
-        """The kept tokens of `x (rows, length, width)`, float32 `(n_kept, width)`."""
-        return np.array(self._kept(x))
-
     def kept_by_module(self, inputs: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
-        """`kept` of every module; modules with the same array share one again."""
+        """The kept tokens of every module's `(rows, length, width)`, float32 `(n_kept, width)`.
+
+        Modules with the same array share one again.
+        """
         distinct = {id(x): self._kept(x) for x in inputs.values()}
         mx.eval(distinct)  # together: a GPU is waited for once
         arrays = {key: np.array(x) for key, x in distinct.items()}

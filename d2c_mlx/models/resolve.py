@@ -15,6 +15,7 @@ from d2c_mlx.utils.hub import download, parse_hub_id
 
 __all__ = [
     "EMBEDDED",
+    "check_named",
     "check_weights",
     "embedded_gguf",
     "model_files",
@@ -96,12 +97,21 @@ def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
     Raises:
         ModelError: it is needed and not given, or cannot be had.
     """
+    check_named(name, spec)
+    return resolve_model(spec)
+
+
+def check_named(name: str, spec: str | None) -> None:
+    """Check that a pack's base model, called so, is given where it is not the embedded default.
+
+    Raises:
+        ModelError: it is not.
+    """
     if spec is None and name != EMBEDDED:
         raise ModelError(
             f"model: the pack is for {name!r}; name that model's directory, hub id or"
             " .gguf file with --model"
         )
-    return resolve_model(spec)
 
 
 def resolve_exact_base(

@@ -10,6 +10,7 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.checks import check_base
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
@@ -64,6 +65,7 @@ def export(
         write = partial(_write_swift, pack)
     if to == "peft":
         config = _base_config(pack, model)[1] if model else None
+        check_base(pack.path, config, pack.manifest.base.model)
         write = partial(save_peft, config=config, n_layers=n_layers(pack))
     if to == "gguf" and pack.storage == "gguf":
         load, write = pack.tasks.get, pack.copy

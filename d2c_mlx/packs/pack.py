@@ -206,7 +206,7 @@ class Pack:
             places = self.manifest.gguf
             with self.reading([str(adapter)]):
                 plain = read_gguf(self.path / str(adapter), places.paths(), places.model_dump())
-            return plain.uniform(self.info.dtype)
+            return replace(plain.uniform(self.info.dtype), base=self.manifest.base.model)
         with self.reading(self.files_of(str(adapter))):
             return load_adapter(self.adapter_path(task))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.compress.budget import Budget
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.pack import COMPACT, FORMAT, MANIFEST, VERSIONS, Pack, PackInfo, load_pack
@@ -136,24 +138,30 @@ def rewrite_pack(
     return load_pack(pack.path)
 
 
-def with_file(pack: Pack, name: str, write: Callable[[Path], None]) -> Pack:
+def with_file(
+    pack: Pack, name: str, write: Callable[[Path], None], budget: Budget | None = None
+) -> Pack:
     """Replace a pack by one with another file beside its adapters; its bytes count.
 
     Args:
         pack: what `load_pack` verified.
         name: of the file; one of that name is replaced.
         write: writes it to a path.
+        budget: bytes for the pack with the file; None keeps the pack's own.
 
     Raises:
         PackError: the files are larger than the budget; the pack stays as it is.
     """
+    info = pack.info
+    if budget:
+        info = replace(info, budget=budget.text, max_bytes=budget.nbytes)
     with write_dir(pack.path) as temporary:
         for file in pack.manifest.files:
             if file != name:
                 (temporary / file).parent.mkdir(exist_ok=True)
                 pack.copy(file, temporary / file)
         write(temporary / name)
-        _write_manifest(pack.path, temporary, pack.info, pack.tasks, by_name=True)
+        _write_manifest(pack.path, temporary, info, pack.tasks, by_name=True)
     return load_pack(pack.path)
 
 
@@ -189,7 +197,10 @@ def _write_manifest(
     # The budget counts adapter files, not the manifest: otherwise 25 % of 24 equal adapters would
     # hold five.
     if info.max_bytes is not None and nbytes > info.max_bytes:
-        raise PackError(f"{directory}: {nbytes:,} bytes, over the budget of {info.max_bytes:,}")
+        raise PackError(
+            f"{directory}: {nbytes:,} bytes, over the budget of {info.max_bytes:,}; give one that"
+            f" has room, --budget {nbytes}B or more"
+        )
     storage = "gguf" if info.gguf else "compact" if COMPACT in files else "plain"
     served = Counter(map(str, tasks.values()))
     systems = {task: info.systems[task] for task in sorted(tasks) if task in info.systems}

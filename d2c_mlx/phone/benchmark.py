@@ -25,6 +25,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.resolve import check_named
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.models.tokenize import encode, encode_tests
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
@@ -69,6 +70,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
+    check_named(pack.manifest.base.model, config.model)
     name, source, path = quantized_model(config.model, config.bits)
     pack.check_weights(source)
     stock = StockModel(path)

@@ -49,7 +49,11 @@ class PhoneConfig(Checked):
         None, "the individual adapters, to measure them too", group=_QUALITY, metavar="A", path=True
     )
     tasks: str | None = option(
-        None, "<task>/test.jsonl, to measure quality too", group=_QUALITY, metavar="DIR", path=True
+        None,
+        "rows as a run has them, to measure quality too",
+        group=_QUALITY,
+        metavar="DIR",
+        path=True,
     )
     test_examples: int = option(
         10, "rows that judge, 0 is all", group=_QUALITY, ge=0, expected="0 (all) or more"

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import common_system, load_tasks
 from d2c_mlx.models.tokenize import encode_probes, encode_prompts
@@ -21,7 +22,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened
 from d2c_mlx.run.records import keep_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
-from d2c_mlx.utils.errors import PackError, warn
+from d2c_mlx.utils.errors import BudgetError, PackError, warn
 from d2c_mlx.utils.files import hash_tree
 
 __all__ = ["RouteOptions", "route_prompts"]
@@ -41,12 +42,14 @@ class RouteOptions:
         n_probe: calibration rows per task, the first of probe.jsonl.
         model: the pack's base model, as for `resolve_model`.
         top: number of matches listed per prompt.
+        budget: bytes for the pack with its router; None keeps the pack's own.
     """
 
     tasks: Path | None = None
     n_probe: int = 10
     model: str | None = None
     top: int = 3
+    budget: str | None = None
 
 
 def route_prompts(
@@ -67,7 +70,9 @@ def route_prompts(
         D2CError: the router is to be fitted, and another process is at work on the pack.
     """
     options = options or RouteOptions()
-    tasks = options.tasks
+    tasks, budget = options.tasks, parse_budget(options.budget) if options.budget else None
+    if budget and not budget.nbytes:
+        raise BudgetError(f"budget: found {budget.text}, expected bytes, such as 40MB")
     # Reading takes no lock: it neither waits for other processes nor blocks them.
     with opened(pack) if tasks else nullcontext(load_pack(pack)) as found:
         base = BaseModel(str(found.base_directory(options.model)))
@@ -82,7 +87,7 @@ def route_prompts(
                     f" they are left out, expected {_GOOD:.0%}; name tasks in requests, or give"
                     " more rows with --probe-examples"
                 )
-            found = save_router(found, fitted)
+            found = save_router(found, fitted, budget)
             keep_pack(found.path.resolve(), before)
     router = load_router(found)
     if router is None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
 from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, load_adapter_bias
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft
+from d2c_mlx.adapters.reading import weights_file
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
@@ -154,7 +155,8 @@ def _rows_beside(root: Path, sources: Sequence[Source]) -> Path:
 
 def _look(source: Source, task: Path) -> Found:
     errors: list[InputError] = []
-    adapter = collect(errors, lambda: _load(source.path))
+    file = collect(errors, lambda: weights_file(source.path))
+    adapter = collect(errors, lambda: _load(source.path, file.name)) if file else None
     rows = []
     for path in (probe_file(task), task / "test.jsonl"):
         there = path.is_file() and path.stat().st_size > 0
@@ -163,8 +165,7 @@ def _look(source: Source, task: Path) -> Found:
     problems = tuple(line for error in errors for line in error.problems)
     about = Found(source.name, rows=(rows[0], rows[1]), problems=problems)
     if adapter is None:
-        size = source.path.stat().st_size if source.path.is_file() else 0
-        return Found(about.name, nbytes=size, rows=about.rows, problems=problems)
+        return replace(about, nbytes=file.stat().st_size if file else 0)
     blocks = [int(part) for path in adapter.modules for part in _BLOCK.findall(path)[:1]]
     return Found(
         source.name, adapter.base, adapter.rank,
@@ -173,14 +174,13 @@ def _look(source: Source, task: Path) -> Found:
     )  # fmt: skip
 
 
-def _load(path: Path) -> Adapter | None:
+def _load(path: Path, weights: str) -> Adapter | None:
     """Read an adapter without its base; None for a GGUF, which needs the base's module names."""
-    if (path / PEFT_WEIGHTS).exists():
+    if weights == PEFT_WEIGHTS:
         return load_peft(path, pass_over=True)
-    if (path / ADAPTER_BIAS).exists():
+    if weights == ADAPTER_BIAS:
         return load_adapter_bias(path)
-    gguf = path.is_file() or (not (path / WEIGHTS).exists() and any(path.glob("*.gguf")))
-    return None if gguf else load_adapter(path)
+    return load_adapter(path) if weights == WEIGHTS else None
 
 
 def budgets(found: Survey) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from d2c_mlx.adapters.tensor_file import open_tensors
+from d2c_mlx.compress.budget import Budget
 from d2c_mlx.evaluate.batches import batches_by_length
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
@@ -228,8 +229,13 @@ def router_from_states(
     )  # fmt: skip
 
 
-def save_router(pack: Pack, router: Router) -> Pack:
+def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pack:
     """Store a router as a file of the pack; its bytes count towards the budget.
+
+    Args:
+        pack: what `load_pack` verified.
+        router: of tasks of the pack.
+        budget: bytes for the pack with its router; None keeps the pack's own.
 
     Returns:
         The pack with its router.
@@ -255,7 +261,7 @@ def save_router(pack: Pack, router: Router) -> Pack:
             tensors["spread"] = router.spread.astype(np.float32)
         save_file(tensors, path, metadata={"router": json.dumps(about)})
 
-    return with_file(pack, ROUTER, write)
+    return with_file(pack, ROUTER, write, budget)
 
 
 def load_router(pack: Pack) -> Router | None:

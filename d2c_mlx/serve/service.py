@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -98,17 +98,19 @@ class PackService:
         most = self.limits.batch + self.limits.queue
         if request.n > most:
             raise field_error("n", request.n, f"at most {most}, which may run and wait here")
+        # Both may be replaced meanwhile.
+        models, found = self.models, self.router
         router, scale = None, None
         routing_prompt: list[int] = []
         prompts: dict[str | None, list[int]] = {}
         systems: dict[str | None, str] = dict(self.pack.systems.items())
-        if request.lora is not None or request.model in self.models:
-            task, scale = self._chosen(request)
+        if request.lora is not None or request.model in models:
+            task, scale = self._chosen(request, models)
             prompt = self.encoder.encode(request, systems.get(task))
         else:
-            self.check_model(request.model)
-            task, router = None, self.router
-            assert router
+            if not found or request.model != AUTO:
+                raise self._no_model(request.model)
+            task, router = None, found
             known = {said: self.encoder.encode(request, said)
                      for said in {None, router.system, *systems.values()}}  # fmt: skip
             prompts = {one: known[systems.get(one)] for one in (None, *self.adapters.names)}
@@ -132,10 +134,12 @@ class PackService:
             self._grammars = self._grammars or Grammars(self.encoder.tokenizer, self.vocabulary)
         return [*found, self._grammars.processor(request.response_format)]
 
-    def _chosen(self, request: Request) -> tuple[str | None, float | None]:
+    def _chosen(
+        self, request: Request, models: Mapping[str, str | None]
+    ) -> tuple[str | None, float | None]:
         """Task of a request, and its scale: by name, or by an adapter's id as with llama.cpp."""
         if request.lora is None:
-            return self.models[request.model], None
+            return models[request.model], None
         names = self.adapters.names
         # The task that is named stands for its adapter, else the first, as in GET /lora-adapters.
         known = {one.id: name for name, one in reversed([*names.items()])}
@@ -153,13 +157,15 @@ class PackService:
 
     def check_model(self, name: str) -> None:
         """Check that requests may ask for a model; raises RequestError (404) if it is none."""
-        if name in self.names:
-            return
+        if name not in self.names:
+            raise self._no_model(name)
+
+    def _no_model(self, name: str) -> RequestError:
         if name == AUTO:
-            raise RequestError(404, "model: the pack has no router; fit one with d2c-mlx route PACK"
-                               " --tasks DIR", "model")  # fmt: skip
+            text = "model: the pack has no router; fit one with d2c-mlx route PACK --tasks DIR"
+            return RequestError(404, text, "model")
         known = ", ".join(self.names[:20])
-        raise RequestError(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
+        return RequestError(404, f"model: found {name[:80]!r}, expected one of {known}", "model")
 
     def close(self) -> None:
         """Stop; requests that do not end in `drain_seconds` end with an error."""

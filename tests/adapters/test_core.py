@@ -44,6 +44,22 @@ def test_factorise_keeps_the_largest_directions():
     assert factorise(core, np.eye(3), np.eye(3), 9)[0].shape == (3, 3)
 
 
+@pytest.mark.parametrize("scales", [(3.0, 3.0), (3.0, 0.7)], ids=["one scale", "two"])
+def test_one_rank_and_scale_change_no_bit_but_where_scales_are_folded(scales):
+    """And all factors have one dtype, as mlx-swift wants it."""
+    rng = np.random.default_rng(0)
+    first, second = (lora_of(rng, (6, 5), r, scale, mx.float16) for r, scale in zip((2, 3), scales))
+    made = Adapter("a", {P: first, Q: second}).uniform().modules
+    assert {lora.rank for lora in made.values()} == {3}
+    assert len({x.dtype for lora in made.values() for x in (lora.a, lora.b)}) == 1
+    for lora, was in ((made[P], first), (made[Q], second)):
+        assert np.array_equal(np.array(lora.a)[:, : was.rank], np.array(was.a))
+        kept = np.array(lora.b)[: was.rank]
+        if scales[0] == scales[1]:
+            assert np.array_equal(kept, np.array(was.b)) and lora.scale == was.scale
+        assert_close(dense(lora), dense(was), 1.0, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
 def test_scaled(dtype):
     rng = np.random.default_rng(0)

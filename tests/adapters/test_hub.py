@@ -129,6 +129,17 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
 
 
 @pytest.mark.slow
+def test_of_several_gguf_files_that_are_there_none_is_taken(hub, paths, tmp_path):
+    """As another program may have fetched them."""
+    args = ["convert", "--model", paths.model, "--adapters", "org/two-gguf", "--output", "out"]
+    fetch = "from huggingface_hub import hf_hub_download as get; get('org/two-gguf', '{}')"
+    for name in ("again.gguf", "lora-f32.gguf"):
+        assert hub.run(tmp_path / "home", code=fetch.format(name)).returncode == 0
+    done = hub.run(tmp_path / "home", *args)
+    assert done.returncode == 2 and "several GGUF adapters (again.gguf, lora-f32" in done.stderr
+
+
+@pytest.mark.slow
 def test_many_come_at_once_and_the_rest_later(hub, paths, tmp_path):
     """Weights wait until four are asked for; one breaks off, and goes on from there.
 

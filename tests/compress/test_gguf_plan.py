@@ -14,6 +14,7 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.storage import CompactStorage, GgufStorage, one_shape
+from d2c_mlx.packs.card import CardOptions, render_card
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import list_pack, remove_tasks
@@ -122,6 +123,15 @@ def test_the_pack_is_exported_and_changed_like_others(session, command, tmp_path
     left = remove_tasks(pack, ["a"])
     assert sorted(left.tasks) == ["b", "c"] and left.nbytes <= pack.nbytes
     assert load_pack(left.path).load("b").digest == digest
+
+
+def test_its_card_and_its_exports_name_files_and_base(session, tmp_path):
+    pack = load_pack(session.path("pack"))
+    text = render_card(pack, "org/name", CardOptions("org/base"))
+    assert f"`manifest.json` and the `.gguf` files, {pack.nbytes:,} bytes; the directories" in text
+    export(pack, "peft", tmp_path / "peft")
+    for path in (tmp_path / "peft").glob("*/adapter_config.json"):
+        assert json.loads(path.read_text())["base_model_name_or_path"] == pack.manifest.base.model
 
 
 def test_a_manifest_that_does_not_say_where_tensors_belong(session, tmp_path):

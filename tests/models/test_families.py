@@ -265,8 +265,9 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
     other = write_pack(
         root / "other", [replace(adapter, base="m", sources=("one",))], PackInfo(**about)
     )
-    with pytest.raises(AdapterError, match="mlx-lm folds"):
-        export(other, "peft", root / "peft-out", str(root / "model"))
+    for model in (str(root / "model"), None):
+        with pytest.raises(AdapterError, match="mlx-lm folds"):
+            export(other, "peft", root / "peft-out", model)
 
 
 def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon):

@@ -39,6 +39,12 @@ def test_every_field_is_filled(made):
     assert {path for path in empty_fields(result) if not path.endswith("/retention")} <= allowed
 
 
+def test_a_pack_of_another_base_is_not_measured_on_the_default(made):
+    _, pack, _ = made
+    with pytest.raises(InputError, match="model: the pack is for 'model'; name that model's"):
+        bench_phone(PhoneConfig(pack=str(pack.path), device="iphone-6gb"))
+
+
 def test_components_add_up_and_both_limits_are_kept_apart(made):
     paths, pack, result = made
     for name, method in result["methods"].items():

@@ -154,6 +154,9 @@ def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp
                            tmp_path / "few.json", "--output", tmp_path / "out")  # fmt: skip
     assert (code, err) == (2, f"error: clusters: {tmp_path}/few.json: b, c, d, e, f: in no"
                               " cluster\n")  # fmt: skip
+    code, _, err = command(*argv(root, ["linear"], "2", on="own"), "--clusters", "few.json",
+                           "--output", tmp_path / "out")  # fmt: skip
+    assert (code, err.count("\n")) == (2, 1) and "pass --on shared" in err
     code, _, err = command("compare", "--merge-methods", "ties,ties", "--budgets", "", "--on", "x")
     assert code == 2 and [line.split(":")[1].strip() for line in err.splitlines()] == [
         "output", "merge_methods", "budgets", "on"]  # fmt: skip
@@ -232,3 +235,6 @@ def test_one_row_of_a_task_tells_no_interval_beside_another_method():
     }  # fmt: skip
     assert "| +0.4583 (too few rows) |" in render_runs(content)
     assert ",,,,ties\n" in render_csv(content) and "<svg" in render_plot(content)
+    # Ratios of few rows of unlike lengths, whose resamples are all above their own.
+    content["pairs"][0] |= {"low": 0.5, "high": 0.9, "p": 1.0}
+    assert "<svg" in render_plot(content)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from helpers.tiny import (
 )
 from safetensors.numpy import save_file
 
+from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
@@ -27,6 +29,7 @@ from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.survey import survey
 from d2c_mlx.utils.errors import InputWarning
+from d2c_mlx.utils.templates import size
 
 
 @pytest.fixture
@@ -155,6 +158,26 @@ def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, comman
     code, out, err = command("init", "adapters")
     assert (code, out) == (2, "") and not (project / "d2c-mlx.yaml").exists()
     assert err.count(": missing; an adapter needs its adapter_config.json\n") == 3
+
+
+def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
+    base = BaseModel("model")
+    for path in (project / "adapters").iterdir():
+        adapter = read_adapter(path, base.module_shapes, base.config)
+        shutil.rmtree(path)
+        path.mkdir()
+        if path.name == "c":
+            (path / "adapter_config.json").write_text("{}")
+            (path / "adapter_model.bin").write_bytes(b"")
+        else:
+            save_gguf_lora(
+                adapter, path / ("x.gguf" if path.name == "a" else "X.GGUF"), base.config
+            )
+    n = sum(path.stat().st_size for path in (project / "adapters").rglob("*.[gG]*"))
+    code, out, _ = command("init", "adapters")
+    assert code == 0 and f"3 adapters in adapters, {size(n)}" in out
+    assert "problem      adapters/c/adapter_model.bin: a pickle can run code" in out
+    assert out.count("problem") == 1
 
 
 def test_modules_stored_in_full_are_left_to_the_run(project, command):

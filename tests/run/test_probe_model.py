@@ -93,6 +93,19 @@ def test_choices_are_of_one_model_and_the_pack_of_the_other(config, command):
     assert again["individual"] == pytest.approx(shipped[0], rel=1e-5)
 
 
+def test_a_comparison_judges_on_the_shipped_model(config, command, tmp_path):
+    words = ["compare", "--merge-methods", "linear,ties", "--budgets", "1", "--scale", "1"]
+    for name in ("model", "probe_model", "adapters", "tasks", "probe_examples", "test_examples"):
+        words += [f"--{name.replace('_', '-')}", getattr(config, name)]
+    code, _, err = command(*words, "--output", tmp_path / "out")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    first, second = found["runs"]
+    (pair,) = found["pairs"]
+    assert abs(pair["difference"]) > 1e-4
+    assert pair["difference"] == pytest.approx(second["loss"] - first["loss"], abs=1e-5)
+
+
 def test_merges_for_another_dtype_are_made_anew(config, tmp_path):
     """The probe model's weights are the same; the pack's dtype is not."""
     config = config.replace(output=str(tmp_path / "run"))

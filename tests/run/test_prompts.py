@@ -142,6 +142,11 @@ def test_a_person_corrects_an_answer(prompts):
     file.write_text('{"prompt": 1}\n')
     with pytest.raises(InputError, match="probe.jsonl"):
         run(prompts, until="merge", quiet=True)
+    about = session.path("answered") / "prompts.json"
+    for damage in (lambda: about.write_text("{"), about.unlink):
+        damage()
+        with pytest.raises(InputError, match="prompts.json: not readable .*; delete .*answered to"):
+            run(prompts, until="merge", quiet=True)
 
 
 def test_answers_that_do_not_end_are_left_out_and_it_is_said(prompts):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -222,9 +223,17 @@ def test_its_bytes_count(made, tmp_path):
     size = write_pack(tmp_path / "pack", [one], PackInfo(**about)).nbytes
     pack = write_pack(tmp_path / "pack", [one], PackInfo(**about, max_bytes=size + 10))
     before = hash_tree(pack.path)
-    with pytest.raises(PackError, match="over the budget"):
+    with pytest.raises(PackError, match="over the budget of .*; give one that has room") as no:
         save_router(pack, fit_router(base.model, probes))
     assert hash_tree(pack.path) == before
+    # The budget that the line names is just enough.
+    command = ["route", str(pack.path), "--model", str(paths.model), "--tasks", str(paths.tasks)]
+    least = re.search(r"--budget (\d+)B", str(no.value))[1]
+    for budget, text in (("2", "expected bytes"), (f"{int(least) - 1}B", "over the budget")):
+        done = CliRunner().invoke(cli, [*command, "--budget", budget])
+        assert text in str(done.exception) and hash_tree(pack.path) == before
+    CliRunner().invoke(cli, [*command, "--budget", f"{least}B"], catch_exceptions=False)
+    assert load_router(load_pack(pack.path)) and load_pack(pack.path).nbytes == int(least)
 
 
 def test_its_bytes_are_free_for_an_arrival(made, tmp_path):
