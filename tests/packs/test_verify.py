@@ -174,15 +174,18 @@ def test_a_plain_pack_is_always_checked(tmp_path, adapters):
 
 
 def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, adapters):
-    """Scales that differ are folded in float32; whoever writes a pack casts them back."""
+    """Factors of two dtypes; scales that differ are folded into factors that are all float32."""
     one, two = adapters
-    mixed = replace(one, modules={**one.modules, Q0: replace(one.modules[Q0], scale=3.0)})
+    wide = replace(one.modules[Q0], b=one.modules[Q0].b.astype(mx.float32))
+    mixed = replace(one, modules={**one.modules, Q0: wide})
     with pytest.raises(PackError) as caught:
         write_pack(tmp_path / "pack", [mixed, two], PackInfo(**ABOUT))
     (line,) = caught.value.problems
     assert f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes F16, F32" in line
     assert not (tmp_path / "pack").exists()
     verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], PackInfo(**ABOUT)).path)
+    scaled = replace(one, modules={**one.modules, Q0: replace(one.modules[Q0], scale=3.0)})
+    verify(write_pack(tmp_path / "scaled", [scaled, two], PackInfo(**ABOUT)).path)
 
 
 def test_values_that_are_not_finite(tmp_path, adapters):
