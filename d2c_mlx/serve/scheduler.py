@@ -294,13 +294,14 @@ class Scheduler:
             one.job.emit(one.add(token))
         over = [uid for uid, one in running.items() if one.finish_reason or one.job.cancelled]
         batch.remove(over)
-        for uid in over:
-            one = running.pop(uid)
+        ended = [running.pop(uid) for uid in over]
+        if ended:
+            # Before anyone is told that they ended, who may then ask for the counts.
+            self._tell()
+        for one in ended:
             seconds = time.perf_counter() - one.job.submitted
             self._metrics.ended(one.job.task, one.finish_reason, seconds)
             self._end(one.job, one.entry, ran=True)
-        if over:
-            self._tell()
 
     def _end_running(self, reason: str) -> None:
         for one in self._running.values():
