@@ -33,7 +33,7 @@ base, adapters, _, sets = load_library(Path(sys.argv[1]), int(sys.argv[2]))
 adapters = adapters[:2]
 pieces = [(adapter, one) for adapter in adapters for one in sets]
 run(measures.Engine(base), pieces[:2])
-seconds, _ = measures.timed(lambda: run(measures.Engine(base), pieces), 5)
+seconds, _ = measures.timed(lambda: run(measures.Engine(base), pieces), int(sys.argv[3]))
 found = {"tokens": 2 * sum(one.n_tokens for one in sets), "seconds": seconds,
          "matmul_flops": measures.matmul_rate(), "flops": 2 * measures.useful_flops(base, sets)}
 with tempfile.TemporaryDirectory() as name:
@@ -53,10 +53,10 @@ print(json.dumps(found))
 """
 
 
-def measure(library, checkout, n_rows=3):
+def measure(library, checkout, n_rows=3, repeats=5):
     """One side, in a process of its own; checkout None is this one."""
     python = checkout / ".venv/bin/python" if checkout else sys.executable
-    command = [python, "-c", SIDE, library, n_rows]
+    command = [python, "-c", SIDE, library, n_rows, repeats]
     # Each has its own packages.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), cwd=checkout, env=environment, check=True,

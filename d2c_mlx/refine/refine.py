@@ -25,7 +25,6 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
 from d2c_mlx.refine.students import Form, Student, student_of
 from d2c_mlx.utils.blas import all_cores
-from d2c_mlx.utils.errors import D2CError
 
 __all__ = ["Member", "RefineOptions", "Refined", "refine"]
 
@@ -77,7 +76,8 @@ class Refined(Generic[Form]):
             training did not bring it closer.
         before: mean over the tasks of the divergence on the calibration rows, over the gain, of the
             adapter that was given; 0 for a merge of a single member.
-        after: the same of what training made, as a pack would hold it.
+        after: the same of what training made, as a pack would hold it; not finite where it
+            overflowed.
     """
 
     adapter: Form
@@ -117,7 +117,6 @@ def refine(
 
     Raises:
         ModelError: the architecture scales or caps its logits.
-        D2CError: training ended in numbers that are not finite.
     """
     if isinstance(adapter, Adapter) and len(members) == 1:
         return Refined(adapter, 0.0, 0.0)
@@ -130,11 +129,6 @@ def refine(
         before = _divergence(model, student.plain(adapter), tasks)
         trained = _train(model, student, tasks, options or RefineOptions(), meter or Silent())
         after = _divergence(model, student.plain(trained), tasks)
-    if not np.isfinite(after):
-        raise D2CError(
-            f"refine: {', '.join(one.probe.task for one in members)}: trained to numbers that are"
-            " not finite; give a lower --refine-rate"
-        )
     return Refined(trained if after < before - _CLOSER else adapter, before, after)
 
 

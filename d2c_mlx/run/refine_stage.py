@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from d2c_mlx.refine.students import Form
 from d2c_mlx.run.pack_stage import stored_forms
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.environment import VERSION
+from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
 from d2c_mlx.utils.sequences import OnDemand
 
@@ -97,8 +99,8 @@ def _refined(
 
     Returns:
         A directory in `refining/`, named by a hash of all that it depends on, with what `save`
-        wrote and `refine.json`: members, whether it was refined, divergence before and after,
-        seconds.
+        wrote and `refine.json`: members, whether it was refined, divergence before and after
+        (null if training overflowed), seconds.
     """
     members = members_of(session, names)
     contents = [[one.adapter.digest, one.gain] for one in members]
@@ -108,10 +110,14 @@ def _refined(
         return part
     started, meter = time.monotonic(), session.evaluator.meter
     refined = refine(session.inputs.base, adapter, members, _options(session), meter)
+    finite = math.isfinite(refined.after)
+    if not finite:
+        warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
+             " adapter is left as it was; give a lower --refine-rate")  # fmt: skip
     facts = {
         "members": list(names),
         "refined": refined.adapter is not adapter,
-        "divergence": {"before": refined.before, "after": refined.after},
+        "divergence": {"before": refined.before, "after": refined.after if finite else None},
         "seconds": round(time.monotonic() - started, 2),
     }
     with write_dir(part) as directory:

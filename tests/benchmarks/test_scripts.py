@@ -106,7 +106,7 @@ def test_a_part_of_the_probe_script_measures(imported, paths, name):
 
 
 def test_an_engine_is_measured_in_a_process_of_its_own():
-    found = engine_pair.measure(ROOT / "examples" / "demo", None, 1)
+    found = engine_pair.measure(ROOT / "examples" / "demo", None, 1, 1)
     assert found["tokens"] > 0 and all(n > 0 for n in found.values())
 
 

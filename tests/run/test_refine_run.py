@@ -21,7 +21,7 @@ from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
-from d2c_mlx.utils.errors import D2CError, InputError
+from d2c_mlx.utils.errors import InputError, InputWarning
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -86,9 +86,15 @@ def test_options_of_the_last_command_are_kept_though_no_stage_ran(config):
 
 
 def test_training_that_overflows_names_the_rate(config):
-    with pytest.raises(D2CError, match="refine: .*: trained to numbers .*give a lower --refine-r"):
-        run(config.replace(refine_rate=1e30), until="refine", quiet=True)
-    assert not (Path(config.output) / "refines.json").exists()
+    with pytest.warns(InputWarning, match="refine: .*: training ended in numbers .* --refine-rate"):
+        session = run(config.replace(refine_rate=1e30), until="refine", quiet=True)
+    facts = session.read("refines.json")
+    # A cluster of one is not trained.
+    assert {one["divergence"]["after"] for one in facts if len(one["members"]) > 1} == {None}
+    assert not any(one["refined"] for one in facts)
+    for k in range(2):
+        kept, merged = (session.path(name) / str(k) for name in ("refined", "merged"))
+        assert hash_tree(kept) == hash_tree(merged)
 
 
 @pytest.mark.slow
