@@ -38,7 +38,6 @@ from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights
 from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
-from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.directory import changed_options, without_plan
 from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
@@ -178,7 +177,7 @@ def cluster(session: Session) -> Stage:
             " less for a smaller pack"
         )
 
-    given = read_clusters(Path(c.clusters), inputs.names, k) if c.clusters else None
+    given = inputs.clusters
     plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
 
     def body() -> None:

@@ -96,7 +96,7 @@ def render_plot(content: Json) -> str:
     for k, (label, some) in enumerate(series.items()):
         y = [methods.index(row["method"]) + step * (k - (len(series) - 1) / 2) for row in some]
         x = [row["excess"] for row in some]
-        # Of few rows of unlike lengths, resampled ratios may all be on one side of their own.
+        # Resampled ratios of few rows can all lie on one side of the ratio itself.
         bars = [
             [max(0.0, row["difference"] - row["low"]) if _known(row) else 0.0 for row in some],
             [max(0.0, row["high"] - row["difference"]) if _known(row) else 0.0 for row in some],

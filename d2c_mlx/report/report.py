@@ -7,13 +7,13 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any, cast
+from typing import Any
 
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.report.frontier import planned_frontier, slots_frontier
-from d2c_mlx.report.words import OWN_ANSWERS, excess_interval, unmeasured
+from d2c_mlx.report.words import OWN_ANSWERS, excess_interval, refined, unmeasured
 from d2c_mlx.utils.templates import markdown, percent, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
@@ -68,6 +68,7 @@ def render_table(bench: Json) -> str:
 def _context(artifacts: Mapping[str, Json]) -> Json:
     manifest, plan, measured = artifacts["manifest"], artifacts.get("plan"), "bench" in artifacts
     bench = artifacts["bench" if measured else "weights"]
+    refines: Any = artifacts.get("refines", ())
     d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
     of = bench["methods"]["pack"]["tasks"]
     lost = [
@@ -87,8 +88,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "losses": artifacts["losses"] if measured else {"tasks": sorted(of), **bench},
         "d2c": d2c,
         "plan": plan,
-        # Of every adapter of a refined run, whether training brought it closer.
-        "refined": [one["refined"] for one in cast("list[Json]", artifacts.get("refines", []))],
+        "refined": refined(refines, planned=bool(plan)),
         "stored": _stored(artifacts),
         "manifest": manifest,
         "rows": rows,

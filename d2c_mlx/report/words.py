@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from d2c_mlx.evaluate.metrics import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["OWN_ANSWERS", "answered", "excess_interval", "next_commands", "unmeasured", "verdict"]
+__all__ = ["OWN_ANSWERS", "answered", "excess_interval", "next_commands", "refined", "unmeasured",
+           "verdict"]  # fmt: skip
 
 OWN_ANSWERS = (
     "These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
@@ -140,3 +141,23 @@ def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[
         f"d2c-mlx export {run} --to peft --output {run}/peft")  # fmt: skip
     ask = f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."'
     return [ask, plain, f"d2c-mlx serve {run}{model}"]
+
+
+def refined(facts: Iterable[Mapping[str, Any]], planned: bool) -> str:
+    """How many adapters of a pack training changed; "" for a run that does not refine.
+
+    Args:
+        facts: content of `refines.json`.
+        planned: they are of a plan, else merges.
+    """
+    changed = [bool(one["refined"]) for one in facts]
+    if not changed:
+        return ""
+    start = f"{sum(changed)} of {len(changed)} adapters of the pack were refined: "
+    if not any(changed):
+        return start + "no training brought them closer to the task adapters."
+    what, row = ("scales and biases of their numbers", "plan") if planned else ("merges", "d2c")
+    return (
+        f"{start}{what} were trained to predict what the task adapters predict. The row {row} is"
+        " the same without that."
+    )

@@ -99,8 +99,7 @@ class Inputs:
         if not errors and in_folders and folder and (spare := spare_tasks(folder, known)):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         self._fit(errors)
-        if config.clusters:
-            read_clusters(Path(config.clusters), self.names, self.capacity.n_clusters)
+        _ = self.clusters
 
     def _load_tasks(self, names: Sequence[str]) -> list[Task]:
         """The rows of the run; stand-ins where adapters have yet to answer, none without any."""
@@ -141,6 +140,7 @@ class Inputs:
         if config.unlabelled:
             other.asked = self.asked.in_place(Path(config.output) / _ANSWERED)
             vars(other).pop("answers", None)
+        vars(other).pop("clusters", None)
         errors: list[InputError] = []
         collect(errors, lambda: check_run(config, self._sources))
         other._fit(errors)
@@ -245,7 +245,7 @@ class Inputs:
 
     @property
     def chosen_by(self) -> list[str]:
-        """What all choices depend on of the base models: weights, and the pack's dtype if other."""
+        """The base model that choices are made on, and the pack's dtype if another one ships."""
         return [self.base.fingerprint, *([str(self.base.dtype)] if self.config.probe_model else [])]
 
     @property
@@ -261,6 +261,12 @@ class Inputs:
         as_given = c.format == "compact" and not c.same_shape
         fewer = c.max_adapters is not None and c.max_adapters < len(self.names)
         return as_given and not fewer and most is not None and most >= self.capacity.total
+
+    @cached_property
+    def clusters(self) -> tuple[int, ...] | None:
+        """The cluster of each adapter by `config.clusters`; None without; see `read_clusters`."""
+        file = self.config.clusters
+        return read_clusters(Path(file), self.names, self.capacity.n_clusters) if file else None
 
     @cached_property
     def probes(self) -> list[ExampleSet]:

@@ -269,8 +269,8 @@ adapters: {_value(found.adapters)}
 {rows}tasks: {_value(str(found.tasks))}
 # The base model, {why}.
 {model}
-# What the pack may take, of {size(found.nbytes)} in 16 bit. For bytes adapters are kept at a lower
-# rank and precision; for a number they are merged into as many, which stock mlx-lm loads.
+# The budget, of {size(found.nbytes)} in 16 bit. Bytes keep adapters at a lower rank and precision.
+# A number merges them into as many, which stock mlx-lm loads.
 {sizes}
 budget: "12.5%"  # {size(int(0.125 * found.nbytes))}
 output: runs/first
