@@ -63,15 +63,14 @@ class Command(click.Command):
 
             said = instead(self.name or "", error.option_name)
             if said:
-                raise click.UsageError(said, ctx) from None
+                raise click.UsageError(said) from None
             raise
         except click.UsageError as error:
             # A shell made many words of a pattern.
             if "unexpected extra argument" in error.message and "--adapters" in given:
                 raise click.UsageError(
                     f"{error.message}; a pattern such as --adapters loras/* is many words: give the"
-                    " folder, --adapters loras",
-                    ctx,
+                    " folder, --adapters loras"
                 ) from None
             raise
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
+import re
 import resource
 import sys
 import warnings
@@ -126,6 +126,14 @@ def _log(line: str) -> None:
         logging.getLogger("d2c_mlx").info(line)
 
 
+def _misuse(error: click.ClickException) -> str:
+    """One line about what click could not read, and which help says what it reads."""
+    said = re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
+    ctx = getattr(error, "ctx", None)
+    joint = " See" if said.endswith("?") else "; see"
+    return f"{said}{joint} {ctx.command_path} --help" if ctx else said
+
+
 def _unexpected(error: Exception) -> str:
     """One line about an error that is no input's."""
     text = (str(error).strip() or "it says no more").splitlines()[0]
@@ -173,12 +181,11 @@ def main() -> None:
         # name is that of `python -m d2c_mlx` too.
         with interrupts_told():
             sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
-        from .say import say
-
-        shown = io.StringIO()
-        error.show(shown)
-        say(shown.getvalue().rstrip("\n"), err=True)
+        _error(_misuse(error))
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         _log("interrupted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .help import Command
 from .paths import PackPath, UserPath
@@ -79,6 +80,8 @@ def add(
     """
     from d2c_mlx.packs.add import AddOptions, add_from_path
 
+    if tasks is None:
+        _say_idle("probe_examples")
     routed = _routed(pack)
     found = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
     if as_json:
@@ -126,6 +129,16 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     )
 
 
+def _say_idle(*names: str) -> None:
+    """Warn about options that were given, though only rows give them a use."""
+    from d2c_mlx.utils.errors import warn
+
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            warn(f"{name}: {ctx.params[name]!r} does nothing without --tasks")
+
+
 def _routed(pack: Path) -> str:
     """The note after a change of the tasks, which drops a router; "" if there was none."""
     from d2c_mlx.serve.router import ROUTER
@@ -171,6 +184,8 @@ def route(
     """
     from d2c_mlx.run.route import RouteOptions, route_prompts
 
+    if tasks is None:
+        _say_idle("probe_examples", "budget")
     rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top, budget))
     if as_json:
         say_json(rows)

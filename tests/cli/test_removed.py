@@ -18,7 +18,7 @@ NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """The last line of a command that must be refused."""
+    """The line of a command that must be refused."""
 
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["d2c-mlx", *argv])
@@ -26,7 +26,8 @@ def refused(monkeypatch, capsys):
             main()
         out, err = capsys.readouterr()
         assert (stop.value.code, out) == (2, "")
-        return err.splitlines()[-1]
+        (line,) = [one for one in err.splitlines() if not one.startswith("warning: ")]
+        return line
 
     return call
 
@@ -36,7 +37,7 @@ def refused(monkeypatch, capsys):
 def test_an_option_of_a_run(refused, command, key):
     for option in (f"--{key}=3", f"--{key}", *(["--no-compile"] if key == "compile" else [])):
         line = refused(command, option)
-        assert line == f"Error: {option.split('=')[0]}: {REMOVED[key]}"
+        assert line == f"error: {option.split('=')[0]}: {REMOVED[key]}"
         assert "no longer an option; " in line
 
 
@@ -45,17 +46,28 @@ def test_an_option_of_another_command(refused, command, option):
     if command == "phone":
         command = "bench"
     line = refused(command, "pack", "adapter", option, "x", *["--device=x"] * (command == "bench"))
-    assert line == f"Error: {option}: no longer an option; {OPTIONS[command, option]}"
+    assert line == f"error: {option}: no longer an option; {OPTIONS[command, option]}"
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command(refused, words):
     line = refused(*words, "a.json", "b.json")
-    assert line == f"Error: {' '.join(words)}: no longer a command; {COMMANDS[words]}"
+    assert line == f"error: {' '.join(words)}: no longer a command; {COMMANDS[words]}"
 
 
-def test_an_option_that_never_was(refused):
-    assert "No such option" in refused("run", "--nothing") and "Did you mean" not in refused("add")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--xyz"], "No such option '--xyz'; see d2c-mlx run --help"),
+        (["rum"], "No such command 'rum'. Did you mean 'run'? See d2c-mlx --help"),
+        (["add"], "Missing argument 'PACK'; see d2c-mlx add --help"),
+        (["run", "--seed=a"],
+         "Invalid value for '--seed': 'a' is not a valid integer; see d2c-mlx run --help"),
+        (["tasks", "split", "--odd"], "No such option '--odd'; see d2c-mlx tasks split --help"),
+    ],
+)  # fmt: skip
+def test_what_never_was(refused, words, said):
+    assert refused(*words) == f"error: {said}"
 
 
 @pytest.mark.parametrize("key", REMOVED)

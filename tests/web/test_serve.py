@@ -179,7 +179,7 @@ def test_a_host_that_is_none_of_this_machine(pack, model_path, host, command):
     options = ["--model", model_path, "--token", "x", "--host", host, "--port", "0"]
     code, out, err = command("serve", pack.path, *options)
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"Error: --host {host} --port 0: ")
+    assert err.startswith(f"error: --host {host} --port 0: ")
     assert err.endswith("; give another --host\n")
     assert "d2c-mlx-scheduler" not in [one.name for one in threading.enumerate()]
 
