@@ -287,7 +287,9 @@ class OwnAnswers:
         texts = whole_answers(base, [one.prompt_tokens for one in examples], _MOST_TOKENS)
         plain = all(len(row["messages"]) == 2 for row in rows)
         return [
-            {"prompt": row["messages"][0]["content"], "completion": text} if plain
-            else {"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]}
+            {key: row[key] for key in ("tools",) if key in row} | (
+                {"prompt": row["messages"][0]["content"], "completion": text} if plain
+                else {"messages": [*row["messages"][:-1], {"role": "assistant", "content": text}]}
+            )
             for row, text in zip(rows, texts) if text
         ]  # fmt: skip

@@ -40,7 +40,6 @@ from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.blas import blas_build
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import D2CError
@@ -145,7 +144,7 @@ class Ranks:
         hello = {
             "model": engine.base.spec,
             "fingerprint": engine.base.fingerprint,
-            "arithmetic": _arithmetic(),
+            "arithmetic": arithmetic(),
             "memory_limit": engine.memory_limit,
             "savings": dataclasses.asdict(engine.optimizations),
             "passes": dataclasses.asdict(engine.passes),
@@ -240,13 +239,8 @@ def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
         return {"error": " ".join(f"{type(error).__name__} {error}".split())}
 
 
-def _arithmetic() -> dict[str, str | None]:
-    """All that decides the bits of a loss beside the model, with the build of the BLAS."""
-    return {**arithmetic(), "build of the BLAS": blas_build()}
-
-
 def _engine(hello: dict[str, Any]) -> Engine:
-    ours, theirs = _arithmetic(), hello["arithmetic"]
+    ours, theirs = arithmetic(), hello["arithmetic"]
     different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     if different:
         said = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)

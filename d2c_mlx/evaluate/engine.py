@@ -108,11 +108,11 @@ class Engine:
         mx.set_memory_limit(self.memory_limit)
         wire(self.memory_limit)
 
-    def _share_out(self) -> int:
-        """Decide what to fold and how large batches may be; the bytes of each other part."""
+    def _share_out(self, fold: bool = True) -> int:
+        """Decide what to fold, if anything, and how large batches may be; bytes of other parts."""
         weights = sum(width * out for width, out in self.base.module_shapes.values())
         folded, free = weights * self.base.compute_dtype.size, self.free
-        self.fold = self.optimizations.fold and self.base.can_fold and 3 * folded < free
+        self.fold = fold and self.optimizations.fold and self.base.can_fold and 3 * folded < free
         if self.fold:
             free -= folded
         self.batch_limit = free * 3 // 5 // self.workers.n
@@ -157,6 +157,24 @@ class Engine:
         }  # fmt: skip
         parts = [self.base.fingerprint, optimizations, [*arithmetic().values()]]
         return fingerprint([parts, examples.digest, self.batches(examples)])
+
+    def check_rows(self, sets: Sequence[ExampleSet]) -> None:
+        """Check that all rows fit the memory limit; adapters are not folded if that makes room.
+
+        Call it before the first evaluation: folding decides bits.
+
+        Raises:
+            ConfigError: the longest row does not fit.
+        """
+        longest = sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples))
+        try:
+            for one in longest:
+                self.batches(one)
+        except ConfigError:
+            if not self.fold:
+                raise
+            self._share_out(fold=False)
+            self.check_rows(sets)
 
     def batches(self, examples: ExampleSet) -> list[list[int]]:
         """Row indices of every batch of a set, shortest rows first.

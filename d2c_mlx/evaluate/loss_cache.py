@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import nullcontext
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import fingerprint
+from d2c_mlx.utils.lock import held
 
 __all__ = ["LossCache"]
 
@@ -33,8 +35,10 @@ class LossCache:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
-            # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
-            self._connection.execute("PRAGMA journal_mode=WAL")
+            # SQLite does not wait where two processes make a new file write-ahead.
+            with held(path.parent) if path else nullcontext():
+                # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
+                self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             # Earlier versions had `losses` without a checksum.
             self._connection.execute(

@@ -20,7 +20,14 @@ from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.identity import config_digest, weights_digest
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import greedy, greedy_batch, linear_shapes, load_stock, stored_dtype
+from d2c_mlx.models.stock import (
+    embedding_shape,
+    greedy,
+    greedy_batch,
+    linear_shapes,
+    load_stock,
+    stored_dtype,
+)
 from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
@@ -112,14 +119,15 @@ class BaseModel:
         """Number of transformer blocks."""
         return len(self.model.layers)
 
-    @property
+    @cached_property
     def dimensions(self) -> tuple[int, int]:
         """Hidden size and vocabulary size."""
         args = self.model.args
-        hidden = getattr(args, "hidden_size", None) or max(
-            w for w, _ in self.module_shapes.values()
-        )
-        return int(hidden), int(getattr(args, "vocab_size", None) or len(self.tokenizer))
+        n_tokens, width = embedding_shape(self.model.named_modules()) or (len(self.tokenizer), 0)
+        # Models that see have those of the language model further down.
+        if not getattr(args, "hidden_size", None):
+            return width or max(w for w, _ in self.module_shapes.values()), n_tokens
+        return int(args.hidden_size), int(getattr(args, "vocab_size", None) or n_tokens)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
     "WITHOUT_CODE",
+    "embedding_shape",
     "greedy",
     "greedy_batch",
     "linear_shapes",
@@ -101,8 +102,8 @@ def greedy(
     Returns:
         Token ids of the answer, with its end token if it reaches one.
     """
-    tokens = []
-    for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
+    tokens, stream = [], mx.default_stream(current_device())
+    for token, _ in generate_step(mx.array(list(prompt)), model, stream, max_tokens=max_tokens):
         tokens.append(int(token))
         if token in tokenizer.eos_token_ids:
             break
@@ -149,6 +150,21 @@ def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[i
             width = width * 32 // module.bits
         shapes[path] = (int(width), int(out))
     return shapes
+
+
+def embedding_shape(modules: Iterable[tuple[str, nn.Module]]) -> tuple[int, int] | None:
+    """Number of tokens and width of a model's largest table of tokens; None if it has none.
+
+    Args:
+        modules: a model's `named_modules()`.
+    """
+    shapes = []
+    for _, module in modules:
+        if isinstance(module, nn.QuantizedEmbedding):
+            shapes.append((module.num_embeddings, module.dims))
+        elif isinstance(module, nn.Embedding):
+            shapes.append((module.weight.shape[0], module.weight.shape[1]))
+    return max(shapes, default=None)
 
 
 def stored_dtype(model: nn.Module) -> mx.Dtype | None:

@@ -158,7 +158,8 @@ def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
 
 def common_system(tasks: Iterable[Task]) -> str | None:
     """The system message that all calibration rows of all tasks begin with; None if they differ."""
-    first = [(row.get("messages") or [{}])[0] for task in tasks for row in task.probe]
+    first = [row["messages"][0] if row_format(row) == ("messages",) else {}
+             for task in tasks for row in task.probe]  # fmt: skip
     said = {one.get("content") if one.get("role") == "system" else None for one in first}
     return said.pop() if len(said) == 1 else None
 
@@ -214,7 +215,7 @@ def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
         return f'"task" is {row.get("task")!r}, expected an adapter: {", ".join(sorted(known))}'
     if ("text",) in map(row_format, known[row["task"]].probe[:1]):
         return f"the rows of {row['task']} are texts, which have no prompts"
-    if "messages" not in row:
+    if row.get("messages") is None:
         good = isinstance(row.get("prompt"), str) and row["prompt"]
         return None if good else 'expected a non-empty string "prompt", or "messages"'
     return messages_problem(row["messages"], "user")
@@ -222,4 +223,5 @@ def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
 
 def _with_answer(row: Row) -> Row:
     prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    return {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return {"messages": [*prompt, {"role": "assistant", "content": "?"}], **tools}

@@ -182,7 +182,7 @@ def _prompt_of(
     if row_format(row) == ("text",):
         return ()
     messages, opens = [{"role": "user", "content": row.get("prompt")}], True
-    if "messages" in row:
+    if row_format(row) == ("messages",):
         messages, last = row["messages"][:-1], row["messages"][-1]
         opens = last.get("role") == "assistant"  # as mlx-lm's ChatDataset
     tokens = tokenizer.apply_chat_template(

@@ -242,9 +242,12 @@ def _compact(pack: Pack, k: int) -> str:
 
 
 def _sources(pack: Pack) -> Json:
-    """Where the adapters of the tasks came from."""
-    origins = {task: parse_hub_id(str(pack.origins.get(task))) for task in sorted(pack.tasks)}
+    """Where the adapters came from, also those of removed tasks that are in a merge still."""
+    names = sorted({*pack.tasks, *pack.origins})
+    bare = [key for key in pack.tasks.values() if key is None]
+    origins = {task: parse_hub_id(str(pack.origins.get(task))) for task in names}
     return {
         "origins": {task: hub for task, hub in origins.items() if hub},
         "local": [task for task, hub in origins.items() if hub is None],
+        "unnamed": max(0, sum(map(pack.merged, pack.adapters)) - len(names) + len(bare)),
     }

@@ -19,6 +19,7 @@ from typing import Any
 
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.packs.overwrite import MARKER, all_files
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack, pack_directory
 from d2c_mlx.packs.write import rewrite_pack, write_compact_pack, write_gguf_pack
 from d2c_mlx.utils.errors import PackError
@@ -26,6 +27,9 @@ from d2c_mlx.utils.files import old_dir, restore_dir
 from d2c_mlx.utils.lock import locked
 
 __all__ = ["list_pack", "opened", "remove_tasks"]
+
+# What pushing and downloading leave beside a pack, and nobody misses.
+_LEFT, _DOWNLOADS = (MARKER, ".gitattributes"), ".cache"
 
 
 @contextmanager
@@ -38,7 +42,8 @@ def opened(directory: Path) -> Iterator[Pack]:
         directory: of the pack. Its parent is locked.
 
     Raises:
-        PackError: see `load_pack`; where there is no pack, nothing is made.
+        PackError: see `load_pack`, or files in it are not the pack's; nothing is changed, and where
+            there is no pack, nothing is made.
         D2CError: another process is at work on it.
     """
     path = pack_directory(directory).resolve()
@@ -49,7 +54,26 @@ def opened(directory: Path) -> Iterator[Pack]:
     with locked(path.parent, advice=advice):
         # Remains of a change that was killed.
         restore_dir(path)
-        yield load_pack(pack_directory(directory))
+        pack = load_pack(pack_directory(directory))
+        _check_replaceable(pack, path)
+        yield pack
+
+
+def _check_replaceable(pack: Pack, path: Path) -> None:
+    """Refuse a pack whose replacement would take more with it than the pack."""
+    if path in (here := Path.cwd(), *here.parents):
+        raise PackError(
+            f"{pack.path}: is replaced as a whole, and you are in it; give this command elsewhere"
+        )
+    own = {path / name for name in (MANIFEST, *_LEFT, *pack.manifest.files)}
+    others = [file.relative_to(path).parts[0] for file in all_files(path) if file not in own]
+    if found := sorted(set(others) - {_DOWNLOADS}):
+        raise PackError(
+            f"{pack.path}: is replaced as a whole, and {', '.join(found[:5])} in it"
+            f" {'is' if len(found) == 1 else 'are'} not the pack's; move"
+            f" {'it' if len(found) == 1 else 'them'} elsewhere (d2c-mlx push writes a README.md and"
+            " a tasks.json again)"
+        )
 
 
 def list_pack(pack: Pack) -> list[dict[str, Any]]:

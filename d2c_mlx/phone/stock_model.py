@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,8 +168,7 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         ModelError: no such model, it has other bits already, or no group size divides its widths.
     """
     name, path = resolve_model(spec)
-    config = json.loads(read_text(path / "config.json"))
-    stored = config.get("quantization", config.get("quantization_config"))
+    stored = _quantization(path / "config.json")
     if bits is None or (stored and stored.get("bits") == bits):
         return name, path, path
     if stored:
@@ -182,6 +182,20 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
     beside = [(file.name, hash_file(file)) for file in found]
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
     return name, path, cached_model(f"{path.name}-{bits}bit", parts, partial(_quantize, path, bits))
+
+
+def _quantization(file: Path) -> dict[str, Any] | None:
+    """How a model is quantized, by its config.json; None if it is not."""
+    try:
+        config = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    stored = config.get("quantization", config.get("quantization_config"))
+    if not isinstance(stored, dict | None):
+        raise ModelError(f"{file}: quantization: expected a JSON object, found {stored!r}")
+    return stored
 
 
 def _quantize(path: Path, bits: int, directory: Path) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm import load
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.evaluate.evaluator import Meter
@@ -23,6 +23,7 @@ from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.phone.stock_model import StockModel
+from d2c_mlx.utils.device import current_device
 
 __all__ = ["measure_speed", "measure_switch", "memory_limit"]
 
@@ -86,17 +87,18 @@ def measure_speed(
 
 def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float, int]:
     """Seconds to the first token, seconds for the n - 1 after it, bytes of the KV cache then."""
-    cache = make_prompt_cache(model)
-    with wired_limit(model, [generation_stream]):
+    # mlx-lm's own stream is of the device that was the default when it was imported.
+    cache, stream = make_prompt_cache(model), mx.default_stream(current_device())
+    with wired_limit(model, [stream]):
         started = time.perf_counter()
-        steps = generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=cache)
+        steps = generate_step(mx.array(prompt), model, stream, max_tokens=n, prompt_cache=cache)
         next(steps)
         first = time.perf_counter()
         for _ in steps:
             pass
         done = time.perf_counter()
         # mlx-lm is one token ahead.
-        mx.synchronize(generation_stream)
+        mx.synchronize(stream)
     return first - started, done - first, sum(getattr(one, "nbytes", 0) for one in cache)
 
 

@@ -239,9 +239,9 @@ class Inputs:
 
     def _check_memory(self) -> None:
         """Raise the error of the longest row that does not fit; what fits it fits the others."""
-        _check_rows(self.engine, (*self.probes, *self.tests, *self.answers.values()))
+        self.engine.check_rows(_parts((*self.probes, *self.tests, *self.answers.values())))
         if self.shipped is not self.base:
-            _check_rows(self.engine.beside(self.shipped), self.tests)
+            self.engine.beside(self.shipped).check_rows(_parts(self.tests))
 
     @property
     def chosen_by(self) -> list[str]:
@@ -312,10 +312,9 @@ class Inputs:
         )))  # fmt: skip
 
 
-def _check_rows(engine: Engine, rows: Sequence[ExampleSet]) -> None:
-    sets = [part for one in rows for part in (one, *one.parts)]
-    for one in sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples)):
-        engine.batches(one)
+def _parts(sets: Sequence[ExampleSet]) -> list[ExampleSet]:
+    """The sets and the parts that they are evaluated in."""
+    return [part for one in sets for part in (one, *one.parts)]
 
 
 def opening(inputs: Inputs) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.utils.blas import loaded_blas
+from d2c_mlx.utils.blas import blas_build, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
@@ -81,14 +81,16 @@ def wire(limit: int) -> None:
 def arithmetic() -> dict[str, str | None]:
     """All that decides the bits of a result beside model and engine, for cache keys.
 
-    These are MLX's version, the device and a preloaded BLAS. On a Mac, Metal's kernels come with
-    the system and newer GPUs have others for float32. So system, architecture and TF32 count too.
+    These are MLX's version, the device and a preloaded BLAS with its kernels. On a Mac,
+    Metal's kernels come with the system and newer GPUs have others for float32. So system,
+    architecture and TF32 count too.
     """
     info = mx.device_info()
     mlx, mac = _software()
     found = {
         "MLX": mlx, "device": str(info.get("device_name")),
         "backend": str(current_device()), "BLAS": loaded_blas(),
+        "build of the BLAS": blas_build(),
     }  # fmt: skip
     if mac:
         tf32 = os.environ.get("MLX_ENABLE_TF32")

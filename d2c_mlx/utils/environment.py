@@ -32,7 +32,7 @@ _ARENA_MAX = -8
 def cache_directory() -> Path:
     """The directory of converted models and losses: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
     given = os.environ.get("D2C_MLX_CACHE")
-    return Path(os.path.expanduser(given) if given is not None else Path.home() / ".cache/d2c-mlx")
+    return Path(os.path.expanduser(given) if given else Path.home() / ".cache/d2c-mlx")
 
 
 def require_extra(extra: str, user: str) -> None:

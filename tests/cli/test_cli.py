@@ -210,6 +210,8 @@ def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     assert list((tmp_path / "work").iterdir()) == []
     monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
     assert cache_directory() == home / "cache"
+    monkeypatch.setenv("D2C_MLX_CACHE", "")  # As if it were not set.
+    assert cache_directory() == home / ".cache" / "d2c-mlx"
     # Of a user who is not there it is a name like any other.
     with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
         find_adapters("~nobody-here/x")

@@ -1,5 +1,6 @@
 import json
 import sqlite3
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.line_search import line_search
+from d2c_mlx.utils.lock import held
 
 
 class Counted:
@@ -104,6 +106,18 @@ def test_the_cache_keeps_every_bit(tmp_path):
     assert other.get("d") is None
     other.put("d", 1.5)
     assert cache.get("d") == 1.5
+
+
+def test_two_processes_do_not_make_the_cache_at_once(tmp_path):
+    """SQLite would tell one of them that the database is locked, whatever the timeout."""
+    path, made = tmp_path / "losses.sqlite", []
+    thread = threading.Thread(target=lambda: made.append(LossCache(path)))
+    with held(tmp_path):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join(60)
+    assert made
 
 
 @pytest.mark.parametrize("change", ["loss = 0.25", "key = 'b'", "checksum = 'x'", "loss = 'x'"])

@@ -185,6 +185,7 @@ def test_a_vision_language_model_is_its_text_model(root):
     base.attach(read_adapter(root / "vision" / "text", base.module_shapes))
     assert np.abs(logits(base.model) - known["text"]).max() < 1e-4
     assert np.abs(known["base"] - known["text"]).max() > 1e-2
+    assert base.dimensions == (64, 300)
     with pytest.raises(AdapterError, match=r"modules are no .*first: model\.(multi|vision)"):
         read_adapter(root / "vision" / "all", base.module_shapes)
 

@@ -7,7 +7,7 @@ from mlx_lm.utils import load_tokenizer
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.tasks import load_task, load_tasks
+from d2c_mlx.models.tasks import Task, common_system, load_task, load_tasks, load_unlabelled
 from d2c_mlx.utils.errors import InputError, TaskError
 
 
@@ -262,6 +262,34 @@ def test_encode_pairs_and_chats_with_a_text_key_are_masked(base):
         with_text = [{**row(i), "text": "beside"} for i in range(2)]
         expected = base.encode("t", [row(0), row(1)]).examples
         assert base.encode("t", with_text).examples == expected
+
+
+@pytest.mark.parametrize("beside", [None, [{"role": "system", "content": "Be brief."}]])
+def test_pairs_with_messages_beside_are_pairs(base, beside):
+    """As for mlx-lm: in the losses, in the prompts of answers, and in what a pack says."""
+    rows = [{**completion(i), "messages": beside} for i in range(2)]
+    assert (
+        base.encode("t", rows).examples == base.encode("t", [*map(completion, range(2))]).examples
+    )
+    assert common_system([Task("t", tuple(rows), ())]) is None
+
+
+def test_prompts_keep_the_tools_of_their_row(tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"task": "t", "prompt": "How late?", "tools": tools, "messages": None},
+            {"task": "t", "messages": [{"role": "user", "content": "Now?"}]}]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = load_unlabelled(path, [Task("t", (), ())], 0)["t"]
+    assert first["tools"] == tools and "tools" not in second
+    assert first["messages"][0] == {"role": "user", "content": "How late?"}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
+    file = directory / "probe.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_task(directory).probe == (completion(0),)
 
 
 def test_text_rows_are_disjoint_by_their_text(tmp_path):

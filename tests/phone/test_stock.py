@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,6 +171,18 @@ def test_quantizing_is_done_once_by_mlx_lm(paths):
     # As it is: nothing is quantized, and what is quantized already is left as it is.
     assert quantized_model(str(paths.model), None)[1:] == (paths.model, paths.model)
     assert quantized_model(str(directory), 4)[1:] == (directory, directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"a":', "not readable as JSON"), ("[]", "expected a JSON object, found list"),
+     ('{"quantization": 4}', "quantization: expected a JSON object, found 4")],
+)  # fmt: skip
+def test_a_config_that_is_none_is_named(tmp_path, content, said):
+    source = tiny_model(tmp_path / "model")
+    (source / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=re.escape(f"{source / 'config.json'}: {said}")):
+        quantized_model(str(source), 4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The threads of the preloaded OpenBLAS."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -20,3 +23,16 @@ def test_all_cores_are_no_more_than_openblas_was_told(monkeypatch):
             with blas.all_cores():
                 assert threads() == expected
         assert threads() == before
+
+
+def test_kernels_count_among_what_decides_bits():
+    """OpenBLAS takes those of the processor, and their sums differ in the last bits."""
+    code = "import d2c_mlx; from d2c_mlx.utils.device import arithmetic; print(arithmetic())"
+    if blas.blas_build() is None or platform.machine() != "x86_64":
+        pytest.skip("no OpenBLAS here, or none whose kernels can be named")
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                       env={**os.environ, "OPENBLAS_CORETYPE": kernels}).stdout
+        for kernels in ("Haswell", "Nehalem")
+    }  # fmt: skip
+    assert len(found) == 2

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -245,3 +247,28 @@ def test_a_pack_that_a_kill_left_aside_is_changed_all_the_same(pack):
     with opened(pack.path) as found:
         assert list(remove_tasks(found, ["a"]).tasks) == ["b"]
     assert sorted(one.name for one in pack.path.parent.iterdir()) == [".lock", "pack"]
+
+
+@pytest.mark.parametrize("name", ["NOTES.md", "plain/a.safetensors", ".git/HEAD"])
+def test_a_pack_with_other_files_in_it_is_not_replaced(pack, name):
+    """They would go with the old one; what programs leave there by themselves may."""
+    for left in (".DS_Store", ".gitattributes", ".d2c-mlx.json", ".cache/x.lock", name):
+        (pack.path / left).parent.mkdir(exist_ok=True)
+        (pack.path / left).write_text("{}")
+    top = name.split("/")[0]
+    with pytest.raises(PackError, match=f"{re.escape(top)} in it is not the pack's; move it"):
+        with opened(pack.path):
+            pass
+    assert (pack.path / name).exists()
+    shutil.move(pack.path / top, pack.path.parent / "elsewhere")
+    with opened(pack.path) as found:
+        assert remove_tasks(found, [next(iter(found.tasks))]).path == pack.path
+
+
+def test_a_pack_that_somebody_is_in_is_not_replaced(pack, monkeypatch):
+    before = hash_tree(pack.path)
+    monkeypatch.chdir(pack.path)
+    with pytest.raises(PackError, match="is replaced as a whole, and you are in it"):
+        with opened(Path()):
+            pass
+    assert hash_tree(pack.path) == before
