@@ -75,7 +75,7 @@ def families_at(read, key, form, goals):
 
         def cell(name, budget=budget):
             one = rows.get((budget, name))
-            return format(one[key], form) if one else "-"
+            return format(one[key], form) if one else "not measured"
 
         n = fitting(read, budget)
         merged = in_slots(read, n)

@@ -1,4 +1,4 @@
-"""benchmarks.quality.compose and two_tasks: the arithmetic, and rows that need two adapters."""
+"""benchmarks.new_task.compose and two_tasks: the arithmetic, and rows that need two adapters."""
 
 import functools
 import json
@@ -10,9 +10,9 @@ from helpers.tiny import library, write_jsonl
 
 from benchmarks import common
 from benchmarks.library.tasks import summ, translate
-from benchmarks.quality import two_tasks
-from benchmarks.quality.compose import arithmetic_weights
-from benchmarks.quality.two_tasks import chat, dates, summaries
+from benchmarks.new_task import two_tasks
+from benchmarks.new_task.compose import arithmetic_weights
+from benchmarks.new_task.two_tasks import chat, dates, summaries
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.models.base_model import BaseModel
 

@@ -26,12 +26,14 @@ NAMES = ["date-en", "gec-en", "num-de", "qa-de"]
 # Module -> its options beside the library's; `{root}` is where the library and a run of it are.
 SCRIPTS = {
     "quality.order": "--library {root} --orders 1 --slots 2 --budget 95 --tests 2",
-    "quality.compose": "--library {root} --tasks date-en --draws 0 --methods best;arithmetic"
+    "new_task.compose": "--library {root} --tasks date-en --draws 0 --methods best;arithmetic"
     " --tests 2 --answers 1",
     "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
     "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --thorough --refine"
     " --packs {root}/packs",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
+    "quality.objective": "--library {root} --clusters 2 --seeds 0 --examples 2 --tests 2"
+    " --kinds date,gec,num,qa",
     "speed.search": "--sizes= --alone 60",
     "serving.route": "--library {root}",
     "serving.routers": "--library {root} --pack {root}/run/pack --tests 1",

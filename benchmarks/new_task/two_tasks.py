@@ -1,6 +1,6 @@
 """Two adapters for one job that needs both: in one pass, in two, or trained for the job.
 
-    python -m benchmarks.quality.two_tasks --library DIR [--job dates] [--languages de,fr]
+    python -m benchmarks.new_task.two_tasks --library DIR [--job dates] [--languages de,fr]
         [--rows 10,40]
 
 - *dates*: a date with its year in words; date-de writes "24. Oktober 1992", num-de turns 1992 into
@@ -25,7 +25,7 @@ from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.library.tasks import translate
 from benchmarks.library.tasks.languages import NAMES
-from benchmarks.quality.compose import judge, scores
+from benchmarks.new_task.compose import judge, scores
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.methods import METHODS
 from d2c_mlx.compose.mixing import mix

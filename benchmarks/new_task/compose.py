@@ -1,6 +1,6 @@
 """One adapter for a task that has none, composed of the others: one task left out at a time.
 
-    python -m benchmarks.quality.compose --library DIR [--tasks gec-de,num-fr] [--draws 0,1]
+    python -m benchmarks.new_task.compose --library DIR [--tasks gec-de,num-fr] [--draws 0,1]
         [--methods "best;fresh"] [--answers 10]
 
 Ten rows of the task's probe.jsonl (draw 0: the first, draw 1: the next) make an adapter by every

@@ -1,0 +1,1 @@
+"""New tasks: adapters composed of others for tasks that have none."""
