@@ -69,7 +69,7 @@ def compose(
     picked = f" ({found['choice']})" if found["choice"] != 1 else ""
     say(f"{found['task']}: {chosen}{picked}, of {found['rows']} rows, {found['seconds']:.0f} s")
     for name in found["as_good"]:
-        say(f"{_REFERENCES[name]} is as good: within one standard error")
+        say(f"{_REFERENCES[name]} {_how_good(**found['candidates'][name])}")
     say(f"wrote {output}")
 
 
@@ -78,3 +78,10 @@ _REFERENCES = {
     "best": "the best single adapter",
     "fresh": "a LoRA trained on the same rows alone",
 }
+
+
+def _how_good(ahead: float, error: float, **_: float) -> str:
+    # What would be printed as 0.000 is no difference.
+    if -ahead > max(error, 0.0005):
+        return f"is better: by {-ahead:.3f} +- {error:.3f} nats per token"
+    return "is as good: within one standard error"

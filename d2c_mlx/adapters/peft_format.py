@@ -302,7 +302,9 @@ def save_peft(
             rank_pattern[path] = lora.rank
         if _alpha(lora.scale, lora.rank) != alpha:
             alpha_pattern[path] = _alpha(lora.scale, lora.rank)
-    mx.save_safetensors(str(directory / PEFT_WEIGHTS), tensors, metadata={"format": "pt"})
+    # MLX gives no reason when it opens the file itself; here a full disk is an OSError.
+    with open(directory / PEFT_WEIGHTS, "wb") as file:
+        mx.save_safetensors(file, tensors, metadata={"format": "pt"})
     about = {
         "base_model_name_or_path": adapter.base,
         "bias": "none",

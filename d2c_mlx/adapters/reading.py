@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from d2c_mlx.adapters.sources import Source
 from d2c_mlx.adapters.tensor_file import in_file
 from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
-__all__ = ["left_in_file", "read_adapter", "read_adapters", "weights_file"]
+__all__ = ["left_in_file", "read_adapter", "read_adapters", "warn_of_other_base", "weights_file"]
 
 # Files of weights that are not read, and what to do.
 _OTHER_FILES = {
@@ -190,10 +190,7 @@ def _warn_of_bases(
             named.setdefault(base, []).append(adapter.name)
     if len(named) > 1:
         # A path says more than a name: mlx-lm trains on a local copy in float32, say.
-        known = {
-            one.name for one in sources
-            if (one.path / CONFIG).is_file() and is_base(Path(stated_base(read_config(one.path))))
-        }  # fmt: skip
+        known = {one.name for one in sources if _states_copy(one, is_base)}
         named = {base: of for base, of in named.items() if not set(of) <= known}
     if len(named) > 1:
         listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
@@ -202,6 +199,33 @@ def _warn_of_bases(
             f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
             " are the same model, leave out what was trained on another"
         )
+
+
+def warn_of_other_base(
+    adapter: Adapter, source: Source, names: Iterable[str], is_base: Callable[[Path], bool]
+) -> None:
+    """Warn if an adapter names another base model than the pack that it is added to.
+
+    Args:
+        adapter: what `read_adapters` read.
+        source: where it was read from.
+        names: of the base model, as the pack has them.
+        is_base: see `read_adapters`.
+    """
+    known = dict.fromkeys(names)
+    if not adapter.base or base_key(adapter.base) in map(base_key, known):
+        return
+    if not _states_copy(source, is_base):
+        warn(
+            f"adapters: {adapter.name} names the base model {adapter.base!r}, the pack"
+            f" {' and '.join(map(repr, known))}; unless all are the same model, leave it out"
+        )
+
+
+def _states_copy(source: Source, is_base: Callable[[Path], bool]) -> bool:
+    """True if a config names the base model by the path of a copy."""
+    there = (source.path / CONFIG).is_file()
+    return there and is_base(Path(stated_base(read_config(source.path))))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.exact import find_head
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.tasks import load_task, load_tasks
 from d2c_mlx.models.tokenize import encode_probes
@@ -53,6 +54,7 @@ from d2c_mlx.utils.errors import (
     PackError,
     TaskError,
     collect,
+    warn,
 )
 from d2c_mlx.utils.files import write_dir, write_json
 from d2c_mlx.utils.progress import progress_bar
@@ -63,6 +65,11 @@ __all__ = ["ABOUT", "ComposeOptions", "compose", "compose_adapter"]
 ABOUT = "compose.json"
 # What every adapter is compared with, besides the base model.
 _REFERENCES = ("best", "fresh")
+# Methods that follow no gradient, so that any head will do.
+_UNTRAINED = ("best", "uniform", "retrieve", "top", "continual", "lorahub", "lorahub-factors")
+_NO_GRADIENT = (
+    "scales or caps its logits, while training needs a head that is linear in the hidden states"
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ def compose(
     check = partial(check_output, output, inputs)
     check()
     base = BaseModel(str(pack.base_directory(options.model)) if pack else options.model)
+    _check_head(base, options.method)
     (encoded,) = encode_probes(base.encode, [rows], options.n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
@@ -141,6 +149,18 @@ def _check_method(name: str) -> None:
     if name not in (*METHODS, "auto"):
         known = ", ".join(("auto", *METHODS))
         raise ConfigError(f"method: found {name!r}, expected one of {known}")
+
+
+def _check_head(base: BaseModel, method: str) -> bool:
+    """True if a LoRA can be trained on the base model; ConfigError if `method` has to."""
+    if find_head(base.model) is not None:
+        return True
+    if method in (*_UNTRAINED, "auto"):
+        return False
+    raise ConfigError(
+        f"method: found {method!r}, which trains, and {base.name} {_NO_GRADIENT}; expected auto"
+        f" or one of {', '.join(_UNTRAINED)}"
+    )
 
 
 def _given(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
@@ -217,11 +237,12 @@ def compose_adapter(
         `choice`, `rows`, `library`, `candidates` (name -> `loss` on rows not seen, and `ahead`: by
         how much the method is better, with its standard `error`, in nats) and `as_good`: names of
         "base", "best" and "fresh" that are no worse than it by more than one standard error.
+        Where the base model allows no training, methods that train are left out, "fresh" too.
+
+    Raises:
+        ConfigError: the method trains, and the base model allows no training.
     """
-    names = AUTO if method == "auto" else (*_REFERENCES, method)
-    methods = {name: one for name, one in METHODS.items() if name in names}
-    if task.similarity is None:
-        methods = {name: one for name, one in methods.items() if not one.needs_prompts}
+    methods = _compared(task, method)
     folds = split(rows, task.training.seed)
     _foresee(task, methods, rows, len(folds))
     scores = cross_validate(task, methods, folds)
@@ -234,6 +255,19 @@ def compose_adapter(
     return made.uniform(task.base.dtype), _about(task, rows, chosen, scores)
 
 
+def _compared(task: NewTask, method: str) -> dict[str, Method]:
+    """The methods that cross-validation compares, the simplest first."""
+    names = AUTO if method == "auto" else (*_REFERENCES, method)
+    methods = {name: one for name, one in METHODS.items() if name in names}
+    if task.similarity is None:
+        methods = {name: one for name, one in methods.items() if not one.needs_prompts}
+    if _check_head(task.base, method):
+        return methods
+    left_out = ", ".join(name for name in methods if name not in _UNTRAINED)
+    warn(f"method: {task.base.name} {_NO_GRADIENT}; left out: {left_out}")
+    return {name: one for name, one in methods.items() if name in _UNTRAINED}
+
+
 def _about(
     task: NewTask, rows: ExampleSet, chosen: str, scores: dict[str, Score]
 ) -> dict[str, Any]:
@@ -241,7 +275,7 @@ def _about(
     for name, score in scores.items():
         ahead, error = difference(score, scores[chosen])
         candidates[name] = {"loss": score.loss, "ahead": ahead, "error": error}
-    others = [name for name in ("base", *_REFERENCES) if name != chosen]
+    others = [name for name in ("base", *_REFERENCES) if name in scores and name != chosen]
     choice = scores[chosen].choice
     picked = task.library[int(choice or 0)].name if METHODS[chosen].choices is None else choice
     return {

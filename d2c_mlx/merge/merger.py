@@ -199,9 +199,10 @@ class Merger:
 
     def _layerwise(self, members: Members) -> Merged:
         """Merge block by block, at a scale that needs no search, see above."""
-        # Copies of one adapter count as one, and adapters that have nothing in common each.
+        # Copies of one adapter count as one, and adapters that have nothing in common each. Two
+        # that are opposed would count as more than two.
         alike = self._library.similarity[np.ix_(members, members)]
-        few = len(members) ** 2 <= _FEW * alike.sum()
+        few = len(members) <= 2 or len(members) ** 2 <= _FEW * alike.sum()
         scale = self._options.scale or (_SCALE_OF_FEW if few else _SCALE_OF_MORE)
         rows = [self._library.rows[i] for i in members]
         # Forward passes under the members and of the merge, in parts.

@@ -9,6 +9,8 @@ undone, https://github.com/ggml-org/llama.cpp.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -52,6 +54,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
     Raises:
         ModelError: not a GGUF, of a family that has no map, or with a type or feature that is not
             understood.
+        OSError: the directory cannot be written, as on a full disk.
     """
     try:
         reader = open_gguf(path)
@@ -64,6 +67,9 @@ def convert_gguf(path: Path, directory: Path) -> None:
         ) from None
     try:
         _write_model(reader, metadata, path, directory)
+    except OSError:
+        # The file is mapped by now, so this is a file that is copied or written.
+        raise
     except UnknownTypeError as error:
         raise ModelError(f"{path}: {error}{_OTHER_TYPE}") from None
     except GGUF_ERRORS + (AttributeError,) as error:
@@ -95,7 +101,7 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
     # The tokenizer may be missing, and weights take long, so they come after it.
     beside = tokenizer_beside(path)
     if len(beside) < len(TOKENIZER_FILES):
-        write_tokenizer(metadata, directory, path)
+        _write_tokenizer(metadata, directory, path)
     for file in beside:
         shutil.copyfile(file, directory / file.name)
     template = metadata.get("tokenizer.chat_template")
@@ -106,6 +112,17 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
     if quantization:
         config["quantization"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -> None:
+    try:
+        write_tokenizer(metadata, directory, path)
+    except Exception as error:
+        # The `tokenizers` package writes in Rust, and gives the system's number in words only.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
 
 
 def tokenizer_beside(path: Path) -> list[Path]:
@@ -222,8 +239,9 @@ def _write_weights(
 
     def write() -> None:
         name = f"model-{n_files}" if n_files else "model"
-        path = str(directory / f"{name}.safetensors")
-        mx.save_safetensors(path, pending, metadata={"format": "mlx"})
+        # MLX gives no reason when it opens the file itself; here a full disk is an OSError.
+        with open(directory / f"{name}.safetensors", "wb") as file:
+            mx.save_safetensors(file, pending, metadata={"format": "mlx"})
         pending.clear()
 
     for parameter, arrays in weights:

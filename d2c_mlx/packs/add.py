@@ -22,10 +22,10 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
-from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.adapter_config import base_name, read_config
 from d2c_mlx.adapters.as_lora import BaseWeights
 from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.reading import read_adapters
+from d2c_mlx.adapters.reading import read_adapters, warn_of_other_base
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
@@ -35,6 +35,7 @@ from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.identity import same_weights
 from d2c_mlx.models.tasks import Task, load_tasks, systems_of
 from d2c_mlx.models.tokenize import encode_probes
 from d2c_mlx.packs.judge import Judge
@@ -92,6 +93,8 @@ class Arrival:
 def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -> Arrival:
     """Read an adapter, check it against the pack's base model and add it, see `add_adapter`.
 
+    An adapter whose config names another base model gets an `InputWarning`.
+
     Args:
         pack: directory of the pack.
         adapter: an entry as `find_adapters` takes it; the task is called as the adapter.
@@ -109,6 +112,8 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
         base = BaseModel(str(found.base_directory(options.model)))
         own = BaseWeights(base.weight)
         (new,) = read_adapters(sources, base.module_shapes, base.config, base=own)
+        is_base = partial(same_weights, base.path)
+        warn_of_other_base(new, sources[0], _base_names(found), is_base)
         judge, system = None, None
         if options.tasks:
             tasks = _tasks(options.tasks, new.name, found.tasks)
@@ -118,6 +123,20 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
             system = systems_of(tasks).get(new.name)
         return add_adapter(found, new, budget=options.budget, judge=judge, system=system)
+
+
+def _base_names(pack: Pack) -> list[str]:
+    """The base model's names in a pack: that of the manifest, and those of its adapters."""
+    keys = list(pack.adapters)
+    named: list[str | None] = []
+    if pack.storage == "plain":
+        with pack.reading():
+            named = [base_name(read_config(pack.path / str(key))) for key in keys]
+    elif pack.storage == "compact" and keys:
+        # All adapters of the file have one.
+        with pack.reading([COMPACT]):
+            named = [read_compact(pack.path / COMPACT, int(keys[0])).base]
+    return [name for name in (pack.manifest.base.model, *named) if name]
 
 
 def _tasks(directory: Path, new: str, tasks: Mapping[str, object]) -> list[Task]:

@@ -41,9 +41,9 @@ def export(
             (the same, each module in its own rank), `peft` (a directory each) or `gguf` (a file
             `cluster-<k>.gguf` each).
         directory: replaced as a whole, only once everything is in it.
-        model: the pack's base model, as for `resolve_model`. Only gguf needs it, for its
-            architecture and heads, unless the pack is of GGUF files; None is enough where the base
-            is the embedded default.
+        model: the pack's base model, as for `resolve_model`; refused if it is another. Only gguf
+            needs it, for its architecture and heads, unless the pack is of GGUF files; None is
+            enough where the base is the embedded default.
 
     Returns:
         What `tasks.json` holds: task -> file or directory, null for the base model.
@@ -59,18 +59,20 @@ def export(
     check()
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
+    base = None if model is None else pack.base_directory(model)
     load: Load = pack.load
     write: Write = partial(_write_mlx, pack)
     if to == "mlx-swift":
         write = partial(_write_swift, pack)
     if to == "peft":
-        config = _base_config(pack, model)[1] if model else None
+        config = _config(base) if base else None
         check_base(pack.path, config, pack.manifest.base.model)
         write = partial(save_peft, config=config, n_layers=n_layers(pack))
     if to == "gguf" and pack.storage == "gguf":
         load, write = pack.tasks.get, pack.copy
     elif to == "gguf":
-        load, write = pack.stored, partial(_write_gguf, config=_gguf_config(pack, model))
+        config = _gguf_config(base or pack.base_directory(None))
+        load, write = pack.stored, partial(_write_gguf, config=config)
     # Another command may have written there in the meantime.
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         tasks = _write_adapters(pack, temporary, load, write, ".gguf" if to == "gguf" else "")
@@ -141,19 +143,17 @@ def _write_swift(pack: Pack, adapter: Adapter, path: Path) -> None:
     adapter.save(path, n_layers(pack), own_ranks=True)
 
 
-def _base_config(pack: Pack, model: str | None) -> tuple[Path, dict[str, Any]]:
-    """The config.json of the model that the pack was made for: its path and content."""
-    path = pack.base_directory(model) / "config.json"
-    config: dict[str, Any] = json.loads(read_text(path))
-    return path, config
+def _config(base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(read_text(base / "config.json"))
+    return config
 
 
-def _gguf_config(pack: Pack, model: str | None) -> dict[str, Any]:
+def _gguf_config(base: Path) -> dict[str, Any]:
     """The config of a base model whose tensors in GGUF are known."""
-    path, config = _base_config(pack, model)
+    config = _config(base)
     if config.get("model_type") not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: model_type is {config.get('model_type')!r}, whose names and rows in GGUF are"
-            f" not known here; expected one of {', '.join(ARCHITECTURES)}"
+            f"{base / 'config.json'}: model_type is {config.get('model_type')!r}, whose names and"
+            f" rows in GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
         )
     return config

@@ -22,7 +22,8 @@ __all__ = ["CARD", "push", "write_repository"]
 
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
-_OURS = ("cluster-*", COMPACT)
+# The router's name is repeated here: packs know nothing of serving.
+_OURS = ("cluster-*", COMPACT, "router.safetensors")
 
 
 def write_repository(

@@ -118,7 +118,7 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         directory: of the pack.
         runtime: a key of `READERS`. The pack is exported to a temporary directory for it; the
             layout of a plain pack is always checked.
-        model: as for `export`, which asks for it for llama.cpp.
+        model: as for `export`, which asks for it for llama.cpp; checked for every runtime.
 
     Returns:
         The pack.
@@ -131,6 +131,8 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
     pack = load_pack(directory)
     adapters = gather(partial(pack.load, served[0]) for served in pack.adapters.values())
     if runtime is None:
+        if model is not None:
+            pack.base_directory(model)
         return pack
     reader = READERS[runtime]
     if reader.to is None:

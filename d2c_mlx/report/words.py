@@ -144,18 +144,25 @@ def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[
 
 
 def refined(facts: Iterable[Mapping[str, Any]], planned: bool) -> str:
-    """How many adapters of a pack training changed; "" for a run that does not refine.
+    """How many merges, or adapters of a plan, training changed; "" for a run that does not refine.
 
     Args:
         facts: content of `refines.json`.
         planned: they are of a plan, else merges.
     """
-    changed = [bool(one["refined"]) for one in facts]
-    if not changed:
+    facts = list(facts)
+    if not facts:
         return ""
-    start = f"{sum(changed)} of {len(changed)} adapters of the pack were refined: "
+    # A merge of one is the task adapter itself, which is not trained.
+    changed = [bool(one["refined"]) for one in facts if planned or len(one["members"]) > 1]
+    if not changed:
+        return "There was no merge to refine: every adapter of the pack serves one task."
+    noun, n = "adapter" if planned else "merge", len(changed)
+    were, them = (f"{noun} of the pack was", "it") if n == 1 else (
+        f"{noun}s of the pack were", "them")  # fmt: skip
+    start = f"{sum(changed)} of {n} {were} refined: "
     if not any(changed):
-        return start + "no training brought them closer to the task adapters."
+        return f"{start}no training brought {them} closer to the task adapters."
     what, row = ("scales and biases of their numbers", "plan") if planned else ("merges", "d2c")
     return (
         f"{start}{what} were trained to predict what the task adapters predict. The row {row} is"

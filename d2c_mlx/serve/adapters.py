@@ -249,7 +249,9 @@ class Adapters:
             RequestError: (400) it is to be pinned, and there is no room.
         """
         if entry.pinned:
-            pinned = sum(one.pinned for one in self._loaded.values())
+            # The one of this name leaves.
+            before = self.names.get(name)
+            pinned = sum(one.pinned for one in self._loaded.values() if one is not before)
             # One slot stays for all the others.
             if pinned + 1 >= self.most_in_memory(factors) or not self.place(entry, factors):
                 raise RequestError(400, f"pinned: no room in memory beside {pinned} pinned adapters"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ class Piece:
         text: that is certain now; "" while a stop word may have begun.
         token: its id.
         logprob: its log-probability in nats.
-        top: ids and log-probabilities of the likeliest tokens, as many as were asked for.
+        top: ids and log-probabilities of the likeliest tokens, as many as were asked for, or fewer
+            where a grammar allows no more.
         finish_reason: "stop" or "length" with the last one.
     """
 
@@ -188,7 +190,9 @@ class RunningJob:
             return []
         likely = mx.argpartition(-logprobs, kth=n - 1)[:n]
         numbers: Any = likely.tolist(), logprobs[likely].tolist()
-        return sorted(zip(*numbers), key=lambda one: -one[1])
+        # What a grammar forbids has -inf, which JSON cannot say.
+        allowed = (one for one in zip(*numbers) if one[1] > -math.inf)
+        return sorted(allowed, key=lambda one: -one[1])
 
 
 def _partial_stop(text: str, words: Sequence[str]) -> int:

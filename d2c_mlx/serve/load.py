@@ -15,7 +15,7 @@ from d2c_mlx.models.resolve import resolve_base
 from d2c_mlx.models.stock import load_stock, switch
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.device import on_cpu
-from d2c_mlx.utils.errors import ModelError
+from d2c_mlx.utils.errors import ConfigError, ModelError
 
 __all__ = ["Question", "answer", "load", "stock_command"]
 
@@ -75,7 +75,8 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
         directory: the base model's mlx-lm directory.
 
     Raises:
-        InputError: no such task or model, or a base without a chat template.
+        InputError: no such task or model, or a base whose chat template is missing or refuses the
+            messages.
     """
     adapter = pack.load(question.task)
     _, path = resolve_base(pack.manifest.base.model, directory)
@@ -88,11 +89,24 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
         raise ModelError(
             f"{path}: has no chat template; use the adapter from a program of your own"
         )
-    tokens = tokenizer.apply_chat_template(
-        pack.messages(question.task, question.prompt, question.system), add_generation_prompt=True
-    )
+    tokens = _tokens_of(pack, question, tokenizer)
     for step in stream_generate(model, tokenizer, tokens, max_tokens=question.max_tokens):
         yield step.text
+
+
+def _tokens_of(pack: Pack, question: Question, tokenizer: Any) -> list[int]:  # noqa: ANN401
+    messages = pack.messages(question.task, question.prompt, question.system)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's authors
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        field, text, remedy = "prompt", question.prompt, "change it as the template asks"
+        if question.system is not None:
+            field, text, remedy = "system", question.system, "leave --system out"
+        raise ConfigError(
+            f"{field}: found {text[:40]!r}, expected what the model's chat template takes: it"
+            f" refuses this ({why}); {remedy}"
+        ) from None
 
 
 def stock_command(pack: Pack, question: Question, directory: str) -> str:

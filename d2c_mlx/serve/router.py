@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.compress.budget import Budget
@@ -259,7 +259,8 @@ def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pac
         }
         if router.spread is not None:
             tensors["spread"] = router.spread.astype(np.float32)
-        save_file(tensors, path, metadata={"router": json.dumps(about)})
+        # `save_file` has an error of its own for a full disk; here it is an OSError.
+        path.write_bytes(save(tensors, metadata={"router": json.dumps(about)}))
 
     return with_file(pack, ROUTER, write, budget)
 

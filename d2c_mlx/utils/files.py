@@ -75,7 +75,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, most: int = _MOST_TEXT) -> str:
-    """Read a UTF-8 file of at most `most` bytes.
+    """Read a UTF-8 file of at most `most` bytes, without the byte order mark that Windows writes.
 
     Raises:
         OSError: as `open_file`, or it is larger.
@@ -85,7 +85,7 @@ def read_text(path: Path, most: int = _MOST_TEXT) -> str:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
-    return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_text(path: Path, text: str) -> None:

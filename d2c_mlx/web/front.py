@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # The second is that of a proxy before the server.
 _SCHEMES = ("http", "https")
+# RFC 9110: HEAD is answered as GET, and uvicorn leaves out the body.
+_READS = ("GET", "HEAD")
 _MOST_HEADERS, _MOST_TARGET = 100, 8000
 # Of a request that is refused, this much is read and dropped, for so long: unread bytes would reset
 # the connection before the client has read the reply.
@@ -175,15 +177,16 @@ class _Exchange:
         if len(target) > _MOST_TARGET:
             raise RequestError(414, f"the address has {len(target)} bytes, at most {_MOST_TARGET}")
         method = self._scope["method"]
-        if method not in ("GET", "POST", "OPTIONS"):
-            raise RequestError(501, f"{method}: not supported, expected GET, POST or OPTIONS")
-        is_page = self._access.page and (method, self._scope["path"]) == ("GET", "/")
+        if method not in (*_READS, "POST", "OPTIONS"):
+            words = f"{method}: not supported, expected GET, HEAD, POST or OPTIONS"
+            raise RequestError(501, words)
+        is_page = self._access.page and method in _READS and self._scope["path"] == "/"
         self._access.check(self._headers, needs_token=method != "OPTIONS" and not is_page)
         if method == "OPTIONS":
             raise _Preflight
         if method == "POST" and not {"content-length", "transfer-encoding"} & {*self._headers}:
             raise RequestError(411, "Content-Length: missing")
-        if method == "GET":
+        if method in _READS:
             self._connection.received()
 
     async def receive(self) -> Message:
@@ -250,7 +253,7 @@ class _Preflight(RequestError):
 
 def _of_starlette(error: HTTPException, scope: Scope) -> RequestError:
     if error.status_code in (404, 405):
-        there = "/v1/models" if scope["method"] == "GET" else "/v1/chat/completions"
+        there = "/v1/models" if scope["method"] in _READS else "/v1/chat/completions"
         return RequestError(404, f"{scope['path'][:80]}: no such address; there is {there}")
     return RequestError(error.status_code, error.detail)
 

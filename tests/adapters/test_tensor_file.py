@@ -5,9 +5,12 @@ import struct
 
 import numpy as np
 import pytest
+from helpers.exported import DTYPES, adapter_of
+from helpers.full import no_room
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft, save_peft
 from d2c_mlx.adapters.tensor_file import open_tensors, read_header, read_tensors
 from d2c_mlx.utils.errors import AdapterError, PackError
 from d2c_mlx.utils.parsing import parse_json
@@ -32,6 +35,18 @@ def test_names_dtypes_shapes_metadata_and_single_tensors(tmp_path):
     save_file(tensors, path)
     with open_tensors(path) as file:
         assert file.metadata == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_saved_for_peft_has_every_bit(tmp_path, dtype):
+    """A full disk is an error of the system; MLX alone has another, without a reason."""
+    adapter = adapter_of("one", dtype=dtype)
+    save_peft(adapter, tmp_path / "peft")
+    assert load_peft(tmp_path / "peft").digest == adapter.digest
+    size = (tmp_path / "peft" / PEFT_WEIGHTS).stat().st_size
+    for nbytes in (0, 1_000, size - 1):
+        with pytest.raises(OSError, match="File too large"), no_room(nbytes):
+            save_peft(adapter, tmp_path / "full")
 
 
 def test_two_tensors_of_one_name(tmp_path):

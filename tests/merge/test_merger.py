@@ -112,6 +112,17 @@ def test_layerwise_is_the_default_at_a_scale_that_is_not_searched(config, member
     assert found.adapter.digest == made.uniform(merger._base.dtype).digest
 
 
+@pytest.mark.parametrize(
+    ("members", "cosine", "scale"),
+    [((0, 1), -0.9, 1.0), ((0, 1, 2), -0.4, 1.4), ((0, 1, 2), 0.9, 1.0)],
+)
+def test_two_members_are_few_however_unlike(config, members, cosine, scale):
+    merger = merger_of(config)
+    similarity = np.full((3, 3), cosine) + (1 - cosine) * np.eye(3)
+    vars(merger._library)["similarity"] = similarity
+    assert merger.final(members).scale == scale
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
     """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.full import no_room
 from helpers.gguf_files import write_gguf
 from helpers.tiny import tiny_model
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_config import config_of
+from d2c_mlx.models.gguf_import import convert_gguf
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.utils.errors import ModelError
 
@@ -144,6 +146,29 @@ def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
     path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)
     with pytest.raises(ModelError, match="pre-tokenizer"):
         BaseModel(str(path))
+
+
+# A file of weights has about 140 kB, those of the tokenizer are smaller.
+@pytest.mark.parametrize("nbytes", [0, 1_000, 60_000])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_full_disk_is_no_broken_model(source, tmp_path, nbytes, inside):
+    """Files are copied, written by Python and MLX, and by a tokenizer written in Rust."""
+    if inside:
+        for path in (tmp_path / "gguf").iterdir():
+            path.unlink()
+    changes = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["1 2", "3 4"]}
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32, **changes)
+    for room in (False, True):
+        out = tmp_path / f"out-{room}"
+        out.mkdir()
+        if room:
+            convert_gguf(path, out)
+            assert (out / "model.safetensors").stat().st_size > 60_000
+            assert 1_000 < (out / "tokenizer.json").stat().st_size < 60_000
+        else:
+            with pytest.raises(OSError, match="File too large") as caught, no_room(nbytes):
+                convert_gguf(path, out)
+            assert caught.value.strerror == "File too large"
 
 
 @pytest.mark.slow

@@ -65,8 +65,9 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     assert bench["d2c"] == json.loads(plain[1])["methods"]["d2c"] != bench["pack"]
     assert not on.path("refining").exists()
     n = sum(one["refined"] for one in facts)
+    several = sum(len(one["members"]) > 1 for one in facts)
     for name in ("report.md", "report.html"):
-        assert f"{n} of 2 adapters of the pack were refined" in on.path(name).read_text()
+        assert f"{n} of {several} merge" in on.path(name).read_text()
     pack = load_pack(on.path("pack"))
     card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
     assert card.count(", refined |") == n
@@ -83,6 +84,24 @@ def test_options_of_the_last_command_are_kept_though_no_stage_ran(config):
     run(load_config(saved, {"refine": True}, saved=True), until="refine", quiet=True)
     again = run(load_config(saved, {}, saved=True), quiet=True)
     assert again.config.refine and hash_tree(again.path("pack")) == packed
+
+
+@pytest.mark.slow
+def test_the_command_says_what_packs_what_was_refined(config, command, tmp_path):
+    first = run(config.replace(refine=False), until="pack", quiet=True)
+    before, output = hash_tree(first.path("pack")), config.output
+    code, out, err = command("refine", "--quiet", "--output", output)
+    assert code == 0 and hash_tree(first.path("pack")) == before, err
+    said = f"{output}/pack is as before; d2c-mlx run --output {output} packs what was refined"
+    assert out.splitlines() == [f"wrote {output}/refines.json", said]
+    # Where only a file names the directory.
+    (tmp_path / "x.yaml").write_text(first.path("config.yaml").read_text())
+    argv = ["refine", "--quiet", tmp_path / "x.yaml"]
+    assert command(*argv)[1].splitlines()[-1] == said
+    assert json.loads(command(*argv, "--json")[1])
+    assert said not in command(*argv, "--dry-run")[1]
+    code, out, err = command("run", "--quiet", "--output", output)
+    assert code == 0 and hash_tree(first.path("pack")) != before, err
 
 
 def test_training_that_overflows_names_the_rate(config):
@@ -104,7 +123,7 @@ def test_what_no_training_changed_is_not_called_refined(config):
     session = run(config.replace(budget="4"), quiet=True)
     for name in ("report.md", "report.html"):
         text = session.path(name).read_text()
-        assert "0 of 4 adapters of the pack were refined: no training" in text
+        assert "There was no merge to refine: every adapter of the pack serves one task." in text
     pack = load_pack(session.path("pack"))
     card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
     assert "its own adapter |" in card and ", refined" not in card

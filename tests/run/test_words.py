@@ -9,7 +9,7 @@ from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.words import answered, next_commands, verdict
+from d2c_mlx.report.words import answered, next_commands, refined, verdict
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.errors import ConfigError, InputWarning
@@ -55,6 +55,19 @@ def test_the_result_in_words():
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx unpack 'my runs/1' ")
     assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
+
+
+def test_a_merge_of_one_is_not_counted_among_the_refined():
+    several = {"members": ["a", "b"], "refined": True}
+    other, one = several | {"refined": False}, {"members": ["c"], "refined": False}
+    assert refined([several, one, other], False).startswith("1 of 2 merges of the pack were refin")
+    assert refined([several, one], False).startswith("1 of 1 merge of the pack was refined: ")
+    assert refined([other, one], False).endswith("no training brought it closer to the task"
+                                                 " adapters.")  # fmt: skip
+    assert refined([one, one], False).startswith("There was no merge to refine: ")
+    # What a plan stores of one task is trained as well.
+    assert refined([several, one], True).startswith("1 of 2 adapters of the pack were refined: ")
+    assert refined([], False) == ""
 
 
 def test_a_run_says_what_it_found_and_what_it_replaces(config, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
+from helpers.full import no_room
 from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
@@ -198,6 +199,17 @@ def test_channels_beyond_float16_are_kept(pack):
     again = load_router(save_router(pack, router))
     assert again.centre.tolist() == router.centre.tolist() and again.centre[5] > 9e4
     assert [again.matches(some[0])[0].task for some in states.values()] == list("abc")
+
+
+def test_no_room_on_the_disk_is_an_error_of_the_system(pack):
+    rng = np.random.default_rng(0)
+    router = router_from_states({n: rng.normal(size=(3, 5000)) for n in "abc"}, 1)
+    before = hash_tree(pack.path)
+    assert max(entry.nbytes for entry in pack.manifest.files.values()) < 20_000
+    with pytest.raises(OSError, match="File too large"), no_room(20_000):
+        save_router(pack, router)
+    assert hash_tree(pack.path) == before
+    assert (save_router(pack, router).path / ROUTER).stat().st_size > 20_000
 
 
 def test_routers_of_older_versions_are_read(made, pack):

@@ -148,6 +148,27 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     assert None in [again.route(base.model, prompt) for prompt in without]
 
 
+def test_a_template_that_refuses_a_system_message_says_so(command, spoken):
+    paths, pack = spoken
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(paths.model)
+    asks = ["generate", pack.path, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
+    assert command(*asks)[0] == 0
+    code, out, err = command(*asks, "--system", "Be brief")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: system: found 'Be brief', expected what the model's chat template takes: it refuses"
+        " this (TemplateError: No system role); leave --system out\n"
+    )
+    tokenizer.chat_template = "{{ raise_exception('Not today') }}"
+    tokenizer.save_pretrained(paths.model)
+    assert "prompt: found 'Who?', expected" in command(*asks)[2]
+
+
 def test_rows_with_several_system_messages_have_none_in_common(spoken):
     paths, _ = spoken
     first, second = (load_task(paths.tasks / n) for n in "ab")

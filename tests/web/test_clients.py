@@ -98,6 +98,20 @@ def test_the_likeliest_tokens_are_told(server, answer, model_path):
         assert first["id"] == order[0] and first["token"] == tokenizer.decode([order[0]])
 
 
+def test_what_a_grammar_forbids_is_not_among_the_likeliest(server):
+    """JSON has no word for its log-probability."""
+    schema = {"type": "object", "properties": {"brown": {"type": "boolean"}},
+              "required": ["brown"], "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "fox", "schema": schema}}
+    with client(server) as api:
+        more = {"logprobs": True, "top_logprobs": 20, "response_format": form}
+        found = api.completions.create(model="wide", prompt="the fox", max_tokens=8,
+                                       extra_body=more)  # fmt: skip
+    tops = [one["top_logprobs"] for one in found.choices[0].logprobs.content]
+    assert all(other["logprob"] is not None for top in tops for other in top)
+    assert all(tops) and any(len(top) < 20 for top in tops)
+
+
 def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
     """`parse` of OpenAI's client asks for it, strictly; a model of noise obeys."""
     messages = [{"role": "user", "content": "How is the fox?"}]

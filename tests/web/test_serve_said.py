@@ -205,14 +205,36 @@ def test_a_reply_that_fails_is_said(made, monkeypatch):
 def test_what_http_itself_refuses_is_json(server):
     for method in ("PUT", "DELETE", "PATCH", "TRACE"):
         reply = raw(server, f"{method} /v1/models HTTP/1.0\r\n\r\n".encode())
-        words = f"{method}: not supported, expected GET, POST or OPTIONS"
+        words = f"{method}: not supported, expected GET, HEAD, POST or OPTIONS"
         assert error_of(reply, 501) == words
-    head, body = raw(server, b"HEAD /health HTTP/1.0\r\n\r\n").split(b"\r\n\r\n", 1)
-    assert b" 501 " in head and body == b""
     many = b"".join(b"X-%d: 1\r\n" % i for i in range(200))
     assert error_of(raw(server, b"GET /health HTTP/1.0\r\n" + many + b"\r\n"), 431)
     assert error_of(raw(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"), 414)
     assert "Bad request" in error_of(raw(server, b"a b c d\r\n\r\n"), 400)
+
+
+def test_head_is_get_without_a_body(server, made):
+    def heads(server, path, *lines):
+        """What comes to HEAD, and to GET; but for the time."""
+        rest = b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+        ask = (b"%s %s HTTP/1.0\r\n%s" % (method, path, rest) for method in (b"HEAD", b"GET"))
+        found = [raw(server, one).split(b"\r\n\r\n", 1) for one in ask]
+        (head, nothing), (other, body) = found
+        assert nothing == b"" != body
+        assert [line for line in head.split(b"\r\n") if not line.startswith(b"date:")] == [
+            line for line in other.split(b"\r\n") if not line.startswith(b"date:")
+        ]
+        return int(head.split()[1])
+
+    for path in (b"/", b"/health", b"/health/live", b"/v1/models", b"/v1/models/wide",
+                 b"/lora-adapters"):  # fmt: skip
+        assert heads(server, path) == 200
+    for path in (b"/nothing", b"/v1/models/nobody", b"/v1/completions"):
+        assert heads(server, path) == 404
+    assert raw(server, b"HEAD /metrics HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
+    with serving(*made, token="s3cret") as server:
+        assert heads(server, b"/") == 200 and heads(server, b"/health") == 401
+        assert heads(server, b"/health", b"Authorization: Bearer s3cret") == 200
 
 
 def test_queries_are_passed_over_and_schemes_are_of_any_case(made):

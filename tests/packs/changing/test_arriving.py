@@ -1,6 +1,7 @@
 """Adapters that arrive from directories, with a model and probes: judged, on the command line."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from operator import itemgetter
@@ -25,7 +26,7 @@ from d2c_mlx.packs.add import AddOptions, add_from_path
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.route import RouteOptions, route_prompts
-from d2c_mlx.utils.errors import InputError, ModelError, PackError, TaskError
+from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
@@ -146,6 +147,34 @@ def test_what_cannot_arrive(whole, tmp_path):
     with pytest.raises(ModelError, match="is not the config of 'm'"):
         add_from_path(pack.path, str(paths.adapters / "c"), AddOptions(model=str(paths.model)))
     assert hash_tree(pack.path) == before
+
+
+@pytest.mark.parametrize("storage", ["plain", "compact"])
+def test_another_base_model_is_a_warning(whole, tmp_path, storage):
+    """A name in another precision is no other, nor a path to a copy."""
+    paths, base, found, pack = whole
+    if storage == "compact":
+        about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS}
+        small = compress(found["a"], dict.fromkeys(found["a"].modules, [(2, 8)]))
+        info = PackInfo(**about, budget="9MB")
+        pack = write_compact_pack(tmp_path / "small", [small], {"a": 0}, info)
+    options = AddOptions(model=str(paths.model))
+
+    def add(task, base):
+        path = paths.adapters / "c" / "adapter_config.json"
+        config = {**json.loads(path.read_text()), "base_model_name_or_path": base}
+        path.write_text(json.dumps(config))
+        return add_from_path(pack.path, f"{task}={paths.adapters / 'c'}", options)
+
+    shutil.copytree(paths.model, tmp_path / "copy")
+    for i, name in enumerate(("unsloth/Llama-bnb-4bit", "org/M", None, str(tmp_path / "copy"))):
+        add(f"same-{i}", name)
+    with pytest.warns(InputWarning) as said:
+        assert "other" in add("other", "tiny/llama-chat").pack.tasks
+    assert [str(one.message) for one in said] == [
+        "adapters: other names the base model 'tiny/llama-chat', the pack 'm' and 'tiny/llama';"
+        " unless all are the same model, leave it out"
+    ]
 
 
 @pytest.mark.parametrize("command", ["remove", "add", "route"])

@@ -1,7 +1,9 @@
 """Exports, each read back by another reader than the one that wrote it."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +26,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.utils.files import hash_file, hash_tree
@@ -54,6 +57,23 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
 def test_without_its_base_model_the_flag_is_named(pack, tmp_path):
     with pytest.raises(ModelError, match="name that model's directory.* with --model"):
         export(pack, "gguf", tmp_path / "out")
+
+
+def test_a_model_that_is_given_is_the_packs_own(pack, model, tmp_path):
+    """Also where nothing of it is needed."""
+    other, out = tiny_model(tmp_path / "other", rope_theta=20000.0), tmp_path / "out"
+    calls = [partial(export, pack, to, out) for to in ("mlx", "mlx-swift", "peft", "gguf")]
+    calls += [partial(verify, pack.path, runtime) for runtime in (None, "mlx-lm", "vllm-metal")]
+    for call in calls:
+        for spec, words in (
+            (tmp_path / "none", "/none' is no directory, no .gguf file and no Hugging Face id"),
+            (other, "/other/config.json: is not the config of 'tiny/llama'"),
+        ):
+            with pytest.raises(ModelError) as caught:
+                call(model=str(spec))
+            assert words in str(caught.value) and not out.exists()
+        call(model=str(model))
+        shutil.rmtree(out, ignore_errors=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,7 +24,8 @@ from d2c_mlx.packs.push import write_repository
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.serve.router import ROUTER
+from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning
 
 
 @pytest.fixture
@@ -134,14 +135,17 @@ def test_a_card_says_how_the_pack_was_made_not_what_a_later_stage_wrote(tmp_path
 
 def test_what_is_not_known_is_said(plain, tmp_path):
     manifest = json.loads((plain.path / "manifest.json").read_text())
-    manifest["origins"] = {"one": "org/a@" + "0" * 40}
+    manifest["origins"] = {"one": "org/a@" + "0" * 40, "removed": "org/b@" + "1" * 40}
+    manifest["merged"] = {manifest["tasks"]["one"]: 3}
     (plain.path / "manifest.json").write_text(json.dumps(manifest))
     card = ModelCard(render_card(load_pack(plain.path), "org/name", CardOptions()))
     assert "Not measured." in card.text and KEPT not in tables(card.text)
     assert [row[2:4] for row in tables(card.text)[MADE]] == 2 * [["not recorded", "-"]]
     assert card.data.base_model == "tiny/llama" and card.data.license == "other"
     assert f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`" in card.text
+    assert f"removed: [org/b](https://huggingface.co/org/b) at commit `{'1' * 40}`" in card.text
     assert "- two: from files of who pushed this" in card.text
+    assert "which are in merges still and not named here: 1\n" in card.text
     assert "No licence was given" in card.text
 
 
@@ -172,6 +176,18 @@ def test_what_does_not_fit_is_refused(plain, compact, about, tmp_path):
     refused("would replace the pack", lambda: write(out=plain.path.parent))
     (tmp_path / "plan.json").write_text('{"units": 3}')
     refused("plan.json: no run wrote it", lambda: write(compact))
+
+
+def test_private_has_a_use_only_for_an_upload(plain, tmp_path, command):
+    words = ["push", plain.path, "org/name", "--output", tmp_path / "out"]
+    with pytest.warns(InputWarning) as said:
+        assert command(*words, "--private")[0] == 0
+    assert [str(one.message) for one in said] == [
+        "private: True does nothing with --output, which uploads nothing"
+    ]
+    # Warnings are errors here.
+    assert command(*words)[0] == 0
+    assert command("push", plain.path, "org/name", "--dry-run", "--private")[0] == 0
 
 
 @pytest.mark.slow
@@ -231,7 +247,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
 @pytest.mark.slow
 def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
     hub.repos["org/name"] = {
-        "main": {"picture.png": b"mine", "cluster-7/adapters.safetensors": b""}
+        "main": {"picture.png": b"mine", "cluster-7/adapters.safetensors": b"", ROUTER: b""}
     }
     for one in (compact, plain):
         done = hub.run(tmp_path / "home", "push", one.path, "org/name", HF_TOKEN=TOKEN)
