@@ -39,8 +39,9 @@ def test_a_directory_in_place_of_a_file(cli, lib, tmp_path):
 
 
 def test_a_command_that_is_misspelt(cli):
-    assert cli(["genrate"])[2].endswith("No such command 'genrate'. Did you mean 'generate'?\n")
-    assert cli(["fit"])[2].endswith("No such command 'fit'.\n")
+    said = "error: No such command 'genrate'. Did you mean 'generate'? See d2c-mlx --help\n"
+    assert cli(["genrate"])[2] == said
+    assert cli(["fit"])[2] == "error: No such command 'fit'; see d2c-mlx --help\n"
 
 
 def test_a_task_that_is_called_otherwise(cli, lib):
