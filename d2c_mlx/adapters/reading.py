@@ -209,11 +209,11 @@ def warn_of_other_base(
     Args:
         adapter: what `read_adapters` read.
         source: where it was read from.
-        names: of the base model, as the pack has them.
+        names: of the base model, as the pack has them; none where that is not known.
         is_base: see `read_adapters`.
     """
     known = dict.fromkeys(names)
-    if not adapter.base or base_key(adapter.base) in map(base_key, known):
+    if not known or not adapter.base or base_key(adapter.base) in map(base_key, known):
         return
     if not _states_copy(source, is_base):
         warn(

@@ -126,7 +126,10 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
 
 
 def _base_names(pack: Pack) -> list[str]:
-    """The base model's names in a pack: that of the manifest, and those of its adapters."""
+    """The base model's names in a pack: that of the manifest, and those of its adapters.
+
+    None where no adapter has one: that of the manifest may be a folder's.
+    """
     keys = list(pack.adapters)
     named: list[str | None] = []
     if pack.storage == "plain":
@@ -136,7 +139,8 @@ def _base_names(pack: Pack) -> list[str]:
         # All adapters of the file have one.
         with pack.reading([COMPACT]):
             named = [read_compact(pack.path / COMPACT, int(keys[0])).base]
-    return [name for name in (pack.manifest.base.model, *named) if name]
+    names = [name for name in named if name]
+    return [pack.manifest.base.model, *names] if names else []
 
 
 def _tasks(directory: Path, new: str, tasks: Mapping[str, object]) -> list[Task]:
