@@ -81,7 +81,7 @@ _REFERENCES = {
 
 
 def _how_good(ahead: float, error: float, **_: float) -> str:
-    # What would be printed as 0.000 is no difference.
+    # A difference below 0.0005 would be printed as 0.000.
     if -ahead > max(error, 0.0005):
         return f"is better: by {-ahead:.3f} +- {error:.3f} nats per token"
     return "is as good: within one standard error"

@@ -6,6 +6,7 @@ The library is imported late, as in all of `cli`.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,9 @@ def _show(directory: RunDirectory, stage: str, as_json: bool, artifact: str) -> 
             _show_next(output, content)
     else:
         say(f"wrote {output / artifact}")
+        if stage == "refine" and (output / "pack").exists():
+            say(f"{output / 'pack'} is as before; d2c-mlx run --output {shlex.quote(str(output))}"
+                " packs what was refined")  # fmt: skip
 
 
 def _foretell(config: RunConfig, until: str, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import click
 
 from .help import Command
 from .paths import PackPath, UserPath
-from .say import say, say_json
+from .say import say, say_json, warn_of_idle
 
 _PATH = UserPath(path_type=Path)
 
@@ -55,11 +55,10 @@ def push(
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.push import CARD, write_repository
     from d2c_mlx.packs.push import push as push_pack
-    from d2c_mlx.utils.errors import warn
     from d2c_mlx.utils.files import visible_files
 
-    if private and output is not None:
-        warn(f"private: {private} does nothing with --output, which uploads nothing")
+    if output is not None:
+        warn_of_idle("with --output, which uploads nothing", "private")
     found = load_pack(pack)
     options = CardOptions(base, license, revision, bench)
     if output is None and not dry_run:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from .help import Command
 from .paths import PackPath, UserPath
-from .say import say, say_json
+from .say import say, say_json, warn_of_idle
 
 _PATH = UserPath(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -81,7 +80,7 @@ def add(
     from d2c_mlx.packs.add import AddOptions, add_from_path
 
     if tasks is None:
-        _say_idle("probe_examples")
+        warn_of_idle("without --tasks", "probe_examples")
     routed = _routed(pack)
     found = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
     if as_json:
@@ -127,16 +126,6 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
         f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
         f"{routed}"
     )
-
-
-def _say_idle(*names: str) -> None:
-    """Warn about options that were given, though only rows give them a use."""
-    from d2c_mlx.utils.errors import warn
-
-    ctx = click.get_current_context()
-    for name in names:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            warn(f"{name}: {ctx.params[name]!r} does nothing without --tasks")
 
 
 def _routed(pack: Path) -> str:
@@ -185,7 +174,7 @@ def route(
     from d2c_mlx.run.route import RouteOptions, route_prompts
 
     if tasks is None:
-        _say_idle("probe_examples", "budget")
+        warn_of_idle("without --tasks", "probe_examples", "budget")
     rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top, budget))
     if as_json:
         say_json(rows)

@@ -9,8 +9,9 @@ import json
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-__all__ = ["minutes", "say", "say_json"]
+__all__ = ["minutes", "say", "say_json", "warn_of_idle"]
 
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:
@@ -18,6 +19,16 @@ def say(text: str, err: bool = False, nl: bool = True) -> None:
     from d2c_mlx.utils.errors import printable
 
     click.echo(printable(text, "\n\t"), err=err, nl=nl)
+
+
+def warn_of_idle(why: str, *names: str) -> None:
+    """Warn about those of some parameters that were given, `why` they do nothing."""
+    from d2c_mlx.utils.errors import warn
+
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            warn(f"{name}: {ctx.params[name]!r} does nothing {why}")
 
 
 def say_json(content: Any) -> None:  # noqa: ANN401  JSON is any

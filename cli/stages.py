@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from .execute import execute, log_to
 from .help import Command
 from .options import RUN_OPTIONS
 from .paths import UserPath
-from .say import say
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _DRY_RUN = click.option(
@@ -60,8 +57,6 @@ def _stage(about: Callable[[], None]) -> click.Command:
         if log_file:
             log_to(log_file)
         execute("report" if name == "run" else name, config, quiet, as_json, **options)
-        if name == "refine" and not (as_json or options["dry_run"]):
-            _say_what_packs(config, options["output"])
 
     for option in reversed((_CONFIG, *RUN_OPTIONS, _DRY_RUN, _QUIET, _LOG, _JSON)):
         command = option(command)
@@ -70,19 +65,6 @@ def _stage(about: Callable[[], None]) -> click.Command:
     if isinstance(made, Command):
         made.shown = _GROUPS.get(name)
     return made
-
-
-def _say_what_packs(config: Path | None, output: str | None) -> None:
-    """Say that the pack is as before, and which command makes it of the refined adapters."""
-    from d2c_mlx.utils.environment import RANK_VARIABLES
-    from d2c_mlx.utils.parsing import read_yaml
-
-    directory = Path(output or read_yaml(config)["output"]).expanduser()
-    # Rank 0 of `mlx.launch` speaks for all.
-    speaks = all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
-    if speaks and (directory / "pack").exists():
-        say(f"{directory / 'pack'} is as before; d2c-mlx run --output {shlex.quote(str(directory))}"
-            " packs what was refined")  # fmt: skip
 
 
 @_stage

@@ -1,4 +1,4 @@
-"""What `--merge-method auto` should choose by: the loss, the divergence or the answers.
+"""Loss, divergence or answers: the measure that `--merge-method auto` should choose by.
 
     python -m benchmarks.quality.objective --library DIR [--clusters 3] [--seeds 0,1,2]
         [--kinds date,num,qa]

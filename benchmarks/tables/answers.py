@@ -148,12 +148,12 @@ def departures(read):
     return markdown(header, rows, left=2)
 
 
-# What a method is chosen by on the probe rows: key of objective.json -> the sign that is better.
+# Measure of the probe rows, a key of objective.json -> the sign that is better.
 OBJECTIVES = {"loss": -1, "divergence": -1, "score": 1}
 
 
 def objectives(read):
-    """What the choice of a merge method by each measure of the probe rows keeps on test rows."""
+    """Score and excess on test rows, where each measure of the probe rows chooses the method."""
     clusters, rows = [one["methods"] for one in read("objective")["rows"]], []
     # `auto` tries the best of regmean++ and layerwise that the model allows.
     for some, without in (("all eight", ""), ("auto's seven", "regmean++"),
@@ -184,7 +184,7 @@ def outcome(clusters, values):
 
 
 def agreed(values, tests):
-    """Of the pairs of methods whose test scores differ, the share that a measure orders alike."""
+    """The share of pairs of methods that a measure orders as the test scores do."""
     return statistics.mean(
         (test[a] > test[b]) == (value[a] > value[b])
         for value, test in zip(values, tests)

@@ -242,7 +242,7 @@ def _compact(pack: Pack, k: int) -> str:
 
 
 def _sources(pack: Pack) -> Json:
-    """Where the adapters came from, also those of removed tasks that are in a merge still."""
+    """The origins of the adapters, and of removed ones that are in a merge still."""
     names = sorted({*pack.tasks, *pack.origins})
     bare = [key for key in pack.tasks.values() if key is None]
     origins = {task: parse_hub_id(str(pack.origins.get(task))) for task in names}

@@ -28,7 +28,7 @@ from d2c_mlx.utils.lock import locked
 
 __all__ = ["list_pack", "opened", "remove_tasks"]
 
-# What pushing and downloading leave beside a pack, and nobody misses.
+# Files of pushing and downloading beside a pack, which a change may remove.
 _LEFT, _DOWNLOADS = (MARKER, ".gitattributes"), ".cache"
 
 

@@ -190,7 +190,7 @@ class RunningJob:
             return []
         likely = mx.argpartition(-logprobs, kth=n - 1)[:n]
         numbers: Any = likely.tolist(), logprobs[likely].tolist()
-        # What a grammar forbids has -inf, which JSON cannot say.
+        # A token that a grammar forbids has -inf, and JSON has no such number.
         allowed = (one for one in zip(*numbers) if one[1] > -math.inf)
         return sorted(allowed, key=lambda one: -one[1])
 
