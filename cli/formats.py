@@ -39,7 +39,7 @@ def convert(
       d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
       d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
     """
-    from d2c_mlx.adapters.as_lora import BaseWeights
+    from d2c_mlx.adapters.checks import BaseWeights
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters

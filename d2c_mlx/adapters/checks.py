@@ -1,25 +1,47 @@
-"""Checks of an adapter that every reader makes, whatever the format."""
+"""What every reader of adapters needs, whatever the format: the config, checks, DoRAs as LoRAs.
+
+A DoRA gives the rows of W + s B A learned lengths m. On a given base that is an addition,
+dW = diag(m / |W + s B A|) (W + s B A) - W with the length of each row, but one of full rank.
+Source: https://arxiv.org/abs/2402.09353, as in PEFT's `tuners/lora/dora.py` and mlx-lm's
+`tuner/dora.py`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
+from d2c_mlx.adapters.core_space import best_factors
 from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.utils.files import read_text
+from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
     "DORA",
+    "BaseWeights",
+    "base_key",
+    "base_name",
+    "read_config",
+    "stated_base",
     "check_adapter",
     "check_base",
     "check_finite",
     "magnitude_problems",
     "pair_problems",
 ]
+
+# How names of models end that hold another's weights in another precision or file.
+_PRECISION = re.compile(
+    r"[-_.](unsloth|bnb|mlx|gguf|gptq|awq|dwq|\d-?bits?|int[48]|fp8|b?fp?16|fp32|float(16|32)|"
+    r"i?q\d(_\w+)?)$"
+)
 
 
 class OtherBaseError(AdapterError):
@@ -185,3 +207,107 @@ def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None =
         f"{where}: {base}: mlx-lm folds this model's multipliers into its weights, so a LoRA means"
         " another dW in PEFT and GGUF; use adapters in MLX's format only"
     )
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """Read an adapter's `adapter_config.json`.
+
+    Raises:
+        AdapterError: it is missing, or no JSON object.
+    """
+    path = directory / CONFIG
+    try:
+        config = parse_json(read_text(path))
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: missing; an adapter needs its adapter_config.json") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def stated_base(config: Mapping[str, object]) -> str:
+    """The base model as a config states it, a path whole; empty if it states none."""
+    return str(config.get("base_model_name_or_path") or config.get("model") or "")
+
+
+def base_name(config: Mapping[str, object]) -> str | None:
+    """The base model's name as a config states it; None if it states none.
+
+    Only the last part is kept of a path: the rest tells who trained the adapter, and a pack would
+    carry it on.
+
+    Args:
+        config: an `adapter_config.json`, of PEFT or mlx-lm.
+    """
+    name = stated_base(config)
+    # A path and no hub id: absolute, in a home directory, ./ or ../, an address, or of Windows.
+    if name.startswith(("/", "~", ".")) or {":", "\\"} & set(name):
+        parts = [part for part in re.split(r"[/\\:]", name) if part.strip(".")]
+        name = parts[-1] if parts and parts[-1][0] != "~" else ""
+    return name or None
+
+
+def base_key(name: str | None) -> str | None:
+    """What a base model is: its name without owner and precision, small letters; None as given.
+
+    `unsloth/Llama-3.2-1B-bnb-4bit` and `mlx-community/Llama-3.2-1B-4bit` are one.
+    """
+    key = name and name.rpartition("/")[2].lower()
+    while key and (shorter := _PRECISION.sub("", key)) not in ("", key):
+        key = shorter
+    return key
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The base model's weights, one at a time.
+
+    Attributes:
+        weight: module path -> its weight in float32, dequantized, `(out, in)` of a linear module;
+            None where the base has no such module.
+        dora_rank: rank of the LoRA that a DoRA becomes; None refuses DoRAs.
+    """
+
+    weight: Callable[[str], mx.array | None]
+    dora_rank: int | None = None
+
+    def holds(self, path: str, stored: mx.array) -> bool:
+        """True if a module that an adapter stores in full is the base's, in the dtype stored."""
+        own = self.weight(path)
+        return own is not None and mx.array_equal(own.astype(stored.dtype), stored).item() is True
+
+    def to_lora(self, dora: Adapter, magnitudes: Mapping[str, mx.array]) -> Adapter:
+        """The LoRA of `dora_rank` that is closest to a DoRA, in the dtype of its factors.
+
+        Modules that the base has not, or has in another shape, stay as they are: `check_adapter`
+        refuses them.
+
+        Args:
+            dora: its factors alone.
+            magnitudes: module path -> m `(out,)`.
+
+        Returns:
+            The adapter, with its `dora_error`.
+        """
+        modules, lost, total = dict(dora.modules), 0.0, 0.0
+        for path, lora in dora.modules.items():
+            weight = self.weight(path)
+            if weight is None or weight.shape != lora.shape[::-1]:
+                continue
+            delta = _delta(np.array(weight), lora, np.array(magnitudes[path].astype(mx.float32)))
+            a, b = best_factors(delta, self.dora_rank or 1)
+            kind = lora.a.dtype
+            modules[path] = LoRA(mx.array(a).astype(kind), mx.array(b).astype(kind))
+            lost += float(np.square(modules[path].delta() - delta).sum(dtype=np.float64))
+            total += float(np.square(delta).sum(dtype=np.float64))
+        return replace(dora, modules=modules, dora_error=(lost / total) ** 0.5 if total else 0.0)
+
+
+def _delta(weight: np.ndarray, lora: LoRA, magnitude: np.ndarray) -> np.ndarray:
+    """The update `(out, in)` of one module of a DoRA."""
+    whole = weight + lora.delta()
+    length = np.linalg.norm(whole, axis=1)
+    # A row of zeros has no direction, and stays.
+    return whole * (magnitude / np.where(length > 0, length, 1))[:, None] - weight

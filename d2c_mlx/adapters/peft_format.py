@@ -21,9 +21,15 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
-from d2c_mlx.adapters.adapter_config import base_name, read_config
-from d2c_mlx.adapters.as_lora import BaseWeights
-from d2c_mlx.adapters.checks import DORA, check_base, magnitude_problems, pair_problems
+from d2c_mlx.adapters.checks import (
+    DORA,
+    BaseWeights,
+    base_name,
+    check_base,
+    magnitude_problems,
+    pair_problems,
+    read_config,
+)
 from d2c_mlx.adapters.tensor_file import Layout, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect, warn
 from d2c_mlx.utils.parsing import is_positive, matches_end

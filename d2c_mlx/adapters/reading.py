@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
-from d2c_mlx.adapters.adapter_config import base_key, read_config, stated_base
-from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, BaseWeights, load_adapter_bias
-from d2c_mlx.adapters.checks import OtherBaseError, check_adapter, check_base
+from d2c_mlx.adapters.checks import (
+    BaseWeights,
+    OtherBaseError,
+    base_key,
+    check_adapter,
+    check_base,
+    read_config,
+    stated_base,
+)
 from d2c_mlx.adapters.gguf_format import read_gguf_lora
-from d2c_mlx.adapters.mlx_format import MLX_LAYOUT, load_adapter
+from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS, MLX_LAYOUT, load_adapter, load_adapter_bias
 from d2c_mlx.adapters.peft_format import PEFT_LAYOUT, PEFT_WEIGHTS, PICKLE, load_peft
 from d2c_mlx.adapters.sources import Source
 from d2c_mlx.adapters.tensor_file import in_file

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.adapters.as_lora import ADAPTER_BIAS
 from d2c_mlx.adapters.gguf_format import is_gguf_lora
+from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
 from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_hub_id, read_head

@@ -7,10 +7,15 @@ Every reader of this package goes through `open_tensors`: adapters, compact pack
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
@@ -27,6 +32,7 @@ __all__ = [
     "FileModules",
     "Header",
     "Layout",
+    "Spool",
     "TensorFile",
     "in_file",
     "open_tensors",
@@ -244,3 +250,29 @@ def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) 
 def _identity(opened: BinaryIO) -> tuple[int, int, int]:
     found = os.fstat(opened.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+_SPOOLED = Layout("{}.lora_a", "{}.lora_b", transposed=False)
+
+
+class Spool:
+    """Adapters that wait in files of a temporary directory, which ends with the last of them."""
+
+    def __init__(self) -> None:
+        """Make the directory, where the system has its temporary files."""
+        self._directory = Path(mkdtemp(prefix="d2c-mlx-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._numbers = count()
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Write an adapter, unless it is in a file; returns the same with its numbers there."""
+        if isinstance(adapter.modules, FileModules):
+            return adapter
+        file = self._directory / f"{next(self._numbers)}.safetensors"
+        a, b = _SPOOLED[:2]
+        tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
+        tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
+        content = io.BytesIO()
+        mx.save_safetensors(content, tensors)
+        file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
+        return in_file(adapter, file, _SPOOLED, owner=self)

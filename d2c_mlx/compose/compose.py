@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compose.cross_validation import (
@@ -39,10 +39,9 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import find_head
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.tasks import load_task, load_tasks
-from d2c_mlx.models.tokenize import encode_probes
+from d2c_mlx.models.forward import find_head
+from d2c_mlx.models.tasks import encode_probes, load_task, load_tasks
 from d2c_mlx.packs.overwrite import adapter_inputs, check_output, local_model, mark
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack, pack_directory
 from d2c_mlx.serve.router import Router, fit_router, load_router

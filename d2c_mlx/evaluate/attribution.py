@@ -11,9 +11,8 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import find_head
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.forward import full_logits, run_blocks
+from d2c_mlx.models.forward import find_head, full_logits, run_blocks
 from d2c_mlx.models.kernels import target_scores
 from d2c_mlx.utils.blas import all_cores
 from d2c_mlx.utils.device import arithmetic, on_cpu

@@ -17,9 +17,8 @@ from mlx.utils import tree_map
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import find_head
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.forward import KeysValues, head_in_float32, run_blocks
+from d2c_mlx.models.forward import KeysValues, find_head, head_in_float32, run_blocks
 from d2c_mlx.models.kernels import target_scores
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError

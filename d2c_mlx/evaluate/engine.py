@@ -29,13 +29,15 @@ from d2c_mlx.evaluate.batches import (
 from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
+    find_head,
     full_logits,
     head_in_float32,
+    prefix_is_exact,
     run_blocks,
     run_prefix,
+    split_is_exact,
     tile_after,
     wait_for,
 )

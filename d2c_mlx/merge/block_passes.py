@@ -14,9 +14,8 @@ from d2c_mlx.evaluate.batches import shared_prefix
 from d2c_mlx.evaluate.capture import Capture, StopForward, TokenBatch, token_batches
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import prefix_is_exact
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import KeysValues, run_blocks, run_prefix
+from d2c_mlx.models.forward import KeysValues, prefix_is_exact, run_blocks, run_prefix
 
 __all__ = ["BlockPasses", "Part", "Seen", "parts_of"]
 

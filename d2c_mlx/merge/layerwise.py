@@ -31,8 +31,8 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.block_passes import BlockPasses, Part, Seen, parts_of
 from d2c_mlx.merge.regmean import Grams, matched
 from d2c_mlx.models.base_model import BaseModel, block_index
-from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import blocks_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 

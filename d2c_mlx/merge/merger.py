@@ -11,8 +11,8 @@ from operator import itemgetter
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.similarity import closest_scale
+from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.evaluate.workers import ByteCache
@@ -20,7 +20,7 @@ from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
-from d2c_mlx.models.exact import blocks_are_exact
+from d2c_mlx.models.forward import blocks_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 

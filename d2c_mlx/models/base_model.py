@@ -15,10 +15,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, balance_factors
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.examples import ExampleSet, context_length, encode
 from d2c_mlx.models.forward import KeysValues
-from d2c_mlx.models.identity import config_digest, weights_digest
-from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import (
     embedding_shape,
@@ -28,7 +27,6 @@ from d2c_mlx.models.stock import (
     load_stock,
     stored_dtype,
 )
-from d2c_mlx.models.tokenize import context_length, encode
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.rows import Row, prompt_key, read_rows
 from d2c_mlx.models.tasks import probe_file
-from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.utils.errors import TaskError, gather
 from d2c_mlx.utils.files import read_text, write_text
 

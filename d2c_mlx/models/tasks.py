@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.rows import (
     Row,
     messages_problem,
@@ -21,6 +22,8 @@ from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
 __all__ = [
     "Task",
     "common_system",
+    "encode_probes",
+    "encode_tests",
     "load_task",
     "load_tasks",
     "load_unlabelled",
@@ -225,3 +228,26 @@ def _with_answer(row: Row) -> Row:
     prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
     tools = {"tools": row["tools"]} if row.get("tools") else {}
     return {"messages": [*prompt, {"role": "assistant", "content": "?"}], **tools}
+
+
+# `encode` of one model: name of the set, its rows, and where each stands.
+Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
+
+
+def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+    """Tokenize the first `n` calibration rows of every task, or all.
+
+    Args:
+        encode: tokenizes rows, see `BaseModel.encode`.
+        tasks: tasks whose `probe` is read.
+        n: rows per task; None takes all.
+
+    Raises:
+        TaskError: the problems of all rows.
+    """
+    return gather(partial(encode, one.name, one.probe[:n], one.probe_places) for one in tasks)
+
+
+def encode_tests(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+    """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
+    return gather(partial(encode, one.name, one.test[:n], one.test_places) for one in tasks)

@@ -22,8 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
-from d2c_mlx.adapters.adapter_config import base_name, read_config
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapters, warn_of_other_base
 from d2c_mlx.adapters.similarity import similarity
@@ -35,9 +34,8 @@ from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.identity import same_weights
-from d2c_mlx.models.tasks import Task, load_tasks, systems_of
-from d2c_mlx.models.tokenize import encode_probes
+from d2c_mlx.models.resolve import same_weights
+from d2c_mlx.models.tasks import Task, encode_probes, load_tasks, systems_of
 from d2c_mlx.packs.judge import Judge
 from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.adapter_config import read_config
+from d2c_mlx.adapters.checks import read_config
 from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack

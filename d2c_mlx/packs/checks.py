@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.packs.manifest import (
     COMPACT,

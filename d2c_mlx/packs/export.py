@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.adapter_config import read_config
-from d2c_mlx.adapters.checks import check_base
+from d2c_mlx.adapters.checks import check_base, read_config
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf, save_gguf_lora
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.packs.export import export, n_layers
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError, gather

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.budget import Budget
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.compressed import Compressed

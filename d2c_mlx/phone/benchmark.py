@@ -19,15 +19,14 @@ from typing import Any
 import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.as_lora import BaseWeights
-from d2c_mlx.adapters.checks import check_adapter
+from d2c_mlx.adapters.checks import BaseWeights, check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import encode
 from d2c_mlx.models.resolve import check_named
-from d2c_mlx.models.tasks import load_tasks
-from d2c_mlx.models.tokenize import encode, encode_tests
+from d2c_mlx.models.tasks import encode_tests, load_tasks
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
 from d2c_mlx.phone.config import CONTEXTS, PhoneConfig
 from d2c_mlx.phone.profiles import Profile, find_profile

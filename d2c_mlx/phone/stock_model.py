@@ -26,12 +26,10 @@ from mlx_lm.utils import load_config, quantize_model, save
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.evaluate.workers import Piece
-from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.identity import cached_model, weights_digest
+from d2c_mlx.models.examples import ExampleSet, context_length
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
-from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
 from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored_dtype, switch
-from d2c_mlx.models.tokenize import context_length
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text

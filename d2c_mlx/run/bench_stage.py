@@ -6,8 +6,8 @@ from itertools import zip_longest
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.similarity import errors_and_kept
+from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clustering
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows

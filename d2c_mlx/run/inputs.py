@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compress.budget import parse_budget
@@ -21,12 +21,19 @@ from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import blocks_are_exact
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.identity import same_weights
+from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.tasks import Task, load_task, load_tasks, load_unlabelled, spare_tasks
-from d2c_mlx.models.tokenize import encode_probes, encode_tests
+from d2c_mlx.models.tasks import (
+    Task,
+    encode_probes,
+    encode_tests,
+    load_task,
+    load_tasks,
+    load_unlabelled,
+    spare_tasks,
+)
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import read_clusters
 from d2c_mlx.run.doctor import tuned_passes

@@ -16,8 +16,8 @@ from typing import Any
 
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tasks import common_system, load_tasks
-from d2c_mlx.models.tokenize import encode_probes, encode_prompts
+from d2c_mlx.models.examples import encode_prompts
+from d2c_mlx.models.tasks import common_system, encode_probes, load_tasks
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened
 from d2c_mlx.run.records import keep_pack

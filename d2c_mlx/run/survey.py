@@ -17,8 +17,7 @@ import mlx.core as mx
 import yaml
 
 from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
-from d2c_mlx.adapters.as_lora import ADAPTER_BIAS, load_adapter_bias
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS, load_adapter, load_adapter_bias
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft
 from d2c_mlx.adapters.reading import weights_file
 from d2c_mlx.adapters.sources import Source, find_adapters

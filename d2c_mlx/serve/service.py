@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import make_stop_sequences
 
-from d2c_mlx.models.tokenize import context_length
+from d2c_mlx.models.examples import context_length
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.jobs import Job, Limits, fit_answer

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load, quantize_model, save
 from safetensors.numpy import load_file
 
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel

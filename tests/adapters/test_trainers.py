@@ -15,7 +15,7 @@ import pytest
 from helpers.command import edit_tensors
 from helpers.tiny import ALL, peft_adapter
 
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.utils.errors import AdapterError, InputWarning
 

@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.identity import same_weights
+from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.utils.errors import InputWarning
 
 

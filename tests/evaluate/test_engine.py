@@ -17,8 +17,8 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
-from d2c_mlx.models.exact import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.forward import find_head, prefix_is_exact, split_is_exact
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError
 

@@ -15,8 +15,7 @@ from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import find_head
-from d2c_mlx.models.forward import head_in_float32
+from d2c_mlx.models.forward import find_head, head_in_float32
 from d2c_mlx.models.tasks import load_task
 
 

@@ -24,9 +24,16 @@ from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.exact import blocks_are_exact, find_head, prefix_is_exact, split_is_exact
-from d2c_mlx.models.forward import find_body, run_blocks, run_prefix
-from d2c_mlx.models.tokenize import encode_prompts
+from d2c_mlx.models.examples import encode_prompts
+from d2c_mlx.models.forward import (
+    blocks_are_exact,
+    find_body,
+    find_head,
+    prefix_is_exact,
+    run_blocks,
+    run_prefix,
+    split_is_exact,
+)
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs

@@ -13,7 +13,7 @@ from mlx_lm.models import gemma3, llama, llama4
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tokenize import context_length
+from d2c_mlx.models.examples import context_length
 from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel

@@ -21,7 +21,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
 
-from d2c_mlx.adapters.as_lora import BaseWeights
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft

@@ -14,8 +14,7 @@ from mlx_lm.utils import dequantize_model, quantize_model, save
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.identity import config_digest, same_weights, weights_digest
-from d2c_mlx.models.resolve import resolve_model
+from d2c_mlx.models.resolve import config_digest, resolve_model, same_weights, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack
@@ -143,7 +142,7 @@ def test_a_digest_is_kept_until_something_touches_the_file(copy, tmp_path, monke
     # Too fresh to be kept: it might change again within one tick of the clock.
     digest = weights_digest(copy)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr("d2c_mlx.models.identity._SETTLED_SECONDS", -60)
+    monkeypatch.setattr("d2c_mlx.models.resolve._SETTLED_SECONDS", -60)
     assert weights_digest(copy) == digest
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     path = copy / "model.safetensors"

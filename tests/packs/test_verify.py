@@ -13,7 +13,7 @@ from helpers.tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.adapter import LoRA
-from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export

@@ -23,8 +23,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import encode
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.models.tokenize import encode
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack

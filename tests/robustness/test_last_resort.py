@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.tiny import ALL, LAYERS, library, peft_adapter
 
-from d2c_mlx.adapters.layout_check import layout_problems
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.compress.file_layout import Index, expand_modules

@@ -10,7 +10,7 @@ import pytest
 from helpers.processes import WATCHED
 from helpers.tiny import library, peft_adapter
 
-from d2c_mlx.adapters.adapter_config import base_name
+from d2c_mlx.adapters.checks import base_name
 
 pytestmark = pytest.mark.slow
 

@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.survey import survey
 from d2c_mlx.utils.errors import InputWarning

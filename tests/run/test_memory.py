@@ -12,9 +12,9 @@ from helpers.loras import lora_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import Spool
 from d2c_mlx.adapters.peft_format import load_peft
 from d2c_mlx.adapters.reading import left_in_file
+from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.compress.waiting import WaitingForm

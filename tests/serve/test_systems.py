@@ -10,9 +10,9 @@ from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_j
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import common_system, load_task
-from d2c_mlx.models.tokenize import encode_prompts
 from d2c_mlx.packs.add import AddOptions, add_from_path
 from d2c_mlx.packs.pack import PackInfo, load_pack
 from d2c_mlx.packs.update import opened, remove_tasks
