@@ -70,7 +70,7 @@ def main():
                 model=options.model, adapters=str(options.library / "adapters"),
                 tasks=str(options.library / "tasks"), budget=budget,
                 probe_examples=options.examples, test_examples=options.tests,
-                output=str(Path(directory) / budget), answers=0, baselines=(),
+                output=str(Path(directory) / budget), baselines=(),
             )  # fmt: skip
             content["rows"].append(measure(config, Path(directory)))
             write_json(options.output, {**environment(), **content})

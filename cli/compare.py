@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options of a run that a comparison sets itself, or that only a plan in bytes has.
 _SET = {"merge_method", "budget", "plan", "max_adapters", "thorough", "format", "same_shape"}
 # Options with another default here.
-_UNASKED = {"baselines": "none", "answers": "0"}
+_UNASKED = {"baselines": "none"}
 
 
 def compare(

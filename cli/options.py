@@ -63,12 +63,6 @@ RUN_OPTIONS = (
         " embedded SmolLM2-135M-Instruct]",
     ),
     _adapters_and_tasks(
-        "--probe-model",
-        metavar="M",
-        help="base model to choose everything on, such as a copy in 4 bits; the pack is for"
-        " --model, and the report has its losses on both  [default: --model]",
-    ),
-    _adapters_and_tasks(
         "--output",
         type=_PATH,
         metavar="DIR",
@@ -162,18 +156,11 @@ RUN_OPTIONS = (
         help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
     ),
     _evaluation(
-        "--answers",
-        type=int,
-        help="most held-out rows of each task that are answered and compared with the expected"
-        " answers; 0 is none  [default: 3]",
-    ),
-    _evaluation(
         "--baselines",
         metavar="LIST",
         help='partitions that bench merges too, to compare; "" is none  [default:'
         " merge-all,random,kmeans]",
     ),
-    _evaluation("--random-seeds", type=int, help="random partitions to average  [default: 3]"),
     _evaluation(
         "--memory-limit",
         metavar="M",

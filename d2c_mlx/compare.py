@@ -38,7 +38,7 @@ __all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
 # Clusters that are merged: those of the first method, or each method's own.
 CLUSTERS = ("shared", "own")
 # Options of a comparison's runs that are not asked for: they take time and are not compared.
-_UNASKED: dict[str, Any] = {"baselines": (), "answers": 0}
+_UNASKED: dict[str, Any] = {"baselines": ()}
 # Files of a comparison, beside the directories of its runs.
 _WRITES = ("compare.json", "compare.md", "compare.csv", "compare.svg", "rows")
 
@@ -196,7 +196,7 @@ class Comparison:
         session = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
         pack, tests = load_pack(session.path("pack")), session.inputs.tests
         serves = {test.task: pack.load(test.task) for test in tests}
-        found = row_losses(session.judge, serves, tests)
+        found = row_losses(session.evaluator, serves, tests)
         rows = {task: losses.tolist() for task, losses in found.items()}
         write_json(self._rows_file(entry), {"of": _measured(entry), "rows": rows})
         return found

@@ -18,7 +18,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.make_rows import AT_ONCE
 from d2c_mlx.pipeline import STAGES, settled_stages
 from d2c_mlx.refine.refine import RefineOptions
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
 
@@ -195,7 +195,7 @@ def _baselines(inputs: Inputs) -> list[list[Members]]:
     c, n, k = inputs.config, len(inputs.names), inputs.capacity.n_clusters
     found = {
         "kmeans": [_about_equal(inputs)],
-        "random": [random_partition(n, k, c.seed + i).groups for i in range(c.random_seeds)],
+        "random": [random_partition(n, k, c.seed + i).groups for i in range(RANDOM_PARTITIONS)],
         "merge-all": [merge_all(n).groups],
     }
     return [groups for name in c.baselines for groups in found[name]]
@@ -206,7 +206,7 @@ def _answer_steps(inputs: Inputs) -> int:
 
     The base model, which knows no end, is cut; adapters end where the rows do.
     """
-    asked = [one.examples[: inputs.config.answers] for one in inputs.tests]
+    asked = [one.examples[:ANSWERED_ROWS] for one in inputs.tests]
     longest = [max((row.n_targets for row in rows), default=0) for rows in asked]
     base = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
     return 2 * sum(longest) + base

@@ -37,7 +37,7 @@ from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights
-from d2c_mlx.run.config import SEARCHES, RunConfig, stages_of
+from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig, stages_of
 from d2c_mlx.run.directory import changed_options, without_plan
 from d2c_mlx.run.inputs import Inputs, opening
 from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
@@ -141,7 +141,7 @@ def probe(session: Session) -> Stage:
         cosines = session.library.similarity.round(4).tolist()
         write_json(session.path("losses.json"), {**table.to_json(), "similarity": cosines})
 
-    options = [*inputs.chosen_by, [rows.digest for rows in inputs.probes], STRENGTHS]
+    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
     return Stage("probe", options, ["adapters"], ["losses.json"], body)
 
 
@@ -161,7 +161,7 @@ def plan(session: Session) -> Stage:
             mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
-    options = [*inputs.chosen_by, [p.digest for p in inputs.probes], _merge_options(c),
+    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
                inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
     options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
     return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
@@ -197,7 +197,7 @@ def cluster(session: Session) -> Stage:
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],
             # One random partition may be lucky: `bench` reports the mean over several.
-            "random": [random_partition(n, k, c.seed + i) for i in range(c.random_seeds)],
+            "random": [random_partition(n, k, c.seed + i) for i in range(RANDOM_PARTITIONS)],
             "merge-all": [merge_all(n)],
         }
         content = {
@@ -212,8 +212,8 @@ def cluster(session: Session) -> Stage:
 
     # Merge methods that cluster alike share one clustering, so it is not made again.
     quick = session.study.merger.quick_method
-    options = [*inputs.chosen_by, [p.digest for p in inputs.probes], k,
-               _merge_options(c, quick), c.search, c.random_seeds]  # fmt: skip
+    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k,
+               _merge_options(c, quick), c.search]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
     return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
 
@@ -239,7 +239,7 @@ def merge(session: Session) -> Stage:
             mark(directory, "run")
         write_json(session.path("merges.json"), merges)
 
-    options = [*inputs.chosen_by, _merge_options(session.config)]
+    options = [inputs.base.fingerprint, _merge_options(session.config)]
     reads = ["adapters", *_losses(session.config), *_answers(session.config), "clusters.json"]
     return Stage("merge", options, reads, ["merged", "merges.json"], body)
 
@@ -285,9 +285,7 @@ def bench(session: Session) -> Stage:
     if not c.has_rows:
         return Stage("bench", inputs.base.fingerprint, ["adapters", "pack"], [name], body)
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
-               session.baselines, c.answers]  # fmt: skip
-    options += [inputs.shipped.fingerprint] if c.probe_model else []
-    options += inputs.shipped.generation if c.answers else []
+               session.baselines, *inputs.base.generation]  # fmt: skip
     beside = ["losses.json", *_answers(c), "clusters.json", "merged"]
     if session.planned:
         beside = ["plan.json", "planned"] if c.refine else []

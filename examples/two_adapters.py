@@ -32,7 +32,6 @@ def main(output: Path) -> None:
         output=str(output / "run"),
         probe_examples=4,
         test_examples=4,
-        answers=0,
     )
     session = run_pipeline(config)
     pack = load_pack(session.path("pack"))

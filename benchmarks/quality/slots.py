@@ -260,7 +260,7 @@ def measure_all(options, directory):
                     adapters=str(options.library / "adapters"), tasks=str(tasks),
                     output=str(directory / f"{n_clusters}-{seed}-{slug(place)}"),
                     budget=str(n_clusters), probe_examples=options.examples,
-                    test_examples=options.tests, random_seeds=1, seed=seed, model=options.model,
+                    test_examples=options.tests, seed=seed, model=options.model,
                 )  # fmt: skip
                 entry = {"clusters": n_clusters, "seed": seed, "case": case}
                 entry |= measure(config, case, results, options)

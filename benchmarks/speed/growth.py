@@ -68,8 +68,7 @@ def measure(library, sizes, n_clusters, width):
             output = run(RunConfig(
                 adapters=str(here / "adapters"), tasks=str(here / "tasks"),
                 output=str(here / "run"), budget=str(n_clusters), search="paper",
-                random_seeds=1, answers=0,
-            ), quiet=True).output  # fmt: skip
+                            ), quiet=True).output  # fmt: skip
             records[n] = {
                 stage: json.loads((output / ".stages" / f"{stage}.json").read_text())
                 for stage in STAGES

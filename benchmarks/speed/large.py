@@ -166,7 +166,7 @@ def measure(work, n, limit, wanted, tell):
     config = RunConfig(
         adapters=str(work / f"{n}"), tasks=str(work / "tasks"), model=str(work / "model"),
         output=str(work / "run"), budget=str(len(groups)), clusters=str(clusters), scale=1.0,
-        merge_method="linear", baselines=(), probe_examples=1, test_examples=1, answers=0,
+        merge_method="linear", baselines=(), probe_examples=1, test_examples=1,
         memory_limit=limit,
     )  # fmt: skip
     forget_peak()

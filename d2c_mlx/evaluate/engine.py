@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from copy import copy
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from d2c_mlx.evaluate.batches import (
     Batch,
@@ -119,18 +117,6 @@ class Engine:
             free -= folded
         self.batch_limit = free * 3 // 5 // self.workers.n
         return free // 5
-
-    def beside(self, base: BaseModel) -> Engine:
-        """This engine as one on another form of the model would be, whose weights come on top.
-
-        Use it for `batches` alone, before the other model is loaded.
-        """
-        other = copy(self)
-        other.base, other._batches = base, {}
-        weights = sum(x.nbytes for _, x in tree_flatten(base.model.parameters()))
-        other.free = self.free - weights
-        other._share_out()
-        return other
 
     @property
     def unused(self) -> list[str]:

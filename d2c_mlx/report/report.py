@@ -102,7 +102,6 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "most_lost": max(0.01, *lost),
         "unpacked_nbytes": bench.get("unpacked_nbytes"),
         "methods": bench["methods"],
-        "chosen_on": bench.get("chosen_on"),
         "answers": bench.get("answers", {}),
         "metrics": bench.get("metrics", {}),
         "metric_names": dict(zip(METRICS, METRIC_NAMES)),

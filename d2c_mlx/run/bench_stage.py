@@ -15,6 +15,7 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.run.config import ANSWERED_ROWS
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.pack_stage import stored_forms
 from d2c_mlx.run.session import Session
@@ -26,7 +27,7 @@ __all__ = ["clusterings", "compare_losses", "compare_weights"]
 
 def compare_losses(session: Session) -> dict[str, Any]:
     """Content of `bench.json`: base, task adapters, baselines and pack on the held-out rows."""
-    c, inputs = session.config, session.inputs
+    inputs = session.inputs
     packed = load_pack(session.path("pack"))
     methods = {
         "base": BenchMethod(0, [dict.fromkeys(inputs.names)]),
@@ -36,19 +37,15 @@ def compare_losses(session: Session) -> dict[str, Any]:
         **(_planned(session, packed) if session.planned else _merged_methods(session)),
         "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
     }
-    results = bench_methods(session.judge, methods, inputs.tests)
+    results = bench_methods(session.evaluator, methods, inputs.tests)
     content = {"methods": results, **_about(session, packed)}
     served, own = (methods[name].variants[0] for name in ("pack", "individual"))
-    content["interval"] = excess_interval(inputs.judge, served, own, inputs.tests)
+    content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
-    if c.probe_model:  # What a choice on another base model is worth.
-        there = bench_methods(session.evaluator, shown, inputs.tests)
-        content["chosen_on"] = {"model": inputs.base.name, "methods": there}
-    if c.answers:
-        asked = [(task.test[: min(c.answers, len(rows.examples))], rows)
-                 for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
-        content["answers"] = answer_rows(inputs.shipped, shown, asked, session.evaluator.meter)
-        content["metrics"] = answer_metrics(content["answers"], list(shown))
+    asked = [(task.test[: min(ANSWERED_ROWS, len(rows.examples))], rows)
+             for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
+    content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
+    content["metrics"] = answer_metrics(content["answers"], list(shown))
     return content
 
 
@@ -126,7 +123,7 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
 
 def _provenance(inputs: Inputs) -> dict[str, Any]:
     """Options, versions, machine, and hashes of the inputs of a run, as a JSON value."""
-    base, capacity = inputs.shipped, inputs.capacity
+    base, capacity = inputs.base, inputs.capacity
     n_answers = sum(len(one.examples) for one in inputs.answers.values())
     return {
         "config": inputs.config.to_dict(),

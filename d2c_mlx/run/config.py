@@ -16,9 +16,11 @@ from d2c_mlx.run.rules import NOT_GIVEN, RunRules, is_planned
 from d2c_mlx.utils.validation import option
 
 __all__ = [
+    "ANSWERED_ROWS",
     "BASELINES",
     "FORMATS",
     "PLANS",
+    "RANDOM_PARTITIONS",
     "SAVINGS",
     "SEARCHES",
     "STAGES",
@@ -31,6 +33,10 @@ __all__ = [
 STAGES = (
     "convert", "answer", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report",
 )  # fmt: skip
+# Random partitions that bench averages, as one may be lucky.
+RANDOM_PARTITIONS = 3
+# Most held-out rows of each task that are answered.
+ANSWERED_ROWS = 3
 BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
 FORMATS = ("compact", "gguf")
@@ -118,14 +124,6 @@ class RunConfig(RunRules):
         group=_INPUT,
         metavar="M",
         default_text="the embedded SmolLM2-135M-Instruct",
-    )
-    probe_model: str | None = option(
-        None,
-        "base model to choose everything on, such as a copy in 4 bits; the pack is for --model, and"
-        " the report has its losses on both",
-        group=_INPUT,
-        metavar="M",
-        default_text="--model",
     )
     output: str = option(
         ...,
@@ -234,13 +232,6 @@ class RunConfig(RunRules):
         ge=0,
         expected="0 (all) or more",
     )
-    answers: int = option(
-        3,
-        "most held-out rows of each task that are answered and compared with the expected answers;"
-        " 0 is none",
-        group=_EVALUATION,
-        ge=0,
-    )
     baselines: tuple[str, ...] = option(
         BASELINES,
         'partitions that bench merges too, to compare; "" is none',
@@ -248,7 +239,6 @@ class RunConfig(RunRules):
         metavar="LIST",
         choices=BASELINES,
     )
-    random_seeds: int = option(3, "random partitions to average", group=_EVALUATION, ge=1)
     memory_limit: str | None = option(
         None,
         'of the process while it evaluates: "3GB", "800MB"',

@@ -21,7 +21,7 @@ __all__ = ["load_config", "read_clusters"]
 # Options that only refining uses, and those that only rows give a use.
 _OF_REFINING = ("refine_steps", "refine_rate")
 _OF_ROWS = (
-    "thorough", "eps", "probe_examples", "test_examples", "answers", "baselines", "random_seeds",
+    "thorough", "eps", "probe_examples", "test_examples", "baselines",
     "stack",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ __all__ = ["RunDirectory", "absolute", "changed_options", "snapshot", "without_p
 
 # Options that change no byte of a pack.
 _BESIDE_THE_PACK = {
-    "output", "test_examples", "answers", "baselines", "random_seeds", "memory_limit", "without",
+    "output", "test_examples", "baselines", "memory_limit", "without",
 }  # fmt: skip
 
 
@@ -87,10 +87,10 @@ def absolute(config: RunConfig) -> RunConfig:
     """The same options with absolute paths, so that `config.yaml` holds from any directory."""
     paths = {
         name: os.path.abspath(path)
-        for name in ("tasks", "output", "model", "probe_model", "unlabelled", "clusters")
+        for name in ("tasks", "output", "model", "unlabelled", "clusters")
         if (path := os.path.expanduser(getattr(config, name) or ""))
         # A model that is no path is an id of the hub.
-        and not os.path.isabs(path) and ("model" not in name or os.path.exists(path))
+        and not os.path.isabs(path) and (name != "model" or os.path.exists(path))
     }  # fmt: skip
     return config.replace(adapters=absolute_entries(config.adapters), **paths)
 
@@ -121,12 +121,11 @@ def snapshot(config: RunConfig) -> str | None:
         None if an input is on the hub, whose revision only a request can tell.
     """
     model, adapters = model_files(config.model), local_entries(config.adapters)
-    chosen_on = model_files(config.probe_model) if config.probe_model else []
-    if model is None or chosen_on is None or adapters is None:
+    if model is None or adapters is None:
         return None
     use_device()
     options = {k: value for k, value in absolute(config).to_dict().items() if k != "output"}
-    paths = [*model, *chosen_on, *adapters]
+    paths = [*model, *adapters]
     paths += [Path(one) for one in (config.tasks, config.unlabelled, config.clusters) if one]
     # The user may have put a phone result there for the report.
     paths.append(Path(config.output) / "phone.json")

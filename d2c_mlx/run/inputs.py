@@ -53,9 +53,7 @@ class Inputs:
 
     Attributes:
         config: options of the run.
-        base: the base model that everything is chosen on.
-        shipped: the base model of the pack, which judges it; another than `base` with
-            `probe_model`, its weights then in their files until it is run.
+        base: the base model.
         engine: evaluates adapters on `base`.
         adapters: adapters as they were given, sorted by name.
         tasks: one task per adapter, in the same order; none without rows.
@@ -74,17 +72,13 @@ class Inputs:
                 model cannot be loaded, its problem alone: the others must fit it.
         """
         self.config = config
-        self.shipped = self.base = BaseModel(config.probe_model or config.model)
-        if config.probe_model:
-            self.shipped = BaseModel(config.model, lazy=True)
-            self.base.dtype = self.shipped.dtype
+        self.base = BaseModel(config.model)
         off = set(config.without) - {"cache", "bound"}
         savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
-        self._savings = savings
         # The limit is the process's.
         most = config.memory_bytes
-        self._limit = max(1, most - outside_mlx()) if most else None
-        self.engine = Engine(self.base, self._limit, savings, local_ranks())
+        limit = max(1, most - outside_mlx()) if most else None
+        self.engine = Engine(self.base, limit, savings, local_ranks())
         self.engine.passes = tuned_passes(self.base) or self.engine.passes
         if config.has_rows and (unused := self.engine.unused):
             warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
@@ -98,7 +92,6 @@ class Inputs:
         known = [source.name for source in sources]
         if config.skip_bad:
             sources = self._usable(sources)
-        collect(errors, self._check_shipped)
         self.adapters: list[Adapter] = collect(errors, lambda: self._read(sources)) or []
         names = [source.name for source in sources]
         self.tasks: list[Task] = collect(errors, lambda: self._load_tasks(names)) or []
@@ -157,15 +150,13 @@ class Inputs:
         """Make the capacity, check all together and raise `errors` with what is found."""
         config = self.config
         budget = parse_budget(config.budget)
-        self.capacity = Capacity(
-            self.shipped, self.adapters, budget, config.merge_rank, config.format
-        )
+        self.capacity = Capacity(self.base, self.adapters, budget, config.merge_rank, config.format)
         self._check(errors)
         if errors:
             raise InputError([line for error in errors for line in error.problems])
 
     def _read(self, sources: Sequence[Source]) -> list[Adapter]:
-        own, is_base = self.shipped, partial(same_weights, self.shipped.path)
+        own, is_base = self.base, partial(same_weights, self.base.path)
         weights = BaseWeights(own.weight, self.config.accept_dora)
         return read_adapters(sources, own.module_shapes, own.config, is_base, weights)
 
@@ -205,8 +196,6 @@ class Inputs:
             collect(errors, lambda: self.capacity.merge_rank and (
                 self.capacity.room if config.planned else self.capacity.n_clusters))  # fmt: skip
             collect(errors, self._check_prompts)
-        if not errors and config.probe_model:
-            collect(errors, self._check_tokens)
         if config.refine:
             collect(errors, lambda: Distiller(self.base))
         for plugin in config.plugins:
@@ -216,44 +205,9 @@ class Inputs:
         if not errors:
             collect(errors, self._check_memory)
 
-    def _check_shipped(self) -> None:
-        """Check that both base models take the same adapters and token ids."""
-        chosen, shipped = self.base, self.shipped
-        if chosen.module_shapes != shipped.module_shapes:
-            different = set(chosen.module_shapes.items()) ^ set(shipped.module_shapes.items())
-            raise ConfigError(
-                f"probe_model: {chosen.name} and {shipped.name} differ in {len(different)} linear"
-                f" modules (first: {min(different)[0]}), expected two forms of one model"
-            )
-
-    def _check_tokens(self) -> None:
-        """Check that both base models have the same tokens for the calibration rows."""
-        n = self.config.probe_examples
-        for one, other in zip(self.probes, encode_probes(self.shipped.encode, self.tasks, n)):
-            if one.tokens_digest != other.tokens_digest:
-                raise ConfigError(
-                    f"probe_model: the tokenizers of {self.base.name} and {self.shipped.name}"
-                    f" differ (first: the calibration rows of {one.task}), expected two forms of"
-                    " one model"
-                )
-
-    @cached_property
-    def judge(self) -> Engine:
-        """The engine of the shipped base model, which is loaded now if it is not `base`."""
-        if self.shipped is self.base:
-            return self.engine
-        return Engine(self.shipped, self._limit, self._savings, local_ranks())
-
     def _check_memory(self) -> None:
         """Raise the error of the longest row that does not fit; what fits it fits the others."""
         self.engine.check_rows(_parts((*self.probes, *self.tests, *self.answers.values())))
-        if self.shipped is not self.base:
-            self.engine.beside(self.shipped).check_rows(_parts(self.tests))
-
-    @property
-    def chosen_by(self) -> list[str]:
-        """The base model that choices are made on, and the pack's dtype if another one ships."""
-        return [self.base.fingerprint, *([str(self.base.dtype)] if self.config.probe_model else [])]
 
     @property
     def names(self) -> list[str]:
@@ -336,7 +290,7 @@ def opening(inputs: Inputs) -> str:
         f"{one.name} {one.dora_error:.3f}" for one in inputs.adapters if one.dora_error is not None
     )
     return (
-        f"found {len(ranks)} adapters of {inputs.shipped.name} (rank {span(ranks)},"
+        f"found {len(ranks)} adapters of {inputs.base.name} (rank {span(ranks)},"
         f" {size(capacity.total)}), {_rows(inputs)}; room for {budget}; device: {device_name()}"
         + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )

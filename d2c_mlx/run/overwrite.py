@@ -63,7 +63,7 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
         inputs += [("tasks", path) for path in (tasks, *rows)]
     if config.unlabelled:
         inputs.append(("unlabelled prompts", Path(config.unlabelled)))
-    inputs += [*local_model(config.model), *local_model(config.probe_model)]
+    inputs += local_model(config.model)
     replaced = replaced_inputs(inputs, [output / name for name in RUN_WRITES])
     problems = [line for _, line in replaced] + within_adapters(sources, output)
     problems += _of_the_user(config, output, [target for target, _ in replaced])

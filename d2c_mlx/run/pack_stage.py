@@ -25,7 +25,7 @@ Ready = Callable[[Path], None]
 
 def pack_info(inputs: Inputs) -> PackInfo:
     """What the manifest says of the base model, the budget and the task adapters."""
-    base = inputs.shipped
+    base = inputs.base
     return PackInfo(
         model=base.name,
         config_hash=base.config_hash,
@@ -53,7 +53,7 @@ def pack_plan(session: Session, source: str, info: PackInfo, ready: Ready) -> No
     inputs, plan = session.inputs, session.read("plan.json")
     if session.config.format == "gguf":
         files = [session.path(source) / f"{k}.gguf" for k in range(len(plan["units"]))]
-        places = GgufPlaces.of(inputs.shipped.config, inputs.capacity.target_paths)
+        places = GgufPlaces.of(inputs.base.config, inputs.capacity.target_paths)
         info = dataclasses.replace(info, gguf=places)
         write_gguf_pack(session.path("pack"), files, serves_of(plan), info, ready)
         return

@@ -31,7 +31,7 @@ __all__ = ["members_of", "refine_inputs", "refine_merges", "refine_plan"]
 def refine_inputs(session: Session) -> list[object]:
     """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
     inputs = session.inputs
-    return [VERSION, *inputs.chosen_by, dataclasses.asdict(_options(session)),
+    return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
             [[p.task, p.digest] for p in inputs.probes],
             [[name, rows.digest] for name, rows in inputs.answers.items()]]  # fmt: skip
 

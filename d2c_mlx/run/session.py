@@ -118,19 +118,6 @@ class Session:
             cache = LossCache(cache_directory() / "losses.sqlite")
         return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
 
-    @property
-    def judge(self) -> Evaluator:
-        """The evaluator on the pack's base model; with `probe_model` another than `evaluator`.
-
-        It runs here alone, since the other ranks have the base model that is chosen on.
-        """
-        own = self.evaluator
-        if self.inputs.judge is self.inputs.engine:
-            return own
-        judge = Evaluator(self.inputs.judge, own.cache)
-        judge.meter, judge.counts = own.meter, own.counts
-        return judge
-
     def load(self) -> None:
         """Load and check all inputs, on every rank; nothing is written in the run directory.
 

@@ -108,7 +108,7 @@ def test_run_and_convert_say_what_is_lost(paths, tmp_path, command):
     assert "relative error of dW" in said and "error" not in other
     assert load_adapter(tmp_path / "out" / "a").rank == 8
     options += ["--tasks", paths.tasks, "--output", tmp_path / "run", "--budget", 1]
-    options += ["--answers", 0, "--baselines", "", "--accept-dora", 8]
+    options += ["--baselines", "", "--accept-dora", 8]
     code, _, err = command("run", *options)
     assert code == 0, err
     assert f"DoRAs as LoRAs, relative error of dW: a {error:.3f}\n" in err

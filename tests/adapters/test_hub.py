@@ -94,7 +94,7 @@ def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"adapters: [org/a, '{paths.adapters / 'b'}']\nmodel: {paths.model}\ntasks: {paths.tasks}\n"
-        f"budget: '1'\nprobe_examples: 2\ntest_examples: 2\nrandom_seeds: 1\n"
+        f"budget: '1'\nprobe_examples: 2\ntest_examples: 2\n"
     )
     out = tmp_path / "run"
     done = hub.run(tmp_path / "home", "run", config, "--output", out, "--quiet")

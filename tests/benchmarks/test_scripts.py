@@ -60,7 +60,7 @@ def paths(tmp_path_factory):
     run(
         RunConfig(
             model=str(found.model), adapters=str(found.adapters), tasks=str(found.tasks),
-            budget="2", probe_examples=2, test_examples=2, output=str(root / "run"), answers=0,
+            budget="2", probe_examples=2, test_examples=2, output=str(root / "run"),
         ), quiet=True,
     )  # fmt: skip
     return found

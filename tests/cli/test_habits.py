@@ -57,7 +57,7 @@ def test_help_of_a_command_and_of_a_topic(command):
 def test_a_stage_s_help_has_its_own_options_and_takes_the_others(command):
     text = command("merge", "--help")[1]
     assert "\nMerge:\n" in text and "\nSearch:\n" not in text
-    code, _, err = command("merge", "--answers", "x")
+    code, _, err = command("merge", "--seed", "x")
     assert code == 2 and "'x' is not a valid integer" in err
 
 

@@ -96,7 +96,10 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
 @pytest.mark.slow
 def test_what_a_run_writes_is_known(lib, tmp_path):
     options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
-    options |= {"output": str(tmp_path / "run"), "random_seeds": 1, "baselines": (), "answers": 0}
+    options |= {
+        "output": str(tmp_path / "run"),
+        "baselines": (),
+    }
     run(RunConfig(**options, budget="60%"), quiet=True)
     output = run(RunConfig(**options, budget="1", refine=True, refine_steps=1), quiet=True).output
     others = {"refining", "answered", "weights.json"}

@@ -13,5 +13,4 @@ def config(tmp_path):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="60%", output=str(tmp_path / "run"), probe_examples=3,
-        test_examples=2, answers=0,
-    )  # fmt: skip
+        test_examples=2,     )  # fmt: skip

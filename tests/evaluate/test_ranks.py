@@ -21,7 +21,11 @@ pytestmark = pytest.mark.slow
 
 def options(paths, output, **more):
     values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks}
-    values |= {"output": output, "budget": "50%", "plan": "d2c", "random-seeds": 1, "answers": 0}
+    values |= {
+        "output": output,
+        "budget": "50%",
+        "plan": "d2c",
+    }
     values |= more
     return ["run", "--quiet", *(f"--{name}={value}" for name, value in values.items())]
 
@@ -67,7 +71,12 @@ def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
 def test_a_planned_pack_has_the_same_bytes(paths, tmp_path):
     """What the own adapters expect is sent to workers too."""
     one, two = (
-        options(paths, tmp_path / n / "run", plan="auto", budget="60%", answers=1)
+        options(
+            paths,
+            tmp_path / n / "run",
+            plan="auto",
+            budget="60%",
+        )
         for n in ("one", "two")
     )
     command = [sys.executable, "-c", MAIN, *one]

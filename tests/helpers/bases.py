@@ -39,9 +39,7 @@ def through_all(model, root):
         # Of defaults that an architecture does not allow.
         warnings.simplefilter("ignore", InputWarning)
         slots = run(config, quiet=True)
-        packed = run(
-            config.replace(budget="40%", answers=0, output=str(root / "bytes")), quiet=True
-        )
+        packed = run(config.replace(budget="40%", output=str(root / "bytes")), quiet=True)
     for to in FORMATS:
         export(load_pack(slots.path("pack")), to, root / to, str(model))
     for session in (slots, packed):

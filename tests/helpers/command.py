@@ -22,7 +22,6 @@ class Command:
             "tasks": self.lib.tasks,
             "budget": "1",
             "output": self.output,
-            "answers": 0 if command in ("run", "bench") else None,
             **options,
         }
         pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in values.items() if v is not None]

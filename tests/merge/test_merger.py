@@ -31,8 +31,7 @@ def config(tmp_path):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="2", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        baselines=(), answers=0,
-    )  # fmt: skip
+        baselines=(),     )  # fmt: skip
 
 
 def merger_of(config):

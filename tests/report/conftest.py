@@ -18,7 +18,7 @@ def runs(tmp_path_factory):
     paths = library(root, ["a", "b", "c", "d"])
     common = RunConfig(model=str(paths.model), adapters=str(paths.adapters), output="x",
                        tasks=str(paths.tasks), probe_examples=3, test_examples=3,
-                       answers=2)  # fmt: skip
+                       )  # fmt: skip
     found = {}
     for kind, budget in (("d2c", "2"), ("auto", "60%")):
         output = root / kind

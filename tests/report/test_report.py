@@ -106,7 +106,7 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
         adapter = str(pack.adapter_path(name))
         model, tokenizer = load(bench["provenance"]["config"]["model"], adapter_path=adapter)
         model.set_dtype(mx.float32)
-        rows = (output.parent / "tasks" / name / "test.jsonl").read_text().splitlines()[:2]
+        rows = (output.parent / "tasks" / name / "test.jsonl").read_text().splitlines()[:3]
         for row, shown in zip(map(json.loads, rows), bench["answers"][name], strict=True):
             assert (shown["prompt"], shown["expected"]) == (row["prompt"], row["completion"])
             chat = [{"role": "user", "content": row["prompt"]}]
@@ -189,7 +189,7 @@ def test_the_example_is_one_that_the_pack_changes(runs):
     assert 'a  B<span class="right">as wanted</span>' in card and card.count("as wanted") == 1
     del artifacts["bench"]["answers"], artifacts["bench"]["metrics"]
     page = render_html(artifacts)
-    assert "No answers were measured" in page and "--answers 3" in page
+    assert "No answers were measured" in page
 
 
 def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):

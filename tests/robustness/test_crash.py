@@ -31,7 +31,9 @@ WAYS = {
         "refine_steps": 4,
         "merge_method": "linear",
     },
-    "bytes": {"budget": "20%", "answers": 1},
+    "bytes": {
+        "budget": "20%",
+    },
 }
 
 
@@ -40,7 +42,7 @@ def inputs(tmp_path):
     """Options of a run on four tiny adapters, but for its budget and output."""
     paths = library(tmp_path, ["a", "b", "c", "d"])
     return {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
-            "probe_examples": 3, "test_examples": 3, "random_seeds": 1, "answers": 0}  # fmt: skip
+            "probe_examples": 3, "test_examples": 3, }  # fmt: skip
 
 
 def command(inputs, way, output):

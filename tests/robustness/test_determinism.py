@@ -41,8 +41,7 @@ def paths(tmp_path_factory):
 def config_of(paths, output, way):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        output=str(output), probe_examples=3, test_examples=2, random_seeds=1, answers=0,
-        **WAYS[way],
+        output=str(output), probe_examples=3, test_examples=2,         **WAYS[way],
     )  # fmt: skip
 
 
@@ -122,8 +121,8 @@ def test_two_ranks_plan_the_same(whole, paths, tmp_path):
     way, root = whole
     config = config_of(paths, tmp_path / "run", way)
     flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in (
-        "model", "adapters", "tasks", "output", "budget", "probe_examples", "test_examples",
-        "random_seeds")]  # fmt: skip
+        "model", "adapters", "tasks", "output", "budget", "probe_examples",
+        "test_examples")]  # fmt: skip
     done = launch(2, ["run", "--quiet", *flags], tmp_path / "cache", port=90)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")

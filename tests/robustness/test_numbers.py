@@ -169,8 +169,7 @@ def test_a_cache_keeps_no_nan(tmp_path):
 def config_of(paths, tmp_path, **options):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        output=str(tmp_path / "run"), probe_examples=2, test_examples=2, random_seeds=1, answers=0,
-        **options,
+        output=str(tmp_path / "run"), probe_examples=2, test_examples=2,         **options,
     )  # fmt: skip
 
 

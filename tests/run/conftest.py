@@ -17,9 +17,7 @@ def config(tmp_path):
         tasks=str(paths.tasks),
         budget="50%",
         plan="d2c",
-        answers=0,
         output=str(tmp_path / "run"),
         probe_examples=3,
         test_examples=3,
-        random_seeds=2,
     )

@@ -66,7 +66,10 @@ def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     assert len(runs) == 16 and "14 runs, 14 to do: about" in compared.output
     for i, method in enumerate(METHODS):
         more = {"merge_method": method, "output": str(tmp_path / method)}
-        few = {"budget": "2", "baselines": (), "answers": 0}
+        few = {
+            "budget": "2",
+            "baselines": (),
+        }
         config = load_config(root / "six.yaml", {**few, **more})
         own = run(config, quiet=True)
         shared = config.replace(output=str(tmp_path / f"{method}-shared"),

@@ -28,9 +28,15 @@ def problems(path, overrides):
 
 
 def test_overrides_over_yaml_over_defaults(tmp_path):
-    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\nanswers: 3\n")
+    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\neps: 0.5\n")
     config = load_config(path, {"seed": 8, "output": "other"})
-    assert config == RunConfig(adapters="a", tasks="t", output="other", seed=8, answers=3)
+    assert config == RunConfig(
+        adapters="a",
+        tasks="t",
+        output="other",
+        seed=8,
+        eps=0.5,
+    )
     assert config.eps == RunConfig(**NEEDED).eps == 1e-3
 
 
@@ -72,17 +78,17 @@ def test_null_where_none_is_a_value(tmp_path):
 
 
 def test_all_wrong_keys_and_types_at_once(tmp_path):
-    text = "answrs: 3\nseed: zero\nscale: true\nbaselines: 3\nanswers: 1.5\nmodel: 4\n"
+    text = "badget: 3\nseed: zero\nscale: true\nbaselines: 3\ntest_examples: 1.5\nmodel: 4\n"
     path = write(tmp_path, text)
     found = problems(path, {"eps": "small", "zzz": 1})
     assert len(found) == 8 + len(REQUIRED)
     text = "\n".join(found)
     for part in (
-        f"{path}: answrs: unknown key; did you mean 'answers'?",
+        f"{path}: badget: unknown key; did you mean 'budget'?",
         f"{path}: seed: found 'zero', expected int",
         f"{path}: scale: found True, expected float",
         f"{path}: baselines: found 3, expected a list of strings",
-        f"{path}: answers: found 1.5, expected int",
+        f"{path}: test_examples: found 1.5, expected",
         f"{path}: model: found 4, expected str",
         "eps: found 'small', expected float",
         "zzz: unknown key; known: adapters, ",
@@ -93,8 +99,8 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
 def test_all_values_out_of_range_at_once():
     wrong = {
         "merge_method": "dare", "density": 0.0, "scale": -1.0, "search": "best",
-        "baselines": ("auto",), "answers": -1, "stack": 0, "eps": -1e-9, "seed": -1,
-        "probe_examples": 0, "test_examples": -1, "random_seeds": 0, "budget": "much",
+        "baselines": ("auto",), "stack": 0, "eps": -1e-9, "seed": -1,
+        "probe_examples": 0, "test_examples": -1, "budget": "much",
     }  # fmt: skip
     found = problems(None, wrong)
     for name in (*REQUIRED, *wrong):
@@ -164,8 +170,15 @@ def test_numbers_beyond_any_use_are_refused_at_once(name, value):
 
 
 def test_the_largest_numbers_that_are_good():
-    config = load_config(None, {**NEEDED, "seed": 2**32 - 1, "scale": 1000.0, "answers": 100})
-    assert (config.seed, config.scale, config.answers) == (2**32 - 1, 1000.0, 100)
+    config = load_config(
+        None,
+        {
+            **NEEDED,
+            "seed": 2**32 - 1,
+            "scale": 1000.0,
+        },
+    )
+    assert (config.seed, config.scale) == (2**32 - 1, 1000.0)
 
 
 def test_a_yaml_number_that_no_float_holds(tmp_path):

@@ -19,8 +19,7 @@ def config(tmp_path, monkeypatch):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="3", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        baselines=("kmeans",), answers=0,
-    )  # fmt: skip
+        baselines=("kmeans",),     )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -85,15 +84,7 @@ def test_a_cluster_of_several_baselines_is_counted_once(config):
     one = bench("merge-all", budget="1")
     assert one > bench(budget="1")
     assert bench("kmeans", "random", "merge-all", budget="1") == one
-    assert bench("random", random_seeds=9, budget="1") == one
-    assert bench("random", random_seeds=1, budget="5") < one
-
-
-def test_a_dry_run_counts_answers(config):
-    """Each of two rows by three methods; the tokens of losses stay as they are."""
-    none, two, all_of_them = (forecast(config.replace(answers=n)).stages[-2] for n in (0, 2, 9))
-    assert none.name == "bench" and two.tokens > none.tokens
-    assert all_of_them.tokens == two.tokens
+    assert bench("random", budget="1") == one
 
 
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):

@@ -18,8 +18,7 @@ def test_every_stage_in_16_bits_agrees_with_float32(tmp_path, monkeypatch, dtype
     slots = RunConfig(
         model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget="2",
         output=str(tmp_path / "cpu-slots"), baselines=(), probe_examples=2, test_examples=2,
-        answers=0,
-    )  # fmt: skip
+            )  # fmt: skip
     plan = slots.replace(budget="40%", output=str(tmp_path / "cpu-plan"))
     expected = {one.budget: run(one, quiet=True) for one in (slots, plan)}
     monkeypatch.setattr(mx, "default_device", Gpu)

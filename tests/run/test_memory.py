@@ -42,7 +42,7 @@ def peaks(root, n, budget, **more):
     session = run(
         RunConfig(
             model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget=budget,
-            output=str(root / "run"), baselines=(), probe_examples=1, test_examples=1, answers=0,
+            output=str(root / "run"), baselines=(), probe_examples=1, test_examples=1,
             **more,
         ), until="bench", quiet=True,
     )  # fmt: skip

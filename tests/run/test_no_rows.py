@@ -228,6 +228,6 @@ def test_commands_that_need_rows_say_so(bare, command):
     given += ["--budget", "2"]
     code, out, _ = command("run", *given, "--dry-run")
     assert code == 0 and "No rows, so nothing is measured" in out
-    with pytest.warns(InputWarning, match="answers: 2 does nothing without rows"):
-        code, out, _ = command("run", *given, "--answers", "2")
+    with pytest.warns(InputWarning, match="test_examples: 2 does nothing without rows"):
+        code, out, _ = command("run", *given, "--test-examples", "2")
     assert code == 0 and "No loss and no answer was measured" in out and "energy kept" in out

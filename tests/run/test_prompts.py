@@ -88,7 +88,7 @@ def test_several_runs_of_one_comparison_share_the_answers(prompts, command):
              "--refine-steps", "2", "--output", output]  # fmt: skip
     for name in ("model", "adapters", "tasks", "unlabelled"):
         words += [f"--{name}", getattr(prompts, name)]
-    words += ["--probe-examples", "3", "--test-examples", "2", "--answers", "0"]
+    words += ["--probe-examples", "3", "--test-examples", "2"]
     code, _, err = command(*words)
     assert code == 0, err
     first, second = sorted(path.parent for path in output.glob("*/answered"))

@@ -37,7 +37,7 @@ def config(tmp_path, paths):
         task(paths.tasks, name, n_probe=6)
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        output=str(tmp_path / "run"), probe_examples=6, test_examples=3, random_seeds=1, answers=0,
+        output=str(tmp_path / "run"), probe_examples=6, test_examples=3,
         refine=True, refine_steps=12, refine_rate=5e-3, merge_method="linear", scale=1.0,
     )  # fmt: skip
 

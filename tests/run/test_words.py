@@ -34,8 +34,7 @@ def config(tmp_path):
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
         output=str(tmp_path / "run"), probe_examples=2, test_examples=2, baselines=(),
-        answers=0,
-    )  # fmt: skip
+            )  # fmt: skip
 
 
 def test_the_result_in_words():

@@ -69,8 +69,7 @@ def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
 def test_the_card_of_a_run(tmp_path, budget):
     """Numbers are those of bench.json, methods those of the run; nothing of this machine."""
     paths = library(tmp_path, ["a", "b", "c|d <b>"])
-    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "random_seeds": 1,
-               "answers": 0}  # fmt: skip
+    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks)}
     session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
                        test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
     found = load_pack(session.path("pack"))
@@ -120,7 +119,7 @@ def test_a_card_says_how_the_pack_was_made_not_what_a_later_stage_wrote(tmp_path
     paths = library(tmp_path, ["a", "b", "c"])
     config = RunConfig(model=str(paths.model), adapters=str(paths.adapters), merge_method="linear",
                        tasks=str(paths.tasks), budget="1", probe_examples=2, test_examples=2,
-                       answers=0, output=str(tmp_path / "run"))  # fmt: skip
+                       output=str(tmp_path / "run"))  # fmt: skip
     session = run(config, until="pack", quiet=True)
 
     def made():
@@ -281,7 +280,11 @@ def test_a_card_shows_no_measurements_of_another_pack(tmp_path):
     """Of the same tasks, bytes and base: only the manifest tells them apart."""
     paths = library(tmp_path, ["a", "b"])
     options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks), "budget": "1"}
-    options |= {"model": str(paths.model), "probe_examples": 2, "test_examples": 2, "answers": 0}
+    options |= {
+        "model": str(paths.model),
+        "probe_examples": 2,
+        "test_examples": 2,
+    }
     first, second = (
         run(RunConfig(**options, scale=scale, baselines=(), output=str(tmp_path / f"run{scale}")),
             quiet=True) for scale in (1.0, 2.0)
