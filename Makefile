@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test benchmark tables options docs blas check-dist check-lowest check-newest lock \
+.PHONY: demo check test benchmark tables docs blas check-dist check-lowest check-newest lock \
   audit sbom swift clean
 
 demo: .venv/demo blas
@@ -29,7 +29,7 @@ test: .venv/test blas
 	$(BIN)/lint-imports
 	$(PYTEST)
 
-# The reader of packs in examples/swift: its own tests, and that it has the bytes of `unpack`.
+# The reader of packs in examples/swift: its own tests, and that it has the bytes of `export --to mlx`.
 swift: .venv/test
 	@command -v swift >/dev/null || { echo "no swift here: apt-get install swiftlang, or Xcode"; exit 1; }
 	swift test --package-path examples/swift --scratch-path build/swift
@@ -55,15 +55,12 @@ benchmark: .venv/benchmark blas
 	$(BIN)/python -m benchmarks.quality.ablations $(LIBRARY) $(ABLATIONS)
 	$(BIN)/python -m benchmarks.tables
 
-# Tables, plots and figures of benchmarks/pages/, README.md and docs/ from the results.
+# Tables, plots and figures of benchmarks/pages/, README.md and docs/ from the results, and the
+# reference of the commands from their help.
 tables: .venv/demo
+	$(BIN)/python -m docs.scripts.commands
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m docs.scripts.figures
-
-# The command line's options from the fields of the configs, and the reference of both.
-options: .venv/demo
-	$(BIN)/python -m docs.scripts.options
-	$(BIN)/python -m docs.scripts.commands
 
 # The documentation site, in build/site; nothing is fetched once its packages are there.
 docs: .venv-docs/done

@@ -52,7 +52,7 @@ def call(*argv, **variables):
 
 def demo(run, more, **variables):
     """The demo in directory `run`: losses, and what every stage took."""
-    found, _ = call(*COMMAND, "run", "examples/demo.yaml", "--output", str(run), "--quiet", *more,
+    found, _ = call(*COMMAND, "run", "examples/demo.yaml", "--output", str(run), *more,
                     D2C_MLX_CACHE=str(run.parent / f"cache-{run.name}"), **variables)  # fmt: skip
     if found["failed"]:
         return found

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Mapping
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .help import Command
-from .options import RUN_OPTIONS
 from .paths import UserPath
+from .run import DRY_RUN, RUN_OPTIONS
 from .say import minutes, say, say_json
 
 if TYPE_CHECKING:
     from d2c_mlx.compare import Axes
 
-# Options of a run that a comparison sets itself, or that only a plan in bytes has.
-_SET = {"merge_method", "budget", "plan", "max_adapters", "thorough", "format", "same_shape"}
-# Options with another default here.
-_UNASKED = {"baselines": "none"}
+# Options of a run that a comparison sets itself.
+_SET = {"merge_method", "budget", "format", "baselines"}
 
 
+@click.command(cls=Command)
+@click.argument("configs", metavar="[CONFIG]...", nargs=-1, type=UserPath(path_type=Path))
+@click.option(
+    "--merge-methods",
+    required=True,
+    metavar="LIST",
+    help="merge methods, with commas; the others are compared with the first",
+)
+@click.option("--budgets", required=True, metavar="LIST", help="budgets, with commas")
+@click.option(
+    "--on",
+    default="shared",
+    show_default=True,
+    metavar="LIST",
+    help="shared: all methods merge the clusters of the first, or of --clusters; own: each its own",
+)
+@DRY_RUN
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def compare(
     configs: tuple[Path, ...],
     merge_methods: str,
     budgets: str,
     on: str,
     dry_run: bool,
-    quiet: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
@@ -38,7 +52,7 @@ def compare(
 
     Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
     command line overrides all of them. A run has a directory in --output, as d2c-mlx run makes
-    it, without baselines and answers unless they are asked for. Finished runs are not repeated. A
+    it, without baselines. Finished runs are not repeated. A
     budget in bytes is merged, not planned.
 
     The table goes to compare.md, .csv, .json and .svg: held-out losses, and the difference to the
@@ -52,6 +66,7 @@ def compare(
     given = {name: value for name, value in options.items() if value is not None}
     output = given.pop("output", None)
     axes = _axes(output, {"merge_methods": merge_methods, "budgets": budgets, "on": on})
+    quiet = not sys.stderr.isatty()
     found = Comparison(configs or (None,), given, axes, Path(output or ""), quiet)
     states = {one.name: "to do" if one in found.left else "done" for one in found.entries}
     if dry_run and as_json:
@@ -70,6 +85,11 @@ def compare(
         say((found.output / "compare.md").read_text(encoding="utf-8"), nl=False)
 
 
+for _option in RUN_OPTIONS:
+    _option(compare)
+compare.params = [param for param in compare.params if param.name not in _SET]
+
+
 def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
     """The axes of the comparison by the texts of the options; raises ConfigError, all at once."""
     from d2c_mlx.compare import CLUSTERS, Axes
@@ -86,30 +106,3 @@ def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
     if problems:
         raise ConfigError(problems)
     return Axes(*lists.values())
-
-
-def _as_here(param: click.Parameter) -> click.Parameter:
-    """The parameter, with the default of a comparison in its help."""
-    if not isinstance(param, click.Option) or param.name not in _UNASKED:
-        return param
-    here = copy(param)
-    here.help = re.sub(r"default: .*]", f"default: {_UNASKED[param.name]}]", param.help or "")
-    return here
-
-
-for _option in reversed((
-    click.argument("configs", metavar="[CONFIG]...", nargs=-1, type=UserPath(path_type=Path)),
-    click.option("--merge-methods", required=True, metavar="LIST", help="merge methods, with"
-                 " commas; the others are compared with the first"),
-    click.option("--budgets", required=True, metavar="LIST", help="budgets, with commas"),
-    click.option("--on", default="shared", show_default=True, metavar="LIST", help="shared: all"
-                 " methods merge the clusters of the first, or of --clusters; own: each its own"),
-    *RUN_OPTIONS,
-    click.option("--dry-run", is_flag=True, help="say what would be done and how long it takes,"
-                 " and stop"),
-    click.option("-q", "--quiet", is_flag=True, help="no progress"),
-    click.option("--json", "as_json", is_flag=True, help="print the result as JSON"),
-)):  # fmt: skip
-    compare = _option(compare)
-compare = click.command("compare", cls=Command)(compare)
-compare.params = [_as_here(one) for one in compare.params if one.name not in _SET]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ _PATH = UserPath(path_type=Path)
               help="rows of probe.jsonl, the first ones")  # fmt: skip
 @click.option("--model", metavar="M", help="the base model  [default: the embedded one]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="no progress bar")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def compose(
     source: str,
     task: Path,
     output: Path,
-    quiet: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401  click's
 ) -> None:
@@ -57,7 +56,7 @@ def compose(
     from d2c_mlx.compose.compose import compose as make
 
     options["n_probe"] = options.pop("probe_examples")
-    found = make(source, task, output, ComposeOptions(**options), quiet)
+    found = make(source, task, output, ComposeOptions(**options), not sys.stderr.isatty())
     if as_json:
         say_json(found)
         return

@@ -78,27 +78,6 @@ def convert(
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
-@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
-@_JSON
-def unpack(pack: Path, output: str, as_json: bool) -> None:
-    """Write the adapters of a pack for stock mlx-lm.
-
-    A directory for each adapter, and tasks.json: task -> directory, or null for the base model.
-
-    Example:
-      d2c-mlx unpack runs/first/pack --output adapters
-    """
-    from d2c_mlx.packs.export import export as write_export
-    from d2c_mlx.packs.pack import load_pack
-
-    found = load_pack(pack)
-    _show_tasks(write_export(found, "mlx", Path(output)), output, as_json)
-    if not as_json:
-        say(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
-
-
-@click.command(cls=Command)
-@click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "mlx-swift", "peft", "gguf"]))
 @click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
@@ -109,11 +88,12 @@ def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -
 
     Beside them is tasks.json: task -> file or directory, or null for the base model.
 
-    mlx: directories for mlx-lm and mlx-swift, what unpack writes. mlx-swift: smaller ones that
-    mlx-lm refuses, each module in its own rank. peft: directories for PEFT. gguf: files for
+    mlx: directories for mlx-lm and mlx-swift. mlx-swift: smaller ones that mlx-lm refuses, each
+    module in its own rank. peft: directories for PEFT. gguf: files for
     llama.cpp, of the model families that the documents list.
 
     Examples:
+      d2c-mlx export runs/first/pack --to mlx --output adapters
       d2c-mlx export runs/first/pack --to peft --output peft-loras
       d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras
     """

@@ -1,4 +1,4 @@
-"""Help of commands: options in groups, commands in sections, messages for removed options."""
+"""Help of commands: options in groups, commands in sections."""
 
 from __future__ import annotations
 
@@ -23,15 +23,7 @@ class GroupedOption(click.Option):
 
 
 class Command(click.Command):
-    """A command with its options in groups, and a message for options that were removed.
-
-    In its help a paragraph of examples keeps its lines.
-
-    Attributes:
-        shown: the groups of options that the help shows; None is all.
-    """
-
-    shown: tuple[str, ...] | None = None
+    """A command with its options in groups; in its help a paragraph of examples keeps its lines."""
 
     def __init__(self, name: str | None, help: str | None = None, **attributes: Any) -> None:  # noqa: ANN401  click's
         text = re.sub(r"\n\n(?=Examples?:)", "\n\n\b\n", inspect.cleandoc(help or ""))
@@ -43,8 +35,6 @@ class Command(click.Command):
         rest = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if isinstance(param, GroupedOption) and self.shown and param.group not in self.shown:
-                continue
             if record and isinstance(param, GroupedOption):
                 groups.setdefault(param.group, []).append(record)
             elif record and isinstance(param, click.Option):
@@ -54,19 +44,11 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does; an option that was removed gets a message of its own."""
+        """Parse as click does; a pattern that a shell made many words gets a message of its own."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            from .removed import instead
-
-            said = instead(self.name or "", error.option_name)
-            if said:
-                raise click.UsageError(said) from None
-            raise
         except click.UsageError as error:
-            # A shell made many words of a pattern.
             if "unexpected extra argument" in error.message and "--adapters" in given:
                 raise click.UsageError(
                     f"{error.message}; a pattern such as --adapters loras/* is many words: give the"

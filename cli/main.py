@@ -12,9 +12,8 @@ import click
 
 from .help import Entry, LazyGroup
 from .interrupt import interrupts_told
-from .removed import COMMANDS
 
-_RUNS, _PACKS, _OTHER = "Runs, whole or stage by stage", "Packs", "Adapters and machine"
+_RUNS, _PACKS, _OTHER = "Runs", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
 _COMMANDS = {
     "init": Entry(
@@ -22,19 +21,9 @@ _COMMANDS = {
     ),
     "tasks": Entry("start:tasks", _RUNS, "Make the rows of a task."),
     "run": Entry(
-        "stages:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
+        "run:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
     ),
     "compare": Entry("compare:compare", _RUNS, "Compare merge methods and budgets in one table."),
-    "probe": Entry("stages:probe", _RUNS, "Measure every adapter on the tasks' calibration rows."),
-    "plan": Entry("stages:plan", _RUNS, "Choose what to store for a budget in bytes."),
-    "cluster": Entry("stages:cluster", _RUNS, "Choose which adapters to merge."),
-    "merge": Entry("stages:merge", _RUNS, "Merge each cluster into one adapter."),
-    "refine": Entry(
-        "stages:refine", _RUNS, "Train each merge, or adapter of a plan, to match its tasks' own."
-    ),
-    "pack": Entry("stages:pack", _RUNS, "Write what ships: adapters and a manifest."),
-    "bench": Entry("stages:bench", _RUNS, "Measure every method on held-out rows."),
-    "report": Entry("stages:report", _RUNS, "Write the results for people."),
     "list": Entry("packs:list_", _PACKS, "Show the adapters of a pack and the tasks they serve."),
     "add": Entry("packs:add", _PACKS, "Add an adapter to a pack, within its budget."),
     "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
@@ -43,43 +32,18 @@ _COMMANDS = {
     "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
     "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
     "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
-    "unpack": Entry("formats:unpack", _PACKS, "Write the adapters of a pack for stock mlx-lm."),
     "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
     "push": Entry("hub:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."),
     "compose": Entry(
         "compose:compose", _OTHER, "Make an adapter for a new task of those that there are."
     ),
     "convert": Entry("formats:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
-    "help": Entry("topics:help_", _OTHER, "Show the help of a command, or of a topic."),
     "doctor": Entry("doctor:doctor", _OTHER, "Tell what this machine has and what is missing."),
 }
 
 
-def _form(args: list[str]) -> tuple[str, list[str]]:
-    """The command that these arguments name, and the arguments that are left for it."""
-    name, *rest = args
-    if gone := COMMANDS.get((name, rest[0] if rest else "")):
-        raise click.UsageError(f"{name} {rest[0]}: no longer a command; {gone}")
-    # `bench PACK --device` is the old name of `phone`; no other form of `bench` has that option.
-    if name == "bench" and any(arg.split("=")[0] == "--device" for arg in rest):
-        click.echo("warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`", err=True)
-        return "phone", rest
-    return name, rest
-
-
-class _Commands(LazyGroup):
-    """The commands, with the old form of `bench` that is recognised by its arguments."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, rest = _form(args)
-        _, command, rest = super().resolve_command(ctx, [name, *rest])
-        return name, command, rest
-
-
 @click.group(
-    cls=_Commands,
+    cls=LazyGroup,
     entries=_COMMANDS,
     epilog="Start with: d2c-mlx run --adapters DIR --tasks DIR --budget 5 --output runs/first",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -90,7 +54,7 @@ def cli() -> None:
 
     Adapters, about ten examples per task and a budget go in; a verified pack comes out. Stock
     mlx-lm loads a pack of so many adapters ("5") as it is, and one of so many bytes ("3%") after
-    d2c-mlx unpack.
+    d2c-mlx export --to mlx.
     """
 
 
@@ -108,7 +72,6 @@ def _format_warning(
     from d2c_mlx.utils.errors import InputWarning, printable
 
     if issubclass(category, InputWarning):
-        _log(f"warning: {message}")
         return f"warning: {printable(str(message))}\n"
     return _python_s_format(message, category, filename, lineno, line)
 
@@ -116,14 +79,7 @@ def _format_warning(
 def _error(line: str) -> None:
     from .say import say
 
-    _log(f"error: {line}")
     say(f"error: {line}", err=True)
-
-
-def _log(line: str) -> None:
-    """Write a line to `--log-file`, if the command has one."""
-    if logging := sys.modules.get("logging"):
-        logging.getLogger("d2c_mlx").info(line)
 
 
 def _misuse(error: click.ClickException) -> str:
@@ -139,7 +95,7 @@ def _unexpected(error: Exception) -> str:
     text = (str(error).strip() or "it says no more").splitlines()[0]
     memory = isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text
     if memory:
-        return f"the memory does not suffice ({text}); give more, or see --memory-limit"
+        return f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"
     return (
         f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and tell"
         " the authors"
@@ -188,7 +144,6 @@ def main() -> None:
         _error(_misuse(error))
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _log("interrupted")
         click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     except Exception as error:

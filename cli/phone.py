@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
 import click
 
-from .help import Command
-from .options import PHONE_OPTIONS
-from .paths import PackPath
+from .help import Command, GroupedOption
+from .paths import PackPath, UserPath
 from .say import say, say_json
 
+_PATH = UserPath(path_type=str)
+_model = partial(click.option, cls=GroupedOption, group="Model and device")
+_quality = partial(click.option, cls=GroupedOption, group="Quality")
+_measurement = partial(click.option, cls=GroupedOption, group="Measurement")
 
-def _options(command: Any) -> Any:  # noqa: ANN401  click's decorators take any function
-    for option in reversed(PHONE_OPTIONS):
-        command = option(command)
-    return command
 
-
+# Defaults and ranges are in `d2c_mlx/phone/config.py`.
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=str))
-@_options
-@click.option("-q", "--quiet", is_flag=True, help="no progress bars")
+@_model(
+    "--device",
+    metavar="PROFILE",
+    required=True,
+    help="iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml file of"
+    " your own",
+)
+@_model(
+    "--model",
+    metavar="M",
+    help="mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
+    " SmolLM2-135M-Instruct]",
+)
+@_model("--bits", type=int, help="4 or 8, if M is not quantized yet  [default: M as it is]")
+@_quality(
+    "--adapters", type=_PATH, metavar="A", help="the individual adapters, to measure them too"
+)
+@_quality(
+    "--tasks", type=_PATH, metavar="DIR", help="rows as a run has them, to measure quality too"
+)
+@_quality("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]")
+@_quality(
+    "--answers",
+    type=int,
+    help="how many of them are answered and compared, 0 is none  [default: all of them]",
+)
+@_measurement(
+    "--contexts",
+    metavar="LIST",
+    help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
+)
+@_measurement("--decode", type=int, help="tokens generated after each  [default: 32]")
+@_measurement("--runs", type=int, help="timed runs of each  [default: 3]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def phone(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Measure a pack on a quantized model, as on a phone.
 
     Memory, speed, change of adapter, held-out loss and answers of PACK, and whether it fits a
@@ -41,7 +73,7 @@ def phone(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     from d2c_mlx.phone.benchmark import bench_phone
     from d2c_mlx.phone.tables import render_phone
 
-    result = bench_phone(config, quiet)
+    result = bench_phone(config, quiet=not sys.stderr.isatty())
     if as_json:
         say_json(result)
     else:

@@ -1,7 +1,7 @@
 """One rank on all cores against two ranks on the same cores (ring on loopback).
 
-`d2c-mlx probe` on the same adapters, cold caches, alternating; seconds are those of the stage
-(evaluations, messages, writing), not loading the model. losses.json must be equal to the byte.
+`d2c-mlx run --until probe` on the same adapters, cold caches, alternating; seconds are those of the
+stage (evaluations, messages, writing), not loading the model. losses.json must be the same bytes.
 Two ranks are started by hand, and once more by mlx.launch, whose threads (0.32: one per rank waits
 for a pipe that is always writable) keep cores busy themselves.
 """
@@ -21,8 +21,9 @@ BIN = Path(sys.executable).parent
 
 def probe(n_ranks, launcher, library, directory, examples):
     """`(seconds, bytes of losses.json)`."""
-    command = [BIN / "d2c-mlx", "probe", "--quiet", "--adapters", library / "adapters", "--tasks",
-               library / "tasks", "--output", directory / "run", "--probe-examples", examples,
+    command = [BIN / "d2c-mlx", "run", "--until", "probe", "--adapters", library / "adapters",
+               "--tasks", library / "tasks", "--output", directory / "run",
+               "--probe-examples", examples,
                "--test-examples", 1, "--budget", 1]  # fmt: skip
     environment = {**os.environ, "D2C_MLX_CACHE": str(directory / "cache")}
     if launcher:

@@ -94,8 +94,8 @@ def read_lines(
         raise TaskError(problems)
     if not rows:
         raise TaskError(
-            f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE}; d2c-mlx help"
-            " rows tells ways to get them"
+            f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE};"
+            " docs/reference/topics.md tells ways to get them"
         )
     return rows
 

@@ -148,7 +148,7 @@ def _other_pack(path: Path, pack: Pack, bench: Any) -> str:  # noqa: ANN401  JSO
     if isinstance(about, dict) and "pack" not in about:
         return (
             f"{path}: does not say which pack it is of, as those of older versions; delete it and"
-            f" run d2c-mlx bench --output {path.parent} again, if that run made {pack.path}"
+            f" run d2c-mlx run --output {path.parent} again, if that run made {pack.path}"
         )
     return (
         f"{path}: is no bench.json of {pack.path} (its manifest, tasks, bytes or base model"

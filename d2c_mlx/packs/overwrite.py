@@ -46,7 +46,7 @@ class Marker(Checked):
 
     Attributes:
         version: version of d2c-mlx, for people who read the file.
-        kind: kind of the command; `unpack` has `export`, too.
+        kind: kind of the command.
         files: path relative to the directory -> hex SHA-256 of its content; null where the
             content changes as a run goes on.
     """
@@ -117,7 +117,7 @@ def check_output(
     """Refuse an output directory that must not be replaced as a whole.
 
     Call it before anything is written there. A directory may be replaced if it is empty or holds
-    only files that its marker lists, unchanged: those of `compose`, `unpack`, `export` and `push`,
+    only files that its marker lists, unchanged: those of `compose`, `export` and `push`,
     and for `convert` also those of an earlier `convert` of adapters of the same names.
 
     Args:

@@ -178,7 +178,7 @@ class Pack:
         if self.storage != "plain":
             raise PackError(
                 f"{self.path}: a {self.storage} pack has no adapter directories; write them with"
-                f" d2c-mlx unpack {self.path} --output DIR"
+                f" d2c-mlx export {self.path} --to mlx --output DIR"
             )
         return self.path / str(adapter)
 

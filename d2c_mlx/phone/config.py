@@ -1,10 +1,10 @@
-"""The options of the phone benchmark; the command line is written from them, as that of a run."""
+"""The options of the phone benchmark: type, default and range; help is in `cli/phone.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from d2c_mlx.utils.validation import Checked, expects, option
 
@@ -12,7 +12,6 @@ __all__ = ["CONTEXTS", "PhoneConfig"]
 
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
-_LIMITS, _QUALITY, _TIMES = "Model and device", "Quality", "Measurement"
 
 
 class PhoneConfig(Checked):
@@ -23,58 +22,19 @@ class PhoneConfig(Checked):
             each.
     """
 
-    pack: str = Field(description="directory of the pack")
-    device: str = option(
-        ...,
-        "iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml file of"
-        " your own",
-        group=_LIMITS,
-        metavar="PROFILE",
-    )
-    model: str | None = option(
-        None,
-        "mlx-lm directory, Hugging Face id or .gguf file",
-        group=_LIMITS,
-        metavar="M",
-        default_text="the embedded SmolLM2-135M-Instruct",
-    )
-    bits: int | None = option(
-        None,
-        "4 or 8, if M is not quantized yet",
-        group=_LIMITS,
-        default_text="M as it is",
-        expected="4 or 8",
-    )
-    adapters: str | None = option(
-        None, "the individual adapters, to measure them too", group=_QUALITY, metavar="A", path=True
-    )
-    tasks: str | None = option(
-        None,
-        "rows as a run has them, to measure quality too",
-        group=_QUALITY,
-        metavar="DIR",
-        path=True,
-    )
-    test_examples: int = option(
-        10, "rows that judge, 0 is all", group=_QUALITY, ge=0, expected="0 (all) or more"
-    )
-    answers: int | None = option(
-        None,
-        "how many of them are answered and compared, 0 is none",
-        group=_QUALITY,
-        default_text="all of them",
-        ge=0,
-    )
+    pack: str
+    device: str
+    model: str | None = None
+    bits: int | None = option(None, expected="4 or 8")
+    adapters: str | None = None
+    tasks: str | None = None
+    test_examples: int = option(10, ge=0, expected="0 (all) or more")
+    answers: int | None = option(None, ge=0)
     contexts: tuple[int, ...] | None = option(
-        None,
-        "tokens of the prompts",
-        group=_TIMES,
-        metavar="LIST",
-        default_text=f"{','.join(map(str, CONTEXTS))}, if the model has room",
-        expected='numbers of 1 or more, such as "128,512"',
+        None, expected='numbers of 1 or more, such as "128,512"'
     )
-    decode: int = option(32, "tokens generated after each", group=_TIMES, ge=2)
-    runs: int = option(3, "timed runs of each", group=_TIMES, ge=1)
+    decode: int = option(32, ge=2)
+    runs: int = option(3, ge=1)
 
     @field_validator("contexts", mode="before")
     @classmethod

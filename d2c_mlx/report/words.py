@@ -137,8 +137,8 @@ def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[
     config, task = bench["provenance"]["config"], next(iter(bench["methods"]["pack"]["tasks"]))
     model = f" --model {shlex.quote(config['model'])}" if config["model"] else ""
     run = shlex.quote(output)
-    plain = f"d2c-mlx unpack {run} --output {run}/plain" if compact else (
-        f"d2c-mlx export {run} --to peft --output {run}/peft")  # fmt: skip
+    to = "mlx" if compact else "peft"
+    plain = f"d2c-mlx export {run} --to {to} --output {run}/{to}"
     ask = f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."'
     return [ask, plain, f"d2c-mlx serve {run}{model}"]
 

@@ -1,8 +1,4 @@
-"""The options of a run, each declared once: type, default, range, help and group.
-
-`python -m docs.scripts.options` writes the command line (`cli/options.py`) and
-docs/reference/options.md from these fields; a test fails when they differ from what it would write.
-"""
+"""The options of a run: type, default and range of each; its help is in `cli/run.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from d2c_mlx.compress.budget import bytes_of
 from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.run.rules import NOT_GIVEN, RunRules, is_planned
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.validation import option
 
 __all__ = [
@@ -59,17 +56,9 @@ _MOST_SCALE = 1_000
 # The largest seed that scikit-learn and NumPy's older generators take.
 _MOST_SEED = 2**32 - 1
 
-_INPUT, _BUDGET, _MERGE = "Adapters and tasks", "Budget", "Merge"
-_SEARCH, _EVALUATION, _REFINE = "Search", "Evaluation", "Refine"
-
-
-def _more(group: str) -> dict[str, Any]:
-    """Details of an option that takes the names of plug-ins, too."""
-    return {"more": partial(names, group), "more_text": "or a plug-in"}
-
 
 class RunConfig(RunRules):
-    """Options of `d2c-mlx run`. Every field is a YAML key and a command-line option.
+    """Options of `d2c-mlx run`, whose help says what each is; every field is a key of a YAML file.
 
     Use `config_file.load_config` to read one from a file; `RunConfig.read` takes values.
 
@@ -79,203 +68,42 @@ class RunConfig(RunRules):
     """
 
     adapters: str | tuple[str, ...] = option(
-        ...,
-        "folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with commas:"
-        " directories, .gguf files, Hugging Face ids owner/name[@revision]",
-        group=_INPUT,
-        metavar="A",
-        path=True,
-        expected="a list of strings",
-        missing=NOT_GIVEN.format("adapters"),
+        ..., expected="a list of strings", missing=NOT_GIVEN.format("adapters")
     )
-    skip_bad: bool = option(
-        False,
-        "leave out adapters that cannot be read or have no rows, and list them",
-        group=_INPUT,
-        default_text="no",
-    )
-    accept_dora: int | None = option(
-        None,
-        "take DoRAs in as the closest LoRAs of this rank, and show the error",
-        group=_INPUT,
-        default_text="refuse them",
-        ge=1,
-        le=_MOST_RANK,
-    )
-    tasks: str | None = option(
-        None,
-        "folder with <adapter>/probe.jsonl and <adapter>/test.jsonl",
-        group=_INPUT,
-        metavar="DIR",
-        path=True,
-        default_text="none: by weights alone, nothing is measured",
-    )
-    unlabelled: str | None = option(
-        None,
-        'prompts without answers: JSONL, {"task": NAME, "prompt": ...} or with "messages"; the'
-        " adapters' answers are the rows, beside --tasks more of them for layerwise and --refine",
-        group=_INPUT,
-        metavar="FILE",
-        path=True,
-    )
-    model: str | None = option(
-        None,
-        "base model: mlx-lm directory, Hugging Face id or .gguf file",
-        group=_INPUT,
-        metavar="M",
-        default_text="the embedded SmolLM2-135M-Instruct",
-    )
-    output: str = option(
-        ...,
-        "run directory; the same command continues there",
-        group=_INPUT,
-        metavar="DIR",
-        path=True,
-        missing=NOT_GIVEN.format("output"),
-    )
+    skip_bad: bool = False
+    accept_dora: int | None = option(None, ge=1, le=_MOST_RANK)
+    tasks: str | None = None
+    unlabelled: str | None = None
+    model: str | None = None
+    output: str = option(..., missing=NOT_GIVEN.format("output"))
 
-    budget: str = option(
-        "12.5%", '"12.5%", "40MB", "500KB" or a number of adapters', group=_BUDGET, metavar="B"
-    )
-    plan: str = option(
-        "auto",
-        "of a budget in bytes: auto chooses clusters, rank and bits by measuring; d2c merges in 16"
-        " bit, as a number of adapters always does",
-        group=_BUDGET,
-        metavar="NAME",
-        choices=PLANS,
-    )
-    format: str = option(
-        "compact",
-        "files of a planned pack, whose bytes are planned: compact, one for all adapters; gguf, one"
-        " for each, which llama.cpp reads as it is",
-        group=_BUDGET,
-        metavar="NAME",
-        choices=FORMATS,
-    )
-    same_shape: bool = option(
-        False,
-        "plan one rank and one set of modules for all adapters, for runtimes that feed a LoRA to a"
-        " fixed graph",
-        group=_BUDGET,
-        default_text="no",
-    )
-    max_adapters: int | None = option(
-        None, "most adapters that a plan may store", group=_BUDGET, default_text="any number", ge=1
-    )
+    budget: str = "12.5%"
+    plan: str = option("auto", choices=PLANS)
+    format: str = option("compact", choices=FORMATS)
+    same_shape: bool = False
+    max_adapters: int | None = option(None, ge=1)
 
-    merge_method: str | None = option(
-        None,
-        "linear, ties, ..., auto; auto packs for every cluster the best of seven on its calibration"
-        " rows",
-        group=_MERGE,
-        metavar="NAME",
-        default_text="layerwise, or regmean++ where a model cannot be run by blocks; without rows"
-        " tsv",
-        choices=RUN_METHODS,
-        **_more(MERGE_METHODS),
-    )
-    merge_rank: int | None = option(
-        None,
-        "largest rank of a merged adapter",
-        group=_MERGE,
-        default_text="the largest of the inputs",
-        ge=1,
-        le=_MOST_RANK,
-    )
-    density: float = option(
-        0.5, "share of entries kept by methods that sparsify", group=_MERGE, gt=0, le=1
-    )
-    scale: float | None = option(
-        None,
-        "scale of every merge",
-        group=_MERGE,
-        default_text="tuned per cluster on the calibration rows, without any from the weights; for"
-        " layerwise 1.0 or 1.4, by how alike the members are",
-        gt=0,
-        le=_MOST_SCALE,
-    )
+    merge_method: str | None = option(None, choices=RUN_METHODS, more=partial(names, MERGE_METHODS))
+    merge_rank: int | None = option(None, ge=1, le=_MOST_RANK)
+    density: float = option(0.5, gt=0, le=1)
+    scale: float | None = option(None, gt=0, le=_MOST_SCALE)
 
-    clusters: str | None = option(
-        None,
-        "merge these clusters in place of D2C's, to compare merge methods: clusters.json of a run,"
-        " or a JSON list of lists of adapters",
-        group=_SEARCH,
-        metavar="FILE",
-        path=True,
-    )
-    search: str = option(
-        "estimates",
-        "estimates: measure the partitions that are estimated to be best; paper: the plain loop"
-        " of D2C",
-        group=_SEARCH,
-        metavar="NAME",
-        choices=SEARCHES,
-        **_more(CLUSTERINGS),
-    )
-    thorough: bool = option(
-        False,
-        "measure every candidate of a plan, instead of those that estimates choose",
-        group=_SEARCH,
-        default_text="no",
-    )
-    eps: float = option(0.001, "smallest fall of regret that moves a task", group=_SEARCH, ge=0)
-    seed: int = option(0, "of all random choices", group=_SEARCH, ge=0, le=_MOST_SEED)
+    clusters: str | None = None
+    search: str = option("estimates", choices=SEARCHES, more=partial(names, CLUSTERINGS))
+    thorough: bool = False
+    eps: float = option(0.001, ge=0)
+    seed: int = option(0, ge=0, le=_MOST_SEED)
 
-    probe_examples: int = option(
-        10, "calibration rows that decide, the first of probe.jsonl", group=_EVALUATION, ge=1
-    )
-    test_examples: int = option(
-        100,
-        "held-out rows that judge, the first of test.jsonl; 0 is all",
-        group=_EVALUATION,
-        ge=0,
-        expected="0 (all) or more",
-    )
-    baselines: tuple[str, ...] = option(
-        BASELINES,
-        'partitions that bench merges too, to compare; "" is none',
-        group=_EVALUATION,
-        metavar="LIST",
-        choices=BASELINES,
-    )
-    memory_limit: str | None = option(
-        None,
-        'of the process while it evaluates: "3GB", "800MB"',
-        group=_EVALUATION,
-        metavar="M",
-        default_text="what the device recommends, else half the memory",
-        expected='something like "3GB" or "800MB"',
-    )
-    without: tuple[str, ...] = option(
-        (),
-        f"optimizations of the evaluation to switch off: {', '.join(SAVINGS)}",
-        group=_EVALUATION,
-        metavar="LIST",
-        choices=SAVINGS,
-    )
-    stack: int = option(
-        1,
-        "adapters evaluated in one batch; above 1 a loss depends on the others by rounding",
-        group=_EVALUATION,
-        ge=1,
-    )
+    probe_examples: int = option(10, ge=1)
+    test_examples: int = option(100, ge=0, expected="0 (all) or more")
+    baselines: tuple[str, ...] = option(BASELINES, choices=BASELINES)
+    memory_limit: str | None = option(None, expected='something like "3GB" or "800MB"')
+    without: tuple[str, ...] = option((), choices=SAVINGS)
+    stack: int = option(1, ge=1)
 
-    refine: bool = option(
-        False,
-        "train every merge, or low-bit adapter, for a while to predict what its members predict",
-        group=_REFINE,
-        default_text="no",
-        validate_default=True,
-    )
-    refine_steps: int = option(40, "steps of it", group=_REFINE, ge=1)
-    refine_rate: float | None = option(
-        None,
-        "its learning rate",
-        group=_REFINE,
-        gt=0,
-        default_text="0.0005, and 0.002 for low-bit adapters",
-    )
+    refine: bool = option(False, validate_default=True)
+    refine_steps: int = option(40, ge=1)
+    refine_rate: float | None = option(None, gt=0)
 
     @property
     def merging(self) -> MergeOptions:
@@ -320,7 +148,11 @@ class RunConfig(RunRules):
 
 
 def stages_of(config: RunConfig, until: str = "report") -> list[str]:
-    """Names of the stages of a run up to and including `until`, in order."""
+    """Names of the stages of a run up to and including `until`, in order.
+
+    Raises:
+        ConfigError: the run has no such stage.
+    """
     left_out = {"cluster", "merge"} if config.planned else {"plan"}
     if not config.refine:
         left_out.add("refine")
@@ -328,4 +160,9 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
         left_out.add("answer")
     if not config.has_rows:
         left_out.add("probe")
-    return [name for name in STAGES[: STAGES.index(until) + 1] if name not in left_out]
+    stages = [name for name in STAGES if name not in left_out]
+    if until not in stages:
+        raise ConfigError(
+            f"until: found {until!r}, expected a stage of this run: {', '.join(stages)}"
+        )
+    return stages[: stages.index(until) + 1]

@@ -11,8 +11,7 @@ from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.merge.options import READ_ANSWERS, READ_DENSITY, RUN_METHODS
 from d2c_mlx.run.config import SEARCHES, RunConfig
-from d2c_mlx.run.removed import REMOVED, REMOVED_VALUES
-from d2c_mlx.utils.errors import BudgetError, ConfigError, Problem, warn
+from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json, read_yaml
 
@@ -45,12 +44,8 @@ def load_config(
         ConfigError: every unknown key and wrong value, one line each.
     """
     values: dict[str, Any] = {str(key): value for key, value in read_yaml(path).items()}
-    if saved:
-        _without_what_is_gone(values, path)
-    gone = {key: Problem(key, said=str(REMOVED[key]), place=str(path))
-            for key in values if key in REMOVED}  # fmt: skip
     place = dict.fromkeys(values.keys() - overrides.keys(), str(path))
-    values = {key: value for key, value in values.items() if key not in gone} | dict(overrides)
+    values |= overrides
     for name in sorted(_outdated(values) - overrides.keys()) if saved else ():
         found = values.pop(name)
         # A number of adapters is merged whatever the plan says, so dropping it changes nothing.
@@ -58,26 +53,9 @@ def load_config(
             warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
     if merged and _in_bytes(values):
         values["plan"] = "d2c"
-    try:
-        config = RunConfig.read(values, place)
-    except ConfigError as error:
-        raise ConfigError([*map(str, gone.values()), *error.problems]) from None
-    if gone:
-        raise ConfigError(map(str, gone.values()))
+    config = RunConfig.read(values, place)
     _warn_of_idle(config, overrides)
     return config
-
-
-def _without_what_is_gone(values: dict[str, Any], path: Path | None) -> None:
-    """Drop options that were removed since the run directory was written."""
-    for key in REMOVED.keys() & values.keys():
-        found = values.pop(key)
-        # `patience` once was null by default.
-        if found not in (REMOVED[key].default, None):
-            warn(f"{key}: {found!r} of {path} is left out: {REMOVED[key]}")
-    for key, gone in REMOVED_VALUES.items():
-        if said := gone.get(str(values.get(key))):
-            warn(f"{key}: {values.pop(key)} of {path} is left out: {said}")
 
 
 def _or_default(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  as YAML gave it

@@ -10,7 +10,6 @@ from pydantic import ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import bytes_of, parse_budget
 from d2c_mlx.merge.options import NEED_ROWS, READ_ANSWERS
-from d2c_mlx.run.removed import REMOVED_VALUES
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.validation import Checked, expects, refused
 
@@ -38,14 +37,6 @@ class RunRules(Checked):
     A validator sees in `info.data` the valid fields above its own, so a rule about two options is
     told with all other problems.
     """
-
-    @field_validator(*REMOVED_VALUES, mode="before", check_fields=False)
-    @classmethod
-    def _there(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
-        """Refuse a value that was removed, and say what to use instead."""
-        if said := REMOVED_VALUES[str(info.field_name)].get(str(value)):
-            raise refused(said)
-        return value
 
     @field_validator("adapters", "baselines", "without", mode="before", check_fields=False)
     @classmethod

@@ -110,12 +110,13 @@ def _tokens_of(pack: Pack, question: Question, tokenizer: Any) -> list[int]:  # 
 
 
 def stock_command(pack: Pack, question: Question, directory: str) -> str:
-    """The command of stock mlx-lm that answers alike, after `unpack` unless it is plain."""
+    """The command of stock mlx-lm that answers alike, after `export` unless the pack is plain."""
     key = pack.tasks[question.task]
     folder, before = str(pack.path), ""
     if pack.storage != "plain":
         folder = f"{pack.path.resolve().name}-plain"
-        before = f"d2c-mlx unpack {shlex.quote(str(pack.path))} --output {shlex.quote(folder)}\n"
+        path, output = shlex.quote(str(pack.path)), shlex.quote(folder)
+        before = f"d2c-mlx export {path} --to mlx --output {output}\n"
     name = f"cluster-{key}" if isinstance(key, int) else key and key.removesuffix(".gguf")
     adapter = "" if name is None else f" --adapter-path {shlex.quote(f'{folder}/{name}')}"
     first = pack.messages(question.task, "", question.system)[0]

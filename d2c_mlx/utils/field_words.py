@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-__all__ = ["choice_words", "expected_words", "is_object", "own_words", "plain_type", "range_of"]
+__all__ = ["choice_words", "expected_words", "is_object", "own_words", "plain_type"]
 
 _TYPE_WORDS = {int: "int", float: "float", str: "str", bool: "true or false"}
 # Words for a list by the type of its items; any other is "a list".
@@ -45,17 +45,6 @@ def expected_words(kind: Any, field: FieldInfo | None, details: ErrorDetails) ->
         return _TYPE_WORDS[kind]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return message[:1].lower() + message[1:]
-
-
-def range_of(field: FieldInfo) -> str:
-    """Describe the values that a field takes, for a document; "" if its type says it all."""
-    about, several = own_words(field), get_origin(plain_type(field.annotation)) is tuple
-    if "choices" in about:
-        more = f"; {about['more_text']}" if "more_text" in about else ""
-        return f"{'some' if several else 'one'} of {', '.join(about['choices'])}{more}"
-    limits = _limits(field)
-    return str(about.get("expected", "")) or (
-        _range(plain_type(field.annotation), limits) if limits else "")  # fmt: skip
 
 
 def choice_words(choices: Sequence[str], several: bool) -> str:

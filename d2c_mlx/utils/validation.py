@@ -62,23 +62,20 @@ def refused(sentence: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{words}", {"words": sentence})
 
 
-def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
-    """Define an option once, for checks, command line, config file and documents.
+def option(default: Any, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
+    """Define an option with its range and the words of its messages.
 
     Use pydantic's `Field` for fields that are no option.
 
     Args:
         default: the default; `...` makes the option required.
-        help: one phrase, to follow the option's name.
         details: arguments of pydantic's `Field` (`ge`, `le`, `gt`, `min_length`,
-            `validate_default`). Also `group` and `metavar` for the command line, `choices` for a
-            name or each name in a list, `more` for a function that gives further names (`more_text`
-            says which in documents), `default_text` where the default says too little, `path` for a
-            path, and `expected`, `missing` and `remedy` for messages.
+            `validate_default`). Also `choices` for a name or each name in a list, `more` for a
+            function that gives further names, and `expected`, `missing` and `remedy` for messages.
     """
     kept = ("ge", "gt", "le", "min_length", "validate_default")
     limits = {key: details.pop(key) for key in kept if key in details}
-    return Field(default, description=help, json_schema_extra=details, **limits)
+    return Field(default, json_schema_extra=details, **limits)
 
 
 class Checked(BaseModel):

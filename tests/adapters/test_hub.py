@@ -97,7 +97,7 @@ def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
         f"budget: '1'\nprobe_examples: 2\ntest_examples: 2\n"
     )
     out = tmp_path / "run"
-    done = hub.run(tmp_path / "home", "run", config, "--output", out, "--quiet")
+    done = hub.run(tmp_path / "home", "run", config, "--output", out)
     assert done.returncode == 0, done.stderr
     pinned = f"org/a@{hub.commit('org/a')}"
     assert json.loads((out / "pack" / "manifest.json").read_text())["origins"] == {"a": pinned}

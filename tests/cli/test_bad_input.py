@@ -17,9 +17,10 @@ from helpers.tiny import task
 
 
 def test_the_untouched_library_runs(cli):
-    code, out, err = cli(cli.argv("pack", "--quiet", "--json"))
+    code, out, err = cli(cli.argv(until="pack"))
     assert (code, err) == (0, "")
-    assert json.loads(out)["tasks"] == dict.fromkeys(NAMES, "cluster-0")
+    manifest = json.loads((cli.output / "pack" / "manifest.json").read_text())
+    assert manifest["tasks"] == dict.fromkeys(NAMES, "cluster-0")
 
 
 def test_convert_is_refused_in_the_same_words(cli, lib):
@@ -145,7 +146,7 @@ def test_a_task_that_is_no_utf_8(cli, lib):
 def test_a_chat_that_is_only_an_answer(cli, lib):
     path = lib.tasks / "beta" / "probe.jsonl"
     path.write_text('{"messages": [{"role": "assistant", "content": "y"}]}\n')
-    code, _, err = cli(cli.argv("probe", "--quiet"))
+    code, _, err = cli(cli.argv(until="probe"))
     # It may be evaluated (nothing is masked) or refused, but never be a traceback.
     assert code == 0 or (code == 2 and "beta" in err and not cli.output.exists())
 

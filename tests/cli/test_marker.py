@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def pack(cli):
     """A pack, made by a run."""
-    assert cli(cli.argv("pack", "--quiet", budget="2"))[0] == 0
+    assert cli(cli.argv(until="pack", budget="2"))[0] == 0
     return cli.output / "pack"
 
 
@@ -30,7 +30,6 @@ def commands(lib, pack):
     """All that write a directory, but for a run; without --output."""
     convert = ["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)]
     return {
-        "unpack": ["unpack", str(pack)],
         "export": ["export", str(pack), "--to", "peft"],
         "push": ["push", str(pack), "org/name", "--base", "org/base"],
         "convert": convert,
@@ -44,13 +43,13 @@ def made(cli, command, name="out"):
     return output
 
 
-@pytest.mark.parametrize("name", ["unpack", "export", "push", "convert"])
+@pytest.mark.parametrize("name", ["export", "push", "convert"])
 def test_every_output_lists_its_files_and_nothing_of_this_machine(cli, commands, name):
     output = made(cli, commands[name], name)
     marker = read_marker(output)
     files = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if p.is_file()}
     del files[MARKER]
-    assert marker.kind == {"unpack": "export"}.get(name, name)
+    assert marker.kind == name
     assert marker.files == {path: hash_file(file) for path, file in files.items()}
     assert str(cli.root) not in (output / MARKER).read_text()
 
@@ -67,7 +66,7 @@ def test_a_run_marks_its_directory_and_its_folders(cli, pack):
     assert not (pack / MARKER).exists()
 
 
-@pytest.mark.parametrize("name", ["unpack", "export", "push", "convert"])
+@pytest.mark.parametrize("name", ["export", "push", "convert"])
 @pytest.mark.parametrize("change", ["added", "changed", "linked"])
 def test_what_is_not_as_it_was_written_is_not_replaced(cli, commands, name, change):
     output = made(cli, commands[name])
@@ -140,13 +139,13 @@ def test_a_marker_of_a_run_alone_lets_nothing_be_deleted(cli, lib):
 )  # fmt: skip
 def test_a_file_of_that_name_that_is_none_of_ours(cli, commands, content):
     """It is a file of the user's like any other, for a run too."""
-    output = made(cli, commands["unpack"])
+    output = made(cli, commands["export"])
     if isinstance(content, dict):
         lying(output, **{"files": dict(read_marker(output).files), **content})
     else:
         (output / MARKER).write_bytes(content)
     assert read_marker(output) is None
-    (line,) = refused(cli, [*commands["unpack"], "--output", str(output)])
+    (line,) = refused(cli, [*commands["export"], "--output", str(output)])
     assert f"and {output / MARKER} in it is of no earlier output" in line
     (line,) = refused(cli, cli.argv(output=output))
     assert f"your {output / MARKER}, which no earlier run wrote" in line
@@ -176,7 +175,7 @@ def test_outputs_of_earlier_versions(cli, commands, lib, pack):
     names = line.split("give another --output, or delete ")[1].split(", ")
     for path in map(Path, names):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert cli(cli.argv("probe", "--quiet", budget="2"))[0] == 0
+    assert cli(cli.argv(until="probe", budget="2"))[0] == 0
 
 
 def test_a_run_that_was_killed_early_goes_on(cli, lib):
@@ -185,10 +184,10 @@ def test_a_run_that_was_killed_early_goes_on(cli, lib):
     assert [path.name for path in cli.output.iterdir()] == [MARKER]
     (cli.output / "config.yaml").write_text("half a con")
     (cli.output / "losses.json").write_text("{}")
-    assert cli(cli.argv("probe", "--quiet"))[0] == 0
+    assert cli(cli.argv(until="probe"))[0] == 0
     # In the middle of a later stage: adapters are written, and no record of it.
     shutil.rmtree(cli.output / ".stages")
-    assert cli(cli.argv("probe", "--quiet"))[0] == 0
+    assert cli(cli.argv(until="probe"))[0] == 0
 
 
 def test_a_run_keeps_what_was_put_among_its_refinements(cli, lib):
@@ -197,7 +196,7 @@ def test_a_run_keeps_what_was_put_among_its_refinements(cli, lib):
     part.mkdir(parents=True)
     (part / "refine.json").write_text("{}")
     mark(part, "run")
-    argv = [*cli.argv("refine", "--quiet", budget="2"), "--refine", "--refine-steps", "1"]
+    argv = [*cli.argv(until="refine", budget="2"), "--refine"]
     (part / "notes.txt").write_text("mine")
     (line,) = refused(cli, argv)
     assert f"your {part}, which no earlier run wrote" in line
@@ -216,24 +215,25 @@ def test_an_adapter_that_was_trained_on_is_not_replaced(cli, lib, pack):
 
 
 def test_what_was_put_among_the_planned_adapters_is_not_replaced(cli, lib):
-    assert cli(cli.argv("plan", "--quiet", budget="60%"))[0] == 0
+    assert cli(cli.argv(until="plan", budget="60%"))[0] == 0
     mine = cli.output / "planned" / "rows.csv"
     mine.write_text("mine")
-    (line,) = refused(cli, cli.argv("plan", "--quiet", budget="50%"))
+    (line,) = refused(cli, cli.argv(until="plan", budget="50%"))
     assert f"your {mine}, which no earlier run wrote" in line
     mine.unlink()
     # A damaged file is made anew.
     (cli.output / "planned" / "compact.safetensors").write_bytes(b"damaged")
-    assert cli(cli.argv("pack", "--quiet", budget="60%"))[0] == 0
+    assert cli(cli.argv(until="pack", budget="60%"))[0] == 0
 
 
 def test_what_was_put_among_the_copied_adapters_is_not_replaced(cli, lib):
     with pytest.warns(InputWarning, match="200% has room for all adapters"):
-        assert cli(cli.argv("plan", "--quiet", budget="200%"))[0] == 0
+        assert cli(cli.argv(until="plan", budget="200%"))[0] == 0
     mine = cli.output / "merged" / "rows.csv"
     mine.write_text("mine")
-    for argv in (cli.argv("plan", "--quiet", budget="300%"), ["plan", "--output", cli.output]):
-        (line,) = refused(cli, [*argv, "--eps", "0.5"])
+    again = ["run", "--until", "plan", "--output", cli.output]
+    for argv in (cli.argv(until="plan", budget="300%"), again):
+        (line,) = refused(cli, [*argv, "--seed", "5"])
         assert f"your {mine}, which no earlier run wrote" in line
 
 
@@ -245,20 +245,20 @@ def test_a_link_in_a_folder_of_a_run_is_kept(cli, lib, pack):
     assert f"your {link}, which no earlier run wrote" in line
     link.unlink()
     (cli.output / "adapters" / ".hidden").mkdir()
-    assert cli(cli.argv("probe", "--quiet", budget="1"))[0] == 0
+    assert cli(cli.argv(until="probe", budget="1"))[0] == 0
 
 
 def test_listings_and_hashes_pass_over_markers(cli, commands, lib, pack):
     """A converted folder is one of adapters like any other; a pack keeps its hash."""
     converted = made(cli, commands["convert"], "converted")
-    again = cli.argv("pack", "--quiet", adapters=converted, output=cli.root / "again", budget="2")
+    again = cli.argv(until="pack", adapters=converted, output=cli.root / "again", budget="2")
     assert cli(again)[0] == 0
     assert hash_tree(cli.root / "again" / "pack") == hash_tree(pack)
     before = hash_tree(converted)
     (converted / MARKER).unlink()
     assert hash_tree(converted) == before
     # The folders of a run are such folders, too.
-    inside = cli.argv("pack", "--quiet", adapters=cli.output / "adapters", budget="2")
+    inside = cli.argv(until="pack", adapters=cli.output / "adapters", budget="2")
     inside[inside.index("--output") + 1] = str(cli.root / "third")
     assert cli(inside)[0] == 0
 

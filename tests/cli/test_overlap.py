@@ -5,7 +5,7 @@ import shutil
 import pytest
 import yaml
 from helpers.command import NAMES, refused
-from helpers.tiny import peft_adapter, write_jsonl
+from helpers.tiny import peft_adapter
 
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -40,16 +40,13 @@ def test_tasks_and_model_where_a_run_writes(cli, lib, below, what):
 
 
 def test_files_that_a_run_writes(cli, lib):
-    """A task's rows behind a link, and prompts; both at once."""
+    """A task's rows behind a link."""
     cli.output.mkdir(parents=True)
     rows = lib.tasks / "beta" / "test.jsonl"
     rows.rename(cli.output / "losses.json")
     rows.symlink_to(cli.output / "losses.json")
-    prompts = write_jsonl(cli.output / "report.md", [{"task": "beta", "prompt": "What?"}])
-    lines = refused(cli, [*cli.argv(unlabelled=prompts), "--refine"])
-    assert len(lines) == 2
-    assert f"writes {cli.output / 'losses.json'} anew" in lines[0] and str(rows) in lines[0]
-    assert "would replace your unlabelled prompts" in lines[1]
+    (line,) = refused(cli, cli.argv())
+    assert f"writes {cli.output / 'losses.json'} anew" in line and str(rows) in line
 
 
 def test_links_are_followed(cli, lib):
@@ -71,7 +68,7 @@ def test_an_output_among_the_adapters(cli, lib):
         assert f"output: {output} is in the adapters' folder {lib.adapters}" in line
     # One that is named itself is no folder of them.
     alone = lib.adapters / "alpha"
-    argv = cli.argv("pack", "--quiet", adapters=alone, output=lib.adapters / "merged")
+    argv = cli.argv(until="pack", adapters=alone, output=lib.adapters / "merged")
     assert cli(argv)[0] == 0
 
 
@@ -89,8 +86,8 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
     assert "would replace your config.yaml, which no earlier run wrote; give another" in line
     # A run that was killed in its first stage wrote one too, beside its marker, and goes on.
     mark_run(cli.root)
-    assert cli(["probe", "config.yaml", "--quiet"])[0] == 0
-    assert cli(["probe", "--output", ".", "--quiet"])[0] == 0
+    assert cli(["run", "config.yaml", "--until", "probe"])[0] == 0
+    assert cli(["run", "--until", "probe", "--output", "."])[0] == 0
 
 
 @pytest.mark.slow
@@ -126,7 +123,7 @@ def test_convert_replaces_no_input(cli, lib):
 
 def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
     """Of the same formats as what is written, in a folder that no command made."""
-    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    assert cli(cli.argv(until="pack"))[0] == 0
     pack = str(cli.output / "pack")
     models, loras = cli.root / "models", cli.root / "loras"
     (models / "org").mkdir(parents=True)
@@ -134,7 +131,7 @@ def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
         (models / name).write_bytes(b"days of work")
     shutil.copytree(lib.adapters / "beta", loras / "mine")
     commands = [["export", pack, "--to", to] for to in ("gguf", "peft", "mlx")]
-    commands += [["unpack", pack], ["push", pack, "org/name", "--base", "org/base"]]
+    commands += [["push", pack, "org/name", "--base", "org/base"]]
     commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
     for folder in (models, loras):
         before = hash_tree(folder)
@@ -153,7 +150,7 @@ def test_models_and_adapters_of_the_user_are_not_replaced(cli, lib):
 
 
 def test_export_replaces_neither_model_nor_pack(cli, lib):
-    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    assert cli(cli.argv(until="pack"))[0] == 0
     pack, model = cli.output / "pack", lib.model.parent
     for to in ("mlx", "peft", "gguf"):
         options = {"to": to, "adapters": None, "tasks": None, "budget": None}
@@ -161,16 +158,16 @@ def test_export_replaces_neither_model_nor_pack(cli, lib):
         assert f"writes {model} anew, which would replace the model {lib.model};" in line
         (line,) = refused(cli, cli.argv("export", pack, **options, output=cli.output))
         assert f"writes {cli.output} anew, which would replace the pack {pack};" in line
-    (line,) = refused(cli, ["unpack", str(pack), "--output", str(pack)])
+    (line,) = refused(cli, ["export", str(pack), "--to", "mlx", "--output", str(pack)])
     assert "would replace your pack;" in line
 
 
 def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):
     """Not the directory that the user is in, no file, and nothing that no command wrote."""
-    assert cli(cli.argv("pack", "--quiet"))[0] == 0
+    assert cli(cli.argv(until="pack"))[0] == 0
     pack, out = str(cli.output / "pack"), cli.root / "out"
     push = ["push", pack, "org/name", "--base", "org/base"]
-    unpack = ["unpack", pack]
+    unpack = ["export", pack, "--to", "mlx"]
     commands = [push, unpack, *(["export", pack, "--to", to] for to in ("mlx", "peft"))]
     commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
     # Each replaces what any of them wrote before, but nobody knows that convert wrote adapters.

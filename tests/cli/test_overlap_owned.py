@@ -15,10 +15,9 @@ def test_what_no_run_wrote_is_not_replaced_by_one(cli, lib):
     for name in ("merged/7b/model.safetensors", "pack/thesis.txt", "report.md", "bench.json"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_bytes(b"days of work")
-    for command in ("run", "probe"):
-        (line,) = refused(cli, cli.argv(command, budget="2", output=project))
-        for name in ("adapters", "merged", "pack", "report.md", "bench.json"):
-            assert f"{project / name}," in line
+    (line,) = refused(cli, cli.argv(budget="2", output=project))
+    for name in ("adapters", "merged", "pack", "report.md", "bench.json"):
+        assert f"{project / name}," in line
     # Neither records of something else, nor a config of another program, make it a run.
     (project / ".stages").mkdir()
     (project / ".stages" / "probe.json").write_text('{"inputs": 1}')
@@ -41,7 +40,7 @@ def test_other_files_beside_a_run_do_not_matter(cli, lib):
     (cli.root / "disk").mkdir()
     (cli.output / "merged").symlink_to(cli.root / "disk")
     for options in ({"budget": "2"}, {"budget": "60%"}, {"budget": "1"}):
-        assert cli(cli.argv("pack", "--quiet", **options))[0] == 0
+        assert cli(cli.argv(until="pack", **options))[0] == 0
         for name in ("adapters", "merged", "pack"):
             (cli.output / name / ".DS_Store").write_bytes(b"of a Mac")
     assert (cli.output / "data/pack/rows.csv").read_bytes() == b"mine"
@@ -50,8 +49,8 @@ def test_other_files_beside_a_run_do_not_matter(cli, lib):
 
 @pytest.mark.slow
 def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
-    assert cli(cli.argv("merge", "--quiet"))[0] == 0
-    again = cli.argv("merge", "--quiet", budget="2")
+    assert cli(cli.argv(until="merge"))[0] == 0
+    again = cli.argv(until="merge", budget="2")
     peft = peft_adapter(cli.output / "adapters", "mine")
     trained = shutil.copytree(cli.output / "adapters" / "beta", cli.output / "merged" / "trained")
     edit_config(trained, train=True)
@@ -61,7 +60,7 @@ def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
     assert f"would replace your {', '.join(map(str, mine))}, which no earlier run wrote" in line
     # A plan merges nothing in these folders.
     shutil.rmtree(peft)
-    assert cli(cli.argv("plan", "--quiet", budget="60%"))[0] == 0
+    assert cli(cli.argv(until="plan", budget="60%"))[0] == 0
     assert (trained / "adapters.safetensors").exists()
     # A damaged file is made anew.
     shutil.rmtree(cli.output / "merged")
@@ -73,7 +72,7 @@ def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
 def packs(cli):
     """A plain pack, and a compact one."""
     for output, budget in (("plain", "2"), ("bytes", "60%")):
-        argv = cli.argv("pack", "--quiet", budget=budget, output=cli.root / output)
+        argv = cli.argv(until="pack", budget=budget, output=cli.root / output)
         assert cli(argv)[0] == 0
     return cli.root / "plain" / "pack", cli.root / "bytes" / "pack"
 
@@ -82,7 +81,7 @@ def test_packs_are_not_replaced_by_other_outputs(cli, lib):
     plain, compact = packs(cli)
     convert = ["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)]
     for source, other in ((plain, compact), (compact, plain)):
-        commands = [["unpack", str(source)], ["export", str(source), "--to", "peft"]]
+        commands = [["export", str(source), "--to", "peft"]]
         commands += [["push", str(source), "org/name", "--base", "org/base"], convert]
         for command in commands:
             (line,) = refused(cli, [*command, "--output", str(other)])
@@ -97,13 +96,13 @@ def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
     tasks = [["delta"], {}, {"delta": "delta"}, {"delta": {"lr": 1}}, {"delta": "cluster-0"}, 3]
     for content in map(json.dumps, [*tasks, {"delta": None}]):
         (mine / "tasks.json").write_text(content)
-        for command in (["unpack", str(plain)], ["export", str(plain), "--to", "peft"]):
-            (line,) = refused(cli, [*command, "--output", str(mine)])
+        for to in ("mlx", "peft"):
+            (line,) = refused(cli, ["export", str(plain), "--to", to, "--output", str(mine)])
             assert f"and {mine}/" in line
     # Nor does a mark cover what an output does not name, nor what only a push writes.
     for pack in (plain, compact):
         shutil.rmtree(mine)
-        unpack = ["unpack", str(pack), "--output", str(mine)]
+        unpack = ["export", str(pack), "--to", "mlx", "--output", str(mine)]
         for name in ("README.md", "manifest.json", "cluster-9/adapter_config.json"):
             assert cli(unpack)[0] == 0
             (mine / name).parent.mkdir(exist_ok=True)
@@ -120,7 +119,7 @@ def test_earlier_outputs_are_replaced(cli, lib):
     for n, pack in enumerate(map(str, (plain, compact))):
         push = ["push", pack, "org/name", "--base", "org/base"]
         gguf = ["export", pack, "--to", "gguf", "--model", str(lib.model)]
-        commands = [["unpack", pack], push, ["export", pack, "--to", "peft"], gguf]
+        commands = [["export", pack, "--to", "mlx"], push, ["export", pack, "--to", "peft"], gguf]
         for command in (one for one in commands for _ in range(2)):
             code, _, err = cli([*command, "--output", str(cli.root / f"out-{n}")])
             assert code == 0, err

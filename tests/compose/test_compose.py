@@ -34,7 +34,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     options = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
                "budget": 2, "output": tmp_path / "run"}  # fmt: skip
     pairs = [part for k, v in options.items() for part in (f"--{k}", v)]
-    assert command("pack", "--quiet", *pairs)[0] == 0
+    assert command("run", "--until", "pack", *pairs)[0] == 0
     assert command("route", pack, "--model", paths.model, "--tasks", paths.tasks)[0] == 0
     # The router of the pack tells which tasks are near.
     made = argv(**{"from": tmp_path / "run"}, method="retrieve")

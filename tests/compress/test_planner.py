@@ -264,11 +264,11 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
     assert not slots.planned
     session = run(slots, until="merge", quiet=True)
     assert session.path("merges.json").exists() and not session.path("plan.json").exists()
-    monkeypatch.setattr("sys.argv", ["d2c-mlx", "plan", "--output", slots.output, "--quiet"])
+    monkeypatch.setattr("sys.argv", ["d2c-mlx", "run", "--until", "plan", "--output", slots.output])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "budget: found '2' adapters, expected bytes" in capsys.readouterr().err
+    assert "until: found 'plan', expected a stage of this run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def options(paths, output, **more):
         "plan": "d2c",
     }
     values |= more
-    return ["run", "--quiet", *(f"--{name}={value}" for name, value in values.items())]
+    return ["run", *(f"--{name}={value}" for name, value in values.items())]
 
 
 @pytest.fixture(scope="module")

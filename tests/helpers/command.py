@@ -37,7 +37,7 @@ class Command:
     def fails(self, *arguments, **options):
         """The error lines of a `run` that must be refused."""
         before = self.files()
-        code, out, err = self(self.argv("run", "--quiet", *arguments, **options))
+        code, out, err = self(self.argv("run", *arguments, **options))
         assert code == 2, err
         assert "Traceback" not in err
         assert out == ""

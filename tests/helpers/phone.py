@@ -7,7 +7,7 @@ from d2c_mlx.packs.pack import PackInfo
 from d2c_mlx.packs.write import write_compact_pack
 from helpers.tiny import LAYERS
 
-OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1", "--quiet"]
+OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1"]
 
 
 def make_pack(paths, directory):

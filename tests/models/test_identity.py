@@ -121,7 +121,7 @@ def test_a_pack_refuses_other_weights_with_its_config(model, tmp_path, command):
         ["serve", pack.path, "--model", other],
         ["add", pack.path, tmp_path, "--model", other],
         ["route", pack.path, "x", "--model", other],
-        ["phone", pack.path, "--model", other, "--device", "iphone-6gb", "--quiet"],
+        ["phone", pack.path, "--model", other, "--device", "iphone-6gb"],
     ):
         code, _, problem = command(*argv)
         assert (code, problem.count("\n")) == (2, 1), problem

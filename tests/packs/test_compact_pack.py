@@ -133,7 +133,7 @@ def test_the_same_pack_twice_is_the_same_bytes(tmp_path, pack, adapters):
 
 def test_no_adapter_directories(pack):
     for task in ("one", "none"):
-        with pytest.raises(PackError, match="d2c-mlx unpack .*pack --output DIR"):
+        with pytest.raises(PackError, match="d2c-mlx export .*pack --to mlx --output DIR"):
             pack.adapter_path(task)
     for call in (pack.load, pack.adapter_path):
         with pytest.raises(PackError, match="no task 'z'; it serves also, lost, none, one, two"):

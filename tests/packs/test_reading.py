@@ -133,8 +133,9 @@ def test_two_unpacks_into_one_output_end_with_one_of_them(make, tmp_path):
     for n in range(4):
         out = tmp_path / f"out-{n % 2}"
         both = [
-            subprocess.Popen([sys.executable, "-c", MAIN, "unpack", pack.path, "--output", out],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([sys.executable, "-c", MAIN, "export", pack.path, "--to", "mlx",
+                              "--output", out], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
             for pack in packs
         ]  # fmt: skip
         ends = [(one.communicate()[1], one.returncode) for one in both]

@@ -5,8 +5,6 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers.command import store_in_full
 from helpers.phone import make_pack
 from helpers.tiny import library
@@ -288,18 +286,6 @@ def test_a_path_that_is_not_printable_is_json(made, tmp_path, command, monkeypat
     path.symlink_to(made[1].path)
     code, out, _ = command("phone", str(path), "--device", "mac-8gb", "--json")
     assert code == 0 and json.loads(out) == {"pack": str(path)}
-
-
-def test_the_old_spelling_works_and_says_the_new_one(tmp_path, command):
-    note = "warning: `bench PACK --device` is now `d2c-mlx phone PACK --device`"
-    for option in (["--device", "watch"], ["--device=watch"]):
-        code, out, err = command("bench", str(tmp_path), *option)
-        assert (code, out) == (2, "")
-        lines = err.splitlines()
-        assert lines[0] == note and lines[1].startswith("error: device: 'watch' is no profile")
-        assert len(lines) == 2
-    help = CliRunner().invoke(cli, ["bench", "pack", "--device", "mac-8gb", "--help"]).output
-    assert "Usage: cli phone [OPTIONS] PACK" in help
 
 
 def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):

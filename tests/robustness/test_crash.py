@@ -22,7 +22,7 @@ from d2c_mlx.utils.lock import locked
 
 pytestmark = pytest.mark.slow
 
-MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run", "--quiet"]
+MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {
     "slots": {

@@ -110,7 +110,7 @@ def test_another_order_on_disk_and_of_hashes(whole, paths, tmp_path):
         flags += [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not True]
         # The hash seed of this process is another one.
         environment = {**os.environ, "PYTHONHASHSEED": "1", "D2C_MLX_CACHE": str(tmp_path / "cold")}
-        done = subprocess.run([sys.executable, "-c", MAIN, "run", "--quiet", *flags],
+        done = subprocess.run([sys.executable, "-c", MAIN, "run", *flags],
                               env=environment, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")
@@ -123,7 +123,7 @@ def test_two_ranks_plan_the_same(whole, paths, tmp_path):
     flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in (
         "model", "adapters", "tasks", "output", "budget", "probe_examples",
         "test_examples")]  # fmt: skip
-    done = launch(2, ["run", "--quiet", *flags], tmp_path / "cache", port=90)
+    done = launch(2, ["run", *flags], tmp_path / "cache", port=90)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")
 

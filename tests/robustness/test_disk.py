@@ -61,7 +61,7 @@ def finish(paths, monkeypatch, capsys):
             ("budget", budget), ("output", output), ("probe-examples", 2), ("test-examples", 2),
             ("random-seeds", 1))]  # fmt: skip
         monkeypatch.setenv("D2C_MLX_CACHE", str(cache))
-        monkeypatch.setattr(sys, "argv", ["d2c-mlx", "run", "--quiet", *argv, *more])
+        monkeypatch.setattr(sys, "argv", ["d2c-mlx", "run", *argv, *more])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code, capsys.readouterr().err

@@ -21,7 +21,7 @@ def command(request, tmp_path):
     paths = library(tmp_path, ["a", "b", "c"])
     secret = str(tmp_path / "models" / "tiny")
     peft_adapter(paths.adapters, "a", base_model_name_or_path=secret)
-    return ["run", "--quiet", f"--model={paths.model}", f"--adapters={paths.adapters}",
+    return ["run", f"--model={paths.model}", f"--adapters={paths.adapters}",
             f"--tasks={paths.tasks}", f"--budget={request.param}", f"--output={tmp_path / 'run'}",
             "--probe-examples=2", "--test-examples=2", "--random-seeds=1"]  # fmt: skip
 

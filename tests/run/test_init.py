@@ -60,7 +60,7 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     config = load_config(project / "d2c-mlx.yaml", {})
     assert (config.adapters, config.tasks, config.model) == ("adapters", "tasks", "tiny/llama")
     # What is empty is refused with an example, and the note is no task.
-    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model", "-q")
+    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model")
     lines = err.splitlines()
     assert code == 2 and len(lines) == 3
     assert all('empty; expected one JSON object per line, such as {"prompt' in x for x in lines)
@@ -128,7 +128,7 @@ def test_one_line_for_many_files_without_rows(project, command):
     for file in (project / "tasks").rglob("*.jsonl"):
         file.unlink()
     command("init", "adapters")
-    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model", "-q")
+    code, _, err = command("run", "d2c-mlx.yaml", "--model", "model")
     assert code == 2 and len(err.splitlines()) == 1
     assert "tasks/a/probe.jsonl, tasks/a/test.jsonl, tasks/b/probe.jsonl and 3 files more:" in err
     rows = [{"prompt": f"Question {i}?", "completion": f"{i}"} for i in range(20)]

@@ -219,11 +219,14 @@ def test_what_needs_rows_says_so(bare, changes, text):
 
 
 def test_commands_that_need_rows_say_so(bare, command):
-    given = ["--adapters", bare.adapters, "--model", bare.model, "--output", bare.output, "--quiet"]
-    for words in (["probe"], ["compare", "--merge-methods", "ties,tsv", "--budgets", "2"]):
+    given = ["--adapters", bare.adapters, "--model", bare.model, "--output", bare.output]
+    for field, words in (
+        ("until", ["run", "--until", "probe"]),
+        ("tasks", ["compare", "--merge-methods", "ties", "--budgets", "2"]),
+    ):
         code, out, err = command(*words, *given)
         assert (code, out) == (2, "") and err.count("\n") == 1
-        assert "tasks: not given" in err and "--tasks DIR" in err
+        assert err.startswith(f"error: {field}: ")
     assert not Path(bare.output).exists()
     given += ["--budget", "2"]
     code, out, _ = command("run", *given, "--dry-run")

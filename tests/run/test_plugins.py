@@ -141,7 +141,7 @@ def test_labels_that_are_none_are_a_line_and_no_cluster(body, install, config, c
     install("liar", f"def bad(problem, n_clusters, seed):\n    {body}\n", cluster="bad")
     options = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model,
                "--budget", "2", "--output", config.output, "--search", "bad"]  # fmt: skip
-    code, _, err = command("cluster", "--quiet", *options)
+    code, _, err = command("run", "--until", "cluster", *options)
     (line,) = err.splitlines()
     start = f"error: clustering 'bad' of liar 1.0 (liar:bad): {LABELS[body]}"
     assert code == 1 and line.startswith(start), line
@@ -209,7 +209,7 @@ def test_the_example_is_installed_and_used(tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
     subprocess.run([*pip, "--no-build-isolation", "--no-index", source], check=True)
     paths = library(tmp_path, NAMES)
-    argv = [python, "-m", "d2c_mlx", "run", "--quiet", "--model", paths.model, "--adapters",
+    argv = [python, "-m", "d2c_mlx", "run", "--model", paths.model, "--adapters",
             paths.adapters, "--tasks", paths.tasks, "--budget", "2", "--output", tmp_path / "run",
             "--merge-method", "median", "--search", "linkage", "--baselines", ""]  # fmt: skip
     done = subprocess.run([*map(str, argv)], capture_output=True, text=True)

@@ -87,20 +87,13 @@ def test_options_of_the_last_command_are_kept_though_no_stage_ran(config):
 
 
 @pytest.mark.slow
-def test_the_command_says_what_packs_what_was_refined(config, command, tmp_path):
+def test_a_run_is_refined_by_itself_and_packed_later(config, command):
     first = run(config.replace(refine=False), until="pack", quiet=True)
     before, output = hash_tree(first.path("pack")), config.output
-    code, out, err = command("refine", "--quiet", "--output", output)
+    code, out, err = command("run", "--refine", "--until", "refine", "--output", output)
     assert code == 0 and hash_tree(first.path("pack")) == before, err
-    said = f"{output}/pack is as before; d2c-mlx run --output {output} packs what was refined"
-    assert out.splitlines() == [f"wrote {output}/refines.json", said]
-    # Where only a file names the directory.
-    (tmp_path / "x.yaml").write_text(first.path("config.yaml").read_text())
-    argv = ["refine", "--quiet", tmp_path / "x.yaml"]
-    assert command(*argv)[1].splitlines()[-1] == said
-    assert json.loads(command(*argv, "--json")[1])
-    assert said not in command(*argv, "--dry-run")[1]
-    code, out, err = command("run", "--quiet", "--output", output)
+    assert out == f"{output}: done until refine\n"
+    code, out, err = command("run", "--output", output)
     assert code == 0 and hash_tree(first.path("pack")) != before, err
 
 
@@ -165,7 +158,8 @@ def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp
     config = request.getfixturevalue(options)
     whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
     output = run(config, until=until, quiet=True).output
-    command = [sys.executable, "-c", _KILL_AT_SECOND, "refine", "--quiet", "--output", str(output)]
+    command = [sys.executable, "-c", _KILL_AT_SECOND, "run", "--refine", "--until", "refine",
+               "--output", str(output)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (output / "refined").exists()

@@ -52,7 +52,7 @@ def test_the_result_in_words():
     assert "token; 99.1%" in verdict(old)
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
-    assert plain.startswith("d2c-mlx unpack 'my runs/1' ")
+    assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
     assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
 
 
@@ -160,11 +160,11 @@ def test_answers_are_counted_with_an_interval():
 def test_a_plan_with_room_for_all_copies_all(config, command):
     """The stage by itself, too; it says so."""
     with pytest.warns(InputWarning, match=r"120% has room for all adapters \(3\)"):
-        code, out, _ = command("plan", "--adapters", config.adapters, "--tasks", config.tasks,
-                               "--model", config.model, "--output", config.output, "-q",
-                               "--budget", "120%")  # fmt: skip
+        code, out, _ = command("run", "--adapters", config.adapters, "--tasks", config.tasks,
+                               "--model", config.model, "--output", config.output,
+                               "--until", "plan", "--budget", "120%")  # fmt: skip
     output = Path(config.output)
-    assert (code, out) == (0, f"wrote {output / 'merges.json'}\n")
+    assert (code, out) == (0, f"{output}: done until plan\n")
     assert len(json.loads((output / "merges.json").read_text())) == 3
     assert not (output / "plan.json").exists()
 

@@ -167,7 +167,7 @@ def test_the_command_of_stock_mlx_lm(pack, monkeypatch):
     monkeypatch.chdir(pack.path)
     before, adapter = "", "./cluster-0"
     if pack.storage == "compact":
-        before, adapter = "d2c-mlx unpack . --output pack-plain\n", "pack-plain/cluster-0"
+        before, adapter = "d2c-mlx export . --to mlx --output pack-plain\n", "pack-plain/cluster-0"
     assert stock_command(load_pack("."), Question("wide", "the fox", max_tokens=7), "model") == (
         f"{before}mlx_lm.generate --model model --adapter-path {adapter} --prompt 'the fox'"
         " --max-tokens 7"

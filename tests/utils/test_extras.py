@@ -64,7 +64,7 @@ def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
 def test_runs_and_a_phone_need_no_extra(paths, tmp_path):
     output = tmp_path / "run"
     done = command("run", "--model", paths.model, "--adapters", paths.adapters, "--tasks",
-                   paths.tasks, "--budget", "1", "--output", output, "--quiet")  # fmt: skip
+                   paths.tasks, "--budget", "1", "--output", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (output / "report.html").is_file()
     assert command("verify", output / "pack").returncode == 0
@@ -72,7 +72,7 @@ def test_runs_and_a_phone_need_no_extra(paths, tmp_path):
     pack = make_pack(paths, tmp_path / "pack")
     phone = ["phone", pack.path, "--model", paths.model, "--device", "mac-8gb", "--contexts", "4",
              "--decode", "2", "--runs", "1", "--tasks", paths.tasks, "--test-examples", "1",
-             "--json", "--quiet"]  # fmt: skip
+             "--json"]  # fmt: skip
     done = command(*phone)
     assert done.returncode == 0, done.stderr
     assert "metrics" in json.loads(done.stdout)["quality"]["device"]["pack"]

@@ -151,14 +151,6 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     )
 
 
-def test_mlx_is_what_unpack_writes(pack, tmp_path):
-    for command in (["export", "--to", "mlx"], ["unpack"]):
-        argv = [*command, str(pack.path), "--output", str(tmp_path / command[0])]
-        done = CliRunner().invoke(cli, argv, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-    assert hash_tree(tmp_path / "export") == hash_tree(tmp_path / "unpack")
-
-
 def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp_path):
     """MLX replaces parameters of any shape, in Swift as in Python; only mlx-lm looks at shapes."""
     from mlx_lm import load as stock_load

@@ -1,6 +1,6 @@
 import Foundation
 
-/// A pack of d2c-mlx, plain or compact: `d2c-mlx run` and `d2c-mlx plan` write them.
+/// A pack of d2c-mlx, plain or compact: `d2c-mlx run` writes them.
 ///
 ///     let pack = try Pack(directory: url)
 ///     if let adapter = try pack.adapter(for: "gec-de") { ... }

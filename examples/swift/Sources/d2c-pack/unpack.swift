@@ -1,7 +1,7 @@
 import D2CPack
 import Foundation
 
-/// Write the adapters of a pack as `d2c-mlx unpack` does: a directory each, and `tasks.json`.
+/// Write the adapters of a pack as `d2c-mlx export --to mlx` does: a directory each, and `tasks.json`.
 ///
 /// With own ranks no module is padded: mlx-swift takes that, stock mlx-lm does not. The directory
 /// must not exist; it appears once everything is in it.

@@ -1,0 +1,251 @@
+"""The command `run`: its options, each with its help, and what it prints.
+
+Defaults and ranges are in `d2c_mlx/run/config.py`; a default in click would override the YAML file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .help import Command, GroupedOption
+from .paths import UserPath
+from .say import minutes, say
+
+if TYPE_CHECKING:
+    from d2c_mlx.run.config import RunConfig
+
+__all__ = ["DRY_RUN", "RUN_OPTIONS", "run"]
+
+_PATH = UserPath(path_type=str)
+_adapters = partial(click.option, cls=GroupedOption, group="Adapters and tasks")
+_budget = partial(click.option, cls=GroupedOption, group="Budget")
+_merge = partial(click.option, cls=GroupedOption, group="Merge")
+_search = partial(click.option, cls=GroupedOption, group="Search")
+_evaluation = partial(click.option, cls=GroupedOption, group="Evaluation")
+
+RUN_OPTIONS = (
+    _adapters(
+        "--adapters",
+        type=_PATH,
+        metavar="A",
+        help="folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with commas:"
+        " directories, .gguf files, Hugging Face ids owner/name[@revision]",
+    ),
+    _adapters(
+        "--tasks",
+        type=_PATH,
+        metavar="DIR",
+        help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl; a row without an answer"
+        " is a prompt that its adapter answers  [default: none: by weights alone, nothing is"
+        " measured]",
+    ),
+    _adapters(
+        "--model",
+        metavar="M",
+        help="base model: mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
+        " SmolLM2-135M-Instruct]",
+    ),
+    _adapters(
+        "--output",
+        type=_PATH,
+        metavar="DIR",
+        help="run directory; the same command continues there",
+    ),
+    _adapters(
+        "--skip-bad/--no-skip-bad",
+        default=None,
+        help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
+    ),
+    _adapters(
+        "--accept-dora",
+        type=int,
+        metavar="RANK",
+        help="take DoRAs in as the closest LoRAs of this rank, and show the error  [default:"
+        " refuse them]",
+    ),
+    _budget(
+        "--budget",
+        metavar="B",
+        help='bytes ("12.5%", "40MB"), which are planned: rank and bits of every adapter are chosen'
+        ' by measuring; or a number of adapters ("5"), which are merged  [default: 12.5%]',
+    ),
+    _budget(
+        "--format",
+        metavar="NAME",
+        help="files of a planned pack, whose bytes are planned: compact, one for all adapters;"
+        " gguf, one for each, which llama.cpp reads as it is  [default: compact]",
+    ),
+    _merge(
+        "--merge-method",
+        metavar="NAME",
+        help="linear, ties, tsv, regmean, regmean++, layerwise, or that of a plug-in  [default:"
+        " layerwise, or regmean++ where a model cannot be run by blocks; without rows tsv]",
+    ),
+    _merge(
+        "--merge-rank",
+        type=int,
+        help="largest rank of a merged adapter  [default: the largest of the inputs]",
+    ),
+    _merge(
+        "--refine/--no-refine",
+        default=None,
+        help="train every merge, or low-bit adapter, for a while to predict what its members"
+        " predict  [default: no]",
+    ),
+    _search(
+        "--search",
+        metavar="NAME",
+        help="estimates: measure the partitions that are estimated to be best; paper: the plain"
+        " loop of D2C; or that of a plug-in  [default: estimates]",
+    ),
+    _search(
+        "--clusters",
+        type=_PATH,
+        metavar="FILE",
+        help="merge these clusters in place of D2C's, to compare merge methods: clusters.json of a"
+        " run, or a JSON list of lists of adapters",
+    ),
+    _search("--seed", type=int, help="of all random choices  [default: 0]"),
+    _evaluation(
+        "--probe-examples",
+        type=int,
+        help="calibration rows that decide, the first of probe.jsonl  [default: 10]",
+    ),
+    _evaluation(
+        "--test-examples",
+        type=int,
+        help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
+    ),
+    _evaluation(
+        "--baselines",
+        metavar="LIST",
+        help='partitions that bench merges too, to compare; "" is none  [default:'
+        " merge-all,random,kmeans]",
+    ),
+)
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="say what would be done and how long it takes, and stop"
+)
+
+
+@click.command(cls=Command)
+@click.argument("config", required=False, type=UserPath(path_type=Path))
+@click.option(
+    "--until",
+    default="report",
+    metavar="STAGE",
+    help="the last stage: convert, answer, probe, plan, cluster, merge, refine, pack, bench or"
+    " report  [default: report]",
+)
+@DRY_RUN
+def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:  # noqa: ANN401
+    """Convert, probe, cluster, merge, pack, bench and report in one go.
+
+    CONFIG is a YAML file of options; an option on the command line overrides it. With --output, and
+    neither CONFIG nor --adapters, options that are not given are those of that run directory.
+
+    Examples:
+      d2c-mlx run --adapters loras --tasks tasks --budget 25% --output runs/first
+      d2c-mlx run config.yaml --budget 20MB
+      d2c-mlx run --output runs/first          # continue, or repeat what changed
+      d2c-mlx run --output runs/first --budget 4 --until cluster
+    """
+    if _worked_for_rank_0():
+        return
+    checked = _read_options(config, {k: v for k, v in options.items() if v is not None})
+    if dry_run:
+        _foretell(checked, until)
+        return
+
+    from d2c_mlx.run.config import stages_of
+    from d2c_mlx.run.directory import RunDirectory
+
+    directory = RunDirectory(Path(checked.output))
+    # The pipeline asks this too, but takes seconds to import.
+    if not directory.is_finished(checked, stages_of(checked, until)):
+        from d2c_mlx.pipeline import run as run_pipeline
+
+        run_pipeline(checked, until, quiet=not sys.stderr.isatty())
+    if until in ("bench", "report"):
+        _show_result(directory.root, directory.read(
+            "bench.json" if checked.has_rows else "weights.json"))  # fmt: skip
+    else:
+        say(f"{directory.root}: done until {until}")
+
+
+for _option in RUN_OPTIONS:
+    _option(run)
+
+
+def _worked_for_rank_0() -> bool:
+    """True if `mlx.launch` made this another rank than 0, which then evaluated for rank 0."""
+    from d2c_mlx.utils.environment import RANK_VARIABLES
+
+    if not any(name in os.environ for name in RANK_VARIABLES):
+        return False
+    from d2c_mlx.evaluate.distributed import launched_group, run_worker
+
+    group = launched_group()
+    if not group or group.rank() == 0:
+        return False
+    run_worker(group)
+    return True
+
+
+def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
+    """The options given here over those of the file, or else of the run directory."""
+    from d2c_mlx.run.config_file import load_config
+    from d2c_mlx.utils.errors import ConfigError
+
+    if config and config.is_dir():
+        remedy = f"adapters are --adapters {config}"
+        if "adapters" in given:
+            remedy = (f"a pattern such as --adapters {config.parent}/* is many words: give the"
+                      f" folder, --adapters {config.parent}")  # fmt: skip
+        elif (config / "config.yaml").is_file():
+            remedy = f"a run goes on with --output {config}"
+        raise ConfigError(f"{config}: a directory, expected a YAML file of options; {remedy}")
+    if config or "output" not in given or "adapters" in given:
+        return load_config(config, given)
+    saved = Path(given["output"]) / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(
+            f"output: {saved.parent}: no run is there (config.yaml missing); give the directory of"
+            " an earlier run, or CONFIG or --adapters to start one"
+        )
+    return load_config(saved, given, saved=True)
+
+
+def _show_result(output: Path, bench: dict[str, Any]) -> None:
+    from d2c_mlx.report.report import render_table
+    from d2c_mlx.report.words import answered, next_commands, verdict
+
+    say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
+    compact = not any((output / "pack").glob("cluster-*"))
+    say("\nNext:")
+    for line in next_commands(str(output), bench, compact):
+        say(f"  {line}")
+    for name in ("pack", "report.html"):
+        say(f"{name:<12} {output / name}")
+
+
+def _foretell(config: RunConfig, until: str) -> None:
+    from d2c_mlx.forecast import forecast
+
+    expected = forecast(config, until)
+    for stage in expected.stages:
+        work = "done" if stage.done else f"{stage.tokens:>12,} tokens {minutes(stage.seconds):>10}"
+        say(f"{stage.name:<8} {work}")
+    pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
+    work = "No rows, so nothing is measured, which takes seconds"
+    if config.has_rows:
+        work = (f"About {expected.evaluations:,} evaluations, {minutes(expected.seconds)} at"
+                f" {expected.tokens_per_second:,.0f} tokens/s here")  # fmt: skip
+    say(f"{work}; the pack: {pack}, at most {expected.nbytes / 1e6:,.2f} MB in {config.output}."
+        " Nothing was written.")  # fmt: skip

