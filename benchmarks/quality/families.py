@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from d2c_mlx_methods.factorwise import concat
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.cluster.estimated_search import estimated_partition
@@ -18,7 +19,6 @@ from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.merge.concat import concat
 from d2c_mlx.utils.line_search import line_search
 
 

@@ -26,9 +26,10 @@ from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.evaluator import CUTS
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
-from d2c_mlx.merge.options import MERGE_METHODS
+from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
+from d2c_mlx.plugins import MERGE_METHODS, names
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
@@ -43,7 +44,8 @@ RUNS = {
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
 # adapters, K-Means and a random partition; the search by moves, and its clusters; refining by the
-# rows' answers besides the divergence, and with a step chosen by rows that were held back.
+# rows' answers besides the divergence, and with a step chosen by rows that were held back; the best
+# of seven merge methods, and a scale that is given.
 PAST = (
     "paper, linear",
     "paper, ties",
@@ -51,13 +53,11 @@ PAST = (
     "estimates: refined, cross entropy",
     "estimates: refined with prompts, cross entropy",
     "estimates: refined, held back",
+    "estimates: auto",
+    "estimates: scale 1",
 )
-# How clusters are merged another way.
-MERGES = {
-    "scale 1": {"scale": 1.0},
-    "auto": {"merge_method": "auto"},
-    **{name: {"merge_method": name} for name in MERGE_METHODS},
-}
+# How clusters are merged another way: by each method, plug-ins included.
+MERGES = {name: {"merge_method": name} for name in (*METHODS, *names(MERGE_METHODS))}
 # Options of a whole run on clusters that are known. Prompts are those of rows of other draws.
 LEVERS = {
     "with prompts": {"unlabelled": True},

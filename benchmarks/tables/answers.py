@@ -5,7 +5,6 @@ the metric of each task.
 """
 
 import statistics
-from itertools import combinations
 
 import numpy as np
 
@@ -146,47 +145,3 @@ def departures(read):
     header = ("K", "kind", "the same", "others: first word differs", "same words before",
               "length")  # fmt: skip
     return markdown(header, rows, left=2)
-
-
-# Measure of the probe rows, a key of objective.json -> the sign that is better.
-OBJECTIVES = {"loss": -1, "divergence": -1, "score": 1}
-
-
-def objectives(read):
-    """Score and excess on test rows, where each measure of the probe rows chooses the method."""
-    clusters, rows = [one["methods"] for one in read("objective")["rows"]], []
-    # `auto` tries the best of regmean++ and layerwise that the model allows.
-    for some, without in (("all eight", ""), ("auto's seven", "regmean++"),
-                          ("auto's where layerwise cannot be", "layerwise")):  # fmt: skip
-        tried = [[name for name in one if name not in ("own", without)] for one in clusters]
-        tests = [valued(one, names, "test_score") for one, names in zip(clusters, tried)]
-        for key, sign in OBJECTIVES.items():
-            values = [valued(one, names, key, sign) for one, names in zip(clusters, tried)]
-            rows.append((some, key, *outcome(clusters, values), f"{agreed(values, tests):.0%}"))
-        rows.append((some, "hindsight", *outcome(clusters, tests), ""))
-    header = ("methods", "chosen by", "score, of their own", "excess", "pairs as by test answers")
-    return markdown(header, rows, left=2)
-
-
-def valued(cluster, methods, key, sign=1):
-    """Method -> the mean of a measure over the tasks of a cluster, the higher the better."""
-    return {method: sign * statistics.mean(one[key] for one in cluster[method].values())
-            for method in methods}  # fmt: skip
-
-
-def outcome(clusters, values):
-    """The test rows' score and excess over all tasks, under the methods of the highest values."""
-    both = [(task, one["own"][name]) for one, value in zip(clusters, values)
-            for name, task in one[max(value, key=value.get)].items()]  # fmt: skip
-    score, own = (statistics.mean(one[i]["test_score"] for one in both) for i in (0, 1))
-    excess = statistics.mean(ours["test_loss"] - theirs["test_loss"] for ours, theirs in both)
-    return share(score, own), f"{excess:.3f}"
-
-
-def agreed(values, tests):
-    """The share of pairs of methods that a measure orders as the test scores do."""
-    return statistics.mean(
-        (test[a] > test[b]) == (value[a] > value[b])
-        for value, test in zip(values, tests)
-        for a, b in combinations(test, 2) if test[a] != test[b]
-    )  # fmt: skip

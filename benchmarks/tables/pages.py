@@ -43,7 +43,6 @@ TABLES = {
     "answers": answers.answers,
     "answers-pairs": answers.pairs,
     "departures": answers.departures,
-    "objectives": answers.objectives,
     "without-rows": packs.without_rows,
     "compose": packs.compose,
     "compose-tasks": packs.compose_tasks,

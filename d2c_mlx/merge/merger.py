@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import itemgetter
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.merge.options import AUTO_METHODS, MergeOptions
+from d2c_mlx.merge.methods import find_method, merge_adapters, scaled
+from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.models.forward import blocks_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
@@ -46,7 +45,7 @@ _FEW, _SCALE_OF_FEW, _SCALE_OF_MORE = 2.5, 1.0, 1.4
 # Most tokens that `layerwise` reads of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
 # Method -> the cheaper one that clusterings compare instead, because it judges alike.
-_QUICK = {"regmean++": "regmean", "layerwise": "regmean", "auto": "regmean"}
+_QUICK = {"regmean++": "regmean", "layerwise": "regmean"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Merged:
     Attributes:
         adapter: the merge, with one rank and one scale, in the base model's 16-bit dtype. One that
             a `Merger` keeps is in a temporary file.
-        method: one of `RUN_METHODS` except "auto"; "none" for a single adapter.
+        method: one of `RUN_METHODS`, or a plug-in; "none" for a single adapter.
         scale: factor on dW; 1 for a single adapter.
         regret: mean normalised regret of the members on their calibration rows; None if nothing
             was tuned.
@@ -109,7 +108,7 @@ class Merger:
         return "layerwise" if blocks_are_exact(self._base.model) else "regmean++"
 
     def quick(self, members: Members, like: Members = ()) -> Merged:
-        """Merge by `quick_method`, for clusterings; `final` may try more.
+        """Merge by `quick_method`, for clusterings.
 
         Args:
             members: indices of the adapters to merge.
@@ -122,16 +121,12 @@ class Merger:
         return Merged(self._scaled(self._unscaled(members, method), scale), method, scale)
 
     def final(self, members: Members) -> Merged:
-        """Merge for a pack; "auto" keeps the method with the lowest regret of the members.
+        """Merge for a pack.
 
         Args:
             members: indices of the adapters to merge.
         """
-        if len(members) == 1 or self.method != "auto":
-            return self._merged(members, self.method)
-        found = [self._merged(members, method) for method in (*AUTO_METHODS, self._best)]
-        judged = self._regrets([one.adapter for one in found], members)
-        return min(zip(judged, found), key=itemgetter(0))[1]
+        return self._merged(members, self.method)
 
     def _merged(self, members: Members, method: str) -> Merged:
         key = method, members
@@ -226,7 +221,7 @@ class Merger:
     ) -> Adapter:
         """The merge before its scale; RegMean uses `inputs`, or each member's own inputs."""
         activations = None
-        if method == "regmean":
+        if find_method(method).reads_inputs:
             found = inputs or [self._own_inputs(i, members) for i in members]
             activations = {path: [one[path] for one in found] for path in self._paths(members)}
         return merge_adapters(

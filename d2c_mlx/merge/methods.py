@@ -1,8 +1,9 @@
 """Merging adapters on dW, with any ranks and target modules.
 
-A method is a pure function of one module's factors and of `Options`. Each function names its paper,
-docs/reference/merge-methods.md says when to use which. Methods in core space are in entrywise.py,
-spectral.py, wudi.py and lego.py, those on data in regmean.py, those on factors in concat.py.
+A method is a function of one module's factors and of `Options`, wrapped in a `MergeMethod` that
+says what a merge must know of it. Each function names its paper, docs/reference/merge-methods.md
+says when to use which. Those in core space are in entrywise.py and spectral.py, RegMean is in
+regmean.py, and other packages add theirs by entry points (plugins.py).
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
-from d2c_mlx.merge.concat import concat, factor_linear
-from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
-from d2c_mlx.merge.lego import lego
+from d2c_mlx.merge.entrywise import linear, ties
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.merge.spectral import ctm, iso_c, iso_cts, knots, pico, tsv
-from d2c_mlx.merge.wudi import wudi
+from d2c_mlx.merge.spectral import tsv
 from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
-__all__ = ["METHODS", "WEIGHTED", "Activations", "Options", "merge_adapters", "scaled"]
+__all__ = [
+    "METHODS", "Activations", "MergeMethod", "Options", "find_method", "in_core", "merge_adapters",
+    "scaled", "truncated",
+]  # fmt: skip
 
 # Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
 Activations = Mapping[str, Sequence[np.ndarray]]
@@ -45,12 +46,12 @@ class Options:
     """The input of a method beside the factors of one module.
 
     Attributes:
-        rank: most columns of the result; `concat` alone ignores it.
+        rank: most columns of the result, unless the method sums ranks.
         density: share of entries kept by methods that sparsify.
         seed: the module's own seed, below 2^32.
         weights: `(T,)` weights of the adapters.
         scales: the T scales that were folded into each b.
-        grams: the module's Gram matrices of T tasks; None if no activations were given.
+        grams: the module's Gram matrices of T tasks; None unless the method reads inputs.
     """
 
     rank: int
@@ -61,56 +62,75 @@ class Options:
     grams: Grams | None = None
 
 
-Method = Callable[[Sequence[Factors], Options], Factors]
+@dataclass(frozen=True)
+class MergeMethod:
+    """A merge method, and what has to be known of it before it is called.
+
+    Attributes:
+        merge: function of T pairs `a (in, r_i)`, `b (r_i, out)` of one module, scales folded into
+            b, and `Options`; it returns `a (in, k)`, `b (k, out)`.
+        weighted: it takes weights of the adapters.
+        sums_ranks: the rank of its result is the sum of all ranks, whatever rank is asked for.
+        reads_inputs: it needs the inputs of modules, `Options.grams`, and so calibration rows.
+    """
+
+    merge: Callable[[Sequence[Factors], Options], Factors]
+    weighted: bool = False
+    sums_ranks: bool = False
+    reads_inputs: bool = False
+
+    def __call__(self, factors: Sequence[Factors], options: Options) -> Factors:
+        """Merge one module."""
+        return self.merge(factors, options)
 
 
-def _in_core(merge: Callable[[CoreSpace, Options], np.ndarray]) -> Method:
-    """Make a method on factors from a function that gives the merged core `(q, p)`."""
+def in_core(
+    merge: Callable[[CoreSpace, Options], np.ndarray], weighted: bool = False
+) -> MergeMethod:
+    """Make a method of a function that gives the merged core `(q, p)`, see core_space.py."""
 
     def method(factors: Sequence[Factors], options: Options) -> Factors:
         space = to_core(factors)
         return factorise(merge(space, options), space.q_a, space.q_b, options.rank)
 
-    return method
+    return MergeMethod(method, weighted)
 
 
-def _truncated(factors: Sequence[Factors], options: Options) -> Factors:
-    """The sum of the factor pairs, in at most `options.rank` columns."""
+def truncated(factors: Sequence[Factors], rank: int) -> Factors:
+    """The sum of the factor pairs, in at most `rank` columns."""
     space = to_core(factors)
     core = space.weighted_sum(np.ones(len(factors)))
-    return factorise(core, space.q_a, space.q_b, options.rank)
-
-
-def _factor_linear(factors: Sequence[Factors], options: Options) -> Factors:
-    a, b = factor_linear(factors, options.weights, options.scales)
-    # PEFT's own bits unless fewer columns were asked for.
-    return (a, b) if len(b) <= options.rank else _truncated([(a, b)], options)
+    return factorise(core, space.q_a, space.q_b, rank)
 
 
 def _regmean(factors: Sequence[Factors], options: Options) -> Factors:
     assert options.grams, "checked by merge_adapters"
-    return _truncated([regmean(factors, options.grams, options.rank)], options)
+    return truncated([regmean(factors, options.grams, options.rank)], options.rank)
 
 
-METHODS: dict[str, Method] = {
-    "linear": _in_core(lambda space, o: linear(space, o.weights)),
-    "ties": _in_core(lambda space, o: ties(space.updates, o.density)),
-    "dare-linear": _in_core(lambda space, o: dare_linear(space.updates, o.density, o.seed)),
-    "dare-ties": _in_core(lambda space, o: dare_ties(space.updates, o.density, o.seed)),
-    "emr": _in_core(lambda space, o: emr(space.updates)),
-    "tsv": _in_core(lambda space, o: tsv(space, o.rank)),
-    "knots": _in_core(lambda space, o: knots(space, o.density)),
-    "iso-c": _in_core(lambda space, o: iso_c(space, o.rank)),
-    "iso-cts": _in_core(lambda space, o: iso_cts(space, o.rank)),
-    "pico": _in_core(lambda space, o: pico(space)),
-    "ctm": _in_core(lambda space, o: ctm(space, o.rank, o.density)),
-    "regmean": _regmean,
-    "wudi": _in_core(lambda space, o: wudi(space)),
-    "lego": lambda factors, o: lego(to_core(factors), o.rank, o.seed),
-    "concat": lambda factors, o: concat(factors, o.weights),
-    "factor-linear": _factor_linear,
+METHODS = {
+    "linear": in_core(lambda space, o: linear(space, o.weights), weighted=True),
+    "ties": in_core(lambda space, o: ties(space.updates, o.density)),
+    "tsv": in_core(lambda space, o: tsv(space, o.rank)),
+    "regmean": MergeMethod(_regmean, reads_inputs=True),
 }
-WEIGHTED = ("linear", "concat", "factor-linear")
+
+
+def find_method(name: str) -> MergeMethod:
+    """The method of a name: a key of `METHODS`, or a plug-in's.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    plugin = find(MERGE_METHODS, name)
+    if plugin is None:
+        expected = [*METHODS, *names(MERGE_METHODS)]
+        raise ConfigError(f"merge_method: {name!r} is unknown; expected one of {expected}")
+    loaded = plugin.load()
+    method = loaded if isinstance(loaded, MergeMethod) else MergeMethod(loaded)
+    return replace(method, merge=partial(merge_by, plugin, method))
 
 
 def merge_adapters(
@@ -134,11 +154,11 @@ def merge_adapters(
         method: a key of `METHODS`, or the name of a plug-in.
         density: share of entries kept by methods that sparsify, above 0 and at most 1.
         rank: most columns of every module of the result; None takes the largest rank of
-            `adapters`. `concat` always keeps all columns.
+            `adapters`.
         seed: seed of the methods that draw; every module draws its own numbers.
-        weights: one per adapter, for the methods in `WEIGHTED`; None is 1 / n each.
-        activations: inputs of every module for `regmean`, one array per adapter in the order of
-            `adapters`, also for adapters without the module; see
+        weights: one per adapter, for `linear` and other weighted methods; None is 1 / n each.
+        activations: inputs of every module, for `regmean` and others that read them, one array per
+            adapter in the order of `adapters`, also for adapters without the module; see
             `evaluate.capture.input_activations`.
 
     Returns:
@@ -150,7 +170,8 @@ def merge_adapters(
         AdapterError: a module has different shapes, so the adapters are of different base models.
         D2CError: a plug-in failed, or returned what is no merge.
     """
-    _check(adapters, method, density, rank, weights, activations)
+    how = find_method(method)
+    _check(adapters, method, how, density, rank, weights, activations)
     order = _sorted_indices(adapters)
     members = [adapters[i] for i in order]
     of = tuple(adapter.name for adapter in members)
@@ -165,22 +186,18 @@ def merge_adapters(
     # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         groups = iter(_groups(members, order, activations or {}, options))
-        while some := list(islice(groups, _GROUPS)):
-            for merged in pool.map(partial(_merge_group, _method(method)), some):
+        while batch := list(islice(groups, _GROUPS)):
+            for merged in pool.map(partial(_merge_group, how), batch):
                 modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in merged.items()}
     return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
-
-
-def _method(name: str) -> Method:
-    """A method of this package, or of a plug-in."""
-    plugin = None if name in METHODS else find(MERGE_METHODS, name)
-    return partial(merge_by, plugin) if plugin else METHODS[name]
 
 
 def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
     """Indices sorted by name, then by content; only equal names cost a digest of all bytes."""
     counts = Counter(adapter.name for adapter in adapters)
-    keys = [(one.name, one.digest if counts[one.name] > 1 else "") for one in adapters]
+    keys = [
+        (adapter.name, adapter.digest if counts[adapter.name] > 1 else "") for adapter in adapters
+    ]
     return sorted(range(len(adapters)), key=keys.__getitem__)
 
 
@@ -227,7 +244,7 @@ def _module(
     )
 
 
-def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
+def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
     """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
     grams = Grams(group.tokens) if group.tokens else None
     merged = {}
@@ -239,16 +256,14 @@ def _merge_group(method: Method, group: _Group) -> dict[str, Factors]:
 
 def _check(
     adapters: Sequence[Adapter],
-    method: str,
+    name: str,
+    method: MergeMethod,
     density: float,
     rank: int | None,
     weights: Sequence[float] | None,
     activations: Activations | None,
 ) -> None:
     """Raise ConfigError with every problem of the options."""
-    if method not in METHODS and not find(MERGE_METHODS, method):
-        known = [*METHODS, *names(MERGE_METHODS)]
-        raise ConfigError(f"merge_method: {method!r} is unknown; expected one of {known}")
     problems = []
     if not adapters:
         problems.append("adapters: found none, expected at least one to merge")
@@ -257,21 +272,21 @@ def _check(
     if rank is not None and rank < 1:
         problems.append(f"rank: found {rank}, expected 1 or more")
     if weights is not None:
-        if method not in WEIGHTED:
-            problems.append(f"weights: {method!r} takes none; these do: {list(WEIGHTED)}")
+        if not method.weighted:
+            problems.append(f"weights: {name!r} takes none; 'linear' does")
         elif len(weights) != len(adapters) or not np.isfinite(weights).all():
             problems.append(f"weights: found {weights}, expected {len(adapters)} finite numbers")
-    if method == "regmean" and len(adapters) > 1:
+    if method.reads_inputs and len(adapters) > 1:
         paths = sorted({path for adapter in adapters for path in adapter.modules})
         given = activations or {}
         missing = [path for path in paths if len(given.get(path, ())) != len(adapters)]
         if missing:
             problems.append(
-                f"activations: 'regmean' needs {len(adapters)} arrays, one per adapter, for every"
+                f"activations: {name!r} needs {len(adapters)} arrays, one per adapter, for every"
                 f" module; {len(missing)} lack them (first: {missing[0]})"
             )
-    elif activations is not None and method != "regmean":
-        problems.append(f"activations: {method!r} takes none; 'regmean' does")
+    elif activations is not None and not method.reads_inputs:
+        problems.append(f"activations: {name!r} takes none; 'regmean' does")
     if problems:
         raise ConfigError(problems)
 

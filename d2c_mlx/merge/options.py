@@ -7,32 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = [
-    "AUTO_METHODS",
-    "MERGE_METHODS",
-    "NEED_ROWS",
-    "READ_ANSWERS",
-    "READ_DENSITY",
-    "RUN_METHODS",
-    "MergeOptions",
-]
+__all__ = ["NEED_ROWS", "READ_ANSWERS", "RUN_METHODS", "MergeOptions"]
 
-# The keys of `methods.METHODS`; a test compares.
-MERGE_METHODS = (
-    "linear", "ties", "dare-linear", "dare-ties", "emr", "tsv", "knots", "iso-c", "iso-cts", "pico",
-    "ctm", "regmean", "wudi", "lego", "concat", "factor-linear",
-)  # fmt: skip
-# The last three ask the model, so `Merger` makes them.
-RUN_METHODS = (*MERGE_METHODS, "regmean++", "layerwise", "auto")
+# Those of `methods.METHODS`, and two that ask the model, which `Merger` makes.
+RUN_METHODS = ("linear", "ties", "tsv", "regmean", "regmean++", "layerwise")
 # Those that look at calibration rows.
-NEED_ROWS = ("regmean", "regmean++", "layerwise", "auto")
+NEED_ROWS = ("regmean", "regmean++", "layerwise")
 # Those that also read adapters' answers to prompts beside the rows; None is the default.
-READ_ANSWERS = (None, "layerwise", "auto")
-# Those that keep a share of the entries.
-READ_DENSITY = ("ties", "dare-linear", "dare-ties", "knots", "ctm", "auto")
-# Methods that "auto" tries on every cluster beside the default. The simplest come first and win
-# ties.
-AUTO_METHODS = ("linear", "ties", "tsv", "knots", "iso-c", "wudi")
+READ_ANSWERS = (None, "layerwise")
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,25 @@
-"""Merges of singular vectors: TSV-M, KnOTS, Iso-C, Iso-CTS, Pico and CtM.
+"""TSV-M, a merge of singular vectors, and what merges like it are made of.
 
-A result is `(q, p)` in core space. The bases are orthonormal, so all but KnOTS give exactly what
-the dense dW would. TSV-M and Iso add the tasks up as their papers do: T near-orthogonal tasks keep
-their size, and a scale may follow. Tasks stay in factors, so memory does not grow with T dense
-updates.
+A result is `(q, p)` in core space. The bases are orthonormal, so it is exactly what the dense dW
+would give. Tasks are added up: T near-orthogonal ones keep their size, and a scale may follow.
+Tasks stay in factors, so memory does not grow with T dense updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-import scipy.linalg
 
-from d2c_mlx.adapters.core_space import CoreSpace, Factors
-from d2c_mlx.merge.entrywise import ties
+from d2c_mlx.adapters.core_space import CoreSpace
 
-__all__ = ["ctm", "iso_c", "iso_cts", "knots", "pico", "tsv"]
+__all__ = ["ZERO", "Triplets", "leading_triplets", "n_updates", "norm_bound", "reassemble", "tsv"]
 
+# Singular vectors as columns and values: `(q, k), (k,), (p, k)`.
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Rounding errors of float32: singular values as a share of the whole (their vectors are arbitrary),
-# singular values of unit vectors that are parallel, and entries as a share of the largest.
-_ZERO, _PARALLEL, _ROUNDING = 1e-5, 1e-4, 1e-6
-# CtM's rounds, and the share of the energy by which one must gain for the next.
-_ROUNDS, _GAIN = 50, 1e-6
+# and singular values of unit vectors that are parallel.
+ZERO, _PARALLEL = 1e-5, 1e-4
 
 
 def tsv(space: CoreSpace, rank: int) -> np.ndarray:
@@ -44,189 +39,31 @@ def tsv(space: CoreSpace, rank: int) -> np.ndarray:
 
     Source: Task Singular Vectors, https://arxiv.org/abs/2412.00081.
     """
-    per_task = -(-rank // _n_updates(space))
-    triplets = [_low_rank_svd(*part, _size(*part), per_task) for part in space.parts]
-    return _reassemble(triplets, space)
-
-
-def iso_c(space: CoreSpace, rank: int) -> np.ndarray:
-    """Add the updates up and replace all singular values of the sum by their mean.
-
-    Use it for tasks that share much; sizes are lost, so tune the scale. The mean is over the `rank`
-    leading directions that are not zero, because a later truncation would choose at random among
-    equal singular values. So equal updates do not merge to themselves but to T times their update
-    with a flat spectrum.
-
-    Args:
-        space: the T updates.
-        rank: rank that the merge will be truncated to.
-
-    Returns:
-        `(q, p)`.
-
-    Source: Iso-C, https://arxiv.org/abs/2502.04959.
-    """
-    return _reassemble([_svd_of_sum(space, rank)], space, flat=True)
-
-
-def iso_cts(space: CoreSpace, rank: int, common: float = 0.8) -> np.ndarray:
-    """Merge as `iso_c`, with the last directions replaced by directions of single tasks.
-
-    Use it for tasks that need some directions of their own, at a rank above 2.5 T. A share `common`
-    of min(rank, q, p) directions are the leading ones of the sum. The others are divided equally
-    among the tasks, rounded as the authors do. Below about 2.5 T directions none are left for
-    tasks, and the result is `iso_c`. Equal updates get a flat spectrum, as there.
-
-    Args:
-        space: the T updates.
-        rank: rank that the merge will be truncated to.
-        common: share of the directions that the tasks have in common.
-
-    Returns:
-        `(q, p)`.
-
-    Source: Iso-CTS, https://arxiv.org/abs/2502.04959.
-    """
-    size = min(rank, len(space.r_a), len(space.r_b))
-    n = _n_updates(space)
-    per_task = round((size - int(common * size)) / n)
-    shared = _svd_of_sum(space, max(0, size - per_task * n))
-    u = shared[0]
-    own = [
-        _low_rank_svd(left - u @ (u.T @ left), right, _size(left, right), per_task)
+    per_task = -(-rank // n_updates(space))
+    triplets = [
+        leading_triplets(left, right, norm_bound(left, right), per_task)
         for left, right in space.parts
     ]
-    return _reassemble([*own, shared], space, flat=True)
+    return reassemble(triplets, space)
 
 
-def knots(space: CoreSpace, density: float) -> np.ndarray:
-    """Merge by `ties` on the updates in the basis of their common left singular vectors.
-
-    Use it instead of `ties` where adapters were trained from different seeds. With
-    `[M_1 .. M_T] = U S [V_1 .. V_T]`, TIES merges the `S V_i`; a mean in place of TIES would be
-    `linear`. Equal updates merge to themselves at density 1.
-
-    Args:
-        space: the T updates.
-        density: share of entries kept by TIES.
-
-    Returns:
-        `(q, p)`.
-
-    Source: KnOTS, https://arxiv.org/abs/2410.19735; the V_i in core coordinates of the inputs.
-    """
-    values, vectors = np.linalg.eigh(_gram(_wide(space)))
-    u = vectors[:, values > _ZERO**2 * values.max()].astype(space.r_b.dtype)
-    if not u.size:
-        return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
-    parts = replace(space, r_b=u.T @ space.r_b).updates
-    # Zeros that the rotation left as rounding errors must neither vote for a sign nor be averaged.
-    zero = np.abs(parts) <= _ROUNDING * np.abs(parts).max()
-    return u @ ties(np.where(zero, 0, parts), density)
-
-
-def pico(space: CoreSpace) -> np.ndarray:
-    """The mean, with output directions that many tasks share made smaller.
-
-    Use it in place of `linear`. A direction `u_j` of all outputs with a share `s_j` of the energy
-    of all updates is multiplied by `1 / (1 + (T - 1) s_j)`; the result gets the mean norm of the
-    updates. The paper's B is that of factors whose A has orthonormal rows, so that nothing depends
-    on how a dW is factored. T counts the tasks that have the module. Equal updates do not merge to
-    themselves: their spectrum gets flatter.
-
-    Args:
-        space: the T updates.
-
-    Returns:
-        `(q, p)`.
-
-    Source: Pico, https://arxiv.org/abs/2604.16826.
-    """
-    parts, n = _wide(space), _n_updates(space)
-    values, u = np.linalg.eigh(_gram(parts))
-    share = np.maximum(values, 0) / max(values.sum(), np.finfo(float).tiny)
-    damped = u * (1 / (1 + (n - 1) * share))
-    mean = damped @ (u.T @ space.weighted_sum(np.full(len(parts), 1 / n)))
-    size = sum(_norm(*part) for part in parts) / n
-    norm = np.linalg.norm(mean)
-    # Where updates cancel, only rounding would be made as large as they are.
-    return (mean * (size / norm if norm > _ZERO * size else 0)).astype(space.r_b.dtype)
-
-
-def ctm(space: CoreSpace, rank: int, density: float) -> np.ndarray:
-    """Merge by `ties` within the `rank` output and input directions that the tasks share best.
-
-    Use it in place of `ties` where the rank is small: the rank is there before merging, and nothing
-    is cut off afterwards. U and V maximise `sum |U^T M_i V|^2` over updates of equal norm
-    (Tucker-2, by alternating eigendecompositions); TIES merges the `U^T M_i V`. Equal updates merge
-    to themselves at density 1, if there is room for their rank.
-
-    Args:
-        space: the T updates.
-        rank: rank of the merge.
-        density: share of entries kept by TIES.
-
-    Returns:
-        `(q, p)`.
-
-    Source: Compress then Merge, https://arxiv.org/abs/2606.03723, with its beta of 0.
-    """
-    parts = _wide(space)
-    unit = [(x / norm, y) for x, y in parts if (norm := _norm(x, y)) > 0]
-    if not unit:
-        return np.zeros((len(space.r_b), len(space.r_a)), space.r_b.dtype)
-    v, before = _leading(_gram([(y, x) for x, y in unit]), rank)[1], 0.0
-    for _ in range(_ROUNDS):
-        _, u = _leading(_gram([(x, v.T @ y) for x, y in unit]), rank)
-        energy, v = _leading(_gram([(y, u.T @ x) for x, y in unit]), rank)
-        if energy - before <= _GAIN * energy:
-            break
-        before = energy
-    cores = np.stack([(u.T @ x) @ (y.T @ v) for x, y in parts])
-    # Zeros that the bases left as rounding errors have no sign.
-    cores[np.abs(cores) <= _ROUNDING * np.abs(cores).max()] = 0
-    return (u @ ties(cores, density) @ v.T).astype(space.r_b.dtype)
-
-
-def _wide(space: CoreSpace) -> list[Factors]:
-    """The parts in float64, as Gram matrices square singular values."""
-    return [(left.astype(np.float64), right.astype(np.float64)) for left, right in space.parts]
-
-
-def _gram(parts: Sequence[Factors]) -> np.ndarray:
-    """The sum of `M M^T`, `(q, q)`, where `M = left @ right.T`."""
-    return sum(left @ (right.T @ right) @ left.T for left, right in parts)
-
-
-def _leading(gram: np.ndarray, n: int) -> tuple[float, np.ndarray]:
-    """The sum of the n largest eigenvalues, and their vectors as columns."""
-    size = len(gram)
-    values, vectors = scipy.linalg.eigh(gram, subset_by_index=[max(0, size - n), size - 1])
-    return float(values.sum()), vectors
-
-
-def _n_updates(space: CoreSpace) -> int:
-    """T without the tasks that lack the module, which need no direction."""
+def n_updates(space: CoreSpace) -> int:
+    """T without the tasks that lack the module, which need no direction; at least 1."""
     return max(1, sum(rank > 0 for rank in space.ranks))
 
 
-def _norm(left: np.ndarray, right: np.ndarray) -> float:
-    """The norm of `left @ right.T`."""
-    return float(np.sqrt(np.sum((left.T @ left) * (right.T @ right))))
-
-
-def _size(left: np.ndarray, right: np.ndarray) -> float:
+def norm_bound(left: np.ndarray, right: np.ndarray) -> float:
     """An upper bound on the norm of `left @ right.T`, and so on its rounding errors."""
     return float(np.linalg.norm(left) * np.linalg.norm(right))
 
 
-def _low_rank_svd(left: np.ndarray, right: np.ndarray, size: float, n: int) -> Triplets:
+def leading_triplets(left: np.ndarray, right: np.ndarray, size: float, n: int) -> Triplets:
     """At most n leading singular triplets of `left @ right.T`, without those that are rounding.
 
     Args:
         left: `(q, r)`.
         right: `(p, r)`.
-        size: norm that rounding errors are relative to, see `_size`.
+        size: norm that rounding errors are relative to, see `norm_bound`.
         n: most triplets.
 
     Returns:
@@ -235,15 +72,16 @@ def _low_rank_svd(left: np.ndarray, right: np.ndarray, size: float, n: int) -> T
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right)
     u, s, vt = np.linalg.svd(r_left @ r_right.T)
-    k = min(n, int((s > _ZERO * size).sum()))
+    k = min(n, int((s > ZERO * size).sum()))
     return q_left @ u[:, :k], s[:k], q_right @ vt[:k].T
 
 
-def _svd_of_sum(space: CoreSpace, n: int) -> Triplets:
-    u, s, vt = np.linalg.svd(space.weighted_sum(np.ones(len(space.ranks))), full_matrices=False)
-    size = max(_size(*part) for part in space.parts)
-    k = min(n, int((s > _ZERO * size).sum()))
-    return u[:, :k], s[:k], vt[:k].T
+def reassemble(parts: Sequence[Triplets], space: CoreSpace) -> np.ndarray:
+    """`U S V^T` of all triplets, `(q, p)`, with U and V made orthonormal."""
+    u, s, v = (np.concatenate(columns, axis=-1) for columns in zip(*parts))
+    if not len(s):
+        return np.zeros((len(space.r_b), len(space.r_a)), s.dtype)
+    return (_nearest_orthonormal(u) * s) @ _nearest_orthonormal(v).T
 
 
 def _nearest_orthonormal(columns: np.ndarray) -> np.ndarray:
@@ -251,11 +89,3 @@ def _nearest_orthonormal(columns: np.ndarray) -> np.ndarray:
     u, s, vt = np.linalg.svd(columns, full_matrices=False)
     k = int((s > _PARALLEL).sum())
     return u[:, :k] @ vt[:k]
-
-
-def _reassemble(parts: list[Triplets], space: CoreSpace, flat: bool = False) -> np.ndarray:
-    """`U S V^T` of all triplets, with U and V made orthonormal; `flat` uses the mean of S."""
-    u, s, v = (np.concatenate(one, axis=-1) for one in zip(*parts))
-    if not len(s):
-        return np.zeros((len(space.r_b), len(space.r_a)), s.dtype)
-    return (_nearest_orthonormal(u) * (s.mean() if flat else s)) @ _nearest_orthonormal(v).T

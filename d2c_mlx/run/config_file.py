@@ -9,7 +9,7 @@ from typing import Any
 
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.merge.options import READ_ANSWERS, READ_DENSITY, RUN_METHODS
+from d2c_mlx.merge.options import READ_ANSWERS
 from d2c_mlx.run.config import SEARCHES, RunConfig
 from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.files import read_text
@@ -80,8 +80,6 @@ def _outdated(values: Mapping[str, Any]) -> set[str]:
         found.add("clusters")
     if plan == "d2c" and in_bytes is False:
         found.add("plan")
-    if values.get("merge_rank") is not None and values.get("merge_method") == "concat":
-        found.add("merge_rank")
     unread = (plan == "auto" and in_bytes) or values.get("merge_method") not in READ_ANSWERS
     if values.get("unlabelled") and values.get("tasks") and unread and not values.get("refine"):
         found.add("unlabelled")
@@ -95,8 +93,8 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
         needed["search"] = "a number of adapters as the budget, or --plan d2c"
     else:
         needed["thorough"] = "a budget in bytes"
-    if config.merge_method in {None, *RUN_METHODS} - {*READ_DENSITY}:
-        needed["density"] = f"a merge method that reads it: {', '.join(READ_DENSITY)}"
+    if config.merge_rank and _sums_ranks(config):
+        needed["merge_rank"] = "a merge method that keeps to a rank"
     if not config.refine:
         needed |= dict.fromkeys(_OF_REFINING, "--refine")
     if not config.has_rows:
@@ -107,6 +105,14 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
         value = getattr(config, name)
         if name in overrides and value != RunConfig.model_fields[name].default:
             warn(f"{name}: {value!r} does nothing without {what}")
+
+
+def _sums_ranks(config: RunConfig) -> bool:
+    """True if the plug-in that merges keeps all columns; the inputs tell of one that is broken."""
+    try:
+        return any(getattr(plugin.load(), "sums_ranks", False) for plugin in config.plugins)
+    except ConfigError:
+        return False
 
 
 def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...]:

@@ -128,23 +128,6 @@ class RunRules(Checked):
             )
         return most
 
-    @field_validator("merge_method", check_fields=False)
-    @classmethod
-    def _with_slots(cls, method: str | None, info: ValidationInfo) -> str | None:
-        if method == "concat" and _in_bytes(info):
-            raise refused(
-                "'concat' keeps the sum of all ranks, so only a number of adapters can be its"
-                f" budget; found {info.data['budget']!r}"
-            )
-        return method
-
-    @field_validator("merge_rank", check_fields=False)
-    @classmethod
-    def _with_a_method(cls, rank: int | None, info: ValidationInfo) -> int | None:
-        if rank is not None and info.data.get("merge_method") == "concat":
-            raise expects("none with merge_method 'concat', which keeps the sum of all ranks")
-        return rank
-
     @field_validator("merge_method", "refine", check_fields=False)
     @classmethod
     def _with_rows(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:

@@ -32,8 +32,6 @@ SCRIPTS = {
     "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --thorough --refine"
     " --packs {root}/packs",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
-    "quality.objective": "--library {root} --clusters 2 --seeds 0 --examples 2 --tests 2"
-    " --kinds date,gec,num,qa",
     "speed.search": "--sizes= --alone 60",
     "serving.route": "--library {root}",
     "serving.routers": "--library {root} --pack {root}/run/pack --tests 1",

@@ -1,6 +1,7 @@
 """What every merge method promises: the table that the property tests in tests/merge walk.
 
-A new method needs a row here, and `test_every_method_promises_something` says so.
+The methods of the core come first, then those of examples/plugin, which the test environment has
+installed. A new method needs a row here, and `test_every_method_promises_something` says so.
 """
 
 from collections.abc import Callable
@@ -76,19 +77,20 @@ class Promise(NamedTuple):
 PROMISES = {
     "linear": Promise(weights="dW", exact=True),
     "ties": Promise(),
+    "tsv": Promise(rank_of_equals=all_ranks, in_any_shape=False),
+    "regmean": Promise(),
     "dare-linear": Promise(draws="yes"),
     "dare-ties": Promise(draws="yes"),
     "emr": Promise(),
-    "tsv": Promise(rank_of_equals=all_ranks, in_any_shape=False),
     "knots": Promise(),
     "iso-c": Promise(flattened, rank_of_update, in_any_shape=False),
     "iso-cts": Promise(flattened, rank_of_update, in_any_shape=False),
     "pico": Promise(calibrated),
     "ctm": Promise(),
-    "regmean": Promise(),
     "wudi": Promise(),
     "lego": Promise(in_any_shape=False, draws="perhaps"),
     "concat": Promise(weights="dW", keeps_all_columns=True, exact=True),
     "factor-linear": Promise(of_equals=added_up, in_any_shape=False, weights="factors"),
 }
 DRAWING = [name for name, promise in PROMISES.items() if promise.draws]
+WEIGHTED = [name for name, promise in PROMISES.items() if promise.weights]

@@ -14,10 +14,11 @@ from helpers.loras import (
     lora_of,
     merge_by,
 )
+from helpers.methods import PROMISES
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.merge.methods import METHODS, merge_adapters
-from d2c_mlx.merge.options import MERGE_METHODS, READ_DENSITY
+from d2c_mlx.merge.options import RUN_METHODS
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 
@@ -61,7 +62,7 @@ def test_the_table_of_the_documents_is_true():
     of_runs, rows = rows[:2], rows[2:]
     assert [row[0] for row in of_runs] == ["`layerwise`", "`regmean++`"]
     assert all("of a run only" in row[1] for row in of_runs)
-    assert [row[0].strip("`") for row in rows] == list(METHODS)
+    assert [row[0].strip("`") for row in rows] == list(PROMISES)
     adapters = adapters_of(np.random.default_rng(1), 5, {P: (9, 7), Q: (5, 6), R: (4, 4)})
     assert len({lora.rank for one in adapters for lora in one.modules.values()}) > 2
     assert len({tuple(one.modules) for one in adapters}) > 1
@@ -83,14 +84,4 @@ def test_unknown_method():
 
 
 def test_lists_repeated_in_config_are_true():
-    assert MERGE_METHODS == tuple(METHODS)
-
-
-def test_those_that_read_a_density_are_listed():
-    adapters = adapters_of(np.random.default_rng(1), 3, {P: (9, 7)})
-
-    def reads(name):
-        few, many = (merge_by(adapters, name, density) for density in (0.3, 0.9))
-        return few.digest != many.digest
-
-    assert {*filter(reads, METHODS)} == {*READ_DENSITY} - {"auto"}
+    assert RUN_METHODS == (*METHODS, "regmean++", "layerwise")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from d2c_mlx_methods.wudi import wudi
 from helpers.loras import (
     NUMERIC,
     P,
@@ -29,7 +30,6 @@ from hypothesis import strategies as st
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.merge.wudi import wudi
 
 
 @settings(NUMERIC, max_examples=30)

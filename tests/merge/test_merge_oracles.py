@@ -5,6 +5,8 @@ import zlib
 import mlx.core as mx
 import numpy as np
 import pytest
+from d2c_mlx_methods.entrywise import dare_linear, dare_ties, emr
+from d2c_mlx_methods.spectral import ctm, iso_c, iso_cts, knots, pico
 from helpers.loras import (
     NUMERIC,
     P,
@@ -25,9 +27,9 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import to_core
-from d2c_mlx.merge.entrywise import dare_linear, dare_ties, emr, linear, ties
+from d2c_mlx.merge.entrywise import linear, ties
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.spectral import ctm, iso_c, iso_cts, knots, pico, tsv
+from d2c_mlx.merge.spectral import tsv
 
 
 def own_space(adapters):

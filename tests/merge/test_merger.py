@@ -1,4 +1,4 @@
-"""Merges as a pack holds them: every method through the pipeline, "auto", rank and scale."""
+"""Merges as a pack holds them: every method through the pipeline, rank and scale."""
 
 import shutil
 from pathlib import Path
@@ -11,11 +11,12 @@ from helpers.tiny import library, peft_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.merge.options import AUTO_METHODS, RUN_METHODS
+from d2c_mlx.merge.options import RUN_METHODS
 from d2c_mlx.pipeline import run
+from d2c_mlx.plugins import MERGE_METHODS, names
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.session import Session
-from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 
@@ -39,28 +40,14 @@ def merger_of(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", RUN_METHODS)
+@pytest.mark.parametrize("method", [*RUN_METHODS, *names(MERGE_METHODS)])
 def test_every_method_gives_a_pack(config, method):
     session = run(config.replace(merge_method=method), until="bench", quiet=True)
     methods = session.read("bench.json")["methods"]
     assert methods["pack"] == methods["d2c"]
     used = {entry["method"] for entry in session.read("merges.json")}
-    may = {
-        "regmean++": {"regmean", "regmean++"},
-        "auto": {*AUTO_METHODS, "regmean", "regmean++", "layerwise"},
-    }
-    assert used <= {"none", *may.get(method, {method})}
+    assert used <= {"none", *({"regmean", method} if method == "regmean++" else {method})}
     assert used != {"none"}
-
-
-def test_auto_takes_the_method_with_the_lowest_regret_on_the_probes(config):
-    merger = merger_of(config.replace(merge_method="auto"))
-    members = (0, 1)
-    merges = [merger._merged(members, method) for method in (*AUTO_METHODS, "layerwise")]
-    each = merger._regrets([one.adapter for one in merges], members)
-    best = merges[each.index(min(each))]
-    assert merger.final(members) == best
-    assert merger.quick(members).method == "regmean"
 
 
 def test_eps_decides_which_merge_is_kept_also_in_a_run_that_was_made_before(config):
@@ -173,8 +160,3 @@ def test_the_budget_in_bytes_counts_the_larger_rank(config):
     assert Session(config).inputs.capacity.n_clusters == 1
     with pytest.raises(InputError, match="one merged adapter takes"):
         _ = Session(config.replace(merge_rank=8)).inputs
-
-
-def test_concat_needs_a_budget_of_adapters(config):
-    with pytest.raises(ConfigError, match="merge_method: 'concat' keeps the sum of all ranks"):
-        config.replace(merge_method="concat", budget="50%")

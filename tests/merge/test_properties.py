@@ -20,20 +20,24 @@ from helpers.loras import (
     lora_of,
     merge_by,
 )
-from helpers.methods import DRAWING, PROMISES, itself
+from helpers.methods import DRAWING, PROMISES, WEIGHTED, itself
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.merge.methods import METHODS, WEIGHTED, merge_adapters, scaled
+from d2c_mlx.merge.methods import METHODS, find_method, merge_adapters, scaled
+from d2c_mlx.plugins import MERGE_METHODS, names
 
 
 def test_every_method_promises_something():
-    assert list(PROMISES) == list(METHODS)
-    assert tuple(name for name, one in PROMISES.items() if one.weights) == WEIGHTED
+    assert PROMISES.keys() == {*METHODS, *names(MERGE_METHODS)} and len(PROMISES) == 16
+    for name, promise in PROMISES.items():
+        method = find_method(name)
+        assert method.weighted == bool(promise.weights)
+        assert method.sums_ranks == promise.keeps_all_columns
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_one_adapter_is_returned_bit_for_bit(method, dtype):
     rng = np.random.default_rng(0)
@@ -51,7 +55,7 @@ def test_one_adapter_is_returned_bit_for_bit(method, dtype):
 
 @settings(NUMERIC, max_examples=120)
 @given(
-    st.sampled_from(sorted(METHODS)),
+    st.sampled_from(sorted(PROMISES)),
     st.tuples(dims, dims),
     st.integers(1, 5),
     st.permutations(range(4)),
@@ -71,7 +75,7 @@ def test_order_and_repetition_change_no_bit(method, shape, rank, order, density,
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_order_does_not_matter_among_equal_names(method):
     rng = np.random.default_rng(0)
     adapters = [Adapter("same", {P: lora_of(rng, (9, 7), 3)}) for _ in range(3)]
@@ -120,7 +124,7 @@ def test_equal_adapters_where_a_method_defines_something_else(copies):
 
 @settings(NUMERIC, max_examples=30)
 @given(
-    st.tuples(dims, dims), st.integers(2, 4), st.integers(1, 6), st.sampled_from(sorted(METHODS))
+    st.tuples(dims, dims), st.integers(2, 4), st.integers(1, 6), st.sampled_from(sorted(PROMISES))
 )
 def test_rank_is_at_most_what_was_asked(shape, n, rank, method):
     adapters = adapters_of(np.random.default_rng(n), n, {P: shape, Q: (4, 2)})
@@ -137,7 +141,7 @@ def test_rank_is_at_most_what_was_asked(shape, n, rank, method):
         assert np.isfinite(dense(lora)).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_large_16_bit_factors_do_not_overflow(method, dtype):
     # Products of the stored values are far beyond float16's 65504.
@@ -153,7 +157,7 @@ def test_large_16_bit_factors_do_not_overflow(method, dtype):
         assert_close(found, mean, np.linalg.norm(mean))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_updates_of_zero(method):
     rng = np.random.default_rng(0)
     zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 5)))
@@ -163,7 +167,7 @@ def test_updates_of_zero(method):
     assert np.isfinite(dense(half.modules[P])).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_rank_deficient_updates(method):
     """Parallel columns, a column of zeros, and one task whose update is a multiple of another's."""
     rng = np.random.default_rng(0)
@@ -211,7 +215,7 @@ def test_weights_follow_their_adapters():
 
 
 @pytest.mark.parametrize("rank", [1, 6], ids=["rank 1", "rank of the smaller side"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_every_method_at_the_ends_of_the_rank(method, rank):
     rng = np.random.default_rng(0)
     adapters = [Adapter(name, {P: lora_of(rng, (9, 6), rank, 2.0)}) for name in "ab"]
@@ -225,7 +229,7 @@ def test_every_method_at_the_ends_of_the_rank(method, rank):
         assert_close(dense(lora), dense_mean(adapters, P, (9, 6)), size, 2e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_merges_of_factors_beyond_float16_are_stored(method):
     """1e6 beside 1e-4, with the largest scale that is tried: no infinity, and the same update."""
     rng = np.random.default_rng(1)
@@ -238,7 +242,7 @@ def test_merges_of_factors_beyond_float16_are_stored(method):
     assert_close(dense(half), exact, np.linalg.norm(exact), 3e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 def test_merges_of_tiny_updates_are_tiny(method):
     rng = np.random.default_rng(2)
     adapters = [Adapter(name, {P: lora_of(rng, (9, 6), 3, size=1e-18)}) for name in "ab"]
@@ -246,7 +250,7 @@ def test_merges_of_tiny_updates_are_tiny(method):
     assert np.isfinite(merged).all() and np.abs(merged).max() < 1e-30
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROMISES)
 @pytest.mark.parametrize("size", [4.0, 0.25])
 def test_a_common_scale_goes_through(method, size):
     """Merging updates of another size gives the merge in that size."""
@@ -264,7 +268,7 @@ def test_a_common_scale_goes_through(method, size):
         assert_close(dense(found.modules[path]), expected, np.linalg.norm(expected), 1e-4)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWING])
+@pytest.mark.parametrize("method", [name for name in PROMISES if name not in DRAWING])
 def test_only_methods_that_draw_ask_for_the_seed(method):
     adapters = adapters_of(np.random.default_rng(3), 4, {P: (12, 10), Q: (9, 9)})
     digests = {merge_by(adapters, method, rank=2, seed=seed).digest for seed in (0, 1)}

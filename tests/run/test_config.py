@@ -5,8 +5,6 @@ import pytest
 import yaml
 
 from d2c_mlx.evaluate.optimizations import Optimizations
-from d2c_mlx.merge.methods import METHODS
-from d2c_mlx.merge.options import MERGE_METHODS
 from d2c_mlx.run.config import SAVINGS, RunConfig
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.utils.errors import ConfigError, InputWarning
@@ -146,10 +144,6 @@ def test_a_file_that_is_missing_or_a_directory(tmp_path):
         assert str(path) in line
 
 
-def test_names_of_methods_and_starts_are_the_library_s():
-    assert tuple(METHODS) == MERGE_METHODS
-
-
 def test_every_saving_can_be_switched_off():
     switches = {field.name for field in fields(Optimizations) if field.default is True}
     assert set(SAVINGS) == switches | {"cache", "bound"}
@@ -249,7 +243,7 @@ SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
         (SLOTS, {"thorough": True}, "a budget in bytes"),
         (BYTES, {"refine_steps": 3}, "--refine"),
         (SLOTS, {"refine_rate": 1.0}, "--refine"),
-        (SLOTS, {"density": 0.2}, "a merge method that reads it: ties"),
+        ({**SLOTS, "merge_method": "concat"}, {"merge_rank": 9}, "a merge method that keeps to a"),
     ],
 )
 def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, without):
@@ -263,7 +257,7 @@ def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, 
     assert getattr(load_config(path, common), name) == value
     assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
     good = {"budget": "25%"} if name == "thorough" else {"refine": True, "budget": "2"}
-    good |= {"merge_method": "ties"} if name == "density" else {}
+    good |= {"merge_method": "ties"} if name == "merge_rank" else {}
     assert getattr(load_config(None, common | asked | good), name) == value
     if name == "search":
         assert load_config(None, {**common, **asked, "plan": "d2c"})
@@ -274,7 +268,6 @@ def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, 
     [
         ({"budget": "60%", "max_adapters": 2}, {"budget": "2"}, "max_adapters"),
         ({"budget": "60%", "max_adapters": 2}, {"plan": "d2c"}, "max_adapters"),
-        ({"budget": "2", "merge_rank": 4}, {"merge_method": "concat"}, "merge_rank"),
     ],
 )
 def test_what_an_earlier_run_was_asked_for_is_left_out_where_it_cannot_be(tmp_path, old, now, name):
@@ -311,7 +304,7 @@ def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
 
 
 def test_values_at_odds_are_told_with_all_others():
-    wrong = {**NEEDED, "refine": True, "format": "gguf", "density": 0.0, "merge_method": "concat",
+    wrong = {**NEEDED, "refine": True, "format": "gguf", "density": 0.0, "merge_method": "best",
              "max_adapters": 0}  # fmt: skip
     assert [line.split(":")[0] for line in problems(None, wrong)] == [
         "max_adapters", "merge_method", "density", "refine"

@@ -210,7 +210,6 @@ def test_prompts_that_are_too_few(prompts):
     [
         ({"refine": True}, "refine: found True, which needs calibration rows: pass --tasks DIR"),
         ({"merge_method": "layerwise"}, "merge_method: found 'layerwise', which needs calibration"),
-        ({"merge_method": "auto"}, "merge_method: found 'auto', which needs calibration rows"),
     ],
 )
 def test_what_needs_rows_says_so(bare, changes, text):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from d2c_mlx.adapters.core_space import CoreSpace, Factors
+import numpy as np
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from d2c_mlx.adapters.core_space import Factors, to_core
 
 __all__ = ["lego"]
 
 
-def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
+def lego(factors: Sequence[Factors], rank: int, seed: int) -> Factors:
     """Cluster the rank-1 units `(a_j, b_j)` of all tasks; every centroid is a unit of the result.
 
     Use it for adapters from a common start, whose units correspond. Units are those of the stored
@@ -21,7 +25,7 @@ def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
     themselves if `rank` is at least theirs.
 
     Args:
-        space: the updates of the tasks.
+        factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
         rank: most clusters; there are fewer where fewer units differ.
         seed: seed of K-Means, below 2^32.
 
@@ -30,6 +34,7 @@ def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
 
     Source: LoRA-LEGO, https://arxiv.org/abs/2409.16167.
     """
+    space = to_core(factors)
     a, b = space.r_a.T.astype(np.float64), space.r_b.T.astype(np.float64)
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     alive = (norm_a > 0) & (norm_b > 0)
@@ -37,7 +42,10 @@ def lego(space: CoreSpace, rank: int, seed: int) -> Factors:
         return space.q_a[:, :1] * 0, space.q_b.T[:1] * 0
     balance = np.sqrt(norm_b[alive] / norm_a[alive])[:, None]
     units = np.concatenate([a[alive] * balance, b[alive] / balance], axis=1)
-    labels = _clusters(units, min(rank, _n_distinct(units)), seed)
+    k = min(rank, _n_distinct(units))
+    # One thread gives the same sums in the same order on every run.
+    with threadpool_limits(1):
+        labels = KMeans(k, n_init=10, random_state=seed).fit(units).labels_
     n_tasks = len(np.unique(np.repeat(np.arange(len(space.ranks)), space.ranks)[alive]))
     merged = np.stack([_centroid(units[labels == k]) for k in np.unique(labels)])
     merged *= (len(units) / n_tasks / len(merged)) ** 0.25  # on both factors: sqrt(r / k) on dW
@@ -52,15 +60,6 @@ def _n_distinct(units: np.ndarray) -> int:
     total = squares[:, None] + squares
     near = np.tril(total - 2 * inner <= 1e-10 * total, -1)
     return int((~near.any(axis=1)).sum())
-
-
-def _clusters(units: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
-
-    # One thread gives the same sums in the same order on every run.
-    with threadpool_limits(1):
-        return KMeans(n_clusters, n_init=10, random_state=seed).fit(units).labels_
 
 
 def _centroid(units: np.ndarray) -> np.ndarray:
