@@ -179,7 +179,7 @@ def _refine(inputs: Inputs) -> float:
         return min(n, len(one.examples)) + min(n, more.get(one.task, 0))
 
     step = sum(rows(one) * one.n_tokens / len(one.examples) for one in inputs.probes)
-    return _STEP * c.refine_steps * step if c.refine else 0.0
+    return _STEP * RefineOptions.steps * step if c.refine else 0.0
 
 
 def _bench(inputs: Inputs) -> float:

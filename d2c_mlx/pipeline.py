@@ -190,9 +190,9 @@ def cluster(session: Session) -> Stage:
         elif not c.has_rows:
             found = cluster_by_weights(problem, k)
         elif c.search == "estimates":
-            found = search_by_estimates(problem, k, c.seed, c.eps)
+            found = search_by_estimates(problem, k, c.seed)
         else:
-            found = d2c(problem, k, seed=c.seed, eps=c.eps)
+            found = d2c(problem, k, seed=c.seed)
         methods = {
             "d2c": [found],
             "kmeans": [kmeans(problem.features, k, c.seed)],
@@ -334,4 +334,4 @@ def _merge_options(config: RunConfig, method: str | None = None) -> list[object]
     """Options that merges depend on; `method` takes the place of the config's."""
     c = config
     plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
-    return [method or c.merge_method, c.density, c.scale, c.merge_rank, c.eps, c.seed, *plugins]
+    return [method or c.merge_method, c.merge_rank, c.seed, *plugins]

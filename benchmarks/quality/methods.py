@@ -149,7 +149,7 @@ def by_features(problem, _adapters, k, seed) -> Clustering:
 
 def by_estimates(problem, _adapters, k, seed) -> Clustering:
     """D2C as a run has it by default."""
-    return search_by_estimates(problem, k, seed, 1e-3)
+    return search_by_estimates(problem, k, seed)
 
 
 def by_d2c(**options):

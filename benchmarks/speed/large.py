@@ -165,7 +165,7 @@ def measure(work, n, limit, wanted, tell):
     clusters.write_text(json.dumps(groups), "utf-8")
     config = RunConfig(
         adapters=str(work / f"{n}"), tasks=str(work / "tasks"), model=str(work / "model"),
-        output=str(work / "run"), budget=str(len(groups)), clusters=str(clusters), scale=1.0,
+        output=str(work / "run"), budget=str(len(groups)), clusters=str(clusters),
         merge_method="linear", baselines=(), probe_examples=1, test_examples=1,
         memory_limit=limit,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def measure(work, n, limit, wanted, tell):
                   "unused": inputs.engine.unused, "folded": inputs.engine.fold})  # fmt: skip
     cases = {method: config.replace(merge_method=method) for method in METHODS}
     cases["plan"] = RunConfig(**config.to_dict() | {
-        "budget": "12.5%", "clusters": None, "merge_method": None, "scale": None,
+        "budget": "12.5%", "clusters": None, "merge_method": None,
     })  # fmt: skip
     for case in wanted:
         session = Session(cases[case], True, inputs=inputs.of(cases[case]))

@@ -36,7 +36,9 @@ _LOOKED_AT = 16
 _TUNINGS = 3
 
 
-def search_by_estimates(problem: Problem, n_clusters: int, seed: int, eps: float) -> Clustering:
+def search_by_estimates(
+    problem: Problem, n_clusters: int, seed: int, eps: float = 1e-3
+) -> Clustering:
     """Measure the partition that is estimated to be best, learn from it, and propose again.
 
     The first proposal is K-Means. Only clusters that are proposed are measured, each at the scale

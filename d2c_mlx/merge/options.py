@@ -23,16 +23,12 @@ class MergeOptions:
 
     Attributes:
         method: one of `RUN_METHODS` or a plug-in; None takes the best that the model allows.
-        density: share of entries kept by methods that sparsify, above 0 and at most 1.
         scale: factor on every merge's dW; None tunes it per cluster on the calibration rows.
         rank: largest rank of a merge; None takes the largest of the adapters.
-        eps: another pass of RegMean++ is kept only if the regret falls by more than this.
         seed: seed of all random choices.
     """
 
     method: str | None = None
-    density: float = 0.5
     scale: float | None = None
     rank: int | None = None
-    eps: float = 1e-3
     seed: int = 0

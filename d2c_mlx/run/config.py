@@ -51,8 +51,6 @@ SAVINGS = (
 )
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
-# Tuned scales reach a few, and sums of hundreds of adapters reach hundreds. More overflows float16.
-_MOST_SCALE = 1_000
 # The largest seed that scikit-learn and NumPy's older generators take.
 _MOST_SEED = 2**32 - 1
 
@@ -85,13 +83,10 @@ class RunConfig(RunRules):
 
     merge_method: str | None = option(None, choices=RUN_METHODS, more=partial(names, MERGE_METHODS))
     merge_rank: int | None = option(None, ge=1, le=_MOST_RANK)
-    density: float = option(0.5, gt=0, le=1)
-    scale: float | None = option(None, gt=0, le=_MOST_SCALE)
 
     clusters: str | None = None
     search: str = option("estimates", choices=SEARCHES, more=partial(names, CLUSTERINGS))
     thorough: bool = False
-    eps: float = option(0.001, ge=0)
     seed: int = option(0, ge=0, le=_MOST_SEED)
 
     probe_examples: int = option(10, ge=1)
@@ -102,15 +97,11 @@ class RunConfig(RunRules):
     stack: int = option(1, ge=1)
 
     refine: bool = option(False, validate_default=True)
-    refine_steps: int = option(40, ge=1)
-    refine_rate: float | None = option(None, gt=0)
 
     @property
     def merging(self) -> MergeOptions:
         """The options that decide how adapters are merged."""
-        return MergeOptions(
-            self.merge_method, self.density, self.scale, self.merge_rank, self.eps, self.seed
-        )
+        return MergeOptions(self.merge_method, rank=self.merge_rank, seed=self.seed)
 
     @property
     def plugins(self) -> list[Plugin]:

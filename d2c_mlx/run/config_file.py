@@ -17,12 +17,8 @@ from d2c_mlx.utils.parsing import parse_json, read_yaml
 
 __all__ = ["load_config", "read_clusters"]
 
-# Options that only refining uses, and those that only rows give a use.
-_OF_REFINING = ("refine_steps", "refine_rate")
-_OF_ROWS = (
-    "thorough", "eps", "probe_examples", "test_examples", "baselines",
-    "stack",
-)  # fmt: skip
+# Options that only rows give a use.
+_OF_ROWS = ("thorough", "probe_examples", "test_examples", "baselines", "stack")
 
 
 def load_config(
@@ -95,12 +91,10 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
         needed["thorough"] = "a budget in bytes"
     if config.merge_rank and _sums_ranks(config):
         needed["merge_rank"] = "a merge method that keeps to a rank"
-    if not config.refine:
-        needed |= dict.fromkeys(_OF_REFINING, "--refine")
     if not config.has_rows:
         needed |= dict.fromkeys(_OF_ROWS, "rows, --tasks or --unlabelled")
         if config.search in SEARCHES:
-            needed["search"] = needed["eps"]
+            needed["search"] = needed["baselines"]
     for name, what in needed.items():
         value = getattr(config, name)
         if name in overrides and value != RunConfig.model_fields[name].default:

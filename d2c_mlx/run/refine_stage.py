@@ -113,7 +113,7 @@ def _refined(
     finite = math.isfinite(refined.after)
     if not finite:
         warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
-             " adapter is left as it was; give a lower --refine-rate")  # fmt: skip
+             " adapter is left as it was")  # fmt: skip
     facts = {
         "members": list(names),
         "refined": refined.adapter is not adapter,
@@ -128,8 +128,7 @@ def _refined(
 
 
 def _options(session: Session) -> RefineOptions:
-    c = session.config
-    return RefineOptions(steps=c.refine_steps, rate=c.refine_rate, seed=c.seed)
+    return RefineOptions(seed=session.config.seed)
 
 
 def _remember(session: Session, parts: Sequence[Path]) -> None:

@@ -98,7 +98,7 @@ def test_what_a_run_writes_is_known(lib, tmp_path):
         "baselines": (),
     }
     run(RunConfig(**options, budget="60%"), quiet=True)
-    output = run(RunConfig(**options, budget="1", refine=True, refine_steps=1), quiet=True).output
+    output = run(RunConfig(**options, budget="1", refine=True), quiet=True).output
     others = {"refining", "answered", "weights.json"}
     assert {path.name for path in output.iterdir()} | others == set(RUN_WRITES)
 

@@ -116,7 +116,7 @@ def test_merges_that_lose_nothing_do_not_end_the_search(tmp_path):
 
 @pytest.mark.slow
 def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
-    session = expecting_no_harm(probed(tmp_path, "90%", merge_method="linear", scale=1.0))
+    session = expecting_no_harm(probed(tmp_path, "90%", merge_method="linear"))
     final, asked = session.study.merger.final, []
     session.study.merger.final = lambda members: asked.append(members) or final(members)
     candidates = session.planner.measure([session.inputs.capacity.room])

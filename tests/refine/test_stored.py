@@ -19,7 +19,6 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
 from d2c_mlx.refine.steps import pull_back
 from d2c_mlx.refine.students import student_of
-from d2c_mlx.run.config import RunConfig
 
 FAST = RefineOptions(steps=40, rate=2e-2)
 # Several levels in one module, and numbers in 16 bit.
@@ -48,12 +47,6 @@ def members(tmp_path, base):
 def form(request, members):
     adapter = members[0].adapter
     return compress(adapter, dict.fromkeys(adapter.modules, LEVELS[request.param]))
-
-
-def test_the_rates_in_the_help_are_those_that_train(base, members, form):
-    merge, stored = (student_of(one, base.dtype) for one in (members[0].adapter, form))
-    said = RunConfig.model_fields["refine_rate"].json_schema_extra["default_text"]
-    assert said == f"{merge.rate:g}, and {stored.rate:g} for low-bit adapters"
 
 
 def numbers_of(form):

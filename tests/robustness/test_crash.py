@@ -28,7 +28,6 @@ WAYS = {
     "slots": {
         "budget": "2",
         "refine": True,
-        "refine_steps": 4,
         "merge_method": "linear",
     },
     "bytes": {

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 NAMES = ["a", "b", "c", "d"]
 # Both ways through the pipeline: every stage is in one of them.
 WAYS = {
-    "slots": {"budget": "2", "refine": True, "refine_steps": 4},
+    "slots": {"budget": "2", "refine": True},
     "bytes": {"budget": "20%"},
 }
 ARTIFACTS = ("losses.json", "clusters.json", "merges.json", "plan.json", "pack")

@@ -35,7 +35,7 @@ def root(tmp_path_factory):
     for seed, name in enumerate("abcdef"):
         peft_adapter(paths.adapters, name, alpha=20 * (1 + seed % 3), seed=seed)
     lines = [f"{name}: {path}" for name, path in paths._asdict().items()]
-    lines += ["eps: 0", "probe_examples: 3", "test_examples: 4"]
+    lines += ["probe_examples: 3", "test_examples: 4"]
     (root / "six.yaml").write_text("\n".join(lines))
     return root
 

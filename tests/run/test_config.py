@@ -26,16 +26,15 @@ def problems(path, overrides):
 
 
 def test_overrides_over_yaml_over_defaults(tmp_path):
-    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\neps: 0.5\n")
+    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\nmerge_rank: 5\n")
     config = load_config(path, {"seed": 8, "output": "other"})
     assert config == RunConfig(
         adapters="a",
         tasks="t",
         output="other",
         seed=8,
-        eps=0.5,
+        merge_rank=5,
     )
-    assert config.eps == RunConfig(**NEEDED).eps == 1e-3
 
 
 def test_without_a_file():
@@ -47,7 +46,7 @@ def test_an_empty_file_is_no_option(tmp_path):
 
 
 def test_to_dict_reads_back_from_yaml(tmp_path):
-    config = RunConfig(**NEEDED, budget="3", scale=0.7, baselines=("kmeans",), model="m", eps=0.0)
+    config = RunConfig(**NEEDED, budget="3", baselines=("kmeans",), model="m", seed=0)
     assert load_config(write(tmp_path, yaml.safe_dump(config.to_dict())), {}) == config
 
 
@@ -64,31 +63,25 @@ def test_budget_may_be_a_yaml_number(tmp_path, text, budget):
     assert load_config(write(tmp_path, f"budget: {text}"), NEEDED).budget == budget
 
 
-def test_integers_are_good_where_a_float_is_expected(tmp_path):
-    config = load_config(write(tmp_path, "density: 1\nscale: 2\neps: 0"), NEEDED)
-    assert (config.density, config.scale, config.eps) == (1.0, 2.0, 0.0)
-    assert all(isinstance(x, float) for x in (config.density, config.scale, config.eps))
-
-
 def test_null_where_none_is_a_value(tmp_path):
-    config = load_config(write(tmp_path, "scale: null\nmodel:\n"), NEEDED)
-    assert config.scale is None and config.model is None
+    config = load_config(write(tmp_path, "merge_rank: null\nmodel:\n"), NEEDED)
+    assert config.merge_rank is None and config.model is None
 
 
 def test_all_wrong_keys_and_types_at_once(tmp_path):
-    text = "badget: 3\nseed: zero\nscale: true\nbaselines: 3\ntest_examples: 1.5\nmodel: 4\n"
+    text = "badget: 3\nseed: zero\nmerge_rank: wide\nbaselines: 3\ntest_examples: 1.5\nmodel: 4\n"
     path = write(tmp_path, text)
-    found = problems(path, {"eps": "small", "zzz": 1})
+    found = problems(path, {"probe_examples": "few", "zzz": 1})
     assert len(found) == 8 + len(REQUIRED)
     text = "\n".join(found)
     for part in (
         f"{path}: badget: unknown key; did you mean 'budget'?",
         f"{path}: seed: found 'zero', expected int",
-        f"{path}: scale: found True, expected float",
+        f"{path}: merge_rank: found 'wide', expected int",
         f"{path}: baselines: found 3, expected a list of strings",
         f"{path}: test_examples: found 1.5, expected",
         f"{path}: model: found 4, expected str",
-        "eps: found 'small', expected float",
+        "probe_examples: found 'few', expected int",
         "zzz: unknown key; known: adapters, ",
     ):
         assert part in text
@@ -96,8 +89,8 @@ def test_all_wrong_keys_and_types_at_once(tmp_path):
 
 def test_all_values_out_of_range_at_once():
     wrong = {
-        "merge_method": "dare", "density": 0.0, "scale": -1.0, "search": "best",
-        "baselines": ("auto",), "stack": 0, "eps": -1e-9, "seed": -1,
+        "merge_method": "dare", "merge_rank": 0, "search": "best",
+        "baselines": ("auto",), "stack": 0, "seed": -1,
         "probe_examples": 0, "test_examples": -1, "budget": "much",
     }  # fmt: skip
     found = problems(None, wrong)
@@ -107,18 +100,11 @@ def test_all_values_out_of_range_at_once():
     assert len(found) == len(REQUIRED) + len(wrong)
 
 
-@pytest.mark.parametrize("name", ["density", "scale", "eps"])
+@pytest.mark.parametrize("name", ["probe_examples", "merge_rank"])
 def test_nan_is_no_number(tmp_path, name):
     path = write(tmp_path, f"{name}: .nan")
     (line,) = problems(path, NEEDED)
     assert line.startswith(f"{path}: {name}: found nan, expected ")
-
-
-@pytest.mark.parametrize("name", ["scale", "eps"])
-def test_infinity_is_refused_because_json_has_none(tmp_path, name):
-    path = write(tmp_path, f"{name}: .inf")
-    (line,) = problems(path, NEEDED)
-    assert line.startswith(f"{path}: {name}: found inf, expected ")
 
 
 @pytest.mark.parametrize("budget", ["0", "-3", "12.5", "five", "10XB", "", "1,000KB", "5 %%"])
@@ -153,8 +139,6 @@ def test_every_saving_can_be_switched_off():
     "name, value",
     [
         ("seed", 2**32),
-        ("scale", 1e300),
-        ("scale", 1001.0),
         ("merge_rank", 10**12),
     ],
 )
@@ -169,17 +153,9 @@ def test_the_largest_numbers_that_are_good():
         {
             **NEEDED,
             "seed": 2**32 - 1,
-            "scale": 1000.0,
         },
     )
-    assert (config.seed, config.scale) == (2**32 - 1, 1000.0)
-
-
-def test_a_yaml_number_that_no_float_holds(tmp_path):
-    path = write(tmp_path, f"scale: 1{'0' * 400}\n")
-    assert problems(path, NEEDED) == [
-        f"{path}: scale: found a number beyond 64 bits, expected float"
-    ]
+    assert config.seed == 2**32 - 1
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -241,8 +217,6 @@ SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
     [
         (BYTES, {"search": "paper"}, "a number of adapters as the budget, or --plan d2c"),
         (SLOTS, {"thorough": True}, "a budget in bytes"),
-        (BYTES, {"refine_steps": 3}, "--refine"),
-        (SLOTS, {"refine_rate": 1.0}, "--refine"),
         ({**SLOTS, "merge_method": "concat"}, {"merge_rank": 9}, "a merge method that keeps to a"),
     ],
 )
@@ -296,18 +270,18 @@ def test_prompts_of_an_earlier_run_are_left_out_where_nothing_reads_them(tmp_pat
 
 
 def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
-    path = write(tmp_path, "seed: -1\nscale: 0\n")
-    assert problems(path, {**NEEDED, "eps": -1.0, "scale": 2.0}) == [
-        "eps: found -1.0, expected 0 or more",
+    path = write(tmp_path, "seed: -1\nmerge_rank: 0\n")
+    assert problems(path, {**NEEDED, "probe_examples": 0, "merge_rank": 2}) == [
         f"{path}: seed: found -1, expected 0 to 4,294,967,295",
+        "probe_examples: found 0, expected 1 or more",
     ]
 
 
 def test_values_at_odds_are_told_with_all_others():
-    wrong = {**NEEDED, "refine": True, "format": "gguf", "density": 0.0, "merge_method": "best",
+    wrong = {**NEEDED, "refine": True, "format": "gguf", "merge_rank": 0, "merge_method": "best",
              "max_adapters": 0}  # fmt: skip
     assert [line.split(":")[0] for line in problems(None, wrong)] == [
-        "max_adapters", "merge_method", "density", "refine"
+        "max_adapters", "merge_method", "merge_rank", "refine"
     ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ main()
 @pytest.fixture
 def finished(config):
     """A whole run on slots, without baselines."""
-    config = config.replace(budget="2", plan="auto", baselines=(), merge_method="linear", scale=1.0)
+    config = config.replace(budget="2", plan="auto", baselines=(), merge_method="linear")
     return run(config, quiet=True)
 
 

@@ -44,7 +44,7 @@ def test_a_run_does_about_what_was_said_and_then_nothing(config, changes):
 
 def test_stages_after_a_change_are_done_again(config):
     run(config, until="cluster", quiet=True)
-    found = {one.name: one.done for one in forecast(config.replace(eps=0.5)).stages}
+    found = {one.name: one.done for one in forecast(config.replace(merge_rank=3)).stages}
     assert found["probe"] and not found["merge"] and not found["bench"]
 
 

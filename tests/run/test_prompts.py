@@ -23,7 +23,7 @@ from d2c_mlx.utils.files import hash_tree
 def plain(config):
     """Four adapters of a model that ends its answers, in one merge."""
     end_answers(config.model)
-    return config.replace(budget="1", plan="auto", scale=1.0, baselines=())
+    return config.replace(budget="1", plan="auto", baselines=())
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_merges_read_the_answers_and_nothing_else_does(plain, prompts):
 @pytest.mark.slow
 def test_a_plan_reads_rows_alone(plain, prompts):
     """Its merges are compared with other forms; only training reads the answers."""
-    changes = {"budget": "30%", "scale": None, "refine": True, "refine_steps": 2}
+    changes = {"budget": "30%", "refine": True}
     without, session = (run(one.replace(**changes), until="refine", quiet=True)
                         for one in (plain, prompts))  # fmt: skip
     merges = [one.study.merger.final((0, 2)) for one in (without, session)]

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import STAGES, run
+from d2c_mlx.refine.refine import RefineOptions
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
@@ -30,21 +32,26 @@ def paths(tmp_path):
     return refinable(tmp_path)
 
 
+# A short training, in place of 40 steps at a low rate.
+SHORT = partial(RefineOptions, steps=12, rate=5e-3)
+
+
 @pytest.fixture
-def config(tmp_path, paths):
+def config(tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(refining, "RefineOptions", SHORT)
     for seed, name in enumerate(["c", "d"], 2):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
     return RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
         output=str(tmp_path / "run"), probe_examples=6, test_examples=3,
-        refine=True, refine_steps=12, refine_rate=5e-3, merge_method="linear", scale=1.0,
+        refine=True, merge_method="linear",
     )  # fmt: skip
 
 
 @pytest.fixture
 def planned(config):
-    return config.replace(budget="45%", merge_method=None, scale=None, baselines=[])
+    return config.replace(budget="45%", merge_method=None, baselines=[])
 
 
 @pytest.mark.slow
@@ -97,9 +104,10 @@ def test_a_run_is_refined_by_itself_and_packed_later(config, command):
     assert code == 0 and hash_tree(first.path("pack")) != before, err
 
 
-def test_training_that_overflows_names_the_rate(config):
-    with pytest.warns(InputWarning, match="refine: .*: training ended in numbers .* --refine-rate"):
-        session = run(config.replace(refine_rate=1e30), until="refine", quiet=True)
+def test_training_that_overflows_leaves_the_merge(config, monkeypatch):
+    monkeypatch.setattr(refining, "RefineOptions", partial(SHORT, rate=1e30))
+    with pytest.warns(InputWarning, match="refine: .*: training ended in numbers"):
+        session = run(config, until="refine", quiet=True)
     facts = session.read("refines.json")
     # A cluster of one is not trained.
     assert {one["divergence"]["after"] for one in facts if len(one["members"]) > 1} == {None}
@@ -139,8 +147,10 @@ def test_test_rows_are_never_touched(config, monkeypatch):
 
 _KILL_AT_SECOND = """
 import os, signal
+from functools import partial
 from d2c_mlx.run import refine_stage as refining
 from d2c_mlx_cli.main import main
+refining.RefineOptions = partial(refining.RefineOptions, steps=12, rate=5e-3)
 refine, calls = refining.refine, []
 def killed(*args):
     calls.append(args)
@@ -194,10 +204,11 @@ def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
         patch.setattr(shutil, "rmtree", killed)
         run(config, until="pack", quiet=True)
     # A change asks again for the clusters: none is taken from what is left.
-    for refine_steps in (12, 11):
-        again = run(config.replace(refine_steps=refine_steps), until="pack", quiet=True)
+    for steps in (12, 11):
+        monkeypatch.setattr(refining, "RefineOptions", partial(SHORT, steps=steps))
+        again = run(config, until="pack", quiet=True)
         assert not again.path("refining").exists()
-        if refine_steps == 12:
+        if steps == 12:
             assert hash_tree(again.path("pack")) == hash_tree(whole.path("pack"))
 
 
@@ -249,8 +260,6 @@ def test_prompts_that_cannot_be_tokenized_are_named_by_file(config, paths):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"refine_steps": 0}, "refine_steps: found 0, expected 1 or more"),
-        ({"refine_rate": 0.0}, "refine_rate: found 0.0, expected a number above 0"),
         (
             {"refine": False, "unlabelled": "x"},
             "refine: found False, but beside --tasks merge_method linear does not read answers to",
