@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .help import Command
-from .paths import UserPath
+from .help import JSON, Command, UserPath
 from .run import DRY_RUN, RUN_OPTIONS
 from .say import minutes, say, say_json
 
@@ -33,12 +32,11 @@ _SET = {"merge_method", "budget", "format", "baselines"}
 @click.option(
     "--on",
     default="shared",
-    show_default=True,
     metavar="LIST",
     help="shared: all methods merge the clusters of the first, or of --clusters; own: each its own",
 )
 @DRY_RUN
-@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+@JSON
 def compare(
     configs: tuple[Path, ...],
     merge_methods: str,

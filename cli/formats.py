@@ -1,132 +1,30 @@
-"""Commands that convert adapters and packs to other layouts, and verify packs."""
+"""Commands that check a pack, write it for other programs, and upload it."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
 
-from .help import Command
-from .paths import PackPath, UserPath
-from .say import say, say_json
+from .help import JSON, Command, PackPath, UserPath
+from .say import say, say_json, warn_of_idle
 
-_DIR = UserPath(path_type=str)
+_PATH = UserPath(path_type=Path)
 # The keys of `READERS`, repeated here so that help imports no model code.
-_READERS = ("mlx-swift", "mlx-lm", "PEFT", "llama.cpp", "vllm-metal", "ExecuTorch", "MNN", "oMLX")
-_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-
-
-@click.command(cls=Command)
-@click.option("--model", metavar="M", help="the base model, to check every tensor against")
-@click.option("--adapters", required=True, type=_DIR, metavar="A", help="folder of them, or a list"
-              " with commas: directories, .gguf files, owner/name[@revision]")  # fmt: skip
-@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
-@click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx", show_default=True)
-@click.option("--accept-dora", type=click.IntRange(1), metavar="RANK", help="take DoRAs in as the"
-              " closest LoRAs of this rank, and show the error")  # fmt: skip
-@_JSON
-def convert(
-    model: str | None, adapters: str, output: str, to: str, accept_dora: int | None, as_json: bool
-) -> None:
-    """Convert adapters to MLX or PEFT, exactly.
-
-    Adapters may be PEFT, MLX or GGUF. One that cannot be converted exactly is refused, with the
-    reason.
-
-    Examples:
-      d2c-mlx convert --adapters loras --output mlx-loras
-      d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
-      d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
-    """
-    from d2c_mlx.adapters.checks import BaseWeights
-    from d2c_mlx.adapters.peft_format import save_peft
-    from d2c_mlx.adapters.reading import read_adapters
-    from d2c_mlx.adapters.sources import find_adapters
-    from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.packs.overwrite import check_output, local_model, mark
-    from d2c_mlx.utils.files import write_dir
-
-    sources = find_adapters(adapters)
-    check = partial(check_output, Path(output), local_model(model), sources)
-    check()
-    base = BaseModel(model)
-    weights = BaseWeights(base.weight, accept_dora)
-    found = read_adapters(sources, base.module_shapes, base.config, base=weights)
-    with write_dir(Path(output), lambda _: check()) as directory:
-        for adapter in found:
-            if to == "peft":
-                save_peft(adapter, directory / adapter.name, base.config, base.n_layers)
-            else:
-                adapter.save(directory / adapter.name, base.n_layers)
-        mark(directory, "convert")
-    rows = [
-        {"name": a.name, "rank": a.rank, "modules": len(a.modules), "base": a.base,
-         **({"origin": a.origin} if a.origin else {}),
-         **({} if a.dora_error is None else {"dora_error": a.dora_error})}
-        for a in found
-    ]  # fmt: skip
-    if as_json:
-        say_json(rows)
-        return
-    for row in rows:
-        lost = row.get("dora_error")
-        said = "" if lost is None else f", a DoRA: relative error of dW {lost:.3f}"
-        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules{said}")
-    say(f"wrote {len(rows)} adapters to {output}")
+READERS = ("mlx-swift", "mlx-lm", "PEFT", "llama.cpp", "vllm-metal", "ExecuTorch", "MNN", "oMLX")
 
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["mlx", "mlx-swift", "peft", "gguf"]))
-@click.option("--output", required=True, type=_DIR, metavar="DIR", help="replaced as a whole")
-@click.option("--model", metavar="M", help="the pack's base model; only gguf needs it, for its"
-              " heads")  # fmt: skip
-@_JSON
-def export(pack: Path, to: str, output: str, model: str | None, as_json: bool) -> None:
-    """Write the adapters of a pack for other programs.
-
-    Beside them is tasks.json: task -> file or directory, or null for the base model.
-
-    mlx: directories for mlx-lm and mlx-swift. mlx-swift: smaller ones that mlx-lm refuses, each
-    module in its own rank. peft: directories for PEFT. gguf: files for
-    llama.cpp, of the model families that the documents list.
-
-    Examples:
-      d2c-mlx export runs/first/pack --to mlx --output adapters
-      d2c-mlx export runs/first/pack --to peft --output peft-loras
-      d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras
-    """
-    from d2c_mlx.packs.export import export as write_export
-    from d2c_mlx.packs.pack import load_pack
-
-    found = load_pack(pack)
-    _show_tasks(write_export(found, to, Path(output), model), output, as_json)
-    if not as_json:
-        say(f"{_nbytes(output):,} bytes, of {found.nbytes:,} in the pack")
-
-
-def _nbytes(output: str) -> int:
-    """Bytes of the adapters in a directory."""
-    return sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file()
-               and file.name not in ("tasks.json", ".d2c-mlx.json"))  # fmt: skip
-
-
-def _show_tasks(tasks: dict[str, str | None], output: str, as_json: bool) -> None:
-    if as_json:
-        say_json(tasks)
-        return
-    for task, name in tasks.items():
-        say(f"{task:<24} {name or 'the base model'}")
-    say(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
-
-
-@click.command(cls=Command)
-@click.argument("pack", type=PackPath(path_type=Path))
-@click.option("--for", "runtime", metavar="NAME", type=click.Choice(_READERS),
-              help=f"{', '.join(_READERS)}: check what it reads")  # fmt: skip
+@click.option(
+    "--for",
+    "runtime",
+    metavar="NAME",
+    type=click.Choice(READERS),
+    help=f"{', '.join(READERS)}: check what it reads",
+)
 @click.option("--model", metavar="M", help="the pack's base model; only llama.cpp needs it")
-@_JSON
+@JSON
 def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) -> None:
     """Check a pack against its manifest.
 
@@ -139,18 +37,109 @@ def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) ->
     """
     from d2c_mlx.packs.verify import verify as verify_pack
 
-    found = verify_pack(pack, runtime, model)
-    row = {
-        "pack": str(pack),
-        "storage": found.storage,
-        "nbytes": found.nbytes,
-        "adapters": len(found.adapters),
-        "tasks": len(found.tasks),
-        "for": runtime,
-    }
+    verified = verify_pack(pack, runtime, model)
+    n_adapters, n_tasks = len(verified.adapters), len(verified.tasks)
     if as_json:
-        say_json(row)
+        say_json({"pack": str(pack), "storage": verified.storage, "nbytes": verified.nbytes,
+                  "adapters": n_adapters, "tasks": n_tasks, "for": runtime})  # fmt: skip
         return
-    say(f"{pack}: {found.storage}, {len(found.adapters)} adapters for {len(found.tasks)}"
-               f" tasks, {found.nbytes:,} bytes: verified"
-               f"{f' for {runtime}' if runtime else ''}")  # fmt: skip
+    say(f"{pack}: {verified.storage}, {n_adapters} adapters for {n_tasks} tasks,"
+        f" {verified.nbytes:,} bytes: verified{f' for {runtime}' if runtime else ''}")  # fmt: skip
+
+
+@click.command(cls=Command)
+@click.argument("pack", type=PackPath(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["mlx", "mlx-swift", "peft", "gguf"]))
+@click.option("--output", required=True, type=_PATH, help="replaced as a whole")
+@click.option("--model", metavar="M", help="the pack's base model, which gguf needs")
+@JSON
+def export(pack: Path, to: str, output: Path, model: str | None, as_json: bool) -> None:
+    """Write the adapters of a pack for other programs.
+
+    Beside them is tasks.json: task -> file or directory, or null for the base model.
+
+    mlx: directories for mlx-lm and mlx-swift. mlx-swift: smaller ones that mlx-lm refuses, each
+    module in its own rank. peft: directories for PEFT. gguf: files for llama.cpp, of the model
+    families that the documents list.
+
+    Examples:
+      d2c-mlx export runs/first/pack --to mlx --output adapters
+      d2c-mlx export runs/first/pack --to peft --output peft-loras
+      d2c-mlx export runs/first/pack --to gguf --model M --output gguf-loras
+    """
+    from d2c_mlx.packs.export import export as export_pack
+    from d2c_mlx.packs.pack import load_pack
+
+    source = load_pack(pack)
+    tasks = export_pack(source, to, output, model)
+    if as_json:
+        say_json(tasks)
+        return
+    for task, name in tasks.items():
+        say(f"{task:<24} {name or 'the base model'}")
+    files = (file for file in output.rglob("*") if file.is_file())
+    nbytes = sum(file.stat().st_size for file in files
+                 if file.name not in ("tasks.json", ".d2c-mlx.json"))  # fmt: skip
+    say(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
+    say(f"{nbytes:,} bytes, of {source.nbytes:,} in the pack")
+
+
+@click.command(cls=Command)
+@click.argument("pack", type=PackPath(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="make a new repository private; refuse a public one")
+@click.option("--revision", metavar="BRANCH", help="made if need be  [default: main]")
+@click.option("--base", metavar="ID", help="base model on the hub  [default: the pack's]")
+@click.option("--license", default="other", metavar="ID", help="as the hub names it")
+@click.option("--bench", type=_PATH, help="bench.json of the run  [default: beside the pack]")
+@click.option("--output", type=_PATH, help="write the folder there, upload nothing")
+@click.option("--dry-run", is_flag=True, help="print the model card, upload nothing")
+@JSON
+def push(
+    pack: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    base: str | None,
+    license: str,
+    bench: Path | None,
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Upload a pack with a model card to the Hugging Face hub.
+
+    The pack, plain adapters that mlx-lm loads, tasks.json and README.md go up in one commit.
+
+    Examples:
+      d2c-mlx push runs/first/pack org/name --private
+      d2c-mlx push runs/first/pack org/name --dry-run            # print the card
+      d2c-mlx push runs/first/pack org/name --output folder      # to look at; no upload
+    """
+    import tempfile
+
+    from d2c_mlx.packs.card import CardOptions
+    from d2c_mlx.packs.pack import load_pack
+    from d2c_mlx.packs.push import CARD, write_repository
+    from d2c_mlx.packs.push import push as push_pack
+    from d2c_mlx.utils.files import visible_files
+
+    if output is not None:
+        warn_of_idle("with --output, which uploads nothing", "private")
+    source, options = load_pack(pack), CardOptions(base, license, revision, bench)
+    if output is None and not dry_run:
+        url = push_pack(source, repo, options, private=private)
+        if as_json:
+            say_json({"repo": repo, "commit": url})
+        else:
+            say(f"pushed: {url}")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = output or Path(temporary) / "repository"
+        write_repository(source, repo, folder, options)
+        files = [path.relative_to(folder).as_posix() for path in visible_files(folder)]
+        card = (folder / CARD).read_text(encoding="utf-8")
+    if as_json:
+        say_json({"repo": repo, "folder": str(output) if output else None, "files": files})
+    else:
+        say(card if dry_run else f"wrote {len(files)} files to {output}; nothing was sent")

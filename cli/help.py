@@ -1,17 +1,53 @@
-"""Help of commands: options in groups, commands in sections."""
+"""What commands are made of: options in groups, commands in sections, paths, `--json`."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import click
 
-__all__ = ["Command", "Entry", "GroupedOption", "LazyGroup", "load"]
+__all__ = ["JSON", "MODEL", "Command", "Entry", "GroupedOption", "LazyGroup", "PackPath",
+           "UserPath"]  # fmt: skip
+
+JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+MODEL = click.option(
+    "--model", metavar="M", help="the pack's base model  [default: the embedded one]"
+)
+
+
+class UserPath(click.Path):
+    """`click.Path` with `~`, which a shell leaves as it is in `--output=~/x` and in scripts."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:  # noqa: ANN401  as click has it
+        """Expand `~` in a path, then check it as click does."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class PackPath(UserPath):
+    """The directory of a pack, or of the run that made it."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:  # noqa: ANN401  as click has it
+        """Put the pack in a run's place, then check it as click does."""
+        # Not above: help must not import the library.
+        from d2c_mlx.packs.pack import pack_directory
+
+        return super().convert(pack_directory(os.fspath(value)), param, ctx)
 
 
 class GroupedOption(click.Option):
@@ -32,14 +68,14 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups in the order of their first options, and options without one last."""
         groups: dict[str, list[tuple[str, str]]] = {}
-        rest = []
+        others = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record and isinstance(param, GroupedOption):
                 groups.setdefault(param.group, []).append(record)
             elif record and isinstance(param, click.Option):
-                rest.append(record)
-        for name, records in [*groups.items(), ("Options", rest)]:
+                others.append(record)
+        for name, records in [*groups.items(), ("Options", others)]:
             with formatter.section(name):
                 formatter.write_dl(records)
 
@@ -84,8 +120,10 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return the command of a name; None if there is none."""
-        entry = self.entries.get(cmd_name)
-        return load(entry.place) if entry else None
+        if cmd_name not in self.entries:
+            return None
+        module, name = self.entries[cmd_name].place.split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -95,8 +133,7 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if close := difflib.get_close_matches(args[0], self.entries, 1):
-                said = f"{error.message} Did you mean {close[0]!r}?"
-                raise click.UsageError(said, ctx) from None
+                raise click.UsageError(f"{error.message} Did you mean {close[0]!r}?", ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -110,9 +147,3 @@ class LazyGroup(click.Group):
             ]
             with formatter.section(section):
                 formatter.write_dl(rows)
-
-
-def load(place: str) -> click.Command:
-    """Import and return the command at `module:name` of this package."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), name)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
 from .help import Entry, LazyGroup
-from .interrupt import interrupts_told
+
+__all__ = ["COMMANDS", "cli", "interrupts_told", "main"]
 
 _RUNS, _PACKS, _OTHER = "Runs", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
-_COMMANDS = {
+COMMANDS = {
     "init": Entry(
         "start:init", _RUNS, "Look at a folder of adapters and write what a first run needs."
     ),
@@ -28,25 +33,29 @@ _COMMANDS = {
     "add": Entry("packs:add", _PACKS, "Add an adapter to a pack, within its budget."),
     "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
     "route": Entry("packs:route", _PACKS, "Tell which task of a pack each prompt is of."),
-    "generate": Entry("generate:generate", _PACKS, "Answer a prompt with the adapter of a task."),
+    "generate": Entry("serve:generate", _PACKS, "Answer a prompt with the adapter of a task."),
     "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
     "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
     "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
     "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
-    "push": Entry("hub:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."),
-    "compose": Entry(
-        "compose:compose", _OTHER, "Make an adapter for a new task of those that there are."
+    "push": Entry(
+        "formats:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."
     ),
-    "convert": Entry("formats:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
-    "doctor": Entry("doctor:doctor", _OTHER, "Tell what this machine has and what is missing."),
+    "compose": Entry(
+        "adapters:compose", _OTHER, "Make an adapter for a new task of those that there are."
+    ),
+    "convert": Entry("adapters:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
+    "doctor": Entry("start:doctor", _OTHER, "Tell what this machine has and what is missing."),
 }
+# The first line end is for the ^C of a terminal.
+_STOPPING = b"\nstopping at the end of this step; what is done is kept\n"
 
 
 @click.group(
     cls=LazyGroup,
-    entries=_COMMANDS,
+    entries=COMMANDS,
     epilog="Start with: d2c-mlx run --adapters DIR --tasks DIR --budget 5 --output runs/first",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(None, "-V", "--version", package_name="d2c-mlx", prog_name="d2c-mlx")
 def cli() -> None:
@@ -58,7 +67,61 @@ def cli() -> None:
     """
 
 
-_python_s_format = warnings.formatwarning
+def main() -> None:
+    """Run the command; errors are one line each on standard error, never a traceback.
+
+    With D2C_MLX_DEBUG=1 an error that nobody expected shows one.
+    """
+    _open_streams()
+    _check_addresses()
+    warnings.formatwarning = _format_warning
+    try:
+        # Without standalone mode click returns the exit code of an Exit instead of raising it. The
+        # name is that of `python -m d2c_mlx` too.
+        with interrupts_told():
+            sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command continues where it stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from .say import say
+
+        lines, code = _explain(error)
+        for line in lines:
+            say(f"error: {line}", err=True)
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[list[str], int]:
+    """The lines that tell an error, and the exit code; raises what nobody expected to debug it."""
+    from d2c_mlx.utils.errors import D2CError
+
+    if isinstance(error, click.ClickException):
+        message = re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
+        ctx = getattr(error, "ctx", None)
+        joint = " See" if message.endswith("?") else "; see"
+        return [f"{message}{joint} {ctx.command_path} --help" if ctx else message], 2
+    if isinstance(error, D2CError):
+        return str(error).splitlines(), error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        # A traceback explains neither a full disk nor a directory that may not be written.
+        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror], 1
+    if os.environ.get("D2C_MLX_DEBUG") == "1":
+        raise error
+    text = (str(error).strip() or "it says no more").splitlines()[0]
+    # MLX has no class for it.
+    if isinstance(error, MemoryError) or "Unable to allocate" in text:
+        line = f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"
+    else:
+        line = (f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and"
+                " tell the authors")  # fmt: skip
+    return [line], 1
+
+
+_format_of_python = warnings.formatwarning
 
 
 def _format_warning(
@@ -73,33 +136,7 @@ def _format_warning(
 
     if issubclass(category, InputWarning):
         return f"warning: {printable(str(message))}\n"
-    return _python_s_format(message, category, filename, lineno, line)
-
-
-def _error(line: str) -> None:
-    from .say import say
-
-    say(f"error: {line}", err=True)
-
-
-def _misuse(error: click.ClickException) -> str:
-    """One line about what click could not read, and which help says what it reads."""
-    said = re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
-    ctx = getattr(error, "ctx", None)
-    joint = " See" if said.endswith("?") else "; see"
-    return f"{said}{joint} {ctx.command_path} --help" if ctx else said
-
-
-def _unexpected(error: Exception) -> str:
-    """One line about an error that is no input's."""
-    text = (str(error).strip() or "it says no more").splitlines()[0]
-    memory = isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text
-    if memory:
-        return f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"
-    return (
-        f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and tell"
-        " the authors"
-    )
+    return _format_of_python(message, category, filename, lineno, line)
 
 
 def _open_streams() -> None:
@@ -109,57 +146,45 @@ def _open_streams() -> None:
     os.close(handle)
 
 
-def _little_memory() -> str | None:
-    """One line if `ulimit -v` leaves too little: OpenBLAS would wait without an end, or crash."""
+def _check_addresses() -> None:
+    """Exit if `ulimit -v` leaves too little: OpenBLAS would wait without an end, or crash."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     least = (2 << 30) + (os.cpu_count() or 1) * (64 << 20)
     if limit == resource.RLIM_INFINITY or limit >= least:
-        return None
-    return (
-        f"ulimit -v: found {limit:,} bytes of addresses, expected at least {least:,}; raise it, or"
-        " limit the memory of the container instead"
+        return
+    # Not by `say`, which imports the library and so OpenBLAS.
+    click.echo(
+        f"error: ulimit -v: found {limit:,} bytes of addresses, expected at least {least:,}; raise"
+        " it, or limit the memory of the container instead",
+        err=True,
     )
+    sys.exit(1)
 
 
-def main() -> None:
-    """Run the command; errors are one line each on standard error, never a traceback.
+@contextmanager
+def interrupts_told() -> Iterator[None]:
+    """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step.
 
-    With D2C_MLX_DEBUG=1 an error that nobody expected shows one.
+    The thread has ended when this does, so that no later line is mixed with its own.
     """
-    _open_streams()
-    if problem := _little_memory():
-        # Not by `say`, which imports the library and so OpenBLAS.
-        click.echo(f"error: {problem}", err=True)
-        sys.exit(1)
-    warnings.formatwarning = _format_warning
-    try:
-        # Without standalone mode click returns the exit code of an Exit instead of raising it. The
-        # name is that of `python -m d2c_mlx` too.
-        with interrupts_told():
-            sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(2)
-    except click.ClickException as error:
-        _error(_misuse(error))
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command continues where it stopped", err=True)
-        sys.exit(130)
-    except Exception as error:
-        # errors.py is the only part of the library that is light enough to import here.
-        from d2c_mlx.utils.errors import D2CError
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
-        if isinstance(error, OSError) and error.strerror:
-            # A traceback explains neither a full disk nor a directory that may not be written.
-            where = f"{error.filename}: " if error.filename else ""
-            _error(f"{where}{error.strerror}")
-            sys.exit(1)
-        if not isinstance(error, D2CError):
-            if os.environ.get("D2C_MLX_DEBUG") == "1":
-                raise
-            _error(_unexpected(error))
-            sys.exit(1)
-        for line in str(error).splitlines():
-            _error(line)
-        sys.exit(error.exit_code)
+    def tell() -> None:
+        while signals := os.read(read, 1):
+            if signals[0] == signal.SIGINT:
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _STOPPING)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        thread.join()
+        os.close(read)

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import click
 
-from .help import Command
-from .paths import PackPath, UserPath
+from .help import JSON, MODEL, Command, PackPath, UserPath
 from .say import say, say_json, warn_of_idle
 
 _PATH = UserPath(path_type=Path)
-_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 
 
 @click.command("list", cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
-@_JSON
+@JSON
 def list_(pack: Path, as_json: bool) -> None:
     """Show the adapters of a pack and the tasks they serve.
 
@@ -43,14 +41,11 @@ def list_(pack: Path, as_json: bool) -> None:
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("adapter")
-@click.option("--tasks", type=_PATH, metavar="DIR", help="<task>/probe.jsonl of the new task, and"
-              " of those in the pack that are to have a say")  # fmt: skip
-@click.option("--probe-examples", type=click.IntRange(1), default=10, show_default=True,
-              help="rows of probe.jsonl that decide, the first ones")  # fmt: skip
-@click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
-              " it is that]")  # fmt: skip
+@click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the new and of other tasks")
+@click.option("--probe-examples", type=click.IntRange(1), default=10, help="rows that decide")
+@MODEL
 @click.option("--budget", help='another budget: bytes such as "20MB", or a number of adapters')
-@_JSON
+@JSON
 def add(
     pack: Path,
     adapter: str,
@@ -66,11 +61,10 @@ def add(
     a Hugging Face id; NAME=ADAPTER gives the task another name.
 
     A plain pack gives it a slot of its own while there is one, else merges it into the slot that
-    is most alike or, with --tasks, whose losses suffer least. A compact pack stores it in an equal
-    share of the bytes and drops what the other adapters need least. A router is dropped. For the
-    full search put ADAPTER beside the others, move the changed pack elsewhere and run d2c-mlx run
-    again: losses that it measured before are in the cache. --same-shape and --max-adapters of that
-    run do not bind an adapter that is added.
+    is most alike or, with --tasks, whose losses on the rows that are there suffer least. A compact
+    pack stores it in an equal share of the bytes and drops what the other adapters need least. A
+    router is dropped. For the full search put ADAPTER beside the others, move the changed pack
+    elsewhere and run d2c-mlx run again: losses that it measured before are in the cache.
 
     Examples:
       d2c-mlx add runs/first/pack loras/gec-nl
@@ -82,28 +76,27 @@ def add(
     if tasks is None:
         warn_of_idle("without --tasks", "probe_examples")
     routed = _routed(pack)
-    found = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
+    added = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
     if as_json:
-        content = {"task": found.task, "adapter": found.adapter, "joined": found.joined,
-                   "similarity": found.similarity, "dropped": found.dropped,
-                   "dropped_energy": found.dropped_energy, "nbytes": found.pack.nbytes}  # fmt: skip
-        say_json(content)
+        names = ("task", "adapter", "joined", "similarity", "dropped", "dropped_energy")
+        say_json({name: getattr(added, name) for name in names} | {"nbytes": added.pack.nbytes})
         return
-    where = f"merged into {found.adapter} with {', '.join(found.joined)}" if found.joined else (
-        f"an adapter of its own ({found.adapter})")  # fmt: skip
-    if found.dropped:
+    where = f"an adapter of its own ({added.adapter})"
+    if added.joined:
+        where = f"merged into {added.adapter} with {', '.join(added.joined)}"
+    if added.dropped:
         where += (
-            f"; {found.dropped} components of others made room, at most"
-            f" {found.dropped_energy:.1%} of an adapter's energy"
+            f"; {added.dropped} components of others made room, at most"
+            f" {added.dropped_energy:.1%} of an adapter's energy"
         )
-    say(f"{found.task}: {where}")
-    say(f"{pack}: {len(found.pack.tasks)} tasks, {found.pack.nbytes:,} bytes{routed}")
+    say(f"{added.task}: {where}")
+    say(f"{pack}: {len(added.pack.tasks)} tasks, {added.pack.nbytes:,} bytes{routed}")
 
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("tasks", nargs=-1, required=True)
-@_JSON
+@JSON
 def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     """Remove tasks from a pack.
 
@@ -115,17 +108,14 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     from d2c_mlx.packs.update import opened, remove_tasks
 
     routed = _routed(pack)
-    with opened(pack) as found:
-        left = remove_tasks(found, tasks)
+    with opened(pack) as before:
+        left = remove_tasks(before, tasks)
     if as_json:
-        content = {"tasks": sorted(left.tasks), "n_adapters": len(left.adapters),
-                   "nbytes": left.nbytes}  # fmt: skip
-        say_json(content)
+        say_json({"tasks": sorted(left.tasks), "n_adapters": len(left.adapters),
+                  "nbytes": left.nbytes})  # fmt: skip
         return
-    say(
-        f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
-        f"{routed}"
-    )
+    say(f"{pack}: {len(left.tasks)} tasks, {len(left.adapters)} adapters, {left.nbytes:,} bytes"
+        f"{routed}")  # fmt: skip
 
 
 def _routed(pack: Path) -> str:
@@ -139,15 +129,14 @@ def _routed(pack: Path) -> str:
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("prompts", nargs=-1)
-@click.option("--tasks", type=_PATH, metavar="DIR", help="<task>/probe.jsonl of the pack's tasks")
-@click.option("--probe-examples", type=click.IntRange(2), default=10, show_default=True,
-              help="rows of probe.jsonl, the first ones")  # fmt: skip
-@click.option("--model", metavar="M", help="the pack's base model  [default: the embedded one, if"
-              " it is that]")  # fmt: skip
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="tasks shown")
-@click.option("--budget", metavar="B", help="bytes for the pack with its router, such as 40MB"
-              "  [default: the pack's budget]")  # fmt: skip
-@_JSON
+@click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the pack's tasks")
+@click.option("--probe-examples", type=click.IntRange(2), default=10, help="rows to fit on")
+@MODEL
+@click.option("--top", type=click.IntRange(1), default=3, help="tasks shown")
+@click.option(
+    "--budget", metavar="B", help="bytes for the pack with its router  [default: the pack's budget]"
+)
+@JSON
 def route(
     pack: Path,
     prompts: tuple[str, ...],
@@ -182,5 +171,5 @@ def route(
     if tasks:
         say(f"{pack}: router fitted")
     for row in rows:
-        near = ", ".join(f"{one['task']} {one['similarity']:.3f}" for one in row["matches"])
+        near = ", ".join(f"{match['task']} {match['similarity']:.3f}" for match in row["matches"])
         say(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from .help import Command, GroupedOption
-from .paths import PackPath, UserPath
+from .help import JSON, Command, GroupedOption, PackPath, UserPath
 from .say import say, say_json
 
 _PATH = UserPath(path_type=str)
@@ -38,9 +37,7 @@ _measurement = partial(click.option, cls=GroupedOption, group="Measurement")
 @_quality(
     "--adapters", type=_PATH, metavar="A", help="the individual adapters, to measure them too"
 )
-@_quality(
-    "--tasks", type=_PATH, metavar="DIR", help="rows as a run has them, to measure quality too"
-)
+@_quality("--tasks", type=_PATH, help="rows as a run has them, to measure quality too")
 @_quality("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]")
 @_quality(
     "--answers",
@@ -54,7 +51,7 @@ _measurement = partial(click.option, cls=GroupedOption, group="Measurement")
 )
 @_measurement("--decode", type=int, help="tokens generated after each  [default: 32]")
 @_measurement("--runs", type=int, help="timed runs of each  [default: 3]")
-@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+@JSON
 def phone(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Measure a pack on a quantized model, as on a phone.
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .help import Command, GroupedOption
-from .paths import UserPath
+from .help import Command, GroupedOption, UserPath
 from .say import minutes, say
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ RUN_OPTIONS = (
     _adapters(
         "--tasks",
         type=_PATH,
-        metavar="DIR",
         help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl; a row without an answer"
         " is a prompt that its adapter answers  [default: none: by weights alone, nothing is"
         " measured]",
@@ -54,7 +52,6 @@ RUN_OPTIONS = (
     _adapters(
         "--output",
         type=_PATH,
-        metavar="DIR",
         help="run directory; the same command continues there",
     ),
     _adapters(
@@ -107,7 +104,6 @@ RUN_OPTIONS = (
     _search(
         "--clusters",
         type=_PATH,
-        metavar="FILE",
         help="merge these clusters in place of D2C's, to compare merge methods: clusters.json of a"
         " run, or a JSON list of lists of adapters",
     ),

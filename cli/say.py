@@ -34,11 +34,11 @@ def warn_of_idle(why: str, *names: str) -> None:
 def say_json(content: Any) -> None:  # noqa: ANN401  JSON is any
     """Print JSON, readable in any script but for what is not printable."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    click.echo("".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text))
 
+    def escaped(c: str) -> str:
+        return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else json.dumps(c)[1:-1]
 
-def _escaped(c: str) -> str:
-    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else json.dumps(c)[1:-1]
+    click.echo("".join(c if c.isprintable() or c == "\n" else escaped(c) for c in text))
 
 
 def minutes(seconds: float) -> str:

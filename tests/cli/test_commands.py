@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from d2c_mlx_cli.main import _COMMANDS, cli
+from d2c_mlx_cli.main import COMMANDS, cli
 from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, library
 
@@ -27,7 +27,7 @@ from d2c_mlx.utils.files import hash_tree
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "pydantic", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
-HELPS = [["--help"], *([name, "--help"] for name in _COMMANDS)]
+HELPS = [["--help"], *([name, "--help"] for name in COMMANDS)]
 # Prints every help in turn, with the heavy modules that are loaded by then.
 PRINTS_HELPS = f"""
 import contextlib, io, json, sys
@@ -43,7 +43,7 @@ for args in {HELPS!r}:
 """
 BUSY = """
 import hashlib, os, signal, threading
-from d2c_mlx_cli.interrupt import interrupts_told
+from d2c_mlx_cli.main import interrupts_told
 # Not before the main thread is in a call that runs no Python.
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 with interrupts_told():
@@ -74,22 +74,22 @@ def helps():
 
 
 def test_help_imports_nothing_heavy(helps):
-    assert len(_COMMANDS) <= 18
+    assert len(COMMANDS) <= 18
     for args, (code, text, heavy, _) in zip(HELPS, helps, strict=True):
         assert (code, heavy) == (0, []), args
         assert "Usage:" in text and (args == ["--help"] or "Example" in text)
     _, text, _, modules = helps[0]
-    assert all(f"{entry.section}:" in text for entry in _COMMANDS.values())
-    assert not {f"d2c_mlx_cli.{entry.place.split(':')[0]}" for entry in _COMMANDS.values()} & {
+    assert all(f"{entry.section}:" in text for entry in COMMANDS.values())
+    assert not {f"d2c_mlx_cli.{entry.place.split(':')[0]}" for entry in COMMANDS.values()} & {
         *modules
     }
 
 
-@pytest.mark.parametrize("name", _COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_begins_its_help_as_its_parent_says(name):
     command = command_of(name)
     assert command.name == name
-    assert command.help.split("\n\n")[0].replace("\n", " ") == _COMMANDS[name].help
+    assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name].help
 
 
 def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from d2c_mlx_cli.formats import _READERS
+from d2c_mlx_cli import formats
 from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, TARGETS, peft_adapter
 from safetensors.numpy import load_file, save_file
@@ -231,7 +231,7 @@ def test_the_readers_are_those_of_the_documents_and_the_command():
     ]
     text = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
     assert "\n".join(rows) in text
-    assert [*_READERS] == [*READERS]
+    assert [*READERS] == [*formats.READERS]
 
 
 @pytest.mark.parametrize("name", ["mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"])

@@ -1,0 +1,143 @@
+"""Commands that convert adapters, and make one for a new task."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .help import JSON, Command, UserPath
+from .say import say, say_json
+
+_PATH = UserPath(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option("--model", metavar="M", help="the base model, to check every tensor against")
+@click.option(
+    "--adapters", required=True, type=UserPath(path_type=str), metavar="A", help="as for run"
+)
+@click.option("--output", required=True, type=_PATH, help="replaced as a whole")
+@click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx")
+@click.option(
+    "--accept-dora",
+    type=click.IntRange(1),
+    metavar="RANK",
+    help="take DoRAs in as LoRAs of this rank",
+)
+@JSON
+def convert(
+    model: str | None, adapters: str, output: Path, to: str, accept_dora: int | None, as_json: bool
+) -> None:
+    """Convert adapters to MLX or PEFT, exactly.
+
+    Adapters may be PEFT, MLX or GGUF. One that cannot be converted exactly is refused, with the
+    reason.
+
+    Examples:
+      d2c-mlx convert --adapters loras --output mlx-loras
+      d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
+      d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
+    """
+    from d2c_mlx.adapters.checks import BaseWeights
+    from d2c_mlx.adapters.peft_format import save_peft
+    from d2c_mlx.adapters.reading import read_adapters
+    from d2c_mlx.adapters.sources import find_adapters
+    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.packs.overwrite import check_output, local_model, mark
+    from d2c_mlx.utils.files import write_dir
+
+    sources = find_adapters(adapters)
+    check = partial(check_output, output, local_model(model), sources)
+    check()
+    base = BaseModel(model)
+    weights = BaseWeights(base.weight, accept_dora)
+    converted = read_adapters(sources, base.module_shapes, base.config, base=weights)
+    with write_dir(output, lambda _: check()) as directory:
+        for adapter in converted:
+            if to == "peft":
+                save_peft(adapter, directory / adapter.name, base.config, base.n_layers)
+            else:
+                adapter.save(directory / adapter.name, base.n_layers)
+        mark(directory, "convert")
+    rows: list[dict[str, Any]] = []
+    for adapter in converted:
+        optional = {"origin": adapter.origin or None, "dora_error": adapter.dora_error}
+        rows.append(
+            {"name": adapter.name, "rank": adapter.rank, "modules": len(adapter.modules),
+             "base": adapter.base, **{k: v for k, v in optional.items() if v is not None}}
+        )  # fmt: skip
+    if as_json:
+        say_json(rows)
+        return
+    for row in rows:
+        error = row.get("dora_error")
+        note = "" if error is None else f", a DoRA: relative error of dW {error:.3f}"
+        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules{note}")
+    say(f"wrote {len(rows)} adapters to {output}")
+
+
+@click.command(cls=Command)
+@click.option(
+    "--from", "source", required=True, metavar="PACK|DIR", help="a pack, or adapters as for run"
+)
+@click.option("--task", required=True, type=_PATH, help="has probe.jsonl of the new task")
+@click.option("--output", required=True, type=_PATH, metavar="ADAPTER", help="replaced as a whole")
+@click.option(
+    "--method",
+    default="auto",
+    metavar="NAME",
+    help="auto compares several; best, uniform, retrieve, top, continual, fresh, fresh-scaled,"
+    " fresh-library, best-trained, lorahub: docs/how-to/new-task.md",
+)
+@click.option(
+    "--tasks",
+    type=_PATH,
+    help="<adapter>/probe.jsonl of the adapters  [default: the pack's router]",
+)
+@click.option("--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to use")
+@click.option("--model", metavar="M", help="the base model  [default: the embedded one]")
+@click.option("--seed", type=click.IntRange(0), default=0)
+@JSON
+def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401  click's
+    """Make an adapter for a new task of those that there are.
+
+    Adapters are mixed, or a LoRA is trained on the rows, or both; five-fold cross-validation on the
+    rows chooses. ADAPTER is in mlx-lm's layout, and compose.json beside it says how it was made and
+    whether the base model, the best single adapter or a LoRA trained on the rows is as good. The
+    same command goes on where it stopped.
+
+    Examples:
+      d2c-mlx compose --from runs/first/pack --task tasks/gec-nl --output loras/gec-nl
+      d2c-mlx compose --from loras --tasks tasks --task new/gec-nl --output made/gec-nl
+      d2c-mlx add runs/first/pack made/gec-nl
+    """
+    from d2c_mlx.compose.compose import ComposeOptions
+    from d2c_mlx.compose.compose import compose as make
+
+    result = make(source, task, output, ComposeOptions(**options), not sys.stderr.isatty())
+    if as_json:
+        say_json(result)
+        return
+    chosen = result["method"]
+    say(f"{'method':<16} {'loss':>7}   {chosen} is ahead by (nats per token, on rows not seen)")
+    for name, row in result["candidates"].items():
+        ahead = "" if name == chosen else f"{row['ahead']:+.3f} +- {row['error']:.3f}"
+        say(f"{name:<16} {row['loss']:>7.3f}   {ahead}")
+    choice = f" ({result['choice']})" if result["choice"] != 1 else ""
+    say(f"{result['task']}: {chosen}{choice}, of {result['rows']} rows, {result['seconds']:.0f} s")
+    references = {
+        "base": "the base model without an adapter",
+        "best": "the best single adapter",
+        "fresh": "a LoRA trained on the same rows alone",
+    }
+    for name in result["as_good"]:
+        row, judged = result["candidates"][name], "is as good: within one standard error"
+        # A difference below 0.0005 would be printed as 0.000.
+        if -row["ahead"] > max(row["error"], 0.0005):
+            judged = f"is better: by {-row['ahead']:.3f} +- {row['error']:.3f} nats per token"
+        say(f"{references[name]} {judged}")
+    say(f"wrote {output}")
