@@ -17,8 +17,7 @@ from pathlib import Path
 from benchmarks import command_line
 from benchmarks.common import ends
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
-from d2c_mlx.packs.export import export
-from d2c_mlx.packs.verify import verify
+from d2c_mlx.packs.export import export, verify
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import environment

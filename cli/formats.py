@@ -35,7 +35,7 @@ def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) ->
       d2c-mlx verify runs/first/pack
       d2c-mlx verify runs/first/pack --for mlx-swift
     """
-    from d2c_mlx.packs.verify import verify as verify_pack
+    from d2c_mlx.packs.export import verify as verify_pack
 
     verified = verify_pack(pack, runtime, model)
     n_adapters, n_tasks = len(verified.adapters), len(verified.tasks)
@@ -118,9 +118,8 @@ def push(
     """
     import tempfile
 
-    from d2c_mlx.packs.card import CardOptions
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.packs.push import CARD, write_repository
+    from d2c_mlx.packs.push import CARD, CardOptions, write_repository
     from d2c_mlx.packs.push import push as push_pack
     from d2c_mlx.utils.files import visible_files
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from d2c_mlx.adapters.reading import read_adapter
     from d2c_mlx.compare import Axes, Comparison
     from d2c_mlx.merge.methods import merge_adapters
-    from d2c_mlx.packs.export import export
+    from d2c_mlx.packs.export import export, verify
     from d2c_mlx.packs.pack import Pack, load_pack
-    from d2c_mlx.packs.verify import verify
     from d2c_mlx.phone.benchmark import bench_phone
     from d2c_mlx.phone.config import PhoneConfig
     from d2c_mlx.pipeline import run as run_pipeline
@@ -76,7 +75,7 @@ _NAMES = {
     "read_adapter": ("adapters.reading", "read_adapter"),
     "run_pipeline": ("pipeline", "run"),
     "save_peft": ("adapters.peft_format", "save_peft"),
-    "verify": ("packs.verify", "verify"),
+    "verify": ("packs.export", "verify"),
 }
 
 

@@ -25,7 +25,7 @@ from benchmarks.formats.bindings import LlamaCpp, conditions
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.files import write_json
 
@@ -90,7 +90,7 @@ def compare(folder, tools, family):
     pack = write_pack(
         out / "pack",
         [adapter.uniform(mx.float32)],
-        PackInfo(model=family, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
+        Manifest(model=family, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
     )
     ours = out / "gguf" / export(pack, "gguf", out / "gguf", str(model))["task"]
     theirs, gguf = out / "theirs.gguf", out / "base.gguf"

@@ -26,7 +26,7 @@ from benchmarks.formats.bindings import LlamaCpp, conditions, in_float32
 from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.files import write_json
 
@@ -57,7 +57,7 @@ def compare(base, adapters, sets, folder):
     pack = write_pack(
         folder / "pack",
         named,
-        PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
+        Manifest(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="-"),
     )
     tasks = export(pack, "gguf", folder / "gguf")
     # With two rows a head there is nothing to permute.

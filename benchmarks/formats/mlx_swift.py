@@ -17,7 +17,7 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def write_packs(work: Path) -> None:
 
     paths = [f"model.layers.{i}.{key}" for i in range(2) for key in SHAPES]
     both = [adapter("one", paths), adapter("two", [paths[2], paths[9], paths[13]])]
-    info = PackInfo("tiny", "0" * 64, n_layers=2)
+    info = Manifest("tiny", "0" * 64, n_layers=2)
     small = [
         compress(one, {p: [(1, 4), (1 + i % 3, 3)][: 1 + i % 2] for i, p in enumerate(one.modules)})
         for one in both

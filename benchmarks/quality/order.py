@@ -24,8 +24,8 @@ from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.judge import Judge
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.make_room import Judge
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -39,13 +39,13 @@ def first_pack(session, kind, directory, adapter, budget):
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": base.n_layers}
     if kind == "slots":
         made = [replace(adapter.uniform(base.dtype), sources=(adapter.name,))]
-        return write_pack(directory, made, PackInfo(**about, budget=budget))
+        return write_pack(directory, made, Manifest(**about, budget=budget))
     limit = int(session.inputs.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
     small = compact_store(adapter, {path: some for path, some in levels.items() if some})
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": base.dtype}
-    return write_compact_pack(directory, [small], {adapter.name: 0}, PackInfo(**about))
+    return write_compact_pack(directory, [small], {adapter.name: 0}, Manifest(**about))
 
 
 def grown(session, kind, budget, order, judge):

@@ -33,7 +33,7 @@ from benchmarks.stock_models import float32_base
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
@@ -182,7 +182,7 @@ def main():
         pack = write_pack(
             directory / "run" / "pack",
             [replace(a, sources=(path.name,)) for a, path in zip(adapters, paths)],
-            PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
+            Manifest(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
                      budget=str(len(paths))),
         )  # fmt: skip
         (directory / "float").mkdir()

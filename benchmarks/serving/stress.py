@@ -32,7 +32,7 @@ import mlx.core as mx
 from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.serving.servers import OURS, cpu_seconds, metrics, server
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
@@ -247,7 +247,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         pack = write_pack(
             Path(directory) / "run" / "pack", [named[name] for name in served],
-            PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
+            Manifest(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers,
                      budget=str(len(served))),
         )  # fmt: skip
         folder = Path(directory) / "adapters"

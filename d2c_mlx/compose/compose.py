@@ -42,8 +42,9 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.tasks import encode_probes, load_task, load_tasks
+from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import adapter_inputs, check_output, local_model, mark
-from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack, pack_directory
+from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
 from d2c_mlx.serve.router import Router, fit_router, load_router
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import (

@@ -13,13 +13,11 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
@@ -28,23 +26,27 @@ from d2c_mlx.adapters.reading import read_adapters, warn_of_other_base
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
-from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import same_weights
-from d2c_mlx.models.tasks import Task, encode_probes, load_tasks, systems_of
-from d2c_mlx.packs.judge import Judge
-from d2c_mlx.packs.make_room import make_room
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, PackInfo
-from d2c_mlx.packs.update import opened
-from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
+from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
+from d2c_mlx.packs.make_room import Judge, make_room
+from d2c_mlx.packs.manifest import MANIFEST, Manifest
+from d2c_mlx.packs.pack import Pack
+from d2c_mlx.packs.update import opened, read_stored, rewrite_compact
+from d2c_mlx.packs.write import rewrite_pack
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError, TaskError
 
-__all__ = ["AddOptions", "Arrival", "add_adapter", "add_from_path"]
+__all__ = [
+    "AddOptions",
+    "Arrival",
+    "add_adapter",
+    "add_from_path",
+]
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,30 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
         D2CError: another process is at work on the pack.
     """
     options = options or AddOptions()
-    with opened(pack) as found:
+    with opened(pack) as before:
         sources = find_adapters(adapter, "ADAPTER")
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
-        base = BaseModel(str(found.base_directory(options.model)))
+        base = BaseModel(str(before.base_directory(options.model)))
         own = BaseWeights(base.weight)
         (new,) = read_adapters(sources, base.module_shapes, base.config, base=own)
         is_base = partial(same_weights, base.path)
-        warn_of_other_base(new, sources[0], _base_names(found), is_base)
+        warn_of_other_base(new, sources[0], _base_names(before), is_base)
         judge, system = None, None
         if options.tasks:
-            tasks = _tasks(options.tasks, new.name, found.tasks)
+            if not (options.tasks / new.name).is_dir():
+                raise TaskError(
+                    f"{options.tasks / new.name}: no such directory; expected probe.jsonl of the"
+                    " new task"
+                )
+            names = {new.name, *(t for t in before.tasks if (options.tasks / t).is_dir())}
+            tasks = load_tasks(options.tasks, sorted(names), tests=False)
             encoded = encode_probes(base.encode, tasks, options.n_probe)
-            probes = {one.task: one.cut(*CUTS) for one in encoded}
+            probes = {rows.task: rows.cut(*CUTS) for rows in encoded}
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
             system = systems_of(tasks).get(new.name)
-        return add_adapter(found, new, budget=options.budget, judge=judge, system=system)
+        return add_adapter(before, new, budget=options.budget, judge=judge, system=system)
 
 
 def _base_names(pack: Pack) -> list[str]:
@@ -135,20 +143,9 @@ def _base_names(pack: Pack) -> list[str]:
             named = [base_name(read_config(pack.path / str(key))) for key in keys]
     elif pack.storage == "compact" and keys:
         # All adapters of the file have one.
-        with pack.reading([COMPACT]):
-            named = [read_compact(pack.path / COMPACT, int(keys[0])).base]
+        named = [read_stored(pack, keys[:1])[0].base]
     names = [name for name in named if name]
-    return [pack.manifest.base.model, *names] if names else []
-
-
-def _tasks(directory: Path, new: str, tasks: Mapping[str, object]) -> list[Task]:
-    """Calibration rows of the new task, and of those in the pack that have a directory."""
-    if not (directory / new).is_dir():
-        raise TaskError(
-            f"{directory / new}: no such directory; expected probe.jsonl of the new task"
-        )
-    names = sorted({new, *(task for task in tasks if (directory / task).is_dir())})
-    return load_tasks(directory, names, tests=False)
+    return [pack.manifest.model, *names] if names else []
 
 
 def add_adapter(
@@ -167,103 +164,107 @@ def add_adapter(
         budget: see `AddOptions`.
         judge: measures on calibration rows where an arrival fits best, and its form; None decides
             by weights.
-        system: system message of all its calibration rows, see `PackInfo.systems`.
+        system: system message of all its calibration rows, see `Manifest.systems`.
 
     Raises:
         PackError: the task is there already.
         BudgetError: the budget has no room, whatever is merged or dropped.
     """
-    if adapter.name in pack.tasks:
+    name = adapter.name
+    if name in pack.tasks:
         raise PackError(
-            f"{pack.path}: task {adapter.name!r} is there already; take it out first:"
-            f" d2c-mlx remove {pack.path} {adapter.name}"
+            f"{pack.path}: task {name!r} is there already; take it out first:"
+            f" d2c-mlx remove {pack.path} {name}"
         )
     if pack.storage == "gguf":
         raise PackError(
-            f"{pack.path}: a pack of GGUF files is planned as a whole; put {adapter.name} beside"
-            " the other adapters and give d2c-mlx run --format gguf again"
+            f"{pack.path}: a pack of GGUF files is planned as a whole; put {name} beside the other"
+            " adapters and give d2c-mlx run --format gguf again"
         )
-    rules = _Rules(*_budget(pack, budget), judge, system)
-    if pack.storage == "plain":
-        return _into_slots(pack, adapter, rules)
-    return _into_bytes(pack, adapter, rules)
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """The budget, its bytes, and the other arguments of `add_adapter`."""
-
-    budget: Budget
-    limit: int | None
-    judge: Judge | None
-    system: str | None
-
-
-def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
-    """The budget and its bytes; the bytes of a share are those that the pack stores."""
-    if text is None:
-        try:
-            return parse_budget(pack.info.budget), pack.info.max_bytes
-        except BudgetError as error:
-            raise BudgetError(
-                f"{pack.path / MANIFEST}: {error}; give another with --budget"
-            ) from None
-    budget = parse_budget(text)
-    if budget.percent is not None:
+    try:
+        parsed = parse_budget(pack.manifest.budget if budget is None else budget)
+    except BudgetError as error:
+        if budget is not None:
+            raise
+        raise BudgetError(f"{pack.path / MANIFEST}: {error}; give another with --budget") from None
+    if budget is not None and parsed.percent is not None:
         raise BudgetError(
-            f"budget: {text!r} is a share of adapters that the pack does not hold; expected bytes,"
-            ' such as "20MB", or a number of adapters'
+            f"budget: {budget!r} is a share of adapters that the pack does not hold; expected"
+            ' bytes, such as "20MB", or a number of adapters'
         )
-    return budget, budget.nbytes
+    # The bytes of a share are those that the pack stores.
+    limit = pack.manifest.max_bytes if budget is None else parsed.nbytes
+    # Its origin replaces that of an earlier task of the name.
+    origins = {task: origin for task, origin in pack.manifest.origins.items() if task != name}
+    update = {
+        "budget": parsed.text,
+        "max_bytes": limit,
+        "origins": {**origins, **({name: adapter.origin} if adapter.origin else {})},
+        "systems": {**pack.systems, **({} if system is None else {name: system})},
+    }
+    if pack.storage == "plain":
+        about = pack.manifest.model_copy(update=update)
+        return _into_slots(pack, adapter, about, parsed, judge)
+    keys = list(pack.adapters)
+    if parsed.n_adapters is not None and len(keys) >= parsed.n_adapters:
+        raise BudgetError(
+            f"budget: {parsed.text} adapters are in {pack.path} already, and a compact pack merges"
+            " none; give bytes, or run the plan anew"
+        )
+    room = make_room(read_stored(pack, keys), adapter, limit, judge)
+    tasks = {**pack.tasks, name: -1}
+    changed = rewrite_compact(pack, keys, tasks, update, [*room.others, room.arrival])
+    return Arrival(changed, name, len(keys), dropped=room.dropped, dropped_energy=room.energy)
 
 
-def _into_slots(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
-    budget, limit, judge = rules.budget, rules.limit, rules.judge
+def _into_slots(
+    pack: Pack, adapter: Adapter, about: Manifest, budget: Budget, judge: Judge | None
+) -> Arrival:
+    """Give the arrival a slot of its own, or merge it into one."""
+    limit = about.max_bytes
     if budget.n_adapters is not None and len(pack.adapters) > budget.n_adapters:
         raise BudgetError(
             f"budget: found {budget.text}, expected at least {len(pack.adapters)}: so many adapters"
             f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
         )
     with pack.reading():
-        held = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
-    n: dict[str | int, int] = {slot: pack.merged(slot) for slot in held}
-    first = next(iter(held))
-    dtype = next(iter(held[first].modules.values())).a.dtype
+        slots = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
+    counts = {slot: pack.merged(slot) for slot in slots}
+    first = next(iter(slots))
+    dtype = next(iter(slots[first].modules.values())).a.dtype
     n_layers = int(str(read_config(pack.path / first)["num_layers"]))
     new = adapter.uniform(dtype)
-    alike = dict(zip(held, similarity([*held.values(), new])[-1]))
-    most = max(alike.values())
-    fits = budget.n_adapters is None or len(held) < budget.n_adapters
+    alike = dict(zip(slots, similarity([*slots.values(), new])[-1]))
+    fits = budget.n_adapters is None or len(slots) < budget.n_adapters
     # A router is dropped, so its bytes do not count.
-    nbytes = sum(sum(pack.files_of(slot).values()) for slot in held)
+    nbytes = sum(sum(pack.files_of(slot).values()) for slot in slots)
     fits &= limit is None or nbytes + new.nbytes(n_layers) <= limit
     if fits:
-        name = next(free for k in count() if (free := f"cluster-{k}") not in held)
-        changed, n[name] = new, 1
+        name = next(free for k in count() if (free := f"cluster-{k}") not in slots)
+        changed, counts[name] = new, 1
     else:
-        ranks = _ranks_that_fit(pack, held, new, n_layers, limit)
+        ranks = _ranks_that_fit(pack, slots, new, n_layers, limit)
         closest = max(ranks, key=alike.__getitem__)
-        pairs = {
-            slot: merge_adapters(
-                [held[slot], new], rank=rank,
-                weights=[n[slot] / (n[slot] + 1), 1 / (n[slot] + 1)],
+        merges = {}
+        for slot in ranks if judge else [closest]:
+            n = counts[slot]
+            merges[slot] = merge_adapters(
+                [slots[slot], new], rank=ranks[slot], weights=[n / (n + 1), 1 / (n + 1)]
             )
-            for slot, rank in ranks.items() if judge or slot == closest
-        }  # fmt: skip
+        name, merge = closest, merges[closest]
         if judge:
-            name, merge = judge.best(pairs, held, pack.adapters, new)
-        else:
-            (name, merge), *_ = pairs.items()
+            name, merge = judge.best(merges, slots, pack.adapters, new)
         changed = merge.uniform(dtype)
-        n[name] += 1
-    tasks: dict[str, Any] = {**pack.tasks, adapter.name: name}
-    info = replace(_info(pack, adapter, rules), n_layers=n_layers, merged=n)
-    now = rewrite_pack(pack, {name: changed}, tasks, info)
-    return Arrival(now, adapter.name, name, tuple(pack.adapters.get(name, ())), float(most))
+        counts[name] += 1
+    tasks = {**pack.tasks, adapter.name: name}
+    about = about.model_copy(update={"n_layers": n_layers, "merged": counts, "tasks": tasks})
+    now = rewrite_pack(pack, {name: changed}, about)
+    most = float(max(alike.values()))
+    return Arrival(now, adapter.name, name, tuple(pack.adapters.get(name, ())), most)
 
 
 def _ranks_that_fit(
-    pack: Pack, held: Mapping[str, Adapter], new: Adapter, n_layers: int, limit: int | None
+    pack: Pack, slots: Mapping[str, Adapter], new: Adapter, n_layers: int, limit: int | None
 ) -> Mapping[str, int | None]:
     """Slot -> the largest rank at which the arrival may be merged into it, at most its own.
 
@@ -274,59 +275,26 @@ def _ranks_that_fit(
         BudgetError: it is too large in every slot.
     """
     if limit is None:
-        return dict.fromkeys(held)
-    sizes = {slot: sum(pack.files_of(slot).values()) for slot in held}
+        return dict.fromkeys(slots)
+    sizes = {slot: sum(pack.files_of(slot).values()) for slot in slots}
     dtype = next(iter(new.modules.values())).a.dtype
-    found, least = {}, []
-    for slot, old in held.items():
-        nbytes = partial(_merged_nbytes, old, new, dtype, n_layers)
+    ranks, least = {}, []
+    for slot, old in slots.items():
+        # Bytes of a merge depend on shapes, and on the longer name of a base.
+        shapes = {path: lora.shape for half in (old, new) for path, lora in half.modules.items()}
+        base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
+
+        def nbytes(rank: int, shapes: Any = shapes, base: str | None = base) -> int:  # noqa: ANN401
+            return Adapter(new.name, zeros(shapes, rank, dtype), base).nbytes(n_layers)
+
         room = limit - sum(sizes.values()) + sizes[slot]
-        found[slot] = bisect_right(range(1, old.rank + 1), room, key=nbytes)
+        if rank := bisect_right(range(1, old.rank + 1), room, key=nbytes):
+            ranks[slot] = rank
         least.append(limit - room + nbytes(1))
-    fitting = {slot: rank for slot, rank in found.items() if rank}
-    if not fitting:
+    if not ranks:
         raise BudgetError(
             f"budget: found {limit:,} bytes, expected at least {min(least):,}: so many take the"
             f" adapters in {pack.path} with {new.name!r} merged into one at rank 1; give more, or"
             " remove a task"
         )
-    return fitting
-
-
-def _merged_nbytes(old: Adapter, new: Adapter, dtype: mx.Dtype, n_layers: int, rank: int) -> int:
-    """Bytes of a merge's files: they depend on shapes, and on the longer name of a base."""
-    shapes = {path: lora.shape for one in (old, new) for path, lora in one.modules.items()}
-    base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
-    return Adapter(new.name, zeros(shapes, rank, dtype), base).nbytes(n_layers)
-
-
-def _into_bytes(pack: Pack, adapter: Adapter, rules: _Rules) -> Arrival:
-    budget, limit = rules.budget, rules.limit
-    keys = [key for key in pack.adapters if isinstance(key, int)]
-    if budget.n_adapters is not None and len(keys) >= budget.n_adapters:
-        raise BudgetError(
-            f"budget: {budget.text} adapters are in {pack.path} already, and a compact pack merges"
-            " none; give bytes, or run the plan anew"
-        )
-    with pack.reading([COMPACT]):
-        stored = [read_compact(pack.path / COMPACT, key) for key in keys]
-    made = make_room(stored, adapter, limit, rules.judge)
-    place = {key: i for i, key in enumerate(keys)}
-    serves = {task: place[k] if isinstance(k, int) else None for task, k in pack.tasks.items()}
-    merged: dict[str | int, int] = {place[key]: pack.merged(key) for key in keys}
-    info = replace(_info(pack, adapter, rules), merged=merged)
-    now = write_compact_pack(
-        pack.path, [*made.others, made.arrival], serves | {adapter.name: len(keys)}, info
-    )
-    return Arrival(now, adapter.name, len(keys), dropped=made.dropped, dropped_energy=made.energy)
-
-
-def _info(pack: Pack, adapter: Adapter, rules: _Rules) -> PackInfo:
-    """What the manifest says with an arrival, whose origin replaces that of an earlier one."""
-    info, name = pack.info, adapter.name
-    origins = {task: origin for task, origin in info.origins.items() if task != name}
-    if adapter.origin:
-        origins[name] = adapter.origin
-    system = {} if rules.system is None else {name: rules.system}
-    return replace(info, budget=rules.budget.text, max_bytes=rules.limit, origins=origins,
-                   systems={**info.systems, **system})  # fmt: skip
+    return ranks

@@ -1,9 +1,17 @@
-"""The adapters of a pack, written for other programs: mlx-lm and mlx-swift, PEFT, llama.cpp."""
+"""The adapters of a pack for other programs: written in their formats, and checked by their rules.
+
+`READERS` says of each program what it takes and what `verify` refuses for it. What a reader would
+ignore silently is resolved before: every export has one scale, folded in where scales differ, one
+rank but in GGUF, and neither rsLoRA nor patterns.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,22 +19,29 @@ from typing import Any
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_base, read_config
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf, save_gguf_lora
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.gguf_form import gguf_of
-from d2c_mlx.packs.manifest import PlainManifest
 from d2c_mlx.packs.overwrite import check_output, local_model, mark
-from d2c_mlx.packs.pack import Pack
-from d2c_mlx.utils.errors import ConfigError, ModelError, PackError
+from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.utils.errors import ConfigError, ModelError, PackError, gather
 from d2c_mlx.utils.files import read_text, write_dir, write_json
 
-__all__ = ["FORMATS", "export", "n_layers", "unpacked_nbytes", "write_plain"]
+__all__ = [
+    "FORMATS",
+    "READERS",
+    "Reader",
+    "adapter_name",
+    "export",
+    "unpacked_nbytes",
+    "verify",
+    "write_adapters",
+]
 
 FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
-
-# Gives the adapter of a task; writes it to a path that does not exist yet.
-Load = Callable[[str], Any]
-Write = Callable[[Any, Path], None]
+# The ranks that vLLM reserves end there.
+_MOST_RANK = 512
 
 
 def export(
@@ -59,100 +74,204 @@ def export(
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
     base = None if model is None else pack.base_directory(model)
-    load: Load = pack.load
-    write: Write = partial(_write_mlx, pack)
-    if to == "mlx-swift":
-        write = partial(_write_swift, pack)
+    if to == "gguf" and pack.storage != "gguf":
+        base = base or pack.base_directory(None)
+    config = json.loads(read_text(base / "config.json")) if base else None
     if to == "peft":
-        config = _config(base) if base else None
-        check_base(pack.path, config, pack.manifest.base.model)
-        write = partial(save_peft, config=config, n_layers=n_layers(pack))
-    if to == "gguf" and pack.storage == "gguf":
-        load, write = pack.tasks.get, pack.copy
-    elif to == "gguf":
-        config = _gguf_config(base or pack.base_directory(None))
-        load, write = pack.stored, partial(_write_gguf, config=config)
+        check_base(pack.path, config, pack.manifest.model)
+    architecture = (config or {}).get("model_type")
+    if to == "gguf" and pack.storage != "gguf" and architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{base}/config.json: model_type is {architecture!r}, whose names and rows in GGUF are"
+            f" not known here; expected one of {', '.join(ARCHITECTURES)}"
+        )
     # Another command may have written there in the meantime.
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
-        tasks = _write_adapters(pack, temporary, load, write, ".gguf" if to == "gguf" else "")
+        tasks = write_adapters(pack, temporary, to, config)
         mark(temporary, "export")
     return tasks
 
 
-def write_plain(pack: Pack, directory: Path) -> None:
-    """Write plain adapters into an empty directory, as `export` to `mlx` does, without a marker."""
-    _write_adapters(pack, directory, pack.load, partial(_write_mlx, pack), "")
-
-
-def n_layers(pack: Pack) -> int:
-    """Blocks of the base model, which adapters in mlx-lm's layout state."""
-    if not isinstance(pack.manifest, PlainManifest):
-        return pack.manifest.base.n_layers
-    first = next(iter(pack.adapters))
-    found: Any = read_config(pack.path / str(first))["num_layers"]
-    return int(found)
-
-
-def unpacked_nbytes(pack: Pack) -> int:
-    """Bytes of the plain adapters that `export` to `mlx` would write, as programs load them."""
-    if isinstance(pack.manifest, PlainManifest):
-        return pack.nbytes
-    blocks = pack.manifest.base.n_layers
-    found = (pack.load(served[0]) for served in pack.adapters.values())
-    return sum(adapter.nbytes(blocks) for adapter in found if adapter)
-
-
-def _write_adapters(
-    pack: Pack, directory: Path, load: Load, write: Write, suffix: str
+def write_adapters(
+    pack: Pack, directory: Path, to: str = "mlx", config: dict[str, Any] | None = None
 ) -> dict[str, str | None]:
-    tasks: dict[str, str | None] = {}
-    for k, served in pack.adapters.items():
-        adapter = load(served[0])
-        name = None
-        if adapter:
-            name = (f"cluster-{k}" if isinstance(k, int) else k.removesuffix(".gguf")) + suffix
-            write(adapter, directory / name)
-        tasks |= dict.fromkeys(served, name)
-    tasks |= {task: None for task, adapter in pack.tasks.items() if adapter is None}
+    """Write what `export` writes into an empty directory, without checks and marker.
+
+    Args:
+        pack: what `load_pack` verified.
+        directory: an empty one.
+        to: one of `FORMATS`.
+        config: of the base model's config.json, for `gguf` and, if it is at hand, `peft`.
+    """
+    tasks: dict[str, str | None] = {task: None for task, key in pack.tasks.items() if key is None}
+    for key, served in pack.adapters.items():
+        name = adapter_name(key) + (".gguf" if to == "gguf" else "")
+        path, stored = directory / name, pack.stored(served[0])
+        adapter = stored.adapter(pack.manifest.dtype) if isinstance(stored, Compressed) else stored
+        tasks |= dict.fromkeys(served, name if adapter else None)
+        if adapter is None:
+            continue
+        if pack.storage == {"mlx": "plain", "gguf": "gguf"}.get(to):
+            # Only files that the manifest verified, and nothing that lies beside them.
+            for file in pack.files_of(str(key)):
+                (directory / file).parent.mkdir(exist_ok=True)
+                pack.copy(file, directory / file)
+        elif to == "gguf" and isinstance(stored, Compressed):
+            save_gguf(gguf_of(stored), path, config or {})
+        elif to == "gguf":
+            save_gguf_lora(adapter, path, config or {})
+        elif to == "peft":
+            save_peft(adapter, path, config=config, n_layers=_n_layers(pack))
+        else:
+            # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
+            # https://github.com/ml-explore/mlx-swift.
+            adapter.save(path, _n_layers(pack), own_ranks=to == "mlx-swift")
     tasks = dict(sorted(tasks.items()))
     write_json(directory / "tasks.json", tasks)
     return tasks
 
 
-def _write_mlx(pack: Pack, adapter: Adapter, path: Path) -> None:
-    if not isinstance(pack.manifest, PlainManifest):
-        adapter.save(path, pack.manifest.base.n_layers)
-        return
-    path.mkdir()
-    # Only files that the manifest verified, and nothing that lies beside them.
-    for file in pack.files_of(path.name):
-        pack.copy(file, path.parent / file)
+def adapter_name(key: str | int) -> str:
+    """The name of an adapter's export, by its key in `Pack.adapters`."""
+    return f"cluster-{key}" if isinstance(key, int) else key.removesuffix(".gguf")
 
 
-def _write_gguf(adapter: Adapter | Compressed, path: Path, config: Mapping[str, Any]) -> None:
-    if isinstance(adapter, Compressed):
-        save_gguf(gguf_of(adapter), path, config)
-    else:
-        save_gguf_lora(adapter, path, config)
+def unpacked_nbytes(pack: Pack) -> int:
+    """Bytes of the plain adapters that `export` to `mlx` would write, as programs load them."""
+    if pack.storage == "plain":
+        return pack.nbytes
+    adapters = (pack.load(served[0]) for served in pack.adapters.values())
+    return sum(adapter.nbytes(pack.manifest.n_layers) for adapter in adapters if adapter)
 
 
-def _write_swift(pack: Pack, adapter: Adapter, path: Path) -> None:
-    # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
-    # https://github.com/ml-explore/mlx-swift.
-    adapter.save(path, n_layers(pack), own_ranks=True)
+def _n_layers(pack: Pack) -> int:
+    """Blocks of the base model, which adapters in mlx-lm's layout state."""
+    if pack.storage != "plain":
+        return pack.manifest.n_layers
+    first = next(iter(pack.adapters))
+    return int(str(read_config(pack.path / str(first))["num_layers"]))
 
 
-def _config(base: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(read_text(base / "config.json"))
-    return config
+@dataclass(frozen=True)
+class Reader:
+    """A program that loads adapters.
+
+    Attributes:
+        to: the export that it reads; None if it reads no adapters.
+        ranks: True if ranks of modules may differ.
+        silent: what it passes over without a word.
+        source: the file of its source that says so.
+        refused: what `verify` refuses, in words.
+        rule: gives a problem of an adapter of so many blocks, or None.
+    """
+
+    to: str | None
+    ranks: bool
+    silent: str
+    source: str
+    refused: str
+    rule: Callable[[Adapter, int], str | None] = lambda adapter, blocks: None
 
 
-def _gguf_config(base: Path) -> dict[str, Any]:
-    """The config of a base model whose tensors in GGUF are known."""
-    config = _config(base)
-    if config.get("model_type") not in ARCHITECTURES:
-        raise ModelError(
-            f"{base / 'config.json'}: model_type is {config.get('model_type')!r}, whose names and"
-            f" rows in GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
+def _in_every_block(adapter: Adapter, blocks: int) -> str | None:
+    """Modules that some block lacks; such a reader takes names of modules, for all blocks."""
+    keys = Counter(path.rpartition(".")[2] for path in adapter.modules)
+    lacking = {key: n for key, n in sorted(keys.items()) if n != blocks}
+    if not lacking:
+        return None
+    key, n = next(iter(lacking.items()))
+    return f"{len(lacking)} modules are in some blocks only (first: {key}, in {n} of {blocks})"
+
+
+def _small_rank(adapter: Adapter, _: int) -> str | None:
+    if adapter.rank <= _MOST_RANK:
+        return None
+    return f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
+
+
+_MLX = "layouts that break [these rules](#what-mlx-swift-loads)"
+_PATTERNS = "`rank_pattern`, `alpha_pattern`"
+_EVERY = "modules that are not in every block"
+READERS = {
+    "mlx-swift": Reader(
+        "mlx", True, "missing tensors",
+        "`LoRAContainer.load`, [run](../../benchmarks/notes/2026-11-29-mlx-swift.md)", _MLX,
+    ),
+    "mlx-lm": Reader(
+        "mlx", False, "missing tensors",
+        "`load_adapters` of 0.32.2, `test_families.py`; main (d78bf58) reads alike", _MLX,
+    ),
+    "PEFT": Reader(
+        "peft", True, "missing tensors (a warning)", "0.21, run by `test_export.py`",
+        "a base whose weights mlx-lm rescales",
+    ),
+    "llama.cpp": Reader(
+        "gguf", True, "norms; rsLoRA and `alpha_pattern` in its converter",
+        "`llama-adapter.cpp` 165-368, `set_gguf_parameters` of its converter,"
+        " [run](../../benchmarks/pages/formats.md)",
+        "families without [GGUF names](families.md), modules that have none",
+    ),
+    "vllm-metal": Reader(
+        "peft", True, f"{_PATTERNS}, unknown tensors",
+        "`load_peft_adapter` of `v1/lora/peft_loader.py`; vLLM's `MaxLoRARanks`",
+        f"ranks above {_MOST_RANK}", _small_rank,
+    ),
+    "ExecuTorch": Reader(
+        "peft", False, f"rsLoRA, {_PATTERNS}", "`examples/models/llama/model.py` 70-256, August",
+        _EVERY, _in_every_block,
+    ),
+    "MNN": Reader(
+        "peft", True, f"rsLoRA, {_PATTERNS}, unknown tensors",
+        "`load`, `get_lora` of `export/utils/lora.py`", _EVERY, _in_every_block,
+    ),
+    "oMLX": Reader(
+        None, False, "every adapter", "`discover_models` of `model_discovery.py`", "every pack"
+    ),
+}  # fmt: skip
+
+
+def verify(directory: str | Path, runtime: str | None = None, model: str | None = None) -> Pack:
+    """Check a pack's files, every adapter's values and, for a runtime, whether it can load them.
+
+    Use it where a pack arrives from elsewhere; `load_pack` alone does not read adapters' values.
+
+    Args:
+        directory: of the pack.
+        runtime: a key of `READERS`. The pack is exported to a temporary directory for it; the
+            layout of a plain pack is always checked.
+        model: as for `export`, which asks for it for llama.cpp; checked for every runtime.
+
+    Returns:
+        The pack.
+
+    Raises:
+        InputError: every problem found, one line each.
+    """
+    if runtime not in (None, *READERS):
+        raise ConfigError(f"for: {runtime!r}, expected one of {', '.join(READERS)}")
+    pack = load_pack(directory)
+    adapters = gather(partial(pack.load, served[0]) for served in pack.adapters.values())
+    if runtime is None:
+        if model is not None:
+            pack.base_directory(model)
+        return pack
+    reader = READERS[runtime]
+    if reader.to is None:
+        raise PackError(
+            f"{pack.path}: {runtime} loads no adapters and passes over their folders; serve the"
+            " pack with d2c-mlx serve"
         )
-    return config
+    problems = []
+    for key, adapter in zip(pack.adapters, adapters):
+        problem = reader.rule(adapter, _n_layers(pack)) if adapter else None
+        if problem:
+            problems.append(f"{pack.path}/{adapter_name(key)}: {problem}")
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / "written"
+        names = sorted({name for name in export(pack, reader.to, written, model).values() if name})
+        if reader.to == "mlx":
+            for name in names:
+                problems += layout_problems(written / name, pack.path / name)
+    if problems:
+        raise PackError(problems)
+    return pack

@@ -1,9 +1,9 @@
-"""Make room for another adapter in a compact pack: drop what the stored ones need least."""
+"""Where an arriving adapter fits: by losses on calibration rows, and in the bytes left."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,17 +13,102 @@ from d2c_mlx.compress.affine import dequantize
 from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import worth
 from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
-from d2c_mlx.packs.judge import Judge
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.loss_table import normalized_regret
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import BudgetError
+from d2c_mlx.utils.line_search import COARSE_SCALES, FINE_SCALES, line_search
 
-__all__ = ["Room", "make_room"]
+__all__ = ["Judge", "Room", "make_room"]
 
 # How finely bytes are shared out between an adapter and the header.
 _PARTS = 256
+
+
+class Judge:
+    """Decides by losses on calibration rows; without a judge, `add_adapter` decides by weights.
+
+    Tasks of the pack without rows do not count.
+    """
+
+    def __init__(
+        self, base: BaseModel, evaluator: Evaluator, probes: Mapping[str, ExampleSet]
+    ) -> None:
+        """Judge on a base model.
+
+        Args:
+            base: the pack's base model.
+            evaluator: evaluates losses on the base model.
+            probes: task -> calibration rows; the arriving task must be among them.
+        """
+        self._base, self._evaluator, self._probes = base, evaluator, probes
+
+    def best(
+        self,
+        merges: Mapping[str, Adapter],
+        slots: Mapping[str, Adapter],
+        served: Mapping[str | int, Sequence[str]],
+        new: Adapter,
+    ) -> tuple[str, Adapter]:
+        """Find the merge that costs least, and tune its scale.
+
+        A task's cost is the rise of its loss, as a share of its gain over the base before.
+
+        Args:
+            merges: slot -> the slot's adapter with the new one merged in.
+            slots: slot -> its adapter before.
+            served: slot -> tasks.
+            new: the adapter that arrives.
+
+        Returns:
+            The slot, and its merge at the best scale.
+        """
+        tuned = {}
+        for slot, merge in merges.items():
+            tasks = [task for task in served[slot] if task in self._probes]
+            own = np.concatenate([self._losses(slots[slot], tasks), self._losses(new, [new.name])])
+            tasks.append(new.name)
+            bare = self._losses(None, tasks)
+
+            def cost(
+                scale: float,
+                merge: Adapter = merge,
+                tasks: Sequence[str] = tasks,
+                own: np.ndarray = own,
+                bare: np.ndarray = bare,
+            ) -> float:
+                losses = self._losses(scaled(merge, scale), tasks)
+                return float(normalized_regret(losses, own, bare).sum())
+
+            scale, lowest = line_search(cost, COARSE_SCALES)
+            tuned[slot] = lowest, scale
+        name = min(tuned, key=lambda slot: (tuned[slot][0], slot))
+        return name, scaled(merges[name], tuned[name][1])
+
+    def gains(self, adapter: Adapter) -> dict[str, float]:
+        """Contribution of each module of the arriving adapter, in nats, see `module_gains`."""
+        return module_gains(self._base, adapter, self._probes[adapter.name])
+
+    def scaled(self, small: Compressed) -> Compressed:
+        """The stored form at the first scale from 1 up after which its task's loss rises."""
+
+        def loss(scale: float) -> float:
+            adapter = small.scaled(scale).adapter(self._base.dtype)
+            return float(self._losses(adapter, [small.name])[0])
+
+        return small.scaled(line_search(loss, FINE_SCALES[FINE_SCALES.index(1.0) :], 1.0)[0])
+
+    def _losses(self, adapter: Adapter | None, tasks: Sequence[str]) -> np.ndarray:
+        if not tasks:
+            return np.zeros(0)
+        return self._evaluator.losses_in_parts([(adapter, [self._probes[t] for t in tasks])])[0]
 
 
 @dataclass(frozen=True)
@@ -62,33 +147,43 @@ def make_room(
     Raises:
         BudgetError: another adapter would lose all it has.
     """
-    size = others[0].group_size if others else 64
-    share = sum(one.nbytes for one in others) / max(len(others), 1)
+    share = sum(other.nbytes for other in others) / max(len(others), 1)
     if limit is not None:
         share = min(limit / (len(others) + 1), share or limit)
-    arrival = _arrival(adapter, share, limit, size, judge)
-    order = _by_energy(others)
-    fewest, most = 0, 0 if limit is None else len(order)
-    while limit is not None and fewest < most:
-        middle = (fewest + most) // 2
-        kept = _without(others, order[:middle])
-        if compact_nbytes(index_of([*kept, arrival])) <= limit:
-            most = middle
-        else:
-            fewest = middle + 1
-    kept = _without(others, order[:most])
-    emptied = [old.name for old, new in zip(others, kept) if old.modules and not new.modules]
-    over = limit is not None and compact_nbytes(index_of([*kept, arrival])) > limit
-    if over or emptied:
+    arrival = _arrival(adapter, share, limit, others[0].group_size if others else 64, judge)
+    pieces = _by_energy(others)
+
+    def without(n: int) -> list[Compressed]:
+        """The others without the first `n` pieces."""
+        gone = {(piece.adapter, piece.path, piece.bits) for piece in pieces[:n]}
+        left = []
+        for k, other in enumerate(others):
+            modules = {
+                path: tuple(level for level in levels if (k, path, level.bits) not in gone)
+                for path, levels in other.modules.items()
+            }
+            modules = {path: levels for path, levels in modules.items() if levels}
+            left.append(replace(other, modules=modules))
+        return left
+
+    def nbytes(n: int) -> int:
+        return compact_nbytes(index_of([*without(n), arrival]))
+
+    n = 0
+    if limit is not None:
+        n = bisect_left(range(len(pieces)), -limit, key=lambda n: -nbytes(n))
+    kept = without(n)
+    emptied = any(old.modules and not new.modules for old, new in zip(others, kept))
+    if emptied or (limit is not None and nbytes(n) > limit):
         raise BudgetError(
             f"budget: {limit or 0:,} bytes have no room for {len(others) + 1} adapters; give more,"
             " or remove a task"
         )
-    gone = order[:most]
     lost = np.zeros(len(others))
-    for one in gone:
-        lost[one.adapter] += one.energy
-    return Room(kept, arrival, sum(one.rank for one in gone), float(np.max(lost, initial=0)))
+    for piece in pieces[:n]:
+        lost[piece.adapter] += piece.energy
+    dropped = sum(piece.rank for piece in pieces[:n])
+    return Room(kept, arrival, dropped, float(np.max(lost, initial=0)))
 
 
 def _arrival(
@@ -101,14 +196,17 @@ def _arrival(
 
     def within(nbytes: float) -> Compressed:
         levels = allocate(values, widths, nbytes)
-        kept = {path: some for path, some in levels.items() if some}
+        kept = {path: stored for path, stored in levels.items() if stored}
         return compact_store(adapter, kept, size=size, parts=parts)
 
+    def file_nbytes(alone: Compressed) -> int:
+        return compact_nbytes(index_of([alone]))
+
     small = within(nbytes)
-    if limit is not None and _file_nbytes(small) > limit:
+    if limit is not None and file_nbytes(small) > limit:
         # A share of everything leaves nothing for the header, which few components make smaller.
         step = nbytes / _PARTS
-        fit = bisect_right(range(_PARTS), limit, key=lambda n: _file_nbytes(within(n * step)))
+        fit = bisect_right(range(_PARTS), limit, key=lambda n: file_nbytes(within(n * step)))
         small = within((fit - 1) * step)
     if not small.modules:
         raise BudgetError(
@@ -116,10 +214,6 @@ def _arrival(
             " give more, or remove a task"
         )
     return judge.scaled(small) if judge else small
-
-
-def _file_nbytes(alone: Compressed) -> int:
-    return compact_nbytes(index_of([alone]))
 
 
 @dataclass(frozen=True)
@@ -146,33 +240,16 @@ class _Piece:
 def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
     """All levels, the least energy per byte first; ties by adapter, module and bits."""
     pieces = []
-    for k, one in enumerate(others):
-        energies = {
-            (path, level.bits): (_energy(level), level)
-            for path, levels in one.modules.items() for level in levels
-        }  # fmt: skip
-        total = sum(energy for energy, _ in energies.values()) or 1.0
+    for k, other in enumerate(others):
+        levels = [(path, level) for path, stored in other.modules.items() for level in stored]
+        energies = []
+        for _, level in levels:
+            # |a^T b|^2 in Frobenius norm.
+            a, b = (x.astype(np.float64) for x in dequantize([level.a, level.b]))
+            energies.append(float(np.sum((a @ a.T) * (b @ b.T))))
+        total = sum(energies) or 1.0
         pieces += [
-            _Piece(k, path, bits, level.rank, energy / total, energy / total / level.nbytes)
-            for (path, bits), (energy, level) in energies.items()
+            _Piece(k, path, level.bits, level.rank, energy / total, energy / total / level.nbytes)
+            for (path, level), energy in zip(levels, energies)
         ]
-    return sorted(pieces, key=lambda one: (one.per_byte, one.adapter, one.path, one.bits))
-
-
-def _energy(level: Level) -> float:
-    """`|a^T b|^2` in Frobenius norm."""
-    a, b = (x.astype(np.float64) for x in dequantize([level.a, level.b]))
-    return float(np.sum((a @ a.T) * (b @ b.T)))
-
-
-def _without(others: Sequence[Compressed], gone: Sequence[_Piece]) -> list[Compressed]:
-    left = []
-    for k, one in enumerate(others):
-        mine = {(piece.path, piece.bits) for piece in gone if piece.adapter == k}
-        modules = {
-            path: tuple(level for level in levels if (path, level.bits) not in mine)
-            for path, levels in one.modules.items()
-        }
-        modules = {path: levels for path, levels in modules.items() if levels}
-        left.append(replace(one, modules=modules))
-    return left
+    return sorted(pieces, key=lambda piece: (piece.per_byte, piece.adapter, piece.path, piece.bits))

@@ -1,22 +1,23 @@
-"""Directories that are replaced as a whole: only those that hold no input, and only our files.
+"""May this directory be replaced as a whole? Only if it holds no input, and only our files.
 
 Each output directory has a marker, `.d2c-mlx.json`, with the kind of the command that wrote it and
 every file that it wrote; a command deletes nothing else. Its name is hidden, so listings of
-adapters and hashes of directories skip it, and no program that reads adapters looks at it.
+adapters and hashes of directories skip it, and no program that reads adapters looks at it. A pack
+has its manifest instead.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from d2c_mlx.utils.environment import VERSION
-from d2c_mlx.utils.errors import ConfigError, InputError, PackError
+from d2c_mlx.utils.errors import ConfigError, InputError
 from d2c_mlx.utils.files import hash_file, write_json
 from d2c_mlx.utils.parsing import json_or_none
-from d2c_mlx.utils.validation import Checked
 
 if TYPE_CHECKING:
     from d2c_mlx.adapters.sources import Source
@@ -39,23 +40,21 @@ __all__ = [
 
 MARKER = ".d2c-mlx.json"
 Kind = Literal["compare", "compose", "convert", "export", "push", "run"]
+# An option, and a path that it names.
+Input = tuple[str, Path]
+_FORMAT = {"format": "d2c-mlx-output", "format_version": 1}
 
 
-class Marker(Checked):
+@dataclass(frozen=True)
+class Marker:
     """The content of a marker.
 
     Attributes:
-        version: version of d2c-mlx, for people who read the file.
         kind: kind of the command.
-        files: path relative to the directory -> hex SHA-256 of its content; null where the
+        files: path relative to the directory -> hex SHA-256 of its content; None where the
             content changes as a run goes on.
     """
 
-    error: ClassVar[type[InputError]] = PackError
-
-    format: Literal["d2c-mlx-output"] = "d2c-mlx-output"
-    format_version: Literal[1] = 1
-    version: str = VERSION
     kind: Kind
     files: Mapping[str, str | None]
 
@@ -77,23 +76,24 @@ def mark(directory: Path, kind: Kind) -> None:
 
 
 def write_marker(directory: Path, kind: Kind, files: Mapping[str, str | None]) -> None:
-    """Write a marker that lists `files`, see `Marker`."""
-    write_json(directory / MARKER, Marker(kind=kind, files=files).model_dump())
+    """Write a marker that lists `files`, see `Marker`; the version is for people."""
+    content = {**_FORMAT, "version": VERSION, "kind": kind, "files": dict(files)}
+    write_json(directory / MARKER, content)
 
 
 def read_marker(directory: Path) -> Marker | None:
     """The marker of a directory; None if there is none, or d2c-mlx did not write it."""
     path = directory / MARKER
     # Reading a named pipe would wait for a writer.
-    found = json_or_none(path) if path.is_file() else None
-    try:
-        return Marker.read(found)
-    except PackError:
+    content = json_or_none(path) if path.is_file() else None
+    if not isinstance(content, dict) or not _FORMAT.items() <= content.items():
         return None
-
-
-# An option, and a path that it names.
-Input = tuple[str, Path]
+    kind: Any = content.get("kind")
+    files = content.get("files")
+    if kind not in get_args(Kind) or not isinstance(files, dict):
+        return None
+    good = all(digest is None or isinstance(digest, str) for digest in files.values())
+    return Marker(kind, files) if good else None
 
 
 def local_model(spec: str | None) -> list[Input]:
@@ -104,8 +104,8 @@ def local_model(spec: str | None) -> list[Input]:
 
 def adapter_inputs(sources: Sequence[Source]) -> list[Input]:
     """Adapters as inputs. Folders come first: one of them says more than the adapters in it."""
-    folders = dict.fromkeys(one.folder for one in sources if one.folder)
-    return [("adapters", path) for path in (*folders, *(one.path for one in sources))]
+    folders = dict.fromkeys(source.folder for source in sources if source.folder)
+    return [("adapters", path) for path in (*folders, *(source.path for source in sources))]
 
 
 def check_output(
@@ -117,8 +117,8 @@ def check_output(
     """Refuse an output directory that must not be replaced as a whole.
 
     Call it before anything is written there. A directory may be replaced if it is empty or holds
-    only files that its marker lists, unchanged: those of `compose`, `export` and `push`,
-    and for `convert` also those of an earlier `convert` of adapters of the same names.
+    only files that its marker lists, unchanged: those of `compose`, `export` and `push`, and for
+    `convert` also those of an earlier `convert` of adapters of the same names.
 
     Args:
         output: the directory, which may not exist.
@@ -140,11 +140,70 @@ def check_output(
         raise ConfigError(
             f"output: {output} is replaced as a whole, and you are in it; name another directory"
         )
-    if foreign := _foreign(output, [one.name for one in sources]):
+    marker, names = read_marker(output), {source.name for source in sources}
+
+    def ours(path: Path) -> bool:
+        if marker is None or path == output / MARKER:
+            return marker is not None
+        replaceable = marker.kind in ("compose", "export", "push") or (
+            marker.kind == "convert" and path.relative_to(output).parts[0] in names
+        )
+        return replaceable and marker.wrote(output, path)
+
+    foreign = next((path for path in all_files(output) if not ours(path)), None)
+    if foreign:
         raise ConfigError(
             f"output: {output} is replaced as a whole, and {foreign} in it is of no earlier output"
             " of this kind; name another directory, or empty this one"
         )
+
+
+def all_files(directory: Path) -> Iterator[Path]:
+    """All files below a directory in order: what would be lost with it, unless we wrote them.
+
+    Those that a Mac leaves by itself do not count. A link to a directory counts as a file: it would
+    be lost, and nothing behind it.
+    """
+    for folder, folders, files in os.walk(directory):
+        folders.sort()
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            path = Path(folder) / name
+            # One in a folder, the other beside a file on a drive of another system.
+            beside = name[:2] == "._" and path.with_name(name[2:]).exists()
+            if name != ".DS_Store" and not beside:
+                yield path
+
+
+def replaced_inputs(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tuple[Path, str]]:
+    """A target and a line, for every target and option of which a path is in that target."""
+    places = {identity: path for path in targets if (identity := _identity(path))}
+    inside: dict[tuple[str, Path], Path] = {}
+    for option, path in inputs:
+        for identity in _around(path) & places.keys():
+            inside.setdefault((option, places[identity]), path)
+    lines = []
+    for (option, target), path in inside.items():
+        name = f"your {option}" if path == target else f"the {option} {path}"
+        line = f"output: this command writes {target} anew, which would replace {name}"
+        lines.append((target, f"{line}; give another --output"))
+    return lines
+
+
+def within_adapters(sources: Sequence[Source], output: Path) -> list[str]:
+    """A line for every folder of adapters in which the output would be one more of them."""
+    around, real = _around(output), Path(os.path.realpath(output))
+    lines = []
+    for folder in dict.fromkeys(source.folder for source in sources if source.folder):
+        inside = real.parts[len(Path(os.path.realpath(folder)).parts) :]
+        # A listing of the folder skips hidden names.
+        hidden = bool(inside) and inside[0][0] == "."
+        if _identity(folder) in around and not hidden:
+            lines.append(
+                f"output: {output} is in the adapters' folder {folder}, where the next command"
+                " would take it for an adapter; give another --output"
+            )
+    return lines
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -159,75 +218,5 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _around(path: Path) -> set[tuple[int, int]]:
     """Identities of a path and of all directories around it; a link is in two places."""
     ways = Path(os.path.abspath(path)), Path(os.path.realpath(path))
-    found = {_identity(one) for way in ways for one in (way, *way.parents)}
-    return {identity for identity in found if identity}
-
-
-def replaced_inputs(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tuple[Path, str]]:
-    """A target and a line, for every target and option of which a path is in that target."""
-    places = {identity: path for path in targets if (identity := _identity(path))}
-    found: dict[tuple[str, Path], Path] = {}
-    for option, path in inputs:
-        for identity in _around(path) & places.keys():
-            found.setdefault((option, places[identity]), path)
-    return [
-        (target, f"output: this command writes {target} anew, which would replace"
-         f" {f'your {option}' if path == target else f'the {option} {path}'}; give another"
-         " --output")
-        for (option, target), path in found.items()
-    ]  # fmt: skip
-
-
-def within_adapters(sources: Sequence[Source], output: Path) -> list[str]:
-    """A line for every folder of adapters in which the output would be one more of them."""
-    around = _around(output)
-    folders = dict.fromkeys(one.folder for one in sources if one.folder)
-    return [
-        f"output: {output} is in the adapters' folder {folder}, where the next command would take"
-        " it for an adapter; give another --output"
-        for folder in folders
-        if _identity(folder) in around and not _hidden(folder, output)
-    ]
-
-
-def _hidden(folder: Path, path: Path) -> bool:
-    """True if a listing of the folder would skip this path."""
-    inside = Path(os.path.realpath(path)).parts[len(Path(os.path.realpath(folder)).parts) :]
-    return bool(inside) and inside[0][0] == "."
-
-
-def _foreign(directory: Path, names: Collection[str]) -> Path | None:
-    """A file that no earlier output wrote, if there is one.
-
-    Args:
-        directory: that would be replaced.
-        names: of the adapters that `convert` writes again.
-    """
-    marker = read_marker(directory)
-    for path in all_files(directory):
-        if marker is None:
-            return path
-        if path == directory / MARKER:
-            continue
-        top = path.relative_to(directory).parts[0]
-        ours = marker.kind in ("compose", "export", "push")
-        ours |= marker.kind == "convert" and top in names
-        if not ours or not marker.wrote(directory, path):
-            return path
-    return None
-
-
-def all_files(directory: Path) -> Iterator[Path]:
-    """All files below a directory in order, but those that a Mac leaves by itself.
-
-    A link to a directory counts as a file: it would be lost, and nothing behind it.
-    """
-    for folder, folders, files in os.walk(directory):
-        folders.sort()
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in sorted([*files, *links]):
-            path = Path(folder) / name
-            # One in a folder, the other beside a file on a drive of another system.
-            beside = name[:2] == "._" and path.with_name(name[2:]).exists()
-            if name != ".DS_Store" and not beside:
-                yield path
+    around = {_identity(folder) for way in ways for folder in (way, *way.parents)}
+    return {identity for identity in around if identity}

@@ -7,45 +7,24 @@ in one file, and `export` writes plain directories of either (docs/concepts/pack
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import mlx.core as mx
+from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import read_gguf
-from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.adapters.mlx_format import layout_problems, load_adapter
+from d2c_mlx.compress.compact_file import read_compact, read_index
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
-from d2c_mlx.packs.checks import problems_inside, read_manifest
-from d2c_mlx.packs.manifest import (
-    COMPACT,
-    FORMAT,
-    MANIFEST,
-    VERSIONS,
-    CompactManifest,
-    GgufManifest,
-    PackInfo,
-    PlainManifest,
-)
+from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, Storage, read_manifest
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, file_state, hash_file, old_dir, restore_dir
 from d2c_mlx.utils.lock import held
 
-__all__ = [
-    "COMPACT",
-    "FORMAT",
-    "MANIFEST",
-    "VERSIONS",
-    "Pack",
-    "PackInfo",
-    "load_pack",
-    "pack_directory",
-]
+__all__ = ["Pack", "load_pack", "pack_directory"]
 
 
 @dataclass(frozen=True)
@@ -59,22 +38,19 @@ class Pack:
     """
 
     path: Path
-    manifest: PlainManifest | CompactManifest | GgufManifest
+    manifest: Manifest
     states: Mapping[str, tuple[int, ...] | None] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     @property
-    def storage(self) -> Literal["plain", "compact", "gguf"]:
+    def storage(self) -> Storage:
         """`plain`, `compact` or `gguf`."""
         return self.manifest.storage
 
     @property
     def tasks(self) -> Mapping[str, str | int | None]:
-        """Task -> adapter: a directory or .gguf relative to `path`, in a compact pack its position.
-
-        None, not in plain packs: the base model serves the task as it is.
-        """
+        """Task -> adapter, see `Manifest.tasks`."""
         return self.manifest.tasks
 
     @property
@@ -85,12 +61,16 @@ class Pack:
             if adapter is not None:
                 served.setdefault(adapter, []).append(task)
         # cluster-2 before cluster-10.
-        return dict(sorted(served.items(), key=lambda one: (len(str(one[0])), str(one[0]))))
+        return dict(sorted(served.items(), key=lambda item: (len(str(item[0])), str(item[0]))))
 
     def files_of(self, adapter: str) -> dict[str, int]:
-        """Files of a plain pack's adapter -> their bytes."""
+        """Files of an adapter of a pack that is not compact -> their bytes."""
         files = self.manifest.files.items()
-        return {name: entry.nbytes for name, entry in files if name.startswith(f"{adapter}/")}
+        return {
+            name: file.nbytes
+            for name, file in files
+            if name == adapter or name.startswith(f"{adapter}/")
+        }
 
     @property
     def nbytes(self) -> int:
@@ -103,20 +83,13 @@ class Pack:
         Args:
             adapter: as in `tasks`.
         """
-        return self._merged(adapter, self.adapters[adapter])
-
-    def _merged(self, adapter: str | int, tasks: Sequence[str]) -> int:
-        return max(self.manifest.merged.get(str(adapter), 0), len(tasks))
-
-    @property
-    def origins(self) -> Mapping[str, str]:
-        """Task -> `owner/name@commit` of adapters from the hub; removed ones stay in a merge."""
-        return self.manifest.origins
+        return max(self.manifest.merged.get(str(adapter), 0), len(self.adapters[adapter]))
 
     @property
     def systems(self) -> Mapping[str, str]:
         """Task -> system message of all its calibration rows; without tasks that have none."""
-        return {task: said for task, said in self.manifest.systems.items() if task in self.tasks}
+        systems = self.manifest.systems.items()
+        return {task: system for task, system in systems if task in self.tasks}
 
     def messages(self, task: str, prompt: str, system: str | None = None) -> list[dict[str, str]]:
         """A conversation for `tokenizer.apply_chat_template`, as the task's calibration rows are.
@@ -131,25 +104,6 @@ class Pack:
         before = [] if system is None else [{"role": "system", "content": system}]
         return [*before, {"role": "user", "content": prompt}]
 
-    @property
-    def info(self) -> PackInfo:
-        """The facts of the pack's manifest, to write the pack again with some of it changed."""
-        found = self.manifest
-        info = PackInfo(
-            model=found.base.model,
-            config_hash=found.base.config_sha256,
-            weights_hash=found.base.weights_sha256,
-            budget=found.budget.text,
-            max_bytes=found.budget.nbytes,
-            origins=found.origins,
-            systems=self.systems,
-            merged={key: self._merged(key, tasks) for key, tasks in self.adapters.items()},
-        )
-        if isinstance(found, PlainManifest):
-            return info
-        info = replace(info, n_layers=found.base.n_layers, dtype=getattr(mx, found.dtype))
-        return replace(info, gguf=found.gguf) if isinstance(found, GgufManifest) else info
-
     def base_directory(self, model: str | None) -> Path:
         """The mlx-lm directory of the very base model that the pack was made for.
 
@@ -159,20 +113,18 @@ class Pack:
         Raises:
             ModelError: it is needed and not given, cannot be had, or is another model.
         """
-        base = self.manifest.base
-        return resolve_exact_base(base.model, base.config_sha256, base.weights_sha256, model)
+        base = self.manifest
+        return resolve_exact_base(base.model, base.config_hash, base.weights_hash, model)
 
     def check_weights(self, directory: Path) -> None:
         """Refuse a model with the base's config and other weights; raises ModelError."""
-        check_weights(
-            directory, self.manifest.base.config_sha256, self.manifest.base.weights_sha256
-        )
+        check_weights(directory, self.manifest.config_hash, self.manifest.weights_hash)
 
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
 
         Raises:
-            PackError: the pack does not serve this task, or is compact.
+            PackError: the pack does not serve this task, or is not plain.
         """
         adapter = self._served_by(task)
         if self.storage != "plain":
@@ -189,9 +141,7 @@ class Pack:
             PackError: the pack does not serve this task, or its file cannot be read.
         """
         stored = self.stored(task)
-        if isinstance(stored, Compressed):
-            return stored.adapter(self.info.dtype)
-        return stored
+        return stored.adapter(self.manifest.dtype) if isinstance(stored, Compressed) else stored
 
     def stored(self, task: str) -> Adapter | Compressed | None:
         """The adapter that serves `task` as the pack holds it; arguments and errors of `load`."""
@@ -200,15 +150,15 @@ class Pack:
             return None
         if self.storage == "compact":
             with self.reading([COMPACT]):
-                found = read_compact(self.path / COMPACT, int(adapter))
-            return found if found.modules else None
-        if isinstance(self.manifest, GgufManifest):
+                compressed = read_compact(self.path / COMPACT, int(adapter))
+            return compressed if compressed.modules else None
+        name = str(adapter)
+        with self.reading(self.files_of(name)):
             places = self.manifest.gguf
-            with self.reading([str(adapter)]):
-                plain = read_gguf(self.path / str(adapter), places.paths(), places.model_dump())
-            return replace(plain.uniform(self.info.dtype), base=self.manifest.base.model)
-        with self.reading(self.files_of(str(adapter))):
-            return load_adapter(self.adapter_path(task))
+            if places is None:
+                return load_adapter(self.path / name)
+            plain = read_gguf(self.path / name, places.paths(), places.model_dump())
+            return replace(plain.uniform(self.manifest.dtype), base=self.manifest.model)
 
     @contextmanager
     def reading(self, names: Iterable[str] | None = None) -> Iterator[None]:
@@ -274,9 +224,8 @@ def pack_directory(directory: str | Path) -> Path:
     """The directory itself or, of a run, the pack in it."""
     path = Path(os.path.expanduser(directory))
     inner = path / "pack"
-    there = any((one / MANIFEST).is_file() for one in (inner, old_dir(inner)))
-    in_a_run = there and not (path / MANIFEST).exists()
-    return inner if in_a_run else path
+    in_a_run = any((folder / MANIFEST).is_file() for folder in (inner, old_dir(inner)))
+    return inner if in_a_run and not (path / MANIFEST).exists() else path
 
 
 def load_pack(directory: str | Path) -> Pack:
@@ -289,18 +238,58 @@ def load_pack(directory: str | Path) -> Pack:
             missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
     directory = pack_directory(directory)
-    _restore(directory)
+    try:
+        # A command that was killed may have left it moved aside.
+        restore_dir(directory)
+    except OSError as error:
+        raise PackError(
+            f"{directory}: missing; a command that was killed left it as"
+            f" {old_dir(Path(os.path.realpath(directory)))}, which cannot be moved back"
+            f" ({error.strerror}); rename it"
+        ) from None
     with held(directory, shared=True):
         # Before anything is read, so that whatever changes a file from then on shows.
-        before = {path: _state(path) for path in directory.glob("*")}
-        before |= {path: _state(path) for path in directory.glob("*/*")}
+        before = {
+            path: _state(path) for pattern in ("*", "*/*") for path in directory.glob(pattern)
+        }
         manifest = read_manifest(directory / MANIFEST)
         names = (MANIFEST, *manifest.files)
         pack = Pack(directory, manifest, {name: before.get(directory / name) for name in names})
-        if problems := problems_inside(directory, manifest):
+        if manifest.storage == "compact":
+            problems = _index_problems(pack)
+        else:
+            folders = sorted(pack.adapters, key=str) if manifest.storage == "plain" else []
+            problems = [
+                line for folder in folders for line in layout_problems(directory / str(folder))
+            ]
+        if problems:
             raise PackError(problems)
         with pack.reading():
             return pack
+
+
+def _index_problems(pack: Pack) -> list[str]:
+    """Problems of the compact file's index, and tasks of adapters that it lacks."""
+    path = pack.path / COMPACT
+    index = read_index(path)
+    problems = [
+        f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
+        for k, name in enumerate(index.names)
+        if not isinstance(name, str) or not name.isprintable()
+    ]
+    outside = [module for module, *_ in index.modules if ".layers." not in module]
+    if outside:
+        problems.append(
+            f"{path}: {len(outside)} modules are in no transformer block (first:"
+            f" {ascii(outside[0])}); write the pack again"
+        )
+    n = len(index.names)
+    lacking = [k for k in pack.adapters if k not in range(n)]
+    if lacking:
+        problems.append(
+            f"{pack.path / MANIFEST}: tasks name adapter {lacking[0]}, the file holds {n}"
+        )
+    return problems
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -309,15 +298,3 @@ def _state(path: Path) -> tuple[int, ...] | None:
         return file_state(path)
     except OSError:
         return None
-
-
-def _restore(directory: Path) -> None:
-    """Put a pack back that a killed command had moved aside; raises PackError where that fails."""
-    try:
-        restore_dir(directory)
-    except OSError as error:
-        old = old_dir(Path(os.path.realpath(directory)))
-        raise PackError(
-            f"{directory}: missing; a command that was killed left it as {old}, which cannot be"
-            f" moved back ({error.strerror}); rename it"
-        ) from None

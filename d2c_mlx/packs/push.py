@@ -6,24 +6,51 @@ programs that read packs and those that do not, and of a plain pack no file is t
 
 from __future__ import annotations
 
+import shlex
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from d2c_mlx.packs.card import CardOptions, read_bench, render_card
-from d2c_mlx.packs.export import write_plain
+from d2c_mlx.adapters.checks import read_config
+from d2c_mlx.compress.compact_file import read_index
+from d2c_mlx.models.resolve import EMBEDDED
+from d2c_mlx.packs.export import adapter_name, write_adapters
+from d2c_mlx.packs.manifest import COMPACT, MANIFEST
 from d2c_mlx.packs.overwrite import MARKER, check_output, mark
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack
+from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError
-from d2c_mlx.utils.files import write_dir, write_text
+from d2c_mlx.utils.files import hash_file, read_text, write_dir, write_text
 from d2c_mlx.utils.hub import parse_hub_id, upload
+from d2c_mlx.utils.parsing import json_or_none, parse_json
+from d2c_mlx.utils.templates import templates_of
 
-__all__ = ["CARD", "push", "write_repository"]
+__all__ = ["CARD", "CardOptions", "push", "read_bench", "render_card", "write_repository"]
 
+Json = dict[str, Any]
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
 # The router's name is repeated here: packs know nothing of serving.
 _OURS = ("cluster-*", COMPACT, "router.safetensors")
+_HUB_NAMES = {EMBEDDED: f"HuggingFaceTB/{EMBEDDED}"}
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """Options of a model card.
+
+    Attributes:
+        base: the base model's id on the hub; None where the pack names it.
+        license: an id as the hub names licences, or "other".
+        revision: the branch that the card is for; None is the default one.
+        bench: `bench.json` of the run that made the pack; None looks beside the pack.
+    """
+
+    base: str | None = None
+    license: str = "other"
+    revision: str | None = None
+    bench: Path | None = None
 
 
 def write_repository(
@@ -52,7 +79,7 @@ def write_repository(
     check()
     card = render_card(pack, repo, options, read_bench(pack, options.bench))
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
-        write_plain(pack, temporary)
+        write_adapters(pack, temporary)
         for file in (*pack.manifest.files, MANIFEST):
             if not (temporary / file).exists():
                 pack.copy(file, temporary / file)
@@ -86,3 +113,177 @@ def push(
         # It speaks of a directory on this machine.
         (folder / MARKER).unlink()
         return upload(folder, repo, private, options.revision, _OURS)
+
+
+def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None = None) -> str:
+    """README.md of a model repository: YAML front matter and Markdown.
+
+    It holds nothing of this machine. How each adapter was made comes from `merges.json` or
+    `plan.json` of the run directory, where the pack is in one and was made from that very file.
+
+    Args:
+        pack: what `load_pack` verified.
+        repo: `owner/name` of the repository.
+        options: see `CardOptions`.
+        bench: what `read_bench` gave; None is not measured.
+
+    Raises:
+        ConfigError: the base model has no id on the hub.
+        PackError: the pack stores no adapter.
+    """
+    from huggingface_hub import ModelCardData
+
+    name = pack.manifest.model
+    base = options.base or _HUB_NAMES.get(name, name)
+    hub = parse_hub_id(base)
+    if hub is None or hub.revision:
+        raise ConfigError(
+            f"base: {base!r} is no Hugging Face id (owner/name), which a card needs; pass --base"
+        )
+    if not pack.adapters:
+        raise PackError(f"{pack.path}: the base model serves every task; there is nothing to push")
+    front = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="mlx",
+        license=options.license,
+        pipeline_tag="text-generation",
+        tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
+    )
+    recorded = _recorded(pack, bench)
+    rows = []
+    for key, tasks in pack.adapters.items():
+        method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
+        stored = _stored(pack, key)
+        rows.append(
+            {"name": adapter_name(key), "tasks": tasks, "method": method, "scale": scale,
+             "stored": stored}
+        )  # fmt: skip
+    # Adapters of removed tasks that are in a merge still are named as far as they are known.
+    origins = pack.manifest.origins
+    names = sorted({*pack.tasks, *origins})
+    hubs = {task: parse_hub_id(origins.get(task, "")) for task in names}
+    left = sorted(task for task, key in pack.tasks.items() if key is None)
+    text = templates_of("d2c_mlx.packs").get_template("card.md.jinja").render(
+        repo=repo,
+        base=base,
+        license=options.license,
+        at=f" --revision {shlex.quote(options.revision)}" if options.revision else "",
+        storage=pack.storage,
+        nbytes=pack.nbytes,
+        tasks=sorted(pack.tasks),
+        left=left,
+        adapters=rows,
+        origins={task: hub for task, hub in hubs.items() if hub},
+        local=[task for task, hub in hubs.items() if hub is None],
+        unnamed=max(0, sum(map(pack.merged, pack.adapters)) - len(names) + len(left)),
+        # The embedded model is not the hub's files, and found by its name.
+        model_option="" if name == EMBEDDED else f" --model {base}",
+        bench=bench,
+    )  # fmt: skip
+    return f"---\n{front.to_yaml()}\n---\n\n{text}"
+
+
+def _stored(pack: Pack, key: str | int) -> str:
+    """How an adapter is stored, for people."""
+    if pack.storage == "compact":
+        index = read_index(pack.path / COMPACT)
+        counts = index.counts[int(key)].sum(axis=0)
+        parts = [f"{int(n)} at {bits} bit" for bits, n in zip(index.bits, counts) if n]
+        return f"components: {', '.join(parts) or 'none'}"
+    nbytes = sum(pack.files_of(str(key)).values())
+    if pack.storage == "gguf":
+        return f"GGUF, {nbytes:,} bytes"
+    parameters: Any = read_config(pack.path / str(key))["lora_parameters"]
+    return f"rank {parameters['rank']}, {nbytes:,} bytes"
+
+
+def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str, object]]:
+    """Map tasks that share an adapter to how it was made and its scale, by the run directory."""
+    run = pack.path.resolve().parent
+    path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
+    made: dict[frozenset[str], tuple[str, object]] = {}
+    try:
+        content = _json(path) if path.is_file() else []
+        refined: set[frozenset[str]] = set()
+        if bench and bench["refined"] and (path := run / "refines.json").is_file():
+            refined = {frozenset(entry["members"]) for entry in _json(path) if entry["refined"]}
+        for entry in content["units"] if isinstance(content, dict) else content:
+            tasks = frozenset(entry.get("members") or entry["tasks"])
+            how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
+            made[tasks] = (how + ", refined" * (tasks in refined), entry["scale"])
+            if type(entry["scale"]) not in (int, float):
+                raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
+    # A later stage may have written the file anew.
+    record = json_or_none(run / ".stages" / "pack.json")
+    read = record.get("read") if isinstance(record, dict) else None
+    path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
+    same = isinstance(read, dict) and path.is_file() and read.get(path.name) == hash_file(path)
+    return made if same else {}
+
+
+def read_bench(pack: Pack, path: Path | None) -> Json | None:
+    """The measurements for a card, from the `bench.json` of the run that made a pack.
+
+    Args:
+        pack: that was measured.
+        path: None looks beside the pack, as in a run directory.
+
+    Returns:
+        None where nothing lies beside the pack.
+
+    Raises:
+        ConfigError: it is not readable, or of another pack.
+    """
+    beside = pack.path.resolve().parent / "bench.json"
+    if path is None and not beside.is_file():
+        return None
+    path = path or beside
+    bench = _json(path)
+    try:
+        about = bench["provenance"]
+        methods = {name: bench["methods"][name] for name in ("base", "individual", "pack")}
+        packed = methods["pack"]
+        rows = []
+        for task in [*sorted(pack.tasks), None]:
+            entries = {
+                name: entry if task is None else entry["tasks"][task]
+                for name, entry in methods.items()
+            }
+            retention = entries["pack"]["retention"]
+            rows.append({
+                "task": "mean" if task is None else task,
+                "retention": None if retention is None else float(retention),
+                **{name: float(entry["loss"]) for name, entry in entries.items()},
+            })  # fmt: skip
+        measured = {
+            "rows": rows,
+            "n_rows": int(about["config"]["test_examples"]),
+            "dtype": str(about["compute_dtype"]),
+            "refined": bool(about["config"]["refine"]),
+        }
+        same = (
+            about["pack"]["manifest_sha256"] == hash_file(pack.path / MANIFEST)
+            and packed["nbytes"] == pack.nbytes
+            and packed["tasks"].keys() == pack.tasks.keys()
+            and about["base"].items() <= pack.manifest.base.items()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{path}: is no bench.json of {pack.path} (its manifest, tasks, bytes or base model"
+            " differ, as after d2c-mlx add, remove or route); name that of the run that made this"
+            " very pack with --bench, or move this one away: the card then says that nothing was"
+            " measured"
+        )
+    return measured
+
+
+def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
+    try:
+        return parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None

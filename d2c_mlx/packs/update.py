@@ -9,24 +9,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.packs.manifest import COMPACT, MANIFEST
 from d2c_mlx.packs.overwrite import MARKER, all_files
-from d2c_mlx.packs.pack import COMPACT, MANIFEST, Pack, load_pack, pack_directory
-from d2c_mlx.packs.write import rewrite_pack, write_compact_pack, write_gguf_pack
+from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
+from d2c_mlx.packs.write import rewrite_pack, write_compact_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import old_dir, restore_dir
 from d2c_mlx.utils.lock import locked
 
-__all__ = ["list_pack", "opened", "remove_tasks"]
+__all__ = ["list_pack", "opened", "read_stored", "remove_tasks", "rewrite_compact"]
 
 # Files of pushing and downloading beside a pack, which a change may remove.
 _LEFT, _DOWNLOADS = (MARKER, ".gitattributes"), ".cache"
@@ -48,32 +47,28 @@ def opened(directory: Path) -> Iterator[Pack]:
     """
     path = pack_directory(directory).resolve()
     # Locking makes the directory of its file, so not before there is a pack to hold.
-    if not any((one / MANIFEST).is_file() for one in (path, old_dir(path))):
+    if not any((folder / MANIFEST).is_file() for folder in (path, old_dir(path))):
         load_pack(path)
     advice = "it may replace the pack; wait for it, then give this command again"
     with locked(path.parent, advice=advice):
         # Remains of a change that was killed.
         restore_dir(path)
         pack = load_pack(pack_directory(directory))
-        _check_replaceable(pack, path)
+        if path in (here := Path.cwd(), *here.parents):
+            raise PackError(
+                f"{pack.path}: is replaced as a whole, and you are in it; give this command"
+                " elsewhere"
+            )
+        own = {path / name for name in (MANIFEST, *_LEFT, *pack.manifest.files)}
+        foreign = (file for file in all_files(path) if file not in own)
+        tops = {file.relative_to(path).parts[0] for file in foreign} - {_DOWNLOADS}
+        if tops:
+            raise PackError(
+                f"{pack.path}: is replaced as a whole, and {', '.join(sorted(tops)[:5])} in it is"
+                " not the pack's; move it elsewhere (d2c-mlx push writes a README.md and a"
+                " tasks.json again)"
+            )
         yield pack
-
-
-def _check_replaceable(pack: Pack, path: Path) -> None:
-    """Refuse a pack whose replacement would take more with it than the pack."""
-    if path in (here := Path.cwd(), *here.parents):
-        raise PackError(
-            f"{pack.path}: is replaced as a whole, and you are in it; give this command elsewhere"
-        )
-    own = {path / name for name in (MANIFEST, *_LEFT, *pack.manifest.files)}
-    others = [file.relative_to(path).parts[0] for file in all_files(path) if file not in own]
-    if found := sorted(set(others) - {_DOWNLOADS}):
-        raise PackError(
-            f"{pack.path}: is replaced as a whole, and {', '.join(found[:5])} in it"
-            f" {'is' if len(found) == 1 else 'are'} not the pack's; move"
-            f" {'it' if len(found) == 1 else 'them'} elsewhere (d2c-mlx push writes a README.md and"
-            " a tasks.json again)"
-        )
 
 
 def list_pack(pack: Pack) -> list[dict[str, Any]]:
@@ -86,16 +81,12 @@ def list_pack(pack: Pack) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for key, tasks in pack.adapters.items():
-        if isinstance(key, int):
-            stored = read_compact(pack.path / COMPACT, key)
+        stored = pack.stored(tasks[0])
+        if isinstance(stored, Compressed):
             ranks = [sum(level.rank for level in levels) for levels in stored.modules.values()]
-            rank, nbytes = max(ranks, default=0), stored.nbytes
-        elif pack.storage == "gguf":
-            found = pack.load(tasks[0])
-            rank, nbytes = found.rank if found else 0, pack.manifest.files[key].nbytes
+            rank, nbytes = max(ranks), stored.nbytes
         else:
-            rank = load_adapter(pack.path / key).rank
-            nbytes = sum(pack.files_of(key).values())
+            rank, nbytes = stored.rank if stored else 0, sum(pack.files_of(str(key)).values())
         rows.append({"adapter": key, "tasks": tasks, "merged": pack.merged(key),
                      "rank": rank, "nbytes": nbytes})  # fmt: skip
     bare = [task for task, key in pack.tasks.items() if key is None]
@@ -123,34 +114,50 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
             f"{pack.path}: no task {', '.join(map(repr, unknown))}; it serves"
             f" {', '.join(pack.tasks)}"
         )
-    left: dict[str, Any] = {t: key for t, key in pack.tasks.items() if t not in tasks}
+    left = {task: key for task, key in pack.tasks.items() if task not in tasks}
     if not left:
         raise PackError(f"{pack.path}: no task would be left; delete the directory instead")
     kept = [key for key in pack.adapters if key in left.values()]
-    merged: dict[Any, int] = {key: pack.merged(key) for key in kept}
     # The origin of a removed task is kept while its adapter may be in a merge. Which merge an
     # earlier one was in is not known; it is none once no adapter holds more than it serves.
     serving = Counter(left.values())
-    orphans = any(n > serving[key] for key, n in merged.items())
+    orphans = any(pack.merged(key) > serving[key] for key in kept)
     origins = {
         task: origin
-        for task, origin in pack.origins.items()
+        for task, origin in pack.manifest.origins.items()
         if task in left or (pack.tasks[task] in kept if task in pack.tasks else orphans)
     }
-    info = replace(pack.info, merged=merged, origins=origins)
-    if pack.storage == "plain":
-        return rewrite_pack(pack, {}, left, info)
-    place = {key: i for i, key in enumerate(kept)}
-    serves = {task: None if key is None else place[key] for task, key in left.items()}
-    if pack.storage == "gguf":
-        merged = {f"cluster-{place[key]}.gguf": n for key, n in merged.items()}
-        with tempfile.TemporaryDirectory() as temporary:
-            files = [Path(temporary) / str(key) for key in kept]
-            with pack.reading():
-                for file in files:
-                    pack.copy(file.name, file)
-            return write_gguf_pack(pack.path, files, serves, replace(info, merged=merged))
+    if pack.storage == "compact":
+        return rewrite_compact(pack, kept, left, {"origins": origins})
+    merged = {str(key): pack.merged(key) for key in kept}
+    about = pack.manifest.model_copy(update={"tasks": left, "merged": merged, "origins": origins})
+    return rewrite_pack(pack, {}, about)
+
+
+def rewrite_compact(
+    pack: Pack,
+    kept: Sequence[str | int],
+    tasks: Mapping[str, str | int | None],
+    update: Mapping[str, Any],
+    stored: Sequence[Compressed] | None = None,
+) -> Pack:
+    """Replace a compact pack by one of some of its adapters, whose positions move up.
+
+    Args:
+        pack: what `load_pack` verified.
+        kept: their positions.
+        tasks: task -> position before; one past the kept ones is an arrival's.
+        update: other facts that change.
+        stored: what is written; None is what the pack has at the positions.
+    """
+    place: dict[object, int] = {key: i for i, key in enumerate(kept)}
+    serves = {task: None if k is None else place.get(k, len(kept)) for task, k in tasks.items()}
+    merged = {str(place[key]): pack.merged(key) for key in kept}
+    about = pack.manifest.model_copy(update={**update, "merged": merged})
+    return write_compact_pack(pack.path, stored or read_stored(pack, kept), serves, about)
+
+
+def read_stored(pack: Pack, keys: Sequence[str | int]) -> list[Compressed]:
+    """Read adapters of a compact pack, by their positions."""
     with pack.reading([COMPACT]):
-        stored = [read_compact(pack.path / COMPACT, key) for key in kept if isinstance(key, int)]
-    info = replace(info, merged={place[key]: n for key, n in merged.items()})
-    return write_compact_pack(pack.path, stored, serves, info)
+        return [read_compact(pack.path / COMPACT, int(key)) for key in keys]

@@ -27,7 +27,8 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode
 from d2c_mlx.models.resolve import check_named
 from d2c_mlx.models.tasks import encode_tests, load_tasks
-from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.packs.manifest import MANIFEST
+from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.phone.config import CONTEXTS, PhoneConfig
 from d2c_mlx.phone.profiles import Profile, find_profile
 from d2c_mlx.phone.quality import HeldOutRows, measure_quality
@@ -69,7 +70,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
     profile, pack = find_profile(config.device), load_pack(Path(config.pack))
-    check_named(pack.manifest.base.model, config.model)
+    check_named(pack.manifest.model, config.model)
     name, source, path = quantized_model(config.model, config.bits)
     pack.check_weights(source)
     stock = StockModel(path)
@@ -117,7 +118,7 @@ def _describe_model(name: str, source: Path, stock: StockModel, pack: Pack) -> d
         "weights_nbytes": stock.weights_nbytes,
         "dtype": _dtype(stock.dtype),
         "compute_dtype": _dtype(stock.compute_dtype),
-        "pack_was_made_for": pack.manifest.base.model,
+        "pack_was_made_for": pack.manifest.model,
     }
 
 

@@ -14,7 +14,8 @@ from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.packs.export import unpacked_nbytes
-from d2c_mlx.packs.pack import MANIFEST, Pack, load_pack
+from d2c_mlx.packs.manifest import MANIFEST
+from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.run.config import ANSWERED_ROWS
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.pack_stage import stored_forms

@@ -11,8 +11,7 @@ from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.models.tasks import systems_of
-from d2c_mlx.packs.manifest import GgufPlaces
-from d2c_mlx.packs.pack import COMPACT, PackInfo
+from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.session import Session
@@ -23,10 +22,10 @@ __all__ = ["pack_info", "pack_merges", "pack_plan", "stored_forms"]
 Ready = Callable[[Path], None]
 
 
-def pack_info(inputs: Inputs) -> PackInfo:
+def pack_info(inputs: Inputs) -> Manifest:
     """What the manifest says of the base model, the budget and the task adapters."""
     base = inputs.base
-    return PackInfo(
+    return Manifest(
         model=base.name,
         config_hash=base.config_hash,
         weights_hash=base.weights_hash,
@@ -39,7 +38,7 @@ def pack_info(inputs: Inputs) -> PackInfo:
     )
 
 
-def pack_merges(session: Session, source: str, info: PackInfo, ready: Ready) -> None:
+def pack_merges(session: Session, source: str, info: Manifest, ready: Ready) -> None:
     """Write the adapters of `source/` in 16 bit -> `pack/`; `ready` is called before it is seen."""
     adapters = [
         dataclasses.replace(session.stored_adapter(f"{source}/{k}"), sources=tuple(names))
@@ -48,13 +47,13 @@ def pack_merges(session: Session, source: str, info: PackInfo, ready: Ready) -> 
     write_pack(session.path("pack"), adapters, info, ready)
 
 
-def pack_plan(session: Session, source: str, info: PackInfo, ready: Ready) -> None:
+def pack_plan(session: Session, source: str, info: Manifest, ready: Ready) -> None:
     """Write the plan's adapters of `source/`, as stored; `ready` is called before they are seen."""
     inputs, plan = session.inputs, session.read("plan.json")
     if session.config.format == "gguf":
         files = [session.path(source) / f"{k}.gguf" for k in range(len(plan["units"]))]
         places = GgufPlaces.of(inputs.base.config, inputs.capacity.target_paths)
-        info = dataclasses.replace(info, gguf=places)
+        info = info.model_copy(update={"gguf": places})
         write_gguf_pack(session.path("pack"), files, serves_of(plan), info, ready)
         return
     adapters = stored_forms(session, source)

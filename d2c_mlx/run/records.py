@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.packs.checks import check_format
-from d2c_mlx.packs.pack import MANIFEST, load_pack
+from d2c_mlx.packs.manifest import MANIFEST, check_format
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import fingerprint, hash_tree, read_text, visible_files, write_json

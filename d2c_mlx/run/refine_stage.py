@@ -14,8 +14,8 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.packs.manifest import COMPACT
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.packs.pack import COMPACT
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
 from d2c_mlx.refine.students import Form
 from d2c_mlx.run.pack_stage import stored_forms

@@ -42,7 +42,7 @@ def load(
     if not isinstance(pack, Pack):
         pack = load_pack(pack)
     adapter = None if task is None else pack.load(task)
-    _, directory = resolve_base(pack.manifest.base.model, model)
+    _, directory = resolve_base(pack.manifest.model, model)
     pack.check_weights(directory)
     loaded, tokenizer = load_stock(directory)
     switch(loaded, adapter, pack.path)
@@ -79,7 +79,7 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
             messages.
     """
     adapter = pack.load(question.task)
-    _, path = resolve_base(pack.manifest.base.model, directory)
+    _, path = resolve_base(pack.manifest.model, directory)
     model, tokenizer = load_stock(path)
     switch(model, adapter, pack.path)
     if on_cpu():

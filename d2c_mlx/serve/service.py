@@ -62,7 +62,7 @@ class PackService:
                 where others may be loaded from; None is nowhere.
         """
         self.pack, self.adapters, self.router = pack, adapters, router
-        self.base_name: str = pack.manifest.base.model
+        self.base_name: str = pack.manifest.model
         self.limits, self.metrics = limits or Limits(), Metrics(self.base_name)
         self.directory = directory and directory.resolve()
         base = adapters.model.base

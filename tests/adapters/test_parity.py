@@ -19,7 +19,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 
 
@@ -79,7 +79,7 @@ def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
     pack = write_pack(
         tmp_path / "pack",
         [merged, alone],
-        PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="2"),
+        Manifest(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="2"),
     )
     exported = export(pack, "peft", tmp_path / "peft")
     for name in names:

@@ -18,7 +18,8 @@ from helpers.tiny import LAYERS, SHAPES, library
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.environment import VERSION, cache_directory
@@ -193,7 +194,7 @@ def test_export_shows_tasks_and_bytes(tmp_path):
     small = [compress(a, dict.fromkeys(a.modules, [(4, 4)])) for a in adapters]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
-    write_compact_pack(tmp_path / "pack", small, serves, PackInfo(**about))
+    write_compact_pack(tmp_path / "pack", small, serves, Manifest(**about))
     options = [str(tmp_path / "pack"), "--to", "mlx", "--output", str(tmp_path / "plain")]
     text = invoke("export", *options)
     assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text

@@ -14,11 +14,10 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.storage import CompactStorage, GgufStorage, one_shape
-from d2c_mlx.packs.card import CardOptions, render_card
-from d2c_mlx.packs.export import export
+from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import CardOptions, render_card
 from d2c_mlx.packs.update import list_pack, remove_tasks
-from d2c_mlx.packs.verify import verify
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, PackError
@@ -131,7 +130,7 @@ def test_its_card_and_its_exports_name_files_and_base(session, tmp_path):
     assert f"`manifest.json` and the `.gguf` files, {pack.nbytes:,} bytes; the directories" in text
     export(pack, "peft", tmp_path / "peft")
     for path in (tmp_path / "peft").glob("*/adapter_config.json"):
-        assert json.loads(path.read_text())["base_model_name_or_path"] == pack.manifest.base.model
+        assert json.loads(path.read_text())["base_model_name_or_path"] == pack.manifest.model
 
 
 def test_a_manifest_that_does_not_say_where_tensors_belong(session, tmp_path):

@@ -88,7 +88,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/how-to/change-a-pack.md, in order; the last state is verified."""
-    from d2c_mlx.packs.pack import PackInfo, load_pack
+    from d2c_mlx.packs.manifest import Manifest
+    from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
 
@@ -103,7 +104,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     write_pack(
         tmp_path / "runs" / "first" / "pack",
         [made["num-de"]],
-        PackInfo(
+        Manifest(
             model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1"
         ),
     )
@@ -133,7 +134,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of other-programs.md, in order, beside a tiny model and its pack."""
-    from d2c_mlx.packs.pack import PackInfo
+    from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.utils.files import hash_file
 
@@ -146,7 +147,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
             Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
             for n in ("num-de", "num-es")
         ],
-        PackInfo(
+        Manifest(
             model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2"
         ),
     )
@@ -194,7 +195,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
 
     from d2c_mlx.adapters.reading import read_adapter
     from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.packs.pack import PackInfo
+    from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.adapters import Adapters
     from d2c_mlx.serve.service import PackService
@@ -208,7 +209,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     pack = write_pack(
         tmp_path / "run" / "pack",
         adapters,
-        PackInfo(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="2"),
+        Manifest(model=base.name, config_hash=base.config_hash, n_layers=base.n_layers, budget="2"),
     )
     tokenizer = base.tokenizer
     messages = [{"role": "user", "content": "Write 896 in German words:"}]

@@ -3,7 +3,7 @@
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack
 from helpers.tiny import LAYERS
 
@@ -17,4 +17,4 @@ def make_pack(paths, directory):
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return write_compact_pack(directory, small, serves, PackInfo(**about, budget="-"))
+    return write_compact_pack(directory, small, serves, Manifest(**about, budget="-"))

@@ -15,7 +15,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.base_model import BaseModel, greedy
 from d2c_mlx.models.stock import switch
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import fit_router, load_router, save_router
@@ -41,12 +41,12 @@ def pack(request, model_path, tmp_path_factory):
     base = BaseModel(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     if request.param == "plain":
-        pack = write_pack(root / "pack", ADAPTERS, PackInfo(**about))
+        pack = write_pack(root / "pack", ADAPTERS, Manifest(**about))
     else:
         levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
         stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
         serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
-        pack = write_compact_pack(root / "pack", stored, serves, PackInfo(**about))
+        pack = write_compact_pack(root / "pack", stored, serves, Manifest(**about))
     for name in pack.tasks:
         task(root / "tasks", name)
     probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]

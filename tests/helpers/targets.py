@@ -20,7 +20,8 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_import import convert_gguf
 from d2c_mlx.models.tasks import load_task, load_unlabelled
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.serve.requests import RequestError, read_request
@@ -122,9 +123,9 @@ def config(shared, root, layout):
 def _pack(shared, root, storage):
     if storage == "plain":
         named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
-        return write_pack(root / "pack", named, PackInfo(**ABOUT))
+        return write_pack(root / "pack", named, Manifest(**ABOUT))
     small = compressed(shared.adapters)
-    return write_compact_pack(root / "pack", small, SERVES, PackInfo(**ABOUT))
+    return write_compact_pack(root / "pack", small, SERVES, Manifest(**ABOUT))
 
 
 def manifest(shared, root, storage):

@@ -14,7 +14,7 @@ from mlx_lm.models import gemma3, llama, llama4
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import context_length
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.serve.adapters import Adapters
@@ -74,7 +74,7 @@ def test_requests_beyond_it_are_refused(path, tmp_path):
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": 2, "budget": "-",
              "max_bytes": None}  # fmt: skip
     pack = write_pack(
-        tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], PackInfo(**about)
+        tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], Manifest(**about)
     )
     with serving(pack, Adapters(base, pack), object()) as server:
         reply = raw(server, post({"model": "a", "prompt": LONG, "max_tokens": 4}))

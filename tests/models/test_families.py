@@ -34,7 +34,7 @@ from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, ModelError
 from d2c_mlx.utils.files import hash_file
@@ -255,7 +255,7 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
     about = {"model": "Falcon-H1-0.5B", "config_hash": base.config_hash, "n_layers": 2,
              "budget": "-", "max_bytes": None}  # fmt: skip
     named = replace(adapter, base="Falcon-H1-0.5B", sources=("one",))
-    pack = write_pack(root / "pack", [named], PackInfo(**about))
+    pack = write_pack(root / "pack", [named], Manifest(**about))
     with pytest.raises(AdapterError, match="mlx-lm folds"):
         export(pack, "peft", root / "out")
     with pytest.raises(ModelError, match="model_type is 'falcon_h1', whose names and rows"):
@@ -264,7 +264,7 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
     export(pack, "mlx", root / "out")
     # Under any name, where the model itself is there to be asked.
     other = write_pack(
-        root / "other", [replace(adapter, base="m", sources=("one",))], PackInfo(**about)
+        root / "other", [replace(adapter, base="m", sources=("one",))], Manifest(**about)
     )
     for model in (str(root / "model"), None):
         with pytest.raises(AdapterError, match="mlx-lm folds"):
@@ -277,7 +277,7 @@ def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon)
     path.write_text(json.dumps({"model_type": "unknown"}))
     about = {"model": "m", "config_hash": hash_file(path), "n_layers": 2, "budget": "-"}
     adapter = replace(read_adapter(root / "mlx" / "one", ALL), sources=("one",))
-    pack = write_pack(root / "pack", [adapter], PackInfo(**about))
+    pack = write_pack(root / "pack", [adapter], Manifest(**about))
     export(pack, "peft", root / "out", str(root / "model"))
     with pytest.raises(ModelError, match="whose names and rows in GGUF are not known"):
         export(pack, "gguf", root / "gguf", str(root / "model"))

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import config_digest, resolve_model, same_weights, weights_digest
 from d2c_mlx.models.stock import load_stock
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.serve.load import load
 from d2c_mlx.utils.errors import ModelError
@@ -72,7 +73,9 @@ def test_a_float32_copy_of_a_quantized_model_is_the_same_model(model, tmp_path, 
 
 def pack_for(model, path):
     base = BaseModel(str(model))
-    info = PackInfo("tiny", base.config_hash, base.weights_hash, LAYERS)
+    info = Manifest(
+        model="tiny", config_hash=base.config_hash, weights_hash=base.weights_hash, n_layers=LAYERS
+    )
     return write_compact_pack(path, [], {"one": None}, info)
 
 
@@ -129,7 +132,7 @@ def test_a_pack_refuses_other_weights_with_its_config(model, tmp_path, command):
 
 
 def test_a_pack_of_an_earlier_version_has_the_check_it_had(model, tmp_path):
-    info = PackInfo("tiny", hash_file(model / "config.json"), n_layers=LAYERS)
+    info = Manifest(model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS)
     pack = write_compact_pack(tmp_path / "pack", [], {"one": None}, info)
     assert "weights_sha256" not in (pack.path / "manifest.json").read_text()
     assert load_pack(pack.path).base_directory(str(model)) == model

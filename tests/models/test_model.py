@@ -19,7 +19,7 @@ from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.stock import stored_dtype
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.run.doctor import diagnose
@@ -167,7 +167,7 @@ def test_packs_are_in_the_dtype_of_a_model_whose_last_norm_has_another_name(tmp_
     factors = LoRA(mx.full((32, 2), 1e-9, dtype), mx.full((2, 32), 3e9, dtype), 1.0)
     adapter = Adapter("one", {"model.layers.1.self_attn.q_proj": factors}, sources=("one",))
     about = {"model": "m", "config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
-    pack = write_pack(tmp_path / "pack", [adapter.uniform(base.dtype)], PackInfo(**about))
+    pack = write_pack(tmp_path / "pack", [adapter.uniform(base.dtype)], Manifest(**about))
     (stored,) = pack.load("one").modules.values()
     assert stored.a.dtype == dtype
     # Neither size is one that float16 has.

@@ -12,7 +12,8 @@ from helpers.tiny import ALL, LAYERS, peft_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import Pack, PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.push import write_repository
 from d2c_mlx.packs.update import list_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
@@ -20,7 +21,7 @@ from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
 NAMES = ("a", "b", "c")
-INFO = PackInfo("tiny/llama", "0" * 64, n_layers=LAYERS)
+INFO = Manifest(model="tiny/llama", config_hash="0" * 64, n_layers=LAYERS)
 MAIN = "from d2c_mlx_cli.main import main; main()"
 READ = (
     "import sys; from pathlib import Path; from d2c_mlx.packs.pack import load_pack\n"

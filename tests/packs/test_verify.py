@@ -16,9 +16,9 @@ from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo, load_pack
-from d2c_mlx.packs.verify import READERS, verify
+from d2c_mlx.packs.export import READERS, export, verify
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.errors import InputError, PackError
 
@@ -160,7 +160,7 @@ def rehashed(pack):
 
 
 def test_a_plain_pack_is_always_checked(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
     assert verify(pack.path) == verify(pack.path, "mlx-swift") == pack
     change_config(pack.path / "cluster-0", num_layers=-1)
     change_config(pack.path / "cluster-1", lora={"keys": ["q_proj"]})
@@ -179,17 +179,17 @@ def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, adapters)
     wide = replace(one.modules[Q0], b=one.modules[Q0].b.astype(mx.float32))
     mixed = replace(one, modules={**one.modules, Q0: wide})
     with pytest.raises(PackError) as caught:
-        write_pack(tmp_path / "pack", [mixed, two], PackInfo(**ABOUT))
+        write_pack(tmp_path / "pack", [mixed, two], Manifest(**ABOUT))
     (line,) = caught.value.problems
     assert f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes F16, F32" in line
     assert not (tmp_path / "pack").exists()
-    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], PackInfo(**ABOUT)).path)
+    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], Manifest(**ABOUT)).path)
     scaled = replace(one, modules={**one.modules, Q0: replace(one.modules[Q0], scale=3.0)})
-    verify(write_pack(tmp_path / "scaled", [scaled, two], PackInfo(**ABOUT)).path)
+    verify(write_pack(tmp_path / "scaled", [scaled, two], Manifest(**ABOUT)).path)
 
 
 def test_values_that_are_not_finite(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
     for k in (0, 1):
         infinite = {f"{Q0}.lora_a": np.full((32, 4), np.inf, "f2")}
         change_tensors(pack.path / f"cluster-{k}", lambda t, new=infinite: t.update(new))
@@ -203,7 +203,7 @@ def test_values_that_are_not_finite(tmp_path, adapters):
 def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters]
     pack = write_compact_pack(
-        tmp_path / "pack", small, {"a": 0, "b": 1, "c": None}, PackInfo(**ABOUT, dtype=mx.bfloat16)
+        tmp_path / "pack", small, {"a": 0, "b": 1, "c": None}, Manifest(**ABOUT, dtype=mx.bfloat16)
     )
     assert verify(pack.path, "mlx-swift") == verify(pack.path) == pack
     # A manifest can say too few blocks; no hash covers it.
@@ -236,7 +236,7 @@ def test_the_readers_are_those_of_the_documents_and_the_command():
 
 @pytest.mark.parametrize("name", ["mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"])
 def test_a_pack_with_the_same_modules_in_every_block_goes_everywhere(tmp_path, adapters, name):
-    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
     assert verify(pack.path, name) == pack
     export(pack, "peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "cluster-0" / "adapter_config.json").read_text())
@@ -247,7 +247,7 @@ def test_a_pack_with_the_same_modules_in_every_block_goes_everywhere(tmp_path, a
 def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, adapters):
     one = adapters[0]
     some = replace(one, modules={p: x for p, x in one.modules.items() if p != Q0})
-    pack = write_pack(tmp_path / "pack", [some, adapters[1]], PackInfo(**ABOUT))
+    pack = write_pack(tmp_path / "pack", [some, adapters[1]], Manifest(**ABOUT))
 
     def refused(name, words):
         with pytest.raises(InputError) as caught:
@@ -265,7 +265,7 @@ def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, adapters):
     assert config["target_modules"] == sorted(some.modules)
     wide = replace(one, modules={p: LoRA(mx.ones((32, 513), mx.float16), mx.ones(
         (513, x.shape[1]), mx.float16)) for p, x in one.modules.items()})  # fmt: skip
-    write_pack(pack.path, [wide], PackInfo(**ABOUT))
+    write_pack(pack.path, [wide], Manifest(**ABOUT))
     refused("vllm-metal", "rank 513, at most 512 is taken")
 
 
@@ -273,7 +273,7 @@ def test_a_problem_is_of_its_adapter_beside_one_without_modules(tmp_path, adapte
     one, two = (compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters)
     some = {path: x for path, x in two.modules.items() if path != Q0}
     small = [replace(one, name="none", modules={}), one, replace(two, modules=some)]
-    info = PackInfo(**ABOUT, dtype=mx.float16)
+    info = Manifest(**ABOUT, dtype=mx.float16)
     pack = write_compact_pack(tmp_path / "pack", small, {"none": 0, "a": 1, "b": 2}, info)
     with pytest.raises(PackError) as caught:
         verify(pack.path, "MNN")
@@ -282,7 +282,7 @@ def test_a_problem_is_of_its_adapter_beside_one_without_modules(tmp_path, adapte
 
 
 def test_the_command(tmp_path, adapters, command):
-    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**ABOUT))
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
     code, out, _ = command("verify", pack.path, "--for", "mlx-swift")
     assert code == 0
     assert out == (

@@ -26,7 +26,8 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
 from d2c_mlx.utils.errors import ModelError
@@ -71,10 +72,10 @@ def test_losses_are_those_of_stock_mlx_lm_with_the_unpacked_adapter(
     found = adapters(paths, stock.module_shapes)
     if storage == "plain":
         merged = [replace(one.uniform(mx.float16), sources=(one.name,)) for one in found]
-        pack = write_pack(tmp_path / "pack", merged, PackInfo(**ABOUT))
+        pack = write_pack(tmp_path / "pack", merged, Manifest(**ABOUT))
     else:
         small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
-        pack = write_compact_pack(tmp_path / "pack", small, {"a": 0, "b": 1}, PackInfo(**ABOUT))
+        pack = write_compact_pack(tmp_path / "pack", small, {"a": 0, "b": 1}, Manifest(**ABOUT))
     directories = export(load_pack(pack.path), "mlx", tmp_path / "plain")
     losses = {}
     for name in "ab":

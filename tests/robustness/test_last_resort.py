@@ -16,7 +16,8 @@ from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.compress.file_layout import Index, expand_modules
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, PackError
 
@@ -26,7 +27,7 @@ MAIN = "from d2c_mlx_cli.main import main; main()"
 @pytest.fixture
 def pack(tmp_path):
     adapter = replace(read_adapter(peft_adapter(tmp_path / "loras", "a"), ALL), sources=("a",))
-    info = PackInfo("tiny/llama", "0" * 64, n_layers=LAYERS)
+    info = Manifest(model="tiny/llama", config_hash="0" * 64, n_layers=LAYERS)
     return write_pack(tmp_path / "pack", [adapter], info)
 
 

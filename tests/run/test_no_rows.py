@@ -11,8 +11,8 @@ from helpers.tiny import end_answers, peft_adapter, write_jsonl
 
 from d2c_mlx.adapters.adapter import zeros
 from d2c_mlx.forecast import forecast
-from d2c_mlx.packs.card import read_bench
 from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import read_bench
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.session import Session
 from d2c_mlx.utils.errors import InputError, InputWarning

@@ -14,8 +14,8 @@ from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.tiny import peft_adapter, refinable, task, write_jsonl
 
-from d2c_mlx.packs.card import CardOptions, read_bench, render_card
 from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import CardOptions, read_bench, render_card
 from d2c_mlx.pipeline import STAGES, run
 from d2c_mlx.refine.refine import RefineOptions
 from d2c_mlx.run import refine_stage as refining

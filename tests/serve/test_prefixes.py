@@ -14,7 +14,7 @@ from mlx_lm import load as stock_load
 
 from d2c_mlx.models.base_model import BaseModel, greedy
 from d2c_mlx.models.stock import switch
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.jobs import Limits
@@ -158,7 +158,7 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
     base = BaseModel(str(path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    pack = write_pack(tmp_path / "pack", [adapter], PackInfo(**about))
+    pack = write_pack(tmp_path / "pack", [adapter], Manifest(**about))
     model, tokenizer = stock_load(str(path))
     model.set_dtype(mx.float32)
 

@@ -21,9 +21,10 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.export import verify
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import remove_tasks
-from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import with_file, write_pack
 from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.serve.router import (
@@ -61,7 +62,7 @@ def pack(made, tmp_path):
     return write_pack(
         tmp_path / "run" / "pack",
         found,
-        PackInfo(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="3"),
+        Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="3"),
     )
 
 
@@ -232,8 +233,8 @@ def test_its_bytes_count(made, tmp_path):
     paths, base, probes = made
     one = replace(read_adapter(paths.adapters / "a", base.module_shapes), sources=("a", "b", "c"))
     about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    size = write_pack(tmp_path / "pack", [one], PackInfo(**about)).nbytes
-    pack = write_pack(tmp_path / "pack", [one], PackInfo(**about, max_bytes=size + 10))
+    size = write_pack(tmp_path / "pack", [one], Manifest(**about)).nbytes
+    pack = write_pack(tmp_path / "pack", [one], Manifest(**about, max_bytes=size + 10))
     before = hash_tree(pack.path)
     with pytest.raises(PackError, match="over the budget of .*; give one that has room") as no:
         save_router(pack, fit_router(base.model, probes))
@@ -254,10 +255,10 @@ def test_its_bytes_are_free_for_an_arrival(made, tmp_path):
     found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
     slots = [replace(found["a"], sources=("a",)), replace(found["b"], sources=("b", "c"))]
     about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    size = write_pack(tmp_path / "pack", slots, PackInfo(**about)).nbytes
+    size = write_pack(tmp_path / "pack", slots, Manifest(**about)).nbytes
     exact = size + found["c"].uniform(mx.float16).nbytes(LAYERS)
     pack = save_router(
-        write_pack(tmp_path / "pack", slots, PackInfo(**about, max_bytes=exact)),
+        write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=exact)),
         fit_router(base.model, probes),
     )
     assert pack.nbytes > size

@@ -21,7 +21,8 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.stock import switch
 from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.serve.load import Question, stock_command
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
@@ -45,10 +46,10 @@ def model(request, tmp_path_factory):
 @pytest.fixture(params=["plain", "compact"])
 def pack(request, tmp_path):
     if request.param == "plain":
-        return write_pack(tmp_path / "pack", ADAPTERS, PackInfo(**ABOUT))
+        return write_pack(tmp_path / "pack", ADAPTERS, Manifest(**ABOUT))
     small = [compress(one, dict.fromkeys(one.modules, [(2, 8)])) for one in ADAPTERS]
     serves = {"wide": 0, "late": 1, "other": 2, "none": None}
-    return write_compact_pack(tmp_path / "pack", small, serves, PackInfo(**ABOUT))
+    return write_compact_pack(tmp_path / "pack", small, serves, Manifest(**ABOUT))
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp
     foreign = Adapter("x", {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[
         f"model.layers.1.{UP}"]}, "m", ("x",))  # fmt: skip
     with pytest.raises(AdapterError, match="no linear layer .*layers.7"):
-        write_pack(tmp_path / "foreign", [foreign], PackInfo(**{**ABOUT, "n_layers": 8})).switch(
+        write_pack(tmp_path / "foreign", [foreign], Manifest(**{**ABOUT, "n_layers": 8})).switch(
             found, "x"
         )
     assert_serves(found, "other", expected)

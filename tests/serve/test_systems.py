@@ -14,7 +14,8 @@ from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import common_system, load_task
 from d2c_mlx.packs.add import AddOptions, add_from_path
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened, remove_tasks
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
@@ -49,7 +50,7 @@ def spoken(tmp_path):
     found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
              for n in "ab"]  # fmt: skip
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return paths, write_pack(tmp_path / "run" / "pack", found, PackInfo(**about, budget="3"))
+    return paths, write_pack(tmp_path / "run" / "pack", found, Manifest(**about, budget="3"))
 
 
 @pytest.fixture

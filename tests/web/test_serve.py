@@ -22,7 +22,8 @@ from mlx_lm import load as stock_load
 from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import load_router
@@ -217,7 +218,7 @@ def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     base = BaseModel(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     adapters = [replace(one, sources=(name,)) for one, name in zip(ADAPTERS, ("auto", "model"))]
-    pack = write_pack(tmp_path / "pack", adapters, PackInfo(**about))
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**about))
     server = SimpleNamespace(pack=load_pack(pack.path))
     with serving(server.pack, Adapters(base, server.pack)) as running, client(running) as api:
         assert [one.id for one in api.models.list()] == ["model", "auto"]

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import PackInfo
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import fit_router, load_router, save_router
@@ -67,7 +67,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("said")
     base = BaseModel(str(speaking_model(root / "model")))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    pack = write_pack(root / "pack", ADAPTERS, PackInfo(**about))
+    pack = write_pack(root / "pack", ADAPTERS, Manifest(**about))
     for name in pack.tasks:
         task(root / "tasks", name)
     probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]

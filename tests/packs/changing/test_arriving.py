@@ -23,7 +23,8 @@ from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import AddOptions, add_from_path
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError, TaskError
@@ -43,7 +44,7 @@ def whole(tmp_path):
     pack = write_pack(
         tmp_path / "run" / "pack",
         made,
-        PackInfo(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="2"),
+        Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="2"),
     )
     return paths, base, found, pack
 
@@ -97,7 +98,7 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     losses, held = {}, {}
     for tasks in (None, paths.tasks):
         small = [compress(found["a"], levels)]
-        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, PackInfo(**about))
+        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, Manifest(**about))
         result = add_from_path(
             pack.path, str(paths.adapters / "b"), AddOptions(tasks=tasks, model=str(paths.model))
         )
@@ -156,7 +157,7 @@ def test_another_base_model_is_a_warning(whole, tmp_path, storage):
     if storage == "compact":
         about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS}
         small = compress(found["a"], dict.fromkeys(found["a"].modules, [(2, 8)]))
-        info = PackInfo(**about, budget="9MB")
+        info = Manifest(**about, budget="9MB")
         pack = write_compact_pack(tmp_path / "small", [small], {"a": 0}, info)
     options = AddOptions(model=str(paths.model))
 

@@ -16,9 +16,10 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.export import verify
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import list_pack, opened, remove_tasks
-from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -26,7 +27,7 @@ from d2c_mlx.utils.files import hash_tree
 
 def plain(directory, slots, budget="2", max_bytes=None):
     made = [replace(adapter, sources=tuple(tasks)) for adapter, tasks in slots]
-    return write_pack(directory, made, PackInfo(budget=budget, max_bytes=max_bytes, **ABOUT))
+    return write_pack(directory, made, Manifest(budget=budget, max_bytes=max_bytes, **ABOUT))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_an_arrival_gets_a_slot_of_its_own_while_there_is_one(pack, adapters):
     assert now.tasks == {"a": "cluster-0", "b": "cluster-1", "c": "cluster-2"}
     assert now.load("c").digest == adapters["c"].uniform().digest
     assert {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"} == before
-    assert now.manifest.budget.model_dump() == {"text": "3", "nbytes": None}
+    assert now.manifest.to_json()["budget"] == {"text": "3", "nbytes": None}
     assert "merged" not in json.loads((now.path / "manifest.json").read_text())
 
 
@@ -171,9 +172,11 @@ def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack, adapters)
     full = add_adapter(pack, new).pack
     assert full.manifest.origins == {"c": "org/c@1234"}
     # Still in the merge after its task has left; gone with an adapter of its own.
-    assert remove_tasks(full, ["c"]).origins == {"c": "org/c@1234"}
+    assert remove_tasks(full, ["c"]).manifest.origins == {"c": "org/c@1234"}
     own = add_adapter(load_pack(pack.path), replace(new, name="d"), budget="3").pack
-    assert own.origins.keys() == {"c", "d"} and remove_tasks(own, ["d"]).origins.keys() == {"c"}
+    assert own.manifest.origins.keys() == {"c", "d"} and remove_tasks(
+        own, ["d"]
+    ).manifest.origins.keys() == {"c"}
 
 
 def test_an_origin_goes_with_its_merge_and_with_its_name(tmp_path, adapters):
@@ -181,16 +184,16 @@ def test_an_origin_goes_with_its_merge_and_with_its_name(tmp_path, adapters):
     slots = [replace(both, sources=("a", "b")), replace(adapters["c"], sources=("c",))]
     origins = {"a": "org/a@1", "b": "org/b@2", "c": "org/c@3"}
     path = tmp_path / "pack"
-    pack = write_pack(path, slots, PackInfo(budget="9", origins=origins, **ABOUT))
+    pack = write_pack(path, slots, Manifest(budget="9", origins=origins, **ABOUT))
     left = remove_tasks(pack, ["b"])
-    assert left.origins == origins
+    assert left.manifest.origins == origins
     # Another b, of this machine: not what is in the merge.
     local = replace(adapters["d"], name="b")
-    assert add_adapter(left, local).pack.origins == {"a": "org/a@1", "c": "org/c@3"}
+    assert add_adapter(left, local).pack.manifest.origins == {"a": "org/a@1", "c": "org/c@3"}
     path = tmp_path / "other"
-    pack = write_pack(path, slots, PackInfo(budget="9", origins=origins, **ABOUT))
+    pack = write_pack(path, slots, Manifest(budget="9", origins=origins, **ABOUT))
     pack = remove_tasks(remove_tasks(pack, ["b"]), ["a"])
-    assert pack.origins == {"c": "org/c@3"}
+    assert pack.manifest.origins == {"c": "org/c@3"}
 
 
 def test_removal(pack, adapters):
@@ -220,7 +223,7 @@ def test_a_pack_whose_budget_is_no_budget(tmp_path, adapters):
     assert line.endswith("; give another with --budget")
     assert add_adapter(pack, adapters["c"], budget="3").adapter == "cluster-2"
     pack = plain(tmp_path / "pack", [(adapters["a"], ["a"]), (adapters["b"], ["b"])], "-")
-    assert remove_tasks(pack, ["b"]).manifest.budget.text == "-"
+    assert remove_tasks(pack, ["b"]).manifest.budget == "-"
 
 
 @pytest.mark.parametrize(

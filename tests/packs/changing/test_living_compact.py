@@ -11,9 +11,9 @@ from d2c_mlx.compress.compact_file import index_of, read_compact
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.pack import COMPACT, PackInfo
+from d2c_mlx.packs.export import verify
+from d2c_mlx.packs.manifest import COMPACT, Manifest
 from d2c_mlx.packs.update import remove_tasks
-from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.files import hash_tree
@@ -23,7 +23,7 @@ def compact(directory, adapters, names="abc", limit=None, levels=((1, 4),)):
     stored = [compress(adapters[n], dict.fromkeys(adapters[n].modules, levels)) for n in names]
     serves = {name: i for i, name in enumerate(names)} | {"bare": None}
     return write_compact_pack(
-        directory, stored, serves, PackInfo(budget="9MB", max_bytes=limit, **ABOUT)
+        directory, stored, serves, Manifest(budget="9MB", max_bytes=limit, **ABOUT)
     )
 
 

@@ -7,8 +7,8 @@ import pytest
 from helpers.exported import adapter_of
 from huggingface_hub import ModelCard
 
-from d2c_mlx.packs.card import CardOptions, render_card
-from d2c_mlx.packs.pack import PackInfo, load_pack
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.push import CardOptions, render_card
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import hash_file
@@ -18,7 +18,7 @@ NAME = "<img src=x onerror=alert(1)>|`[a](javascript:b)` *b* $x$ '; id #"
 
 @pytest.fixture
 def pack(tmp_path, about):
-    pack = write_pack(tmp_path / "pack", [adapter_of(NAME), adapter_of("two")], PackInfo(**about))
+    pack = write_pack(tmp_path / "pack", [adapter_of(NAME), adapter_of("two")], about)
     manifest = json.loads((pack.path / "manifest.json").read_text())
     manifest["origins"] = {NAME: "org/a@main`\u202e</a>", "two": "org/a\n---\nlicense: mit"}
     (pack.path / "manifest.json").write_text(json.dumps(manifest))

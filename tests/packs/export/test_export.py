@@ -23,10 +23,8 @@ from d2c_mlx.adapters.gguf_format import save_gguf_lora
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.packs.export import export
+from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
-from d2c_mlx.packs.pack import PackInfo
-from d2c_mlx.packs.verify import verify
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
 from d2c_mlx.utils.files import hash_file, hash_tree
@@ -135,14 +133,12 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     refused(ModelError, "no such", str(tmp_path / "no.gguf"))
     refused(ModelError, "is not the config of 'tiny/llama'", str(other))
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
-    base = plain.manifest.base.replace(config_sha256=hash_file(other / "config.json"))
-    gemma = replace(plain, manifest=plain.manifest.replace(base=base))
+    changed = {"config_hash": hash_file(other / "config.json")}
+    gemma = replace(plain, manifest=plain.manifest.model_copy(update=changed))
     refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
     lora = adapter_of("one").modules[[*ALL][0]]
     odd = "model.layers.0.self_attn.qkv_proj"
-    fused = write_pack(
-        tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], PackInfo(**about)
-    )
+    fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], about)
     refused(
         AdapterError,
         f"1 modules have no name in a GGUF of 'llama' .first: {odd}",

@@ -1,0 +1,196 @@
+"""Hostile and damaged packs: each is refused, and the line names the field or file at fault."""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+
+import pytest
+from helpers.compact import compressed
+from helpers.exported import adapter_of
+
+from d2c_mlx.compress.compact_file import read_index, write_compact
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.utils.errors import PackError
+
+CONFIG, WEIGHTS = "cluster-0/adapter_config.json", "cluster-0/adapters.safetensors"
+COMPACT = "compact.safetensors"
+BASE = {"model": "m", "config_sha256": "", "n_layers": 2}
+
+
+def problems(path):
+    with pytest.raises(PackError) as caught:
+        load_pack(path)
+    return caught.value.problems
+
+
+def fields(path):
+    """Field -> line, each field once; a line without one is under the file that it names."""
+    pairs = [line.split(", ")[0].split(": ")[:2] for line in problems(path)]
+    assert len({tuple(pair) for pair in pairs}) == len(pairs)
+    manifest = str(path / "manifest.json")
+    return {field if file == manifest else file.removeprefix(f"{path}/") for file, field in pairs}
+
+
+# Fields of the manifest, and those at fault.
+HOSTILE = [
+    ({"nbytes": 5}, "nbytes"), ({"nbytes": "5"}, "nbytes"), ({"nbytes": ...}, "nbytes"),
+    ({"nbytes": 1e3}, "nbytes"), ({"nbytes": True}, "nbytes"),
+    ({"base": ...}, "base.model base.config_sha256"),
+    ({"base": 3}, "base.model base.config_sha256"),
+    ({"base": {**BASE, "model": 3}}, "base.model"),
+    ({"base": {**BASE, "model": None}}, "base.model"),
+    ({"base": {**BASE, "config_sha256": []}}, "base.config_sha256"),
+    ({"base": {**BASE, "weights_sha256": 1}}, "base.weights_sha256"),
+    ({"budget": ...}, "budget.text budget.nbytes"),
+    ({"budget": 3}, "budget budget.text budget.nbytes"),
+    ({"budget": {"text": 2, "nbytes": None}}, "budget.text"),
+    ({"budget": {"text": "2", "nbytes": "x"}}, "budget.nbytes"),
+    ({"budget": {"text": "2", "nbytes": True}}, "budget.nbytes"),
+    ({"budget": {"text": "2", "nbytes": 0}}, "budget.nbytes"),
+    ({"budget": {"text": "2"}}, "budget.nbytes"),
+    ({"tasks": {}}, "tasks"), ({"tasks": ...}, "tasks"), ({"tasks": []}, "tasks"),
+    ({"files": ...}, "files"), ({"files": []}, "files"), ({"files": {}}, "files"),
+    ({"tasks": {"a": 1.5}}, "tasks.a"), ({"tasks": {"a": []}}, "tasks.a"),
+    ({"tasks": {"a": True}}, "tasks.a"),
+]  # fmt: skip
+PLAIN = [
+    ({"tasks": {"a\x1b[3m": "cluster-0"}}, "tasks.a\\x1b[3m"),
+    ({"tasks": {"a\u202e": "cluster-0"}}, "tasks.a\\u202e"),
+    ({"tasks": {"a": None}}, "tasks.a"), ({"tasks": {"a": 0}}, "tasks.a"),
+    ({"tasks": {"a": "../elsewhere"}}, "tasks.a"), ({"tasks": {"a": ""}}, "tasks.a"),
+    ({"tasks": {"a": "x" * 300}}, "tasks.a"), ({"tasks": {"a": "cluster-9"}}, "tasks.a"),
+]  # fmt: skip
+OF_COMPACT = [
+    ({"dtype": "int8"}, "dtype"), ({"dtype": ...}, "dtype"), ({"dtype": 3}, "dtype"),
+    ({"base": {"model": "m", "config_sha256": ""}}, "base.n_layers"),
+    ({"base": {**BASE, "n_layers": True}}, "base.n_layers"),
+    ({"base": {**BASE, "n_layers": 0}}, "base.n_layers"),
+    ({"tasks": {"\x1b": 0}}, "tasks.\\x1b"), ({"tasks": {"a": "cluster-0"}}, "tasks.a"),
+    ({"tasks": {"a": 3}}, "tasks name adapter 3"), ({"tasks": {"a": -1}}, "tasks name adapter -1"),
+    ({"storage": "zip"}, "storage 'zip'"), ({"storage": []}, "storage []"),
+    ({"storage": ...}, "storage None"), ({"format": "zip"}, "format 'zip' version 2"),
+    ({"format_version": 1}, "format 'd2c-mlx-pack' version 1"),
+    ({"format_version": ...}, "format 'd2c-mlx-pack' version None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("storage", "change", "at_fault"),
+    [
+        *(("plain", *row) for row in HOSTILE + PLAIN),
+        *(("compact", *row) for row in HOSTILE[7:] + OF_COMPACT),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(request, copy_of, storage, change, at_fault):
+    named = fields(copy_of(request.getfixturevalue(storage), **change))
+    assert named == set(at_fault.split()) or named == {at_fault}
+
+
+def test_all_problems_of_a_manifest_at_once(copy_of, plain):
+    files = {name: file.model_dump() for name, file in plain.manifest.files.items()}
+    path = copy_of(
+        plain, base=..., budget={"text": 2}, nbytes="5", tasks={"a": "..", "b": "cluster-0"},
+        files={name: entry for name, entry in files.items() if name != CONFIG},
+    )  # fmt: skip
+    assert fields(path) == {
+        "base.model", "base.config_sha256", "budget.text", "budget.nbytes", "nbytes", "tasks.a",
+        "tasks.b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", None])
+def test_a_manifest_that_is_no_json_object(copy_of, plain, content):
+    path = copy_of(plain)
+    (path / "manifest.json").unlink()
+    if content is not None:
+        (path / "manifest.json").write_bytes(content)
+    (line,) = problems(path)
+    assert str(path / "manifest.json") in line
+
+
+@pytest.mark.parametrize("value", [3, [], {"0": "x", "1": True}, {"one": 3, "0": None}])
+def test_what_decides_nothing_may_be_anything(copy_of, compact, value):
+    """Origins and counts are for people and for later merges; later versions may say more."""
+    pack = load_pack(copy_of(compact, origins=value, merged=value, later=value))
+    assert pack.manifest.origins in ({}, {"0": "x"})
+    assert [pack.merged(k) for k in pack.adapters] == [2, 1, 1]
+
+
+def true_of_files(path, *names):
+    """The fields of a manifest that is true of some files, as a hostile one is."""
+    files = {}
+    for name in names:
+        content = (path / name).read_bytes()
+        files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"files": files, "nbytes": sum(entry["nbytes"] for entry in files.values())}
+
+
+def test_files_that_are_missing_or_differ_are_all_named(copy_of, pack):
+    path = copy_of(pack)
+    names = [name for name in pack.manifest.files]
+    content = bytearray((path / names[0]).read_bytes())
+    content[-1] ^= 1
+    (path / names[0]).write_bytes(content)
+    for name in names[1:2]:
+        (path / name).unlink()
+    for name in names[2:3]:
+        (path / name).write_text((path / name).read_text() + "\n")
+    assert fields(path) == set(names[:3])
+
+
+def test_paths_that_lead_out_of_a_pack(copy_of, tmp_path, plain):
+    (tmp_path / "secret").write_bytes(b"")
+    path = copy_of(plain)
+    (path / "link").symlink_to(tmp_path / "secret")
+    (path / "folder").symlink_to(tmp_path)
+    os.mkfifo(path / "pipe")
+    names = ["../secret", str(tmp_path / "secret"), "x/../secret", "./secret", "link", "pipe",
+             "folder/secret", "a/b/c", "x" * 300, "a\nb"]  # fmt: skip
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in names:
+        manifest["files"][name] = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert len(problems(path)) == len(names)
+
+
+def test_what_no_hash_covers_is_not_read(copy_of, plain):
+    """It could say anything: here a config of another scale."""
+    left = true_of_files(plain.path, *(set(plain.manifest.files) - {CONFIG}))
+    path = copy_of(plain, **left)
+    config = json.loads((path / CONFIG).read_text())
+    config["lora_parameters"]["scale"] = 7.0
+    (path / CONFIG).write_text(json.dumps(config))
+    assert fields(path) == {"tasks.one"}
+    size = plain.manifest.files[CONFIG]
+    entry = {"nbytes": float(size.nbytes), "sha256": size.sha256}
+    files = {**true_of_files(plain.path, *plain.manifest.files)["files"], CONFIG: entry}
+    assert fields(copy_of(plain, files=files)) == {f"files.{CONFIG}"}
+
+
+def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
+    """A module without a key in mlx-lm's layout, names for a terminal, and gigabytes of zeros."""
+    small = compressed([adapter_of("one"), adapter_of("two", seed=1)])
+    (levels, *_) = small[0].modules.values()
+    names = [replace(adapter, name=f"{adapter.name}\x1b[2J") for adapter in small]
+    for adapters, words in (
+        ([replace(small[0], modules={"lm_head\n": levels})] * 3,
+         ["1 modules are in no transformer block (first: 'lm_head\\n')"]),
+        (names, [f"{name} of adapter {k} is no printable text" for k, name in
+                 enumerate(("'one\\x1b[2J'", "'two\\x1b[2J'", "'one\\x1b[2J'"))]),
+    ):  # fmt: skip
+        path = copy_of(compact)
+        write_compact(path / COMPACT, adapters)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest |= true_of_files(path, COMPACT)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        lines = problems(path)
+        assert len(lines) == len(words) and all(a in b for a, b in zip(words, lines))
+    index = read_index(compact.path / COMPACT)
+    rank = int(index.counts.sum(axis=2).max())
+    most = rank * max(max(sides) for _, *sides in index.modules)
+    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most)
+    load_pack(compact.path)
+    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most - 1)
+    (line,) = problems(compact.path)
+    assert f"found rank {rank} and a module of " in line and f"at most {most - 1:,}" in line
