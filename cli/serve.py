@@ -74,7 +74,7 @@ class _Size(click.ParamType):
     def convert(
         self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
-        from d2c_mlx.compress.budget import bytes_of
+        from d2c_mlx.utils.parsing import bytes_of
 
         if isinstance(value, int) or value == "0":
             return int(value)

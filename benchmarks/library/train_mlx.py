@@ -29,8 +29,8 @@ from benchmarks import command_line
 from benchmarks.stock_models import float32_base
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_dir, write_json
 
@@ -78,7 +78,8 @@ class Trainer:
         self.model = directory / self.base.name
         float32_base(self.base, self.model)
         # Its exponentials would be put into mlx-lm's model as well, which `stock_loss` measures.
-        self.engine = Engine(self.base, optimizations=Optimizations(exponentials=False))
+        self.engine = Engine(self.base)
+        use_fast_exponentials(self.base.model, False)
 
     def loss(self, adapter, examples):
         """Mean NLL per target token by our engine, in nats."""

@@ -109,7 +109,7 @@ def by_metric(session, directory):
         (base,) = costs([(None, everything)])
         own = np.array([costs([(one, [i])])[0][0] for i, one in enumerate(adapters)])
 
-        def measure(jobs, _limits=None):
+        def measure(jobs):
             tasks = [list(some) for _, some in jobs]
             return [normalized_regret(found, own[some], base[some])
                     for found, some in zip(costs(jobs), tasks)]  # fmt: skip

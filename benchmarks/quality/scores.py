@@ -96,7 +96,7 @@ def main():
     rows = {name: [tuple(prompt_and_expected(row).values()) for row in some]
             for name, some in tests.items()}  # fmt: skip
     sets = [base.encode(name, some) for name, some in tests.items()]
-    answers = Answers(options.work / f"answers-{options.tests}", sets, None, make_workers(True, 1))
+    answers = Answers(options.work / f"answers-{options.tests}", sets, None, make_workers())
     content = {"tests": options.tests, "machine": machine(), "rows": []}
     if options.output.exists():
         before = json.loads(options.output.read_text(encoding="utf-8"))

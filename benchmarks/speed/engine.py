@@ -23,17 +23,8 @@ from benchmarks.stock_models import torch_model
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.evaluate.batches import shared_prefix
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.optimizations import Optimizations
-from d2c_mlx.models.base_model import block_index
+from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.utils.blas import limit_blas_threads
-
-SWITCHES = ("head", "prefix", "batches", "fold", "streams", "exponentials")
-
-
-def upper_blocks(adapter, first):
-    """The adapter without its updates below block `first`, as mlx-lm's default trains them."""
-    modules = {p: lora for p, lora in adapter.modules.items() if block_index(p) >= first}
-    return type(adapter)(adapter.name, modules)
 
 
 def timed(body, repeats):
@@ -108,29 +99,12 @@ class Clock:
             return float(np.abs(gap / n_targets).max())
 
         others = ("plain", "mlx-lm loop", "PEFT")
-        exact = [name for name in self.values if "last" not in name and name not in others]
+        exact = [name for name in self.values if name not in others]
         return {
             "max_loss_difference": max(between(name, "plain") for name in exact),
             "loss_difference_of_mlx_lm": between("mlx-lm loop", "plain"),
             "loss_difference_of_peft": between("PEFT", "plain"),
-            "loss_difference_of_frozen":
-                between("last 16 blocks", "last 16 blocks without frozen"),
         }  # fmt: skip
-
-
-def measure_savings(clock, base, pieces, repeats):
-    """The engine as it is, and with each of its savings off."""
-    run(Engine(base), pieces[:2])
-    clock.record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
-    for name in SWITCHES:
-        engine = Engine(base, optimizations=Optimizations(**{name: False}))
-        clock.record(f"without {name}", lambda e=engine: run(e, pieces))
-    last16 = [(upper_blocks(adapter, base.n_layers - 16), one) for adapter, one in pieces]
-    for name, frozen in (("last 16 blocks", True), ("last 16 blocks without frozen", False)):
-        engine = Engine(base, optimizations=Optimizations(frozen=frozen))
-        clock.record(name, lambda e=engine: run(e, last16))
-    engine = Engine(base, optimizations=Optimizations(stack=2, fold=False))
-    clock.record("stack 2", lambda: run(engine, pieces))
 
 
 def measure_loops(clock, base, adapters, sets, repeats):
@@ -164,10 +138,12 @@ def measure(library, n_adapters, n_examples, repeats):
     adapters = adapters[:n_adapters]
     pieces = [(adapter, one) for adapter in adapters for one in sets]
     clock = Clock()
-    measure_savings(clock, base, pieces, repeats)
+    run(Engine(base), pieces[:2])
+    clock.record("d2c-mlx", lambda: run(Engine(base), pieces), repeats)
     clock.record("d2c-mlx again", lambda: run(Engine(base), pieces), repeats)
     # mlx-lm's own, all cores.
-    Engine(base, optimizations=Optimizations(streams=False, exponentials=False))
+    use_fast_exponentials(base.model, False)
+    limit_blas_threads(os.cpu_count())
     measure_loops(clock, base, adapters, sets, repeats)
     seconds, n_tokens = clock.seconds, n_adapters * sum(one.n_tokens for one in sets)
     ours = statistics.mean([seconds["d2c-mlx"], seconds["d2c-mlx again"]])
@@ -180,11 +156,6 @@ def measure(library, n_adapters, n_examples, repeats):
         "speedup_vs_mlx_lm_loop_as_stored":
             seconds["mlx-lm loop, own BLAS, 4 bit as stored"] / ours,
         "speedup_vs_peft": seconds["PEFT"] / ours,
-        # Against the run just before them: the machine changes within minutes.
-        "savings": {name: seconds[f"without {name}"] / seconds["d2c-mlx"] for name in SWITCHES} | {
-            "frozen": seconds["last 16 blocks without frozen"] / seconds["last 16 blocks"],
-            "stack 2": seconds["d2c-mlx"] / seconds["stack 2"],
-        },
         "useful_flops": useful, "matmul_flops": rate, "sgemm_share": useful / rate,
         **clock.differences(np.array([one.n_targets for _, one in pieces])),
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """Evaluations that a full D2C asks for, and those that are done.
 
-An evaluation is one adapter (or merge) on the probe examples of one task; one that is left at a
-cut counts as the share of its tokens that was evaluated. Asked for is what the loop asks when it
-remembers nothing: in every round of every start each cluster's line search (at each step the best
-scale so far and its neighbours, on the members' tasks) and each cluster's merge on all tasks.
+An evaluation is one adapter (or merge) on the probe examples of one task.
+Asked for is what the loop asks when it remembers nothing: in every round of every start each
+cluster's line search (at each step the best scale so far and its neighbours, on the members' tasks)
+and each cluster's merge on all tasks.
 Seconds include merging; the cache is cold, rows are tokenized and adapters loaded before.
 """
 
@@ -73,9 +73,9 @@ class Counted:
         self.asked += self.searches[members]
         return self._problem.merge(members)
 
-    def _measure(self, jobs, limits=None):
+    def _measure(self, jobs):
         self.asked += sum(len(tasks) for _, tasks in jobs)
-        return self._problem.measure(jobs, limits)
+        return self._problem.measure(jobs)
 
 
 def measure(library, n_clusters, restarts, n_examples):

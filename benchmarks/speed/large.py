@@ -167,14 +167,14 @@ def measure(work, n, limit, wanted, tell):
         adapters=str(work / f"{n}"), tasks=str(work / "tasks"), model=str(work / "model"),
         output=str(work / "run"), budget=str(len(groups)), clusters=str(clusters),
         merge_method="linear", baselines=(), probe_examples=1, test_examples=1,
-        memory_limit=limit,
     )  # fmt: skip
+    os.environ["D2C_MLX_MEMORY_LIMIT"] = limit
     forget_peak()
     started = time.monotonic()
     inputs = Inputs(config)
     tell("load", {"seconds": round(time.monotonic() - started, 2), "peak_nbytes": process_peak(),
                   "base_nbytes": mx.get_active_memory(), "input_nbytes": inputs.capacity.total,
-                  "unused": inputs.engine.unused, "folded": inputs.engine.fold})  # fmt: skip
+                  "folded": inputs.engine.fold})  # fmt: skip
     cases = {method: config.replace(merge_method=method) for method in METHODS}
     cases["plan"] = RunConfig(**config.to_dict() | {
         "budget": "12.5%", "clusters": None, "merge_method": None,

@@ -6,7 +6,7 @@ The parts run one after the other, each saved when it is done, and each says wha
 include. `--quick` takes few adapters and rows: minutes, not most of an hour. Machines are noisy:
 compare numbers of one run.
 
-- engine: against mlx-lm's loop, PEFT on torch and a plain matmul; each saving alone (engine.py)
+- engine: against mlx-lm's loop, PEFT on torch and a plain matmul (engine.py)
 - d2c: evaluations asked for and done (evaluations.py)
 - growth: seconds of every stage against the number of adapters (growth.py)
 - ranks: two ranks on one machine (ranks.py)

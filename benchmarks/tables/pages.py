@@ -20,7 +20,6 @@ from d2c_mlx.report.charts import svg_file
 # Region of a page -> function(read) that returns lines of Markdown.
 TABLES = {
     "probe": speed.probe,
-    "engine-pair": speed.engine_pair,
     "merge": speed.merge,
     "stages": speed.stages,
     "stages-24": partial(speed.stages, file="stages_24"),

@@ -39,11 +39,6 @@ def engine(result):
     """The engine's rows of the table above."""
     return [
         ("d2c-mlx, tokens/s", f"{result['tokens_per_second']:.0f}", ""),
-        *((f"without {name}: times slower", f"{ratio:.2f}", "")
-          for name, ratio in result["savings"].items() if name not in ("frozen", "stack 2")),
-        ("`frozen`, adapters on the last 16 blocks: times faster",
-         f"{result['savings']['frozen']:.2f}", ""),
-        ("`--stack 2`: times faster", f"{result['savings']['stack 2']:.2f}", ""),
         ("mlx-lm loop, float32, our BLAS: times slower",
          f"{result['speedup_vs_mlx_lm_loop']:.2f}", "10"),
         ("mlx-lm loop, float32, the wheel's BLAS: times slower (6 rows, scaled)",
@@ -55,20 +50,6 @@ def engine(result):
         ("largest loss difference to the plain loop (nats per token)",
          f"{result['max_loss_difference']:.1e}", "1e-4"),
     ]  # fmt: skip
-
-
-def engine_pair(read):
-    """The engine before and after, beside mlx-lm's loop and PEFT; means over rounds."""
-    rows = []
-    for side in ("before", "now"):
-        some = [one for one in read("engine_pair")["rows"] if one["checkout"] == side]
-        rates = [np.mean([one["tokens"] / one[key] for one in some])
-                 for key in ("seconds", "mlx_lm_seconds", "peft_seconds")]  # fmt: skip
-        share = np.mean([one["flops"] / one["seconds"] / one["matmul_flops"] for one in some])
-        rows.append((side, *(f"{rate:.0f}" for rate in rates), f"{share:.1%}"))
-    header = ("checkout", "d2c-mlx, tokens/s", "mlx-lm's loop", "PEFT",
-              "useful FLOPs, share of a plain float32 matmul")  # fmt: skip
-    return markdown(header, rows)
 
 
 def merge(read):

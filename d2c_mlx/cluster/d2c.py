@@ -47,24 +47,12 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
     return _single_adapters(problem, n_clusters, rng)
 
 
-def _scores(problem: Problem, labels: np.ndarray, n_clusters: int, eps: float) -> np.ndarray:
-    """`(n, k)` normalised regret of every task under the merge of every cluster.
-
-    Infinity stands for a regret that is proven to be no reason to move: it is at most `eps` below
-    the regret in the task's own cluster.
-    """
-    inside = [np.flatnonzero(labels == k).tolist() for k in range(n_clusters)]
-    outside = [np.flatnonzero(labels != k).tolist() for k in range(n_clusters)]
-    merges = [problem.merge(tuple(members)) for members in inside]
-    regrets = np.full((problem.n, n_clusters), np.inf)
-    for k, own in enumerate(problem.measure(list(zip(merges, inside)))):
-        regrets[inside[k], k] = own
-    # Slightly higher, so that rounding never rules out a task that would move.
-    limits = regrets.min(axis=1) - eps + 1e-9
-    others = problem.measure(list(zip(merges, outside)), [limits[tasks] for tasks in outside])
-    for k, other in enumerate(others):
-        regrets[outside[k], k] = other
-    return regrets
+def _scores(problem: Problem, labels: np.ndarray, n_clusters: int) -> np.ndarray:
+    """`(n, k)` normalised regret of every task under the merge of every cluster."""
+    clusters = [tuple(np.flatnonzero(labels == k).tolist()) for k in range(n_clusters)]
+    everything = range(problem.n)
+    jobs = [(problem.merge(members), everything) for members in clusters]
+    return np.stack(problem.measure(jobs), axis=1)
 
 
 def _refine(
@@ -77,7 +65,7 @@ def _refine(
     seen = set()
     for _ in range(rounds + 1):
         seen.add(canonical(labels))
-        scores = _scores(problem, labels, n_clusters, eps)
+        scores = _scores(problem, labels, n_clusters)
         served = scores[rows, labels]
         objective = float(served.mean())
         history.append({"objective": objective, "labels": list(canonical(labels))})
@@ -140,7 +128,7 @@ def d2c(
     found: list[Clustering] = []
     starts: list[dict[str, Any]] = []
     for place, (kind, restart) in enumerate(draws):
-        # All tasks under every merge; early stopping saves about what later rounds add.
+        # All tasks under every merge, of about one round.
         times = (len(draws) - place) * (_TUNINGS + n_clusters)
         problem.foresee([tuple(range(problem.n))] * times)
         rng = np.random.default_rng([seed, restart, INITS.index(kind)])

@@ -48,17 +48,14 @@ class Merge(Protocol):
 class Measure(Protocol):
     """A callable that measures regrets of tasks under merges on their calibration rows."""
 
-    def __call__(
-        self, jobs: Sequence[tuple[Any, Sequence[int]]], limits: Sequence[np.ndarray] | None = None
-    ) -> Sequence[np.ndarray]:
+    def __call__(self, jobs: Sequence[tuple[Any, Sequence[int]]]) -> Sequence[np.ndarray]:
         """Measure every merge on its tasks.
 
         Args:
             jobs: pairs of a merge and the indices of its tasks.
-            limits: `(n_tasks,)` per job; a regret above its limit need not be exact.
 
         Returns:
-            `(n_tasks,)` normalised regrets per job; infinity may stand for one above its limit.
+            `(n_tasks,)` normalised regrets per job.
         """
 
 

@@ -11,11 +11,10 @@ import re
 from dataclasses import dataclass
 
 from d2c_mlx.utils.errors import BudgetError
+from d2c_mlx.utils.parsing import UNITS
 
-__all__ = ["Budget", "bytes_of", "parse_budget"]
+__all__ = ["Budget", "parse_budget"]
 
-_UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-z]*)\s*", re.IGNORECASE)
 
 
@@ -74,7 +73,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget; use `bytes_of` where only a size in bytes is meant.
+    """Parse a budget; use `parsing.bytes_of` where only a size in bytes is meant.
 
     Args:
         text: such as "12.5%", "40MB" (1 MB = 1,000,000), "40MiB" or "5".
@@ -90,21 +89,13 @@ def parse_budget(text: str) -> Budget:
     number, unit = float(match[1]), match[2].upper()
     if not math.isfinite(number * 1e12):
         raise BudgetError(f"budget: {text[:12]!r}... is too large a number; {expected}")
-    nbytes = int(number * _UNITS.get(unit, 1))
-    if number <= 0 or (unit in _UNITS and nbytes == 0):
+    nbytes = int(number * UNITS.get(unit, 1))
+    if number <= 0 or (unit in UNITS and nbytes == 0):
         raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
     if unit == "%":
         return Budget(text, percent=number)
-    if unit in _UNITS:
+    if unit in UNITS:
         return Budget(text, nbytes=nbytes)
     if unit == "" and number.is_integer():
         return Budget(text, n_adapters=int(number))
     raise BudgetError(f"budget: {text!r} is not readable; {expected}")
-
-
-def bytes_of(text: object) -> int | None:
-    """Bytes of a size such as "40MB"; None for anything else, percentages and numbers included."""
-    try:
-        return parse_budget(text).nbytes if isinstance(text, str) else None
-    except BudgetError:
-        return None

@@ -19,7 +19,6 @@ from d2c_mlx.models.forward import KeysValues
 __all__ = [
     "Batch",
     "BatchCost",
-    "PassSize",
     "batches_by_length",
     "pad_batch",
     "pad_inputs",
@@ -28,18 +27,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class PassSize:
-    """How large a pass through the model should be; `d2c-mlx doctor --tune` measures it.
-
-    Attributes:
-        overhead: what a batch costs beside its tokens, in tokens: small matrices are multiplied
-            more slowly, and a GPU waits for each kernel.
-        most: most padded tokens of a batch of several rows.
-    """
-
-    overhead: int = 16
-    most: int = 2048
+# What a batch costs beside its tokens, in tokens: small matrices are multiplied more slowly.
+_OVERHEAD = 16
+# Most padded tokens of a batch of several rows.
+_MOST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,6 @@ class BatchCost:
         n_heads: number of attention heads.
         vocabulary: size of the vocabulary.
         n_logits: tokens whose logits are computed at once; None is all tokens of the batch.
-        copies: number of adapters in one batch.
     """
 
     item: int
@@ -64,10 +54,9 @@ class BatchCost:
     n_heads: int
     vocabulary: int
     n_logits: int | None
-    copies: int = 1
 
     @classmethod
-    def of(cls, base: BaseModel, n_logits: int | None, copies: int) -> BatchCost:
+    def of(cls, base: BaseModel, n_logits: int | None) -> BatchCost:
         """Read the dimensions off the model's modules."""
         block = {
             path.split(".")[-1]: shape
@@ -87,30 +76,26 @@ class BatchCost:
             n_heads=heads,
             vocabulary=vocabulary,
             n_logits=n_logits,
-            copies=copies,
         )
 
     def __call__(self, rows: int, width: int, n_prefix: int) -> int:
         """Bytes for `rows` padded rows of `width` tokens after a prefix of `n_prefix`."""
-        rows *= self.copies
         tokens, span = rows * width, n_prefix + width
         block = tokens * self.per_token + 2 * rows * span * self.kv_per_token
         scores = 3 * rows * self.n_heads * width * span
-        states = self.copies * n_prefix * self.kv_per_token * self.n_layers
+        states = n_prefix * self.kv_per_token * self.n_layers
         logits = 4 * min(tokens, self.n_logits or tokens) * self.vocabulary
         return self.item * (block + scores + states) + 4 * logits
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of one set, ready to run under every attached adapter.
+    """Rows of one set, ready to run under the attached adapter.
 
     Attributes:
         rows: the examples.
         teacher_targets: see `ExampleSet`; empty without a teacher.
-        x: `copies` times the rows, one adapter after the other: token ids, or hidden states before
-            block `first`.
-        copies: number of attached adapters.
+        x: token ids of the rows, or their hidden states before block `first`.
         n_prefix: tokens of the shared prefix, which are not in `x`.
         states: keys and values of the prefix, for every block from `first` on.
         first: index of the first block to run.
@@ -119,7 +104,6 @@ class Batch:
     rows: Sequence[Example]
     teacher_targets: Sequence[np.ndarray]
     x: mx.array
-    copies: int
     n_prefix: int
     states: list[KeysValues] | None
     first: int
@@ -132,16 +116,11 @@ class Batch:
             row += [i] * len(positions)
             column += [t - 1 - self.n_prefix for t in positions]
             target += [example.tokens[t] for t in positions]
-        rows = [copy * len(self.rows) + i for copy in range(self.copies) for i in row]
-        return mx.array(rows), mx.array(column * self.copies), mx.array(target * self.copies)
+        return mx.array(row), mx.array(column), mx.array(target)
 
 
 def split_rows(
-    lengths: Sequence[int],
-    n_prefix: int,
-    cost: BatchCost,
-    limit: int,
-    passes: PassSize = PassSize(),
+    lengths: Sequence[int], n_prefix: int, cost: BatchCost, limit: int
 ) -> list[list[int]] | None:
     """Cut rows, sorted by length, where padding and overhead together cost least.
 
@@ -152,7 +131,6 @@ def split_rows(
         n_prefix: tokens of the prefix.
         cost: estimates the bytes of a batch.
         limit: most bytes of one batch.
-        passes: how large a pass should be.
 
     Returns:
         Row indices of every batch, or None if the longest row alone is above the limit.
@@ -164,11 +142,11 @@ def split_rows(
         options = []
         for start in range(stop - 1, -1, -1):
             rows = stop - start
-            if rows > 1 and rows * width > passes.most:
+            if rows > 1 and rows * width > _MOST_TOKENS:
                 break
             if cost(rows, width, n_prefix) > limit:
                 break
-            options.append((best[start] + rows * width + passes.overhead, start))
+            options.append((best[start] + rows * width + _OVERHEAD, start))
         if not options:
             return None
         value, start = min(options)

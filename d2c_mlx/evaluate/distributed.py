@@ -9,7 +9,6 @@ loss has the same bits on any rank of the same kind of machine, hence the same p
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import itertools
 import json
 import os
@@ -25,7 +24,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.evaluate.batches import PassSize
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.messages import (
     Group,
@@ -36,7 +34,6 @@ from d2c_mlx.evaluate.messages import (
     send,
     unpack_pieces,
 )
-from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -146,8 +143,6 @@ class Ranks:
             "fingerprint": engine.base.fingerprint,
             "arithmetic": arithmetic(),
             "memory_limit": engine.memory_limit,
-            "savings": dataclasses.asdict(engine.optimizations),
-            "passes": dataclasses.asdict(engine.passes),
         }
         plans = self._ask(hello, lambda: _plan(engine))
         # Every rank evaluates as the one with the least memory must: the plan decides bits.
@@ -248,9 +243,7 @@ def _engine(hello: dict[str, Any]) -> Engine:
     base = BaseModel(hello["model"])
     if base.fingerprint != hello["fingerprint"]:
         raise D2CError(f"{base.path} is not the base model that rank 0 has")
-    engine = Engine(base, hello["memory_limit"], Optimizations(**hello["savings"]), local_ranks())
-    engine.passes = PassSize(**hello["passes"])
-    return engine
+    return Engine(base, hello["memory_limit"], local_ranks())
 
 
 def _plan(engine: Engine) -> list[float]:

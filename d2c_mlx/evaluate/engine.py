@@ -3,15 +3,13 @@
 A loss depends on nothing but the adapter and the examples: it has the same bits whatever else is
 asked for, in whichever order, on however many threads or machines. That makes runs byte-identical
 that were resumed, had a warm cache, or ran on several ranks. Batches therefore go over the examples
-of one task, not over tasks, and adapters are not stacked by default (`stack` above 1 gives this
-up); it costs the padding between tasks, 5 % of the tokens on the library of 24 adapters.
+of one task, not over tasks, and under one adapter at a time; that costs the padding between tasks,
+5 % of the tokens on the library of 24 adapters.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -19,13 +17,11 @@ import numpy as np
 from d2c_mlx.evaluate.batches import (
     Batch,
     BatchCost,
-    PassSize,
     pad_inputs,
     shared_prefix,
     split_rows,
 )
-from d2c_mlx.evaluate.optimizations import Optimizations
-from d2c_mlx.evaluate.workers import ByteCache, Piece, group_pieces, make_workers
+from d2c_mlx.evaluate.workers import ByteCache, Piece, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
@@ -36,13 +32,13 @@ from d2c_mlx.models.forward import (
     run_blocks,
     run_prefix,
     split_is_exact,
-    tile_after,
     wait_for,
 )
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
-from d2c_mlx.utils.device import arithmetic, default_memory_limit, on_cpu, wire
+from d2c_mlx.utils.device import arithmetic, evaluation_memory, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
+from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = ["Engine"]
 
@@ -60,12 +56,10 @@ class Engine:
     Attributes:
         base: the base model.
         workers: threads that run anything under the attached adapter.
-        optimizations: those asked for; what is not exact on this model is not used all the same.
         memory_limit: bytes for weights, activations and kept states.
         free: bytes of the limit that the base and all else in memory left at the start.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
-        passes: how large a pass should be; it decides the bits of a loss.
         float32_head: the head as a function of hidden states, in float32; None where the
             architecture scales or caps its logits.
     """
@@ -74,32 +68,30 @@ class Engine:
         self,
         base: BaseModel,
         memory_limit: int | None = None,
-        optimizations: Optimizations | None = None,
         n_processes: int = 1,
     ) -> None:
         """Prove each optimization on the model; one that is not exact there is not used.
 
         Args:
             base: the base model.
-            memory_limit: bytes for weights, activations and kept states; None takes the device's.
-            optimizations: None takes all that pay.
+            memory_limit: bytes for weights, activations and kept states; None is
+                `device.evaluation_memory`.
             n_processes: number of processes that share this machine's cores and memory.
         """
-        self.base, self.optimizations = base, optimizations or Optimizations()
-        self._fast = on_cpu() and self.optimizations.exponentials
+        self.base = base
+        self._fast = on_cpu()
         use_fast_exponentials(base.model, self._fast)
-        self.workers = make_workers(self.optimizations.streams, n_processes)
+        self.workers = make_workers(n_processes)
         head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._head = head if self.optimizations.head else None
-        self._prefix = self.optimizations.prefix and prefix_is_exact(base.model)
+        self._head = head
+        self._prefix = prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
-        self.passes = PassSize()
-        self._batches: dict[tuple[str, PassSize, int, int], list[list[int]]] = {}
+        self._batches: dict[tuple[str, int], list[list[int]]] = {}
         self._rows: dict[tuple[str, str], np.ndarray] = {}
         _, vocabulary = base.dimensions
         self._n_logits = max(1, (1 << 24) // vocabulary)
-        self.memory_limit = memory_limit or default_memory_limit() // n_processes
+        self.memory_limit = memory_limit or evaluation_memory(n_processes)
         self.free = max(0, self.memory_limit - mx.get_active_memory())
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
         fifth = self._share_out()
@@ -112,38 +104,20 @@ class Engine:
         """Decide what to fold, if anything, and how large batches may be; bytes of other parts."""
         weights = sum(width * out for width, out in self.base.module_shapes.values())
         folded, free = weights * self.base.compute_dtype.size, self.free
-        self.fold = fold and self.optimizations.fold and self.base.can_fold and 3 * folded < free
+        self.fold = fold and self.base.can_fold and 3 * folded < free
         if self.fold:
             free -= folded
         self.batch_limit = free * 3 // 5 // self.workers.n
         return free // 5
 
-    @property
-    def unused(self) -> list[str]:
-        """Optimizations asked for that, so far as tried, are not exact on this architecture."""
-        asked = self.optimizations
-        return [
-            name
-            for name, off in (
-                ("head", asked.head and self._head is None),
-                ("prefix", asked.prefix and not self._prefix),
-                ("frozen", asked.frozen and (not self._head or False in self._split.values())),
-            )
-            if off
-        ]
-
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
 
-        That is the engine's version and the weights (`BaseModel.fingerprint`), optimizations,
-        MLX's version, device and BLAS, token ids, and the cut into batches, which a tight memory
-        limit changes.
+        That is the engine's version and the weights (`BaseModel.fingerprint`), MLX's version,
+        device and BLAS, token ids, and folding and the cut into batches, which a tight memory limit
+        changes.
         """
-        # `compile` was an optimization once: losses that were cached without it stay known.
-        optimizations = dataclasses.asdict(self.optimizations) | {
-            "fold": self.fold, "compile": False,
-        }  # fmt: skip
-        parts = [self.base.fingerprint, optimizations, [*arithmetic().values()]]
+        parts = [self.base.fingerprint, self.fold, [*arithmetic().values()]]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
     def check_rows(self, sets: Sequence[ExampleSet]) -> None:
@@ -170,26 +144,23 @@ class Engine:
         Raises:
             ConfigError: a row does not fit the memory limit.
         """
-        copies = self.optimizations.stack
         # Among several ranks the limit falls to that of the least memory.
-        key = examples.tokens_digest, self.passes, copies, self.batch_limit
+        key = examples.tokens_digest, self.batch_limit
         if key not in self._batches:
             n_prefix = len(self._prefix_of(examples))
             # The last token predicts nothing.
             lengths = [len(row.tokens) - n_prefix - 1 for row in examples.examples]
-            cost = BatchCost.of(self.base, self._n_logits if self._head else None, copies)
-            cut = split_rows(lengths, n_prefix, cost, self.batch_limit, self.passes)
+            cost = BatchCost.of(self.base, self._n_logits if self._head else None)
+            cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
             if cut is None:
                 lacking = cost(1, max(lengths), n_prefix) - self.batch_limit
                 needed = self.memory_limit + lacking * self.workers.n * 5 // 3
                 raise ConfigError(
-                    f"memory_limit: {self.memory_limit / 1e6:,.0f} MB, but the longest row of"
-                    f" {examples.task} ({max(lengths) + n_prefix} tokens) needs about"
+                    f"D2C_MLX_MEMORY_LIMIT: {self.memory_limit / 1e6:,.0f} MB, but the longest row"
+                    f" of {examples.task} ({max(lengths) + n_prefix} tokens) needs about"
                     f" {needed / 1e6:,.0f} MB with the model, beside what Python holds; raise the"
                     f" limit by {(needed - self.memory_limit) / 1e6:,.0f} MB or shorten the row"
                 )
-            if not self.optimizations.batches:
-                cut = [[i] for batch in cut for i in batch]
             self._batches[key] = cut
         return self._batches[key]
 
@@ -200,15 +171,13 @@ class Engine:
             (index of the piece, sum over its targets in nats), each as soon as it is known. The sum
             is that of the targets' NLL, or of KL(teacher || student) for a set with a teacher.
         """
-        for group in group_pieces(pieces, self.optimizations.stack):
-            alone = len(group) == 1
-            self.base.attach(*(pieces[i][0] for i, *_ in group), fold=self.fold and alone)
-            columns = list(zip(*group))
-            sets = [pieces[column[0]][1] for column in columns]
-            for j, found in self.workers.run(partial(self._chunk_nll, len(group)), sets):
-                for i, nll, total in zip(columns[j], found, found.sum(axis=1).tolist()):
-                    self._remember(pieces[i], nll)
-                    yield i, total
+        digests = (adapter.digest if adapter else "base" for adapter, _ in pieces)
+        for indices in indices_by_key(digests).values():
+            self.base.attach(pieces[indices[0]][0], fold=self.fold)
+            sets = [pieces[i][1] for i in indices]
+            for j, nll in self.workers.run(self._chunk_nll, sets):
+                self._remember(pieces[indices[j]], nll)
+                yield indices[j], float(nll.sum())
 
     def row_sums(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Sums of every row of some pieces, `(n_rows,)` in nats, as `run` yields for all rows.
@@ -233,19 +202,18 @@ class Engine:
         rows[order] = np.add.reduceat(nll, np.cumsum([0, *n[:-1]]))
         self._rows[_key(piece)] = rows
 
-    def _chunk_nll(self, copies: int, sets: Sequence[ExampleSet]) -> list[np.ndarray]:
-        """NLL of each set under every attached adapter, `(copies, n_targets)` in float64."""
+    def _chunk_nll(self, sets: Sequence[ExampleSet]) -> list[np.ndarray]:
+        """NLL of each set under the attached adapter, `(n_targets,)` in float64."""
         last: list[mx.array] = []
-        pending = [self._set_nll(one, copies, last) for one in sets]
+        pending = [self._set_nll(examples, last) for examples in sets]
         mx.eval(pending)
         return [np.array(nll, np.float64) for nll in pending]
 
-    def _set_nll(self, examples: ExampleSet, copies: int, last: list[mx.array]) -> mx.array:
-        """`(copies, n_targets)` NLL, not yet evaluated.
+    def _set_nll(self, examples: ExampleSet, last: list[mx.array]) -> mx.array:
+        """`(n_targets,)` NLL, not yet evaluated.
 
         Args:
             examples: the set.
-            copies: number of attached adapters.
             last: arrays to wait for, updated: batches run one after the other, so that only one
                 is in memory.
         """
@@ -258,21 +226,20 @@ class Engine:
             start, inputs = self._below(examples, first, start, inputs, last)
         states = None
         if start is not None:
-            _, states = run_prefix(self.base.model, tile_after(start, copies, last), first)
+            _, states = run_prefix(self.base.model, wait_for(start, last), first)
         parts = []
         for batch, some, x in zip(batches, rows, inputs):
-            x = tile_after(x, copies, last)
+            x = wait_for(x, last)
             teacher = [examples.teacher_targets[i] for i in batch] if examples.teacher else []
-            nll = self._batch_nll(Batch(some, teacher, x, copies, len(prefix), states, first))
+            nll = self._batch_nll(Batch(some, teacher, x, len(prefix), states, first))
             last[:] = [nll]
-            parts.append(nll.reshape(copies, -1))
-        return mx.concatenate(parts, axis=1)
+            parts.append(nll)
+        return mx.concatenate(parts)
 
     def _first_block(self) -> int:
         """Index of the first block to run per adapter; below it states are kept."""
         first = self.base.first_adapted_block
-        frozen = self.optimizations.frozen and self._head is not None
-        if not frozen or not 0 < first < self.base.n_layers:
+        if self._head is None or not 0 < first < self.base.n_layers:
             return 0
         if first not in self._split:
             self._split[first] = split_is_exact(self.base.model, first)
@@ -292,10 +259,10 @@ class Engine:
         if kept is None:
             model, states, kept = self.base.model, None, []
             if start is not None:
-                hidden, states = run_prefix(model, tile_after(start, 1, last), 0, first)
+                hidden, states = run_prefix(model, wait_for(start, last), 0, first)
                 kept.append(hidden)
             for x in inputs:
-                kept.append(run_blocks(model, tile_after(x, 1, last), states, 0, first))
+                kept.append(run_blocks(model, wait_for(x, last), states, 0, first))
                 last[:] = kept[-1:]
             # Other threads, with streams of their own, will read them.
             mx.eval(kept)
@@ -303,7 +270,7 @@ class Engine:
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
     def _batch_nll(self, batch: Batch) -> mx.array:
-        """`(copies * n_targets,)` NLL of the batch's targets, one adapter after the other.
+        """`(n_targets,)` NLL of the batch's targets.
 
         With teacher targets KL(teacher || student) instead, see `distill.TeacherRow`.
         """
@@ -316,7 +283,7 @@ class Engine:
         hidden = run_blocks(self.base.model, batch.x, batch.states, batch.first)[rows, columns]
         means = None
         if batch.teacher_targets:
-            means = mx.array(np.concatenate([*batch.teacher_targets] * batch.copies))
+            means = mx.array(np.concatenate(batch.teacher_targets))
         parts: list[mx.array] = []
         for i in range(0, len(targets), self._n_logits):
             place = slice(i, i + self._n_logits)

@@ -16,13 +16,9 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
 from d2c_mlx.utils.files import fingerprint
 
-__all__ = ["CUTS", "Counts", "Evaluator", "Job", "Meter", "Runner", "Silent"]
+__all__ = ["Counts", "Evaluator", "Job", "Meter", "Runner", "Silent"]
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
-
-# Shares of a task's calibration rows after which an evaluation may stop. Most candidates of D2C are
-# several times worse than the cluster that a task is in.
-CUTS = (0.2, 0.5)
 
 
 class Meter(Protocol):
@@ -67,13 +63,12 @@ class Counts:
 
     Attributes:
         asked: evaluations that were asked for, cached ones included.
-        done: evaluations that were run; one that stopped early counts as the share of its tokens
-            that was evaluated.
+        done: evaluations that were run.
         tokens: tokens of the evaluations that were run, prompts included.
     """
 
     asked: int = 0
-    done: float = 0
+    done: int = 0
     tokens: int = 0
 
 
@@ -98,43 +93,25 @@ class Evaluator:
         self.meter: Meter = Silent()
         self.counts = Counts()
 
-    def losses(
-        self, jobs: Sequence[Job], limits: Sequence[np.ndarray] | None = None
-    ) -> list[np.ndarray]:
-        """Evaluate every job; cached losses cost nothing.
-
-        An NLL is never negative, so the sum over some rows of a set bounds the sum over all. With
-        limits, a set is evaluated part by part and stops at the first cut where its loss is proven
-        to be above its limit. Use `losses_in_parts` for few sets without limits.
+    def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """Evaluate every job; cached losses cost nothing. Use `losses_in_parts` for few sets.
 
         Args:
             jobs: pairs of an adapter (None for the bare base model) and its example sets.
-            limits: `(n_sets,)` per job, in nats per target token; None evaluates every set whole.
 
         Returns:
-            `(n_sets,)` mean NLL per target token per job, in nats; infinity above the limit.
+            `(n_sets,)` mean NLL per target token per job, in nats.
 
         Raises:
             AdapterError: a loss under an adapter is not finite.
             ModelError: a loss under the base model is not finite.
         """
-        self.counts.asked += sum(len(sets) for _, sets in jobs)
-        places = [(j, i) for j, (_, sets) in enumerate(jobs) for i in range(len(sets))]
-        found = [np.zeros(len(sets)) for _, sets in jobs]
-        n_targets = [np.array([one.n_targets for one in sets]) for _, sets in jobs]
-        most = max((len(one.parts) for _, sets in jobs for one in sets), default=0)
-        for number in range(1 if limits is None else most):
-            wanted = {}
-            for j, i in places:
-                one = jobs[j][1][i]
-                parts = (one,) if limits is None else one.parts
-                if number < len(parts) and np.isfinite(found[j][i]):
-                    wanted[j, i] = jobs[j][0], parts[number], one
-            for (j, i), value in zip(wanted, self._sums(list(wanted.values()))):
-                found[j][i] += value
-            for sums, n, limit in zip(found, n_targets, limits or ()):
-                sums[sums > limit * n] = np.inf
-        return [sums / n for sums, n in zip(found, n_targets)]
+        pieces = [(adapter, examples) for adapter, sets in jobs for examples in sets]
+        self.counts.asked += len(pieces)
+        means = iter(
+            [total / rows.n_targets for total, (_, rows) in zip(self._sums(pieces), pieces)]
+        )
+        return [np.array([next(means) for _ in sets]) for _, sets in jobs]
 
     def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Evaluate every job as `losses` does, with the parts of a set side by side.
@@ -150,19 +127,18 @@ class Evaluator:
             result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
         return result
 
-    def _sums(self, wanted: Sequence[tuple[Adapter | None, ExampleSet, ExampleSet]]) -> list[float]:
-        """The NLL sum, in nats, of every (adapter, part, set of the part)."""
-        keys = [self._key(adapter, part) for adapter, part, _ in wanted]
+    def _sums(self, wanted: Sequence[Piece]) -> list[float]:
+        """The NLL sum of every piece, in nats."""
+        keys = [self._key(*piece) for piece in wanted]
         known: dict[str, float] = {}
-        missing = {}
-        for key, one in zip(keys, wanted):
+        missing: dict[str, Piece] = {}
+        for key, piece in zip(keys, wanted):
             value = self.cache.get(key) if self.cache else None
             if value is None:
-                missing[key] = one
+                missing[key] = piece
             else:
                 known[key] = value
-        names = list(missing)
-        pieces = [(adapter, part) for adapter, part, _ in missing.values()]
+        names, pieces = list(missing), list(missing.values())
         self.meter.expect(sum(part.n_tokens for _, part in pieces))
         odd: dict[int, float] = {}
         for i, total in self.runner.run(pieces):
@@ -173,7 +149,7 @@ class Evaluator:
             if self.cache:
                 self.cache.put(names[i], total)
             n_tokens = pieces[i][1].n_tokens
-            self.counts.done += n_tokens / missing[names[i]][2].n_tokens
+            self.counts.done += 1
             self.counts.tokens += n_tokens
             self.meter.advance(n_tokens)
         if odd:  # Raised only now, because other ranks wait until all is done.

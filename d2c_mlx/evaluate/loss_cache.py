@@ -71,6 +71,6 @@ class LossCache:
 
     def _problem(self, error: Exception) -> D2CError:
         return D2CError(
-            f"{self._path}: cannot be used as the cache of losses ({error}); delete it, name"
-            " another directory in D2C_MLX_CACHE, or run with --without cache"
+            f"{self._path}: cannot be used as the cache of losses ({error}); delete it, or"
+            " name another directory in D2C_MLX_CACHE"
         )

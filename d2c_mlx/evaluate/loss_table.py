@@ -78,20 +78,6 @@ class LossTable:
         """
         return normalized_regret(losses, self.individual[tasks], self.base[tasks])
 
-    def losses_at(self, regrets: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Convert regrets to losses; the inverse of `regret` above -1.
-
-        A loss above that of a limit has a regret above the limit, also where the limit is lower.
-
-        Args:
-            regrets: `(n,)`.
-            tasks: `(n,)` indices of their tasks.
-
-        Returns:
-            `(n,)` losses, in nats per target token.
-        """
-        return self.individual[tasks] + self.gain[tasks] * regrets
-
     def to_json(self) -> dict[str, object]:
         """The content of `losses.json`."""
         return {

@@ -1,4 +1,4 @@
-"""Scheduling for the engine: groups of pieces, worker threads, and what is kept between passes."""
+"""Scheduling for the engine: worker threads, and what is kept between passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.utils.device import current_device, on_cpu
-from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -24,7 +23,6 @@ __all__ = [
     "Piece",
     "Work",
     "Workers",
-    "group_pieces",
     "split_chunks",
     "make_workers",
 ]
@@ -46,24 +44,6 @@ T = TypeVar("T")
 Piece = tuple[Adapter | None, ExampleSet]
 # Sets are evaluated in chunks of about this many tokens, and losses are stored after each.
 CHUNK_TOKENS = 6144
-
-
-def group_pieces(pieces: Sequence[Piece], stack: int) -> Iterator[list[list[int]]]:
-    """Group pieces into passes under the same adapters.
-
-    Args:
-        pieces: pairs of an adapter and an example set.
-        stack: most adapters that are attached together, where they want the same sets.
-
-    Yields:
-        For each attached adapter its piece indices, sets in the same order.
-    """
-    wanted = list(indices_by_key(one.digest if one else "base" for one, _ in pieces).values())
-    for same in indices_by_key(
-        tuple(pieces[i][1].digest for i in indices) for indices in wanted
-    ).values():
-        group = [wanted[j] for j in same]
-        yield from (group[start : start + stack] for start in range(0, len(group), stack))
 
 
 def split_chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
@@ -179,20 +159,19 @@ class Workers:
             wait(futures)
 
 
-def make_workers(several: bool, n_processes: int) -> Workers:
+def make_workers(n_processes: int = 1) -> Workers:
     """Workers for this device: up to four threads on a CPU, else the calling thread alone.
 
     On a CPU MLX runs elementwise work on a single core, so sets are evaluated side by side, and
     OpenBLAS is held to a thread's share of the cores.
 
     Args:
-        several: False for the calling thread alone.
         n_processes: number of processes that share this machine's cores.
     """
     if not on_cpu():
         return Workers(1)
     n_cores = max(1, (os.cpu_count() or 1) // n_processes)
-    n_workers = min(n_cores, 4) if several else 1
+    n_workers = min(n_cores, 4)
     if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
         return Workers(1)  # a BLAS that takes all cores for itself
     return Workers(n_workers)

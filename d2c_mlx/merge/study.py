@@ -37,14 +37,12 @@ class Study:
         options: how to merge.
         by_teacher: tune merges by teacher targets, as stored forms are, because a plan compares
             both; else by the answers in the rows.
-        stop_early: stop an evaluation once it is proven to change nothing.
     """
 
     library: Library
     losses: LossTable
     options: MergeOptions
     by_teacher: bool = False
-    stop_early: bool = True
 
     @cached_property
     def module_gains(self) -> list[dict[str, float]]:
@@ -100,21 +98,13 @@ class Study:
         n_tokens = sum(tokens[i] for members in merges for i in members)
         self.library.evaluator.meter.foresee(n_tokens)
 
-    def _measure(
-        self,
-        jobs: Sequence[tuple[Adapter, Sequence[int]]],
-        limits: Sequence[np.ndarray] | None = None,
-    ) -> list[np.ndarray]:
-        tasks = [np.array(some, int) for _, some in jobs]
-        allowed = None
-        if limits is not None:
-            allowed = [self.losses.losses_at(limit, some) for limit, some in zip(limits, tasks)]
-            if not self.stop_early:
-                # The rows are evaluated in parts as well, so early stopping changes no bit.
-                allowed = [np.full_like(limit, np.inf) for limit in allowed]
-        sets = [(merge, [self.library.probes[i] for i in some]) for merge, some in jobs]
-        found = self.library.evaluator.losses(sets, allowed)
-        return [self.losses.regret(losses, some) for losses, some in zip(found, tasks)]
+    def _measure(self, jobs: Sequence[tuple[Adapter, Sequence[int]]]) -> list[np.ndarray]:
+        probes = self.library.probes
+        sets = [(merge, [probes[i] for i in tasks]) for merge, tasks in jobs]
+        return [
+            self.losses.regret(losses, np.array(tasks, int))
+            for losses, (_, tasks) in zip(self.library.evaluator.losses(sets), jobs)
+        ]
 
 
 # The regret of a weakened adapter: medians over 24 real ones.
@@ -155,9 +145,7 @@ class WeightStudy(Study):
         faded = 1 - strengths**2 if self.by_teacher else np.array(_FADED)
         return Problem(
             merge=lambda members, like=(): self.merger.quick(members, like).adapter,
-            measure=lambda jobs, limits=None: [
-                self.teacher_regret.under(merge, tasks) for merge, tasks in jobs
-            ],
+            measure=lambda jobs: [self.teacher_regret.under(merge, tasks) for merge, tasks in jobs],
             features=svd_features(self.library.similarity),
             fading=Fading(STRENGTHS, np.tile(faded, (n, 1))),
             similarity=self.library.similarity,

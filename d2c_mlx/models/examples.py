@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -61,7 +60,7 @@ class ExampleSet:
     Attributes:
         task: the task's name.
         examples: one per row.
-        cuts: row numbers at which an evaluation may stop early.
+        cuts: row numbers that divide the rows into `parts`.
         teacher: digest of the adapter whose predictions are the targets; empty for the rows' own.
         teacher_targets: per example `(n_targets, hidden + 1)` float32, the mean and the constant of
             its `distill.TeacherRow`; empty without a teacher.
@@ -75,11 +74,7 @@ class ExampleSet:
 
     @cached_property
     def parts(self) -> tuple[ExampleSet, ...]:
-        """The rows between two cuts, each part evaluated as a whole.
-
-        Each part has a cache entry of its own, also when early stopping is off (`--without bound`).
-        So early stopping changes no bit. Sets without cuts are evaluated whole, which is faster.
-        """
+        """The rows between two cuts; the set itself without cuts. See `losses_in_parts`."""
         if not self.cuts:
             return (self,)
         bounds = (0, *self.cuts, len(self.examples))
@@ -93,14 +88,13 @@ class ExampleSet:
             for i, j in zip(bounds, bounds[1:])
         )
 
-    def cut(self, *shares: float) -> ExampleSet:
-        """The same set with cuts after these shares of its rows, rounded up.
+    def halved(self) -> ExampleSet:
+        """The same set in two parts, so that one adapter on one task keeps two cores busy.
 
-        At least two rows are before the first and after the last cut: a single row costs too much.
+        Each part has at least two rows: a single row costs too much.
         """
         n = len(self.examples)
-        cuts = sorted({max(2, math.ceil(share * n)) for share in shares})
-        return replace(self, cuts=tuple(cut for cut in cuts if cut <= n - 2))
+        return replace(self, cuts=(-(-n // 2),) if n >= 4 else ())
 
     @property
     def n_targets(self) -> int:

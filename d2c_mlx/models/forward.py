@@ -40,7 +40,6 @@ __all__ = [
     "head_in_float32",
     "run_blocks",
     "run_prefix",
-    "tile_after",
 ]
 
 KeysValues = tuple[mx.array, mx.array]
@@ -251,12 +250,6 @@ def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array]
 def wait_for(x: mx.array, done: Sequence[mx.array]) -> mx.array:
     """`x`, evaluated only after `done` is, so that fewer arrays are in memory at once."""
     return mx.depends([x], list(done))[0] if done else x
-
-
-def tile_after(x: mx.array, copies: int, done: Sequence[mx.array]) -> mx.array:
-    """`x` repeated `copies` times along the first axis, evaluated only after `done` is."""
-    x = wait_for(x, done)
-    return mx.concatenate([x] * copies) if copies > 1 else x
 
 
 def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:

@@ -27,7 +27,7 @@ from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import CUTS, Evaluator
+from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
@@ -124,7 +124,7 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
             names = {new.name, *(t for t in before.tasks if (options.tasks / t).is_dir())}
             tasks = load_tasks(options.tasks, sorted(names), tests=False)
             encoded = encode_probes(base.encode, tasks, options.n_probe)
-            probes = {rows.task: rows.cut(*CUTS) for rows in encoded}
+            probes = {rows.task: rows.halved() for rows in encoded}
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Evaluator(Engine(base), cache), probes)
             system = systems_of(tasks).get(new.name)

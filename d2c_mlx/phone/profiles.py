@@ -9,9 +9,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from d2c_mlx.compress.budget import bytes_of
 from d2c_mlx.utils.errors import ConfigError
-from d2c_mlx.utils.parsing import read_yaml
+from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
 __all__ = ["Profile", "builtin_profiles", "find_profile"]

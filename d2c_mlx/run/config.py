@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from d2c_mlx.compress.budget import bytes_of
 from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.run.rules import NOT_GIVEN, RunRules, is_planned
@@ -18,7 +17,6 @@ __all__ = [
     "FORMATS",
     "PLANS",
     "RANDOM_PARTITIONS",
-    "SAVINGS",
     "SEARCHES",
     "STAGES",
     "RunConfig",
@@ -38,17 +36,6 @@ BASELINES = ("merge-all", "random", "kmeans")
 PLANS = ("auto", "d2c")
 FORMATS = ("compact", "gguf")
 SEARCHES = ("estimates", "paper")
-SAVINGS = (
-    "head",
-    "prefix",
-    "batches",
-    "frozen",
-    "fold",
-    "streams",
-    "exponentials",
-    "cache",
-    "bound",
-)
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
 # The largest seed that scikit-learn and NumPy's older generators take.
@@ -92,9 +79,6 @@ class RunConfig(RunRules):
     probe_examples: int = option(10, ge=1)
     test_examples: int = option(100, ge=0, expected="0 (all) or more")
     baselines: tuple[str, ...] = option(BASELINES, choices=BASELINES)
-    memory_limit: str | None = option(None, expected='something like "3GB" or "800MB"')
-    without: tuple[str, ...] = option((), choices=SAVINGS)
-    stack: int = option(1, ge=1)
 
     refine: bool = option(False, validate_default=True)
 
@@ -127,11 +111,6 @@ class RunConfig(RunRules):
     def has_rows(self) -> bool:
         """True if there are rows to measure on; else weights decide."""
         return bool(self.tasks or self.unlabelled)
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """`memory_limit` in bytes; None if it is not given."""
-        return bytes_of(self.memory_limit) if self.memory_limit else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""

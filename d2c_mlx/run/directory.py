@@ -23,7 +23,7 @@ __all__ = ["RunDirectory", "absolute", "changed_options", "snapshot", "without_p
 
 # Options that change no byte of a pack.
 _BESIDE_THE_PACK = {
-    "output", "test_examples", "baselines", "memory_limit", "without",
+    "output", "test_examples", "baselines",
 }  # fmt: skip
 
 

@@ -17,8 +17,6 @@ from d2c_mlx.evaluate.answers import OwnAnswers, check_prompts
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import local_ranks
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import CUTS
-from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -36,9 +34,8 @@ from d2c_mlx.models.tasks import (
 )
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import read_clusters
-from d2c_mlx.run.doctor import tuned_passes
 from d2c_mlx.run.overwrite import check_run
-from d2c_mlx.utils.device import device_name, outside_mlx
+from d2c_mlx.utils.device import device_name
 from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
 from d2c_mlx.utils.templates import size, span
 
@@ -73,16 +70,7 @@ class Inputs:
         """
         self.config = config
         self.base = BaseModel(config.model)
-        off = set(config.without) - {"cache", "bound"}
-        savings = Optimizations(stack=config.stack, **dict.fromkeys(off, False))
-        # The limit is the process's.
-        most = config.memory_bytes
-        limit = max(1, most - outside_mlx()) if most else None
-        self.engine = Engine(self.base, limit, savings, local_ranks())
-        self.engine.passes = tuned_passes(self.base) or self.engine.passes
-        if config.has_rows and (unused := self.engine.unused):
-            warn(f"model: {', '.join(unused)} would not be exact with this architecture, so it is"
-                 " not used: slower, with the same losses")  # fmt: skip
+        self.engine = Engine(self.base, n_processes=local_ranks())
         errors: list[InputError] = []
         sources: Sequence[Source] = collect(errors, lambda: find_adapters(config.adapters)) or []
         self._sources = sources
@@ -233,14 +221,13 @@ class Inputs:
     def probes(self) -> list[ExampleSet]:
         """Calibration rows of every task, tokenized. All choices are made on them."""
         n = self.config.probe_examples
-        return [one.cut(*CUTS) for one in encode_probes(self.base.encode, self.tasks, n)]
+        return [rows.halved() for rows in encode_probes(self.base.encode, self.tasks, n)]
 
     @cached_property
     def tests(self) -> list[ExampleSet]:
         """Held-out rows of every task, tokenized. Results are measured on them; no choice is."""
         n = self.config.test_examples or None
-        # In halves, so that evaluating one adapter on one task keeps two cores busy.
-        return [one.cut(0.5) for one in encode_tests(self.base.encode, self.tasks, n)]
+        return [rows.halved() for rows in encode_tests(self.base.encode, self.tasks, n)]
 
     @cached_property
     def answers(self) -> dict[str, ExampleSet]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationInfo, field_validator
 
-from d2c_mlx.compress.budget import bytes_of, parse_budget
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.merge.options import NEED_ROWS, READ_ANSWERS
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.validation import Checked, expects, refused
@@ -38,7 +38,7 @@ class RunRules(Checked):
     told with all other problems.
     """
 
-    @field_validator("adapters", "baselines", "without", mode="before", check_fields=False)
+    @field_validator("adapters", "baselines", mode="before", check_fields=False)
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
         """Read lists of YAML and lists with commas."""
@@ -86,13 +86,6 @@ class RunRules(Checked):
             parse_budget(value)
         except BudgetError as error:
             raise refused(str(error).removeprefix("budget: ")) from None
-        return value
-
-    @field_validator("memory_limit", check_fields=False)
-    @classmethod
-    def _is_bytes(cls, value: str | None) -> str | None:
-        if value is not None and bytes_of(value) is None:
-            raise expects('something like "3GB" or "800MB"')
         return value
 
     # Rules about two options. `info.data` holds the fields above that are valid.

@@ -16,7 +16,6 @@ import yaml
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import left_in_file
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
 from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.evaluator import Counts, Evaluator
@@ -26,19 +25,15 @@ from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.study import Study, WeightStudy
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory, absolute
-from d2c_mlx.run.doctor import tune, tuned_passes
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.records import Record
 from d2c_mlx.utils.device import process_peak
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import remove_dir, write_text
-from d2c_mlx.utils.progress import progress_bar, say
+from d2c_mlx.utils.progress import progress_bar
 
 __all__ = ["Session", "Stage"]
-
-# Tokens of the stage `probe` from which on a run is long: minutes on a CPU.
-_LONG_RUN = 50_000
 
 
 @dataclass(frozen=True)
@@ -113,24 +108,16 @@ class Session:
     def evaluator(self) -> Evaluator:
         """The evaluator of losses: cached, and run here or by all ranks."""
         engine = self.inputs.engine
-        cache = None
-        if "cache" not in self.config.without:
-            cache = LossCache(cache_directory() / "losses.sqlite")
+        cache = LossCache(cache_directory() / "losses.sqlite")
         return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
 
     def load(self) -> None:
         """Load and check all inputs, on every rank; nothing is written in the run directory.
 
-        Before a first long run on a machine, how large passes should be is measured.
-
         Raises:
             InputError: see `Inputs`.
             D2CError: another rank cannot load the base model.
         """
-        engine = self.inputs.engine
-        n_tokens = sum(one.n_tokens for one in self.inputs.probes) * (2 + len(STRENGTHS))
-        if n_tokens > _LONG_RUN and not tuned_passes(engine.base):
-            say(f"first long run with this model here; {tune(engine, stacks=False)}", self.quiet)
         _ = self.evaluator
 
     @property
@@ -175,7 +162,6 @@ class Session:
             self.config.merging,
             # A plan compares merges with low-bit adapters, which are judged by teacher targets.
             by_teacher=self.planned,
-            stop_early="bound" not in self.config.without,
         )
 
     @property
@@ -189,9 +175,8 @@ class Session:
         """Names of defaults that the base model's architecture does not allow."""
         if not self.config.has_rows:
             return []
-        found = self.inputs.engine.unused
         merges = not self.planned and self.config.merge_method is None
-        return found + ["layerwise"] * (merges and self.study.merger.method != "layerwise")
+        return ["layerwise"] * (merges and self.study.merger.method != "layerwise")
 
     def keep_options(self) -> None:
         """Mark the directory as a run's, and write the options of this run into it."""

@@ -21,13 +21,14 @@ import mlx.core as mx
 
 from d2c_mlx.utils.blas import blas_build, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.parsing import bytes_of
 
 __all__ = [
     "arithmetic",
     "current_device",
-    "default_memory_limit",
     "device_name",
     "environment",
+    "evaluation_memory",
     "give_back_memory",
     "machine",
     "on_cpu",
@@ -66,8 +67,29 @@ def on_cpu() -> bool:
     return current_device().type == mx.DeviceType.cpu
 
 
-def default_memory_limit() -> int:
-    """Bytes an evaluation may take: most of Metal's recommended working set, else half the RAM."""
+def evaluation_memory(n_processes: int = 1) -> int:
+    """Bytes that an evaluation may take beside what Python holds.
+
+    With `$D2C_MLX_MEMORY_LIMIT` what it leaves of the process's memory, else a share of most of
+    Metal's recommended working set, or of half the RAM.
+
+    Args:
+        n_processes: number of processes that share this machine's memory.
+
+    Raises:
+        ConfigError: the variable is no size in bytes.
+    """
+    if limit := os.environ.get("D2C_MLX_MEMORY_LIMIT"):
+        nbytes = bytes_of(limit)
+        if nbytes is None:
+            raise ConfigError(
+                f'D2C_MLX_MEMORY_LIMIT: found {limit!r}, expected a size such as "3GB" or "800MB"'
+            )
+        return max(1, nbytes - outside_mlx())
+    return _device_memory() // n_processes
+
+
+def _device_memory() -> int:
     working_set = mx.device_info().get("max_recommended_working_set_size")
     return int(working_set) * 4 // 5 if working_set else (_system_memory() or 8 << 30) // 2
 

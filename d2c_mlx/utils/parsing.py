@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,20 @@ import yaml
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import read_text
 
-__all__ = ["is_positive", "json_or_none", "matches_end", "parse_json", "read_yaml"]
+__all__ = [
+    "UNITS",
+    "bytes_of",
+    "is_positive",
+    "json_or_none",
+    "matches_end",
+    "parse_json",
+    "read_yaml",
+]
+
+# Bytes of a unit.
+UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", re.IGNORECASE)
 
 # Most seconds that a pattern may take on one module path; honest ones take microseconds.
 _PATTERN_SECONDS = 1.0
@@ -23,6 +37,15 @@ _MAX_YAML = 1_000_000
 # Limits on what makes PyYAML slow: levels of brackets, values with aliases expanded, digits of a
 # number. No config comes near them.
 _MAX_LEVELS, _MAX_VALUES, _MAX_DIGITS = 20, 50_000, 1_000
+
+
+def bytes_of(text: object) -> int | None:
+    """Bytes of a size such as "40MB" (40,000,000) or "40MiB"; None for anything else, and for 0."""
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not math.isfinite(float(match[1]) * 1e12):
+        return None
+    return int(float(match[1]) * unit) or None
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any

@@ -190,45 +190,6 @@ def test_a_tie_keeps_a_task_where_it_is(start_at):
     assert (found.stopped, len(found.history)) == ("converged", 1)
 
 
-@settings(max_examples=60, derandomize=True)
-@given(
-    n=st.integers(2, 8),
-    n_clusters=st.integers(1, 8),
-    seed=st.integers(0, 10_000),
-    eps=st.sampled_from([0.0, 1e-3, 0.1]),
-    ties=st.booleans(),
-)
-def test_a_bound_changes_nothing(n, n_clusters, seed, eps, ties):
-    """Infinity for every regret above its limit, against all regrets in full."""
-    rng = np.random.default_rng(seed)
-    known = {}
-
-    def loss(members, task):
-        if (members, task) not in known:
-            own = task in members
-            value = rng.uniform(0.1, 1) if own else rng.uniform(0.2, 3)
-            known[members, task] = round(value, 1) if ties else value
-        return known[members, task]
-
-    plain = problem_of(loss, n, base=rng.uniform(0.5, 3, n))
-    ruled_out = 0
-
-    def bounded(jobs, limits=None):
-        nonlocal ruled_out
-        regrets = plain.measure(jobs)
-        if limits is None:
-            return regrets
-        for one, limit in zip(regrets, limits):
-            ruled_out += int((one > limit).sum())
-            one[one > limit] = np.inf
-        return regrets
-
-    problem = dataclasses.replace(plain, measure=bounded)
-    options = {"seed": seed, "eps": eps, "restarts": 2}
-    assert d2c(problem, n_clusters, **options) == d2c(plain, n_clusters, **options)
-    assert ruled_out or n_clusters in (1, 2) or n_clusters >= n or n < 6
-
-
 def test_restarts_differ_and_can_only_help():
     problem, _ = planted((3, 3, 3), 1, noise=0.8)
     once = d2c(problem, 3, init=["adapters"], rounds=0)

@@ -20,7 +20,7 @@ def scripted(path, values):
     for t in reversed(range(len(path))):
         steps[_groups(path[t])] = (path[t], path[min(t + 1, len(path) - 1)], values[t])
 
-    def losses(jobs, limits=None):
+    def losses(jobs):
         now, then, value = steps[tuple(members for members, _ in jobs)]
         scores = np.full((len(jobs), len(now)), value + 0.5)
         scores[then, np.arange(len(now))] = value - 0.1
@@ -126,7 +126,7 @@ def test_the_best_start_wins(winner, order, start_at):
     value[_groups(starts[winner])] = 0.25
     start_at(starts)
 
-    def losses(jobs, limits=None):  # nobody moves
+    def losses(jobs):  # nobody moves
         now = value[tuple(members for members, _ in jobs)]
         return [
             np.array([now if task in members else 2.0 for task in tasks]) for members, tasks in jobs

@@ -23,7 +23,7 @@ def problem(n, truth, seed=0):
     """A problem whose regrets `truth(members, task)` gives; it records what is measured."""
     asked = []
 
-    def measure(jobs, limits=None):
+    def measure(jobs):
         asked.extend(members for members, _ in jobs)
         return [np.array([truth(members, i) for i in tasks]) for members, tasks in jobs]
 

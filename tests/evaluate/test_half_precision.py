@@ -11,7 +11,6 @@ from scipy.special import log_softmax
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.optimizations import Optimizations
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
 from d2c_mlx.models.base_model import BaseModel
@@ -82,6 +81,7 @@ def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
     rows = Distiller(base).teacher_rows(adapter, examples)
     found = Distiller(base).compare(weaker, rows)[:, 1].sum()
     assert found == pytest.approx(expected, abs=1e-4)
-    engine = Engine(base, optimizations=Optimizations(prefix=False, frozen=False))
+    engine = Engine(base)
+    engine._prefix, engine._split = False, dict.fromkeys(range(base.n_layers), False)
     (found,) = losses_of(engine, [(weaker, Distiller(base).with_teacher(adapter, examples))])
     assert found == pytest.approx(expected, abs=1e-4)

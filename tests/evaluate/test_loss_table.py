@@ -33,13 +33,6 @@ def test_regret_is_0_at_the_own_adapter_and_1_at_the_base():
     assert table.regret(table.base[[3, 1]], np.array([3, 1])) == pytest.approx(np.ones(2))
 
 
-def test_losses_at_a_regret_have_that_regret():
-    table, regret = random_table()
-    tasks = np.array([4, 0, 2])
-    losses = table.losses_at(regret[tasks, 1], tasks)
-    assert table.regret(losses, tasks) == pytest.approx(regret[tasks, 1])
-
-
 def test_regret_counts_gains_below_a_floor_as_the_floor():
     # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
     table = table_of([1.5, 1.05, 1.01, 1.0, 0.0], np.eye(5))
@@ -54,13 +47,6 @@ def test_regret_is_never_below_minus_1():
     table = table_of([5.0, 5.0], np.diag([0.5, 0.5]))
     both = np.array([[0.5, 0.0], [0.25, -9.0]])
     assert table.regret(both) == pytest.approx(np.array([[0, -1 / 9], [-1 / 18, -1]]))
-
-
-def test_a_loss_above_that_of_a_limit_has_a_regret_above_the_limit():
-    table = table_of([5.0, 1.0, 1.0], np.diag([0.5, 2.3, 2.3]))
-    limits, tasks = np.array([0.5, -1.001, -0.5]), np.arange(3)
-    losses = table.losses_at(limits, tasks)
-    assert (table.regret(losses + 1e-6, tasks) > limits).all()
 
 
 def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):

@@ -4,17 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 from helpers.processes import MAIN, launch
 from helpers.tiny import library
 
-from d2c_mlx.evaluate.batches import PassSize
-from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.run.doctor import Tuning, _key
 from d2c_mlx.utils.blas import loaded_blas
-from d2c_mlx.utils.files import hash_tree, write_json
+from d2c_mlx.utils.files import hash_tree
 
 pytestmark = pytest.mark.slow
 
@@ -35,18 +31,10 @@ def paths(tmp_path_factory):
     return library(tmp_path_factory.mktemp("ranks"), ["a", "b", "c"])
 
 
-def tuned_cache(path, model):
-    """A cold cache, but for a tuning: every row makes a pass alone."""
-    tuning = Tuning("tiny", PassSize(most=1), 1.0, 1.0, None)
-    write_json(path / "tunings.json", {_key(BaseModel(str(model))): asdict(tuning)})
-    return path
-
-
 @pytest.fixture(scope="module")
 def alone(paths, tmp_path_factory):
-    """The run of one process, with its own cold cache, tuned."""
+    """The run of one process, with its own cold cache."""
     root = tmp_path_factory.mktemp("alone")
-    tuned_cache(root / "cache", paths.model)
     command = [sys.executable, "-c", MAIN, *options(paths, root / "run")]
     environment = {**os.environ, "D2C_MLX_CACHE": str(root / "cache")}
     subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -55,13 +43,12 @@ def alone(paths, tmp_path_factory):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
-    """Workers get a useless command line, as on a Mac without these files; rank 0 is tuned."""
-    cache = tuned_cache(tmp_path / "cache", paths.model)
+    """Workers get a useless command line, as on a Mac without these files."""
     program = (
         "import os, sys\n"
         "if os.environ['MLX_RANK'] != '0': sys.argv[1:] = ['run', '--adapters', 'nowhere']\n" + MAIN
     )
-    done = launch(n, options(paths, tmp_path / "run"), cache, program, port=10 * n)
+    done = launch(n, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=10 * n)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert done.stdout.count("| pack |") == 1  # workers print nothing
     for name in ("pack", "losses.json", "clusters.json", "merges.json"):
@@ -149,8 +136,6 @@ import d2c_mlx, d2c_mlx.evaluate.distributed as r
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.run.doctor import Tuning, _key
-from d2c_mlx.models.base_model import BaseModel
 cuts, shares = [], r.share_out
 r.share_out = lambda *given: cuts.append(shares(*given)) or cuts[-1]
 row = Example(tuple(range(1, 31)), 20)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from d2c_mlx.evaluate.batches import BatchCost, PassSize, shared_prefix, split_rows
+from d2c_mlx.evaluate.batches import BatchCost, shared_prefix, split_rows
 from d2c_mlx.evaluate.workers import ByteCache, Workers, split_chunks
 from d2c_mlx.models.examples import Example, ExampleSet
 
@@ -17,10 +17,6 @@ def test_rows_are_cut_where_padding_would_cost_more():
     assert split_rows([10] * 4, 0, cost, cost(2, 10, 0)) == [[0, 1], [2, 3]]
     assert split_rows([10, 11], 0, cost, cost(1, 10, 0)) is None
     assert max(map(len, split_rows([100] * 50, 0, cost, 1 << 40))) == 20
-    dear, free = PassSize(200), PassSize(0)
-    assert split_rows([50, 10, 50, 10], 0, cost, 1 << 30, dear) == [[1, 3, 0, 2]]
-    assert split_rows([12, 10, 11, 10], 0, cost, 1 << 30, free) == [[1, 3], [2], [0]]
-    assert max(map(len, split_rows([100] * 50, 0, cost, 1 << 40, PassSize(16, 1000)))) == 10
 
 
 def test_the_shared_prefix_ends_before_the_first_predicting_position():

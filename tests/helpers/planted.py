@@ -21,7 +21,7 @@ def problem_of(loss, n, base=None, table=None, features=None):
     own = np.diagonal(table)
     gain = np.maximum(base - own, 0.05)
 
-    def measure(jobs, limits=None):
+    def measure(jobs):
         return [
             np.array([(loss(members, task) - own[task]) / gain[task] for task in tasks])
             for members, tasks in jobs

@@ -45,7 +45,6 @@ baselines: [kmeans]
 scale: 1.5
 seed: 3
 refine: false
-memory_limit: 3GB
 """
 REQUEST = {"model": "one", "max_tokens": 4, "stop": ["x"], "stream": True, "temperature": 0.5,
            "stream_options": {"include_usage": True}}  # fmt: skip

@@ -181,17 +181,16 @@ def test_defaults_that_an_architecture_does_not_allow_are_said(tmp_path):
     with pytest.warns(InputWarning) as said:
         session = run(config, quiet=True)
     lines = [str(one.message) for one in said]
-    assert any("model: prefix would not be exact with this architecture" in x for x in lines)
     assert any("are merged by regmean++ instead of layerwise" in line for line in lines)
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"task": "a", "prompt": "Why?"}])
     text = "unlabelled: beside --tasks only layer-wise merges read"
     with pytest.warns(InputWarning), pytest.raises(InputError, match=text):
         Inputs(config.replace(unlabelled=str(prompts)))
     unused = session.read("bench.json")["provenance"]["unused"]
-    assert unused == ["prefix", "layerwise"]
+    assert unused == ["layerwise"]
     for name in ("report.md", "report.html"):
         text = (session.output / name).read_text()
-        assert "not used: prefix, layerwise." in text and "regmean" in text
+        assert "not used: layerwise." in text and "regmean" in text
 
 
 # Prompts

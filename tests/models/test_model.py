@@ -56,43 +56,14 @@ def test_without_a_cache_everything_is_asked_again(tiny):
     assert values[0] == values[1] and evaluator.counts.done == 4
 
 
-def test_a_set_with_cuts_has_the_loss_of_the_whole(tiny):
-    base, (first, _), sets = tiny
-    evaluator = Evaluator(Engine(base))
-    cut = [one.cut(0.2, 0.5) for one in sets]
-    assert [len(part.examples) for part in cut[0].parts] == [2, 2]
-    assert [one.digest for one in cut] == [one.digest for one in sets]
-    (whole,) = evaluator.losses([(first, cut)])
-    (parts,) = evaluator.losses([(first, cut)], [np.full(2, np.inf)])
-    assert whole.tolist() == Evaluator(Engine(base)).losses([(first, sets)])[0].tolist()
-    assert parts == pytest.approx(whole, rel=1e-5)
-    assert (evaluator.counts.asked, evaluator.counts.done) == (4, pytest.approx(4))
-
-
 def test_losses_in_parts_are_those_of_the_whole(tiny):
     base, (first, second), sets = tiny
     evaluator = Evaluator(Engine(base))
-    mixed = [sets[0].cut(0.5), sets[1]]
+    mixed = [sets[0].halved(), sets[1]]
     assert [len(one.parts) for one in mixed] == [2, 1]
     jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
     for parts, whole in zip(evaluator.losses_in_parts(jobs), evaluator.losses(jobs)):
         assert parts == pytest.approx(whole, rel=1e-5)
-
-
-def test_a_limit_ends_an_evaluation_at_the_first_cut_that_proves_it(tiny):
-    base, (first, _), sets = tiny
-    cut = [one.cut(0.2, 0.5) for one in sets]
-    (full,) = Evaluator(Engine(base)).losses([(first, cut)], [np.full(2, np.inf)])
-    low = Evaluator(Engine(base))
-    # Just met, and far exceeded by the first part alone.
-    (found,) = low.losses([(first, cut)], [full * [1, 1e-3]])
-    assert found.tolist() == [full[0], np.inf]
-    first_part = cut[1].parts[0].n_tokens
-    assert low.counts.tokens == cut[0].n_tokens + first_part
-    assert low.counts.done == pytest.approx(1 + first_part / cut[1].n_tokens)
-    # Exceeded by the whole, but by no part of it.
-    (found,) = low.losses([(first, cut[:1])], [full[:1] * 0.999])
-    assert found.tolist() == [np.inf]
 
 
 def test_the_digest_follows_content_not_names(tiny):

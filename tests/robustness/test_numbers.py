@@ -238,7 +238,7 @@ def test_many_tasks(tmp_path, request):
         peft_adapter(paths.adapters, name, rank=1, seed=seed, targets=("self_attn.v_proj",))
         task(paths.tasks, name, 1, 1)
     methods = finished(
-        config_of(paths, tmp_path, budget=str(n // 10), merge_method="linear", stack=25)
+        config_of(paths, tmp_path, budget=str(n // 10), merge_method="linear")
     )  # fmt: skip
     pack = load_pack(tmp_path / "run" / "pack")
     assert sorted(pack.tasks) == names and len(pack.adapters) == n // 10

@@ -69,12 +69,12 @@ def test_artifacts_and_the_shape_of_bench_json(config):
         assert re.search(r"Peak memory: MLX [\d.]+ [KM]B, the whole process [\d.]+ [MG]B", text)
 
 
-def test_the_memory_limit_is_that_of_the_process(config):
-    limited = config.replace(memory_limit="16GB")
-    before = Inputs(limited).engine.memory_limit
+def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
+    monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "16GB")
+    before = Inputs(config).engine.memory_limit
     assert before == 16_000_000_000 - outside_mlx()
     ballast = np.ones(75_000_000)
-    assert Inputs(limited).engine.memory_limit <= before - (256 << 20)
+    assert Inputs(config).engine.memory_limit <= before - (256 << 20)
     assert _resident_by_ps() > ballast.nbytes
 
 

@@ -20,14 +20,15 @@ from d2c_mlx.evaluate.workers import make_workers
 from d2c_mlx.utils import device
 from d2c_mlx.utils.device import (
     arithmetic,
-    default_memory_limit,
     device_name,
+    evaluation_memory,
     give_back_memory,
     machine,
     on_cpu,
     process_peak,
     wire,
 )
+from d2c_mlx.utils.errors import ConfigError
 
 GB = 1 << 30
 # As MLX describes them: a MacBook Air of 8 GB, and any Linux.
@@ -56,7 +57,7 @@ def mac(request, monkeypatch):
 
 
 def test_memory_is_planned_by_what_the_device_recommends(mac):
-    assert default_memory_limit() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
+    assert evaluation_memory() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
     wire(2 * GB)
     wire(7 * GB)
     assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
@@ -149,7 +150,7 @@ def test_a_device_is_described(mac):
 def test_one_thread_feeds_a_gpu_and_several_a_cpu(mac, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr("d2c_mlx.evaluate.workers.limit_blas_threads", lambda n: True)
-    assert make_workers(True, 1).n == (1 if mac.is_mac else 4)
+    assert make_workers().n == (1 if mac.is_mac else 4)
 
 
 def test_the_peak_is_in_bytes_wherever_the_system_counts_in_others(mac, monkeypatch):
@@ -162,3 +163,11 @@ def test_no_other_file_asks_for_the_device():
     asks = re.compile(r"default_device|device_info|DeviceType|mx\.metal|set_wired|mac_ver")
     files = [path for path in (ROOT / "d2c_mlx").rglob("*.py") if asks.search(path.read_text())]
     assert files == [ROOT / "d2c_mlx" / "utils" / "device.py"]
+
+
+def test_a_limit_in_the_environment_is_the_process_s(monkeypatch):
+    monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "3GB")
+    assert evaluation_memory(2) == 3_000_000_000 - device.outside_mlx()
+    monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "much")
+    with pytest.raises(ConfigError, match="D2C_MLX_MEMORY_LIMIT: found 'much', expected a size"):
+        evaluation_memory()
