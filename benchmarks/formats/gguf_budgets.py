@@ -31,9 +31,9 @@ from benchmarks.formats.gguf_lora import ours, theirs
 from benchmarks.formats.loraquant import LoraQuant
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import save_peft
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import GgufStorage
 from d2c_mlx.models.base_model import BaseModel
@@ -85,7 +85,7 @@ class Judge:
         self._losses = Losses(options.output, about)
         self._folder = tempfile.TemporaryDirectory()
         self.folder = Path(self._folder.name)
-        self.own = [load_adapter(options.runs[0] / "adapters" / name) for name in names]
+        self.own = [read_adapter(options.runs[0] / "adapters" / name) for name in names]
 
     @cached_property
     def _llm(self):
@@ -110,7 +110,7 @@ class Judge:
 
     def gguf(self, adapter):
         """A file of an adapter in 16 bit, for llama.cpp."""
-        save_gguf_lora(adapter, self.folder / "one.gguf", self.base.config)
+        save_gguf(adapter, self.folder / "one.gguf", self.base.config)
         return self.folder / "one.gguf"
 
     def note(self, **row):

@@ -23,7 +23,7 @@ from scipy.special import log_softmax
 from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.formats.bindings import LlamaCpp, conditions, in_float32
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
@@ -70,7 +70,7 @@ def compare(base, adapters, sets, folder):
         files["base"].append(None)
         files["exported"].append(folder / "gguf" / tasks[adapter.name])
         files["not permuted"].append(folder / "wrong" / tasks[adapter.name])
-        save_gguf_lora(adapter, files["not permuted"][-1], config)
+        save_gguf(adapter, files["not permuted"][-1], config)
     bare = np.concatenate([ours(base, None, one.examples) for one in sets])
     adapted = np.concatenate([ours(base, a, one.examples) for a, one in zip(named, sets)])
     quantized, exact = embedded_gguf(), in_float32(embedded_gguf(), folder / "float32.gguf")

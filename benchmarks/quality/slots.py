@@ -21,7 +21,7 @@ from benchmarks import command_line
 from benchmarks.common import ends, slug
 from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
@@ -105,7 +105,7 @@ def packed(session):
     """The adapter of every task of the run's pack; and what was merged and refined."""
     pack = load_pack(session.path("pack"))
     merges = [[one["method"], one["scale"]] for one in session.read("merges.json")]
-    adapters = {name: load_adapter(pack.adapter_path(name)) for name in session.inputs.names}
+    adapters = {name: read_adapter(pack.adapter_path(name)) for name in session.inputs.names}
     return adapters, merges
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,10 +62,6 @@ class LoRA:
         return (a @ b).T
 
 
-def _bits(x: mx.array) -> np.ndarray:
-    return np.array(x.view(mx.uint16) if x.dtype.size == 2 else x)
-
-
 @dataclass(frozen=True)
 class Adapter:
     """A named set of LoRA updates. A merged adapter is one with several `sources`.
@@ -95,17 +91,6 @@ class Adapter:
         """The largest rank of any module."""
         return max(lora.rank for lora in self.modules.values())
 
-    def norm_bounds(self) -> dict[str, float]:
-        """Module path -> an upper bound of the Frobenius norm of its dW.
-
-        The bound is the sum of the norms of the components, without forming dW. All are computed at
-        once: one by one they take longer than reading the adapter.
-        """
-        loras = self.modules.values()
-        a, b = _row_norms([lora.a.T for lora in loras]), _row_norms([lora.b for lora in loras])
-        return {path: lora.scale * float(x @ y)
-                for (path, lora), x, y in zip(self.modules.items(), a, b)}  # fmt: skip
-
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of paths, shapes, dtypes, scales and values; names do not count."""
@@ -115,7 +100,7 @@ class Adapter:
             sha.update(f"{path}|{lora.scale!r}".encode())
             for x in (lora.a, lora.b):
                 sha.update(f"{x.dtype}{tuple(x.shape)}".encode())
-                sha.update(_bits(x).tobytes())
+                sha.update(np.array(x.view(mx.uint16) if x.dtype.size == 2 else x).tobytes())
         return sha.hexdigest()
 
     def changed(self, change: Callable[[Adapter], Adapter]) -> Adapter:
@@ -144,41 +129,39 @@ class Adapter:
         """
         modules = dict(self.modules)
         if len({lora.scale for lora in modules.values()}) > 1:
-            modules = {path: _folded(lora) for path, lora in modules.items()}
-        if len({lora.rank for lora in modules.values()}) > 1:
-            rank = self.rank
-            modules = {path: _padded(lora, rank) for path, lora in modules.items()}
-        if dtype is None:
-            return replace(self, modules=modules)
-        if dtype == mx.float16:
-            modules = self._within_float16(modules)
-        modules = {
-            path: LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
-            for path, lora in modules.items()
-        }
+            for path, lora in modules.items():
+                b = lora.b.astype(mx.float32) * lora.scale
+                modules[path] = LoRA(lora.a.astype(mx.float32), b)
+        rank = max(lora.rank for lora in modules.values())
+        for path, lora in modules.items():
+            if width := rank - lora.rank:
+                a, b = mx.pad(lora.a, [(0, 0), (0, width)]), mx.pad(lora.b, [(0, width), (0, 0)])
+                modules[path] = LoRA(a, b, lora.scale)
+        if dtype is not None:
+            if dtype == mx.float16:
+                modules |= self._within_float16(modules)
+            for path, lora in modules.items():
+                modules[path] = LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
         return replace(self, modules=modules)
 
     def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
-        fitted = {
-            path: LoRA(*balance_factors(lora.a, lora.b), lora.scale)
-            for path, lora in modules.items()
-            if not lora.a.dtype == lora.b.dtype == mx.float16  # exact already
-        }
-        peaks = {
-            path: mx.maximum(mx.abs(lora.a).max(), mx.abs(lora.b).max())
-            for path, lora in fitted.items()
-        }
+        """The modules that are not in float16 already, brought into its range."""
+        balanced, peaks = {}, {}
+        for path, lora in modules.items():
+            if not lora.a.dtype == lora.b.dtype == mx.float16:
+                a, b = balance_factors(lora.a, lora.b)
+                balanced[path] = LoRA(a, b, lora.scale)
+                peaks[path] = mx.maximum(mx.abs(a).max(), mx.abs(b).max())
         mx.eval(list(peaks.values()))  # all at once
         sizes = {path: float(np.array(peak)) for path, peak in peaks.items()}
-        large = [(path, size) for path, size in sizes.items() if size > FLOAT16_MAX]
+        large = [path for path, size in sizes.items() if size > FLOAT16_MAX]
         if large:
-            path, size = large[0]
             raise AdapterError(
                 f"{self.name}: factors of {len(large)} modules are too large for float16, which"
-                f" ends at {FLOAT16_MAX:.0f} (first: {path}: up to {size:.2g}); lower the scale or"
-                " train it again"
+                f" ends at {FLOAT16_MAX:.0f} (first: {large[0]}: up to {sizes[large[0]]:.2g});"
+                " lower the scale or train it again"
             )
-        return {**modules, **fitted}
+        return balanced
 
     def config(self, n_layers: int) -> dict[str, object]:
         """The `adapter_config.json` that mlx-lm and mlx-swift read, of a `uniform` adapter.
@@ -238,8 +221,8 @@ class _Changed(Mapping[str, LoRA]):
         self._adapter, self._change = adapter, change
 
     def __getitem__(self, path: str) -> LoRA:
-        one = replace(self._adapter, modules={path: self._adapter.modules[path]})
-        return self._change(one).modules[path]
+        module = {path: self._adapter.modules[path]}
+        return self._change(replace(self._adapter, modules=module)).modules[path]
 
     def __contains__(self, path: object) -> bool:
         return path in self._adapter.modules
@@ -282,7 +265,8 @@ def balance_factors(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     """
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     left, right = mx.abs(a).max(axis=0), mx.abs(b).max(axis=1)
-    out_of_range = ~(_in_range(left) & _in_range(right))
+    fine = [(size == 0) | ((size >= _COARSE) & (size <= FLOAT16_MAX)) for size in (left, right)]
+    out_of_range = ~(fine[0] & fine[1])
     # A component with a zero on one side is none, whatever is on the other.
     alive = (left > 0) & (right > 0)
     halfway = mx.round((mx.log2(right) - mx.log2(left)) / 2)
@@ -292,32 +276,6 @@ def balance_factors(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     return a, mx.where(gone[:, None], 0, b * _power_of_two(-shift)[:, None])
 
 
-def _in_range(sizes: mx.array) -> mx.array:
-    return (sizes == 0) | ((sizes >= _COARSE) & (sizes <= FLOAT16_MAX))
-
-
 def _power_of_two(exponents: mx.array) -> mx.array:
     """2 ** exponents from the bits of a float32: exact, which no device's `power` need be."""
     return mx.left_shift(exponents + 127, mx.array(23)).view(mx.float32)
-
-
-def _row_norms(factors: Sequence[mx.array]) -> list[np.ndarray]:
-    """Euclidean norm of every row of every factor, float64; factors of one width go together."""
-    found: dict[int, np.ndarray] = {}
-    for width in {x.shape[1] for x in factors}:
-        some = [i for i, x in enumerate(factors) if x.shape[1] == width]
-        rows = mx.concatenate([factors[i] for i in some]).astype(mx.float32)
-        norms = np.array(mx.sqrt(mx.square(rows).sum(axis=1)), np.float64)
-        ends = np.cumsum([len(factors[i]) for i in some])[:-1]
-        found |= dict(zip(some, np.split(norms, ends)))
-    return [found[i] for i in range(len(factors))]
-
-
-def _folded(lora: LoRA) -> LoRA:
-    return LoRA(lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale, 1.0)
-
-
-def _padded(lora: LoRA, rank: int) -> LoRA:
-    width = rank - lora.rank
-    a, b = mx.pad(lora.a, [(0, 0), (0, width)]), mx.pad(lora.b, [(0, width), (0, 0)])
-    return LoRA(a, b, lora.scale)

@@ -32,8 +32,7 @@ __all__ = [
     "stated_base",
     "check_adapter",
     "check_base",
-    "check_finite",
-    "magnitude_problems",
+    "norm_bounds",
     "pair_problems",
 ]
 
@@ -47,7 +46,9 @@ _PRECISION = re.compile(
 class OtherBaseError(AdapterError):
     """An adapter does not fit the base model; `base` is the name of its own, if it has one."""
 
-    base: str | None = None
+    def __init__(self, problems: list[str], base: str | None) -> None:
+        super().__init__(problems)
+        self.base = base
 
 
 # Why a DoRA is refused, of PEFT or mlx-lm.
@@ -93,7 +94,7 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" found in, out = {adapter.modules[first].shape}, expected {shapes[first]}"
             f" (the adapter names base {adapter.base!r})"
         )
-    bounds = adapter.norm_bounds()
+    bounds = norm_bounds(adapter)
     large = [module for module, bound in bounds.items() if not bound <= _MAX_NORM]
     if large:
         problems.append(
@@ -102,42 +103,38 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             " scale (alpha), or train it again"
         )
     if wrong or any(".layers." in module for module in unknown):
-        error = OtherBaseError(problems)
-        error.base = adapter.base
-        raise error
+        raise OtherBaseError(problems, adapter.base)
     if problems:
         raise AdapterError(problems)
 
 
-def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
-    """Refuse tensors with NaN or infinity.
+def norm_bounds(adapter: Adapter) -> dict[str, float]:
+    """Module path -> an upper bound of the Frobenius norm of its dW, without forming dW.
 
-    Args:
-        tensors: name -> numbers.
-        path: the file to name in messages.
-
-    Raises:
-        AdapterError: how many tensors hold them, and the first.
+    The bound is the sum of the norms of the components.
     """
-    # Asked for together: a GPU is waited for once, not once per tensor.
-    each = [mx.isfinite(x).all() for x in tensors.values()]
-    finite: Any = mx.stack(each).tolist() if each else []
-    bad = [name for name, good in zip(tensors, finite) if not good]
-    if bad:
-        raise AdapterError(
-            f"{path}: {len(bad)} tensors hold NaN or infinity (first: {min(bad)}); train it again"
-        )
+    bounds = []
+    for lora in adapter.modules.values():
+        a, b = lora.a.astype(mx.float32), lora.b.astype(mx.float32)
+        columns, rows = mx.sqrt(mx.square(a).sum(axis=0)), mx.sqrt(mx.square(b).sum(axis=1))
+        bounds.append(lora.scale * (columns * rows).sum())
+    values: Any = mx.stack(bounds).tolist()  # a GPU is waited for once
+    return dict(zip(adapter.modules, values))
 
 
 def pair_problems(
-    path: Path, pairs: Mapping[str, Mapping[str, mx.array]], leaves: tuple[str, str]
+    path: Path,
+    pairs: Mapping[str, Mapping[str, mx.array]],
+    leaves: tuple[str, str],
+    magnitudes: Mapping[str, mx.array] | None = None,
 ) -> list[str]:
-    """Factors that are missing, empty or of two ranks, one line per module.
+    """Factors that are missing, empty or of two ranks, one line per module; and bad magnitudes.
 
     Args:
         path: the file to name in messages.
         pairs: module path -> leaf -> factor, the first leaf `(in, r)`, the second `(r, out)`.
         leaves: names of the two factors in this format, such as `lora_A` and `lora_B`.
+        magnitudes: module path -> m `(out,)` of a DoRA; None of a LoRA.
     """
     problems = []
     for module, pair in sorted(pairs.items()):
@@ -152,35 +149,18 @@ def pair_problems(
             problems.append(
                 f"{path}: {module}: {leaves[0]} has rank {a.shape[1]}, {leaves[1]} {b.shape[0]}"
             )
+    if magnitudes is not None:
+        expected = {module: pair[leaves[1]].shape[1:] for module, pair in pairs.items()
+                    if leaves[1] in pair}  # fmt: skip
+        shapes = {module: m.shape for module, m in magnitudes.items()}
+        modules = sorted(pairs.keys() | shapes.keys())
+        wrong = [m for m in modules if m not in shapes or shapes[m] != expected.get(m)]
+        if wrong:
+            problems.append(
+                f"{path}: {len(wrong)} modules have no magnitude for each output, or no factors"
+                f" (first: {wrong[0]}); save the DoRA again"
+            )
     return problems
-
-
-def magnitude_problems(
-    path: Path,
-    pairs: Mapping[str, Mapping[str, mx.array]],
-    magnitudes: Mapping[str, mx.array],
-    leaf: str,
-) -> list[str]:
-    """Magnitudes of a DoRA that are missing, of no module or of another length, in one line.
-
-    Args:
-        path: the file to name in messages.
-        pairs: as for `pair_problems`.
-        magnitudes: module path -> m `(out,)`.
-        leaf: name of the factor `(r, out)`.
-    """
-    wrong = [
-        module
-        for module in sorted(pairs.keys() | magnitudes.keys())
-        if module not in magnitudes
-        or magnitudes[module].shape != pairs.get(module, {leaf: mx.array(0)})[leaf].shape[1:]
-    ]
-    if not wrong:
-        return []
-    return [
-        f"{path}: {len(wrong)} modules have no magnitude for each output, or no factors (first:"
-        f" {wrong[0]}); save the DoRA again"
-    ]
 
 
 def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None = None) -> None:
@@ -293,21 +273,17 @@ class BaseWeights:
         """
         modules, lost, total = dict(dora.modules), 0.0, 0.0
         for path, lora in dora.modules.items():
-            weight = self.weight(path)
-            if weight is None or weight.shape != lora.shape[::-1]:
+            stored = self.weight(path)
+            if stored is None or stored.shape != lora.shape[::-1]:
                 continue
-            delta = _delta(np.array(weight), lora, np.array(magnitudes[path].astype(mx.float32)))
+            weight, magnitude = np.array(stored), np.array(magnitudes[path].astype(mx.float32))
+            whole = weight + lora.delta()
+            length = np.linalg.norm(whole, axis=1)
+            # A row of zeros has no direction, and stays.
+            delta = whole * (magnitude / np.where(length > 0, length, 1))[:, None] - weight
             a, b = best_factors(delta, self.dora_rank or 1)
             kind = lora.a.dtype
             modules[path] = LoRA(mx.array(a).astype(kind), mx.array(b).astype(kind))
             lost += float(np.square(modules[path].delta() - delta).sum(dtype=np.float64))
             total += float(np.square(delta).sum(dtype=np.float64))
         return replace(dora, modules=modules, dora_error=(lost / total) ** 0.5 if total else 0.0)
-
-
-def _delta(weight: np.ndarray, lora: LoRA, magnitude: np.ndarray) -> np.ndarray:
-    """The update `(out, in)` of one module of a DoRA."""
-    whole = weight + lora.delta()
-    length = np.linalg.norm(whole, axis=1)
-    # A row of zeros has no direction, and stays.
-    return whole * (magnitude / np.where(length > 0, length, 1))[:, None] - weight

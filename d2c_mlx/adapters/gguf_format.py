@@ -1,8 +1,12 @@
 """Reading and writing LoRA adapters of llama.cpp, in GGUF.
 
-Tensors are `<name>.weight.lora_a (r, in)` and `.lora_b (out, r)`, the scale of each is alpha / r.
-Names and rows are those of the base as llama.cpp converts it: some architectures have the rows of q
-and k interleaved. Source: `convert_lora_to_gguf.py` and `llama-adapter.cpp`,
+Tensors are `<name>.weight.lora_a (r, in)` and `.lora_b (out, r)`. llama.cpp keeps the type of every
+factor, and scales each pair by alpha / its own rank, or by 1 where the file has no alpha; so ranks
+and types may differ per module. A row must divide into blocks of its type: the row of `lora_a` is
+as wide as the module's input, that of `lora_b` as the rank. Names and rows are those of the base as
+llama.cpp converts it: some architectures have the rows of q and k interleaved.
+
+Source: `convert_lora_to_gguf.py`, `llama-adapter.cpp` and `gguf.cpp`,
 https://github.com/ggml-org/llama.cpp.
 """
 
@@ -10,12 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from gguf import (
+    GGML_QUANT_SIZES,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFType,
@@ -23,23 +29,27 @@ from gguf import (
     Keys,
     get_tensor_name_map,
 )
+from gguf.quants import dequantize
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.checks import check_adapter, check_finite, pair_problems
-from d2c_mlx.adapters.gguf_factors import QUANTIZED, Factor, GgufAdapter, factors_of
+from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
+from d2c_mlx.adapters.checks import pair_problems
+from d2c_mlx.adapters.tensor_file import check_finite
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
 __all__ = [
     "ARCHITECTURES",
+    "BLOCK",
+    "QUANTIZED",
+    "Factor",
+    "GgufAdapter",
     "export_names",
+    "factors_of",
     "gguf_names",
     "gguf_nbytes",
-    "is_gguf_lora",
     "read_gguf",
-    "read_gguf_lora",
+    "row_nbytes",
     "save_gguf",
-    "save_gguf_lora",
 ]
 
 # mlx-lm's model_type -> general.architecture in GGUF, and True if its q and k rows are interleaved
@@ -58,79 +68,178 @@ ARCHITECTURES = {
     "smollm3": ("smollm3", True),
     "stablelm": ("stablelm", False),
 }
+# Numbers in a block of the types that we write.
+BLOCK = 32
+# Quantized types that are read and written -> float16 numbers that begin a block; the rest of it is
+# codes.
+QUANTIZED = {
+    GGMLQuantizationType.Q4_0: 1,
+    GGMLQuantizationType.Q4_1: 2,
+    GGMLQuantizationType.Q8_0: 1,
+}
+_FLOATS = {np.dtype("f2"): GGMLQuantizationType.F16, np.dtype("f4"): GGMLQuantizationType.F32}
+_TYPES = (*_FLOATS.values(), GGMLQuantizationType.BF16, *QUANTIZED)
 # Bytes that a tensor's place is a multiple of, the least that the format allows; its usual 32 take
 # two bytes in a hundred of a small file. llama.cpp copies each tensor to where it needs it.
 _ALIGNMENT = 8
 _TENSOR = re.compile(r"(?P<name>.+)\.weight\.(?P<leaf>lora_[ab])")
-_TYPES = {
-    GGMLQuantizationType.F32: mx.float32,
-    GGMLQuantizationType.F16: mx.float16,
-    GGMLQuantizationType.BF16: mx.bfloat16,
-}
 
 
-def is_gguf_lora(head: bytes) -> bool:
-    """True if a file with this head is a GGUF whose general.type says that it is an adapter.
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """One factor of a module.
 
-    Args:
-        head: some 64 KB from the file's start; converters write that key among the first.
+    Attributes:
+        kind: the type of its numbers.
+        data: `(rows, width)` float16 or float32, or the bytes of its blocks, uint8
+            `(rows, row_nbytes)`.
     """
-    text = (len(b"adapter")).to_bytes(8, "little") + b"adapter"
-    string = (8).to_bytes(4, "little")  # GGUFValueType.STRING
-    return head[:4] == b"GGUF" and Keys.General.TYPE.encode() + string + text in head
+
+    kind: GGMLQuantizationType
+    data: np.ndarray
+
+    @staticmethod
+    def plain(numbers: np.ndarray) -> Factor:
+        """A factor that is not quantized; the numbers are float16 or float32."""
+        return Factor(_FLOATS[numbers.dtype], np.ascontiguousarray(numbers))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        n, nbytes = GGML_QUANT_SIZES[self.kind]
+        return self.data.shape[1] * self.data.dtype.itemsize * n // nbytes
+
+    def values(self) -> np.ndarray:
+        """The numbers that a reader gets, `(rows, width)`: float32 if they are quantized."""
+        return dequantize(self.data, self.kind) if self.kind in QUANTIZED else self.data
+
+    def scaled(self, factor: float) -> Factor:
+        """The numbers times a factor; of quantized ones the codes stay."""
+        if self.kind not in QUANTIZED:
+            return replace(self, data=(self.data * np.float32(factor)).astype(self.data.dtype))
+        blocks = self.data.reshape(-1, GGML_QUANT_SIZES[self.kind][1]).copy()
+        end = 2 * QUANTIZED[self.kind]
+        scales = blocks[:, :end].copy().view(np.float16) * np.float32(factor)
+        blocks[:, :end] = scales.astype(np.float16).view(np.uint8)
+        return replace(self, data=blocks.reshape(self.data.shape))
+
+
+@dataclass(frozen=True)
+class GgufAdapter:
+    """An adapter whose factors are as a GGUF holds them, but for the order of rows.
+
+    Attributes:
+        name: the adapter's name.
+        modules: module path -> `lora_a (r, in)` and `lora_b (out, r)`, rows as the model in mlx-lm
+            has them.
+        alpha: every dW is times alpha / its own rank; None is times 1.
+        base: the base model's name.
+    """
+
+    name: str
+    modules: Mapping[str, tuple[Factor, Factor]]
+    alpha: float | None = None
+    base: str | None = None
+
+    def scaled(self, factor: float) -> GgufAdapter:
+        """The adapter with every dW times a factor, in `lora_b`; the bytes are as many."""
+        if factor == 1:
+            return self
+        modules = {path: (a, b.scaled(factor)) for path, (a, b) in self.modules.items()}
+        return replace(self, modules=modules)
+
+    def adapter(self, dtype: mx.Dtype | None = None) -> Adapter | None:
+        """The plain adapter with the numbers that a reader gets; None if no module is left.
+
+        With a `dtype` it is `Adapter.uniform`; else ranks stay and quantized factors are float32.
+        """
+        modules = {}
+        for path, pair in sorted(self.modules.items()):
+            a, b = (mx.array(np.ascontiguousarray(x.values().T)) for x in pair)
+            modules[path] = LoRA(a, b, self.alpha / a.shape[1] if self.alpha else 1.0)
+        if not modules:
+            return None
+        plain = Adapter(self.name, modules, self.base)
+        return plain if dtype is None else plain.uniform(dtype)
+
+
+def row_nbytes(kind: GGMLQuantizationType, width: int) -> int:
+    """Bytes of a row of so many numbers, which must divide into blocks."""
+    n, nbytes = GGML_QUANT_SIZES[kind]
+    return width // n * nbytes
+
+
+def factors_of(adapter: Adapter) -> GgufAdapter:
+    """The factors of an adapter in 16 or 32 bits, each module with its own rank.
+
+    Components that are zero, such as padding, are left out. Where ranks and scales are all the same
+    no bit changes and alpha = scale * rank. Else scales are folded into b, rounded to its type; to
+    float32 where they are too large for it.
+
+    float16 and float32 stay. bfloat16 becomes float16, which holds its numbers exactly down to
+    8e-6; where one is too large for it, float32: not every backend has bfloat16.
+    """
+    loras = {}
+    for path, lora in adapter.modules.items():
+        a, b = (np.array(x.astype(mx.float32)) for x in (lora.a, lora.b))
+        kept = np.flatnonzero(a.any(axis=0) & b.any(axis=1))
+        if len(kept) < lora.rank:
+            at = mx.array(kept.astype(np.int32))
+            lora = LoRA(lora.a[:, at], lora.b[at], lora.scale)
+        if lora.rank:
+            loras[path] = lora
+    # A file needs a module, even if all of them are zero.
+    loras = loras or dict(adapter.modules)
+    same = len({(lora.rank, lora.scale) for lora in loras.values()}) == 1
+    modules = {}
+    for path, lora in loras.items():
+        factors = lora.a, lora.b
+        if mx.bfloat16 in (lora.a.dtype, lora.b.dtype):
+            factors = balance_factors(lora.a, lora.b)
+            half = [x.astype(mx.float16) for x in factors]
+            if all(mx.isfinite(x).all().item() for x in half):
+                factors = half[0], half[1]
+        a, b = map(np.array, factors)
+        if not same and lora.scale != 1:
+            folded = b * np.float32(lora.scale)
+            b = folded.astype(b.dtype) if np.abs(folded).max() <= np.finfo(b.dtype).max else folded
+        modules[path] = Factor.plain(a.T), Factor.plain(b.T)
+    first = next(iter(loras.values()))
+    alpha = first.scale * first.rank if same and first.scale != 1 else None
+    return GgufAdapter(adapter.name, modules, alpha, adapter.base)
 
 
 def gguf_names(architecture: str, n_layers: int, modules: Iterable[str]) -> dict[str, str | None]:
     """Module path -> its name in a GGUF, None where it has none."""
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    known = get_tensor_name_map(kind, n_layers)
-    return {module: known.get_name(module) for module in modules}
+    names = get_tensor_name_map(kind, n_layers)
+    return {module: names.get_name(module) for module in modules}
 
 
-def _heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Last part of a module path -> number of heads, for modules whose rows are interleaved."""
-    if not ARCHITECTURES[config["model_type"]][1]:
-        return {}
-    n = int(config["num_attention_heads"])
-    return {"q_proj": n, "k_proj": int(config.get("num_key_value_heads") or n)}
+def _heads(config: Mapping[str, Any], module: str) -> int:
+    """Number of heads of a module whose rows are interleaved; 0 of others."""
+    leaf = module.rpartition(".")[2]
+    if leaf not in ("q_proj", "k_proj") or not ARCHITECTURES[config["model_type"]][1]:
+        return 0
+    n = config["num_attention_heads"]
+    return int(n if leaf == "q_proj" else config.get("num_key_value_heads") or n)
 
 
-def read_gguf_lora(
-    path: Path, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any] | None
-) -> Adapter:
+def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | None) -> Adapter:
     """Read one adapter, with names and rows as mlx-lm has them in the base model.
 
-    `read_adapter` calls it for a `.gguf`. Quantized factors become float32.
+    `read_adapter` calls it for a `.gguf` and compares shapes. Quantized factors become float32.
 
     Args:
         path: the file; the adapter gets its name.
-        shapes: module path -> (in, out) of the base model's linear modules.
+        modules: paths of the base model's linear modules.
         config: the base model's config.json.
 
     Raises:
         AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
             another base model.
     """
-    adapter = read_gguf(path, shapes, config)
-    check_adapter(adapter, shapes, path)
-    return adapter
-
-
-def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | None) -> Adapter:
-    """Read one adapter of which only the base's module paths are known, not their shapes.
-
-    Use it for files that we wrote; `read_gguf_lora` checks those of others.
-
-    Args:
-        path: as for `read_gguf_lora`.
-        modules: paths of the base model's linear modules.
-        config: as for `read_gguf_lora`.
-
-    Raises:
-        AdapterError: as `read_gguf_lora`, but for shapes.
-    """
-    metadata, tensors = _read(path)
-    architecture = metadata.get(Keys.General.ARCHITECTURE)
+    metadata, tensors = _read_tensors(path)
     model_type = (config or {}).get("model_type")
     expected = ARCHITECTURES.get(str(model_type), (None, False))[0]
     if config is None or expected is None:
@@ -139,30 +248,52 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
             f" are not known here; expected one of {', '.join(ARCHITECTURES)}: give the adapter as"
             " PEFT or MLX"
         )
+    architecture = metadata.get(Keys.General.ARCHITECTURE)
     if architecture != expected:
         raise AdapterError(
             f"{path}: general.architecture is {architecture!r}, expected {expected!r}: the adapter"
             " is of another base model"
         )
+    alpha = metadata.get(Keys.Adapter.LORA_ALPHA)
+    if not isinstance(alpha, float | int | None) or not 0 <= (alpha or 0) < float("inf"):
+        raise AdapterError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a number")
+    check_finite(tensors, path)
     names = gguf_names(expected, int(config["num_hidden_layers"]), modules)
     paths = {name: module for module, name in names.items() if name is not None}
-    adapter = _adapter(path, tensors, paths, metadata.get(Keys.Adapter.LORA_ALPHA))
-    heads = _heads(config)
-    placed = {}
-    for module, lora in adapter.modules.items():
-        n = heads.get(module.rpartition(".")[2])
-        if n and lora.shape[1] % (2 * n):
+    pairs: dict[str, dict[str, mx.array]] = {}
+    unknown = []
+    for name, x in sorted(tensors.items()):
+        match = _TENSOR.fullmatch(name)
+        if match is None or match["name"] not in paths or x.ndim != 2:
+            unknown.append(name)
+        else:
+            pairs.setdefault(paths[match["name"]], {})[match["leaf"]] = x.T
+    problems = pair_problems(path, pairs, ("lora_a", "lora_b"))
+    if unknown or not tensors:
+        problems.append(
+            f"{path}: {len(unknown)} of {len(tensors)} tensors are no factor of a linear module of"
+            f" the base model's blocks (first: {unknown[0] if unknown else None}); embeddings and"
+            " output cannot carry a LoRA that every runtime loads"
+        )
+    if problems:
+        raise AdapterError(problems)
+    loras = {}
+    for module, pair in sorted(pairs.items()):
+        a, b = mx.contiguous(pair["lora_a"]), pair["lora_b"]
+        n, n_rows = _heads(config, module), b.shape[1]
+        if n and n_rows % (2 * n):
             raise AdapterError(
-                f"{path}: {module} has {lora.shape[1]} rows, expected a multiple of {2 * n}: the"
-                " adapter is of another base model"
+                f"{path}: {module} has {n_rows} rows, expected a multiple of {2 * n}: the adapter"
+                " is of another base model"
             )
-        # The inverse of what `save_gguf` does, on columns.
-        b = lora.b.reshape(lora.rank, n, -1, 2).swapaxes(2, 3) if n else lora.b
-        placed[module] = LoRA(lora.a, mx.contiguous(b.reshape(lora.b.shape)), lora.scale)
-    return Adapter(path.stem, placed)
+        if n:  # The inverse of what `save_gguf` does, on columns.
+            b = b.reshape(len(b), n, -1, 2).swapaxes(2, 3).reshape(b.shape)
+        # As llama.cpp's get_scale: no alpha is a scale of 1.
+        loras[module] = LoRA(a, mx.contiguous(b), alpha / len(b) if alpha else 1.0)
+    return Adapter(path.stem, loras)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Metadata and tensors of a LoRA, in memory."""
     keys = (Keys.General.TYPE, Keys.General.ARCHITECTURE, Keys.Adapter.TYPE,
             Keys.Adapter.LORA_ALPHA, Keys.Adapter.ALORA_INVOCATION_TOKENS)  # fmt: skip
@@ -173,20 +304,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         for key, value in ((Keys.General.TYPE, GGUFType.ADAPTER), (Keys.Adapter.TYPE, "lora")):
             if metadata.get(key) != value:
                 problems.append(f"{path}: {key} is {metadata.get(key)!r}, expected {value!r}")
-        unknown = [t for t in reader.tensors if t.tensor_type not in (*_TYPES, *QUANTIZED)]
+        unknown = [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]
         if unknown:
-            types = ", ".join(kind.name for kind in (*_TYPES, *QUANTIZED))
             problems.append(
                 f"{path}: {len(unknown)} tensors are of a type that is not read here (first:"
-                f" {unknown[0].name}, {unknown[0].tensor_type.name}), expected {types}: convert"
-                " the adapter again with --outtype f16"
+                f" {unknown[0].name}, {unknown[0].tensor_type.name}), expected"
+                f" {', '.join(kind.name for kind in _TYPES)}: convert the adapter again with"
+                " --outtype f16"
             )
         if Keys.Adapter.ALORA_INVOCATION_TOKENS in metadata:
             problems.append(f"{path}: an aLoRA, which acts only after its invocation tokens")
         for tensor in [] if problems else reader.tensors:
             x = mx.array(Factor(tensor.tensor_type, np.array(tensor.data)).values())
-            exact = tensor.tensor_type == GGMLQuantizationType.BF16
-            tensors[tensor.name] = x.view(mx.bfloat16) if exact else x
+            in_bfloat16 = tensor.tensor_type == GGMLQuantizationType.BF16
+            tensors[tensor.name] = x.view(mx.bfloat16) if in_bfloat16 else x
     except GGUF_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterError(
@@ -197,60 +328,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     return metadata, tensors
 
 
-def _adapter(
-    path: Path, tensors: Mapping[str, mx.array], modules: Mapping[str, str], alpha: object
-) -> Adapter:
-    """The adapter with module paths of mlx-lm, its rows still as they are in the file."""
-    check_finite(tensors, path)
-    if not isinstance(alpha, float | int | None) or not 0 <= (alpha or 0) < float("inf"):
-        raise AdapterError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a number")
-    pairs: dict[str, dict[str, mx.array]] = {}
-    unknown = []
-    for name, x in sorted(tensors.items()):
-        match = _TENSOR.fullmatch(name)
-        module = modules.get(match["name"]) if match else None
-        if match is None or module is None or x.ndim != 2:
-            unknown.append(name)
-        else:
-            pairs.setdefault(module, {})[match["leaf"]] = x.T
-    problems = pair_problems(path, pairs, ("lora_a", "lora_b"))
-    if unknown or not tensors:
-        problems.append(
-            f"{path}: {len(unknown)} of {len(tensors)} tensors are no factor of a linear module of"
-            f" the base model's blocks (first: {unknown[0] if unknown else None}); embeddings and"
-            " output cannot carry a LoRA that every runtime loads"
-        )
-    if problems:
-        raise AdapterError(problems)
-    found = {}
-    for module, pair in sorted(pairs.items()):
-        a, b = (mx.contiguous(pair[leaf]) for leaf in ("lora_a", "lora_b"))
-        # As llama.cpp's get_scale: no alpha is a scale of 1.
-        found[module] = LoRA(a, b, alpha / a.shape[1] if alpha else 1.0)
-    return Adapter(path.stem, found)
-
-
-def save_gguf_lora(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> None:
-    """Write one adapter for llama.cpp, each module with its own rank, see `factors_of`.
-
-    Args and errors are those of `save_gguf`.
-    """
-    save_gguf(factors_of(adapter), path, config)
-
-
-def save_gguf(adapter: GgufAdapter, path: Path, config: Mapping[str, Any]) -> None:
-    """Write factors for llama.cpp, whose base is what llama.cpp converts the model to.
+def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, Any]) -> None:
+    """Write an adapter for llama.cpp, whose base is what llama.cpp converts the model to.
 
     Args:
-        adapter: an adapter of the model that `config` describes.
+        adapter: an adapter of the model that `config` describes; a plain one is written by
+            `factors_of`, each module with its own rank.
         path: the file to write.
         config: the base model's config.json, its model_type one of `ARCHITECTURES`.
 
     Raises:
         AdapterError: modules that have no name in GGUF; nothing is written.
     """
+    adapter = factors_of(adapter) if isinstance(adapter, Adapter) else adapter
     names = export_names(adapter.modules, config, adapter.name)
-    heads = _heads(config)
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]][0])
     writer.add_custom_alignment(_ALIGNMENT)
     writer.add_type(GGUFType.ADAPTER)
@@ -259,7 +350,7 @@ def save_gguf(adapter: GgufAdapter, path: Path, config: Mapping[str, Any]) -> No
         writer.add_float32(Keys.Adapter.LORA_ALPHA, adapter.alpha)
     writer.add_name(adapter.name)
     for module, (a, b) in sorted(adapter.modules.items()):
-        n, rows = heads.get(module.rpartition(".")[2]), b.data
+        n, rows = _heads(config, module), b.data
         if n:
             # The inverse of what `gguf_import.py` does to the rows of the base.
             rows = rows.reshape(n, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
@@ -302,8 +393,6 @@ def gguf_nbytes(
         name: the adapter's.
         tensors: name in the GGUF, bytes of `lora_a` and of `lora_b`, of every module.
         config: as for `save_gguf`.
-
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     texts = {
         Keys.General.ARCHITECTURE: ARCHITECTURES[config["model_type"]][0],
@@ -311,15 +400,12 @@ def gguf_nbytes(
         Keys.Adapter.TYPE: "lora",
         Keys.General.NAME: name,
     }
-    # Lengths are 8 bytes, types and the alignment 4; a tensor has two dimensions and an offset.
+    # Lengths are 8 bytes, types and the alignment 4; a tensor has two dimensions and an offset, as
+    # in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     head = 24 + 16 + len(Keys.General.ALIGNMENT)
     head += sum(20 + len(key) + len(text.encode()) for key, text in texts.items())
     data = 0
     for place, *sizes in tensors:
         head += 2 * (8 + len(f"{place}.weight.lora_a") + 4 + 2 * 8 + 4 + 8)
-        data += sum(map(_aligned, sizes))
-    return _aligned(head) + data
-
-
-def _aligned(nbytes: int) -> int:
-    return nbytes + -nbytes % _ALIGNMENT
+        data += sum(size + -size % _ALIGNMENT for size in sizes)
+    return head + -head % _ALIGNMENT + data

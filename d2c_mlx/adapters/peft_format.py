@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,22 @@ from d2c_mlx.adapters.checks import (
     BaseWeights,
     base_name,
     check_base,
-    magnitude_problems,
     pair_problems,
     read_config,
 )
-from d2c_mlx.adapters.tensor_file import Layout, read_tensors
+from d2c_mlx.adapters.tensor_file import PEFT_LAYOUT, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect, warn
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
-__all__ = ["PEFT_LAYOUT", "PEFT_WEIGHTS", "PICKLE", "load_peft", "save_peft"]
+__all__ = ["PEFT_WEIGHTS", "PICKLE", "read_peft", "save_peft"]
 
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
-PEFT_LAYOUT = Layout(_PREFIX + "{}.lora_A.weight", _PREFIX + "{}.lora_B.weight", transposed=True)
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
 # The magnitudes of a DoRA, and a module stored in full; older versions had longer names.
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 _WHOLE = re.compile(
     r"base_model\.model\.(?!.*\.lora_)(?P<path>.+?)(\.modules_to_save(\.default)?)?\.weight"
 )
-
-_Tensors = dict[str, mx.array]
 
 # Fields of a config whose value never changes what A and B mean on the stock base model.
 _HARMLESS = frozenset(
@@ -75,7 +70,7 @@ _TEXT = {"model", "model.language_model", "language_model.model", "model.text_mo
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _refusals(config: Mapping[str, object], path: Path, accepted: Collection[str]) -> list[str]:
+def _refusals(config: Mapping[str, Any], path: Path, accepted: Collection[str]) -> list[str]:
     """List the fields of a PEFT config that A and B alone do not describe, one line each."""
     problems = []
     if config.get("peft_type") != "LORA":
@@ -95,6 +90,14 @@ def _refusals(config: Mapping[str, object], path: Path, accepted: Collection[str
             problems.append(
                 f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
             )
+        numbers = value if isinstance(value, dict) else {}
+        for key in [key for key, number in numbers.items() if not is_positive(number)][:1]:
+            problems.append(
+                f"{path}: {field}: {key!r} is {numbers[key]!r}, expected a number above 0"
+            )
+    for field in ("r", "lora_alpha"):
+        if not is_positive(config.get(field)):
+            problems.append(f"{path}: {field} is {config.get(field)!r}, expected a number above 0")
     if not isinstance(config.get("use_rslora") or False, bool):
         problems.append(
             f"{path}: use_rslora is {config['use_rslora']!r}, expected true or false, no quotes"
@@ -107,36 +110,12 @@ def _refusals(config: Mapping[str, object], path: Path, accepted: Collection[str
     return problems
 
 
-def _pattern_lookup(
-    pattern: object, default: float, field: str, where: Path
-) -> Callable[[str], float]:
-    """PEFT's `get_pattern_key`: the first regular expression that matches the path's end."""
-    if not isinstance(pattern, dict):
-        pattern = {}
-    bad = [key for key, value in pattern.items() if not is_positive(value)]
-    if bad:
-        raise AdapterError(
-            f"{where}: {field}: {bad[0]!r} is {pattern[bad[0]]!r}, expected a number above 0"
-        )
-
-    def lookup(path: str) -> float:
-        try:
-            return next((v for key, v in pattern.items() if matches_end(key, path)), default)
-        except ValueError as error:
-            raise AdapterError(f"{where}: {field}: {error}") from None
-
-    return lookup
-
-
-def load_peft(
+def read_peft(
     directory: Path,
     base: BaseWeights | None = None,
-    shapes: Collection[str] = (),
-    pass_over: bool = False,
+    shapes: Collection[str] | None = None,
 ) -> Adapter:
-    """Load PEFT's layout (`adapter_model.safetensors` + `adapter_config.json`).
-
-    `read_adapter` recognises a layout by itself and checks the adapter against its base.
+    """Read PEFT's layout (`adapter_model.safetensors` + its config), see `read_adapter`.
 
     Args:
         directory: of the adapter.
@@ -144,8 +123,7 @@ def load_peft(
             the base's own are left out with an `InputWarning`, and DoRAs become LoRAs where it has
             a `dora_rank`. Without them both are refused.
         shapes: paths of the base's linear modules; those of a text model within a vision-language
-            model become these.
-        pass_over: leave modules stored in full to the one who has the base model.
+            model become these. None leaves modules stored in full to a reader who has the base.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not
@@ -154,53 +132,8 @@ def load_peft(
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
     errors: list[InputError] = []
     tensors = collect(errors, lambda: read_tensors(weights)) or {}
-    pairs, magnitudes, whole, other = _sorted(tensors, bool(config.get("use_dora")))
-    as_dora = bool(config.get("use_dora")) and base is not None and base.dora_rank is not None
-    if pass_over:
-        whole, config = {}, {**config, "modules_to_save": None}
-    names = _text_names(pairs, shapes, whole)
-    held = [path for path, x in whole.items() if base is not None and base.holds(names[path], x)]
-    compared = base is not None and bool(whole)
-    accepted = {"use_dora": as_dora, "modules_to_save": compared}
-    problems = _refusals(config, where, [field for field, yes in accepted.items() if yes])
-    for field in ("r", "lora_alpha"):
-        if not is_positive(config.get(field)):
-            problems.append(f"{where}: {field} is {config.get(field)!r}, expected a number above 0")
-    if compared or not config.get("modules_to_save"):
-        problems += _unknown(weights, other, {p: x for p, x in whole.items() if p not in held})
-    problems += pair_problems(weights, pairs, ("lora_A", "lora_B"))
-    if as_dora:
-        problems += magnitude_problems(weights, pairs, magnitudes, "lora_B")
-    problems += [line for error in errors for line in error.problems]
-    if problems:
-        raise AdapterError(problems)
-    if held:
-        warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
-    modules = {names[path]: one for path, one in _scaled_modules(pairs, config, where).items()}
-    magnitudes = {names[path]: x for path, x in magnitudes.items()}
-    adapter = Adapter(directory.name, modules, base_name(config))
-    return base.to_lora(adapter, magnitudes) if base is not None and as_dora else adapter
-
-
-def _text_names(
-    paths: Collection[str], shapes: Collection[str], whole: Collection[str]
-) -> dict[str, str]:
-    """Module path -> the base's for it; the same where two text models may be meant, or none."""
-    here, there = ({x.partition(".layers.")[0] for x in some} & _TEXT for some in (shapes, paths))
-    if len(here) != 1 or len(there) != 1:
-        return {path: path for path in (*paths, *whole)}
-    (new,), (old,) = here, there
-    # Embeddings and norms are beside the blocks; a LoRA there is refused by its own name.
-    begins = {**dict.fromkeys(whole, "."), **dict.fromkeys(paths, ".layers.")}
-    return {path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
-            for path, begin in begins.items()}  # fmt: skip
-
-
-def _sorted(
-    tensors: Mapping[str, mx.array], is_dora: bool
-) -> tuple[dict[str, _Tensors], _Tensors, _Tensors, _Tensors]:
-    """Factors by module, magnitudes by module, modules stored in full by path, and all others."""
-    pairs: dict[str, _Tensors] = {}
+    is_dora = bool(config.get("use_dora"))
+    pairs: dict[str, dict[str, mx.array]] = {}
     magnitudes, whole, other = {}, {}, {}
     for name, x in sorted(tensors.items()):
         if (match := _TENSOR.fullmatch(name)) and x.ndim == 2:
@@ -211,17 +144,56 @@ def _sorted(
             whole[match["path"]] = x
         else:
             other[name] = x
-    return pairs, magnitudes, whole, other
+    as_dora = is_dora and base is not None and base.dora_rank is not None
+    if shapes is None:
+        whole, config = {}, {**config, "modules_to_save": None}
+    names = _text_names(pairs, shapes or (), whole)
+    held = [path for path, x in whole.items() if base is not None and base.holds(names[path], x)]
+    compared = base is not None and bool(whole)
+    accepted = {"use_dora": as_dora, "modules_to_save": compared}
+    problems = _refusals(config, where, [field for field, yes in accepted.items() if yes])
+    if compared or not config.get("modules_to_save"):
+        changed = {path: x for path, x in whole.items() if path not in held}
+        problems += _unknown(weights, other, changed)
+    leaves = ("lora_A", "lora_B")
+    problems += pair_problems(weights, pairs, leaves, magnitudes if as_dora else None)
+    problems += [line for error in errors for line in error.problems]
+    if problems:
+        raise AdapterError(problems)
+    if held:
+        warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
+    scaled = _scaled_modules(pairs, config, where)
+    adapter = Adapter(directory.name, {names[path]: lora for path, lora in scaled.items()},
+                      base_name(config))  # fmt: skip
+    if base is None or not as_dora:
+        return adapter
+    return base.to_lora(adapter, {names[path]: x for path, x in magnitudes.items()})
 
 
-def _unknown(weights: Path, other: _Tensors, whole: _Tensors) -> list[str]:
+def _text_names(
+    paths: Collection[str], shapes: Collection[str], whole: Collection[str]
+) -> dict[str, str]:
+    """Module path -> the base's for it; the same where two text models may be meant, or none."""
+    here, there = ({x.partition(".layers.")[0] for x in group} & _TEXT for group in (shapes, paths))
+    if len(here) != 1 or len(there) != 1:
+        return {path: path for path in (*paths, *whole)}
+    (new,), (old,) = here, there
+    # Embeddings and norms are beside the blocks; a LoRA there is refused by its own name.
+    begins = {**dict.fromkeys(whole, "."), **dict.fromkeys(paths, ".layers.")}
+    return {path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
+            for path, begin in begins.items()}  # fmt: skip
+
+
+def _unknown(
+    weights: Path, other: Mapping[str, mx.array], whole: Mapping[str, mx.array]
+) -> list[str]:
     """Describe tensors that no LoRA of a linear module holds."""
     problems = []
     if other:
         first = min(other)
         problems.append(
-            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {first}"
-            f" with shape {tuple(other[first].shape)}, expected {_PREFIX}<module>.lora_A.weight or"
+            f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {first} with"
+            f" shape {tuple(other[first].shape)}, expected {PEFT_LAYOUT.a.format('<module>')} or"
             " .lora_B.weight); train it without them, on linear modules of the blocks alone"
         )
     if whole:
@@ -235,24 +207,27 @@ def _unknown(weights: Path, other: _Tensors, whole: _Tensors) -> list[str]:
 
 
 def _scaled_modules(
-    pairs: Mapping[str, Mapping[str, mx.array]], config: Mapping[str, object], where: Path
+    pairs: Mapping[str, Mapping[str, mx.array]], config: Mapping[str, Any], where: Path
 ) -> dict[str, LoRA]:
     """Give every factor pair the scale that PEFT would: alpha / r, or alpha / sqrt(r)."""
-    rank_of = _pattern_lookup(config.get("rank_pattern"), config["r"], "rank_pattern", where)  # type: ignore[arg-type]
-    alpha_of = _pattern_lookup(
-        config.get("alpha_pattern"),
-        config["lora_alpha"],  # type: ignore[arg-type]
-        "alpha_pattern",
-        where,
-    )
+
+    def lookup(field: str, default: float, path: str) -> float:
+        # PEFT's `get_pattern_key`: the first regular expression that matches the path's end.
+        try:
+            patterns = (config.get(field) or {}).items()
+            return next((value for key, value in patterns if matches_end(key, path)), default)
+        except ValueError as error:
+            raise AdapterError(f"{where}: {field}: {error}") from None
+
     modules, wrong = {}, list[str]()
     for path, pair in sorted(pairs.items()):
         rank = int(pair["lora_A"].shape[1])
-        if rank != rank_of(path):
-            wrong.append(f"{path} has rank {rank}, expected {rank_of(path)}")
-        scale = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        expected = lookup("rank_pattern", config["r"], path)
+        if rank != expected:
+            wrong.append(f"{path} has rank {rank}, expected {expected}")
+        alpha = lookup("alpha_pattern", config["lora_alpha"], path)
         a, b = (mx.contiguous(pair[leaf]) for leaf in ("lora_A", "lora_B"))
-        modules[path] = LoRA(a, b, scale)
+        modules[path] = LoRA(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     if wrong:
         raise AdapterError(
             f"{where}: r or rank_pattern is not the rank of {len(wrong)} modules (first:"
@@ -267,12 +242,6 @@ def _alpha(scale: float, rank: int) -> float:
     near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
     alpha = next((x for x in near if x / rank == scale), guess)
     return int(alpha) if alpha.is_integer() else alpha
-
-
-def _targets(adapter: Adapter, n_layers: int | None) -> list[str]:
-    """Names of modules if every block has them, else their paths."""
-    names = Counter(path.rpartition(".")[2] for path in adapter.modules)
-    return sorted(names if set(names.values()) == {n_layers} else adapter.modules)
 
 
 def save_peft(
@@ -301,9 +270,11 @@ def save_peft(
     first = next(iter(adapter.modules.values()))
     rank, alpha = first.rank, _alpha(first.scale, first.rank)
     tensors, rank_pattern, alpha_pattern = {}, {}, {}
+    names = Counter(path.rpartition(".")[2] for path in adapter.modules)
+    targets = names if set(names.values()) == {n_layers} else adapter.modules
     for path, lora in sorted(adapter.modules.items()):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = mx.contiguous(lora.a.T)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = mx.contiguous(lora.b.T)
+        tensors[PEFT_LAYOUT.a.format(path)] = mx.contiguous(lora.a.T)
+        tensors[PEFT_LAYOUT.b.format(path)] = mx.contiguous(lora.b.T)
         if lora.rank != rank:
             rank_pattern[path] = lora.rank
         if _alpha(lora.scale, lora.rank) != alpha:
@@ -323,7 +294,7 @@ def save_peft(
         "r": rank,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "target_modules": _targets(adapter, n_layers),
+        "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

@@ -1,4 +1,8 @@
-"""Reading adapters in whichever format their files are: PEFT, MLX, GGUF or AdapterBias."""
+"""Reading adapters: `read_adapter` is the one place where formats part.
+
+A format has a file name in `weights_file` and a function that makes an `Adapter` of that file, in a
+module of its own: PEFT, MLX and GGUF. An AdapterBias is small enough to be read here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter
+import mlx.core as mx
+
+from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
 from d2c_mlx.adapters.checks import (
     BaseWeights,
     OtherBaseError,
@@ -17,11 +23,11 @@ from d2c_mlx.adapters.checks import (
     read_config,
     stated_base,
 )
-from d2c_mlx.adapters.gguf_format import read_gguf_lora
-from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS, MLX_LAYOUT, load_adapter, load_adapter_bias
-from d2c_mlx.adapters.peft_format import PEFT_LAYOUT, PEFT_WEIGHTS, PICKLE, load_peft
-from d2c_mlx.adapters.sources import Source
-from d2c_mlx.adapters.tensor_file import in_file
+from d2c_mlx.adapters.gguf_format import read_gguf
+from d2c_mlx.adapters.mlx_format import read_mlx
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, read_peft
+from d2c_mlx.adapters.sources import ADAPTER_BIAS, Source
+from d2c_mlx.adapters.tensor_file import MLX_LAYOUT, PEFT_LAYOUT, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
 __all__ = ["left_in_file", "read_adapter", "read_adapters", "warn_of_other_base", "weights_file"]
@@ -39,7 +45,7 @@ _OTHER_FILES = {
 
 def read_adapter(
     path: str | Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, int]] | None = None,
     config: Mapping[str, Any] | None = None,
     base: BaseWeights | None = None,
 ) -> Adapter:
@@ -49,10 +55,11 @@ def read_adapter(
 
     Args:
         path: the directory of one adapter, or a `.gguf`.
-        shapes: module path -> (in, out) of the base model's linear modules.
+        shapes: module path -> (in, out) of the base model's linear modules. None compares nothing
+            with a base, as for files that we wrote; a GGUF then cannot be read.
         config: the base model's config.json. A GGUF needs it, as its rows are ordered by heads; and
             without it a base whose weights mlx-lm changes is not refused.
-        base: the base model's weights, see `load_peft`.
+        base: the base model's weights, see `read_peft`.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
@@ -61,16 +68,17 @@ def read_adapter(
     file = weights_file(path)
     if file.suffix.lower() == ".gguf":
         check_base(file, config)
-        adapter = read_gguf_lora(file, shapes, config)
-        return adapter if file == path else replace(adapter, name=path.name)
-    if file.name == PEFT_WEIGHTS:
+        adapter = read_gguf(file, shapes or (), config)
+        adapter = adapter if file == path else replace(adapter, name=path.name)
+    elif file.name == PEFT_WEIGHTS:
         check_base(file, config)
-        adapter = load_peft(path, base, shapes)
+        adapter = read_peft(path, base, shapes)
     elif file.name == ADAPTER_BIAS:
-        adapter = load_adapter_bias(path)
+        adapter = _read_adapter_bias(file)
     else:
-        adapter = load_adapter(path, base)
-    check_adapter(adapter, shapes, file)
+        adapter = read_mlx(path, base)
+    if shapes is not None:
+        check_adapter(adapter, shapes, file)
     return adapter
 
 
@@ -85,12 +93,12 @@ def weights_file(path: Path) -> Path:
     """
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
-    found = [file for file in (PEFT_WEIGHTS, WEIGHTS, ADAPTER_BIAS) if (path / file).exists()]
-    if len(found) > 1:
-        raise AdapterError(f"{path}: holds {' and '.join(found)}; keep one of them")
+    names = [name for name in (PEFT_WEIGHTS, WEIGHTS, ADAPTER_BIAS) if (path / name).exists()]
+    if len(names) > 1:
+        raise AdapterError(f"{path}: holds {' and '.join(names)}; keep one of them")
     gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
-    if found or len(gguf) == 1:
-        return path / found[0] if found else gguf[0]
+    if names or len(gguf) == 1:
+        return path / names[0] if names else gguf[0]
     for name, why in _OTHER_FILES.items():
         if (path / name).exists():
             raise AdapterError(f"{path / name}: {why}")
@@ -98,6 +106,41 @@ def weights_file(path: Path) -> Path:
         f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
         f" {ADAPTER_BIAS} or one .gguf"
     )
+
+
+def _read_adapter_bias(file: Path) -> Adapter:
+    """Read an AdapterBias: `<layer>.adapter_vector`, v `(out,)`, and `.adapter_alpha.weight`, w.
+
+    A layer adds `v (w . x)` to the output of its feed-forward part, x the input of down_proj, so
+    the LoRA has a = w and b = v. The official code gives w a bias besides, which would add one
+    vector to every token; no LoRA does that, so such a file is refused. Source:
+    https://arxiv.org/abs/2205.00305; names are those of its code, github.com/Allen0307/AdapterBias.
+    """
+    vector, scorer = ".adapter_vector", ".adapter_alpha.weight"
+    layers: dict[str, dict[str, mx.array]] = {}
+    problems = []
+    for name, x in read_tensors(file).items():
+        leaf = next((leaf for leaf in (vector, scorer) if name.endswith(leaf)), None)
+        if leaf and x.size == max(x.shape, default=0):
+            layers.setdefault(name.removesuffix(leaf), {})[leaf] = x.reshape(-1)
+        elif name.endswith(".adapter_alpha.bias"):
+            problems.append(
+                f"{file}: {name}: a bias of the scorer adds one vector to every token, which no"
+                " LoRA does; train it without (nn.Linear(..., bias=False))"
+            )
+        else:
+            problems.append(
+                f"{file}: {name} has shape {tuple(x.shape)}; expected only <layer>{vector} (out,)"
+                f" and <layer>{scorer} (1, in)"
+            )
+    for layer, parts in sorted(layers.items()):
+        problems += [f"{file}: {layer}{leaf} is missing; save both tensors of every layer"
+                     for leaf in (vector, scorer) if leaf not in parts]  # fmt: skip
+    if problems:
+        raise AdapterError(problems)
+    modules = {f"{layer}.down_proj": LoRA(parts[scorer][:, None], parts[vector][None])
+               for layer, parts in sorted(layers.items())}  # fmt: skip
+    return Adapter(file.parent.name, modules)
 
 
 def read_adapters(
@@ -117,30 +160,30 @@ def read_adapters(
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json, see `read_adapter`.
         is_base: True for a directory with a copy of the base model.
-        base: the base model's weights, see `load_peft`.
+        base: the base model's weights, see `read_peft`.
 
     Raises:
         InputError: the problems of all adapters, one line each; one line for all those of another
             base model, if it has another name too.
     """
-    found: list[Adapter] = []
+    adapters: list[Adapter] = []
     failed: dict[str, InputError] = {}
     for source in sources:
         try:
             adapter = read_adapter(source.path, shapes, config, base)
             adapter = left_in_file(adapter, source.path)
-            found.append(replace(adapter, name=source.name, origin=source.origin))
+            adapters.append(replace(adapter, name=source.name, origin=source.origin))
         except InputError as error:
             failed[source.name] = error
     if failed:
-        raise AdapterError(_problems(found, failed))
-    _warn_of_bases(found, sources, is_base)
-    return found
+        raise AdapterError(_problems(adapters, failed))
+    _warn_of_bases(adapters, sources, is_base)
+    return adapters
 
 
-def _problems(found: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
+def _problems(adapters: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
     """One line for every other base model, with its adapters, and all other problems."""
-    fitting = {base_key(adapter.base) for adapter in found} - {None}
+    fitting = {base_key(adapter.base) for adapter in adapters} - {None}
     others: dict[str | None, list[str]] = {}
     lines: list[str] = []
     for name, error in failed.items():
@@ -148,7 +191,7 @@ def _problems(found: Sequence[Adapter], failed: Mapping[str, InputError]) -> lis
             others.setdefault(error.base, []).append(name)
         else:
             lines += error.problems
-    n = len(found) + len(failed)
+    n = len(adapters) + len(failed)
     if n == 1 or not others:
         return [line for error in failed.values() for line in error.problems]
     alone = "run them by themselves with it as --model, or leave them out (--skip-bad)"
@@ -158,11 +201,12 @@ def _problems(found: Sequence[Adapter], failed: Mapping[str, InputError]) -> lis
             f"adapters: {_few(names)} ({len(names)} of {n}) do not fit the base model and name"
             f" {f'{base!r}' if base else 'none'}; {remedy}; first: {failed[names[0]].problems[0]}"
         )
-    if found:
-        bases = sorted({repr(adapter.base) for adapter in found if adapter.base})
+    if adapters:
+        bases = sorted({repr(adapter.base) for adapter in adapters if adapter.base})
         lines.append(
-            f"adapters: {_few([one.name for one in found])} ({len(found)} of {n}) fit the base"
-            f" model and name {', '.join(bases) or 'none'}; give these alone, or --skip-bad"
+            f"adapters: {_few([adapter.name for adapter in adapters])} ({len(adapters)} of {n}) fit"
+            f" the base model and name {', '.join(bases) or 'none'}; give these alone, or"
+            " --skip-bad"
         )
     return lines
 
@@ -196,14 +240,14 @@ def _warn_of_bases(
             named.setdefault(base, []).append(adapter.name)
     if len(named) > 1:
         # A path says more than a name: mlx-lm trains on a local copy in float32, say.
-        known = {one.name for one in sources if _states_copy(one, is_base)}
-        named = {base: of for base, of in named.items() if not set(of) <= known}
+        copies = {source.name for source in sources if _states_copy(source, is_base)}
+        named = {base: names for base, names in named.items() if not set(names) <= copies}
     if len(named) > 1:
-        listed = ", ".join(f"{base!r} ({len(of)}: {_few(of)})" for base, of in named.items())
         # A local path and an id may be the same model, so it is no error.
+        listed = (f"{base!r} ({len(names)}: {_few(names)})" for base, names in named.items())
         warn(
-            f"adapters: found {len(named)} names of base models, expected one: {listed}; unless all"
-            " are the same model, leave out what was trained on another"
+            f"adapters: found {len(named)} names of base models, expected one: {', '.join(listed)};"
+            " unless all are the same model, leave out what was trained on another"
         )
 
 
@@ -218,13 +262,13 @@ def warn_of_other_base(
         names: of the base model, as the pack has them; none where that is not known.
         is_base: see `read_adapters`.
     """
-    known = dict.fromkeys(names)
-    if not known or not adapter.base or base_key(adapter.base) in map(base_key, known):
+    bases = dict.fromkeys(names)
+    if not bases or not adapter.base or base_key(adapter.base) in map(base_key, bases):
         return
     if not _states_copy(source, is_base):
         warn(
             f"adapters: {adapter.name} names the base model {adapter.base!r}, the pack"
-            f" {' and '.join(map(repr, known))}; unless all are the same model, leave it out"
+            f" {' and '.join(map(repr, bases))}; unless all are the same model, leave it out"
         )
 
 

@@ -10,15 +10,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from gguf import Keys
+
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.adapters.gguf_format import is_gguf_lora
-from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
 from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_hub_id, read_head
 
-__all__ = ["Source", "absolute_entries", "find_adapters", "local_entries"]
+__all__ = [
+    "ADAPTER_BIAS",
+    "Source",
+    "absolute_entries",
+    "find_adapters",
+    "is_gguf_lora",
+    "local_entries",
+]
 
+ADAPTER_BIAS = "adapter_bias.safetensors"
 # Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
 # Suffixes of files that hold weights but not their scale, so no adapter by themselves.
@@ -70,13 +78,14 @@ def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -
         InputError: the problems of all entries, one line each.
     """
     entries = _entries(spec)
-    calls = [partial(_entry, entry, field) for entry in entries]
-    several = sum(local_entries([entry]) is None for entry in entries) > 1
-    found = [one for some in (download_all if several else gather)(calls) for one in some]
-    problems = _name_problems([one.name for one in found], ", ".join(entries))
+    calls = [partial(_of_entry, entry, field) for entry in entries]
+    n_remote = sum(local_entries([entry]) is None for entry in entries)
+    groups = (download_all if n_remote > 1 else gather)(calls)
+    sources = [source for group in groups for source in group]
+    problems = _name_problems([source.name for source in sources], ", ".join(entries))
     if problems:
         raise AdapterError(problems)
-    return sorted(found, key=lambda one: one.name)
+    return sorted(sources, key=lambda source: source.name)
 
 
 def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
@@ -84,30 +93,21 @@ def local_entries(spec: str | Path | Sequence[str]) -> list[Path] | None:
 
     Use it to tell whether adapters changed; nothing is opened.
     """
-    found = []
-    for entry in _entries(spec):
-        rest = entry
-        while not _exists(path := Path(os.path.expanduser(rest))) and "=" in rest:
-            rest = rest.partition("=")[2]
-        if not rest or not _exists(path):
-            return None
-        found.append(path)
-    return found
+    paths = [_split(entry)[2] for entry in _entries(spec)]
+    there = [path for path in paths if path is not None]
+    return there if len(there) == len(paths) else None
 
 
 def absolute_entries(spec: str | Path | Sequence[str]) -> str | tuple[str, ...]:
     """The entries of an option with absolute paths, for a file that is read from elsewhere."""
-    entries = _entries(spec)
-    found = []
+    entries, absolute = _entries(spec), []
     for entry in entries:
-        rest = entry
-        while not _exists(path := Path(os.path.expanduser(rest))) and "=" in rest:
-            rest = rest.partition("=")[2]
-        relative = rest and _exists(path) and not path.is_absolute()
-        found.append(f"{entry.removesuffix(rest)}{os.path.abspath(path)}" if relative else entry)
-    if found == entries and not isinstance(spec, Path):
+        _, rest, path = _split(entry)
+        relative = path is not None and not path.is_absolute()
+        absolute.append(f"{entry.removesuffix(rest)}{os.path.abspath(rest)}" if relative else entry)
+    if absolute == entries and not isinstance(spec, Path):
         return spec if isinstance(spec, str) else tuple(spec)
-    return found[0] if len(found) == 1 else tuple(found)
+    return absolute[0] if len(absolute) == 1 else tuple(absolute)
 
 
 def _entries(spec: str | Path | Sequence[str]) -> list[str]:
@@ -116,34 +116,14 @@ def _entries(spec: str | Path | Sequence[str]) -> list[str]:
     return [str(spec)] if isinstance(spec, str | Path) else list(spec)
 
 
-def _entry(entry: str, field: str) -> list[Source]:
-    if not entry:
-        raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
-    path = Path(os.path.expanduser(entry))
-    there = _exists(path)
-    name, _, rest = entry.partition("=")
-    if rest and not there:
-        # A loop, not a call for every sign: text that is no adapter may have thousands.
-        while (more := rest.partition("=")[2]) and not _exists(Path(os.path.expanduser(rest))):
-            rest = more
-        found = _entry(rest, field)
-        if len(found) > 1:
-            raise AdapterError(f"adapters: {entry!r} names {len(found)} adapters, expected one")
-        return [replace(one, name=name) for one in found]
-    if there and path.is_dir():
-        # One that PEFT or mlx-lm trained may have checkpoints in subdirectories.
-        return [Source(path.resolve().name, path)] if _is_single(path) else _folder(path)
-    if there and _is_gguf(path):
-        return [Source(path.stem, path)]
-    hub = None if there else parse_hub_id(entry)
-    if hub is None:
-        pattern = "*" in path.name and _exists(path.parent)
-        close = f"; give the folder itself, {path.parent}" if pattern else ""
-        raise AdapterError(
-            f"{entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
-            f" directory, a .gguf file or owner/name[@revision]) or a folder of them{close}"
-        )
-    return [_from_hub(hub)]
+def _split(entry: str) -> tuple[str | None, str, Path | None]:
+    """The name that an entry gives, if any, what it names, and its path if there is one."""
+    name, rest = None, entry
+    # A loop, not a call for every sign: text that is no adapter may have thousands.
+    while not (there := bool(rest) and _exists(Path(os.path.expanduser(rest)))) and "=" in rest:
+        first, _, rest = rest.partition("=")
+        name = first if name is None else name
+    return name, rest, Path(os.path.expanduser(rest)) if there else None
 
 
 def _exists(path: Path) -> bool:
@@ -159,12 +139,47 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _of_entry(entry: str, field: str) -> list[Source]:
+    if not entry:
+        raise AdapterError("adapters: an entry is empty; give folders, adapters or ids")
+    name, rest, path = _split(entry)
+    hub = None if path else parse_hub_id(rest)
+    if path and path.is_dir():
+        # An adapter that PEFT or mlx-lm trained may have checkpoints in subdirectories.
+        single = _is_single(path)
+        sources = [Source(path.resolve().name, path)] if single else _of_folder(path)
+    elif path and _is_gguf(path):
+        sources = [Source(path.stem, path)]
+    elif hub:
+        sources = [_of_hub(hub)]
+    else:
+        parent = Path(os.path.expanduser(rest)).parent
+        pattern = "*" in rest and _exists(parent)
+        close = f"; give the folder itself, {parent}" if pattern else ""
+        raise AdapterError(
+            f"{rest or entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
+            f" directory, a .gguf file or owner/name[@revision]) or a folder of them{close}"
+        )
+    if name is None:
+        return sources
+    if len(sources) > 1:
+        raise AdapterError(f"adapters: {entry!r} names {len(sources)} adapters, expected one")
+    return [replace(source, name=name) for source in sources]
+
+
 def _is_single(directory: Path) -> bool:
     """True if a directory is one adapter's; subdirectories may be its checkpoints."""
     return any((directory / file).exists() for file in (*_FILES, ADAPTER_BIAS, PICKLE))
 
 
-def _folder(directory: Path) -> list[Source]:
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _of_folder(directory: Path) -> list[Source]:
+    def has_adapter(path: Path) -> bool:
+        return path.is_dir() and (_is_single(path) or any(map(_is_gguf, path.iterdir())))
+
     inside = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
     # Passed over, they would be missing from the merge and its budget without a word.
     problems = [
@@ -180,111 +195,99 @@ def _folder(directory: Path) -> list[Source]:
     ]
     if problems:
         raise AdapterError(problems)
-    found = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
-    found += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
-    if not any(one.path.is_file() or _has_adapter(one.path) for one in found):
-        for one in found:
-            n = sum(map(_has_adapter, one.path.iterdir()))
+    sources = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
+    sources += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
+    if not any(source.path.is_file() or has_adapter(source.path) for source in sources):
+        for source in sources:
+            n = sum(map(has_adapter, source.path.iterdir()))
             if n:
                 raise AdapterError(
-                    f"{directory}: no adapters, but {one.path} has {n}; give that folder"
+                    f"{directory}: no adapters, but {source.path} has {n}; give that folder"
                 )
-    if not found:
+    if not sources:
         raise AdapterError(
             f"{directory}: no adapters; expected one subdirectory per adapter with"
             f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
         )
-    return found
+    return sources
 
 
-def _has_adapter(path: Path) -> bool:
-    return path.is_dir() and (_is_single(path) or any(map(_is_gguf, path.iterdir())))
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" and path.is_file()
-
-
-def _name_problems(names: Sequence[str], where: str) -> list[str]:
-    """Describe names that occur twice, or that other systems could not hold."""
-    problems = [f"{where}: the name {wrong}" for name in names if (wrong := _wrong(name))]
-    known: dict[str, str] = {}
-    for name in names:
-        # As APFS compares them.
-        folded = unicodedata.normalize("NFC", name).casefold()
-        other = known.setdefault(folded, "")
-        if other == name:
-            problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
-        elif other:
-            problems.append(
-                f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
-            )
-        known[folded] = name
-    return problems
-
-
-def _wrong(name: str) -> str | None:
-    """Describe what is wrong with a name by itself; None if nothing is."""
-    if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
-        return (
-            f"{ascii(name)} has characters that are not printable or is no name of a directory;"
-            " rename the adapter"
-        )
-    if name[0] == ".":
-        return f"{name!r} begins with a dot, and what is hidden is passed over; call it NAME=ENTRY"
-    nbytes = len(name.encode())
-    if nbytes > _MAX_NAME_NBYTES:
-        shown = f"{name[:20]}..."
-        return (
-            f"{shown!r} has {nbytes} bytes, expected at most {_MAX_NAME_NBYTES}; call it NAME=ENTRY"
-        )
-    return None
-
-
-def _from_hub(one: HubId) -> Source:
+def _of_hub(hub: HubId) -> Source:
     """Download the adapter of one repository, and nothing else of it."""
-    directory, commit = download(one, _FILES, "adapters", AdapterError)
-    name, origin = one.repo.rpartition("/")[2], f"{one.repo}@{commit}"
+    directory, commit = download(hub, _FILES, "adapters", AdapterError)
+    name, origin = hub.repo.rpartition("/")[2], f"{hub.repo}@{commit}"
     if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
         return Source(name, directory, origin)
-    pinned = HubId(one.repo, commit)
     # Other programs keep base models in the same cache.
-    kept = [file for file in sorted(directory.glob("*")) if _is_gguf(file) and _is_lora(file)]
+    kept = []
+    for path in filter(_is_gguf, sorted(directory.glob("*"))):
+        with open(path, "rb") as file:
+            if is_gguf_lora(file.read(_HEAD_NBYTES)):
+                kept.append(path)
     if len(kept) == 1:
         return Source(name, kept[0], origin)
-    file_name = _the_gguf(pinned)
-    directory, _ = download(pinned, [file_name], "adapters", AdapterError)
-    return Source(name, directory / file_name, origin)
-
-
-def _is_lora(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return is_gguf_lora(file.read(_HEAD_NBYTES))
-
-
-def _the_gguf(one: HubId) -> str:
-    """The name of a repository's GGUF LoRA; a base model is seen by its first bytes.
-
-    Raises:
-        AdapterError: there is none, or more than one.
-    """
-    files = list_files(one, "adapters", AdapterError)
-    found = [
+    pinned = HubId(hub.repo, commit)
+    files = list_files(pinned, "adapters", AdapterError)
+    loras = [
         file
         for file in sorted(files)
         if file.lower().endswith(".gguf")
         and "/" not in file
-        and is_gguf_lora(read_head(one, file, _HEAD_NBYTES, "adapters", AdapterError))
+        and is_gguf_lora(read_head(pinned, file, _HEAD_NBYTES, "adapters", AdapterError))
     ]
-    if len(found) == 1:
-        return found[0]
-    if PICKLE in files:
+    if len(loras) == 1:
+        directory, _ = download(pinned, loras, "adapters", AdapterError)
+        return Source(name, directory / loras[0], origin)
+    if not loras and PICKLE in files:
         raise AdapterError(
-            f"adapters: {str(one)!r} has only {PICKLE}: a pickle can run code and is never loaded;"
-            " ask its author for safetensors"
+            f"adapters: {str(pinned)!r} has only {PICKLE}: a pickle can run code and is never"
+            " loaded; ask its author for safetensors"
         )
-    what = f"several GGUF adapters ({', '.join(found)})" if found else "no adapter at its top"
+    what = f"several GGUF adapters ({', '.join(loras)})" if loras else "no adapter at its top"
     raise AdapterError(
-        f"adapters: {str(one)!r} has {what}; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one"
-        " GGUF LoRA: download what you mean, and give its path"
+        f"adapters: {str(pinned)!r} has {what}; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or"
+        " one GGUF LoRA: download what you mean, and give its path"
     )
+
+
+def is_gguf_lora(head: bytes) -> bool:
+    """True if a file with this head is a GGUF whose general.type says that it is an adapter.
+
+    Args:
+        head: some 64 KB from the file's start; converters write that key among the first.
+    """
+    text = (len(b"adapter")).to_bytes(8, "little") + b"adapter"
+    string = (8).to_bytes(4, "little")  # GGUFValueType.STRING
+    return head[:4] == b"GGUF" and Keys.General.TYPE.encode() + string + text in head
+
+
+def _name_problems(names: Sequence[str], where: str) -> list[str]:
+    """Describe names that occur twice, or that other systems could not hold."""
+    problems = []
+    for name in names:
+        nbytes = len(name.encode(errors="surrogatepass"))
+        if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
+            wrong = (
+                f"{ascii(name)} has characters that are not printable or is no name of a"
+                " directory; rename the adapter"
+            )
+        elif name[0] == ".":
+            wrong = f"{name!r} begins with a dot, and hidden files are passed over"
+        elif nbytes > _MAX_NAME_NBYTES:
+            wrong = f"{f'{name[:20]}...'!r} has {nbytes} bytes, expected at most {_MAX_NAME_NBYTES}"
+        else:
+            continue
+        problems.append(f"{where}: the name {wrong}; call it NAME=ENTRY")
+    first: dict[str, str] = {}
+    for name in names:
+        # As APFS compares them.
+        key = unicodedata.normalize("NFC", name).casefold()
+        other = first.get(key)
+        if other == name:
+            problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
+        elif other is not None:
+            problems.append(
+                f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
+            )
+        first[key] = name
+    return problems

@@ -1,7 +1,9 @@
 """Reading safetensors files of strangers: the header is checked before any number is used.
 
 Every reader of this package goes through `open_tensors`: adapters, compact packs and routers.
-`FileModules` leaves the numbers of an adapter in its file, so that many adapters take no memory.
+`in_file` leaves the numbers of an adapter in its file, so that many adapters take no memory.
+safetensors checks the header, but its NumPy slices have no bfloat16; so MLX reads whole files, and
+single modules are read at the offsets that safetensors has checked.
 """
 
 from __future__ import annotations
@@ -23,25 +25,22 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.checks import check_finite
 from d2c_mlx.utils.errors import AdapterError, InputError
 from d2c_mlx.utils.files import open_file
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
-    "FileModules",
-    "Header",
+    "MLX_LAYOUT",
+    "PEFT_LAYOUT",
     "Layout",
     "Spool",
     "TensorFile",
+    "check_finite",
     "in_file",
     "open_tensors",
-    "read_header",
     "read_tensors",
 ]
 
-# Tensor name -> (dtype as safetensors names it, shape).
-Header = dict[str, tuple[str, tuple[int, ...]]]
 # Most tensors of a file and bytes of its header: ten times those of the largest adapters.
 _MOST_TENSORS, _MOST_HEADER = 20_000, 16 << 20
 # NumPy's dtype of a file's numbers; it has no bfloat16, whose bits are read as integers.
@@ -53,12 +52,14 @@ class TensorFile:
     """An open safetensors file.
 
     Attributes:
-        header: name -> (dtype, shape) of every tensor.
+        header: name -> (dtype as safetensors names it, shape) of every tensor.
+        offsets: name -> byte of the file at which its numbers begin.
         metadata: strings by name; empty without any.
         handle: of `safetensors.safe_open`, for `get_tensor` and `get_slice` (NumPy arrays).
     """
 
-    header: Header
+    header: dict[str, tuple[str, tuple[int, ...]]]
+    offsets: dict[str, int]
     metadata: dict[str, str]
     handle: Any
 
@@ -85,46 +86,30 @@ def open_tensors(
             of one name (of which MLX and Swift need not take the same one).
     """
     try:
+        with open_file(path) as file:
+            nbytes = int.from_bytes(file.read(8), "little")
+            text = file.read(min(nbytes, _MOST_HEADER + 1))
+        if len(text) > _MOST_HEADER:
+            raise _HeaderError(f"a header of more than {_MOST_HEADER:,} bytes")
         # safe_open checks offsets, sizes and dtypes against the file; mx.load alone is lazy.
-        text = _header_text(path)
         with safe_open(str(path), framework="numpy") as handle:
-            header = _parse_header(text)
-            yield TensorFile(header, handle.metadata() or {}, handle)
+            try:
+                entries = parse_json(text.decode())
+            except ValueError as reason:
+                raise _HeaderError(str(reason)) from None
+            entries.pop("__metadata__", None)
+            if len(entries) > _MOST_TENSORS:
+                raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
+            header = {name: (x["dtype"], tuple(x["shape"])) for name, x in entries.items()}
+            offsets = {name: 8 + nbytes + x["data_offsets"][0] for name, x in entries.items()}
+            yield TensorFile(header, offsets, handle.metadata() or {}, handle)
     except (SafetensorError, OSError, _HeaderError) as caught:
-        reason = str(caught).splitlines()[0]
-        raise error(f"{path}: {fault} ({reason}); copy it again") from None
+        first = str(caught).splitlines()[0]
+        raise error(f"{path}: {fault} ({first}); copy it again") from None
 
 
 class _HeaderError(Exception):
     """A header that safetensors itself takes."""
-
-
-def _header_text(path: Path) -> bytes:
-    """The JSON of a header, before anybody makes objects of it."""
-    with open_file(path) as file:
-        nbytes = int.from_bytes(file.read(8), "little")
-        text = file.read(min(nbytes, _MOST_HEADER + 1))
-    if len(text) > _MOST_HEADER:
-        raise _HeaderError(f"a header of more than {_MOST_HEADER:,} bytes")
-    return text
-
-
-def _parse_header(text: bytes) -> Header:
-    """The tensors of a header that safetensors has taken."""
-    try:
-        entries = parse_json(text.decode())
-    except ValueError as error:
-        raise _HeaderError(str(error)) from None
-    entries.pop("__metadata__", None)
-    if len(entries) > _MOST_TENSORS:
-        raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
-    return {name: (one["dtype"], tuple(one["shape"])) for name, one in entries.items()}
-
-
-def read_header(path: Path) -> Header:
-    """Names, dtypes and shapes of an adapter's tensors; raises AdapterError as `open_tensors`."""
-    with open_tensors(path) as file:
-        return file.header
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -137,6 +122,8 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     fault = "truncated or not a safetensors file"
     with open_tensors(path, fault=fault) as file:
         dtypes = {name: dtype for name, (dtype, _) in file.header.items()}
+    if not dtypes:
+        raise AdapterError(f"{path}: holds no tensors")
     # MLX has no float64, and says no more than that.
     double = [name for name, dtype in dtypes.items() if dtype == "F64"]
     if double:
@@ -149,8 +136,6 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterError(f"{path}: {fault} ({reason}); copy it again") from None
-    if not dtypes:
-        raise AdapterError(f"{path}: holds no tensors")
     whole = [name for name, x in tensors.items() if not mx.issubdtype(x.dtype, mx.floating)]
     if whole:
         raise AdapterError(
@@ -159,6 +144,26 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         )
     check_finite(tensors, path)
     return tensors
+
+
+def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
+    """Refuse tensors with NaN or infinity.
+
+    Args:
+        tensors: name -> numbers.
+        path: the file to name in messages.
+
+    Raises:
+        AdapterError: how many tensors hold them, and the first.
+    """
+    # Asked for together: a GPU is waited for once, not once per tensor.
+    each = [mx.isfinite(x).all() for x in tensors.values()]
+    finite: Any = mx.stack(each).tolist() if each else []
+    bad = [name for name, good in zip(tensors, finite) if not good]
+    if bad:
+        raise AdapterError(
+            f"{path}: {len(bad)} tensors hold NaN or infinity (first: {min(bad)}); train it again"
+        )
 
 
 class Layout(NamedTuple):
@@ -175,41 +180,64 @@ class Layout(NamedTuple):
     transposed: bool
 
 
-class FileModules(Mapping[str, LoRA]):
-    """The modules of an adapter, each read from its file whenever it is asked for.
+MLX_LAYOUT = Layout("{}.lora_a", "{}.lora_b", transposed=False)
+PEFT_LAYOUT = Layout(
+    "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", transposed=True
+)
 
-    Make them by `in_file`. Hold a module no longer than it is needed, since another access reads
-    it again.
 
-    Raises:
-        AdapterError: on access, if the file is not the one that was opened first.
+def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) -> Adapter:
+    """The same adapter with its numbers left in the file that it was read from.
+
+    A module is read anew whenever it is asked for, so hold it no longer than it is needed. That is
+    an AdapterError if the file has changed since.
+
+    Args:
+        adapter: what was read; unchanged if its modules have other names than in the file.
+        file: the file.
+        layout: names of its tensors.
+        owner: an object with which the file ends; it lives as long as the modules.
     """
+    if isinstance(adapter.modules, _FileModules):
+        return adapter
+    scales = {path: lora.scale for path, lora in adapter.modules.items()}
+    with open_tensors(file) as tensors:
+        if not all(layout.a.format(path) in tensors.header for path in scales):
+            return adapter
+    return replace(adapter, modules=_FileModules(file, tensors, scales, layout, owner))
+
+
+class _FileModules(Mapping[str, LoRA]):
+    """The modules of an adapter, each read from its file whenever it is asked for."""
 
     def __init__(
-        self, file: Path, scales: Mapping[str, float], layout: Layout, owner: object = None
+        self,
+        file: Path,
+        tensors: TensorFile,
+        scales: Mapping[str, float],
+        layout: Layout,
+        owner: object,
     ) -> None:
-        """Look where the tensors of a file are that was checked, see `read_tensors`.
-
-        Arguments are those of `in_file`, and the scale of every module.
-        """
-        self._file, self._scales, self._layout = file, dict(scales), layout
-        self._owner = owner
-        entries = parse_json(_header_text(file).decode())
+        self._file, self._scales, self._layout, self._owner = file, scales, layout, owner
+        self._header, self._offsets = tensors.header, tensors.offsets
         with open_file(file) as opened:
-            self._seen = _identity(opened)
-            start = 8 + int.from_bytes(opened.read(8), "little")
-        self._places = {
-            name: (_DTYPES[one["dtype"]], one["shape"], start + one["data_offsets"][0])
-            for name, one in entries.items() if name != "__metadata__"
-        }  # fmt: skip
+            self._state = _state(opened)
 
     def __getitem__(self, path: str) -> LoRA:
         scale = self._scales[path]
         with open_file(self._file) as opened:
-            if _identity(opened) != self._seen:
+            if _state(opened) != self._state:
                 raise AdapterError(f"{self._file}: was changed while it was in use; run again")
             a, b = (self._read(opened, name.format(path)) for name in self._layout[:2])
         return LoRA(a, b, scale)
+
+    def _read(self, opened: BinaryIO, name: str) -> mx.array:
+        dtype, shape = self._header[name]
+        kind = np.dtype(_DTYPES[dtype])
+        opened.seek(self._offsets[name])
+        x = np.frombuffer(opened.read(int(np.prod(shape)) * kind.itemsize), kind).reshape(shape)
+        numbers = mx.array(np.ascontiguousarray(x.T) if self._layout.transposed else x)
+        return numbers.view(mx.bfloat16) if dtype == "BF16" else numbers
 
     def __contains__(self, path: object) -> bool:
         return path in self._scales
@@ -220,39 +248,10 @@ class FileModules(Mapping[str, LoRA]):
     def __len__(self) -> int:
         return len(self._scales)
 
-    def is_whole(self) -> bool:
-        """True if the file has every module, under its own name."""
-        return all(self._layout.a.format(path) in self._places for path in self._scales)
 
-    def _read(self, opened: BinaryIO, name: str) -> mx.array:
-        dtype, shape, start = self._places[name]
-        opened.seek(start)
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        x = np.frombuffer(opened.read(nbytes), dtype).reshape(shape)
-        found = mx.array(np.ascontiguousarray(x.T) if self._layout.transposed else x)
-        return found.view(mx.bfloat16) if dtype == "<u2" else found
-
-
-def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) -> Adapter:
-    """The same adapter with its numbers left in the file that it was read from.
-
-    Args:
-        adapter: what was read; unchanged if its modules have other names than in the file.
-        file: the file.
-        layout: names of its tensors.
-        owner: an object with which the file ends; it lives as long as the modules.
-    """
-    scales = {path: lora.scale for path, lora in adapter.modules.items()}
-    modules = FileModules(file, scales, layout, owner)
-    return replace(adapter, modules=modules) if modules.is_whole() else adapter
-
-
-def _identity(opened: BinaryIO) -> tuple[int, int, int]:
-    found = os.fstat(opened.fileno())
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-_SPOOLED = Layout("{}.lora_a", "{}.lora_b", transposed=False)
+def _state(opened: BinaryIO) -> tuple[int, int, int]:
+    state = os.fstat(opened.fileno())
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 class Spool:
@@ -266,13 +265,13 @@ class Spool:
 
     def put(self, adapter: Adapter) -> Adapter:
         """Write an adapter, unless it is in a file; returns the same with its numbers there."""
-        if isinstance(adapter.modules, FileModules):
+        if isinstance(adapter.modules, _FileModules):
             return adapter
         file = self._directory / f"{next(self._numbers)}.safetensors"
-        a, b = _SPOOLED[:2]
+        a, b, _ = MLX_LAYOUT
         tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
         tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
         content = io.BytesIO()
         mx.save_safetensors(content, tensors)
         file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
-        return in_file(adapter, file, _SPOOLED, owner=self)
+        return in_file(adapter, file, MLX_LAYOUT, owner=self)

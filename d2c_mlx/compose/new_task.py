@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
 from d2c_mlx.evaluate.evaluator import Evaluator
@@ -55,7 +55,7 @@ class Kept:
         if not self._directory:
             return None
         try:
-            found = load_adapter(self._directory / key)
+            found = read_adapter(self._directory / key)
             os.utime(self._directory / key)
         except (AdapterError, OSError):
             return None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2c_mlx.adapters.gguf_factors import GgufAdapter
+from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.compressed import Compressed

@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_factors import BLOCK, QUANTIZED, Factor, GgufAdapter
+from d2c_mlx.adapters.gguf_format import BLOCK, QUANTIZED, Factor, GgufAdapter
 from d2c_mlx.compress.affine import Levels, Quantized, dequantize, hartley_rotation, unpack_codes
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.gptq import gptq_round, ridge

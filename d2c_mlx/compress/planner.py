@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.adapters.gguf_factors import GgufAdapter
+from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Members, groups_of

@@ -15,8 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_factors import GgufAdapter, row_nbytes
-from d2c_mlx.adapters.gguf_format import ARCHITECTURES, export_names, gguf_nbytes, save_gguf
+from d2c_mlx.adapters.gguf_format import (
+    ARCHITECTURES,
+    GgufAdapter,
+    export_names,
+    gguf_nbytes,
+    row_nbytes,
+    save_gguf,
+)
 from d2c_mlx.compress.affine import Levels, packed_columns
 from d2c_mlx.compress.allocate import LOST, Candidate, allocate
 from d2c_mlx.compress.compact_file import write_compact

@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from d2c_mlx.adapters.gguf_factors import GgufAdapter
+from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.utils.sequences import shared
 

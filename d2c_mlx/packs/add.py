@@ -21,8 +21,7 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
-from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.reading import read_adapters, warn_of_other_base
+from d2c_mlx.adapters.reading import read_adapter, read_adapters, warn_of_other_base
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
@@ -228,7 +227,7 @@ def _into_slots(
             f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
         )
     with pack.reading():
-        slots = {str(key): load_adapter(pack.path / str(key)) for key in pack.adapters}
+        slots = {str(key): read_adapter(pack.path / str(key)) for key in pack.adapters}
     counts = {slot: pack.merged(slot) for slot in slots}
     first = next(iter(slots))
     dtype = next(iter(slots[first].modules.values())).a.dtype

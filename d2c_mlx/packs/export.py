@@ -18,7 +18,7 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_base, read_config
-from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf, save_gguf_lora
+from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
@@ -119,7 +119,7 @@ def write_adapters(
         elif to == "gguf" and isinstance(stored, Compressed):
             save_gguf(gguf_of(stored), path, config or {})
         elif to == "gguf":
-            save_gguf_lora(adapter, path, config or {})
+            save_gguf(adapter, path, config or {})
         elif to == "peft":
             save_peft(adapter, path, config=config, n_layers=_n_layers(pack))
         else:

@@ -15,7 +15,8 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import read_gguf
-from d2c_mlx.adapters.mlx_format import layout_problems, load_adapter
+from d2c_mlx.adapters.mlx_format import layout_problems
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
@@ -156,7 +157,7 @@ class Pack:
         with self.reading(self.files_of(name)):
             places = self.manifest.gguf
             if places is None:
-                return load_adapter(self.path / name)
+                return read_adapter(self.path / name)
             plain = read_gguf(self.path / name, places.paths(), places.model_dump())
             return replace(plain.uniform(self.manifest.dtype), base=self.manifest.model)
 

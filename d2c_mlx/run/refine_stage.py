@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.manifest import COMPACT
@@ -55,7 +55,7 @@ def refine_merges(session: Session) -> None:
 
     parts = []
     for k, entry in enumerate(session.read("merges.json")):
-        merged = load_adapter(session.path("merged") / str(k))
+        merged = read_adapter(session.path("merged") / str(k))
         parts.append(_refined(session, entry["members"], merged.digest, merged, save))
     with write_dir(session.path("refined")) as directory:
         for k, part in enumerate(parts):

@@ -14,8 +14,7 @@ import numpy as np
 import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.mlx_format import load_adapter
-from d2c_mlx.adapters.reading import left_in_file
+from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.evaluator import Counts, Evaluator
@@ -142,7 +141,7 @@ class Session:
 
     def stored_adapter(self, name: str) -> Adapter:
         """An adapter of the run directory, its numbers left in the file: `merged/0`."""
-        return left_in_file(load_adapter(self.path(name)), self.path(name))
+        return left_in_file(read_adapter(self.path(name)), self.path(name))
 
     @cached_property
     def library(self) -> Library:

@@ -16,10 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import yaml
 
-from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
-from d2c_mlx.adapters.mlx_format import ADAPTER_BIAS, load_adapter, load_adapter_bias
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft
-from d2c_mlx.adapters.reading import weights_file
+from d2c_mlx.adapters.reading import read_adapter, weights_file
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
@@ -155,7 +152,9 @@ def _rows_beside(root: Path, sources: Sequence[Source]) -> Path:
 def _look(source: Source, task: Path) -> Found:
     errors: list[InputError] = []
     file = collect(errors, lambda: weights_file(source.path))
-    adapter = collect(errors, lambda: _load(source.path, file.name)) if file else None
+    # A GGUF cannot be read without the base's module names.
+    readable = file is not None and file.suffix.lower() != ".gguf"
+    adapter = collect(errors, lambda: read_adapter(source.path)) if readable else None
     rows = []
     for path in (probe_file(task), task / "test.jsonl"):
         there = path.is_file() and path.stat().st_size > 0
@@ -171,15 +170,6 @@ def _look(source: Source, task: Path) -> Found:
         tuple(sorted({path.rpartition(".")[2] for path in adapter.modules})),
         adapter.uniform(mx.float16).nbytes(max(blocks, default=0) + 1), about.rows, problems,
     )  # fmt: skip
-
-
-def _load(path: Path, weights: str) -> Adapter | None:
-    """Read an adapter without its base; None for a GGUF, which needs the base's module names."""
-    if weights == PEFT_WEIGHTS:
-        return load_peft(path, pass_over=True)
-    if weights == ADAPTER_BIAS:
-        return load_adapter_bias(path)
-    return load_adapter(path) if weights == WEIGHTS else None
 
 
 def budgets(found: Survey) -> list[tuple[str, int]]:

@@ -16,8 +16,9 @@ from helpers.tiny import ALL, library, tiny_model
 
 from d2c_mlx.adapters import gguf_format as gguf_lora
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.gguf_format import is_gguf_lora, read_gguf_lora, save_gguf_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.sources import is_gguf_lora
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import AdapterError
 
@@ -37,7 +38,7 @@ def config(model):
 def test_there_and_back_is_exact(tmp_path, config, dtype, mixed):
     """Ranks stay; bfloat16 is written as float16, and scales that differ are folded in."""
     adapter = adapter_of("one", dtype=dtype, mixed=mixed)
-    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    save_gguf(adapter, tmp_path / "one.gguf", config)
     again = read_adapter(tmp_path / "one.gguf", ALL, config)
     assert again.name == "one" and again.modules.keys() == adapter.modules.keys()
     if dtype != mx.bfloat16 and not mixed:
@@ -49,7 +50,7 @@ def test_there_and_back_is_exact(tmp_path, config, dtype, mixed):
         # Half a unit in the last place of float16.
         assert error < (2**-11 if mixed and dtype != mx.float32 else 1e-6)
     # And so a second time: the files are the same.
-    save_gguf_lora(again, tmp_path / "two.gguf", config)
+    save_gguf(again, tmp_path / "two.gguf", config)
     twice = read_adapter(tmp_path / "two.gguf", ALL, config)
     assert twice.digest == again.digest
 
@@ -59,7 +60,7 @@ def test_a_scale_that_float16_cannot_take_in_is_kept(tmp_path, config):
     path, lora = next(iter(adapter.modules.items()))
     large = LoRA(lora.a * 1e-3, mx.full(lora.b.shape, 3e4, mx.float16), 16.0)
     adapter = replace(adapter, modules={**adapter.modules, path: large})
-    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    save_gguf(adapter, tmp_path / "one.gguf", config)
     again = read_adapter(tmp_path / "one.gguf", ALL, config).modules
     assert np.allclose(again[path].delta(), large.delta(), rtol=1e-5)
     assert {one.b.dtype for name, one in again.items() if name != path} == {mx.float16}
@@ -68,7 +69,7 @@ def test_a_scale_that_float16_cannot_take_in_is_kept(tmp_path, config):
 def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config, monkeypatch):
     """The logits of the adapter; a reader that forgets the rows of q and k has others."""
     adapter = adapter_of("one", dtype=mx.float32)
-    save_gguf_lora(adapter, tmp_path / "one.gguf", config)
+    save_gguf(adapter, tmp_path / "one.gguf", config)
     base = BaseModel(str(model))
     tokens = mx.arange(1, 25)[None] * 7 % 250
 
@@ -77,9 +78,9 @@ def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config, monkeypatch
         return base.model(tokens)
 
     expected = logits(adapter)
-    assert mx.array_equal(logits(read_gguf_lora(tmp_path / "one.gguf", ALL, config)), expected)
-    monkeypatch.setattr(gguf_lora, "_heads", lambda config: {})
-    forgot = read_gguf_lora(tmp_path / "one.gguf", ALL, config)
+    assert mx.array_equal(logits(read_adapter(tmp_path / "one.gguf", ALL, config)), expected)
+    monkeypatch.setattr(gguf_lora, "_heads", lambda config, module: 0)
+    forgot = read_adapter(tmp_path / "one.gguf", ALL, config)
     assert mx.abs(logits(forgot) - expected).max().item() > 0.1
 
 
@@ -91,7 +92,7 @@ def test_a_file_of_llama_cpp_s_converter(tmp_path, config, alpha, scale, kind):
     adapter = adapter_of("one", dtype=dtype)
     changes = {"quant": kind} if dtype == mx.bfloat16 else {"dtype": kind or np.float32}
     path = write_lora(tmp_path / "own.gguf", adapter, alpha=alpha, **changes)
-    found = read_gguf_lora(path, ALL, config)
+    found = read_adapter(path, ALL, config)
     assert found.name == "own"
     for module, lora in found.modules.items():
         expected = adapter.modules[module]
@@ -103,7 +104,7 @@ def test_a_file_of_llama_cpp_s_converter(tmp_path, config, alpha, scale, kind):
 def test_quantized_factors_are_read_as_the_gguf_package_reads_them(tmp_path, config, kind):
     kind = GGMLQuantizationType[kind]
     adapter = adapter_of("one", dtype=mx.float32)
-    found = read_gguf_lora(write_lora(tmp_path / "own.gguf", adapter, quant=kind), ALL, config)
+    found = read_adapter(write_lora(tmp_path / "own.gguf", adapter, quant=kind), ALL, config)
     for module, lora in found.modules.items():
         a = np.ascontiguousarray(np.array(adapter.modules[module].a).T)
         assert np.array_equal(np.array(lora.a).T, dequantize(quantize(a, kind), kind))
@@ -116,14 +117,14 @@ def test_components_that_are_zero_take_no_bytes(tmp_path, config):
     empty = {path: lora for path, lora in [*adapter.modules.items()][:1]}
     nothing = {path: LoRA(lora.a, 0 * lora.b) for path, lora in empty.items()}
     padded = replace(adapter, modules=adapter.modules | nothing).uniform(mx.float16)
-    save_gguf_lora(padded, tmp_path / "one.gguf", config)
-    again = read_gguf_lora(tmp_path / "one.gguf", ALL, config)
+    save_gguf(padded, tmp_path / "one.gguf", config)
+    again = read_adapter(tmp_path / "one.gguf", ALL, config)
     ranks = {path: lora.rank for path, lora in adapter.modules.items() if path not in empty}
     assert {path: lora.rank for path, lora in again.modules.items()} == ranks
     for path, lora in again.modules.items():
         np.testing.assert_allclose(lora.delta(), padded.modules[path].delta(), atol=1e-6)
-    save_gguf_lora(Adapter("x", nothing), tmp_path / "x.gguf", config)
-    assert read_gguf_lora(tmp_path / "x.gguf", ALL, config).modules.keys() == nothing.keys()
+    save_gguf(Adapter("x", nothing), tmp_path / "x.gguf", config)
+    assert read_adapter(tmp_path / "x.gguf", ALL, config).modules.keys() == nothing.keys()
 
 
 EXTRA = {"token_embd.weight.lora_a": np.ones((3, 300), np.float32)}
@@ -149,7 +150,7 @@ EXTRA = {"token_embd.weight.lora_a": np.ones((3, 300), np.float32)}
 def test_what_is_not_understood_is_refused_in_one_line(tmp_path, config, changes, words):
     path = write_lora(tmp_path / "x.gguf", adapter_of("one"), **changes)
     with pytest.raises(AdapterError) as caught:
-        read_gguf_lora(path, ALL, config)
+        read_adapter(path, ALL, config)
     (line,) = caught.value.problems
     assert line.startswith(f"{path}: ") and all(word in line for word in words), line
 
@@ -160,7 +161,7 @@ def test_what_does_not_fit_the_base_is_refused_in_one_line(tmp_path, config):
 
     def refused(match, shapes=ALL, config=config, path=path):
         with pytest.raises(AdapterError, match=match) as caught:
-            read_gguf_lora(path, shapes, config)
+            read_adapter(path, shapes, config)
         assert len(caught.value.problems) == 1
 
     refused("model_type is None", config=None)
@@ -185,7 +186,7 @@ def test_an_array_longer_than_the_file_ends_at_once(tmp_path, config, kind):
     array = (9).to_bytes(4, "little") + kind.to_bytes(4, "little") + (2**62).to_bytes(8, "little")
     path.write_bytes(content.replace(place, b"adapter.type" + array))
     with pytest.raises(AdapterError, match="truncated, or not readable as GGUF"):
-        read_gguf_lora(path, ALL, config)
+        read_adapter(path, ALL, config)
 
 
 def test_a_base_model_is_told_from_an_adapter_by_its_first_bytes(tmp_path, model):
@@ -202,9 +203,9 @@ def test_a_folder_of_every_format(tmp_path):
     base = BaseModel(str(paths.model))
     first = read_adapter(paths.adapters / "a", base.module_shapes)
     first.save(paths.adapters / "c", base.n_layers)
-    save_gguf_lora(first, paths.adapters / "d.gguf", base.config)
+    save_gguf(first, paths.adapters / "d.gguf", base.config)
     (paths.adapters / "e").mkdir()
-    save_gguf_lora(first, paths.adapters / "e" / "any.gguf", base.config)
+    save_gguf(first, paths.adapters / "e" / "any.gguf", base.config)
     (paths.adapters / "README.md").write_text("passed over")
     out = tmp_path / "out"
     args = ["convert", "--model", str(paths.model), "--adapters", str(paths.adapters),

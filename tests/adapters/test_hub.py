@@ -9,7 +9,7 @@ from helpers.gguf_files import write_lora
 from helpers.hub import Hub
 from helpers.tiny import library, peft_adapter, tiny_model
 
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import BaseModel
@@ -44,7 +44,7 @@ def hub(paths, base, tmp_path_factory):
     first.save(root / "mlx", base.n_layers)
     mlx = {p.name: p.read_bytes() for p in (root / "mlx").iterdir()}
     hub.repos["org/mlx-lora"] = {"main": {**mlx, "0000100_adapters.safetensors": bytes(9)}}
-    save_gguf_lora(first, root / "x.gguf", base.config)
+    save_gguf(first, root / "x.gguf", base.config)
     gguf = {"lora-f32.gguf": (root / "x.gguf").read_bytes()}
     big = {"base-Q4_0.gguf": b"GGUF" + bytes(3_000_000)}
     hub.repos["org/in-gguf"] = {"main": {**gguf, **big, **junk}}

@@ -11,7 +11,6 @@ from mlx_lm import load as stock_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
@@ -105,7 +104,7 @@ def test_round_trip_mlx_peft_mlx_is_exact(base, library, tmp_path):
         name, path = source.name, source.path
         first = read_adapter(path, base.module_shapes)
         first.save(tmp_path / "mlx" / name, base.n_layers)
-        save_peft(load_adapter(tmp_path / "mlx" / name), tmp_path / "peft" / name)
+        save_peft(read_adapter(tmp_path / "mlx" / name), tmp_path / "peft" / name)
         again = read_adapter(tmp_path / "peft" / name, base.module_shapes)
         assert again.digest == first.digest
         assert again.base == first.base
@@ -129,7 +128,7 @@ def test_peft_reads_what_we_export(base, torch_base, library, tmp_path):
     again = read_adapter(tmp_path / name, base.module_shapes)
     assert _ours(base, again, examples) == pytest.approx(theirs, abs=1e-4)
     mixed.save(tmp_path / "mlx", base.n_layers)
-    assert _ours(base, load_adapter(tmp_path / "mlx"), examples) == pytest.approx(theirs, abs=1e-4)
+    assert _ours(base, read_adapter(tmp_path / "mlx"), examples) == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_what_peft_saves_is_converted_exactly(options, tmp_path):
     adapter = read_adapter(tmp_path / "tiny", shapes)
     assert sorted(adapter.modules) == sorted(expected)
     adapter.save(tmp_path / "mlx", n_layers=2)
-    for converted in (adapter, load_adapter(tmp_path / "mlx")):
+    for converted in (adapter, read_adapter(tmp_path / "mlx")):
         for path, delta in expected.items():
             np.testing.assert_allclose(converted.modules[path].delta(), delta, rtol=2e-6, atol=1e-6)
     saved = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())

@@ -10,8 +10,9 @@ from helpers.full import no_room
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, load_peft, save_peft
-from d2c_mlx.adapters.tensor_file import open_tensors, read_header, read_tensors
+from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, save_peft
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.tensor_file import open_tensors, read_tensors
 from d2c_mlx.utils.errors import AdapterError, PackError
 from d2c_mlx.utils.parsing import parse_json
 
@@ -23,6 +24,11 @@ def write(path, header, body=bytes(4)):
     return path
 
 
+def header_of(path):
+    with open_tensors(path) as file:
+        return file.header
+
+
 def test_names_dtypes_shapes_metadata_and_single_tensors(tmp_path):
     path = tmp_path / "one.safetensors"
     tensors = {"a": np.ones((2, 3), np.float16), "b": np.arange(4, dtype=np.float32)}
@@ -31,7 +37,6 @@ def test_names_dtypes_shapes_metadata_and_single_tensors(tmp_path):
         assert file.header == {"a": ("F16", (2, 3)), "b": ("F32", (4,))}
         assert file.metadata == {"what": "two"}
         assert np.array_equal(file.handle.get_tensor("b"), tensors["b"])
-    assert read_header(path) == file.header
     save_file(tensors, path)
     with open_tensors(path) as file:
         assert file.metadata == {}
@@ -42,7 +47,7 @@ def test_what_is_saved_for_peft_has_every_bit(tmp_path, dtype):
     """A full disk is an error of the system; MLX alone has another, without a reason."""
     adapter = adapter_of("one", dtype=dtype)
     save_peft(adapter, tmp_path / "peft")
-    assert load_peft(tmp_path / "peft").digest == adapter.digest
+    assert read_adapter(tmp_path / "peft").digest == adapter.digest
     size = (tmp_path / "peft" / PEFT_WEIGHTS).stat().st_size
     for nbytes in (0, 1_000, size - 1):
         with pytest.raises(OSError, match="File too large"), no_room(nbytes):
@@ -54,7 +59,7 @@ def test_two_tensors_of_one_name(tmp_path):
     path = write(tmp_path / "twice.safetensors", f'{{"a":{ENTRY},"a":{ENTRY}}}')
     with safe_open(path, framework="numpy") as file:
         assert list(file.keys()) == ["a"]
-    for read in (read_header, read_tensors):
+    for read in (header_of, read_tensors):
         with pytest.raises(AdapterError, match="the key 'a' is there twice"):
             read(path)
     with pytest.raises(PackError, match="copy it again"), open_tensors(path, PackError):
@@ -76,7 +81,7 @@ def test_two_tensors_of_one_name(tmp_path):
 )
 def test_a_header_that_does_not_fit_its_file(tmp_path, header, body):
     path = write(tmp_path / "bad.safetensors", header, body)
-    for read in (read_header, read_tensors):
+    for read in (header_of, read_tensors):
         with pytest.raises(AdapterError, match="truncated or not a safetensors file") as caught:
             read(path)
         (line,) = caught.value.problems
@@ -88,9 +93,9 @@ def test_a_length_beyond_the_file(tmp_path):
     for length in (0, 1, 1 << 40, (1 << 64) - 1):
         path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
         with pytest.raises(AdapterError, match="copy it again"):
-            read_header(path)
+            header_of(path)
     with pytest.raises(AdapterError, match="missing"):
-        read_header(tmp_path / "none.safetensors")
+        header_of(tmp_path / "none.safetensors")
 
 
 @pytest.mark.slow

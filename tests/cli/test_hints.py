@@ -6,7 +6,7 @@ import pytest
 from helpers.command import NAMES
 from helpers.tiny import task
 
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import AdapterError, InputWarning
 
@@ -69,7 +69,7 @@ def test_rows_as_mlx_lm_has_them(cli, lib):
 
 def test_peft_s_layout_in_place_of_mlx_lm_s(lib):
     with pytest.raises(AdapterError, match=r"PEFT's layout, expected mlx-lm's; use d2c_mlx.read"):
-        load_adapter(str(lib.adapters / "beta"))
+        read_adapter(str(lib.adapters / "beta"))
 
 
 def test_bad_adapters_are_left_out_if_asked(cli, lib):

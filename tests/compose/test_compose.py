@@ -8,7 +8,7 @@ from helpers.command import store_in_full
 from helpers.served import client, serving
 from helpers.tiny import task, write_jsonl
 
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.serve.adapters import Adapters
@@ -46,13 +46,13 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     said = (" is as good: within one standard error", " is better: by ")
     assert sum(map(out.count, said)) == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
-    written = load_adapter(tmp_path / "made" / "new")
+    written = read_adapter(tmp_path / "made" / "new")
     # Another time: what was trained is not trained again, the bytes are the same.
     code, out, err = command(*made, "--json")
     assert code == 0 and json.loads(out)["candidates"].keys() == {
         "base", "best", "retrieve", "fresh"
     }  # fmt: skip
-    assert load_adapter(tmp_path / "made" / "new").digest == written.digest
+    assert read_adapter(tmp_path / "made" / "new").digest == written.digest
     code, out, _ = command("add", pack, tmp_path / "made" / "new", "--model", paths.model,
                            "--budget", 3)  # fmt: skip
     assert code == 0 and "new: an adapter of its own" in out
@@ -123,7 +123,7 @@ def test_in_the_adapters_folder_what_was_made_before_is_not_mixed_in(
     for _ in range(2):
         code, out, err = command(*made, "--json")
         assert code == 0 and json.loads(out)["library"] == ["a", "b", "c"], err
-        digests.append(load_adapter(folder / "new").digest)
+        digests.append(read_adapter(folder / "new").digest)
     assert digests[0] == digests[1]
     alone = argv(**{"from": folder / "new"}, output=folder / "new")
     assert "no adapter but the output itself" in command(*alone)[2]

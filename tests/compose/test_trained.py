@@ -10,7 +10,6 @@ from mlx_lm import load as stock_load
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.adamix import adamix_gradient, train_adamix
 from d2c_mlx.compose.calibration import calibrate, fold
@@ -179,7 +178,7 @@ def test_an_adapter_bias_is_written_as_a_lora(command, paths, tiny_base, bias, t
     code, _, err = command("convert", "--adapters", directory.parent, "--model", paths.model,
                            "--output", tmp_path / "run")  # fmt: skip
     assert code == 0, err
-    written = load_adapter(tmp_path / "run" / "shifted")
+    written = read_adapter(tmp_path / "run" / "shifted")
     read = read_adapter(directory, tiny_base.module_shapes)
     for path, lora in read.modules.items():
         np.testing.assert_array_equal(dense(written.modules[path]), dense(lora))

@@ -14,7 +14,8 @@ from helpers.loras import lora_of
 from helpers.tiny import ALL, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_format import read_gguf_lora, save_gguf
+from d2c_mlx.adapters.gguf_format import read_gguf as read_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.gguf_form import gguf_of, gguf_store
 from d2c_mlx.compress.quantize import compress
 
@@ -67,7 +68,7 @@ def test_a_planned_form_is_what_the_reader_gets(tmp_path, config, bits, most, ra
     modules = {m: ((min(rank, *ALL[m]), bits),) for m in ALL}
     form = gguf_store(adapter, modules).scaled(1.7)
     save_gguf(form, tmp_path / "x.gguf", config)
-    again = read_gguf_lora(tmp_path / "x.gguf", ALL, config)
+    again = read_lora(tmp_path / "x.gguf", ALL, config)
     _, deltas = read_gguf(tmp_path / "x.gguf")
     for module, lora in form.adapter().modules.items():
         n = modules[module][0][0]

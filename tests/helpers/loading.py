@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.serve.adapters import Adapters
 from helpers.adapters import ADAPTERS
@@ -54,7 +54,7 @@ def changing(pack, library, memory=None, base=None, **options):
 
 
 def read(library, name):
-    return load_adapter(library / name)
+    return read_adapter(library / name)
 
 
 def ask(server, name, prompt="the fox", n=N, **options):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.budget import parse_budget
@@ -197,7 +197,7 @@ def gguf(shared, root):
 def gguf_adapter(shared, root):
     """A LoRA in GGUF."""
     path = root / "x.gguf"
-    save_gguf_lora(shared.adapters[0], path, shared.base.config)
+    save_gguf(shared.adapters[0], path, shared.base.config)
     content = path.read_bytes()
 
     def check(data):

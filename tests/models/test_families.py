@@ -22,8 +22,7 @@ from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
 
 from d2c_mlx.adapters.checks import BaseWeights
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
@@ -137,7 +136,7 @@ def test_cell(root, bases, family, feature, tmp_path):
     assert all(np.array_equal(before[key], after[key]) for key in before)
     again = read_adapter(tmp_path / "peft", base.module_shapes)
     assert again.digest == adapter.digest
-    stored = load_adapter(tmp_path / "mlx")
+    stored = read_adapter(tmp_path / "mlx")
     for path, lora in adapter.modules.items():
         np.testing.assert_allclose(stored.modules[path].delta(), lora.delta(), rtol=1e-5, atol=1e-6)
     found[family, feature] = "exact"
@@ -152,7 +151,7 @@ def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
     base = bases[family]
     config = json.loads((base.path / "config.json").read_text())
     adapter = read_adapter(root / family / "all linear", base.module_shapes)
-    save_gguf_lora(adapter, tmp_path / "x.gguf", config)
+    save_gguf(adapter, tmp_path / "x.gguf", config)
     _, deltas = read_gguf(tmp_path / "x.gguf")
     assert {name.split(".")[2] for name in deltas} == set(known["tensors"])
     assert len(deltas) == len(adapter.modules)
@@ -224,7 +223,7 @@ def falcon(tmp_path):
     peft_adapter(tmp_path, "peft", targets=("self_attn.o_proj",))
     adapter = read_adapter(tmp_path / "peft", ALL)
     adapter.save(tmp_path / "mlx" / "one", 2)
-    save_gguf_lora(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
+    save_gguf(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "one.gguf", tmp_path / "folder")
     return tmp_path, BaseModel(str(tmp_path / "model"))

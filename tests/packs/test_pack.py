@@ -13,7 +13,6 @@ from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS, library
 from mlx_lm import load as stock_load
 
-from d2c_mlx.adapters.mlx_format import load_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.affine import BITS
 from d2c_mlx.compress.compact_file import read_index
@@ -103,7 +102,7 @@ def test_a_plain_pack_holds_every_bit_where_mlx_lm_looks(write):
     assert load_pack(pack.path) == pack
     assert pack.nbytes == sum(a.nbytes(LAYERS) for a in (ADAPTERS[0], pack.load("two")))
     loaded = pack.load("c")
-    assert loaded.digest == ADAPTERS[0].digest == load_adapter(pack.path / "cluster-0").digest
+    assert loaded.digest == ADAPTERS[0].digest == read_adapter(pack.path / "cluster-0").digest
     assert loaded.base == "tiny/llama"
     for path, lora in ADAPTERS[0].modules.items():
         same = loaded.modules[path]
@@ -191,7 +190,7 @@ def test_plain_adapters_of_a_compact_pack(tmp_path, compact):
     names = {".d2c-mlx.json", "cluster-0", "cluster-1", "tasks.json"}
     assert {path.name for path in output.iterdir()} == names
     for task in ("one", "two"):
-        assert load_adapter(output / tasks[task]).digest == compact.load(task).digest
+        assert read_adapter(output / tasks[task]).digest == compact.load(task).digest
         config = json.loads((output / tasks[task] / "adapter_config.json").read_text())
         assert config["num_layers"] == LAYERS
         assert config["base_model_name_or_path"] == "tiny/llama"

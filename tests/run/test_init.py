@@ -21,7 +21,7 @@ from helpers.tiny import (
 )
 from safetensors.numpy import save_file
 
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
@@ -170,9 +170,7 @@ def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
             (path / "adapter_config.json").write_text("{}")
             (path / "adapter_model.bin").write_bytes(b"")
         else:
-            save_gguf_lora(
-                adapter, path / ("x.gguf" if path.name == "a" else "X.GGUF"), base.config
-            )
+            save_gguf(adapter, path / ("x.gguf" if path.name == "a" else "X.GGUF"), base.config)
     n = sum(path.stat().st_size for path in (project / "adapters").rglob("*.[gG]*"))
     code, out, _ = command("init", "adapters")
     assert code == 0 and f"3 adapters in adapters, {size(n)}" in out

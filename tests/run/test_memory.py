@@ -12,8 +12,7 @@ from helpers.loras import lora_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.peft_format import load_peft
-from d2c_mlx.adapters.reading import left_in_file
+from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.quantize import compress
@@ -67,7 +66,7 @@ def test_more_adapters_take_no_more_memory(tmp_path, method):
 
 def test_an_adapter_in_its_file_is_the_same(tmp_path):
     path = peft_adapter(tmp_path, "a", targets=tuple(SHAPES))
-    adapter = load_peft(path)
+    adapter = read_adapter(path)
     for kept in (left_in_file(adapter, path), Spool().put(adapter)):
         assert (kept.digest, kept.rank, len(kept.modules)) == (
             adapter.digest,

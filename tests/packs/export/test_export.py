@@ -19,8 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_format import save_gguf_lora
-from d2c_mlx.adapters.mlx_format import load_adapter
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.export import export, verify
@@ -79,7 +78,7 @@ def test_a_model_that_is_given_is_the_packs_own(pack, model, tmp_path):
 def test_gguf_of_any_dtype_ranks_and_scales(tmp_path, model, dtype, mixed):
     adapter = adapter_of("one", dtype=dtype, mixed=mixed)
     path = tmp_path / "one.gguf"
-    save_gguf_lora(adapter, path, json.loads((model / "config.json").read_text()))
+    save_gguf(adapter, path, json.loads((model / "config.json").read_text()))
     _, deltas = read_gguf(path)
     for module, lora in adapter.modules.items():
         expected = in_llama_rows(module, lora.delta())
@@ -239,4 +238,4 @@ def test_the_command(compact, model, tmp_path):
     tasks = json.loads(invoke("--to", "peft", "--output", out, "--json"))
     assert tasks["two"] == "cluster-1" and tasks["lost"] is None
     invoke("--to", "mlx", "--output", out)
-    assert load_adapter(tmp_path / "out" / "cluster-1").digest == compact.load("two").digest
+    assert read_adapter(tmp_path / "out" / "cluster-1").digest == compact.load("two").digest
