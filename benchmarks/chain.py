@@ -36,7 +36,7 @@ def measure(config, directory):
         export(pack, to, directory / f"{config.budget}-{to}", config.model)
     each = {name: pack.load(name) for name in session.inputs.names}
     methods = {**ends(session), "pack": BenchMethod(pack.nbytes, [each])}
-    benched = bench_methods(session.evaluator, methods, session.inputs.tests)
+    benched = bench_methods(session.scorer, methods, session.inputs.tests)
     losses = {name: one["loss"] for name, one in benched.items()}
     return {
         "budget": config.budget, "nbytes": pack.nbytes, "seconds": seconds, "losses": losses,

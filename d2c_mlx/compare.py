@@ -196,7 +196,7 @@ class Comparison:
         session = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
         pack, tests = load_pack(session.path("pack")), session.inputs.tests
         serves = {test.task: pack.load(test.task) for test in tests}
-        found = row_losses(session.evaluator, serves, tests)
+        found = row_losses(session.scorer, serves, tests)
         rows = {task: losses.tolist() for task, losses in found.items()}
         write_json(self._rows_file(entry), {"of": _measured(entry), "rows": rows})
         return found

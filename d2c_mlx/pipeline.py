@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.estimated_search import cluster_by_weights
 from d2c_mlx.cluster.measured_search import search_by_estimates
@@ -30,8 +29,9 @@ from d2c_mlx.cluster.partition import (
     random_partition,
 )
 from d2c_mlx.evaluate.distributed import leading_rank
-from d2c_mlx.evaluate.loss_table import measure_losses
-from d2c_mlx.merge.methods import scaled
+from d2c_mlx.merge.library import measure_losses
+from d2c_mlx.merge.merging import merge as merge_members
+from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.phone.result import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
@@ -130,16 +130,12 @@ def probe(session: Session) -> Stage:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
     inputs = session.inputs
 
-    def weaker(adapter: Adapter, strength: float) -> Adapter:
-        return scaled(adapter, strength).uniform(inputs.base.dtype)
-
     def body() -> None:
-        weakened = {one: [adapter.changed(partial(weaker, strength=one))
-                          for adapter in session.adapters] for one in STRENGTHS}  # fmt: skip
-        table = measure_losses(session.evaluator, session.adapters, inputs.probes, weakened)
+        table = measure_losses(session.library)
         # For the report; four digits, so that no machine's rounding shows.
         cosines = session.library.similarity.round(4).tolist()
         write_json(session.path("losses.json"), {**table.to_json(), "similarity": cosines})
+        vars(session).pop("library")  # It has no losses yet.
 
     options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
     return Stage("probe", options, ["adapters"], ["losses.json"], body)
@@ -181,7 +177,7 @@ def cluster(session: Session) -> Stage:
     plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
 
     def body() -> None:
-        problem = session.study.problem
+        problem = problem_of(session.library, c.merging)
         labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
         if labels:
             stopped = c.search if plugin else "given"
@@ -211,7 +207,7 @@ def cluster(session: Session) -> Stage:
         write_json(session.path("clusters.json"), content)
 
     # Merge methods that cluster alike share one clustering, so it is not made again.
-    quick = session.study.merger.quick_method
+    quick = quick_method_of(session.library, c.merging)
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k,
                _merge_options(c, quick), c.search]  # fmt: skip
     options += [given] if given else [plugin.identity] if plugin else []
@@ -220,28 +216,28 @@ def cluster(session: Session) -> Stage:
 
 def merge(session: Session) -> Stage:
     """Merge each D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
-    inputs = session.inputs
+    inputs, options = session.inputs, session.config.merging
 
     def body() -> None:
         (clustering,) = clusterings(session)["d2c"]
         if "layerwise" in session.unused:
             warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
-                f" are merged by {session.study.merger.method} instead of layerwise"
+                f" are merged by {method_of(session.library, options)} instead of layerwise"
             )
         merges = []
         with write_dir(session.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
-                merged = session.study.merger.final(members)
+                merged = merge_members(session.library, members, options)
                 merged.adapter.save(directory / str(k), inputs.base.n_layers)
                 names = [inputs.names[i] for i in members]
                 merges.append({"members": names, "method": merged.method, "scale": merged.scale})
             mark(directory, "run")
         write_json(session.path("merges.json"), merges)
 
-    options = [inputs.base.fingerprint, _merge_options(session.config)]
+    key = [inputs.base.fingerprint, _merge_options(session.config)]
     reads = ["adapters", *_losses(session.config), *_answers(session.config), "clusters.json"]
-    return Stage("merge", options, reads, ["merged", "merges.json"], body)
+    return Stage("merge", key, reads, ["merged", "merges.json"], body)
 
 
 def refine(session: Session) -> Stage:

@@ -30,10 +30,10 @@ from d2c_mlx.compose.methods import AUTO, METHODS, Method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.serve.router import prompt_states, router_from_states
@@ -91,13 +91,13 @@ def composed(task, rows, names):
     return made, scores, seconds
 
 
-def judge(evaluator, judged, tests, rows, answered):
+def judge(scorer, judged, tests, rows, answered):
     """Loss on held-out rows of every adapter, and scores of the answers of some to `rows`."""
     losses = dict(zip(judged, np.concatenate(
-        evaluator.losses([(one, [tests]) for one in judged.values()]))))  # fmt: skip
+        scorer.losses([(one, [tests]) for one in judged.values()]))))  # fmt: skip
     methods = {key: BenchMethod(0, [{tests.task: one}]) for key, one in judged.items()
                if rows and key in answered}  # fmt: skip
-    answers = answer_rows(evaluator.runner.base, methods, [(rows, tests)] if rows else [])
+    answers = answer_rows(scorer.engine.base, methods, [(rows, tests)] if rows else [])
     found = answer_metrics(answers, list(methods))
     return {key: {"loss": losses[key], **scores(found.get(key, {}))} for key in judged}
 
@@ -107,9 +107,9 @@ def scores(metrics):
     return {key: metrics.get(key) for key in ("chrf", "exact_match")}
 
 
-def measure(evaluator, adapters, states, name, draw, options):
+def measure(scorer, adapters, states, name, draw, options):
     """The row of one task and draw."""
-    base = evaluator.runner.base
+    base = scorer.engine.base
     read = load_task(options.library / "tasks" / name)
     rows = base.encode(name, read.probe[draw * N_ROWS : (draw + 1) * N_ROWS])
     tests = base.encode(name, read.test[: options.tests])
@@ -117,14 +117,14 @@ def measure(evaluator, adapters, states, name, draw, options):
     new = prompt_states(base.model, prompts_of(rows), base.n_layers // 2 + 1)
     near = similarity(states, name, new)
     library = [one for one in adapters if one.name != name]
-    task = NewTask(name, base, evaluator, library, near, kept=Kept(cache_directory() / "trained"))
+    task = NewTask(name, base, scorer, library, near, kept=Kept(cache_directory() / "trained"))
     made, expected, seconds = composed(task, rows, options.methods)
     auto = [key for key in options.methods if key in AUTO]
     chosen = choose({key: expected[key] for key in auto})
     (real,) = [one for one in adapters if one.name == name]
     judged = {"base": None, "real": real, **made}
     answered = {"base", "real", "best", "fresh", chosen} & judged.keys()
-    parts = judge(evaluator, judged, tests, read.test[: options.answers], answered)
+    parts = judge(scorer, judged, tests, read.test[: options.answers], answered)
     for part in parts.values():
         part["excess"] = part["loss"] - parts["real"]["loss"]
     for key in made:
@@ -151,13 +151,13 @@ def main():
     base, adapters, _, sets = load_library(options.library, N_ROWS)
     states = {one.task: prompt_states(base.model, prompts_of(one), base.n_layers // 2 + 1)
               for one in sets}  # fmt: skip
-    evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
+    scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for draw in map(int, options.draws.split(",")):
         for name in options.tasks.split(","):
             there = [row for row in found["rows"] if (row["task"], row["draw"]) == (name, draw)]
             if there and set(options.methods) <= there[0]["methods"].keys():
                 continue
-            row = measure(evaluator, adapters, states, name, draw, options)
+            row = measure(scorer, adapters, states, name, draw, options)
             rows = [one for one in found["rows"] if one not in there]
             found = {"machine": machine(), "rows": [*rows, row]}
             write_json(options.output, found)

@@ -32,10 +32,10 @@ from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_json
@@ -137,11 +137,11 @@ JOBS = {
 }  # fmt: skip
 
 
-def measure(evaluator, adapters, job, language, options):
+def measure(scorer, adapters, job, language, options):
     """Name -> loss and scores of every method, for each number of rows."""
-    base, named = evaluator.runner.base, {one.name: one for one in adapters}
+    base, named = scorer.engine.base, {one.name: one for one in adapters}
     pair = [named[f"{kind}-{language}"] for kind in job.kinds]
-    task = NewTask("joint", base, evaluator, pair, kept=Kept(cache_directory() / "trained"))
+    task = NewTask("joint", base, scorer, pair, kept=Kept(cache_directory() / "trained"))
     learned, held = job.rows(options.library, language)
     rows, held = base.encode("joint", learned[: options.n_rows]), held[: options.tests]
     judged = {
@@ -152,7 +152,7 @@ def measure(evaluator, adapters, job, language, options):
     }
     for name, (method, choice) in TRAINED.items():
         judged[name] = METHODS[method].make(task, rows, choice).uniform(base.dtype)
-    parts = judge(evaluator, judged, base.encode("joint", held), held, judged)
+    parts = judge(scorer, judged, base.encode("joint", held), held, judged)
     asked = [prompt_and_expected(row) for row in held]
     said = job.passes(base, *pair, language, [one["prompt"] for one in asked])
     found = [{**one, "said": text} for one, text in zip(asked, said)]
@@ -170,14 +170,14 @@ def main():
     options = parser.parse_args()
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     base, adapters, _, _ = load_library(options.library, 1)
-    evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
+    scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for n_rows in map(int, options.rows.split(",")):
         options.n_rows = n_rows
         for language in options.languages.split(","):
             row = {"job": options.job, "language": language, "rows": n_rows}
             if any(row.items() <= one.items() for one in found["rows"]):
                 continue
-            methods = measure(evaluator, adapters, JOBS[options.job], language, options)
+            methods = measure(scorer, adapters, JOBS[options.job], language, options)
             found = {"machine": machine(), "rows": [*found["rows"], {**row, "methods": methods}]}
             write_json(options.output, found)
             print(*row.values(), "rows", flush=True)

@@ -54,7 +54,7 @@ def judged(session, stored):
         **ends(session),
         "it": BenchMethod(stored.nbytes, [stored.serves]),
     }
-    found = bench_methods(session.evaluator, methods, session.inputs.tests)["it"]
+    found = bench_methods(session.scorer, methods, session.inputs.tests)["it"]
     kept = {key: found[key] for key in ("excess", "retention")}
     return kept | stored.about | {"follows": follows(stored.about["clusters"])}
 
@@ -63,7 +63,7 @@ def agreement(session, stored):
     """Which cluster serves a task best: by its probes, and by its test rows."""
     adapters = list({one.digest: one for one in stored.serves.values()}.values())
     table, held_out = (
-        np.stack(session.evaluator.losses([(one, sets) for one in adapters]), axis=1)
+        np.stack(session.scorer.losses([(one, sets) for one in adapters]), axis=1)
         for sets in (session.inputs.probes, session.inputs.tests)
     )
     chosen, best, rows = (

@@ -53,7 +53,7 @@ def in_hindsight(session, candidates):
         (None, session.inputs.tests),
         *((one, [test]) for one, test in zip(session.adapters, session.inputs.tests)),
     ]
-    base, *own = session.evaluator.losses(jobs)
+    base, *own = session.scorer.losses(jobs)
     own = np.concatenate(own)
     found = []
     for one in candidates:
@@ -61,7 +61,7 @@ def in_hindsight(session, candidates):
         losses = base[members]
         if one.family != "base":
             adapter = one.load().adapter(session.inputs.base.dtype)
-            (losses,) = session.evaluator.losses_in_parts(
+            (losses,) = session.scorer.losses_in_parts(
                 [(adapter, [session.inputs.tests[i] for i in members])]
             )
         regret = (losses - own[members]) / (base[members] - own[members])
@@ -77,7 +77,7 @@ def judge(session, adapters, serves, nbytes):
         **ends(session),
         "plan": BenchMethod(nbytes, [served]),
     }
-    benched = bench_methods(session.evaluator, methods, session.inputs.tests)["plan"]
+    benched = bench_methods(session.scorer, methods, session.inputs.tests)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
     share = nbytes / session.inputs.capacity.total
     keys = ("nbytes", "excess", "retention")
@@ -131,9 +131,9 @@ def rows_of(session, name, budgets, rooms, candidates):
 
 def measured(session, rooms):
     """The candidates for all budgets, and what they cost."""
-    before, started = replace(session.evaluator.counts), time.perf_counter()
+    before, started = session.scorer.counts, time.perf_counter()
     candidates = session.planner.measure(rooms)
-    counts = session.evaluator.counts
+    counts = session.scorer.counts
     every = sum(
         len(FINE_SCALES) * len(session.inputs.probes[i].parts)
         for one in candidates if one.family != "base" for i in one.members

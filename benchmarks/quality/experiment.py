@@ -39,7 +39,6 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import hash_tree, write_json, write_text
-from d2c_mlx.utils.progress import progress_bar
 
 SETTINGS = "settings.json"
 CEILING, FLOOR = "individual", "base"
@@ -77,7 +76,7 @@ class Judge:
     def row(self, stored: Stored) -> dict[str, object]:
         """`tasks`: task -> loss, score, and of every test row what the score is made of."""
         losses = method_losses(
-            self._session.evaluator, BenchMethod(0, [stored.serves]), self._session.inputs.tests
+            self._session.scorer, BenchMethod(0, [stored.serves]), self._session.inputs.tests
         )
         answers = self._answers.serving(stored.serves)
         tasks = {}
@@ -189,7 +188,7 @@ def measure_seed(options, seed, wanted):
     began = time.perf_counter()
     for done, (budget, method, draw) in enumerate(wanted, 1):
         started = time.perf_counter()
-        with progress_bar(f"{method}, {budget}%") as session.evaluator.meter:
+        with session.scorer.progress.section(f"{method}, {budget}%"):
             if METHODS[method] is None:
                 stored = plans.stored(method, rooms[budget])
             else:

@@ -19,6 +19,7 @@ from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.utils.line_search import line_search
 
 
@@ -38,7 +39,7 @@ def rank_alone(session):
     widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
         for i, adapter in enumerate(session.adapters):
-            values = worth(svd_components(adapter), [session.study.module_gains[i]])
+            values = worth(svd_components(adapter), [session.library.module_gains[i]])
             levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
             found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
@@ -129,7 +130,7 @@ def shared_private(session, room):
         What serves the tasks, in their order, its bytes, the number of merges and the mean regret
         on the probes.
     """
-    estimates = MergeEstimates(session.study.problem.fading, session.study.problem.similarity)
+    estimates = MergeEstimates(session.library.fading, session.library.similarity)
     n, found = len(session.adapters), []
     for k in sorted({max(1, n // divisor) for divisor in DIVISORS}):
         groups = groups_of(estimated_partition(estimates, k))
@@ -154,8 +155,8 @@ def shared(session, groups, nbytes):
     for members in groups:
         adapter = session.adapters[members[0]]
         if len(members) > 1:
-            adapter = session.study.merger.final(members).adapter
-        gains = [session.study.module_gains[i] for i in members]
+            adapter = merge(session.library.by_teacher, members, session.config.merging).adapter
+        gains = [session.library.module_gains[i] for i in members]
         levels = storage.allocate(worth(svd_components(adapter), gains), nbytes)
         found.append(forms.measure(Form(members, adapter, levels, "merged")))
     return found
@@ -163,19 +164,19 @@ def shared(session, groups, nbytes):
 
 def private(session, unit, i, nbytes):
     """Task, what serves it, and its regret: the stored merge and what task i adds to it."""
-    regrets, dtype = session.study.teacher_regret, session.inputs.base.dtype
+    regrets, dtype = session.library.by_teacher, session.inputs.base.dtype
     merge = unit.load()
     rest = total([session.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
     parts = svd_components(rest)
     storage = session.inputs.capacity.storage
-    levels = storage.allocate(worth(parts, [session.study.module_gains[i]]), nbytes)
+    levels = storage.allocate(worth(parts, [session.library.module_gains[i]]), nbytes)
     if not levels:
-        return i, Both(merge, None), float(regrets.under(merge.adapter(dtype), (i,)).sum())
+        return i, Both(merge, None), float(regrets.regrets(merge.adapter(dtype), (i,)).sum())
     small = storage.store(rest, levels, parts)
 
     def regret(scale):
         served = Both(merge, small.scaled(scale)).adapter(dtype)
-        return float(regrets.under(served, (i,)).sum())
+        return float(regrets.regrets(served, (i,)).sum())
 
     scale, lowest = line_search(regret, PRIVATE_SCALES, 1.0)
     return i, Both(merge, small.scaled(scale)), lowest

@@ -16,6 +16,7 @@ from d2c_mlx.cluster.measured_search import search_by_estimates
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.merge.merging import merge, problem_of
 from d2c_mlx.merge.methods import merge_adapters
 
 # Methods that are drawn several times: partitions, and orders in which adapters arrive.
@@ -91,15 +92,12 @@ def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:
 def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Stored:
     """The merges of the clusters that a function like those in `METHODS` finds."""
     k, rank = slots_of(session, nbytes, 1 if partition is all_in_one else None)
-    # Tuned by the answers in the rows, whatever the run's budget is.
-    study = replace(session.study, by_teacher=False)
-    merger = study.merger_with(replace(study.options, method=merge_method, rank=rank))
-    problem = replace(
-        study.problem, merge=lambda members, like=(): merger.quick(members, like).adapter
-    )
+    library = session.library
+    merging = replace(session.config.merging, method=merge_method, rank=rank)
+    problem = problem_of(library, merging)
     # With one cluster there is nothing to choose.
     clustering = partition(problem, session.adapters, k, seed) if k > 1 else merge_all(problem.n)
-    merges = [merger.final(members) for members in clustering.groups]
+    merges = [merge(library, members, merging) for members in clustering.groups]
     adapters = [
         # An adapter that is alone may take no more than a merge does.
         merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(session.inputs.base.dtype)

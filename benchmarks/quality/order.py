@@ -80,7 +80,7 @@ def main():
         session = run(config, until="convert", quiet=True)
         plain = ends(session)
         probes = {one.task: one for one in session.inputs.probes}
-        judge = Judge(session.inputs.base, session.evaluator, probes) if options.probes else None
+        judge = Judge(session.inputs.base, session.scorer, probes) if options.probes else None
         budgets = {"slots": options.slots, "bytes": options.budget}
         for seed in range(options.orders):
             order = random.Random(seed).sample(session.inputs.names, len(session.inputs.names))
@@ -91,7 +91,7 @@ def main():
                 if any(about.items() <= row.items() for row in found["rows"]):
                     continue
                 methods = {**plain, "pack": grown(session, kind, budget, order, judge)}
-                judged = bench_methods(session.evaluator, methods, session.inputs.tests)["pack"]
+                judged = bench_methods(session.scorer, methods, session.inputs.tests)["pack"]
                 keys = ("nbytes", "excess", "retention")
                 row = about | {key: judged[key] for key in keys} | {"order": order}
                 found = {"machine": machine(), "rows": [*found["rows"], row]}

@@ -22,9 +22,11 @@ from benchmarks.common import ends, slug
 from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.similarity import svd_features
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import METHODS
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -95,8 +97,7 @@ def probes_of(library, seed, n_examples, directory):
 def served(session, clustering, changes):
     """The adapter of every task when the clusters are merged with other options; and the scales."""
     config = session.config.replace(**{**PLAIN, **changes})
-    merger = session.study.merger_with(config.merging)
-    merges = [merger.final(members) for members in clustering.groups]
+    merges = [merge(session.library, members, config.merging) for members in clustering.groups]
     adapters = {session.inputs.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}
     return adapters, [[one.method, one.scale] for one in merges]
 
@@ -137,7 +138,7 @@ def partitions(session, kind, results, options):
     if kind == "merge-all":
         return [merge_all(n)]
     if kind == "kmeans":
-        return [kmeans(session.study.problem.features, k, seed)]
+        return [kmeans(svd_features(session.library.similarity), k, seed)]
     return [Clustering("individual", tuple(range(n)))]
 
 
@@ -174,7 +175,7 @@ def measure(config, case, results, options):
         **ends(session),
         **{f"{i}": BenchMethod(0, [adapters]) for i, (adapters, _) in enumerate(found)},
     }
-    benched = bench_methods(session.evaluator, methods, session.inputs.tests)
+    benched = bench_methods(session.scorer, methods, session.inputs.tests)
     rows = [benched[f"{i}"] for i in range(len(found))]
     return {
         "excess": sum(one["excess"] for one in rows) / len(rows),
@@ -190,7 +191,7 @@ def measure(config, case, results, options):
         ],
         "probe_regret": [one.objective for one in clusterings],
         "merges": [merges for _, merges in found],
-        "asked_tokens": session.evaluator.counts.tokens,
+        "asked_tokens": session.scorer.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),
         "search": searched(session) if case in RUNS else None,
         "stages": stages(session, ("merge", "refine")),

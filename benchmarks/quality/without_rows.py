@@ -64,7 +64,7 @@ def measure(options, budget, directory):
         **ends(judge),
         "pack": BenchMethod(pack.nbytes, [{name: pack.load(name) for name in judge.inputs.names}]),
     }
-    found = bench_methods(judge.evaluator, methods, judge.inputs.tests)["pack"]
+    found = bench_methods(judge.scorer, methods, judge.inputs.tests)["pack"]
     losses = {name: one["loss"] for name, one in found.pop("tasks").items()}
     return {"budget": budget, "case": options.case, **found, "tasks": losses}
 

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks import command_line
 from benchmarks.common import load_library
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import load_task
@@ -105,7 +105,7 @@ def seconds(base, router, prompts):
 
 def routed_losses(base, pack, tests, found):
     """Mean over tasks of the loss under the routed adapters and under the labelled ones."""
-    evaluator = Evaluator(Engine(base))
+    scorer = Scorer(Engine(base))
     loaded = {task: pack.load(task) for task in pack.tasks}
     rows = []
     for test in tests:
@@ -113,9 +113,9 @@ def routed_losses(base, pack, tests, found):
         for task in sorted(set(found[test.task]), key=str):
             some = [x for x, t in zip(test.examples, found[test.task]) if t == task]
             part = ExampleSet(test.task, tuple(some))
-            ((loss,),) = evaluator.losses([(task and loaded[task], [part])])
+            ((loss,),) = scorer.losses([(task and loaded[task], [part])])
             nll += loss * part.n_targets
-        ((labelled,),) = evaluator.losses([(loaded[test.task], [test])])
+        ((labelled,),) = scorer.losses([(loaded[test.task], [test])])
         rows.append((nll / test.n_targets, labelled))
     return [float(x) for x in np.mean(rows, axis=0)]
 

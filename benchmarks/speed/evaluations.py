@@ -1,9 +1,9 @@
 """Evaluations that a full D2C asks for, and those that are done.
 
-An evaluation is one adapter (or merge) on the probe examples of one task.
-Asked for is what the loop asks when it remembers nothing: in every round of every start each
-cluster's line search (at each step the best scale so far and its neighbours, on the members' tasks)
-and each cluster's merge on all tasks.
+An evaluation is one adapter (or merge) on the probe examples of one task. Asked for is what the
+loop asks when it remembers nothing: in every round of every start each cluster's line search (at
+each step the best scale so far and its neighbours, on the members' tasks) and each cluster's merge
+on all tasks.
 Seconds include merging; the cache is cold, rows are tokenized and adapters loaded before.
 """
 
@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 from d2c_mlx.cluster.d2c import INITS, d2c
-from d2c_mlx.evaluate.evaluator import Counts
-from d2c_mlx.merge import merger
+from d2c_mlx.merge import merging
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.line_search import line_search
@@ -89,18 +88,19 @@ def measure(library, n_clusters, restarts, n_examples):
             probe_examples=n_examples, test_examples=1,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
-        counts = session.evaluator.counts = Counts()
-        counted = Counted(session.study.problem)
-        merger.line_search = counted.line_search
+        before = session.scorer.counts
+        counted = Counted(merging.problem_of(session.library, config.merging))
+        merging.line_search = counted.line_search
         try:
             started = time.perf_counter()
             found = d2c(counted.problem, n_clusters, init=INITS, restarts=restarts)
             seconds = time.perf_counter() - started
         finally:
-            merger.line_search = line_search
+            merging.line_search = line_search
             os.environ.pop("D2C_MLX_CACHE")
             if before is not None:
                 os.environ["D2C_MLX_CACHE"] = before
+    counts = session.scorer.counts.since(before)
     return {
         "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
         "d2c_examples": n_examples, "d2c_starts": found.starts,

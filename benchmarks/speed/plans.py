@@ -36,19 +36,19 @@ from d2c_mlx.utils.files import write_json
 
 def planned(session, budget, thorough):
     """One plan, and its row: its costs, and the losses of its pack."""
-    planner, counts = session.planner, session.evaluator.counts
+    planner, before = session.planner, session.scorer.counts
     room = session.inputs.capacity.room_of(parse_budget(budget))
-    before, tokens, started = counts.asked, counts.tokens, time.perf_counter()
+    started = time.perf_counter()
     plan = planner.plan(planner.measure([room]), room) if thorough else planner.search(room)
-    seconds = time.perf_counter() - started
+    seconds, counts = time.perf_counter() - started, session.scorer.counts.since(before)
     parts = len(session.inputs.probes[0].parts)
     nbytes = compact_nbytes(index_of(plan.adapters))
     return plan, {
         "case": "plan",
         "budget": budget,
         "thorough": thorough,
-        "evaluations": round((counts.asked - before) / parts),
-        "tokens": counts.tokens - tokens,
+        "evaluations": round(counts.asked / parts),
+        "tokens": counts.tokens,
         "seconds": round(seconds, 1),
         "candidates": plan.content["candidates"],
         "measured": plan.content["measured"],
@@ -120,9 +120,9 @@ def main():
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         session = run(config_of(options, Path(directory)), until="probe", quiet=True)
         started = time.perf_counter()
-        session.study.teacher_regret.under(None, [0])
+        session.library.by_teacher.regrets(None, [0])
         between = time.perf_counter()
-        assert session.study.module_gains
+        assert session.library.module_gains
         facts = {"examples": options.examples, "tests": options.tests, "machine": machine(),
                  "teacher_seconds": round(between - started, 1),
                  "gains_seconds": round(time.perf_counter() - between, 1)}  # fmt: skip

@@ -17,8 +17,6 @@ __all__ = ["INITS", "d2c"]
 INITS = ("adapters", "kmeans")
 # The loop ends after this many rounds without a new best.
 _STALE_ROUNDS = 2
-# Typical number of evaluations until the scale of a merge is found.
-_TUNINGS = 4
 
 
 def _single_adapters(problem: Problem, n_clusters: int, rng: np.random.Generator) -> np.ndarray:
@@ -127,10 +125,7 @@ def d2c(
         draws = draws[:1]
     found: list[Clustering] = []
     starts: list[dict[str, Any]] = []
-    for place, (kind, restart) in enumerate(draws):
-        # All tasks under every merge, of about one round.
-        times = (len(draws) - place) * (_TUNINGS + n_clusters)
-        problem.foresee([tuple(range(problem.n))] * times)
+    for kind, restart in draws:
         rng = np.random.default_rng([seed, restart, INITS.index(kind)])
         labels = _start(problem, n_clusters, kind, rng)
         best, objective, history, stopped = _refine(problem, labels, n_clusters, rounds, eps)
@@ -138,7 +133,6 @@ def d2c(
         starts.append(
             {"init": kind, "restart": restart, "objective": objective, "stopped": stopped}
         )
-    problem.foresee([])
     # Ties, up to rounding, go to the first.
     lowest = min(start["objective"] for start in starts)
     place = next(i for i, start in enumerate(starts) if start["objective"] <= lowest + 1e-12)

@@ -32,8 +32,6 @@ _TASKS_A_STEP, MOST_STEPS = 4, 8
 _BEYOND_LUCK = 0.3
 # Moves, and swaps, among which the most promising step is looked for.
 _LOOKED_AT = 16
-# Further evaluations, typically, until the scale of the first merge is found.
-_TUNINGS = 3
 
 
 def search_by_estimates(
@@ -61,7 +59,6 @@ def search_by_estimates(
     # K-Means puts alike adapters together, of which the estimates know least.
     proposal = kmeans(problem.features, n_clusters, seed).labels
     while True:
-        problem.foresee(found.ahead(proposal, MOST_FAILED - failed))
         objective = found.measure(groups_of(proposal)) / problem.n
         history.append({"objective": objective, "labels": list(proposal)})
         failed += 1
@@ -78,7 +75,6 @@ def search_by_estimates(
     while better := _measured_step(found, best, eps):
         best, lowest = better, found.cost(groups_of(better)) / problem.n
         history.append({"objective": lowest, "labels": list(best)})
-    problem.foresee([])
     return Clustering("d2c", best, lowest, history, seed, "estimates", "converged")
 
 
@@ -115,12 +111,6 @@ class _Measured:
         clusters = list(clusters)
         order = np.argsort([i for members in clusters for i in members])
         return np.concatenate([self._regrets_of(one) for one in clusters])[order]
-
-    def ahead(self, labels: Labels, proposals: int) -> list[Members]:
-        """Merges to measure: a partition, and of further proposals about the half that is new."""
-        new = self._unknown(groups_of(labels))
-        tunings = [] if self._regrets else new[:1] * _TUNINGS
-        return [*tunings, *new, *[tuple(range(len(labels)))] * (proposals // 2)]
 
     def _unknown(self, clusters: Iterable[Members]) -> list[Members]:
         new = [one for one in clusters if one not in self._regrets and len(one) > 1]

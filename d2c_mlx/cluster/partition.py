@@ -7,7 +7,7 @@ So a numpy table is enough to test them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,10 +80,6 @@ class Fading:
         return PchipInterpolator([0.0, *self.strengths, 1.0], known, axis=1)(strengths)
 
 
-def _ignored(merges: Sequence[Members]) -> None:
-    """Show no progress."""
-
-
 @dataclass(frozen=True)
 class Problem:
     """N tasks with one adapter each, and the callables that merge and measure them.
@@ -97,8 +93,6 @@ class Problem:
         features: `(n, d)` one row per adapter, for K-Means.
         fading: regrets under weakened task adapters, for estimates.
         similarity: `(n, n)` cosines of dW, for estimates.
-        foresee: takes the estimated work ahead, as the members of the merges to be measured. Each
-            call replaces the estimate before it.
     """
 
     merge: Merge
@@ -106,7 +100,6 @@ class Problem:
     features: np.ndarray
     fading: Fading
     similarity: np.ndarray
-    foresee: Callable[[Sequence[Members]], None] = _ignored
 
     @property
     def n(self) -> int:

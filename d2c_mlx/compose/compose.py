@@ -36,8 +36,8 @@ from d2c_mlx.compose.methods import AUTO, METHODS, Method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.compose.train import TrainOptions
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
@@ -57,7 +57,7 @@ from d2c_mlx.utils.errors import (
     warn,
 )
 from d2c_mlx.utils.files import write_dir, write_json
-from d2c_mlx.utils.progress import progress_bar
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["ABOUT", "ComposeOptions", "compose", "compose_adapter"]
 
@@ -130,11 +130,11 @@ def compose(
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
     library = _of_pack(pack) if pack else _read(base, sources)
     similarity = _similarity(base, library, encoded, pack, options)
-    evaluator = Evaluator(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
-    new = NewTask(rows.name, base, evaluator, library, similarity, TrainOptions(seed=options.seed),
+    cache, progress = LossCache(cache_directory() / "losses.sqlite"), Progress(not quiet)
+    scorer = Scorer(Engine(base), cache, progress)
+    new = NewTask(rows.name, base, scorer, library, similarity, TrainOptions(seed=options.seed),
                   Kept(cache_directory() / "trained"))  # fmt: skip
-    with progress_bar("compose", quiet) as bar:
-        evaluator.meter = bar
+    with progress.section("compose"):
         made, about = compose_adapter(new, encoded, options.method)
     about |= {"base": base.name, "seed": options.seed,
               "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
@@ -244,14 +244,12 @@ def compose_adapter(
     """
     methods = _compared(task, method)
     folds = split(rows, task.training.seed)
-    _foresee(task, methods, rows, len(folds))
     scores = cross_validate(task, methods, folds)
     chosen = choose(scores) if method == "auto" else method
     score = scores[chosen]
     assert score.choice is not None, "only the base model has none"
     made = METHODS[chosen].make(task, join(folds), score.choice)
     made = replace(made, name=task.name, base=made.base or task.library[0].base, origin=None)
-    task.evaluator.meter.foresee(0)
     return made.uniform(task.base.dtype), _about(task, rows, chosen, scores)
 
 
@@ -283,12 +281,3 @@ def _about(
         "library": [one.name for one in task.library], "candidates": candidates,
         "as_good": [name for name in others if as_good(scores[name], scores[chosen])],
     }  # fmt: skip
-
-
-def _foresee(task: NewTask, methods: dict[str, Method], rows: ExampleSet, n_folds: int) -> None:
-    """Tell the progress display about how much is to come."""
-    o, n = task.training, rows.n_tokens
-    step = 3 * n * min(o.rows, len(rows.examples)) // len(rows.examples)
-    trainings = sum(one.trainings for one in methods.values()) * (n_folds + 1)
-    grid = sum(len(one.choices or task.library) for one in methods.values())
-    task.evaluator.meter.foresee(n * (1 + grid) + trainings * o.steps * step)

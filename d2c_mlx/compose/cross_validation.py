@@ -78,7 +78,7 @@ def cross_validate(
         "base", and every name, in the order given -> its score.
     """
     n_targets = np.array([fold.n_targets for fold in folds])
-    ((base),) = task.evaluator.losses([(None, folds)])
+    ((base),) = task.scorer.losses([(None, folds)])
     found = {"base": Score(base, n_targets)}
     for name, method in methods.items():
         choices = range(len(task.library)) if method.choices is None else method.choices
@@ -86,7 +86,7 @@ def cross_validate(
         for k, fold in enumerate(folds):
             rest = join([*folds[:k], *folds[k + 1 :]])
             jobs += [(method.make(task, rest, choice), [fold]) for choice in choices]
-        losses = np.concatenate(task.evaluator.losses(jobs)).reshape(len(folds), -1)
+        losses = np.concatenate(task.scorer.losses(jobs)).reshape(len(folds), -1)
         sums = losses * n_targets[:, None]
         others = sums.sum(axis=0) - sums
         honest = losses[np.arange(len(folds)), others.argmin(axis=1)]

@@ -14,7 +14,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.mixing import mix
 from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.device import arithmetic
@@ -87,7 +87,7 @@ class NewTask:
     Attributes:
         name: name of the task, and of every adapter that is made for it.
         base: the base model.
-        evaluator: evaluates and caches losses on the base model.
+        scorer: evaluates and caches losses on the base model.
         library: the adapters to compose from, at least one.
         similarity: `(n,)` cosines of the new task's prompts with those of each adapter's tasks;
             None where the prompts of the library are not known.
@@ -97,7 +97,7 @@ class NewTask:
 
     name: str
     base: BaseModel
-    evaluator: Evaluator
+    scorer: Scorer
     library: Sequence[Adapter]
     similarity: np.ndarray | None = None
     training: TrainOptions = TrainOptions()
@@ -121,7 +121,7 @@ class NewTask:
             rows: evaluated in their parts, each of which is cached.
         """
         jobs = [(one, [rows]) for one in adapters]
-        return np.concatenate(self.evaluator.losses_in_parts(jobs))
+        return np.concatenate(self.scorer.losses_in_parts(jobs))
 
     def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray) -> Adapter:
         """The `mix` of adapters, of `rank`; the same arguments are mixed once."""
@@ -133,7 +133,7 @@ class NewTask:
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""
         return self.made("lora", [start], rows, lambda trainer: train_lora(
-            trainer.base, start, rows, trainer.options, trainer.meter))  # fmt: skip
+            trainer.base, start, rows, trainer.options, trainer.progress))  # fmt: skip
 
     def made(
         self, how: str, of: Sequence[Adapter], rows: ExampleSet,
@@ -151,7 +151,7 @@ class NewTask:
         options = replace(self.training, rate=rate or self.training.rate)
         parts = [how, self.base.fingerprint, [one.digest for one in of], rows.tokens_digest,
                  asdict(options)]  # fmt: skip
-        trainer = Trainer(self.base, options, self.evaluator.meter)
+        trainer = Trainer(self.base, options, self.scorer.progress)
         found = self.kept.get(parts, self.base.n_layers, lambda: make(trainer))
         return replace(found, name=self.name)
 

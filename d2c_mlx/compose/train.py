@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
-from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, descend, pull_back, turns
 from d2c_mlx.utils.blas import all_cores
+from d2c_mlx.utils.progress import Progress
 
 __all__ = [
     "TrainOptions",
@@ -88,12 +88,12 @@ class Trainer:
     Attributes:
         base: base model; an adapter stays attached.
         options: how to train.
-        meter: shows progress.
+        progress: shows progress.
     """
 
     base: BaseModel
     options: TrainOptions = TrainOptions()
-    meter: Meter = Silent()
+    progress: Progress = field(default_factory=Progress)
 
     def fit(
         self, start: Parameters, make: Callable[[Parameters], Factors], rows: ExampleSet
@@ -134,7 +134,7 @@ class Trainer:
         own = model.own_rows(rows)
         order = turns(own, o.rows, (o.seed,))
         cost = passes * _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
-        self.meter.expect(o.steps * cost)
+        self.progress.expect(o.steps * cost)
 
         def next_gradient(parameters: Parameters) -> Parameters:
             return gradient(model, parameters, next(order))
@@ -143,7 +143,7 @@ class Trainer:
         with all_cores():
             for step in descend(parameters, next_gradient, o.steps, o.rate):
                 trained = step
-                self.meter.advance(cost)
+                self.progress.advance(cost)
         return trained
 
 
@@ -152,7 +152,7 @@ def train_lora(
     start: Adapter,
     rows: ExampleSet,
     options: TrainOptions | None = None,
-    meter: Meter | None = None,
+    progress: Progress | None = None,
 ) -> Adapter:
     """Train an adapter on the answers of some rows; on one machine always to the same bytes.
 
@@ -161,11 +161,11 @@ def train_lora(
         start: where to begin, such as a `new_lora` or a mix.
         rows: prompts with answers; the loss is their mean NLL per target token.
         options: how to train; None takes the defaults.
-        meter: shows progress; None shows nothing.
+        progress: shows progress; None shows nothing.
 
     Raises:
         ModelError: the architecture scales or caps its logits.
     """
-    trainer = Trainer(base, options or TrainOptions(), meter or Silent())
+    trainer = Trainer(base, options or TrainOptions(), progress or Progress())
     factors = trainer.fit(as_factors(start), lambda factors: factors, rows)
     return replace(start, modules=as_adapter("", factors).modules)

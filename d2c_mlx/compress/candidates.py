@@ -23,7 +23,7 @@ from d2c_mlx.compress.quantize import Components, svd_components
 from d2c_mlx.compress.storage import one_shape
 from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.evaluate.workers import ByteCache
-from d2c_mlx.merge.study import Study
+from d2c_mlx.merge.library import Library
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
@@ -69,23 +69,22 @@ class FormMeter:
     """Measures adapters in stored forms, each at its best scale.
 
     `ladder` gives an adapter's forms; `measure` measures one. Regrets are measured on teacher
-    targets (`Study.teacher_regret`): judged by the answers of ten calibration rows alone, a small
+    targets (`Library.by_teacher`): judged by the answers of ten calibration rows alone, a small
     form may look better than the adapter itself.
     """
 
-    def __init__(self, study: Study, capacity: Capacity, same_shape: bool = False) -> None:
+    def __init__(self, library: Library, capacity: Capacity, same_shape: bool = False) -> None:
         """Measure for a library under a budget.
 
         Args:
-            study: the measured library.
+            library: the measured library.
             capacity: sizes of its adapters.
             same_shape: forms of one size have the same levels, whatever the adapter.
         """
-        self._study, self._capacity = study, capacity
-        self._library = study.library
+        self._library, self._capacity = library, capacity
         # In float32, so twice as large as their adapters.
         self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
-            self._library.engine.free // 8
+            library.scorer.engine.free // 8
         )
         # Share of the 16-bit bytes -> levels of all adapters, where they are of one shape.
         self._shapes: dict[float, Mapping[str, Levels]] | None = {} if same_shape else None
@@ -102,7 +101,7 @@ class FormMeter:
             nbytes = self._capacity.nbytes(adapter)
             least, most = (self.fair(members, adapter, room) for room in (rooms[0], rooms[-1]))
             shares = _grid(least, most, _STEPS[family], self._capacity.storage.most[family])[::-1]
-            gains = [self._study.module_gains[i] for i in members]
+            gains = [self._library.module_gains[i] for i in members]
             values = worth(self._components(adapter), gains)
             forms: dict[str, Form] = {}
             for share in shares:
@@ -149,7 +148,7 @@ class FormMeter:
         """
         every = [
             worth(self._components(adapter), [gains])
-            for adapter, gains in zip(self._library.adapters, self._study.module_gains)
+            for adapter, gains in zip(self._library.adapters, self._library.module_gains)
         ]
         found = {}
         for path in set.intersection(*map(set, every)):
@@ -174,27 +173,22 @@ class FormMeter:
 
     def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
         """Measure every form of `ladders` at its best scale, in that order."""
-        meter = self._library.evaluator.meter
-        tokens = [self.n_tokens(members) for members, _ in units]
         found: list[Candidate] = []
         for u, forms in enumerate(self.ladders(units, family, rooms)):
-            # At least two scales are tried for every size.
-            meter.foresee(2 * len(forms) * sum(tokens[u:]))
             # The largest first: the less is kept, the larger is the best scale.
             scales = self.scales(units[u][0])
             for form in forms:
                 found.append(self.measure(form, scales, scales[0]))
                 scales = scales[scales.index(found[-1].scale) :]
-        meter.foresee(0)
         return found
 
     def n_tokens(self, members: Members) -> int:
         """Tokens of one evaluation of an adapter that serves `members`."""
-        return sum(self._study.teacher_regret.sets[i].n_tokens for i in members)
+        return sum(self._library.by_teacher.calibration[i].n_tokens for i in members)
 
     def scales(self, members: Members) -> tuple[float, ...]:
         """Scales to try: those below 1 only where the rows' own answers are trusted."""
-        trusted = any(self._study.teacher_regret.trust[i] for i in members)
+        trusted = any(self._library.by_teacher.trust[i] for i in members)
         return FINE_SCALES if trusted else _FROM_ONE
 
     def measure(
@@ -226,7 +220,7 @@ class FormMeter:
             if known and scale == known.scale:
                 return known.regret
             plain = small.scaled(scale).adapter(self._library.base.dtype)
-            return float(self._study.teacher_regret.under(plain, form.members).sum())
+            return float(self._library.by_teacher.regrets(plain, form.members).sum())
 
         scale, lowest = line_search(regret, scales, start)
         waiting = waiting or WaitingForm(small)

@@ -5,12 +5,13 @@ follow, with half as many clusters each time. The search ends when a partition l
 compression, measured or estimated, than the best plan so far loses in all.
 
 `search` estimates all candidates and measures those that it chooses; `measure` and `plan` measure
-all of them (`--thorough`). Without rows, for a `WeightStudy`, a regret is the squared relative
+all of them (`--thorough`). Without rows, a regret is the squared relative
 error of dW, and `search` needs no model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,8 +28,9 @@ from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.estimates import FormErrors, FormEstimates
-from d2c_mlx.merge.merger import Merged
-from d2c_mlx.merge.study import Study, WeightStudy
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merging import Merged, merge
+from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = ["Plan", "Planner", "serves_of"]
@@ -53,8 +55,8 @@ class Plan:
             regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
             (regret at several budgets, of each family alone and of both; null for merges if none
             was measured), `trust` (task -> weight of its rows' own answers where it is above 0,
-            see `TeacherRegret`), `candidates` and `measured` (how many there were, and how many
-            were measured; the frontier has estimates of the others).
+            see `Library.by_teacher`), `candidates` and `measured` (how many there were, and how
+            many were measured; the frontier has estimates of the others).
     """
 
     chosen: tuple[Candidate, ...]
@@ -88,15 +90,17 @@ class Planner:
     merges in 16 bit, use `cluster.d2c` instead.
 
     Attributes:
-        study: the measured library; its merges must be tuned `by_teacher`, as stored forms are.
+        library: the measured library.
         capacity: sizes, and bytes of the budget.
+        options: how merges beside the adapters are made.
         max_adapters: most adapters of a plan; None is any number.
         same_shape: all adapters of a plan have one rank and one set of modules, for runtimes that
             feed a LoRA to a graph which was fixed before.
     """
 
-    study: Study
+    library: Library
     capacity: Capacity
+    options: MergeOptions = MergeOptions()
     max_adapters: int | None = None
     same_shape: bool = False
 
@@ -106,9 +110,9 @@ class Planner:
         Args:
             rooms: bytes for rows of each budget to plan for; empty takes `Capacity.room`.
         """
-        study, rooms = self.study, sorted(rooms) or [self.capacity.room]
+        rooms = sorted(rooms) or [self.capacity.room]
         candidates = self.bare()
-        own = [((i,), adapter) for i, adapter in enumerate(study.library.adapters)]
+        own = [((i,), adapter) for i, adapter in enumerate(self.library.adapters)]
         candidates += self.forms.sized(own, "own", rooms)
         merging = self._merging()
         while merges := merging(_regret(candidates, self._choose(candidates, rooms[0]))):
@@ -126,13 +130,13 @@ class Planner:
             BudgetError: no choice serves every task.
         """
         forms = self.forms
-        by_weights = isinstance(self.study, WeightStudy)
+        by_weights = not self.library.tasks
         found = FormErrors(forms) if by_weights else FormEstimates(forms)
-        own = [((i,), adapter) for i, adapter in enumerate(self.study.library.adapters)]
+        own = [((i,), adapter) for i, adapter in enumerate(self.library.adapters)]
         for unit, ladder in zip(own, forms.ladders(own, "own", [room])):
             found.add(ladder, forms.fair(*unit, room))
         # The base model's regret is about 1.
-        n = len(self.study.library.names)
+        n = len(self.library.names)
         bare = [replace(_bare(i, 1.0), measured=False) for i in range(n)]
         chosen, bare = self._settled(found, bare, room)
         merging = self._merging()
@@ -159,7 +163,7 @@ class Planner:
                 return chosen, bare
             tasks = [one.members[0] for one in missing if one.family == "base"]
             if tasks:
-                for i, regret in zip(tasks, self.study.teacher_regret.under(None, tasks)):
+                for i, regret in zip(tasks, self.library.by_teacher.regrets(None, tasks)):
                     bare[i] = _bare(i, float(regret))
             found.measure([one for one in missing if one.family != "base"])
 
@@ -168,8 +172,9 @@ class Planner:
 
         It gives none once a partition loses more, measured or estimated, than the best plan.
         """
-        problem, ratio = self.study.problem, _BETTER
-        estimates, k = MergeEstimates(problem.fading, problem.similarity), problem.n
+        library, ratio = self.library.by_teacher, _BETTER
+        fading = self.library.fading if self.library.tasks else library.fading
+        estimates, k = MergeEstimates(fading, library.similarity), len(library.names)
 
         def next_merges(best: float) -> dict[Members, Merged]:
             nonlocal ratio, k
@@ -183,7 +188,7 @@ class Planner:
             # The worst first: one cluster may be enough to reject the whole partition.
             for members in sorted(costs, key=costs.__getitem__, reverse=True):
                 if regret < best:
-                    merges[members] = self.study.merger.final(members)
+                    merges[members] = merge(library, members, self.options)
                     regret += self._summed(merges[members], members)
             # The last partition's cost, relative to its estimate, corrects that of the next.
             estimated = sum(costs[members] for members in merges)
@@ -195,11 +200,11 @@ class Planner:
     @cached_property
     def forms(self) -> FormMeter:
         """The meter of stored forms for this library and budget."""
-        return FormMeter(self.study, self.capacity, self.same_shape)
+        return FormMeter(self.library, self.capacity, self.same_shape)
 
     def bare(self) -> list[Candidate]:
         """One candidate per task that leaves it to the base model, at no byte."""
-        regrets = self.study.teacher_regret.under(None, range(len(self.study.library.names)))
+        regrets = self.library.by_teacher.regrets(None, range(len(self.library.names)))
         return [_bare(i, float(one)) for i, one in enumerate(regrets)]
 
     def plan(self, candidates: Sequence[Candidate], room: float) -> Plan:
@@ -217,7 +222,7 @@ class Planner:
     def _planned(
         self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], room: float
     ) -> Plan:
-        names, trust = self.study.library.names, self.study.teacher_regret.trust
+        names, trust = self.library.names, self.library.by_teacher.trust
         content = {
             "units": [self._entry(one) for one in chosen if one.family != "base"],
             "base": [names[one.members[0]] for one in chosen if one.family == "base"],
@@ -231,7 +236,7 @@ class Planner:
 
     def _choose(self, candidates: Sequence[Candidate], room: float) -> list[int]:
         """The best choice; with one shape, of one size."""
-        n = len(self.study.library.names)
+        n = len(self.library.names)
         if not self.same_shape:
             return choose(candidates, n, room, self.max_adapters)
         found = []
@@ -252,14 +257,14 @@ class Planner:
             free -= over
 
     def _summed(self, merged: Merged, members: Members) -> float:
-        if merged.regret is not None:
+        if math.isfinite(merged.regret):
             return merged.regret * len(members)
         # Its scale was given, so nothing was measured yet.
-        return float(self.study.teacher_regret.under(merged.adapter, members).sum())
+        return float(self.library.by_teacher.regrets(merged.adapter, members).sum())
 
     def _entry(self, one: Candidate) -> dict[str, Any]:
         return {
-            "tasks": [self.study.library.names[i] for i in one.members],
+            "tasks": [self.library.names[i] for i in one.members],
             "family": one.family,
             "nbytes": one.nbytes,
             "regret": one.regret / len(one.members),
@@ -269,7 +274,7 @@ class Planner:
 
     def _frontier(self, candidates: Sequence[Candidate], free: float) -> Iterator[dict[str, Any]]:
         """The least regret at several budgets, of each family alone and of all."""
-        n, total = len(self.study.library.names), self.capacity.total
+        n, total = len(self.library.names), self.capacity.total
         for multiple in _FRONTIER:
             row: dict[str, Any] = {"share": multiple * free / total, "merged": None}
             for name, families in (("own", ("own",)), ("merged", ("merged",)),

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.make_rows import whole_answers
 from d2c_mlx.models.rows import Row, prompt_key, row_format
-from d2c_mlx.models.tasks import Task, load_tasks
+from d2c_mlx.models.tasks import TaskRows, load_tasks
 from d2c_mlx.utils.errors import TaskError, warn
 from d2c_mlx.utils.files import fingerprint, read_text, write_dir, write_json, write_text
 from d2c_mlx.utils.parsing import parse_json
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["OwnAnswers", "answer_rows", "check_prompts", "max_answer_tokens", "prompt_and_expected"]
 
@@ -48,7 +48,7 @@ def answer_rows(
     model: Answerer,
     methods: Mapping[str, BenchMethod],
     tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
-    meter: Meter | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[dict[str, str]]]:
     """Greedy answers to some rows of tasks under every method's first variant.
 
@@ -59,13 +59,13 @@ def answer_rows(
         methods: name -> what serves the tasks.
         tasks: of each task rows as read, and the same rows tokenized, and maybe more. Of rows in
             mlx-lm's `text` format, which have no prompt, there are no answers.
-        meter: shows progress; None shows nothing.
+        progress: shows progress; None shows nothing.
 
     Returns:
         Task -> for each row `prompt` (the user's last message), `expected`, and each method's
         answer.
     """
-    meter = meter or Silent()
+    progress = progress or Progress()
     found: dict[str, list[dict[str, str]]] = {}
     asked: dict[str, Sequence[Example]] = {}
     for rows, examples in tasks:
@@ -85,13 +85,13 @@ def answer_rows(
         batch = [(row, example, names) for task, names in of.items()
                  for row, example in zip(found[task], asked[task])]  # fmt: skip
         most = [max_answer_tokens(example) for _, example, _ in batch]
-        meter.expect(sum(most))
+        progress.expect(sum(most))
         model.attach(adapters[key])
         answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
         for (row, _, names), tokens in zip(batch, answers):
             said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             row.update(dict.fromkeys(names, said))
-        meter.advance(sum(most))
+        progress.advance(sum(most))
     return found
 
 
@@ -159,7 +159,7 @@ class OwnAnswers:
         """True if the prompts are answered."""
         return self.directory.exists()
 
-    def tasks(self, names: Sequence[str]) -> list[Task]:
+    def tasks(self, names: Sequence[str]) -> list[TaskRows]:
         """The rows of a run without others; the prompts and stand-ins where they are not answered.
 
         Raises:
@@ -275,9 +275,9 @@ class OwnAnswers:
         prompts, by = fingerprint(self._distinct), fingerprint(self.by)
         return {"prompts": prompts, "by": by, "n_probe": self.n_probe}
 
-    def _split(self, name: str, rows: Sequence[Row]) -> Task:
+    def _split(self, name: str, rows: Sequence[Row]) -> TaskRows:
         n = min(self.n_probe, (len(rows) + 1) // 2) if self.n_probe else len(rows)
-        return Task(name, tuple(rows[:n]), tuple(rows[n:]))
+        return TaskRows(name, tuple(rows[:n]), tuple(rows[n:]))
 
     def _answered(self, base: BaseModel, adapter: Adapter) -> list[Row]:
         """The prompts of a task with answers that end and are not empty."""

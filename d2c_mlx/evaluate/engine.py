@@ -51,7 +51,7 @@ _MOST_REMEMBERED = 1 << 16
 class Engine:
     """Evaluates pieces (an adapter and an example set) on one base model.
 
-    `Evaluator` is the way to ask for losses: it knows a cache, and ranks besides this process.
+    `Scorer` is the way to ask for losses: it knows a cache, and ranks besides this process.
 
     Attributes:
         base: the base model.

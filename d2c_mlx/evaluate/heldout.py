@@ -10,7 +10,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.sequences import indices_by_key
 
@@ -38,15 +38,13 @@ class BenchMethod:
     variants: Sequence[Mapping[str, Adapter | None]]
 
 
-def method_losses(
-    evaluator: Evaluator, method: BenchMethod, tests: Sequence[ExampleSet]
-) -> np.ndarray:
+def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSet]) -> np.ndarray:
     """Mean NLL per target token of one method on every task, `(n_tasks,)` in nats.
 
     `bench_methods` compares several methods.
 
     Args:
-        evaluator: on the base model.
+        scorer: on the base model.
         method: what serves the tasks; the mean over its variants is taken.
         tests: held-out examples of every task.
     """
@@ -57,14 +55,14 @@ def method_losses(
         groups = list(indices_by_key(one.digest if one else "base" for one in adapters).values())
         jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
         losses = np.empty(len(tests))
-        for group, values in zip(groups, evaluator.losses_in_parts(jobs)):
+        for group, values in zip(groups, scorer.losses_in_parts(jobs)):
             losses[group] = values
         columns.append(losses)
     return np.mean(columns, axis=0)
 
 
 def bench_methods(
-    evaluator: Evaluator, methods: Mapping[str, BenchMethod], tests: Sequence[ExampleSet]
+    scorer: Scorer, methods: Mapping[str, BenchMethod], tests: Sequence[ExampleSet]
 ) -> dict[str, Any]:
     """Compare methods on held-out rows: the `methods` part of `bench.json`.
 
@@ -74,21 +72,14 @@ def bench_methods(
     tasks.
 
     Args:
-        evaluator: on the base model.
+        scorer: on the base model.
         methods: must have "base"; without "individual" there is no excess and no retention.
         tests: held-out examples of every task.
 
     Returns:
         Method -> `nbytes`, `loss`, `excess`, `retention`, and `tasks` with the last three by task.
     """
-    n_tokens = sum(test.n_tokens for test in tests)
-    to_come = sum(len(method.variants) for method in methods.values())
-    losses = {}
-    for name, method in methods.items():
-        evaluator.meter.foresee(to_come * n_tokens)
-        losses[name] = method_losses(evaluator, method, tests)
-        to_come -= len(method.variants)
-    evaluator.meter.foresee(0)
+    losses = {name: method_losses(scorer, method, tests) for name, method in methods.items()}
     base = losses["base"]
     # NaN here is null in the file: without an individual adapter nothing is known.
     individual = losses.get("individual", np.full(len(tests), np.nan))
@@ -149,14 +140,14 @@ def excess_interval(
 
 
 def row_losses(
-    evaluator: Evaluator, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
+    scorer: Scorer, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
 ) -> dict[str, np.ndarray]:
     """Losses of single held-out rows, for `paired_bootstrap`.
 
     Rows are evaluated one by one, so a sum differs from that of `method_losses` by rounding.
 
     Args:
-        evaluator: on the base model.
+        scorer: on the base model.
         serves: task -> the adapter that serves it, None for the base model.
         tests: held-out examples of every task.
 
@@ -164,7 +155,7 @@ def row_losses(
         Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
     """
     rows = [[replace(test, examples=(one,), cuts=()) for one in test.examples] for test in tests]
-    means = evaluator.losses([(serves[test.task], some) for test, some in zip(tests, rows)])
+    means = scorer.losses([(serves[test.task], some) for test, some in zip(tests, rows)])
     found = {}
     for test, some, losses in zip(tests, rows, means):
         n_targets = np.array([one.n_targets for one in some])

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.evaluator import Evaluator, Job
-from d2c_mlx.models.examples import ExampleSet
-
-__all__ = ["LossTable", "measure_losses", "normalized_regret"]
+__all__ = ["LossTable", "normalized_regret"]
 
 # In nats. A smaller gain counts as this much where losses are divided by it.
 _LEAST_GAIN = 0.05
@@ -45,7 +40,8 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
 class LossTable:
     """Mean NLL per target token, in nats, on the tasks' calibration rows.
 
-    It is pure data: it converts losses to regrets and measures nothing. `measure_losses` makes one.
+    It is pure data: it converts losses to regrets and measures nothing. `measure_losses` of
+    merge/library.py makes one.
 
     Attributes:
         tasks: task names.
@@ -99,29 +95,3 @@ class LossTable:
             tuple(data["strengths"]),
             np.array(data["weakened"]).reshape(len(data["tasks"]), -1),
         )
-
-
-def measure_losses(
-    evaluator: Evaluator,
-    adapters: Sequence[Adapter],
-    probes: Sequence[ExampleSet],
-    weakened: Mapping[float, Sequence[Adapter]],
-) -> LossTable:
-    """Evaluate the base model, and every task's adapter, on the task's calibration rows.
-
-    Args:
-        evaluator: evaluates on the base model of the adapters.
-        adapters: one adapter per task.
-        probes: calibration rows, one set per adapter in the same order.
-        weakened: strength -> `adapters` with dW times the strength.
-    """
-    strengths = sorted(weakened)
-    jobs: list[Job] = [(None, probes)]
-    for some in (adapters, *(weakened[strength] for strength in strengths)):
-        jobs += [(one, [probe]) for one, probe in zip(some, probes)]
-    # Most adapters have one set, which would leave cores idle.
-    base, *found = evaluator.losses_in_parts(jobs)
-    individual, *faded = np.array(found).reshape(-1, len(probes))
-    tasks = tuple(probe.task for probe in probes)
-    weak = np.array(faded).reshape(len(strengths), len(probes)).T
-    return LossTable(tasks, individual, base, tuple(strengths), weak)

@@ -1,65 +1,172 @@
-"""The adapters of one base model, with the rows and the engine that measure them."""
+"""A library: task adapters of one base model, their rows, and how well anything serves a task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.similarity import similarity
-from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
-from d2c_mlx.evaluate.workers import Workers
+from d2c_mlx.adapters.similarity import errors_and_kept, similarity
+from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.cluster.partition import Fading
+from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.capture import ModuleInputs
+from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.scorer import Job, Scorer
+from d2c_mlx.evaluate.workers import ByteCache
+from d2c_mlx.merge.kl_regret import teacher_targets
+from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.tasks import Task
 
-__all__ = ["Library"]
+__all__ = ["Library", "measure_losses"]
+
+# The regret of a weakened adapter without rows: medians over 24 real ones.
+_FADED = (0.72, 0.25)
 
 
 @dataclass(frozen=True)
 class Library:
-    """N task adapters, N sets of calibration rows, and the engine that evaluates them.
+    """Task adapters, in an order that every table has, and what measures them.
+
+    `Library(adapters, tasks, scorer)` has rows; `measured` adds the losses on them, which regrets
+    need. `Library(adapters, (), scorer)` has weights alone: errors of dW stand for losses.
 
     Attributes:
-        engine: runs the base model.
-        evaluator: evaluates and caches losses on the base model.
-        adapters: one per task; every table has this order.
-        probes: calibration rows, one set per adapter in the same order.
-        answers: task -> more rows, with its adapter's own answers; they are never judged by.
+        adapters: one per task.
+        tasks: their rows, in the same order; empty where weights alone decide.
+        scorer: evaluates losses on the base model.
+        losses: losses of the task adapters on the calibration rows; None before they are measured,
+            and without rows.
+        trust: weight of the rows' own answers in each task's losses, see `by_teacher`.
+        planned: True if merges are compared with stored forms, see `by_teacher`.
     """
 
-    engine: Engine
-    evaluator: Evaluator
     adapters: Sequence[Adapter]
-    probes: Sequence[ExampleSet]
-    answers: Mapping[str, ExampleSet] = field(default_factory=dict)
+    tasks: Sequence[Task]
+    scorer: Scorer
+    losses: LossTable | None = None
+    trust: Sequence[float] = ()
+    planned: bool = False
+
+    def measured(self, losses: LossTable) -> Library:
+        """The same library with its losses, see `measure_losses`."""
+        return replace(self, losses=losses)
 
     @property
     def base(self) -> BaseModel:
         """The base model of all adapters."""
-        return self.engine.base
-
-    @property
-    def workers(self) -> Workers:
-        """Threads that run the base model."""
-        return self.engine.workers
+        return self.scorer.engine.base
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, which are also the names of the tasks."""
         return [adapter.name for adapter in self.adapters]
 
-    @cached_property
-    def rows(self) -> list[ExampleSet]:
-        """All rows of every task: `probes`, and the answers."""
-        more = [self.answers.get(adapter.name) for adapter in self.adapters]
-        return [replace(one, examples=one.examples + own.examples) if own else one
-                for one, own in zip(self.probes, more)]  # fmt: skip
+    @property
+    def calibration(self) -> list[ExampleSet]:
+        """The calibration rows of every task."""
+        return [task.calibration for task in self.tasks]
 
     @cached_property
     def similarity(self) -> np.ndarray:
         """`(n, n)` cosines of the adapters' dW."""
         return similarity(self.adapters)
+
+    @property
+    def fading(self) -> Fading:
+        """Regrets of tasks under their own adapter made weaker, for estimates."""
+        if self.losses:
+            return Fading(self.losses.strengths, self.losses.regret(self.losses.weakened))
+        # Orthogonal updates: a mean of m is off by 1 - 1 / m, where `MergeEstimates` has m ** -0.5.
+        faded = 1 - np.array(STRENGTHS) ** 2 if self.planned else np.array(_FADED)
+        return Fading(STRENGTHS, np.tile(faded, (len(self.adapters), 1)))
+
+    def regrets(self, adapter: Adapter | None, tasks: Sequence[int]) -> np.ndarray:
+        """`(n_tasks,)` normalised regrets of tasks, by index, under an adapter; None is the base.
+
+        A regret is 0 at the task adapter and 1 at the base model, at least -1. Without rows it is
+        the squared relative error of dW.
+        """
+        if not self.losses:
+            return np.array([errors_and_kept(self.adapters[i], adapter)[0] for i in tasks])
+        sets = [self.tasks[i].calibration for i in tasks]
+        (losses,) = self.scorer.losses_in_parts([(adapter, sets)])
+        return self.losses.regret(losses, np.array(tasks))
+
+    def regrets_of(self, jobs: Sequence[tuple[Adapter, Sequence[int]]]) -> list[np.ndarray]:
+        """`regrets` of many adapters, each on its tasks, evaluated together."""
+        if not self.losses:
+            return [self.regrets(adapter, tasks) for adapter, tasks in jobs]
+        sets = [(adapter, [self.tasks[i].calibration for i in tasks]) for adapter, tasks in jobs]
+        table = self.losses
+        return [
+            table.regret(losses, np.array(tasks, int))
+            for losses, (_, tasks) in zip(self.scorer.losses(sets), jobs)
+        ]
+
+    @cached_property
+    def by_teacher(self) -> Library:
+        """This library, judged by what its task adapters predict in place of the rows' answers.
+
+        Use it for stored forms of adapters, and for merges that are compared with them; clusterings
+        are judged by the answers. On ten rows the answers alone may favour a scale of 1.7 over the
+        adapter itself, or a small form over a large one, by luck. A regret is KL(task adapter ||
+        another) over the gain. A real scale error moves nearly all rows the same way, and then the
+        rows' own answers count too, by `trust`. Where logits are scaled or capped (see
+        `Distiller`), and without rows, all is judged as before.
+        """
+        n = len(self.adapters)
+        if not self.losses or self.scorer.engine.float32_head is None:
+            tasks = [replace(task, extra=None) for task in self.tasks]
+            return replace(self, tasks=tasks, trust=[0.0] * n, planned=True)
+        sets, trust = teacher_targets(self.base, self.adapters, self.calibration)
+        tasks = [replace(task, calibration=rows, extra=None)
+                 for task, rows in zip(self.tasks, sets)]  # fmt: skip
+        # The losses are differences from the task adapter's already.
+        gain = self.losses.gain
+        losses = replace(self.losses, individual=np.zeros_like(gain), base=gain)
+        return replace(self, tasks=tasks, losses=losses, trust=trust, planned=True)
+
+    @cached_property
+    def module_gains(self) -> list[dict[str, float]]:
+        """The gain of every module of each adapter on its calibration rows, in nats; else 1."""
+        if not self.tasks:
+            return [dict.fromkeys(adapter.modules, 1.0) for adapter in self.adapters]
+        # A pass forwards and one backwards.
+        costs = [3 * rows.n_tokens for rows in self.calibration]
+        progress, gains = self.scorer.progress, []
+        progress.expect(sum(costs))
+        for adapter, rows, cost in zip(self.adapters, self.calibration, costs):
+            gains.append(module_gains(self.base, adapter, rows, cache=self.scorer.cache))
+            progress.advance(cost)
+        return gains
+
+    @cached_property
+    def kept_inputs(self) -> ByteCache[int, ModuleInputs]:
+        """Inputs of modules under each task's own adapter, as far as memory has room for them."""
+        return ByteCache(self.scorer.engine.free // 8)
+
+
+def measure_losses(library: Library) -> LossTable:
+    """Evaluate the base model, and every task's adapter at a few strengths, on calibration rows."""
+    adapters, rows = library.adapters, library.calibration
+    strengths = sorted(STRENGTHS)
+    jobs: list[Job] = [(None, rows)]
+    jobs += [(adapter, [one]) for adapter, one in zip(adapters, rows)]
+
+    def weaker(module: Adapter, strength: float) -> Adapter:
+        return scaled(module, strength).uniform(library.base.dtype)
+
+    for strength in strengths:
+        change = partial(weaker, strength=strength)
+        jobs += [(adapter.changed(change), [one]) for adapter, one in zip(adapters, rows)]
+    # Most adapters have one set, which would leave cores idle.
+    base, *losses = library.scorer.losses_in_parts(jobs)
+    individual, *faded = np.array(losses).reshape(-1, len(rows))
+    weakened = np.array(faded).reshape(len(strengths), len(rows)).T
+    return LossTable(tuple(library.names), individual, base, tuple(strengths), weakened)

@@ -23,12 +23,10 @@ class MergeOptions:
 
     Attributes:
         method: one of `RUN_METHODS` or a plug-in; None takes the best that the model allows.
-        scale: factor on every merge's dW; None tunes it per cluster on the calibration rows.
         rank: largest rank of a merge; None takes the largest of the adapters.
         seed: seed of all random choices.
     """
 
     method: str | None = None
-    scale: float | None = None
     rank: int | None = None
     seed: int = 0

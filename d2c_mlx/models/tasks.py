@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
 
 __all__ = [
     "Task",
+    "TaskRows",
     "common_system",
     "encode_probes",
     "encode_tests",
@@ -37,7 +38,7 @@ _MOST_LISTED, _MOST_ALIKE = 8, 3
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskRows:
     """Rows of `probe.jsonl` and `test.jsonl`, as mlx-lm's dataset classes take them.
 
     Attributes:
@@ -55,7 +56,35 @@ class Task:
     test_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
-def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[Task]:
+@dataclass(frozen=True)
+class Task:
+    """The rows of one adapter, tokenized once.
+
+    Attributes:
+        name: the adapter's name.
+        calibration: rows by which everything is decided.
+        held_out: rows which only judge.
+        rows: the rows as read.
+        extra: rows that merging and refining read beside the calibration rows, with the adapter's
+            own answers; nothing is judged by them. None if there are none.
+    """
+
+    name: str
+    calibration: ExampleSet
+    held_out: ExampleSet
+    rows: TaskRows
+    extra: ExampleSet | None = None
+
+    @property
+    def calibration_and_extra(self) -> ExampleSet:
+        """All rows that merging may read."""
+        if self.extra is None:
+            return self.calibration
+        examples = self.calibration.examples + self.extra.examples
+        return replace(self.calibration, examples=examples, cuts=())
+
+
+def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[TaskRows]:
     """Load the task of every adapter.
 
     Args:
@@ -98,7 +127,7 @@ def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
     return sorted(found - set(names))
 
 
-def _load_named(directory: Path, names: Sequence[str], tests: bool) -> Task:
+def _load_named(directory: Path, names: Sequence[str], tests: bool) -> TaskRows:
     """Load a task; where it has no folder, say which there are and how to name the adapter."""
     spare = [] if directory.is_dir() else spare_tasks(directory.parent, names)
     if not spare:
@@ -119,7 +148,7 @@ def probe_file(directory: Path) -> Path:
     return valid if valid.is_file() and not path.exists() else path
 
 
-def load_task(directory: Path, tests: bool = True) -> Task:
+def load_task(directory: Path, tests: bool = True) -> TaskRows:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
 
     Without `probe.jsonl` the rows of mlx-lm's `valid.jsonl` are the calibration rows.
@@ -148,7 +177,7 @@ def load_task(directory: Path, tests: bool = True) -> Task:
         )
     if problems:
         raise TaskError(problems)
-    return Task(
+    return TaskRows(
         directory.name, tuple(probe.values()), tuple(test.values()),
         _places(probes, probe), _places(tested, test),
     )  # fmt: skip
@@ -159,7 +188,7 @@ def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
     return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
 
 
-def common_system(tasks: Iterable[Task]) -> str | None:
+def common_system(tasks: Iterable[TaskRows]) -> str | None:
     """The system message that all calibration rows of all tasks begin with; None if they differ."""
     first = [row["messages"][0] if row_format(row) == ("messages",) else {}
              for task in tasks for row in task.probe]  # fmt: skip
@@ -167,13 +196,13 @@ def common_system(tasks: Iterable[Task]) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def systems_of(tasks: Iterable[Task]) -> dict[str, str]:
-    """Task -> its `common_system`, without tasks that have none."""
+def systems_of(tasks: Iterable[TaskRows]) -> dict[str, str]:
+    """TaskRows -> its `common_system`, without tasks that have none."""
     found = {task.name: common_system([task]) for task in tasks}
     return {name: system for name, system in found.items() if system is not None}
 
 
-def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str, list[Row]]:
+def load_unlabelled(path: Path, tasks: Sequence[TaskRows], n_probe: int) -> dict[str, list[Row]]:
     """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
 
     Two kinds of prompts are refused. A prompt of a held-out row, of any task, would leak into
@@ -185,7 +214,7 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
         n_probe: number of calibration rows of each task that are used.
 
     Returns:
-        Task name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
+        TaskRows name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
 
     Raises:
         TaskError: the problems of all lines.
@@ -211,7 +240,7 @@ def load_unlabelled(path: Path, tasks: Sequence[Task], n_probe: int) -> dict[str
     return found
 
 
-def _unlabelled_problem(row: object, known: Mapping[str, Task]) -> str | None:
+def _unlabelled_problem(row: object, known: Mapping[str, TaskRows]) -> str | None:
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
     if row.get("task") not in list(known):
@@ -234,7 +263,7 @@ def _with_answer(row: Row) -> Row:
 Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
 
-def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
     """Tokenize the first `n` calibration rows of every task, or all.
 
     Args:
@@ -248,6 +277,6 @@ def encode_probes(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[
     return gather(partial(encode, one.name, one.probe[:n], one.probe_places) for one in tasks)
 
 
-def encode_tests(encode: Encode, tasks: Iterable[Task], n: int | None) -> list[ExampleSet]:
+def encode_tests(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
     """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
     return gather(partial(encode, one.name, one.test[:n], one.test_places) for one in tasks)

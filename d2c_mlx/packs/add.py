@@ -26,8 +26,8 @@ from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import same_weights
@@ -125,7 +125,7 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
             encoded = encode_probes(base.encode, tasks, options.n_probe)
             probes = {rows.task: rows.halved() for rows in encoded}
             cache = LossCache(cache_directory() / "losses.sqlite")
-            judge = Judge(base, Evaluator(Engine(base), cache), probes)
+            judge = Judge(base, Scorer(Engine(base), cache), probes)
             system = systems_of(tasks).get(new.name)
         return add_adapter(before, new, budget=options.budget, judge=judge, system=system)
 

@@ -18,8 +18,8 @@ from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.attribution import module_gains
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_table import normalized_regret
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
@@ -38,17 +38,15 @@ class Judge:
     Tasks of the pack without rows do not count.
     """
 
-    def __init__(
-        self, base: BaseModel, evaluator: Evaluator, probes: Mapping[str, ExampleSet]
-    ) -> None:
+    def __init__(self, base: BaseModel, scorer: Scorer, probes: Mapping[str, ExampleSet]) -> None:
         """Judge on a base model.
 
         Args:
             base: the pack's base model.
-            evaluator: evaluates losses on the base model.
+            scorer: evaluates losses on the base model.
             probes: task -> calibration rows; the arriving task must be among them.
         """
-        self._base, self._evaluator, self._probes = base, evaluator, probes
+        self._base, self._scorer, self._probes = base, scorer, probes
 
     def best(
         self,
@@ -108,7 +106,7 @@ class Judge:
     def _losses(self, adapter: Adapter | None, tasks: Sequence[str]) -> np.ndarray:
         if not tasks:
             return np.zeros(0)
-        return self._evaluator.losses_in_parts([(adapter, [self._probes[t] for t in tasks])])[0]
+        return self._scorer.losses_in_parts([(adapter, [self._probes[t] for t in tasks])])[0]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from d2c_mlx.phone.timing import measure_speed, measure_switch, memory_limit
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
-from d2c_mlx.utils.progress import Bar, progress_bar
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["bench_phone"]
 
@@ -78,7 +78,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     config = config.replace(contexts=_fitting_contexts(config, stock))
     tests = _load_tests(config, pack, stock)
     # mlx-lm prints warnings of its own; standard output is for the result.
-    with contextlib.redirect_stdout(sys.stderr), progress_bar("phone", quiet) as bar:
+    with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as bar:
         with memory_limit(profile.memory):
             measured = {
                 name: _measure_method(stock, profile, method, config, bar)
@@ -193,7 +193,7 @@ def _factor_nbytes(adapter: Adapter | None) -> int:
 
 
 def _measure_method(
-    stock: StockModel, profile: Profile, method: BenchMethod, config: PhoneConfig, bar: Bar
+    stock: StockModel, profile: Profile, method: BenchMethod, config: PhoneConfig, bar: Progress
 ) -> dict[str, Any]:
     """Speed at every context, and memory and storage against the profile's limits."""
     adapter, contexts = _largest_adapter(method), config.contexts

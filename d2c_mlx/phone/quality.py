@@ -8,14 +8,14 @@ from typing import Any
 
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator, Runner
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.scorer import Runner, Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.rows import Row
 from d2c_mlx.phone.stock_model import StockModel
-from d2c_mlx.utils.progress import Bar
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["HeldOutRows", "measure_quality"]
 
@@ -38,7 +38,7 @@ def measure_quality(
     stock: StockModel,
     methods: Mapping[str, BenchMethod],
     tests: Sequence[HeldOutRows],
-    bar: Bar,
+    bar: Progress,
 ) -> dict[str, Any]:
     """Measure the `quality` part of a result: what quantizing the base leaves of a pack's gain.
 
@@ -74,12 +74,11 @@ def _measure_under(
     runner: Runner,
     methods: Mapping[str, BenchMethod],
     tests: Sequence[HeldOutRows],
-    bar: Bar,
+    bar: Progress,
 ) -> dict[str, Any]:
     """Losses of every method under one base, and scores of the answers if rows are answered."""
-    evaluator = Evaluator(runner)
-    evaluator.meter = bar
-    found = bench_methods(evaluator, methods, [test.examples for test in tests])
+    scorer = Scorer(runner, progress=bar)
+    found = bench_methods(scorer, methods, [test.examples for test in tests])
     answers = answer_rows(model, methods, [(test.rows, test.examples) for test in tests], bar)
     for name, metrics in answer_metrics(answers, list(methods)).items():
         found[name]["metrics"] = metrics

@@ -46,7 +46,7 @@ _SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 class StockModel:
     """A model loaded by mlx-lm, with mlx-lm's own LoRA layers, one adapter at a time.
 
-    It is a `Runner` of `evaluate.evaluator` too. On a CPU, activations and scales are float32:
+    It is a `Runner` of `evaluate.scorer` too. On a CPU, activations and scales are float32:
     MLX's CPU backend is more than ten times slower in 16 bit. Weights are as quantized everywhere.
 
     Attributes:

@@ -18,12 +18,12 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
-from d2c_mlx.evaluate.evaluator import Meter
 from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.device import current_device
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["measure_speed", "measure_switch", "memory_limit"]
 
@@ -46,7 +46,7 @@ def memory_limit(nbytes: int) -> Iterator[None]:
 
 
 def measure_speed(
-    stock: StockModel, context: int, n_decode: int, runs: int, meter: Meter
+    stock: StockModel, context: int, n_decode: int, runs: int, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Measure greedy generation: medians over the timed runs, after one that is not counted.
 
@@ -55,7 +55,7 @@ def measure_speed(
         context: tokens of the prompt, which are random.
         n_decode: tokens generated after it.
         runs: timed runs.
-        meter: told of the tokens done.
+        progress: told of the tokens done.
 
     Returns:
         Times (seconds and tokens per second), and bytes: `kv_cache` in the device's dtype; `rest`,
@@ -69,7 +69,7 @@ def measure_speed(
     found = []
     for _ in range(runs + 1):
         found.append(_generate(stock.model, prompt, n_decode))
-        meter.advance(context + n_decode)
+        progress.advance(context + n_decode)
     firsts, rests, caches = zip(*found[1:])
     first = statistics.median(firsts)
     times = {

@@ -19,12 +19,12 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.distill import Distiller, TeacherRow
-from d2c_mlx.evaluate.evaluator import Meter, Silent
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
 from d2c_mlx.refine.students import Form, Student, student_of
 from d2c_mlx.utils.blas import all_cores
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["Member", "RefineOptions", "Refined", "refine"]
 
@@ -98,7 +98,7 @@ def refine(
     adapter: Form,
     members: Sequence[Member],
     options: RefineOptions | None = None,
-    meter: Meter | None = None,
+    progress: Progress | None = None,
 ) -> Refined[Form]:
     """Train an adapter to match its members.
 
@@ -110,7 +110,7 @@ def refine(
         adapter: a merge, or an adapter as a plan stores it, to start from.
         members: the tasks that it serves.
         options: how to train; None takes the defaults.
-        meter: shows progress; None shows nothing.
+        progress: shows progress; None shows nothing.
 
     Returns:
         The refined adapter; the given one if that did not come closer, or for a merge of one.
@@ -127,13 +127,17 @@ def refine(
             kinds = [model.teacher_rows(one.adapter, some) for some in (one.probe, one.own) if some]
             tasks.append(_Rows(one.gain, kinds))
         before = _divergence(model, student.plain(adapter), tasks)
-        trained = _train(model, student, tasks, options or RefineOptions(), meter or Silent())
+        trained = _train(model, student, tasks, options or RefineOptions(), progress or Progress())
         after = _divergence(model, student.plain(trained), tasks)
     return Refined(trained if after < before - _CLOSER else adapter, before, after)
 
 
 def _train(
-    model: Distiller, student: Student[Form], tasks: Sequence[_Rows], o: RefineOptions, meter: Meter
+    model: Distiller,
+    student: Student[Form],
+    tasks: Sequence[_Rows],
+    o: RefineOptions,
+    progress: Progress,
 ) -> Form:
     """The average of the parameters over all steps, as a pack would hold it.
 
@@ -142,7 +146,7 @@ def _train(
     orders = [[turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.kinds)]
              for i, task in enumerate(tasks)]  # fmt: skip
     cost = _mean_cost(tasks, o.rows)
-    meter.expect(o.steps * cost)
+    progress.expect(o.steps * cost)
 
     def gradient(parameters: Parameters) -> Parameters:
         rows = [[row for turn in pair for row in next(turn)] for pair in orders]
@@ -153,7 +157,7 @@ def _train(
     for step, parameters in enumerate(descend(average, gradient, o.steps, rate), 1):
         average = averaged(average, parameters, step)
         mx.eval(average)
-        meter.advance(cost)
+        progress.advance(cost)
     return student.made(average)
 
 

@@ -13,6 +13,7 @@ from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
@@ -38,14 +39,14 @@ def compare_losses(session: Session) -> dict[str, Any]:
         **(_planned(session, packed) if session.planned else _merged_methods(session)),
         "pack": BenchMethod(packed.nbytes, [_unpacked(packed)]),
     }
-    results = bench_methods(session.evaluator, methods, inputs.tests)
+    results = bench_methods(session.scorer, methods, inputs.tests)
     content = {"methods": results, **_about(session, packed)}
     served, own = (methods[name].variants[0] for name in ("pack", "individual"))
     content["interval"] = excess_interval(inputs.engine, served, own, inputs.tests)
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
     asked = [(task.test[: min(ANSWERED_ROWS, len(rows.examples))], rows)
              for task, rows in zip(inputs.tasks, inputs.tests)]  # fmt: skip
-    content["answers"] = answer_rows(inputs.base, shown, asked, session.evaluator.meter)
+    content["answers"] = answer_rows(inputs.base, shown, asked, session.scorer.progress)
     content["metrics"] = answer_metrics(content["answers"], list(shown))
     return content
 
@@ -115,7 +116,10 @@ def _merged_methods(session: Session) -> dict[str, BenchMethod]:
                 merged = [session.stored_adapter(f"merged/{k}")
                           for k in range(clustering.n_clusters)]  # fmt: skip
             else:
-                merged = [session.study.merger.final(one).adapter for one in clustering.groups]
+                merged = [
+                    merge(session.library, one, session.config.merging).adapter
+                    for one in clustering.groups
+                ]
             variants.append({names[i]: merged[k] for i, k in enumerate(clustering.labels)})
             nbytes.append(sum(adapter.nbytes(n_layers) for adapter in merged))
         found[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)

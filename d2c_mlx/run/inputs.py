@@ -25,6 +25,7 @@ from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.tasks import (
     Task,
+    TaskRows,
     encode_probes,
     encode_tests,
     load_task,
@@ -82,21 +83,21 @@ class Inputs:
             sources = self._usable(sources)
         self.adapters: list[Adapter] = collect(errors, lambda: self._read(sources)) or []
         names = [source.name for source in sources]
-        self.tasks: list[Task] = collect(errors, lambda: self._load_tasks(names)) or []
+        self.tasks: list[TaskRows] = collect(errors, lambda: self._load_tasks(names)) or []
         folder = Path(config.tasks) if config.tasks else None
         if not errors and in_folders and folder and (spare := spare_tasks(folder, known)):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
         self._fit(errors)
         _ = self.clusters
 
-    def _load_tasks(self, names: Sequence[str]) -> list[Task]:
+    def _load_tasks(self, names: Sequence[str]) -> list[TaskRows]:
         """The rows of the run; stand-ins where adapters have yet to answer, none without any."""
         config = self.config
         tasks = load_tasks(Path(config.tasks), names) if config.tasks else []
         if not config.unlabelled:
             return tasks
-        n, known = config.probe_examples, tasks or [Task(name, (), ()) for name in names]
-        left_out = [Task(source.name, (), ()) for source in self._sources
+        n, known = config.probe_examples, tasks or [TaskRows(name, (), ()) for name in names]
+        left_out = [TaskRows(source.name, (), ()) for source in self._sources
                     if source.name not in names]  # fmt: skip
         found = load_unlabelled(Path(config.unlabelled), [*known, *left_out], n)
         asked = {name: rows for name, rows in found.items() if name in names}
@@ -171,7 +172,7 @@ class Inputs:
         config = self.config
         if not config.unlabelled or config.tasks:
             return None
-        tasks = [Task(source.name, (), ()) for source in sources]
+        tasks = [TaskRows(source.name, (), ()) for source in sources]
         wrong: list[InputError] = []
         return collect(wrong, lambda: load_unlabelled(Path(config.unlabelled or ""), tasks, 0))
 
@@ -235,6 +236,14 @@ class Inputs:
         if not self.config.unlabelled or self.config.answered:
             return {}
         return self._encoded(self.asked.rows(), str(self.asked.directory))
+
+    @property
+    def encoded(self) -> list[Task]:
+        """Tokenized rows of every task."""
+        return [
+            Task(rows.name, calibration, held_out, rows, self.answers.get(rows.name))
+            for rows, calibration, held_out in zip(self.tasks, self.probes, self.tests)
+        ]
 
     def _check_prompts(self) -> None:
         """Raise the errors of prompts beside rows, or of the answers that are there."""

@@ -14,6 +14,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.packs.manifest import COMPACT
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
@@ -38,13 +39,19 @@ def refine_inputs(session: Session) -> list[object]:
 
 def members_of(session: Session, names: Sequence[str]) -> list[Member]:
     """Tasks as `refine` takes them: adapter, calibration rows, answers to prompts, gain."""
-    inputs, gain = session.inputs, session.study.losses.gain
+    inputs, gain = session.inputs, _losses_of(session).gain
     places = map(inputs.names.index, names)
     return [
         Member(session.adapters[i], inputs.probes[i], float(gain[i]),
                inputs.answers.get(inputs.names[i]))
         for i in places
     ]  # fmt: skip
+
+
+def _losses_of(session: Session) -> LossTable:
+    losses = session.library.losses
+    assert losses, "refining needs rows"
+    return losses
 
 
 def refine_merges(session: Session) -> None:
@@ -108,8 +115,8 @@ def _refined(
     part = session.path("refining") / key[:32]
     if part.exists():
         return part
-    started, meter = time.monotonic(), session.evaluator.meter
-    refined = refine(session.inputs.base, adapter, members, _options(session), meter)
+    started, progress = time.monotonic(), session.scorer.progress
+    refined = refine(session.inputs.base, adapter, members, _options(session), progress)
     finite = math.isfinite(refined.after)
     if not finite:
         warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import yaml
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.compress.planner import Planner
-from d2c_mlx.evaluate.distributed import Group, Ranks
-from d2c_mlx.evaluate.evaluator import Counts, Evaluator
+from d2c_mlx.evaluate.distributed import Group
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.study import Study, WeightStudy
+from d2c_mlx.merge.merging import method_of
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.directory import RunDirectory, absolute
 from d2c_mlx.run.inputs import Inputs
@@ -30,7 +29,7 @@ from d2c_mlx.run.records import Record
 from d2c_mlx.utils.device import process_peak
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import remove_dir, write_text
-from d2c_mlx.utils.progress import progress_bar
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["Session", "Stage"]
 
@@ -57,7 +56,7 @@ class Stage:
 
 
 class Session:
-    """One run at work: its inputs, its directory, and the study of its library.
+    """One run at work: its inputs, its directory, and its library.
 
     Attributes:
         config: options of the run.
@@ -104,11 +103,10 @@ class Session:
         return Inputs(self.config)
 
     @cached_property
-    def evaluator(self) -> Evaluator:
-        """The evaluator of losses: cached, and run here or by all ranks."""
-        engine = self.inputs.engine
+    def scorer(self) -> Scorer:
+        """The scorer of losses: cached, and run here or by all ranks."""
         cache = LossCache(cache_directory() / "losses.sqlite")
-        return Evaluator(Ranks(engine, self._group) if self._group else engine, cache)
+        return Scorer(self.inputs.engine, cache, Progress(not self.quiet), self._group)
 
     def load(self) -> None:
         """Load and check all inputs, on every rank; nothing is written in the run directory.
@@ -117,7 +115,7 @@ class Session:
             InputError: see `Inputs`.
             D2CError: another rank cannot load the base model.
         """
-        _ = self.evaluator
+        _ = self.scorer
 
     @property
     def copies(self) -> bool:
@@ -145,29 +143,18 @@ class Session:
 
     @cached_property
     def library(self) -> Library:
-        """The converted adapters, with the evaluator and rows that measure them."""
+        """The converted adapters with their rows, and with losses once `probe` measured them."""
         inputs = self.inputs
-        return Library(inputs.engine, self.evaluator, self.adapters, inputs.probes, inputs.answers)
-
-    @cached_property
-    def study(self) -> Study:
-        """The library with the losses that the stage `probe` measured, or without rows."""
-        if not self.config.has_rows:
-            none = LossTable((), np.empty(0), np.empty(0))
-            return WeightStudy(self.library, none, self.config.merging, self.planned)
-        return Study(
-            self.library,
-            LossTable.from_json(self.read("losses.json")),
-            self.config.merging,
-            # A plan compares merges with low-bit adapters, which are judged by teacher targets.
-            by_teacher=self.planned,
-        )
+        library = Library(self.adapters, inputs.encoded, self.scorer)
+        if not self.config.has_rows or not self.path("losses.json").exists():
+            return library
+        return library.measured(LossTable.from_json(self.read("losses.json")))
 
     @property
     def planner(self) -> Planner:
         """The planner of a budget in bytes."""
         c = self.config
-        return Planner(self.study, self.inputs.capacity, c.max_adapters, c.same_shape)
+        return Planner(self.library, self.inputs.capacity, c.merging, c.max_adapters, c.same_shape)
 
     @property
     def unused(self) -> list[str]:
@@ -175,7 +162,8 @@ class Session:
         if not self.config.has_rows:
             return []
         merges = not self.planned and self.config.merge_method is None
-        return ["layerwise"] * (merges and self.study.merger.method != "layerwise")
+        method = method_of(self.library, self.config.merging)
+        return ["layerwise"] * (merges and method != "layerwise")
 
     def keep_options(self) -> None:
         """Mark the directory as a run's, and write the options of this run into it."""
@@ -201,14 +189,13 @@ class Session:
 
     def _run(self, stage: Stage, record: Record) -> None:
         started = time.monotonic()
-        self.evaluator.counts = Counts()
+        before = self.scorer.counts
         mx.reset_peak_memory()
-        with progress_bar(stage.name, self.quiet) as bar:
-            self.evaluator.meter = bar
+        with self.scorer.progress.section(stage.name):
             stage.body()
         measured = {
             "seconds": round(time.monotonic() - started, 2),
-            "evaluations": asdict(self.evaluator.counts),
+            "evaluations": asdict(self.scorer.counts.since(before)),
             "peak_nbytes": mx.get_peak_memory(),
             "process_peak_nbytes": process_peak(),
         }

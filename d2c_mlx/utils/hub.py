@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from d2c_mlx.utils.errors import D2CError, InputError, gather
-from d2c_mlx.utils.progress import progress_bar
+from d2c_mlx.utils.progress import Progress
 
 __all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "read_head", "upload"]
 
@@ -117,7 +117,7 @@ def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
     pool = ThreadPoolExecutor(_AT_ONCE)
     disable_progress_bars()
     try:
-        with progress_bar("download", quiet, unit="adapters") as bar:
+        with Progress(not quiet, unit="adapters").section("download") as bar:
             bar.expect(len(calls))
 
             def run(call: Callable[[], T]) -> T:

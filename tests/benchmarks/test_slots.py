@@ -10,7 +10,7 @@ from benchmarks import RESULTS
 from benchmarks.quality import slots
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
@@ -50,9 +50,9 @@ def excess(paths, names, adapter):
     base = BaseModel(str(paths.model))
     tests = [base.encode(n, load_task(paths.tasks / n).test[:2]) for n in names]
     own = [read_adapter(paths.adapters / n, base.module_shapes) for n in names]
-    evaluator = Evaluator(Engine(base))
-    (merged,) = evaluator.losses([(adapter, tests)])
-    return merged - [evaluator.losses([(one, [test])])[0][0] for one, test in zip(own, tests)]
+    scorer = Scorer(Engine(base))
+    (merged,) = scorer.losses([(adapter, tests)])
+    return merged - [scorer.losses([(one, [test])])[0][0] for one, test in zip(own, tests)]
 
 
 def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, measured):

@@ -7,8 +7,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.compose.train import TrainOptions
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 
@@ -37,8 +37,8 @@ def adapters(paths, tiny_base):
 @pytest.fixture(scope="session")
 def new_task(tiny_base, adapters):
     """Its training, a step of length 0, teaches nothing."""
-    evaluator = Evaluator(Engine(tiny_base), LossCache())
-    return NewTask("new", tiny_base, evaluator, adapters, training=TrainOptions(1, 0.0))
+    scorer = Scorer(Engine(tiny_base), LossCache())
+    return NewTask("new", tiny_base, scorer, adapters, training=TrainOptions(1, 0.0))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from d2c_mlx.compose.methods import METHODS
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.compose.train import TrainOptions
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError, InputWarning, ModelError
@@ -64,7 +64,7 @@ def test_one_that_is_named_is_refused_before_anything_is_evaluated(
     def evaluated(*args):
         raise AssertionError("found out too late")
 
-    monkeypatch.setattr(Evaluator, "losses", evaluated)
+    monkeypatch.setattr(Scorer, "losses", evaluated)
     code, out, err = command(*argv("fresh-scaled"))
     assert (code, out) == (2, "") and not (tmp_path / "new").exists()
     (line,) = err.splitlines()
@@ -76,8 +76,8 @@ def test_one_that_is_named_is_refused_before_anything_is_evaluated(
 def new_task(root):
     base = BaseModel(str(root / "model"))
     library = [read_adapter(root / "adapters" / name, base.module_shapes) for name in "ab"]
-    evaluator = Evaluator(Engine(base), LossCache())
-    return NewTask("new", base, evaluator, library, np.ones(2), TrainOptions(1, 0.0))
+    scorer = Scorer(Engine(base), LossCache())
+    return NewTask("new", base, scorer, library, np.ones(2), TrainOptions(1, 0.0))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,6 +13,7 @@ from d2c_mlx.compress.allocate import allocate
 from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.pipeline import run
 from d2c_mlx.utils.line_search import FINE_SCALES
@@ -59,18 +60,18 @@ def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
             })
             for scale in (1.0, 0.8, 1.4)
         ]  # fmt: skip
-        found = [float(session.study.teacher_regret.under(one, [i])[0]) for one in scaled]
+        found = [float(session.library.by_teacher.regrets(one, [i])[0]) for one in scaled]
         assert found[0] == pytest.approx(0, abs=1e-4) and min(found[1:]) > 1e-3
 
 
 def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
     session = run(config, until="probe", quiet=True)
     session.inputs.engine.float32_head = None
-    found = session.study.teacher_regret.under(session.adapters[0], range(4))
-    (losses,) = session.evaluator.losses([(session.adapters[0], session.inputs.probes)])
-    assert found == pytest.approx(session.study.losses.regret(losses), abs=1e-6)
-    assert session.study.teacher_regret.under(None, [2]) == pytest.approx(
-        session.study.losses.regret(session.study.losses.base)[2]
+    found = session.library.by_teacher.regrets(session.adapters[0], range(4))
+    (losses,) = session.scorer.losses([(session.adapters[0], session.inputs.probes)])
+    assert found == pytest.approx(session.library.losses.regret(losses), abs=1e-6)
+    assert session.library.by_teacher.regrets(None, [2]) == pytest.approx(
+        session.library.losses.regret(session.library.losses.base)[2]
     )
 
 
@@ -122,7 +123,10 @@ def arrays(value):
 def test_a_merge_is_offered_in_sizes_around_its_tasks_part_of_the_budget(config):
     session = run(config, until="probe", quiet=True)
     forms, total = session.planner.forms, session.inputs.capacity.total
-    units = [((i, i + 2), session.study.merger.final((i, i + 2)).adapter) for i in (0, 1)]
+    units = [
+        ((i, i + 2), merge(session.library.by_teacher, (i, i + 2), session.config.merging).adapter)
+        for i in (0, 1)
+    ]
     for share in (0.1, 0.2):
         room = share * total
         together = list(forms.ladders(units, "merged", [room]))

@@ -14,6 +14,7 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.storage import CompactStorage, GgufStorage, one_shape
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, render_card
@@ -88,7 +89,7 @@ def test_sizes_are_exact_at_every_level(session, tmp_path):
 def test_what_was_measured_is_what_llama_cpp_gets(session):
     pack, plan = load_pack(session.path("pack")), session.read("plan.json")
     found = [
-        float(session.study.teacher_regret.under(pack.load(name), [i])[0])
+        float(session.library.by_teacher.regrets(pack.load(name), [i])[0])
         for i, name in enumerate(session.inputs.names)
     ]
     assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
@@ -189,7 +190,7 @@ def test_one_shape_for_all_adapters(paths, tmp_path, form):
 def test_one_shape_is_the_best_of_its_bytes(session):
     """Against every rank, number of bits and set of kinds of modules."""
     storage = session.inputs.capacity.storage
-    forms = FormMeter(session.study, session.inputs.capacity, same_shape=True)
+    forms = FormMeter(session.library, session.inputs.capacity, same_shape=True)
     kinds = {}
     for path in forms._common:
         kinds.setdefault(path.split(".", 3)[3], []).append(path)
@@ -240,7 +241,7 @@ def test_a_merge_of_a_lower_rank_is_of_one_shape_too(tmp_path, form):
     for thorough in (False, True):
         found = run(config.replace(thorough=thorough), until="pack", quiet=True)
         assert len(shapes_in(load_pack(found.path("pack")))) == 1
-    units = [((0, 1), found.study.merger.final((0, 1)).adapter)]
+    units = [((0, 1), merge(found.library.by_teacher, (0, 1), found.config.merging).adapter)]
     (ladder,) = found.planner.forms.ladders(units, "merged", [found.inputs.capacity.room])
     assert {n for one in ladder for ((n, _),) in one.levels.values()} <= {1}
 

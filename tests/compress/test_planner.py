@@ -12,13 +12,15 @@ from helpers.tiny import expected_regret, library
 
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
-from d2c_mlx.cluster.partition import Fading, groups_of
+from d2c_mlx.cluster.partition import groups_of
+from d2c_mlx.compress import planner
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.estimates import FormEstimates
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.planner import Planner
-from d2c_mlx.evaluate.evaluator import Silent
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -37,7 +39,7 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     # What was measured is what is packed.
     loaded = [pack.load(name) for name in session.inputs.names]
     found = [
-        float(session.study.teacher_regret.under(adapter, [i])[0])
+        float(session.library.by_teacher.regrets(adapter, [i])[0])
         for i, adapter in enumerate(loaded)
     ]
     assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
@@ -84,56 +86,62 @@ def probed(tmp_path, budget, **options):
 
 def halved(session):
     """Clusters of the first partition that a plan would merge, and their estimated costs."""
-    problem = session.study.problem
-    estimates = MergeEstimates(problem.fading, problem.similarity)
-    groups = groups_of(estimated_partition(estimates, problem.n // 2))
+    library = session.library
+    estimates = MergeEstimates(library.fading, library.similarity)
+    groups = groups_of(estimated_partition(estimates, len(library.names) // 2))
     return {one: estimates.of(one).sum() for one in groups if len(one) > 1}
 
 
-def expecting_no_harm(session):
-    """Every merge is estimated to lose nothing, so only measuring ends the search."""
-    known = session.study.problem.fading
-    vars(session.study)["problem"] = replace(
-        session.study.problem, fading=Fading(known.strengths, 0 * known.regrets)
-    )
-    return session
+@pytest.fixture
+def asked(monkeypatch):
+    """Members of every merge of a plan, each of which is estimated to lose nothing."""
+    members_of = []
+
+    def remember(library, members, options):
+        members_of.append(members)
+        return merge(library, members, options)
+
+    monkeypatch.setattr(planner, "merge", remember)
+    fading = Library.fading.fget
+
+    def harmless(library):
+        known = fading(library)
+        return replace(known, regrets=0 * known.regrets)
+
+    monkeypatch.setattr(Library, "fading", property(harmless))
+    return members_of
 
 
 @pytest.mark.slow
-def test_merges_that_lose_nothing_do_not_end_the_search(tmp_path):
+def test_merges_that_lose_nothing_do_not_end_the_search(asked, tmp_path, monkeypatch):
     """They are tried down to one cluster, though the first are estimated to lose nothing."""
-    session = expecting_no_harm(probed(tmp_path, "30%"))
-    final, asked = session.study.merger.final, []
-
-    def cheap(members):
-        asked.append(members)
-        return replace(final(members), regret=1e-3)
-
-    session.study.merger.final = cheap
+    counted = planner.merge
+    monkeypatch.setattr(
+        planner, "merge", lambda *arguments: replace(counted(*arguments), regret=1e-3)
+    )
+    session = probed(tmp_path, "30%")
     session.planner.measure([session.inputs.capacity.room])
     assert {len(members) for members in asked} > {12}
 
 
 @pytest.mark.slow
-def test_a_given_scale_ends_the_search_where_merges_lose_too_much(tmp_path):
-    session = expecting_no_harm(probed(tmp_path, "90%", merge_method="linear"))
-    final, asked = session.study.merger.final, []
-    session.study.merger.final = lambda members: asked.append(members) or final(members)
+def test_a_given_scale_ends_the_search_where_merges_lose_too_much(asked, tmp_path):
+    session = probed(tmp_path, "90%", merge_method="linear")
     candidates = session.planner.measure([session.inputs.capacity.room])
-    assert asked and {*asked} <= {*halved(session)} and final(asked[0]).regret is None
+    assert asked and {*asked} <= {*halved(session)}
     assert "merged" not in {one.family for one in candidates}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["90%", "30%"])
-def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(tmp_path, budget):
+def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(asked, tmp_path, budget):
     """The cluster with the worst estimate first; nothing of it becomes a candidate then."""
-    session = expecting_no_harm(probed(tmp_path, budget))
-    final, asked = session.study.merger.final, []
-    session.study.merger.final = lambda members: asked.append(members) or final(members)
+    session = probed(tmp_path, budget)
     candidates = session.planner.measure([session.inputs.capacity.room])
-    under = session.study.teacher_regret.under
-    lost = [under(final(members).adapter, members).sum() for members in asked]
+    taught, options = session.library.by_teacher, session.config.merging
+    lost = [
+        taught.regrets(merge(taught, members, options).adapter, members).sum() for members in asked
+    ]
     room = session.inputs.capacity.room
     best = len(session.inputs.names) * session.planner.plan(candidates, room).content["regret"]
     costs = halved(session)
@@ -161,7 +169,7 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
     of = {one.members: one for one in found.chosen}
     for one in found.chosen:
         plain = one.load().adapter(session.inputs.base.dtype) if one.stored else None
-        regret = session.study.teacher_regret.under(plain, one.members).sum()
+        regret = session.library.by_teacher.regrets(plain, one.members).sum()
         assert one.regret == pytest.approx(float(regret), abs=1e-6)
     assert sorted(i for members in of for i in members) == list(range(4))
 
@@ -269,22 +277,3 @@ def test_only_a_budget_in_bytes_is_planned(config, monkeypatch, capsys):
         main()
     assert stop.value.code == 2
     assert "until: found 'plan', expected a stage of this run" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_time_left_of_a_plan_is_foreseen(config, tmp_path, monkeypatch):
-    """By tokens, to a factor of two; nothing is left in the end."""
-    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
-    config = config.replace(output=str(tmp_path / "run"))
-    session = run(config, until="probe", quiet=True)
-    seen = []
-    meter = session.evaluator.meter = Silent()
-    meter.foresee = lambda n: seen.append((n, session.evaluator.counts.tokens))
-    found = session.planner.measure()
-    assert {one.family for one in found} >= {"own"}
-    (first, before), *_, (last, after) = seen
-    assert last == 0 and all(n >= 0 for n, _ in seen)
-    own = [n for n, _ in seen[: len(session.inputs.names)]]
-    assert own == sorted(own, reverse=True)
-    done = seen[len(session.inputs.names)][1] - before
-    assert done / 2 <= first <= 2 * done and after >= done

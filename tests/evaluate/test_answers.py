@@ -6,10 +6,10 @@ import pytest
 import sacrebleu
 
 from d2c_mlx.evaluate.answers import answer_rows
-from d2c_mlx.evaluate.evaluator import Silent
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.metrics import METRICS, answer_metrics, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.progress import Progress
 
 
 def row(expected, **answers):
@@ -85,7 +85,7 @@ class Endless:
         return [(prompt[-1],) * n for prompt, n in zip(prompts, max_tokens)]
 
 
-class Counted(Silent):
+class Counted(Progress):
     expected = done = 0
 
     def expect(self, n_tokens):

@@ -11,8 +11,8 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.attribution import POINTS, module_gains
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 
@@ -24,8 +24,8 @@ def tiny(tmp_path):
     base = BaseModel(str(paths.model))
     adapter = read_adapter(paths.adapters / "a", base.module_shapes)
     examples = base.encode("a", load_task(paths.tasks / "a").probe)
-    evaluator = Evaluator(Engine(base))
-    return base, adapter, examples, lambda one: evaluator.losses([(one, [examples])])[0][0]
+    scorer = Scorer(Engine(base))
+    return base, adapter, examples, lambda one: scorer.losses([(one, [examples])])[0][0]
 
 
 def scaled(adapter: Adapter, scales: dict[str, float]) -> Adapter:

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.merge.kl_regret import TeacherRegret, shrinkage
+from d2c_mlx.merge.kl_regret import shrinkage
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import Example
 from d2c_mlx.pipeline import run
@@ -78,9 +78,9 @@ def answered(base, adapter, probe, seed):
     return replace(probe, examples=tuple(rows), cuts=())
 
 
-def expected_of(session, adapters, sets):
-    library = replace(session.library, adapters=adapters, probes=sets)
-    return TeacherRegret(library, session.study.losses)
+def library_of(session, adapters, sets):
+    tasks = [replace(task, calibration=rows) for task, rows in zip(session.library.tasks, sets)]
+    return replace(session.library, adapters=adapters, tasks=tasks)
 
 
 def test_rows_that_say_weaker_are_believed(session):
@@ -90,16 +90,17 @@ def test_rows_that_say_weaker_are_believed(session):
         answered(session.inputs.base, *pair, 0)
         for pair in zip(session.adapters, session.inputs.probes)
     ]
-    found = expected_of(session, strong, sets)
+    found = library_of(session, strong, sets).by_teacher
     for i, trust in enumerate(found.trust):
         assert 0.3 < trust < 1
-        own, weaker = (float(found.under(one[i], [i])[0]) for one in (strong, session.adapters))
+        own, weaker = (float(found.regrets(one[i], [i])[0]) for one in (strong, session.adapters))
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
 def test_a_teacher_regret_is_never_below_minus_1(session):
-    found, gain = TeacherRegret(session.library, session.study.losses), session.study.losses.gain
-    assert found.regret(gain * [0.5, -3], np.arange(2)) == pytest.approx([0.5, -1])
+    gain = session.library.losses.gain
+    losses = session.library.by_teacher.losses
+    assert losses.regret(gain * [0.5, -3], np.arange(2)) == pytest.approx([0.5, -1])
 
 
 @pytest.mark.slow
@@ -108,12 +109,11 @@ def test_forms_are_stored_weaker_where_rows_say_so(session):
 
     def forms(adapters, sets):
         session.adapters = adapters
-        vars(session).pop("library", None), vars(session).pop("study", None)
-        vars(session.study)["teacher_regret"] = expected_of(session, adapters, sets)
+        session.library = library_of(session, adapters, sets)
         found = session.planner.measure()
         plan = session.planner.plan(found, session.inputs.capacity.room).content
         assert plan["trust"] == {
-            n: w for n, w in zip(session.inputs.names, session.study.teacher_regret.trust) if w
+            n: w for n, w in zip(session.inputs.names, session.library.by_teacher.trust) if w
         }
         return [(one.scale, one.regret) for one in found if one.family == "own"]
 
@@ -135,9 +135,9 @@ def test_rows_as_the_adapter_expects_have_no_say(session):
         answered(session.inputs.base, *pair, 1)
         for pair in zip(session.adapters, session.inputs.probes)
     ]
-    found = expected_of(session, session.adapters, sets)
+    found = library_of(session, session.adapters, sets).by_teacher
     assert found.trust == [0, 0]
-    assert [one.teacher for one in found.sets] == [one.digest for one in session.adapters]
+    assert [rows.teacher for rows in found.calibration] == [one.digest for one in session.adapters]
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])
@@ -146,9 +146,9 @@ def test_a_trusted_row_enters_by_its_weight(session, trust):
     base, (one, other), probe = session.inputs.base, session.adapters, session.inputs.probes[0]
     model = Distiller(base)
     some = model.with_teacher(one, probe, trust)
-    (found,) = session.evaluator.losses([(other, [some])])
+    (found,) = session.scorer.losses([(other, [some])])
     rows = model.compare(other, model.teacher_rows(one, probe))
-    nll = [sum(session.evaluator.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
+    nll = [sum(session.scorer.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
     assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
     kl = divergence(base, one, other, probe)
     assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)

@@ -26,12 +26,14 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.layerwise import check_blocks, merge_layerwise
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.merger import Merger
+from d2c_mlx.merge.merging import method_of
 from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.tasks import Task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
@@ -64,8 +66,8 @@ def bases(root):
 def test_layerwise_merges_every_family(root, bases, family):
     base = bases[family]
     rows = ExampleSet("a", tuple(Example(tuple(TOKENS[0, i:].tolist()), 3) for i in (0, 5)))
-    library = Library(Engine(base), None, [], [rows])
-    assert Merger(library, MergeOptions(), None).method == "layerwise"
+    library = Library([], [Task("a", rows, rows, None)], Scorer(Engine(base)))
+    assert method_of(library, MergeOptions()) == "layerwise"
     check_blocks(base)
     one, other = (
         read_adapter(root / family / feature, base.module_shapes)

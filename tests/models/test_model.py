@@ -13,8 +13,8 @@ from mlx_lm.models import lfm2
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.stock import stored_dtype
@@ -38,10 +38,10 @@ def tiny(tmp_path):
 def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
     base, (first, second), sets = tiny
     engine, path = Engine(base), tmp_path / "losses.sqlite"
-    evaluator = Evaluator(engine, LossCache(path))
-    before = evaluator.losses([(first, sets), (None, sets[:1]), (first, sets)])
-    assert (evaluator.counts.asked, evaluator.counts.done) == (5, 3)
-    again = Evaluator(engine, LossCache(path))
+    scorer = Scorer(engine, LossCache(path))
+    before = scorer.losses([(first, sets), (None, sets[:1]), (first, sets)])
+    assert (scorer.counts.asked, scorer.counts.done) == (5, 3)
+    again = Scorer(engine, LossCache(path))
     after = again.losses([(first, sets), (None, sets[:1])])
     assert [x.tolist() for x in after] == [x.tolist() for x in before[:2]]
     assert again.counts.done == 0
@@ -51,18 +51,18 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
 
 def test_without_a_cache_everything_is_asked_again(tiny):
     base, (first, _), sets = tiny
-    evaluator = Evaluator(Engine(base))
-    values = [evaluator.losses([(first, sets)])[0].tolist() for _ in range(2)]
-    assert values[0] == values[1] and evaluator.counts.done == 4
+    scorer = Scorer(Engine(base))
+    values = [scorer.losses([(first, sets)])[0].tolist() for _ in range(2)]
+    assert values[0] == values[1] and scorer.counts.done == 4
 
 
 def test_losses_in_parts_are_those_of_the_whole(tiny):
     base, (first, second), sets = tiny
-    evaluator = Evaluator(Engine(base))
+    scorer = Scorer(Engine(base))
     mixed = [sets[0].halved(), sets[1]]
     assert [len(one.parts) for one in mixed] == [2, 1]
     jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
-    for parts, whole in zip(evaluator.losses_in_parts(jobs), evaluator.losses(jobs)):
+    for parts, whole in zip(scorer.losses_in_parts(jobs), scorer.losses(jobs)):
         assert parts == pytest.approx(whole, rel=1e-5)
 
 

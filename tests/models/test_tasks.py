@@ -7,7 +7,7 @@ from mlx_lm.utils import load_tokenizer
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.tasks import Task, common_system, load_task, load_tasks, load_unlabelled
+from d2c_mlx.models.tasks import TaskRows, common_system, load_task, load_tasks, load_unlabelled
 from d2c_mlx.utils.errors import InputError, TaskError
 
 
@@ -271,7 +271,7 @@ def test_pairs_with_messages_beside_are_pairs(base, beside):
     assert (
         base.encode("t", rows).examples == base.encode("t", [*map(completion, range(2))]).examples
     )
-    assert common_system([Task("t", tuple(rows), ())]) is None
+    assert common_system([TaskRows("t", tuple(rows), ())]) is None
 
 
 def test_prompts_keep_the_tools_of_their_row(tmp_path):
@@ -280,7 +280,7 @@ def test_prompts_keep_the_tools_of_their_row(tmp_path):
     rows = [{"task": "t", "prompt": "How late?", "tools": tools, "messages": None},
             {"task": "t", "messages": [{"role": "user", "content": "Now?"}]}]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = load_unlabelled(path, [Task("t", (), ())], 0)["t"]
+    first, second = load_unlabelled(path, [TaskRows("t", (), ())], 0)["t"]
     assert first["tools"] == tools and "tools" not in second
     assert first["messages"][0] == {"role": "user", "content": "How late?"}
 

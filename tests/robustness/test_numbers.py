@@ -18,8 +18,8 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_adapter, norm_bounds
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.loss_cache import LossCache
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
     def losses(base, adapter):
         cache = LossCache(tmp_path / "losses.sqlite")
         probes = [base.encode(one.name, one.probe) for one in tasks]
-        return Evaluator(Engine(base), cache).losses([(adapter, probes)])
+        return Scorer(Engine(base), cache).losses([(adapter, probes)])
 
     # o_proj is at the end of float32 and gets only zeros, until an adapter gives it a value.
     edge = {"v_proj": lambda x: 0 * x, "o_proj": lambda x: mx.full(x.shape, 3e38)}

@@ -10,7 +10,6 @@ from helpers.runs import stages_started
 from helpers.tiny import library, peft_adapter
 from scipy.stats import bootstrap
 
-from d2c_mlx.evaluate.evaluator import Evaluator
 from d2c_mlx.evaluate.heldout import (
     BenchMethod,
     excess_interval,
@@ -18,6 +17,7 @@ from d2c_mlx.evaluate.heldout import (
     paired_bootstrap,
     row_losses,
 )
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
@@ -179,8 +179,8 @@ def test_losses_of_rows_are_those_of_their_set(root, compared):
     config = load_config(root / "out" / "six-linear-2" / "config.yaml", {})
     session, pack = Session(config), load_pack(root / "out" / "six-linear-2" / "pack")
     serves = {name: pack.load(name) for name in "abcdef"}
-    rows = row_losses(session.evaluator, serves, session.inputs.tests)
-    whole = method_losses(session.evaluator, BenchMethod(0, [serves]), session.inputs.tests)
+    rows = row_losses(session.scorer, serves, session.inputs.tests)
+    whole = method_losses(session.scorer, BenchMethod(0, [serves]), session.inputs.tests)
     means = [rows[name][:, 0].sum() / rows[name][:, 1].sum() for name in "abcdef"]
     np.testing.assert_allclose(means, whole, atol=1e-5)
 
@@ -193,14 +193,14 @@ def test_a_run_tells_the_interval_of_its_excess(root, compared):
     session, pack = Session(config), load_pack(out / "pack")
     tests = session.inputs.tests
     serves = [{name: pack.load(name) for name in "abcdef"}, dict(zip("abcdef", session.adapters))]
-    expected = paired_bootstrap(*(row_losses(session.evaluator, one, tests) for one in serves))
+    expected = paired_bootstrap(*(row_losses(session.scorer, one, tests) for one in serves))
     found = session.read("bench.json")["interval"]
     assert found == pytest.approx({key: expected[key] for key in ("low", "high")}, abs=1e-5)
     assert found["low"] < session.read("bench.json")["methods"]["pack"]["excess"] < found["high"]
     for name in ("report.html", "report.md"):
         assert f"95% interval {found['low']:.4f} to {found['high']:.4f}" in (out / name).read_text()
     engine, ran = session.inputs.engine, []
-    method_losses(Evaluator(engine), BenchMethod(0, serves), tests)
+    method_losses(Scorer(engine), BenchMethod(0, serves), tests)
     engine.workers.run = lambda *given: ran.append(given)
     assert excess_interval(engine, *serves, tests) == found and not ran
 

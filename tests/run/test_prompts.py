@@ -9,6 +9,7 @@ from helpers.runs import NAMES, stages_started
 from helpers.tiny import end_answers, write_jsonl
 
 from d2c_mlx.merge.layerwise import merge_layerwise
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -74,7 +75,9 @@ def test_a_plan_reads_rows_alone(plain, prompts):
     changes = {"budget": "30%", "refine": True}
     without, session = (run(one.replace(**changes), until="refine", quiet=True)
                         for one in (plain, prompts))  # fmt: skip
-    merges = [one.study.merger.final((0, 2)) for one in (without, session)]
+    merges = [
+        merge(one.library.by_teacher, (0, 2), one.config.merging) for one in (without, session)
+    ]
     assert merges[0].method == "layerwise"
     assert merges[0].adapter.digest == merges[1].adapter.digest
     assert session.read("plan.json") == without.read("plan.json")

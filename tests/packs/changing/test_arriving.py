@@ -18,7 +18,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.evaluator import Evaluator
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
@@ -52,11 +52,11 @@ def whole(tmp_path):
 def test_probes_decide_where_an_arrival_suffers_least(whole):
     """Every slot at every scale, tried here by brute force, and the walk over scales."""
     paths, base, found, pack = whole
-    evaluator = Evaluator(Engine(base))
+    scorer = Scorer(Engine(base))
     probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
 
     def losses(adapter, names):
-        return evaluator.losses([(adapter, [probes[n] for n in names])])[0]
+        return scorer.losses([(adapter, [probes[n] for n in names])])[0]
 
     costs = {}
     for k, member in enumerate("ab"):
@@ -104,7 +104,7 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
         )
         arrived = result.pack.load("b")
         held[tasks] = harm in arrived.modules
-        losses[tasks] = Evaluator(Engine(base)).losses([(arrived, [probe])])[0][0]
+        losses[tasks] = Scorer(Engine(base)).losses([(arrived, [probe])])[0][0]
     assert held == {None: True, paths.tasks: False}
     assert losses[paths.tasks] < losses[None] - 0.3
 

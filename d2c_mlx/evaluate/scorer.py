@@ -5,50 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.distributed import Group, Ranks
+from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
 from d2c_mlx.utils.files import fingerprint
+from d2c_mlx.utils.progress import Progress
 
-__all__ = ["Counts", "Evaluator", "Job", "Meter", "Runner", "Silent"]
-
-Job = tuple[Adapter | None, Sequence[ExampleSet]]
-
-
-class Meter(Protocol):
-    """A progress display, in tokens."""
-
-    def foresee(self, n_tokens: int) -> None:
-        """Set the estimate of the work that is not expected yet; replaces the one before."""
-
-    def expect(self, n_tokens: int) -> None:
-        """Add work that is certain to come; it is taken from the estimate."""
-
-    def advance(self, n_tokens: int) -> None:
-        """Count work as done."""
-
-
-class Silent:
-    """A meter that shows nothing."""
-
-    def foresee(self, n_tokens: int) -> None:
-        """Do nothing."""
-
-    def expect(self, n_tokens: int) -> None:
-        """Do nothing."""
-
-    def advance(self, n_tokens: int) -> None:
-        """Do nothing."""
+__all__ = ["Counts", "Job", "Runner", "Scorer"]
 
 
 class Runner(Protocol):
-    """Runs the base model: an `Engine`, or several ranks that share the work."""
+    """Runs a base model: an `Engine`, all ranks, or a model as on a phone."""
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hash all that decides the bits of a loss, except the adapter."""
@@ -57,9 +32,12 @@ class Runner(Protocol):
         """Yield (index of a piece, sum of its targets' NLL in nats) in the order of completion."""
 
 
-@dataclass
+Job = tuple[Adapter | None, Sequence[ExampleSet]]
+
+
+@dataclass(frozen=True)
 class Counts:
-    """Counts of evaluations, each of one adapter on one example set.
+    """Evaluations since a scorer was made, each of one adapter on one example set.
 
     Attributes:
         asked: evaluations that were asked for, cached ones included.
@@ -71,27 +49,51 @@ class Counts:
     done: int = 0
     tokens: int = 0
 
+    def since(self, before: Counts) -> Counts:
+        """What was counted after `before`."""
+        return Counts(
+            self.asked - before.asked, self.done - before.done, self.tokens - before.tokens
+        )
 
-class Evaluator:
+
+class Scorer:
     """Mean losses on a base model, each evaluated once and cached by content.
 
     A cache key is the hash of engine, base model, adapter content and token ids. So two equal
-    merges share a loss, whatever their names.
+    merges share a loss, whatever their names. The loss is that of mlx-lm's trainer, `default_loss`,
+    on the targets of its dataset classes. Source: https://github.com/ml-explore/mlx-lm.
 
-    The loss is that of mlx-lm's trainer, `default_loss`, on the targets of its dataset classes.
-    Source: https://github.com/ml-explore/mlx-lm.
+    Attributes:
+        engine: runs the base model here.
+        cache: keeps losses; None evaluates everything again every time.
+        progress: is told of tokens to come and done.
     """
 
-    def __init__(self, runner: Runner, cache: LossCache | None = None) -> None:
-        """Make an evaluator.
+    def __init__(
+        self,
+        engine: Engine | Runner,
+        cache: LossCache | None = None,
+        progress: Progress | None = None,
+        group: Group | None = None,
+    ) -> None:
+        """Make a scorer.
 
         Args:
-            runner: runs the base model.
-            cache: keeps losses; None evaluates everything again every time.
+            engine: runs the base model here; any `Runner` where only losses are asked for.
+            cache: keeps losses; None keeps none.
+            progress: shows how far the work is; None shows nothing.
+            group: ranks that share the work, all of which load the base model now; None is this
+                process alone.
         """
-        self.runner, self.cache = runner, cache
-        self.meter: Meter = Silent()
-        self.counts = Counts()
+        self.engine, self.cache = cast(Engine, engine), cache
+        self.progress = progress or Progress()
+        self._runner: Runner = Ranks(self.engine, group) if group else engine
+        self._counts = Counts()
+
+    @property
+    def counts(self) -> Counts:
+        """Evaluations since the scorer was made; they only grow."""
+        return self._counts
 
     def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
         """Evaluate every job; cached losses cost nothing. Use `losses_in_parts` for few sets.
@@ -107,10 +109,8 @@ class Evaluator:
             ModelError: a loss under the base model is not finite.
         """
         pieces = [(adapter, examples) for adapter, sets in jobs for examples in sets]
-        self.counts.asked += len(pieces)
-        means = iter(
-            [total / rows.n_targets for total, (_, rows) in zip(self._sums(pieces), pieces)]
-        )
+        totals = zip(self._sums(pieces), pieces)
+        means = iter([total / examples.n_targets for total, (_, examples) in totals])
         return [np.array([next(means) for _ in sets]) for _, sets in jobs]
 
     def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
@@ -118,48 +118,49 @@ class Evaluator:
 
         Use it where few sets would leave cores idle. Jobs, result and errors are those of `losses`.
         """
-        parts = [[part for one in sets for part in one.parts] for _, sets in jobs]
-        found = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
+        parts = [[part for examples in sets for part in examples.parts] for _, sets in jobs]
+        by_part = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
         result = []
-        for (_, sets), some, losses in zip(jobs, parts, found):
-            starts = np.cumsum([0, *(len(one.parts) for one in sets)])[:-1]
+        for (_, sets), some, losses in zip(jobs, parts, by_part):
+            starts = np.cumsum([0, *(len(examples.parts) for examples in sets)])[:-1]
             n = np.array([part.n_targets for part in some])
             result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
         return result
 
-    def _sums(self, wanted: Sequence[Piece]) -> list[float]:
+    def _sums(self, pieces: Sequence[Piece]) -> list[float]:
         """The NLL sum of every piece, in nats."""
-        keys = [self._key(*piece) for piece in wanted]
-        known: dict[str, float] = {}
+        keys = [
+            fingerprint([self._runner.fingerprint(part), adapter.digest if adapter else "base"])[
+                :32
+            ]
+            for adapter, part in pieces
+        ]
+        totals: dict[str, float] = {}
         missing: dict[str, Piece] = {}
-        for key, piece in zip(keys, wanted):
+        for key, piece in zip(keys, pieces):
             value = self.cache.get(key) if self.cache else None
             if value is None:
                 missing[key] = piece
             else:
-                known[key] = value
-        names, pieces = list(missing), list(missing.values())
-        self.meter.expect(sum(part.n_tokens for _, part in pieces))
+                totals[key] = value
+        names, todo = list(missing), list(missing.values())
+        self.progress.expect(sum(part.n_tokens for _, part in todo))
+        asked, done, tokens = self._counts.asked + len(pieces), self._counts.done, 0
         odd: dict[int, float] = {}
-        for i, total in self.runner.run(pieces):
+        for i, total in self._runner.run(todo):
             if not math.isfinite(total):
                 odd[i] = total
                 continue
-            known[names[i]] = total
+            totals[names[i]] = total
             if self.cache:
                 self.cache.put(names[i], total)
-            n_tokens = pieces[i][1].n_tokens
-            self.counts.done += 1
-            self.counts.tokens += n_tokens
-            self.meter.advance(n_tokens)
+            done, tokens = done + 1, tokens + todo[i][1].n_tokens
+            self.progress.advance(todo[i][1].n_tokens)
+        self._counts = Counts(asked, done, self._counts.tokens + tokens)
         if odd:  # Raised only now, because other ranks wait until all is done.
             first = min(odd)
-            raise _overflow(odd[first], *pieces[first])
-        return [known[key] for key in keys]
-
-    def _key(self, adapter: Adapter | None, part: ExampleSet) -> str:
-        digest = adapter.digest if adapter else "base"
-        return fingerprint([self.runner.fingerprint(part), digest])[:32]
+            raise _overflow(odd[first], *todo[first])
+        return [totals[key] for key in keys]
 
 
 def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputError:

@@ -1,0 +1,135 @@
+"""Merges as a pack holds them: every method through the pipeline, rank and scale."""
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import library, peft_adapter
+
+from d2c_mlx.evaluate.capture import input_activations
+from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
+from d2c_mlx.merge.merging import merge, problem_of, quick_merge
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
+from d2c_mlx.pipeline import run
+from d2c_mlx.plugins import MERGE_METHODS, names
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
+
+PAIRS = [(0, 1), (1, 2), (0, 1, 2)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Three adapters, one of another rank and other modules; room for two."""
+    root = tmp_path_factory.mktemp("merging")
+    paths = library(root, ["a", "b"])
+    peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
+    for kind in ("probe", "test"):
+        source = (paths.tasks / "a" / f"{kind}.jsonl").read_text(encoding="utf-8")
+        (paths.tasks / "c").mkdir(exist_ok=True)
+        (paths.tasks / "c" / f"{kind}.jsonl").write_text(source.replace(" a?", " c?"), "utf-8")
+    return RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
+        output=str(root / "run"), probe_examples=3, test_examples=2, baselines=(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(config):
+    """The library of a run, with its losses."""
+    return run(config, until="probe", quiet=True).library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [*RUN_METHODS, *names(MERGE_METHODS)])
+def test_every_method_gives_a_pack(config, method):
+    session = run(config.replace(merge_method=method), until="bench", quiet=True)
+    methods = session.read("bench.json")["methods"]
+    assert methods["pack"] == methods["d2c"]
+    used = {entry["method"] for entry in session.read("merges.json")}
+    assert used <= {"none", *({"regmean", method} if method == "regmean++" else {method})}
+    assert used != {"none"}
+
+
+@pytest.mark.parametrize(
+    ("members", "better"),
+    [((0, 1, 2), "regmean"), ((0, 1), "regmean++"), ((1, 2), "regmean++")],
+)
+def test_regmean_again_is_regmean_on_what_reaches_the_merge(measured, members, better):
+    """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
+    options = MergeOptions("regmean++")
+    plain, found = quick_merge(measured, members, options), merge(measured, members, options)
+    adapters = [measured.adapters[i] for i in members]
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    rows = [measured.calibration[i] for i in members]
+    inputs = input_activations(measured.base, plain.adapter, rows, paths)
+    again = merge_adapters(
+        adapters, "regmean", activations={path: [one[path] for one in inputs] for path in paths}
+    )
+
+    def regret(scale):
+        adapter = scaled(again, scale).uniform(measured.base.dtype)
+        losses = measured.scorer.losses([(adapter, rows)])[0]
+        return float(measured.losses.regret(losses, np.array(members)).mean())
+
+    lowest = line_search(regret, COARSE_SCALES)[1]
+    assert math.isfinite(plain.regret) and math.isfinite(found.regret)
+    assert found.method == better == ("regmean++" if lowest < plain.regret - 1e-3 else "regmean")
+    if better == "regmean":
+        assert found.adapter.digest == plain.adapter.digest
+    else:
+        assert found.regret <= lowest + 1e-6
+
+
+@pytest.mark.parametrize("members", PAIRS)
+def test_layerwise_is_the_default_at_a_scale_that_is_not_searched(measured, members):
+    adapters, rows = ([some[i] for i in members]
+                      for some in (measured.adapters, measured.calibration))  # fmt: skip
+    found = merge(measured, members, MergeOptions())
+    scale = 1.4 if len(members) > 2 else 1.0
+    expected = merge_layerwise(measured.base, adapters, rows, LayerwiseOptions(scale))
+    assert (found.method, found.scale, found.regret) == ("layerwise", scale, math.inf)
+    assert found.adapter.digest == expected.uniform(measured.base.dtype).digest
+
+
+@pytest.mark.parametrize(
+    ("members", "cosine", "scale"),
+    [((0, 1), -0.9, 1.0), ((0, 1, 2), -0.4, 1.4), ((0, 1, 2), 0.9, 1.0)],
+)
+def test_two_members_are_few_however_unlike(measured, members, cosine, scale):
+    other = replace(measured)
+    vars(other)["similarity"] = np.full((3, 3), cosine) + (1 - cosine) * np.eye(3)
+    assert merge(other, members, MergeOptions()).scale == scale
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
+    """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""
+    assert line_search(lambda scale: np.log(scale * n) ** 2, COARSE_SCALES)[0] == 1 / n
+    assert line_search(lambda scale: np.log(scale / n) ** 2, COARSE_SCALES)[0] == n
+
+
+def test_the_scale_is_the_best_of_the_walk(measured):
+    merged = quick_merge(measured, (0, 1), MergeOptions())
+    assert merged.scale in COARSE_SCALES
+    fixed = quick_merge(measured, (0, 1), MergeOptions(), merged.scale)
+    assert fixed.scale == merged.scale and fixed.adapter.digest == merged.adapter.digest
+    assert next(iter(merged.adapter.modules.values())).a.dtype == mx.float16
+
+
+def test_a_merge_may_take_the_scale_of_another(measured):
+    problem = problem_of(measured, MergeOptions())
+    like = quick_merge(measured, (0, 1), MergeOptions())
+    taken = problem.merge((0, 2), like=(0, 1))
+    fixed = quick_merge(measured, (0, 2), MergeOptions(), like.scale)
+    assert taken.digest == fixed.adapter.digest
+    assert problem.merge((2,), like=(0, 1)).digest == problem.merge((2,)).digest
+
+
+def test_a_larger_rank_is_for_merges_alone(measured):
+    options = MergeOptions(rank=8)
+    assert quick_merge(measured, (0, 1), options).adapter.rank == 8
+    assert quick_merge(measured, (0,), options).adapter.rank == 4
