@@ -17,13 +17,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from unicodedata import east_asian_width
 
-from d2c_mlx.report.frontier import Frontier
 from d2c_mlx.utils.errors import printable
 
 __all__ = [
-    "COLOURS", "GROUP_COLOURS", "TEXT", "convergence", "dendrogram", "excess_bars",
-    "frontier_chart", "memory_bar", "new_figure", "svg_file",
-]  # fmt: skip
+    "COLOURS",
+    "GROUP_COLOURS",
+    "TEXT",
+    "convergence",
+    "dendrogram",
+    "excess_bars",
+    "frontier_chart",
+    "memory_bar",
+    "new_figure",
+    "svg_file",
+]
 
 Json = Mapping[str, Any]
 # Inline SVG replaces it by the page's own text colour, light or dark.
@@ -32,8 +39,6 @@ TEXT = "#7a7f87"
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS = ("#3b82c4", "#c9721a", "#4a9463", "#858c96")
 # Of tasks that share an adapter; numbers tell groups apart beyond eight.
 GROUP_COLOURS = (*COLOURS[:3], "#9467c8", "#cf4f4b", "#1f9292", "#c2559f", "#858220")
-# Text settings for names: "a$^$" would be parsed as a formula, and a wrong one is an error.
-_NAMES: dict[str, Any] = {"parse_math": False}
 # Most letters of a name; more would leave no room for the chart.
 _LONGEST = 28
 # Inches; 430 CSS pixels, so that text is hardly smaller on a phone.
@@ -90,12 +95,12 @@ def _svg(figure: Any, name: str, says: Sequence[str] = ()) -> str:  # noqa: ANN4
     text = svg_file(figure, salt=name)
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
-    words = {f"mark{k}": html.escape(printable(one)) for k, one in enumerate(says)}
+    words = {f"mark{k}": html.escape(printable(text)) for k, text in enumerate(says)}
 
     def group(match: re.Match[str]) -> str:
         # matplotlib numbers groups anew in every chart, and nothing refers to them.
-        said = words.get(match[1])
-        return "<g>" if said is None else f'<g class="mark"><title>{said}</title>'
+        title = words.get(match[1])
+        return "<g>" if title is None else f'<g class="mark"><title>{title}</title>'
 
     text = re.sub('<g id="([^"]*)">', group, text)
     # The page's own font, which it names once.
@@ -137,38 +142,52 @@ def convergence(history: Sequence[Json]) -> str:
     return _svg(figure, "rounds")
 
 
-def frontier_chart(found: Frontier) -> str:
-    """What is lost against bytes; every stop is a mark, a band from top to bottom."""
+def frontier_chart(frontier: Json) -> str:
+    """What is lost against bytes; every stop is a mark, a band from top to bottom.
+
+    Args:
+        frontier: `shares` of the bytes at every stop, rising, and `lines`, label -> loss at every
+            stop, in `unit`; `base`, the loss of the base model, as task adapters lose 0; `pack`,
+            its share and loss; `says`, every stop in words; `planned` where stops are a constant
+            factor apart.
+    """
     figure, axes = new_figure(_WIDTH, 3.0)
-    shares = [100 * share for share in found.shares]
-    styles = (("--o", _GREEN), (":o", _GREY), ("-o", _BLUE)) if found.planned else (("o", _BLUE),)
-    for (label, values), (style, colour) in zip(found.lines.items(), styles):
+    planned, lines, (share, loss) = frontier["planned"], frontier["lines"], frontier["pack"]
+    shares = [100 * part for part in frontier["shares"]]
+    pairs = list(zip(shares, shares[1:]))
+    styles = [("o", _BLUE)]
+    if planned:
+        styles = [("--o", _GREEN), (":o", _GREY), ("-o", _BLUE)]
+        left, right = shares[0] / 1.2, shares[-1] * 1.2
+        middles = [(a * b) ** 0.5 for a, b in pairs]
+    else:
+        left, right = 0, shares[-1] + 8
+        middles = [(a + b) / 2 for a, b in pairs]
+    for (label, values), (style, colour) in zip(lines.items(), styles):
         axes.plot(shares, values, style, label=label, markersize=4, color=colour)
-    axes.plot(100 * found.pack[0], found.pack[1], "*", markersize=13, color=_ORANGE, label="pack")
-    axes.set_xscale("log" if found.planned else "linear")
-    axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60 if found.planned else 0)
+    axes.plot(100 * share, loss, "*", markersize=13, color=_ORANGE, label="pack")
+    axes.set_xscale("log" if planned else "linear")
+    axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60 if planned else 0)
     axes.minorticks_off()
-    left, right = (shares[0] / 1.2, shares[-1] * 1.2) if found.planned else (0, shares[-1] + 8)
-    middles = [(a * b) ** 0.5 if found.planned else (a + b) / 2 for a, b in zip(shares, shares[1:])]
     for k, (low, high) in enumerate(zip([left, *middles], [*middles, right])):
         # Hardly to be seen until the page lights it; what is not drawn at all hears no pointer.
         axes.axvspan(low, high, facecolor=_BLUE, edgecolor="none", alpha=0.01, gid=f"mark{k}")
     axes.set_xlim(left, right)
-    for limit, label in ((found.base, "base model"), (0, "task adapters")):
+    for limit, label in ((frontier["base"], "base model"), (0, "task adapters")):
         axes.axhline(limit, color=TEXT, linewidth=0.8)
         # The legend is at the upper right; lines of a plan that beat 0 go down to the right.
-        x, dx, side = (right, -4, "right") if limit == 0 and found.planned else (left, 4, "left")
+        x, dx, side = (right, -4, "right") if limit == 0 and planned else (left, 4, "left")
         axes.annotate(label, (x, limit), (dx, 3), textcoords="offset points", fontsize=8,
                       color=TEXT, ha=side)  # fmt: skip
     # Linear around 0: a pack may be better than the task adapters.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-    lowest = min(found.pack[1], *(min(values) for values in found.lines.values()))
-    axes.set_ylim(2 * min(-0.001, lowest), 2 * max(found.base, 0.05))
+    lowest = min(loss, *(min(values) for values in lines.values()))
+    axes.set_ylim(2 * min(-0.001, lowest), 2 * max(frontier["base"], 0.05))
     axes.set_xlabel("% of the adapters' 16-bit bytes")
-    axes.set_ylabel(found.unit)
+    axes.set_ylabel(frontier["unit"])
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
-    return _svg(figure, "frontier", found.says)
+    return _svg(figure, "frontier", frontier["says"])
 
 
 def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels: Sequence[int],
@@ -194,13 +213,13 @@ def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels:
     nodes = [([i], start, float(order.index(i))) for i in range(len(names))]
     says: list[str] = []
     for k, (a, b, distance, _) in enumerate(joins):
-        (some, x1, y1), (others, x2, y2) = nodes[int(a)], nodes[int(b)]
-        members, x = some + others, float(1 - distance)
+        (first, x1, y1), (second, x2, y2) = nodes[int(a)], nodes[int(b)]
+        members, x = first + second, float(1 - distance)
         groups = {labels[i] for i in members}
         colour = colours.get(labels[members[0]], TEXT) if len(groups) == 1 else TEXT
         axes.plot([x1, x, x, x2], [y1, y1, y2, y2], color=colour, linewidth=1.6)
         axes.plot(x, (y1 + y2) / 2, "o", color=colour, markersize=6, gid=f"mark{k}")
-        pairs = [(min(i, j), max(i, j)) for i in some for j in others]
+        pairs = [(min(i, j), max(i, j)) for i in first for j in second]
         i, j = max(pairs, key=lambda pair: table[pair])
         stored = "share an adapter" if labels[i] == labels[j] else "have an adapter each"
         says.append(
@@ -212,7 +231,8 @@ def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels:
             axes.plot(start, y, "s", color=colours[labels[i]], markersize=8, clip_on=False)
             axes.annotate(str(labels[i]), (start, y), (-8, 0), textcoords="offset points",
                           fontsize=9, color=TEXT, ha="right", va="center")  # fmt: skip
-    axes.set_yticks(range(len(names)), [_short(names[i]) for i in order], **_NAMES)
+    # "a$^$" would be parsed as a formula, and a wrong one is an error.
+    axes.set_yticks(range(len(names)), [_short(names[i]) for i in order], parse_math=False)
     axes.tick_params(axis="y", length=0, pad=26 if colours else 6)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -226,7 +246,7 @@ def memory_bar(phone: Json) -> str:
     """Memory by component of every method at its longest context, against the device's limit."""
     methods = phone["methods"]
     figure, axes = new_figure(_WIDTH, 0.36 * len(methods) + 1.1)
-    rows = [max(one["memory"], key=lambda m: m["context"]) for one in methods.values()]
+    rows = [max(method["memory"], key=lambda m: m["context"]) for method in methods.values()]
     parts = (("weights", _BLUE), ("adapter", _ORANGE), ("kv_cache", _GREEN), ("rest", _GREY))
     left = [0.0] * len(rows)
     says: list[str] = []
@@ -248,5 +268,5 @@ def memory_bar(phone: Json) -> str:
     legend = figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3,
                            loc="outside upper left")  # fmt: skip
     for text in legend.get_texts():
-        text.set(**_NAMES)
+        text.set_parse_math(False)
     return _svg(figure, "memory", says)

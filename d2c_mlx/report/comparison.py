@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from d2c_mlx.report.charts import COLOURS, TEXT, new_figure, svg_file
@@ -19,6 +19,10 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+def _place(row: Json) -> tuple[str, str, str]:
+    return row["config"], row["budget"], row["clusters"]
+
+
 def _rows(content: Json) -> list[dict[str, Any]]:
     """Runs by config, budget and clusters, best first, each beside the first method there."""
     pairs: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -27,15 +31,6 @@ def _rows(content: Json) -> list[dict[str, Any]]:
     order = list(dict.fromkeys(map(_place, content["runs"])))
     rows = [{**pairs.get((*_place(run), run["method"]), {}), **run} for run in content["runs"]]
     return sorted(rows, key=lambda row: (order.index(_place(row)), row["excess"]))
-
-
-def _known(row: Json) -> bool:
-    """True if a run is beside another with an interval, which needs two rows of every task."""
-    return row.get("low") is not None
-
-
-def _place(row: Json) -> tuple[str, str, str]:
-    return row["config"], row["budget"], row["clusters"]
 
 
 def render_runs(content: Json) -> str:
@@ -48,16 +43,18 @@ def render_runs(content: Json) -> str:
     named = any(row["config"] for row in rows)
     head = ["budget", "clusters", "method", "bytes", "loss", "excess", "kept"]
     head = (["config"] if named else []) + head + ["beside the first method"]
-    lines = [_line(head), "|" + "---|" * (3 + named) + "--:|" * 5]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * (3 + named) + "--:|" * 5]
     for row in rows:
         cells = [row["config"]] if named else []
         cells += [row["budget"], row["clusters"], row["method"], f"{row['nbytes']:,}"]
         cells += [f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"])]
         beside = ""
         if "beside" in row:
-            between = f"{row['low']:+.4f} to {row['high']:+.4f}" if _known(row) else "too few rows"
+            # An interval needs two rows of every task.
+            missing = row["low"] is None
+            between = "too few rows" if missing else f"{row['low']:+.4f} to {row['high']:+.4f}"
             beside = f"{row['difference']:+.4f} ({between})"
-        lines.append(_line([*map(markdown, cells), beside]))
+        lines.append(f"| {' | '.join([*map(markdown, cells), beside])} |")
     lines += [
         "",
         "Excess: nats per target token above the individual adapters, on held-out rows. Beside the"
@@ -65,10 +62,6 @@ def render_runs(content: Json) -> str:
         " interval by a paired bootstrap over the rows; below 0 is better.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def render_csv(content: Json) -> str:
@@ -89,20 +82,20 @@ def render_plot(content: Json) -> str:
     methods = list(dict.fromkeys(run["method"] for run in content["runs"]))
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        series.setdefault(" ".join(filter(None, (row["config"], row["budget"], row["clusters"]))),
-                          []).append(row)  # fmt: skip
+        series.setdefault(" ".join(filter(None, _place(row))), []).append(row)
     figure, axes = new_figure(6, 0.6 + 0.3 * len(methods) + 0.2 * len(rows))
     step = 0.8 / len(series)
-    for k, (label, some) in enumerate(series.items()):
-        y = [methods.index(row["method"]) + step * (k - (len(series) - 1) / 2) for row in some]
-        x = [row["excess"] for row in some]
-        # Resampled ratios of few rows can all lie on one side of the ratio itself.
-        bars = [
-            [max(0.0, row["difference"] - row["low"]) if _known(row) else 0.0 for row in some],
-            [max(0.0, row["high"] - row["difference"]) if _known(row) else 0.0 for row in some],
-        ]
-        axes.errorbar(x, y, xerr=bars, fmt="osD^v"[k // len(COLOURS) % 5], capsize=2, label=label,
-                      color=COLOURS[k % len(COLOURS)])  # fmt: skip
+    for k, (label, points) in enumerate(series.items()):
+        y = [methods.index(row["method"]) + step * (k - (len(series) - 1) / 2) for row in points]
+        bars: list[list[float]] = [[], []]
+        for row in points:
+            measured = row.get("low") is not None
+            # Resampled ratios of few rows can all lie on one side of the ratio itself.
+            bars[0].append(max(0.0, row["difference"] - row["low"]) if measured else 0.0)
+            bars[1].append(max(0.0, row["high"] - row["difference"]) if measured else 0.0)
+        marker, colour = "osD^v"[k // len(COLOURS) % 5], COLOURS[k % len(COLOURS)]
+        x = [row["excess"] for row in points]
+        axes.errorbar(x, y, xerr=bars, fmt=marker, color=colour, capsize=2, label=label)
     axes.set_yticks(range(len(methods)), methods, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("excess, nats per target token")

@@ -12,103 +12,12 @@ from typing import Any
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
-from d2c_mlx.report.frontier import planned_frontier, slots_frontier
-from d2c_mlx.report.words import OWN_ANSWERS, excess_interval, refined, unmeasured
-from d2c_mlx.utils.templates import markdown, percent, templates_of
+from d2c_mlx.report.words import cost, refined
+from d2c_mlx.utils.templates import markdown, percent, size, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
 
 Json = dict[str, Any]
-
-
-def _rows(bench: Json) -> list[dict[str, Any]]:
-    """Methods sorted by excess loss, the strict measure, with the bare base model last.
-
-    `d2c` is left out where the pack is the same merges, not refined ones.
-    """
-    methods = dict(bench["methods"])
-    if methods.get("d2c") == methods["pack"]:
-        del methods["d2c"]
-    total = methods["individual"]["nbytes"]
-    if "loss" not in methods["pack"]:
-        return []
-    order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
-    return [
-        {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
-    ]
-
-
-def render_table(bench: Json) -> str:
-    """The table of methods as Markdown: bytes, held-out loss, excess, retention.
-
-    Without rows it has the tasks, and what their weights lost.
-
-    Args:
-        bench: content of `bench.json` or `weights.json`.
-    """
-    rows = _rows(bench)
-    if not rows:
-        tasks = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["error"])
-        lines = ["| task | error of dW | energy kept |", "|---|--:|--:|"]
-        lines += [f"| {markdown(name)} | {percent(one['error'])} | {percent(one['kept'])} |"
-                  for name, one in tasks]  # fmt: skip
-        return "\n".join(lines)
-    lines = [
-        "| method | bytes | of input | loss | excess | retention |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {markdown(row['name'])} | {row['nbytes']:,} | {percent(row['share'])} |"
-            f" {row['loss']:.4f} | {row['excess']:.4f} | {percent(row['retention'])} |"
-        )
-    return "\n".join(lines)
-
-
-def _context(artifacts: Mapping[str, Json]) -> Json:
-    manifest, plan, measured = artifacts["manifest"], artifacts.get("plan"), "bench" in artifacts
-    bench = artifacts["bench" if measured else "weights"]
-    refines: Any = artifacts.get("refines", ())
-    d2c = None if plan else artifacts["clusters"]["methods"]["d2c"][0]
-    of = bench["methods"]["pack"]["tasks"]
-    lost = [
-        one["error"] if not measured else 0 if one["retention"] is None else 1 - one["retention"]
-        for one in of.values()
-    ]
-    worst = sorted(of.items(), key=lambda kv: -kv[1]["excess" if measured else "error"])
-    rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
-    slots = slots_frontier(rows)
-    share, asked = (
-        (nbytes or 0) / total
-        for nbytes in (bench["methods"]["pack"]["nbytes"], bench["provenance"]["budget"]["nbytes"])
-    )
-    return {
-        "measured": measured,
-        "said": OWN_ANSWERS if measured else unmeasured(bench),
-        "losses": artifacts["losses"] if measured else {"tasks": sorted(of), **bench},
-        "d2c": d2c,
-        "plan": plan,
-        "refined": refined(refines, planned=bool(plan)),
-        "stored": _stored(artifacts),
-        "manifest": manifest,
-        "rows": rows,
-        "frontier": planned_frontier(plan, share, asked, measured) if plan else slots,
-        "table": render_table(bench),
-        "pack": bench["methods"]["pack"],
-        "interval": excess_interval(bench),
-        "share": share,
-        "worst": worst,
-        # The whole bar. Without a loss worth a picture no bar is filled.
-        "most_lost": max(0.01, *lost),
-        "unpacked_nbytes": bench.get("unpacked_nbytes"),
-        "methods": bench["methods"],
-        "answers": bench.get("answers", {}),
-        "metrics": bench.get("metrics", {}),
-        "metric_names": dict(zip(METRICS, METRIC_NAMES)),
-        "provenance": bench["provenance"],
-        "phone": artifacts.get("phone"),
-        "peaks": artifacts.get("peaks"),
-    }
 
 
 def render_markdown(artifacts: Mapping[str, Json]) -> str:
@@ -138,8 +47,10 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
         context["convergence"] = charts.convergence(context["d2c"]["history"])
     if context["phone"]:
         context["memory_bar"] = charts.memory_bar(context["phone"])
-    context |= _alike(context)
-    script, style = (_text(f"report.{kind}") for kind in ("js", "css"))
+    if len(context["losses"]["tasks"]) > 1:
+        context |= _similarity(context)
+    folder = resources.files("d2c_mlx.report")
+    script, style = (folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context |= {"script": script, "style": style, "script_hash": digest}
     context["examples"] = {
@@ -149,63 +60,208 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
     return templates_of("d2c_mlx.report").get_template("report.html.jinja").render(context)
 
 
-def _alike(context: Json) -> Json:
-    """The tree of the adapters and the heatmap of their cosines, where there are several."""
-    names, cosines = context["losses"]["tasks"], context["losses"].get("similarity")
-    if not cosines or len(names) == 1:
-        return {}
-    stored, labels = context["stored"], _labels(context)
-    colours = {one["number"]: one["colour"] for one in stored if one["colour"]}
-    # An adapter's cosine with itself would leave no colour for the others.
-    most = max(x for i, row in enumerate(cosines) for x in row[:i] + row[i + 1 :])
-    shares = [[x / max(most, 1e-9) for x in row] for row in cosines]
+def render_table(bench: Json) -> str:
+    """The table of methods as Markdown: bytes, held-out loss, excess, retention.
+
+    Without rows it has the tasks, and what their weights lost.
+
+    Args:
+        bench: content of `bench.json` or `weights.json`.
+    """
+    rows = _rows(bench)
+    if not rows:
+        tasks = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["error"])
+        lines = ["| task | error of dW | energy kept |", "|---|--:|--:|"]
+        for name, row in tasks:
+            lines.append(f"| {markdown(name)} | {percent(row['error'])} | {percent(row['kept'])} |")
+        return "\n".join(lines)
+    lines = [
+        "| method | bytes | of input | loss | excess | retention |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {markdown(row['name'])} | {row['nbytes']:,} | {percent(row['share'])} |"
+            f" {row['loss']:.4f} | {row['excess']:.4f} | {percent(row['retention'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _context(artifacts: Mapping[str, Json]) -> Json:
+    """What both templates show."""
+    manifest, plan, measured = artifacts["manifest"], artifacts.get("plan"), "bench" in artifacts
+    bench = artifacts["bench" if measured else "weights"]
+    refines: Any = artifacts.get("refines", ())
+    tasks, pack = bench["methods"]["pack"]["tasks"], bench["methods"]["pack"]
+    lost = [
+        row["error"] if not measured else 0 if row["retention"] is None else 1 - row["retention"]
+        for row in tasks.values()
+    ]
+    key = "excess" if measured else "error"
+    rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
+    asked = (bench["provenance"]["budget"]["nbytes"] or 0) / total
+    share = pack["nbytes"] / total
     return {
-        "tree": charts.dendrogram(names, cosines, labels, colours),
-        "cosines": _heat(shares, labels),
-    }
+        "measured": measured,
+        "cost": cost(bench),
+        "losses": artifacts["losses"] if measured else {"tasks": sorted(tasks), **bench},
+        "d2c": None if plan else artifacts["clusters"]["methods"]["d2c"][0],
+        "plan": plan,
+        "refined": refined(refines, planned=bool(plan)),
+        "stored": _stored(artifacts),
+        "manifest": manifest,
+        "rows": rows,
+        "frontier": _planned_frontier(plan, share, asked, measured) if plan else (
+            _slots_frontier(rows)),
+        "table": render_table(bench),
+        "pack": pack,
+        "share": share,
+        "worst": sorted(tasks.items(), key=lambda kv: -kv[1][key]),
+        # The whole bar. Without a loss worth a picture no bar is filled.
+        "most_lost": max(0.01, *lost),
+        "unpacked_nbytes": bench.get("unpacked_nbytes"),
+        "methods": bench["methods"],
+        "answers": bench.get("answers", {}),
+        "metrics": bench.get("metrics", {}),
+        "metric_names": dict(zip(METRICS, METRIC_NAMES)),
+        "provenance": bench["provenance"],
+        "phone": artifacts.get("phone"),
+        "peaks": artifacts.get("peaks"),
+    }  # fmt: skip
 
 
-def _text(name: str) -> str:
-    return resources.files("d2c_mlx.report").joinpath(name).read_text("utf-8")
+def _rows(bench: Json) -> list[Json]:
+    """Methods sorted by excess loss, the strict measure, with the bare base model last.
+
+    `d2c` is left out where the pack is the same merges, not refined ones.
+    """
+    methods = dict(bench["methods"])
+    if methods.get("d2c") == methods["pack"]:
+        del methods["d2c"]
+    total = methods["individual"]["nbytes"]
+    if "loss" not in methods["pack"]:
+        return []
+    order = sorted(methods, key=lambda name: (name == "base", methods[name]["excess"]))
+    return [
+        {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
+    ]
 
 
 def _stored(artifacts: Mapping[str, Json]) -> list[Json]:
-    """The adapters in the pack: number, tasks, colour where they are several, and what is known."""
+    """The adapters in the pack: number, tasks, share, and a colour where they are several."""
     plan = artifacts.get("plan")
-    found: Any = plan["units"] if plan else artifacts["merges"]
+    units: Any = plan["units"] if plan else artifacts["merges"]
     # Merges are all of one rank, or nearly.
-    total = sum(one["nbytes"] for one in found) if plan else len(found)
+    total = sum(unit["nbytes"] for unit in units) if plan else len(units)
     colours = itertools.cycle(charts.GROUP_COLOURS)
     result = []
-    for number, one in enumerate(found):
-        tasks, part = (one["tasks"], one["nbytes"]) if plan else (one["members"], 1)
+    for number, unit in enumerate(units):
+        tasks, part = (unit["tasks"], unit["nbytes"]) if plan else (unit["members"], 1)
         colour = next(colours) if len(tasks) > 1 else None
-        known = {"number": number, "tasks": tasks, "colour": colour, "part": part / total}
-        result.append({**one, **known})
+        shown = {"number": number, "tasks": tasks, "colour": colour, "part": part / total}
+        result.append({**unit, **shown})
     return result
+
+
+def _planned_frontier(plan: Json, share: float, asked: float, measured: bool) -> Json:
+    """The budgets that a plan was made for, with the regret expected on calibration rows.
+
+    Args:
+        plan: content of `plan.json`.
+        share: bytes of the pack over the adapters' 16-bit bytes.
+        asked: the budget over the adapters' 16-bit bytes.
+        measured: False for a plan without rows, whose regrets are squared errors of dW.
+    """
+    what = "expected regret" if measured else "squared error of dW"
+    stops = plan["frontier"]
+    labels = {"own": "an adapter per task"}
+    if all(row["merged"] is not None for row in stops):
+        labels |= {"merged": "merged adapters only", "all": "the better of both"}
+    names = [f"{100 * row['share']:.2f}%" for row in stops]
+    shares = [row["share"] for row in stops]
+    return {
+        "shares": shares,
+        "lines": {label: [row[key] for row in stops] for key, label in labels.items()},
+        "unit": f"{what} on calibration rows" if measured else what,
+        "base": 1.0,
+        "pack": (share, plan["regret"]),
+        "nearest": min(range(len(shares)), key=lambda k: abs(shares[k] - asked)),
+        "says": [
+            f"{name} of the bytes, {what}: "
+            + ", ".join(f"{row[key]:.4f} with {label}" for key, label in labels.items())
+            for name, row in zip(names, stops)
+        ],
+        "header": ["budget", *labels.values()],
+        "rows": [[name, *(f"{row[key]:.4f}" for key in labels)] for name, row in zip(names, stops)],
+        "planned": True,
+    }
+
+
+def _slots_frontier(rows: Sequence[Json]) -> Json | None:
+    """The numbers of adapters that were measured on held-out rows, each at its best method.
+
+    Args:
+        rows: methods as in `bench.json`, with their `name` and `share`; of none there is nothing.
+    """
+    if not rows:
+        return None
+    best: dict[int, Json] = {}
+    for row in sorted(rows, key=lambda row: (row["nbytes"], row["excess"], row["name"] != "pack")):
+        if row["nbytes"]:
+            best.setdefault(row["nbytes"], row)
+    methods = {row["name"]: row for row in rows}
+    stops = list(best.values())
+    share = methods["pack"]["share"]
+    return {
+        "shares": [row["share"] for row in stops],
+        "lines": {"best of each size": [row["excess"] for row in stops]},
+        "unit": "excess (nats per target token)",
+        "base": methods["base"]["excess"],
+        "pack": (share, methods["pack"]["excess"]),
+        "nearest": min(range(len(stops)), key=lambda k: abs(stops[k]["share"] - share)),
+        "says": [
+            f"{size(row['nbytes'])}, {percent(row['share'])} of the bytes: {row['name']} loses"
+            f" {row['excess']:.4f} nats per target token and keeps {percent(row['retention'])} of"
+            " the gain"
+            for row in stops
+        ],
+        "header": ["of input", "best method", "excess", "gain kept"],
+        "rows": [
+            [percent(row["share"]), row["name"], f"{row['excess']:.4f}", percent(row["retention"])]
+            for row in stops
+        ],
+        "planned": False,
+    }
+
+
+def _similarity(context: Json) -> Json:
+    """The tree of the adapters and the heatmap of their cosines.
+
+    The heatmap has an order, by stored adapter, where another one begins, and shades from 0 to 100.
+    """
+    names, cosines, stored = context["losses"]["tasks"], context["losses"]["similarity"], (
+        context["stored"])  # fmt: skip
+    groups = [unit["tasks"] for unit in stored]
+    if context["plan"]:
+        groups += [[name] for name in context["plan"]["base"]]
+    label_of = {name: k for k, members in enumerate(groups) for name in members}
+    labels = [label_of[name] for name in names]
+    colours = {unit["number"]: unit["colour"] for unit in stored if unit["colour"]}
+    # An adapter's cosine with itself would leave no colour for the others.
+    most = max(1e-9, *(x for i, row in enumerate(cosines) for x in row[:i] + row[i + 1 :]))
+    order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
+    shared = len(set(labels)) < len(labels)
+    heat = {
+        "order": order,
+        "shades": [[round(100 * min(max(x / most, 0), 1)) for x in row] for row in cosines],
+        "edges": {b for a, b in zip(order, order[1:]) if shared and labels[a] != labels[b]},
+    }
+    return {"tree": charts.dendrogram(names, cosines, labels, colours), "cosines": heat}
 
 
 def _example(rows: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:
     """The first answer that the pack changes, else the first."""
     changed = (
-        one for one in rows if normalize_text(one["pack"]) != normalize_text(one["individual"])
+        row for row in rows if normalize_text(row["pack"]) != normalize_text(row["individual"])
     )
     return next(changed, next(iter(rows), None))
-
-
-def _heat(shares: Sequence[Sequence[float]], labels: Sequence[int]) -> Json:
-    """A heatmap's order, by stored adapter, where another one begins, and shades from 0 to 100."""
-    order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
-    shades = [[round(100 * min(max(x, 0), 1)) for x in row] for row in shares]
-    shared = len(set(labels)) < len(labels)
-    edges = {b for a, b in zip(order, order[1:]) if shared and labels[a] != labels[b]}
-    return {"order": order, "shades": shades, "edges": edges}
-
-
-def _labels(context: Json) -> list[int]:
-    """A label per task, equal for tasks that share an adapter."""
-    groups = [one["tasks"] for one in context["stored"]]
-    if context["plan"]:
-        groups += [[name] for name in context["plan"]["base"]]
-    label = {name: k for k, names in enumerate(groups) for name in names}
-    return [label[name] for name in context["losses"]["tasks"]]

@@ -10,90 +10,68 @@ from typing import Any
 from d2c_mlx.evaluate.metrics import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["OWN_ANSWERS", "answered", "excess_interval", "next_commands", "refined", "unmeasured",
-           "verdict"]  # fmt: skip
+__all__ = ["answered", "cost", "next_commands", "refined", "verdict"]
 
-OWN_ANSWERS = (
-    "These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
+Json = Mapping[str, Any]
+_OWN_ANSWERS = (
+    " These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
     " loss says how far the pack is from the adapters, not from the truth."
 )
-
 # A wider interval, as a share of what the adapters gain, cannot tell packs apart that are alike.
 _WIDE = 0.01
 # With fewer answers the interval is wider than a fifth.
 _FEW_ANSWERS = 100
 
 
-def verdict(bench: Mapping[str, Any]) -> str:
-    """What came out, what it costs on held-out rows, and the worst task, in some sentences.
+def verdict(bench: Json) -> str:
+    """What came out, what it costs, and the worst task, in some sentences.
 
     Args:
         bench: content of `bench.json`, or of `weights.json` where there are no rows.
     """
-    pack = bench["methods"]["pack"]
-    if "loss" not in pack:
-        return f"{_sizes(bench)}. {unmeasured(bench)}"
-    cost = "nothing" if pack["excess"] <= 0 else f"{pack['excess']:.4f} nats per target token"
-    said = f"{_sizes(bench)}. On held-out rows that costs {cost}"
-    between = excess_interval(bench)
-    if between and between["low"] is None:
-        said += " (no interval: a task has one held-out row only)"
-    elif between:
-        said += f" (95% interval {between['low']:.4f} to {between['high']:.4f}"
-        said += ": too few rows to tell more)" if between["few"] else ")"
-    if pack["retention"] is not None:
-        said += f"; {percent(pack['retention'])} of what the adapters gain is kept"
-    name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["excess"])
-    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
-    said += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
-    return said if bench["provenance"]["config"]["tasks"] else f"{said} {OWN_ANSWERS}"
-
-
-def unmeasured(bench: Mapping[str, Any]) -> str:
-    """What a run without rows can say of its pack, and what it cannot.
-
-    Args:
-        bench: content of `weights.json`.
-    """
-    pack = bench["methods"]["pack"]
-    name, worst = max(pack["tasks"].items(), key=lambda one: one[1]["error"])
-    return (
-        "No loss and no answer was measured, as there are no rows: whether the tasks still work is"
-        f" unknown. By weights, the mean error of an update is {percent(pack['error'])} of it, and"
-        f" {percent(pack['kept'])} of its energy is kept; the worst is {name}, error"
-        f" {percent(worst['error'])}. With rows, d2c-mlx run --tasks DIR measures."
-    )
-
-
-def _sizes(bench: Mapping[str, Any]) -> str:
     pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
-    share = percent(pack["nbytes"] / inputs["nbytes"])
-    n = len(pack["tasks"])
-    said = f"{n} adapters, {size(inputs['nbytes'])} in all, take" if n > 1 else (
-        f"1 adapter, {size(inputs['nbytes'])}, takes")  # fmt: skip
-    said += f" {size(pack['nbytes'])} ({share})"
+    n, total = len(pack["tasks"]), size(inputs["nbytes"])
+    start = f"{n} adapters, {total} in all, take" if n > 1 else f"1 adapter, {total}, takes"
+    text = f"{start} {size(pack['nbytes'])} ({percent(pack['nbytes'] / inputs['nbytes'])})"
     unpacked = bench.get("unpacked_nbytes", pack["nbytes"])
     if unpacked != pack["nbytes"]:
-        said += f", unpacked for other programs {size(unpacked)}"
-    return said
+        text += f", unpacked for other programs {size(unpacked)}"
+    return f"{text}. {cost(bench)}"
 
 
-def excess_interval(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The 95 % interval of the pack's excess: `low`, `high`, and `few` if that needs more rows.
-
-    `low` and `high` are None where a task has one row only.
+def cost(bench: Json) -> str:
+    """What a pack costs on held-out rows, or what only its weights can tell; and the worst task.
 
     Args:
-        bench: content of `bench.json`; an older one has no interval, which gives None.
+        bench: content of `bench.json` or `weights.json`.
     """
-    if "interval" not in bench:
-        return None
+    pack = bench["methods"]["pack"]
+    if "loss" not in pack:
+        name, worst = max(pack["tasks"].items(), key=lambda item: item[1]["error"])
+        return (
+            "No loss and no answer was measured, as there are no rows: whether the tasks still work"
+            f" is unknown. By weights, the mean error of an update is {percent(pack['error'])} of"
+            f" it, and {percent(pack['kept'])} of its energy is kept; the worst is {name}, error"
+            f" {percent(worst['error'])}. With rows, d2c-mlx run --tasks DIR measures."
+        )
+    nats = "nothing: " if pack["excess"] <= 0 else ""
+    text = f"On held-out rows that costs {nats}{pack['excess']:.4f} nats per target token"
     low, high = bench["interval"]["low"], bench["interval"]["high"]
-    few = low is None or high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
-    return {"low": low, "high": high, "few": few}
+    if low is None:
+        text += " (no interval: a task has one held-out row only)"
+    else:
+        few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
+        text += f" (95% interval {low:.4f} to {high:.4f}"
+        text += ": too few rows to tell more)" if few else ")"
+    if pack["retention"] is not None:
+        text += f"; {percent(pack['retention'])} of what the adapters gain is kept"
+    name, worst = max(pack["tasks"].items(), key=lambda item: item[1]["excess"])
+    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
+    text += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    return text if bench["provenance"]["config"]["tasks"] else text + _OWN_ANSWERS
 
 
-def answered(bench: Mapping[str, Any]) -> str:
+def answered(bench: Json) -> str:
     """How many answers to held-out rows are as expected, with a 95 % interval; "" without any.
 
     Args:
@@ -107,26 +85,26 @@ def answered(bench: Mapping[str, Any]) -> str:
         for name in ("individual", "pack", "base")
     }
     low, high = _interval(right["pack"], len(rows))
-    said = (
+    text = (
         f"Of {len(rows)} answers to held-out rows {right['individual']} of the adapters are as"
         f" expected, {right['pack']} of the pack (95% interval {percent(low)} to {percent(high)}),"
         f" {right['base']} of the base model"
     )
     if 2 * right["individual"] < len(rows):
         chrf = {name: bench["metrics"][name]["chrf"] for name in right}
-        said += f"; chrF {chrf['individual']:.1f}, {chrf['pack']:.1f}, {chrf['base']:.1f}"
-    return said + (". So few judge roughly." if len(rows) < _FEW_ANSWERS else ".")
+        text += f"; chrF {chrf['individual']:.1f}, {chrf['pack']:.1f}, {chrf['base']:.1f}"
+    return text + (". So few judge roughly." if len(rows) < _FEW_ANSWERS else ".")
 
 
-def _interval(n: int, of: int) -> tuple[float, float]:
+def _interval(n: int, total: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (https://doi.org/10.2307/2276774)."""
     z = 1.96
-    share, more = n / of, z * z / of
-    half = z * math.sqrt(share * (1 - share) / of + more / (4 * of))
+    share, more = n / total, z * z / total
+    half = z * math.sqrt(share * (1 - share) / total + more / (4 * total))
     return (share + more / 2 - half) / (1 + more), (share + more / 2 + half) / (1 + more)
 
 
-def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[str]:
+def next_commands(output: str, bench: Json, compact: bool) -> list[str]:
     """Three commands that use the pack of a run.
 
     Args:
@@ -136,14 +114,15 @@ def next_commands(output: str, bench: Mapping[str, Any], compact: bool) -> list[
     """
     config, task = bench["provenance"]["config"], next(iter(bench["methods"]["pack"]["tasks"]))
     model = f" --model {shlex.quote(config['model'])}" if config["model"] else ""
-    run = shlex.quote(output)
-    to = "mlx" if compact else "peft"
-    plain = f"d2c-mlx export {run} --to {to} --output {run}/{to}"
-    ask = f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."'
-    return [ask, plain, f"d2c-mlx serve {run}{model}"]
+    run, to = shlex.quote(output), "mlx" if compact else "peft"
+    return [
+        f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."',
+        f"d2c-mlx export {run} --to {to} --output {run}/{to}",
+        f"d2c-mlx serve {run}{model}",
+    ]
 
 
-def refined(facts: Iterable[Mapping[str, Any]], planned: bool) -> str:
+def refined(facts: Iterable[Json], planned: bool) -> str:
     """How many merges, or adapters of a plan, training changed; "" for a run that does not refine.
 
     Args:
@@ -154,13 +133,13 @@ def refined(facts: Iterable[Mapping[str, Any]], planned: bool) -> str:
     if not facts:
         return ""
     # A merge of one is the task adapter itself, which is not trained.
-    changed = [bool(one["refined"]) for one in facts if planned or len(one["members"]) > 1]
+    changed = [bool(fact["refined"]) for fact in facts if planned or len(fact["members"]) > 1]
     if not changed:
         return "There was no merge to refine: every adapter of the pack serves one task."
-    noun, n = "adapter" if planned else "merge", len(changed)
-    were, them = (f"{noun} of the pack was", "it") if n == 1 else (
+    noun = "adapter" if planned else "merge"
+    were, them = (f"{noun} of the pack was", "it") if len(changed) == 1 else (
         f"{noun}s of the pack were", "them")  # fmt: skip
-    start = f"{sum(changed)} of {n} {were} refined: "
+    start = f"{sum(changed)} of {len(changed)} {were} refined: "
     if not any(changed):
         return f"{start}no training brought {them} closer to the task adapters."
     what, row = ("scales and biases of their numbers", "plan") if planned else ("merges", "d2c")

@@ -48,8 +48,6 @@ def test_the_result_in_words():
     assert "(95% interval 0.0100 to 0.0150); 99.1%" in narrow
     single = verdict({**BENCH, "interval": {"low": None, "high": None}})
     assert "token (no interval: a task has one held-out row only); 99.1%" in single
-    old = {key: value for key, value in BENCH.items() if key != "interval"}
-    assert "token; 99.1%" in verdict(old)
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
