@@ -53,13 +53,13 @@ class TensorFile:
 
     Attributes:
         header: name -> (dtype as safetensors names it, shape) of every tensor.
-        offsets: name -> byte of the file at which its numbers begin.
+        places: name -> the bytes of the file at which its numbers begin and end.
         metadata: strings by name; empty without any.
         handle: of `safetensors.safe_open`, for `get_tensor` and `get_slice` (NumPy arrays).
     """
 
     header: dict[str, tuple[str, tuple[int, ...]]]
-    offsets: dict[str, int]
+    places: dict[str, tuple[int, int]]
     metadata: dict[str, str]
     handle: Any
 
@@ -101,8 +101,10 @@ def open_tensors(
             if len(entries) > _MOST_TENSORS:
                 raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
             header = {name: (x["dtype"], tuple(x["shape"])) for name, x in entries.items()}
-            offsets = {name: 8 + nbytes + x["data_offsets"][0] for name, x in entries.items()}
-            yield TensorFile(header, offsets, handle.metadata() or {}, handle)
+            begin = 8 + nbytes
+            places = {name: (begin + x["data_offsets"][0], begin + x["data_offsets"][1])
+                      for name, x in entries.items()}  # fmt: skip
+            yield TensorFile(header, places, handle.metadata() or {}, handle)
     except (SafetensorError, OSError, _HeaderError) as caught:
         first = str(caught).splitlines()[0]
         raise error(f"{path}: {fault} ({first}); copy it again") from None
@@ -219,7 +221,7 @@ class _FileModules(Mapping[str, LoRA]):
         owner: object,
     ) -> None:
         self._file, self._scales, self._layout, self._owner = file, scales, layout, owner
-        self._header, self._offsets = tensors.header, tensors.offsets
+        self._header, self._places = tensors.header, tensors.places
         with open_file(file) as opened:
             self._state = _state(opened)
 
@@ -233,9 +235,9 @@ class _FileModules(Mapping[str, LoRA]):
 
     def _read(self, opened: BinaryIO, name: str) -> mx.array:
         dtype, shape = self._header[name]
-        kind = np.dtype(_DTYPES[dtype])
-        opened.seek(self._offsets[name])
-        x = np.frombuffer(opened.read(int(np.prod(shape)) * kind.itemsize), kind).reshape(shape)
+        start, stop = self._places[name]
+        opened.seek(start)
+        x = np.frombuffer(opened.read(stop - start), _DTYPES[dtype]).reshape(shape)
         numbers = mx.array(np.ascontiguousarray(x.T) if self._layout.transposed else x)
         return numbers.view(mx.bfloat16) if dtype == "BF16" else numbers
 

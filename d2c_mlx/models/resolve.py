@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
+from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ModelError
@@ -42,14 +43,12 @@ __all__ = [
     "EMBEDDED",
     "cached_model",
     "config_digest",
-    "file_digest",
     "same_weights",
     "weights_digest",
     "check_named",
     "check_weights",
     "embedded_gguf",
     "model_files",
-    "resolve_base",
     "resolve_model",
     "resolve_exact_base",
 ]
@@ -63,8 +62,6 @@ _WRITTEN = ".sha256"
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Numbers of a tensor that tell whether it is another's copy.
 _BEGINNING = 256
-# Errors of reading a header that is none.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def embedded_gguf() -> Path | None:
@@ -125,21 +122,6 @@ def model_files(spec: str | None) -> list[Path] | None:
     return [path, *tokenizer_beside(path)] if path.is_file() else [path]
 
 
-def resolve_base(name: str, spec: str | None) -> tuple[str, Path]:
-    """Find the base model of a pack: `(name, mlx-lm model directory)`.
-
-    Args:
-        name: the base that the pack names; only the embedded default is found by it, so that a pack
-            never makes a download start.
-        spec: as for `resolve_model`.
-
-    Raises:
-        ModelError: it is needed and not given, or cannot be had.
-    """
-    check_named(name, spec)
-    return resolve_model(spec)
-
-
 def check_named(name: str, spec: str | None) -> None:
     """Check that a pack's base model, called so, is given where it is not the embedded default.
 
@@ -158,20 +140,21 @@ def resolve_exact_base(
 ) -> Path:
     """Find the mlx-lm directory of a pack's base model, and compare it with the pack's.
 
-    For commands whose result is wrong on another model; `resolve_base` compares nothing.
+    For commands whose result is wrong on another model.
 
     Args:
-        name: the base that the pack names.
-        config_hash: `config_digest` of it, as the pack has it, or the hash of the file's bytes, as
-            older packs have it.
-        weights_hash: `weights_digest` of it; None, as older packs have it, is not compared.
-        spec: as for `resolve_base`.
+        name: the base that the pack names; only the embedded default is found by it, so that a pack
+            never makes a download start.
+        config_hash: `config_digest` of it, as the pack has it.
+        weights_hash: `weights_digest` of it; None is not compared.
+        spec: as for `resolve_model`.
 
     Raises:
-        ModelError: as `resolve_base`, or it is another model.
+        ModelError: it is needed and not given, cannot be had, or is another model.
     """
-    _, directory = resolve_base(name, spec)
-    if not _has_config(directory, config_hash):
+    check_named(name, spec)
+    _, directory = resolve_model(spec)
+    if config_digest(directory) != config_hash:
         raise ModelError(
             f"{directory / 'config.json'}: is not the config of {name!r}, which the pack was made"
             " with (its sha256 differs); name that very model with --model"
@@ -183,17 +166,13 @@ def resolve_exact_base(
 def check_weights(directory: Path, config_hash: str, weights_hash: str | None) -> None:
     """Refuse a model with the config of a pack's base but other weights, such as a fine-tuned one.
 
-    A model with another config passes: a quantized base is one.
-
-    Args:
-        directory: of the model.
-        config_hash: as for `resolve_exact_base`.
-        weights_hash: as for `resolve_exact_base`.
+    A model with another config passes: a quantized base is one. Arguments are those of
+    `resolve_exact_base`.
 
     Raises:
         ModelError: the weights differ.
     """
-    if weights_hash is None or not _has_config(directory, config_hash):
+    if weights_hash is None or config_digest(directory) != config_hash:
         return
     if weights_digest(directory) != weights_hash:
         raise ModelError(
@@ -202,16 +181,12 @@ def check_weights(directory: Path, config_hash: str, weights_hash: str | None) -
         )
 
 
-def _has_config(directory: Path, digest: str) -> bool:
-    return digest in (hash_file(directory / "config.json"), config_digest(directory))
-
-
 def _converted(gguf: Path) -> Path:
     """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
     # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
-    parts = [file_digest(gguf), beside, "v4"]
-    return cached_model(gguf.stem, parts, partial(convert_gguf, gguf))
+    digest = _remembered("file", [gguf], lambda: hash_file(gguf))
+    return cached_model(gguf.stem, [digest, beside, "v4"], partial(convert_gguf, gguf))
 
 
 def config_digest(directory: Path) -> str:
@@ -237,34 +212,78 @@ def weights_digest(directory: Path) -> str:
         ModelError: a file of weights is none.
     """
     files = sorted(directory.glob("model*.safetensors"))
-    return _remembered("weights", files, lambda: fingerprint(sorted(map(list, _tensors(files)))))
+
+    def compute() -> str:
+        tensors = []
+        for name, dtype, shape, file, nbytes in _tensors(files):
+            sha = hashlib.sha256()
+            for at in range(0, nbytes, 1 << 20):
+                sha.update(file.read(min(1 << 20, nbytes - at)))
+            tensors.append([name, dtype, list(shape), sha.hexdigest()])
+        return fingerprint(sorted(tensors))
+
+    return _remembered("weights", files, compute)
 
 
-def same_weights(one: Path, other: Path) -> bool:
+def _tensors(
+    files: Sequence[Path],
+) -> Iterator[tuple[str, str, tuple[int, ...], BinaryIO, int]]:
+    """Yield name, dtype, shape and bytes of every tensor, and its file where its numbers begin."""
+    for path in files:
+        with open_tensors(path, ModelError, "not readable as safetensors") as tensors:
+            header, places = tensors.header, tensors.places
+        with open_file(path) as file:
+            for name, (dtype, shape) in header.items():
+                start, stop = places[name]
+                file.seek(start)
+                yield name, dtype, shape, file, stop - start
+
+
+def same_weights(directory: Path, other: Path) -> bool:
     """True if two model directories hold the same tensors, but perhaps in another precision.
 
     The first numbers of each tensor are compared, packed ones unpacked: a float32 copy of a
     quantized model is the same, a quantized copy of another is not, nor what cannot be read.
     """
     try:
-        first, second = map(_beginnings, (one, other))
-    except ModelError:
+        first, second = map(_beginnings, (directory, other))
+    except (ModelError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
     if not first or first.keys() != second.keys():
         return False
-    for name, (shape, dtype, x) in first.items():
-        other_shape, other_dtype, y = second[name]
+    for name, (shape, x) in first.items():
+        other_shape, y = second[name]
         # The coarser of the two, the last of the table.
-        kind = _FLOATS[max(dtype, other_dtype, key=list(_FLOATS).index)]
+        kind = max(x.dtype, y.dtype, key=list(_FLOATS.values()).index)
         n = min(x.size, y.size)
         if shape != other_shape or not mx.array_equal(x[:n].astype(kind), y[:n].astype(kind)):
             return False
     return True
 
 
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a large file; it is read again only after something changed it."""
-    return _remembered("file", [path], lambda: hash_file(path))
+def _beginnings(directory: Path) -> dict[str, tuple[tuple[int, ...], mx.array]]:
+    """Name -> shape and first numbers of every tensor; what mlx-lm quantized is unpacked."""
+    kinds = {**_FLOATS, "U32": mx.uint32}
+    tensors = {}
+    for name, dtype, shape, file, nbytes in _tensors(sorted(directory.glob("model*.safetensors"))):
+        if dtype in kinds:
+            data = np.frombuffer(file.read(min(nbytes, _BEGINNING * kinds[dtype].size)), np.uint8)
+            tensors[name] = shape, mx.array(data).view(kinds[dtype])
+    packed = [name for name, (_, x) in tensors.items() if x.dtype == mx.uint32]
+    stated = json.loads(read_text(directory / "config.json"))["quantization"] if packed else {}
+    for name in packed:
+        module = name.removesuffix(".weight")
+        about = {**stated, **stated.get(module, {})}
+        bits, size = about["bits"], about["group_size"]
+        (shape, words), (_, scales), (_, biases) = (
+            tensors.pop(f"{module}.{part}") for part in ("weight", "scales", "biases")
+        )
+        width = shape[1] * 32 // bits
+        n = min(width, _BEGINNING) // size
+        a, b = (x[None, :n].astype(mx.float32) for x in (scales, biases))
+        numbers = mx.dequantize(words[None, : n * size * bits // 32], a, b, size, bits)[0]
+        tensors[name] = (shape[0], width), numbers
+    return tensors
 
 
 def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], object]) -> Path:
@@ -304,9 +323,9 @@ def _remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) ->
     started, states = time.time(), [file_state(file) for file in files]
     key = fingerprint([kind, [[str(file.absolute()), *s] for file, s in zip(files, states)]])
     path = cache_directory() / "digests" / f"{key}.json"
-    found = json_or_none(path)
-    if isinstance(found, list) and len(found) == 2 and found[1] == fingerprint([key, found[0]]):
-        return str(found[0])
+    kept = json_or_none(path)
+    if isinstance(kept, list) and len(kept) == 2 and kept[1] == fingerprint([key, kept[0]]):
+        return str(kept[0])
     digest = compute()
     latest = max((max(state[-2:]) for state in states), default=0) / 1e9
     same = states == [file_state(file) for file in files]
@@ -315,70 +334,3 @@ def _remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) ->
         with contextlib.suppress(OSError):
             write_json(path, [digest, fingerprint([key, digest])])
     return digest
-
-
-def _tensors(files: Sequence[Path]) -> list[tuple[str, str, list[int], str]]:
-    """Name, dtype, shape and hex SHA-256 of the numbers of every tensor."""
-    found = []
-    for file, name, entry, nbytes in _entries(files):
-        digest = hashlib.sha256()
-        for at in range(0, nbytes, 1 << 20):
-            digest.update(file.read(min(1 << 20, nbytes - at)))
-        found.append((name, entry["dtype"], entry["shape"], digest.hexdigest()))
-    return found
-
-
-_Beginnings = dict[str, tuple[list[int], str, mx.array]]
-
-
-def _beginnings(directory: Path) -> _Beginnings:
-    """Name -> shape, dtype and first numbers of every tensor of a model, packed ones unpacked."""
-    found: _Beginnings = {}
-    for file, name, entry, nbytes in _entries(sorted(directory.glob("model*.safetensors"))):
-        kind = {**_FLOATS, "U32": mx.uint32}.get(entry["dtype"])
-        if kind is not None:
-            n = min(nbytes, _BEGINNING * kind.size)
-            data = mx.array(np.frombuffer(file.read(n), np.uint8)).view(kind)
-            found[name] = (entry["shape"], entry["dtype"], data)
-    packed = [name for name, (_, dtype, _) in found.items() if dtype == "U32"]
-    return _unpacked(directory, found, packed) if packed else found
-
-
-def _unpacked(directory: Path, found: _Beginnings, packed: Sequence[str]) -> _Beginnings:
-    """The same with the numbers, in float32, of weights that mlx-lm quantized."""
-    try:
-        stated = json.loads(read_text(directory / "config.json"))["quantization"]
-        for name in packed:
-            module = name.removesuffix(".weight")
-            about = {**stated, **stated.get(module, {})}
-            bits, size = about["bits"], about["group_size"]
-            (shape, _, words), (_, _, scales), (_, _, biases) = (
-                found.pop(f"{module}.{part}") for part in ("weight", "scales", "biases")
-            )
-            width = shape[1] * 32 // bits
-            n = min(width, _BEGINNING) // size
-            x, a, b = words[None, : n * size * bits // 32], scales[None, :n], biases[None, :n]
-            kinds = (a.astype(mx.float32), b.astype(mx.float32))
-            numbers = mx.dequantize(x, *kinds, group_size=size, bits=bits)[0]
-            found[name] = ([shape[0], width], "F32", numbers)
-    except _UNREADABLE as error:
-        raise ModelError(f"{directory}: quantized in a way that is not known ({error})") from None
-    return found
-
-
-def _entries(files: Sequence[Path]) -> Iterator[tuple[BinaryIO, str, dict[str, Any], int]]:
-    """Yield every tensor: its file, opened where the numbers begin, name, entry and bytes."""
-    for path in files:
-        try:
-            with open_file(path) as file:
-                nbytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(nbytes, path.stat().st_size)))
-                header.pop("__metadata__", None)
-                for name, one in header.items():
-                    start, stop = one["data_offsets"]
-                    file.seek(8 + nbytes + start)
-                    yield file, name, one, stop - start
-        except _UNREADABLE as error:
-            raise ModelError(
-                f"{path}: not readable as safetensors ({error}); download it again"
-            ) from None

@@ -17,7 +17,6 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import config_digest, resolve_model, same_weights, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.serve.load import load
 from d2c_mlx.utils.errors import ModelError
@@ -129,15 +128,6 @@ def test_a_pack_refuses_other_weights_with_its_config(model, tmp_path, command):
         code, _, problem = command(*argv)
         assert (code, problem.count("\n")) == (2, 1), problem
         assert words in problem or argv[0] == "add", problem
-
-
-def test_a_pack_of_an_earlier_version_has_the_check_it_had(model, tmp_path):
-    info = Manifest(model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS)
-    pack = write_compact_pack(tmp_path / "pack", [], {"one": None}, info)
-    assert "weights_sha256" not in (pack.path / "manifest.json").read_text()
-    assert load_pack(pack.path).base_directory(str(model)) == model
-    other = tiny_model(tmp_path / "other", seed=1)
-    assert pack.base_directory(str(other)) == other
 
 
 def test_a_digest_is_kept_until_something_touches_the_file(copy, tmp_path, monkeypatch):
