@@ -115,10 +115,9 @@ def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any
       d2c-mlx compose --from loras --tasks tasks --task new/gec-nl --output made/gec-nl
       d2c-mlx add runs/first/pack made/gec-nl
     """
-    from d2c_mlx.compose.compose import ComposeOptions
     from d2c_mlx.compose.compose import compose as make
 
-    result = make(source, task, output, ComposeOptions(**options), not sys.stderr.isatty())
+    result = make(source, task, output, **options, quiet=not sys.stderr.isatty())
     if as_json:
         say_json(result)
         return

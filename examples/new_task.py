@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from d2c_mlx import RunConfig, run_pipeline
-from d2c_mlx.compose.compose import ComposeOptions, compose
+from d2c_mlx.compose.compose import compose
 from d2c_mlx.packs.add import AddOptions, add_from_path
 from d2c_mlx.serve.load import Question, answer
 
@@ -30,8 +30,7 @@ def main(output: Path, library: Path, new: str, model: str | None) -> None:
                        output=str(output / "run"), probe_examples=4)  # fmt: skip
     pack = run_pipeline(config, until="pack").path("pack")
 
-    options = ComposeOptions(tasks=tasks, model=model)
-    found = compose(str(others), tasks / new, output / "made" / new, options)
+    found = compose(str(others), tasks / new, output / "made" / new, tasks=tasks, model=model)
     loss, bare = (found["candidates"][name]["loss"] for name in (found["method"], "base"))
     print(f"{found['method']}: loss {loss:.3f}, base model {bare:.3f}")
     print(f"as good: {', '.join(found['as_good']) or 'neither base model, best nor fresh LoRA'}")

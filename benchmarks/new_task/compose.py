@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.common import load_library
+from benchmarks.new_task.controls import CONTROLS
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
@@ -62,7 +63,7 @@ def arithmetic(task, rows, choice):
     return scaled(task.mixed(task.library, weights), choice)
 
 
-ALL = METHODS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}
+ALL = METHODS | CONTROLS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}
 
 
 def prompts_of(rows):

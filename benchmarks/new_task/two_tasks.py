@@ -28,8 +28,7 @@ from benchmarks.library.tasks.languages import NAMES
 from benchmarks.new_task.compose import judge, scores
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.methods import METHODS
-from d2c_mlx.compose.mixing import mix
-from d2c_mlx.compose.new_task import Kept, NewTask
+from d2c_mlx.compose.new_task import Kept, NewTask, mix
 from d2c_mlx.evaluate.answers import answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod

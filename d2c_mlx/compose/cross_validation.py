@@ -49,15 +49,15 @@ def split(rows: ExampleSet, seed: int = 0) -> list[ExampleSet]:
     n = len(rows.examples)
     order = np.random.default_rng(seed).permutation(n)
     return [
-        replace(rows, examples=tuple(rows.examples[i] for i in sorted(some)), cuts=())
-        for some in np.array_split(order, min(_N_FOLDS, n))
+        replace(rows, examples=tuple(rows.examples[i] for i in sorted(fold)), cuts=())
+        for fold in np.array_split(order, min(_N_FOLDS, n))
     ]
 
 
 def join(folds: Sequence[ExampleSet]) -> ExampleSet:
     """Folds as one set with them as its parts, so that a loss on a fold is evaluated once."""
-    ends = accumulate(len(one.examples) for one in folds[:-1])
-    examples = tuple(example for one in folds for example in one.examples)
+    ends = accumulate(len(fold.examples) for fold in folds[:-1])
+    examples = tuple(example for fold in folds for example in fold.examples)
     return replace(folds[0], examples=examples, cuts=tuple(ends))
 
 
@@ -79,7 +79,7 @@ def cross_validate(
     """
     n_targets = np.array([fold.n_targets for fold in folds])
     ((base),) = task.scorer.losses([(None, folds)])
-    found = {"base": Score(base, n_targets)}
+    scores = {"base": Score(base, n_targets)}
     for name, method in methods.items():
         choices = range(len(task.library)) if method.choices is None else method.choices
         jobs = []
@@ -90,22 +90,22 @@ def cross_validate(
         sums = losses * n_targets[:, None]
         others = sums.sum(axis=0) - sums
         honest = losses[np.arange(len(folds)), others.argmin(axis=1)]
-        found[name] = Score(honest, n_targets, float(choices[int(sums.sum(axis=0).argmin())]))
-    return found
+        scores[name] = Score(honest, n_targets, float(choices[int(sums.sum(axis=0).argmin())]))
+    return scores
 
 
-def difference(one: Score, other: Score) -> tuple[float, float]:
-    """Loss of one minus that of the other, and its standard error over folds, in nats."""
-    each = one.losses - other.losses
-    weights = one.n_targets / one.n_targets.sum()
+def difference(score: Score, other: Score) -> tuple[float, float]:
+    """The loss minus that of the other, and its standard error over folds, in nats."""
+    each = score.losses - other.losses
+    weights = score.n_targets / score.n_targets.sum()
     mean = float(each @ weights)
     spread = np.sqrt((weights**2 * (each - mean) ** 2).sum() * len(each) / (len(each) - 1))
     return mean, float(spread)
 
 
-def as_good(one: Score, other: Score) -> bool:
-    """True if the loss of one is above that of the other by no more than a standard error."""
-    mean, error = difference(one, other)
+def as_good(score: Score, other: Score) -> bool:
+    """True if the loss is above that of the other by no more than a standard error."""
+    mean, error = difference(score, other)
     return mean <= max(error, _EQUAL)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.mixing import mix
-from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora, train_lora
+from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora
 from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.device import arithmetic
@@ -22,10 +22,23 @@ from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.files import fingerprint, remove_dir, write_dir
 
-__all__ = ["Kept", "NewTask"]
+__all__ = ["Kept", "NewTask", "mix"]
 
 # Bytes of trained adapters that a directory keeps.
 _MOST_BYTES = 2 << 30
+
+
+def mix(adapters: Sequence[Adapter], weights: Sequence[float] | np.ndarray, rank: int) -> Adapter:
+    """The sum of `w_i dW_i` as one LoRA, the closest of its rank.
+
+    Args:
+        adapters: of any ranks and modules.
+        weights: one per adapter; those of weight 0 are left out.
+        rank: largest rank of every module of the result.
+    """
+    used = [(adapter, float(w)) for adapter, w in zip(adapters, weights) if w]
+    members, shares = zip(*(used or [(adapters[0], 0.0)]))
+    return merge_adapters(members, "linear", rank=rank, weights=shares)
 
 
 class Kept:
@@ -36,7 +49,7 @@ class Kept:
 
     def __init__(self, directory: Path | None = None) -> None:
         """Keep them in memory and, with a directory, beyond this process."""
-        self._directory, self._known = directory, dict[str, Adapter]()
+        self._directory, self._mine = directory, dict[str, Adapter]()
 
     def get(self, parts: Sequence[object], n_layers: int, make: Callable[[], Adapter]) -> Adapter:
         """The adapter of these parts, made once.
@@ -47,37 +60,28 @@ class Kept:
             make: makes it.
         """
         key = fingerprint([VERSION, *arithmetic().values(), *parts])[:32]
-        if key not in self._known:
-            self._known[key] = self._read(key) or self._write(key, n_layers, make())
-        return self._known[key]
-
-    def _read(self, key: str) -> Adapter | None:
-        if not self._directory:
-            return None
-        try:
-            found = read_adapter(self._directory / key)
-            os.utime(self._directory / key)
-        except (AdapterError, OSError):
-            return None
-        return found
-
-    def _write(self, key: str, n_layers: int, adapter: Adapter) -> Adapter:
+        if key in self._mine:
+            return self._mine[key]
+        if self._directory:
+            with contextlib.suppress(AdapterError, OSError):
+                self._mine[key] = read_adapter(self._directory / key)
+                os.utime(self._directory / key)
+                return self._mine[key]
+        self._mine[key] = made = make()
         if self._directory:
             with write_dir(self._directory / key) as directory:
-                adapter.save(directory, n_layers)
-            self._known[key] = adapter
-            # Another process may remove the same.
-            with contextlib.suppress(OSError):
+                made.save(directory, n_layers)
+            with contextlib.suppress(OSError):  # Another process may remove the same.
                 self._trim(self._directory)
-        return adapter
+        return made
 
     def _trim(self, directory: Path) -> None:
         total = 0
-        kept = sorted(directory.glob("[!.]*"), key=lambda one: one.stat().st_mtime_ns)
-        for one in reversed(kept):
-            total += sum(file.stat().st_size for file in one.iterdir())
-            if total > _MOST_BYTES and one.name not in self._known:
-                remove_dir(one)
+        oldest_first = sorted(directory.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
+        for path in reversed(oldest_first):
+            total += sum(file.stat().st_size for file in path.iterdir())
+            if total > _MOST_BYTES and path.name not in self._mine:
+                remove_dir(path)
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,14 @@ class NewTask:
     @property
     def rank(self) -> int:
         """The rank of what is made: the largest of the library."""
-        return max(one.rank for one in self.library)
+        return max(adapter.rank for adapter in self.library)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Path -> (in, out) of every module that an adapter of the library changes."""
-        return {path: lora.shape for one in self.library for path, lora in one.modules.items()}
+    def start(self) -> Adapter:
+        """A new LoRA on every module that an adapter of the library changes."""
+        shapes = {path: lora.shape for adapter in self.library
+                  for path, lora in adapter.modules.items()}  # fmt: skip
+        return new_lora(self.name, shapes, self.rank, self.training.seed)
 
     def losses(self, adapters: Sequence[Adapter | None], rows: ExampleSet) -> np.ndarray:
         """Mean NLL per target token of each adapter on some rows, `(n,)` in nats.
@@ -120,20 +126,21 @@ class NewTask:
             adapters: None is the base model.
             rows: evaluated in their parts, each of which is cached.
         """
-        jobs = [(one, [rows]) for one in adapters]
+        jobs = [(adapter, [rows]) for adapter in adapters]
         return np.concatenate(self.scorer.losses_in_parts(jobs))
 
     def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray) -> Adapter:
         """The `mix` of adapters, of `rank`; the same arguments are mixed once."""
-        parts = ["mix", [one.digest for one in adapters], weights.tolist(), self.rank]
-        found = self.kept.get(parts, self.base.n_layers,
-                              lambda: mix(adapters, weights, self.rank).uniform())  # fmt: skip
-        return replace(found, name=self.name, sources=tuple(one.name for one in adapters))
+        parts = ["mix", [adapter.digest for adapter in adapters], weights.tolist(), self.rank]
+        mixture = self.kept.get(
+            parts, self.base.n_layers, lambda: mix(adapters, weights, self.rank).uniform()
+        )
+        sources = tuple(adapter.name for adapter in adapters)
+        return replace(mixture, name=self.name, sources=sources)
 
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""
-        return self.made("lora", [start], rows, lambda trainer: train_lora(
-            trainer.base, start, rows, trainer.options, trainer.progress))  # fmt: skip
+        return self.made("lora", [start], rows, lambda trainer: trainer.lora(start, rows))
 
     def made(
         self, how: str, of: Sequence[Adapter], rows: ExampleSet,
@@ -149,12 +156,8 @@ class NewTask:
             rate: learning rate; None is that of `training`.
         """
         options = replace(self.training, rate=rate or self.training.rate)
-        parts = [how, self.base.fingerprint, [one.digest for one in of], rows.tokens_digest,
-                 asdict(options)]  # fmt: skip
+        parts = [how, self.base.fingerprint, [adapter.digest for adapter in of],
+                 rows.tokens_digest, asdict(options)]  # fmt: skip
         trainer = Trainer(self.base, options, self.scorer.progress)
-        found = self.kept.get(parts, self.base.n_layers, lambda: make(trainer))
-        return replace(found, name=self.name)
-
-    def fresh(self, rows: ExampleSet) -> Adapter:
-        """A new LoRA trained on rows alone."""
-        return self.trained(new_lora(self.name, self.shapes, self.rank, self.training.seed), rows)
+        adapter = self.kept.get(parts, self.base.n_layers, lambda: make(trainer))
+        return replace(adapter, name=self.name)

@@ -1,4 +1,4 @@
-"""Training on the rows of a new task: a fresh LoRA, one that exists, or numbers that make one."""
+"""Training on the rows of a new task: a LoRA, or numbers that make the factors of one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from d2c_mlx.refine.steps import Parameters, descend, pull_back, turns
 from d2c_mlx.utils.blas import all_cores
 from d2c_mlx.utils.progress import Progress
 
-__all__ = [
-    "TrainOptions",
-    "Trainer",
-    "as_adapter",
-    "as_factors",
-    "new_lora",
-    "train_lora",
-]
+__all__ = ["TrainOptions", "Trainer", "as_adapter", "as_factors", "new_lora"]
 
 # A training step in forward passes of its tokens, for the progress display.
 _STEP = 3
@@ -95,6 +88,11 @@ class Trainer:
     options: TrainOptions = TrainOptions()
     progress: Progress = field(default_factory=Progress)
 
+    def lora(self, start: Adapter, rows: ExampleSet) -> Adapter:
+        """Train an adapter from `start` on, such as a `new_lora` or a mix; see `fit`."""
+        factors = self.fit(as_factors(start), lambda factors: factors, rows)
+        return replace(start, modules=as_adapter("", factors).modules)
+
     def fit(
         self, start: Parameters, make: Callable[[Parameters], Factors], rows: ExampleSet
     ) -> Parameters:
@@ -110,11 +108,11 @@ class Trainer:
         """
 
         def gradient(
-            model: Distiller, parameters: Parameters, some: Sequence[TeacherRow]
+            model: Distiller, parameters: Parameters, step: Sequence[TeacherRow]
         ) -> Parameters:
-            share = 1 / sum(row.example.n_targets for row in some)
-            found = model.gradient(make(parameters), some, [(share, 0.0)] * len(some))
-            return pull_back(make, parameters, found)
+            share = 1 / sum(row.example.n_targets for row in step)
+            by_factor = model.gradient(make(parameters), step, [(share, 0.0)] * len(step))
+            return pull_back(make, parameters, by_factor)
 
         self.base.attach(as_adapter("", make(start)))
         return self.descend(start, gradient, rows)
@@ -135,37 +133,9 @@ class Trainer:
         order = turns(own, o.rows, (o.seed,))
         cost = passes * _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
         self.progress.expect(o.steps * cost)
-
-        def next_gradient(parameters: Parameters) -> Parameters:
-            return gradient(model, parameters, next(order))
-
-        trained = parameters
+        steps = descend(parameters, lambda now: gradient(model, now, next(order)), o.steps, o.rate)
         with all_cores():
-            for step in descend(parameters, next_gradient, o.steps, o.rate):
-                trained = step
+            for step in steps:
+                parameters = step
                 self.progress.advance(cost)
-        return trained
-
-
-def train_lora(
-    base: BaseModel,
-    start: Adapter,
-    rows: ExampleSet,
-    options: TrainOptions | None = None,
-    progress: Progress | None = None,
-) -> Adapter:
-    """Train an adapter on the answers of some rows; on one machine always to the same bytes.
-
-    Args:
-        base: base model; an adapter stays attached.
-        start: where to begin, such as a `new_lora` or a mix.
-        rows: prompts with answers; the loss is their mean NLL per target token.
-        options: how to train; None takes the defaults.
-        progress: shows progress; None shows nothing.
-
-    Raises:
-        ModelError: the architecture scales or caps its logits.
-    """
-    trainer = Trainer(base, options or TrainOptions(), progress or Progress())
-    factors = trainer.fit(as_factors(start), lambda factors: factors, rows)
-    return replace(start, modules=as_adapter("", factors).modules)
+        return parameters

@@ -19,9 +19,8 @@ from d2c_mlx.compose.cross_validation import (
     split,
 )
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
-from d2c_mlx.compose.mixing import mix
-from d2c_mlx.compose.new_task import Kept
-from d2c_mlx.compose.train import TrainOptions, new_lora, train_lora
+from d2c_mlx.compose.new_task import Kept, mix
+from d2c_mlx.compose.train import Trainer, TrainOptions, new_lora
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import scaled
 
@@ -111,11 +110,12 @@ def test_the_simplest_within_a_standard_error_is_taken():
 
 def test_training_lowers_the_loss_of_its_rows_and_repeats_to_the_byte(new_task, answered, adapters):
     base, rows = new_task.base, answered(adapters[0])
-    start = new_lora("new", new_task.shapes, 4, seed=1)
+    shapes = {path: lora.shape for path, lora in adapters[0].modules.items()}
+    start = new_lora("new", shapes, 4, seed=1)
     assert mean_nll(base, start, rows.examples) == pytest.approx(
         mean_nll(base, None, rows.examples), abs=1e-6
     )
-    first, again = (train_lora(base, start, rows, TrainOptions(12, 1e-2, 4)) for _ in range(2))
+    first, again = (Trainer(base, TrainOptions(12, 1e-2, 4)).lora(start, rows) for _ in range(2))
     assert mean_nll(base, first, rows.examples) < mean_nll(base, None, rows.examples) - 0.5
     assert first.digest == again.digest
 

@@ -5,16 +5,15 @@ import numpy as np
 import pytest
 from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, truncated
 
+from benchmarks.new_task.controls import mix_factors, random_like
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.lorahub import lorahub_objective, search_weights
-from d2c_mlx.compose.mixing import (
+from d2c_mlx.compose.methods import (
     continual_weights,
-    mix,
-    mix_factors,
-    random_like,
+    lorahub_objective,
+    search_weights,
     similarity_weights,
 )
-from d2c_mlx.utils.errors import AdapterError
+from d2c_mlx.compose.new_task import mix
 
 SHAPES = {P: (7, 9), Q: (5, 6)}
 
@@ -49,13 +48,6 @@ def test_factors_are_mixed_apart_only_where_the_name_says_so():
     twice = [adapters[0], Adapter("w", {P: lora_of(rng, SHAPES[P], 3)})]
     apart, together = mix_factors(twice, [0.5, 0]), mix(twice, [0.5, 0], 3)
     assert_close(2 * dense(apart.modules[P]), dense(together.modules[P]), 1.0)
-
-
-def test_factors_of_different_ranks_are_refused():
-    rng = np.random.default_rng(2)
-    adapters = [Adapter(str(r), {P: lora_of(rng, SHAPES[P], r)}) for r in (2, 3)]
-    with pytest.raises(AdapterError, match=r"ranks \[2, 3\], expected one"):
-        mix_factors(adapters, [1, 1])
 
 
 def test_the_nearest_tasks_share_the_weight():

@@ -8,9 +8,10 @@ from helpers.loras import dense, lora_of
 from peft import PolyConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.new_task.controls import route_factors
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compose.routing import block_weights, route, route_factors, train_routing
 from d2c_mlx.compose.train import Trainer, TrainOptions
+from d2c_mlx.compose.trained import block_weights, route, train_routing
 
 RANK, SKILLS, BLOCKS = 3, 5, 4
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]

@@ -10,19 +10,17 @@ from mlx_lm import load as stock_load
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.new_task.controls import CONTROLS
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.adamix import adamix_gradient, train_adamix
-from d2c_mlx.compose.calibration import calibrate, fold
 from d2c_mlx.compose.methods import METHODS
-from d2c_mlx.compose.mixing import mix
+from d2c_mlx.compose.new_task import mix
 from d2c_mlx.compose.train import (
     Trainer,
     TrainOptions,
     as_adapter,
     as_factors,
-    new_lora,
-    train_lora,
 )
+from d2c_mlx.compose.trained import adamix_gradient, calibrate, fold, train_adamix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.utils.errors import AdapterError
 
@@ -88,7 +86,7 @@ def test_a_projection_is_trained_on_a_merge_that_stays(new_task, answered, adapt
 
 def test_one_copy_is_the_lora_itself(new_task, answered, adapters):
     rows, options = answered(adapters[1]), TrainOptions(4, 1e-2)
-    alone = train_lora(new_task.base, adapters[0], rows, options)
+    alone = Trainer(new_task.base, options).lora(adapters[0], rows)
     mixed = train_adamix(Trainer(new_task.base, options), adapters[0], rows, copies=1,
                          consistency=0.0)  # fmt: skip
     for path, lora in alone.modules.items():
@@ -97,7 +95,7 @@ def test_one_copy_is_the_lora_itself(new_task, answered, adapters):
 
 def test_the_mean_of_copies_learns(new_task, answered, adapters):
     rows = answered(adapters[1])
-    start = new_lora("new", new_task.shapes, 4)
+    start = new_task.start
     found = train_adamix(Trainer(new_task.base, TrainOptions(15, 0.01, 10)), start, rows, copies=3)
     losses = new_task.losses([start, found], rows)
     assert losses[1] < losses[0] - 0.1 and found.rank == 4
@@ -203,14 +201,17 @@ def test_what_no_lora_does_is_refused_by_name(tiny_base, bias):
 
 
 RANKS = {"shift": 1, "mean-trained": 4, "routed": 4, "calibrated": 8, "adamix": 4,
-         "routed-factors": 4}  # fmt: skip
+         "routed-factors": 4, "fresh-random": 4}  # fmt: skip
+
+
+ALL = METHODS | CONTROLS
 
 
 @pytest.mark.parametrize("name", RANKS)
 def test_every_method_makes_one_lora(new_task, answered, adapters, name):
     rows = answered(adapters[0])
-    made = METHODS[name].make(new_task, rows, METHODS[name].choices[0])
+    made = ALL[name].make(new_task, rows, ALL[name].choices[0])
     assert made.rank == RANKS[name] and made.name == "new"
     assert np.isfinite(new_task.losses([made], rows)).all()
-    again = METHODS[name].make(new_task, rows, METHODS[name].choices[0])
+    again = ALL[name].make(new_task, rows, ALL[name].choices[0])
     assert again.digest == made.digest
