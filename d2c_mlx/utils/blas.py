@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 __all__ = [
     "all_cores",
@@ -30,7 +32,6 @@ _PATTERNS = (
     os.path.join(sys.prefix, "lib", "libmkl_rt.so*"),
 )
 _loaded: str | None = None
-_library: ctypes.CDLL | None = None
 
 
 def find_blas() -> str | None:
@@ -43,21 +44,16 @@ def find_blas() -> str | None:
     return next((hit for pattern in _PATTERNS for hit in sorted(glob.glob(pattern))), None)
 
 
-def preload_blas() -> str | None:
-    """Load the fast BLAS, unless MLX is already imported and it would have no effect.
-
-    Returns:
-        Path of the BLAS that is loaded; None if there is none.
-    """
-    global _loaded, _library
+def preload_blas() -> None:
+    """Load the fast BLAS, unless MLX is already imported and it would have no effect."""
+    global _loaded
     path = find_blas()
     if path and _loaded is None and "mlx.core" not in sys.modules:
         try:
-            _library = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
         except OSError:
-            return None
+            return
         _loaded = path
-    return _loaded
 
 
 def loaded_blas() -> str | None:
@@ -65,35 +61,41 @@ def loaded_blas() -> str | None:
     return _loaded
 
 
+@cache
+def _controller() -> Any:  # noqa: ANN401  threadpoolctl has no types
+    """What controls the threads of the preloaded BLAS; None if there is none, or it has none."""
+    from threadpoolctl import ThreadpoolController
+
+    # Debian's libblas.so.3 loads the OpenBLAS beside it.
+    folder = os.path.dirname(os.path.realpath(_loaded)) if _loaded else None
+    libraries = ThreadpoolController().lib_controllers
+    return next((lib for lib in libraries if os.path.dirname(lib.filepath) == folder), None)
+
+
 def blas_build() -> str | None:
-    """Version and kernels of the preloaded OpenBLAS, in its own words; None if there is none."""
-    tell = getattr(_library, "openblas_get_config", None)
-    if tell is None:
-        return None
-    tell.restype = ctypes.c_char_p
-    return tell().decode()
+    """Version and kernels of the preloaded BLAS; None if there is none."""
+    about = _controller().info() if _controller() else {}
+    words = (about.get(key) for key in ("internal_api", "version", "architecture"))
+    return " ".join(filter(None, words)) or None
 
 
 def limit_blas_threads(n_threads: int) -> bool:
-    """Limit the preloaded OpenBLAS to `n_threads` per call; False if there is none."""
-    setter = getattr(_library, "openblas_set_num_threads", None)
-    if setter is None:
-        return False
-    setter(n_threads)
-    return True
+    """Limit the preloaded BLAS to `n_threads` per call; False if there is none."""
+    if _controller():
+        _controller().set_num_threads(n_threads)
+    return _controller() is not None
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Let the preloaded OpenBLAS use all cores of this process inside the block.
+    """Let the preloaded BLAS use all cores of this process inside the block.
 
     `OPENBLAS_NUM_THREADS` stays its limit: beside other work, threads that wait cost more than one.
     """
-    getter = getattr(_library, "openblas_get_num_threads", None)
-    if getter is None:
+    if not _controller():
         yield
         return
-    before = getter()
+    before = _controller().get_num_threads()
     cores = os.cpu_count() or 1
     if sys.platform == "linux":  # Only Linux tells which cores a process may use.
         cores = len(os.sched_getaffinity(0))

@@ -178,8 +178,7 @@ def test_a_second_process_says_who_holds_the_run_and_leaves(inputs, tmp_path):
         second = finish(command(inputs, "bytes", output), tmp_path / "cache")
     assert second.returncode == 1
     assert second.stderr == (
-        f"error: {output}: process {os.getpid()} is running here; wait for it or give another"
-        " --output\n"
+        f"error: {output}: another process is running here; wait for it or give another --output\n"
     )
     assert [path.name for path in output.iterdir()] == [".lock"]
 
@@ -192,8 +191,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
     dead = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert dead.returncode == -signal.SIGKILL
     with locked(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(D2CError, match=f"process {os.getpid()} is running"), locked(tmp_path):
+        with pytest.raises(D2CError, match="another process is running here"), locked(tmp_path):
             pass
 
 
@@ -205,6 +203,6 @@ def test_waiting_for_a_lock(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     with locked(tmp_path, wait=True):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert other.poll() == 0 or other.wait(5) == 0
     assert other.wait() == 0
     other.stdout.close()

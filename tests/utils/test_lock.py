@@ -16,10 +16,10 @@ HOLD = (
 )
 
 
-@pytest.mark.parametrize("kind", ["link", "hard link", "text", "pipe", "long number"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "text", "pipe"])
 def test_a_lock_file_that_is_not_ours_is_left_alone(tmp_path, kind):
     mine, run = tmp_path / "mine", tmp_path / "run"
-    mine.write_text("mine" if kind != "hard link" else "4711\n")
+    mine.write_text("mine" if kind != "hard link" else "")
     run.mkdir()
     lock = run / ".lock"
     if kind == "link":
@@ -29,7 +29,7 @@ def test_a_lock_file_that_is_not_ours_is_left_alone(tmp_path, kind):
     elif kind == "pipe":
         os.mkfifo(lock)
     else:
-        lock.write_text("mine" if kind == "text" else "4" * 40)
+        lock.write_text("mine")
     before = mine.read_text(), lock.lstat()
     with pytest.raises(D2CError, match=r"run/\.lock: is no lock file of d2c-mlx"):
         with locked(run):
