@@ -28,7 +28,7 @@ _SET = {"merge_method", "budget", "format", "baselines"}
     metavar="LIST",
     help="merge methods, with commas; the others are compared with the first",
 )
-@click.option("--budgets", required=True, metavar="LIST", help="budgets, with commas")
+@click.option("--budgets", required=True, metavar="LIST", help="numbers of adapters, with commas")
 @click.option(
     "--on",
     default="shared",
@@ -50,8 +50,7 @@ def compare(
 
     Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
     command line overrides all of them. A run has a directory in --output, as d2c-mlx run makes
-    it, without baselines. Finished runs are not repeated. A
-    budget in bytes is merged, not planned.
+    it, without baselines. Finished runs are not repeated.
 
     The table goes to compare.md, .csv, .json and .svg: held-out losses, and the difference to the
     first method with its 95 % interval by a paired bootstrap over the rows.

@@ -49,7 +49,7 @@ class Axes:
 
     Attributes:
         methods: merge methods; the others are compared with the first.
-        budgets: texts of budgets; bytes are merged, not planned.
+        budgets: texts of budgets; numbers of adapters.
         clusters: some of `CLUSTERS`.
     """
 
@@ -248,9 +248,13 @@ def _entries(
             name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
             given = {**options, "merge_method": method, "budget": budget,
                      "output": str(output / name)}  # fmt: skip
-            config = collect(errors, partial(load_config, path, given, merged=True))
+            config = collect(errors, partial(load_config, path, given))
             if not config:
                 continue
+            if config.planned:
+                problem = f"budgets: found {budget!r}, expected numbers of adapters to merge"
+                errors.append(ConfigError(problem))
+                break
             asked = config.model_fields_set
             config = config.replace(**{k: v for k, v in _UNASKED.items() if k not in asked})
             own = config.replace(clusters=None)

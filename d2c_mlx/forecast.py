@@ -137,8 +137,7 @@ def _probe(inputs: Inputs) -> float:
 
 
 def _plan(inputs: Inputs) -> float:
-    forms = 18 if inputs.config.thorough else _FORMS
-    return (_TEACHER + _GAINS + forms) * _probe_tokens(inputs)
+    return (_TEACHER + _GAINS + _FORMS) * _probe_tokens(inputs)
 
 
 def _cluster(inputs: Inputs) -> float:

@@ -149,17 +149,14 @@ def plan(session: Session) -> Stage:
     c, inputs = session.config, session.inputs
 
     def body() -> None:
-        planner, room = session.planner, inputs.capacity.room
-        every = c.thorough and c.has_rows
-        found = planner.plan(planner.measure(), room) if every else planner.search(room)
+        found = session.planner.search()
         with write_dir(session.path("planned")) as directory:
             inputs.capacity.storage.write(directory, found.adapters)
             mark(directory, "run")
         write_json(session.path("plan.json"), found.content)
 
     options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
-               inputs.capacity.max_bytes, c.max_adapters, c.thorough]  # fmt: skip
-    options += [c.format, c.same_shape] if (c.format, c.same_shape) != ("compact", False) else []
+               inputs.capacity.max_bytes, c.format]  # fmt: skip
     return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
 
 

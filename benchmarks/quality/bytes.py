@@ -1,26 +1,21 @@
-"""The byte budget: what `--plan auto` chooses at several budgets, and each family alone.
+"""The byte budget: what a plan chooses at several budgets, beside other families of forms.
 
     python -m benchmarks.quality.bytes --library DIR [--budgets 25,12.5,6.25,3,1.5,0.75]
         [--families auto]
 
-Candidates are measured once for all budgets, on probes only; the choices are then judged on
-held-out rows. The family "hindsight" chooses among the candidates of "auto" by held-out rows: what
-choosing by ten probe rows costs. Bytes are those of the compact file; a shared basis has no file,
-its factors alone are counted. D2C in 16 bit is what slots.py measures.
+All is chosen on calibration rows and judged on held-out rows. Bytes are those of the compact file;
+a shared basis has no file, its factors alone are counted. D2C in 16 bit is what slots.py measures.
 """
 
 import json
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks import command_line
 from benchmarks.common import ends
-from benchmarks.quality.families import bits_alone, rank_alone, shared_basis, shared_private
+from benchmarks.quality.families import ALONE, chosen, shared_basis, shared_private
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
@@ -29,44 +24,9 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
-from d2c_mlx.utils.line_search import FINE_SCALES
 
-# Candidates that a family may choose from; none for those that make their own.
-FAMILIES = {
-    "auto": ("base", "own", "merged"),
-    "rank and bits": ("base", "own"),
-    "merges": ("base", "merged"),
-    "bits alone": ("base", "bits"),
-    "rank alone": ("base", "rank"),
-    "shared basis": (),
-    "shared + private": (),
-    "hindsight": ("base", "own", "merged"),
-}
-
-ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 MAKERS = {"shared basis": shared_basis, "shared + private": shared_private}
-
-
-def in_hindsight(session, candidates):
-    """The candidates with the regret of held-out rows in place of the probes'."""
-    jobs = [
-        (None, session.inputs.tests),
-        *((one, [test]) for one, test in zip(session.adapters, session.inputs.tests)),
-    ]
-    base, *own = session.scorer.losses(jobs)
-    own = np.concatenate(own)
-    found = []
-    for one in candidates:
-        members = list(one.members)
-        losses = base[members]
-        if one.family != "base":
-            adapter = one.load().adapter(session.inputs.base.dtype)
-            (losses,) = session.scorer.losses_in_parts(
-                [(adapter, [session.inputs.tests[i] for i in members])]
-            )
-        regret = (losses - own[members]) / (base[members] - own[members])
-        found.append(replace(one, regret=float(regret.sum())))
-    return found
+FAMILIES = ("auto", *ALONE, *MAKERS)
 
 
 def judge(session, adapters, serves, nbytes):
@@ -84,16 +44,22 @@ def judge(session, adapters, serves, nbytes):
     return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
 
-def chosen(session, name, room, candidates):
-    """The choice of a family for a budget, and its losses."""
-    some = [one for one in candidates if one.family in FAMILIES[name]]
-    plan = session.planner.plan(some, room)
-    units, left = plan.content["units"], plan.content["base"]
-    merged = [unit["family"] for unit in units].count("merged")
-    stored = {"own": len(units) - merged, "merged": merged, "base": len(left)}
-    nbytes = compact_nbytes(index_of(plan.adapters))
-    judged = judge(session, plan.adapters, plan.serves, nbytes)
-    return {"probe_regret": plan.content["regret"], **stored, **judged}
+def planned(session, name, room):
+    """The choice of a family for a budget, its losses and the seconds it took."""
+    started = time.perf_counter()
+    units, left = chosen(session, name, room)
+    seconds = time.perf_counter() - started
+    names, adapters = session.inputs.names, [one.load() for one in units]
+    serves = dict.fromkeys(names) | {
+        names[i]: k for k, one in enumerate(units) for i in one.members
+    }
+    merged = [one.family for one in units].count("merged")
+    return {
+        "probe_regret": sum(one.regret for one in (*units, *left)) / len(names),
+        "own": len(units) - merged, "merged": merged, "base": len(left),
+        **judge(session, adapters, serves, compact_nbytes(index_of(adapters))),
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
 
 
 def made(session, name, room):
@@ -116,36 +82,13 @@ def line(one):
     )
 
 
-def rows_of(session, name, budgets, rooms, candidates):
+def rows_of(session, name, budgets):
     """Yield the rows of a family."""
-    pool = candidates
-    if name in ALONE:
-        pool = [*candidates, *ALONE[name](session)]
-    elif name == "hindsight":
-        pool = in_hindsight(session, candidates)
-    for budget, room in zip(budgets, rooms):
-        found = made(session, name, room) if name in MAKERS else chosen(session, name, room, pool)
-        if found:
-            yield {"budget": budget, "family": name, **found}
-
-
-def measured(session, rooms):
-    """The candidates for all budgets, and what they cost."""
-    before, started = session.scorer.counts, time.perf_counter()
-    candidates = session.planner.measure(rooms)
-    counts = session.scorer.counts
-    every = sum(
-        len(FINE_SCALES) * len(session.inputs.probes[i].parts)
-        for one in candidates if one.family != "base" for i in one.members
-    )  # fmt: skip
-    return candidates, {
-        "candidates": len(candidates),
-        "seconds": round(time.perf_counter() - started, 1),
-        # Of one adapter on a part of a task's probes. `every`: all candidates at all scales.
-        "asked": counts.asked - before.asked,
-        "every": every,
-        "tokens": counts.tokens - before.tokens,
-    }
+    for budget in budgets:
+        room = session.inputs.capacity.room_of(parse_budget(budget))
+        row = (made if name in MAKERS else planned)(session, name, room)
+        if row:
+            yield {"budget": budget, "family": name, **row}
 
 
 def measured_before(output, facts, same):
@@ -163,10 +106,7 @@ def measured_before(output, facts, same):
 
 
 def continued(before, facts, families):
-    """The result to write: facts, and rows of other families that are there.
-
-    Costs are the first run's: one that continues finds its losses in the cache.
-    """
+    """The result to write: facts, and rows of other families that are there."""
     if before is None:
         return facts | {"rows": []}
     return before | {"rows": [row for row in before["rows"] if row["family"] not in families]}
@@ -182,11 +122,12 @@ def main():
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
     budgets = [f"{x}%" for x in options.budgets.split(",")]
-    asked, candidates = options.families.split(","), []
+    asked = options.families.split(",")
     facts = {"examples": options.examples, "tests": options.tests, "machine": machine()}
-    whole = not set(asked) <= set(MAKERS)
-    same = ["examples", "tests", "machine"] if whole else ["examples", "tests"]
-    measured_before(options.output, facts, same)
+    same = (
+        ["examples", "tests", "machine"] if not set(asked) <= set(MAKERS) else ["examples", "tests"]
+    )
+    before = measured_before(options.output, facts, same)
     with tempfile.TemporaryDirectory() as directory:
         os.environ.setdefault("D2C_MLX_CACHE", directory)
         config = RunConfig(
@@ -195,15 +136,10 @@ def main():
             probe_examples=options.examples, test_examples=options.tests,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
-        rooms = [session.inputs.capacity.room_of(parse_budget(one)) for one in budgets]
-        if whole:
-            candidates, costs = measured(session, rooms)
-            facts |= costs
-            same += ["candidates", "every"]
         print(json.dumps(facts), flush=True)
-        result = continued(measured_before(options.output, facts, same), facts, asked)
+        result = continued(before, facts, asked)
         for name in asked:
-            for one in rows_of(session, name, budgets, rooms, candidates):
+            for one in rows_of(session, name, budgets):
                 result["rows"].append(one)
                 write_json(options.output, result)
                 print(line(one), flush=True)

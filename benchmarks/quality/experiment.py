@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.quality.answering import Answers
-from benchmarks.quality.methods import DRAWN, METHODS, PAST, Plans, Stored, follows, merged
+from benchmarks.quality.methods import DRAWN, METHODS, PAST, Stored, follows, merged, planned
 from benchmarks.quality.metrics import (
     METRIC_OF,
     paired_bootstrap,
@@ -179,18 +179,16 @@ def measure_seed(options, seed, wanted):
         if not path.exists():
             row = judge.row(stored)
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
-    # All budgets, also those that are done: the candidates of a plan do not depend on what is left.
     rooms = {
         budget: session.inputs.capacity.room_of(parse_budget(f"{budget}%"))
         for budget in options.budgets.split(",")
     }
-    plans = Plans(session, list(rooms.values()))
     began = time.perf_counter()
     for done, (budget, method, draw) in enumerate(wanted, 1):
         started = time.perf_counter()
         with session.scorer.progress.section(f"{method}, {budget}%"):
             if METHODS[method] is None:
-                stored = plans.stored(method, rooms[budget])
+                stored = planned(session, method, rooms[budget])
             else:
                 allowed = int(session.inputs.capacity.total * float(budget) / 100)
                 stored = merged(session, *METHODS[method], allowed, 1000 * seed + draw)

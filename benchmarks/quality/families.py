@@ -13,7 +13,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.cluster.estimated_search import estimated_partition
 from d2c_mlx.cluster.merge_estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
-from d2c_mlx.compress.allocate import allocate
+from d2c_mlx.compress.allocate import Candidate, allocate
 from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.compressed import Compressed
@@ -47,6 +47,28 @@ def rank_alone(session):
 
 
 ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
+
+
+def bare(session):
+    """Candidates that leave a task to the base model."""
+    regrets = session.library.by_teacher.regrets(None, range(len(session.adapters)))
+    return [Candidate((i,), "base", 0.0, {}, 0, float(x)) for i, x in enumerate(regrets)]
+
+
+def chosen(session, method, room):
+    """The stored candidates and those of the base model that a plan has at a budget.
+
+    Args:
+        session: a run after its stage `probe`.
+        method: "auto" or one of `ALONE`, whose candidates are all measured.
+        room: bytes for rows.
+    """
+    if method in ALONE:
+        candidates = [*bare(session), *ALONE[method](session)]
+        plan = session.planner.fitting(candidates, room)
+    else:
+        plan = session.planner.search(room).chosen
+    return [one for one in plan if one.stored], [one for one in plan if not one.stored]
 
 
 def shared_basis(session, room):

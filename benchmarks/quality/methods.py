@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
-from benchmarks.quality.bytes import ALONE
+from benchmarks.quality.families import ALONE, chosen
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import gram, similarity
 from d2c_mlx.cluster.d2c import d2c
@@ -40,32 +40,18 @@ class Stored:
     about: dict[str, object]
 
 
-class Plans:
-    """Plans at several budgets; candidates are measured once for all."""
-
-    def __init__(self, session, rooms: Sequence[int]) -> None:
-        """Take a session with its losses, and the bytes that compact packs have."""
-        self._session, self._rooms, self._candidates = session, rooms, {}
-        self._planner = session.planner
-
-    def stored(self, method: str, room: int) -> Stored:
-        """The plan for a budget: of `--plan auto`, or of a family alone (`ALONE`)."""
-        if method not in self._candidates:
-            self._candidates[method] = (
-                [*self._planner.bare(), *ALONE[method](self._session)] if method in ALONE
-                else self._planner.measure(self._rooms)
-            )  # fmt: skip
-        plan = self._planner.plan(self._candidates[method], room)
-        plain = [one.adapter(self._session.inputs.base.dtype) for one in plan.adapters]
-        about = {
-            "candidates": len(self._candidates[method]),
-            "clusters": [unit["tasks"] for unit in plan.content["units"]],
-            "probe_regret": plan.content["regret"],
-        }
-        return Stored(
-            {name: None if k is None else plain[k] for name, k in plan.serves.items()},
-            compact_nbytes(index_of(plan.adapters)), len(plan.adapters), about,
-        )  # fmt: skip
+def planned(session, method: str, room: int) -> Stored:
+    """The plan for a budget: "auto", or of a family alone (`ALONE`)."""
+    units, left = chosen(session, method, room)
+    names, forms = session.inputs.names, [one.load() for one in units]
+    serves: dict[str, Adapter | None] = dict.fromkeys(names)
+    for one, form in zip(units, forms):
+        serves |= {names[i]: form.adapter(session.inputs.base.dtype) for i in one.members}
+    about = {
+        "clusters": [[names[i] for i in one.members] for one in units],
+        "probe_regret": sum(one.regret for one in (*units, *left)) / len(names),
+    }
+    return Stored(serves, compact_nbytes(index_of(forms)), len(forms), about)
 
 
 def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:

@@ -1,13 +1,12 @@
-"""Plans by estimates beside thorough ones: evaluations, seconds, and loss on held-out rows.
+"""Plans: evaluations, seconds, and loss on held-out rows.
 
-    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75] [--thorough]
+    python -m benchmarks.speed.plans --library DIR [--budgets 12.5,3,0.75]
         [--refine [--prompts]] [--packs DIR]
 
-An evaluation is one adapter on all calibration rows of one task. Both kinds start from the same
-probe, teacher targets and gains of modules, which are not counted; losses that one kind left in the
-cache are counted all the same, but take no time, so the thorough plan comes last. `--refine` trains
-every plan by estimates, which is timed apart from planning it; with `--prompts` also on what the
-adapters answer to prompts of other rows. Results: results/plans.json, written after every plan.
+An evaluation is one adapter on all calibration rows of one task. Plans start from the same probe,
+teacher targets and gains of modules, which are not counted. `--refine` trains every plan, which is
+timed apart from planning it; with `--prompts` also on what the adapters answer to prompts of other
+rows. Results: results/plans.json, written after every plan.
 `--packs` keeps the packs: `benchmarks.quality.scores --work DIR --case plan`, or a case of those
 that are trained, plan-refined and plan-refined-with-prompts, judges their answers.
 """
@@ -34,19 +33,18 @@ from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
 
-def planned(session, budget, thorough):
+def planned(session, budget):
     """One plan, and its row: its costs, and the losses of its pack."""
     planner, before = session.planner, session.scorer.counts
     room = session.inputs.capacity.room_of(parse_budget(budget))
     started = time.perf_counter()
-    plan = planner.plan(planner.measure([room]), room) if thorough else planner.search(room)
+    plan = planner.search(room)
     seconds, counts = time.perf_counter() - started, session.scorer.counts.since(before)
     parts = len(session.inputs.probes[0].parts)
     nbytes = compact_nbytes(index_of(plan.adapters))
     return plan, {
         "case": "plan",
         "budget": budget,
-        "thorough": thorough,
         "evaluations": round(counts.asked / parts),
         "tokens": counts.tokens,
         "seconds": round(seconds, 1),
@@ -79,9 +77,9 @@ def keep(session, plan, forms, place):
     write_compact_pack(place / "pack", forms, plan.serves, pack_info(session.inputs))
 
 
-def measured(session, budget, thorough, train):
+def measured(session, budget, train):
     """Yield `(plan, its adapters, row)` of one plan, then of the same trained."""
-    plan, row = planned(session, budget, thorough)
+    plan, row = planned(session, budget)
     yield plan, plan.adapters, row
     if train:
         yield plan, *refined(session, plan, row)
@@ -105,11 +103,10 @@ def main():
     parser = command_line(__doc__, __spec__, "plans.json")
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--budgets", default="12.5,3,0.75", help="percent")
-    parser.add_argument("--thorough", action="store_true", help="thorough plans too")
-    parser.add_argument("--refine", action="store_true", help="train the plans by estimates too")
+    parser.add_argument("--refine", action="store_true", help="train the plans too")
     parser.add_argument("--prompts", action="store_true",
                         help=f"with --refine: on {N_PROMPTS} prompts per task besides")  # fmt: skip
-    parser.add_argument("--packs", type=Path, help="keeps every pack of a plan by estimates")
+    parser.add_argument("--packs", type=Path, help="keeps every pack")
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--tests", type=int, default=30)
     options = parser.parse_args()
@@ -126,15 +123,13 @@ def main():
         facts = {"examples": options.examples, "tests": options.tests, "machine": machine(),
                  "teacher_seconds": round(between - started, 1),
                  "gains_seconds": round(time.perf_counter() - between, 1)}  # fmt: skip
-        for thorough in (False, True) if options.thorough else (False,):
-            for budget in options.budgets.split(","):
-                train = options.refine and not thorough
-                for plan, forms, row in measured(session, f"{budget}%", thorough, train):
-                    rows.append(row)
-                    write_json(options.output, {**facts, "rows": rows})
-                    print(json.dumps(row), flush=True)
-                    if options.packs and not thorough:
-                        keep(session, plan, forms, options.packs / f"{budget}%-0-{row['case']}")
+        for budget in options.budgets.split(","):
+            for plan, forms, row in measured(session, f"{budget}%", options.refine):
+                rows.append(row)
+                write_json(options.output, {**facts, "rows": rows})
+                print(json.dumps(row), flush=True)
+                if options.packs:
+                    keep(session, plan, forms, options.packs / f"{budget}%-0-{row['case']}")
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def bytes_retention(read):
 
 
 def bytes_refined(read):
-    """Plans by estimates, and the same trained: excess, retention and share of the score."""
-    rows = [one for one in read("plans")["rows"] if not one["thorough"]]
+    """Plans, and the same trained: excess, retention and share of the score."""
+    rows = read("plans")["rows"]
     trained = {one["budget"] for one in rows if one["case"] != "plan"}
     lines = [
         (one["budget"], one["case"], f"{one['excess']:.3f}", f"{one['retention']:.1%}",

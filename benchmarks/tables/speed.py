@@ -185,12 +185,12 @@ def search(read):
 
 
 def plans(read):
-    """Plans by estimates, beside thorough ones; trained ones are in `packs.bytes_refined`."""
+    """Plans; trained ones are in `packs.bytes_refined`."""
     rows = [
-        (one["budget"], "thorough" if one["thorough"] else "estimates", f"{one['evaluations']:,}",
-         f"{one['seconds']:.0f}", f"{one['regret']:.4f}", f"{one['excess']:.4f}")
+        (one["budget"], f"{one['evaluations']:,}", f"{one['seconds']:.0f}",
+         f"{one['regret']:.4f}", f"{one['excess']:.4f}")
         for one in sorted(read("plans")["rows"], key=lambda one: -float(one["budget"].rstrip("%")))
         if one["case"] == "plan"
     ]  # fmt: skip
-    header = ("budget", "plan", "evaluations", "seconds", "regret", "held-out excess")
-    return markdown(header, rows, left=2)
+    header = ("budget", "evaluations", "seconds", "regret", "held-out excess")
+    return markdown(header, rows)

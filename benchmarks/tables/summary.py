@@ -36,7 +36,7 @@ def library(read):
 def in_bytes(read, budget):
     """`(bytes, excess, retention)` of the default plan for a budget in bytes."""
     (row,) = (one for one in read("plans")["rows"]
-              if one["budget"] == budget and not one["thorough"] and one["case"] == "plan"
+              if one["budget"] == budget and one["case"] == "plan"
               )  # fmt: skip
     return row["nbytes"], row["excess"], row["retention"]
 
@@ -81,7 +81,7 @@ def methods(read):
 
 
 def plans(read):
-    """Bytes, excess and retention of a thorough plan at every budget."""
+    """Bytes, excess and retention of a plan at every budget, all candidates measured."""
     each, _, rows = budgets(read("bytes"))
     lines = [
         (budget, f"{rows[budget, 'auto']['nbytes'] / 1e3:,.0f}",

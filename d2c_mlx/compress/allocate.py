@@ -4,8 +4,8 @@ A candidate stores one adapter, a task adapter or a merge, in some components at
 bytes are exact, and the regret of the tasks it would serve is measured. A pack serves every task
 once, by one candidate or by the bare base model: a set partition under a budget.
 
-The choice is an integer program (HiGHS through scipy) instead of a greedy search. It is exact, it
-mixes clusters with single adapters, and a limit on adapters is one more row.
+The choice is an integer program (HiGHS through scipy) instead of a greedy search. It is exact and
+mixes clusters with single adapters.
 """
 
 from __future__ import annotations
@@ -143,16 +143,13 @@ def _levels(bits: Sequence[int]) -> Levels:
     return shared(tuple((bits.count(b), b) for b in sorted(set(bits), reverse=True)))
 
 
-def choose(
-    candidates: Sequence[Candidate], n_tasks: int, nbytes: float, max_adapters: int | None = None
-) -> list[int]:
+def choose(candidates: Sequence[Candidate], n_tasks: int, nbytes: float) -> list[int]:
     """Choose the candidates that serve every task exactly once with the least summed regret.
 
     Args:
-        candidates: those of the family "base" take no bytes and do not count as adapters.
+        candidates: those of the family "base" take no bytes.
         n_tasks: number of tasks, which are numbered from 0.
         nbytes: most bytes of all chosen candidates.
-        max_adapters: most chosen candidates that are not "base"; None is any number.
 
     Returns:
         Indices into `candidates`, rising.
@@ -166,11 +163,9 @@ def choose(
     for j, one in enumerate(candidates):
         serves[list(one.members), j] = 1
     sizes = np.array([one.nbytes for one in candidates], float)
-    stored = np.array([one.family != "base" for one in candidates], float)
     constraints = [
         LinearConstraint(serves, 1, 1),
         LinearConstraint(sizes / max(nbytes, 1), -np.inf, 1),
-        LinearConstraint(stored, -np.inf, n_tasks if max_adapters is None else max_adapters),
     ]
     regrets = np.array([one.regret for one in candidates])
     with _silent_stdout():

@@ -37,6 +37,11 @@ class Budget:
     nbytes: int | None = None
     n_adapters: int | None = None
 
+    @property
+    def in_bytes(self) -> bool:
+        """True if a plan chooses what is stored; False if adapters are merged to a number."""
+        return self.n_adapters is None
+
     def allowed_bytes(self, total: int) -> int | None:
         """Bytes that a pack may take; None if only the number of adapters counts.
 
@@ -46,30 +51,6 @@ class Budget:
         if self.percent is not None:
             return int(total * self.percent / 100)
         return self.nbytes
-
-    def allowed_adapters(self, sizes: list[int], largest: int) -> int:
-        """Number of merged adapters that fit, whatever the clusters.
-
-        Args:
-            sizes: bytes of each input adapter, as a pack stores it.
-            largest: bytes of an adapter with the largest rank and every target module, which no
-                merge exceeds.
-
-        Raises:
-            BudgetError: not even one fits.
-        """
-        if self.n_adapters is not None:
-            return min(self.n_adapters, len(sizes))
-        allowed = self.allowed_bytes(sum(sizes)) or 0
-        if allowed >= sum(sizes):
-            return len(sizes)
-        if allowed < largest:
-            raise BudgetError(
-                f"budget: {self.text} is {allowed:,} bytes, and one merged adapter takes"
-                f" {largest:,}; give at least {math.ceil(1e4 * largest / sum(sizes)) / 100:.2f}% or"
-                f" {math.ceil(largest / 1000)}KB"
-            )
-        return min(allowed // largest, len(sizes))
 
 
 def parse_budget(text: str) -> Budget:

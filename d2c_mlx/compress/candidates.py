@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -20,12 +19,10 @@ from d2c_mlx.compress.affine import Levels
 from d2c_mlx.compress.allocate import Candidate, lost_worth
 from d2c_mlx.compress.capacity import Capacity
 from d2c_mlx.compress.quantize import Components, svd_components
-from d2c_mlx.compress.storage import one_shape
 from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.library import Library
 from d2c_mlx.utils.device import give_back_memory
-from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
 __all__ = ["Form", "FormMeter", "worth"]
@@ -73,39 +70,36 @@ class FormMeter:
     form may look better than the adapter itself.
     """
 
-    def __init__(self, library: Library, capacity: Capacity, same_shape: bool = False) -> None:
+    def __init__(self, library: Library, capacity: Capacity) -> None:
         """Measure for a library under a budget.
 
         Args:
             library: the measured library.
             capacity: sizes of its adapters.
-            same_shape: forms of one size have the same levels, whatever the adapter.
         """
         self._library, self._capacity = library, capacity
         # In float32, so twice as large as their adapters.
         self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
             library.scorer.engine.free // 8
         )
-        # Share of the 16-bit bytes -> levels of all adapters, where they are of one shape.
-        self._shapes: dict[float, Mapping[str, Levels]] | None = {} if same_shape else None
 
-    def ladders(self, units: Units, family: str, rooms: Sequence[float]) -> Iterator[list[Form]]:
+    def ladders(self, units: Units, family: str, room: float) -> Iterator[list[Form]]:
         """Yield every unit's forms at several sizes, the largest first; nothing is measured.
 
         Args:
             units: pairs of members and the adapter that serves them.
             family: "own" or "merged".
-            rooms: bytes for rows of each budget to plan for, rising.
+            room: bytes for rows.
         """
         for members, adapter in units:
             nbytes = self._capacity.nbytes(adapter)
-            least, most = (self.fair(members, adapter, room) for room in (rooms[0], rooms[-1]))
-            shares = _grid(least, most, _STEPS[family], self._capacity.storage.most[family])[::-1]
+            fair, most = self.fair(members, adapter, room), self._capacity.storage.most[family]
+            shares = _grid(fair, _STEPS[family], most)[::-1]
             gains = [self._library.module_gains[i] for i in members]
             values = worth(self._components(adapter), gains)
             forms: dict[str, Form] = {}
             for share in shares:
-                levels = self._levels(share, share * nbytes, values)
+                levels = self._capacity.storage.allocate(values, share * nbytes)
                 lost = lost_worth(values, levels)
                 form = Form(members, adapter, levels, family, share, lost)
                 if levels:
@@ -124,44 +118,6 @@ class FormMeter:
         part = sum(sizes[i] for i in members) / sum(sizes)
         return room * part / self._capacity.nbytes(adapter)
 
-    def _levels(
-        self, share: float, nbytes: float, values: Mapping[str, np.ndarray]
-    ) -> Mapping[str, Levels]:
-        """The levels of a form with this worth of its components."""
-        storage = self._capacity.storage
-        if self._shapes is None:
-            return storage.allocate(values, nbytes)
-        if share not in self._shapes:
-            mean = share * self._capacity.total / len(self._library.adapters)
-            self._shapes[share] = one_shape(storage, self._common, mean)
-        levels = self._shapes[share]
-        # A merge may have fewer components, and would be of another shape.
-        fits = all(len(values[path]) >= n for path, ((n, _),) in levels.items())
-        return levels if fits else {}
-
-    @cached_property
-    def _common(self) -> dict[str, np.ndarray]:
-        """Mean worth of components of all adapters, of those that every adapter has.
-
-        Raises:
-            ConfigError: no module is changed by every adapter.
-        """
-        every = [
-            worth(self._components(adapter), [gains])
-            for adapter, gains in zip(self._library.adapters, self._library.module_gains)
-        ]
-        found = {}
-        for path in set.intersection(*map(set, every)):
-            # An adapter may have a module that was not trained, without components.
-            if n := min(len(one[path]) for one in every):
-                found[path] = np.mean([one[path][:n] for one in every], axis=0)
-        if not found:
-            raise ConfigError(
-                f"same_shape: no module is changed by all {len(every)} adapters, expected one or"
-                " more; leave --same-shape out, or plan adapters of the same modules"
-            )
-        return found
-
     def _components(self, adapter: Adapter) -> dict[str, Components]:
         """`svd_components`, computed again if memory had no room to keep them."""
         found = self._parts.get(adapter.digest)
@@ -170,21 +126,6 @@ class FormMeter:
             nbytes = sum(a.nbytes + b.nbytes for a, b in found.values())
             self._parts.put(adapter.digest, found, nbytes)
         return found
-
-    def sized(self, units: Units, family: str, rooms: Sequence[float]) -> list[Candidate]:
-        """Measure every form of `ladders` at its best scale, in that order."""
-        found: list[Candidate] = []
-        for u, forms in enumerate(self.ladders(units, family, rooms)):
-            # The largest first: the less is kept, the larger is the best scale.
-            scales = self.scales(units[u][0])
-            for form in forms:
-                found.append(self.measure(form, scales, scales[0]))
-                scales = scales[scales.index(found[-1].scale) :]
-        return found
-
-    def n_tokens(self, members: Members) -> int:
-        """Tokens of one evaluation of an adapter that serves `members`."""
-        return sum(self._library.by_teacher.calibration[i].n_tokens for i in members)
 
     def scales(self, members: Members) -> tuple[float, ...]:
         """Scales to try: those below 1 only where the rows' own answers are trusted."""
@@ -235,9 +176,9 @@ class FormMeter:
         )
 
 
-def _grid(least: float, most: float, step: float, limit: float) -> list[float]:
-    """Shares of the 16-bit bytes to try: powers of two, or of its root, around the given ones."""
-    ends = math.log2(least / _SMALLER), math.log2(min(most * _LARGER, limit))
+def _grid(fair: float, step: float, most: float) -> list[float]:
+    """Shares of the 16-bit bytes to try: powers of two, or of its root, around the given one."""
+    ends = math.log2(fair / _SMALLER), math.log2(min(fair * _LARGER, most))
     first, last = (round(end / step) for end in ends)
     return [2 ** (k * step) for k in range(min(first, last), last + 1)]
 

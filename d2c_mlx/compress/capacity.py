@@ -80,12 +80,8 @@ class Capacity:
 
     @cached_property
     def n_clusters(self) -> int:
-        """Number of adapters that the budget has room for, whatever is merged with what.
-
-        Raises:
-            BudgetError: not even one fits.
-        """
-        return self.budget.allowed_adapters(self.sizes, self.largest)
+        """Number of adapters in the pack; all where a budget in bytes has room for them."""
+        return min(self.budget.n_adapters or len(self._inputs), len(self._inputs))
 
     @cached_property
     def largest(self) -> int:

@@ -4,9 +4,8 @@ Task adapters come first, each compressed to several sizes around its share of t
 follow, with half as many clusters each time. The search ends when a partition loses more before
 compression, measured or estimated, than the best plan so far loses in all.
 
-`search` estimates all candidates and measures those that it chooses; `measure` and `plan` measure
-all of them (`--thorough`). Without rows, a regret is the squared relative
-error of dW, and `search` needs no model.
+All candidates are estimated, and those that are chosen are measured. Without rows, a
+regret is the squared relative error of dW, and `search` needs no model.
 """
 
 from __future__ import annotations
@@ -86,54 +85,33 @@ def serves_of(plan: Mapping[str, Any]) -> dict[str, int | None]:
 class Planner:
     """Plans a budget in bytes for a measured library.
 
-    Use `search`, or `measure` and then `plan` for any of the rooms. For a number of adapters, or
-    merges in 16 bit, use `cluster.d2c` instead.
+    For a number of adapters, merges in 16 bit, use `cluster.d2c` instead.
 
     Attributes:
         library: the measured library.
         capacity: sizes, and bytes of the budget.
         options: how merges beside the adapters are made.
-        max_adapters: most adapters of a plan; None is any number.
-        same_shape: all adapters of a plan have one rank and one set of modules, for runtimes that
-            feed a LoRA to a graph which was fixed before.
     """
 
     library: Library
     capacity: Capacity
     options: MergeOptions = MergeOptions()
-    max_adapters: int | None = None
-    same_shape: bool = False
 
-    def measure(self, rooms: Sequence[float] = ()) -> list[Candidate]:
-        """Measure candidates: the bare base model, task adapters, and merges while they pay.
-
-        Args:
-            rooms: bytes for rows of each budget to plan for; empty takes `Capacity.room`.
-        """
-        rooms = sorted(rooms) or [self.capacity.room]
-        candidates = self.bare()
-        own = [((i,), adapter) for i, adapter in enumerate(self.library.adapters)]
-        candidates += self.forms.sized(own, "own", rooms)
-        merging = self._merging()
-        while merges := merging(_regret(candidates, self._choose(candidates, rooms[0]))):
-            units = [(members, one.adapter) for members, one in sorted(merges.items())]
-            candidates += self.forms.sized(units, "merged", rooms)
-        return candidates
-
-    def search(self, room: float) -> Plan:
+    def search(self, room: float | None = None) -> Plan:
         """Plan by estimates: what is chosen is measured, until a choice has no estimate left.
 
         Args:
-            room: bytes for rows, without the header, see `Capacity.room_of`.
+            room: bytes for rows, without the header, see `Capacity.room_of`; None takes those of
+                the capacity's budget.
 
         Raises:
             BudgetError: no choice serves every task.
         """
-        forms = self.forms
+        forms, room = self.forms, room or self.capacity.room
         by_weights = not self.library.tasks
         found = FormErrors(forms) if by_weights else FormEstimates(forms)
         own = [((i,), adapter) for i, adapter in enumerate(self.library.adapters)]
-        for unit, ladder in zip(own, forms.ladders(own, "own", [room])):
+        for unit, ladder in zip(own, forms.ladders(own, "own", room)):
             found.add(ladder, forms.fair(*unit, room))
         # The base model's regret is about 1.
         n = len(self.library.names)
@@ -143,7 +121,7 @@ class Planner:
         while merges := merging(sum(one.regret for one in chosen)):
             some = sorted(merges.items())
             units = [(members, one.adapter) for members, one in some]
-            for (members, one), ladder in zip(some, forms.ladders(units, "merged", [room])):
+            for (members, one), ladder in zip(some, forms.ladders(units, "merged", room)):
                 share = forms.fair(members, one.adapter, room)
                 found.add(ladder, share, self._summed(one, members))
             chosen, bare = self._settled(found, bare, room)
@@ -157,7 +135,7 @@ class Planner:
         """The choice of which nothing is estimated, and the candidates of the base model."""
         bare = list(bare)
         while True:
-            chosen = self._fitting([*bare, *found.candidates()], room)
+            chosen = self.fitting([*bare, *found.candidates()], room)
             missing = [one for one in chosen if not one.measured]
             if not missing:
                 return chosen, bare
@@ -200,24 +178,7 @@ class Planner:
     @cached_property
     def forms(self) -> FormMeter:
         """The meter of stored forms for this library and budget."""
-        return FormMeter(self.library, self.capacity, self.same_shape)
-
-    def bare(self) -> list[Candidate]:
-        """One candidate per task that leaves it to the base model, at no byte."""
-        regrets = self.library.by_teacher.regrets(None, range(len(self.library.names)))
-        return [_bare(i, float(one)) for i, one in enumerate(regrets)]
-
-    def plan(self, candidates: Sequence[Candidate], room: float) -> Plan:
-        """Choose the candidates with the least regret that fit.
-
-        Args:
-            candidates: from `measure`.
-            room: bytes for rows, without the header, see `Capacity.room_of`.
-
-        Raises:
-            BudgetError: no choice serves every task.
-        """
-        return self._planned(candidates, self._fitting(candidates, room), room)
+        return FormMeter(self.library, self.capacity)
 
     def _planned(
         self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], room: float
@@ -234,23 +195,11 @@ class Planner:
         }
         return Plan(tuple(chosen), content)
 
-    def _choose(self, candidates: Sequence[Candidate], room: float) -> list[int]:
-        """The best choice; with one shape, of one size."""
-        n = len(self.library.names)
-        if not self.same_shape:
-            return choose(candidates, n, room, self.max_adapters)
-        found = []
-        for share in {one.share for one in candidates}:
-            places = [j for j, one in enumerate(candidates) if one.share in (share, 0.0)]
-            some = choose([candidates[j] for j in places], n, room, self.max_adapters)
-            found.append([places[j] for j in some])
-        return min(found, key=lambda some: _regret(candidates, some))
-
-    def _fitting(self, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
+    def fitting(self, candidates: Sequence[Candidate], room: float) -> list[Candidate]:
         """The best choice whose files, with headers, are no larger than the budget."""
         free = room
         while True:
-            chosen = [candidates[j] for j in self._choose(candidates, free)]
+            chosen = [candidates[j] for j in choose(candidates, len(self.library.names), free)]
             over = self.capacity.storage.total(chosen) - room - self.capacity.header_nbytes
             if over <= 0:
                 return chosen
@@ -282,7 +231,7 @@ class Planner:
                 some = [one for one in candidates if one.family in ("base", *families)]
                 # Without a merge, the base model alone would make merges look like a total loss.
                 if name != "merged" or any(one.family == name for one in some):
-                    row[name] = _regret(some, self._choose(some, multiple * free)) / n
+                    row[name] = _regret(some, choose(some, n, multiple * free)) / n
             yield row
 
 

@@ -6,7 +6,6 @@ and of a choice, and for the adapter in that form, which is measured and then wr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,13 +23,11 @@ from d2c_mlx.adapters.gguf_format import (
     save_gguf,
 )
 from d2c_mlx.compress.affine import Levels, packed_columns
-from d2c_mlx.compress.allocate import LOST, Candidate, allocate
+from d2c_mlx.compress.allocate import Candidate, allocate
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.file_layout import (
-    BLOCK,
     COMPACT,
-    MAX_COUNT,
     compact_nbytes,
     estimate_header_nbytes,
     make_index,
@@ -39,7 +36,7 @@ from d2c_mlx.compress.gguf_form import GGUF_LOST, gguf_store, kinds
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["GROUP_SIZE", "CompactStorage", "GgufStorage", "Storage", "compact_store", "one_shape"]
+__all__ = ["GROUP_SIZE", "CompactStorage", "GgufStorage", "Storage", "compact_store"]
 
 # Numbers that share a scale and a bias in a compact pack.
 GROUP_SIZE = 64
@@ -54,13 +51,9 @@ class Storage(Protocol):
         most: family -> the largest share of the 16-bit bytes to try. For a task adapter it is above
             what 4 bits take, whose loss hardly shows; for a merge it is 8 bits, since a merge has
             the shares of several tasks.
-        lost: bits that are offered -> share of a component's energy that they lose.
-        max_count: most components of a module at the same bits.
     """
 
     most: Mapping[str, float]
-    lost: Mapping[int, float]
-    max_count: int
 
     @property
     def header_nbytes(self) -> int:
@@ -84,43 +77,10 @@ class Storage(Protocol):
         """Write adapters in this form into an empty directory, in their order."""
 
 
-def one_shape(storage: Storage, values: Worth, nbytes: float) -> dict[str, Levels]:
-    """The levels with the most worth that fit and are of one shape: one rank, one number of bits.
-
-    A kind of module, such as `self_attn.q_proj`, is there in every block that has it in `values`,
-    or in none. Use it where a graph is fixed before the adapters are, see `Planner.same_shape`.
-
-    Args:
-        storage: knows the bytes, and offers bits.
-        values: module path -> worth of its components, falling, of all adapters together; not
-            empty.
-        nbytes: most bytes of one adapter.
-    """
-    kinds_of: dict[str, list[str]] = {}
-    for path in sorted(values):
-        kinds_of.setdefault(BLOCK.sub(".", path, count=1), []).append(path)
-    best: tuple[float, dict[str, Levels]] = (0.0, {})
-    most = min(storage.max_count, *map(len, values.values()))
-    for n in range(1, most + 1):
-        kept = {kind: sum(float(values[path][:n].sum()) for path in paths)
-                for kind, paths in kinds_of.items()}  # fmt: skip
-        for bits, lost in storage.lost.items():
-            some = {kind: dict.fromkeys(paths, ((n, bits),)) for kind, paths in kinds_of.items()}
-            found: dict[str, Levels] = {}
-            total = 0.0
-            for kind in sorted(kept, key=lambda kind: -kept[kind] / storage.nbytes("", some[kind])):
-                if storage.nbytes("", found | some[kind]) <= nbytes:
-                    found, total = found | some[kind], total + kept[kind] * (1 - lost)
-            best = max(best, (total, found), key=lambda one: one[0])
-    return best[1]
-
-
 class CompactStorage:
     """All adapters in one compact file, see `compact_file`."""
 
     most: Mapping[str, float] = {"own": 0.35, "merged": 0.54}
-    lost: Mapping[int, float] = {bits: LOST[bits] for bits in (2, 3, 4, 8)}
-    max_count = MAX_COUNT
 
     def __init__(self, names: Sequence[str], base: str | None, shapes: Shapes) -> None:
         """Store adapters of these names and of modules of these shapes."""
@@ -175,8 +135,6 @@ class GgufStorage:
 
     # The whole adapter at 8 bits, whose second factor has 16.
     most: Mapping[str, float] = {"own": 0.8, "merged": 0.8}
-    lost: Mapping[int, float] = GGUF_LOST
-    max_count = sys.maxsize
     header_nbytes = 0
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
@@ -221,7 +179,7 @@ class GgufStorage:
         offered = sorted(
             (self._module_nbytes(path, n, bits), float(kept[n - 1]) * (1 - lost), (n, bits))
             for n in range(1, len(worth) + 1)
-            for bits, lost in self.lost.items()
+            for bits, lost in GGUF_LOST.items()
         )
         hull: list[tuple[int, float, tuple[int, int]]] = [(0, 0.0, (0, 0))]
         for point in offered:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
-from d2c_mlx.run.rules import NOT_GIVEN, RunRules, is_planned
+from d2c_mlx.run.rules import NOT_GIVEN, RunRules
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.validation import option
 
@@ -15,12 +16,10 @@ __all__ = [
     "ANSWERED_ROWS",
     "BASELINES",
     "FORMATS",
-    "PLANS",
     "RANDOM_PARTITIONS",
     "SEARCHES",
     "STAGES",
     "RunConfig",
-    "is_planned",
     "stages_of",
 ]
 
@@ -33,7 +32,6 @@ RANDOM_PARTITIONS = 3
 # Most held-out rows of each task that are answered.
 ANSWERED_ROWS = 3
 BASELINES = ("merge-all", "random", "kmeans")
-PLANS = ("auto", "d2c")
 FORMATS = ("compact", "gguf")
 SEARCHES = ("estimates", "paper")
 # No matrix of a model is wider, so no update has a larger rank.
@@ -63,17 +61,13 @@ class RunConfig(RunRules):
     output: str = option(..., missing=NOT_GIVEN.format("output"))
 
     budget: str = "12.5%"
-    plan: str = option("auto", choices=PLANS)
     format: str = option("compact", choices=FORMATS)
-    same_shape: bool = False
-    max_adapters: int | None = option(None, ge=1)
 
     merge_method: str | None = option(None, choices=RUN_METHODS, more=partial(names, MERGE_METHODS))
     merge_rank: int | None = option(None, ge=1, le=_MOST_RANK)
 
     clusters: str | None = None
     search: str = option("estimates", choices=SEARCHES, more=partial(names, CLUSTERINGS))
-    thorough: bool = False
     seed: int = option(0, ge=0, le=_MOST_SEED)
 
     probe_examples: int = option(10, ge=1)
@@ -99,8 +93,8 @@ class RunConfig(RunRules):
 
     @property
     def planned(self) -> bool:
-        """True if the planner chooses what is stored, see `is_planned`."""
-        return is_planned(self.plan, self.budget)
+        """True for a budget in bytes: a plan chooses what is stored."""
+        return parse_budget(self.budget).in_bytes
 
     @property
     def answered(self) -> bool:

@@ -18,11 +18,11 @@ from d2c_mlx.utils.parsing import parse_json, read_yaml
 __all__ = ["load_config", "read_clusters"]
 
 # Options that only rows give a use.
-_OF_ROWS = ("thorough", "probe_examples", "test_examples", "baselines", "stack")
+_OF_ROWS = ("probe_examples", "test_examples", "baselines", "stack")
 
 
 def load_config(
-    path: Path | None, overrides: Mapping[str, object], saved: bool = False, merged: bool = False
+    path: Path | None, overrides: Mapping[str, object], saved: bool = False
 ) -> RunConfig:
     """Read the options of a run from a YAML file and `overrides`, and check all of them.
 
@@ -34,7 +34,6 @@ def load_config(
             those without effect.
         saved: the file is `config.yaml` of an earlier run. Values that contradict the overrides
             are dropped with an `InputWarning`, since no option can unset them.
-        merged: merge with D2C even under a budget in bytes, instead of planning.
 
     Raises:
         ConfigError: every unknown key and wrong value, one line each.
@@ -44,11 +43,7 @@ def load_config(
     values |= overrides
     for name in sorted(_outdated(values) - overrides.keys()) if saved else ():
         found = values.pop(name)
-        # A number of adapters is merged whatever the plan says, so dropping it changes nothing.
-        if name != "plan":
-            warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
-    if merged and _in_bytes(values):
-        values["plan"] = "d2c"
+        warn(f"{name}: {found} of {path} does not go with the options now, and is left out")
     config = RunConfig.read(values, place)
     _warn_of_idle(config, overrides)
     return config
@@ -61,7 +56,7 @@ def _or_default(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  a
 def _in_bytes(values: Mapping[str, Any]) -> bool | None:
     """True if the budget is one of bytes; None if it is unreadable, which `RunConfig` reports."""
     try:
-        return parse_budget(_or_default(values, "budget")).n_adapters is None
+        return parse_budget(_or_default(values, "budget")).in_bytes
     except BudgetError:
         return None
 
@@ -69,14 +64,10 @@ def _in_bytes(values: Mapping[str, Any]) -> bool | None:
 def _outdated(values: Mapping[str, Any]) -> set[str]:
     """Options that `RunConfig` would refuse beside the others, and that no value can unset."""
     found: set[str] = set()
-    plan, in_bytes = _or_default(values, "plan"), _in_bytes(values)
-    if values.get("max_adapters") is not None and (plan != "auto" or in_bytes is False):
-        found.add("max_adapters")
-    if values.get("clusters") is not None and plan == "auto" and in_bytes:
+    in_bytes = _in_bytes(values)
+    if values.get("clusters") is not None and in_bytes:
         found.add("clusters")
-    if plan == "d2c" and in_bytes is False:
-        found.add("plan")
-    unread = (plan == "auto" and in_bytes) or values.get("merge_method") not in READ_ANSWERS
+    unread = in_bytes or values.get("merge_method") not in READ_ANSWERS
     if values.get("unlabelled") and values.get("tasks") and unread and not values.get("refine"):
         found.add("unlabelled")
     return found
@@ -86,9 +77,7 @@ def _warn_of_idle(config: RunConfig, overrides: Mapping[str, object]) -> None:
     """Warn about options given now that have no effect; a file may serve runs of both kinds."""
     needed: dict[str, str] = {}
     if config.planned:
-        needed["search"] = "a number of adapters as the budget, or --plan d2c"
-    else:
-        needed["thorough"] = "a budget in bytes"
+        needed["search"] = "a number of adapters as the budget"
     if config.merge_rank and _sums_ranks(config):
         needed["merge_rank"] = "a merge method that keeps to a rank"
     if not config.has_rows:

@@ -207,10 +207,8 @@ class Inputs:
     def holds_all(self) -> bool:
         """True if the bytes of the budget have room for all adapters as they are."""
         c, most = self.config, self.capacity.max_bytes
-        # They are no GGUF files, and of any shape.
-        as_given = c.format == "compact" and not c.same_shape
-        fewer = c.max_adapters is not None and c.max_adapters < len(self.names)
-        return as_given and not fewer and most is not None and most >= self.capacity.total
+        # They are no GGUF files.
+        return c.format == "compact" and most is not None and most >= self.capacity.total
 
     @cached_property
     def clusters(self) -> tuple[int, ...] | None:

@@ -13,22 +13,9 @@ from d2c_mlx.merge.options import NEED_ROWS, READ_ANSWERS
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.validation import Checked, expects, refused
 
-__all__ = ["NOT_GIVEN", "RunRules", "is_planned"]
+__all__ = ["NOT_GIVEN", "RunRules"]
 
 NOT_GIVEN = "not given; pass --{} or set it in the YAML file, which d2c-mlx init DIR writes"
-
-
-def is_planned(plan: str, budget: str) -> bool:
-    """True if `compress/planner.py` chooses what is stored; False if adapters are merged in 16 bit.
-
-    Args:
-        plan: one of `PLANS`.
-        budget: text of the budget.
-
-    Raises:
-        BudgetError: the budget is unreadable.
-    """
-    return plan == "auto" and parse_budget(budget).n_adapters is None
 
 
 class RunRules(Checked):
@@ -90,36 +77,12 @@ class RunRules(Checked):
 
     # Rules about two options. `info.data` holds the fields above that are valid.
 
-    @field_validator("plan", check_fields=False)
+    @field_validator("format", check_fields=False)
     @classmethod
-    def _with_bytes(cls, plan: str, info: ValidationInfo) -> str:
-        if plan == "d2c" and _in_bytes(info) is False:
-            raise expects(
-                f"{'auto'!r} with a number of adapters as the budget, which is always merged by"
-                " D2C; leave --plan out"
-            )
-        return plan
-
-    @field_validator("format", "same_shape", check_fields=False)
-    @classmethod
-    def _of_a_plan(cls, value: str | bool, info: ValidationInfo) -> str | bool:
-        budget, plan = info.data.get("budget"), info.data.get("plan")
-        if value not in ("compact", False) and budget and plan and not is_planned(plan, budget):
-            raise expects(
-                f"{False if info.field_name == 'same_shape' else 'compact'!r} unless a budget in"
-                f" bytes is planned (budget {budget!r}, plan {plan!r})"
-            )
+    def _of_a_plan(cls, value: str, info: ValidationInfo) -> str:
+        if value != "compact" and _in_bytes(info) is False:
+            raise expects(f"'compact' unless the budget is in bytes ({info.data['budget']!r})")
         return value
-
-    @field_validator("max_adapters", check_fields=False)
-    @classmethod
-    def _with_a_plan(cls, most: int | None, info: ValidationInfo) -> int | None:
-        budget, plan = info.data.get("budget"), info.data.get("plan")
-        if most is not None and budget and plan and not is_planned(plan, budget):
-            raise expects(
-                f"none unless a budget in bytes is planned (budget {budget!r}, plan {plan!r})"
-            )
-        return most
 
     @field_validator("merge_method", "refine", check_fields=False)
     @classmethod
@@ -135,10 +98,9 @@ class RunRules(Checked):
     @classmethod
     def _with_merges(cls, clusters: str | None, info: ValidationInfo) -> str | None:
         """Refuse clusters where a plan has none."""
-        if clusters and _planned(info):
+        if clusters and _in_bytes(info):
             raise expects(
-                "none where a budget in bytes is planned; pass --plan d2c, or a number of adapters"
-                " as the budget"
+                "none where a budget in bytes is planned; pass a number of adapters as the budget"
             )
         return clusters
 
@@ -146,7 +108,7 @@ class RunRules(Checked):
     @classmethod
     def _in_a_compact_file(cls, refine: bool, info: ValidationInfo) -> bool:
         """Refuse to train what a plan stores as GGUF."""
-        if refine and _planned(info) and info.data.get("format") == "gguf":
+        if refine and _in_bytes(info) and info.data.get("format") == "gguf":
             raise expects("False where a plan is stored as GGUF, which is not trained; leave"
                           " --format gguf out")  # fmt: skip
         return refine
@@ -158,7 +120,7 @@ class RunRules(Checked):
         prompts, method = info.data.get("unlabelled"), info.data.get("merge_method")
         if refine or not prompts or not info.data.get("tasks"):
             return refine
-        if _planned(info):
+        if _in_bytes(info):
             raise refused(f"found False, but beside --tasks no plan reads answers to {prompts}:"
                           " pass --refine, or a number of adapters as the budget, or leave"
                           " --unlabelled out")  # fmt: skip
@@ -169,13 +131,7 @@ class RunRules(Checked):
         return refine
 
 
-def _planned(info: ValidationInfo) -> bool:
-    """True if a budget in bytes is planned, not merged to a number of adapters."""
-    budget, plan = info.data.get("budget"), info.data.get("plan")
-    return is_planned(plan, budget) if budget and plan else False
-
-
 def _in_bytes(info: ValidationInfo) -> bool | None:
     """True if the budget is one of bytes; None if it is missing or invalid."""
     budget = info.data.get("budget")
-    return None if budget is None else parse_budget(budget).n_adapters is None
+    return None if budget is None else parse_budget(budget).in_bytes

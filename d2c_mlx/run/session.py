@@ -153,8 +153,7 @@ class Session:
     @property
     def planner(self) -> Planner:
         """The planner of a budget in bytes."""
-        c = self.config
-        return Planner(self.library, self.inputs.capacity, c.merging, c.max_adapters, c.same_shape)
+        return Planner(self.library, self.inputs.capacity, self.config.merging)
 
     @property
     def unused(self) -> list[str]:

@@ -28,7 +28,7 @@ SCRIPTS = {
     "new_task.compose": "--library {root} --tasks date-en --draws 0 --methods best;arithmetic"
     " --tests 2 --answers 1",
     "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
-    "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --thorough --refine"
+    "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --refine"
     " --packs {root}/packs",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
     "speed.search": "--sizes= --alone 60",

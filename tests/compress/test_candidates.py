@@ -129,12 +129,12 @@ def test_a_merge_is_offered_in_sizes_around_its_tasks_part_of_the_budget(config)
     ]
     for share in (0.1, 0.2):
         room = share * total
-        together = list(forms.ladders(units, "merged", [room]))
+        together = list(forms.ladders(units, "merged", room))
         for unit, ladder in zip(units, together):
             # Two tasks of four have half of the budget, and a merge is as large as an adapter.
             fair = forms.fair(*unit, room)
             assert fair == pytest.approx(2 * share, rel=0.05)
             shares = [form.share for form in ladder]
             assert min(shares) < fair / 2 and max(shares) > fair / 1.5
-            (alone,) = forms.ladders([unit], "merged", [room])
+            (alone,) = forms.ladders([unit], "merged", room)
             assert [form.share for form in alone] == shares

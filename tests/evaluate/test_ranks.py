@@ -17,11 +17,7 @@ pytestmark = pytest.mark.slow
 
 def options(paths, output, **more):
     values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks}
-    values |= {
-        "output": output,
-        "budget": "50%",
-        "plan": "d2c",
-    }
+    values |= {"output": output, "budget": "1"}
     values |= more
     return ["run", *(f"--{name}={value}" for name, value in values.items())]
 
@@ -57,15 +53,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(n, paths, alone, tmp_path):
 
 def test_a_planned_pack_has_the_same_bytes(paths, tmp_path):
     """What the own adapters expect is sent to workers too."""
-    one, two = (
-        options(
-            paths,
-            tmp_path / n / "run",
-            plan="auto",
-            budget="60%",
-        )
-        for n in ("one", "two")
-    )
+    one, two = (options(paths, tmp_path / n / "run", budget="60%") for n in ("one", "two"))
     command = [sys.executable, "-c", MAIN, *one]
     environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "one" / "cache")}
     subprocess.run(command, check=True, capture_output=True, env=environment)

@@ -110,12 +110,12 @@ def test_forms_are_stored_weaker_where_rows_say_so(session):
     def forms(adapters, sets):
         session.adapters = adapters
         session.library = library_of(session, adapters, sets)
-        found = session.planner.measure()
-        plan = session.planner.plan(found, session.inputs.capacity.room).content
+        found = session.planner.search()
+        plan = found.content
         assert plan["trust"] == {
             n: w for n, w in zip(session.inputs.names, session.library.by_teacher.trust) if w
         }
-        return [(one.scale, one.regret) for one in found if one.family == "own"]
+        return [(one.scale, one.regret) for one in found.chosen if one.family == "own"]
 
     sets = [
         answered(session.inputs.base, *pair, 0)

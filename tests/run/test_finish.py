@@ -27,7 +27,7 @@ main()
 @pytest.fixture
 def finished(config):
     """A whole run on slots, without baselines."""
-    config = config.replace(budget="2", plan="auto", baselines=(), merge_method="linear")
+    config = config.replace(budget="2", baselines=(), merge_method="linear")
     return run(config, quiet=True)
 
 
@@ -101,13 +101,12 @@ def test_an_earlier_stage_is_finished_too(finished):
 @pytest.mark.slow
 def test_a_run_that_copied_all_adapters_is_finished_and_goes_on_as_it_was_asked(config, command):
     """What was copied is no option of the run: the same options again, or a budget to plan for."""
-    config = config.replace(budget="120%", plan="auto", baselines=("kmeans",))
+    config = config.replace(budget="120%", baselines=("kmeans",))
     with pytest.warns(InputWarning, match="120% has room for all adapters"):
         session, left = run(config, quiet=True), forecast(config)
     saved = yaml.safe_load(session.path("config.yaml").read_text(encoding="utf-8"))
-    asked = {"budget": "120%", "plan": "auto", "baselines": ["kmeans"]}
+    asked = {"budget": "120%", "baselines": ["kmeans"]}
     assert {name: saved[name] for name in asked} == asked
-    assert session.read("bench.json")["provenance"]["config"]["plan"] == "auto"
     assert set(session.read("bench.json")["methods"]) == {"base", "individual", "d2c", "pack"}
     for until in ("probe", "plan", "pack", "report"):
         assert session.directory.is_finished(config, stages_of(config, until))

@@ -21,7 +21,7 @@ from d2c_mlx.utils.errors import InputError, InputWarning
 @pytest.fixture
 def bare(config):
     """Four adapters, room for two, and no rows."""
-    return config.replace(tasks=None, budget="2", plan="auto")
+    return config.replace(tasks=None, budget="2")
 
 
 def dense_errors(adapter, stored):
@@ -59,7 +59,7 @@ def test_slots_by_weights(bare):
 
 def test_rows_that_come_later_are_measured(bare, config):
     run(bare, quiet=True)
-    session = run(config.replace(budget="2", plan="auto"), quiet=True)
+    session = run(config.replace(budget="2"), quiet=True)
     assert session.path("bench.json").exists() and not session.path("weights.json").exists()
     assert "On held-out rows" in session.path("report.md").read_text(encoding="utf-8")
 
@@ -75,7 +75,7 @@ def test_alike_adapters_are_merged(bare):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{}, {"format": "gguf"}, {"same_shape": True}])
+@pytest.mark.parametrize("form", [{}, {"format": "gguf"}])
 def test_bytes_by_errors_of_dw(bare, form):
     session = run(bare.replace(budget="60%", **form), quiet=True)
     plan, pack = session.read("plan.json"), load_pack(session.path("pack"))

@@ -24,7 +24,7 @@ from d2c_mlx.utils.files import hash_tree
 def plain(config):
     """Four adapters of a model that ends its answers, in one merge."""
     end_answers(config.model)
-    return config.replace(budget="1", plan="auto", baselines=())
+    return config.replace(budget="1", baselines=())
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_answers_beside_rows_and_those_that_are_all_the_rows(prompts):
     "options, text",
     [
         ({"merge_method": "ties"}, "merge_method ties does not read answers to"),
-        ({"budget": "50%", "plan": "auto"}, "no plan reads answers to"),
+        ({"budget": "50%"}, "no plan reads answers to"),
     ],
 )
 def test_where_nothing_would_read_the_answers(prompts, options, text):

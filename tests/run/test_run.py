@@ -135,7 +135,7 @@ def test_until_stops_after_the_stage(config):
 
 @pytest.mark.parametrize("budget", ["1", "4", "9", "100%"])
 def test_one_cluster_and_one_each(config, budget):
-    config = config.replace(budget=budget, plan="d2c" if budget == "100%" else "auto")
+    config = config.replace(budget=budget)
     said = pytest.warns(InputWarning, match=f"budget: {budget} has room for all adapters .4., so")
     with nullcontext() if budget == "1" else said:
         output = run(config, quiet=True).output
@@ -182,10 +182,10 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["d2c", "auto"])
-def test_a_pack_that_was_changed_is_not_undone(config, plan):
+@pytest.mark.parametrize("budget", ["2", "50%"])
+def test_a_pack_that_was_changed_is_not_undone(config, budget):
     """By no stage, with no options; what is damaged or missing is made anew."""
-    config = config.replace(plan=plan)
+    config = config.replace(budget=budget)
     output = run(config, quiet=True).output
     made = hash_tree(output / "pack")
     remove_tasks(load_pack(output / "pack"), ["a"])
@@ -197,7 +197,7 @@ def test_a_pack_that_was_changed_is_not_undone(config, plan):
             run(config.replace(**options), until, quiet=True)
         assert len(caught.value.problems) == 1
         assert hash_tree(output / "pack") == changed and stages_started(output) == started
-    run(config, "plan" if plan == "auto" else "merge", quiet=True)
+    run(config, "plan" if "%" in budget else "merge", quiet=True)
     (output / "pack").rename(output / "mine")
     run(config, quiet=True)
     assert (hash_tree(output / "pack"), hash_tree(output / "mine")) == (made, changed)
@@ -233,7 +233,7 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
             raise KeyboardInterrupt
         write(self, writes, measured)
 
-    more = config.replace(budget="3", plan="auto")
+    more = config.replace(budget="3")
     monkeypatch.setattr(Record, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run(more, "pack", quiet=True)

@@ -61,7 +61,7 @@ def test_files_of_the_user_and_packs_of_other_versions_are_no_damaged_packs(conf
 
 @pytest.mark.slow
 def test_a_damaged_pack_of_gguf_files_is_made_anew(config):
-    config = config.replace(plan="auto", format="gguf", budget="90%")
+    config = config.replace(format="gguf", budget="90%")
     pack = run(config, "pack", quiet=True).path("pack")
     made = hash_tree(pack)
     (pack / "cluster-0.gguf").write_bytes(b"damaged")
@@ -70,7 +70,7 @@ def test_a_damaged_pack_of_gguf_files_is_made_anew(config):
 
 @pytest.mark.slow
 def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
-    config = config.replace(budget="2", plan="auto")
+    config = config.replace(budget="2")
     output = run(config, quiet=True).output
     pack, started = output / "pack", stages_started(output)
     # Fitted anew as often as one likes, the pack given as a path relative to its run or not.
