@@ -20,8 +20,6 @@ from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import (
-    embedding_shape,
-    greedy,
     greedy_batch,
     linear_shapes,
     load_stock,
@@ -104,9 +102,9 @@ class BaseModel:
             model = dequantize_model(model)
         if not lazy:
             # The largest first, while there is room for its stored form beside it.
-            weights = [one for _, one in tree_flatten(model.parameters())]
-            for one in sorted(weights, key=lambda one: -one.nbytes):
-                mx.eval(one)
+            weights = [weight for _, weight in tree_flatten(model.parameters())]
+            for weight in sorted(weights, key=lambda weight: -weight.nbytes):
+                mx.eval(weight)
         self.model = model
         self.module_shapes = linear_shapes(model.named_modules())
         self.first_adapted_block = self.n_layers
@@ -120,8 +118,13 @@ class BaseModel:
     @cached_property
     def dimensions(self) -> tuple[int, int]:
         """Hidden size and vocabulary size."""
-        args = self.model.args
-        n_tokens, width = embedding_shape(self.model.named_modules()) or (len(self.tokenizer), 0)
+        args, tables = self.model.args, []
+        for _, module in self.model.named_modules():
+            if isinstance(module, nn.QuantizedEmbedding):
+                tables.append((module.num_embeddings, module.dims))
+            elif isinstance(module, nn.Embedding):
+                tables.append((module.weight.shape[0], module.weight.shape[1]))
+        n_tokens, width = max(tables, default=(len(self.tokenizer), 0))
         # Models that see have those of the language model further down.
         if not getattr(args, "hidden_size", None):
             return width or max(w for w, _ in self.module_shapes.values()), n_tokens
@@ -181,14 +184,10 @@ class BaseModel:
         """
         return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
 
-    def answer(self, prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """Generate a greedy answer under the attached adapter; arguments as for `greedy`."""
-        return greedy(self.model, self.tokenizer, prompt, max_tokens)
-
     def answers(
         self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
     ) -> list[tuple[int, ...]]:
-        """Generate greedy answers at once, see `greedy_batch`."""
+        """Generate greedy answers under the attached adapter, see `greedy_batch`."""
         return greedy_batch(self.model, self.tokenizer, prompts, max_tokens)
 
     @property
@@ -218,9 +217,27 @@ class BaseModel:
             return None
         if "scales" not in module:
             return module.weight.astype(mx.float32)
-        found = mx.dequantize(module.weight, module.scales, module.get("biases"),
-                              module.group_size, module.bits, module.mode)  # fmt: skip
-        return found.astype(mx.float32)
+        weight = mx.dequantize(
+            module.weight,
+            module.scales,
+            module.get("biases"),
+            module.group_size,
+            module.bits,
+            module.mode,
+        )
+        return weight.astype(mx.float32)
+
+    @contextmanager
+    def attached(self, *adapters: Adapter | None, fold: bool = False) -> Iterator[None]:
+        """Put adapters in place inside the block; the bare base model is there after it.
+
+        Arguments are those of `attach`.
+        """
+        self.attach(*adapters, fold=fold)
+        try:
+            yield
+        finally:
+            self.attach(None)
 
     def attach(self, *adapters: Adapter | None, fold: bool = False) -> None:
         """Put adapters in place of those attached before.
@@ -230,11 +247,8 @@ class BaseModel:
                 equal parts, in their order.
             fold: add a single adapter to copies of the weights; only where `can_fold`.
         """
-        self.first_adapted_block = min(
-            (block_index(path) for one in adapters if one for path in one.modules),
-            default=self.n_layers,
-        )
         modules = {path for adapter in adapters if adapter for path in adapter.modules}
+        self.first_adapted_block = min(map(block_index, modules), default=self.n_layers)
         new = sorted(modules - self._slots.keys())
         if new:
             linears = dict(self.model.named_modules())

@@ -31,9 +31,6 @@ __all__ = [
     "find_head",
     "prefix_is_exact",
     "split_is_exact",
-    "body_blocks",
-    "body_prefix",
-    "text_part",
     "wait_for",
     "find_body",
     "full_logits",
@@ -75,18 +72,16 @@ class _Prefix:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         eval_if_eager(keys, values)
-        return self._before(self._keys, keys), self._before(self._values, values)
+        # Row i continues prefix i // n.
+        n = keys.shape[0] // self._keys.shape[0]
+        before = (mx.repeat(x, n, axis=0) for x in (self._keys, self._values))
+        whole = [mx.concatenate([x, y], axis=2) for x, y in zip(before, (keys, values))]
+        return whole[0], whole[1]
 
     def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
         cache = KVCache()
         cache.offset = self.offset
         return cache.make_mask(n, **kwargs)
-
-    @staticmethod
-    def _before(prefix: mx.array, rows: mx.array) -> mx.array:
-        """Row i continues prefix `i // (rows per prefix)`."""
-        repeats = rows.shape[0] // prefix.shape[0]
-        return mx.concatenate([mx.repeat(prefix, repeats, axis=0), rows], axis=2)
 
 
 class _Passed:
@@ -123,7 +118,7 @@ def run_blocks(
     Returns:
         `(rows, width, hidden)`.
     """
-    return body_blocks(find_body(model), x, states, first, stop)
+    return _run(find_body(model), x, _before_rows(states), first, stop)
 
 
 def run_prefix(
@@ -137,31 +132,27 @@ def run_prefix(
         The hidden states, `(rows, width, hidden)`, and keys and values of every block, each
         `(rows, heads, width, dim)`.
     """
-    return body_prefix(find_body(model), x, first, stop)
+    return _run_prefix(find_body(model), x, first, stop)
 
 
-def body_blocks(
-    body: nn.Module,
-    x: mx.array,
-    states: Sequence[KeysValues] | None = None,
-    first: int = 0,
-    stop: int | None = None,
-) -> mx.array:
-    """`run_blocks` of a body, see `find_body`."""
-    return _run(body, x, None if states is None else [_Prefix(*one) for one in states], first, stop)
-
-
-def body_prefix(
+def _run_prefix(
     body: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
 ) -> tuple[mx.array, list[KeysValues]]:
-    """`run_prefix` of a body, see `find_body`."""
-    cache = [_Recorder() for _ in body.layers[first:stop]]
-    hidden = _run(body, x, cache, first, stop)
-    return hidden, [(one.keys, one.values) for one in cache]
+    caches = [_Recorder() for _ in body.layers[first:stop]]
+    hidden = _run(body, x, caches, first, stop)
+    return hidden, [(cache.keys, cache.values) for cache in caches]
+
+
+def _before_rows(states: Sequence[KeysValues] | None) -> list[_Prefix] | None:
+    return None if states is None else [_Prefix(keys, values) for keys, values in states]
 
 
 def _run(
-    body: nn.Module, x: mx.array, cache: list[Any] | None, first: int, stop: int | None
+    body: nn.Module,
+    x: mx.array,
+    cache: Sequence[Any] | None = None,
+    first: int = 0,
+    stop: int | None = None,
 ) -> mx.array:
     blocks = body.layers
     if stop is None or stop >= len(blocks):
@@ -177,7 +168,7 @@ def _run(
     part.layers = layers
     if cache is not None:
         # Masks are made from the cache of any block, also of one that is passed over.
-        cache = [cache[0]] * first + cache + [cache[0]] * (len(blocks) - stop)
+        cache = [cache[0]] * first + [*cache] + [cache[0]] * (len(blocks) - stop)
     tokens = x if first == 0 else mx.zeros(x.shape[:2], mx.int32)
     y = part(tokens, cache=cache)
     # Nothing evaluates what follows the last block.
@@ -187,21 +178,18 @@ def _run(
 def find_body(model: nn.Module) -> nn.Module:
     """The part of an mlx-lm model that runs the blocks and the last norm, without the head.
 
+    Of a model that takes images too, that of its language model.
+
     Raises:
         ModelError: the architecture has no such part.
     """
-    text = text_part(model)
+    text = getattr(model, "language_model", model)
     for body in (getattr(text, name, None) for name in _BODIES):
         if hasattr(body, "layers"):
             return body
     raise ModelError(
         f"{type(model).__module__}: blocks of this architecture cannot be run apart from its head"
     )
-
-
-def text_part(model: nn.Module) -> nn.Module:
-    """The language model inside a model that takes images too; else the model itself."""
-    return getattr(model, "language_model", model)
 
 
 def full_logits(
@@ -216,7 +204,7 @@ def full_logits(
         x: token ids `(rows, width)`.
         states: keys and values of a shared prefix for every block.
     """
-    return model(x, cache=None if states is None else [_Prefix(*one) for one in states])
+    return model(x, cache=_before_rows(states))
 
 
 def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
@@ -234,7 +222,7 @@ def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array]
         return head
     n = max(1, _AT_ONCE // weight.shape[1])
     # A gradient casts again what it needs, and does not keep the whole head in float32.
-    product = mx.checkpoint(lambda hidden, some: hidden @ some.astype(mx.float32).T)
+    product = mx.checkpoint(lambda hidden, rows: hidden @ rows.astype(mx.float32).T)
 
     def head32(hidden: mx.array) -> mx.array:
         hidden = hidden.astype(mx.float32)
@@ -260,7 +248,7 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
     x = mx.array([_TEST_TOKENS])
     try:
         inner = find_body(model)
-        head = getattr(text_part(model), "lm_head", None)
+        head = getattr(getattr(model, "language_model", model), "lm_head", None)
         if head is None:
             head = inner.embed_tokens.as_linear
         return head if _close(head(inner(x, cache=None)), model(x)) else None
@@ -270,14 +258,14 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
 
 def prefix_is_exact(model: nn.Module) -> bool:
     """True if running a prefix once, and then two rows after it, gives the output of whole rows."""
-    if not all(type(one) in (KVCache, RotatingKVCache) for one in make_prompt_cache(model)):
+    if not all(type(cache) in (KVCache, RotatingKVCache) for cache in make_prompt_cache(model)):
         return False
     x = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
     x[1, :5] = x[0, :5]
 
     def same(body: nn.Module) -> bool:
-        _, states = body_prefix(body, x[:1, :5])
-        return _close(body_blocks(body, x[:, 5:], states), body(x, cache=None)[:, 5:])
+        _, states = _run_prefix(body, x[:1, :5])
+        return _close(_run(body, x[:, 5:], _before_rows(states)), body(x, cache=None)[:, 5:])
 
     return _proven(model, same)
 
@@ -287,10 +275,11 @@ def split_is_exact(model: nn.Module, first: int) -> bool:
     x = mx.array([_TEST_TOKENS])
 
     def same(body: nn.Module) -> bool:
-        lower, below = body_prefix(body, x[:, :5], 0, first)
-        _, above = body_prefix(body, lower, first)
-        rest = body_blocks(body, x[:, 5:], below, 0, first)
-        return _close(body_blocks(body, rest, above, first), body(x, cache=None)[:, 5:])
+        lower, below = _run_prefix(body, x[:, :5], 0, first)
+        _, above = _run_prefix(body, lower, first)
+        middle = _run(body, x[:, 5:], _before_rows(below), 0, first)
+        rest = _run(body, middle, _before_rows(above), first)
+        return _close(rest, body(x, cache=None)[:, 5:])
 
     return _proven(model, same)
 
@@ -302,7 +291,7 @@ def blocks_are_exact(model: nn.Module) -> bool:
     def same(body: nn.Module) -> bool:
         hidden = x
         for block in range(len(body.layers)):
-            hidden = body_blocks(body, hidden, first=block, stop=block + 1)
+            hidden = _run(body, hidden, None, block, block + 1)
         return _close(hidden, body(x, cache=None))
 
     return _proven(model, same)
@@ -310,12 +299,17 @@ def blocks_are_exact(model: nn.Module) -> bool:
 
 def _proven(model: nn.Module, same: Callable[[nn.Module], bool]) -> bool:
     """True if the body passes a test, also with a sliding window that the test's rows fill."""
+
+    def flat(caches: Sequence[Any]) -> Iterator[Any]:
+        for cache in caches:
+            yield from flat(cache.caches) if isinstance(cache, CacheList) else (cache,)
+
     try:
         body = find_body(model)
-        caches = list(_flat(make_prompt_cache(model)))
-        if any(isinstance(one, ChunkedKVCache) for one in caches) or not same(body):
+        caches = list(flat(make_prompt_cache(model)))
+        if any(isinstance(cache, ChunkedKVCache) for cache in caches) or not same(body):
             return False
-        windows = {one.max_size for one in caches if isinstance(one, RotatingKVCache)}
+        windows = {cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)}
         if not windows:
             return True
         narrow, x = copy.copy(body), mx.array([_TEST_TOKENS])
@@ -325,11 +319,6 @@ def _proven(model: nn.Module, same: Callable[[nn.Module], bool]) -> bool:
         return not _close(narrow(x, cache=None), body(x, cache=None)) and same(narrow)
     except _ERRORS:
         return False
-
-
-def _flat(caches: Sequence[Any]) -> Iterator[Any]:
-    for one in caches:
-        yield from _flat(one.caches) if isinstance(one, CacheList) else (one,)
 
 
 def _close(x: mx.array, y: mx.array) -> bool:

@@ -6,7 +6,7 @@ the constants of its loader: https://github.com/ggml-org/llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,96 +25,73 @@ _GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
 
-# Kinds of scaled RoPE that mlx-lm has for a family; all others have both.
-_SCALINGS: dict[str, tuple[str, ...]] = {
-    "gemma2": (), "lfm2": (), "gemma3_text": ("linear",), "phi3": ("linear",),
-}  # fmt: skip
 # Keys of yarn that mlx-lm has no field for, and the values that change nothing.
 _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "attn_factor": 1.0,
          "yarn_log_multiplier": 0.0}  # fmt: skip
-
+# general.architecture -> model_type, the class of transformers, and the kinds of scaled RoPE that
+# mlx-lm has for it.
+FAMILIES = {
+    "gemma2": ("gemma2", "Gemma2ForCausalLM", ()),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM", ("linear",)),
+    "granite": ("granite", "GraniteForCausalLM", ("linear", "yarn")),
+    "lfm2": ("lfm2", "Lfm2ForCausalLM", ()),
+    "llama": ("llama", "LlamaForCausalLM", ("linear", "yarn")),
+    "olmo2": ("olmo2", "Olmo2ForCausalLM", ("linear", "yarn")),
+    "phi3": ("phi3", "Phi3ForCausalLM", ("linear",)),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM", ("linear", "yarn")),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", ("linear", "yarn")),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM", ("linear", "yarn")),
+}
 Get = Callable[..., Any]
 
 
-def _nothing(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_family(architecture: str, get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of a family has beside that of a llama."""
+    if architecture.startswith("gemma"):
+        # The largest of each generation, by their number of blocks, scale by another width.
+        largest = config["num_hidden_layers"] in (46, 62)
+        width = config["hidden_size"] // config["num_attention_heads"]
+        gemma = {
+            "query_pre_attn_scalar": width if largest else config["head_dim"],
+            "sliding_window": get("attention.sliding_window"),
+        }
+        if architecture == "gemma2":
+            return gemma | {
+                "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
+                "final_logit_softcapping": get("final_logit_softcapping", 30.0),
+            }
+        pattern = get("attention.sliding_window_pattern", 6)
+        return gemma | {
+            "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+            "sliding_window_pattern": pattern if isinstance(pattern, int) else 6,
+        }
+    if architecture == "granite":
+        return {
+            "logits_scaling": get("logit_scale"),
+            "attention_multiplier": get("attention.scale"),
+            "embedding_multiplier": get("embedding_scale"),
+            "residual_multiplier": get("residual_scale"),
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+    if architecture == "lfm2":
+        # Blocks without key heads are convolutions.
+        heads = [int(n) for n in get("attention.head_count_kv")]
+        return {
+            "num_key_value_heads": max(heads),
+            "layer_types": ["full_attention" if n else "conv" for n in heads],
+            "norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "conv_L_cache": get("shortconv.l_cache"),
+            "conv_bias": False,
+            "block_dim": config["hidden_size"],
+            "block_auto_adjust_ff_dim": False,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+        }
+    if architecture == "phi3":
+        width = config["head_dim"]
+        return {"partial_rotary_factor": get("rope.dimension_count", width) / width}
     return {}
-
-
-def _gemma2(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_gemma(get, config),
-        "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": get("final_logit_softcapping", 30.0),
-    }
-
-
-def _gemma3(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    pattern = get("attention.sliding_window_pattern", 6)
-    return {
-        **_gemma(get, config),
-        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
-        "sliding_window_pattern": pattern if isinstance(pattern, int) else 6,
-    }
-
-
-def _gemma(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    # The largest of each generation, by their number of blocks, scale by another width.
-    largest = config["num_hidden_layers"] in (46, 62)
-    width = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "query_pre_attn_scalar": width if largest else config["head_dim"],
-        "sliding_window": get("attention.sliding_window"),
-    }
-
-
-def _granite(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "logits_scaling": get("logit_scale"),
-        "attention_multiplier": get("attention.scale"),
-        "embedding_multiplier": get("embedding_scale"),
-        "residual_multiplier": get("residual_scale"),
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-def _lfm2(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    # Blocks without key heads are convolutions.
-    heads = [int(n) for n in get("attention.head_count_kv")]
-    return {
-        "num_key_value_heads": max(heads),
-        "layer_types": ["full_attention" if n else "conv" for n in heads],
-        "norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "conv_L_cache": get("shortconv.l_cache"),
-        "conv_bias": False,
-        "block_dim": config["hidden_size"],
-        "block_auto_adjust_ff_dim": False,
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-    }
-
-
-def _phi3(get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "partial_rotary_factor": get("rope.dimension_count", config["head_dim"])
-        / config["head_dim"]
-    }
-
-
-# general.architecture -> model_type, the class of transformers, and what its config has beside that
-# of a llama.
-FAMILIES: dict[str, tuple[str, str, Callable[[Get, Mapping[str, Any]], dict[str, Any]]]] = {
-    "gemma2": ("gemma2", "Gemma2ForCausalLM", _gemma2),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM", _gemma3),
-    "granite": ("granite", "GraniteForCausalLM", _granite),
-    "lfm2": ("lfm2", "Lfm2ForCausalLM", _lfm2),
-    "llama": ("llama", "LlamaForCausalLM", _nothing),
-    "olmo2": ("olmo2", "Olmo2ForCausalLM", _nothing),
-    "phi3": ("phi3", "Phi3ForCausalLM", _phi3),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM", _nothing),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM", _nothing),
-    "smollm3": ("smollm3", "SmolLM3ForCausalLM", _nothing),
-}
 
 
 def config_of(
@@ -145,10 +122,10 @@ def config_of(
             raise ModelError(f"{path}: metadata {architecture}.{key} is missing")
         return value
 
-    model_type, kind, more = FAMILIES[architecture]
+    model_type, kind, scalings = FAMILIES[architecture]
     hidden, heads = get("embedding_length"), get("attention.head_count")
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    known = list(dict.fromkeys(end for end in ends if end is not None))
+    stops = list(dict.fromkeys(end for end in ends if end is not None))
     config = {
         "architectures": [kind],
         "model_type": model_type,
@@ -165,31 +142,43 @@ def config_of(
         "tie_word_embeddings": tied,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         # llama.cpp stops at either.
-        "eos_token_id": known if len(known) > 1 else ends[0],
+        "eos_token_id": stops if len(stops) > 1 else ends[0],
         "torch_dtype": dtype,
     }
     if model_type != "llama":
         # transformers' default is a token of the family's first model.
         config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
-    config.update(more(get, config))
-    scaling = _rope_scaling(get, factors, config, path)
+    config.update(_of_family(architecture, get, config))
+    scaling = _rope_scaling(get, scalings, factors, config, path)
     return {**config, "rope_scaling": scaling} if scaling else config
 
 
 def _rope_scaling(
-    get: Get, factors: np.ndarray | None, config: Mapping[str, Any], path: Path
+    get: Get,
+    scalings: Sequence[str],
+    factors: np.ndarray | None,
+    config: Mapping[str, Any],
+    path: Path,
 ) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type", "none")
-    kinds = ("none", *_SCALINGS.get(config["model_type"], ("linear", "yarn")))
-    if kind not in kinds:
-        raise ModelError(
-            f"{path}: rope.scaling.type is {kind!r}, expected {' or '.join(map(repr, kinds))}: give"
-            " the mlx-lm directory instead"
-        )
+    kind, instead = get("rope.scaling.type", "none"), "give the mlx-lm directory instead"
+    if kind not in ("none", *scalings):
+        kinds = " or ".join(map(repr, ("none", *scalings)))
+        raise ModelError(f"{path}: rope.scaling.type is {kind!r}, expected {kinds}: {instead}")
     if kind == "linear":
         return {"type": "linear", "factor": float(get("rope.scaling.factor"))}
     if kind == "yarn":
-        return _yarn(get, path)
+        for key, usual in _YARN.items():
+            if (value := get(f"rope.scaling.{key}", usual)) != usual:
+                raise ModelError(
+                    f"{path}: rope.scaling.{key} is {value}, expected {usual:g} or none: {instead}"
+                )
+        return {
+            "rope_type": "yarn",
+            "factor": float(get("rope.scaling.factor")),
+            "original_max_position_embeddings": int(get("rope.scaling.original_context_length")),
+            "beta_fast": float(get("rope.scaling.yarn_beta_fast", 32.0)),
+            "beta_slow": float(get("rope.scaling.yarn_beta_slow", 1.0)),
+        }
     if factors is None or (factors == 1).all():
         return None
     scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3,
@@ -200,27 +189,8 @@ def _rope_scaling(
     smooth = np.clip((_LLAMA3_CONTEXT / waves - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     if expected.shape != factors.shape or np.abs(expected / factors - 1).max() > 1e-3:
-        raise ModelError(
-            f"{path}: rope_freqs.weight is not the scaled RoPE of Llama 3; give the mlx-lm"
-            " directory instead"
-        )
+        raise ModelError(f"{path}: rope_freqs.weight is not the scaled RoPE of Llama 3; {instead}")
     return scaling
-
-
-def _yarn(get: Get, path: Path) -> dict[str, Any]:
-    for key, usual in _YARN.items():
-        if (found := get(f"rope.scaling.{key}", usual)) != usual:
-            raise ModelError(
-                f"{path}: rope.scaling.{key} is {found}, expected {usual:g} or none: give the"
-                " mlx-lm directory instead"
-            )
-    return {
-        "rope_type": "yarn",
-        "factor": float(get("rope.scaling.factor")),
-        "original_max_position_embeddings": int(get("rope.scaling.original_context_length")),
-        "beta_fast": float(get("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": float(get("rope.scaling.yarn_beta_slow", 1.0)),
-    }
 
 
 def write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -> None:
@@ -247,8 +217,8 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) ->
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
         raise ModelError(f"{refused}, or update transformers") from None
-    known = _DIGITS | _GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS)
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in known):
+    splits = _DIGITS | _GPT2 | set(GGUF_PRE_TOKENIZER_SPLITS)
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in splits):
         raise ModelError(refused)
 
     def ggml(name: str) -> Any:  # noqa: ANN401  of a stranger

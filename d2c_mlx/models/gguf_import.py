@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,39 +56,38 @@ def convert_gguf(path: Path, directory: Path) -> None:
             understood.
         OSError: the directory cannot be written, as on a full disk.
     """
+    opened = False
     try:
         reader = open_gguf(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except UnknownTypeError as error:
-        raise ModelError(f"{path}: {error}{_OTHER_TYPE}") from None
-    except GGUF_ERRORS as error:
-        raise ModelError(
-            f"{path}: truncated, or not readable as GGUF ({error}); download it again"
-        ) from None
-    try:
+        opened = True
         _write_model(reader, metadata, path, directory)
-    except OSError:
-        # The file is mapped by now, so this is a file that is copied or written.
-        raise
     except UnknownTypeError as error:
-        raise ModelError(f"{path}: {error}{_OTHER_TYPE}") from None
-    except GGUF_ERRORS + (AttributeError,) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
-            f"{path}: its metadata or tensors are not those of a model of its architecture"
-            f" ({reason})"
+            f"{path}: {error}, which the installed gguf package does not read; update it, or give"
+            " the model in another type (llama-quantize --allow-requantize)"
         ) from None
-
-
-_OTHER_TYPE = (
-    ", which the installed gguf package does not read; update it, or give the model in another"
-    " type (llama-quantize --allow-requantize)"
-)
+    except (*GGUF_ERRORS, AttributeError) as error:
+        if isinstance(error, OSError) and opened:
+            # The file is mapped by now, so this is a file that is copied or written.
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = (
+            "its metadata or tensors are not those of a model of its architecture" if opened
+            else "truncated, or not readable as GGUF; download it again"
+        )  # fmt: skip
+        raise ModelError(f"{path}: {what} ({reason})") from None
 
 
 def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, directory: Path) -> None:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    dtype = _dtype(tensors.values(), str(metadata.get("general.architecture")))
+    types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    if types == {"F32"}:
+        dtype = mx.float32
+    else:
+        # Gemma's activations are larger than float16 can hold.
+        wide = "BF16" in types or str(metadata.get("general.architecture")).startswith("gemma")
+        dtype = mx.bfloat16 if wide else mx.float16
     factors = tensors.pop("rope_freqs.weight", None)
     config = config_of(
         metadata,
@@ -101,28 +100,26 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
     # The tokenizer may be missing, and weights take long, so they come after it.
     beside = tokenizer_beside(path)
     if len(beside) < len(TOKENIZER_FILES):
-        _write_tokenizer(metadata, directory, path)
+        try:
+            write_tokenizer(metadata, directory, path)
+        except Exception as error:
+            # The `tokenizers` package writes in Rust, and gives the system's number in words only.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None or isinstance(error, OSError):
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
     for file in beside:
         shutil.copyfile(file, directory / file.name)
     template = metadata.get("tokenizer.chat_template")
     if len(beside) > 1 and isinstance(template, str) and not _has_template(beside):
         (directory / _TEMPLATE).write_text(template, encoding="utf-8")
     bits = _write_weights(_weights(parameters, tensors, config, dtype), directory)
-    quantization = _quantization(bits)
-    if quantization:
-        config["quantization"] = quantization
+    if bits:
+        # The commonest bits, and modules that differ.
+        common = max(set(bits.values()), key=list(bits.values()).count)
+        other = {m: {"group_size": 32, "bits": b} for m, b in bits.items() if b != common}
+        config["quantization"] = {"group_size": 32, "bits": common, **other}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -> None:
-    try:
-        write_tokenizer(metadata, directory, path)
-    except Exception as error:
-        # The `tokenizers` package writes in Rust, and gives the system's number in words only.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
 
 
 def tokenizer_beside(path: Path) -> list[Path]:
@@ -145,15 +142,6 @@ def _has_template(files: Sequence[Path]) -> bool:
     return bool(config.get("chat_template")) or any(file.name == _TEMPLATE for file in files)
 
 
-def _dtype(tensors: Iterable[ReaderTensor], architecture: str) -> mx.Dtype:
-    """The dtype of activations: that of the matrices, or what the model was trained in."""
-    types = {one.tensor_type.name for one in tensors if len(one.shape) > 1}
-    if types == {"F32"}:
-        return mx.float32
-    # Gemma's activations are larger than float16 can hold.
-    return mx.bfloat16 if "BF16" in types or architecture.startswith("gemma") else mx.float16
-
-
 def _parameters(
     config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], path: Path
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -169,33 +157,31 @@ def _parameters(
         if not (name.startswith("lm_head.") and config["tie_word_embeddings"])
     }
     modules = sorted({name.rpartition(".")[0] for name in shapes})
-    known = gguf_names(ARCHITECTURES[config["model_type"]][0], config["num_hidden_layers"], modules)
-    found, missing = {}, []
+    names = gguf_names(ARCHITECTURES[config["model_type"]][0], config["num_hidden_layers"], modules)
+    # Newer files of LFM2 call its last norm as others do.
+    also = {"model.embedding_norm": "output_norm"}
+    places, missing = {}, []
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
-        # Newer files of LFM2 call its last norm as others do.
-        inside = [f"{one}.{leaf}" for one in (known[module], _ALSO.get(module)) if one]
-        there = next((one for one in inside if one in tensors), None)
+        inside = [f"{part}.{leaf}" for part in (names[module], also.get(module)) if part]
+        there = next((place for place in inside if place in tensors), None)
         if there:
-            found[there] = (name, shape)
+            places[there] = (name, shape)
         else:
             missing.append(inside[0] if inside else name)
-    unknown = sorted(tensors.keys() - found.keys())
+    unknown = sorted(tensors.keys() - places.keys())
     problems = [
-        f"{path}: {len(names)} tensors are {words} (first: {min(names)}); {remedy}: give the"
+        f"{path}: {len(group)} tensors are {words} (first: {min(group)}); {remedy}: give the"
         " mlx-lm directory instead"
-        for names, words, remedy in (
+        for group, words, remedy in (
             (unknown, "not understood", "scaled RoPE, biases and experts are not read from GGUF"),
             (missing, "missing", "the model has them"),
         )
-        if names
+        if group
     ]
     if problems:
         raise ModelError(problems)
-    return found
-
-
-_ALSO = {"model.embedding_norm": "output_norm"}
+    return places
 
 
 def _weights(
@@ -256,12 +242,3 @@ def _write_weights(
     if pending:
         write()
     return bits
-
-
-def _quantization(bits: Mapping[str, int]) -> dict[str, object]:
-    """The `quantization` entry of mlx-lm's config: the commonest bits, and modules that differ."""
-    if not bits:
-        return {}
-    common = max(set(bits.values()), key=list(bits.values()).count)
-    differing = {m: {"group_size": 32, "bits": b} for m, b in bits.items() if b != common}
-    return {"group_size": 32, "bits": common, **differing}

@@ -22,7 +22,6 @@ from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
     "WITHOUT_CODE",
-    "embedding_shape",
     "greedy",
     "greedy_batch",
     "linear_shapes",
@@ -124,15 +123,19 @@ def greedy_batch(
     if not prompts:
         return []
     try:
-        found = batch_generate(
-            model, tokenizer, [list(one) for one in prompts], max_tokens=list(max_tokens),
-            return_token_ids=True, stream=mx.default_stream(current_device()),
-        )  # fmt: skip
+        batch = batch_generate(
+            model,
+            tokenizer,
+            [list(prompt) for prompt in prompts],
+            max_tokens=list(max_tokens),
+            return_token_ids=True,
+            stream=mx.default_stream(current_device()),
+        )
     except ValueError:  # a kind of cache that mlx-lm cannot batch
-        singly = [greedy(model, tokenizer, *one) for one in zip(prompts, max_tokens)]
+        answers = [greedy(model, tokenizer, *asked) for asked in zip(prompts, max_tokens)]
         ends = tokenizer.eos_token_ids
-        return [one[:-1] if one and one[-1] in ends else one for one in singly]
-    return [tuple(tokens) for tokens in found.token_ids]
+        return [x[:-1] if x and x[-1] in ends else x for x in answers]
+    return [tuple(tokens) for tokens in batch.token_ids]
 
 
 def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
@@ -152,30 +155,15 @@ def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[i
     return shapes
 
 
-def embedding_shape(modules: Iterable[tuple[str, nn.Module]]) -> tuple[int, int] | None:
-    """Number of tokens and width of a model's largest table of tokens; None if it has none.
-
-    Args:
-        modules: a model's `named_modules()`.
-    """
-    shapes = []
-    for _, module in modules:
-        if isinstance(module, nn.QuantizedEmbedding):
-            shapes.append((module.num_embeddings, module.dims))
-        elif isinstance(module, nn.Embedding):
-            shapes.append((module.weight.shape[0], module.weight.shape[1]))
-    return max(shapes, default=None)
-
-
 def stored_dtype(model: nn.Module) -> mx.Dtype | None:
     """The dtype of a model's activations: that of its norms, which are never quantized.
 
     The last norm is not called `norm` in every architecture, so any other one will do; None if
     there is none.
     """
-    found = dict(tree_flatten(model.parameters()))
-    norms = [name for name in found if re.search(r"norm[^.]*\.weight$", name)]
-    dtypes = [found[name].dtype for name in ("model.norm.weight", *norms) if name in found]
+    weights = dict(tree_flatten(model.parameters()))
+    norms = [name for name in weights if re.search(r"norm[^.]*\.weight$", name)]
+    dtypes = [weights[name].dtype for name in ("model.norm.weight", *norms) if name in weights]
     return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), None)
 
 
@@ -197,8 +185,8 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
     modules = dict(model.named_modules())
     if adapter:
         # A LoRA of mlx-lm keeps the model's own linear module as `linear`.
-        found = linear_shapes(modules.items())
-        shapes = {path.removesuffix(".linear"): shape for path, shape in found.items()}
+        linears = linear_shapes(modules.items())
+        shapes = {path.removesuffix(".linear"): shape for path, shape in linears.items()}
         check_adapter(adapter, shapes, where)
     changed = {path: m.linear for path, m in modules.items() if isinstance(m, _LINEAR)}
     changed |= {path: m.embedding for path, m in modules.items() if isinstance(m, _EMBEDDING)}

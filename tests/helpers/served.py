@@ -12,8 +12,8 @@ import pytest
 from mlx_lm import load as stock_load
 
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.models.base_model import BaseModel, greedy
-from d2c_mlx.models.stock import switch
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack

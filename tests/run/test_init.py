@@ -25,6 +25,7 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
+from d2c_mlx.models.stock import greedy
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config_file import load_config
 from d2c_mlx.run.survey import survey
@@ -217,7 +218,7 @@ def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
     base = BaseModel("model")
     base.attach(read_adapter("adapters/c", base.module_shapes, base.config))
     tokens = dict(zip(prompts, encode_prompts(base.tokenizer, prompts, "")))
-    answers = {prompt: base.answer(tokens[prompt], 4) for prompt in prompts}
+    answers = {prompt: greedy(base.model, base.tokenizer, tokens[prompt], 4) for prompt in prompts}
     code, _, err = command(*given, "--max-tokens", "4")
     assert code == 2 and "prompts.txt: found 0 answers of c" in err
     assert (project / "tasks" / "c" / "probe.jsonl").read_bytes() == b""

@@ -12,8 +12,8 @@ from helpers.served import client, counted, prompt_of, serving, text
 from helpers.tiny import tiny_model
 from mlx_lm import load as stock_load
 
-from d2c_mlx.models.base_model import BaseModel, greedy
-from d2c_mlx.models.stock import switch
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.adapters import Adapters
