@@ -1,8 +1,7 @@
 """The adapters of a pack for other programs: written in their formats, and checked by their rules.
 
-`READERS` says of each program what it takes and what `verify` refuses for it. What a reader would
-ignore silently is resolved before: every export has one scale, folded in where scales differ, one
-rank but in GGUF, and neither rsLoRA nor patterns.
+What a reader would ignore silently is resolved before: every export has one scale, folded in where
+scales differ, one rank but in GGUF, and neither rsLoRA nor patterns.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from d2c_mlx.utils.files import read_text, write_dir, write_json
 __all__ = [
     "FORMATS",
     "READERS",
-    "Reader",
     "adapter_name",
     "export",
     "unpacked_nbytes",
@@ -152,27 +149,6 @@ def _n_layers(pack: Pack) -> int:
     return int(str(read_config(pack.path / str(first))["num_layers"]))
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A program that loads adapters.
-
-    Attributes:
-        to: the export that it reads; None if it reads no adapters.
-        ranks: True if ranks of modules may differ.
-        silent: what it passes over without a word.
-        source: the file of its source that says so.
-        refused: what `verify` refuses, in words.
-        rule: gives a problem of an adapter of so many blocks, or None.
-    """
-
-    to: str | None
-    ranks: bool
-    silent: str
-    source: str
-    refused: str
-    rule: Callable[[Adapter, int], str | None] = lambda adapter, blocks: None
-
-
 def _in_every_block(adapter: Adapter, blocks: int) -> str | None:
     """Modules that some block lacks; such a reader takes names of modules, for all blocks."""
     keys = Counter(path.rpartition(".")[2] for path in adapter.modules)
@@ -189,45 +165,20 @@ def _small_rank(adapter: Adapter, _: int) -> str | None:
     return f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
 
 
-_MLX = "layouts that break [these rules](#what-mlx-swift-loads)"
-_PATTERNS = "`rank_pattern`, `alpha_pattern`"
-_EVERY = "modules that are not in every block"
-READERS = {
-    "mlx-swift": Reader(
-        "mlx", True, "missing tensors",
-        "`LoRAContainer.load`, [run](../../benchmarks/notes/2026-11-29-mlx-swift.md)", _MLX,
-    ),
-    "mlx-lm": Reader(
-        "mlx", False, "missing tensors",
-        "`load_adapters` of 0.32.2, `test_families.py`; main (d78bf58) reads alike", _MLX,
-    ),
-    "PEFT": Reader(
-        "peft", True, "missing tensors (a warning)", "0.21, run by `test_export.py`",
-        "a base whose weights mlx-lm rescales",
-    ),
-    "llama.cpp": Reader(
-        "gguf", True, "norms; rsLoRA and `alpha_pattern` in its converter",
-        "`llama-adapter.cpp` 165-368, `set_gguf_parameters` of its converter,"
-        " [run](../../benchmarks/pages/formats.md)",
-        "families without [GGUF names](families.md), modules that have none",
-    ),
-    "vllm-metal": Reader(
-        "peft", True, f"{_PATTERNS}, unknown tensors",
-        "`load_peft_adapter` of `v1/lora/peft_loader.py`; vLLM's `MaxLoRARanks`",
-        f"ranks above {_MOST_RANK}", _small_rank,
-    ),
-    "ExecuTorch": Reader(
-        "peft", False, f"rsLoRA, {_PATTERNS}", "`examples/models/llama/model.py` 70-256, August",
-        _EVERY, _in_every_block,
-    ),
-    "MNN": Reader(
-        "peft", True, f"rsLoRA, {_PATTERNS}, unknown tensors",
-        "`load`, `get_lora` of `export/utils/lora.py`", _EVERY, _in_every_block,
-    ),
-    "oMLX": Reader(
-        None, False, "every adapter", "`discover_models` of `model_discovery.py`", "every pack"
-    ),
-}  # fmt: skip
+Rule = Callable[[Adapter, int], str | None]
+# Program -> the export that it reads (None: it reads no adapters), and a rule of its own, which
+# gives a problem of an adapter of so many blocks. docs/reference/formats.md has their sources, and
+# what each passes over without a word.
+READERS: dict[str, tuple[str | None, Rule | None]] = {
+    "mlx-swift": ("mlx", None),
+    "mlx-lm": ("mlx", None),
+    "PEFT": ("peft", None),
+    "llama.cpp": ("gguf", None),
+    "vllm-metal": ("peft", _small_rank),
+    "ExecuTorch": ("peft", _in_every_block),
+    "MNN": ("peft", _in_every_block),
+    "oMLX": (None, None),
+}
 
 
 def verify(directory: str | Path, runtime: str | None = None, model: str | None = None) -> Pack:
@@ -255,23 +206,22 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         if model is not None:
             pack.base_directory(model)
         return pack
-    reader = READERS[runtime]
-    if reader.to is None:
+    to, rule = READERS[runtime]
+    if to is None:
         raise PackError(
             f"{pack.path}: {runtime} loads no adapters and passes over their folders; serve the"
             " pack with d2c-mlx serve"
         )
     problems = []
     for key, adapter in zip(pack.adapters, adapters):
-        problem = reader.rule(adapter, _n_layers(pack)) if adapter else None
+        problem = rule(adapter, _n_layers(pack)) if rule and adapter else None
         if problem:
             problems.append(f"{pack.path}/{adapter_name(key)}: {problem}")
     with tempfile.TemporaryDirectory() as temporary:
         written = Path(temporary) / "written"
-        names = sorted({name for name in export(pack, reader.to, written, model).values() if name})
-        if reader.to == "mlx":
-            for name in names:
-                problems += layout_problems(written / name, pack.path / name)
+        names = sorted({name for name in export(pack, to, written, model).values() if name})
+        for name in names if to == "mlx" else ():
+            problems += layout_problems(written / name, pack.path / name)
     if problems:
         raise PackError(problems)
     return pack

@@ -91,11 +91,10 @@ class GgufPlaces(_Part):
 
 
 def _dtype(value: object) -> object:
-    if isinstance(value, str) and value in _DTYPES:
-        return _DTYPES[value]
-    if value in _DTYPES.values():
-        return value
-    raise ValueError(f"expected one of {', '.join(_DTYPES)}")
+    good = isinstance(value, mx.Dtype) or (isinstance(value, str) and value in _DTYPES)
+    if not good:
+        raise ValueError(f"expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[value] if isinstance(value, str) else value
 
 
 def _only(kind: type) -> BeforeValidator:
