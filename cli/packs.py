@@ -71,12 +71,14 @@ def add(
       d2c-mlx add runs/first/pack gec-nl=org/lora@v1 --model org/base
       d2c-mlx add runs/first/pack loras/gec-nl --tasks tasks --budget 8
     """
-    from d2c_mlx.packs.add import AddOptions, add_from_path
+    from d2c_mlx.packs.add import add_from_path
 
     if tasks is None:
         warn_of_idle("without --tasks", "probe_examples")
     routed = _routed(pack)
-    added = add_from_path(pack, adapter, AddOptions(tasks, probe_examples, model, budget))
+    added = add_from_path(
+        pack, adapter, tasks=tasks, n_probe=probe_examples, model=model, budget=budget
+    )
     if as_json:
         names = ("task", "adapter", "joined", "similarity", "dropped", "dropped_energy")
         say_json({name: getattr(added, name) for name in names} | {"nbytes": added.pack.nbytes})
@@ -160,11 +162,13 @@ def route(
       d2c-mlx route runs/first/pack --tasks tasks
       d2c-mlx route runs/first/pack "Write this number in German words: 896"
     """
-    from d2c_mlx.run.route import RouteOptions, route_prompts
+    from d2c_mlx.serve.route import route_prompts
 
     if tasks is None:
         warn_of_idle("without --tasks", "probe_examples", "budget")
-    rows = route_prompts(pack, prompts, RouteOptions(tasks, probe_examples, model, top, budget))
+    rows = route_prompts(
+        pack, prompts, tasks=tasks, n_probe=probe_examples, model=model, top=top, budget=budget
+    )
     if as_json:
         say_json(rows)
         return

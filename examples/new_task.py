@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2c_mlx import RunConfig, run_pipeline
 from d2c_mlx.compose.compose import compose
-from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.serve.load import Question, answer
 
 DEMO = Path(__file__).parent / "demo"
@@ -35,8 +35,8 @@ def main(output: Path, library: Path, new: str, model: str | None) -> None:
     print(f"{found['method']}: loss {loss:.3f}, base model {bare:.3f}")
     print(f"as good: {', '.join(found['as_good']) or 'neither base model, best nor fresh LoRA'}")
 
-    room = AddOptions(model=model, budget=str(len(names) + 1))
-    added = add_from_path(pack, str(output / "made" / new), room).pack
+    room = str(len(names) + 1)
+    added = add_from_path(pack, str(output / "made" / new), model=model, budget=room).pack
     row = json.loads((tasks / new / "test.jsonl").read_text().splitlines()[0])
     chat = row.get("messages") or [{"content": row["prompt"]}, {"content": row["completion"]}]
     question = Question(new, chat[-2]["content"], None, 16)

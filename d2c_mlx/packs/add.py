@@ -41,29 +41,10 @@ from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError, TaskError
 
 __all__ = [
-    "AddOptions",
     "Arrival",
     "add_adapter",
     "add_from_path",
 ]
-
-
-@dataclass(frozen=True)
-class AddOptions:
-    """Options of `add_from_path`.
-
-    Attributes:
-        tasks: directory with `<task>/probe.jsonl` for the new task, and for those in the pack
-            whose losses count; None decides by weights alone.
-        n_probe: calibration rows per task, the first of probe.jsonl.
-        model: the pack's base model, as for `resolve_model`.
-        budget: budget in bytes or adapters; None keeps the pack's own.
-    """
-
-    tasks: Path | None = None
-    n_probe: int = 10
-    model: str | None = None
-    budget: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +70,15 @@ class Arrival:
     dropped_energy: float = 0.0
 
 
-def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -> Arrival:
+def add_from_path(
+    pack: Path,
+    adapter: str,
+    *,
+    tasks: Path | None = None,
+    n_probe: int = 10,
+    model: str | None = None,
+    budget: str | None = None,
+) -> Arrival:
     """Read an adapter, check it against the pack's base model and add it, see `add_adapter`.
 
     An adapter whose config names another base model gets an `InputWarning`.
@@ -97,37 +86,39 @@ def add_from_path(pack: Path, adapter: str, options: AddOptions | None = None) -
     Args:
         pack: directory of the pack.
         adapter: an entry as `find_adapters` takes it; the task is called as the adapter.
-        options: how it is added.
+        tasks: directory with `<task>/probe.jsonl` for the new task, and for those in the pack
+            whose losses count; None decides by weights alone.
+        n_probe: calibration rows per task, the first of probe.jsonl.
+        model: the pack's base model, as for `resolve_model`.
+        budget: budget in bytes or adapters; None keeps the pack's own.
 
     Raises:
         InputError: every problem of pack, adapter, tasks and budget; nothing is written.
         D2CError: another process is at work on the pack.
     """
-    options = options or AddOptions()
     with opened(pack) as before:
         sources = find_adapters(adapter, "ADAPTER")
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
-        base = BaseModel(str(before.base_directory(options.model)))
+        base = BaseModel(str(before.base_directory(model)))
         own = BaseWeights(base.weight)
         (new,) = read_adapters(sources, base.module_shapes, base.config, base=own)
         is_base = partial(same_weights, base.path)
         warn_of_other_base(new, sources[0], _base_names(before), is_base)
         judge, system = None, None
-        if options.tasks:
-            if not (options.tasks / new.name).is_dir():
+        if tasks:
+            if not (tasks / new.name).is_dir():
                 raise TaskError(
-                    f"{options.tasks / new.name}: no such directory; expected probe.jsonl of the"
-                    " new task"
+                    f"{tasks / new.name}: no such directory; expected probe.jsonl of the new task"
                 )
-            names = {new.name, *(t for t in before.tasks if (options.tasks / t).is_dir())}
-            tasks = load_tasks(options.tasks, sorted(names), tests=False)
-            encoded = encode_probes(base.encode, tasks, options.n_probe)
-            probes = {rows.task: rows.halved() for rows in encoded}
+            names = {new.name, *(t for t in before.tasks if (tasks / t).is_dir())}
+            rows = load_tasks(tasks, sorted(names), tests=False)
+            encoded = encode_probes(base.encode, rows, n_probe)
+            probes = {task.task: task.halved() for task in encoded}
             cache = LossCache(cache_directory() / "losses.sqlite")
             judge = Judge(base, Scorer(Engine(base), cache), probes)
-            system = systems_of(tasks).get(new.name)
-        return add_adapter(before, new, budget=options.budget, judge=judge, system=system)
+            system = systems_of(rows).get(new.name)
+        return add_adapter(before, new, budget=budget, judge=judge, system=system)
 
 
 def _base_names(pack: Pack) -> list[str]:
@@ -160,7 +151,7 @@ def add_adapter(
     Args:
         pack: what `load_pack` verified, held by `opened`.
         adapter: checked against the pack's base model.
-        budget: see `AddOptions`.
+        budget: as of `add_from_path`.
         judge: measures on calibration rows where an arrival fits best, and its form; None decides
             by weights.
         system: system message of all its calibration rows, see `Manifest.systems`.

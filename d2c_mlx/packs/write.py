@@ -15,7 +15,8 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, PackFile
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import copy_file, hash_file, write_dir, write_json
+from d2c_mlx.utils.files import copy_file, hash_file, hash_tree, write_dir, write_json
+from d2c_mlx.utils.parsing import json_or_none
 
 __all__ = ["rewrite_pack", "with_file", "write_compact_pack", "write_gguf_pack", "write_pack"]
 
@@ -147,12 +148,21 @@ def with_file(
     about = pack.manifest
     if budget:
         about = about.model_copy(update={"budget": budget.text, "max_bytes": budget.nbytes})
+    digest = hash_tree(pack.path)
     with _replacing(pack.path, about, by_name=True) as temporary:
         for file in pack.manifest.files:
             if file != name:
                 (temporary / file).parent.mkdir(exist_ok=True)
                 pack.copy(file, temporary / file)
         write(temporary / name)
+    # A run that made the pack goes on to take it for its own, as the adapters are the same. Its
+    # later stages read the pack, so it is not finished.
+    path = pack.path.resolve()
+    record = path.parent / ".stages" / "pack.json"
+    content = None if record.parent.is_symlink() else json_or_none(record)
+    if isinstance(content, dict) and content.get("outputs") == {path.name: digest}:
+        write_json(record, {**content, "outputs": {path.name: hash_tree(path)}})
+        record.with_name("finish.json").unlink(missing_ok=True)
     return load_pack(pack.path)
 
 

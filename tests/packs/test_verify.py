@@ -224,13 +224,9 @@ def test_an_unknown_runtime(tmp_path):
 
 
 def test_the_readers_are_those_of_the_documents_and_the_command():
-    rows = [
-        f"| {name} | {one.to or '–'} | {'yes' if one.ranks else 'no'} | {one.silent} |"
-        f" {one.refused} | {one.source} |"
-        for name, one in READERS.items()
-    ]
     text = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
-    assert "\n".join(rows) in text
+    for name, (to, _) in READERS.items():
+        assert f"\n| {name} | {to or '–'} | " in text
     assert [*READERS] == [*formats.READERS]
 
 

@@ -9,7 +9,7 @@ from helpers.runs import stages_started
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.route import RouteOptions, route_prompts
+from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -77,7 +77,8 @@ def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     for directory, path in ((output, "pack"), (output.parent, "run/pack")):
         monkeypatch.chdir(directory)
         assert (
-            route_prompts(Path(path), [], RouteOptions(Path(config.tasks), 3, config.model)) == []
+            route_prompts(Path(path), [], tasks=Path(config.tasks), n_probe=3, model=config.model)
+            == []
         )
     routed, nbytes = hash_tree(pack), load_pack(pack).nbytes
     assert (pack / "router.safetensors").exists()
@@ -93,7 +94,7 @@ def test_a_router_leaves_the_pack_the_one_of_its_run(config, monkeypatch):
     # No run is beside a copy: nothing is recorded there.
     shutil.rmtree(pack)
     other = shutil.copytree(run(config, "pack", quiet=True).path("pack"), output / "copy")
-    route_prompts(other, [], RouteOptions(Path(config.tasks), 3, config.model))
+    route_prompts(other, [], tasks=Path(config.tasks), n_probe=3, model=config.model)
     run(config, "pack", quiet=True)
     assert not (pack / "router.safetensors").exists()
 

@@ -25,7 +25,7 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.packs.write import with_file, write_pack
-from d2c_mlx.run.route import RouteOptions, route_prompts
+from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.serve.router import (
     ROUTER,
     Router,
@@ -167,9 +167,9 @@ def test_a_router_that_is_not_good_enough_is_said(made, pack, tmp_path):
     for name in "abc":
         rows = [{"prompt": f"The same {i}", "completion": "x"} for i in range(6)]
         write_jsonl(tmp_path / "tasks" / name / "probe.jsonl", rows)
-    about = RouteOptions(tmp_path / "tasks", model=str(paths.model))
+    about = {"tasks": tmp_path / "tasks", "model": str(paths.model)}
     with pytest.warns(InputWarning, match="router: .* find their task .* expected 95%"):
-        route_prompts(pack.path, [], about)
+        route_prompts(pack.path, [], **about)
 
 
 def test_kept_in_the_pack_and_read_again(made, pack):
@@ -309,11 +309,11 @@ def test_only_probe_rows_are_needed(made, pack, tmp_path):
         (tmp_path / "tasks" / name).mkdir(parents=True)
         rows = paths.tasks / name / "probe.jsonl"
         shutil.copyfile(rows, tmp_path / "tasks" / name / "probe.jsonl")
-    route_prompts(pack.path, [], RouteOptions(tmp_path / "tasks", model=str(paths.model)))
+    route_prompts(pack.path, [], tasks=tmp_path / "tasks", model=str(paths.model))
     assert load_router(load_pack(pack.path)).tasks == ("a", "b", "c")
     (tmp_path / "tasks" / "b" / "probe.jsonl").unlink()
     with pytest.raises(InputError) as caught:
-        route_prompts(pack.path, [], RouteOptions(tmp_path / "tasks", model=str(paths.model)))
+        route_prompts(pack.path, [], tasks=tmp_path / "tasks", model=str(paths.model))
     (line,) = caught.value.problems
     assert "b/probe.jsonl: missing" in line and "test.jsonl" not in line
 

@@ -13,15 +13,15 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import common_system, load_task
-from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import opened, remove_tasks
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.route import RouteOptions, route_prompts
 from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.serve.router import load_router
 
 ASKED = "Who is it? Answer 2"
@@ -72,7 +72,7 @@ def run_of_two(spoken, tmp_path):
 
 def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     paths, made = run_of_two
-    route_prompts(made, [], RouteOptions(paths.tasks, model=str(paths.model)))
+    route_prompts(made, [], tasks=paths.tasks, model=str(paths.model))
     pack = load_pack(made)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": ASKED}]
@@ -125,12 +125,12 @@ def test_packs_that_change_keep_them(run_of_two):
     with opened(made) as pack:
         left = remove_tasks(pack, ["b"])
     assert left.systems == {"a": ""}
-    options = AddOptions(model=str(paths.model), tasks=paths.tasks)
-    found = add_from_path(made, str(paths.adapters / "b"), options).pack
+    options = {"model": str(paths.model), "tasks": paths.tasks}
+    found = add_from_path(made, str(paths.adapters / "b"), **options).pack
     assert found.systems == {"a": "", "b": "The quick fox"}
     with opened(made) as pack:
         remove_tasks(pack, ["b"])
-    found = add_from_path(made, str(paths.adapters / "b"), replace(options, tasks=None)).pack
+    found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model)).pack
     assert found.systems == {"a": ""}
 
 
@@ -138,7 +138,7 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     paths, pack = spoken
     rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
     prompts = [row["messages"][1]["content"] for row in rows]
-    found = route_prompts(pack.path, prompts, RouteOptions(paths.tasks, model=str(paths.model)))
+    found = route_prompts(pack.path, prompts, tasks=paths.tasks, model=str(paths.model))
     assert [one["task"] for one in found] == [*"aaaabbbb"]
     again = load_router(load_pack(pack.path))
     assert again.system == ""
@@ -183,7 +183,7 @@ def test_rows_with_several_system_messages_have_none_in_common(spoken):
 def test_a_server_routes_as_the_rows_were(spoken):
     """And answers the prompt that was asked."""
     paths, pack = spoken
-    route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
+    route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
     pack = load_pack(pack.path)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": "Who is it? Answer 2"}]

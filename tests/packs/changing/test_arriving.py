@@ -22,11 +22,11 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.add import AddOptions, add_from_path
+from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.run.route import RouteOptions, route_prompts
+from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
@@ -68,7 +68,7 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
             regrets = (losses(scaled(merge, scale), names) - own) / gain
             costs[k, scale] = np.maximum(regrets, -1).sum()
     result = add_from_path(
-        pack.path, str(paths.adapters / "c"), AddOptions(tasks=paths.tasks, model=str(paths.model))
+        pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model)
     )
     walks = [(k, line_search(lambda scale, k=k: costs[k, scale], COARSE_SCALES)[0]) for k in (0, 1)]
     k, scale = min(walks, key=costs.get)
@@ -100,7 +100,7 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
         small = [compress(found["a"], levels)]
         pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, Manifest(**about))
         result = add_from_path(
-            pack.path, str(paths.adapters / "b"), AddOptions(tasks=tasks, model=str(paths.model))
+            pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model)
         )
         arrived = result.pack.load("b")
         held[tasks] = harm in arrived.modules
@@ -139,14 +139,15 @@ def test_what_cannot_arrive(whole, tmp_path):
         add_from_path(
             pack.path,
             f"other={paths.adapters / 'c'}",
-            AddOptions(paths.tasks, model=str(paths.model)),
+            tasks=paths.tasks,
+            model=str(paths.model),
         )
     with pytest.raises(InputError, match="nope: no such directory .* ADAPTER is an adapter"):
-        add_from_path(pack.path, "nope", AddOptions(model=str(paths.model)))
+        add_from_path(pack.path, "nope", model=str(paths.model))
     config = paths.model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
     with pytest.raises(ModelError, match="is not the config of 'm'"):
-        add_from_path(pack.path, str(paths.adapters / "c"), AddOptions(model=str(paths.model)))
+        add_from_path(pack.path, str(paths.adapters / "c"), model=str(paths.model))
     assert hash_tree(pack.path) == before
 
 
@@ -159,13 +160,13 @@ def test_another_base_model_is_a_warning(whole, tmp_path, storage):
         small = compress(found["a"], dict.fromkeys(found["a"].modules, [(2, 8)]))
         info = Manifest(**about, budget="9MB")
         pack = write_compact_pack(tmp_path / "small", [small], {"a": 0}, info)
-    options = AddOptions(model=str(paths.model))
+    model = str(paths.model)
 
     def add(task, base):
         path = paths.adapters / "c" / "adapter_config.json"
         config = {**json.loads(path.read_text()), "base_model_name_or_path": base}
         path.write_text(json.dumps(config))
-        return add_from_path(pack.path, f"{task}={paths.adapters / 'c'}", options)
+        return add_from_path(pack.path, f"{task}={paths.adapters / 'c'}", model=model)
 
     shutil.copytree(paths.model, tmp_path / "copy")
     for i, name in enumerate(("unsloth/Llama-bnb-4bit", "org/M", None, str(tmp_path / "copy"))):
@@ -221,10 +222,11 @@ def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
             add_from_path(
                 pack.path,
                 str(paths.adapters / "c"),
-                AddOptions(paths.tasks, model=str(paths.model)),
+                tasks=paths.tasks,
+                model=str(paths.model),
             )
         else:
-            route_prompts(pack.path, [], RouteOptions(paths.tasks, model=str(paths.model)))
+            route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
     assert [line.split(" has ")[0] for line in caught.value.problems] == [
         f"{file}: line 3 (row 2)" for file in files
     ]
