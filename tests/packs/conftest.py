@@ -10,10 +10,10 @@ from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS, tiny_model
 
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.utils.files import hash_file
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def about(model):
     """What manifests say of the base model."""
-    return Manifest(
-        model="tiny/llama", config_hash=hash_file(model / "config.json"), n_layers=LAYERS
-    )
+    return Manifest(model="tiny/llama", config_hash=config_digest(model), n_layers=LAYERS)
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,12 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
-from d2c_mlx.utils.files import hash_file, hash_tree
+from d2c_mlx.utils.files import hash_tree
 
 
 def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
@@ -132,7 +133,7 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     refused(ModelError, "no such", str(tmp_path / "no.gguf"))
     refused(ModelError, "is not the config of 'tiny/llama'", str(other))
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
-    changed = {"config_hash": hash_file(other / "config.json")}
+    changed = {"config_hash": config_digest(other)}
     gemma = replace(plain, manifest=plain.manifest.model_copy(update=changed))
     refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
     lora = adapter_of("one").modules[[*ALL][0]]
