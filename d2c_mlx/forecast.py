@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.cluster.measured_search import MOST_FAILED
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
+from d2c_mlx.cluster.search import MOST_FAILED
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.make_rows import AT_ONCE

@@ -18,16 +18,15 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.cluster.estimated_search import cluster_by_weights
-from d2c_mlx.cluster.measured_search import search_by_estimates
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import (
-    Clustering,
+    Clusters,
     kmeans,
     measured_regret,
     merge_all,
     random_partition,
 )
+from d2c_mlx.cluster.search import cluster_by_weights, search_by_estimates
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.merge.library import measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
@@ -179,7 +178,7 @@ def cluster(session: Session) -> Stage:
         if labels:
             stopped = c.search if plugin else "given"
             regret = measured_regret(problem, labels) if c.has_rows else None
-            found = Clustering("d2c", labels, regret, stopped=stopped)
+            found = Clusters("d2c", labels, regret, stopped=stopped)
         elif not c.has_rows:
             found = cluster_by_weights(problem, k)
         elif c.search == "estimates":

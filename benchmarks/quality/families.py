@@ -10,9 +10,9 @@ import numpy as np
 from d2c_mlx_methods.factorwise import concat
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.cluster.estimated_search import estimated_partition
-from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
+from d2c_mlx.cluster.search import estimated_partition
 from d2c_mlx.compress.allocate import Candidate, allocate
 from d2c_mlx.compress.candidates import Form, worth
 from d2c_mlx.compress.compact_file import index_of

@@ -12,8 +12,8 @@ from benchmarks.quality.families import ALONE, chosen
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import gram, similarity
 from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.cluster.measured_search import search_by_estimates
-from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.search import search_by_estimates
 from d2c_mlx.compress.compact_file import index_of
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.merge.merging import merge, problem_of
@@ -94,7 +94,7 @@ def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Sto
         "clusters": [[session.inputs.names[i] for i in members] for members in clustering.groups],
         "merges": [[one.method, one.scale] for one in merges],
         "rank": rank,
-        "probe_regret": clustering.objective,
+        "probe_regret": clustering.regret,
     }
     return Stored(
         {session.inputs.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
@@ -116,22 +116,22 @@ def follows(clusters: Sequence[Sequence[str]]) -> dict[str, float]:
     }
 
 
-def all_in_one(problem, _adapters, _k, _seed) -> Clustering:
+def all_in_one(problem, _adapters, _k, _seed) -> Clusters:
     """One adapter for all tasks, in the rank that the whole budget holds."""
     return merge_all(problem.n)
 
 
-def at_random(problem, _adapters, k, seed) -> Clustering:
+def at_random(problem, _adapters, k, seed) -> Clusters:
     """Every adapter into any cluster."""
     return random_partition(problem.n, k, seed)
 
 
-def by_features(problem, _adapters, k, seed) -> Clustering:
+def by_features(problem, _adapters, k, seed) -> Clusters:
     """K-Means on SVD features of dW."""
     return kmeans(problem.features, k, seed)
 
 
-def by_estimates(problem, _adapters, k, seed) -> Clustering:
+def by_estimates(problem, _adapters, k, seed) -> Clusters:
     """D2C as a run has it by default."""
     return search_by_estimates(problem, k, seed)
 
@@ -141,15 +141,15 @@ def by_d2c(**options):
     return lambda problem, _adapters, k, seed: d2c(problem, k, seed=seed, **options)
 
 
-def by_linkage(_problem, adapters, k, _seed) -> Clustering:
+def by_linkage(_problem, adapters, k, _seed) -> Clusters:
     """Average linkage of 1 - cosine of dW."""
     distance = np.clip(1 - similarity(adapters), 0, None)
     np.fill_diagonal(distance, 0)
     fit = AgglomerativeClustering(k, metric="precomputed", linkage="average").fit(distance)
-    return Clustering("agglomerative", canonical(fit.labels_))
+    return Clusters("agglomerative", canonical(fit.labels_))
 
 
-def by_arrival(_problem, adapters, k, seed) -> Clustering:
+def by_arrival(_problem, adapters, k, seed) -> Clusters:
     """Adapters arrive in any order; when all slots are taken, into the most alike by cosine of dW.
 
     A slot is the mean of what is in it, as in K-Merge (https://arxiv.org/abs/2510.13537). Merges
@@ -170,7 +170,7 @@ def by_arrival(_problem, adapters, k, seed) -> Clustering:
     labels = np.empty(len(adapters), int)
     for c, slot in enumerate(slots):
         labels[slot] = c
-    return Clustering("k-merge", canonical(labels))
+    return Clusters("k-merge", canonical(labels))
 
 
 # The loop of the paper from single adapters; which start it has, the paper does not say.

@@ -24,7 +24,7 @@ from benchmarks.tables.pages import show
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.similarity import svd_features
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.cluster.partition import Clustering, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import METHODS
@@ -139,7 +139,7 @@ def partitions(session, kind, results, options):
         return [merge_all(n)]
     if kind == "kmeans":
         return [kmeans(svd_features(session.library.similarity), k, seed)]
-    return [Clustering("individual", tuple(range(n)))]
+    return [Clusters("individual", tuple(range(n)))]
 
 
 def clusters_found(session, results):
@@ -149,7 +149,7 @@ def clusters_found(session, results):
         if (one["clusters"], one["seed"], one["case"]) == (k, seed, "estimates"):
             (groups,) = one["clusters_of"]
             labels = [i for name in session.inputs.names for i, g in enumerate(groups) if name in g]
-            return Clustering("d2c", canonical(labels), *one["probe_regret"])
+            return Clusters("d2c", canonical(labels), *one["probe_regret"])
     raise SystemExit(f"{k} clusters, seed {seed}: measure 'estimates' first")
 
 
@@ -160,7 +160,7 @@ def measure(config, case, results, options):
     if case in RUNS:
         session = run(config.replace(**RUNS[case]), until="pack", quiet=True)
         (saved,) = session.read("clusters.json")["methods"]["d2c"]
-        clusterings = [Clustering(**{**saved, "labels": tuple(saved["labels"])})]
+        clusterings = [Clusters(**{**saved, "labels": tuple(saved["labels"])})]
         found = [packed(session)]
     else:
         session = run(config, until="probe", quiet=True)
@@ -189,7 +189,7 @@ def measure(config, case, results, options):
         "clusters_of": [
             [[session.inputs.names[i] for i in g] for g in one.groups] for one in clusterings
         ],
-        "probe_regret": [one.objective for one in clusterings],
+        "probe_regret": [one.regret for one in clusterings],
         "merges": [merges for _, merges in found],
         "asked_tokens": session.scorer.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),

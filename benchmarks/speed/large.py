@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import command_line
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
-from d2c_mlx.cluster.partition import Clustering
+from d2c_mlx.cluster.estimates import STRENGTHS
+from d2c_mlx.cluster.partition import Clusters
 from d2c_mlx.evaluate.loss_table import LossTable
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.pipeline import STAGES
@@ -148,9 +148,7 @@ def put_in(session, groups):
     losses = LossTable(tuple(session.inputs.names), np.ones(n), np.full(n, 2.0), tuple(strengths),
                        np.tile(2.0 - np.array(strengths), (n, 1)))  # fmt: skip
     write_json(session.path("losses.json"), losses.to_json())
-    found = [
-        asdict(Clustering("d2c", tuple(k for k, some in enumerate(groups) for _ in some), 0.0))
-    ]
+    found = [asdict(Clusters("d2c", tuple(k for k, some in enumerate(groups) for _ in some), 0.0))]
     methods = dict.fromkeys(("d2c", "kmeans", "random", "merge-all"), found)
     write_json(session.path("clusters.json"), {"methods": methods})
 

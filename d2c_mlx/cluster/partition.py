@@ -6,57 +6,22 @@ So a numpy table is enough to test them.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 __all__ = [
-    "Clustering",
-    "Fading",
-    "Labels",
-    "Members",
-    "Problem",
-    "canonical",
-    "groups_of",
-    "kmeans",
-    "measured_regret",
-    "merge_all",
-    "random_partition",
-    "refill",
-]
+    "Clusters", "Fading", "Labels", "Members", "Problem", "canonical", "groups_of", "kmeans",
+    "measured_regret", "merge_all", "random_partition", "refill",
+]  # fmt: skip
 
 Members = tuple[int, ...]
 # The cluster of every adapter.
 Labels = tuple[int, ...]
-
-
-class Merge(Protocol):
-    """A callable that merges adapters."""
-
-    def __call__(self, members: Members, like: Members = ()) -> Any:  # noqa: ANN401  opaque
-        """Merge adapters into an object that only `Measure` looks into.
-
-        Args:
-            members: indices of the adapters to merge.
-            like: members of another merge whose scale is used; empty to tune the scale.
-        """
-
-
-class Measure(Protocol):
-    """A callable that measures regrets of tasks under merges on their calibration rows."""
-
-    def __call__(self, jobs: Sequence[tuple[Any, Sequence[int]]]) -> Sequence[np.ndarray]:
-        """Measure every merge on its tasks.
-
-        Args:
-            jobs: pairs of a merge and the indices of its tasks.
-
-        Returns:
-            `(n_tasks,)` normalised regrets per job.
-        """
 
 
 @dataclass(frozen=True)
@@ -75,9 +40,9 @@ class Fading:
         """`(n, k)` regrets at `strengths (k,)`, interpolated without new bumps."""
         from scipy.interpolate import PchipInterpolator
 
-        ends = np.ones((len(self.regrets), 1)), np.zeros((len(self.regrets), 1))
-        known = np.hstack([ends[0], self.regrets, ends[1]])
-        return PchipInterpolator([0.0, *self.strengths, 1.0], known, axis=1)(strengths)
+        ones = np.ones((len(self.regrets), 1))
+        regrets = np.hstack([ones, self.regrets, 0 * ones])
+        return PchipInterpolator([0.0, *self.strengths, 1.0], regrets, axis=1)(strengths)
 
 
 @dataclass(frozen=True)
@@ -88,15 +53,18 @@ class Problem:
     comparable; their regrets are.
 
     Attributes:
-        merge: makes a merge of some adapters.
-        measure: measures the regrets of tasks under merges.
+        merge: `merge(members, like=())` makes a merge of adapters, by their indices, that only
+            `measure` looks into; `like` are the members of another merge whose scale is used, empty
+            to tune the scale.
+        measure: takes pairs of a merge and the indices of its tasks, and returns the `(n_tasks,)`
+            regrets of each.
         features: `(n, d)` one row per adapter, for K-Means.
         fading: regrets under weakened task adapters, for estimates.
         similarity: `(n, n)` cosines of dW, for estimates.
     """
 
-    merge: Merge
-    measure: Measure
+    merge: Callable[..., Any]
+    measure: Callable[[Sequence[tuple[Any, Sequence[int]]]], Sequence[np.ndarray]]
     features: np.ndarray
     fading: Fading
     similarity: np.ndarray
@@ -108,23 +76,23 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Clustering:
-    """A partition of N adapters into clusters.
+class Clusters:
+    """A partition of N adapters.
 
     Attributes:
         method: `d2c`, `kmeans`, `random` or `merge-all`.
         labels: cluster of every adapter; clusters are numbered by first appearance.
-        objective: mean normalised regret on the calibration rows; None where it was not measured.
-        history: objective and labels of every round that was measured.
+        regret: mean normalised regret on the calibration rows; None where it was not measured.
+        history: regret and labels of every round that was measured.
         seed: seed of the random choices.
         init: start of the best run of D2C.
-        stopped: why it ended: converged, repeated, no progress, rounds or patience.
-        starts: every start that D2C tried: init, restart, objective, stopped.
+        stopped: why it ended: converged, repeated, no progress or rounds.
+        starts: every start that D2C tried: init, restart, regret, stopped.
     """
 
     method: str
-    labels: tuple[int, ...]
-    objective: float | None = None
+    labels: Labels
+    regret: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
     init: str | None = None
@@ -132,8 +100,8 @@ class Clustering:
     starts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Clustering:
-        """Read what `dataclasses.asdict` made of a clustering, after JSON made lists of tuples."""
+    def from_json(cls, entry: Mapping[str, Any]) -> Clusters:
+        """Read what `dataclasses.asdict` made of clusters, after JSON made lists of tuples."""
         return cls(**{**entry, "labels": tuple(entry["labels"])})
 
     @property
@@ -141,17 +109,18 @@ class Clustering:
         """Number of clusters; none is empty."""
         return max(self.labels) + 1
 
-    def members(self, cluster: int) -> Members:
-        """Indices of the adapters in `cluster`."""
-        return tuple(i for i, label in enumerate(self.labels) if label == cluster)
-
     @property
     def groups(self) -> list[Members]:
         """Members of every cluster."""
-        return [self.members(k) for k in range(self.n_clusters)]
+        return groups_of(self.labels)
+
+    @property
+    def measured(self) -> float:
+        """The regret; infinity where it was not measured."""
+        return math.inf if self.regret is None else self.regret
 
 
-def canonical(labels: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+def canonical(labels: Sequence[int] | np.ndarray) -> Labels:
     """Number the clusters of a partition by first appearance, so that equal partitions compare."""
     number: dict[int, int] = {}
     return tuple(number.setdefault(int(label), len(number)) for label in labels)
@@ -166,8 +135,8 @@ def groups_of(labels: Sequence[int] | np.ndarray) -> list[Members]:
 def measured_regret(problem: Problem, labels: Labels) -> float:
     """Mean regret of all tasks, each cluster merged at a scale of its own; 0 for one alone."""
     groups = [members for members in groups_of(labels) if len(members) > 1]
-    found = problem.measure([(problem.merge(members), members) for members in groups])
-    return sum(float(one.sum()) for one in found) / problem.n
+    regrets = problem.measure([(problem.merge(members), members) for members in groups])
+    return sum(float(of_members.sum()) for of_members in regrets) / problem.n
 
 
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:
@@ -183,15 +152,13 @@ def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray
     """
     labels = labels.copy()
     for cluster in range(n_clusters):
-        if (labels == cluster).any():
-            continue
-        sizes = np.bincount(labels, minlength=n_clusters)
-        movable = sizes[labels] > 1
-        labels[int(np.argmax(np.where(movable, worst, -np.inf)))] = cluster
+        if not (labels == cluster).any():
+            movable = np.bincount(labels, minlength=n_clusters)[labels] > 1
+            labels[int(np.argmax(np.where(movable, worst, -np.inf)))] = cluster
     return labels
 
 
-def random_partition(n: int, n_clusters: int, seed: int) -> Clustering:
+def random_partition(n: int, n_clusters: int, seed: int) -> Clusters:
     """Assign adapters at random, uniformly, with no cluster empty; a baseline.
 
     Args:
@@ -202,15 +169,15 @@ def random_partition(n: int, n_clusters: int, seed: int) -> Clustering:
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_clusters, size=n)
     labels = refill(labels, n_clusters, rng.random(n))
-    return Clustering("random", canonical(labels), seed=seed)
+    return Clusters("random", canonical(labels), seed=seed)
 
 
-def merge_all(n: int) -> Clustering:
+def merge_all(n: int) -> Clusters:
     """Put all adapters in one cluster; a baseline."""
-    return Clustering("merge-all", (0,) * n)
+    return Clusters("merge-all", (0,) * n)
 
 
-def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clustering:
+def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clusters:
     """Cluster by K-Means++ on rows of unit length (cosine), the baseline of the paper.
 
     It looks at the adapters alone. `d2c` looks at the losses of merges.
@@ -233,4 +200,4 @@ def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clustering:
         fit = KMeans(n_clusters, n_init=10, random_state=seed).fit(features)
     distance = np.linalg.norm(features - fit.cluster_centers_[fit.labels_], axis=1)
     labels = refill(fit.labels_, n_clusters, distance)
-    return Clustering("kmeans", canonical(labels), seed=seed)
+    return Clusters("kmeans", canonical(labels), seed=seed)

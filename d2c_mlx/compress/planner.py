@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.gguf_format import GgufAdapter
-from d2c_mlx.cluster.estimated_search import estimated_partition
-from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Members, groups_of
+from d2c_mlx.cluster.search import estimated_partition
 from d2c_mlx.compress.allocate import Candidate, choose
 from d2c_mlx.compress.candidates import FormMeter
 from d2c_mlx.compress.capacity import Capacity

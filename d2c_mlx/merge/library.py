@@ -10,7 +10,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import errors_and_kept, similarity
-from d2c_mlx.cluster.merge_estimates import STRENGTHS
+from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.capture import ModuleInputs

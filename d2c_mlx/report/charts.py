@@ -131,9 +131,9 @@ def excess_bars(rows: Sequence[Json]) -> str:
 
 
 def convergence(history: Sequence[Json]) -> str:
-    """The objective of D2C, normalised regret, by round."""
+    """The mean regret of the clusters of D2C, by round."""
     figure, axes = new_figure(_WIDTH, 2.4)
-    values = [entry["objective"] for entry in history]
+    values = [entry["regret"] for entry in history]
     axes.plot(range(len(values)), values, "-o", color=_BLUE, markersize=4)
     axes.set_ylim(bottom=min(0, *values))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -8,7 +8,7 @@ from typing import Any
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
-from d2c_mlx.cluster.partition import Clustering
+from d2c_mlx.cluster.partition import Clusters
 from d2c_mlx.compress.planner import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
@@ -64,11 +64,11 @@ def compare_weights(session: Session) -> dict[str, Any]:
     return {"methods": methods, "similarity": cosines, **_about(session, packed)}
 
 
-def clusterings(session: Session) -> dict[str, list[Clustering]]:
+def clusterings(session: Session) -> dict[str, list[Clusters]]:
     """Method -> its clusterings, from `clusters.json`, baselines first."""
     methods: dict[str, list[dict[str, Any]]] = session.read("clusters.json")["methods"]
     return {
-        name: [Clustering.from_json(entry) for entry in methods[name]]
+        name: [Clusters.from_json(entry) for entry in methods[name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
     }
 

@@ -39,7 +39,7 @@ def test_every_further_adapter_is_that_of_the_task_served_worst(seed):
         asked.append(members)
         return table[task, members[0]]
 
-    labels = loop._single_adapters(problem_of(loss, 7), 5, np.random.default_rng(seed))
+    labels = loop._start(problem_of(loss, 7), 5, "adapters", np.random.default_rng(seed))
     (first, *further) = [one for (one,) in dict.fromkeys(asked)]
     chosen = [first]
     for one in further:
@@ -54,7 +54,7 @@ def test_equal_adapters_still_start_in_distinct_clusters():
     problem = problem_of(lambda members, task: 0.0, 5)
     for seed in range(5):
         for k in (2, 3, 4):
-            labels = loop._single_adapters(problem, k, np.random.default_rng(seed))
+            labels = loop._start(problem, k, "adapters", np.random.default_rng(seed))
             assert len(set(labels)) == k
 
 
@@ -78,10 +78,10 @@ def test_reassignment_repairs_a_wrong_start(seed, start_at):
     found = d2c(problem, 3, init=["adapters"])
     assert found.labels == hidden
     assert len(found.history) > 1
-    assert found.objective == pytest.approx(found.history[-1]["objective"])
+    assert found.regret == pytest.approx(found.history[-1]["regret"])
 
 
-def test_objective_is_the_mean_normalised_regret(start_at):
+def test_regret_is_the_mean_normalised_regret(start_at):
     problem, hidden = planted((2, 3), 3)
     start_at(hidden)
     found = d2c(problem, 2, init=["adapters"])
@@ -89,7 +89,7 @@ def test_objective_is_the_mean_normalised_regret(start_at):
     for task, label in enumerate(hidden):
         members = tuple(j for j in range(5) if hidden[j] == label)
         total += problem.measure([(members, [task])])[0][0]
-    assert found.objective == pytest.approx(total / 5)
+    assert found.regret == pytest.approx(total / 5)
     assert measured_regret(problem, hidden) == pytest.approx(total / 5)
 
 
@@ -111,7 +111,7 @@ def test_as_many_clusters_as_adapters_keeps_everyone_alone(n_clusters):
     found = d2c(problem, n_clusters)
     assert found.labels == (0, 1, 2, 3)
     assert found.groups == [(0,), (1,), (2,), (3,)]
-    assert (found.objective, found.stopped) == (0.0, "converged")
+    assert (found.regret, found.stopped) == (0.0, "converged")
 
 
 @pytest.mark.parametrize("n_clusters", [1, 2, 3])
@@ -194,7 +194,7 @@ def test_restarts_differ_and_can_only_help():
     problem, _ = planted((3, 3, 3), 1, noise=0.8)
     once = d2c(problem, 3, init=["adapters"], rounds=0)
     often = d2c(problem, 3, init=["adapters"], rounds=0, restarts=20)
-    assert often.objective < once.objective
+    assert often.regret < once.regret
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -227,6 +227,6 @@ def test_any_table(n, n_clusters, seed, init):
     assert found.labels == canonical(found.labels)
     assert sorted(sum(found.groups, ())) == list(range(n))
     if found.history:
-        best = min(found.history, key=lambda one: one["objective"])
-        assert (list(found.labels), found.objective) == (best["labels"], best["objective"])
+        best = min(found.history, key=lambda one: one["regret"])
+        assert (list(found.labels), found.regret) == (best["labels"], best["regret"])
         assert len({tuple(one["labels"]) for one in found.history}) == len(found.history)

@@ -13,7 +13,7 @@ from d2c_mlx.cluster.d2c import INITS, d2c
 def scripted(path, values):
     """A Problem in which D2C, started at path[0], proposes path[1], then path[2], ...
 
-    values[t] is the objective at path[t]. A partition that comes twice moves on as it did first;
+    values[t] is the regret at path[t]. A partition that comes twice moves on as it did first;
     after the last one nothing moves.
     """
     steps = {}
@@ -47,9 +47,9 @@ def run(path, values, start_at, **options):
 
 def test_converged(start_at):
     found = run([A, B, C], [0.9, 0.5, 0.3], start_at)
-    assert (found.labels, found.objective, found.stopped) == ((0, 1, 1, 1), 0.3, "converged")
+    assert (found.labels, found.regret, found.stopped) == ((0, 1, 1, 1), 0.3, "converged")
     assert [one["labels"] for one in found.history] == [A, B, C]
-    assert [one["objective"] for one in found.history] == pytest.approx([0.9, 0.5, 0.3])
+    assert [one["regret"] for one in found.history] == pytest.approx([0.9, 0.5, 0.3])
 
 
 def test_clusters_that_only_swap_numbers_have_converged(start_at):
@@ -85,7 +85,7 @@ def test_longer_cycle_under_other_numbers(path, start_at, stale_rounds):
     stale_rounds(100)
     found = run(path, [0.9, 0.4, 0.6, 0.4], start_at)
     assert (found.stopped, len(found.history)) == ("repeated", 3)
-    assert (found.labels, found.objective) == ((0, 0, 1, 1), 0.4)
+    assert (found.labels, found.regret) == ((0, 0, 1, 1), 0.4)
 
 
 @pytest.mark.parametrize(("rounds", "last"), [(0, A), (1, B), (3, D)])
@@ -102,20 +102,20 @@ def test_no_progress(stale, measured, start_at, stale_rounds):
         stale_rounds(stale)
     found = run(path, values, start_at)
     assert (found.stopped, len(found.history)) == ("no progress", measured)
-    assert (list(found.labels), found.objective) == (B, 0.2)
+    assert (list(found.labels), found.regret) == (B, 0.2)
 
 
 def test_a_new_best_restores_patience(start_at):
     values = [0.5, 0.6, 0.4, 0.45, 0.3]
     found = run([A, B, C, D, E], values, start_at)
-    assert (found.stopped, found.objective) == ("converged", 0.3)
+    assert (found.stopped, found.regret) == ("converged", 0.3)
 
 
 def test_the_best_seen_is_returned_not_the_last(start_at, stale_rounds):
     stale_rounds(10)
     found = run([A, B, C, D], [0.9, 0.2, 0.8, 0.7], start_at)
-    assert (list(found.labels), found.objective, found.stopped) == (B, 0.2, "converged")
-    assert found.history[-1] == {"objective": pytest.approx(0.7), "labels": D}
+    assert (list(found.labels), found.regret, found.stopped) == (B, 0.2, "converged")
+    assert found.history[-1] == {"regret": pytest.approx(0.7), "labels": D}
 
 
 @pytest.mark.parametrize("winner", INITS)
@@ -134,8 +134,8 @@ def test_the_best_start_wins(winner, order, start_at):
 
     problem = replace(problem_of(None, 4), measure=losses)
     found = d2c(problem, 2, init=order)
-    assert (found.init, list(found.labels), found.objective) == (winner, starts[winner], 0.25)
-    assert found.history == [{"objective": 0.25, "labels": starts[winner]}]
+    assert (found.init, list(found.labels), found.regret) == (winner, starts[winner], 0.25)
+    assert found.history == [{"regret": 0.25, "labels": starts[winner]}]
 
 
 @pytest.mark.parametrize("order", [INITS, INITS[::-1]])
@@ -145,7 +145,7 @@ def test_the_first_of_equal_starts_wins(order, start_at):
     assert d2c(problem, 2, init=order).init == order[0]
 
 
-def test_a_start_of_objective_zero_is_not_replaced(start_at):
+def test_a_start_of_regret_zero_is_not_replaced(start_at):
     start_at({"adapters": B, "kmeans": D})
     problem = problem_of(lambda members, task: 0.0 if members in _groups(B) else 0.5, 4)
     assert d2c(problem, 2, init=["adapters", "kmeans"]).labels == tuple(B)

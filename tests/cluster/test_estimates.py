@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.cluster.estimated_search import State, estimated_partition, improved
-from d2c_mlx.cluster.measured_search import MOST_STEPS, search_by_estimates
-from d2c_mlx.cluster.merge_estimates import STRENGTHS, MergeEstimates
+from d2c_mlx.cluster.estimates import STRENGTHS, MergeEstimates
 from d2c_mlx.cluster.partition import Fading, Problem, groups_of
+from d2c_mlx.cluster.search import (
+    MOST_STEPS,
+    State,
+    estimated_partition,
+    improved,
+    search_by_estimates,
+)
 
 
 def fading(n, seed=0, most=0.6):
@@ -131,10 +136,10 @@ def test_only_what_is_proposed_is_measured_and_the_best_of_it_is_kept():
     assert found.n_clusters == 4 and found.labels[0] != found.labels[1]
     # A step changes two clusters; the partitions before it have four.
     assert len(asked) == len(set(asked)) <= 4 * len(found.history) + 2 * MOST_STEPS
-    objectives = [one["objective"] for one in found.history]
-    assert found.objective == min(objectives) and found.stopped in ("converged", "patience")
+    regrets = [one["regret"] for one in found.history]
+    assert found.regret == min(regrets) and found.stopped in ("converged", "patience")
     of_found = sum(truth(g, i) for g in groups_of(found.labels) if len(g) > 1 for i in g) / 12
-    assert found.objective == pytest.approx(of_found)
+    assert found.regret == pytest.approx(of_found)
 
 
 def test_true_estimates_need_one_measurement_beside_kmeans():
@@ -189,10 +194,10 @@ def test_it_ends_with_moves_that_only_measuring_can_find(seed):
 
     given_problem, asked = problem(18, truth, seed)
     found = search_by_estimates(given_problem, 3, seed=0, eps=1e-3)
-    objectives = [one["objective"] for one in found.history]
-    assert found.objective == objectives[-1] == min(objectives) < objectives[0]
+    regrets = [one["regret"] for one in found.history]
+    assert found.regret == regrets[-1] == min(regrets) < regrets[0]
     best = sum(truth(g, i) for g in groups_of(hidden) for i in g) / 18
-    assert found.objective <= best + 0.05 and len(asked) == len(set(asked))
+    assert found.regret <= best + 0.05 and len(asked) == len(set(asked))
 
 
 def test_a_step_that_single_tasks_pay_for_is_luck():
@@ -205,7 +210,7 @@ def test_a_step_that_single_tasks_pay_for_is_luck():
 
     given_problem, _ = problem(24, truth)
     found = search_by_estimates(given_problem, 6, seed=0, eps=1e-3)
-    objectives = [one["objective"] for one in found.history]
+    regrets = [one["regret"] for one in found.history]
     for before, after in zip(found.history, found.history[1:]):
         old, new = (
             {i: truth(g, i) for g in groups_of(one["labels"]) if len(g) > 1 for i in g}
@@ -213,5 +218,5 @@ def test_a_step_that_single_tasks_pay_for_is_luck():
         )
         changed = [i for i in range(24) if old.get(i, 0) != new.get(i, 0)]
         gains = np.array([old.get(i, 0) - new.get(i, 0) for i in changed])
-        if after["objective"] == min(objectives) and len(changed) < 12:  # a measured step
+        if after["regret"] == min(regrets) and len(changed) < 12:  # a measured step
             assert gains.sum() > 0.29 * gains.std(ddof=1) * np.sqrt(len(gains))

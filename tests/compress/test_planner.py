@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers.tiny import expected_regret, library
 
-from d2c_mlx.cluster.estimated_search import estimated_partition
-from d2c_mlx.cluster.merge_estimates import MergeEstimates
+from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
+from d2c_mlx.cluster.search import estimated_partition
 from d2c_mlx.compress import planner
 from d2c_mlx.compress.allocate import Candidate
 from d2c_mlx.compress.budget import parse_budget

@@ -1,4 +1,4 @@
-"""Clustering problems on numpy tables, without a model: what merges lose is known."""
+"""Clusters problems on numpy tables, without a model: what merges lose is known."""
 
 import numpy as np
 

@@ -76,9 +76,9 @@ class MergeEstimates:
 
     def of(self, members: Members) -> np.ndarray:
         """`(n_members,)` estimated regrets in one cluster."""
-        some = np.array(members)
-        pairs = self.pair[np.ix_(some, some)].sum(axis=1)
-        return self.regrets(some, np.full(len(some), len(some)), pairs)
+        tasks = np.array(members)
+        pairs = self.pair[np.ix_(tasks, tasks)].sum(axis=1)
+        return self.regrets(tasks, np.full(len(tasks), len(tasks)), pairs)
 
     def learn(self, measured: Mapping[Members, np.ndarray]) -> None:
         """Take in measured clusters, members -> their regrets `(n_members,)`, and fit anew."""
@@ -88,10 +88,8 @@ class MergeEstimates:
                 others = np.zeros(self.n)
                 others[[j for j in members if j != i]] = 1
                 self._seen.append((i, others, float(log) - self._faded[i, len(members) - 1]))
-        if self._seen:
-            self._fit()
-
-    def _fit(self) -> None:
+        if not self._seen:
+            return
         tasks = np.array([i for i, _, _ in self._seen])
         others = np.array([row for _, row, _ in self._seen])
         alike = (others * self._alike[tasks]).sum(axis=1)
