@@ -32,7 +32,7 @@ from d2c_mlx.merge.library import measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
 from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
 from d2c_mlx.packs.overwrite import mark
-from d2c_mlx.phone.result import read_phone
+from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights

@@ -8,9 +8,8 @@ Bytes, and whether they fit the phone's limits, are the phone's. Times are those
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
@@ -22,18 +21,21 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import BaseWeights, check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.scorer import Runner, Scorer
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import encode
+from d2c_mlx.models.examples import ExampleSet, encode
 from d2c_mlx.models.resolve import check_named
+from d2c_mlx.models.rows import Row
 from d2c_mlx.models.tasks import encode_tests, load_tasks
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.phone.config import CONTEXTS, PhoneConfig
-from d2c_mlx.phone.profiles import Profile, find_profile
-from d2c_mlx.phone.quality import HeldOutRows, measure_quality
-from d2c_mlx.phone.result import FORMAT
+from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
+from d2c_mlx.phone.tables import FORMAT
 from d2c_mlx.phone.timing import measure_speed, measure_switch, memory_limit
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.errors import ConfigError, gather
@@ -50,6 +52,8 @@ _INCLUDES = (
     " memory: weights, adapter and KV cache in the model's dtype, the rest of MLX's peak as"
     " measured in compute_dtype, not the app around it"
 )
+# Held-out rows of a task, tokenized to measure the loss; and those of them that are answered.
+_Tests = Sequence[tuple[ExampleSet, Sequence[Row]]]
 
 
 def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
@@ -69,30 +73,52 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     Raises:
         InputError: the problems of pack, model, profile, adapters or tasks.
     """
-    profile, pack = find_profile(config.device), load_pack(Path(config.pack))
+    device, profile = find_profile(config.device)
+    pack = load_pack(Path(config.pack))
     check_named(pack.manifest.model, config.model)
     name, source, path = quantized_model(config.model, config.bits)
     pack.check_weights(source)
     stock = StockModel(path)
     methods = _load_methods(config, pack, stock, source)
     config = config.replace(contexts=_fitting_contexts(config, stock))
-    tests = _load_tests(config, pack, stock)
+    tests: _Tests = ()
+    if config.tasks:
+        n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
+        sets = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
+        tests = [(rows, task.test[:n][: config.answers]) for rows, task in zip(sets, tasks)]
     # mlx-lm prints warnings of its own; standard output is for the result.
-    with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as bar:
+    with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
         with memory_limit(profile.memory):
             measured = {
-                name: _measure_method(stock, profile, method, config, bar)
-                for name, method in methods.items()
+                method: _measure_method(stock, profile, served, config, progress)
+                for method, served in methods.items()
             }
             switches = measure_switch(stock, pack, config.runs)
-        quality = measure_quality(config.model, stock, methods, tests, bar) if tests else None
+        quality = _measure_quality(config, stock, methods, tests, progress) if tests else None
+    weights = (source / "config.json", *sorted(source.glob("model*.safetensors")))
     return {
         "format": FORMAT,
         "version": 1,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": _describe_model(name, source, stock, pack),
-        "pack": _describe_pack(pack),
-        "device": dataclasses.asdict(profile),
+        "model": {
+            "name": name,
+            "bits": stock.bits,
+            "group_size": (stock.config.get("quantization") or {}).get("group_size"),
+            "source_sha256": fingerprint([[file.name, hash_file(file)] for file in weights]),
+            "file_nbytes": stock.file_nbytes,
+            "weights_nbytes": stock.weights_nbytes,
+            "dtype": _dtype_name(stock.dtype),
+            "compute_dtype": _dtype_name(stock.compute_dtype),
+            "pack_was_made_for": pack.manifest.model,
+        },
+        "pack": {
+            "path": str(pack.path),
+            "manifest_sha256": hash_file(pack.path / MANIFEST),
+            "storage": pack.storage,
+            "nbytes": pack.nbytes,
+            "n_tasks": len(pack.tasks),
+        },
+        "device": {"name": device, **dict(profile)},
         "options": config.model_dump(mode="json"),
         "methods": measured,
         "switch": switches,
@@ -101,38 +127,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     }
 
 
-def _describe_model(name: str, source: Path, stock: StockModel, pack: Pack) -> dict[str, Any]:
-    """The base model as the user named it, and as it ran."""
-    quantization = stock.config.get("quantization") or {}
-    return {
-        "name": name,
-        "bits": stock.bits,
-        "group_size": quantization.get("group_size"),
-        "source_sha256": fingerprint(
-            [
-                [file.name, hash_file(file)]
-                for file in (source / "config.json", *sorted(source.glob("model*.safetensors")))
-            ]
-        ),
-        "file_nbytes": stock.file_nbytes,
-        "weights_nbytes": stock.weights_nbytes,
-        "dtype": _dtype(stock.dtype),
-        "compute_dtype": _dtype(stock.compute_dtype),
-        "pack_was_made_for": pack.manifest.model,
-    }
-
-
-def _describe_pack(pack: Pack) -> dict[str, Any]:
-    return {
-        "path": str(pack.path),
-        "manifest_sha256": hash_file(pack.path / MANIFEST),
-        "storage": pack.storage,
-        "nbytes": pack.nbytes,
-        "n_tasks": len(pack.tasks),
-    }
-
-
-def _dtype(dtype: mx.Dtype | None) -> str:
+def _dtype_name(dtype: mx.Dtype | None) -> str:
     return str(dtype).split(".")[-1]
 
 
@@ -153,14 +148,15 @@ def _load_methods(
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
-        # Before it was quantized: what an adapter stores in full is of that model.
+        # What an adapter stores in full is of the model before it was quantized.
         model = cache(partial(BaseModel, str(source), lazy=True))
-        own = BaseWeights(lambda path: model().weight(path))
-        found = gather(
-            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config, own)
+        weights = BaseWeights(lambda path: model().weight(path))
+        adapters = gather(
+            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config, weights)
             for task in packed
         )
-        served = {task: one.uniform(stock.dtype or mx.float16) for task, one in zip(packed, found)}
+        dtype = stock.dtype or mx.float16
+        served = {task: adapter.uniform(dtype) for task, adapter in zip(packed, adapters)}
         nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in served.values())
         methods["individual"] = BenchMethod(nbytes, [served])
     return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
@@ -168,22 +164,51 @@ def _load_methods(
 
 def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
     """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
-    most = stock.max_tokens
-    room = None if most is None else most - config.decode
-    wanted = config.contexts or CONTEXTS
-    fitting = tuple(n for n in wanted if room is None or n <= room)
-    if not fitting or (config.contexts and fitting != tuple(wanted)):
+    most, contexts = stock.max_tokens, config.contexts or CONTEXTS
+    if most is None:
+        return contexts
+    fitting = tuple(n for n in contexts if n <= most - config.decode)
+    if not fitting or (config.contexts and fitting != contexts):
         raise ConfigError(
-            f"contexts: found {', '.join(map(str, wanted))}, expected at most {room} tokens: the"
-            f" model has {most} positions, of which {config.decode} are generated (--decode)"
+            f"contexts: found {', '.join(map(str, contexts))}, expected at most"
+            f" {most - config.decode} tokens: the model has {most} positions, of which"
+            f" {config.decode} are generated (--decode)"
         )
     return fitting
 
 
-def _largest_adapter(method: BenchMethod) -> Adapter | None:
-    """The adapter with most bytes of those that serve tasks."""
+def _measure_method(
+    stock: StockModel,
+    profile: Profile,
+    method: BenchMethod,
+    config: PhoneConfig,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Speed at every context, and memory and storage against the profile's limits.
+
+    The largest adapter is attached. `rest` of memory is activations and logits as run here.
+    """
     (served,) = method.variants
-    return max((one for one in served.values() if one), key=_factor_nbytes, default=None)
+    adapter = max(filter(None, served.values()), key=_factor_nbytes, default=None)
+    stock.attach(adapter)
+    contexts = config.contexts or ()
+    progress.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
+    speeds, memory = [], []
+    for context in contexts:
+        times, grown = measure_speed(stock, context, config.decode, config.runs, progress)
+        parts = {"weights": stock.weights_nbytes, "adapter": _factor_nbytes(adapter), **grown}
+        peak = sum(parts.values())
+        speeds.append(times)
+        limits = _against_limit(peak, profile.memory)
+        memory.append({"context": context, **parts, "peak": peak, **limits})
+    stored = stock.file_nbytes + method.nbytes
+    return {
+        "nbytes": method.nbytes,
+        "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
+        "contexts": speeds,
+        "memory": memory,
+        "storage": {"nbytes": stored, **_against_limit(stored, profile.storage)},
+    }
 
 
 def _factor_nbytes(adapter: Adapter | None) -> int:
@@ -192,44 +217,41 @@ def _factor_nbytes(adapter: Adapter | None) -> int:
     return sum(lora.a.nbytes + lora.b.nbytes for lora in loras)
 
 
-def _measure_method(
-    stock: StockModel, profile: Profile, method: BenchMethod, config: PhoneConfig, bar: Progress
-) -> dict[str, Any]:
-    """Speed at every context, and memory and storage against the profile's limits."""
-    adapter, contexts = _largest_adapter(method), config.contexts
-    assert contexts
-    stock.attach(adapter)
-    bar.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
-    found = [measure_speed(stock, n, config.decode, config.runs, bar) for n in contexts]
-    fixed = {"weights": stock.weights_nbytes, "adapter": _factor_nbytes(adapter)}
-    stored = stock.file_nbytes + method.nbytes
-    return {
-        "nbytes": method.nbytes,
-        "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
-        "contexts": [times for times, _ in found],
-        "memory": [
-            {"context": times["context"], **_peak({**fixed, **grown}, profile)}
-            for times, grown in found
-        ],
-        "storage": {"nbytes": stored, **_against_limit(stored, profile.storage)},
-    }
-
-
 def _against_limit(nbytes: int, limit: int) -> dict[str, Any]:
     return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
 
 
-def _peak(parts: Mapping[str, int], profile: Profile) -> dict[str, Any]:
-    """Bytes on the device by part, and their sum; `rest` is activations and logits as run here."""
-    peak = sum(parts.values())
-    return {**parts, "peak": peak, **_against_limit(peak, profile.memory)}
+def _measure_quality(
+    config: PhoneConfig,
+    stock: StockModel,
+    methods: Mapping[str, BenchMethod],
+    tests: _Tests,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Losses, scores of answers and gains, on the quantized base and on a float base.
 
-
-def _load_tests(config: PhoneConfig, pack: Pack, stock: StockModel) -> list[HeldOutRows]:
-    """Held-out rows of every task that the pack serves; empty without `tasks`."""
-    if not config.tasks:
-        return []
-    n, answers = config.test_examples or None, config.answers
-    tasks = load_tasks(Path(config.tasks), pack.tasks)
-    encoded = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
-    return [HeldOutRows(one, task.test[:n][:answers]) for one, task in zip(encoded, tasks)]
+    Losses are means in nats per target token. `kept_gain` is what quantizing the base leaves of the
+    pack's gain.
+    """
+    base = BaseModel(config.model, dequantize=True)
+    runners: dict[str, tuple[BaseModel | StockModel, Runner]] = {
+        "device": (stock, stock), "float": (base, Engine(base))
+    }  # fmt: skip
+    losses: dict[str, dict[str, Any]] = {}
+    for where, (model, runner) in runners.items():
+        scorer = Scorer(runner, progress=progress)
+        losses[where] = bench_methods(scorer, methods, [rows for rows, _ in tests])
+        asked = [(answered, rows) for rows, answered in tests]
+        answers = answer_rows(model, methods, asked, progress)
+        for name, metrics in answer_metrics(answers, list(methods)).items():
+            losses[where][name]["metrics"] = metrics
+    gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
+    return {
+        **losses,
+        "float_weights": "dequantized" if stock.bits and base.path == stock.path else "original",
+        "float_dtype": _dtype_name(base.compute_dtype),
+        "gain": gain,
+        "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
+        "n_rows": [len(rows.examples) for rows, _ in tests],
+        "n_answers": [len(answered) for _, answered in tests],
+    }

@@ -1,21 +1,27 @@
-"""The options of the phone benchmark: type, default and range; help is in `cli/phone.py`."""
+"""What the phone benchmark measures: its options, and the limits of a device."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects, option
 
-__all__ = ["CONTEXTS", "PhoneConfig"]
+__all__ = ["CONTEXTS", "PhoneConfig", "Profile", "builtin_profiles", "find_profile"]
 
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
+_CONTEXTS = 'numbers of 1 or more, such as "128,512"'
+_BYTES, _SOURCE = 'bytes such as "4.2GB"', "where the figure is from, in words"
 
 
 class PhoneConfig(Checked):
-    """Options of the phone benchmark, see docs/how-to/ios.md.
+    """Options of the phone benchmark, see docs/how-to/ios.md; their help is in `cli/phone.py`.
 
     Raises:
         ConfigError: every value of another type, out of range or at odds with another, one line
@@ -30,31 +36,24 @@ class PhoneConfig(Checked):
     tasks: str | None = None
     test_examples: int = option(10, ge=0, expected="0 (all) or more")
     answers: int | None = option(None, ge=0)
-    contexts: tuple[int, ...] | None = option(
-        None, expected='numbers of 1 or more, such as "128,512"'
-    )
+    contexts: tuple[int, ...] | None = option(None, expected=_CONTEXTS)
     decode: int = option(32, ge=2)
     runs: int = option(3, ge=1)
 
     @field_validator("contexts", mode="before")
     @classmethod
-    def _numbers(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
-        """The list of the command line, "128,512"."""
+    def _contexts(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
+        """The list of the command line, "128,512"; no context is empty."""
         if isinstance(value, str):
             parts = value.split(",")
-            return tuple(int(one) if one.strip().isdecimal() else one for one in parts)
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("contexts")
-    @classmethod
-    def _above_zero(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            value = [int(part) if part.strip().isdecimal() else 0 for part in parts]
         if value is not None and min(value, default=0) < 1:
-            raise expects('numbers of 1 or more, such as "128,512"')
-        return value
+            raise expects(_CONTEXTS)
+        return value and tuple(value)
 
     @field_validator("bits")
     @classmethod
-    def _known(cls, bits: int | None) -> int | None:
+    def _bits(cls, bits: int | None) -> int | None:
         if bits not in (None, 4, 8):
             raise expects("4 or 8")
         return bits
@@ -67,3 +66,77 @@ class PhoneConfig(Checked):
         if n is not None and most and n > most:
             raise expects(f"0 to test_examples ({most})")
         return n
+
+
+def _nbytes(value: object) -> int:
+    nbytes = bytes_of(value)
+    if nbytes is None:
+        raise expects(_BYTES)
+    return nbytes
+
+
+_Bytes = Annotated[int, BeforeValidator(_nbytes), Field(json_schema_extra={"expected": _BYTES})]
+_Source = Annotated[str, Field(pattern=r"\S", json_schema_extra={"expected": _SOURCE})]
+
+
+class Profile(Checked):
+    """The limits of a device.
+
+    Attributes:
+        memory: bytes that one app may use.
+        memory_source: where that figure is from, in words.
+        storage: bytes that base model and pack may take together.
+        storage_source: where that figure is from, in words.
+    """
+
+    memory: _Bytes
+    memory_source: _Source
+    storage: _Bytes
+    storage_source: _Source
+
+
+class _Profiles(Checked):
+    """Names, and a profile below each."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Profile]
+
+
+def builtin_profiles() -> dict[str, Profile]:
+    """The profiles of `profiles.yaml`, by name."""
+    return _read(Path(__file__).with_name("profiles.yaml"))
+
+
+def find_profile(spec: str) -> tuple[str, Profile]:
+    """Find a built-in profile by its name, or read the one of a `.yaml` file; returns both.
+
+    Raises:
+        ConfigError: no such profile, or every problem of the file, one line each.
+    """
+    path = Path(os.path.expanduser(spec))
+    if path.suffix not in (".yaml", ".yml"):
+        profiles = builtin_profiles()
+        if spec not in profiles:
+            raise ConfigError(
+                f"device: {spec!r} is no profile; expected {', '.join(profiles)}, or a .yaml file"
+                " of the same form as d2c_mlx/phone/profiles.yaml"
+            )
+        return spec, profiles[spec]
+    if not path.is_file():
+        raise ConfigError(f"device: {path}: no such file; --device names a profile that exists")
+    profiles = _read(path)
+    if len(profiles) != 1:
+        raise ConfigError(
+            f"{path}: holds {len(profiles)} profiles ({', '.join(profiles)}), expected one"
+        )
+    return next(iter(profiles.items()))
+
+
+def _read(path: Path) -> dict[str, Profile]:
+    content = read_yaml(path)
+    if not content:
+        raise ConfigError(
+            f"{path}: expected NAME: and below it memory, memory_source, storage and storage_source"
+        )
+    profiles = _Profiles.read({str(name): entry for name, entry in content.items()}, str(path))
+    return profiles.model_extra or {}

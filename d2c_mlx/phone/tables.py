@@ -1,23 +1,62 @@
-"""A result of the phone benchmark as Markdown. Measures nothing."""
+"""A result of the phone benchmark: read from its file, and as Markdown."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from d2c_mlx.evaluate.metrics import METRIC_NAMES, METRICS
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.templates import markdown
 
-__all__ = ["render_phone"]
+__all__ = ["FORMAT", "read_phone", "render_phone"]
+
+FORMAT = "d2c-mlx-phone"
+_COMMAND = "d2c-mlx phone PACK --json"
 
 Json = dict[str, Any]
+
+
+def read_phone(path: Path, of: Path | None = None) -> Json:
+    """Read a result that `d2c-mlx phone --json` printed, to put it into a report.
+
+    Args:
+        path: file of the result.
+        of: directory of the pack that was measured; None takes the result of any pack.
+
+    Raises:
+        PackError: no such file, no result that can be shown, or one of another pack.
+    """
+    if not path.is_file():
+        raise PackError(f"{path}: no such file; write one with {_COMMAND} > {path}")
+    try:
+        result = json.loads(read_text(path))
+        if result["format"] != FORMAT:
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        raise PackError(f"{path}: no result of {_COMMAND}") from None
+    try:
+        render_phone(result)
+        measured, device = result["pack"]["manifest_sha256"], result["device"]["name"]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        part = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise PackError(f"{path}: not a whole result ({part}); write it again") from None
+    if of and measured != hash_file(of / "manifest.json"):
+        raise PackError(
+            f"{path}: it is of another pack than {of}; measure this one with d2c-mlx phone {of}"
+            f" --device {device} --json > {path}, or delete the file"
+        )
+    return result
 
 
 def render_phone(result: Json) -> str:
     """A result as Markdown: whether it fits, then speed, memory, change of adapter, quality.
 
     Args:
-        result: from `benchmark.bench_phone` or `result.read_phone`.
+        result: from `benchmark.bench_phone` or `read_phone`.
     """
     model, device = result["model"], result["device"]
     bits = f"{model['bits']} bit" if model["bits"] else "not quantized"
