@@ -97,117 +97,66 @@ def layout_problems(directory: Path, shown: Path | None = None) -> list[str]:
         directory: holds `adapters.safetensors` and `adapter_config.json`.
         shown: its path in messages; None is its own path.
     """
-    shown = shown or directory
     errors: list[InputError] = []
 
-    def header() -> dict[str, tuple[str, tuple[int, ...]]]:
+    def read_header() -> dict[str, tuple[str, tuple[int, ...]]]:
         with open_tensors(directory / WEIGHTS) as file:
             return file.header
 
-    config, tensors = collect(errors, lambda: read_config(directory)), collect(errors, header)
+    config, header = collect(errors, lambda: read_config(directory)), collect(errors, read_header)
     problems = [line for error in errors for line in error.problems]
-    if config is not None:
-        problems += [f"{shown / CONFIG}: {line}" for line in _config_problems(config)]
-    if tensors is not None:
-        problems += [f"{shown / WEIGHTS}: {line}" for line in _tensor_problems(tensors)]
-    if not problems and config is not None and tensors is not None:
-        shapes = {name: shape for name, (_, shape) in tensors.items()}
-        problems += [f"{shown}: {line}" for line in _disagreements(config, shapes)]
-    return problems
+    if config is None or header is None:
+        return problems
+    rules = _rules(config, header) if header else [(WEIGHTS, False, "holds no tensors")]
+    return [f"{(shown or directory) / file}: {line}" for file, good, line in rules if not good]
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    def positive(value: object) -> bool:
-        return type(value) is int and value > 0
-
-    def finite(value: object) -> bool:
-        return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-    kind, n_layers, parameters = map(
-        config.get, ("fine_tune_type", "num_layers", "lora_parameters")
-    )
-    problems = []
-    if kind != "lora":
-        problems.append(f"fine_tune_type is {kind!r}, expected 'lora'")
-    if not positive(n_layers):
-        problems.append(
-            f"num_layers is {n_layers!r}, expected the number of transformer blocks; mlx-swift"
-            " traps on -1 and adapts no block at 0"
-        )
-    if not isinstance(parameters, dict):
-        return [*problems, f"lora_parameters is {parameters!r}, expected an object"]
-    keys = parameters.get("keys")
-    good_keys = isinstance(keys, list) and keys and all(isinstance(k, str) and k for k in keys)
-    for name, good, expected in (
-        ("rank", positive(parameters.get("rank")), "a whole number above 0"),
-        ("scale", finite(parameters.get("scale")), "a number"),
-        ("dropout", finite(parameters.get("dropout")), "a number"),
-        ("keys", good_keys, "a list of module paths inside a block"),
-    ):
-        if not good:
-            value = parameters.get(name)
-            problems.append(f"lora_parameters.{name} is {value!r}, expected {expected}")
-    return problems
-
-
-def _tensor_problems(header: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
-    if not header:
-        return ["holds no tensors"]
-    outside = {name for name, (_, shape) in header.items()
-               if len(shape) != 2 or not _TENSOR.fullmatch(name)}  # fmt: skip
-    problems = []
-    if outside:
-        problems.append(
-            f"{len(outside)} tensors are no two-dimensional <...>.layers.<n>.<module>.lora_a or"
-            f" .lora_b (first: {min(outside)}); mlx-swift adapts linear modules inside transformer"
-            " blocks only"
-        )
+def _rules(
+    config: Mapping[str, Any], header: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> list[tuple[str, bool, str]]:
+    """The file that a rule is about, whether it is kept, and what is wrong if not."""
+    shapes = {name: shape for name, (_, shape) in header.items()}
+    places = {name: match for name in sorted(shapes)
+              if len(shapes[name]) == 2 and (match := _TENSOR.fullmatch(name))}  # fmt: skip
+    outside = shapes.keys() - places.keys()
+    modules = {name.rpartition(".")[0] for name in places}
+    half = [m for m in modules if not {f"{m}.lora_a", f"{m}.lora_b"} <= shapes.keys()]
     dtypes = sorted({dtype for dtype, _ in header.values()})
-    if len(dtypes) > 1 or dtypes[0] not in _FLOATS:
-        problems.append(
-            f"dtypes {', '.join(dtypes)}, expected one of {', '.join(_FLOATS)} for all tensors: the"
-            " base's activations'"
-        )
-    names = {name.rpartition(".")[0] for name in header.keys() - outside}
-    half = [name for name in names if not {f"{name}.lora_a", f"{name}.lora_b"} <= header.keys()]
-    if half:
-        problems.append(
-            f"{len(half)} modules have one factor of two (first: {min(half)}); no runtime would"
-            " notice"
-        )
-    return problems
-
-
-def _disagreements(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List what a config says and its tensors deny, both of them well formed."""
-    n_layers, keys = config["num_layers"], set(config["lora_parameters"]["keys"])
-    rank = config["lora_parameters"]["rank"]
-    parts = {name: match for name in sorted(shapes) if (match := _TENSOR.fullmatch(name))}
-    axis = {"lora_a": 1, "lora_b": 0}
-    problems = []
-    wrong = [name for name, match in parts.items() if shapes[name][axis[match["leaf"]]] != rank]
-    if wrong:
-        problems.append(
-            f"lora_parameters.rank is {rank}, but {wrong[0]} has shape {shapes[wrong[0]]};"
-            " expected lora_a (in, rank) and lora_b (rank, out), one rank for all modules"
-        )
-    used = {match["key"] for match in parts.values()}
-    for what, unmatched in (
-        ("lora_parameters.keys does not name", used - keys),
-        ("no tensor belongs to lora_parameters.keys", keys - used),
-    ):
-        if unmatched:
-            problems.append(
-                f"{what} {', '.join(sorted(unmatched))}; expected paths inside a block, such as"
-                " self_attn.q_proj, and each with tensors"
-            )
-    last = max(int(match["block"]) for match in parts.values())
-    if last >= n_layers:
-        problems.append(
-            f"num_layers is {n_layers}, but tensors belong to block {last}; expected the base"
-            " model's number of blocks"
-        )
-    blocks = sorted({match["blocks"] for match in parts.values()})
-    if len(blocks) > 1:
-        problems.append(f"blocks of {' and '.join(blocks)}; expected those of one model")
-    return problems
+    blocks = sorted({place["blocks"] for place in places.values()})
+    last = max((int(place["block"]) for place in places.values()), default=0)
+    inside = sorted({place["key"] for place in places.values()})
+    kind, n_layers = config.get("fine_tune_type"), config.get("num_layers")
+    stated = config.get("lora_parameters")
+    numbers: list[Any]
+    rank, keys, *numbers = (stated.get(name) if isinstance(stated, dict) else None
+                            for name in ("rank", "keys", "scale", "dropout"))  # fmt: skip
+    ranks = {name: shapes[name][place["leaf"] == "lora_a"] for name, place in places.items()}
+    wrong = next((name for name, r in ranks.items() if type(rank) is not int or r != rank), None)
+    listed = keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else []
+    return [
+        (CONFIG, kind == "lora", f"fine_tune_type is {kind!r}, expected 'lora'"),
+        (CONFIG, type(n_layers) is int and n_layers > last,
+         f"num_layers is {n_layers!r}, but tensors belong to block {last}; expected the base"
+         " model's number of blocks: mlx-swift traps on -1 and adapts no block at 0"),
+        (CONFIG, wrong is None,
+         f"lora_parameters.rank is {rank!r}, but {wrong} has shape {shapes.get(wrong or '')};"
+         " expected lora_a (in, rank) and lora_b (rank, out), one rank for all modules"),
+        (CONFIG, sorted(set(listed)) == inside,
+         f"lora_parameters.keys is {keys!r}, expected the paths inside a block that have tensors:"
+         f" {', '.join(inside)}"),
+        *((CONFIG, type(x) in (int, float) and math.isfinite(x),
+           f"lora_parameters.{name} is {x!r}, expected a number")
+          for name, x in zip(("scale", "dropout"), numbers)),
+        (WEIGHTS, not outside,
+         f"{len(outside)} tensors are no two-dimensional <...>.layers.<n>.<module>.lora_a or"
+         f" .lora_b (first: {min(outside, default=None)}); mlx-swift adapts linear modules inside"
+         " transformer blocks only"),
+        (WEIGHTS, len(dtypes) == 1 and dtypes[0] in _FLOATS,
+         f"dtypes {', '.join(dtypes)}, expected one of {', '.join(_FLOATS)} for all tensors: the"
+         " base's activations'"),
+        (WEIGHTS, not half,
+         f"{len(half)} modules have one factor of two (first: {min(half, default=None)}); no"
+         " runtime would notice"),
+        (WEIGHTS, len(blocks) < 2,
+         f"blocks of {' and '.join(blocks)}; expected those of one model"),
+    ]  # fmt: skip

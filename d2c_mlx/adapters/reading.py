@@ -6,7 +6,7 @@ module of its own: PEFT, MLX and GGUF. An AdapterBias is small enough to be read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from d2c_mlx.adapters.sources import ADAPTER_BIAS, Source
 from d2c_mlx.adapters.tensor_file import MLX_LAYOUT, PEFT_LAYOUT, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
-__all__ = ["left_in_file", "read_adapter", "read_adapters", "warn_of_other_base", "weights_file"]
+__all__ = ["left_in_file", "read_adapter", "read_adapters", "weights_file"]
 
 # Files of weights that are not read, and what to do.
 _OTHER_FILES = {
@@ -149,11 +149,12 @@ def read_adapters(
     config: Mapping[str, Any],
     is_base: Callable[[Path], bool] = lambda _: False,
     base: BaseWeights | None = None,
+    expected: Sequence[str] = (),
 ) -> list[Adapter]:
     """Read every adapter and check it against the base model; one at a time is in memory.
 
-    What is returned is `left_in_file`. Adapters whose configs name different base models get an
-    `InputWarning`.
+    What is returned is `left_in_file`. Adapters whose configs name different base models, or others
+    than are expected, get an `InputWarning`.
 
     Args:
         sources: what `find_adapters` found.
@@ -161,6 +162,7 @@ def read_adapters(
         config: the base model's config.json, see `read_adapter`.
         is_base: True for a directory with a copy of the base model.
         base: the base model's weights, see `read_peft`.
+        expected: names of the base model, as a pack has them.
 
     Raises:
         InputError: the problems of all adapters, one line each; one line for all those of another
@@ -177,38 +179,8 @@ def read_adapters(
             failed[source.name] = error
     if failed:
         raise AdapterError(_problems(adapters, failed))
-    _warn_of_bases(adapters, sources, is_base)
+    _warn_of_bases(adapters, sources, is_base, expected)
     return adapters
-
-
-def _problems(adapters: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
-    """One line for every other base model, with its adapters, and all other problems."""
-    fitting = {base_key(adapter.base) for adapter in adapters} - {None}
-    others: dict[str | None, list[str]] = {}
-    lines: list[str] = []
-    for name, error in failed.items():
-        if isinstance(error, OtherBaseError) and base_key(error.base) not in fitting:
-            others.setdefault(error.base, []).append(name)
-        else:
-            lines += error.problems
-    n = len(adapters) + len(failed)
-    if n == 1 or not others:
-        return [line for error in failed.values() for line in error.problems]
-    alone = "run them by themselves with it as --model, or leave them out (--skip-bad)"
-    for base, names in others.items():
-        remedy = "give it as --model" if base and len(names) == n else alone
-        lines.append(
-            f"adapters: {_few(names)} ({len(names)} of {n}) do not fit the base model and name"
-            f" {f'{base!r}' if base else 'none'}; {remedy}; first: {failed[names[0]].problems[0]}"
-        )
-    if adapters:
-        bases = sorted({repr(adapter.base) for adapter in adapters if adapter.base})
-        lines.append(
-            f"adapters: {_few([adapter.name for adapter in adapters])} ({len(adapters)} of {n}) fit"
-            f" the base model and name {', '.join(bases) or 'none'}; give these alone, or"
-            " --skip-bad"
-        )
-    return lines
 
 
 def left_in_file(adapter: Adapter, path: Path) -> Adapter:
@@ -227,55 +199,67 @@ def left_in_file(adapter: Adapter, path: Path) -> Adapter:
     return adapter
 
 
+def _problems(adapters: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
+    """One line for every other base model, with its adapters, and all other problems."""
+    fitting = {base_key(adapter.base) for adapter in adapters} - {None}
+    others: dict[str | None, list[str]] = {}
+    lines: list[str] = []
+    n = len(adapters) + len(failed)
+    for name, error in failed.items():
+        if n > 1 and isinstance(error, OtherBaseError) and base_key(error.base) not in fitting:
+            others.setdefault(error.base, []).append(name)
+        else:
+            lines += error.problems
+    alone = "run them by themselves with it as --model, or leave them out (--skip-bad)"
+    for base, names in others.items():
+        remedy = "give it as --model" if base and len(names) == n else alone
+        lines.append(
+            f"adapters: {_few(names)} ({len(names)} of {n}) do not fit the base model and name"
+            f" {f'{base!r}' if base else 'none'}; {remedy}; first: {failed[names[0]].problems[0]}"
+        )
+    if adapters and others:
+        bases = sorted({repr(adapter.base) for adapter in adapters if adapter.base})
+        lines.append(
+            f"adapters: {_few([adapter.name for adapter in adapters])} ({len(adapters)} of {n}) fit"
+            f" the base model and name {', '.join(bases) or 'none'}; give these alone, or"
+            " --skip-bad"
+        )
+    return lines
+
+
 def _warn_of_bases(
-    adapters: Sequence[Adapter], sources: Sequence[Source], is_base: Callable[[Path], bool]
+    adapters: Sequence[Adapter],
+    sources: Sequence[Source],
+    is_base: Callable[[Path], bool],
+    expected: Sequence[str],
 ) -> None:
-    """Warn if configs name several bases: shapes do not tell a base model from its fine-tunes."""
-    named: dict[str, list[str]] = {}
-    first: dict[str | None, str] = {}
+    """Warn if configs name other bases: shapes do not tell a base model from its fine-tunes."""
+    # Of one model in two precisions, such as 4 bit for training, the first name stands.
+    expected = list(dict.fromkeys(expected))
+    keys = {base_key(name): name for name in reversed(expected)}
+    groups: dict[str, list[str]] = {}
     for adapter in adapters:
         if adapter.base:
-            # Of one model in two precisions, such as 4 bit for training, the first name stands.
-            base = first.setdefault(base_key(adapter.base), adapter.base)
-            named.setdefault(base, []).append(adapter.name)
-    if len(named) > 1:
+            base = keys.setdefault(base_key(adapter.base), adapter.base)
+            groups.setdefault(base, []).append(adapter.name)
+    others = groups.keys() - set(expected)
+    if len(others) > (not expected):
         # A path says more than a name: mlx-lm trains on a local copy in float32, say.
-        copies = {source.name for source in sources if _states_copy(source, is_base)}
-        named = {base: names for base, names in named.items() if not set(names) <= copies}
-    if len(named) > 1:
+        copies = {
+            source.name
+            for source in sources
+            if (source.path / CONFIG).is_file()
+            and is_base(Path(stated_base(read_config(source.path))))
+        }
+        groups = {base: names for base, names in groups.items() if not set(names) <= copies}
+    if len(groups.keys() - set(expected)) > (not expected):
         # A local path and an id may be the same model, so it is no error.
-        listed = (f"{base!r} ({len(names)}: {_few(names)})" for base, names in named.items())
+        listed = (f"{base!r} ({len(names)}: {_few(names)})" for base, names in groups.items())
         warn(
-            f"adapters: found {len(named)} names of base models, expected one: {', '.join(listed)};"
-            " unless all are the same model, leave out what was trained on another"
+            f"adapters: found {len(groups)} names of base models, expected"
+            f" {' or '.join(map(repr, expected)) or 'one'}: {', '.join(listed)}; unless all are the"
+            " same model, leave out what was trained on another"
         )
-
-
-def warn_of_other_base(
-    adapter: Adapter, source: Source, names: Iterable[str], is_base: Callable[[Path], bool]
-) -> None:
-    """Warn if an adapter names another base model than the pack that it is added to.
-
-    Args:
-        adapter: what `read_adapters` read.
-        source: where it was read from.
-        names: of the base model, as the pack has them; none where that is not known.
-        is_base: see `read_adapters`.
-    """
-    bases = dict.fromkeys(names)
-    if not bases or not adapter.base or base_key(adapter.base) in map(base_key, bases):
-        return
-    if not _states_copy(source, is_base):
-        warn(
-            f"adapters: {adapter.name} names the base model {adapter.base!r}, the pack"
-            f" {' and '.join(map(repr, bases))}; unless all are the same model, leave it out"
-        )
-
-
-def _states_copy(source: Source, is_base: Callable[[Path], bool]) -> bool:
-    """True if a config names the base model by the path of a copy."""
-    there = (source.path / CONFIG).is_file()
-    return there and is_base(Path(stated_base(read_config(source.path))))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.adapter import Adapter, LoRA
 
 __all__ = ["closest_scale", "errors_and_kept", "gram", "similarity", "svd_features"]
 
@@ -38,33 +37,25 @@ def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.nda
             tiles = [range(n, min(n + at_once, len(here))) for n in range(0, len(here), at_once)]
             products = np.empty((len(here), len(here)))
             for k, rows in enumerate(tiles):
-                one = _stacked(adapters, path, [here[i] for i in rows])
+                a, b, starts = _stacked([adapters[here[i]].modules[path] for i in rows])
                 for columns in tiles[: k + 1]:
-                    other = one
+                    other = a, b, starts
                     if columns != rows:
-                        other = _stacked(adapters, path, [here[i] for i in columns])
-                    inner = (one.a.T @ other.a) * (one.b @ other.b.T)
-                    summed = np.add.reduceat(inner, one.starts, axis=0)
-                    found = np.add.reduceat(summed, other.starts, axis=1)
-                    products[np.ix_(rows, columns)] = found
-                    products[np.ix_(columns, rows)] = found.T
+                        other = _stacked([adapters[here[i]].modules[path] for i in columns])
+                    inner = (a.T @ other[0]) * (b @ other[1].T)
+                    summed = np.add.reduceat(inner, starts, axis=0)
+                    tile = np.add.reduceat(summed, other[2], axis=1)
+                    products[np.ix_(rows, columns)] = tile
+                    products[np.ix_(columns, rows)] = tile.T
             yield path, here, products
 
 
-@dataclass(frozen=True)
-class _Stack:
+def _stacked(loras: Sequence[LoRA]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors of a module of several adapters side by side, and where each begins."""
-
-    a: np.ndarray
-    b: np.ndarray
-    starts: np.ndarray
-
-
-def _stacked(adapters: Sequence[Adapter], path: str, some: Sequence[int]) -> _Stack:
-    factors = [adapters[i].modules[path].factors() for i in some]
+    factors = [lora.factors() for lora in loras]
     a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
     b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
-    return _Stack(a, b, np.cumsum([0, *(x.shape[1] for x, _ in factors)])[:-1])
+    return a, b, np.cumsum([0, *(x.shape[1] for x, _ in factors)])[:-1]
 
 
 def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, float]:
@@ -81,20 +72,18 @@ def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, fl
         and 1 for the bare base model; and the mean squared cosine, the share of the energy that is
         kept at whatever scale.
     """
-    wanted, found, both = {}, {}, {}
-    for path, here, products in _grams([adapter, stored] if stored else [adapter]):
-        if 0 in here:
-            wanted[path] = products[0, 0]
-        if 1 in here:
-            found[path] = products[-1, -1]
-        both[path] = products[0, 1] if len(here) == 2 else 0.0
-    mean = max(sum(wanted.values()) / len(wanted), 1e-30)
+    rows = []
+    for _, here, products in _grams([adapter, stored] if stored else [adapter]):
+        own = products[0, 0] if 0 in here else 0.0
+        other = products[-1, -1] if 1 in here else 0.0
+        rows.append((own, other, products[0, 1] if len(here) == 2 else 0.0))
+    n = len(adapter.modules)
+    mean = max(sum(own for own, _, _ in rows) / n, 1e-30)
     errors, kept = 0.0, 0.0
-    for path, product in both.items():
-        own, other = wanted.get(path, 0.0), found.get(path, 0.0)
+    for own, other, product in rows:
         errors += max(own - 2 * product + other, 0.0) / (own or mean)
         kept += product**2 / (own * other) if own and other else float(own == other == 0)
-    return errors / len(wanted), kept / len(both)
+    return errors / n, kept / len(rows)
 
 
 def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:

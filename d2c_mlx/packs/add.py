@@ -21,7 +21,7 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
-from d2c_mlx.adapters.reading import read_adapter, read_adapters, warn_of_other_base
+from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
@@ -102,9 +102,8 @@ def add_from_path(
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = BaseModel(str(before.base_directory(model)))
         own = BaseWeights(base.weight)
-        (new,) = read_adapters(sources, base.module_shapes, base.config, base=own)
-        is_base = partial(same_weights, base.path)
-        warn_of_other_base(new, sources[0], _base_names(before), is_base)
+        is_base, bases = partial(same_weights, base.path), _base_names(before)
+        (new,) = read_adapters(sources, base.module_shapes, base.config, is_base, own, bases)
         judge, system = None, None
         if tasks:
             if not (tasks / new.name).is_dir():

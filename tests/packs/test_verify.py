@@ -85,7 +85,7 @@ def test_what_we_save_obeys_every_rule(directory):
     [
         ({"fine_tune_type": ...}, "fine_tune_type is None, expected 'lora'"),
         ({"fine_tune_type": "dora"}, "fine_tune_type is 'dora'"),
-        ({"num_layers": -1}, "num_layers is -1, expected the number of transformer blocks"),
+        ({"num_layers": -1}, "num_layers is -1"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"num_layers": True}, "num_layers is True"),
         ({"num_layers": 1}, "num_layers is 1, but tensors belong to block 1"),
@@ -96,8 +96,11 @@ def test_what_we_save_obeys_every_rule(directory):
         ({"lora": {"dropout": ...}}, "lora_parameters.dropout is None"),
         ({"lora": {"keys": ...}}, "lora_parameters.keys is None"),
         ({"lora": {"keys": []}}, "lora_parameters.keys is []"),
-        ({"lora": {"keys": [*TARGETS, "mlp.up_proj"]}}, "keys mlp.up_proj; expected paths"),
-        ({"lora": {"keys": [TARGETS[0]]}}, "keys does not name self_attn.v_proj; expected paths"),
+        ({"lora": {"keys": [*TARGETS, "mlp.up_proj"]}}, ", 'mlp.up_proj'], expected"),
+        (
+            {"lora": {"keys": [TARGETS[0]]}},
+            "have tensors: self_attn.q_proj, self_attn.v_proj",
+        ),
     ],
 )
 def test_configs_that_break_a_rule(directory, fields, words):
@@ -108,12 +111,8 @@ def test_configs_that_break_a_rule(directory, fields, words):
 
 def test_short_names_match_nothing(directory):
     change_config(directory, lora={"keys": ["q_proj", "v_proj"]})
-    assert [line.split(str(directory))[1] for line in layout_problems(directory)] == [
-        ": lora_parameters.keys does not name self_attn.q_proj, self_attn.v_proj; expected paths"
-        " inside a block, such as self_attn.q_proj, and each with tensors",
-        ": no tensor belongs to lora_parameters.keys q_proj, v_proj; expected paths inside a block,"
-        " such as self_attn.q_proj, and each with tensors",
-    ]
+    (line,) = layout_problems(directory)
+    assert "lora_parameters.keys is ['q_proj', 'v_proj'], expected" in line
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,10 @@ def test_short_names_match_nothing(directory):
         (lambda t: rename(t, Q0, "model.embed_tokens"), "2 tensors are no two-dimensional"),
         (lambda t: rename(t, Q0, "lm_head"), "(first: lm_head.lora_a)"),
         (lambda t: t.update({f"{Q0}.m": np.ones(4, "f2")}), f"(first: {Q0}.m)"),
-        (lambda t: t.update({f"{Q0}.lora_a": np.ones((2, 4, 8), "f2")}), f"(first: {Q0}.lora_a)"),
+        (
+            lambda t: t.update({f"{Q0}.lora_a": np.ones((2, 4, 8), "f2")}),
+            f"(first: {Q0}.lora_a)",
+        ),
         (lambda t: t.update({f"{Q0}.lora_a": np.ones((32, 4), "f4")}), "dtypes F16, F32"),
         (lambda t: t.update({k: x.astype("f8") for k, x in t.items()}), "dtypes F64"),
         (lambda t: rename(t, Q0, f"language_{Q0}"), "blocks of language_model.layers and model."),
@@ -168,9 +170,9 @@ def test_a_plain_pack_is_always_checked(tmp_path, adapters):
     for check in (load_pack, verify):
         with pytest.raises(PackError) as caught:
             check(pack.path)
-        assert len(caught.value.problems) == 3
+        assert len(caught.value.problems) == 2
         assert "cluster-0/adapter_config.json: num_layers is -1" in caught.value.problems[0]
-        assert "cluster-1: lora_parameters.keys does not name" in caught.value.problems[1]
+        assert "cluster-1/adapter_config.json: lora_parameters.keys is" in caught.value.problems[1]
 
 
 def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, adapters):
@@ -214,7 +216,8 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
     with pytest.raises(PackError) as caught:
         verify(pack.path, "mlx-swift")
     lines = caught.value.problems
-    assert [line.split(": ")[0] for line in lines] == [f"{pack.path}/cluster-{k}" for k in (0, 1)]
+    where = [line.split(": ")[0] for line in lines]
+    assert where == [f"{pack.path}/cluster-{k}/adapter_config.json" for k in (0, 1)]
     assert all("num_layers is 1, but tensors belong to block 1" in line for line in lines)
 
 

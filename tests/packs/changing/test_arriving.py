@@ -174,8 +174,8 @@ def test_another_base_model_is_a_warning(whole, tmp_path, storage):
     with pytest.warns(InputWarning) as said:
         assert "other" in add("other", "tiny/llama-chat").pack.tasks
     assert [str(one.message) for one in said] == [
-        "adapters: other names the base model 'tiny/llama-chat', the pack 'm' and 'tiny/llama';"
-        " unless all are the same model, leave it out"
+        "adapters: found 1 names of base models, expected 'm' or 'tiny/llama': 'tiny/llama-chat'"
+        " (1: other); unless all are the same model, leave out what was trained on another"
     ]
 
 
