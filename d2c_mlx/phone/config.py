@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
-from d2c_mlx.utils.validation import Checked, expects, option
+from d2c_mlx.utils.validation import Checked, expects
 
 __all__ = ["CONTEXTS", "PhoneConfig", "Profile", "builtin_profiles", "find_profile"]
 
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
 _CONTEXTS = 'numbers of 1 or more, such as "128,512"'
-_BYTES, _SOURCE = 'bytes such as "4.2GB"', "where the figure is from, in words"
+_BYTES = 'bytes such as "4.2GB"'
 
 
 class PhoneConfig(Checked):
@@ -31,14 +32,14 @@ class PhoneConfig(Checked):
     pack: str
     device: str
     model: str | None = None
-    bits: int | None = option(None, expected="4 or 8")
+    bits: Literal[4, 8] | None = None
     adapters: str | None = None
     tasks: str | None = None
-    test_examples: int = option(10, ge=0, expected="0 (all) or more")
-    answers: int | None = option(None, ge=0)
-    contexts: tuple[int, ...] | None = option(None, expected=_CONTEXTS)
-    decode: int = option(32, ge=2)
-    runs: int = option(3, ge=1)
+    test_examples: int = Field(10, ge=0)
+    answers: int | None = Field(None, ge=0)
+    contexts: tuple[int, ...] | None = None
+    decode: int = Field(32, ge=2)
+    runs: int = Field(3, ge=1)
 
     @field_validator("contexts", mode="before")
     @classmethod
@@ -50,13 +51,6 @@ class PhoneConfig(Checked):
         if value is not None and min(value, default=0) < 1:
             raise expects(_CONTEXTS)
         return value and tuple(value)
-
-    @field_validator("bits")
-    @classmethod
-    def _bits(cls, bits: int | None) -> int | None:
-        if bits not in (None, 4, 8):
-            raise expects("4 or 8")
-        return bits
 
     @field_validator("answers")
     @classmethod
@@ -75,8 +69,8 @@ def _nbytes(value: object) -> int:
     return nbytes
 
 
-_Bytes = Annotated[int, BeforeValidator(_nbytes), Field(json_schema_extra={"expected": _BYTES})]
-_Source = Annotated[str, Field(pattern=r"\S", json_schema_extra={"expected": _SOURCE})]
+_Bytes = Annotated[int, BeforeValidator(_nbytes)]
+_Source = Annotated[str, Field(pattern=r"\S")]
 
 
 class Profile(Checked):
@@ -93,13 +87,6 @@ class Profile(Checked):
     memory_source: _Source
     storage: _Bytes
     storage_source: _Source
-
-
-class _Profiles(Checked):
-    """Names, and a profile below each."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Profile]
 
 
 def builtin_profiles() -> dict[str, Profile]:
@@ -138,5 +125,7 @@ def _read(path: Path) -> dict[str, Profile]:
         raise ConfigError(
             f"{path}: expected NAME: and below it memory, memory_source, storage and storage_source"
         )
-    profiles = _Profiles.read({str(name): entry for name, entry in content.items()}, str(path))
-    return profiles.model_extra or {}
+    profiles = gather(
+        partial(Profile.read, entry, f"{path}: {name}") for name, entry in content.items()
+    )
+    return dict(zip(map(str, content), profiles))

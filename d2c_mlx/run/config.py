@@ -50,9 +50,7 @@ class RunConfig(RunRules):
             another, one line each.
     """
 
-    adapters: str | tuple[str, ...] = option(
-        ..., expected="a list of strings", missing=NOT_GIVEN.format("adapters")
-    )
+    adapters: str | tuple[str, ...] = option(..., missing=NOT_GIVEN.format("adapters"))
     skip_bad: bool = False
     accept_dora: int | None = option(None, ge=1, le=_MOST_RANK)
     tasks: str | None = None
@@ -71,7 +69,7 @@ class RunConfig(RunRules):
     seed: int = option(0, ge=0, le=_MOST_SEED)
 
     probe_examples: int = option(10, ge=1)
-    test_examples: int = option(100, ge=0, expected="0 (all) or more")
+    test_examples: int = option(100, ge=0)
     baselines: tuple[str, ...] = option(BASELINES, choices=BASELINES)
 
     refine: bool = option(False, validate_default=True)

@@ -159,7 +159,7 @@ class ChatRequest(Request):
 class TextRequest(Request):
     """A request to `/v1/completions`."""
 
-    prompt: str = Field(min_length=1, json_schema_extra={"expected": "a string that is not empty"})
+    prompt: str = Field(min_length=1)
 
 
 def read_request(raw: bytes, chat: bool, vocabulary: int = 1 << 31) -> ChatRequest | TextRequest:
@@ -209,8 +209,8 @@ def read_fields(kind: type[T], body: dict[str, Any], **context: object) -> T:
     try:
         return kind.model_validate(body, context=context)
     except ValidationError as error:
-        first = problems_of(error, kind, body)[0]
-        raise RequestError(400, str(first), first.field) from None
+        field, line = next(iter(problems_of(error, kind, body).items()))
+        raise RequestError(400, line, field) from None
 
 
 def _same(value: object, harmless: object) -> bool:

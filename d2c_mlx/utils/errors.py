@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TypeVar
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "InputWarning",
     "ModelError",
     "PackError",
-    "Problem",
     "TaskError",
     "collect",
     "gather",
@@ -92,33 +90,6 @@ class PackError(InputError):
 
 class InputWarning(UserWarning):
     """A warning, in one line, about input that is probably wrong."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem of the input; `str` gives the line that an `InputError` takes.
-
-    Attributes:
-        field: option, key or dotted path of keys; "" for the input as a whole.
-        found: the value as text; "" if it is missing.
-        expected: words to follow "expected".
-        place: file that has the field; "" for the command line, or a call.
-        remedy: advice, where `expected` is not enough.
-        said: a sentence in place of `found` and `expected`.
-    """
-
-    field: str
-    found: str = ""
-    expected: str = ""
-    place: str = ""
-    remedy: str = ""
-    said: str = ""
-
-    def __str__(self) -> str:
-        found = f"found {self.found}" if self.found else "missing"
-        said = self.said or ", expected ".join(part for part in (found, self.expected) if part)
-        where = ": ".join(part for part in (self.place, self.field, said) if part)
-        return f"{where}; {self.remedy}" if self.remedy else where
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -21,7 +21,7 @@ def test_a_wrong_type_in_yaml(cli, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("seed: many\n")
     (line,) = cli.fails(path)
-    assert line == f"{path}: seed: found 'many', expected int"
+    assert line == f"{path}: seed: found 'many', input should be a valid integer"
 
 
 def test_a_key_that_is_given_twice(cli, tmp_path):

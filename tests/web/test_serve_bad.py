@@ -70,7 +70,7 @@ BAD = [
     (400, post(GOOD | {"temperature": -1}), "temperature"),
     (400, post(GOOD | {"temperature": "hot"}), "temperature"),
     (400, post(GOOD | {"seed": 1, "temperature": 1, "xtc_probability": 0.5}), "seed: XTC"),
-    (400, post(GOOD | {"n": 0}), "n: found 0, expected 1 to 16"),
+    (400, post(GOOD | {"n": 0}), "n: found 0, "),
     (400, post(GOOD | {"top_logprobs": 2}), "top_logprobs: needs logprobs true"),
     (400, post(GOOD | {"response_format": {"type": "xml"}}), "response_format: found"),
     (400, post(GOOD | {"response_format": {"type": "json_schema", "json_schema": {
