@@ -4,7 +4,7 @@ import pytest
 from helpers import ROOT
 
 from d2c_mlx.phone.config import builtin_profiles, find_profile
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 GOOD = "memory: 2.1GB\n  memory_source: measured\n  storage: 500MB\n  storage_source: store\n"
 
