@@ -34,9 +34,9 @@ def measure(config, directory):
     pack = verify(session.path("pack"))
     for to in FORMATS:
         export(pack, to, directory / f"{config.budget}-{to}", config.model)
-    each = {name: pack.load(name) for name in session.inputs.names}
+    each = {name: pack.load(name) for name in session.library.names}
     methods = {**ends(session), "pack": BenchMethod(pack.nbytes, [each])}
-    benched = bench_methods(session.scorer, methods, session.inputs.tests)
+    benched = bench_methods(session.library.scorer, methods, session.library.held_out)
     losses = {name: one["loss"] for name, one in benched.items()}
     return {
         "budget": config.budget, "nbytes": pack.nbytes, "seconds": seconds, "losses": losses,

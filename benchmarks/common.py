@@ -4,6 +4,7 @@ from pathlib import Path
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
@@ -31,13 +32,18 @@ def run(engine: Engine, pieces):
 
 def ends(session):
     """The base model and the individual adapters, by which `bench_methods` judges a method."""
-    names = session.inputs.names
+    names = session.library.names
     return {
         "base": BenchMethod(0, [dict.fromkeys(names)]),
-        "individual": BenchMethod(0, [dict(zip(names, session.adapters))]),
+        "individual": BenchMethod(0, [dict(zip(names, session.library.adapters))]),
     }
 
 
 def slug(case):
     """The name of a case in that of its directory."""
     return case.replace(":", "").replace(",", "").replace(" ", "-")
+
+
+def planner_of(session):
+    """The planner of a run's budget in bytes."""
+    return Planner(session.library, session.capacity, session.config.merging)

@@ -159,20 +159,19 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
         _foretell(checked, until)
         return
 
-    from d2c_mlx.run.config import stages_of
-    from d2c_mlx.run.directory import RunDirectory
+    from d2c_mlx.run.run import Run
 
-    directory = RunDirectory(Path(checked.output))
+    finished = Run(checked)
     # The pipeline asks this too, but takes seconds to import.
-    if not directory.is_finished(checked, stages_of(checked, until)):
+    if not finished.finished(until):
         from d2c_mlx.pipeline import run as run_pipeline
 
         run_pipeline(checked, until, quiet=not sys.stderr.isatty())
     if until in ("bench", "report"):
-        _show_result(directory.root, directory.read(
-            "bench.json" if checked.has_rows else "weights.json"))  # fmt: skip
+        bench = finished.read("bench.json" if checked.tasks else "weights.json")
+        _show_result(finished.output, bench)
     else:
-        say(f"{directory.root}: done until {until}")
+        say(f"{finished.output}: done until {until}")
 
 
 for _option in RUN_OPTIONS:
@@ -215,7 +214,7 @@ def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
             f"output: {saved.parent}: no run is there (config.yaml missing); give the directory of"
             " an earlier run, or CONFIG or --adapters to start one"
         )
-    return load_config(saved, given, saved=True)
+    return load_config(saved, given)
 
 
 def _show_result(output: Path, bench: dict[str, Any]) -> None:
@@ -240,7 +239,7 @@ def _foretell(config: RunConfig, until: str) -> None:
         say(f"{stage.name:<8} {work}")
     pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
     work = "No rows, so nothing is measured, which takes seconds"
-    if config.has_rows:
+    if config.tasks:
         work = (f"About {expected.evaluations:,} evaluations, {minutes(expected.seconds)} at"
                 f" {expected.tokens_per_second:,.0f} tokens/s here")  # fmt: skip
     say(f"{work}; the pack: {pack}, at most {expected.nbytes / 1e6:,.2f} MB in {config.output}."

@@ -23,10 +23,10 @@ from d2c_mlx.packs.overwrite import MARKER, read_marker, write_marker
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config, read_clusters
-from d2c_mlx.run.directory import RunDirectory
-from d2c_mlx.run.inputs import Inputs
+from d2c_mlx.run.inputs import Inputs, read_inputs
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_json, write_text
@@ -75,14 +75,14 @@ class Entry:
     config: RunConfig
 
     @property
-    def directory(self) -> RunDirectory:
-        """Its directory."""
-        return RunDirectory(Path(self.config.output))
+    def run(self) -> Run:
+        """The run, to look into."""
+        return Run(self.config)
 
     @property
     def finished(self) -> bool:
         """True if the run is done and its inputs did not change since."""
-        return self.directory.is_finished(self.config, stages_of(self.config))
+        return self.run.finished()
 
 
 class Comparison:
@@ -132,7 +132,7 @@ class Comparison:
         tried, made = set(), {f"{one.config.output}/clusters.json" for one in self.entries}
         for entry in self.left:
             # What cannot be loaded at a budget cannot with another method either.
-            key = entry.source, entry.config.budget
+            key = entry.source, entry.config.budget.text
             if key in tried and entry.source not in self._inputs:
                 continue
             tried.add(key)
@@ -140,14 +140,14 @@ class Comparison:
             file = entry.config.clusters
             # Clusters of another run of this comparison are not there yet.
             if inputs and file and file not in made:
-                names, k = inputs.names, inputs.capacity.n_clusters
+                names, k = inputs.library.names, inputs.capacity.n_clusters
                 collect(errors, partial(read_clusters, Path(file), names, k))
 
     def _inputs_of(self, entry: Entry) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
         if entry.source not in self._inputs:
             # Clusters of another run of this comparison are not there yet.
-            self._inputs[entry.source] = Inputs(entry.config.replace(clusters=None))
+            self._inputs[entry.source] = read_inputs(entry.config.replace(clusters=None))
         return self._inputs[entry.source].of(entry.config)
 
     def seconds(self) -> float:
@@ -193,10 +193,11 @@ class Comparison:
 
     def _measure(self, entry: Entry) -> dict[str, np.ndarray]:
         """Run an entry and measure its pack on single held-out rows -> `rows/<name>.json`."""
-        session = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
-        pack, tests = load_pack(session.path("pack")), session.inputs.tests
+        finished = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
+        pack, library = load_pack(finished.path("pack")), finished.library
+        tests = library.held_out
         serves = {test.task: pack.load(test.task) for test in tests}
-        found = row_losses(session.scorer, serves, tests)
+        found = row_losses(library.scorer, serves, tests)
         rows = {task: losses.tolist() for task, losses in found.items()}
         write_json(self._rows_file(entry), {"of": _measured(entry), "rows": rows})
         return found
@@ -251,7 +252,7 @@ def _entries(
             config = collect(errors, partial(load_config, path, given))
             if not config:
                 continue
-            if config.planned:
+            if config.budget.in_bytes:
                 problem = f"budgets: found {budget!r}, expected numbers of adapters to merge"
                 errors.append(ConfigError(problem))
                 break
@@ -276,19 +277,19 @@ def _entries(
 
 def _measured(entry: Entry) -> dict[str, Any]:
     """What the losses of rows depend on, as the run's bench names it."""
-    found = entry.directory.read("bench.json")["provenance"]
+    found = entry.run.read("bench.json")["provenance"]
     tests = {task: one["test"] for task, one in found["inputs"].items()}
     return {"pack": found["pack"]["manifest_sha256"], "base": found["base"], "tests": tests}
 
 
 def _row(entry: Entry, kind: str) -> dict[str, Any]:
     """A run in `compare.json`."""
-    directory = entry.directory
+    finished = entry.run
     return {
-        "name": entry.name, "config": entry.source, "budget": entry.config.budget,
+        "name": entry.name, "config": entry.source, "budget": entry.config.budget.text,
         "clusters": kind, "method": entry.config.merge_method,
-        "members": [one["members"] for one in directory.read("merges.json")],
-        **directory.read("bench.json")["methods"]["pack"],
+        "members": [one["members"] for one in finished.read("merges.json")],
+        **finished.read("bench.json")["methods"]["pack"],
     }  # fmt: skip
 
 

@@ -14,13 +14,14 @@ from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
 from d2c_mlx.cluster.search import MOST_FAILED
 from d2c_mlx.evaluate.answers import max_answer_tokens
+from d2c_mlx.merge.library import Library
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.make_rows import AT_ONCE
-from d2c_mlx.pipeline import STAGES, settled_stages
+from d2c_mlx.pipeline import STAGES
 from d2c_mlx.refine.refine import RefineOptions
 from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.run import Run
 
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
@@ -88,35 +89,35 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     Raises:
         InputError: bad input, all problems at once.
     """
-    session = Session(config, quiet=True, inputs=inputs)
-    names, inputs = settled_stages(session, until), session.inputs
-    rate, done, stages = _rate(inputs), True, []
-    for name in names:
-        # Every stage after one that is not done is to do.
-        done = done and session.done(STAGES[name](session))
-        asked = session.config.has_rows and not done and name in _WORK
+    run = Run(config, inputs=inputs, dry=True)
+    inputs = run.inputs
+    library, rate, stages = inputs.library, _rate(inputs.library), []
+    for name in run.stages(until):
+        library = STAGES[name](run, library)
+        asked = library.tasks and name in run.left and name in _WORK
         work = round(_WORK[name](inputs)) if asked else 0
-        stages.append(StageForecast(name, done, work, work / rate if work else 0.0))
+        seconds = work / rate if work else 0.0
+        stages.append(StageForecast(name, name not in run.left, work, seconds))
     n_tokens = sum(one.tokens for one in stages)
-    evaluations = n_tokens * len(inputs.names) / max(1, _probe_tokens(inputs))
+    evaluations = n_tokens * len(library.names) / max(1, _probe_tokens(inputs))
     capacity = inputs.capacity
-    slots = None if session.planned else capacity.n_clusters
+    slots = None if run.planned else capacity.n_clusters
     # Merges of a higher rank than the adapters' may take more than all of them.
     nbytes = capacity.max_bytes or (slots or 0) * capacity.largest
-    if capacity.max_bytes or slots == len(inputs.names):
+    if capacity.max_bytes or slots == len(library.names):
         nbytes = min(nbytes, capacity.total)
     return Forecast(stages, round(evaluations), nbytes, slots, rate)
 
 
-def _rate(inputs: Inputs) -> float:
+def _rate(library: Library) -> float:
     """Tokens per second of the base model on the first sets, for at least a second."""
-    sets: list[ExampleSet] = [part for one in inputs.probes for part in one.parts]
+    sets: list[ExampleSet] = [part for rows in library.calibration for part in rows.parts]
     if not sets:
         return 0.0
-    list(inputs.engine.run([(None, sets[0])]))  # the first pass prepares kernels
+    list(library.scorer.engine.run([(None, sets[0])]))  # the first pass prepares kernels
     done, started = 0, time.perf_counter()
     for i in range(0, len(sets), 4):
-        list(inputs.engine.run([(None, one) for one in sets[i : i + 4]]))
+        list(library.scorer.engine.run([(None, one) for one in sets[i : i + 4]]))
         done += sum(one.n_tokens for one in sets[i : i + 4])
         if time.perf_counter() - started > 1:
             break
@@ -124,11 +125,12 @@ def _rate(inputs: Inputs) -> float:
 
 
 def _probe_tokens(inputs: Inputs) -> int:
-    return sum(one.n_tokens for one in inputs.probes)
+    return sum(rows.n_tokens for rows in inputs.library.calibration)
 
 
 def _answer(inputs: Inputs) -> float:
-    batches = sum(-(-len(rows) // AT_ONCE) for rows in inputs.asked.prompts.values())
+    asked = [rows for task in inputs.prompts.values() for rows in (task.prompts, task.test_prompts)]
+    batches = sum(-(-len(rows) // AT_ONCE) for rows in asked)
     return float(_STEP_TOKENS * _OWN_STEPS * batches)
 
 
@@ -142,7 +144,11 @@ def _plan(inputs: Inputs) -> float:
 
 def _cluster(inputs: Inputs) -> float:
     passes = _PAPER if inputs.config.search == "paper" else 2 + MOST_FAILED
-    return passes * _probe_tokens(inputs) if inputs.capacity.n_clusters < len(inputs.names) else 0.0
+    return (
+        passes * _probe_tokens(inputs)
+        if inputs.capacity.n_clusters < len(inputs.library.names)
+        else 0.0
+    )
 
 
 def _merge(inputs: Inputs) -> float:
@@ -152,38 +158,28 @@ def _merge(inputs: Inputs) -> float:
 
 def _merging(inputs: Inputs, partitions: Iterable[Sequence[Members]]) -> float:
     """Tokens of the layer-wise merges of some partitions; each cluster is merged once."""
-    more = _prompts_beside(inputs)
-    tokens = [one.n_tokens * (1 + more.get(one.task, 0) / len(one.examples))
-              for one in inputs.probes]  # fmt: skip
+    tokens = [task.calibration_and_extra.n_tokens for task in inputs.library.tasks]
     clusters = {members for groups in partitions for members in groups if len(members) > 1}
     return _LAYERWISE * float(sum(tokens[i] for members in clusters for i in members))
 
 
-def _prompts_beside(inputs: Inputs) -> dict[str, int]:
-    """Task -> prompts beside its rows, whose answers count as long as those."""
-    beside = inputs.config.unlabelled and inputs.config.tasks
-    return {name: len(rows) for name, rows in inputs.asked.prompts.items()} if beside else {}
-
-
 def _about_equal(inputs: Inputs) -> list[Members]:
-    n, k = len(inputs.names), inputs.capacity.n_clusters
+    n, k = len(inputs.library.names), inputs.capacity.n_clusters
     return groups_of([i * k // n for i in range(n)])
 
 
 def _refine(inputs: Inputs) -> float:
-    c, n, more = inputs.config, RefineOptions.rows, _prompts_beside(inputs)
-
-    def rows(one: ExampleSet) -> int:
-        """Rows of a task in a step, and as many answers."""
-        return min(n, len(one.examples)) + min(n, more.get(one.task, 0))
-
-    step = sum(rows(one) * one.n_tokens / len(one.examples) for one in inputs.probes)
-    return _STEP * RefineOptions.steps * step if c.refine else 0.0
+    """Each step runs some rows of a task, and as many answers to prompts."""
+    step = 0.0
+    for task in inputs.library.tasks:
+        for rows in filter(None, (task.calibration, task.extra)):
+            step += min(RefineOptions.rows, len(rows.examples)) * rows.n_tokens / len(rows.examples)
+    return _STEP * RefineOptions.steps * step
 
 
 def _bench(inputs: Inputs) -> float:
-    c, tests = inputs.config, [one.n_tokens for one in inputs.tests]
-    partitions = [] if c.planned else _baselines(inputs)
+    c, tests = inputs.config, [rows.n_tokens for rows in inputs.library.held_out]
+    partitions = [] if c.budget.in_bytes else _baselines(inputs)
     served = {members for groups in partitions for members in groups}
     # Base, adapters and pack; what is merged or served twice is measured once.
     held_out = (3 + c.refine) * sum(tests) + sum(tests[i] for members in served for i in members)
@@ -191,7 +187,7 @@ def _bench(inputs: Inputs) -> float:
 
 
 def _baselines(inputs: Inputs) -> list[list[Members]]:
-    c, n, k = inputs.config, len(inputs.names), inputs.capacity.n_clusters
+    c, n, k = inputs.config, len(inputs.library.names), inputs.capacity.n_clusters
     found = {
         "kmeans": [_about_equal(inputs)],
         "random": [random_partition(n, k, c.seed + i).groups for i in range(RANDOM_PARTITIONS)],
@@ -205,7 +201,7 @@ def _answer_steps(inputs: Inputs) -> int:
 
     The base model, which knows no end, is cut; adapters end where the rows do.
     """
-    asked = [one.examples[:ANSWERED_ROWS] for one in inputs.tests]
+    asked = [one.examples[:ANSWERED_ROWS] for one in inputs.library.held_out]
     longest = [max((row.n_targets for row in rows), default=0) for rows in asked]
     base = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
     return 2 * sum(longest) + base

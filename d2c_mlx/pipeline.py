@@ -3,19 +3,20 @@
     convert -> probe -> cluster -> merge (-> refine) -> pack -> bench -> report
     convert -> probe -> plan             (-> refine) -> pack -> bench -> report    (budget in bytes)
 
-Where there are prompts, adapters `answer` them before `probe`. Without rows `probe` is left out,
+Where rows lack an answer, their adapters `answer` before `probe`. Without rows `probe` is left out,
 weights alone decide, and `bench` compares weights.
 
-Each stage reads artifacts of the run directory and writes its own; a stage whose inputs did not
-change is not repeated.
+A stage is a function of the run and the library; it returns the library as later stages see it. It
+reads artifacts of the run directory and writes its own, unless they are there already.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+
+import yaml
 
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.estimates import STRENGTHS
@@ -27,33 +28,34 @@ from d2c_mlx.cluster.partition import (
     random_partition,
 )
 from d2c_mlx.cluster.search import cluster_by_weights, search_by_estimates
+from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.distributed import leading_rank
-from d2c_mlx.merge.library import measure_losses
+from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
-from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
+from d2c_mlx.merge.merging import problem_of, quick_method_of
+from d2c_mlx.models.make_rows import answer_prompts
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.bench_stage import clusterings, compare_losses, compare_weights
-from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig, stages_of
-from d2c_mlx.run.directory import changed_options, without_plan
-from d2c_mlx.run.inputs import Inputs, opening
-from d2c_mlx.run.pack_stage import pack_info, pack_merges, pack_plan
-from d2c_mlx.run.records import check_pack, expect_pack, peaks
-from d2c_mlx.run.refine_stage import refine_inputs, refine_merges, refine_plan
-from d2c_mlx.run.session import Session, Stage
+from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unused
+from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
+from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
+from d2c_mlx.run.overwrite import mark_run
+from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan
+from d2c_mlx.run.refining import refine_key, refine_merges, refine_plan
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
-from d2c_mlx.utils.files import write_dir, write_json, write_text
+from d2c_mlx.utils.files import remove_dir, write_dir, write_json, write_text
 from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.progress import say
 
-__all__ = ["STAGES", "run", "settled_stages"]
+__all__ = ["STAGES", "run"]
 
 
 def run(
     config: RunConfig, until: str = "report", quiet: bool = False, inputs: Inputs | None = None
-) -> Session:
+) -> Run:
     """Run every stage up to and including `until`; what is already done is kept.
 
     Like make, a stage first runs the stages before it that are not done. So no stage can fail for
@@ -64,266 +66,264 @@ def run(
         config: options of the run.
         until: a key of `STAGES`.
         quiet: show no progress.
-        inputs: loaded for these options already, as several runs share them; None loads them.
+        inputs: read for these options already, as several runs share them; None reads them.
 
     Returns:
-        The session, through which artifacts are read.
+        The run, through which artifacts are read.
 
     Raises:
         InputError: bad input, all problems at once; nothing is written.
         D2CError: a stage failed, or another process is at work in the run directory.
     """
     with leading_rank() as group:
-        session = Session(config, quiet, group, inputs)
-        if session.directory.is_finished(config, stages_of(config, until)):
-            return session
-        session.load()
-        for changed in changed_options(config):
-            say(f"the pack in {session.output} will be replaced: {changed}", quiet)
-        say(opening(session.inputs), quiet)
-        wanted = settled_stages(session, until)
-        with locked(session.output):
-            if "pack" in wanted:
-                check_pack(session.output)
-            session.keep_options()
-            for name in wanted:
-                session.run(STAGES[name](session))
-            done = stages_of(config, until)
-            session.directory.remember_finish(config, done, session.copies)
-    return session
+        run = Run(config, quiet, group, inputs)
+        if run.finished(until):
+            return run
+        library, stages = run.inputs.library, run.stages(until)
+        for changed in run.changed_options():
+            say(f"the pack in {run.output} will be replaced: {changed}", quiet)
+        say(opening(run.inputs), quiet)
+        with locked(run.output):
+            if "pack" in stages:
+                run.check_pack()
+            mark_run(run.output)
+            options = yaml.safe_dump(run.saved_options(), sort_keys=False)
+            write_text(run.path("config.yaml"), options)
+            for stage in stages:
+                library = STAGES[stage](run, library)
+            run.remember(until)
+    return run
 
 
-def settled_stages(session: Session, until: str) -> list[str]:
-    """The stages up to `until`; a budget with room for all adapters is not planned but copied."""
-    stages = stages_of(session.config, until)
-    return without_plan(stages) if session.copies else stages
-
-
-def convert(session: Session) -> Stage:
+def convert(run: Run, library: Library) -> Library:
     """Write the input adapters in mlx-lm's layout, exactly -> `adapters/<name>/`."""
-    inputs = session.inputs
-
-    def body() -> None:
-        with write_dir(session.path("adapters")) as directory:
-            for adapter in inputs.adapters:
-                adapter.save(directory / adapter.name, inputs.base.n_layers)
-            mark(directory, "run")
-
-    options = [[adapter.name, adapter.base, adapter.digest] for adapter in inputs.adapters]
-    return Stage("convert", options, [], ["adapters"], body)
+    key = [[adapter.name, adapter.base, adapter.digest] for adapter in library.adapters]
+    with run.stage("convert", key=key, writes=["adapters"]) as todo:
+        if todo:
+            with write_dir(run.path("adapters")) as directory:
+                for adapter in library.adapters:
+                    adapter.save(directory / adapter.name, library.base.n_layers)
+                mark(directory, "run")
+    return library if run.left else converted(library, run.path("adapters"))
 
 
-def answer(session: Session) -> Stage:
-    """Let task adapters answer prompts -> `answered/`: the rows of the run, or more of them."""
-    inputs = session.inputs
+def answer(run: Run, library: Library) -> Library:
+    """Let adapters answer the prompts among their rows -> `answered/<task>/`."""
+    base, prompts = library.base, [rows for rows in run.inputs.prompts.values()]
+    asked = [[rows.name, rows.prompts, rows.test_prompts] for rows in prompts]
+    key = [base.fingerprint, asked, *base.generation]
+    with run.stage("answer", key=key, reads=["adapters"], writes=["answered"]) as todo:
+        if todo:
+            adapters = [library.adapters[library.names.index(rows.name)] for rows in prompts]
+            with write_dir(run.path("answered")) as directory:
+                answer_prompts(base, adapters, prompts, directory)
+                mark(directory, "run")
+    return library if run.left else answered(library, run.path("answered"))
 
-    def body() -> None:
-        inputs.asked.write(inputs.base, session.adapters, partial(mark, kind="run"))
-        inputs.take_answers()
 
-    options = [inputs.base.fingerprint, inputs.asked.prompts, *inputs.base.generation]
-    return Stage("answer", options, ["adapters"], ["answered"], body)
-
-
-def probe(session: Session) -> Stage:
+def probe(run: Run, library: Library) -> Library:
     """Measure each task's adapter, at a few strengths, on its calibration rows -> `losses.json`."""
-    inputs = session.inputs
-
-    def body() -> None:
-        table = measure_losses(session.library)
-        # For the report; four digits, so that no machine's rounding shows.
-        cosines = session.library.similarity.round(4).tolist()
-        write_json(session.path("losses.json"), {**table.to_json(), "similarity": cosines})
-        vars(session).pop("library")  # It has no losses yet.
-
-    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.probes], STRENGTHS]
-    return Stage("probe", options, ["adapters"], ["losses.json"], body)
+    key = [library.base.fingerprint, [rows.digest for rows in library.calibration], STRENGTHS]
+    with run.stage("probe", key=key, reads=["adapters"], writes=["losses.json"]) as todo:
+        if todo:
+            table = measure_losses(library)
+            # For the report; four digits, so that no machine's rounding shows.
+            cosines = library.similarity.round(4).tolist()
+            write_json(run.path("losses.json"), {**table.to_json(), "similarity": cosines})
+    return library if run.left else measured(library, run.path("losses.json"))
 
 
-def plan(session: Session) -> Stage:
+def plan(run: Run, library: Library) -> Library:
     """Plan a budget in bytes: which adapters and merges, at which bits -> `plan.json`, `planned/`.
 
     The chosen adapters are kept in their stored form, so that `pack` rounds nothing again.
     """
-    c, inputs = session.config, session.inputs
-
-    def body() -> None:
-        found = session.planner.search()
-        with write_dir(session.path("planned")) as directory:
-            inputs.capacity.storage.write(directory, found.adapters)
-            mark(directory, "run")
-        write_json(session.path("plan.json"), found.content)
-
-    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], _merge_options(c),
-               inputs.capacity.max_bytes, c.format]  # fmt: skip
-    return Stage("plan", options, ["adapters", *_losses(c)], ["plan.json", "planned"], body)
+    key = [*_rows(library), _merge_options(run.config), run.capacity.max_bytes, run.config.format]
+    reads, writes = ["adapters", *_losses(library)], ["plan.json", "planned"]
+    with run.stage("plan", key=key, reads=reads, writes=writes) as todo:
+        if todo:
+            chosen = Planner(library, run.capacity, run.config.merging).search()
+            with write_dir(run.path("planned")) as directory:
+                run.capacity.storage.write(directory, chosen.adapters)
+                mark(directory, "run")
+            write_json(run.path("plan.json"), chosen.content)
+    return library
 
 
-def cluster(session: Session) -> Stage:
+def cluster(run: Run, library: Library) -> Library:
     """Choose which adapters to merge, by D2C and by the baselines -> `clusters.json`."""
-    c, inputs = session.config, session.inputs
-    k, n = inputs.capacity.n_clusters, len(inputs.names)
+    c, k, n = run.config, run.capacity.n_clusters, len(library.names)
     if k == n > 1:
         warn(
-            f"budget: {c.budget} has room for all adapters ({n}), so none has to be merged; give"
-            " less for a smaller pack"
+            f"budget: {c.budget.text} has room for all adapters ({n}), so none has to be merged;"
+            " give less for a smaller pack"
         )
-
-    given = inputs.clusters
+    given = run.inputs.clusters
     plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
-
-    def body() -> None:
-        problem = problem_of(session.library, c.merging)
+    # Merge methods that cluster alike share one clustering, so it is not made again.
+    quick = quick_method_of(library, c.merging)
+    key = [*_rows(library), k, _merge_options(c, quick), c.search]
+    key += [given] if given else [plugin.identity] if plugin else []
+    reads = ["adapters", *_losses(library)]
+    with run.stage("cluster", key=key, reads=reads, writes=["clusters.json"]) as todo:
+        if not todo:
+            return library
+        problem = problem_of(library, c.merging)
         labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
         if labels:
-            stopped = c.search if plugin else "given"
-            regret = measured_regret(problem, labels) if c.has_rows else None
-            found = Clusters("d2c", labels, regret, stopped=stopped)
-        elif not c.has_rows:
-            found = cluster_by_weights(problem, k)
+            regret = measured_regret(problem, labels) if library.tasks else None
+            best = Clusters("d2c", labels, regret, stopped=c.search if plugin else "given")
+        elif not library.tasks:
+            best = cluster_by_weights(problem, k)
         elif c.search == "estimates":
-            found = search_by_estimates(problem, k, c.seed)
+            best = search_by_estimates(problem, k, c.seed)
         else:
-            found = d2c(problem, k, seed=c.seed)
+            best = d2c(problem, k, seed=c.seed)
         methods = {
-            "d2c": [found],
+            "d2c": [best],
             "kmeans": [kmeans(problem.features, k, c.seed)],
             # One random partition may be lucky: `bench` reports the mean over several.
             "random": [random_partition(n, k, c.seed + i) for i in range(RANDOM_PARTITIONS)],
             "merge-all": [merge_all(n)],
         }
         content = {
-            "adapters": inputs.names,
+            "adapters": library.names,
             "n_clusters": k,
             "methods": {
-                name: [dataclasses.asdict(clustering) for clustering in clusterings]
-                for name, clusterings in methods.items()
+                name: [dataclasses.asdict(partition) for partition in partitions]
+                for name, partitions in methods.items()
             },
         }
-        write_json(session.path("clusters.json"), content)
-
-    # Merge methods that cluster alike share one clustering, so it is not made again.
-    quick = quick_method_of(session.library, c.merging)
-    options = [inputs.base.fingerprint, [p.digest for p in inputs.probes], k,
-               _merge_options(c, quick), c.search]  # fmt: skip
-    options += [given] if given else [plugin.identity] if plugin else []
-    return Stage("cluster", options, ["adapters", *_losses(c)], ["clusters.json"], body)
+        write_json(run.path("clusters.json"), content)
+    return library
 
 
-def merge(session: Session) -> Stage:
+def merge(run: Run, library: Library) -> Library:
     """Merge each D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
-    inputs, options = session.inputs, session.config.merging
-
-    def body() -> None:
-        (clustering,) = clusterings(session)["d2c"]
-        if "layerwise" in session.unused:
+    options, key = run.config.merging, [library.base.fingerprint, _merge_options(run.config)]
+    reads = ["adapters", *_losses(library), *_answers(library), "clusters.json"]
+    with run.stage("merge", key=key, reads=reads, writes=["merged", "merges.json"]) as todo:
+        if not todo:
+            return library
+        if unused(run, library):
             warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
-                f" are merged by {method_of(session.library, options)} instead of layerwise"
+                " are merged by regmean++ instead of layerwise"
             )
+        (clustering,) = clusterings(run)["d2c"]
         merges = []
-        with write_dir(session.path("merged")) as directory:
+        with write_dir(run.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
-                merged = merge_members(session.library, members, options)
-                merged.adapter.save(directory / str(k), inputs.base.n_layers)
-                names = [inputs.names[i] for i in members]
+                merged = merge_members(library, members, options)
+                merged.adapter.save(directory / str(k), library.base.n_layers)
+                names = [library.names[i] for i in members]
                 merges.append({"members": names, "method": merged.method, "scale": merged.scale})
             mark(directory, "run")
-        write_json(session.path("merges.json"), merges)
-
-    key = [inputs.base.fingerprint, _merge_options(session.config)]
-    reads = ["adapters", *_losses(session.config), *_answers(session.config), "clusters.json"]
-    return Stage("merge", key, reads, ["merged", "merges.json"], body)
+        write_json(run.path("merges.json"), merges)
+    return library
 
 
-def refine(session: Session) -> Stage:
-    """Train what was merged or planned to match its members, if asked for -> `refined/`."""
-    planned = session.planned
-    body = partial(refine_plan if planned else refine_merges, session)
-    reads = ["plan.json", "planned"] if planned else ["merged", "merges.json"]
-    return Stage("refine", refine_inputs(session), ["adapters", "losses.json", *reads],
-                 ["refined", "refines.json"], body, leftovers=["refining"])  # fmt: skip
+def refine(run: Run, library: Library) -> Library:
+    """Train what was merged or planned to match its members -> `refined/`."""
+    train = refine_plan if run.planned else refine_merges
+    reads = ["adapters", "losses.json", *_chosen(run)]
+    with run.stage("refine", key=refine_key(run.config, library), reads=reads,
+                   writes=["refined", "refines.json"]) as todo:  # fmt: skip
+        if todo:
+            train(run, library)
+    # Only after the stage is recorded: a half-removed directory would be taken for done.
+    if not run.dry:
+        remove_dir(run.path("refining"))
+    return library
 
 
-def pack(session: Session) -> Stage:
+def pack(run: Run, library: Library) -> Library:
     """Write the pack within the budget, merges in 16 bit or as planned -> `pack/`."""
-    info, made = pack_info(session.inputs), "planned" if session.planned else "merged"
-    source = "refined" if session.config.refine else made
+    about = manifest_of(run.inputs)
+    source = "refined" if run.config.refine else "planned" if run.planned else "merged"
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
         for name in ("report.md", "report.html", "bench.json", "weights.json"):
-            session.path(name).unlink(missing_ok=True)
-        expect_pack(session.output, directory)
+            run.path(name).unlink(missing_ok=True)
+        run.expect_pack(directory)
 
-    write = pack_plan if session.planned else pack_merges
-    reads = [source, "plan.json" if session.planned else "merges.json"]
-    body = partial(write, session, source, info, ready)
-    options = [info.model, info.config_hash, info.weights_hash, info.budget,
-               session.inputs.capacity.total, info.origins, info.systems]  # fmt: skip
-    return Stage("pack", options, reads, ["pack"], body)
+    key = [about.model, about.config_hash, about.weights_hash, about.budget, run.capacity.total,
+           about.origins, about.systems]  # fmt: skip
+    reads = [source, "plan.json" if run.planned else "merges.json"]
+    with run.stage("pack", key=key, reads=reads, writes=["pack"]) as todo:
+        if todo:
+            (pack_plan if run.planned else pack_merges)(run, source, about, ready)
+    return library
 
 
-def bench(session: Session) -> Stage:
+def bench(run: Run, library: Library) -> Library:
     """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
-    c, inputs = session.config, session.inputs
-    name, compare = (
-        ("bench.json", compare_losses) if c.has_rows else ("weights.json", compare_weights)
-    )
+    c, base = run.config, library.base
+    if not library.tasks:
+        with run.stage("bench", key=base.fingerprint, reads=["adapters", "pack"],
+                       writes=["weights.json"]) as todo:  # fmt: skip
+            if todo:
+                write_json(run.path("weights.json"), compare_weights(run, library))
+        return library
+    key = [base.fingerprint, [rows.digest for rows in library.held_out], _merge_options(c),
+           run.baselines, *base.generation]  # fmt: skip
+    reads = ["adapters", "pack", "losses.json", *_answers(library), "clusters.json", "merged"]
+    if run.planned:
+        reads = ["adapters", "pack", *(["plan.json", "planned"] if c.refine else [])]
+    with run.stage("bench", key=key, reads=reads, writes=["bench.json"]) as todo:
+        if todo:
+            write_json(run.path("bench.json"), compare_losses(run, library))
+    return library
 
-    def body() -> None:
-        write_json(session.path(name), compare(session))
 
-    if not c.has_rows:
-        return Stage("bench", inputs.base.fingerprint, ["adapters", "pack"], [name], body)
-    options = [inputs.base.fingerprint, [rows.digest for rows in inputs.tests], _merge_options(c),
-               session.baselines, *inputs.base.generation]  # fmt: skip
-    beside = ["losses.json", *_answers(c), "clusters.json", "merged"]
-    if session.planned:
-        beside = ["plan.json", "planned"] if c.refine else []
-    return Stage("bench", options, ["adapters", *beside, "pack"], [name], body)
-
-
-def report(session: Session) -> Stage:
+def report(run: Run, library: Library) -> Library:
     """Render the results for people -> `report.md`, `report.html`."""
-    chosen = ["plan.json"] if session.planned else ["clusters.json", "merges.json"]
-    benched = "bench.json" if session.config.has_rows else "weights.json"
-    refined = ["refines.json"] if session.config.refine else []
-    reads = [*_losses(session.config), *chosen, *refined, "pack/manifest.json", benched]
+    chosen = ["plan.json"] if run.planned else ["clusters.json", "merges.json"]
+    reads = [*_losses(library), *chosen, *(["refines.json"] if run.config.refine else []),
+             "pack/manifest.json", "bench.json" if library.tasks else "weights.json"]  # fmt: skip
     # The user may have put the output of `d2c-mlx phone PACK --json` there.
-    phone = session.path("phone.json")
+    phone = run.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
+    writes = ["report.md", "report.html"]
+    with run.stage("report", key=None, reads=reads, writes=writes) as todo:
+        if todo:
+            artifacts = {Path(name).stem: run.read(name) for name in reads}
+            artifacts["peaks"] = run.peaks()
+            if phone.exists():
+                artifacts["phone"] = read_phone(phone, of=run.path("pack"))
+            for name, render in zip(writes, (render_markdown, render_html)):
+                write_text(run.path(name), render(artifacts))
+    return library
 
-    def body() -> None:
-        artifacts = {Path(name).stem: session.read(name) for name in reads}
-        artifacts["peaks"] = peaks(session.output)
-        if phone.exists():
-            artifacts["phone"] = read_phone(phone, of=session.path("pack"))
-        for name, render in (("report.md", render_markdown), ("report.html", render_html)):
-            write_text(session.path(name), render(artifacts))
 
-    return Stage("report", None, reads, ["report.md", "report.html"], body)
-
-
-STAGES: dict[str, Callable[[Session], Stage]] = {
+STAGES: dict[str, Callable[[Run, Library], Library]] = {
     stage.__name__: stage
     for stage in (convert, answer, probe, plan, cluster, merge, refine, pack, bench, report)
 }
 
 
-def _losses(config: RunConfig) -> list[str]:
+def _rows(library: Library) -> list[object]:
+    """What choices depend on besides the adapters: the base model and the calibration rows."""
+    return [library.base.fingerprint, [rows.digest for rows in library.calibration]]
+
+
+def _losses(library: Library) -> list[str]:
     """The losses of the stage `probe`, which needs rows."""
-    return ["losses.json"] if config.has_rows else []
+    return ["losses.json"] if library.tasks else []
 
 
-def _answers(config: RunConfig) -> list[str]:
+def _answers(library: Library) -> list[str]:
     """The answers that merges read beside the rows."""
-    return ["answered"] if config.unlabelled and config.tasks else []
+    return ["answered"] if any(task.extra for task in library.tasks) else []
+
+
+def _chosen(run: Run) -> list[str]:
+    return ["plan.json", "planned"] if run.planned else ["merged", "merges.json"]
 
 
 def _merge_options(config: RunConfig, method: str | None = None) -> list[object]:
     """Options that merges depend on; `method` takes the place of the config's."""
-    c = config
-    plugins = [one.identity for one in c.plugins if one.group == MERGE_METHODS]
-    return [method or c.merge_method, c.merge_rank, c.seed, *plugins]
+    plugins = [plugin.identity for plugin in config.plugins if plugin.group == MERGE_METHODS]
+    return [method or config.merge_method, config.merge_rank, config.seed, *plugins]

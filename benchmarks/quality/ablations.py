@@ -34,7 +34,7 @@ from benchmarks.quality.methods import PAPER, by_d2c, by_estimates, by_features,
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
-from d2c_mlx.evaluate.loss_table import normalized_regret
+from d2c_mlx.evaluate.scorer import normalized_regret
 from d2c_mlx.utils.files import write_json
 
 # Answers to all probes under every merge take minutes a round.
@@ -54,7 +54,7 @@ def judged(session, stored):
         **ends(session),
         "it": BenchMethod(stored.nbytes, [stored.serves]),
     }
-    found = bench_methods(session.scorer, methods, session.inputs.tests)["it"]
+    found = bench_methods(session.library.scorer, methods, session.library.held_out)["it"]
     kept = {key: found[key] for key in ("excess", "retention")}
     return kept | stored.about | {"follows": follows(stored.about["clusters"])}
 
@@ -63,15 +63,15 @@ def agreement(session, stored):
     """Which cluster serves a task best: by its probes, and by its test rows."""
     adapters = list({one.digest: one for one in stored.serves.values()}.values())
     table, held_out = (
-        np.stack(session.scorer.losses([(one, sets) for one in adapters]), axis=1)
-        for sets in (session.inputs.probes, session.inputs.tests)
+        np.stack(session.library.scorer.losses([(one, sets) for one in adapters]), axis=1)
+        for sets in (session.library.calibration, session.library.held_out)
     )
     chosen, best, rows = (
         table.argmin(axis=1),
         held_out.argmin(axis=1),
-        np.arange(len(session.inputs.names)),
+        np.arange(len(session.library.names)),
     )
-    own = np.array([adapters.index(stored.serves[name]) for name in session.inputs.names])
+    own = np.array([adapters.index(stored.serves[name]) for name in session.library.names])
     cost = held_out[rows, chosen] - held_out[rows, best]
     return {
         "agree": float((chosen == best).mean()),
@@ -84,12 +84,15 @@ def agreement(session, stored):
 def by_metric(session, directory):
     """The loop of the paper, from K-Means, on 1 - score of answers to the probes."""
     answers = Answers(
-        directory, session.inputs.probes, session.config.model, session.inputs.engine.workers
+        directory,
+        session.library.calibration,
+        session.config.model,
+        session.library.scorer.engine.workers,
     )
     n = session.config.probe_examples
     rows = {
         task.name: [tuple(prompt_and_expected(row).values()) for row in task.probe[:n]]
-        for task in session.inputs.tasks
+        for task in [task.rows for task in session.library.tasks]
     }
 
     def cost(name, found):
@@ -99,7 +102,7 @@ def by_metric(session, directory):
     def costs(jobs):
         found = []
         for adapter, tasks in jobs:
-            names = [session.inputs.names[i] for i in tasks]
+            names = [session.library.names[i] for i in tasks]
             texts = answers.of(adapter, names)
             found.append(np.array([cost(name, texts[name]) for name in names]))
         return found
@@ -219,7 +222,7 @@ def measure_seed(options, seed, cases):
             sessions[n] = session_of(options, seed)
         session = sessions[n]
         partition = partition or by_metric(session, options.work / f"probe-answers-{seed}")
-        allowed = int(session.inputs.capacity.total * options.budget / 100)
+        allowed = int(session.capacity.total * options.budget / 100)
         # As experiment.py draws first.
         stored = merged(session, partition, method, allowed, 1000 * seed)
         tasks = Judge(session, options.work / "answers").row(stored)["tasks"]

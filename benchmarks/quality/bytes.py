@@ -31,15 +31,15 @@ FAMILIES = ("auto", *ALONE, *MAKERS)
 
 def judge(session, adapters, serves, nbytes):
     """Held-out rows of stored adapters: excess loss, retention."""
-    plain = [one.adapter(session.inputs.base.dtype) for one in adapters]
+    plain = [one.adapter(session.library.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
         **ends(session),
         "plan": BenchMethod(nbytes, [served]),
     }
-    benched = bench_methods(session.scorer, methods, session.inputs.tests)["plan"]
+    benched = bench_methods(session.library.scorer, methods, session.library.held_out)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
-    share = nbytes / session.inputs.capacity.total
+    share = nbytes / session.capacity.total
     keys = ("nbytes", "excess", "retention")
     return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
@@ -49,7 +49,7 @@ def planned(session, name, room):
     started = time.perf_counter()
     units, left = chosen(session, name, room)
     seconds = time.perf_counter() - started
-    names, adapters = session.inputs.names, [one.load() for one in units]
+    names, adapters = session.library.names, [one.load() for one in units]
     serves = dict.fromkeys(names) | {
         names[i]: k for k, one in enumerate(units) for i in one.members
     }
@@ -68,7 +68,7 @@ def made(session, name, room):
     if found is None:
         return None
     adapters, nbytes, merged, regret = found
-    serves = {task: i for i, task in enumerate(session.inputs.names)}
+    serves = {task: i for i, task in enumerate(session.library.names)}
     counts = {"own": len(adapters), "merged": merged, "base": 0}
     return {"probe_regret": regret, **counts, **judge(session, adapters, serves, nbytes)}
 
@@ -85,7 +85,7 @@ def line(one):
 def rows_of(session, name, budgets):
     """Yield the rows of a family."""
     for budget in budgets:
-        room = session.inputs.capacity.room_of(parse_budget(budget))
+        room = session.capacity.room_of(parse_budget(budget))
         row = (made if name in MAKERS else planned)(session, name, room)
         if row:
             yield {"budget": budget, "family": name, **row}

@@ -65,22 +65,27 @@ class Judge:
         """Take a session; answers are kept in a directory."""
         self._session = session
         self._answers = Answers(
-            directory, session.inputs.tests, session.config.model, session.inputs.engine.workers
+            directory,
+            session.library.held_out,
+            session.config.model,
+            session.library.scorer.engine.workers,
         )
         n = session.config.test_examples
         self._rows = {
             task.name: [tuple(prompt_and_expected(row).values()) for row in task.test[:n]]
-            for task in session.inputs.tasks
+            for task in [task.rows for task in session.library.tasks]
         }
 
     def row(self, stored: Stored) -> dict[str, object]:
         """`tasks`: task -> loss, score, and of every test row what the score is made of."""
         losses = method_losses(
-            self._session.scorer, BenchMethod(0, [stored.serves]), self._session.inputs.tests
+            self._session.library.scorer,
+            BenchMethod(0, [stored.serves]),
+            self._session.library.held_out,
         )
         answers = self._answers.serving(stored.serves)
         tasks = {}
-        for name, loss in zip(self._session.inputs.names, losses):
+        for name, loss in zip(self._session.library.names, losses):
             stats = [
                 row_stats(name, prompt, expected, answer)
                 for (prompt, expected), answer in zip(self._rows[name], answers[name])
@@ -89,7 +94,7 @@ class Judge:
             tasks[name] = {"loss": float(loss), "score": score, "stats": stats}
         return {
             "nbytes": stored.nbytes,
-            "share": stored.nbytes / self._session.inputs.capacity.total,
+            "share": stored.nbytes / self._session.capacity.total,
             "n_adapters": stored.n_adapters,
             **stored.about,
             "tasks": tasks,
@@ -166,11 +171,11 @@ def measure_seed(options, seed, wanted):
     session = session_of(options, seed)
     judge = Judge(session, options.work / "answers")
     ends = {
-        FLOOR: Stored(dict.fromkeys(session.inputs.names), 0, 0, {}),
+        FLOOR: Stored(dict.fromkeys(session.library.names), 0, 0, {}),
         CEILING: Stored(
-            dict(zip(session.inputs.names, session.adapters)),
-            session.inputs.capacity.total,
-            len(session.inputs.names),
+            dict(zip(session.library.names, session.library.adapters)),
+            session.capacity.total,
+            len(session.library.names),
             {},
         ),
     }
@@ -180,17 +185,17 @@ def measure_seed(options, seed, wanted):
             row = judge.row(stored)
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
     rooms = {
-        budget: session.inputs.capacity.room_of(parse_budget(f"{budget}%"))
+        budget: session.capacity.room_of(parse_budget(f"{budget}%"))
         for budget in options.budgets.split(",")
     }
     began = time.perf_counter()
     for done, (budget, method, draw) in enumerate(wanted, 1):
         started = time.perf_counter()
-        with session.scorer.progress.section(f"{method}, {budget}%"):
+        with session.library.scorer.progress.section(f"{method}, {budget}%"):
             if METHODS[method] is None:
                 stored = planned(session, method, rooms[budget])
             else:
-                allowed = int(session.inputs.capacity.total * float(budget) / 100)
+                allowed = int(session.capacity.total * float(budget) / 100)
                 stored = merged(session, *METHODS[method], allowed, 1000 * seed + draw)
             row = judge.row(stored)
         about = {"method": method, "budget": f"{budget}%", "seed": seed, "draw": draw,

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from d2c_mlx_methods.factorwise import concat
 
+from benchmarks.common import planner_of
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
@@ -25,9 +26,9 @@ from d2c_mlx.utils.line_search import line_search
 
 def bits_alone(session):
     """Candidates with all components of an adapter at the same bits."""
-    found, forms = [], session.planner.forms
+    found, forms = [], planner_of(session).forms
     for bits in (2, 3, 4, 8):
-        for i, adapter in enumerate(session.adapters):
+        for i, adapter in enumerate(session.library.adapters):
             levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
             found.append(forms.measure(Form((i,), adapter, levels, "bits", bits / 16)))
     return found
@@ -35,12 +36,12 @@ def bits_alone(session):
 
 def rank_alone(session):
     """Candidates with some components of an adapter in 16 bit."""
-    found, forms = [], session.planner.forms
-    widths = {path: sum(shape) for path, shape in session.inputs.base.module_shapes.items()}
+    found, forms = [], planner_of(session).forms
+    widths = {path: sum(shape) for path, shape in session.library.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
-        for i, adapter in enumerate(session.adapters):
+        for i, adapter in enumerate(session.library.adapters):
             values = worth(svd_components(adapter), [session.library.module_gains[i]])
-            levels = allocate(values, widths, share * session.inputs.capacity.sizes[i], (16,))
+            levels = allocate(values, widths, share * session.capacity.sizes[i], (16,))
             kept = {path: some for path, some in levels.items() if some}
             found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
     return found
@@ -51,7 +52,7 @@ ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 def bare(session):
     """Candidates that leave a task to the base model."""
-    regrets = session.library.by_teacher.regrets(None, range(len(session.adapters)))
+    regrets = session.library.by_teacher.regrets(None, range(len(session.library.adapters)))
     return [Candidate((i,), "base", 0.0, {}, 0, float(x)) for i, x in enumerate(regrets)]
 
 
@@ -65,9 +66,9 @@ def chosen(session, method, room):
     """
     if method in ALONE:
         candidates = [*bare(session), *ALONE[method](session)]
-        plan = session.planner.fitting(candidates, room)
+        plan = planner_of(session).fitting(candidates, room)
     else:
-        plan = session.planner.search(room).chosen
+        plan = planner_of(session).search(room).chosen
     return [one for one in plan if one.stored], [one for one in plan if not one.stored]
 
 
@@ -81,31 +82,31 @@ def shared_basis(session, room):
         As `shared_private`; None where not even rank 1 fits.
     """
     shapes = {
-        path: session.inputs.base.module_shapes[path]
-        for path in session.inputs.capacity.target_paths
+        path: session.library.base.module_shapes[path] for path in session.capacity.target_paths
     }
 
     def nbytes(rank):
         ranks = [min(rank, *shape) for shape in shapes.values()]
         return sum(
-            2 * (r * sum(s) + len(session.adapters) * r * r) for r, s in zip(ranks, shapes.values())
+            2 * (r * sum(s) + len(session.library.adapters) * r * r)
+            for r, s in zip(ranks, shapes.values())
         )
 
     rank = max((r for r in range(1, 513) if nbytes(r) <= room), default=None)
     if rank is None:
         return None
-    modules = [{} for _ in session.adapters]
+    modules = [{} for _ in session.library.adapters]
     for path, shape in shapes.items():
         updates = [
             one.modules[path].delta().T if path in one.modules else np.zeros(shape, np.float32)
-            for one in session.adapters
+            for one in session.library.adapters
         ]
         u = np.linalg.eigh(sum(x @ x.T for x in updates))[1][:, -rank:]
         v = np.linalg.eigh(sum(x.T @ x for x in updates))[1][:, -rank:]
         for one, x in zip(modules, updates):
             one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
-    adapters = [Adapter(name, one) for name, one in zip(session.inputs.names, modules)]
-    found, forms = [], session.planner.forms
+    adapters = [Adapter(name, one) for name, one in zip(session.library.names, modules)]
+    found, forms = [], planner_of(session).forms
     for i, one in enumerate(adapters):
         levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
         found.append(forms.measure(Form((i,), one, levels, "shared basis")))
@@ -153,7 +154,7 @@ def shared_private(session, room):
         on the probes.
     """
     estimates = MergeEstimates(session.library.fading, session.library.similarity)
-    n, found = len(session.adapters), []
+    n, found = len(session.library.adapters), []
     for k in sorted({max(1, n // divisor) for divisor in DIVISORS}):
         groups = groups_of(estimated_partition(estimates, k))
         for share in SHARED:
@@ -172,10 +173,10 @@ def shared_private(session, room):
 
 def shared(session, groups, nbytes):
     """The merge of every group in at most so many bytes, at its best scale."""
-    forms, storage = session.planner.forms, session.inputs.capacity.storage
+    forms, storage = planner_of(session).forms, session.capacity.storage
     found = []
     for members in groups:
-        adapter = session.adapters[members[0]]
+        adapter = session.library.adapters[members[0]]
         if len(members) > 1:
             adapter = merge(session.library.by_teacher, members, session.config.merging).adapter
         gains = [session.library.module_gains[i] for i in members]
@@ -186,11 +187,11 @@ def shared(session, groups, nbytes):
 
 def private(session, unit, i, nbytes):
     """Task, what serves it, and its regret: the stored merge and what task i adds to it."""
-    regrets, dtype = session.library.by_teacher, session.inputs.base.dtype
+    regrets, dtype = session.library.by_teacher, session.library.base.dtype
     merge = unit.load()
-    rest = total([session.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
+    rest = total([session.library.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
     parts = svd_components(rest)
-    storage = session.inputs.capacity.storage
+    storage = session.capacity.storage
     levels = storage.allocate(worth(parts, [session.library.module_gains[i]]), nbytes)
     if not levels:
         return i, Both(merge, None), float(regrets.regrets(merge.adapter(dtype), (i,)).sum())

@@ -43,10 +43,10 @@ class Stored:
 def planned(session, method: str, room: int) -> Stored:
     """The plan for a budget: "auto", or of a family alone (`ALONE`)."""
     units, left = chosen(session, method, room)
-    names, forms = session.inputs.names, [one.load() for one in units]
+    names, forms = session.library.names, [one.load() for one in units]
     serves: dict[str, Adapter | None] = dict.fromkeys(names)
     for one, form in zip(units, forms):
-        serves |= {names[i]: form.adapter(session.inputs.base.dtype) for i in one.members}
+        serves |= {names[i]: form.adapter(session.library.base.dtype) for i in one.members}
     about = {
         "clusters": [[names[i] for i in one.members] for one in units],
         "probe_regret": sum(one.regret for one in (*units, *left)) / len(names),
@@ -64,12 +64,10 @@ def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:
     Raises:
         ValueError: not even one adapter of rank 1 fits.
     """
-    most = max(one.rank for one in session.inputs.adapters)
-    share = max(1, round(len(session.inputs.names) * nbytes / session.inputs.capacity.total))
+    most = max(one.rank for one in session.inputs.library.adapters)
+    share = max(1, round(len(session.library.names) * nbytes / session.capacity.total))
     for n in range(k or share, 0, -1):
-        rank = bisect_right(
-            range(1, most + 1), nbytes / n, key=session.inputs.capacity.nbytes_of_rank
-        )
+        rank = bisect_right(range(1, most + 1), nbytes / n, key=session.capacity.nbytes_of_rank)
         if rank:
             return n, rank
     raise ValueError(f"{nbytes:,} bytes: no adapter of rank 1 fits")
@@ -82,23 +80,23 @@ def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Sto
     merging = replace(session.config.merging, method=merge_method, rank=rank)
     problem = problem_of(library, merging)
     # With one cluster there is nothing to choose.
-    clustering = partition(problem, session.adapters, k, seed) if k > 1 else merge_all(problem.n)
+    clustering = partition(problem, library.adapters, k, seed) if k > 1 else merge_all(problem.n)
     merges = [merge(library, members, merging) for members in clustering.groups]
     adapters = [
         # An adapter that is alone may take no more than a merge does.
-        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(session.inputs.base.dtype)
+        merge_adapters([one.adapter], rank=rank, weights=[1.0]).uniform(session.library.base.dtype)
         if one.adapter.rank > rank else one.adapter
         for one in merges
     ]  # fmt: skip
     about = {
-        "clusters": [[session.inputs.names[i] for i in members] for members in clustering.groups],
+        "clusters": [[session.library.names[i] for i in members] for members in clustering.groups],
         "merges": [[one.method, one.scale] for one in merges],
         "rank": rank,
         "probe_regret": clustering.regret,
     }
     return Stored(
-        {session.inputs.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
-        sum(one.nbytes(session.inputs.base.n_layers) for one in adapters), len(adapters), about,
+        {session.library.names[i]: adapters[c] for i, c in enumerate(clustering.labels)},
+        sum(one.nbytes(session.library.base.n_layers) for one in adapters), len(adapters), about,
     )  # fmt: skip
 
 

@@ -35,12 +35,12 @@ from d2c_mlx.utils.files import write_json
 
 def first_pack(session, kind, directory, adapter, budget):
     """A pack of one adapter, to which the others come."""
-    base = session.inputs.base
+    base = session.library.base
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": base.n_layers}
     if kind == "slots":
         made = [replace(adapter.uniform(base.dtype), sources=(adapter.name,))]
         return write_pack(directory, made, Manifest(**about, budget=budget))
-    limit = int(session.inputs.capacity.total * float(budget) / 100)
+    limit = int(session.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
     small = compact_store(adapter, {path: some for path, some in levels.items() if some})
@@ -50,12 +50,12 @@ def first_pack(session, kind, directory, adapter, budget):
 
 def grown(session, kind, budget, order, judge):
     """The adapter of each task after all have arrived, and the bytes."""
-    by_name = dict(zip(session.inputs.names, session.adapters))
+    by_name = dict(zip(session.library.names, session.library.adapters))
     with tempfile.TemporaryDirectory() as directory:
         pack = first_pack(session, kind, Path(directory) / "pack", by_name[order[0]], budget)
         for name in order[1:]:
             pack = add_adapter(pack, by_name[name], judge=judge).pack
-        return BenchMethod(pack.nbytes, [{name: pack.load(name) for name in session.inputs.names}])
+        return BenchMethod(pack.nbytes, [{name: pack.load(name) for name in session.library.names}])
 
 
 def main():
@@ -79,11 +79,13 @@ def main():
         )  # fmt: skip
         session = run(config, until="convert", quiet=True)
         plain = ends(session)
-        probes = {one.task: one for one in session.inputs.probes}
-        judge = Judge(session.inputs.base, session.scorer, probes) if options.probes else None
+        probes = {one.task: one for one in session.library.calibration}
+        judge = (
+            Judge(session.library.base, session.library.scorer, probes) if options.probes else None
+        )
         budgets = {"slots": options.slots, "bytes": options.budget}
         for seed in range(options.orders):
-            order = random.Random(seed).sample(session.inputs.names, len(session.inputs.names))
+            order = random.Random(seed).sample(session.library.names, len(session.library.names))
             for kind in options.kinds.split(","):
                 budget = budgets[kind]
                 about = {"kind": kind, "budget": budget, "probes": options.probes, "seed": seed,
@@ -91,7 +93,9 @@ def main():
                 if any(about.items() <= row.items() for row in found["rows"]):
                     continue
                 methods = {**plain, "pack": grown(session, kind, budget, order, judge)}
-                judged = bench_methods(session.scorer, methods, session.inputs.tests)["pack"]
+                judged = bench_methods(session.library.scorer, methods, session.library.held_out)[
+                    "pack"
+                ]
                 keys = ("nbytes", "excess", "retention")
                 row = about | {key: judged[key] for key in keys} | {"order": order}
                 found = {"machine": machine(), "rows": [*found["rows"], row]}

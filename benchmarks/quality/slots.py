@@ -61,9 +61,9 @@ PAST = (
 MERGES = {name: {"merge_method": name} for name in (*METHODS, *names(MERGE_METHODS))}
 # Options of a whole run on clusters that are known. Prompts are those of rows of other draws.
 LEVERS = {
-    "with prompts": {"unlabelled": True},
+    "with prompts": {"tasks": "prompts"},
     "refined": {"refine": True},
-    "refined with prompts": {"refine": True, "unlabelled": True},
+    "refined with prompts": {"refine": True, "tasks": "prompts"},
     "rank 16": {"merge_rank": 16},
     "rank 16, refined": {"merge_rank": 16, "refine": True},
     "rank 32": {"merge_rank": 32},
@@ -98,7 +98,9 @@ def served(session, clustering, changes):
     """The adapter of every task when the clusters are merged with other options; and the scales."""
     config = session.config.replace(**{**PLAIN, **changes})
     merges = [merge(session.library, members, config.merging) for members in clustering.groups]
-    adapters = {session.inputs.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)}
+    adapters = {
+        session.library.names[i]: merges[k].adapter for i, k in enumerate(clustering.labels)
+    }
     return adapters, [[one.method, one.scale] for one in merges]
 
 
@@ -106,23 +108,22 @@ def packed(session):
     """The adapter of every task of the run's pack; and what was merged and refined."""
     pack = load_pack(session.path("pack"))
     merges = [[one["method"], one["scale"]] for one in session.read("merges.json")]
-    adapters = {name: read_adapter(pack.adapter_path(name)) for name in session.inputs.names}
+    adapters = {name: read_adapter(pack.adapter_path(name)) for name in session.library.names}
     return adapters, merges
 
 
 def pulled(session, case, clustering, i, options):
     """A run with a lever's options on the case's i-th clustering, in a directory of its own."""
-    how, names = case.partition(": ")[2], session.inputs.names
+    how, names = case.partition(": ")[2], session.library.names
     start = session.output.name.removesuffix("estimates")
     place = session.output.with_name(f"{start}{slug(case)}{f'-{i}' if i else ''}")
     clusters = place.with_suffix(".clusters.json")
     write_json(clusters, [[names[i] for i in group] for group in clustering.groups])
     changes = dict(LEVERS[how])
-    if "unlabelled" in changes:
+    if "tasks" in changes:
         n, seed = options.examples, session.config.seed
-        changes["unlabelled"] = write_prompts(
-            options.library, place.with_suffix(".prompts.jsonl"), range(seed * n, (seed + 1) * n)
-        )
+        used = range(seed * n, (seed + 1) * n)
+        changes["tasks"] = write_prompts(options.library, place.with_suffix(".tasks"), used, n)
     config = session.config.replace(**changes, clusters=str(clusters), output=str(place))
     return run(config, until="pack", quiet=True)
 
@@ -131,7 +132,7 @@ def partitions(session, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
     if kind == "estimates":
         return [clusters_found(session, results)]
-    n, k, seed = len(session.inputs.names), session.inputs.capacity.n_clusters, session.config.seed
+    n, k, seed = len(session.library.names), session.capacity.n_clusters, session.config.seed
     if kind == "random":
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
@@ -144,11 +145,13 @@ def partitions(session, kind, results, options):
 
 def clusters_found(session, results):
     """The clustering of the row `estimates` with the same seed and number of clusters."""
-    k, seed = session.inputs.capacity.n_clusters, session.config.seed
+    k, seed = session.capacity.n_clusters, session.config.seed
     for one in results:
         if (one["clusters"], one["seed"], one["case"]) == (k, seed, "estimates"):
             (groups,) = one["clusters_of"]
-            labels = [i for name in session.inputs.names for i, g in enumerate(groups) if name in g]
+            labels = [
+                i for name in session.library.names for i, g in enumerate(groups) if name in g
+            ]
             return Clusters("d2c", canonical(labels), *one["probe_regret"])
     raise SystemExit(f"{k} clusters, seed {seed}: measure 'estimates' first")
 
@@ -175,7 +178,7 @@ def measure(config, case, results, options):
         **ends(session),
         **{f"{i}": BenchMethod(0, [adapters]) for i, (adapters, _) in enumerate(found)},
     }
-    benched = bench_methods(session.scorer, methods, session.inputs.tests)
+    benched = bench_methods(session.library.scorer, methods, session.library.held_out)
     rows = [benched[f"{i}"] for i in range(len(found))]
     return {
         "excess": sum(one["excess"] for one in rows) / len(rows),
@@ -183,15 +186,15 @@ def measure(config, case, results, options):
         "each_excess": [one["excess"] for one in rows],
         "each_retention": [one["retention"] for one in rows],
         "tasks": {
-            name: [one["tasks"][name]["loss"] for one in rows] for name in session.inputs.names
+            name: [one["tasks"][name]["loss"] for one in rows] for name in session.library.names
         },
-        "base": {name: benched["base"]["tasks"][name]["loss"] for name in session.inputs.names},
+        "base": {name: benched["base"]["tasks"][name]["loss"] for name in session.library.names},
         "clusters_of": [
-            [[session.inputs.names[i] for i in g] for g in one.groups] for one in clusterings
+            [[session.library.names[i] for i in g] for g in one.groups] for one in clusterings
         ],
         "probe_regret": [one.regret for one in clusterings],
         "merges": [merges for _, merges in found],
-        "asked_tokens": session.scorer.counts.tokens,
+        "asked_tokens": session.library.scorer.counts.tokens,
         "seconds": round(time.perf_counter() - started, 1),
         "search": searched(session) if case in RUNS else None,
         "stages": stages(session, ("merge", "refine")),

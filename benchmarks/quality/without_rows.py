@@ -4,7 +4,7 @@
         [--case weights] [--work DIR]
 
 - *weights*: a `d2c-mlx run` without `--tasks`; rows only judge it.
-- *prompts*: the same with `--unlabelled`, the prompts of 20 rows of each task's probe.jsonl without
+- *prompts*: the same on the prompts of 20 rows of each task's probe.jsonl without
   their answers.
 
 Beside them stand the packs made with rows that results/slots.json ("estimates") and
@@ -31,16 +31,27 @@ from d2c_mlx.utils.files import write_json, write_text
 N_PROMPTS = 20
 
 
-def write_prompts(library, path, skip=range(0)):
-    """The file of `--unlabelled`: prompts of every adapter's task, of rows that are not skipped."""
-    lines = []
+def write_prompts(library, path, skip=range(0), rows=0):
+    """A folder of tasks whose rows are prompts: `probe.jsonl` and `test.jsonl` of every adapter.
+
+    Args:
+        library: has the adapters and their rows.
+        path: the folder.
+        skip: rows of `probe.jsonl` that are no prompts.
+        rows: number of rows with answers before the prompts, the first that are skipped; then
+            `test.jsonl` is the library's.
+    """
     for one in sorted((library / "adapters").iterdir()):
-        rows = load_task(library / "tasks" / one.name).probe
-        for row in [row for i, row in enumerate(rows) if i not in skip][:N_PROMPTS]:
-            chat = {"messages": row["messages"][:-1]} if "messages" in row else row
-            asked = {key: chat[key] for key in ("messages", "prompt") if key in chat}
-            lines.append(json.dumps({"task": one.name, **asked}, ensure_ascii=False))
-    write_text(path, "\n".join(lines) + "\n")
+        task = load_task(library / "tasks" / one.name)
+        asked = [row for i, row in enumerate(task.probe) if i not in skip][:N_PROMPTS]
+        prompts = [{"messages": row["messages"][:-1]} if "messages" in row else
+                   {"prompt": row["prompt"]} for row in asked]  # fmt: skip
+        given = [task.probe[i] for i in skip][:rows]
+        half = len(prompts) if rows else (len(prompts) + 1) // 2
+        test = list(task.test) if rows else prompts[half:]
+        for name, some in (("probe", [*given, *prompts[:half]]), ("test", test)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+            write_text(path / one.name / f"{name}.jsonl", text)
     return str(path)
 
 
@@ -52,8 +63,7 @@ def measure(options, budget, directory):
     )  # fmt: skip
     made = config
     if options.case == "prompts":
-        prompts = write_prompts(options.library, directory / "prompts.jsonl")
-        made = config.replace(unlabelled=prompts)
+        made = config.replace(tasks=write_prompts(options.library, directory / "prompts"))
     pack = load_pack(run(made, until="pack", quiet=True).path("pack"))
     config = config.replace(
         tasks=str(options.library / "tasks"), test_examples=options.tests,
@@ -62,9 +72,9 @@ def measure(options, budget, directory):
     judge = run(config, until="convert", quiet=True)
     methods = {
         **ends(judge),
-        "pack": BenchMethod(pack.nbytes, [{name: pack.load(name) for name in judge.inputs.names}]),
+        "pack": BenchMethod(pack.nbytes, [{name: pack.load(name) for name in judge.library.names}]),
     }
-    found = bench_methods(judge.scorer, methods, judge.inputs.tests)["pack"]
+    found = bench_methods(judge.library.scorer, methods, judge.library.held_out)["pack"]
     losses = {name: one["loss"] for name, one in found.pop("tasks").items()}
     return {"budget": budget, "case": options.case, **found, "tasks": losses}
 

@@ -88,7 +88,7 @@ def measure(library, n_clusters, restarts, n_examples):
             probe_examples=n_examples, test_examples=1,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
-        before = session.scorer.counts
+        before = session.library.scorer.counts
         counted = Counted(merging.problem_of(session.library, config.merging))
         merging.line_search = counted.line_search
         try:
@@ -100,7 +100,7 @@ def measure(library, n_clusters, restarts, n_examples):
             os.environ.pop("D2C_MLX_CACHE")
             if before is not None:
                 os.environ["D2C_MLX_CACHE"] = before
-    counts = session.scorer.counts.since(before)
+    counts = session.library.scorer.counts.since(before)
     return {
         "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
         "d2c_examples": n_examples, "d2c_starts": found.starts,

@@ -24,12 +24,12 @@ import numpy as np
 from benchmarks import command_line
 from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Clusters
-from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.pipeline import STAGES
-from d2c_mlx.run.config import RunConfig, stages_of
-from d2c_mlx.run.inputs import Inputs
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.inputs import measured, read_inputs
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment, process_peak
 from d2c_mlx.utils.files import write_json
 
@@ -144,8 +144,8 @@ def forget_peak():
 
 def put_in(session, groups):
     """What `probe` and `cluster` would have found: every adapter gains one nat; these groups."""
-    n, strengths = len(session.inputs.names), sorted(STRENGTHS)
-    losses = LossTable(tuple(session.inputs.names), np.ones(n), np.full(n, 2.0), tuple(strengths),
+    n, strengths = len(session.library.names), sorted(STRENGTHS)
+    losses = LossTable(tuple(session.library.names), np.ones(n), np.full(n, 2.0), tuple(strengths),
                        np.tile(2.0 - np.array(strengths), (n, 1)))  # fmt: skip
     write_json(session.path("losses.json"), losses.to_json())
     found = [asdict(Clusters("d2c", tuple(k for k, some in enumerate(groups) for _ in some), 0.0))]
@@ -169,25 +169,25 @@ def measure(work, n, limit, wanted, tell):
     os.environ["D2C_MLX_MEMORY_LIMIT"] = limit
     forget_peak()
     started = time.monotonic()
-    inputs = Inputs(config)
+    inputs = read_inputs(config)
     tell("load", {"seconds": round(time.monotonic() - started, 2), "peak_nbytes": process_peak(),
                   "base_nbytes": mx.get_active_memory(), "input_nbytes": inputs.capacity.total,
-                  "folded": inputs.engine.fold})  # fmt: skip
+                  "folded": inputs.library.scorer.engine.fold})  # fmt: skip
     cases = {method: config.replace(merge_method=method) for method in METHODS}
     cases["plan"] = RunConfig(**config.to_dict() | {
         "budget": "12.5%", "clusters": None, "merge_method": None,
     })  # fmt: skip
     for case in wanted:
-        session = Session(cases[case], True, inputs=inputs.of(cases[case]))
-        for stage in stages_of(cases[case], "pack"):
+        session = Run(cases[case], inputs=inputs.of(cases[case]))
+        library = session.inputs.library
+        for stage in session.stages("pack"):
             if stage in ("probe", "cluster") and n > MEASURED:
                 put_in(session, groups)
+                if stage == "probe":
+                    library = measured(library, session.path("losses.json"))
                 continue
             forget_peak()
-            work_of = STAGES[stage](session)
-            if session.done(work_of):
-                continue
-            session.run(work_of)
+            library = STAGES[stage](session, library)
             record = json.loads((work / "run" / ".stages" / f"{stage}.json").read_text("utf-8"))
             name = stage if stage in ("convert", "probe", "cluster") else f"{stage} {case}"
             tell(name.replace("plan plan", "plan"), {

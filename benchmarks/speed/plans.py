@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks import command_line
+from benchmarks.common import planner_of
 from benchmarks.quality.bytes import judge
 from benchmarks.quality.without_rows import N_PROMPTS, write_prompts
 from d2c_mlx.compress.budget import parse_budget
@@ -27,20 +28,20 @@ from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import refine
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.pack_stage import pack_info
-from d2c_mlx.run.refine_stage import members_of
+from d2c_mlx.run.packing import manifest_of
+from d2c_mlx.run.refining import members_of
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
 
 def planned(session, budget):
     """One plan, and its row: its costs, and the losses of its pack."""
-    planner, before = session.planner, session.scorer.counts
-    room = session.inputs.capacity.room_of(parse_budget(budget))
+    planner, before = planner_of(session), session.library.scorer.counts
+    room = session.capacity.room_of(parse_budget(budget))
     started = time.perf_counter()
     plan = planner.search(room)
-    seconds, counts = time.perf_counter() - started, session.scorer.counts.since(before)
-    parts = len(session.inputs.probes[0].parts)
+    seconds, counts = time.perf_counter() - started, session.library.scorer.counts.since(before)
+    parts = len(session.library.calibration[0].parts)
     nbytes = compact_nbytes(index_of(plan.adapters))
     return plan, {
         "case": "plan",
@@ -61,20 +62,20 @@ def refined(session, plan, before):
     """A plan's adapters, trained as `d2c-mlx run --refine` does, and their row."""
     started = time.perf_counter()
     forms = [
-        refine(session.inputs.base, form, members_of(session, unit["tasks"])).adapter
+        refine(session.library.base, form, members_of(session.library, unit["tasks"])).adapter
         for unit, form in zip(plan.content["units"], plan.adapters)
     ]
     seconds = round(time.perf_counter() - started, 1)
     nbytes = compact_nbytes(index_of(forms))
     judged = judge(session, forms, plan.serves, nbytes)
-    case = "plan-refined" + "-with-prompts" * bool(session.config.unlabelled)
+    case = "plan-refined" + "-with-prompts" * bool(session.inputs.prompts)
     return forms, {**before, "case": case, "seconds": seconds, **judged}
 
 
 def keep(session, plan, forms, place):
     """The pack of a plan in `place/pack`, with these adapters."""
     place.mkdir(parents=True, exist_ok=True)
-    write_compact_pack(place / "pack", forms, plan.serves, pack_info(session.inputs))
+    write_compact_pack(place / "pack", forms, plan.serves, manifest_of(session.inputs))
 
 
 def measured(session, budget, train):
@@ -94,8 +95,9 @@ def config_of(options, directory):
     )  # fmt: skip
     if not options.prompts:
         return config
-    asked = write_prompts(options.library, directory / "prompts.jsonl", range(options.examples))
-    return config.replace(refine=True, unlabelled=asked)
+    n = options.examples
+    tasks = write_prompts(options.library, directory / "prompts", range(n), n)
+    return config.replace(refine=True, tasks=tasks)
 
 
 def main():

@@ -14,8 +14,7 @@ from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.capture import ModuleInputs
-from d2c_mlx.evaluate.loss_table import LossTable
-from d2c_mlx.evaluate.scorer import Job, Scorer
+from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.kl_regret import teacher_targets
 from d2c_mlx.merge.methods import scaled
@@ -71,6 +70,11 @@ class Library:
     def calibration(self) -> list[ExampleSet]:
         """The calibration rows of every task."""
         return [task.calibration for task in self.tasks]
+
+    @property
+    def held_out(self) -> list[ExampleSet]:
+        """The held-out rows of every task."""
+        return [task.held_out for task in self.tasks]
 
     @cached_property
     def similarity(self) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from d2c_mlx.utils.errors import TaskError
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["Row", "messages_problem", "prompt_key", "read_lines", "read_rows", "row_format"]
+__all__ = ["Row", "answered_row", "is_prompt", "prompt_key", "read_rows", "row_format"]
 
 Row = dict[str, Any]
 # Most bytes of a file of rows, of which the first ten decide.
@@ -28,40 +27,35 @@ def prompt_key(row: Row) -> str:
         return str(row["text"]).strip()
     messages = [{"role": "user", "content": row.get("prompt", "")}]
     if keys == ("messages",):
-        messages = row["messages"][:-1]
+        messages = row["messages"] if is_prompt(row) else row["messages"][:-1]
     said = [(one["role"], one["content"].strip()) for one in messages]
     return json.dumps([one for one in said if one[1]], ensure_ascii=False)
 
 
-def read_rows(path: Path, hint: str) -> dict[int, Row]:
+def is_prompt(row: Row) -> bool:
+    """True if a row has no answer: no "completion", or "messages" that end with the user."""
+    if row_format(row) == ("messages",):
+        return bool(row["messages"][-1]["role"] == "user")
+    return "prompt" in row and row_format(row) is None
+
+
+def answered_row(row: Row, answer: str) -> Row:
+    """A row that `is_prompt`, with an answer."""
+    if "messages" not in row:
+        return {**row, "completion": answer}
+    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+
+
+def read_rows(path: Path, hint: str, prompts: bool = False) -> dict[int, Row]:
     """Read a JSONL file of rows: line number -> row, all of one format.
 
     Args:
         path: the file.
         hint: end of the message if there is no such file.
+        prompts: allow rows without an answer, see `is_prompt`.
 
     Raises:
         TaskError: the problems of all lines.
-    """
-    rows = read_lines(path, hint, _row_problem)
-    formats = {row_format(row) for row in rows.values()}
-    if len(formats) > 1:
-        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
-    return rows
-
-
-def read_lines(
-    path: Path, hint: str, row_problem: Callable[[object], str | None]
-) -> dict[int, Row]:
-    """Read the objects of a JSONL file: line number -> row.
-
-    Args:
-        path: a JSONL file.
-        hint: end of the message if there is no such file.
-        row_problem: gives what is wrong with one row, or None.
-
-    Raises:
-        TaskError: no file, or the problems of all lines.
     """
     if path.is_dir():
         raise TaskError(f"{path}: a directory, expected a JSONL file of rows")
@@ -86,7 +80,7 @@ def read_lines(
         except ValueError as error:
             problems.append(f"{path}:{number}: not JSON ({error})")
             continue
-        problem = row_problem(row)
+        problem = _row_problem(row, prompts)
         if problem:
             problems.append(f"{path}:{number}: {problem}")
         rows[number] = row
@@ -97,6 +91,10 @@ def read_lines(
             f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE};"
             " docs/reference/topics.md tells ways to get them"
         )
+    formats = {row_format(answered_row(row, "?") if is_prompt(row) else row)
+               for row in rows.values()}  # fmt: skip
+    if len(formats) > 1:
+        raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
     return rows
 
 
@@ -105,25 +103,28 @@ def row_format(row: Row) -> tuple[str, ...] | None:
     return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
 
 
-def _row_problem(row: object) -> str | None:
+def _row_problem(row: object, prompts: bool) -> str | None:
     """Describe what is wrong with one row; None if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
+    if row_format(row) == ("messages",):
+        return _messages_problem(row["messages"], prompts)
+    if prompts and is_prompt(row):
+        good = isinstance(row["prompt"], str) and row["prompt"]
+        return None if good else '"prompt" must be a non-empty string'
     keys = row_format(row)
     if keys is None:
         return f"found the keys {sorted(row)}, {_EXPECTED}"
-    if keys != ("messages",):
-        bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
-        return f'"{bad}" must be a non-empty string' if bad else None
-    return messages_problem(row["messages"], "assistant")
+    bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
+    return f'"{bad}" must be a non-empty string' if bad else None
 
 
-def messages_problem(messages: Any, last: str) -> str | None:  # noqa: ANN401  as JSON gave it
-    """Describe what is wrong with a row's "messages"; the last one must have the role `last`."""
+def _messages_problem(messages: Any, prompts: bool) -> str | None:  # noqa: ANN401  as JSON gave it
     good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
     if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
         return '"messages" must be a list of objects with "role" and "content"'
     if not all(isinstance(m["role"], str) for m in messages):
         return '"role" must be a string'
-    role = messages[-1]["role"]
-    return None if role == last else f'the last message has role {role!r}, expected "{last}"'
+    role, last = messages[-1]["role"], ("assistant", "user") if prompts else ("assistant",)
+    expected = " or ".join(f'"{name}"' for name in last)
+    return None if role in last else f"the last message has role {role!r}, expected {expected}"

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.rows import (
-    Row,
-    messages_problem,
-    prompt_key,
-    read_lines,
-    read_rows,
-    row_format,
-)
+from d2c_mlx.models.rows import Row, answered_row, is_prompt, prompt_key, read_rows, row_format
 from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
 
 __all__ = [
@@ -24,17 +17,22 @@ __all__ = [
     "TaskRows",
     "common_system",
     "encode_probes",
+    "encode_task",
     "encode_tests",
     "load_task",
     "load_tasks",
-    "load_unlabelled",
     "probe_file",
     "spare_tasks",
     "systems_of",
+    "with_answers",
 ]
 
 # Most names that a message lists, and most files with the same problem that have a line each.
 _MOST_LISTED, _MOST_ALIKE = 8, 3
+
+
+# `encode` of one model: name of the set, its rows, and where each stands.
+Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class TaskRows:
         test: held-out rows, which only judge.
         probe_places: file and line of every row of `probe`, for messages.
         test_places: file and line of every row of `test`.
+        prompts: rows of `probe.jsonl` without an answer, which the adapter has to give. Where there
+            is no other calibration row they become those; else they become `extra`.
+        test_prompts: rows of `test.jsonl` without an answer; then no row there has one.
+        extra: prompts beside `probe` with the adapter's answers.
     """
 
     name: str
@@ -54,6 +56,31 @@ class TaskRows:
     test: tuple[Row, ...]
     probe_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
     test_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    prompts: tuple[Row, ...] = ()
+    test_prompts: tuple[Row, ...] = ()
+    extra: tuple[Row, ...] = ()
+
+    @property
+    def asks(self) -> bool:
+        """True if the adapter has to answer some of the rows."""
+        return bool(self.prompts or self.test_prompts)
+
+    def used(self, n_probe: int, n_test: int | None, extra: bool) -> TaskRows:
+        """The rows that a run uses: the first of each kind.
+
+        Args:
+            n_probe: number of calibration rows.
+            n_test: number of held-out rows; None is all.
+            extra: True if something reads answers to prompts beside calibration rows.
+        """
+        prompts = (self.prompts if extra else ()) if self.probe else self.prompts[:n_probe]
+        return replace(
+            self,
+            probe=self.probe[:n_probe],
+            test=self.test[:n_test],
+            prompts=prompts,
+            test_prompts=self.test_prompts[:n_test],
+        )
 
 
 @dataclass(frozen=True)
@@ -84,13 +111,59 @@ class Task:
         return replace(self.calibration, examples=examples, cuts=())
 
 
-def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> list[TaskRows]:
+def encode_task(encode: Encode, rows: TaskRows) -> Task:
+    """Tokenize the rows of a task; prompts get a stand-in until their adapter has answered.
+
+    Args:
+        encode: tokenizes rows, see `BaseModel.encode`.
+        rows: the rows, see `TaskRows.used`.
+
+    Raises:
+        TaskError: the problems of all rows.
+    """
+    asked, asked_too = ([answered_row(row, "?") for row in prompts]
+                        for prompts in (rows.prompts, rows.test_prompts))  # fmt: skip
+    extra = [*rows.extra, *asked] if rows.probe else []
+    calibration, held_out = gather([
+        partial(encode, rows.name, rows.probe or asked, rows.probe_places),
+        partial(encode, rows.name, rows.test or asked_too, rows.test_places),
+    ])  # fmt: skip
+    more = encode(rows.name, extra, ()) if extra else None
+    return Task(rows.name, calibration.halved(), held_out.halved(), rows, more)
+
+
+def with_answers(rows: TaskRows, directory: Path) -> TaskRows:
+    """The rows with the answers that `make_rows.answer_prompts` wrote in place of the prompts."""
+
+    def read(name: str, asked: bool) -> tuple[Row, ...]:
+        # Of prompts beside other rows no answer may have ended.
+        path = directory / name
+        some = asked and path.is_file() and path.stat().st_size
+        return tuple(read_rows(path, "run again").values()) if some else ()
+
+    answered = read("probe.jsonl", bool(rows.prompts))
+    judging = read("test.jsonl", bool(rows.test_prompts))
+    own = bool(rows.probe)
+    return TaskRows(
+        rows.name,
+        rows.probe or answered,
+        rows.test or judging,
+        rows.probe_places if own else (),
+        rows.test_places if rows.test else (),
+        extra=answered if own else (),
+    )
+
+
+def load_tasks(
+    directory: Path, names: Iterable[str], tests: bool = True, prompts: bool = False
+) -> list[TaskRows]:
     """Load the task of every adapter.
 
     Args:
         directory: holds a directory per task.
         names: names of the tasks, which are those of their adapters.
         tests: see `load_task`.
+        prompts: see `load_task`.
 
     Raises:
         InputError: the problems of all tasks, one line each.
@@ -102,7 +175,9 @@ def load_tasks(directory: Path, names: Iterable[str], tests: bool = True) -> lis
         )
     known = list(names)
     try:
-        return gather(partial(_load_named, directory / name, known, tests) for name in known)
+        return gather(
+            partial(_load_named, directory / name, known, tests, prompts) for name in known
+        )
     except InputError as error:
         raise TaskError(_together(error.problems)) from None
 
@@ -127,11 +202,11 @@ def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
     return sorted(found - set(names))
 
 
-def _load_named(directory: Path, names: Sequence[str], tests: bool) -> TaskRows:
+def _load_named(directory: Path, names: Sequence[str], tests: bool, prompts: bool) -> TaskRows:
     """Load a task; where it has no folder, say which there are and how to name the adapter."""
     spare = [] if directory.is_dir() else spare_tasks(directory.parent, names)
     if not spare:
-        return load_task(directory, tests)
+        return load_task(directory, tests, prompts)
     name = directory.name
     # One that is more like another adapter's name is not proposed for this one.
     close = [one for one in spare if difflib.get_close_matches(one, names, 1, 0.5) == [name]]
@@ -148,7 +223,7 @@ def probe_file(directory: Path) -> Path:
     return valid if valid.is_file() and not path.exists() else path
 
 
-def load_task(directory: Path, tests: bool = True) -> TaskRows:
+def load_task(directory: Path, tests: bool = True, prompts: bool = False) -> TaskRows:
     """Load `probe.jsonl` and `test.jsonl` of one task; they must share no prompt.
 
     Without `probe.jsonl` the rows of mlx-lm's `valid.jsonl` are the calibration rows.
@@ -156,6 +231,7 @@ def load_task(directory: Path, tests: bool = True) -> TaskRows:
     Args:
         directory: the task's directory.
         tests: False leaves `test.jsonl` unread, for callers that judge nothing.
+        prompts: allow rows without an answer, see `rows.is_prompt`.
 
     Raises:
         TaskError: the problems of both files.
@@ -165,22 +241,36 @@ def load_task(directory: Path, tests: bool = True) -> TaskRows:
     hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
     if (directory / "train.jsonl").is_file():
         hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
-    probe = collect(errors, partial(read_rows, probes, hint)) or {}
-    test = collect(errors, partial(read_rows, tested, hint)) or {} if tests else {}
+    probe = collect(errors, partial(read_rows, probes, hint, prompts)) or {}
+    test = collect(errors, partial(read_rows, tested, hint, prompts)) or {} if tests else {}
     problems = [line for error in errors for line in error.problems]
-    prompts = {prompt_key(row) for row in probe.values()}
-    shared = [number for number, row in test.items() if prompt_key(row) in prompts]
+    keys = {prompt_key(row) for row in probe.values()}
+    shared = [number for number, row in test.items() if prompt_key(row) in keys]
     if shared:
         problems.append(
             f"{tested}:{shared[0]}: this prompt is in {probes.name} too ({len(shared)} such rows);"
             " probe and test must be disjoint: remove them from one"
         )
+    asked = [number for number, row in test.items() if is_prompt(row)]
+    if asked and len(asked) < len(test):
+        problems.append(
+            f"{tested}:{asked[0]}: has no answer, as {len(asked)} of {len(test)} rows; expected an"
+            " answer in all of them or in none, which the adapter then gives"
+        )
     if problems:
         raise TaskError(problems)
+    answered = {number: row for number, row in probe.items() if not is_prompt(row)}
+    own = {prompt_key(row) for row in answered.values()}
+    prompts_of = {prompt_key(row): row for row in probe.values() if prompt_key(row) not in own}
     return TaskRows(
-        directory.name, tuple(probe.values()), tuple(test.values()),
-        _places(probes, probe), _places(tested, test),
-    )  # fmt: skip
+        directory.name,
+        tuple(answered.values()),
+        () if asked else tuple(test.values()),
+        _places(probes, answered),
+        () if asked else _places(tested, test),
+        tuple(prompts_of.values()),
+        tuple(test.values()) if asked else (),
+    )
 
 
 def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
@@ -191,7 +281,7 @@ def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
 def common_system(tasks: Iterable[TaskRows]) -> str | None:
     """The system message that all calibration rows of all tasks begin with; None if they differ."""
     first = [row["messages"][0] if row_format(row) == ("messages",) else {}
-             for task in tasks for row in task.probe]  # fmt: skip
+             for task in tasks for row in task.probe or task.prompts]  # fmt: skip
     said = {one.get("content") if one.get("role") == "system" else None for one in first}
     return said.pop() if len(said) == 1 else None
 
@@ -200,67 +290,6 @@ def systems_of(tasks: Iterable[TaskRows]) -> dict[str, str]:
     """TaskRows -> its `common_system`, without tasks that have none."""
     found = {task.name: common_system([task]) for task in tasks}
     return {name: system for name, system in found.items() if system is not None}
-
-
-def load_unlabelled(path: Path, tasks: Sequence[TaskRows], n_probe: int) -> dict[str, list[Row]]:
-    """Load prompts without answers: lines of `{"task": NAME, "prompt": ...}` or with "messages".
-
-    Two kinds of prompts are refused. A prompt of a held-out row, of any task, would leak into
-    training. A prompt of a calibration row that is used could no longer be held back.
-
-    Args:
-        path: a JSONL file.
-        tasks: tasks that may be named; their rows may be missing.
-        n_probe: number of calibration rows of each task that are used.
-
-    Returns:
-        TaskRows name -> rows in mlx-lm's chat format, each with a stand-in for the answer.
-
-    Raises:
-        TaskError: the problems of all lines.
-    """
-    known = {task.name: task for task in tasks}
-    probes = {task.name: {prompt_key(row) for row in task.probe[:n_probe]} for task in tasks}
-    tests = {prompt_key(row): task.name for task in tasks for row in task.test}
-
-    def problem(row: object) -> str | None:
-        bad = _unlabelled_problem(row, known)
-        if bad or not isinstance(row, dict):
-            return bad
-        prompt = prompt_key(_with_answer(row))
-        if prompt in tests:
-            return f"this prompt is in test.jsonl of {tests[prompt]}, which only judges: remove it"
-        if prompt in probes[row["task"]]:
-            return f"this prompt is in probe.jsonl of {row['task']} and used from there: remove it"
-        return None
-
-    found: dict[str, list[Row]] = {}
-    for row in read_lines(path, "--unlabelled names a JSONL file", problem).values():
-        found.setdefault(row["task"], []).append(_with_answer(row))
-    return found
-
-
-def _unlabelled_problem(row: object, known: Mapping[str, TaskRows]) -> str | None:
-    if not isinstance(row, dict):
-        return f"expected a JSON object, found {type(row).__name__}"
-    if row.get("task") not in list(known):
-        return f'"task" is {row.get("task")!r}, expected an adapter: {", ".join(sorted(known))}'
-    if ("text",) in map(row_format, known[row["task"]].probe[:1]):
-        return f"the rows of {row['task']} are texts, which have no prompts"
-    if row.get("messages") is None:
-        good = isinstance(row.get("prompt"), str) and row["prompt"]
-        return None if good else 'expected a non-empty string "prompt", or "messages"'
-    return messages_problem(row["messages"], "user")
-
-
-def _with_answer(row: Row) -> Row:
-    prompt = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
-    return {"messages": [*prompt, {"role": "assistant", "content": "?"}], **tools}
-
-
-# `encode` of one model: name of the set, its rows, and where each stands.
-Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
 
 def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:

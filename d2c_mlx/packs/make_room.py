@@ -18,8 +18,7 @@ from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import compact_store
 from d2c_mlx.evaluate.attribution import module_gains
-from d2c_mlx.evaluate.loss_table import normalized_regret
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet

@@ -1,16 +1,19 @@
-"""The options of a run: type, default and range of each; its help is in `cli/run.py`."""
+"""The options of a run: type, default, range and rules of each; its help is in `cli/run.py`."""
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
+from pydantic import ValidationInfo, field_validator
+
+from d2c_mlx.compress.budget import Budget, parse_budget
+from d2c_mlx.merge.options import NEED_ROWS, RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
-from d2c_mlx.run.rules import NOT_GIVEN, RunRules
-from d2c_mlx.utils.errors import ConfigError
-from d2c_mlx.utils.validation import option
+from d2c_mlx.utils.errors import BudgetError, ConfigError
+from d2c_mlx.utils.validation import Checked, expects, option, refused
 
 __all__ = [
     "ANSWERED_ROWS",
@@ -38,9 +41,10 @@ SEARCHES = ("estimates", "paper")
 _MOST_RANK = 1_000_000
 # The largest seed that scikit-learn and NumPy's older generators take.
 _MOST_SEED = 2**32 - 1
+_NOT_GIVEN = "not given; pass --{} or set it in the YAML file, which d2c-mlx init DIR writes"
 
 
-class RunConfig(RunRules):
+class RunConfig(Checked):
     """Options of `d2c-mlx run`, whose help says what each is; every field is a key of a YAML file.
 
     Use `config_file.load_config` to read one from a file; `RunConfig.read` takes values.
@@ -50,15 +54,14 @@ class RunConfig(RunRules):
             another, one line each.
     """
 
-    adapters: str | tuple[str, ...] = option(..., missing=NOT_GIVEN.format("adapters"))
+    adapters: str | tuple[str, ...] = option(..., missing=_NOT_GIVEN.format("adapters"))
     skip_bad: bool = False
     accept_dora: int | None = option(None, ge=1, le=_MOST_RANK)
     tasks: str | None = None
-    unlabelled: str | None = None
     model: str | None = None
-    output: str = option(..., missing=NOT_GIVEN.format("output"))
+    output: str = option(..., missing=_NOT_GIVEN.format("output"))
 
-    budget: str = "12.5%"
+    budget: Budget = option(parse_budget("12.5%"))
     format: str = option("compact", choices=FORMATS)
 
     merge_method: str | None = option(None, choices=RUN_METHODS, more=partial(names, MERGE_METHODS))
@@ -87,26 +90,80 @@ class RunConfig(RunRules):
             named.append(find(MERGE_METHODS, self.merge_method))
         if self.search not in SEARCHES:
             named.append(find(CLUSTERINGS, self.search))
-        return [one for one in named if one]
-
-    @property
-    def planned(self) -> bool:
-        """True for a budget in bytes: a plan chooses what is stored."""
-        return parse_budget(self.budget).in_bytes
-
-    @property
-    def answered(self) -> bool:
-        """True if the rows are answers of the task adapters to `unlabelled` prompts."""
-        return bool(self.unlabelled and not self.tasks)
-
-    @property
-    def has_rows(self) -> bool:
-        """True if there are rows to measure on; else weights decide."""
-        return bool(self.tasks or self.unlabelled)
+        return [plugin for plugin in named if plugin]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self}
+        return {**plain, "budget": self.budget.text}
+
+    @field_validator("adapters", "baselines", mode="before")
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
+        """Read lists of YAML and lists with commas."""
+        if isinstance(value, str) and info.field_name != "adapters":
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:  # noqa: ANN401  as YAML gave it
+        """Read the text of a budget; YAML gives a number of adapters as a number."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise expects('"12.5%", "40MB" or a number of adapters')
+        try:
+            return parse_budget(str(value))
+        except BudgetError as error:
+            raise refused(str(error).removeprefix("budget: ")) from None
+
+    @field_validator("adapters", "output")
+    @classmethod
+    def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
+        if not value:
+            raise refused(_NOT_GIVEN.format(info.field_name))
+        return value
+
+    @field_validator("tasks", "output", "clusters")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        """Expand `~`. `adapters` and `model` may be hub ids, so their look-up expands them."""
+        return os.path.expanduser(value) if value else value
+
+    @field_validator("output")
+    @classmethod
+    def _is_no_file(cls, value: str) -> str:
+        try:
+            is_file = Path(value).is_file()
+        except OSError as error:
+            raise refused(f"{error.strerror}, expected a directory or a new name") from None
+        if is_file:
+            raise refused(f"{value} is a file, expected a directory or a new name")
+        return value
+
+    # Rules about two options. `info.data` holds the fields above that are valid.
+
+    @field_validator("format", "clusters", "refine")
+    @classmethod
+    def _beside_the_budget(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        budget, name = info.data.get("budget"), info.field_name
+        if budget and name == "format" and value != "compact" and not budget.in_bytes:
+            raise expects(f"'compact' unless the budget is in bytes ({budget.text!r})")
+        if budget and name == "clusters" and value and budget.in_bytes:
+            raise expects("none where the budget is in bytes; pass a number of adapters")
+        if name == "refine" and value and info.data.get("format") == "gguf":
+            raise expects("False where a plan is stored as GGUF, which is not trained; leave"
+                          " --format gguf out")  # fmt: skip
+        return value
+
+    @field_validator("merge_method", "refine")
+    @classmethod
+    def _with_rows(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        """Refuse what needs rows where there are none."""
+        if "tasks" in info.data and not info.data["tasks"] and value in (True, *NEED_ROWS):
+            raise refused(f"found {value!r}, which needs calibration rows: pass --tasks DIR")
+        return value
 
 
 def stages_of(config: RunConfig, until: str = "report") -> list[str]:
@@ -115,13 +172,11 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
     Raises:
         ConfigError: the run has no such stage.
     """
-    left_out = {"cluster", "merge"} if config.planned else {"plan"}
+    left_out = {"cluster", "merge"} if config.budget.in_bytes else {"plan"}
     if not config.refine:
         left_out.add("refine")
-    if not config.unlabelled:
-        left_out.add("answer")
-    if not config.has_rows:
-        left_out.add("probe")
+    if not config.tasks:
+        left_out |= {"answer", "probe"}
     stages = [name for name in STAGES if name not in left_out]
     if until not in stages:
         raise ConfigError(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.adapters.sources import Source
-from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.models.tasks import probe_file
 from d2c_mlx.packs.overwrite import (
     MARKER,
@@ -21,7 +20,6 @@ from d2c_mlx.packs.overwrite import (
     write_marker,
 )
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.records import has_record
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import json_or_none
 
@@ -61,8 +59,6 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
         rows = [file for one in sources for file in (probe_file(tasks / one.name),
                 tasks / one.name / "test.jsonl")]  # fmt: skip
         inputs += [("tasks", path) for path in (tasks, *rows)]
-    if config.unlabelled:
-        inputs.append(("unlabelled prompts", Path(config.unlabelled)))
     inputs += local_model(config.model)
     replaced = replaced_inputs(inputs, [output / name for name in RUN_WRITES])
     problems = [line for _, line in replaced] + within_adapters(sources, output)
@@ -84,9 +80,9 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
         output / name for name in RUN_WRITES
         if name not in (".lock", *written) and _holds(output / name)
     ]  # fmt: skip
-    folders = {"adapters", "planned" if config.planned else "merged"}
+    folders = {"adapters", "planned" if config.budget.in_bytes else "merged"}
     # A plan with room for all adapters copies them to `merged`; how many MB they are is not known.
-    percent = parse_budget(config.budget).percent
+    percent = config.budget.percent
     if percent is None or percent >= 100:
         folders.add("merged")
     if config.refine:
@@ -97,11 +93,6 @@ def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> li
     mine = [str(path) for path in found if not set(known) & {path, *path.parents}]
     if not mine:
         return []
-    if not written and has_record(output):
-        return [
-            f"output: a run of an earlier version was at work in {output}, which had no {MARKER} to"
-            f" tell its files from yours; give another --output, or delete {', '.join(mine)}"
-        ]
     return [
         f"output: a run in {output} would replace your {', '.join(mine)}, which no earlier run"
         " wrote; give another --output, or move what is yours"

@@ -48,8 +48,8 @@ Take rows like those that the adapter was trained on, but not those. One of thes
 
    Many chat templates add a system message of their own. If the adapter was trained with another,
    or an empty one, begin `messages` with it: {"role": "system", "content": ""}.
-3. Only prompts: write 20 or more to `prompts.txt` beside the two, one a line. `d2c-mlx tasks
-   answer d2c-mlx.yaml` makes the adapters' answers the rows. Read them, and remove wrong ones.
+3. Only prompts: rows without "completion", such as {"prompt": "What is asked"}. The adapter
+   answers them at the beginning of a run, and its answers are the rows.
 """
 _BLOCK = re.compile(r"\.(\d+)\.")
 

@@ -108,13 +108,13 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
         output=str(tmp_path / "run"), budget="50%", probe_examples=10, test_examples=4,
     )  # fmt: skip
     session = run(config, until="probe", quiet=True)
-    stored = merged(session, by_features, "linear", int(0.5 * session.inputs.capacity.total), 0)
+    stored = merged(session, by_features, "linear", int(0.5 * session.capacity.total), 0)
     adapters = list({one.digest: one for one in stored.serves.values()}.values())
     assert len(adapters) == 3
 
     def loss(adapter, one):
         each = [
-            log_probabilities(session.inputs.base, adapter, example) for example in one.examples
+            log_probabilities(session.library.base, adapter, example) for example in one.examples
         ]
         targets = [example.tokens[example.first_target :] for example in one.examples]
         found = [-p[range(len(t)), list(t)] for p, t in zip(each, targets)]
@@ -122,9 +122,9 @@ def test_agreement_is_that_of_plain_losses(paths, tmp_path):
 
     by_probes, by_tests = (
         np.array([[loss(adapter, one) for adapter in adapters] for one in sets])
-        for sets in (session.inputs.probes, session.inputs.tests)
+        for sets in (session.library.calibration, session.library.held_out)
     )
-    own = np.array([adapters.index(stored.serves[name]) for name in session.inputs.names])
+    own = np.array([adapters.index(stored.serves[name]) for name in session.library.names])
     chosen, best, rows = by_probes.argmin(axis=1), by_tests.argmin(axis=1), range(len(NAMES))
     found = ablations.agreement(session, stored)
     assert found["agree"] == (chosen == best).mean()

@@ -43,7 +43,7 @@ def session(paths, tmp_path):
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how])
 def test_a_method_stores_no_more_than_its_budget(session, method):
-    nbytes = int(0.5 * session.inputs.capacity.total)
+    nbytes = int(0.5 * session.capacity.total)
     assert slots_of(session, nbytes)[0] == 3
     k, rank = slots_of(session, nbytes, 1 if method == "merge-all" else None)
     stored = merged(session, *METHODS[method], nbytes, 0)
@@ -113,17 +113,17 @@ def test_average_linkage_of_cosines():
 
 @pytest.mark.parametrize("n_workers", [1, 2, 99])
 def test_answers_in_batches_are_those_one_by_one(session, n_workers):
-    for adapter in (None, session.adapters[0]):
+    for adapter in (None, session.library.adapters[0]):
         found = batched_answers(
-            session.inputs.base, adapter, session.inputs.tests, Workers(n_workers)
+            session.library.base, adapter, session.library.held_out, Workers(n_workers)
         )
-        session.inputs.base.attach(adapter)
-        for one in session.inputs.tests:
+        session.library.base.attach(adapter)
+        for one in session.library.held_out:
             for example, text in zip(one.examples, found[one.task]):
-                tokens = session.inputs.base.answer(
+                tokens = session.library.base.answer(
                     example.tokens[: example.offset], 2 * example.n_targets + 16
                 )
-                alone = session.inputs.base.tokenizer.decode(
+                alone = session.library.base.tokenizer.decode(
                     tokens, skip_special_tokens=True
                 ).strip()
                 assert text == alone

@@ -15,7 +15,7 @@ from benchmarks.quality import without_rows
 from benchmarks.speed import plans
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.rows import prompt_key
-from d2c_mlx.models.tasks import TaskRows, load_task, load_unlabelled
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -105,14 +105,12 @@ def test_a_part_of_the_probe_script_measures(imported, paths, name):
 
 
 def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
-    file = without_rows.write_prompts(paths.adapters.parent, tmp_path / "prompts.jsonl")
-    tasks = [TaskRows(name, (), ()) for name in NAMES]
-    found = load_unlabelled(Path(file), tasks, 0)
-    rows = {name: load_task(paths.tasks / name).probe for name in NAMES}
-    assert {name: [prompt_key(one) for one in some] for name, some in found.items()} == {
-        name: [prompt_key(one) for one in some] for name, some in rows.items()
-    }
-    assert "completion" not in Path(file).read_text()
+    folder = Path(without_rows.write_prompts(paths.adapters.parent, tmp_path / "prompts"))
+    for name in NAMES:
+        asked = load_task(folder / name, prompts=True)
+        rows = [prompt_key(row) for row in load_task(paths.tasks / name).probe]
+        assert [prompt_key(row) for row in (*asked.prompts, *asked.test_prompts)] == rows
+        assert not asked.probe and not asked.test
 
 
 def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, tmp_path):
@@ -120,7 +118,7 @@ def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, 
                               prompts=True)  # fmt: skip
     config = plans.config_of(options, tmp_path)
     assert config.refine and config.probe_examples == 2
-    asked = load_unlabelled(Path(config.unlabelled), [TaskRows(name, (), ()) for name in NAMES], 0)
+    asked = {name: load_task(Path(config.tasks) / name, prompts=True).prompts for name in NAMES}
     for name in NAMES:
         rows = [prompt_key(one) for one in load_task(paths.tasks / name).probe]
         assert [prompt_key(one) for one in asked[name]] == rows[2:]

@@ -108,10 +108,11 @@ def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
     assert rows["estimates: rank 16"]["excess"] != rows["estimates"]["excess"]
     for how in ("with-prompts", "refined-with-prompts"):
         place = tmp_path / "work" / f"2-0-estimates-{how}"
-        prompts = place.with_name(f"{place.name}.prompts.jsonl")
-        assert f"unlabelled: {prompts}" in (place / "config.yaml").read_text()
+        tasks = place.with_name(f"{place.name}.tasks")
+        assert f"tasks: {tasks}" in (place / "config.yaml").read_text()
     used = (tmp_path / "work" / "tasks-0" / "a" / "probe.jsonl").read_text()
-    assert not any(json.loads(line)["prompt"] in used for line in prompts.read_text().splitlines())
+    rows = map(json.loads, (tasks / "a" / "probe.jsonl").read_text().splitlines())
+    assert not any(row["prompt"] in used for row in rows if "completion" not in row)
 
 
 def test_cases_of_the_past_are_kept_and_not_measured(measured):

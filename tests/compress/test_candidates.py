@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
+from helpers.runs import planner_of
 from helpers.tiny import expected_regret
 
 from d2c_mlx.adapters.adapter import LoRA
@@ -31,7 +32,7 @@ def test_worth_falls_where_singular_values_are_equal():
 
 def test_worth_is_energy_times_gain_and_a_part_for_all(config):
     session = run(config, until="convert", quiet=True)
-    one, two = session.adapters[:2]
+    one, two = session.library.adapters[:2]
     paths = sorted(one.modules)
     gains = [
         {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
@@ -53,7 +54,7 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(config):
 def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
     """By their answers another scale is better; by what the adapter expects none is."""
     session = run(config, until="probe", quiet=True)
-    for i, adapter in enumerate(session.adapters):
+    for i, adapter in enumerate(session.library.adapters):
         scaled = [
             replace(adapter, modules={
                 path: LoRA(one.a, one.b, scale * one.scale) for path, one in adapter.modules.items()
@@ -66,9 +67,11 @@ def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
 
 def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
     session = run(config, until="probe", quiet=True)
-    session.inputs.engine.float32_head = None
-    found = session.library.by_teacher.regrets(session.adapters[0], range(4))
-    (losses,) = session.scorer.losses([(session.adapters[0], session.inputs.probes)])
+    session.library.scorer.engine.float32_head = None
+    found = session.library.by_teacher.regrets(session.library.adapters[0], range(4))
+    (losses,) = session.library.scorer.losses(
+        [(session.library.adapters[0], session.library.calibration)]
+    )
     assert found == pytest.approx(session.library.losses.regret(losses), abs=1e-6)
     assert session.library.by_teacher.regrets(None, [2]) == pytest.approx(
         session.library.losses.regret(session.library.losses.base)[2]
@@ -78,16 +81,16 @@ def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
 def test_a_candidate_is_measured_as_it_is_packed(config):
     """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
     session = run(config.replace(probe_examples=4), until="probe", quiet=True)
-    assert all(len(probe.parts) == 2 for probe in session.inputs.probes)
-    path = max(session.adapters[2].modules)
-    form = Form((0, 2), session.adapters[2], {path: ((1, 2),)}, "merged", 0.1)
-    one = session.planner.forms.measure(form)
+    assert all(len(probe.parts) == 2 for probe in session.library.calibration)
+    path = max(session.library.adapters[2].modules)
+    form = Form((0, 2), session.library.adapters[2], {path: ((1, 2),)}, "merged", 0.1)
+    one = planner_of(session).forms.measure(form)
     assert (one.members, one.family, one.levels) == ((0, 2), "merged", {path: ((1, 2),)})
-    plain = compact_store(form.adapter, form.levels, one.scale).adapter(session.inputs.base.dtype)
+    plain = compact_store(form.adapter, form.levels, one.scale).adapter(session.library.base.dtype)
     assert one.regret == pytest.approx(
         sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
     )
-    other = session.planner.forms.measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
+    other = planner_of(session).forms.measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
     assert other.scale >= 2 and one.scale in FINE_SCALES
     assert other.nbytes == one.nbytes
 
@@ -95,10 +98,10 @@ def test_a_candidate_is_measured_as_it_is_packed(config):
 @pytest.mark.parametrize("form", ["compact", "gguf"])
 def test_numbers_of_measured_forms_wait_in_a_file(config, form):
     session = run(config.replace(format=form, budget="50%"), until="probe", quiet=True)
-    adapter, storage = session.adapters[0], session.inputs.capacity.storage
+    adapter, storage = session.library.adapters[0], session.capacity.storage
     parts = svd_components(adapter)
-    levels = storage.allocate(worth(parts, [{}]), 0.5 * session.inputs.capacity.sizes[0])
-    one = session.planner.forms.measure(Form((0,), adapter, levels))
+    levels = storage.allocate(worth(parts, [{}]), 0.5 * session.capacity.sizes[0])
+    one = planner_of(session).forms.measure(Form((0,), adapter, levels))
     expected = storage.store(adapter, levels, parts)
     assert arrays(one.stored.load()) == arrays(expected) and len(arrays(expected)) > 4
     assert arrays(one.load()) == arrays(expected.scaled(one.scale))
@@ -122,7 +125,7 @@ def arrays(value):
 
 def test_a_merge_is_offered_in_sizes_around_its_tasks_part_of_the_budget(config):
     session = run(config, until="probe", quiet=True)
-    forms, total = session.planner.forms, session.inputs.capacity.total
+    forms, total = planner_of(session).forms, session.capacity.total
     units = [
         ((i, i + 2), merge(session.library.by_teacher, (i, i + 2), session.config.merging).adapter)
         for i in (0, 1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
+from helpers.runs import planner_of
 from helpers.tiny import library
 
 from d2c_mlx.adapters.gguf_format import save_gguf
@@ -45,17 +46,17 @@ def test_the_files_are_within_the_budget_and_as_large_as_was_planned(session):
     files = sorted(session.path("pack").glob("*.gguf"))
     assert pack.storage == "gguf" and {file.name for file in files} == set(pack.manifest.files)
     assert sum(file.stat().st_size for file in files) == pack.nbytes
-    assert pack.nbytes <= int(0.6 * session.inputs.capacity.total)
+    assert pack.nbytes <= int(0.6 * session.capacity.total)
     assert sorted(file.stat().st_size for file in files) == sorted(
         unit["nbytes"] for unit in plan["units"]
     )
-    assert plan["units"] and sorted(pack.tasks) == session.inputs.names
+    assert plan["units"] and sorted(pack.tasks) == session.library.names
 
 
 def test_no_choice_exceeds_its_budget(session, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
-    forms, storage = session.planner.forms, session.inputs.capacity.storage
-    units = [((i,), adapter) for i, adapter in enumerate(session.adapters)]
+    forms, storage = planner_of(session).forms, session.capacity.storage
+    units = [((i,), adapter) for i, adapter in enumerate(session.library.adapters)]
     rooms = 5_000, 20_000, 80_000
     offered = [form for room in rooms for one in forms.ladders(units, "own", room) for form in one]
     candidates = [forms.estimate(form, form.lost) for form in offered]
@@ -72,13 +73,13 @@ def test_no_choice_exceeds_its_budget(session, tmp_path):
 
 
 def test_sizes_are_exact_at_every_level(session, tmp_path):
-    storage: GgufStorage = session.inputs.capacity.storage
-    adapter = session.adapters[0]
+    storage: GgufStorage = session.capacity.storage
+    adapter = session.library.adapters[0]
     paths = sorted(adapter.modules)
     for n, bits, some in ((1, 4, paths), (2, 8, paths[:3]), (4, 4, paths[1:2])):
         levels = {path: ((n, bits),) for path in some}
         form = storage.store(adapter, levels, None)
-        save_gguf(form, tmp_path / "x.gguf", session.inputs.base.config)
+        save_gguf(form, tmp_path / "x.gguf", session.library.base.config)
         assert (tmp_path / "x.gguf").stat().st_size == storage.nbytes(adapter.name, levels)
 
 
@@ -86,7 +87,7 @@ def test_what_was_measured_is_what_llama_cpp_gets(session):
     pack, plan = load_pack(session.path("pack")), session.read("plan.json")
     found = [
         float(session.library.by_teacher.regrets(pack.load(name), [i])[0])
-        for i, name in enumerate(session.inputs.names)
+        for i, name in enumerate(session.library.names)
     ]
     assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
     for task, name in pack.tasks.items():

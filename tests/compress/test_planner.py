@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.runs import planner_of
 from helpers.tiny import expected_regret, library
 
 from d2c_mlx.cluster.estimates import MergeEstimates
@@ -32,11 +33,11 @@ from d2c_mlx.utils.files import hash_tree
 def test_a_plan_becomes_a_pack_within_its_budget(config):
     session = run(config, quiet=True)
     plan, pack = session.read("plan.json"), load_pack(session.path("pack"))
-    assert pack.storage == "compact" and pack.nbytes <= 0.6 * session.inputs.capacity.total
+    assert pack.storage == "compact" and pack.nbytes <= 0.6 * session.capacity.total
     served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
-    assert sorted(served) == session.inputs.names == sorted(pack.tasks)
+    assert sorted(served) == session.library.names == sorted(pack.tasks)
     # What was measured is what is packed.
-    loaded = [pack.load(name) for name in session.inputs.names]
+    loaded = [pack.load(name) for name in session.library.names]
     found = [
         float(session.library.by_teacher.regrets(adapter, [i])[0])
         for i, adapter in enumerate(loaded)
@@ -44,7 +45,7 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
     assert np.mean(found) == pytest.approx(plan["regret"], abs=1e-6)
     regrets = [expected_regret(session, i, adapter) for i, adapter in enumerate(loaded)]
     assert regrets == pytest.approx(found, abs=1e-4)
-    of = dict(zip(session.inputs.names, regrets))
+    of = dict(zip(session.library.names, regrets))
     for unit in plan["units"]:
         found = np.mean([of[name] for name in unit["tasks"]])
         assert unit["regret"] == pytest.approx(found, abs=1e-4)
@@ -65,10 +66,10 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
 def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
     """More than the header has room for; or no room for it at all."""
     session = run(config, until="probe", quiet=True)
-    for set_aside in (session.inputs.capacity.header_nbytes, 1500, 0):
-        session.inputs.capacity.header_nbytes = set_aside
+    for set_aside in (session.capacity.header_nbytes, 1500, 0):
+        session.capacity.header_nbytes = set_aside
         for room in range(1500, 6000, 1500):
-            adapters = session.planner.search(room).adapters
+            adapters = planner_of(session).search(room).adapters
             assert compact_nbytes(index_of(adapters)) <= room + set_aside
 
 
@@ -117,7 +118,7 @@ def test_merges_that_lose_nothing_do_not_end_the_search(asked, tmp_path, monkeyp
         planner, "merge", lambda *arguments: replace(counted(*arguments), regret=1e-3)
     )
     session = probed(tmp_path, "30%")
-    session.planner.search()
+    planner_of(session).search()
     assert {len(members) for members in asked} > {12}
 
 
@@ -126,7 +127,7 @@ def test_merges_that_lose_nothing_do_not_end_the_search(asked, tmp_path, monkeyp
 def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(asked, tmp_path, budget):
     """The cluster with the worst estimate first; nothing of it becomes a candidate then."""
     session = probed(tmp_path, budget)
-    found = session.planner.search().content
+    found = planner_of(session).search().content
     taught, options = session.library.by_teacher, session.config.merging
     lost = [
         taught.regrets(merge(taught, members, options).adapter, members).sum() for members in asked
@@ -135,7 +136,7 @@ def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(asked, tm
     merges = sorted(costs, key=costs.get, reverse=True)
     assert asked == merges[: len(asked)] and asked != merges
     assert "merged" not in {unit["family"] for unit in found["units"]}
-    assert sum(lost) >= len(session.inputs.names) * found["regret"]
+    assert sum(lost) >= len(session.library.names) * found["regret"]
 
 
 @pytest.mark.slow
@@ -144,22 +145,22 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
     config, budget, tmp_path
 ):
     session = run(config.replace(budget=budget), until="probe", quiet=True)
-    room = session.inputs.capacity.room
-    found = session.planner.search(room)
+    room = session.capacity.room
+    found = planner_of(session).search(room)
     assert all(one.measured for one in found.chosen)
-    assert compact_nbytes(index_of(found.adapters)) <= room + session.inputs.capacity.header_nbytes
-    forms, n = session.planner.forms, len(session.adapters)
-    own = [((i,), adapter) for i, adapter in enumerate(session.adapters)]
+    assert compact_nbytes(index_of(found.adapters)) <= room + session.capacity.header_nbytes
+    forms, n = planner_of(session).forms, len(session.library.adapters)
+    own = [((i,), adapter) for i, adapter in enumerate(session.library.adapters)]
     every = [forms.measure(form) for ladder in forms.ladders(own, "own", room) for form in ladder]
     assert found.content["measured"] < len(every) <= found.content["candidates"]
     regrets = session.library.by_teacher.regrets(None, range(n))
     every += [Candidate((i,), "base", 0.0, {}, 0, float(x)) for i, x in enumerate(regrets)]
-    best = sum(one.regret for one in session.planner.fitting(every, room)) / n
+    best = sum(one.regret for one in planner_of(session).fitting(every, room)) / n
     # Scales between those that were tried may be a little better.
     assert best - 0.02 <= found.content["regret"] < 1.25 * best + 0.05
     of = {one.members: one for one in found.chosen}
     for one in found.chosen:
-        plain = one.load().adapter(session.inputs.base.dtype) if one.stored else None
+        plain = one.load().adapter(session.library.base.dtype) if one.stored else None
         regret = session.library.by_teacher.regrets(plain, one.members).sum()
         assert one.regret == pytest.approx(float(regret), abs=1e-6)
     assert sorted(i for members in of for i in members) == list(range(4))
@@ -178,7 +179,7 @@ def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, monkeypa
     monkeypatch.setattr(
         FormEstimates, "tune", lambda found, some: [tuned.extend(some), tune(found, some)]
     )
-    session.planner.search(session.inputs.capacity.room)
+    planner_of(session).search(session.capacity.room)
     stored = [one for one in settled[-2][0] if one.stored]
     others = [max(0.0, one.regret) for one in stored if one not in tuned]
     regrets = [max(0.0, one.regret) for one in tuned]
@@ -189,8 +190,8 @@ def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, monkeypa
 @pytest.mark.parametrize("budget", ["200%", "1MB"])
 def test_with_room_for_everything_everything_is_kept(config, budget):
     session = run(config, until="probe", quiet=True)  # a run would copy them
-    room = session.inputs.capacity.room_of(parse_budget(budget))
-    plan = session.planner.search(room).content
+    room = session.capacity.room_of(parse_budget(budget))
+    plan = planner_of(session).search(room).content
     assert plan["base"] == [] and plan["regret"] < 0.02
     assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
 
@@ -225,9 +226,9 @@ def test_what_a_plan_stores_as_gguf_is_not_refined(config):
 
 @pytest.mark.slow
 def test_only_a_budget_in_bytes_is_planned(config, command):
-    assert config.planned
+    assert config.budget.in_bytes
     slots = config.replace(budget="2")
-    assert not slots.planned
+    assert not slots.budget.in_bytes
     session = run(slots, until="merge", quiet=True)
     assert session.path("merges.json").exists() and not session.path("plan.json").exists()
     for until, more in (("plan", []), ("merge", ["--budget", "60%"])):

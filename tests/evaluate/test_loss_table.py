@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.tiny import library
 
-from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -58,11 +58,11 @@ def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):
     session = run(config, until="probe", quiet=True)
     table = LossTable.from_json(session.read("losses.json"))
     assert table.tasks == tuple("abcd") and table.weakened.shape == (4, 2)
-    scorer, probes = session.scorer, session.inputs.probes
+    scorer, probes = session.library.scorer, session.library.calibration
     columns = zip((*table.strengths, 1.0), (*table.weakened.T, table.individual))
     for strength, losses in columns:
-        for adapter, probe, loss in zip(session.adapters, probes, losses):
-            weaker = scaled(adapter, strength).uniform(session.inputs.base.dtype)
+        for adapter, probe, loss in zip(session.library.adapters, probes, losses):
+            weaker = scaled(adapter, strength).uniform(session.library.base.dtype)
             ((found,),) = scorer.losses([(weaker, [probe])])
             assert loss == pytest.approx(found, rel=1e-6)
     assert table.base == pytest.approx(scorer.losses([(None, probes)])[0], rel=1e-6)

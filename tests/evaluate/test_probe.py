@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.line_search import line_search
 from d2c_mlx.utils.lock import held

@@ -18,7 +18,7 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_import import convert_gguf
-from d2c_mlx.models.tasks import load_task, load_unlabelled
+from d2c_mlx.models.tasks import encode_task, load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
@@ -35,8 +35,7 @@ PROMPTS = [{"prompt": f"Question {i}?", "completion": "An answer."} for i in ran
 ANSWER = {"role": "assistant", "content": "An answer."}
 CHATS = [{"messages": [{"role": "user", "content": f"Question {i}?"}, ANSWER]} for i in range(2)]
 TEXTS = [{"text": "A text."}]
-UNLABELLED = [{"task": "one", "prompt": "What else?"},
-              {"task": "two", "messages": [{"role": "user", "content": "And else?"}]}]  # fmt: skip
+QUESTIONS = [{"prompt": "What else?"}, {"prompt": "And what then?"}]
 OPTIONS = """adapters: a
 tasks: t
 output: o
@@ -224,16 +223,16 @@ def rows(shared, root):
     return Target([lines(PROMPTS), lines(CHATS), lines(TEXTS)], check)
 
 
-def unlabelled(shared, root):
-    """Prompts without answers."""
-    tasks = [load_task(shared.paths.tasks / name) for name in ("one", "two")]
+def prompts(shared, root):
+    """Rows of a task without answers, maybe beside some that have one."""
+    write_jsonl(root / "t" / "test.jsonl", [{"prompt": "Why?", "completion": "So."}])
 
     def check(data):
-        (root / "prompts.jsonl").write_bytes(data)
-        for name, found in load_unlabelled(root / "prompts.jsonl", tasks, 2).items():
-            shared.base.encode(name, found)
+        (root / "t" / "probe.jsonl").write_bytes(data)
+        rows = load_task(root / "t", prompts=True).used(4, 4, extra=True)
+        assert encode_task(shared.base.encode, rows).calibration.n_targets > 0
 
-    return Target([lines(UNLABELLED)], check)
+    return Target([lines(PROMPTS[:1] + QUESTIONS), lines(QUESTIONS)], check)
 
 
 def options(shared, root):
@@ -286,7 +285,7 @@ TARGETS = {
     "gguf": gguf,
     "gguf-adapter": gguf_adapter,
     "rows": rows,
-    "unlabelled": unlabelled,
+    "prompts": prompts,
     "options": options,
     "budget": budget,
     "request": request,

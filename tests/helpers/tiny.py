@@ -209,8 +209,13 @@ def expected_regret(session, i, adapter):
     table = session.read("losses.json")
     gain = max(table["base"][i] - table["individual"][i], 0.05)
     return (
-        divergence(session.inputs.base, session.adapters[i], adapter, session.inputs.probes[i])
-        / session.inputs.probes[i].n_targets
+        divergence(
+            session.library.base,
+            session.library.adapters[i],
+            adapter,
+            session.library.calibration[i],
+        )
+        / session.library.calibration[i].n_targets
         / gain
     )
 

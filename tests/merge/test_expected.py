@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.runs import planner_of
 from helpers.tiny import divergence, library
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,15 +86,17 @@ def library_of(session, adapters, sets):
 
 def test_rows_that_say_weaker_are_believed(session):
     """The adapters are twice as strong as what answered their rows."""
-    strong = [scaled(adapter, 2.0) for adapter in session.adapters]
+    strong = [scaled(adapter, 2.0) for adapter in session.library.adapters]
     sets = [
-        answered(session.inputs.base, *pair, 0)
-        for pair in zip(session.adapters, session.inputs.probes)
+        answered(session.library.base, *pair, 0)
+        for pair in zip(session.library.adapters, session.library.calibration)
     ]
     found = library_of(session, strong, sets).by_teacher
     for i, trust in enumerate(found.trust):
         assert 0.3 < trust < 1
-        own, weaker = (float(found.regrets(one[i], [i])[0]) for one in (strong, session.adapters))
+        own, weaker = (
+            float(found.regrets(one[i], [i])[0]) for one in (strong, session.library.adapters)
+        )
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
@@ -108,47 +111,53 @@ def test_forms_are_stored_weaker_where_rows_say_so(session):
     """Scales below 1 are tried for such adapters, and for no others."""
 
     def forms(adapters, sets):
-        session.adapters = adapters
+        session.library.adapters = adapters
         session.library = library_of(session, adapters, sets)
-        found = session.planner.search()
+        found = planner_of(session).search()
         plan = found.content
         assert plan["trust"] == {
-            n: w for n, w in zip(session.inputs.names, session.library.by_teacher.trust) if w
+            n: w for n, w in zip(session.library.names, session.library.by_teacher.trust) if w
         }
         return [(one.scale, one.regret) for one in found.chosen if one.family == "own"]
 
     sets = [
-        answered(session.inputs.base, *pair, 0)
-        for pair in zip(session.adapters, session.inputs.probes)
+        answered(session.library.base, *pair, 0)
+        for pair in zip(session.library.adapters, session.library.calibration)
     ]
     alike = forms(
-        session.adapters,
-        [answered(session.inputs.base, *pair, 1) for pair in zip(session.adapters, sets)],
+        session.library.adapters,
+        [answered(session.library.base, *pair, 1) for pair in zip(session.library.adapters, sets)],
     )
     assert min(scale for scale, _ in alike) >= 1
-    weaker = forms([scaled(adapter, 2.0) for adapter in session.adapters], sets)
+    weaker = forms([scaled(adapter, 2.0) for adapter in session.library.adapters], sets)
     assert min(scale for scale, _ in weaker) < 1 and min(regret for _, regret in weaker) < 0
 
 
 def test_rows_as_the_adapter_expects_have_no_say(session):
     sets = [
-        answered(session.inputs.base, *pair, 1)
-        for pair in zip(session.adapters, session.inputs.probes)
+        answered(session.library.base, *pair, 1)
+        for pair in zip(session.library.adapters, session.library.calibration)
     ]
-    found = library_of(session, session.adapters, sets).by_teacher
+    found = library_of(session, session.library.adapters, sets).by_teacher
     assert found.trust == [0, 0]
-    assert [rows.teacher for rows in found.calibration] == [one.digest for one in session.adapters]
+    assert [rows.teacher for rows in found.calibration] == [
+        one.digest for one in session.library.adapters
+    ]
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])
 def test_a_trusted_row_enters_by_its_weight(session, trust):
     """Against rows of logits in float64; another weight is another set."""
-    base, (one, other), probe = session.inputs.base, session.adapters, session.inputs.probes[0]
+    base, (one, other), probe = (
+        session.library.base,
+        session.library.adapters,
+        session.library.calibration[0],
+    )
     model = Distiller(base)
     some = model.with_teacher(one, probe, trust)
-    (found,) = session.scorer.losses([(other, [some])])
+    (found,) = session.library.scorer.losses([(other, [some])])
     rows = model.compare(other, model.teacher_rows(one, probe))
-    nll = [sum(session.scorer.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
+    nll = [sum(session.library.scorer.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
     assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
     kl = divergence(base, one, other, probe)
     assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)

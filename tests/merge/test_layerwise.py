@@ -25,7 +25,7 @@ from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
 
 # In the order in which they run.
@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
     )  # fmt: skip
-    assert Session(config).inputs.names == ["a", "b"]
+    assert Run(config).inputs.names == ["a", "b"]
     monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
     with pytest.raises(InputError, match="take regmean"):
-        _ = Session(config).inputs
+        _ = Run(config).inputs

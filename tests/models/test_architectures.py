@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.losses import losses_of, plain_loss
-from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer, write_jsonl
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -37,7 +37,6 @@ from d2c_mlx.models.forward import (
 from d2c_mlx.models.stock import greedy
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
@@ -183,10 +182,6 @@ def test_defaults_that_an_architecture_does_not_allow_are_said(tmp_path):
         session = run(config, quiet=True)
     lines = [str(one.message) for one in said]
     assert any("are merged by regmean++ instead of layerwise" in line for line in lines)
-    prompts = write_jsonl(tmp_path / "p.jsonl", [{"task": "a", "prompt": "Why?"}])
-    text = "unlabelled: beside --tasks only layer-wise merges read"
-    with pytest.warns(InputWarning), pytest.raises(InputError, match=text):
-        Inputs(config.replace(unlabelled=str(prompts)))
     unused = session.read("bench.json")["provenance"]["unused"]
     assert unused == ["layerwise"]
     for name in ("report.md", "report.html"):

@@ -7,7 +7,7 @@ from mlx_lm.utils import load_tokenizer
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.tasks import TaskRows, common_system, load_task, load_tasks, load_unlabelled
+from d2c_mlx.models.tasks import TaskRows, common_system, load_task, load_tasks
 from d2c_mlx.utils.errors import InputError, TaskError
 
 
@@ -272,17 +272,6 @@ def test_pairs_with_messages_beside_are_pairs(base, beside):
         base.encode("t", rows).examples == base.encode("t", [*map(completion, range(2))]).examples
     )
     assert common_system([TaskRows("t", tuple(rows), ())]) is None
-
-
-def test_prompts_keep_the_tools_of_their_row(tmp_path):
-    tools = [{"type": "function", "function": {"name": "clock"}}]
-    path = tmp_path / "prompts.jsonl"
-    rows = [{"task": "t", "prompt": "How late?", "tools": tools, "messages": None},
-            {"task": "t", "messages": [{"role": "user", "content": "Now?"}]}]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = load_unlabelled(path, [TaskRows("t", (), ())], 0)["t"]
-    assert first["tools"] == tools and "tools" not in second
-    assert first["messages"][0] == {"role": "user", "content": "How late?"}
 
 
 def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):

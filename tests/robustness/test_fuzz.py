@@ -11,7 +11,7 @@ import json
 import pytest
 import yaml
 from helpers import targets
-from helpers.targets import CHATS, KEPT, PROMPTS, TARGETS, TEXTS, UNLABELLED, Shared, lines
+from helpers.targets import CHATS, KEPT, PROMPTS, QUESTIONS, TARGETS, TEXTS, Shared, lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -171,8 +171,8 @@ def test_rows_of_a_task(fuzz, shared, tmp_path):
 
 
 def test_prompts_without_answers(fuzz, shared, tmp_path):
-    inputs = st.one_of(changed(UNLABELLED).map(lines), NEARLY)
-    fuzz(inputs, targets.unlabelled(shared, tmp_path).check)
+    inputs = st.one_of(changed(QUESTIONS).map(lines), NEARLY)
+    fuzz(inputs, targets.prompts(shared, tmp_path).check)
 
 
 def test_config_of_a_run(fuzz, shared, tmp_path):

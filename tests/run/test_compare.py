@@ -22,7 +22,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
 from d2c_mlx.run.config_file import load_config
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.run import Run
 
 METHODS = ["linear", "ties", "tsv", "regmean"]
 
@@ -177,10 +177,12 @@ def test_files_that_no_comparison_wrote_are_kept(root, command, tmp_path):
 @pytest.mark.slow
 def test_losses_of_rows_are_those_of_their_set(root, compared):
     config = load_config(root / "out" / "six-linear-2" / "config.yaml", {})
-    session, pack = Session(config), load_pack(root / "out" / "six-linear-2" / "pack")
+    session, pack = Run(config), load_pack(root / "out" / "six-linear-2" / "pack")
     serves = {name: pack.load(name) for name in "abcdef"}
-    rows = row_losses(session.scorer, serves, session.inputs.tests)
-    whole = method_losses(session.scorer, BenchMethod(0, [serves]), session.inputs.tests)
+    rows = row_losses(session.library.scorer, serves, session.library.held_out)
+    whole = method_losses(
+        session.library.scorer, BenchMethod(0, [serves]), session.library.held_out
+    )
     means = [rows[name][:, 0].sum() / rows[name][:, 1].sum() for name in "abcdef"]
     np.testing.assert_allclose(means, whole, atol=1e-5)
 
@@ -190,16 +192,19 @@ def test_a_run_tells_the_interval_of_its_excess(root, compared):
     """That of rows that are evaluated one by one; none of it is evaluated twice."""
     out = root / "out" / "six-linear-2"
     config = load_config(out / "config.yaml", {})
-    session, pack = Session(config), load_pack(out / "pack")
-    tests = session.inputs.tests
-    serves = [{name: pack.load(name) for name in "abcdef"}, dict(zip("abcdef", session.adapters))]
-    expected = paired_bootstrap(*(row_losses(session.scorer, one, tests) for one in serves))
+    session, pack = Run(config), load_pack(out / "pack")
+    tests = session.library.held_out
+    serves = [
+        {name: pack.load(name) for name in "abcdef"},
+        dict(zip("abcdef", session.library.adapters)),
+    ]
+    expected = paired_bootstrap(*(row_losses(session.library.scorer, one, tests) for one in serves))
     found = session.read("bench.json")["interval"]
     assert found == pytest.approx({key: expected[key] for key in ("low", "high")}, abs=1e-5)
     assert found["low"] < session.read("bench.json")["methods"]["pack"]["excess"] < found["high"]
     for name in ("report.html", "report.md"):
         assert f"95% interval {found['low']:.4f} to {found['high']:.4f}" in (out / name).read_text()
-    engine, ran = session.inputs.engine, []
+    engine, ran = session.library.scorer.engine, []
     method_losses(Scorer(engine), BenchMethod(0, serves), tests)
     engine.workers.run = lambda *given: ran.append(given)
     assert excess_interval(engine, *serves, tests) == found and not ran

@@ -12,7 +12,7 @@ from helpers.runs import stages_started
 from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import stages_of
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputWarning
 
 # The command, in a process where a model cannot even be imported.
@@ -32,7 +32,7 @@ def finished(config):
 
 
 def is_finished(session):
-    return session.directory.is_finished(session.config, stages_of(session.config))
+    return Run(session.config).finished()
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_what_changed_is_seen(finished, tmp_path):
     """An option, an input, an artifact: each makes the stages look closer."""
     assert is_finished(finished)
     other = finished.config.replace(seed=1)
-    assert not finished.directory.is_finished(other, stages_of(other))
+    assert not Run(other).finished()
 
     rows = tmp_path / "tasks" / "a" / "test.jsonl"
     text = rows.read_text(encoding="utf-8")
@@ -95,7 +95,7 @@ def test_another_end_of_answers_is_seen(finished):
 @pytest.mark.slow
 def test_an_earlier_stage_is_finished_too(finished):
     for until in ("probe", "merge", "pack"):
-        assert finished.directory.is_finished(finished.config, stages_of(finished.config, until))
+        assert Run(finished.config).finished(until)
 
 
 @pytest.mark.slow
@@ -109,16 +109,13 @@ def test_a_run_that_copied_all_adapters_is_finished_and_goes_on_as_it_was_asked(
     assert {name: saved[name] for name in asked} == asked
     assert set(session.read("bench.json")["methods"]) == {"base", "individual", "d2c", "pack"}
     for until in ("probe", "plan", "pack", "report"):
-        assert session.directory.is_finished(config, stages_of(config, until))
+        assert Run(config).finished(until)
     assert all(one.done for one in left.stages)
 
     again = run(config, quiet=True)
     assert "inputs" not in vars(again)
-    _, out, err = command("plan", "--output", config.output)
-    assert (out, err) == (f"wrote {session.path('merges.json')}\n", "")
     session.path("merges.json").unlink()
     assert not is_finished(session)
     code, _, err = command("run", "--output", config.output, "--budget", "70%")
     assert code == 0 and "will be replaced: budget: '120%', now '70%'\n" in err
     assert load_pack(session.path("pack")).storage == "compact"
-    assert not session.directory.copied

@@ -1,6 +1,7 @@
 """A dry run: what a run would do, beside what it does."""
 
 import json
+import shutil
 
 import pytest
 from helpers.tiny import library, write_jsonl
@@ -57,9 +58,12 @@ def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
     """Two rows of a task in a step, and two answers; sixteen prompts are answered at once."""
 
     def tokens(stage, n, **changes):
-        lines = [{"task": "a", "prompt": f"Question {i}?"} for i in range(n)]
+        lines = [{"prompt": f"Question {i}?"} for i in range(n)]
         if n:
-            changes["unlabelled"] = str(write_jsonl(tmp_path / f"{n}.jsonl", lines))
+            tasks = shutil.copytree(config.tasks, tmp_path / f"{stage}{n}", dirs_exist_ok=True)
+            rows = [json.loads(x) for x in (tasks / "a" / "probe.jsonl").read_text().splitlines()]
+            write_jsonl(tasks / "a" / "probe.jsonl", [*rows, *lines])
+            changes["tasks"] = str(tasks)
         said = forecast(config.replace(**changes))
         return next(one.tokens for one in said.stages if one.name == stage)
 

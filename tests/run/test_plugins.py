@@ -18,8 +18,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, find, names
-from d2c_mlx.run.directory import snapshot
 from d2c_mlx.run.doctor import diagnose
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import ConfigError, D2CError
 
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -117,9 +117,9 @@ def test_a_run_by_plug_ins_is_made_anew_when_their_code_or_version_changes(insta
     run(config, quiet=True)
     assert stages_started(session.output) == first
     for version, code in (("1.0", f"{MEAN}\n# changed"), ("1.1", f"{MEAN}\n# changed")):
-        before = snapshot(config)
+        before = Run(config)._snapshot()
         install("of_mean", code, version, merge="plain", cluster="halves")
-        assert snapshot(config) != before
+        assert Run(config)._snapshot() != before
         run(config, until="merge", quiet=True)
         changed = {name for name, at in stages_started(session.output).items() if at != first[name]}
         assert changed >= {"cluster", "merge"} and not changed & {"convert", "probe"}

@@ -13,10 +13,10 @@ from helpers.runs import NAMES, stages_started
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.pipeline import run
+from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
-from d2c_mlx.run.inputs import Inputs
-from d2c_mlx.run.records import Record
+from d2c_mlx.run.inputs import read_inputs
 from d2c_mlx.utils.device import _resident_by_ps, outside_mlx
 from d2c_mlx.utils.errors import InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -48,10 +48,10 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     manifest = json.loads((output / "pack" / "manifest.json").read_text())
     files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
-    assert manifest["base"]["config_sha256"] == session.inputs.base.config_hash
+    assert manifest["base"]["config_sha256"] == session.library.base.config_hash
     assert len({manifest["tasks"][name] for name in NAMES}) == 2
     record = json.loads((output / ".stages" / "probe.json").read_text())
-    assert 0 < record["peak_nbytes"] <= session.inputs.engine.memory_limit
+    assert 0 < record["peak_nbytes"] <= session.library.scorer.engine.memory_limit
     assert record["process_peak_nbytes"] > record["peak_nbytes"]
     assert bench["provenance"]["unused"] == []
     # Four tasks under the base and their own adapter at three strengths.
@@ -68,12 +68,28 @@ def test_artifacts_and_the_shape_of_bench_json(config):
         assert re.search(r"Peak memory: MLX [\d.]+ [KM]B, the whole process [\d.]+ [MG]B", text)
 
 
+@pytest.mark.parametrize("budget", ["2", "60%"])
+def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget):
+    """The same pack, whichever record of a stage is lost; nothing is loaded for a finished run."""
+    config = config.replace(budget=budget, baselines=(), merge_method="linear")
+    output = run(config, quiet=True).output
+    packed, started = hash_tree(output / "pack"), stages_started(output)
+    again = run(config, quiet=True)
+    assert "inputs" not in vars(again) and stages_started(output) == started
+    for stage in ("probe", "plan" if budget == "60%" else "cluster"):
+        (output / ".stages" / f"{stage}.json").unlink()
+        run(config, quiet=True)
+        later = {name for name, at in stages_started(output).items() if at != started[name]}
+        assert later == {stage} and hash_tree(output / "pack") == packed
+        started = stages_started(output)
+
+
 def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
     monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "16GB")
-    before = Inputs(config).engine.memory_limit
+    before = read_inputs(config).engine.memory_limit
     assert before == 16_000_000_000 - outside_mlx()
     ballast = np.ones(75_000_000)
-    assert Inputs(config).engine.memory_limit <= before - (256 << 20)
+    assert read_inputs(config).engine.memory_limit <= before - (256 << 20)
     assert _resident_by_ps() > ballast.nbytes
 
 
@@ -225,22 +241,22 @@ def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
 def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch):
     """Between the rename and the record, with other options than the last pack's."""
     output = run(config, "pack", quiet=True).output
-    write = Record.write
+    write = run_module.write_json
 
-    def killed(self, writes, measured):
-        if writes == ["pack"]:
+    def killed(path, content):
+        if path.name == "pack.json" and "read" in content:
             raise KeyboardInterrupt
-        write(self, writes, measured)
+        write(path, content)
 
     more = config.replace(budget="3")
-    monkeypatch.setattr(Record, "write", killed)
+    monkeypatch.setattr(run_module, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         run(more, "pack", quiet=True)
     monkeypatch.undo()
     made = hash_tree(output / "pack")
     assert hash_tree(run(more, "pack", quiet=True).path("pack")) == made
     # Killed there again, and the pack is changed before the run goes on.
-    monkeypatch.setattr(Record, "write", killed)
+    monkeypatch.setattr(run_module, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, "pack", quiet=True)
     monkeypatch.undo()
@@ -262,7 +278,7 @@ def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(co
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Record, "write", killed)
+        patch.setattr(run_module, "write_json", killed)
         run(config, quiet=True)
     assert len((output / "config.yaml").read_text()) > 30_000
     assert not (output / ".stages").exists()

@@ -12,6 +12,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.report.words import answered, next_commands, refined, verdict
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import ConfigError, InputWarning
 
 TASK = {"excess": 0.02, "retention": 0.98, "loss": 1.0}
@@ -95,13 +96,14 @@ def test_a_run_goes_on_from_another_directory(config, tmp_path, monkeypatch):
              for name in ("model", "tasks", "output")}  # fmt: skip
     relative = config.replace(adapters="a=adapters/a,adapters/b,c=adapters/c", **paths)
     session = run(relative, quiet=True)
-    assert session.directory.is_finished(relative, ["pack"])
+    assert Run(relative).finished("pack")
     page = session.path("report.html").read_text()
     assert "<code>d2c-mlx run --output .</code>" in page
     before = {path: path.stat().st_mtime_ns for path in session.output.absolute().rglob("*")}
     monkeypatch.chdir(session.output)
-    again = load_config(session.output.__class__("config.yaml"), {"output": "."}, saved=True)
-    assert run(again, quiet=True).directory.is_finished(again, ["pack"])
+    again = load_config(session.output.__class__("config.yaml"), {"output": "."})
+    run(again, quiet=True)
+    assert Run(again).finished("pack")
     after = {path: path.stat().st_mtime_ns for path in before}
     assert after == before
 
@@ -174,5 +176,5 @@ def test_a_budget_with_room_for_all_copies_all(config):
     pack = load_pack(session.output)
     assert len(pack.adapters) == 3 and not session.path("plan.json").exists()
     assert session.read("bench.json")["methods"]["pack"]["excess"] == pytest.approx(0, abs=1e-6)
-    for adapter in session.adapters:
+    for adapter in session.library.adapters:
         assert pack.load(adapter.name).digest == adapter.digest

@@ -78,11 +78,11 @@ def test_the_card_of_a_run(tmp_path, budget):
     assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
     assert card.data.license == "mit" and {"lora", "mlx", "peft"} <= set(card.data.tags)
     shown = {name: name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
-             for name in session.inputs.names}  # fmt: skip
+             for name in session.library.names}  # fmt: skip
     methods = session.read("bench.json")["methods"]
     kept = {row[0]: row[1:] for row in tables(card.text)[KEPT]}
     assert kept.keys() == {*shown.values(), "mean"}
-    for name in session.inputs.names:
+    for name in session.library.names:
         losses = [methods[m]["tasks"][name]["loss"] for m in ("base", "individual", "pack")]
         assert kept[shown[name]][:3] == [f"{loss:.4f}" for loss in losses]
         retention = methods["pack"]["tasks"][name]["retention"]

@@ -14,82 +14,76 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.evaluate.loss_table import LossTable
+from d2c_mlx.merge.library import Library
 from d2c_mlx.packs.manifest import COMPACT
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
 from d2c_mlx.refine.students import Form
-from d2c_mlx.run.pack_stage import stored_forms
-from d2c_mlx.run.session import Session
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.run.packing import stored_forms
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
 from d2c_mlx.utils.sequences import OnDemand
 
-__all__ = ["members_of", "refine_inputs", "refine_merges", "refine_plan"]
+__all__ = ["members_of", "refine_key", "refine_merges", "refine_plan"]
 
 
-def refine_inputs(session: Session) -> list[object]:
+def refine_key(config: RunConfig, library: Library) -> list[object]:
     """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
-    inputs = session.inputs
-    return [VERSION, inputs.base.fingerprint, dataclasses.asdict(_options(session)),
-            [[p.task, p.digest] for p in inputs.probes],
-            [[name, rows.digest] for name, rows in inputs.answers.items()]]  # fmt: skip
+    extra = [[task.name, task.extra.digest] for task in library.tasks if task.extra]
+    return [VERSION, library.base.fingerprint, dataclasses.asdict(RefineOptions(seed=config.seed)),
+            [[task.name, task.calibration.digest] for task in library.tasks], extra]  # fmt: skip
 
 
-def members_of(session: Session, names: Sequence[str]) -> list[Member]:
+def members_of(library: Library, names: Sequence[str]) -> list[Member]:
     """Tasks as `refine` takes them: adapter, calibration rows, answers to prompts, gain."""
-    inputs, gain = session.inputs, _losses_of(session).gain
-    places = map(inputs.names.index, names)
-    return [
-        Member(session.adapters[i], inputs.probes[i], float(gain[i]),
-               inputs.answers.get(inputs.names[i]))
-        for i in places
-    ]  # fmt: skip
+    assert library.losses, "refining needs rows"
+    members = []
+    for i in map(library.names.index, names):
+        task, gain = library.tasks[i], float(library.losses.gain[i])
+        members.append(Member(library.adapters[i], task.calibration, gain, task.extra))
+    return members
 
 
-def _losses_of(session: Session) -> LossTable:
-    losses = session.library.losses
-    assert losses, "refining needs rows"
-    return losses
-
-
-def refine_merges(session: Session) -> None:
+def refine_merges(run: Run, library: Library) -> None:
     """Refine every merge -> `refined/<k>/`, `refines.json`."""
 
     def save(directory: Path, adapter: Adapter) -> None:
-        adapter.save(directory / "adapter", session.inputs.base.n_layers)
+        adapter.save(directory / "adapter", library.base.n_layers)
 
     parts = []
-    for k, entry in enumerate(session.read("merges.json")):
-        merged = read_adapter(session.path("merged") / str(k))
-        parts.append(_refined(session, entry["members"], merged.digest, merged, save))
-    with write_dir(session.path("refined")) as directory:
+    for k, entry in enumerate(run.read("merges.json")):
+        merged = read_adapter(run.path("merged") / str(k))
+        parts.append(_refined(run, library, entry["members"], merged.digest, merged, save))
+    with write_dir(run.path("refined")) as directory:
         for k, part in enumerate(parts):
             shutil.copytree(part / "adapter", directory / str(k))
         mark(directory, "run")
-    _remember(session, parts)
+    _remember(run, parts)
 
 
-def refine_plan(session: Session) -> None:
+def refine_plan(run: Run, library: Library) -> None:
     """Refine every adapter of a plan, as it is stored -> `refined/`, `refines.json`."""
 
     def save(directory: Path, form: Compressed) -> None:
         write_compact(directory / COMPACT, [form])
 
-    parts, planned = [], hash_file(session.path("planned") / COMPACT)
-    units, forms = session.read("plan.json")["units"], stored_forms(session, "planned")
+    parts, planned = [], hash_file(run.path("planned") / COMPACT)
+    units, forms = run.read("plan.json")["units"], stored_forms(run, "planned")
     for k, (unit, form) in enumerate(zip(units, forms)):
-        parts.append(_refined(session, unit["tasks"], [planned, k], form, save))
+        parts.append(_refined(run, library, unit["tasks"], [planned, k], form, save))
     refined = OnDemand(lambda k: read_compact(parts[k] / COMPACT, 0), len(parts))
-    with write_dir(session.path("refined")) as directory:
-        session.inputs.capacity.storage.write(directory, refined)
+    with write_dir(run.path("refined")) as directory:
+        run.capacity.storage.write(directory, refined)
         mark(directory, "run")
-    _remember(session, parts)
+    _remember(run, parts)
 
 
 def _refined(
-    session: Session,
+    run: Run,
+    library: Library,
     names: Sequence[str],
     source: object,
     adapter: Form,
@@ -98,7 +92,8 @@ def _refined(
     """Refine one adapter, unless that is done already: it takes minutes.
 
     Args:
-        session: the run.
+        run: the run.
+        library: its measured library.
         names: tasks that it serves.
         source: a JSON value that tells the adapter from others.
         adapter: a merge, or an adapter as it is stored.
@@ -109,14 +104,14 @@ def _refined(
         wrote and `refine.json`: members, whether it was refined, divergence before and after
         (null if training overflowed), seconds.
     """
-    members = members_of(session, names)
-    contents = [[one.adapter.digest, one.gain] for one in members]
-    key = fingerprint([refine_inputs(session), list(names), contents, source])
-    part = session.path("refining") / key[:32]
+    members = members_of(library, names)
+    contents = [[member.adapter.digest, member.gain] for member in members]
+    key = fingerprint([refine_key(run.config, library), list(names), contents, source])
+    part = run.path("refining") / key[:32]
     if part.exists():
         return part
-    started, progress = time.monotonic(), session.scorer.progress
-    refined = refine(session.inputs.base, adapter, members, _options(session), progress)
+    started, options = time.monotonic(), RefineOptions(seed=run.config.seed)
+    refined = refine(library.base, adapter, members, options, library.scorer.progress)
     finite = math.isfinite(refined.after)
     if not finite:
         warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
@@ -134,10 +129,6 @@ def _refined(
     return part
 
 
-def _options(session: Session) -> RefineOptions:
-    return RefineOptions(seed=session.config.seed)
-
-
-def _remember(session: Session, parts: Sequence[Path]) -> None:
+def _remember(run: Run, parts: Sequence[Path]) -> None:
     facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
-    write_json(session.path("refines.json"), facts)
+    write_json(run.path("refines.json"), facts)

@@ -1,0 +1,158 @@
+"""The bench stage of a run: the pack beside what it could have been, on rows or by weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.similarity import errors_and_kept
+from d2c_mlx.adapters.tensor_file import Spool
+from d2c_mlx.cluster.partition import Clusters, Members
+from d2c_mlx.compress.planner import serves_of
+from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
+from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merging import merge, method_of
+from d2c_mlx.packs.export import unpacked_nbytes
+from d2c_mlx.packs.manifest import MANIFEST
+from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.run.config import ANSWERED_ROWS
+from d2c_mlx.run.inputs import stored
+from d2c_mlx.run.packing import stored_forms
+from d2c_mlx.run.run import Run
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.files import hash_file
+
+__all__ = ["clusterings", "compare_losses", "compare_weights", "unused"]
+
+
+def compare_losses(run: Run, library: Library) -> dict[str, Any]:
+    """Content of `bench.json`: base, task adapters, baselines and pack on the held-out rows."""
+    packed, names, total = load_pack(run.path("pack")), library.names, run.capacity.total
+    spool, served = Spool(), dict[str, Adapter | None].fromkeys(packed.tasks)
+    for tasks in packed.adapters.values():
+        if adapter := packed.load(tasks[0]):
+            served |= dict.fromkeys(tasks, spool.put(adapter))
+    own: Mapping[str, Adapter | None] = dict(zip(names, library.adapters))
+    methods = {
+        "base": BenchMethod(0, [dict.fromkeys(names)]),
+        "individual": BenchMethod(total, [own]),
+        **(_planned(run, library, packed) if run.planned else _merged_methods(run, library)),
+        "pack": BenchMethod(packed.nbytes, [served]),
+    }
+    scorer, held_out = library.scorer, library.held_out
+    content = {"methods": bench_methods(scorer, methods, held_out), **_about(run, library, packed)}
+    content["interval"] = excess_interval(scorer.engine, served, own, held_out)
+    shown = {name: methods[name] for name in ("base", "individual", "pack")}
+    asked = [(task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
+             for task in library.tasks]  # fmt: skip
+    content["answers"] = answer_rows(library.base, shown, asked, scorer.progress)
+    content["metrics"] = answer_metrics(content["answers"], list(shown))
+    return content
+
+
+def compare_weights(run: Run, library: Library) -> dict[str, Any]:
+    """Content of `weights.json`, what can be said of the pack without rows."""
+    packed, tasks = load_pack(run.path("pack")), {}
+    for adapter in library.adapters:
+        error, kept = errors_and_kept(adapter, packed.load(adapter.name))
+        tasks[adapter.name] = {"error": error**0.5, "kept": kept}
+    mean = {key: sum(task[key] for task in tasks.values()) / len(tasks)
+            for key in ("error", "kept")}  # fmt: skip
+    methods = {"individual": {"nbytes": run.capacity.total},
+               "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks}}  # fmt: skip
+    cosines = library.similarity.round(4).tolist()
+    return {"methods": methods, "similarity": cosines, **_about(run, library, packed)}
+
+
+def clusterings(run: Run) -> dict[str, list[Clusters]]:
+    """Method -> its clusterings, from `clusters.json`, baselines first."""
+    methods: dict[str, list[dict[str, Any]]] = run.read("clusters.json")["methods"]
+    return {
+        name: [Clusters.from_json(entry) for entry in methods[name]]
+        for name in ("merge-all", "random", "kmeans", "d2c")
+    }
+
+
+def unused(run: Run, library: Library) -> list[str]:
+    """Names of defaults that the base model's architecture does not allow."""
+    if not library.tasks or run.planned or run.config.merge_method:
+        return []
+    return ["layerwise"] if method_of(library, run.config.merging) != "layerwise" else []
+
+
+def _planned(run: Run, library: Library, packed: Pack) -> dict[str, BenchMethod]:
+    """The plan before it was refined, for a pack that is."""
+    if not run.config.refine:
+        return {}
+    spool, plain = Spool(), dict[int | None, Adapter | None]()
+    for k, form in enumerate(stored_forms(run, "planned")):
+        if adapter := form.adapter(library.base.dtype):
+            plain[k] = spool.put(adapter)
+    serves = {name: plain.get(k) for name, k in serves_of(run.read("plan.json")).items()}
+    return {"plan": BenchMethod(packed.nbytes, [serves])}
+
+
+def _merged_methods(run: Run, library: Library) -> dict[str, BenchMethod]:
+    """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
+    n_layers, spool, partitions = library.base.n_layers, Spool(), clusterings(run)
+    (own,) = partitions["d2c"]
+    # What several partitions have in common is merged once.
+    merges: dict[Members, Adapter] = {
+        members: stored(run.path(f"merged/{k}")) for k, members in enumerate(own.groups)
+    }
+    methods = {}
+    for method in (name for name in partitions if name in {*run.baselines, "d2c"}):
+        variants, nbytes = [], []
+        for clustering in partitions[method]:
+            for members in clustering.groups:
+                if members not in merges:
+                    merged = merge(library, members, run.config.merging)
+                    merges[members] = spool.put(merged.adapter)
+            adapters = [merges[members] for members in clustering.groups]
+            variants.append({library.names[i]: adapters[k]
+                             for i, k in enumerate(clustering.labels)})  # fmt: skip
+            nbytes.append(sum(adapter.nbytes(n_layers) for adapter in adapters))
+        methods[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
+    return methods
+
+
+def _about(run: Run, library: Library, packed: Pack) -> dict[str, Any]:
+    """How the pack was made and its bytes in memory: options, versions, machine, inputs."""
+    base, capacity, inputs = library.base, run.capacity, run.inputs.library
+    sources: dict[str, dict[str, Any]] = {
+        adapter.name: {"adapter": adapter.digest} for adapter in inputs.adapters
+    }
+    for adapter in inputs.adapters:
+        if adapter.origin:
+            sources[adapter.name]["origin"] = adapter.origin
+        if adapter.dora_error is not None:
+            sources[adapter.name]["dora_error"] = adapter.dora_error
+    for task in library.tasks:
+        rows = {"probe": task.calibration.digest, "test": task.held_out.digest}
+        sources[task.name] |= rows | ({"answers": task.extra.digest} if task.extra else {})
+    # Rows that an adapter answered: of the calibration rows, and beside them.
+    n_answers = sum(len(task.extra.examples) for task in library.tasks if task.extra)
+    answered = sorted(name for name, rows in run.inputs.prompts.items() if not rows.probe)
+    plugins = [str(plugin) for plugin in run.config.plugins]
+    provenance = {
+        "config": run.config.to_dict(),
+        "base": {"model": base.name, "config_sha256": base.config_hash},
+        "compute_dtype": str(base.compute_dtype).split(".")[-1],
+        **({"n_answers": n_answers} if n_answers else {}),
+        **({"answered": answered} if answered else {}),
+        **({"plugins": plugins} if plugins else {}),
+        "budget": {
+            "text": capacity.budget.text,
+            "nbytes": capacity.max_bytes,
+            "input_nbytes": capacity.total,
+        },
+        "inputs": sources,
+        **environment(),
+        # Names the measured pack, since the card of another one must not show these numbers.
+        "pack": {"manifest_sha256": hash_file(run.path("pack") / MANIFEST)},
+        "unused": unused(run, library),
+    }
+    return {"provenance": provenance, "unpacked_nbytes": unpacked_nbytes(packed)}
