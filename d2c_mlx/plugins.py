@@ -63,8 +63,26 @@ class Plugin:
 
     @property
     def identity(self) -> list[str]:
-        """Package, version, target and a hash of the code, for the keys of stages."""
-        return [self.package, self.version, self.target, _content(self.target)]
+        """Package, version, target and a hash of the code, for the keys of stages.
+
+        The code is the first package or module on the way to the function.
+        """
+        code, parts = "", self.target.partition(":")[0].split(".")
+        for i in range(len(parts)):
+            try:
+                spec = find_spec(".".join(parts[: i + 1]))
+            except (Exception, SystemExit):  # `load` tells why
+                break
+            # A namespace, which packages share, has no file of its own.
+            if spec and spec.origin and Path(spec.origin).is_file():
+                file = Path(spec.origin)
+                files = visible_files(file.parent) if spec.submodule_search_locations else [file]
+                code = fingerprint(
+                    [[str(path.relative_to(file.parent)), hash_file(path)] for path in files
+                     if "__pycache__" not in path.parts]
+                )  # fmt: skip
+                break
+        return [self.package, self.version, self.target, code]
 
     def load(self) -> Callable[..., Any]:
         """Import the function.
@@ -72,14 +90,13 @@ class Plugin:
         Raises:
             ConfigError: it cannot be imported, or is no function.
         """
-        entry = metadata.EntryPoint(self.name, self.target, self.group)
         try:
-            found = entry.load()
+            function = metadata.EntryPoint(self.name, self.target, self.group).load()
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"{self}: cannot be imported: {_said(error)}") from error
-        if not callable(found):
-            raise ConfigError(f"{self}: found {type(found).__name__}, expected a function")
-        return found
+            raise ConfigError(f"{self}: cannot be imported: {_in_a_line(error)}") from error
+        if not callable(function):
+            raise ConfigError(f"{self}: found {type(function).__name__}, expected a function")
+        return function
 
     def call(self, *arguments: object) -> Any:  # noqa: ANN401  a stranger's function
         """Call the function.
@@ -90,11 +107,17 @@ class Plugin:
         try:
             return self.load()(*arguments)
         except (Exception, SystemExit) as error:
-            raise D2CError(f"{self}: failed: {_said(error)}") from error
+            raise D2CError(f"{self}: failed: {_in_a_line(error)}") from error
 
-    def wrong(self, found: str, expected: str) -> D2CError:
-        """Make the error for a result that is not as it must be."""
-        return D2CError(f"{self}: returned {found}, expected {expected}")
+    def wrong(self, result: object, expected: str) -> D2CError:
+        """Make the error for a result, or words for one, that is not as it must be."""
+        parts = [
+            f"{part.dtype} array of {part.shape}" if isinstance(part, np.ndarray)
+            else part if isinstance(part, str) else type(part).__name__
+            for part in (result if isinstance(result, tuple) else [result])
+        ]  # fmt: skip
+        words = " and ".join(parts) or "nothing"
+        return D2CError(f"{self}: returned {words}, expected {expected}")
 
 
 def plugins(group: str) -> list[Plugin]:
@@ -102,9 +125,20 @@ def plugins(group: str) -> list[Plugin]:
     return list(_installed(group, tuple(sys.path)))
 
 
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
+    """Plug-ins of the packages on `path`, which is `sys.path` and the key of the cache."""
+    found = [
+        Plugin(group, entry.name, entry.value, entry.dist.name, entry.dist.version)
+        for entry in metadata.entry_points(group=group)
+        if entry.dist
+    ]
+    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.package)))
+
+
 def names(group: str) -> list[str]:
     """The names of a group's plug-ins."""
-    return [one.name for one in plugins(group)]
+    return [plugin.name for plugin in plugins(group)]
 
 
 def find(group: str, name: str) -> Plugin | None:
@@ -113,22 +147,11 @@ def find(group: str, name: str) -> Plugin | None:
     Raises:
         ConfigError: several packages have one of that name.
     """
-    found = [one for one in plugins(group) if one.name == name]
-    if len(found) > 1:
-        both = " and ".join(f"{one.package} {one.version}" for one in found)
+    named = [plugin for plugin in plugins(group) if plugin.name == name]
+    if len(named) > 1:
+        both = " and ".join(f"{plugin.package} {plugin.version}" for plugin in named)
         raise ConfigError(f"{_KINDS[group]} {name!r}: found in {both}, expected one; remove one")
-    return found[0] if found else None
-
-
-@cache
-def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
-    """Plug-ins of the packages on `path`, which is `sys.path` and the key of the cache."""
-    found = [
-        Plugin(group, one.name, one.value, one.dist.name, one.dist.version)
-        for one in metadata.entry_points(group=group)
-        if one.dist
-    ]
-    return tuple(sorted(found, key=lambda one: (one.name, one.package)))
+    return named[0] if named else None
 
 
 def merge_by(plugin: Plugin, method: Any, factors: Sequence[Factors], options: Any) -> Factors:  # noqa: ANN401
@@ -149,17 +172,18 @@ def merge_by(plugin: Plugin, method: Any, factors: Sequence[Factors], options: A
     """
     width, out = len(factors[0][0]), factors[0][1].shape[1]
     most = sum(len(b) for _, b in factors) if method.sums_ranks else options.rank
-    found = plugin.call([(_readonly(a), _readonly(b)) for a, b in factors], options)
-    pair = found if isinstance(found, tuple | list) else [found]
-    floats = all(isinstance(one, np.ndarray) and one.dtype.kind == "f" for one in pair)
-    shapes = [one.shape for one in pair] if floats else []
-    if not any(shapes == [(width, k), (k, out)] for k in range(1, most + 1)):
-        said = " and ".join(map(_described, pair)) if pair else "nothing"
+    result = plugin.call([(_readonly(a), _readonly(b)) for a, b in factors], options)
+    match result:
+        case (np.ndarray() as a, np.ndarray() as b) if a.dtype.kind == b.dtype.kind == "f":
+            good = any((a.shape, b.shape) == ((width, k), (k, out)) for k in range(1, most + 1))
+        case _:
+            good = False
+    if not good:
         expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {most}"
-        raise plugin.wrong(said, expected)
+        raise plugin.wrong(result, expected)
     with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
-        a, b = (one.astype(np.float32) for one in pair)
-    if bad := sum(int((~np.isfinite(one)).sum()) for one in (a, b)):
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
         raise plugin.wrong(f"{bad} values that are not finite in float32", "none")
     return a, b
 
@@ -180,16 +204,16 @@ def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> 
     Raises:
         D2CError: the plug-in failed, or returned anything but a whole number per adapter.
     """
-    given = replace(problem, similarity=_readonly(problem.similarity),
-                    features=_readonly(problem.features))  # fmt: skip
-    found = plugin.call(given, n_clusters, seed)
+    similarity, features = _readonly(problem.similarity), _readonly(problem.features)
+    result = plugin.call(replace(problem, similarity=similarity, features=features),
+                         n_clusters, seed)  # fmt: skip
     expected = f"{problem.n} whole numbers, the cluster of every adapter"
     try:
-        labels = np.asarray(found)
+        labels = np.asarray(result)
     except ValueError:  # rows of unequal length
-        raise plugin.wrong(_described(found), expected) from None
+        raise plugin.wrong(type(result).__name__, expected) from None
     if labels.shape != (problem.n,) or labels.dtype.kind not in "iu":
-        raise plugin.wrong(_described(labels if labels.ndim else found), expected)
+        raise plugin.wrong(labels if labels.ndim else type(result).__name__, expected)
     if (n := len(np.unique(labels))) > n_clusters:
         raise plugin.wrong(f"{n} clusters", f"at most {n_clusters}")
     return canonical(labels)
@@ -201,34 +225,8 @@ def _readonly(array: np.ndarray) -> np.ndarray:
     return view
 
 
-def _described(value: object) -> str:
-    """A result in a few words: dtype and shape of an array, else its type."""
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} array of {value.shape}"
-    return "None" if value is None else type(value).__name__
-
-
-def _said(error: BaseException) -> str:
+def _in_a_line(error: BaseException) -> str:
     """An error in one line, with the line of code that raised it."""
     text = (str(error).strip() or "it says no more").splitlines()[0]
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({Path(where.filename).name}, line {where.lineno})"
-
-
-def _content(target: str) -> str:
-    """Hex SHA-256 of the code: the first package or module on the way to the function."""
-    parts = target.partition(":")[0].split(".")
-    for i in range(len(parts)):
-        try:
-            spec = find_spec(".".join(parts[: i + 1]))
-        except (Exception, SystemExit):  # `load` tells why
-            return ""
-        # A namespace, which packages share, has no file of its own.
-        if spec is None or spec.origin is None:
-            continue
-        file = Path(spec.origin)
-        if spec.submodule_search_locations is None or not file.is_file():
-            return hash_file(file) if file.is_file() else ""
-        files = [one for one in visible_files(file.parent) if "__pycache__" not in one.parts]
-        return fingerprint([[str(one.relative_to(file.parent)), hash_file(one)] for one in files])
-    return ""

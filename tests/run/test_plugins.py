@@ -134,7 +134,7 @@ MERGES = {
     "return a[:, :0], b[:0]": "returned float32 array of (32, 0) and",
     "return a.astype(int), b": "returned int64 array of (32, 4) and float32 array",
     "return a, b.tolist()": "returned float32 array of (32, 4) and list, expected two float arr",
-    "return None": "returned None, expected two float arrays",
+    "return None": "returned NoneType, expected two float arrays",
     "return a, b, b": "returned float32 array of (32, 4) and",
     "return ()": "returned nothing, expected",
     "return a * np.nan, b": "returned 128 values that are not finite in float32, expected none",
