@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -145,9 +144,9 @@ def merge_adapters(
 ) -> Adapter:
     """Merge adapters into one.
 
-    Use it to merge without a model; `Merger` also tunes the scale on calibration rows. A module
-    that an adapter lacks counts as a zero update. The order of `adapters` does not matter. One
-    adapter without `weights` is returned as it is.
+    Use it to merge without a model; `merging.merge` also tunes the scale on calibration rows. A
+    module that an adapter lacks counts as a zero update. The order of `adapters` does not matter.
+    One adapter without `weights` is returned as it is.
 
     Args:
         adapters: at least one, all of the same base model.
@@ -172,7 +171,11 @@ def merge_adapters(
     """
     how = find_method(method)
     _check(adapters, method, how, density, rank, weights, activations)
-    order = _sorted_indices(adapters)
+    # By name, then by content; only equal names cost a digest of all bytes.
+    counts = Counter(adapter.name for adapter in adapters)
+    keys = [(adapter.name, adapter.digest if counts[adapter.name] > 1 else "")
+            for adapter in adapters]  # fmt: skip
+    order = sorted(range(len(adapters)), key=keys.__getitem__)
     members = [adapters[i] for i in order]
     of = tuple(adapter.name for adapter in members)
     if len(members) == 1 and weights is None:
@@ -181,50 +184,36 @@ def merge_adapters(
     shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
-    modules: dict[str, LoRA] = {}
-    # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
-    # ten times longer than the work takes. So every core gets modules of its own.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        groups = iter(_groups(members, order, activations or {}, options))
-        while batch := list(islice(groups, _GROUPS)):
-            for merged in pool.map(partial(_merge_group, how), batch):
-                modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in merged.items()}
-    return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
 
+    def merged(paths: Sequence[str]) -> dict[str, Factors]:
+        """Modules with the same inputs, without MLX, whose streams belong to a thread."""
+        tokens = [activations[paths[0]][i] for i in order] if activations else []
+        modules = {path: _module(path, members, tokens, options) for path in paths}
+        grams = Grams(tokens) if tokens else None
+        pairs = {path: how(factors, replace(of_path, grams=grams))
+                 for path, (factors, of_path) in modules.items()}  # fmt: skip
+        return {path: (a.astype(np.float32), b.astype(np.float32))
+                for path, (a, b) in pairs.items()}  # fmt: skip
 
-def _sorted_indices(adapters: Sequence[Adapter]) -> list[int]:
-    """Indices sorted by name, then by content; only equal names cost a digest of all bytes."""
-    counts = Counter(adapter.name for adapter in adapters)
-    keys = [
-        (adapter.name, adapter.digest if counts[adapter.name] > 1 else "") for adapter in adapters
-    ]
-    return sorted(range(len(adapters)), key=keys.__getitem__)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Modules with the same inputs, as path -> factors and options, and the tokens of each task."""
-
-    modules: Mapping[str, tuple[Sequence[Factors], Options]]
-    tokens: Sequence[np.ndarray]
-
-
-def _groups(
-    members: Sequence[Adapter], order: Sequence[int], activations: Activations, options: Options
-) -> Iterator[_Group]:
-    """Yield all modules; those that share their arrays of inputs (q, k and v) form one group."""
+    # Modules that share their arrays of inputs (q, k and v) are merged together.
     together: dict[object, list[str]] = {}
     for path in sorted({path for adapter in members for path in adapter.modules}):
         key = tuple(map(id, activations[path])) if activations else path
         together.setdefault(key, []).append(path)
-    for paths in together.values():
-        tokens = [activations[paths[0]][i] for i in order] if activations else []
-        yield _Group({path: _module(path, members, tokens, options) for path in paths}, tokens)
+    groups, modules = list(together.values()), dict[str, LoRA]()
+    # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
+    # ten times longer than the work takes. So every core gets modules of its own.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(groups), _GROUPS):
+            for pairs in pool.map(merged, groups[start : start + _GROUPS]):
+                modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in pairs.items()}
+    return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
 
 
 def _module(
     path: str, members: Sequence[Adapter], tokens: Sequence[np.ndarray], options: Options
 ) -> tuple[Sequence[Factors], Options]:
+    """The factors of a module, and its own options."""
     loras = [adapter.modules.get(path) for adapter in members]
     shapes = sorted({lora.shape for lora in loras if lora is not None})
     if len(shapes) > 1:
@@ -242,16 +231,6 @@ def _module(
         seed=zlib.crc32(f"{options.seed} {path}".encode()),
         scales=tuple(lora.scale if lora else 1.0 for lora in loras),
     )
-
-
-def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
-    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
-    grams = Grams(group.tokens) if group.tokens else None
-    merged = {}
-    for path, (factors, options) in group.modules.items():
-        a, b = method(factors, replace(options, grams=grams))
-        merged[path] = a.astype(np.float32), b.astype(np.float32)
-    return merged
 
 
 def _check(
