@@ -77,10 +77,9 @@ class Plugin:
             if spec and spec.origin and Path(spec.origin).is_file():
                 file = Path(spec.origin)
                 files = visible_files(file.parent) if spec.submodule_search_locations else [file]
-                code = fingerprint(
-                    [[str(path.relative_to(file.parent)), hash_file(path)] for path in files
-                     if "__pycache__" not in path.parts]
-                )  # fmt: skip
+                files = [path for path in files if "__pycache__" not in path.parts]
+                hashes = [[str(path.relative_to(file.parent)), hash_file(path)] for path in files]
+                code = fingerprint(hashes)
                 break
         return [self.package, self.version, self.target, code]
 
@@ -111,12 +110,8 @@ class Plugin:
 
     def wrong(self, result: object, expected: str) -> D2CError:
         """Make the error for a result, or words for one, that is not as it must be."""
-        parts = [
-            f"{part.dtype} array of {part.shape}" if isinstance(part, np.ndarray)
-            else part if isinstance(part, str) else type(part).__name__
-            for part in (result if isinstance(result, tuple) else [result])
-        ]  # fmt: skip
-        words = " and ".join(parts) or "nothing"
+        parts = result if isinstance(result, tuple) else [result]
+        words = " and ".join(map(_described, parts)) or "nothing"
         return D2CError(f"{self}: returned {words}, expected {expected}")
 
 
@@ -205,8 +200,8 @@ def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> 
         D2CError: the plug-in failed, or returned anything but a whole number per adapter.
     """
     similarity, features = _readonly(problem.similarity), _readonly(problem.features)
-    result = plugin.call(replace(problem, similarity=similarity, features=features),
-                         n_clusters, seed)  # fmt: skip
+    given = replace(problem, similarity=similarity, features=features)
+    result = plugin.call(given, n_clusters, seed)
     expected = f"{problem.n} whole numbers, the cluster of every adapter"
     try:
         labels = np.asarray(result)
@@ -223,6 +218,12 @@ def _readonly(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _described(part: object) -> str:
+    if isinstance(part, np.ndarray):
+        return f"{part.dtype} array of {part.shape}"
+    return part if isinstance(part, str) else type(part).__name__
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -57,8 +57,8 @@ def d2c(
         labels = _start(problem, n_clusters, kind, rng)
         result = replace(_loop(problem, labels, rounds, eps), seed=seed, init=kind)
         results.append(result)
-        starts.append({"init": kind, "restart": restart, "regret": result.regret,
-                       "stopped": result.stopped})  # fmt: skip
+        facts = {"regret": result.regret, "stopped": result.stopped}
+        starts.append({"init": kind, "restart": restart, **facts})
     # Ties, up to rounding, go to the first.
     lowest = min(result.measured for result in results)
     best = next(result for result in results if result.measured <= lowest + 1e-12)

@@ -297,8 +297,8 @@ class _Measured:
         error = state.costs - [self.cost([members]) for members in groups_of(labels)]
         gains = state.gains()
         order = np.argsort(gains + error[state.labels][:, None] + error, axis=None)[:_LOOKED_AT]
-        moves = [{int(i): int(k)} for i, k in zip(*np.unravel_index(order, gains.shape))
-                 if np.isfinite(gains[i, k])]  # fmt: skip
+        best = zip(*np.unravel_index(order, gains.shape))
+        moves = [{int(i): int(k)} for i, k in best if np.isfinite(gains[i, k])]
         steps = []
         for step in moves + state.promising_swaps(gains)[:_LOOKED_AT]:
             after = state.after(step)

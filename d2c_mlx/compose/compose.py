@@ -134,8 +134,7 @@ def compose(
     new = NewTask(rows.name, base, scorer, library, near, training, kept)
     with progress.section("compose"):
         adapter, about = compose_adapter(new, encoded, method)
-    about |= {"base": base.name, "seed": seed,
-              "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
+    about |= {"base": base.name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
     with write_dir(output, lambda _: check()) as directory:
         adapter.save(directory, base.n_layers)
         write_json(directory / ABOUT, about)
@@ -147,8 +146,8 @@ def _find(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
     """The pack, or adapters without the one that an earlier time made in their folder."""
     if (pack_directory(source) / MANIFEST).is_file():
         return load_pack(source), []
-    others = [one for one in find_adapters(source, "--from")
-              if one.path.resolve() != output.resolve()]  # fmt: skip
+    sources = find_adapters(source, "--from")
+    others = [adapter for adapter in sources if adapter.path.resolve() != output.resolve()]
     if not others:
         raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
     return None, others
@@ -178,9 +177,10 @@ def _library(
         weights = BaseWeights(base.weight)
         adapters = read_adapters(sources, base.module_shapes, base.config, base=weights)
         return [(adapter, [adapter.name]) for adapter in adapters]
-    loaded = [(pack.load(tasks[0]), list(tasks)) for tasks in pack.adapters.values()]
-    library = [(replace(adapter, name="+".join(tasks)), tasks) for adapter, tasks in loaded
-               if adapter]  # fmt: skip
+    library = []
+    for tasks in pack.adapters.values():
+        if adapter := pack.load(tasks[0]):
+            library.append((replace(adapter, name="+".join(tasks)), list(tasks)))
     if not library:
         raise PackError(f"{pack.path}: the base model serves all tasks, expected adapters")
     return library
@@ -227,8 +227,9 @@ def compose_adapter(
     choice = scores[chosen].choice
     assert choice is not None, "only the base model has none"
     adapter = METHODS[chosen].make(task, join(folds), choice)
-    adapter = replace(adapter, name=task.name, base=adapter.base or task.library[0].base,
-                      origin=None)  # fmt: skip
+    base = adapter.base or task.library[0].base
+    adapter = replace(adapter, name=task.name, base=base, origin=None)
+    references = [name for name in ("base", "best", "fresh") if name in scores and name != chosen]
     facts = {
         "task": task.name,
         "method": chosen,
@@ -236,11 +237,8 @@ def compose_adapter(
         "rows": len(rows.examples),
         "library": [member.name for member in task.library],
         "candidates": {name: _candidate(score, scores[chosen]) for name, score in scores.items()},
-        "as_good": [
-            name for name in ("base", "best", "fresh")
-            if name in scores and name != chosen and as_good(scores[name], scores[chosen])
-        ],
-    }  # fmt: skip
+        "as_good": [name for name in references if as_good(scores[name], scores[chosen])],
+    }
     return adapter.uniform(task.base.dtype), facts
 
 

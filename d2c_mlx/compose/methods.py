@@ -139,8 +139,8 @@ def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 
 def _shift(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    shapes = {path: shape for path, shape in task.base.module_shapes.items()
-              if path.endswith(".down_proj")}  # fmt: skip
+    modules = task.base.module_shapes.items()
+    shapes = {path: shape for path, shape in modules if path.endswith(".down_proj")}
     if not shapes:
         raise AdapterError(
             f"method: shift trains down_proj, which {task.base.name} has not; use fresh"
@@ -241,5 +241,5 @@ METHODS: dict[str, Method] = {
     "lorahub": Method(_lorahub),
 }
 # What `auto` chooses from: at most eight, and none that searches for long.
-AUTO = ("best", "uniform", "retrieve", "top", "fresh", "fresh-scaled", "fresh-library",
-        "best-trained")  # fmt: skip
+_TRAINED = ("fresh", "fresh-scaled", "fresh-library", "best-trained")
+AUTO = ("best", "uniform", "retrieve", "top", *_TRAINED)

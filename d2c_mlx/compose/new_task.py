@@ -115,8 +115,9 @@ class NewTask:
     @property
     def start(self) -> Adapter:
         """A new LoRA on every module that an adapter of the library changes."""
-        shapes = {path: lora.shape for adapter in self.library
-                  for path, lora in adapter.modules.items()}  # fmt: skip
+        shapes = {}
+        for adapter in self.library:
+            shapes |= {path: lora.shape for path, lora in adapter.modules.items()}
         return new_lora(self.name, shapes, self.rank, self.training.seed)
 
     def losses(self, adapters: Sequence[Adapter | None], rows: ExampleSet) -> np.ndarray:
@@ -143,9 +144,13 @@ class NewTask:
         return self.made("lora", [start], rows, lambda trainer: trainer.lora(start, rows))
 
     def made(
-        self, how: str, of: Sequence[Adapter], rows: ExampleSet,
-        make: Callable[[Trainer], Adapter], rate: float | None = None,
-    ) -> Adapter:  # fmt: skip
+        self,
+        how: str,
+        of: Sequence[Adapter],
+        rows: ExampleSet,
+        make: Callable[[Trainer], Adapter],
+        rate: float | None = None,
+    ) -> Adapter:
         """What `make` trains on rows; the same `how`, adapters, rows and options train once.
 
         Args:
@@ -156,8 +161,8 @@ class NewTask:
             rate: learning rate; None is that of `training`.
         """
         options = replace(self.training, rate=rate or self.training.rate)
-        parts = [how, self.base.fingerprint, [adapter.digest for adapter in of],
-                 rows.tokens_digest, asdict(options)]  # fmt: skip
+        digests = [adapter.digest for adapter in of]
+        parts = [how, self.base.fingerprint, digests, rows.tokens_digest, asdict(options)]
         trainer = Trainer(self.base, options, self.scorer.progress)
         adapter = self.kept.get(parts, self.base.n_layers, lambda: make(trainer))
         return replace(adapter, name=self.name)

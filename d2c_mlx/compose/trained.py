@@ -191,9 +191,12 @@ def train_adamix(
 
 
 def adamix_gradient(
-    model: Distiller, parameters: Factors, draws: np.ndarray, step: Sequence[TeacherRow],
+    model: Distiller,
+    parameters: Factors,
+    draws: np.ndarray,
+    step: Sequence[TeacherRow],
     consistency: float,
-) -> Factors:  # fmt: skip
+) -> Factors:
     """The gradient of AdaMix' loss, in nats per target, for two draws p and q.
 
     The loss is `(NLL(p) + NLL(q)) / 2 + consistency * (KL(p||q) + KL(q||p)) / 2`; the first

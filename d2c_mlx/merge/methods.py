@@ -29,12 +29,17 @@ from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = [
-    "METHODS", "Activations", "MergeMethod", "Options", "find_method", "in_core", "merge_adapters",
-    "scaled", "truncated",
-]  # fmt: skip
+    "METHODS",
+    "MergeMethod",
+    "Options",
+    "find_method",
+    "in_core",
+    "merge_adapters",
+    "scaled",
+]
 
 # Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
-Activations = Mapping[str, Sequence[np.ndarray]]
+_Activations = Mapping[str, Sequence[np.ndarray]]
 
 # Number of groups of modules in memory at a time.
 _GROUPS = 16
@@ -59,6 +64,10 @@ class Options:
     weights: np.ndarray
     scales: tuple[float, ...] = ()
     grams: Grams | None = None
+
+
+# Tokens of every task, and the factors and options of modules that have them as inputs.
+_Group = tuple[Sequence[np.ndarray], Mapping[str, tuple[Sequence[Factors], Options]]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def merge_adapters(
     *,
     seed: int = 0,
     weights: Sequence[float] | None = None,
-    activations: Activations | None = None,
+    activations: _Activations | None = None,
 ) -> Adapter:
     """Merge adapters into one.
 
@@ -173,8 +182,7 @@ def merge_adapters(
     _check(adapters, method, how, density, rank, weights, activations)
     # By name, then by content; only equal names cost a digest of all bytes.
     counts = Counter(adapter.name for adapter in adapters)
-    keys = [(adapter.name, adapter.digest if counts[adapter.name] > 1 else "")
-            for adapter in adapters]  # fmt: skip
+    keys = [(each.name, counts[each.name] > 1 and each.digest) for each in adapters]
     order = sorted(range(len(adapters)), key=keys.__getitem__)
     members = [adapters[i] for i in order]
     of = tuple(adapter.name for adapter in members)
@@ -185,29 +193,35 @@ def merge_adapters(
     rank = rank or max(adapter.rank for adapter in members)
     options = Options(rank, density, seed, np.array(shares, np.float64))
 
-    def merged(paths: Sequence[str]) -> dict[str, Factors]:
-        """Modules with the same inputs, without MLX, whose streams belong to a thread."""
-        tokens = [activations[paths[0]][i] for i in order] if activations else []
-        modules = {path: _module(path, members, tokens, options) for path in paths}
-        grams = Grams(tokens) if tokens else None
-        pairs = {path: how(factors, replace(of_path, grams=grams))
-                 for path, (factors, of_path) in modules.items()}  # fmt: skip
-        return {path: (a.astype(np.float32), b.astype(np.float32))
-                for path, (a, b) in pairs.items()}  # fmt: skip
-
     # Modules that share their arrays of inputs (q, k and v) are merged together.
     together: dict[object, list[str]] = {}
     for path in sorted({path for adapter in members for path in adapter.modules}):
         key = tuple(map(id, activations[path])) if activations else path
         together.setdefault(key, []).append(path)
     groups, modules = list(together.values()), dict[str, LoRA]()
+
+    def factors_of(paths: Sequence[str]) -> _Group:
+        tokens = [activations[paths[0]][i] for i in order] if activations else []
+        return tokens, {path: _module(path, members, tokens, options) for path in paths}
+
     # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
     # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(groups), _GROUPS):
-            for pairs in pool.map(merged, groups[start : start + _GROUPS]):
+            batch = [factors_of(paths) for paths in groups[start : start + _GROUPS]]
+            for pairs in pool.map(partial(_merge_group, how), batch):
                 modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in pairs.items()}
     return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
+
+
+def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
+    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
+    tokens, modules = group
+    grams, merged = Grams(tokens) if tokens else None, {}
+    for path, (factors, options) in modules.items():
+        a, b = method(factors, replace(options, grams=grams))
+        merged[path] = a.astype(np.float32), b.astype(np.float32)
+    return merged
 
 
 def _module(
@@ -240,7 +254,7 @@ def _check(
     density: float,
     rank: int | None,
     weights: Sequence[float] | None,
-    activations: Activations | None,
+    activations: _Activations | None,
 ) -> None:
     """Raise ConfigError with every problem of the options."""
     problems = []
