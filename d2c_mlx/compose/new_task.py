@@ -115,7 +115,7 @@ class NewTask:
     @property
     def start(self) -> Adapter:
         """A new LoRA on every module that an adapter of the library changes."""
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for adapter in self.library:
             shapes |= {path: lora.shape for path, lora in adapter.modules.items()}
         return new_lora(self.name, shapes, self.rank, self.training.seed)

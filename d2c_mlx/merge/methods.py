@@ -29,14 +29,9 @@ from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = [
-    "METHODS",
-    "MergeMethod",
-    "Options",
-    "find_method",
-    "in_core",
-    "merge_adapters",
-    "scaled",
-]
+    "METHODS", "MergeMethod", "Options", "find_method", "in_core", "merge_adapters", "scaled",
+    "truncated",
+]  # fmt: skip
 
 # Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
 _Activations = Mapping[str, Sequence[np.ndarray]]
