@@ -46,40 +46,17 @@ def refused(directory):
     return caught.value.problems
 
 
-def refused_row(tmp_path, row):
-    """The problem of a probe.jsonl whose second row is `row`."""
-    directory = write(tmp_path / "t", [completion(0), row], [completion(1)])
-    (line,) = refused(directory)
-    prefix = f"{directory / 'probe.jsonl'}:2: "
-    assert line.startswith(prefix)
-    return line.removeprefix(prefix)
-
-
-@pytest.mark.parametrize("row", FORMATS)
-def test_row_formats(tmp_path, row):
-    loaded = load_task(write(tmp_path / "t", [row(0), row(1)], [row(2)]))
-    assert loaded.name == "t"
-    assert loaded.probe == (row(0), row(1))
-    assert loaded.test == (row(2),)
-
-
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("second", FORMATS)
-def test_mixed_formats_are_refused(tmp_path, first, second):
+def test_a_file_has_one_format(tmp_path, first, second):
     directory = write(tmp_path / "t", [first(0), second(1)], [first(2)])
     if first is second:
-        load_task(directory)
+        loaded = load_task(directory)
+        assert (loaded.name, loaded.probe, loaded.test) == ("t", (first(0), first(1)), (first(2),))
         return
     (line,) = refused(directory)
     assert line.startswith(f"{directory / 'probe.jsonl'}: mixes row formats")
-    for row in (first(0), second(1)):
-        assert all(repr(key) in line for key in row)
-
-
-def test_last_message_not_assistant(tmp_path):
-    row = {"messages": chat(0)["messages"][:-1]}
-    problem = refused_row(tmp_path, row)
-    assert "'user'" in problem and 'expected "assistant"' in problem
+    assert all(repr(key) in line for row in (first(0), second(1)) for key in row)
 
 
 @pytest.mark.parametrize(
@@ -99,29 +76,31 @@ def test_last_message_not_assistant(tmp_path):
         ({"messages": ["x"]}, '"messages"'),
         ({"messages": [{"role": "assistant"}]}, '"messages"'),
         ({"messages": [{"content": "x"}]}, '"messages"'),
+        ({"messages": chat(0)["messages"][:-1]}, "role 'user', expected \"assistant\""),
         ([1], "list"),
         ("x", "str"),
         (None, "NoneType"),
     ],
 )
 def test_bad_rows_are_named_with_their_field(tmp_path, row, field):
-    assert field in refused_row(tmp_path, row)
+    directory = write(tmp_path / "t", [completion(0), row], [completion(1)])
+    (line,) = refused(directory)
+    assert line.startswith(f"{directory / 'probe.jsonl'}:2: ") and field in line
 
 
-def test_blank_lines_are_fine_and_count_as_lines(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n{2}\n  \n\n{3}\n\n",  # blank lines
+        "{2}\r\n{3}",  # of Windows, without a last end
+        "\ufeff{2}\n{3}\n",  # with a byte order mark
+    ],
+)
+def test_what_is_between_rows_does_not_count(tmp_path, content):
     directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    line = json.dumps(completion(2))
-    (directory / "probe.jsonl").write_text(f"\n{line}\n  \n\n{json.dumps(completion(3))}\n\n")
-    assert load_task(directory).probe == (completion(2), completion(3))
-    (directory / "probe.jsonl").write_text(f"\n{line}\n\n{{oops\n")
-    (problem,) = refused(directory)
-    assert f"{directory / 'probe.jsonl'}:4: not JSON" in problem
-
-
-def test_windows_line_ends_and_no_last_line_end(tmp_path):
-    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    lines = "\r\n".join(json.dumps(completion(i)) for i in (2, 3))
-    (directory / "probe.jsonl").write_bytes(lines.encode())
+    for i in (2, 3):
+        content = content.replace(f"{{{i}}}", json.dumps(completion(i)))
+    (directory / "probe.jsonl").write_bytes(content.encode())
     assert load_task(directory).probe == (completion(2), completion(3))
 
 
@@ -132,19 +111,25 @@ def test_unicode_line_separators_are_good_json_text(tmp_path, separator):
     assert load_task(write(tmp_path / "t", [row], [completion(1)])).probe == (row,)
 
 
-def test_a_file_that_is_no_utf_8(tmp_path):
-    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    (directory / "test.jsonl").write_bytes('{"text": "ä"}\n'.encode("latin-1"))
-    (line,) = refused(directory)
-    assert str(directory / "test.jsonl") in line
+SHARED = json.dumps({**completion(0), "completion": "another"})
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_empty_file(tmp_path, content):
-    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    (directory / "test.jsonl").write_text(content)
+@pytest.mark.parametrize(
+    "content, begins",
+    [
+        ("", ": empty"),
+        ("\n \n", ": empty"),
+        ('{"text": "\xe4"}\n', ": not UTF-8"),
+        ('\n{"text": "a"}\n\n{oops\n', ":4: not JSON"),
+        # A prompt of probe.jsonl, whatever its completion, by its line.
+        (f"\n\n{json.dumps(completion(1))}\n{SHARED}", ":4: "),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, begins):
+    directory = write(tmp_path / "t", [completion(0)], [completion(2)])
+    (directory / "test.jsonl").write_bytes(content.encode("latin-1"))
     (line,) = refused(directory)
-    assert line.startswith(f"{directory / 'test.jsonl'}: empty")
+    assert line.startswith(f"{directory / 'test.jsonl'}{begins}")
 
 
 @pytest.mark.parametrize("row", FORMATS)
@@ -153,20 +138,9 @@ def test_shared_prompts_are_refused(tmp_path, row):
     (line,) = refused(directory)
     assert line.startswith(f"{directory / 'test.jsonl'}:2: ")
     assert "(2 such rows)" in line and "probe.jsonl" in line
-
-
-def test_shared_prompt_is_named_by_line_not_by_row(tmp_path):
-    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    lines = ["", "", json.dumps(completion(1)), json.dumps(completion(0))]
-    (directory / "test.jsonl").write_text("\n".join(lines))
-    (line,) = refused(directory)
-    assert line.startswith(f"{directory / 'test.jsonl'}:4: ")
-
-
-def test_a_shared_prompt_is_shared_whatever_its_completion(tmp_path):
-    other = {**completion(0), "completion": "something else"}
-    (line,) = refused(write(tmp_path / "t", [completion(0)], [other]))
-    assert "test.jsonl:1" in line
+    # Rows of text are parted by their text.
+    rows = [{**text(i), "prompt": "the same note"} for i in range(3)]
+    assert len(load_task(write(tmp_path / "x", rows[:2], rows[2:])).probe) == 2
 
 
 def test_all_problems_of_all_tasks_at_once(tmp_path):
@@ -174,8 +148,8 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
     write(tmp_path / "bad", [{"a": 1}, completion(0), {"b": 2}], [])
     with pytest.raises(InputError) as caught:
         load_tasks(tmp_path, ["good", "bad", "missing"])
-    found = [line.removeprefix(f"{tmp_path}/") for line in caught.value.problems]
-    assert [line.split(": ")[0] for line in found] == [
+    lines = [line.removeprefix(f"{tmp_path}/") for line in caught.value.problems]
+    assert [line.split(": ")[0] for line in lines] == [
         "bad/probe.jsonl:1",
         "bad/probe.jsonl:3",
         "bad/test.jsonl",
@@ -272,18 +246,6 @@ def test_pairs_with_messages_beside_are_pairs(base, beside):
         base.encode("t", rows).examples == base.encode("t", [*map(completion, range(2))]).examples
     )
     assert common_system([TaskRows("t", tuple(rows), ())]) is None
-
-
-def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
-    directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    file = directory / "probe.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert load_task(directory).probe == (completion(0),)
-
-
-def test_text_rows_are_disjoint_by_their_text(tmp_path):
-    rows = [{**text(i), "prompt": "the same note"} for i in range(3)]
-    assert len(load_task(write(tmp_path / "t", rows[:2], rows[2:])).probe) == 2
 
 
 def test_encode_a_chat_of_one_message(base, tmp_path):
