@@ -195,7 +195,7 @@ def _worked_for_rank_0() -> bool:
 
 def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
     """The options given here over those of the file, or else of the run directory."""
-    from d2c_mlx.run.config_file import load_config
+    from d2c_mlx.run.config import load_config
     from d2c_mlx.utils.errors import ConfigError
 
     if config and config.is_dir():

@@ -23,9 +23,8 @@ from d2c_mlx.packs.overwrite import MARKER, read_marker, write_marker
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.config_file import load_config, read_clusters
-from d2c_mlx.run.inputs import Inputs, read_inputs
+from d2c_mlx.run.config import RunConfig, load_config
+from d2c_mlx.run.inputs import Inputs, read_clusters, read_inputs
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect

@@ -42,8 +42,14 @@ from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unus
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
 from d2c_mlx.run.overwrite import mark_run
-from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan
-from d2c_mlx.run.refining import refine_key, refine_merges, refine_plan
+from d2c_mlx.run.packing import (
+    manifest_of,
+    pack_merges,
+    pack_plan,
+    refine_key,
+    refine_merges,
+    refine_plan,
+)
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import remove_dir, write_dir, write_json, write_text

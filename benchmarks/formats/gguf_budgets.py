@@ -41,7 +41,7 @@ from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.utils.files import write_json
 
 

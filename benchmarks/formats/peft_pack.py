@@ -17,7 +17,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file, write_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from pydantic import ValidationInfo, field_validator
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.merge.options import NEED_ROWS, RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
-from d2c_mlx.utils.errors import BudgetError, ConfigError
+from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
+from d2c_mlx.utils.parsing import read_yaml
 from d2c_mlx.utils.validation import Checked, expects, option, refused
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "SEARCHES",
     "STAGES",
     "RunConfig",
+    "load_config",
     "stages_of",
 ]
 
@@ -41,13 +44,15 @@ SEARCHES = ("estimates", "paper")
 _MOST_RANK = 1_000_000
 # The largest seed that scikit-learn and NumPy's older generators take.
 _MOST_SEED = 2**32 - 1
+# Options that only rows give a use.
+_OF_ROWS = ("probe_examples", "test_examples", "baselines")
 _NOT_GIVEN = "not given; pass --{} or set it in the YAML file, which d2c-mlx init DIR writes"
 
 
 class RunConfig(Checked):
     """Options of `d2c-mlx run`, whose help says what each is; every field is a key of a YAML file.
 
-    Use `config_file.load_config` to read one from a file; `RunConfig.read` takes values.
+    Use `load_config` to read one from a file; `RunConfig.read` takes values.
 
     Raises:
         ConfigError: every value that is missing, of another type, out of range or at odds with
@@ -183,3 +188,47 @@ def stages_of(config: RunConfig, until: str = "report") -> list[str]:
             f"until: found {until!r}, expected a stage of this run: {', '.join(stages)}"
         )
     return stages[: stages.index(until) + 1]
+
+
+def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig:
+    """Read the options of a run from a YAML file and `overrides`, and check all of them.
+
+    Paths in the file are relative to the working directory; `~` is the home directory.
+
+    Args:
+        path: the YAML file, which may be `config.yaml` of an earlier run; None reads no file.
+        overrides: options given now, which replace those of the file; an empty text takes the
+            default. An `InputWarning` names those without effect.
+
+    Raises:
+        ConfigError: every unknown key and wrong value, one line each.
+    """
+    values: dict[str, Any] = {str(key): value for key, value in read_yaml(path).items()}
+    place = dict.fromkeys(values.keys() - overrides.keys(), str(path))
+    values |= overrides
+    for name in ("tasks", "clusters", "merge_method"):
+        if values.get(name) == "":
+            del values[name]
+    config = RunConfig.read(values, place)
+    needed: dict[str, str] = {}
+    if config.budget.in_bytes:
+        needed["search"] = "a number of adapters as the budget"
+    if config.merge_rank and _sums_ranks(config):
+        needed["merge_rank"] = "a merge method that keeps to a rank"
+    if not config.tasks:
+        needed |= dict.fromkeys(_OF_ROWS, "rows, --tasks")
+        if config.search in SEARCHES:
+            needed["search"] = needed["baselines"]
+    for name, what in needed.items():
+        value = getattr(config, name)
+        if name in overrides and value != RunConfig.model_fields[name].default:
+            warn(f"{name}: {value!r} does nothing without {what}")
+    return config
+
+
+def _sums_ranks(config: RunConfig) -> bool:
+    """True if the plug-in that merges keeps all columns; the inputs tell of one that is broken."""
+    try:
+        return any(getattr(plugin.load(), "sums_ranks", False) for plugin in config.plugins)
+    except ConfigError:
+        return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import CONFIG
@@ -10,7 +10,6 @@ from d2c_mlx.adapters.sources import Source
 from d2c_mlx.models.tasks import probe_file
 from d2c_mlx.packs.overwrite import (
     MARKER,
-    Marker,
     adapter_inputs,
     all_files,
     local_model,
@@ -56,52 +55,48 @@ def check_run(config: RunConfig, sources: Sequence[Source]) -> None:
     output, inputs = Path(config.output), adapter_inputs(sources)
     if config.tasks:
         tasks = Path(config.tasks)
-        rows = [file for one in sources for file in (probe_file(tasks / one.name),
-                tasks / one.name / "test.jsonl")]  # fmt: skip
+        rows = [file for source in sources for file in (probe_file(tasks / source.name),
+                tasks / source.name / "test.jsonl")]  # fmt: skip
         inputs += [("tasks", path) for path in (tasks, *rows)]
     inputs += local_model(config.model)
     replaced = replaced_inputs(inputs, [output / name for name in RUN_WRITES])
     problems = [line for _, line in replaced] + within_adapters(sources, output)
-    problems += _of_the_user(config, output, [target for target, _ in replaced])
+    refused = {target for target, _ in replaced}
+    mine = [path for path in _of_the_user(config, output) if not refused & {path, *path.parents}]
+    if mine:
+        problems.append(
+            f"output: a run in {output} would replace your {', '.join(map(str, mine))}, which no"
+            " earlier run wrote; give another --output, or move what is yours"
+        )
     if problems:
         raise ConfigError(problems)
 
 
-def _of_the_user(config: RunConfig, output: Path, known: Collection[Path]) -> list[str]:
-    """A line about everything that would be replaced and that no run wrote.
+def _of_the_user(config: RunConfig, output: Path) -> list[Path]:
+    """Everything that a run would replace and that no run wrote; empty folders do not count."""
+    written, paths = _written(output), dict[Path, None]()
+    for name in RUN_WRITES:
+        path = output / name
+        if name not in (".lock", *written):
+            if path.is_file() or any(all_files(path)):
+                paths[path] = None
+        elif name in _replaced_folders(config):
+            for file in all_files(path):
+                inside = file.relative_to(path).parts
+                # Each refined merge is a directory with a marker of its own.
+                marked = path / inside[0] if name == "refining" else path
+                if not any(part.startswith(".") for part in inside) and not _is_ours(marked, file):
+                    paths[path / inside[0]] = None
+    return list(paths)
 
-    Args:
-        config: options of the run.
-        output: its directory.
-        known: paths that are refused already.
-    """
-    written = _written(output)
-    found = [
-        output / name for name in RUN_WRITES
-        if name not in (".lock", *written) and _holds(output / name)
-    ]  # fmt: skip
-    folders = {"adapters", "planned" if config.budget.in_bytes else "merged"}
+
+def _replaced_folders(config: RunConfig) -> set[str]:
+    """Folders of a run directory that a run with these options writes anew."""
+    folders = {"adapters", "answered", "planned" if config.budget.in_bytes else "merged"}
     # A plan with room for all adapters copies them to `merged`; how many MB they are is not known.
-    percent = config.budget.percent
-    if percent is None or percent >= 100:
+    if config.budget.percent is None or config.budget.percent >= 100:
         folders.add("merged")
-    if config.refine:
-        folders |= {"refined", "refining"}
-    for folder in written & folders:
-        found += _added(output / folder)
-    found.sort(key=lambda path: RUN_WRITES.index(path.relative_to(output).parts[0]))
-    mine = [str(path) for path in found if not set(known) & {path, *path.parents}]
-    if not mine:
-        return []
-    return [
-        f"output: a run in {output} would replace your {', '.join(mine)}, which no earlier run"
-        " wrote; give another --output, or move what is yours"
-    ]
-
-
-def _holds(path: Path) -> bool:
-    """True if something would be lost with a path; empty folders do not count."""
-    return path.is_file() or any(all_files(path))
+    return folders | ({"refined", "refining"} if config.refine else set())
 
 
 def _written(output: Path) -> set[str]:
@@ -110,28 +105,14 @@ def _written(output: Path) -> set[str]:
     return set(marker.files) if marker and marker.kind == "run" else set()
 
 
-def _added(folder: Path) -> list[Path]:
-    """Entries of a run's folder that hold something the run did not write."""
-    found: dict[Path, None] = {}
-    for path in all_files(folder):
-        inside = path.relative_to(folder).parts
-        if any(part.startswith(".") for part in inside):
-            continue
-        entry = folder / inside[0]
-        # Each refined merge is a directory with a marker of its own.
-        marked = entry if folder.name == "refining" else folder
-        marker = read_marker(marked)
-        if marker is None or marker.kind != "run" or not _run_wrote(marker, marked, path):
-            found[entry] = None
-    return list(found)
-
-
-def _run_wrote(marker: Marker, directory: Path, path: Path) -> bool:
-    """True if a file belongs to an adapter of the run, even a damaged one: the run repairs it.
+def _is_ours(directory: Path, file: Path) -> bool:
+    """True if a run wrote a file of a marked folder, even a damaged one: the run repairs it.
 
     A readable config that differs from the written one belongs to another adapter, which the user
     put in the place of the run's.
     """
-    config = path.parent / CONFIG
-    listed = path.relative_to(directory).as_posix() in marker.files
+    marker, config = read_marker(directory), file.parent / CONFIG
+    if marker is None or marker.kind != "run":
+        return False
+    listed = file.relative_to(directory).as_posix() in marker.files
     return listed and (json_or_none(config) is None or marker.wrote(directory, config))

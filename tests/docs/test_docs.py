@@ -25,7 +25,7 @@ from helpers.tiny import LAYERS, task, tiny_model
 import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.stock import greedy
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 
 WALKED = list(pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx."))
 MODULES = [one.name for one in WALKED if not one.ispkg]

@@ -23,7 +23,7 @@ from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.serve.requests import RequestError, read_request
 from helpers import ROOT
 from helpers.compact import ABOUT, SERVES, compressed

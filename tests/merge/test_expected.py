@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.merge.kl_regret import shrinkage
+from d2c_mlx.merge.library import shrinkage
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import Example
 from d2c_mlx.pipeline import run

@@ -21,7 +21,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
 
 METHODS = ["linear", "ties", "tsv", "regmean"]

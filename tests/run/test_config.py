@@ -3,8 +3,7 @@ import time
 import pytest
 import yaml
 
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.errors import ConfigError, InputWarning
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}

@@ -27,7 +27,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.stock import greedy
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.run.survey import survey
 from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.templates import size

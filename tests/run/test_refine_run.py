@@ -17,9 +17,8 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, read_bench, render_card
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import RefineOptions
-from d2c_mlx.run import refine_stage as refining
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run import packing
+from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.files import hash_tree
 
@@ -35,7 +34,7 @@ SHORT = partial(RefineOptions, steps=12, rate=5e-3)
 
 @pytest.fixture
 def config(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(refining, "RefineOptions", SHORT)
+    monkeypatch.setattr(packing, "RefineOptions", SHORT)
     for seed, name in enumerate(["c", "d"], 2):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
@@ -102,7 +101,7 @@ def test_a_run_is_refined_by_itself_and_packed_later(config, command):
 
 
 def test_training_that_overflows_leaves_the_merge(config, monkeypatch):
-    monkeypatch.setattr(refining, "RefineOptions", partial(SHORT, rate=1e30))
+    monkeypatch.setattr(packing, "RefineOptions", partial(SHORT, rate=1e30))
     with pytest.warns(InputWarning, match="refine: .*: training ended in numbers"):
         session = run(config, until="refine", quiet=True)
     facts = session.read("refines.json")
@@ -142,16 +141,16 @@ def test_test_rows_are_never_touched(config):
 _KILL_AT_SECOND = """
 import os, signal
 from functools import partial
-from d2c_mlx.run import refine_stage as refining
+from d2c_mlx.run import packing
 from d2c_mlx_cli.main import main
-refining.RefineOptions = partial(refining.RefineOptions, steps=12, rate=5e-3)
-refine, calls = refining.refine, []
+packing.RefineOptions = partial(packing.RefineOptions, steps=12, rate=5e-3)
+refine, calls = packing.refine, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return refine(*args)
-refining.refine = killed
+packing.refine = killed
 main()
 """
 
@@ -169,11 +168,11 @@ def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp
     assert not (output / "refined").exists()
     calls = []
 
-    def counted(*args, refine=refining.refine):
+    def counted(*args, refine=packing.refine):
         calls.append(args)
         return refine(*args)
 
-    monkeypatch.setattr(refining, "refine", counted)
+    monkeypatch.setattr(packing, "refine", counted)
     run(config, until="pack", quiet=True)
     assert len(calls) == len(whole.read("refines.json")) - 1
     for name in ("refined", "pack"):
@@ -199,7 +198,7 @@ def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
         run(config, until="pack", quiet=True)
     # A change asks again for the clusters: none is taken from what is left.
     for steps in (12, 11):
-        monkeypatch.setattr(refining, "RefineOptions", partial(SHORT, steps=steps))
+        monkeypatch.setattr(packing, "RefineOptions", partial(SHORT, steps=steps))
         again = run(config, until="pack", quiet=True)
         assert not again.path("refining").exists()
         if steps == 12:

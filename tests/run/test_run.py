@@ -14,8 +14,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import run as run_module
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.inputs import read_inputs
 from d2c_mlx.utils.device import _resident_by_ps, outside_mlx
 from d2c_mlx.utils.errors import InputError, InputWarning, PackError

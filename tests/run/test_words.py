@@ -10,8 +10,7 @@ from helpers.tiny import library
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.words import answered, next_commands, refined, verdict
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.config_file import load_config
+from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import ConfigError, InputWarning
 
