@@ -9,48 +9,34 @@ import numpy as np
 import pytest
 from d2c_mlx_cli import formats
 from helpers import ROOT
-from helpers.tiny import LAYERS, SHAPES, TARGETS, peft_adapter
+from helpers.exported import adapter_of
+from helpers.tiny import ALL, LAYERS, TARGETS
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.mlx_format import layout_problems
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import READERS, export, verify
-from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.utils.errors import InputError, PackError
+from d2c_mlx.utils.errors import InputError
 
-ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
-ABOUT = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
 Q0 = "model.layers.0.self_attn.q_proj"
+PATHS = [path for path in ALL if path.endswith(TARGETS)]
+ONE, TWO = (adapter_of(name, PATHS, seed=seed) for seed, name in enumerate("ab"))
+SOME = replace(ONE, modules={path: lora for path, lora in ONE.modules.items() if path != Q0})
 
 
 @pytest.fixture
-def adapters(tmp_path):
-    found = [
-        read_adapter(peft_adapter(tmp_path / "in", n, seed=i), ALL) for i, n in enumerate("ab")
-    ]
-    return [replace(adapter, sources=(adapter.name,)) for adapter in found]
-
-
-@pytest.mark.parametrize("name", ["verify", "list"])
-def test_what_is_no_pack_is_refused_in_one_line(name, command, tmp_path):
-    file, folder = tmp_path / "file", tmp_path / "folder"
-    file.write_text("{}")
-    (folder / "manifest.json").mkdir(parents=True)
-    for path, words in ((file, "missing; is this a pack?"), (folder, "no file that can be read")):
-        code, _, err = command(name, path)
-        assert code == 2
-        (line,) = err.splitlines()
-        assert line.startswith(f"error: {path / 'manifest.json'}: ") and words in line
-
-
-@pytest.fixture
-def directory(tmp_path, adapters):
-    adapters[0].save(tmp_path / "one", LAYERS)
+def directory(tmp_path):
+    ONE.save(tmp_path / "one", LAYERS)
     return tmp_path / "one"
+
+
+@pytest.fixture
+def two(tmp_path, about):
+    """A pack of q and v of every block."""
+    return write_pack(tmp_path / "pack", [ONE, TWO], about)
 
 
 def change_config(directory, lora=None, **fields):
@@ -127,11 +113,11 @@ def test_short_names_match_nothing(directory):
             lambda t: t.update({f"{Q0}.lora_a": np.ones((2, 4, 8), "f2")}),
             f"(first: {Q0}.lora_a)",
         ),
-        (lambda t: t.update({f"{Q0}.lora_a": np.ones((32, 4), "f4")}), "dtypes F16, F32"),
+        (lambda t: t.update({f"{Q0}.lora_a": np.ones((32, 3), "f4")}), "dtypes F16, F32"),
         (lambda t: t.update({k: x.astype("f8") for k, x in t.items()}), "dtypes F64"),
         (lambda t: rename(t, Q0, f"language_{Q0}"), "blocks of language_model.layers and model."),
         # A factor in PEFT's orientation.
-        (lambda t: t.update({f"{Q0}.lora_a": np.ones((4, 32), "f2")}), "shape (4, 32); expected"),
+        (lambda t: t.update({f"{Q0}.lora_a": np.ones((3, 32), "f2")}), "shape (3, 32); expected"),
     ],
 )
 def test_tensors_that_break_a_rule(directory, change, words):
@@ -149,81 +135,73 @@ def test_all_problems_at_once(directory):
     assert len(layout_problems(directory)) == 2
 
 
-def rehashed(pack):
-    """The pack with a manifest that is true of its files again."""
-    files = {}
-    for name in pack.manifest.files:
-        content = (pack.path / name).read_bytes()
-        files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    nbytes = sum(entry["nbytes"] for entry in files.values())
-    manifest = json.loads((pack.path / "manifest.json").read_text())
-    manifest |= {"files": files, "nbytes": nbytes}
-    (pack.path / "manifest.json").write_text(json.dumps(manifest))
+def rehashed(path):
+    """Make a pack's manifest true of its files again."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (path / name).read_bytes()
+        entry = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] = entry
+    manifest["nbytes"] = sum(entry["nbytes"] for entry in manifest["files"].values())
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_plain_pack_is_always_checked(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
-    assert verify(pack.path) == verify(pack.path, "mlx-swift") == pack
-    change_config(pack.path / "cluster-0", num_layers=-1)
-    change_config(pack.path / "cluster-1", lora={"keys": ["q_proj"]})
-    rehashed(pack)
-    for check in (load_pack, verify):
-        with pytest.raises(PackError) as caught:
-            check(pack.path)
-        assert len(caught.value.problems) == 2
-        assert "cluster-0/adapter_config.json: num_layers is -1" in caught.value.problems[0]
-        assert "cluster-1/adapter_config.json: lora_parameters.keys is" in caught.value.problems[1]
-
-
-def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, adapters):
-    """Factors of two dtypes; scales that differ are folded into factors that are all float32."""
-    one, two = adapters
-    wide = replace(one.modules[Q0], b=one.modules[Q0].b.astype(mx.float32))
-    mixed = replace(one, modules={**one.modules, Q0: wide})
-    with pytest.raises(PackError) as caught:
-        write_pack(tmp_path / "pack", [mixed, two], Manifest(**ABOUT))
-    (line,) = caught.value.problems
-    assert f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes F16, F32" in line
-    assert not (tmp_path / "pack").exists()
-    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), two], Manifest(**ABOUT)).path)
-    scaled = replace(one, modules={**one.modules, Q0: replace(one.modules[Q0], scale=3.0)})
-    verify(write_pack(tmp_path / "scaled", [scaled, two], Manifest(**ABOUT)).path)
-
-
-def test_values_that_are_not_finite(tmp_path, adapters):
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
-    for k in (0, 1):
-        infinite = {f"{Q0}.lora_a": np.full((32, 4), np.inf, "f2")}
-        change_tensors(pack.path / f"cluster-{k}", lambda t, new=infinite: t.update(new))
-    rehashed(pack)
+def refused(call, *words):
+    """Each line of the error has the words of its place."""
     with pytest.raises(InputError) as caught:
-        verify(pack.path)
-    assert [f"cluster-{k}/" in line and "NaN" in line for k, line in
-            enumerate(caught.value.problems)] == [True, True]  # fmt: skip
+        call()
+    lines = caught.value.problems
+    assert len(lines) == len(words) and all(a in b for a, b in zip(words, lines)), lines
 
 
-def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, adapters):
-    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters]
-    pack = write_compact_pack(
-        tmp_path / "pack", small, {"a": 0, "b": 1, "c": None}, Manifest(**ABOUT, dtype=mx.bfloat16)
-    )
+def test_a_plain_pack_is_always_checked(two):
+    assert verify(two.path) == verify(two.path, "mlx-swift") == two
+    change_config(two.path / "cluster-0", num_layers=-1)
+    change_config(two.path / "cluster-1", lora={"keys": ["q_proj"]})
+    rehashed(two.path)
+    for check in (load_pack, verify):
+        refused(
+            lambda check=check: check(two.path),
+            "cluster-0/adapter_config.json: num_layers is -1",
+            "cluster-1: lora_parameters.keys is ['q_proj'], expected",
+        )
+
+
+def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, about):
+    """Factors of two dtypes; scales that differ are folded into factors that are all float32."""
+    wide = replace(ONE.modules[Q0], b=ONE.modules[Q0].b.astype(mx.float32))
+    mixed = replace(ONE, modules={**ONE.modules, Q0: wide})
+    line = f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes F16, F32"
+    refused(lambda: write_pack(tmp_path / "pack", [mixed, TWO], about), line)
+    assert not (tmp_path / "pack").exists()
+    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), TWO], about).path)
+    scaled = replace(ONE, modules={**ONE.modules, Q0: replace(ONE.modules[Q0], scale=3.0)})
+    verify(write_pack(tmp_path / "scaled", [scaled, TWO], about).path)
+
+
+def test_values_that_are_not_finite(two):
+    for k in (0, 1):
+        infinite = {f"{Q0}.lora_a": np.full((32, 3), np.inf, "f2")}
+        change_tensors(two.path / f"cluster-{k}", lambda t, new=infinite: t.update(new))
+    rehashed(two.path)
+    refused(lambda: verify(two.path), "cluster-0/", "cluster-1/")
+
+
+def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, about):
+    """A manifest can say too few blocks, which no hash covers; one adapter has no modules."""
+    one, some = (compress(a, dict.fromkeys(a.modules, [(3, 4)])) for a in (ONE, SOME))
+    small = [replace(one, name="none", modules={}), one, some]
+    about = about.model_copy(update={"dtype": mx.bfloat16})
+    pack = write_compact_pack(tmp_path / "pack", small, {"none": 0, "a": 1, "b": 2}, about)
     assert verify(pack.path, "mlx-swift") == verify(pack.path) == pack
-    # A manifest can say too few blocks; no hash covers it.
+    words = f"{pack.path}/cluster-2: 1 modules are in some blocks only (first: q_proj, in 1 of"
+    refused(lambda: verify(pack.path, "MNN"), words)
     manifest = json.loads((pack.path / "manifest.json").read_text())
     manifest["base"]["n_layers"] = 1
     (pack.path / "manifest.json").write_text(json.dumps(manifest))
     verify(pack.path)
-    with pytest.raises(PackError) as caught:
-        verify(pack.path, "mlx-swift")
-    lines = caught.value.problems
-    where = [line.split(": ")[0] for line in lines]
-    assert where == [f"{pack.path}/cluster-{k}/adapter_config.json" for k in (0, 1)]
-    assert all("num_layers is 1, but tensors belong to block 1" in line for line in lines)
-
-
-def test_an_unknown_runtime(tmp_path):
-    with pytest.raises(InputError, match="for: 'tvm', expected one of mlx-swift, mlx-lm, PEFT"):
-        verify(tmp_path, "tvm")
+    lines = [f"{pack.path}/cluster-{k}: num_layers is 1, but tensors belong" for k in (1, 2)]
+    refused(lambda: verify(pack.path, "mlx-swift"), *lines)
 
 
 def test_the_readers_are_those_of_the_documents_and_the_command():
@@ -233,66 +211,46 @@ def test_the_readers_are_those_of_the_documents_and_the_command():
     assert [*READERS] == [*formats.READERS]
 
 
-@pytest.mark.parametrize("name", ["mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"])
-def test_a_pack_with_the_same_modules_in_every_block_goes_everywhere(tmp_path, adapters, name):
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
-    assert verify(pack.path, name) == pack
-    export(pack, "peft", tmp_path / "peft")
-    config = json.loads((tmp_path / "peft" / "cluster-0" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj"]
-    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
-
-
-def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, adapters):
-    one = adapters[0]
-    some = replace(one, modules={p: x for p, x in one.modules.items() if p != Q0})
-    pack = write_pack(tmp_path / "pack", [some, adapters[1]], Manifest(**ABOUT))
-
-    def refused(name, words):
-        with pytest.raises(InputError) as caught:
-            verify(pack.path, name)
-        (line,) = caught.value.problems
-        assert words in line, line
-
+def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
+    for name in ("mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"):
+        assert verify(two.path, name) == two
+    refused(lambda: verify(two.path, "tvm"), "for: 'tvm', expected one of mlx-swift, mlx-lm, PEFT")
+    refused(lambda: verify(two.path, "oMLX"), "oMLX loads no adapters")
+    refused(lambda: verify(two.path, "llama.cpp"), "the pack is for 'tiny/llama'; name that model")
+    some = write_pack(tmp_path / "some", [SOME, TWO], about)
     for name in ("ExecuTorch", "MNN"):
-        refused(name, f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})")
-    refused("oMLX", "oMLX loads no adapters")
-    refused("llama.cpp", "the pack is for 'm'; name that model")
-    verify(pack.path, "PEFT")
-    export(pack, "peft", tmp_path / "peft")
-    config = json.loads((tmp_path / "peft" / "cluster-0" / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(some.modules)
-    wide = replace(one, modules={p: LoRA(mx.ones((32, 513), mx.float16), mx.ones(
-        (513, x.shape[1]), mx.float16)) for p, x in one.modules.items()})  # fmt: skip
-    write_pack(pack.path, [wide], Manifest(**ABOUT))
-    refused("vllm-metal", "rank 513, at most 512 is taken")
+        words = f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})"
+        refused(lambda name=name: verify(some.path, name), words)
+    verify(some.path, "PEFT")
+    # Where all blocks are alike PEFT takes short names, and no patterns are needed.
+    for pack, targets in ((two, ["q_proj", "v_proj"]), (some, sorted(SOME.modules))):
+        export(pack, "peft", tmp_path / "peft")
+        config = json.loads((tmp_path / "peft/cluster-0/adapter_config.json").read_text())
+        assert config["target_modules"] == targets and not config["use_rslora"]
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+    wide = {
+        path: LoRA(mx.ones((32, 513), mx.float16), mx.ones((513, lora.shape[1]), mx.float16))
+        for path, lora in ONE.modules.items()
+    }
+    write_pack(some.path, [replace(ONE, modules=wide)], about)
+    refused(lambda: verify(some.path, "vllm-metal"), "rank 513, at most 512 is taken")
 
 
-def test_a_problem_is_of_its_adapter_beside_one_without_modules(tmp_path, adapters):
-    one, two = (compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in adapters)
-    some = {path: x for path, x in two.modules.items() if path != Q0}
-    small = [replace(one, name="none", modules={}), one, replace(two, modules=some)]
-    info = Manifest(**ABOUT, dtype=mx.float16)
-    pack = write_compact_pack(tmp_path / "pack", small, {"none": 0, "a": 1, "b": 2}, info)
-    with pytest.raises(PackError) as caught:
-        verify(pack.path, "MNN")
-    (line,) = caught.value.problems
-    assert line.startswith(f"{pack.path}/cluster-2: 1 modules are in some blocks only")
-
-
-def test_the_command(tmp_path, adapters, command):
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**ABOUT))
-    code, out, _ = command("verify", pack.path, "--for", "mlx-swift")
-    assert code == 0
-    assert out == (
-        f"{pack.path}: plain, 2 adapters for 2 tasks, {pack.nbytes:,} bytes: verified for mlx-swift"
-        "\n"
-    )
-    row = json.loads(command("verify", pack.path, "--json")[1])
+def test_the_command(two, tmp_path, command):
+    code, out, _ = command("verify", two.path, "--for", "mlx-swift")
+    assert code == 0 and out.startswith(f"{two.path}: plain, 2 adapters for 2 tasks, ")
+    assert out.endswith(" bytes: verified for mlx-swift\n")
+    row = json.loads(command("verify", two.path, "--json")[1])
     assert row["storage"] == "plain" and row["adapters"] == row["tasks"] == 2
     for k in (0, 1):
-        change_config(pack.path / f"cluster-{k}", num_layers=-1)
-    rehashed(pack)
-    code, out, err = command("verify", pack.path)
+        change_config(two.path / f"cluster-{k}", num_layers=-1)
+    rehashed(two.path)
+    code, out, err = command("verify", two.path)
     assert code == 2 and out == ""
     assert [line[:7] for line in err.splitlines()] == ["error: ", "error: "]
+    (tmp_path / "folder/manifest.json").mkdir(parents=True)
+    for path in (two.path / "manifest.json", tmp_path / "folder"):
+        for name in ("verify", "list"):
+            code, _, err = command(name, path)
+            assert code == 2 and err.startswith(f"error: {path}/manifest.json: ")
+            assert len(err.splitlines()) == 1
