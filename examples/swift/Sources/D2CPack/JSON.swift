@@ -36,7 +36,7 @@ enum JSON: Equatable {
     /// Count the colons outside of strings, which follow keys, in text that is no larger than a pack's.
     private static func countKeys(_ bytes: [UInt8]) throws -> Int {
         var (nKeys, nValues, level) = (0, 0, 0)
-        var (inString, escaped) = (false, false)
+        var (inString, escaped, afterComma) = (false, false, false)
         for byte in bytes {
             if inString {
                 let ends = byte == UInt8(ascii: "\"") && !escaped
@@ -44,6 +44,11 @@ enum JSON: Equatable {
                 inString = !ends
                 continue
             }
+            // Foundation takes a comma before the end.
+            guard !afterComma || ![UInt8(ascii: "]"), UInt8(ascii: "}")].contains(byte) else {
+                throw PackError("not readable as JSON (no value)")
+            }
+            if byte > 0x20 { afterComma = byte == UInt8(ascii: ",") }
             switch byte {
             case UInt8(ascii: "\""): inString = true
             case UInt8(ascii: "{"), UInt8(ascii: "["): level += 1
@@ -70,14 +75,14 @@ enum JSON: Equatable {
             left -= items.count
             self = .object(try items.mapValues { try JSON($0, &left) })
         case let number as NSNumber:
-            // "c" is a truth value, "q" a whole number, "Q" one of 64 bits without a sign.
-            switch number.objCType.pointee {
-            case CChar(UInt8(ascii: "c")), CChar(UInt8(ascii: "B")): self = .bool(number.boolValue)
-            case CChar(UInt8(ascii: "q")), CChar(UInt8(ascii: "i")): self = .int(number.intValue)
-            default:
-                let double = number.doubleValue
-                guard double.isFinite else { throw PackError("not readable as JSON (no number)") }
-                self = .number(double)
+            // What it takes for more than 64 bits is a decimal number.
+            guard !(number is NSDecimalNumber), number.doubleValue.isFinite else {
+                throw PackError("not readable as JSON (a number beyond 64 bits)")
+            }
+            switch String(cString: number.objCType) {
+            case "c", "B": self = .bool(number.boolValue)
+            case "d", "f", "Q": self = .number(number.doubleValue)
+            default: self = .int(number.intValue)
             }
         default: throw PackError("not readable as JSON")
         }

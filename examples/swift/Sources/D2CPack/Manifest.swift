@@ -22,7 +22,7 @@ struct Manifest {
     init(_ content: [String: JSON]) throws {
         var problems = Problems()
         func need(_ good: Bool, _ what: String) { problems.need(good, "\(what); write the pack again") }
-        let storage = (content["storage"] ?? .string("plain")).string ?? ""
+        let storage = content["storage"]?.string ?? ""
         need(
             content["format"]?.string == "d2c-mlx-pack" && Self.versions[storage] != nil
                 && content["format_version"]?.int == Self.versions[storage],

@@ -1,0 +1,359 @@
+"""Packs that change: against dense oracles, within the budget, nothing else touched."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.loras import lora_of
+from helpers.loras import plain as dense_levels
+from helpers.tiny import ALL, LAYERS, TARGETS
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.compress.compact_file import index_of, read_compact
+from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.packs.add import add_adapter
+from d2c_mlx.packs.export import verify
+from d2c_mlx.packs.manifest import COMPACT
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.update import list_pack, opened, remove_tasks
+from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.utils.errors import BudgetError, InputError, PackError
+from d2c_mlx.utils.files import hash_tree
+
+NAMES = ("a", "b", "c", "d")
+PATHS = [path for path in ALL if path.endswith(TARGETS)]
+
+
+def full_rank(seed, name, rank=4):
+    rng = np.random.default_rng(seed)
+    loras = {path: lora_of(rng, ALL[path], rank, 2.0, mx.float16, 0.1) for path in PATHS}
+    return Adapter(name, loras, "tiny/llama")
+
+
+def first_component(adapter):
+    """The adapter with one component, so that merges of four lose nothing."""
+    first = mx.array([[1.0], [0], [0], [0]], mx.float16)
+    loras = {path: replace(lora, b=lora.b * first) for path, lora in adapter.modules.items()}
+    return replace(adapter, modules=loras)
+
+
+WHOLE = {name: full_rank(seed, name) for seed, name in enumerate(NAMES)}
+ADAPTERS = {name: first_component(adapter) for name, adapter in WHOLE.items()}
+
+
+def deltas(adapter):
+    return {path: lora.delta() for path, lora in adapter.modules.items()}
+
+
+@pytest.fixture
+def plain(tmp_path, about):
+    """`plain(slots, budget, max_bytes)` writes a pack of (adapter, its tasks)."""
+
+    def write(slots, budget="2", max_bytes=None, name="pack", **facts):
+        adapters = [replace(adapter, sources=tuple(tasks)) for adapter, tasks in slots]
+        facts = {"budget": budget, "max_bytes": max_bytes, **facts}
+        return write_pack(tmp_path / name, adapters, about.model_copy(update=facts))
+
+    return write
+
+
+@pytest.fixture
+def compact(tmp_path, about):
+    def write(adapters, names="abc", limit=None, levels=((1, 4),)):
+        stored = [compress(adapters[n], dict.fromkeys(PATHS, levels)) for n in names]
+        serves = {name: i for i, name in enumerate(names)} | {"bare": None}
+        facts = about.model_copy(update={"budget": "9MB", "max_bytes": limit})
+        return write_compact_pack(tmp_path / "pack", stored, serves, facts)
+
+    return write
+
+
+@pytest.fixture
+def pack(plain):
+    return plain([(ADAPTERS["a"], ["a"]), (ADAPTERS["b"], ["b"])])
+
+
+def assert_close(found, expected, atol=1e-4):
+    found = deltas(found)
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, atol=atol)
+
+
+def test_an_arrival_gets_a_slot_of_its_own_while_there_is_one(pack):
+    before = {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"}
+    found = add_adapter(pack, ADAPTERS["c"], budget="3")
+    assert (found.adapter, found.joined) == ("cluster-2", ())
+    now = verify(pack.path)
+    assert now.tasks == {"a": "cluster-0", "b": "cluster-1", "c": "cluster-2"}
+    assert now.load("c").digest == ADAPTERS["c"].uniform().digest
+    assert {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"} == before
+    assert now.manifest.to_json()["budget"] == {"text": "3", "nbytes": None}
+    assert "merged" not in json.loads((now.path / "manifest.json").read_text())
+
+
+def test_a_full_pack_merges_into_the_slot_most_alike(pack):
+    """Two thirds of the way to b; the similarity is that of dense dW."""
+    near = {
+        path: LoRA(lora.a, lora.b, lora.scale * 2) for path, lora in ADAPTERS["b"].modules.items()
+    }
+    mixed = merge_adapters([ADAPTERS["d"], Adapter("near", near)], weights=[0.5, 0.5])
+    new = replace(mixed, name="new")
+    found = add_adapter(pack, new)
+    assert (found.adapter, found.joined) == ("cluster-1", ("b",))
+    dense = [np.concatenate([x.ravel() for _, x in sorted(deltas(one).items())])
+             for one in (ADAPTERS["b"], new)]  # fmt: skip
+    cosine = dense[0] @ dense[1] / np.linalg.norm(dense[0]) / np.linalg.norm(dense[1])
+    assert found.similarity == pytest.approx(cosine, abs=1e-3)
+    half = {p: (deltas(ADAPTERS["b"])[p] + deltas(new)[p]) / 2 for p in new.modules}
+    assert_close(found.pack.load("new"), half)
+    assert found.pack.load("b").digest == found.pack.load("new").digest
+    assert found.pack.load("a").digest == pack.load("a").digest
+
+
+def test_arrivals_one_by_one_are_the_mean_of_all(plain):
+    """K-Merge's weights 1 - 1/n and 1/n: a running mean."""
+    pack = plain([(ADAPTERS["a"], ["a"])], "1")
+    for name in "bcd":
+        pack = add_adapter(pack, ADAPTERS[name]).pack
+    mean = {
+        path: sum(deltas(ADAPTERS[name])[path] for name in NAMES) / 4
+        for path in ADAPTERS["a"].modules
+    }
+    assert_close(pack.load("a"), mean, atol=2e-4)
+    assert list_pack(pack)[0]["merged"] == 4
+    # What left is still in it: the next one weighs a fifth.
+    pack = remove_tasks(pack, ["b", "c"])
+    assert pack.manifest.merged == {"cluster-0": 4}
+    pack = add_adapter(pack, replace(ADAPTERS["b"], name="again")).pack
+    fifth = {p: 0.8 * mean[p] + 0.2 * deltas(ADAPTERS["b"])[p] for p in mean}
+    assert_close(pack.load("again"), fifth, atol=3e-4)
+
+
+def test_bytes_of_a_plain_pack_do_not_grow_beyond_its_budget(plain):
+    slots = [(ADAPTERS["a"], ["a"]), (ADAPTERS["b"], ["b"])]
+    size = plain(slots).nbytes
+    pack = plain(slots, "20MB", size + 2000)
+    wide = full_rank(7, "wide", rank=8)
+    found = add_adapter(pack, wide)
+    assert found.joined and found.pack.nbytes <= size + 2000 and found.pack.load("wide").rank == 4
+    # With room for it, it gets its own.
+    pack = plain(slots, "20MB", 3 * size, name="more")
+    assert add_adapter(pack, wide).adapter == "cluster-2"
+
+
+class Cheapest:
+    """A judge of weights: which slots it was asked about, and the merge at the largest scale."""
+
+    def best(self, merges, slots, served, new):
+        self.asked = sorted(merges)
+        return self.asked[0], scaled(merges[self.asked[0]], 16.0)
+
+
+@pytest.mark.parametrize("judge", [None, Cheapest()])
+def test_an_arrival_with_other_modules_is_merged_at_the_rank_that_fits(judge, plain):
+    """Half of the modules are the slot's, so its rank on those of both is too much."""
+    paths = sorted(ADAPTERS["a"].modules)
+    halves = [paths[: len(paths) // 2], paths[len(paths) // 2 :]]
+    slots = [
+        (replace(ADAPTERS[n], modules={p: ADAPTERS[n].modules[p] for p in halves[0]}), [n])
+        for n in "ab"
+    ]
+    new = replace(ADAPTERS["c"], modules={p: ADAPTERS["c"].modules[p] for p in halves[1]})
+    size = plain(slots).nbytes
+    pack = plain(slots, "20MB", size)
+    found = add_adapter(pack, new, judge=judge)
+    merged = found.pack.load("c")
+    assert found.joined and verify(pack.path).nbytes <= size
+    assert merged.modules.keys() == {*halves[0], *halves[1]} and 1 <= merged.rank < 4
+    # One more would have been too much, and with its bytes there is one more.
+    larger = merge_adapters([slots[0][0], new], rank=merged.rank + 1).uniform(mx.float16)
+    slot = sum(found.pack.files_of(found.adapter).values())
+    assert found.pack.nbytes - slot + larger.nbytes(LAYERS) > size
+    more = plain(slots, "20MB", size - slot + larger.nbytes(LAYERS))
+    assert add_adapter(more, new, judge=judge).pack.load("c").rank == merged.rank + 1
+
+
+@pytest.mark.parametrize("judge", [None, Cheapest()])
+def test_a_slot_without_room_is_passed_over_and_none_is_no_room(judge, plain):
+    """The first slot has one module of rank 1: with all modules it would be beyond the budget."""
+    path, lora = next(iter(ADAPTERS["c"].modules.items()))
+    most_alike = replace(ADAPTERS["c"], modules={path: LoRA(lora.a[:, :1], lora.b[:1])})
+    slots = [(most_alike, ["a"]), (ADAPTERS["b"], ["b"])]
+    size = plain(slots).nbytes
+    pack = plain(slots, "20MB", size)
+    found = add_adapter(pack, ADAPTERS["c"], judge=judge)
+    assert found.adapter == "cluster-1" and found.pack.nbytes <= size
+    assert judge is None or judge.asked == ["cluster-1"]
+    pack = plain(slots[:1])
+    before = hash_tree(pack.path)
+    with pytest.raises(BudgetError, match="merged into one at rank 1; give more") as caught:
+        add_adapter(pack, ADAPTERS["c"], judge=judge, budget=f"{pack.nbytes}B")
+    least = re.search(r"at least ([\d,]+):", str(caught.value))[1].replace(",", "")
+    assert hash_tree(pack.path) == before
+    assert add_adapter(pack, ADAPTERS["c"], budget=f"{least}B").pack.nbytes == int(least)
+
+
+def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack):
+    new = replace(ADAPTERS["c"], origin="org/c@1234")
+    full = add_adapter(pack, new).pack
+    assert full.manifest.origins == {"c": "org/c@1234"}
+    # Still in the merge after its task has left; gone with an adapter of its own.
+    assert remove_tasks(full, ["c"]).manifest.origins == {"c": "org/c@1234"}
+    own = add_adapter(load_pack(pack.path), replace(new, name="d"), budget="3").pack
+    assert own.manifest.origins.keys() == {"c", "d"} and remove_tasks(
+        own, ["d"]
+    ).manifest.origins.keys() == {"c"}
+
+
+def test_an_origin_goes_with_its_merge_and_with_its_name(plain):
+    both = merge_adapters([ADAPTERS["a"], ADAPTERS["b"]]).uniform()
+    slots = [(both, ["a", "b"]), (ADAPTERS["c"], ["c"])]
+    origins = {"a": "org/a@1", "b": "org/b@2", "c": "org/c@3"}
+    pack = plain(slots, "9", origins=origins)
+    left = remove_tasks(pack, ["b"])
+    assert left.manifest.origins == origins
+    # Another b, of this machine: not what is in the merge.
+    local = replace(ADAPTERS["d"], name="b")
+    assert add_adapter(left, local).pack.manifest.origins == {"a": "org/a@1", "c": "org/c@3"}
+    pack = plain(slots, "9", origins=origins)
+    pack = remove_tasks(remove_tasks(pack, ["b"]), ["a"])
+    assert pack.manifest.origins == {"c": "org/c@3"}
+
+
+def test_removal(pack):
+    merged = add_adapter(pack, ADAPTERS["c"]).pack
+    place = merged.tasks["c"]
+    other = "b" if merged.tasks["b"] == place else "a"
+    left = remove_tasks(merged, [other])
+    # The merge goes on to serve c; what is in it stays.
+    assert left.load("c").digest == merged.load("c").digest
+    assert other not in left.tasks and left.merged(place) == 2
+    assert len(remove_tasks(left, ["c"]).adapters) == 1
+    before = hash_tree(pack.path)
+    with pytest.raises(PackError, match="no task 'x', 'y'"):
+        remove_tasks(load_pack(pack.path), ["y", "x"])
+    with pytest.raises(PackError, match="no task would be left"):
+        remove_tasks(load_pack(pack.path), list(load_pack(pack.path).tasks))
+    assert hash_tree(pack.path) == before
+
+
+def test_what_cannot_be_added_leaves_the_pack_as_it_was(pack, plain, compact):
+    before = hash_tree(pack.path)
+    for name, budget, message in (
+        ("a", None, "task 'a' is there already"),
+        ("new", "25%", "a share of adapters"),
+        # Merging the arrival leaves two.
+        ("new", "1", "budget: found 1, expected at least 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            add_adapter(pack, replace(ADAPTERS["c"], name=name), budget=budget)
+    assert hash_tree(pack.path) == before
+    # Who calls the library may name none: tasks can leave, an arrival asks for one.
+    pack = plain([(ADAPTERS["a"], ["a"]), (ADAPTERS["b"], ["b"])], "-")
+    with pytest.raises(BudgetError, match="manifest.json: budget: '-' .* give another with --bud"):
+        add_adapter(pack, ADAPTERS["c"])
+    assert add_adapter(pack, ADAPTERS["c"], budget="3").adapter == "cluster-2"
+    assert remove_tasks(load_pack(pack.path), ["b"]).manifest.budget == "3"
+    pack = compact(ADAPTERS)
+    before = hash_tree(pack.path)
+    for budget, message in (("1500B", "give more, or remove a task"), ("3", "3 adapters are in")):
+        with pytest.raises(BudgetError, match=message):
+            add_adapter(pack, ADAPTERS["d"], budget=budget)
+    assert hash_tree(pack.path) == before
+
+
+def test_a_pack_that_a_kill_left_aside_is_changed_all_the_same(pack):
+    """Between the two renames of a change it is under another name, and only there."""
+    pack.path.rename(pack.path.with_name(".pack.old"))
+    with opened(pack.path) as found:
+        assert list(remove_tasks(found, ["a"]).tasks) == ["b"]
+    assert sorted(one.name for one in pack.path.parent.iterdir()) == [".lock", "pack"]
+
+
+@pytest.mark.parametrize("name", ["NOTES.md", "plain/a.safetensors", ".git/HEAD"])
+def test_a_pack_with_other_files_in_it_is_not_replaced(pack, name):
+    """They would go with the old one; what programs leave there by themselves may."""
+    for left in (".DS_Store", ".gitattributes", ".d2c-mlx.json", ".cache/x.lock", name):
+        (pack.path / left).parent.mkdir(exist_ok=True)
+        (pack.path / left).write_text("{}")
+    top = name.split("/")[0]
+    with pytest.raises(PackError, match=f"{re.escape(top)} in it is not the pack's; move it"):
+        with opened(pack.path):
+            pass
+    assert (pack.path / name).exists()
+    shutil.move(pack.path / top, pack.path.parent / "elsewhere")
+    with opened(pack.path) as found:
+        assert remove_tasks(found, [next(iter(found.tasks))]).path == pack.path
+
+
+def test_a_pack_that_somebody_is_in_is_not_replaced(pack, monkeypatch):
+    before = hash_tree(pack.path)
+    monkeypatch.chdir(pack.path)
+    with pytest.raises(PackError, match="is replaced as a whole, and you are in it"):
+        with opened(Path()):
+            pass
+    assert hash_tree(pack.path) == before
+
+
+def test_a_compact_pack_makes_room_by_what_the_others_need_least(compact):
+    size = compact(WHOLE, levels=[(1, 8), (3, 4)]).nbytes
+    pack = compact(WHOLE, limit=size, levels=[(1, 8), (3, 4)])
+    before = {name: read_compact(pack.path / COMPACT, i) for i, name in enumerate("abc")}
+    found = add_adapter(pack, WHOLE["d"])
+    now = verify(pack.path)
+    assert now.nbytes <= size and now.tasks == {"a": 0, "b": 1, "c": 2, "d": 3, "bare": None}
+    kept, gone = [], []
+    for i, name in enumerate("abc"):
+        after = read_compact(pack.path / COMPACT, i)
+        every = [(path, one) for path, levels in before[name].modules.items() for one in levels]
+        norms = [np.sum(dense_levels([one]).delta() ** 2.0) for _, one in every]
+        for (path, old), norm in zip(every, norms):
+            share = norm / sum(norms) / old.nbytes
+            same = [one for one in after.modules.get(path, ()) if one.bits == old.bits]
+            (kept if same else gone).append((share, old.rank))
+            for x, y in ((x, y) for new in same for x, y in ((old.a, new.a), (old.b, new.b))):
+                assert np.array_equal(x.weight, y.weight) and np.array_equal(x.scales, y.scales)
+    assert found.dropped == sum(rank for _, rank in gone) > 0
+    assert max(gone)[0] <= min(kept)[0] * (1 + 1e-6)
+    # No more than needed: a level takes 200 bytes at most.
+    assert 0 < found.dropped_energy < 1 and size - now.nbytes < 200
+    # d is stored in its share, and is d.
+    error = deltas(now.load("d"))
+    own = deltas(WHOLE["d"])
+    rest = sum(np.sum((error.get(p, 0) - own[p]) ** 2) for p in own)
+    assert rest < 0.6 * sum(np.sum(x**2) for x in own.values())
+
+
+def test_with_room_nothing_is_dropped(compact):
+    pack = compact(ADAPTERS, "ab", limit=100_000)
+    before = [pack.load(name).digest for name in "ab"]
+    found = add_adapter(pack, ADAPTERS["c"])
+    assert found.dropped == 0 and [found.pack.load(name).digest for name in "ab"] == before
+    assert found.pack.load("bare") is None
+
+
+@pytest.mark.parametrize("budget", [4_000, 8_000, 16_000])
+def test_an_arrival_in_a_pack_that_stores_no_adapter_leaves_room_for_the_header(budget, compact):
+    pack = compact({}, "", limit=1_000)
+    rng = np.random.default_rng(0)
+    modules = {path: lora_of(rng, shape, 16) for path, shape in ALL.items()}
+    found = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B")
+    assert 0.7 * budget < found.pack.nbytes <= budget and verify(found.pack.path).tasks["d"] == 0
+
+
+def test_removal_from_a_compact_pack(compact):
+    pack = compact(ADAPTERS, limit=100_000)
+    rest = {name: pack.load(name).digest for name in "ac"}
+    left = remove_tasks(pack, ["b"])
+    assert left.tasks == {"a": 0, "bare": None, "c": 1} and left.nbytes < pack.nbytes
+    assert {name: left.load(name).digest for name in "ac"} == rest
+    index = index_of([read_compact(left.path / COMPACT, i) for i in range(2)])
+    assert compact_nbytes(index) == left.nbytes
