@@ -152,7 +152,7 @@ check-lowest check-newest: .venv/tools
 	.venv-bounds/bin/pytest $(BOUNDS)
 
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
-  packs/test_pack packs/test_compact_pack compress/test_planner compress/test_quantize \
+  packs/test_pack compress/test_planner compress/test_quantize \
   merge/test_merge refine/test_refine models/test_gguf serve/test_serving serve/test_mixed \
   serve/test_changes serve/test_prefixes web/test_serve web/test_serve_bad web/test_clients \
   report/test_report cluster/test_cluster))

@@ -163,7 +163,7 @@ def test_a_plain_pack_is_always_checked(two):
         refused(
             lambda check=check: check(two.path),
             "cluster-0/adapter_config.json: num_layers is -1",
-            "cluster-1: lora_parameters.keys is ['q_proj'], expected",
+            "cluster-1/adapter_config.json: lora_parameters.keys is ['q_proj'], expected",
         )
 
 
@@ -200,7 +200,7 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, about):
     manifest["base"]["n_layers"] = 1
     (pack.path / "manifest.json").write_text(json.dumps(manifest))
     verify(pack.path)
-    lines = [f"{pack.path}/cluster-{k}: num_layers is 1, but tensors belong" for k in (1, 2)]
+    lines = [f"{pack.path}/cluster-{k}/adapter_config.json: num_layers is 1, but" for k in (1, 2)]
     refused(lambda: verify(pack.path, "mlx-swift"), *lines)
 
 
