@@ -35,7 +35,7 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     seen = survey(directory, tasks)
     written = [str(path) for path in scaffold(seen, output)]
     if as_json:
-        say_json({"adapters": [dataclasses.asdict(adapter) for adapter in seen.found],
+        say_json({"adapters": [dataclasses.asdict(adapter) for adapter in seen.adapters],
                   "budgets": dict(budgets(seen)), "written": written})  # fmt: skip
         return
     say(describe(seen))
@@ -47,7 +47,7 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     if seen.without_rows:
         say(f"next: fill the rows (see {seen.tasks / 'README.md'}); then")
     say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
-    if len(seen.without_rows) == len(seen.found):
+    if len(seen.without_rows) == len(seen.adapters):
         say(f"no rows to be had? d2c-mlx run --adapters {directory} --output runs/first goes by"
             " weights alone, and measures nothing")  # fmt: skip
 

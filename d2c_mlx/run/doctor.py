@@ -63,14 +63,14 @@ def diagnose() -> list[Finding]:
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
     findings.append(Finding("cache", str(cache), writable, advice))
-    taken = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES}
-    installed = [one for group in taken for one in plugins(group)]
-    return findings + [_plugin_finding(one, taken[one.group]) for one in installed]
+    for group, own_names in ((MERGE_METHODS, RUN_METHODS), (CLUSTERINGS, SEARCHES)):
+        findings += [_plugin_finding(plugin, own_names) for plugin in plugins(group)]
+    return findings
 
 
-def _plugin_finding(plugin: Plugin, taken: Sequence[str]) -> Finding:
+def _plugin_finding(plugin: Plugin, own_names: Sequence[str]) -> Finding:
     advice = ""
-    if plugin.name in taken or names(plugin.group).count(plugin.name) > 1:
+    if plugin.name in own_names or names(plugin.group).count(plugin.name) > 1:
         advice = "another one has that name; give the entry point another"
     try:
         plugin.load()

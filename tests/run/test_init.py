@@ -1,20 +1,16 @@
 """`d2c-mlx init` and `d2c-mlx tasks split`: what a first run needs."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command import edit_config, edit_tensors, store_in_full
+from helpers.command import store_in_full
 from helpers.tiny import (
     HIDDEN,
     INTERMEDIATE,
     LAYERS,
-    SHAPES,
-    TARGETS,
-    end_answers,
     library,
     peft_adapter,
     write_jsonl,
@@ -24,12 +20,9 @@ from safetensors.numpy import save_file
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import encode_prompts
-from d2c_mlx.models.stock import greedy
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.survey import survey
-from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.templates import size
 
 
@@ -42,10 +35,6 @@ def project(tmp_path, monkeypatch):
         file.unlink()
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def set_model(file, model):
-    file.write_text(re.sub("^model: .*", f"model: {model}", file.read_text(), flags=re.M))
 
 
 def test_what_is_found_and_missing_is_said_and_written(project, command):
@@ -91,7 +80,7 @@ def test_bytes_are_those_that_a_run_counts(project, command):
     """Without the base model, to a few bytes of config."""
     code, out, _ = command("convert", "--adapters", "adapters", "--model", "model", "--output", "m")
     assert code == 0, out
-    for one in survey("adapters").found:
+    for one in survey("adapters").adapters:
         written = sum(file.stat().st_size for file in (project / "m" / one.name).iterdir())
         assert one.nbytes == written
 
@@ -106,7 +95,7 @@ def test_an_adapter_bias_is_looked_at_as_the_lora_that_it_is(project, command):
     code, out, _ = command("init", "adapters")
     assert code == 0 and "problem" not in out and "More than one base model" not in out
     assert "ranks        1, 4" in out and "modules      down_proj, q_proj, v_proj" in out
-    found = {one.name: one for one in survey("adapters").found}["bias"]
+    found = {one.name: one for one in survey("adapters").adapters}["bias"]
     assert found.nbytes > 2 * LAYERS * (HIDDEN + INTERMEDIATE)
 
 
@@ -202,79 +191,3 @@ def test_one_file_becomes_two(tmp_path, command):
     code, _, err = command(*argv)
     assert code == 2 and "found 15 different prompts, expected more than the 15" in err
     assert not (tmp_path / "b").exists()
-
-
-def test_adapters_answer_prompts_where_there_are_no_rows(project, command):
-    """Each prompt once, greedily as the model itself answers; half of them judge."""
-    given = ["tasks", "answer", "d2c-mlx.yaml", "--system", ""]
-    command("init", "adapters")
-    set_model(project / "d2c-mlx.yaml", "model")
-    code, _, err = command(*given)
-    assert code == 2 and "no adapter without rows has prompts; write 20 or more" in err
-    prompts = ["One?", "Two?", "Three?"]
-    peft_adapter(project / "adapters", "c", alpha=400, seed=1,
-                 targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
-    (project / "tasks" / "c" / "prompts.txt").write_text("\n\n ".join([*prompts, prompts[0]]))
-    base = BaseModel("model")
-    base.attach(read_adapter("adapters/c", base.module_shapes, base.config))
-    tokens = dict(zip(prompts, encode_prompts(base.tokenizer, prompts, "")))
-    answers = {prompt: greedy(base.model, base.tokenizer, tokens[prompt], 4) for prompt in prompts}
-    code, _, err = command(*given, "--max-tokens", "4")
-    assert code == 2 and "prompts.txt: found 0 answers of c" in err
-    assert (project / "tasks" / "c" / "probe.jsonl").read_bytes() == b""
-    # A random model knows no end: what each answer has in the fourth place becomes one.
-    config = json.loads((project / "model" / "config.json").read_text())
-    ends = {answer[3] for answer in answers.values()}
-    config["eos_token_id"] = [config["eos_token_id"], *ends]
-    (project / "model" / "config.json").write_text(json.dumps(config))
-    code, out, err = command(*given, "--json")
-    assert code == 0, err
-    (found,) = json.loads(out)
-    assert (found["task"], found["probe"], found["test"], found["left_out"]) == ("c", 1, 2, 0)
-    task = load_task(project / "tasks" / "c")
-    for row in (*task.probe, *task.test):
-        system, asked, said = row["messages"]
-        answer = answers.pop(asked["content"])
-        kept = answer[: min(answer.index(end) for end in ends if end in answer)]
-        assert (system["content"], said["content"]) == ("", base.tokenizer.decode(kept).strip())
-    assert not answers
-    assert "no adapter without rows has prompts" in command(*given)[2]
-
-
-@pytest.fixture
-def asked(project, command):
-    """What `init` wrote, with prompts for c, and a model that ends its answers."""
-    command("init", "adapters")
-    set_model(project / "d2c-mlx.yaml", "model")
-    end_answers("model")
-    prompts = [f"Question {i}?" for i in range(8)]
-    (project / "tasks" / "c" / "prompts.txt").write_text("\n".join(prompts))
-    return project
-
-
-def test_an_adapter_that_stores_a_module_of_its_base_answers(asked, command):
-    store_in_full(asked / "adapters" / "c", asked / "model")
-    with pytest.warns(InputWarning, match="model.norm: stored in full, as the base model has them"):
-        code, out, err = command("tasks", "answer", "d2c-mlx.yaml", "--json")
-    assert code == 0, err
-    (found,) = json.loads(out)
-    assert found["task"] == "c" and found["test"]
-
-
-def test_a_dora_answers_where_the_run_takes_it(asked, command):
-    adapter = asked / "adapters" / "c"
-    edit_config(adapter, use_dora=True)
-    lengths = {
-        f"base_model.model.model.layers.{i}.{name}.lora_magnitude_vector": np.ones(
-            SHAPES[name][1], "f2"
-        )
-        for i in range(LAYERS)
-        for name in TARGETS
-    }
-    edit_tensors(adapter, lambda t: t.update(lengths))
-    code, _, err = command("tasks", "answer", "d2c-mlx.yaml")
-    assert code == 2 and "use_dora" in err
-    with (asked / "d2c-mlx.yaml").open("a") as file:
-        file.write("accept_dora: 8\n")
-    code, out, err = command("tasks", "answer", "d2c-mlx.yaml", "--json")
-    assert code == 0 and json.loads(out)[0]["task"] == "c", err
