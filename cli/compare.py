@@ -28,7 +28,7 @@ _SET = {"merge_method", "budget", "format", "baselines"}
     metavar="LIST",
     help="merge methods, with commas; the others are compared with the first",
 )
-@click.option("--budgets", required=True, metavar="LIST", help="numbers of adapters, with commas")
+@click.option("--budgets", required=True, metavar="LIST", help="budgets, with commas")
 @click.option(
     "--on",
     default="shared",
@@ -51,6 +51,7 @@ def compare(
     Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
     command line overrides all of them. A run has a directory in --output, as d2c-mlx run makes
     it, without baselines. Finished runs are not repeated.
+    A budget in bytes is planned, once for all methods.
 
     The table goes to compare.md, .csv, .json and .svg: held-out losses, and the difference to the
     first method with its 95 % interval by a paired bootstrap over the rows.
@@ -64,22 +65,23 @@ def compare(
     output = given.pop("output", None)
     axes = _axes(output, {"merge_methods": merge_methods, "budgets": budgets, "on": on})
     quiet = not sys.stderr.isatty()
-    found = Comparison(configs or (None,), given, axes, Path(output or ""), quiet)
-    states = {one.name: "to do" if one in found.left else "done" for one in found.entries}
+    comparison = Comparison(configs or (None,), given, axes, Path(output or ""), quiet)
+    left, entries = comparison.left, comparison.entries
+    states = {entry.name: "to do" if entry in left else "done" for entry in entries}
     if dry_run and as_json:
-        say_json({"runs": states, "seconds": round(found.seconds())})
+        say_json({"runs": states, "seconds": round(comparison.seconds())})
     elif dry_run or not quiet:
         for name, state in states.items():
             say(f"{name:<40} {state}", err=not dry_run)
-        text = f"{len(states)} runs, {len(found.left)} to do"
-        say(f"{text}: about {minutes(found.seconds())} here", err=not dry_run)
+        text = f"{len(states)} runs, {len(left)} to do"
+        say(f"{text}: about {minutes(comparison.seconds())} here", err=not dry_run)
     if dry_run:
         return
-    content = found.run()
+    content = comparison.run()
     if as_json:
         say_json(content)
     else:
-        say((found.output / "compare.md").read_text(encoding="utf-8"), nl=False)
+        say((comparison.output / "compare.md").read_text(encoding="utf-8"), nl=False)
 
 
 for _option in RUN_OPTIONS:
@@ -95,8 +97,8 @@ def _axes(output: str | None, given: Mapping[str, str]) -> Axes:
     problems = [] if output else ["output: not given; pass --output"]
     lists = {name: [part.strip() for part in text.split(",") if part.strip()]
              for name, text in given.items()}  # fmt: skip
-    for name, found in lists.items():
-        if not found or len(set(found)) < len(found):
+    for name, parts in lists.items():
+        if not parts or len(set(parts)) < len(parts):
             problems.append(f"{name}: found {given[name]!r}, expected a list without repeats")
     if not set(lists["on"]) <= set(CLUSTERS):
         problems.append(f"on: found {given['on']!r}, expected some of {list(CLUSTERS)}")

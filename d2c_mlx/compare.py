@@ -36,8 +36,6 @@ __all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
 
 # Clusters that are merged: those of the first method, or each method's own.
 CLUSTERS = ("shared", "own")
-# Options of a comparison's runs that are not asked for: they take time and are not compared.
-_UNASKED: dict[str, Any] = {"baselines": ()}
 # Files of a comparison, beside the directories of its runs.
 _WRITES = ("compare.json", "compare.md", "compare.csv", "compare.svg", "rows")
 
@@ -48,7 +46,7 @@ class Axes:
 
     Attributes:
         methods: merge methods; the others are compared with the first.
-        budgets: texts of budgets; numbers of adapters.
+        budgets: texts of budgets; bytes are planned, once for all methods.
         clusters: some of `CLUSTERS`.
     """
 
@@ -64,7 +62,7 @@ class Entry:
     Attributes:
         name: its directory, below that of the comparison.
         source: name of the config; "" for options without a file.
-        clusters: the kinds of clusters that it counts for.
+        clusters: the kinds of clusters that it counts for; "planned" for a budget in bytes.
         config: its options.
     """
 
@@ -78,10 +76,30 @@ class Entry:
         """The run, to look into."""
         return Run(self.config)
 
-    @property
-    def finished(self) -> bool:
-        """True if the run is done and its inputs did not change since."""
-        return self.run.finished()
+    def measured(self) -> dict[str, Any]:
+        """What the losses of its rows depend on, as the run's bench names it."""
+        provenance = self.run.read("bench.json")["provenance"]
+        tests = {task: hashes["test"] for task, hashes in provenance["inputs"].items()}
+        pack = provenance["pack"]["manifest_sha256"]
+        return {"pack": pack, "base": provenance["base"], "tests": tests}
+
+    def row(self, kind: str) -> dict[str, Any]:
+        """The run in `compare.json`."""
+        run = self.run
+        # Bytes with room for all adapters are not planned, but copied.
+        if kind == "planned" and run.path("plan.json").exists():
+            members = [unit["tasks"] for unit in run.read("plan.json")["units"]]
+        else:
+            members = [merge["members"] for merge in run.read("merges.json")]
+        return {
+            "name": self.name,
+            "config": self.source,
+            "budget": self.config.budget.text,
+            "clusters": kind,
+            "method": "plan" if kind == "planned" else self.config.merge_method,
+            "members": members,
+            **run.read("bench.json")["methods"]["pack"],
+        }
 
 
 class Comparison:
@@ -95,9 +113,13 @@ class Comparison:
     """
 
     def __init__(
-        self, configs: Sequence[Path | None], options: Mapping[str, object], axes: Axes,
-        output: Path, quiet: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        configs: Sequence[Path | None],
+        options: Mapping[str, object],
+        axes: Axes,
+        output: Path,
+        quiet: bool = False,
+    ) -> None:
         """Read all configs and check all inputs; nothing is written.
 
         Args:
@@ -114,21 +136,29 @@ class Comparison:
         if any(name in os.environ for name in RANK_VARIABLES):
             raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
         errors: list[InputError] = []
-        collect(errors, partial(_check_output, output))
+        marker = read_marker(output)
+        there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
+        if there and not (marker and marker.kind == "compare"):
+            errors.append(
+                ConfigError(
+                    f"output: {output} holds {', '.join(there)}, which no comparison wrote; give"
+                    " another --output"
+                )
+            )
         self.entries = _entries(configs, options, axes, output, errors)
-        if not all(one.config.tasks for one in self.entries):
+        if not all(entry.config.tasks for entry in self.entries):
             errors.append(
                 ConfigError("tasks: not given; compare judges on held-out rows: pass --tasks DIR")
             )
         _raise(errors)
         self._inputs: dict[str, Inputs] = {}
-        self.left = [one for one in self.entries if not one.finished or self._rows(one) is None]
+        self.left = [e for e in self.entries if not e.run.finished() or self._rows(e) is None]
         self._check(errors)
         _raise(errors)
 
     def _check(self, errors: list[InputError]) -> None:
         """Load the inputs of every config with something to do, and check each of its runs."""
-        tried, made = set(), {f"{one.config.output}/clusters.json" for one in self.entries}
+        tried, lent = set(), {f"{entry.config.output}/clusters.json" for entry in self.entries}
         for entry in self.left:
             # What cannot be loaded at a budget cannot with another method either.
             key = entry.source, entry.config.budget.text
@@ -138,7 +168,7 @@ class Comparison:
             inputs = collect(errors, partial(self._inputs_of, entry))
             file = entry.config.clusters
             # Clusters of another run of this comparison are not there yet.
-            if inputs and file and file not in made:
+            if inputs and file and file not in lent:
                 names, k = inputs.library.names, inputs.capacity.n_clusters
                 collect(errors, partial(read_clusters, Path(file), names, k))
 
@@ -150,19 +180,19 @@ class Comparison:
         return self._inputs[entry.source].of(entry.config)
 
     def seconds(self) -> float:
-        """About how long the runs that are not done take here; see `forecast`."""
-        total = 0.0
-        for source in sorted({one.source for one in self.left}):
-            of = [one for one in self.entries if one.source == source]
-            left = [one for one in of if one in self.left]
-            # As if nothing were done; then probe and the answers to prompts are shared by all,
-            # cluster by those on given ones.
-            new = left[0].config.replace(output=str(self.output / ".new"), clusters=None)
-            each = {one.name: one.seconds for one in
-                    forecast(new, inputs=self._inputs_of(left[0]).of(new)).stages}  # fmt: skip
-            shared, cluster = each.pop("probe") + each.pop("answer", 0.0), each.get("cluster", 0.0)
-            total += shared if left == of else 0.0
-            total += sum(sum(each.values()) - bool(one.config.clusters) * cluster for one in left)
+        """About how long the runs that are not done take here, see `forecast`.
+
+        Runs of one config share the losses of `probe`, and those on given clusters have no search.
+        """
+        total, seen = 0.0, {e.source for e in self.entries if e not in self.left}
+        for entry in self.left:
+            # As if nothing were done.
+            new = entry.config.replace(output=str(self.output / ".new"), clusters=None)
+            for stage in forecast(new, inputs=self._inputs_of(entry).of(new)).stages:
+                shared = stage.name in ("answer", "probe") and entry.source in seen
+                given = stage.name == "cluster" and entry.config.clusters
+                total += 0.0 if shared or given else stage.seconds
+            seen.add(entry.source)
         return total
 
     def run(self) -> dict[str, Any]:
@@ -176,14 +206,14 @@ class Comparison:
         """
         self.output.mkdir(parents=True, exist_ok=True)
         write_marker(self.output, "compare", dict.fromkeys(_WRITES))
-        rows = {}
+        losses = {}
         for i, entry in enumerate(self.entries):
-            found = self._rows(entry) if entry.finished else None
-            done = "" if found is None else ", done"
+            rows = self._rows(entry) if entry.run.finished() else None
+            done = "" if rows is None else ", done"
             say(f"run {i + 1} of {len(self.entries)}: {entry.name}{done}", self.quiet)
-            rows[entry.name] = self._measure(entry) if found is None else found
-        runs = [_row(one, kind) for one in self.entries for kind in one.clusters]
-        content = {"runs": runs, "pairs": _pairs(runs, rows)}
+            losses[entry.name] = self._measure(entry) if rows is None else rows
+        runs = [entry.row(kind) for entry in self.entries for kind in entry.clusters]
+        content = {"runs": runs, "pairs": _pairs(runs, losses)}
         write_json(self.output / "compare.json", content)
         write_text(self.output / "compare.md", render_runs(content))
         write_text(self.output / "compare.csv", render_csv(content))
@@ -194,22 +224,21 @@ class Comparison:
         """Run an entry and measure its pack on single held-out rows -> `rows/<name>.json`."""
         finished = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
         pack, library = load_pack(finished.path("pack")), finished.library
-        tests = library.held_out
-        serves = {test.task: pack.load(test.task) for test in tests}
-        found = row_losses(library.scorer, serves, tests)
-        rows = {task: losses.tolist() for task, losses in found.items()}
-        write_json(self._rows_file(entry), {"of": _measured(entry), "rows": rows})
-        return found
+        serves = {test.task: pack.load(test.task) for test in library.held_out}
+        losses = row_losses(library.scorer, serves, library.held_out)
+        rows = {task: values.tolist() for task, values in losses.items()}
+        write_json(self._rows_file(entry), {"of": entry.measured(), "rows": rows})
+        return losses
 
     def _rows_file(self, entry: Entry) -> Path:
         return self.output / "rows" / f"{entry.name}.json"
 
     def _rows(self, entry: Entry) -> dict[str, np.ndarray] | None:
         """The losses of rows that were measured on this very pack and these rows, or None."""
-        found = json_or_none(self._rows_file(entry))
-        if not isinstance(found, dict) or found.get("of") != _measured(entry):
+        content = json_or_none(self._rows_file(entry))
+        if not isinstance(content, dict) or content.get("of") != entry.measured():
             return None  # of an older pack, or damaged
-        return {task: np.array(rows) for task, rows in found["rows"].items()}
+        return {task: np.array(rows) for task, rows in content["rows"].items()}
 
 
 def _raise(errors: Sequence[InputError]) -> None:
@@ -218,86 +247,71 @@ def _raise(errors: Sequence[InputError]) -> None:
         raise InputError(dict.fromkeys(line for error in errors for line in error.problems))
 
 
-def _check_output(output: Path) -> None:
-    marker = read_marker(output)
-    if marker and marker.kind == "compare":
-        return
-    mine = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
-    if mine:
-        raise ConfigError(
-            f"output: {output} holds {', '.join(mine)}, which no comparison wrote; give another"
-            " --output"
-        )
-
-
 def _entries(
-    configs: Sequence[Path | None], options: Mapping[str, object], axes: Axes, output: Path,
+    configs: Sequence[Path | None],
+    options: Mapping[str, object],
+    axes: Axes,
+    output: Path,
     errors: list[InputError],
-) -> list[Entry]:  # fmt: skip
+) -> list[Entry]:
     """Every run, each once; the first method's own clusters are those that the others share."""
     stems = [config.stem if config else "" for config in configs]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         errors.append(ConfigError(f"CONFIG: several are called {', '.join(twice)}; rename some"))
-    found: list[Entry] = []
-    for stem, path, budget in (
-        (*one, budget) for one in zip(stems, configs) for budget in axes.budgets
-    ):
-        lender = None
-        for method in axes.methods:
-            # The name of a plug-in may have any character.
-            name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
-            given = {**options, "merge_method": method, "budget": budget,
-                     "output": str(output / name)}  # fmt: skip
-            config = collect(errors, partial(load_config, path, given))
-            if not config:
-                continue
-            if config.budget.in_bytes:
-                problem = f"budgets: found {budget!r}, expected numbers of adapters to merge"
-                errors.append(ConfigError(problem))
-                break
-            asked = config.model_fields_set
-            config = config.replace(**{k: v for k, v in _UNASKED.items() if k not in asked})
-            own = config.replace(clusters=None)
-            if config.clusters and "shared" not in axes.clusters:
-                errors.append(ConfigError(f"clusters: found {config.clusters}, which no run would"
-                                          " merge; pass --on shared, or leave it out"))  # fmt: skip
-                continue
-            if not config.clusters and lender is None:
-                lender = str(output / name / "clusters.json")
-                found.append(Entry(name, stem, axes.clusters, own))
-                continue
-            if "own" in axes.clusters:
-                found.append(Entry(name, stem, ("own",), own))
-            if "shared" in axes.clusters:
-                where = {"clusters": config.clusters or lender, "output": f"{output / name}-shared"}
-                found.append(Entry(f"{name}-shared", stem, ("shared",), config.replace(**where)))
-    return found
+    entries: list[Entry] = []
+    for stem, path in zip(stems, configs):
+        for budget in axes.budgets:
+            entries += _entries_at(stem, path, budget, options, axes, output, errors)
+    return entries
 
 
-def _measured(entry: Entry) -> dict[str, Any]:
-    """What the losses of rows depend on, as the run's bench names it."""
-    found = entry.run.read("bench.json")["provenance"]
-    tests = {task: one["test"] for task, one in found["inputs"].items()}
-    return {"pack": found["pack"]["manifest_sha256"], "base": found["base"], "tests": tests}
-
-
-def _row(entry: Entry, kind: str) -> dict[str, Any]:
-    """A run in `compare.json`."""
-    finished = entry.run
-    return {
-        "name": entry.name, "config": entry.source, "budget": entry.config.budget.text,
-        "clusters": kind, "method": entry.config.merge_method,
-        "members": [one["members"] for one in finished.read("merges.json")],
-        **finished.read("bench.json")["methods"]["pack"],
-    }  # fmt: skip
+def _entries_at(
+    stem: str,
+    path: Path | None,
+    budget: str,
+    options: Mapping[str, object],
+    axes: Axes,
+    output: Path,
+    errors: list[InputError],
+) -> list[Entry]:
+    """The runs of one config at one budget."""
+    entries: list[Entry] = []
+    for method in axes.methods:
+        # The name of a plug-in may have any character.
+        name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
+        own = {"merge_method": method, "budget": budget, "output": str(output / name)}
+        config = collect(errors, partial(load_config, path, {**options, **own}))
+        if not config:
+            continue
+        config = config.replace(baselines=())
+        if config.budget.in_bytes:
+            name = "-".join(filter(None, (stem, "plan", budget)))
+            planned = config.replace(merge_method=None, output=str(output / name))
+            return [Entry(name, stem, ("planned",), planned)]
+        if config.clusters and "shared" not in axes.clusters:
+            errors.append(ConfigError(f"clusters: found {config.clusters}, which no run would"
+                                      " merge; pass --on shared, or leave it out"))  # fmt: skip
+            continue
+        alone = config.replace(clusters=None)
+        if not config.clusters and not entries:
+            entries.append(Entry(name, stem, axes.clusters, alone))
+            continue
+        if "own" in axes.clusters:
+            entries.append(Entry(name, stem, ("own",), alone))
+        if "shared" in axes.clusters:
+            lent = config.clusters or f"{entries[0].config.output}/clusters.json"
+            shared = config.replace(clusters=lent, output=f"{output / name}-shared")
+            entries.append(Entry(f"{name}-shared", stem, ("shared",), shared))
+    return entries
 
 
 def _pairs(runs: Sequence[dict[str, Any]], rows: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every two methods on the same rows, at the same budget and on the same kind of clusters."""
-    same = ("config", "budget", "clusters")
-    return [
-        {**{key: ours[key] for key in same}, "ours": ours["method"], "theirs": theirs["method"],
-         **paired_bootstrap(rows[ours["name"]], rows[theirs["name"]])}
-        for theirs, ours in combinations(runs, 2)
-        if all(ours[key] == theirs[key] for key in same)
-    ]  # fmt: skip
+    pairs = []
+    for theirs, ours in combinations(runs, 2):
+        place = {key: ours[key] for key in ("config", "budget", "clusters")}
+        if place.items() <= theirs.items():
+            difference = paired_bootstrap(rows[ours["name"]], rows[theirs["name"]])
+            pairs.append({**place, "ours": ours["method"], "theirs": theirs["method"],
+                          **difference})  # fmt: skip
+    return pairs

@@ -98,13 +98,7 @@ def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
         forecast(config.replace(budget="100B"))
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_says_it(config, command, as_json):
-    given = ["run", "--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model,
-             "--output", config.output, "--budget", "3", "--dry-run"]  # fmt: skip
-    code, out, _ = command(*given, *(["--json"] if as_json else []))
-    assert code == 0
-    if as_json:
-        assert json.loads(out)["adapters"] == 3
-    else:
-        assert "3 adapters, at most" in out and "Nothing was written" in out
+def test_the_command_says_it(config, command):
+    given = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model]
+    code, out, _ = command("run", *given, "--output", config.output, "--budget", "3", "--dry-run")
+    assert code == 0 and "3 adapters, at most" in out and "Nothing was written" in out
