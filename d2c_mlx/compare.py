@@ -24,7 +24,7 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
 from d2c_mlx.run.config import RunConfig, load_config
-from d2c_mlx.run.inputs import Inputs, read_clusters, read_inputs
+from d2c_mlx.run.inputs import Inputs, read_inputs
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect
@@ -165,19 +165,16 @@ class Comparison:
             if key in tried and entry.source not in self._inputs:
                 continue
             tried.add(key)
-            inputs = collect(errors, partial(self._inputs_of, entry))
-            file = entry.config.clusters
             # Clusters of another run of this comparison are not there yet.
-            if inputs and file and file not in lent:
-                names, k = inputs.library.names, inputs.capacity.n_clusters
-                collect(errors, partial(read_clusters, Path(file), names, k))
+            there = None if entry.config.clusters in lent else entry.config.clusters
+            config = entry.config.replace(clusters=there)
+            collect(errors, partial(self._inputs_of, entry.source, config))
 
-    def _inputs_of(self, entry: Entry) -> Inputs:
+    def _inputs_of(self, source: str, config: RunConfig) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
-        if entry.source not in self._inputs:
-            # Clusters of another run of this comparison are not there yet.
-            self._inputs[entry.source] = read_inputs(entry.config.replace(clusters=None))
-        return self._inputs[entry.source].of(entry.config)
+        if source not in self._inputs:
+            self._inputs[source] = read_inputs(config.replace(clusters=None))
+        return self._inputs[source].of(config)
 
     def seconds(self) -> float:
         """About how long the runs that are not done take here, see `forecast`.
@@ -188,7 +185,7 @@ class Comparison:
         for entry in self.left:
             # As if nothing were done.
             new = entry.config.replace(output=str(self.output / ".new"), clusters=None)
-            for stage in forecast(new, inputs=self._inputs_of(entry).of(new)).stages:
+            for stage in forecast(new, inputs=self._inputs_of(entry.source, new)).stages:
                 shared = stage.name in ("answer", "probe") and entry.source in seen
                 given = stage.name == "cluster" and entry.config.clusters
                 total += 0.0 if shared or given else stage.seconds
@@ -222,7 +219,9 @@ class Comparison:
 
     def _measure(self, entry: Entry) -> dict[str, np.ndarray]:
         """Run an entry and measure its pack on single held-out rows -> `rows/<name>.json`."""
-        finished = run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry))
+        finished = run(
+            entry.config, quiet=self.quiet, inputs=self._inputs_of(entry.source, entry.config)
+        )
         pack, library = load_pack(finished.path("pack")), finished.library
         serves = {test.task: pack.load(test.task) for test in library.held_out}
         losses = row_losses(library.scorer, serves, library.held_out)

@@ -9,7 +9,7 @@ from helpers.tiny import library, write_jsonl
 from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import InputError
+from d2c_mlx.utils.errors import InputError, InputWarning
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_stages_after_a_change_are_done_again(config):
 
 
 def test_a_budget_with_room_for_all_is_copied_not_planned(config):
-    said = forecast(config.replace(budget="120%"))
+    with pytest.warns(InputWarning, match="has room for all adapters"):
+        said = forecast(config.replace(budget="120%"))
     assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
 
 
