@@ -110,9 +110,7 @@ def write_adapters(
             continue
         if pack.storage == {"mlx": "plain", "gguf": "gguf"}.get(to):
             # Only files that the manifest verified, and nothing that lies beside them.
-            for file in pack.files_of(str(key)):
-                (directory / file).parent.mkdir(exist_ok=True)
-                pack.copy(file, directory / file)
+            pack.copy_all(pack.files_of(str(key)), directory)
         elif to == "gguf" and isinstance(stored, Compressed):
             save_gguf(gguf_of(stored), path, config or {})
         elif to == "gguf":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -213,29 +214,19 @@ def _arrival(
     return judge.scaled(small) if judge else small
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One level of a module of an adapter, which can be dropped.
+class _Piece(NamedTuple):
+    """One level of a module of an adapter, which can be dropped; the first are dropped first."""
 
-    Attributes:
-        adapter: position of the adapter.
-        path: of the module.
-        bits: of the level.
-        rank: number of its components.
-        energy: its share of the adapter's `|dW|^2`.
-        per_byte: `energy` per stored byte.
-    """
-
+    energy_per_byte: float
     adapter: int
     path: str
     bits: int
     rank: int
     energy: float
-    per_byte: float
 
 
 def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
-    """All levels, the least energy per byte first; ties by adapter, module and bits."""
+    """All levels, the least energy per byte first; energies are shares of an adapter's `|dW|^2`."""
     pieces = []
     for k, other in enumerate(others):
         levels = [(path, level) for path, stored in other.modules.items() for level in stored]
@@ -245,8 +236,7 @@ def _by_energy(others: Sequence[Compressed]) -> list[_Piece]:
             a, b = (x.astype(np.float64) for x in dequantize([level.a, level.b]))
             energies.append(float(np.sum((a @ a.T) * (b @ b.T))))
         total = sum(energies) or 1.0
-        pieces += [
-            _Piece(k, path, level.bits, level.rank, energy / total, energy / total / level.nbytes)
-            for (path, level), energy in zip(levels, energies)
-        ]
-    return sorted(pieces, key=lambda piece: (piece.per_byte, piece.adapter, piece.path, piece.bits))
+        for (path, level), energy in zip(levels, energies):
+            share = energy / total
+            pieces.append(_Piece(share / level.nbytes, k, path, level.bits, level.rank, share))
+    return sorted(pieces)

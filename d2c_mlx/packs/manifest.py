@@ -279,10 +279,6 @@ def _parse(content: Mapping[str, Any]) -> tuple[Manifest | None, dict[tuple[str,
     for key in (*needed, "tasks", "files"):
         if content.get(key) in (None, {}):
             wrong.setdefault((key,), "missing")
-    budget = content.get("budget")
-    for key in ("text", "nbytes"):
-        if not isinstance(budget, dict) or key not in budget:
-            wrong.setdefault(("budget", key), "missing")
     if needed and (manifest is None or not manifest.n_layers):
         base = content.get("base")
         if not isinstance(base, dict) or base.get("n_layers") in (None, 0):

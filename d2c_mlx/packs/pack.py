@@ -180,18 +180,23 @@ class Pack:
                 if not same and not (entry and path.is_file() and hash_file(path) == entry.sha256):
                     raise self._changed()
 
-    def copy(self, name: str, target: Path) -> None:
-        """Copy one file of the pack to a new name; raises PackError if it is not what was verified.
+    def copy_all(self, names: Iterable[str], directory: Path) -> None:
+        """Copy files of the pack into a directory that does not have them.
 
         The bytes that are hashed are those that are written.
+
+        Raises:
+            PackError: a file is not what was verified.
         """
-        entry = self.manifest.files.get(name)
-        try:
-            digest = copy_file(self.path / name, target)
-        except FileNotFoundError:
-            raise self._changed() from None
-        if entry and entry.sha256 != digest:
-            raise self._changed()
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            entry = self.manifest.files.get(name)
+            try:
+                digest = copy_file(self.path / name, directory / name)
+            except FileNotFoundError:
+                raise self._changed() from None
+            if entry and entry.sha256 != digest:
+                raise self._changed()
 
     def _changed(self) -> PackError:
         return PackError(

@@ -80,9 +80,8 @@ def write_repository(
     card = render_card(pack, repo, options, read_bench(pack, options.bench))
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         write_adapters(pack, temporary)
-        for file in (*pack.manifest.files, MANIFEST):
-            if not (temporary / file).exists():
-                pack.copy(file, temporary / file)
+        names = (*pack.manifest.files, MANIFEST)
+        pack.copy_all((name for name in names if not (temporary / name).exists()), temporary)
         write_text(temporary / CARD, card)
         load_pack(temporary)
         mark(temporary, "push")
@@ -244,42 +243,33 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
     bench = _json(path)
     try:
         about = bench["provenance"]
+        # Its hash stands for tasks, bytes and base model.
+        if about["pack"]["manifest_sha256"] != hash_file(pack.path / MANIFEST):
+            raise ValueError
         methods = {name: bench["methods"][name] for name in ("base", "individual", "pack")}
-        packed = methods["pack"]
         rows = []
         for task in [*sorted(pack.tasks), None]:
-            entries = {
-                name: entry if task is None else entry["tasks"][task]
-                for name, entry in methods.items()
-            }
-            retention = entries["pack"]["retention"]
+            row = {name: entry if task is None else entry["tasks"][task]
+                   for name, entry in methods.items()}  # fmt: skip
+            retention = row["pack"]["retention"]
             rows.append({
                 "task": "mean" if task is None else task,
                 "retention": None if retention is None else float(retention),
-                **{name: float(entry["loss"]) for name, entry in entries.items()},
+                **{name: float(entry["loss"]) for name, entry in row.items()},
             })  # fmt: skip
-        measured = {
+        config = about["config"]
+        return {
             "rows": rows,
-            "n_rows": int(about["config"]["test_examples"]),
+            "n_rows": int(config["test_examples"]),
             "dtype": str(about["compute_dtype"]),
-            "refined": bool(about["config"]["refine"]),
+            "refined": bool(config["refine"]),
         }
-        same = (
-            about["pack"]["manifest_sha256"] == hash_file(pack.path / MANIFEST)
-            and packed["nbytes"] == pack.nbytes
-            and packed["tasks"].keys() == pack.tasks.keys()
-            and about["base"].items() <= pack.manifest.base.items()
-        )
     except (AttributeError, KeyError, TypeError, ValueError):
-        same = False
-    if not same:
         raise ConfigError(
-            f"{path}: is no bench.json of {pack.path} (its manifest, tasks, bytes or base model"
-            " differ, as after d2c-mlx add, remove or route); name that of the run that made this"
-            " very pack with --bench, or move this one away: the card then says that nothing was"
-            " measured"
-        )
-    return measured
+            f"{path}: is no bench.json of {pack.path} (its manifest differs, as after d2c-mlx add,"
+            " remove or route); name that of the run that made this very pack with --bench, or move"
+            " this one away: the card then says that nothing was measured"
+        ) from None
 
 
 def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any

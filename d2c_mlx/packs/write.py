@@ -125,9 +125,7 @@ def rewrite_pack(pack: Pack, changed: Mapping[str, Adapter], about: Manifest) ->
             if name in changed:
                 changed[name].save(temporary / name, about.n_layers)
             else:
-                for file in pack.files_of(name):
-                    (temporary / file).parent.mkdir(exist_ok=True)
-                    pack.copy(file, temporary / file)
+                pack.copy_all(pack.files_of(name), temporary)
     return load_pack(pack.path)
 
 
@@ -150,10 +148,7 @@ def with_file(
         about = about.model_copy(update={"budget": budget.text, "max_bytes": budget.nbytes})
     digest = hash_tree(pack.path)
     with _replacing(pack.path, about, by_name=True) as temporary:
-        for file in pack.manifest.files:
-            if file != name:
-                (temporary / file).parent.mkdir(exist_ok=True)
-                pack.copy(file, temporary / file)
+        pack.copy_all((file for file in pack.manifest.files if file != name), temporary)
         write(temporary / name)
     # A run that made the pack goes on to take it for its own, as the adapters are the same. Its
     # later stages read the pack, so it is not finished.

@@ -67,7 +67,7 @@ def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
     with pytest.raises(PackError, match="was replaced or changed"):
         pack.load("a")
     with pytest.raises(PackError, match="was replaced or changed"):
-        pack.copy(path.relative_to(pack.path).as_posix(), tmp_path / "copy")
+        pack.copy_all([path.relative_to(pack.path).as_posix()], tmp_path / "copy")
 
 
 def test_a_pack_is_replaced_after_those_who_read_it(make, tmp_path):
@@ -135,15 +135,15 @@ def test_two_unpacks_into_one_output_end_with_one_of_them(make, tmp_path):
 
 def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_path, monkeypatch):
     pack = make(tmp_path / "pack", 0)
-    copied, original = itertools.count(), Pack.copy
+    copied, original = itertools.count(), Pack.copy_all
 
-    def write(self, name, target):
+    def write(self, names, target):
         if not next(copied):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "mine").write_text("mine")
-        return original(self, name, target)
+        return original(self, names, target)
 
-    monkeypatch.setattr(Pack, "copy", write)
+    monkeypatch.setattr(Pack, "copy_all", write)
     with pytest.raises(Exception, match="mine in it is of no earlier output"):
         write_repository(pack, "org/name", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
