@@ -4,7 +4,6 @@ from pathlib import Path
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.compress.planner import Planner
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.base_model import BaseModel
@@ -42,8 +41,3 @@ def ends(session):
 def slug(case):
     """The name of a case in that of its directory."""
     return case.replace(":", "").replace(",", "").replace(" ", "-")
-
-
-def planner_of(session):
-    """The planner of a run's budget in bytes."""
-    return Planner(session.library, session.capacity, session.config.merging)

@@ -28,7 +28,7 @@ from d2c_mlx.cluster.partition import (
     random_partition,
 )
 from d2c_mlx.cluster.search import cluster_by_weights, search_by_estimates
-from d2c_mlx.compress.planner import Planner
+from d2c_mlx.compress.plan import plan as plan_bytes
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
@@ -148,9 +148,8 @@ def plan(run: Run, library: Library) -> Library:
     reads, writes = ["adapters", *_losses(library)], ["plan.json", "planned"]
     with run.stage("plan", key=key, reads=reads, writes=writes) as todo:
         if todo:
-            chosen = Planner(library, run.capacity, run.config.merging).search()
             with write_dir(run.path("planned")) as directory:
-                run.capacity.storage.write(directory, chosen.adapters)
+                chosen = plan_bytes(library, run.capacity, directory, run.config.merging)
                 mark(directory, "run")
             write_json(run.path("plan.json"), chosen.content)
     return library

@@ -34,8 +34,8 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import GgufStorage
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.models.tasks import load_tasks

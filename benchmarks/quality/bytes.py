@@ -47,19 +47,19 @@ def judge(session, adapters, serves, nbytes):
 def planned(session, name, room):
     """The choice of a family for a budget, its losses and the seconds it took."""
     started = time.perf_counter()
-    units, left = chosen(session, name, room)
+    stored = chosen(session, name, room)
     seconds = time.perf_counter() - started
-    names, adapters = session.library.names, [one.load() for one in units]
-    serves = dict.fromkeys(names) | {
-        names[i]: k for k, one in enumerate(units) for i in one.members
-    }
-    merged = [one.family for one in units].count("merged")
+    merged = sum(len(members) > 1 for members in stored.members)
+    nbytes = compact_nbytes(index_of(stored.adapters))
+    serves = stored.serves(session.library.names)
     return {
-        "probe_regret": sum(one.regret for one in (*units, *left)) / len(names),
-        "own": len(units) - merged, "merged": merged, "base": len(left),
-        **judge(session, adapters, serves, compact_nbytes(index_of(adapters))),
+        "probe_regret": stored.regret,
+        "own": len(stored.adapters) - merged,
+        "merged": merged,
+        "base": list(serves.values()).count(None),
+        **judge(session, stored.adapters, serves, nbytes),
         "seconds": round(seconds, 1),
-    }  # fmt: skip
+    }
 
 
 def made(session, name, room):

@@ -3,73 +3,108 @@
 Each is tuned on the probe rows, as the planner's candidates are.
 """
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from d2c_mlx_methods.factorwise import concat
 
-from benchmarks.common import planner_of
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
 from d2c_mlx.cluster.search import estimated_partition
-from d2c_mlx.compress.allocate import Candidate, allocate
-from d2c_mlx.compress.candidates import Form, worth
-from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.candidates import Candidate, fitting
+from d2c_mlx.compress.compact_file import index_of, read_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.file_layout import COMPACT, compact_nbytes
+from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.plan import plan
 from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.utils.line_search import line_search
 
 
+@contextmanager
+def forms_of(session, room=0):
+    """Measures forms, which have files within the block."""
+    with tempfile.TemporaryDirectory() as spool:
+        yield Forms(session.library, session.capacity, room, Path(spool))
+
+
+def form_of(members, adapter, levels):
+    """A form that is not measured."""
+    return Candidate(members, 0, 1.0, False, adapter, levels)
+
+
 def bits_alone(session):
-    """Candidates with all components of an adapter at the same bits."""
-    found, forms = [], planner_of(session).forms
+    """Forms with all components of an adapter at the same bits."""
     for bits in (2, 3, 4, 8):
         for i, adapter in enumerate(session.library.adapters):
             levels = {path: ((lora.rank, bits),) for path, lora in adapter.modules.items()}
-            found.append(forms.measure(Form((i,), adapter, levels, "bits", bits / 16)))
-    return found
+            yield form_of((i,), adapter, levels)
 
 
 def rank_alone(session):
-    """Candidates with some components of an adapter in 16 bit."""
-    found, forms = [], planner_of(session).forms
+    """Forms with some components of an adapter in 16 bit."""
     widths = {path: sum(shape) for path, shape in session.library.base.module_shapes.items()}
     for share in (2.0**k for k in range(-6, 1)):
         for i, adapter in enumerate(session.library.adapters):
             values = worth(svd_components(adapter), [session.library.module_gains[i]])
             levels = allocate(values, widths, share * session.capacity.sizes[i], (16,))
-            kept = {path: some for path, some in levels.items() if some}
-            found.append(forms.measure(Form((i,), adapter, kept, "rank", share)))
-    return found
+            yield form_of((i,), adapter, {path: given for path, given in levels.items() if given})
 
 
 ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 
-def bare(session):
-    """Candidates that leave a task to the base model."""
-    regrets = session.library.by_teacher.regrets(None, range(len(session.library.adapters)))
-    return [Candidate((i,), "base", 0.0, {}, 0, float(x)) for i, x in enumerate(regrets)]
+@dataclass(frozen=True)
+class Chosen:
+    """What a family stores at a budget.
+
+    Attributes:
+        adapters: stored forms.
+        members: numbers of the tasks that each of them serves.
+        regret: mean over all tasks, on calibration rows.
+        facts: of a plan, as `plan.json` has them.
+    """
+
+    adapters: Sequence[Compressed]
+    members: Sequence[tuple[int, ...]]
+    regret: float
+    facts: dict
+
+    def serves(self, names):
+        """Task -> position of its adapter, None for the base model."""
+        placed = {names[i]: k for k, members in enumerate(self.members) for i in members}
+        return dict.fromkeys(names) | placed
 
 
 def chosen(session, method, room):
-    """The stored candidates and those of the base model that a plan has at a budget.
-
-    Args:
-        session: a run after its stage `probe`.
-        method: "auto" or one of `ALONE`, whose candidates are all measured.
-        room: bytes for rows.
-    """
-    if method in ALONE:
-        candidates = [*bare(session), *ALONE[method](session)]
-        plan = planner_of(session).fitting(candidates, room)
-    else:
-        plan = planner_of(session).search(room).chosen
-    return [one for one in plan if one.stored], [one for one in plan if not one.stored]
+    """The choice of a plan ("auto"), or of a family of `ALONE`, whose forms are all measured."""
+    capacity, n = session.capacity, len(session.library.adapters)
+    if method not in ALONE:
+        with tempfile.TemporaryDirectory() as output:
+            found = plan(session.library, capacity, Path(output), session.config.merging, room)
+            kept = [form for form in found.chosen if form.adapter]
+            adapters = [read_compact(Path(output) / COMPACT, k) for k in range(len(kept))]
+            regret, facts = found.content["regret"], found.content
+        return Chosen(adapters, [form.members for form in kept], regret, facts)
+    with forms_of(session) as forms:
+        regrets = session.library.by_teacher.regrets(None, range(n))
+        every = [Candidate((i,), 0, float(x)) for i, x in enumerate(regrets)]
+        for form in ALONE[method](session):
+            measured = forms.measure(form)
+            nbytes = capacity.storage.nbytes(form.adapter.name, form.levels)
+            every.append(replace(measured, nbytes=nbytes))
+        best = [every[j] for j in fitting(every, n, capacity, room)]
+        kept = [form for form in best if form.adapter]
+        regret = sum(form.regret for form in best) / n
+        return Chosen([form.load() for form in kept], [form.members for form in kept], regret, {})
 
 
 def shared_basis(session, room):
@@ -106,12 +141,14 @@ def shared_basis(session, room):
         for one, x in zip(modules, updates):
             one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
     adapters = [Adapter(name, one) for name, one in zip(session.library.names, modules)]
-    found, forms = [], planner_of(session).forms
-    for i, one in enumerate(adapters):
-        levels = {path: ((lora.rank, 16),) for path, lora in one.modules.items()}
-        found.append(forms.measure(Form((i,), one, levels, "shared basis")))
-    served = [one.load() for one in found]
-    return served, nbytes(rank), 0, sum(one.regret for one in found) / len(found)
+    served, regrets = [], []
+    with forms_of(session) as forms:
+        for i, adapter in enumerate(adapters):
+            levels = {path: ((lora.rank, 16),) for path, lora in adapter.modules.items()}
+            form = forms.measure(form_of((i,), adapter, levels))
+            served.append(form.load())
+            regrets.append(form.regret)
+    return served, nbytes(rank), 0, float(np.mean(regrets))
 
 
 @dataclass(frozen=True)
@@ -159,11 +196,11 @@ def shared_private(session, room):
         groups = groups_of(estimated_partition(estimates, k))
         for share in SHARED:
             units = shared(session, groups, share * room / len(groups))
-            served = [private(session, unit, i, (1 - share) * room / n)
-                      for unit in units for i in unit.members]  # fmt: skip
+            served = [private(session, merge, i, (1 - share) * room / n)
+                      for members, merge in zip(groups, units) for i in members]  # fmt: skip
             served.sort(key=lambda one: one[0])
             regret = sum(one[2] for one in served) / n
-            stored = [unit.load() for unit in units]
+            stored = [*units]
             stored += [both.private for _, both, _ in served if both.private]
             nbytes = compact_nbytes(index_of(stored))
             found.append(([both for _, both, _ in served], nbytes, k, regret))
@@ -172,34 +209,34 @@ def shared_private(session, room):
 
 
 def shared(session, groups, nbytes):
-    """The merge of every group in at most so many bytes, at its best scale."""
-    forms, storage = planner_of(session).forms, session.capacity.storage
-    found = []
-    for members in groups:
-        adapter = session.library.adapters[members[0]]
-        if len(members) > 1:
-            adapter = merge(session.library.by_teacher, members, session.config.merging).adapter
-        gains = [session.library.module_gains[i] for i in members]
-        levels = storage.allocate(worth(svd_components(adapter), gains), nbytes)
-        found.append(forms.measure(Form(members, adapter, levels, "merged")))
+    """The merge of every group, stored in at most so many bytes, at its best scale."""
+    found, taught = [], session.library.by_teacher
+    with forms_of(session) as forms:
+        for members in groups:
+            adapter = session.library.adapters[members[0]]
+            if len(members) > 1:
+                adapter = merge(taught, members, session.config.merging).adapter
+            gains = [session.library.module_gains[i] for i in members]
+            values = worth(svd_components(adapter), gains)
+            levels = session.capacity.storage.allocate(values, nbytes)
+            found.append(forms.measure(form_of(members, adapter, levels)).load())
     return found
 
 
-def private(session, unit, i, nbytes):
+def private(session, merge, i, nbytes):
     """Task, what serves it, and its regret: the stored merge and what task i adds to it."""
-    regrets, dtype = session.library.by_teacher, session.library.base.dtype
-    merge = unit.load()
+    taught, dtype = session.library.by_teacher, session.library.base.dtype
     rest = total([session.library.adapters[i], merge.adapter(dtype)], (1.0, -1.0))
     parts = svd_components(rest)
     storage = session.capacity.storage
     levels = storage.allocate(worth(parts, [session.library.module_gains[i]]), nbytes)
     if not levels:
-        return i, Both(merge, None), float(regrets.regrets(merge.adapter(dtype), (i,)).sum())
+        return i, Both(merge, None), float(taught.regrets(merge.adapter(dtype), (i,)).sum())
     small = storage.store(rest, levels, parts)
 
     def regret(scale):
         served = Both(merge, small.scaled(scale)).adapter(dtype)
-        return float(regrets.regrets(served, (i,)).sum())
+        return float(taught.regrets(served, (i,)).sum())
 
     scale, lowest = line_search(regret, PRIVATE_SCALES, 1.0)
     return i, Both(merge, small.scaled(scale)), lowest

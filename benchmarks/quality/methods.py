@@ -42,16 +42,16 @@ class Stored:
 
 def planned(session, method: str, room: int) -> Stored:
     """The plan for a budget: "auto", or of a family alone (`ALONE`)."""
-    units, left = chosen(session, method, room)
-    names, forms = session.library.names, [one.load() for one in units]
-    serves: dict[str, Adapter | None] = dict.fromkeys(names)
-    for one, form in zip(units, forms):
-        serves |= {names[i]: form.adapter(session.library.base.dtype) for i in one.members}
+    stored, names = chosen(session, method, room), session.library.names
+    plain = [form.adapter(session.library.base.dtype) for form in stored.adapters]
+    places = stored.serves(names)
+    serves = {name: None if k is None else plain[k] for name, k in places.items()}
     about = {
-        "clusters": [[names[i] for i in one.members] for one in units],
-        "probe_regret": sum(one.regret for one in (*units, *left)) / len(names),
+        "clusters": [[names[i] for i in members] for members in stored.members],
+        "probe_regret": stored.regret,
     }
-    return Stored(serves, compact_nbytes(index_of(forms)), len(forms), about)
+    nbytes = compact_nbytes(index_of(stored.adapters))
+    return Stored(serves, nbytes, len(plain), about)
 
 
 def slots_of(session, nbytes: int, k: int | None = None) -> tuple[int, int]:

@@ -18,10 +18,8 @@ from pathlib import Path
 from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.tables.pages import show
-from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import worth
 from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import compact_store
+from d2c_mlx.compress.storage import allocate, compact_store, worth
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.make_room import Judge

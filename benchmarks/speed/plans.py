@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from benchmarks import command_line
-from benchmarks.common import planner_of
 from benchmarks.quality.bytes import judge
+from benchmarks.quality.families import chosen
 from benchmarks.quality.without_rows import N_PROMPTS, write_prompts
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import index_of
@@ -35,25 +35,24 @@ from d2c_mlx.utils.files import write_json
 
 def planned(session, budget):
     """One plan, and its row: its costs, and the losses of its pack."""
-    planner, before = planner_of(session), session.library.scorer.counts
+    before = session.library.scorer.counts
     room = session.capacity.room_of(parse_budget(budget))
     started = time.perf_counter()
-    plan = planner.search(room)
+    plan = chosen(session, "auto", room)
     seconds, counts = time.perf_counter() - started, session.library.scorer.counts.since(before)
-    parts = len(session.library.calibration[0].parts)
-    nbytes = compact_nbytes(index_of(plan.adapters))
+    serves, nbytes = plan.serves(session.library.names), compact_nbytes(index_of(plan.adapters))
     return plan, {
         "case": "plan",
         "budget": budget,
-        "evaluations": round(counts.asked / parts),
+        "evaluations": round(counts.asked / len(session.library.calibration[0].parts)),
         "tokens": counts.tokens,
         "seconds": round(seconds, 1),
-        "candidates": plan.content["candidates"],
-        "measured": plan.content["measured"],
-        "regret": plan.content["regret"],
-        "merged": [one["family"] for one in plan.content["units"]].count("merged"),
-        "base": len(plan.content["base"]),
-        **judge(session, plan.adapters, plan.serves, nbytes),
+        "candidates": plan.facts["candidates"],
+        "measured": plan.facts["measured"],
+        "regret": plan.regret,
+        "merged": sum(len(members) > 1 for members in plan.members),
+        "base": len(plan.facts["base"]),
+        **judge(session, plan.adapters, serves, nbytes),
     }
 
 
@@ -62,11 +61,11 @@ def refined(session, plan, before):
     started = time.perf_counter()
     forms = [
         refine(session.library.base, form, members_of(session.library, unit["tasks"])).adapter
-        for unit, form in zip(plan.content["units"], plan.adapters)
+        for unit, form in zip(plan.facts["units"], plan.adapters)
     ]
     seconds = round(time.perf_counter() - started, 1)
     nbytes = compact_nbytes(index_of(forms))
-    judged = judge(session, forms, plan.serves, nbytes)
+    judged = judge(session, forms, plan.serves(session.library.names), nbytes)
     case = "plan-refined" + "-with-prompts" * bool(session.inputs.prompts)
     return forms, {**before, "case": case, "seconds": seconds, **judged}
 
@@ -74,7 +73,9 @@ def refined(session, plan, before):
 def keep(session, plan, forms, place):
     """The pack of a plan in `place/pack`, with these adapters."""
     place.mkdir(parents=True, exist_ok=True)
-    write_compact_pack(place / "pack", forms, plan.serves, manifest_of(session.inputs))
+    write_compact_pack(
+        place / "pack", forms, plan.serves(session.library.names), manifest_of(session.inputs)
+    )
 
 
 def measured(session, budget, train):

@@ -1,213 +1,162 @@
-"""Candidates of a plan: adapters in stored forms, each measured at its best scale.
+"""Candidates of a plan, and the choice among them.
 
-A stored form has some components at some bits. Dropping components leaves the rest too weak: the
-less is kept, the more a scale above 1 gains (0.75 % of the bytes of gec-en: regret 0.122 at scale
-1, 0.057 at 1.7). A scale costs no byte.
+A candidate stores one adapter, a task adapter or a merge, in some components at some bits. Its
+bytes are exact, and the regret of the tasks that it would serve is measured or estimated. A pack
+serves every task once, by one candidate or by the bare base model: a set partition under a budget.
+
+The choice is an integer program (HiGHS through scipy) instead of a greedy search. It is exact and
+mixes clusters with single adapters.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import ctypes
+import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.compress.affine import Levels
-from d2c_mlx.compress.allocate import Candidate, lost_worth
-from d2c_mlx.compress.capacity import Capacity
-from d2c_mlx.compress.quantize import Components, svd_components
-from d2c_mlx.compress.waiting import WaitingForm
-from d2c_mlx.evaluate.workers import ByteCache
-from d2c_mlx.merge.library import Library
+from d2c_mlx.compress.compressed import Compressed, Levels
+from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.utils.device import give_back_memory
-from d2c_mlx.utils.line_search import FINE_SCALES, line_search
+from d2c_mlx.utils.errors import BudgetError
 
-__all__ = ["Form", "FormMeter", "worth"]
+__all__ = ["Candidate", "choose", "fitting"]
 
-# Sizes to try: from four times smaller to four times larger than the equal share of the budget that
-# an adapter's tasks have. The grid is fixed, so that plans for several budgets measure the same
-# forms. A step is a power of two with this exponent. Merges have a coarser grid: measuring one runs
-# the calibration rows of all its tasks, and merges matter only where bytes are scarce.
-_SMALLER, _LARGER = 4, 4
-_STEPS = {"own": 0.5, "merged": 1.0}
-# Share of the worth that is spread evenly over modules.
-_EVENLY = 0.25
-# Scales where the rows' own answers are not trusted.
-_FROM_ONE = FINE_SCALES[FINE_SCALES.index(1.0) :]
-
-Units = Sequence[tuple[Members, Adapter]]
+# Share of the summed regret by which a choice may miss the best. The last 0.001 of 24 adapters with
+# errors much alike took HiGHS minutes, and no regret is known as well as that.
+_GAP = 1e-3
 
 
 @dataclass(frozen=True)
-class Form:
-    """One adapter in one stored form.
+class Candidate:
+    """A stored form of one adapter, or the bare base model, for the tasks that it would serve.
 
     Attributes:
-        members: the tasks that it serves.
-        adapter: the adapter before it is quantized.
-        levels: module path -> bit allocation; modules that are missing are dropped.
-        family: `Candidate.family`, "own" or "merged".
-        share: `Candidate.share`, the share of the 16-bit bytes.
+        members: numbers of the tasks.
+        nbytes: bytes of its rows and of its part of the index.
+        regret: normalised regret, summed over the members, on their calibration rows.
+        measured: False if the regret is an estimate.
+        adapter: the adapter before it is quantized; None for the base model, as the following.
+        levels: module path -> bit allocation, see `affine.Levels`.
+        share: share of the adapter's 16-bit bytes that its components were allowed.
         lost: share of the adapter's worth that is not stored, between 0 and 1.
+        scale: factor of dW.
+        file: the stored form at scale 1, if it was measured; it ends with the plan.
     """
 
     members: Members
-    adapter: Adapter
-    levels: Mapping[str, Levels]
-    family: str = "own"
-    share: float = 1.0
-    lost: float = 0.0
+    nbytes: int
+    regret: float
+    measured: bool = True
+    adapter: Adapter | None = None
+    levels: Mapping[str, Levels] = field(default_factory=dict)
+    share: float = 0.0
+    lost: float = 1.0
+    scale: float = 1.0
+    file: Path | None = None
+
+    @property
+    def family(self) -> str:
+        """Kind: "base" (the bare base model), "own" (a task adapter) or "merged"."""
+        if self.adapter is None:
+            return "base"
+        return "own" if len(self.members) == 1 else "merged"
+
+    def load(self) -> Compressed | GgufAdapter:
+        """Read the stored form, at its scale; only while there is a file."""
+        assert self.file
+        stored: Compressed | GgufAdapter = pickle.loads(self.file.read_bytes())
+        return stored.scaled(self.scale)
 
 
-class FormMeter:
-    """Measures adapters in stored forms, each at its best scale.
-
-    `ladder` gives an adapter's forms; `measure` measures one. Regrets are measured on teacher
-    targets (`Library.by_teacher`): judged by the answers of ten calibration rows alone, a small
-    form may look better than the adapter itself.
-    """
-
-    def __init__(self, library: Library, capacity: Capacity) -> None:
-        """Measure for a library under a budget.
-
-        Args:
-            library: the measured library.
-            capacity: sizes of its adapters.
-        """
-        self._library, self._capacity = library, capacity
-        # In float32, so twice as large as their adapters.
-        self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
-            library.scorer.engine.free // 8
-        )
-
-    def ladders(self, units: Units, family: str, room: float) -> Iterator[list[Form]]:
-        """Yield every unit's forms at several sizes, the largest first; nothing is measured.
-
-        Args:
-            units: pairs of members and the adapter that serves them.
-            family: "own" or "merged".
-            room: bytes for rows.
-        """
-        for members, adapter in units:
-            nbytes = self._capacity.nbytes(adapter)
-            fair, most = self.fair(members, adapter, room), self._capacity.storage.most[family]
-            shares = _grid(fair, _STEPS[family], most)[::-1]
-            gains = [self._library.module_gains[i] for i in members]
-            values = worth(self._components(adapter), gains)
-            forms: dict[str, Form] = {}
-            for share in shares:
-                levels = self._capacity.storage.allocate(values, share * nbytes)
-                lost = lost_worth(values, levels)
-                form = Form(members, adapter, levels, family, share, lost)
-                if levels:
-                    forms.setdefault(repr(levels), form)
-            yield list(forms.values())
-
-    def fair(self, members: Members, adapter: Adapter, room: float) -> float:
-        """The share of an adapter's 16-bit bytes that is its tasks' equal part of a budget.
-
-        Args:
-            members: the tasks that it serves.
-            adapter: a task adapter or a merge, which has the parts of all its members.
-            room: bytes for rows of the budget.
-        """
-        sizes = self._capacity.sizes
-        part = sum(sizes[i] for i in members) / sum(sizes)
-        return room * part / self._capacity.nbytes(adapter)
-
-    def _components(self, adapter: Adapter) -> dict[str, Components]:
-        """`svd_components`, computed again if memory had no room to keep them."""
-        found = self._parts.get(adapter.digest)
-        if found is None:
-            found = svd_components(adapter)
-            nbytes = sum(a.nbytes + b.nbytes for a, b in found.values())
-            self._parts.put(adapter.digest, found, nbytes)
-        return found
-
-    def scales(self, members: Members) -> tuple[float, ...]:
-        """Scales to try: those below 1 only where the rows' own answers are trusted."""
-        trusted = any(self._library.by_teacher.trust[i] for i in members)
-        return FINE_SCALES if trusted else _FROM_ONE
-
-    def measure(
-        self,
-        form: Form,
-        scales: Sequence[float] = _FROM_ONE,
-        start: float = 1.0,
-        known: Candidate | None = None,
-    ) -> Candidate:
-        """Measure one stored form at its best scale.
-
-        Args:
-            form: the form to store.
-            scales: scales to try, rising.
-            start: one of `scales`, from which a line search goes.
-            known: the form as measured at `start`, if it was; it is not stored or measured again.
-
-        Returns:
-            The candidate, whose stored form waits in a file.
-        """
-        waiting = known.stored if known else None
-        if waiting:
-            small = waiting.load()
-        else:
-            parts = self._components(form.adapter)
-            small = self._capacity.storage.store(form.adapter, form.levels, parts)
-
-        def regret(scale: float) -> float:
-            if known and scale == known.scale:
-                return known.regret
-            plain = small.scaled(scale).adapter(self._library.base.dtype)
-            return float(self._library.by_teacher.regrets(plain, form.members).sum())
-
-        scale, lowest = line_search(regret, scales, start)
-        waiting = waiting or WaitingForm(small)
-        give_back_memory()
-        return replace(self.estimate(form, lowest), scale=scale, stored=waiting, measured=True)
-
-    def estimate(self, form: Form, regret: float) -> Candidate:
-        """The form as a candidate that is not measured."""
-        nbytes = self._capacity.storage.nbytes(form.adapter.name, form.levels)
-        return Candidate(
-            form.members, form.family, form.share, form.levels, nbytes, regret, measured=False
-        )
-
-
-def _grid(fair: float, step: float, most: float) -> list[float]:
-    """Shares of the 16-bit bytes to try: powers of two, or of its root, around the given one."""
-    ends = math.log2(fair / _SMALLER), math.log2(min(fair * _LARGER, most))
-    first, last = (round(end / step) for end in ends)
-    return [2 ** (k * step) for k in range(min(first, last), last + 1)]
-
-
-def worth(
-    parts: Mapping[str, Components], gains: Sequence[Mapping[str, float]]
-) -> dict[str, np.ndarray]:
-    """Worth of each component, for `allocate`: its share of its module's energy times the gain.
-
-    A module's gain is known only roughly from ten rows, so a part of the worth is spread evenly.
+def choose(candidates: Sequence[Candidate], n_tasks: int, nbytes: float) -> list[int]:
+    """Choose the candidates that serve every task exactly once with the least summed regret.
 
     Args:
-        parts: `quantize.svd_components` of a task adapter or a merge.
-        gains: for each task that it serves, module path -> gain, see `attribution.module_gains`;
-            all tasks count alike.
+        candidates: those of the base model take no bytes.
+        n_tasks: number of tasks, which are numbered from 0.
+        nbytes: most bytes of all chosen candidates.
 
     Returns:
-        Module path -> worth of its components, falling; all modules together sum to 1.
+        Indices into `candidates`, rising.
+
+    Raises:
+        BudgetError: no choice serves every task within the budget.
     """
-    totals = [sum(max(0.0, gain) for gain in one.values()) or 1.0 for one in gains]
-    values = {}
-    for path, (a, b) in parts.items():
-        energy = _squares(a) * _squares(b)
-        gain = sum(max(0.0, one.get(path, 0.0)) / t for one, t in zip(gains, totals))
-        share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
-        # Rounding may let equal singular values rise, and `allocate` needs falling worths.
-        values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
-    return values
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    serves = np.zeros((n_tasks, len(candidates)))
+    for j, candidate in enumerate(candidates):
+        serves[list(candidate.members), j] = 1
+    sizes = np.array([candidate.nbytes for candidate in candidates], float)
+    constraints = [
+        LinearConstraint(serves, 1, 1),
+        LinearConstraint(sizes / max(nbytes, 1), -np.inf, 1),
+    ]
+    regrets = np.array([candidate.regret for candidate in candidates])
+    with _silent_stdout():
+        solution = milp(
+            regrets, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1),
+            constraints=constraints, options={"mip_rel_gap": _GAP},
+        )  # fmt: skip
+    give_back_memory()  # A search tree may take 20 MB, and a plan asks for dozens.
+    if solution.x is None:
+        raise BudgetError(f"budget: no choice of {len(candidates)} candidates fits {nbytes:,.0f} B")
+    return np.flatnonzero(solution.x > 0.5).tolist()
 
 
-def _squares(rows: np.ndarray) -> np.ndarray:
-    return np.sum(np.square(rows, dtype=np.float64), axis=1)
+def fitting(
+    candidates: Sequence[Candidate], n_tasks: int, capacity: Capacity, room: float
+) -> list[int]:
+    """Choose the candidates with the least regret whose files, with headers, fit.
+
+    Args:
+        candidates: for tasks 0 to `n_tasks` - 1.
+        n_tasks: number of tasks.
+        capacity: sizes of files.
+        room: bytes for rows, without the header.
+
+    Returns:
+        Indices into `candidates`, rising.
+
+    Raises:
+        BudgetError: no choice serves every task.
+    """
+    free = room
+    while True:
+        chosen = choose(candidates, n_tasks, free)
+        measured = [candidates[j] for j in chosen if candidates[j].file]
+        files = [(form.adapter, form.levels) for form in measured if form.adapter]
+        over = capacity.storage.total(files) - room - capacity.header_nbytes
+        if over <= 0:
+            return chosen
+        free -= over
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what C code prints inside the block, unless stdout is closed.
+
+    HiGHS prints a debugging line at times, which would stand among the results
+    (https://github.com/ERGO-Code/HiGHS/issues/2783).
+    """
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stdout = os.dup(1)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
+            # C buffers lines that go into a pipe.
+            stack.callback(libc.fflush, None)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+        yield

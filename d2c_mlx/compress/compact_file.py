@@ -16,8 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from d2c_mlx.adapters.tensor_file import TensorFile, open_tensors
-from d2c_mlx.compress.affine import BITS, GROUP_SIZES, Quantized
-from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed, Level, Quantized
 from d2c_mlx.compress.file_layout import (
     DTYPES,
     FIELDS,

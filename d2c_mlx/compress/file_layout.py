@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.compress.affine import packed_columns
+from d2c_mlx.compress.compressed import packed_columns
 from d2c_mlx.utils.errors import PackError
 
 __all__ = [

@@ -10,6 +10,9 @@ written without any loss. In Q4_0 and Q8_0 the bias is -8 or -128 times the scal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
@@ -17,13 +20,23 @@ from gguf.quants import quantize
 from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_format import BLOCK, QUANTIZED, Factor, GgufAdapter
-from d2c_mlx.compress.affine import Levels, Quantized, dequantize, hartley_rotation, unpack_codes
-from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.gptq import gptq_round, ridge
+from d2c_mlx.adapters.gguf_format import (
+    ARCHITECTURES,
+    BLOCK,
+    QUANTIZED,
+    Factor,
+    GgufAdapter,
+    export_names,
+    gguf_nbytes,
+    row_nbytes,
+    save_gguf,
+)
+from d2c_mlx.compress.compressed import Compressed, Levels, Quantized, dequantize, unpack_codes
 from d2c_mlx.compress.quantize import Components, in_float64, svd_components, together
+from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge
+from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["GGUF_LOST", "gguf_of", "gguf_store", "kinds"]
+__all__ = ["GGUF_LOST", "GgufStorage", "gguf_of", "gguf_store", "kinds"]
 
 # Bits of a plan -> type.
 _KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
@@ -63,9 +76,9 @@ def gguf_store(
     modules: dict[str, tuple[Factor, Factor]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for some in together(paths, parts):
-            pairs = [in_float64(parts[path]) for path in some]
-            modules |= zip(some, _rounded(pairs, [levels[path][0] for path in some]))
+        for batch in together(paths, parts):
+            pairs = [in_float64(parts[path]) for path in batch]
+            modules |= zip(batch, _rounded(pairs, [levels[path][0] for path in batch]))
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
 
 
@@ -88,20 +101,20 @@ def _rounded(
         fixed = hartley_rotation(level) @ b[: level[0][0]]
         grams.append(fixed @ fixed.T)
         exact.append(_solved(grams[-1], (fixed @ b.T) @ a))
-    found = []
+    rounded = []
     for (a, b), ((codes,), values), kind in zip(
         parts, gptq_round(exact, grams, of_a, BLOCK, symmetric=True), every
     ):
         best = _solved(values @ values.T, (values @ a.T) @ b).T
         first = Factor(kind[0], _blocks(kind[0], codes)) if codes.bits < 16 else (
             Factor.plain(codes.weight))  # fmt: skip
-        found.append((first, _quantized(best, kind[1])))
-    return found
+        rounded.append((first, _quantized(best, kind[1])))
+    return rounded
 
 
-def _solved(gram: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The factor whose product with the rows of a Gram matrix is closest to what is wanted."""
-    return np.linalg.solve(gram + ridge(gram), wanted)
+def _solved(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """The least-squares factor, by the Gram matrix of the other factor's rows."""
+    return np.linalg.solve(gram + ridge(gram), products)
 
 
 def _quantized(numbers: np.ndarray, kind: Kind) -> Factor:
@@ -148,3 +161,93 @@ def _blocks(kind: Kind, rows: Quantized) -> np.ndarray:
         halves = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
         parts = [scales, *([biases] if kind == Kind.Q4_1 else []), halves]
     return np.concatenate(parts, axis=2).reshape(n, -1)
+
+
+class GgufStorage:
+    """A GGUF for every adapter, whose headers and padding count; see `storage.CompactStorage`."""
+
+    # The whole adapter at 8 bits, whose second factor has 16.
+    most: Mapping[str, float] = {"own": 0.8, "merged": 0.8}
+    header_nbytes = 0
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
+        """Store adapters of modules of these shapes.
+
+        Args:
+            shapes: module path -> (in, out).
+            config: the base model's config.json.
+
+        Raises:
+            ConfigError: its tensors in GGUF are not known.
+            AdapterError: modules that have no name in GGUF.
+        """
+        if config.get("model_type") not in ARCHITECTURES:
+            raise ConfigError(
+                f"format: 'gguf' with a base model of model_type {config.get('model_type')!r},"
+                " whose names in GGUF are not known here; expected one of"
+                f" {', '.join(ARCHITECTURES)}"
+            )
+        self._shapes, self._config = shapes, config
+        self._places = export_names(shapes, config, "format")
+        # What a module adds to a file, to the padding of its header.
+        self._module_nbytes = cache(
+            lambda path, n, bits: self.nbytes("", {path: ((n, bits),)}) - self.nbytes("", {})
+        )
+
+    def allocate(self, values: Mapping[str, np.ndarray], nbytes: float) -> dict[str, Levels]:
+        """Module path -> its one level, greedy along each module's hull of worth over bytes."""
+        steps = []
+        for path, worth in values.items():
+            kept = np.cumsum(worth)
+            offered = sorted(
+                (self._module_nbytes(path, n, bits), float(kept[n - 1]) * (1 - lost), (n, bits))
+                for n in range(1, len(worth) + 1)
+                for bits, lost in GGUF_LOST.items()
+            )
+            hull: list[tuple[int, float, tuple[int, int]]] = [(0, 0.0, (0, 0))]
+            for point in offered:
+                if point[1] <= hull[-1][1]:
+                    continue
+                while len(hull) > 1 and _slope(hull[-2], point) >= _slope(hull[-2], hull[-1]):
+                    hull.pop()
+                hull.append(point)
+            steps += [(_slope(a, b), path, b[0] - a[0], b[2]) for a, b in zip(hull, hull[1:])]
+        # A module's steps have falling worth per byte, so they keep their order.
+        steps.sort(key=lambda step: -step[0])
+        levels: dict[str, Levels] = {}
+        full: set[str] = set()
+        free = nbytes - self.nbytes("", {})
+        for _, path, cost, level in steps:
+            if path in full or cost > free:
+                full.add(path)
+            else:
+                levels[path], free = (level,), free - cost
+        return levels
+
+    def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
+        """Exact bytes of the file of one adapter of this name."""
+        tensors = []
+        for path, ((n, bits),) in levels.items():
+            n_in, n_out = self._shapes[path]
+            a, b = kinds(n_in, n, bits)
+            tensors.append((self._places[path], n * row_nbytes(a, n_in), n_out * row_nbytes(b, n)))
+        return gguf_nbytes(name, tensors, self._config)
+
+    def total(self, files: Sequence[tuple[Adapter, Mapping[str, Levels]]]) -> int:
+        """Exact bytes of all files."""
+        return sum(self.nbytes(adapter.name, levels) for adapter, levels in files)
+
+    def store(
+        self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
+    ) -> GgufAdapter:
+        """The adapter in this form, see `gguf_store`."""
+        return gguf_store(adapter, levels, parts)
+
+    def write(self, directory: Path, adapters: Sequence[Any]) -> None:
+        """Write adapters into an empty directory: `0.gguf`, `1.gguf`, ..."""
+        for k, adapter in enumerate(adapters):
+            save_gguf(adapter, directory / f"{k}.gguf", self._config)
+
+
+def _slope(a: tuple[int, float, object], b: tuple[int, float, object]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else float("inf")

@@ -13,17 +13,16 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
-from d2c_mlx.compress.affine import (
+from d2c_mlx.compress.compressed import (
     BITS,
     GROUP_SIZES,
+    Compressed,
+    Level,
     Levels,
     Quantized,
     dequantize,
-    hartley_rotation,
-    round_to_nearest,
 )
-from d2c_mlx.compress.compressed import Compressed, Level
-from d2c_mlx.compress.gptq import gptq_round, ridge
+from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge, round_to_nearest
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [

@@ -1,51 +1,161 @@
-"""What a plan may store adapters as, and its bytes: one compact file, or a GGUF for each.
+"""Bytes of a plan: which components get how many bits, and what fits a budget in which form.
 
-The planner asks a storage for the levels that fit some bytes, for the exact bytes of a candidate
-and of a choice, and for the adapter in that form, which is measured and then written as it is.
+Form and bytes of adapters differ by storage: one compact file for all, or a GGUF for each
+(`gguf_form.GgufStorage`, with the methods of `CompactStorage`).
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_format import (
-    ARCHITECTURES,
-    GgufAdapter,
-    export_names,
-    gguf_nbytes,
-    row_nbytes,
-    save_gguf,
-)
-from d2c_mlx.compress.affine import Levels, packed_columns
-from d2c_mlx.compress.allocate import Candidate, allocate
+from d2c_mlx.adapters.adapter import Adapter, zeros
+from d2c_mlx.compress.budget import Budget
 from d2c_mlx.compress.compact_file import write_compact
-from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.compressed import Compressed, Levels, packed_columns
 from d2c_mlx.compress.file_layout import (
     COMPACT,
+    MAX_COUNT,
     compact_nbytes,
     estimate_header_nbytes,
     make_index,
 )
-from d2c_mlx.compress.gguf_form import GGUF_LOST, gguf_store, kinds
+from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.utils.errors import BudgetError, ConfigError
+from d2c_mlx.utils.sequences import shared
 
-__all__ = ["GROUP_SIZE", "CompactStorage", "GgufStorage", "Storage", "compact_store"]
+__all__ = [
+    "GROUP_SIZE",
+    "LOST",
+    "Capacity",
+    "CompactStorage",
+    "allocate",
+    "compact_store",
+    "lost_worth",
+    "worth",
+]
 
 # Numbers that share a scale and a bias in a compact pack.
 GROUP_SIZE = 64
-Worth = Mapping[str, np.ndarray]
-Shapes = Mapping[str, tuple[int, int]]
+# Share of a component's energy lost at each bit width: squared relative errors measured with
+# `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
+LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
+_BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / GROUP_SIZE for bits in LOST}
+# Share of the worth that is spread evenly over modules.
+_EVENLY = 0.25
 
 
-class Storage(Protocol):
-    """A form of a plan.
+def worth(
+    parts: Mapping[str, Components], gains: Sequence[Mapping[str, float]]
+) -> dict[str, np.ndarray]:
+    """Worth of each component, for `allocate`: its share of its module's energy times the gain.
+
+    A module's gain is known only roughly from ten rows, so a part of the worth is spread evenly.
+
+    Args:
+        parts: `quantize.svd_components` of a task adapter or a merge.
+        gains: for each task that it serves, module path -> gain, see `attribution.module_gains`;
+            all tasks count alike.
+
+    Returns:
+        Module path -> worth of its components, falling; all modules together sum to 1.
+    """
+    totals = [sum(max(0.0, gain) for gain in task.values()) or 1.0 for task in gains]
+    values = {}
+    for path, factors in parts.items():
+        norms = [np.sum(np.square(rows, dtype=np.float64), axis=1) for rows in factors]
+        energy = norms[0] * norms[1]
+        gain = sum(max(0.0, task.get(path, 0.0)) / total for task, total in zip(gains, totals))
+        share = (1 - _EVENLY) * gain / len(gains) + _EVENLY / len(parts)
+        # Rounding may let equal singular values rise, and `allocate` needs falling worths.
+        values[path] = share * np.minimum.accumulate(energy) / max(float(energy.sum()), 1e-30)
+    return values
+
+
+def allocate(
+    worth: Mapping[str, np.ndarray],
+    widths: Mapping[str, int],
+    nbytes: float,
+    offered: Sequence[int] = (2, 3, 4, 8),
+) -> dict[str, Levels]:
+    """Allocate bits to the components of every module, the most worth per byte first.
+
+    Use it for one adapter; `candidates.choose` decides between adapters. Each greedy step adds a
+    module's next component at the fewest bits, or stores one in more.
+
+    Args:
+        worth: module path -> worth of each component, falling, all in one unit; see
+            `worth`. A module without positive worth gets nothing.
+        widths: module path -> in + out.
+        nbytes: most bytes of all factors.
+        offered: bit widths, rising. The loss at 8 bits never shows, so 16 are not worth offering.
+
+    Returns:
+        Module path -> bit allocation, `()` for a module that gets nothing; at most `MAX_COUNT`
+        components of a module at the same bits.
+    """
+    steps = []
+    for path, values in worth.items():
+        for j, value in enumerate(values):
+            before, paid = 1.0, 0.0
+            for bits in offered:
+                gain = float(value) * (before - LOST[bits])
+                cost = widths[path] * (_BYTES[bits] - paid)
+                if gain > 0:
+                    steps.append((-gain / cost, path, j, bits, cost))
+                before, paid = LOST[bits], _BYTES[bits]
+    below = dict(zip(offered, (1, *offered)))
+    given: dict[str, dict[int, int]] = {path: {} for path in worth}
+    counts: Counter[tuple[str, int]] = Counter()
+    free, before = nbytes, np.inf
+    steps.sort()
+    # One pass is enough, unless a component had to wait until others at its bits moved up.
+    while free < before:
+        before = free
+        for _, path, j, bits, cost in steps:
+            # Only the next bits of a component, and a component only after all larger ones.
+            ready = given[path].get(j, 1) == below[bits]
+            ready &= j == 0 or given[path].get(j - 1, 0) >= bits
+            if ready and cost <= free and counts[path, bits] < MAX_COUNT:
+                given[path][j] = bits
+                counts[path, bits] += 1
+                counts[path, below[bits]] -= 1
+                free -= cost
+    levels: dict[str, Levels] = {}
+    for path, bits_of in given.items():
+        falling = sorted(set(bits_of.values()), reverse=True)
+        counted = Counter(bits_of.values())
+        levels[path] = shared(tuple((counted[bits], bits) for bits in falling))
+    return levels
+
+
+def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) -> float:
+    """The share of the worth that a bit allocation does not store, between 0 and 1.
+
+    Args:
+        worth: module path -> worth of each component, falling, as for `allocate`.
+        levels: module path -> bit allocation; modules that are missing are dropped.
+    """
+    kept = 0.0
+    for path, levels_here in levels.items():
+        shares = [1 - LOST[bits] for _, bits in levels_here]
+        stored = np.repeat(shares, [n for n, _ in levels_here])
+        kept += float(worth[path][: len(stored)] @ stored)
+    total = sum(float(values.sum()) for values in worth.values())
+    return max(0.0, 1 - kept / total) if total else 0.0
+
+
+class CompactStorage:
+    """All adapters in one compact file, see `compact_file`.
 
     Attributes:
         most: family -> the largest share of the 16-bit bytes to try. For a task adapter it is above
@@ -53,176 +163,54 @@ class Storage(Protocol):
             the shares of several tasks.
     """
 
-    most: Mapping[str, float]
-
-    @property
-    def header_nbytes(self) -> int:
-        """Bytes that are set aside for what all adapters share."""
-
-    def allocate(self, values: Worth, nbytes: float) -> dict[str, Levels]:
-        """Module path -> levels with the most worth that fit; modules without any are left out."""
-
-    def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
-        """Bytes of one adapter of this name."""
-
-    def total(self, chosen: Sequence[Candidate]) -> int:
-        """Bytes of all files, an upper bound."""
-
-    def store(
-        self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
-    ) -> Compressed | GgufAdapter:
-        """The adapter in this form; arguments of `compact_store`."""
-
-    def write(self, directory: Path, adapters: Sequence[Any]) -> None:
-        """Write adapters in this form into an empty directory, in their order."""
-
-
-class CompactStorage:
-    """All adapters in one compact file, see `compact_file`."""
-
     most: Mapping[str, float] = {"own": 0.35, "merged": 0.54}
 
-    def __init__(self, names: Sequence[str], base: str | None, shapes: Shapes) -> None:
+    def __init__(
+        self, names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]]
+    ) -> None:
         """Store adapters of these names and of modules of these shapes."""
         self._names, self._base, self._shapes = names, base, shapes
 
     @cached_property
     def header_nbytes(self) -> int:
-        """Bytes that are set aside for the header."""
+        """Bytes that are set aside for what all adapters share."""
         return estimate_header_nbytes(self._names, self._base or "", self._shapes, GROUP_SIZE)
 
-    def allocate(self, values: Worth, nbytes: float) -> dict[str, Levels]:
-        """See `Storage`."""
+    def allocate(self, values: Mapping[str, np.ndarray], nbytes: float) -> dict[str, Levels]:
+        """Module path -> levels with the most worth that fit; modules without any are left out."""
         widths = {path: sum(self._shapes[path]) for path in values}
-        return {path: some for path, some in allocate(values, widths, nbytes).items() if some}
+        return {path: given for path, given in allocate(values, widths, nbytes).items() if given}
 
     def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
-        """Bytes of rows and of the adapter's part of the index."""
+        """Bytes of the rows of one adapter of this name and of its part of the index."""
         # A count per module and bit width, of which most have 3.
         total = 3 * len(self._shapes)
-        for path, some in levels.items():
-            for n, bits in some:
+        for path, given in levels.items():
+            for n, bits in given:
                 for width in self._shapes[path]:
                     words, groups = packed_columns(width, bits, GROUP_SIZE)
                     total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
         return total
 
-    def total(self, chosen: Sequence[Candidate]) -> int:
+    def total(self, files: Sequence[tuple[Adapter, Mapping[str, Levels]]]) -> int:
         """Bytes of the file; an upper bound, since components may turn out to be zero."""
-        some = [one for one in chosen if one.stored]
         counts = [
-            {path: {bits: n for n, bits in levels} for path, levels in one.levels.items()}
-            for one in some
+            {path: {bits: n for n, bits in given} for path, given in levels.items()}
+            for _, levels in files
         ]
-        forms = [one.stored for one in some if one.stored]
-        base = next((one.base for one in forms if one.base), None)
-        names = [one.name for one in forms]
+        base = next((adapter.base for adapter, _ in files if adapter.base), None)
+        names = [adapter.name for adapter, _ in files]
         return compact_nbytes(make_index(names, base, counts, self._shapes, GROUP_SIZE))
 
     def store(
         self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
     ) -> Compressed:
-        """See `Storage`."""
+        """The adapter in this form; arguments of `compact_store`."""
         return compact_store(adapter, levels, parts=parts)
 
-    def write(self, directory: Path, adapters: Sequence[Compressed]) -> None:
-        """See `Storage`."""
+    def write(self, directory: Path, adapters: Sequence[Any]) -> None:
+        """Write adapters in this form into an empty directory, in their order."""
         write_compact(directory / COMPACT, adapters)
-
-
-class GgufStorage:
-    """A GGUF for every adapter, whose headers and padding count."""
-
-    # The whole adapter at 8 bits, whose second factor has 16.
-    most: Mapping[str, float] = {"own": 0.8, "merged": 0.8}
-    header_nbytes = 0
-
-    def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
-        """Store adapters of modules of these shapes.
-
-        Args:
-            shapes: module path -> (in, out).
-            config: the base model's config.json.
-
-        Raises:
-            ConfigError: its tensors in GGUF are not known.
-            AdapterError: modules that have no name in GGUF.
-        """
-        if config.get("model_type") not in ARCHITECTURES:
-            raise ConfigError(
-                f"format: 'gguf' with a base model of model_type {config.get('model_type')!r},"
-                " whose names in GGUF are not known here; expected one of"
-                f" {', '.join(ARCHITECTURES)}"
-            )
-        self._shapes, self._config = shapes, config
-        self._places = export_names(shapes, config, "format")
-        self._module_nbytes = cache(self._count_module)
-
-    def allocate(self, values: Worth, nbytes: float) -> dict[str, Levels]:
-        """See `Storage`: greedy along each module's concave hull of worth over bytes."""
-        steps = [step for path, worth in values.items() for step in self._steps(path, worth)]
-        # A module's steps have falling worth per byte, so they keep their order.
-        steps.sort(key=lambda step: -step[0])
-        found: dict[str, Levels] = {}
-        full: set[str] = set()
-        free = nbytes - self.nbytes("", {})
-        for _, path, cost, level in steps:
-            if path in full or cost > free:
-                full.add(path)
-            else:
-                found[path], free = (level,), free - cost
-        return found
-
-    def _steps(self, path: str, worth: np.ndarray) -> list[tuple[float, str, int, tuple[int, int]]]:
-        """Worth per byte, path, more bytes and level of every step of one module."""
-        kept = np.cumsum(worth)
-        offered = sorted(
-            (self._module_nbytes(path, n, bits), float(kept[n - 1]) * (1 - lost), (n, bits))
-            for n in range(1, len(worth) + 1)
-            for bits, lost in GGUF_LOST.items()
-        )
-        hull: list[tuple[int, float, tuple[int, int]]] = [(0, 0.0, (0, 0))]
-        for point in offered:
-            if point[1] <= hull[-1][1]:
-                continue
-            while len(hull) > 1 and _slope(hull[-2], point) >= _slope(hull[-2], hull[-1]):
-                hull.pop()
-            hull.append(point)
-        return [(_slope(a, b), path, b[0] - a[0], b[2]) for a, b in zip(hull, hull[1:])]
-
-    def _count_module(self, path: str, n: int, bits: int) -> int:
-        """Bytes that a module adds to a file, to the padding of its header."""
-        return gguf_nbytes("", [self._sizes(path, n, bits)], self._config) - self.nbytes("", {})
-
-    def _sizes(self, path: str, n: int, bits: int) -> tuple[str, int, int]:
-        """Name in the GGUF, and bytes of both factors."""
-        n_in, n_out = self._shapes[path]
-        a, b = kinds(n_in, n, bits)
-        return self._places[path], n * row_nbytes(a, n_in), n_out * row_nbytes(b, n)
-
-    def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
-        """Exact bytes of the file."""
-        tensors = [self._sizes(path, *level) for path, (level,) in levels.items()]
-        return gguf_nbytes(name, tensors, self._config)
-
-    def total(self, chosen: Sequence[Candidate]) -> int:
-        """Exact bytes of all files."""
-        return sum(one.nbytes for one in chosen)
-
-    def store(
-        self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
-    ) -> GgufAdapter:
-        """See `Storage`."""
-        return gguf_store(adapter, levels, parts)
-
-    def write(self, directory: Path, adapters: Sequence[GgufAdapter]) -> None:
-        """See `Storage`: `0.gguf`, `1.gguf`, ..."""
-        for k, adapter in enumerate(adapters):
-            save_gguf(adapter, directory / f"{k}.gguf", self._config)
-
-
-def _slope(a: tuple[int, float, Any], b: tuple[int, float, Any]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else float("inf")
 
 
 def compact_store(
@@ -248,3 +236,134 @@ def compact_store(
     """
     every = {path: levels.get(path, ()) for path in adapter.modules}
     return compress(adapter, every, size, parts=parts).scaled(scale)
+
+
+class Capacity:
+    """Sizes of a library's adapters and merges as packs store them, and what fits a budget.
+
+    Use `n_clusters` and `merge_rank` for merges in 16 bit, `room` for a plan.
+
+    Attributes:
+        budget: the pack's budget.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        inputs: Sequence[Adapter],
+        budget: Budget,
+        merge_rank: int | None,
+        form: str = "compact",
+    ) -> None:
+        """Take one library and one budget; each size is computed when it is first asked for.
+
+        Args:
+            base: the base model of all adapters.
+            inputs: the adapters.
+            budget: the pack's budget.
+            merge_rank: largest rank of a merge; None is the largest of the adapters.
+            form: of a planned pack, "compact" or "gguf".
+        """
+        self._base, self._inputs, self._form = base, inputs, form
+        self.budget, self._merge_rank = budget, merge_rank
+
+    def nbytes(self, adapter: Adapter) -> int:
+        """Bytes of an adapter written in mlx-lm's layout, in the base's dtype."""
+        return adapter.uniform(self._base.dtype).nbytes(self._base.n_layers)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`nbytes` of each input adapter."""
+        return [self.nbytes(adapter) for adapter in self._inputs]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all input adapters, of which a budget in percent is a share."""
+        return sum(self.sizes)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Bytes that the pack may have; None if only the number of adapters counts."""
+        return self.budget.allowed_bytes(self.total)
+
+    @cached_property
+    def target_paths(self) -> list[str]:
+        """Every module that some adapter has."""
+        return sorted({path for adapter in self._inputs for path in adapter.modules})
+
+    @cached_property
+    def merge_rank(self) -> int:
+        """The largest rank of a merged adapter.
+
+        Raises:
+            ConfigError: it is above the full rank of every module, so the rest would be zeros.
+        """
+        largest = max(adapter.rank for adapter in self._inputs)
+        rank = self._merge_rank or largest
+        most = max(largest, *(min(self._base.module_shapes[path]) for path in self.target_paths))
+        if rank > most:
+            raise ConfigError(
+                f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
+                " modules exceeds"
+            )
+        return rank
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of adapters in the pack; all where a budget in bytes has room for them."""
+        return min(self.budget.n_adapters or len(self._inputs), len(self._inputs))
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest adapter that a pack may hold, merged or not."""
+        return max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
+
+    def nbytes_of_rank(self, rank: int) -> int:
+        """Bytes of a merged adapter of this rank with every module that some adapter has."""
+        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
+        return self.nbytes(replace(
+            self._inputs[0], base=self._longest_base, modules=zeros(shapes, rank)
+        ))  # fmt: skip
+
+    @property
+    def _longest_base(self) -> str | None:
+        """The base-model name in the inputs that takes most bytes; a merge has one of the names."""
+        names = (adapter.base for adapter in self._inputs)
+        return max(names, key=lambda name: len(json.dumps(name)))
+
+    @cached_property
+    def storage(self) -> CompactStorage | GgufStorage:
+        """The form of a planned pack.
+
+        Raises:
+            InputError: a base model or modules that GGUF has no names for.
+        """
+        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
+        if self._form == "gguf":
+            return GgufStorage(shapes, self._base.config)
+        names = [adapter.name for adapter in self._inputs]
+        return CompactStorage(names, self._longest_base, shapes)
+
+    @cached_property
+    def header_nbytes(self) -> int:
+        """Bytes that are set aside for the header of a planned pack."""
+        return self.storage.header_nbytes
+
+    @property
+    def room(self) -> int:
+        """Bytes that a planned pack has for rows under this capacity's budget, see `room_of`."""
+        return self.room_of(self.budget)
+
+    def room_of(self, budget: Budget) -> int:
+        """Bytes that a planned pack has for rows under any budget.
+
+        Raises:
+            BudgetError: the budget is not larger than the header.
+        """
+        nbytes = budget.allowed_bytes(self.total) or 0
+        if nbytes <= self.header_nbytes:
+            raise BudgetError(
+                f"budget: {budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
+                f" to {self.header_nbytes:,}; give more than that"
+            )
+        return nbytes - self.header_nbytes

@@ -10,14 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compress.affine import dequantize
-from d2c_mlx.compress.allocate import allocate
-from d2c_mlx.compress.candidates import worth
 from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.compressed import Compressed, dequantize
 from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import compact_store
+from d2c_mlx.compress.storage import allocate, compact_store, worth
 from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
 from d2c_mlx.merge.methods import scaled

@@ -17,8 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.affine import Quantized, unpack_codes
-from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.compressed import Compressed, Level, Quantized, unpack_codes
 from d2c_mlx.evaluate.distill import Factors
 from d2c_mlx.refine.steps import Parameters
 

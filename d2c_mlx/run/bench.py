@@ -9,7 +9,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.similarity import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
-from d2c_mlx.compress.planner import serves_of
+from d2c_mlx.compress.plan import serves_of
 from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
 from d2c_mlx.evaluate.metrics import answer_metrics

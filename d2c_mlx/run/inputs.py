@@ -15,7 +15,7 @@ from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import left_in_file, read_adapter, read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.cluster.partition import canonical
-from d2c_mlx.compress.capacity import Capacity
+from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import Group, local_ranks
 from d2c_mlx.evaluate.engine import Engine

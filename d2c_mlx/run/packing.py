@@ -15,7 +15,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.planner import serves_of
+from d2c_mlx.compress.plan import serves_of
 from d2c_mlx.merge.library import Library
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest

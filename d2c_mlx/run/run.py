@@ -30,7 +30,7 @@ from d2c_mlx.utils.parsing import json_or_none, read_yaml
 from d2c_mlx.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from d2c_mlx.compress.capacity import Capacity
+    from d2c_mlx.compress.storage import Capacity
     from d2c_mlx.evaluate.distributed import Group
     from d2c_mlx.merge.library import Library
     from d2c_mlx.run.inputs import Inputs

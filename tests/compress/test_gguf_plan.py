@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
-from helpers.runs import planner_of
 from helpers.tiny import library
 
 from d2c_mlx.adapters.gguf_format import save_gguf
-from d2c_mlx.compress.allocate import Candidate, choose
-from d2c_mlx.compress.storage import GgufStorage
+from d2c_mlx.compress.candidates import Candidate, choose
+from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, render_card
@@ -55,20 +55,20 @@ def test_the_files_are_within_the_budget_and_as_large_as_was_planned(session):
 
 def test_no_choice_exceeds_its_budget(session, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
-    forms, storage = planner_of(session).forms, session.capacity.storage
-    units = [((i,), adapter) for i, adapter in enumerate(session.library.adapters)]
-    rooms = 5_000, 20_000, 80_000
-    offered = [form for room in rooms for one in forms.ladders(units, "own", room) for form in one]
-    candidates = [forms.estimate(form, form.lost) for form in offered]
-    sizes = []
-    for k, (form, one) in enumerate(zip(offered, candidates)):
-        storage.write(tmp_path, [storage.store(form.adapter, form.levels, None)])
+    capacity, offered, sizes = session.capacity, [], []
+    for room in (5_000, 20_000, 80_000):
+        forms = Forms(session.library, capacity, room, tmp_path)
+        for i, adapter in enumerate(session.library.adapters):
+            offered += forms.ladder((i,), adapter)[0]
+    for form in offered:
+        small = capacity.storage.store(form.adapter, form.levels, None)
+        capacity.storage.write(tmp_path, [small])
         sizes.append((tmp_path / "0.gguf").stat().st_size)
-        assert one.nbytes == sizes[k] == storage.total([one])
+        assert form.nbytes == sizes[-1] == capacity.storage.total([(form.adapter, form.levels)])
     assert len(sizes) >= 15
-    bare = [Candidate((i,), "base", 0.0, {}, 0, 1.0) for i in range(3)]
+    bare = [Candidate((i,), 0, 1.0) for i in range(3)]
     for room in range(1_000, 2 * max(sizes), 5_000):
-        chosen = choose([*bare, *candidates], 3, room)
+        chosen = choose([*bare, *offered], 3, room)
         assert sum(sizes[j - 3] for j in chosen if j >= 3) <= room
 
 

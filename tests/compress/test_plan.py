@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.compress.allocate import _BYTES, LOST, Candidate, allocate, choose
+from d2c_mlx.compress.candidates import Candidate, choose
 from d2c_mlx.compress.file_layout import MAX_COUNT
+from d2c_mlx.compress.storage import _BYTES, LOST, allocate
 from d2c_mlx.utils.errors import BudgetError
 
 
 def random_candidates(rng, n_tasks, n_units):
-    found = [Candidate((i,), "base", 0, {}, 0, float(rng.uniform(0.5, 1))) for i in range(n_tasks)]
+    found = [Candidate((i,), 0, float(rng.uniform(0.5, 1))) for i in range(n_tasks)]
     for _ in range(n_units):
         members = tuple(np.flatnonzero(rng.random(n_tasks) < 0.5).tolist()) or (0,)
         nbytes, regret = int(rng.integers(1, 100)), float(rng.uniform(-0.1, 1) * len(members))
-        found.append(Candidate(members, "own" if len(members) == 1 else "merged", 1, {}, nbytes,
-                               regret))  # fmt: skip
+        found.append(Candidate(members, nbytes, regret))
     return found
 
 
@@ -32,8 +32,7 @@ def best_by_enumeration(candidates, n_tasks, nbytes):
             served = [i for one in some for i in one.members]
             if sorted(served) != list(range(n_tasks)):
                 continue
-            stored = [one for one in some if one.family != "base"]
-            if sum(one.nbytes for one in stored) <= nbytes:
+            if sum(one.nbytes for one in some) <= nbytes:
                 lowest = min(lowest, sum(one.regret for one in some))
     return lowest
 
@@ -44,32 +43,31 @@ def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, seed):
     candidates = random_candidates(np.random.default_rng(abs(seed)), n_tasks, n_units)
     chosen = [candidates[j] for j in choose(candidates, n_tasks, nbytes)]
     assert sorted(i for one in chosen for i in one.members) == list(range(n_tasks))
-    stored = [one for one in chosen if one.family != "base"]
-    assert sum(one.nbytes for one in stored) <= nbytes
+    assert sum(one.nbytes for one in chosen) <= nbytes
     best = best_by_enumeration(candidates, n_tasks, nbytes)
     assert sum(one.regret for one in chosen) == pytest.approx(best, abs=1e-6)
 
 
 def test_a_task_that_nothing_serves():
     with pytest.raises(BudgetError, match="no choice of 1 candidates"):
-        choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 2, 100)
+        choose([Candidate((0,), 10, 0.0)], 2, 100)
 
 
 # In a process of its own: C's stdout, into a pipe.
 PRINTS = """
 import ctypes
-from d2c_mlx.compress.allocate import Candidate, _silent_stdout, choose
+from d2c_mlx.compress.candidates import Candidate, _silent_stdout, choose
 libc = ctypes.CDLL(None)
 libc.puts(b"before")
 with _silent_stdout():
     libc.puts(b"meanwhile")
-print(choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 1, 100), flush=True)
+print(choose([Candidate((0,), 10, 0.0)], 1, 100), flush=True)
 libc.puts(b"after")
 """
 PRINTS_NOTHING = """
 import sys
-from d2c_mlx.compress.allocate import Candidate, choose
-print(choose([Candidate((0,), "own", 1, {}, 10, 0.0)], 1, 100), file=sys.stderr)
+from d2c_mlx.compress.candidates import Candidate, choose
+print(choose([Candidate((0,), 10, 0.0)], 1, 100), file=sys.stderr)
 """
 
 

@@ -1,4 +1,4 @@
-"""The byte budget on a tiny model: from adapters to a compact pack, within the budget."""
+"""The byte budget on a tiny model: worth, forms, and a plan that becomes a pack."""
 
 import json
 from dataclasses import replace
@@ -6,27 +6,139 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import planner_of
 from helpers.tiny import expected_regret, library
 
+from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
 from d2c_mlx.cluster.search import estimated_partition
-from d2c_mlx.compress import planner
-from d2c_mlx.compress.allocate import Candidate
+from d2c_mlx.compress import plan as plans
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.estimates import FormEstimates
-from d2c_mlx.compress.file_layout import compact_nbytes
-from d2c_mlx.compress.planner import Planner
+from d2c_mlx.compress.candidates import Candidate, fitting
+from d2c_mlx.compress.compact_file import read_compact
+from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import allocate, compact_store, worth
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
+from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, InputError
 from d2c_mlx.utils.files import hash_tree
+from d2c_mlx.utils.line_search import FINE_SCALES
+
+
+def test_worth_falls_where_singular_values_are_equal():
+    """But for rounding, by which a component may be worth more than the one before it."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(40, 12)))[0] for _ in range(2))
+    energy = {"m": (left.T.astype(np.float32), right.T.astype(np.float32))}
+    (values,) = worth(energy, [{"m": 1.0}]).values()
+    assert (np.diff(values) <= 0).all() and values[-1] == pytest.approx(1 / 12, rel=1e-5)
+    assert allocate({"m": values}, {"m": 80}, 1e6) == {"m": ((12, 8),)}
+
+
+def test_worth_is_energy_times_gain_and_a_part_for_all(config):
+    session = run(config, until="convert", quiet=True)
+    one, two = session.library.adapters[:2]
+    paths = sorted(one.modules)
+    gains = [
+        {**dict.fromkeys(paths, 0.0), paths[0]: 3.0, paths[1]: -5.0},
+        dict.fromkeys(paths, 2.0),
+    ]
+    alone = worth(svd_components(one), gains[:1])
+    assert {path: values.sum() for path, values in alone.items()} == pytest.approx(
+        {path: 0.25 / len(paths) + 0.75 * (path == paths[0]) for path in paths}
+    )
+    for path, values in alone.items():
+        energy = np.linalg.svd(one.modules[path].delta(), compute_uv=False)[: len(values)] ** 2
+        assert values / values.sum() == pytest.approx(energy / energy.sum(), abs=1e-6)
+    # A merge's are the mean of its members'.
+    merged = worth(svd_components(merge_adapters([one, two])), gains)
+    assert merged[paths[1]].sum() == pytest.approx((0.25 + 0.75 / 2) / len(paths))
+    assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
+
+
+def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(config):
+    """By their answers another scale is better; by what the adapter expects none is."""
+    session = run(config, until="probe", quiet=True)
+    for i, adapter in enumerate(session.library.adapters):
+        scaled = [
+            replace(adapter, modules={
+                path: LoRA(one.a, one.b, scale * one.scale) for path, one in adapter.modules.items()
+            })
+            for scale in (1.0, 0.8, 1.4)
+        ]  # fmt: skip
+        found = [float(session.library.by_teacher.regrets(one, [i])[0]) for one in scaled]
+        assert found[0] == pytest.approx(0, abs=1e-4) and min(found[1:]) > 1e-3
+
+
+def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
+    session = run(config, until="probe", quiet=True)
+    session.library.scorer.engine.float32_head = None
+    found = session.library.by_teacher.regrets(session.library.adapters[0], range(4))
+    (losses,) = session.library.scorer.losses(
+        [(session.library.adapters[0], session.library.calibration)]
+    )
+    assert found == pytest.approx(session.library.losses.regret(losses), abs=1e-6)
+    assert session.library.by_teacher.regrets(None, [2]) == pytest.approx(
+        session.library.losses.regret(session.library.losses.base)[2]
+    )
+
+
+@pytest.fixture
+def forms(config, tmp_path):
+    """A session after its probe -> its forms in so many bytes."""
+    (tmp_path / "spool").mkdir()
+
+    def make(session, room=None):
+        capacity = session.capacity
+        return Forms(session.library, capacity, room or capacity.room, tmp_path / "spool")
+
+    return make
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A session after its probe, and bytes for rows -> the plan and the directory of its files."""
+
+    def make(session, room=None):
+        output = tmp_path / f"planned-{len(list(tmp_path.iterdir()))}"
+        output.mkdir()
+        options = session.config.merging
+        return plans.plan(session.library, session.capacity, output, options, room), output
+
+    return make
+
+
+def test_a_form_is_measured_as_it_is_packed(config, forms):
+    """Its regret is that of the mean loss over all of a task's rows, however they are cut."""
+    session = run(config.replace(probe_examples=4), until="probe", quiet=True)
+    assert all(len(probe.parts) == 2 for probe in session.library.calibration)
+    adapter, path = session.library.adapters[2], max(session.library.adapters[2].modules)
+    form = Candidate((0, 2), 99, 0.5, False, adapter, {path: ((1, 2),)}, 0.1)
+    measured = forms(session).measure(form)
+    plain = compact_store(adapter, form.levels, measured.scale).adapter(session.library.base.dtype)
+    assert measured.regret == pytest.approx(
+        sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
+    )
+    assert measured.load().adapter(session.library.base.dtype).digest == plain.digest
+    other = forms(session).measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
+    assert other.scale >= 2 and measured.scale in FINE_SCALES
+
+
+def test_a_merge_is_offered_in_sizes_around_its_tasks_part_of_the_budget(config, forms):
+    session = run(config, until="probe", quiet=True)
+    merged = merge(session.library.by_teacher, (0, 2), session.config.merging).adapter
+    for share in (0.1, 0.2):
+        ladder, fair = forms(session, share * session.capacity.total).ladder((0, 2), merged)
+        # Two tasks of four have half of the budget, and a merge is as large as an adapter.
+        assert fair == pytest.approx(2 * share, rel=0.05)
+        shares = [form.share for form in ladder]
+        assert min(shares) < fair / 2 and max(shares) > fair / 1.5
 
 
 @pytest.mark.slow
@@ -63,31 +175,14 @@ def test_a_plan_becomes_a_pack_within_its_budget(config):
 
 
 @pytest.mark.slow
-def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config):
+def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config, planned):
     """More than the header has room for; or no room for it at all."""
     session = run(config, until="probe", quiet=True)
     for set_aside in (session.capacity.header_nbytes, 1500, 0):
         session.capacity.header_nbytes = set_aside
         for room in range(1500, 6000, 1500):
-            adapters = planner_of(session).search(room).adapters
-            assert compact_nbytes(index_of(adapters)) <= room + set_aside
-
-
-def probed(tmp_path, budget, **options):
-    paths = library(tmp_path, list("abcdefghijkl"))
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2, **options,
-    )  # fmt: skip
-    return run(config, until="probe", quiet=True)
-
-
-def halved(session):
-    """Clusters of the first partition that a plan would merge, and their estimated costs."""
-    library = session.library
-    estimates = MergeEstimates(library.fading, library.similarity)
-    groups = groups_of(estimated_partition(estimates, len(library.names) // 2))
-    return {one: estimates.of(one).sum() for one in groups if len(one) > 1}
+            _, output = planned(session, room)
+            assert (output / "compact.safetensors").stat().st_size <= room + set_aside
 
 
 @pytest.fixture
@@ -99,101 +194,117 @@ def asked(monkeypatch):
         members_of.append(members)
         return merge(library, members, options)
 
-    monkeypatch.setattr(planner, "merge", remember)
+    monkeypatch.setattr(plans, "merge", remember)
     fading = Library.fading.fget
 
     def harmless(library):
-        known = fading(library)
-        return replace(known, regrets=0 * known.regrets)
+        weakened = fading(library)
+        return replace(weakened, regrets=0 * weakened.regrets)
 
     monkeypatch.setattr(Library, "fading", property(harmless))
     return members_of
 
 
+@pytest.fixture
+def twelve(tmp_path):
+    """A budget -> a session of twelve adapters after its probe."""
+    paths = library(tmp_path, list("abcdefghijkl"))
+
+    def make(budget):
+        return run(
+            RunConfig(
+                model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+                budget=budget, output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
+            ), until="probe", quiet=True,
+        )  # fmt: skip
+
+    return make
+
+
 @pytest.mark.slow
-def test_merges_that_lose_nothing_do_not_end_the_search(asked, tmp_path, monkeypatch):
+def test_merges_that_lose_nothing_do_not_end_the_search(asked, twelve, planned, monkeypatch):
     """They are tried down to one cluster, though the first are estimated to lose nothing."""
-    counted = planner.merge
+    counted = plans.merge
     monkeypatch.setattr(
-        planner, "merge", lambda *arguments: replace(counted(*arguments), regret=1e-3)
+        plans, "merge", lambda *arguments: replace(counted(*arguments), regret=1e-3)
     )
-    session = probed(tmp_path, "30%")
-    planner_of(session).search()
+    planned(twelve("30%"))
     assert {len(members) for members in asked} > {12}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["90%", "30%"])
-def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(asked, tmp_path, budget):
+def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(
+    asked, twelve, planned, budget
+):
     """The cluster with the worst estimate first; nothing of it becomes a candidate then."""
-    session = probed(tmp_path, budget)
-    found = planner_of(session).search().content
+    session = twelve(budget)
+    content = planned(session)[0].content
     taught, options = session.library.by_teacher, session.config.merging
     lost = [
         taught.regrets(merge(taught, members, options).adapter, members).sum() for members in asked
     ]
-    costs = halved(session)
+    estimates = MergeEstimates(session.library.fading, session.library.similarity)
+    groups = groups_of(estimated_partition(estimates, 6))
+    costs = {group: estimates.of(group).sum() for group in groups if len(group) > 1}
     merges = sorted(costs, key=costs.get, reverse=True)
     assert asked == merges[: len(asked)] and asked != merges
-    assert "merged" not in {unit["family"] for unit in found["units"]}
-    assert sum(lost) >= len(session.library.names) * found["regret"]
+    assert "merged" not in {unit["family"] for unit in content["units"]}
+    assert sum(lost) >= len(session.library.names) * content["regret"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", ["90%", "60%", "30%"])
+@pytest.mark.parametrize("budget", ["90%", "30%"])
 def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all(
-    config, budget, tmp_path
+    config, budget, forms, planned
 ):
     session = run(config.replace(budget=budget), until="probe", quiet=True)
-    room = session.capacity.room
-    found = planner_of(session).search(room)
-    assert all(one.measured for one in found.chosen)
-    assert compact_nbytes(index_of(found.adapters)) <= room + session.capacity.header_nbytes
-    forms, n = planner_of(session).forms, len(session.library.adapters)
-    own = [((i,), adapter) for i, adapter in enumerate(session.library.adapters)]
-    every = [forms.measure(form) for ladder in forms.ladders(own, "own", room) for form in ladder]
-    assert found.content["measured"] < len(every) <= found.content["candidates"]
-    regrets = session.library.by_teacher.regrets(None, range(n))
-    every += [Candidate((i,), "base", 0.0, {}, 0, float(x)) for i, x in enumerate(regrets)]
-    best = sum(one.regret for one in planner_of(session).fitting(every, room)) / n
+    capacity, taught, n = session.capacity, session.library.by_teacher, 4
+    plan, output = planned(session)
+    assert all(candidate.measured for candidate in plan.chosen)
+    every = [Candidate((i,), 0, float(x)) for i, x in enumerate(taught.regrets(None, range(n)))]
+    for i, adapter in enumerate(session.library.adapters):
+        every += [forms(session).measure(form) for form in forms(session).ladder((i,), adapter)[0]]
+    assert plan.content["measured"] < len(every) - n < plan.content["candidates"]
+    best = sum(every[j].regret for j in fitting(every, n, capacity, capacity.room)) / n
     # Scales between those that were tried may be a little better.
-    assert best - 0.02 <= found.content["regret"] < 1.25 * best + 0.05
-    of = {one.members: one for one in found.chosen}
-    for one in found.chosen:
-        plain = one.load().adapter(session.library.base.dtype) if one.stored else None
-        regret = session.library.by_teacher.regrets(plain, one.members).sum()
-        assert one.regret == pytest.approx(float(regret), abs=1e-6)
-    assert sorted(i for members in of for i in members) == list(range(4))
+    assert best - 0.02 <= plan.content["regret"] < 1.25 * best + 0.05
+    stored = iter(range(n))
+    for candidate in plan.chosen:
+        plain = None
+        if candidate.adapter:
+            plain = read_compact(output / "compact.safetensors", next(stored))
+            plain = plain.adapter(session.library.base.dtype)
+        regret = taught.regrets(plain, candidate.members).sum()
+        assert candidate.regret == pytest.approx(float(regret), abs=1e-6)
+    assert sorted(i for candidate in plan.chosen for i in candidate.members) == list(range(n))
 
 
 @pytest.mark.slow
-def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, monkeypatch):
-    session, tuned, settled = run(config.replace(budget="90%"), until="probe", quiet=True), [], []
-    tune, choice = FormEstimates.tune, Planner._settled
-
-    def remember(planner, *arguments):
-        settled.append(choice(planner, *arguments))
-        return settled[-1]
-
-    monkeypatch.setattr(Planner, "_settled", remember)
+def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, planned, monkeypatch):
+    session, before = run(config.replace(budget="90%"), until="probe", quiet=True), []
+    tuned, tune, tune_one = [], Forms.tune, Forms._tune
     monkeypatch.setattr(
-        FormEstimates, "tune", lambda found, some: [tuned.extend(some), tune(found, some)]
+        Forms, "tune", lambda forms, some: [before.extend(some), tune(forms, some)][1]
     )
-    planner_of(session).search(session.capacity.room)
-    stored = [one for one in settled[-2][0] if one.stored]
-    others = [max(0.0, one.regret) for one in stored if one not in tuned]
-    regrets = [max(0.0, one.regret) for one in tuned]
-    assert regrets and others and max(others) <= regrets[-1] <= regrets[0]
-    assert sum(others) <= 0.2 * sum(others + regrets) < sum(others) + regrets[-1]
+    monkeypatch.setattr(
+        Forms, "_tune", lambda forms, ladder, k: [tuned.append(ladder.measured[k]),
+                                                  tune_one(forms, ladder, k)][1]
+    )  # fmt: skip
+    planned(session)
+    kept = [form.file for form in tuned]
+    others = [max(0.0, form.regret) for form in before if form.file and form.file not in kept]
+    regrets = sorted(max(0.0, form.regret) for form in tuned)
+    assert regrets and others and max(others) <= regrets[0]
+    assert sum(others) <= 0.2 * sum(others + regrets) < sum(others) + regrets[0]
 
 
 @pytest.mark.parametrize("budget", ["200%", "1MB"])
-def test_with_room_for_everything_everything_is_kept(config, budget):
+def test_with_room_for_everything_everything_is_kept(config, planned, budget):
     session = run(config, until="probe", quiet=True)  # a run would copy them
-    room = session.capacity.room_of(parse_budget(budget))
-    plan = planner_of(session).search(room).content
-    assert plan["base"] == [] and plan["regret"] < 0.02
-    assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
+    content = planned(session, session.capacity.room_of(parse_budget(budget)))[0].content
+    assert content["base"] == [] and content["regret"] < 0.02
+    assert [unit["family"] for unit in content["units"]] == ["own"] * 4
 
 
 @pytest.mark.slow

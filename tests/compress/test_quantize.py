@@ -10,17 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.affine import (
-    BITS,
-    GROUP_SIZES,
-    dequantize,
-    hartley_rotation,
-    packed_columns,
-    round_to_nearest,
-)
-from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.gptq import gptq_round
+from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed, dequantize, packed_columns
 from d2c_mlx.compress.quantize import _squared_errors, compress, svd_components
+from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, round_to_nearest
 from d2c_mlx.utils.errors import ConfigError
 
 FEW = settings(NUMERIC, max_examples=30)

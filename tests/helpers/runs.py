@@ -2,8 +2,6 @@
 
 import json
 
-from d2c_mlx.compress.planner import Planner
-
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -24,8 +22,3 @@ def artifacts_of(directory):
              if (directory / f"{name}.json").exists()]  # fmt: skip
     found = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
     return {**found, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
-
-
-def planner_of(session):
-    """The planner of a run's budget in bytes."""
-    return Planner(session.library, session.capacity, session.config.merging)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.runs import planner_of
 from helpers.tiny import divergence, library
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
+from d2c_mlx.compress.plan import plan
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.library import shrinkage
 from d2c_mlx.merge.methods import scaled
@@ -107,15 +107,15 @@ def test_a_teacher_regret_is_never_below_minus_1(session):
 
 
 @pytest.mark.slow
-def test_forms_are_stored_weaker_where_rows_say_so(session):
+def test_forms_are_stored_weaker_where_rows_say_so(session, tmp_path):
     """Scales below 1 are tried for such adapters, and for no others."""
 
     def forms(adapters, sets):
-        session.library.adapters = adapters
         session.library = library_of(session, adapters, sets)
-        found = planner_of(session).search()
-        plan = found.content
-        assert plan["trust"] == {
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        output.mkdir()
+        found = plan(session.library, session.capacity, output, session.config.merging)
+        assert found.content["trust"] == {
             n: w for n, w in zip(session.library.names, session.library.by_teacher.trust) if w
         }
         return [(one.scale, one.regret) for one in found.chosen if one.family == "own"]

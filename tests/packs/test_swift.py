@@ -23,8 +23,7 @@ from helpers.damage import changed, changed_header
 from helpers.exported import DTYPES, adapter_of
 from helpers.targets import KEPT
 
-from d2c_mlx.compress.affine import BITS, Quantized
-from d2c_mlx.compress.compressed import Compressed, Level
+from d2c_mlx.compress.compressed import BITS, Compressed, Level, Quantized
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack

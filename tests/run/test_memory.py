@@ -16,7 +16,6 @@ from d2c_mlx.adapters.reading import left_in_file, read_adapter
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.compress.waiting import WaitingForm
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError
@@ -97,38 +96,3 @@ def test_a_compact_file_is_written_one_adapter_after_the_other(tmp_path):
     assert one.read_bytes() == all_of_them.read_bytes()
     assert peak < size / 4
     assert [x.name for x in there[-2:]] == ["a38", "a39"]
-
-
-def test_forms_that_wait_take_no_memory():
-    one, path = lora_of(np.random.default_rng(0), (4096, 4096), 64), "model.layers.0.q"
-    small = compress(Adapter("a", {path: one}), {path: [(64, 8)]})
-    tracemalloc.start()
-    waiting = [WaitingForm(small) for _ in range(40)]
-    kept = tracemalloc.get_traced_memory()[0]
-    assert sum(one.load().nbytes for one in waiting) == 40 * small.nbytes
-    again = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert kept < small.nbytes and again < small.nbytes
-
-
-def test_many_modules_of_many_forms_take_little_memory():
-    """Beside the first, a form takes a place for every module: what is equal is there once."""
-    rng = np.random.default_rng(0)
-    modules = {f"model.layers.{i}.q": lora_of(rng, (64, 64), 8) for i in range(100)}
-    levels = {path: [(4, 4), (4, 2)] for path in modules}
-    forms = [compress(Adapter(f"a{k}", modules), levels) for k in range(20)]
-    WaitingForm(forms[0])
-    tracemalloc.start()
-    waiting = [WaitingForm(one) for one in forms]
-    kept = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert kept < len(waiting) * len(modules) * 250
-    for one, form in zip(waiting, forms):
-        again = one.load()
-        assert again.name == form.name and [*again.modules] == [*form.modules]
-        for path, some in form.modules.items():
-            for mine, theirs in zip(again.modules[path], some):
-                for x, y in ((mine.a, theirs.a), (mine.b, theirs.b)):
-                    assert (x.bits, x.width, x.group_size) == (y.bits, y.width, y.group_size)
-                    for name in ("weight", "scales", "biases"):
-                        np.testing.assert_array_equal(getattr(x, name), getattr(y, name))

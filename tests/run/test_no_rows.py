@@ -1,14 +1,16 @@
 """Runs without rows."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import NAMES, planner_of, stages_started
+from helpers.runs import NAMES, stages_started
 from helpers.tiny import peft_adapter
 
 from d2c_mlx.adapters.adapter import zeros
+from d2c_mlx.compress.plan import plan
 from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import read_bench
@@ -87,14 +89,20 @@ def test_bytes_by_errors_of_dw(bare, form):
     assert "squared error" in session.path("report.md").read_text(encoding="utf-8")
 
 
+def planned(session, room):
+    """`plan.json` of so many bytes for rows."""
+    with tempfile.TemporaryDirectory() as output:
+        return plan(session.library, session.capacity, Path(output), room=room).content
+
+
 def test_more_bytes_leave_less_error(bare):
     session = Run(bare.replace(budget="40%"), quiet=True)
     run(bare, until="convert", quiet=True)
-    planner, rooms = planner_of(session), [400, 1500, 4000, 9000]
-    plans = [planner.search(room) for room in rooms]
-    for room, plan in zip(rooms, plans):
-        assert sum(unit["nbytes"] for unit in plan.content["units"]) <= room
-    regrets = [plan.content["regret"] for plan in plans]
+    rooms = [400, 1500, 4000, 9000]
+    plans = [planned(session, room) for room in rooms]
+    for room, content in zip(rooms, plans):
+        assert sum(unit["nbytes"] for unit in content["units"]) <= room
+    regrets = [content["regret"] for content in plans]
     assert regrets == sorted(regrets, reverse=True) and regrets[0] > 0.5 > 0.05 > regrets[-1]
 
 
@@ -102,9 +110,9 @@ def test_copies_share_bytes(bare):
     for name in NAMES:
         peft_adapter(Path(bare.adapters), name, seed=1)
     run(bare, until="convert", quiet=True)
-    plan = planner_of(Run(bare.replace(budget="40%"))).search(1500)
-    assert "merged" in {unit["family"] for unit in plan.content["units"]}
-    assert len(plan.content["units"]) < 4
+    content = planned(Run(bare.replace(budget="40%"), quiet=True), 1500)
+    assert "merged" in {unit["family"] for unit in content["units"]}
+    assert len(content["units"]) < 4
 
 
 def test_an_untrained_adapter_takes_no_bytes(bare):
@@ -114,8 +122,8 @@ def test_an_untrained_adapter_takes_no_bytes(bare):
         {path: lora.shape for path, lora in session.library.adapters[0].modules.items()}, 4
     )
     session.library.adapters[0] = replace(session.library.adapters[0], modules=empty)
-    plan = planner_of(session).search(4000)
-    assert plan.content["base"] == ["a"]
+    content = planned(session, 4000)
+    assert content["base"] == ["a"]
 
 
 def test_a_dry_run_without_rows_measures_nothing(bare):

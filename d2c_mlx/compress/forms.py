@@ -1,0 +1,276 @@
+"""Stored forms of adapters at several sizes, and their regrets: estimated, measured where chosen.
+
+Dropping components leaves the rest too weak: the less is kept, the more a scale above 1 gains
+(0.75 % of the bytes of gec-en: regret 0.122 at scale 1, 0.057 at 1.7). A scale costs no byte.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.cluster.partition import Members
+from d2c_mlx.compress.candidates import Candidate, fitting
+from d2c_mlx.compress.quantize import Components, svd_components
+from d2c_mlx.compress.storage import Capacity, lost_worth, worth
+from d2c_mlx.evaluate.workers import ByteCache
+from d2c_mlx.merge.library import Library
+from d2c_mlx.utils.device import give_back_memory
+from d2c_mlx.utils.line_search import FINE_SCALES, line_search
+
+__all__ = ["Forms"]
+
+# Sizes to try: from four times smaller to four times larger than the equal share of the budget that
+# an adapter's tasks have. The grid is fixed, so that plans for several budgets measure the same
+# forms. A step is a power of two with this exponent. Merges have a coarser grid: measuring one runs
+# the calibration rows of all its tasks, and merges matter only where bytes are scarce.
+_SPAN, _STEPS = 4, {"own": 0.5, "merged": 1.0}
+# Scales where the rows' own answers are not trusted.
+_FROM_ONE = FINE_SCALES[FINE_SCALES.index(1.0) :]
+# The worth that a form lacks tells its regret up to a factor of its adapter's own: on 24 real
+# adapters at nine sizes log regret = _AT_EVEN + _SLOPE * log odds of the lost worth, off by a
+# factor of 1.5 once that adapter's factor is known. Then the standard deviations of the slope, of
+# an adapter's own factor, and of a measurement.
+_AT_EVEN, _SLOPE = -3.5, 1.25
+_SD_SLOPE, _SD_OWN, _SD_MEASURED = 0.3, 1.2, 0.35
+# The best scale, fitted on the same adapters: log scale = _SCALE_AT_EVEN + _SCALE_SLOPE * log odds.
+_SCALE_AT_EVEN, _SCALE_SLOPE = 0.46, 0.14
+# Regrets below this differ by rounding and luck.
+_LEAST = 2e-4
+# Scales are not searched for the best forms, which hold this share of the regret together.
+_LIGHT = 0.2
+
+
+@dataclass
+class _Ladder:
+    """One adapter's forms, with the regret that it has before it is compressed."""
+
+    forms: list[Candidate]
+    floor: float
+    scales: tuple[float, ...]
+    stronger: float = 0.0  # Log of its best scale over the estimated one, where it was tuned.
+    measured: dict[int, Candidate] = field(default_factory=dict)
+
+    @property
+    def lowest(self) -> float:
+        """Regret per member that no form goes below; measurements may have been lower."""
+        least = min((form.regret for form in self.measured.values()), default=self.floor)
+        return min(self.floor, least) / len(self.forms[0].members)
+
+
+class Forms:
+    """Stored forms of adapters at several sizes, with their regrets, measured or estimated.
+
+    `add` adapters, `settle` on a choice, `tune` its scales. Regrets are measured on teacher targets
+    (`Library.by_teacher`): judged by the answers of ten calibration rows alone, a small form may
+    look better than the adapter itself. Without rows all modules count alike, so the worth that a
+    form lacks is its error of dW but for rounding, and nothing has to be fitted.
+    """
+
+    def __init__(self, library: Library, capacity: Capacity, room: float, spool: Path) -> None:
+        """Start with the base model alone, which is estimated to have a regret of 1.
+
+        Args:
+            library: the measured library.
+            capacity: sizes of its adapters.
+            room: bytes for rows.
+            spool: a directory for measured forms.
+        """
+        self._library, self._taught, self._capacity = library, library.by_teacher, capacity
+        self._room, self._spool, self._ladders = room, spool, list[_Ladder]()
+        self._bare = [Candidate((i,), 0, 1.0, measured=False) for i in range(len(library.names))]
+        # In float32, so twice as large as their adapters.
+        self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
+            library.scorer.engine.free // 8
+        )
+
+    def add(self, members: Members, adapter: Adapter, floor: float = 0.0) -> None:
+        """Add an adapter's forms, and measure the one that is nearest to its share of the budget.
+
+        Args:
+            members: the tasks that it serves.
+            adapter: a task adapter or a merge.
+            floor: regret of the adapter itself, summed over its members.
+        """
+        forms, fair = self.ladder(members, adapter)
+        if not forms:
+            return
+        scales: tuple[float, ...] = (1.0,)  # The closest in dW.
+        if self._library.tasks:
+            # Scales below 1 are tried only where the rows' own answers are trusted.
+            trusted = any(self._taught.trust[i] for i in members)
+            scales = FINE_SCALES if trusted else _FROM_ONE
+        ladder = _Ladder(forms, floor, scales)
+        self._ladders.append(ladder)
+        if not self._library.tasks:
+            return
+        first = min(range(len(forms)), key=lambda k: abs(math.log(forms[k].share / fair)))
+        self._measure(ladder, first)
+        if scales[0] < 1:  # It may be better much weaker, which no estimate knows.
+            tuned = self._tune(ladder, first)
+            ladder.stronger = math.log(tuned.scale) - _log_scale(tuned)
+
+    def ladder(self, members: Members, adapter: Adapter) -> tuple[list[Candidate], float]:
+        """An adapter's forms at several sizes, the largest first, and its fair share of 16 bits.
+
+        The fair share is its tasks' equal part of the budget; a merge has those of all its members.
+        Nothing is measured, and regrets are left at the lost worth.
+        """
+        sizes, storage, family = self._capacity.sizes, self._capacity.storage, "own"
+        if len(members) > 1:
+            family = "merged"
+        nbytes, step = self._capacity.nbytes(adapter), _STEPS[family]
+        fair = self._room * (sum(sizes[i] for i in members) / sum(sizes)) / nbytes
+        ends = math.log2(fair / _SPAN), math.log2(min(fair * _SPAN, storage.most[family]))
+        first, last = (round(end / step) for end in ends)
+        values = worth(self._components(adapter), [self._library.module_gains[i] for i in members])
+        forms: dict[str, Candidate] = {}
+        for power in range(last, min(first, last) - 1, -1):
+            share = 2 ** (power * step)
+            levels = storage.allocate(values, share * nbytes)
+            if levels and repr(levels) not in forms:
+                size, lost = storage.nbytes(adapter.name, levels), lost_worth(values, levels)
+                forms[repr(levels)] = Candidate(
+                    members, size, lost, False, adapter, levels, share, lost
+                )
+        return list(forms.values()), fair
+
+    def candidates(self) -> list[Candidate]:
+        """The base model for every task, then every form; those that are measured have a file."""
+        candidates, by_rows = list(self._bare), bool(self._library.tasks)
+        offset, slope, factors = self._fitted() if by_rows else (0.0, 0.0, np.empty(0))
+        for i, ladder in enumerate(self._ladders):
+            n = len(ladder.forms[0].members)
+            for k, form in enumerate(ladder.forms):
+                if k in ladder.measured:
+                    candidates.append(ladder.measured[k])
+                    continue
+                regret = ladder.floor + n * form.lost
+                if by_rows:
+                    excess = math.exp(offset + factors[i] + slope * _odds(form))
+                    regret = n * (excess + ladder.lowest)
+                candidates.append(replace(form, regret=regret))
+        return candidates
+
+    def settle(self) -> list[Candidate]:
+        """Choose by the estimates and measure the choice, until nothing of it is estimated."""
+        places = [(ladder, k) for ladder in self._ladders for k in range(len(ladder.forms))]
+        n = len(self._bare)
+        while True:
+            candidates = self.candidates()
+            chosen = fitting(candidates, n, self._capacity, self._room)
+            missing = [j for j in chosen if not candidates[j].measured]
+            if not missing:
+                return [candidates[j] for j in chosen]
+            tasks = [j for j in missing if j < n]
+            if tasks:
+                for i, regret in zip(tasks, self._taught.regrets(None, tasks)):
+                    self._bare[i] = Candidate((i,), 0, float(regret))
+            for j in missing:
+                if j >= n:
+                    self._measure(*places[j - n])
+
+    def tune(self, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """Search the scales of the chosen forms that hold nearly all of the regret; settle again.
+
+        A scale gains a share of a form's regret, so that of the others would not show.
+        """
+        stored = sorted((form for form in chosen if form.file), key=lambda form: -form.regret)
+        regrets = np.maximum([form.regret for form in stored], 0.0)
+        before = np.cumsum(regrets) - regrets
+        heavy = {form.file for form, sum_before in zip(stored, before)
+                 if sum_before < (1 - _LIGHT) * regrets.sum()}  # fmt: skip
+        for ladder in self._ladders:
+            for k, form in list(ladder.measured.items()):
+                if form.file in heavy:
+                    self._tune(ladder, k)
+        return self.settle()
+
+    def measure(
+        self,
+        form: Candidate,
+        scales: Sequence[float] = _FROM_ONE,
+        start: float = 1.0,
+    ) -> Candidate:
+        """Measure one form at its best scale; if it was measured, from that scale on.
+
+        Args:
+            form: the form to store; one with a file is not stored again.
+            scales: scales to try, rising.
+            start: one of `scales`, from which a line search goes.
+        """
+        if form.file:
+            small = replace(form, scale=1.0).load()
+        else:
+            assert form.adapter
+            parts = self._components(form.adapter)
+            small = self._capacity.storage.store(form.adapter, form.levels, parts)
+
+        def regret(scale: float) -> float:
+            if form.file and scale == form.scale:
+                return form.regret
+            plain = small.scaled(scale).adapter(self._library.base.dtype)
+            return float(self._taught.regrets(plain, form.members).sum())
+
+        scale, lowest = line_search(regret, scales, start)
+        file = form.file
+        if file is None:
+            # Several forms of every adapter would take too much memory.
+            file = self._spool / f"{len(list(self._spool.iterdir()))}.pickle"
+            file.write_bytes(pickle.dumps(small))
+        give_back_memory()
+        return replace(form, regret=lowest, scale=scale, file=file, measured=True)
+
+    def _measure(self, ladder: _Ladder, k: int) -> None:
+        """Measure a form at its estimated scale."""
+        log_scale = _log_scale(ladder.forms[k]) + ladder.stronger
+        scale = min(ladder.scales, key=lambda scale: abs(math.log(scale) - log_scale))
+        ladder.measured[k] = self.measure(ladder.forms[k], (scale,), scale)
+
+    def _tune(self, ladder: _Ladder, k: int) -> Candidate:
+        """Search the scale of a measured form."""
+        form = ladder.measured[k]
+        ladder.measured[k] = self.measure(form, ladder.scales, form.scale)
+        return ladder.measured[k]
+
+    def _components(self, adapter: Adapter) -> dict[str, Components]:
+        """`svd_components`, computed again if memory had no room to keep them."""
+        parts = self._parts.get(adapter.digest)
+        if parts is None:
+            parts = svd_components(adapter)
+            nbytes = sum(a.nbytes + b.nbytes for a, b in parts.values())
+            self._parts.put(adapter.digest, parts, nbytes)
+        return parts
+
+    def _fitted(self) -> tuple[float, float, np.ndarray]:
+        """Offset, slope and every adapter's own factor (log): ridge regression to the priors."""
+        rows, logs = [], []
+        for i, ladder in enumerate(self._ladders):
+            n = len(ladder.forms[0].members)
+            for form in ladder.measured.values():
+                rows.append((i, _odds(form)))
+                logs.append(math.log(max(form.regret / n - ladder.lowest, _LEAST)))
+        each = np.eye(len(self._ladders))[[i for i, _ in rows]]
+        x = np.column_stack([np.ones(len(rows)), [odds for _, odds in rows], each])
+        prior = np.concatenate([[_AT_EVEN, _SLOPE], np.zeros(each.shape[1])])
+        spread = np.concatenate([[3.0, _SD_SLOPE], np.full(each.shape[1], _SD_OWN)])
+        system = x.T @ x + np.diag((_SD_MEASURED / spread) ** 2)
+        fit = prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))
+        return float(fit[0]), float(fit[1]), fit[2:]
+
+
+def _odds(form: Candidate) -> float:
+    """Log odds of the worth that a form lacks."""
+    lost = min(max(form.lost, 1e-4), 1 - 1e-4)
+    return math.log(lost / (1 - lost))
+
+
+def _log_scale(form: Candidate) -> float:
+    """Log of the estimated best scale; scales below 1 are not foreseen."""
+    return max(0.0, _SCALE_AT_EVEN + _SCALE_SLOPE * _odds(form))

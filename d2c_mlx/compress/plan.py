@@ -1,0 +1,192 @@
+"""A plan for a budget in bytes: what is stored of which adapter, and what that loses.
+
+Every task adapter has forms of several sizes around its share of the budget. Their regrets are
+estimated, an integer program chooses forms or the bare base model for all tasks, and what it
+chooses is measured, which corrects the estimates, until a choice has no estimate left. Merges
+follow, with half as many clusters each time, while a partition loses less before compression than
+the best plan so far loses in all. Without rows a regret is the squared relative error of dW.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.cluster.estimates import MergeEstimates
+from d2c_mlx.cluster.partition import Members, groups_of
+from d2c_mlx.cluster.search import estimated_partition
+from d2c_mlx.compress.candidates import Candidate, choose
+from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.storage import Capacity
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merging import merge
+from d2c_mlx.merge.options import MergeOptions
+from d2c_mlx.utils.sequences import OnDemand
+
+__all__ = ["Plan", "plan", "serves_of"]
+
+# A summed regret below this is rounding.
+_ROUNDING = 1e-6
+# The default merge loses this share of the estimated regret, which is RegMean's.
+_BETTER = 0.6
+# Budgets of the frontier, as multiples of the given one.
+_FRONTIER = tuple(2 ** (k / 2) for k in range(-4, 3))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is stored in a budget of bytes.
+
+    Attributes:
+        chosen: one candidate for every task or group of tasks, those of the base model too.
+        content: `plan.json`: `units` (chosen adapters: tasks, family, scale, levels, nbytes,
+            regret), `base` (tasks left to the base model), `regret` (mean over tasks), `frontier`
+            (regret at several budgets, of each family alone and of both; null for merges if there
+            are none), `trust` (task -> weight of its rows' own answers where it is above 0, see
+            `Library.by_teacher`), `candidates` and `measured` (how many there were, and how many
+            were measured; the frontier has estimates of the others).
+    """
+
+    chosen: tuple[Candidate, ...]
+    content: dict[str, Any]
+
+
+def serves_of(content: Mapping[str, Any]) -> dict[str, int | None]:
+    """Task -> position of its unit in a `plan.json`; None leaves it to the base model."""
+    serves: dict[str, int | None] = dict.fromkeys(content["base"])
+    for k, unit in enumerate(content["units"]):
+        serves |= dict.fromkeys(unit["tasks"], k)
+    return serves
+
+
+def plan(
+    library: Library,
+    capacity: Capacity,
+    output: Path,
+    options: MergeOptions | None = None,
+    room: float | None = None,
+) -> Plan:
+    """Choose what is stored in a budget of bytes, and write it as it was measured.
+
+    For a number of adapters, merges in 16 bit, use `cluster.d2c` instead.
+
+    Args:
+        library: the measured library.
+        capacity: sizes of its adapters, and bytes of the budget.
+        output: an empty directory, which gets the chosen forms, see `Storage.write`.
+        options: how merges are made.
+        room: bytes for rows, without the header; None takes those of the capacity's budget.
+
+    Raises:
+        BudgetError: no choice serves every task.
+    """
+    room, options = room or capacity.room, options or MergeOptions()
+    taught = library.by_teacher
+    fading = library.fading if library.tasks else taught.fading
+    estimates, ratio, k = MergeEstimates(fading, library.similarity), _BETTER, len(library.names)
+    with tempfile.TemporaryDirectory(prefix="d2c-mlx-") as spool:
+        forms = Forms(library, capacity, room, Path(spool))
+        for i, adapter in enumerate(library.adapters):
+            forms.add((i,), adapter)
+        chosen = forms.settle()
+        while k := k // 2:
+            best = sum(candidate.regret for candidate in chosen)
+            merges, ratio = _merges(taught, options, estimates, k, best, ratio)
+            if not merges:
+                break
+            for members, (adapter, regret) in sorted(merges.items()):
+                forms.add(members, adapter, regret)
+            chosen = forms.settle()
+        chosen = forms.tune(chosen)
+        stored = [candidate for candidate in chosen if candidate.adapter]
+        capacity.storage.write(output, OnDemand(lambda j: stored[j].load(), len(stored)))
+        return Plan(tuple(chosen), _content(library, capacity, forms.candidates(), chosen, room))
+
+
+def _merges(
+    taught: Library,
+    options: MergeOptions,
+    estimates: MergeEstimates,
+    k: int,
+    best: float,
+    ratio: float,
+) -> tuple[dict[Members, tuple[Adapter, float]], float]:
+    """Merge the clusters of a partition into k, unless it loses more than the best plan.
+
+    Args:
+        taught: the library, judged by what its task adapters predict.
+        options: how to merge.
+        estimates: of what merges lose.
+        k: number of clusters.
+        best: summed regret of the best plan so far.
+        ratio: the last partition's cost, relative to its estimate, which corrects that of this one.
+
+    Returns:
+        Members -> merge and summed regret, none if they lose more than `best`; and the next ratio.
+    """
+    groups = groups_of(estimated_partition(estimates, k))
+    costs = {group: float(estimates.of(group).sum()) for group in groups if len(group) > 1}
+    # A bad estimate saves merging.
+    if ratio * sum(costs.values()) >= best:
+        return {}, ratio
+    merges: dict[Members, tuple[Adapter, float]] = {}
+    total = 0.0
+    # The worst first: one cluster may be enough to reject the whole partition.
+    for members in sorted(costs, key=costs.__getitem__, reverse=True):
+        if total < best:
+            merged = merge(taught, members, options)
+            regret = merged.regret * len(members)
+            if not math.isfinite(regret):  # Its scale was given, so nothing was measured yet.
+                regret = float(taught.regrets(merged.adapter, members).sum())
+            merges[members] = merged.adapter, regret
+            total += regret
+    estimated = sum(costs[members] for members in merges)
+    ratio = max(0.0, total) / estimated if estimated > _ROUNDING else _BETTER
+    return (merges if total < best else {}), ratio
+
+
+def _content(
+    library: Library,
+    capacity: Capacity,
+    candidates: Sequence[Candidate],
+    chosen: Sequence[Candidate],
+    room: float,
+) -> dict[str, Any]:
+    """`plan.json`, see `Plan`."""
+    names, n = library.names, len(library.names)
+    frontier = []
+    for multiple in _FRONTIER:
+        row: dict[str, Any] = {"share": multiple * room / capacity.total, "merged": None}
+        for name in ("own", "merged", "all"):
+            offered = [
+                form for form in candidates if name == "all" or form.family in (name, "base")
+            ]
+            # Without a merge, the base model alone would make merges look like a total loss.
+            if name != "merged" or any(form.family == name for form in offered):
+                row[name] = sum(offered[j].regret for j in choose(offered, n, multiple * room)) / n
+        frontier.append(row)
+    return {
+        "units": [
+            {
+                "tasks": [names[i] for i in form.members],
+                "family": form.family,
+                "nbytes": form.nbytes,
+                "regret": form.regret / len(form.members),
+                "scale": form.scale,
+                "levels": {path: [list(level) for level in levels]
+                           for path, levels in form.levels.items()},
+            }
+            for form in chosen if form.adapter
+        ],
+        "base": [names[form.members[0]] for form in chosen if not form.adapter],
+        "regret": sum(form.regret for form in chosen) / n,
+        "candidates": len(candidates),
+        "measured": sum(form.measured for form in candidates),
+        "trust": {name: trust for name, trust in zip(names, library.by_teacher.trust) if trust},
+        "frontier": frontier,
+    }  # fmt: skip
