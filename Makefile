@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo check test benchmark tables docs blas check-dist check-lowest check-newest lock \
+.PHONY: demo check test soak benchmark tables docs blas check-dist check-lowest check-newest lock \
   audit sbom swift clean
 
 demo: .venv/demo blas
@@ -28,6 +28,10 @@ test: .venv/test blas
 	$(BIN)/mypy --platform darwin
 	$(BIN)/lint-imports
 	$(PYTEST)
+
+# Ten thousand requests of every kind to a server.
+soak: .venv/test
+	$(BIN)/pytest -m soak
 
 # The reader of packs in examples/swift: its own tests, and that it has the bytes of `export --to mlx`.
 swift: .venv/test
@@ -154,7 +158,7 @@ check-lowest check-newest: .venv/tools
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack compress/test_planner compress/test_quantize \
   merge/test_merge refine/test_refine models/test_gguf serve/test_serving serve/test_mixed \
-  serve/test_changes serve/test_prefixes web/test_serve web/test_serve_bad web/test_clients \
+  serve/test_changes serve/test_prefixes web/test_serve web/test_refused web/test_clients \
   report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python requirements/tools.txt

@@ -114,7 +114,7 @@ class _Size(click.ParamType):
     "--adapter-memory",
     type=_Size(),
     metavar="SIZE",
-    help="most memory of adapters  [default: no limit]",
+    help="most memory of adapters  [default: half of MLX's]",
 )
 @click.option(
     "--prefix-memory",
@@ -178,28 +178,30 @@ def serve(
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.adapters import Adapters
-    from d2c_mlx.serve.jobs import Limits
     from d2c_mlx.serve.metrics import log_requests_to
     from d2c_mlx.serve.router import load_router
-    from d2c_mlx.serve.service import PackService
-    from d2c_mlx.web.front import LOOPBACK, Access
+    from d2c_mlx.serve.service import Limits, PackService
+    from d2c_mlx.web.routes import LOOPBACK, Access
     from d2c_mlx.web.server import PackServer
 
     source = load_pack(pack)
-    adapters = Adapters(BaseModel(str(source.base_directory(model))), source, adapter_memory)
-    names = [*LOOPBACK, host.lower(), *(name.lower() for name in hosts)]
-    # A page has a name to lead here; an address in digits is the machine's own.
-    if host in ("0.0.0.0", "::"):
-        names.append("*")
-    access = Access(token or None, origins, tuple(names), not no_ui, allow_changes)
-    limits = Limits(batch=batch, queue=queue, max_tokens=max_tokens, prefix_nbytes=prefix_memory)
+    base = BaseModel(str(source.base_directory(model)))
+    # Whoever lets other machines in asks for a token, which pages of strangers do not have.
+    names = ["*"] if host in ("0.0.0.0", "::") and not hosts else [*LOOPBACK, host, *hosts]
+    access = Access(token or None, origins, names, not no_ui, allow_changes)
+    limits = Limits(
+        batch=batch,
+        queue=queue,
+        max_tokens=max_tokens,
+        adapter_nbytes=adapter_memory,
+        prefix_nbytes=prefix_memory,
+    )
     if log_file:
         try:
             log_requests_to(log_file)
         except OSError as error:
             raise click.ClickException(f"--log-file {log_file}: {error.strerror}") from None
-    service = PackService(source, adapters, load_router(source), limits, directory)
+    service = PackService(source, base, load_router(source), limits, directory)
     try:
         server = PackServer((host, port), service, access)
     except (OSError, UnicodeError) as error:
@@ -210,11 +212,12 @@ def serve(
             f" {'--port' if of_port else '--host'}"
         ) from None
     _stop_by_signal(server)
-    say(
-        f"{server.url}: {len(source.tasks)} tasks{' and auto' if service.router else ''} of"
-        f" {source.path}, {adapters.model.nbytes / 1e6:,.0f} MB of adapters in memory; stop with"
-        " Ctrl-C"
-    )
+    auto, adapters = " and auto" if service.router else "", service.adapters
+    memory = f"{adapters.model.nbytes / 1e6:,.0f} MB of adapters in memory"
+    if not adapters.model.nbytes:
+        memory = f"adapters are loaded at first use, into {adapters.memory / 1e6:,.0f} MB"
+    tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
+    say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
     server.run()
 
 

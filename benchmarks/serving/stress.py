@@ -146,8 +146,9 @@ class Stress:
 def request(path, body):
     """The bytes of a request."""
     content = json.dumps(body).encode()
-    head = f"Content-Length: {len(content)}\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
-    return f"POST {path} HTTP/1.0\r\n{head}".encode() + content
+    head = f"Host: localhost\r\nContent-Length: {len(content)}\r\n"
+    key = f"Authorization: Bearer {TOKEN}\r\n\r\n"
+    return f"POST {path} HTTP/1.0\r\n{head}{key}".encode() + content
 
 
 def state(stress):

@@ -1,8 +1,9 @@
 """The adapters that requests may name: which are in memory, who uses them, how they come and go.
 
 An adapter is read on a thread of its own while others generate, one at a time. The scheduler's
-thread alone then puts it into a slot and takes it out again, between two tokens. What a request
-has begun with it keeps: every load is an entry of its own, and leaves when its last user has ended.
+thread alone then gives it a seat in memory and takes that away again, between two tokens. What a
+request has begun with it keeps: every load is an `Entry` of its own, and leaves when its last user
+has ended.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.metrics import Metrics
-from d2c_mlx.serve.mixed_batch import Factors, MixedModel
-from d2c_mlx.serve.prefixes import Prefixes
+from d2c_mlx.serve.mixed_batch import Factors, MixedModel, Prefixes, Seat, ranks_of
 from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.utils.errors import InputError
 
 __all__ = ["Adapters", "Entry"]
 
 _log = logging.getLogger(__name__)
-_ids, _loads = itertools.count(), itertools.count(1)
+_ids = itertools.count()
 
 
 @dataclass(eq=False)
@@ -41,41 +41,26 @@ class Entry:
     """One load of an adapter; another load, even of the same name, is another entry.
 
     Attributes:
+        name: under which it is counted.
         path: the directory or file it comes from.
         read: reads it; None if the base serves its tasks as it is.
         pinned: it stays in memory.
         scale: factor of its update, where a request names none.
-        name: under which it is counted.
         id: unlike that of any other.
-        slot: in `MixedModel` while it is in memory; 0 is the base.
-        load: number of the load that put it there, unlike any other; 0 is the base.
-        named: name -> requests by it that wait for the adapter or run with it.
+        seat: in memory; None while it is not there.
+        users: name -> requests by it that wait for the adapter or run with it.
         rows: requests that run with it.
-        used: when a request last began with it, in begun requests.
-        problem: why it could not be read.
-        leaving: name that was unloaded -> done when the last request by it has ended.
-        gone: no name is left.
     """
 
+    name: str
     path: Path
     read: Callable[[], Adapter | None]
     pinned: bool = False
     scale: float = 1.0
-    name: str = ""
     id: int = field(default_factory=lambda: next(_ids))
-    slot: int | None = None
-    load: int = 0
-    named: Counter[str] = field(default_factory=Counter)
+    seat: Seat | None = None
+    users: Counter[str] = field(default_factory=Counter)
     rows: int = 0
-    used: int = 0
-    problem: str = ""
-    leaving: dict[str, Future[None]] = field(default_factory=dict)
-    gone: bool = False
-
-    @property
-    def users(self) -> int:
-        """Requests that wait for it or run with it."""
-        return self.named.total()
 
 
 class Adapters:
@@ -86,51 +71,52 @@ class Adapters:
     Attributes:
         model: the base with the adapters that are in memory.
         names: name in a request -> entry. It is replaced, never changed: any thread may read it.
-        memory: most bytes of adapters in memory; None is no limit. One always fits.
-        metrics: counts loads and evictions, and forgets names; None before `attach`.
-        prefixes: what adapters in memory made of prompts; None before `attach`.
+        memory: most bytes of adapters in memory. One always fits.
+        prefixes: what adapters in memory made of prompts.
     """
 
-    def __init__(self, base: BaseModel, pack: Pack, memory: int | None = None) -> None:
-        """Load all adapters of a pack, or with a limit none before it is asked for.
+    def __init__(
+        self, base: BaseModel, pack: Pack, memory: int, metrics: Metrics, prefixes: Prefixes
+    ) -> None:
+        """Load all adapters of a pack, or none before it is asked for where not all fit.
 
         Args:
             base: the pack's base model without adapters; not to be used for anything else then.
             pack: verified.
-            memory: most bytes of adapters in memory; None is no limit.
+            memory: most bytes of adapters in memory.
+            metrics: counts loads and evictions, and forgets names.
+            prefixes: drops what adapters made that leave.
 
         Raises:
             AdapterError: an adapter is not of this base.
             PackError: an adapter cannot be read.
         """
         self.model, self.memory = MixedModel(base), memory
+        self._metrics, self.prefixes = metrics, prefixes
         self.names: Mapping[str, Entry] = self.entries_of(pack)
-        # Slot -> who has it, those included that are no longer served and still in use.
-        self._loaded: dict[int, Entry] = {}
-        self.metrics: Metrics | None = None
-        self.prefixes: Prefixes | None = None
-        self._clock = itertools.count(1)
+        # Those in memory, used longest ago first; some may not be served any more.
+        self._seated: dict[Entry, Seat] = {}
+        # Names that were unloaded and have users -> who is told when these have ended.
+        self._leaving: list[tuple[str, Entry, Future[None]]] = []
+        self._incoming: tuple[Entry, Future[Factors]] | None = None
         self._loader: ThreadPoolExecutor | None = None
         self._starting = Lock()
-        self._post: Callable[[Callable[[], None]], None] = lambda call: call()
-        self._incoming: Entry | None = None
-        self._factors: Factors | None = None
-        if memory is None:
-            entries = list(dict.fromkeys(self.names.values()))
-            found = {one: self.read(one) for one in entries}
-            slots = self.model.put([factors for factors in found.values() if factors])
-            for one, factors in found.items():
-                self._has(one, slots.pop(0) if factors else 0)
+        factors: dict[Entry, Factors] = {}
+        for entry in dict.fromkeys(self.names.values()):
+            if entry.seat is None:
+                factors[entry] = self.read(entry)
+            if self.model.nbytes_of([ranks_of(x) for x in factors.values()]) > memory:
+                return
+        self._seat(factors, [])
 
     def entries_of(self, pack: Pack) -> dict[str, Entry]:
         """New entries for the tasks of a pack; tasks of one adapter share one. On any thread."""
-        bare = Entry(pack.path, lambda: None, slot=0)
-        shared = {
-            key: Entry(pack.path / str(key) if pack.storage != "compact" else pack.path,
-                       partial(pack.load, tasks[0]), name=tasks[0])
-            for key, tasks in pack.adapters.items()
-        }  # fmt: skip
-        return {task: bare if key is None else shared[key] for task, key in pack.tasks.items()}
+        bare = Entry("", pack.path, lambda: None, seat=self.model.base_seat)
+        entries: dict[Any, Entry] = {None: bare}
+        for key, (task, *_) in pack.adapters.items():
+            path = pack.path if pack.storage == "compact" else pack.path / str(key)
+            entries[key] = Entry(task, path, partial(pack.load, task))
+        return {task: entries[key] for task, key in pack.tasks.items()}
 
     def read(self, entry: Entry) -> Factors:
         """Read the factors of an adapter; none if it is the base. On any thread.
@@ -143,15 +129,6 @@ class Adapters:
             return {}
         check_adapter(adapter, self.model.base.module_shapes, entry.path)
         return self.model.factors(adapter)
-
-    def attach(
-        self, post: Callable[[Callable[[], None]], None], metrics: Metrics, prefixes: Prefixes
-    ) -> None:
-        """Begin: `post` has a function called on the scheduler's thread."""
-        self._post, self._incoming, self._factors = post, None, None
-        self.metrics, self.prefixes = metrics, prefixes
-        for entry in self._loaded.values():
-            metrics.loads.labels(entry.name).inc()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Have the loader's thread call a function, after all others. On any thread."""
@@ -173,74 +150,60 @@ class Adapters:
         entry = self.names.get(name)
         if entry is None:
             raise RequestError(404, f"model: {name[:80]!r} was unloaded", "model")
-        entry.named[name] += 1
-        entry.problem = ""
+        entry.users[name] += 1
         return entry
 
     def begin(self, entry: Entry) -> None:
         """A user of an adapter runs now."""
         entry.rows += 1
-        entry.used = next(self._clock)
+        if entry in self._seated:
+            self._seated[entry] = self._seated.pop(entry)
 
     def release(self, entry: Entry, name: str, ran: bool) -> None:
         """A user has ended; an adapter that was unloaded leaves with its last one."""
-        entry.named[name] -= 1
+        entry.users[name] -= 1
         entry.rows -= ran
-        self._leave(entry)
+        self._let_go()
 
-    def is_ready(self, entry: Entry) -> bool:
+    def is_ready(self, entry: Entry, wake: Callable[[], None]) -> bool:
         """True if an adapter is in memory; else it is being read, or waits for room.
+
+        Args:
+            entry: the adapter.
+            wake: is called, on another thread, as soon as it was read.
 
         Raises:
             RequestError: (500) it cannot be read, or has no room beside what is pinned.
         """
-        if entry.slot is not None:
+        if entry.seat is not None:
             return True
-        if entry.problem:
-            raise RequestError(500, entry.problem)
-        waits = self._incoming
-        if waits and waits is not entry and self._factors is not None and not waits.users:
+        if self._incoming and self._incoming[1].done() and not self._incoming[0].users.total():
             # Whoever wanted it has left.
-            waits = self._incoming = None
-        if waits is None:
-            self._incoming, self._factors = entry, None
-            future = self.submit(partial(self.read, entry))
-            future.add_done_callback(lambda done: self._post(partial(self._was_read, entry, done)))
+            self._incoming = None
+        if self._incoming is None:
+            self._incoming = entry, self.submit(partial(self.read, entry))
+            self._incoming[1].add_done_callback(lambda _: wake())
+        if not self.lacks_room(entry):
             return False
-        if waits is not entry or self._factors is None:
-            return False
-        placed = self.place(entry, self._factors)
-        if placed or not any(one.rows for one in self._loaded.values()):
+        factors = self._incoming[1]
+        try:
+            placed = self._place(entry, factors.result())
+        except Exception as error:  # a file may have become anything
+            self._incoming = None
+            _log.warning("%s: an adapter could not be loaded", entry.path, exc_info=True)
+            why = str(error).splitlines()[0] if isinstance(error, InputError) else ""
+            words = f"the adapter cannot be loaded ({why or type(error).__name__})"
+            raise RequestError(500, words) from None
+        if placed or not any(other.rows for other in self._seated):
             self._incoming = None
         if not placed and self._incoming is None:
-            raise RequestError(500, "the adapter has no room in memory beside those that are"
-                                    " pinned; unload one of them")  # fmt: skip
+            words = "the adapter has no room in memory beside those that are pinned"
+            raise RequestError(500, f"{words}; unload one of them")
         return placed
 
     def lacks_room(self, entry: Entry) -> bool:
         """True if an adapter was read and waits for room."""
-        return self._incoming is entry and self._factors is not None
-
-    def place(self, entry: Entry, factors: Factors) -> bool:
-        """Put an adapter into memory, in place of those that were used longest ago.
-
-        Returns:
-            False if all that are there are in use or pinned.
-        """
-        if not factors:
-            entry.slot = 0
-            return True
-        if self.memory is not None and not self._make_room(factors):
-            return False
-        self._has(entry, *self.model.put([factors]))
-        return True
-
-    def most_in_memory(self, factors: Factors | None = None) -> int:
-        """Number of adapters that memory has room for, were this one among them."""
-        if self.memory is None:
-            return 1 << 30
-        # The base has a slot, too.
-        return max(1, self.memory // max(1, self.model.slot_nbytes(factors)) - 1)
+        return bool(self._incoming and self._incoming[0] is entry and self._incoming[1].done())
 
     def add(self, name: str, entry: Entry, factors: Factors) -> None:
         """Serve an adapter that was read; the one of this name before leaves when it is not used.
@@ -248,96 +211,98 @@ class Adapters:
         Raises:
             RequestError: (400) it is to be pinned, and there is no room.
         """
+        # The one of this name leaves.
+        others = [other for other in self._seated if other is not self.names.get(name)]
+        ranks = ranks_of(factors)
         if entry.pinned:
-            # The one of this name leaves.
-            before = self.names.get(name)
-            pinned = sum(one.pinned for one in self._loaded.values() if one is not before)
+            pinned = [self._seated[other].ranks for other in others if other.pinned]
             # One slot stays for all the others.
-            if pinned + 1 >= self.most_in_memory(factors) or not self.place(entry, factors):
-                raise RequestError(400, f"pinned: no room in memory beside {pinned} pinned adapters"
-                                   " and those in use; load it without", "pinned")  # fmt: skip
-        elif len(self._loaded) < self.most_in_memory(factors):
-            self.place(entry, factors)
+            room = self.model.nbytes_of([*pinned, ranks, ranks]) <= self.memory
+            if not room or not self._place(entry, factors):
+                words = f"pinned: no room in memory beside {len(pinned)} pinned adapters"
+                raise RequestError(400, f"{words} and those in use; load it without", "pinned")
+        elif self.nbytes_with(ranks) <= self.memory:
+            self._place(entry, factors)
         self.replace({**self.names, name: entry})
 
     def remove(self, name: str) -> Future[None]:
         """Stop serving a name; the future is done when the last request by it has ended."""
-        entry = self.names[name]
         done: Future[None] = Future()
-        entry.leaving[name] = done
-        self.replace({key: one for key, one in self.names.items() if key != name})
+        self._leaving.append((name, self.names[name], done))
+        self.replace({key: entry for key, entry in self.names.items() if key != name})
         return done
 
     def replace(self, names: Mapping[str, Entry]) -> None:
         """Serve these names instead of all others; what is left out leaves when it is not used."""
-        before, self.names, served = self.names, names, {*names.values()}
+        before, self.names = self.names, names
+        told = {(name, entry) for name, entry, _ in self._leaving}
         for name, entry in before.items():
-            if names.get(name) is not entry:
-                entry.leaving.setdefault(name, Future())
-                entry.gone = entry not in served
-        for entry in {*before.values()}:
-            self._leave(entry)
+            if names.get(name) is not entry and (name, entry) not in told:
+                self._leaving.append((name, entry, Future()))
+        self._let_go()
 
-    def _has(self, entry: Entry, slot: int) -> None:
-        entry.slot = slot
-        if slot:
-            # The file may have changed since it was read before.
-            self._loaded[slot], entry.load = entry, next(_loads)
-            if self.metrics and not entry.gone:
-                self.metrics.loads.labels(entry.name).inc()
+    def is_served(self, entry: Entry) -> bool:
+        """True if a name leads to it."""
+        return any(other is entry for other in self.names.values())
 
-    def _free(self, entry: Entry) -> None:
-        if entry.slot:
-            self.model.free(entry.slot)
-            del self._loaded[entry.slot]
-            if self.prefixes:
-                self.prefixes.drop(entry.load)
-        entry.slot = None
+    def nbytes_with(self, *ranks: Mapping[str, int]) -> int:
+        """Bytes of all that are in memory, and of more adapters of these ranks beside them."""
+        return self.model.nbytes_of([*(seat.ranks for seat in self._seated.values()), *ranks])
 
-    def _leave(self, entry: Entry) -> None:
-        over = [name for name in entry.leaving if not entry.named[name]]
-        if entry.gone and not entry.users:
-            self._free(entry)
-            self._forget(entry.name)
-        for name in over:
+    def _let_go(self) -> None:
+        """Take out of memory, and forget, what was unloaded and nobody uses any more."""
+        waiting = []
+        for name, entry, done in self._leaving:
+            if entry.users[name]:
+                waiting.append((name, entry, done))
+                continue
+            if not self.is_served(entry) and not entry.users.total():
+                self._seat({}, [entry])
+                self._forget(entry.name)
             # Not before: its last requests are counted after it was unloaded.
             self._forget(name)
-            entry.leaving.pop(name).set_result(None)
+            done.set_result(None)
+        self._leaving = waiting
 
     def _forget(self, name: str) -> None:
         # Without a name requests are counted for the base model, which stays.
-        if self.metrics and name and name not in self.names:
-            self.metrics.forget(name)
+        if name and name not in self.names:
+            self._metrics.forget(name)
 
-    def _make_room(self, factors: Factors) -> bool:
-        """Have a slot free for an adapter, and no others than memory has room for beside it."""
-        while len(self._loaded) >= self.most_in_memory(factors):
-            idle = [one for one in self._loaded.values() if not (one.rows or one.pinned)]
+    def _place(self, entry: Entry, factors: Factors) -> bool:
+        """Put an adapter into memory, in place of those that were used longest ago.
+
+        Returns:
+            False if all that are there are in use or pinned.
+        """
+        left = {other: seat.ranks for other, seat in self._seated.items()}
+        idle = [other for other in left if not (other.rows or other.pinned)]
+        evicted: list[Entry] = []
+        while left and self.model.nbytes_of([*left.values(), ranks_of(factors)]) > self.memory:
             if not idle:
                 return False
-            last = min(idle, key=lambda one: one.used)
-            self._free(last)
-            if self.metrics and not last.gone:
-                self.metrics.evictions.labels(last.name).inc()
-        most = self.most_in_memory(factors)
-        for slot, entry in [*self._loaded.items()]:
-            if slot > most and entry.rows:
-                return False
-            if slot > most:
-                # A wider adapter makes all slots wider, so there may be fewer.
-                del self._loaded[slot]
-                entry.slot = self.model.move(slot)
-                self._loaded[entry.slot] = entry
-        self.model.trim(most)
+            evicted.append(idle.pop(0))
+            del left[evicted[-1]]
+        self._seat({entry: factors}, evicted)
+        for other in evicted:
+            if self.is_served(other):
+                self._metrics.evictions.labels(other.name).inc()
         return True
 
-    def _was_read(self, entry: Entry, done: Future[Factors]) -> None:
-        if self._incoming is not entry:
+    def _seat(self, arriving: Mapping[Entry, Factors], leaving: list[Entry]) -> None:
+        """Take adapters out of memory, and put others in."""
+        gone = [entry for entry in leaving if entry in self._seated]
+        for entry in gone:
+            self.prefixes.drop(self._seated.pop(entry))
+            entry.seat = None
+        new = {entry: factors for entry, factors in arriving.items() if factors}
+        for entry in arriving.keys() - new.keys():
+            entry.seat = self.model.base_seat
+        if not (new or gone):
             return
-        try:
-            self._factors = done.result()
-        except Exception as error:  # a file may have become anything
-            _log.warning("%s: an adapter could not be loaded", entry.path, exc_info=True)
-            words = str(error).splitlines()[0] if isinstance(error, InputError) else ""
-            entry.problem = f"the adapter cannot be loaded ({words or type(error).__name__})"
-            self._incoming = None
+        unloaded = {entry for _, entry, _ in self._leaving if not self.is_served(entry)}
+        seats = self.model.arrange([*self._seated.values()], [*new.values()])
+        for entry, entry.seat in zip(new, seats):
+            self._seated[entry] = entry.seat
+            if entry not in unloaded:
+                self._metrics.loads.labels(entry.name).inc()

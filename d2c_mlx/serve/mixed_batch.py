@@ -6,44 +6,82 @@ stack (S-LoRA, https://arxiv.org/abs/2311.03285; here by `mx.gather_mm`).
 Which adapter a row has is one more entry of its prompt cache, not a table beside the batch:
 mlx-lm's batch generator merges, filters and splits caches itself, so a row cannot get another's
 adapter, and nothing of mlx-lm's is replaced.
+
+Beginnings that prompts share, a system message and examples say, are processed once (`Prefixes`):
+keys and values of the layers are kept by hashes of the adapter's seat, its scale and the tokens, so
+that what one adapter made is never found for another, nor for new weights under an old name. The
+tokens themselves are not kept. mlx-lm's `LRUPromptCache` keeps whole prompts, forgets those first
+that came first, however often they are asked for, and cannot drop those of one adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import itertools
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
 
-__all__ = ["Factors", "MixedModel", "RowAdapters"]
+__all__ = ["Beginning", "Factors", "MixedModel", "Prefixes", "RowAdapters", "Seat", "ranks_of"]
 
 # Module path -> `a (1, in, r)` and `b (1, r, out)` of an adapter.
 Factors = Mapping[str, tuple[mx.array, mx.array]]
+# Module path -> rank of an adapter.
+Ranks = Mapping[str, int]
+_numbers = itertools.count(1)
+# Beginnings end at multiples of so many tokens, as those of vLLM.
+_BLOCK = 16
+# Hashes of beginnings that are remembered, to find those that come again: some megabytes.
+_MOST_SEEN = 1 << 14
+
+
+@dataclass(eq=False)
+class Seat:
+    """The place of an adapter in memory, or of the base model.
+
+    Attributes:
+        slot: in the stacks now, it changes when others come and go; 0 is the base.
+        ranks: of its modules.
+        number: unlike that of any other seat, also of the same adapter; 0 is the base.
+    """
+
+    slot: int = 0
+    ranks: Ranks = field(default_factory=dict)
+    number: int = 0
+
+    def __deepcopy__(self, _memo: object) -> Seat:
+        """mlx-lm copies the caches of prompts; their rows keep this very seat."""
+        return self
 
 
 class RowAdapters:
     """The adapter of every row of a batch, as an entry of an mlx-lm prompt cache.
 
     Attributes:
-        rows: for each row, the adapter's slot, 0 for the base model, and the scale of its update.
+        rows: for each row, the adapter's seat and the scale of its update.
     """
 
     nbytes = 0
     state = ()
 
-    def __init__(self, rows: Sequence[tuple[int, float]]) -> None:
+    def __init__(self, rows: Sequence[tuple[Seat, float]]) -> None:
         self.rows = list(rows)
 
     @classmethod
     def merge(cls, caches: Sequence[RowAdapters]) -> RowAdapters:
         """The entry of the batch that these batches make, one after the other."""
-        return cls([row for one in caches for row in one.rows])
+        return cls([row for cache in caches for row in cache.rows])
 
     def extend(self, other: RowAdapters) -> None:
         """Append the rows of another batch."""
@@ -67,20 +105,17 @@ class RowAdapters:
 class _ActiveRows:
     """Slots and scales of the batch that runs: one for all rows, or one for each, `(rows,)`."""
 
-    slots: int | mx.array = 0
-    scales: float | mx.array = 1.0
+    def __init__(self) -> None:
+        self.slots: int | mx.array = 0
+        self.scales: float | mx.array = 1.0
 
-    def set(self, rows: Sequence[tuple[int, float]]) -> None:
-        slots, scales = zip(*rows)
+    def set(self, rows: Sequence[tuple[Seat, float]]) -> None:
+        """Make these the rows that run."""
+        slots, scales = zip(*((seat.slot, scale) for seat, scale in rows))
         self.slots = slots[0] if len(set(slots)) == 1 else mx.array(slots)
         # For rows of a module's `(rows, length, r)`.
         same = len(set(scales)) == 1
         self.scales = scales[0] if same else mx.array(scales, mx.float32)[:, None, None]
-
-    def scaled(self, x: mx.array) -> mx.array:
-        if isinstance(self.scales, float) and self.scales == 1:
-            return x
-        return (x * self.scales).astype(x.dtype)
 
 
 class _MixedLoRA(nn.Module):
@@ -92,29 +127,37 @@ class _MixedLoRA(nn.Module):
         self.a, self.b = mx.zeros((1, shape[0], 0)), mx.zeros((1, 0, shape[1]))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y, slots = self.linear(x), self.active.slots
-        if isinstance(slots, int):
-            if not slots:
-                return y
-            update = self.active.scaled(x @ self.a[slots]) @ self.b[slots]
-        else:
-            update = self.active.scaled(mx.gather_mm(x, self.a, rhs_indices=slots))
-            update = mx.gather_mm(update, self.b, rhs_indices=slots)
-        return y + update.astype(y.dtype)
+        y, slots, scales = self.linear(x), self.active.slots, self.active.scales
+        if not self.a.shape[2] or (isinstance(slots, int) and not slots):
+            return y
 
-    def put(
-        self, n_slots: int, rank: int, rows: Mapping[int, tuple[mx.array, mx.array] | None]
+        def times(left: mx.array, stack: mx.array) -> mx.array:
+            if isinstance(slots, int):
+                return left @ stack[slots]
+            return mx.gather_mm(left, stack, rhs_indices=slots)
+
+        update = times(x, self.a)
+        if not isinstance(scales, float) or scales != 1:
+            update = (update * scales).astype(update.dtype)
+        return y + times(update, self.b).astype(y.dtype)
+
+    def arrange(
+        self, kept: Sequence[int], new: Sequence[tuple[mx.array, mx.array] | None], rank: int
     ) -> None:
-        """Give the stacks so many slots of a rank, and some new factors; None is no update."""
-        dtype = next((one[0].dtype for one in rows.values() if one), self.a.dtype)
-        more, wider = max(0, n_slots - self.a.shape[0]), max(0, rank - self.a.shape[2])
-        a = mx.pad(self.a[..., :rank].astype(dtype), [(0, more), (0, 0), (0, wider)])
-        b = mx.pad(self.b[:, :rank].astype(dtype), [(0, more), (0, wider), (0, 0)])
-        for slot, one in rows.items():
-            pad = rank - one[0].shape[2] if one else 0
-            a[slot] = mx.pad(one[0][0], [(0, 0), (0, pad)]) if one else mx.zeros_like(a[slot])
-            b[slot] = mx.pad(one[1][0], [(0, pad), (0, 0)]) if one else mx.zeros_like(b[slot])
-        self.a, self.b = a, b
+        """Stack what is in some slots and new factors, all at one rank; None is no update."""
+        (_, width, now), out = self.a.shape, self.b.shape[2]
+        dtype = next((pair[0].dtype for pair in new if pair), self.a.dtype)
+        slots, cut = mx.array(list(kept)), min(now, rank)
+        a = mx.pad(self.a[slots, :, :cut].astype(dtype), [(0, 0), (0, 0), (0, rank - cut)])
+        b = mx.pad(self.b[slots, :cut].astype(dtype), [(0, 0), (0, rank - cut), (0, 0)])
+        nothing = mx.zeros((1, width, 0), dtype), mx.zeros((1, 0, out), dtype)
+        pairs = [pair or nothing for pair in new]
+        pads = [rank - pair[0].shape[2] for pair in pairs]
+        left = [mx.pad(pair[0], [(0, 0), (0, 0), (0, pad)]) for pair, pad in zip(pairs, pads)]
+        right = [mx.pad(pair[1], [(0, 0), (0, pad), (0, 0)]) for pair, pad in zip(pairs, pads)]
+        self.a, self.b = mx.concatenate([a, *left]), mx.concatenate([b, *right])
+        # Module by module: before the next, what this one had is free.
+        mx.eval(self.a, self.b)
 
 
 class MixedModel:
@@ -125,90 +168,61 @@ class MixedModel:
 
     Attributes:
         base: the model that it runs; its linear modules are replaced.
+        base_seat: that of rows without an adapter.
     """
 
     def __init__(self, base: BaseModel) -> None:
         """Take a base without adapters, which is not to be used for anything else then."""
-        self.base = base
+        self.base, self.base_seat = base, Seat()
         self._active = _ActiveRows()
         self._modules: dict[str, _MixedLoRA] = {}
-        self._n_slots, self._free = 1, list[int]()
-        # Slot that is taken -> rank of each of its modules.
-        self._ranks: dict[int, Mapping[str, int]] = {}
+        self._linears = dict(base.model.named_modules())
 
     def factors(self, adapter: Adapter) -> Factors:
         """Make the factors of an adapter; a thread of its own may, while this model runs."""
-        found = {path: self.base.stacked_factors(path, [adapter]) for path in adapter.modules}
-        mx.eval(list(found.values()))
-        return found
+        factors = {path: self.base.stacked_factors(path, [adapter]) for path in adapter.modules}
+        mx.eval(list(factors.values()))
+        return factors
 
-    def put(self, adapters: Sequence[Factors]) -> list[int]:
-        """Put adapters into slots; returns the slot of each."""
-        slots = []
-        for one in adapters:
-            if not self._free:
-                self._free.append(self._n_slots)
-                self._n_slots += 1
-            slots.append(self._free.pop(0))
-            self._ranks[slots[-1]] = _ranks_of(one)
-        self._wrap({path for one in adapters for path in one})
-        rank = self._highest_ranks()
+    def arrange(self, kept: Sequence[Seat], new: Sequence[Factors] = ()) -> list[Seat]:
+        """Keep some adapters and put new ones beside them; all others leave memory.
+
+        Returns:
+            A seat for each of the new ones.
+        """
+        for path in sorted({path for factors in new for path in factors} - self._modules.keys()):
+            shape = self.base.module_shapes[path]
+            module = _MixedLoRA(self._linears[path], shape, self._active)
+            module.arrange([0] * (1 + max((seat.slot for seat in kept), default=0)), (), 0)
+            self._modules[path] = module
+            self.base.model.update_modules(tree_unflatten([(path, module)]))
+        seats = [Seat(0, ranks_of(factors), next(_numbers)) for factors in new]
+        widest = _highest([seat.ranks for seat in (*kept, *seats)])
         for path, module in self._modules.items():
-            rows = {k: one.get(path) for k, one in zip(slots, adapters)}
-            module.put(self._n_slots, rank.get(path, 0), rows)
-        self._evaluate()
-        return slots
+            slots = [0, *(seat.slot for seat in kept)]
+            module.arrange(slots, [factors.get(path) for factors in new], widest.get(path, 0))
+        for slot, seat in enumerate((*kept, *seats), 1):
+            seat.slot = slot
+        return seats
 
-    def free(self, slot: int) -> None:
-        """Give a slot back; no row may have it any more. Its memory is kept for the next."""
-        self._free = sorted([*self._free, slot])
-        del self._ranks[slot]
-
-    def move(self, slot: int) -> int:
-        """Move what no row has to the lowest slot that is free, which is returned."""
-        to = self._free.pop(0)
-        for module in self._modules.values():
-            module.a[to], module.b[to] = module.a[slot], module.b[slot]
-        self._evaluate()
-        self._ranks[to] = self._ranks[slot]
-        self.free(slot)
-        return to
-
-    def trim(self, most: int) -> None:
-        """Give memory back of free slots above this number."""
-        kept = self._n_slots
-        while kept - 1 > most and kept - 1 in self._free:
-            kept -= 1
-        if kept == self._n_slots:
-            return
-        self._n_slots, self._free = kept, [slot for slot in self._free if slot < kept]
-        for module in self._modules.values():
-            # A slice would keep the whole.
-            module.a = mx.take(module.a, mx.arange(kept), axis=0)
-            module.b = mx.take(module.b, mx.arange(kept), axis=0)
-        self._evaluate()
-
-    def slot_nbytes(self, factors: Factors | None = None) -> int:
-        """Bytes of one slot beside those that are taken, as they would be with this adapter."""
-        return (
-            sum(
-                rank * sum(self.base.module_shapes[path])
-                for path, rank in self._highest_ranks(factors or {}).items()
-            )
-            * self.base.compute_dtype.size
-        )
+    def nbytes_of(self, adapters: Sequence[Ranks]) -> int:
+        """Bytes that adapters of these ranks take together: each has the highest of all ranks."""
+        shapes = self.base.module_shapes
+        width = sum(rank * sum(shapes[path]) for path, rank in _highest(adapters).items())
+        # The base has a slot, too.
+        return (1 + len(adapters)) * width * self.base.compute_dtype.size
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(x.nbytes for module in self._modules.values() for x in (module.a, module.b))
 
-    def cache(self, slot: int, scale: float = 1.0, layers: Sequence[Any] = ()) -> list[Any]:
-        """A prompt cache for one sequence: the adapter's slot, a factor of its update.
+    def cache(self, seat: Seat, scale: float = 1.0, layers: Sequence[Any] = ()) -> list[Any]:
+        """A prompt cache for one sequence: the adapter's seat, a factor of its update.
 
         It has what `layers` has, which this adapter made at this scale; else it is empty.
         """
-        return [*(layers or make_prompt_cache(self.base.model)), RowAdapters([(slot, scale)])]
+        return [*(layers or make_prompt_cache(self.base.model)), RowAdapters([(seat, scale)])]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits `(rows, length, vocabulary)` of token ids `(rows, length)`."""
@@ -218,31 +232,109 @@ class MixedModel:
             return self.base.model(tokens, cache=layers)
         finally:
             # The router runs the inner model directly, as the base.
-            self._active.set([(0, 1.0)])
-
-    def _wrap(self, paths: set[str]) -> None:
-        """Replace linear modules that get their first adapter."""
-        linears = dict(self.base.model.named_modules())
-        new = {
-            path: _MixedLoRA(linears[path], self.base.module_shapes[path], self._active)
-            for path in sorted(paths - self._modules.keys())
-        }
-        self.base.model.update_modules(tree_unflatten(list(new.items())))
-        self._modules |= new
-        for path in new:
-            self._modules[path].put(self._n_slots, 0, {})
-
-    def _highest_ranks(self, *more: Factors) -> dict[str, int]:
-        """The highest rank of each module in the slots that are taken, and in more adapters."""
-        highest: dict[str, int] = {}
-        for ranks in (*self._ranks.values(), *map(_ranks_of, more)):
-            for path, rank in ranks.items():
-                highest[path] = max(highest.get(path, 0), rank)
-        return highest
-
-    def _evaluate(self) -> None:
-        mx.eval([(module.a, module.b) for module in self._modules.values()])
+            self._active.set([(self.base_seat, 1.0)])
 
 
-def _ranks_of(factors: Factors) -> dict[str, int]:
+def ranks_of(factors: Factors) -> dict[str, int]:
+    """Rank of each module of an adapter."""
     return {path: a.shape[2] for path, (a, _) in factors.items()}
+
+
+def _highest(adapters: Iterable[Ranks]) -> dict[str, int]:
+    """The highest rank of each module."""
+    highest: dict[str, int] = {}
+    for ranks in adapters:
+        for path, rank in ranks.items():
+            highest[path] = max(highest.get(path, 0), rank)
+    return highest
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The beginning of one prompt.
+
+    Attributes:
+        n_kept: tokens whose keys and values are there.
+        layers: those, one mlx-lm cache for each layer; nothing may change them.
+        n_shared: tokens that came before, with whose end the next ones are to be kept; 0 is none.
+        name: hash of these.
+        seat: number of the adapter's seat.
+    """
+
+    n_kept: int = 0
+    layers: Sequence[Any] = ()
+    n_shared: int = 0
+    name: bytes = b""
+    seat: int = 0
+
+
+class Prefixes:
+    """Keys and values of beginnings that came twice; those used longest ago give way.
+
+    Attributes:
+        nbytes: of all.
+    """
+
+    def __init__(self, memory: int) -> None:
+        """Keep at most so many bytes; 0 keeps nothing."""
+        self._memory, self.nbytes = memory, 0
+        # Hash -> number of a seat, layers, and their bytes.
+        self._kept: OrderedDict[bytes, tuple[int, Sequence[Any], int]] = OrderedDict()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        # Most blocks of one beginning; more would not fit.
+        self._most = 1 << 31
+
+    def find(self, seat: Seat, scale: float, prompt: Sequence[int]) -> Beginning:
+        """The longest beginning that is there, and a longer one if it came before.
+
+        Args:
+            seat: of the adapter.
+            scale: factor of its update.
+            prompt: token ids; the last is never part of a beginning.
+        """
+        if not self._memory:
+            return Beginning()
+        # A hash for each beginning of whole blocks, which is that of the one before and a block.
+        name, names = repr((seat.number, scale)).encode(), list[bytes]()
+        for end in range(_BLOCK, len(prompt), _BLOCK):
+            block = array("q", prompt[end - _BLOCK : end]).tobytes()
+            name = hashlib.sha256(name + block).digest()
+            names.append(name)
+        n_kept = next((n for n in range(len(names), 0, -1) if names[n - 1] in self._kept), 0)
+        n_seen = next((n for n in range(len(names), 0, -1) if names[n - 1] in self._seen), 0)
+        for name in names:
+            self._seen[name] = None
+            self._seen.move_to_end(name)
+        while len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        layers: Sequence[Any] = ()
+        if n_kept:
+            self._kept.move_to_end(names[n_kept - 1])
+            layers = self._kept[names[n_kept - 1]][1]
+        n_seen = min(n_seen, self._most)
+        if n_seen <= n_kept:
+            return Beginning(n_kept * _BLOCK, layers)
+        return Beginning(n_kept * _BLOCK, layers, n_seen * _BLOCK, names[n_seen - 1], seat.number)
+
+    def keep(self, beginning: Beginning, batch: BatchGenerator, uid: int) -> None:
+        """Keep what a row has, the shared tokens of a beginning, if it is new and fits."""
+        if beginning.name in self._kept:
+            return
+        # The last entry is the row's adapter.
+        layers = batch.extract_cache([uid])[uid][0][:-1]
+        mx.eval([layer.state for layer in layers])
+        nbytes = sum(layer.nbytes for layer in layers)
+        if nbytes > self._memory:
+            self._most = beginning.n_shared // _BLOCK * self._memory // nbytes
+            return
+        self._kept[beginning.name] = beginning.seat, layers, nbytes
+        self.nbytes += nbytes
+        while self.nbytes > self._memory:
+            self.nbytes -= self._kept.popitem(last=False)[1][2]
+
+    def drop(self, seat: Seat) -> None:
+        """Forget what an adapter made that has left its seat."""
+        for name, (number, _, nbytes) in list(self._kept.items()):
+            if number == seat.number:
+                self.nbytes -= nbytes
+                del self._kept[name]

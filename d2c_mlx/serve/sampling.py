@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -17,16 +22,37 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from d2c_mlx.serve.requests import Request, RequestError
+from d2c_mlx.serve.requests import Request, RequestError, field_error
 
 __all__ = ["Grammars", "processors_of", "sampler_of"]
 
+Sampler = Callable[[mx.array], mx.array]
 # Lower temperatures are greedy: a float16 logit divided by them would be infinite.
 _LOWEST_TEMPERATURE = 0.01
 # Between the values of a schema there is one space or none: models that are lost would go on with
 # white space for ever.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-Sampler = Callable[[mx.array], mx.array]
+# Bounds of a schema. llguidance recurses once for each of a chain of references, and its time
+# doubles with every pattern of a string.
+_MAX_BYTES, _MAX_DEPTH, _MAX_REFERENCES, _MAX_PATTERNS = 64_000, 64, 500, 32
+# Most schemas that are remembered because they could be compiled.
+_MAX_CHECKED = 256
+# Seconds of a processor and bytes in which the child compiles a schema, then it is ended.
+_SECONDS, _MEMORY = 3, 2 << 30
+_CHILD = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
+if sys.platform == "linux":
+    resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY}, {_MEMORY}))
+from llguidance import LLMatcher, LLTokenizer
+try:
+    grammar = LLMatcher.grammar_from_json_schema(sys.stdin.read())
+    problem = LLMatcher.validate_grammar(grammar, LLTokenizer("byte"))
+except ValueError as error:
+    problem = str(error)
+sys.stdout.write(problem)
+"""
 
 
 def sampler_of(
@@ -44,31 +70,15 @@ def sampler_of(
         return None
     # mlx-lm's sampler wants a top_k below the vocabulary; more are all tokens, which is 0.
     top_k = request.top_k if request.top_k < vocabulary else 0
-    if request.seed is not None:
-        return _seeded(request, top_k, request.seed + choice)
-    xtc = request.xtc_probability, request.xtc_threshold
-    return _sampler(request.temperature, request.top_p, request.min_p, top_k, xtc, kept)
-
-
-# Rows that share one sampler are sampled at once.
-@lru_cache(maxsize=64)
-def _sampler(
-    temperature: float, top_p: float, min_p: float, top_k: int, xtc: tuple[float, float],
-    kept: tuple[int, ...],
-) -> Sampler:  # fmt: skip
-    return make_sampler(
-        temperature, top_p, min_p, top_k=top_k, xtc_probability=xtc[0], xtc_threshold=xtc[1],
-        xtc_special_tokens=list(kept),
-    )  # fmt: skip
-
-
-def _seeded(request: Request, top_k: int, seed: int) -> Sampler:
-    """As mlx-lm's sampler, with random numbers of its own instead of those of the thread."""
-    keys: list[mx.array] = []
+    if request.seed is None:
+        xtc = request.xtc_probability, request.xtc_threshold
+        return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k, xtc, kept)
+    seed, keys = (request.seed + choice) % 2**64, list[mx.array]()
 
     def sample(logprobs: mx.array) -> mx.array:
+        """As mlx-lm's sampler, with random numbers of its own instead of those of the thread."""
         # An array belongs to the thread that makes it, so the first key is made here.
-        key, now = mx.random.split(keys.pop() if keys else mx.random.key(seed % 2**64))
+        key, now = mx.random.split(keys.pop() if keys else mx.random.key(seed))
         keys.append(key)
         # As mlx-lm, for which 0 is all tokens.
         if 0 < request.top_p < 1:
@@ -82,36 +92,97 @@ def _seeded(request: Request, top_k: int, seed: int) -> Sampler:
     return sample
 
 
-def processors_of(request: Request) -> list[Any]:
-    """mlx-lm's logits processors for the penalties and biases of a request."""
+@lru_cache(maxsize=64)
+def _shared_sampler(
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    top_k: int,
+    xtc: tuple[float, float],
+    kept: tuple[int, ...],
+) -> Sampler:
+    """One sampler for all requests with these options: their rows are sampled at once."""
+    special: dict[str, Any] = {"xtc_special_tokens": list(kept)}
+    special |= {"xtc_probability": xtc[0], "xtc_threshold": xtc[1]}
+    return make_sampler(temperature, top_p, min_p, top_k=top_k, **special)
+
+
+def processors_of(request: Request, vocabulary: int) -> list[Any]:
+    """mlx-lm's logits processors for penalties and biases.
+
+    Raises:
+        RequestError: (400) a bias of a token that the model does not know.
+    """
+    bias = {int(token): value for token, value in request.logit_bias.items()}
+    for token in bias:
+        if token >= vocabulary:
+            raise field_error("logit_bias", token, f"token ids below {vocabulary}")
     return make_logits_processors(
-        request.logit_bias, request.repetition_penalty, request.repetition_context_size,
-        request.presence_penalty, request.presence_context_size, request.frequency_penalty,
+        bias,
+        request.repetition_penalty,
+        request.repetition_context_size,
+        request.presence_penalty,
+        request.presence_context_size,
+        request.frequency_penalty,
         request.frequency_context_size,
-    )  # fmt: skip
+    )
 
 
 class Grammars:
     """Logits processors that keep answers to JSON schemas, by llguidance."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:  # noqa: ANN401  mlx-lm's
-        """Prepare a tokenizer, which takes about a second."""
-        self._tokens = LLTokenizer(
-            tokenizer.backend_tokenizer.to_str(), vocabulary, list(tokenizer.eos_token_ids)
-        )
-        self._ends = list(tokenizer.eos_token_ids)
+        """For a tokenizer; the first schema prepares it, which takes about a second."""
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._tokens: LLTokenizer | None = None
+        self._preparing = Lock()
+        self._checked: dict[str, None] = {}
+
+    async def check(self, schema: str) -> None:
+        """Compile a schema in a child process first, which ends when this task is cancelled.
+
+        Raises:
+            RequestError: (400) it is no schema, or too large, or takes too long.
+        """
+        if schema in self._checked:
+            return
+        _check_bounds(schema)
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-c", _CHILD,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            output, _ = await asyncio.wait_for(child.communicate(schema.encode()), 5 * _SECONDS)
+        except asyncio.TimeoutError:
+            output = b""
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+        problem = output.decode(errors="replace")
+        if child.returncode:
+            problem = f"it takes more than {_SECONDS} s or {_MEMORY >> 30} GB to compile"
+        if problem:
+            raise _refusal(problem)
+        if len(self._checked) >= _MAX_CHECKED:
+            self._checked.pop(next(iter(self._checked)))
+        self._checked[schema] = None
 
     def processor(self, schema: str) -> Callable[[mx.array, mx.array], mx.array]:
-        """A processor for one answer; raises RequestError (400) for what is no schema."""
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
-            problem = LLMatcher.validate_grammar(grammar, self._tokens)
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            words = f"response_format: the schema is refused ({' '.join(problem.split())[:200]})"
-            raise RequestError(400, words, "response_format")
+        """A processor for one answer, of a schema that was checked.
+
+        Raises:
+            RequestError: (400) the tokenizer has no tokens for it.
+        """
+        ends = list(self._tokenizer.eos_token_ids)
+        with self._preparing:
+            if self._tokens is None:
+                text = self._tokenizer.backend_tokenizer.to_str()
+                self._tokens = LLTokenizer(text, self._vocabulary, ends)
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
         matcher, begun = LLMatcher(self._tokens, grammar, log_level=0), list[bool]()
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             if begun:
@@ -120,7 +191,7 @@ class Grammars:
             allowed = np.zeros(logits.shape[-1], bool)
             if matcher.is_error():
                 # It ends here, and the others of its batch go on.
-                allowed[self._ends] = True
+                allowed[ends] = True
             else:
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 bits = np.unpackbits(bits, bitorder="little")[: len(allowed)]
@@ -128,3 +199,31 @@ class Grammars:
             return mx.where(mx.array(allowed), logits, -mx.inf)
 
         return process
+
+
+def _check_bounds(schema: str) -> None:
+    """Raise RequestError (400) for a schema beyond the bounds, before anything compiles it."""
+    if len(schema) > _MAX_BYTES:
+        raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
+    n_references, n_patterns, levels = 0, 0, [json.loads(schema)]
+    for _ in range(_MAX_DEPTH):
+        objects = [value for value in levels if isinstance(value, dict)]
+        n_references += sum("$ref" in value for value in objects)
+        n_patterns += sum("pattern" in value for value in objects)
+        named = [value.get("patternProperties") for value in objects]
+        n_patterns += sum(len(patterns) for patterns in named if isinstance(patterns, dict))
+        lists = [value for value in levels if isinstance(value, list)]
+        levels = [inner for value in objects for inner in value.values()]
+        levels += [inner for value in lists for inner in value]
+    for what, n, most in (
+        ("levels", _MAX_DEPTH + len(levels), _MAX_DEPTH),
+        ("references", n_references, _MAX_REFERENCES),
+        ("patterns", n_patterns, _MAX_PATTERNS),
+    ):
+        if n > most:
+            raise _refusal(f"it has more than {most} {what}")
+
+
+def _refusal(problem: str) -> RequestError:
+    words = f"response_format: the schema is refused ({' '.join(problem.split())[:200]})"
+    return RequestError(400, words, "response_format")

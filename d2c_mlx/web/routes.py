@@ -1,40 +1,92 @@
-"""The addresses of the server, each with its answer."""
+"""The addresses of the server, each with its answer, and who may ask."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import hashlib
+import hmac
+import json
+import logging
 import re
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d2c_mlx.serve.changes import load_adapter, reload_pack, set_scales, unload_adapter
+from d2c_mlx.serve.metrics import log_request
 from d2c_mlx.serve.requests import (
+    ChatRequest,
     LoadRequest,
-    Request,
     RequestError,
-    ScalesRequest,
+    TextRequest,
     read_fields,
-    read_json,
     read_object,
     read_request,
+    read_scales,
 )
+from d2c_mlx.serve.scheduler import STARTED, Job
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.front import Access, Front, read_body
-from d2c_mlx.web.reply import Reply
+from d2c_mlx.serve.text import Answer, Piece
 
-__all__ = ["application"]
+__all__ = ["LOOPBACK", "Access", "application"]
 
-_CHAT = ("/v1/chat/completions", "/chat/completions")
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+# Names by which this machine's own clients ask.
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+# Of a body that is too large, so many bytes are read, for so long.
+_MAX_DROPPED, _DROP_SECONDS = 32_000_000, 1.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Rules for the clients that may use a server.
+
+    Attributes:
+        token: that requests bring as `Authorization: Bearer`; None asks for none.
+        origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
+        hosts: names by which clients may ask, without ports; "*" is any.
+        page: `/` is a chat page, which asks for the token itself.
+        changes: adapters may be loaded and unloaded, by whoever has the token.
+    """
+
+    token: str | None = None
+    origins: Sequence[str] = ()
+    hosts: Sequence[str] = LOOPBACK
+    page: bool = True
+    changes: bool = False
+
+    def check(self, headers: Headers, needs_token: bool) -> None:
+        """Check that a request with these headers may ask; raises RequestError (401 or 403)."""
+        # A page that the user happens to visit must not use the model; ours is of this host.
+        origin, host = headers.get("Origin"), headers.get("Host")
+        own = [f"{scheme}://{host}" for scheme in ("http", "https")] if self.page else []
+        if origin is not None and origin not in (*own, *self.origins) and "*" not in self.origins:
+            origin = ascii(origin[:80])
+            raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
+        # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
+        given = headers.get("Authorization", "").encode("latin-1")
+        given = given[7:] if given[:7].lower() == b"bearer " else given
+        token = (self.token or "").encode()
+        if needs_token and self.token is not None and not hmac.compare_digest(given, token):
+            raise RequestError(401, "Authorization: expected Bearer and this server's token")
 
 
 def application(service: PackService, access: Access) -> ASGIApp:
@@ -46,22 +98,111 @@ def application(service: PackService, access: Access) -> ASGIApp:
     def change(path: str, answer: Callable[..., Any]) -> Route:
         return route("POST", path, answer if access.changes and access.token else _no_changes)
 
+    chat, text = partial(_complete, chat=True), partial(_complete, chat=False)
     routes = [
-        route("GET", "/health", _health), route("GET", "/health/ready", _health),
-        route("GET", "/health/live", _live), route("GET", "/metrics", _metrics),
-        route("GET", "/v1/models", _models), route("GET", "/v1/models/{name:path}", _model),
-        route("GET", "/lora-adapters", _adapters), change("/lora-adapters", _scale),
-        change("/v1/load_lora_adapter", _load), change("/v1/unload_lora_adapter", _unload),
-        change("/v1/reload", _reload), route("POST", "/v1/embeddings", _no_embeddings),
-        *(Route(path, Completions(service, True), methods=["POST"]) for path in _CHAT),
-        Route("/v1/completions", Completions(service, False), methods=["POST"]),
-    ]  # fmt: skip
+        route("GET", "/health", _ready),
+        route("GET", "/health/ready", _ready),
+        route("GET", "/health/live", _live),
+        route("GET", "/metrics", _metrics),
+        route("GET", "/v1/models", _models),
+        route("GET", "/v1/models/{name:path}", _model),
+        route("GET", "/lora-adapters", _adapters),
+        change("/lora-adapters", _scale),
+        change("/v1/load_lora_adapter", _load),
+        change("/v1/unload_lora_adapter", _unload),
+        change("/v1/reload", _reload),
+        route("POST", "/v1/embeddings", _no_embeddings),
+        route("POST", "/v1/chat/completions", chat),
+        route("POST", "/chat/completions", chat),
+        route("POST", "/v1/completions", text),
+    ]
     if access.page:
-        routes.append(Route("/", _page, methods=["GET"]))
-    return Front(Router(routes, redirect_slashes=False), service, access)
+        routes.append(route("GET", "/", _page))
+    cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
+    cors |= {"allow_origins": list(access.origins), "expose_headers": ["X-D2C-Route"]}
+    middleware = [
+        Middleware(_Front, service=service),
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False),
+        Middleware(CORSMiddleware, **cors),
+        Middleware(_Guard, access=access),
+    ]
+    handlers: dict[Any, Any] = {
+        RequestError: _refuse,
+        HTTPException: _no_address,
+        ClientDisconnect: partial(_gone, service),
+        Exception: _failed,
+    }
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
-async def _page(_request: HttpRequest) -> Response:
+class _Front:
+    """Counts and logs every request."""
+
+    def __init__(self, app: ASGIApp, service: PackService) -> None:
+        self._app, self._metrics = app, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, began = 500, time.perf_counter()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            self._metrics.replies.labels(str(status)).inc()
+            reply = scope["state"].get("reply")
+            log_request(
+                method=scope["method"][:16],
+                path=scope["path"][:80],
+                status=status,
+                seconds=round(time.perf_counter() - began, 4),
+                **(reply.facts() if reply else {}),
+            )
+
+
+class _Guard:
+    """Refuses those who may not ask."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_page = self._access.page and scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
+        try:
+            self._access.check(Headers(scope=scope), needs_token=not is_page)
+        except RequestError as error:
+            await _refuse(None, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _refuse(_request: Request | None, error: RequestError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+def _no_address(request: Request, _error: HTTPException) -> Response:
+    there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
+    words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
+    return _refuse(request, RequestError(404, words))
+
+
+def _gone(service: PackService, _request: Request, _error: ClientDisconnect) -> Response:
+    service.metrics.disconnected.inc()
+    return Response(status_code=499)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    """A model's words, or its template, may be anything."""
+    _log.error("a reply failed", exc_info=error)
+    return _refuse(request, RequestError(500, f"the reply failed ({type(error).__name__})"))
+
+
+async def _page(_service: PackService, _request: Request) -> Response:
     """The chat page: its browser runs no other script, and loads nothing from elsewhere."""
     page = (Path(__file__).parent / "static/chat.html").read_bytes()
     own = {}
@@ -73,16 +214,20 @@ async def _page(_request: HttpRequest) -> Response:
         f" 'none'; frame-ancestors 'none'; style-src 'sha256-{own[b'style']}'; script-src"
         f" 'sha256-{own[b'script']}'"
     )
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-               "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}  # fmt: skip
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
     return Response(page, headers=headers, media_type="text/html")
 
 
-async def _health(service: PackService, _request: HttpRequest) -> Response:
+async def _ready(service: PackService, _request: Request) -> Response:
     return _state(service.scheduler.accepts)
 
 
-async def _live(service: PackService, _request: HttpRequest) -> Response:
+async def _live(service: PackService, _request: Request) -> Response:
     return _state(service.scheduler.alive)
 
 
@@ -90,16 +235,16 @@ def _state(good: bool) -> Response:
     return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
 
 
-async def _metrics(service: PackService, _request: HttpRequest) -> Response:
+async def _metrics(service: PackService, _request: Request) -> Response:
     return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-async def _models(service: PackService, _request: HttpRequest) -> Response:
+async def _models(service: PackService, _request: Request) -> Response:
     data = [_describe(service, name) for name in service.names]
     return JSONResponse({"object": "list", "data": data})
 
 
-async def _model(service: PackService, request: HttpRequest) -> Response:
+async def _model(service: PackService, request: Request) -> Response:
     name = request.path_params["name"]
     service.check_model(name)
     return JSONResponse(_describe(service, name))
@@ -108,94 +253,234 @@ async def _model(service: PackService, request: HttpRequest) -> Response:
 def _describe(service: PackService, name: str) -> dict[str, Any]:
     """An entry of `/v1/models`; `root` and `parent` are vLLM's."""
     entry, base = service.adapters.names.get(name), service.base_name
-    root = str(entry.path) if entry else name
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx",
-            "root": root, "parent": base if entry else None}  # fmt: skip
+    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
+    return {**about, "root": str(entry.path) if entry else name, "parent": base if entry else None}
 
 
-async def _adapters(service: PackService, _request: HttpRequest) -> Response:
+async def _adapters(service: PackService, _request: Request) -> Response:
     """llama.cpp's list; the first task of an adapter stands for all."""
     entries = {entry: name for name, entry in reversed([*service.adapters.names.items()])}
     return JSONResponse([
         {"id": entry.id, "path": str(entry.path), "scale": entry.scale, "task_name": name,
          "prompt_prefix": ""}
-        for entry, name in sorted(entries.items(), key=lambda one: one[0].id)
+        for entry, name in sorted(entries.items(), key=lambda item: item[0].id)
     ])  # fmt: skip
 
 
-async def _no_embeddings(_service: PackService, _request: HttpRequest) -> Response:
+async def _no_embeddings(_service: PackService, _request: Request) -> Response:
     raise RequestError(404, "/v1/embeddings: no such address; a pack's model makes no embeddings")
 
 
-async def _no_changes(_service: PackService, request: HttpRequest) -> Response:
-    raise RequestError(404, f"{request.url.path}: adapters do not change; start the server with"
-                            " --allow-changes and --token")  # fmt: skip
+async def _no_changes(_service: PackService, request: Request) -> Response:
+    words = "adapters do not change; start the server with --allow-changes and --token"
+    raise RequestError(404, f"{request.url.path}: {words}")
 
 
-async def _scale(service: PackService, request: HttpRequest) -> Response:
-    scales = read_json(await read_body(request, service))
-    found = read_fields(ScalesRequest, {"scales": scales})
-    await asyncio.wrap_future(set_scales(service, found.scales))
+async def _scale(service: PackService, request: Request) -> Response:
+    scales = read_scales(await _body(service, request))
+    await asyncio.wrap_future(service.set_scales(scales))
     return JSONResponse({"success": True})
 
 
-async def _load(service: PackService, request: HttpRequest) -> Response:
-    body = read_object(await read_body(request, service))
-    if body.get("is_3d_lora_weight"):
-        raise RequestError(400, "is_3d_lora_weight: not supported; leave it out")
-    asked = read_fields(LoadRequest, body)
-    await asyncio.wrap_future(load_adapter(service, asked))
+async def _load(service: PackService, request: Request) -> Response:
+    asked = read_fields(LoadRequest, read_object(await _body(service, request)))
+    await asyncio.wrap_future(service.load_adapter(asked))
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
 
-async def _unload(service: PackService, request: HttpRequest) -> Response:
-    body = read_object(await read_body(request, service))
-    name = read_fields(LoadRequest, body).lora_name
-    left = await asyncio.wrap_future(unload_adapter(service, name))
+async def _unload(service: PackService, request: Request) -> Response:
+    name = read_fields(LoadRequest, read_object(await _body(service, request))).lora_name
+    left: Any = await asyncio.wrap_future(service.unload_adapter(name))
     await asyncio.wrap_future(left)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-async def _reload(service: PackService, _request: HttpRequest) -> Response:
-    await asyncio.wrap_future(reload_pack(service))
+async def _reload(service: PackService, _request: Request) -> Response:
+    await asyncio.wrap_future(service.reload_pack())
     return JSONResponse({"success": True, "tasks": [*service.pack.tasks]})
 
 
-class Completions:
-    """A route that answers chats or texts, streamed or whole."""
+async def _body(service: PackService, request: Request) -> bytes:
+    """Read the body of a request; raises RequestError (413) if it is too large."""
+    most, body, size = service.limits.body_nbytes, bytearray(), 0
+    length = int(request.headers.get("Content-Length", "0"))
+    with suppress(TimeoutError):
+        # What is too large is read and dropped: unread bytes would reset the connection before
+        # the client has read why.
+        async with asyncio.timeout(_DROP_SECONDS if length > most else None):
+            async for chunk in request.stream():
+                size += len(chunk)
+                body += chunk if size <= most else b""
+                if size > _MAX_DROPPED:
+                    break
+    size = max(size, length)
+    if size > most:
+        raise RequestError(413, f"the body has {size} bytes, this server takes {most:,}")
+    return bytes(body)
 
-    def __init__(self, service: PackService, chat: bool) -> None:
-        """Answer chats, or texts."""
-        self._service, self._chat = service, chat
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; raises ConnectionAbortedError as soon as its client has left."""
-        raw = await read_body(HttpRequest(scope, receive), self._service)
-        request = read_request(raw, self._chat, self._service.vocabulary)
-        work = asyncio.create_task(self._reply(request, scope, send))
-        left = asyncio.create_task(_gone(receive))
-        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
-        try:
-            if not work.done():
-                raise ConnectionAbortedError
-            work.result()
-        finally:
-            for task in (work, left):
-                task.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
-
-    async def _reply(self, request: Request, scope: Scope, send: Send) -> None:
-        reply = Reply(self._service, request)
-        try:
-            await reply.start()
-            await (reply.stream(send) if request.stream else reply.whole(send))
-        except RuntimeError as error:
-            raise RequestError(500, str(error)) from None
-        finally:
-            scope["state"]["facts"] = reply.facts()
+async def _complete(service: PackService, request: Request, chat: bool) -> Response:
+    """Answer a chat or a text, whole or streamed, until its client leaves."""
+    asked = read_request(await _body(service, request), chat)
+    reply = request.scope["state"]["reply"] = _Reply(service, asked)
+    try:
+        await _while_connected(request, reply.start())
+        if not asked.stream:
+            content = await _while_connected(request, reply.whole())
+            return JSONResponse(content, headers=reply.route())
+    except RuntimeError as error:
+        raise RequestError(500, str(error)) from None
+    finally:
+        if not asked.stream or not reply.started:
             reply.cancel()
+    headers = {"Cache-Control": "no-cache", **reply.route()}
+    return StreamingResponse(reply.stream(), headers=headers, media_type="text/event-stream")
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do some work; raises ClientDisconnect as soon as the client has left."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class _Reply:
+    """The reply to a request, as its jobs run.
+
+    Attributes:
+        started: one of them is in the batch.
+    """
+
+    def __init__(self, service: PackService, request: ChatRequest | TextRequest) -> None:
+        self._service, self._request = service, request
+        self._chat = isinstance(request, ChatRequest)
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
+        self._created, self.started = int(time.time()), False
+        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        self._answers: list[Answer] = []
+
+    async def start(self) -> None:
+        """Queue the jobs, and wait until one is in the batch; raises RequestError."""
+        loop, service, request = asyncio.get_running_loop(), self._service, self._request
+
+        def emit(index: int, event: object) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        loading = service.find_adapter(request.model)
+        if loading:
+            await asyncio.wrap_future(loading)
+        if request.schema_text:
+            await service.grammars.check(request.schema_text)
+        emits = [partial(emit, i) for i in range(request.n)]
+        jobs = await run_in_threadpool(service.jobs, request, emits)
+        service.scheduler.submit(*jobs)
+        self._jobs, self._answers = jobs, [service.answer(request, job.prompt) for job in jobs]
+        while (await self._next())[1] != STARTED:
+            pass
+        self.started = True
+
+    def cancel(self) -> None:
+        """End the jobs, as their client has left or has its answer."""
+        for job in self._jobs:
+            job.cancelled = True
+
+    async def _next(self) -> tuple[int, Any]:
+        index, event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        if isinstance(event, Piece):
+            self._answers[index].add(event)
+        return index, event
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of the reply, when all answers have ended."""
+        left = len(self._jobs)
+        while left:
+            left -= (await self._next())[1] is None
+        return self._event([*range(len(self._jobs))], with_usage=True)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The answers piece by piece, as events."""
+        left, ended = len(self._jobs), False
+        try:
+            while left:
+                index, event = await self._next()
+                left -= event is None
+                answer = self._answers[index]
+                if isinstance(event, tuple):
+                    yield b": keepalive %d/%d\n\n" % event
+                elif event is None or (answer.has_news and not answer.finish_reason):
+                    yield _data(self._event([index]))
+            if self._request.stream_options.include_usage:
+                yield _data(self._event([], with_usage=True))
+            ended = True
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # a model's words may be anything
+            ended = True
+            if not isinstance(error, RuntimeError | RequestError):
+                _log.exception("a reply failed")
+                error = RuntimeError(f"the reply failed ({type(error).__name__})")
+            yield _data(RequestError(500, str(error)).body)
+        finally:
+            self.cancel()
+            if not ended:
+                self._service.metrics.disconnected.inc()
+
+    def route(self) -> dict[str, str]:
+        """The header with the router's finding, empty where no router was asked."""
+        route = self._jobs[0].route
+        return {"X-D2C-Route": json.dumps(route)} if route else {}
+
+    def _event(self, indices: Sequence[int], with_usage: bool = False) -> dict[str, Any]:
+        """The reply, or an event of a stream, with what is new of some answers."""
+        asked, job, kind = self._request, self._jobs[0], "text_completion"
+        if self._chat:
+            kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        takes = self._chat, asked.stream, asked.logprobs
+        event = {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.metrics.name(job.task),
+            "choices": [{"index": i, **self._answers[i].take(*takes)} for i in indices],
+            "system_fingerprint": "d2c-mlx",
+        }
+        if with_usage:
+            n_prompt, n_answer = len(job.prompt), sum(x.n_tokens for x in self._answers)
+            event["usage"] = {
+                "prompt_tokens": n_prompt,
+                "prompt_tokens_details": {"cached_tokens": job.n_cached},
+                "completion_tokens": n_answer,
+                "total_tokens": n_prompt + n_answer,
+            }
+        return event
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers and names of the reply for the log, no text of it."""
+        facts = {"id": self._id, "model": self._request.model[:80], "stream": self._request.stream}
+        for job in self._jobs[:1]:
+            facts |= {
+                "task": self._service.metrics.name(job.task),
+                "prompt_tokens": len(job.prompt),
+                "tokens": sum(answer.n_tokens for answer in self._answers),
+                "cached_tokens": job.n_cached,
+                "finish_reasons": [answer.finish_reason for answer in self._answers],
+            }
+        return facts
+
+
+def _data(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"

@@ -3,7 +3,7 @@
     d2c-mlx serve runs/first/pack
 
 uvicorn speaks HTTP, Starlette finds the address (`routes`), and the `Scheduler` generates. uvicorn
-has no deadline for a request's head and no limit to idle connections; these are here.
+has no deadline for a request; it is here.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import sys
-from collections.abc import Callable
 from functools import partial
-from http import HTTPStatus
 from threading import Event, Thread
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.front import Access
-from d2c_mlx.web.routes import application
+from d2c_mlx.web.routes import Access, application
 
 __all__ = ["PackServer"]
 
@@ -60,20 +56,32 @@ class PackServer:
         """
         self.service = service
         try:
-            self._socket = _listen(address)
+            family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            self._socket = socket.create_server(place[:2], family=family, backlog=128)
         except (OSError, UnicodeError):
             service.close()
             raise
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         limits = service.limits
-        places = _Places(limits.batch + limits.queue + limits.spare)
-        protocol: Any = partial(_Connection, places, limits.seconds)
+        n_connections = limits.batch + limits.queue + limits.spare
+        protocol: Any = partial(_Connection, limits.seconds, n_connections)
         config = uvicorn.Config(
-            application(service, access or Access()), http=protocol,
-            loop="asyncio", ws="none", lifespan="off", log_config=None, log_level="critical",
-            access_log=False, proxy_headers=False, server_header=False, backlog=128,
-            timeout_graceful_shutdown=_REPLY_SECONDS, h11_max_incomplete_event_size=_HEAD_NBYTES,
-        )  # fmt: skip
+            application(service, access or Access()),
+            http=protocol,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=128,
+            # The slowest client goes first, see `_Connection`.
+            limit_concurrency=n_connections + 2,
+            timeout_graceful_shutdown=_REPLY_SECONDS,
+            h11_max_incomplete_event_size=_HEAD_NBYTES,
+        )
         self._server = uvicorn.Server(config)
         self._stopped = Event()
 
@@ -103,164 +111,76 @@ class PackServer:
         self._socket.close()
 
 
-def _listen(address: tuple[str, int]) -> socket.socket:
-    family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(place[:2], family=family, backlog=128)
-
-
 class _Connection(H11Protocol):
-    """uvicorn's connection, with a deadline for every request and a place among all.
+    """uvicorn's connection, with a deadline for each request, and for taking its reply."""
 
-    The application finds it as `scope["state"]["connection"]`.
+    def __init__(self, seconds: float, n_connections: int, **options: Any) -> None:  # noqa: ANN401  uvicorn's
+        super().__init__(**options)
+        self._seconds, self._n_connections = seconds, n_connections
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._began, self._refused = 0.0, False
 
-    Attributes:
-        deadline: of the request that comes, by the loop's clock.
-    """
-
-    def __init__(self, places: _Places, seconds: float, **options: Any) -> None:  # noqa: ANN401  uvicorn's
-        state = {**options.pop("app_state"), "connection": self}
-        super().__init__(app_state=state, **options)
-        self._places, self._seconds = places, seconds
-        self.deadline, self._refused = 0.0, False
-        self._timer: asyncio.TimerHandle | None = None
+    @property
+    def _is_coming(self) -> bool:
+        """True if a request is waited for, or a part of one."""
+        return not self.cycle or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401
         super().connection_made(transport)
-        self.transport = cast(asyncio.Transport, _Closing(transport, self._close))
-        self._expect_head()
-        if not self._places.take(self):
-            self.refuse(503, "too many connections; try again later")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        self._places.free(self)
-        super().connection_lost(exc)
+        others = [other for other in self.connections if isinstance(other, _Connection)]
+        slow = [other for other in others if other is not self and other._is_coming]
+        if len(self.connections) > self._n_connections and slow:
+            oldest = min(slow, key=lambda other: other._began)
+            oldest._refuse("the connection was needed by another client; try again")
+        self._expect()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        if not self._timer and (self.cycle is None or self.cycle.response_complete):
-            self._expect_head()
-        super().data_received(data)
+        if not self._refused:
+            super().data_received(data)
 
     def on_response_complete(self) -> None:
-        if not self._refused:
-            self._places.take(self)
+        self._expect()
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():
-            self.loop.call_later(self._seconds, self._end_if_stuck)
 
-    def _expect_head(self) -> None:
-        self.deadline = self.loop.time() + self._seconds
-        self._timer = self.loop.call_at(self.deadline, self._is_late)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._set("stuck", self._seconds, self.transport.abort)
 
-    def _is_late(self) -> None:
-        self.refuse(408, f"the request is not there after {self._seconds:g} seconds; send it at"
-                    " once")  # fmt: skip
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._timers.pop("stuck").cancel()
 
-    def _end_if_stuck(self) -> None:
-        if self.transport.get_write_buffer_size():
-            self.abort()
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in self._timers.values():
+            timer.cancel()
 
-    def _stop_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None
+    def _expect(self) -> None:
+        """Give the next request its time, and what is not sent of the reply before."""
+        self._began = self.loop.time()
+        self._set("request", self._seconds, self._late)
 
-    def head_received(self) -> None:
-        """The application has the request's head; its body is still coming, maybe."""
-        if not self._timer:
-            # It came together with the one before.
-            self.deadline = self.loop.time() + self._seconds
-        self._stop_timer()
+    def _late(self) -> None:
+        if self.transport.is_closing():
+            self.transport.abort()
+        elif self._is_coming:
+            words = f"the request is not there after {self._seconds:g} seconds; send it at once"
+            self._refuse(words)
 
-    def received(self) -> None:
-        """Keep the connection until its reply is sent: its request is there."""
-        self._places.received(self)
-
-    def abort(self) -> None:
-        """Close the connection whatever was not sent."""
-        self.transport.abort()
-
-    def send_400_response(self, msg: str) -> None:
-        """Say as JSON what h11 found wrong; uvicorn says it as text, without the reason."""
-        error = sys.exc_info()[1]
-        status = getattr(error, "error_status_hint", 400)
-        if status == 431 and b"\n" not in self.conn.trailing_data[0]:
-            status = 414
-        self.refuse(status, f"Bad request ({error or msg})")
-
-    def refuse(self, status: int, message: str) -> None:
+    def _refuse(self, message: str) -> None:
         """Reply without the application, and close."""
-        if self._refused:
-            return
-        body = json.dumps(RequestError(status, message).body).encode()
-        head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self._linger()
-
-    def _close(self, transport: asyncio.Transport) -> None:
-        """Close after a reply of the application, which need not have read the whole request."""
-        if self.cycle and self.cycle.more_body:
-            self._linger()
-        else:
-            transport.close()
-
-    def _linger(self) -> None:
-        """Read and drop what is still coming, then close.
-
-        Closing at once would reset the connection before the client has read the reply.
-        """
-        self._refused = True
-        self._stop_timer()
-        self._places.free(self)
+        body = json.dumps(RequestError(408, message).body)
+        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close"
+        content = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        self.transport.write(content.encode())
+        # What still comes is dropped: closed at once, the connection would be reset before the
+        # client has read this.
         self.transport.write_eof()
-        self.loop.call_later(_LINGER_SECONDS, self.abort)
+        self._refused = True
+        self.connections.discard(self)
+        self._set("request", _LINGER_SECONDS, self.transport.abort)
 
-
-class _Closing:
-    """A transport whose `close` is another function; uvicorn has no other place to change it."""
-
-    def __init__(
-        self, transport: asyncio.Transport, close: Callable[[asyncio.Transport], None]
-    ) -> None:
-        self._transport, self.close = transport, partial(close, transport)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  of the transport
-        return getattr(self._transport, name)
-
-
-class _Places:
-    """The open connections, at most a number; whoever still waits for a request may have to go."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        # Oldest first -> whether its request is still coming.
-        self._open: dict[_Connection, bool] = {}
-
-    def take(self, connection: _Connection) -> bool:
-        """Take a place to wait for a request in, if need be that of who has been slow for longest.
-
-        Returns:
-            False if every place has a request.
-        """
-        self._open.pop(connection, None)
-        if len(self._open) >= self._most:
-            slowest = next((one for one, coming in self._open.items() if coming), None)
-            if slowest is None:
-                return False
-            slowest.refuse(408, "the connection was needed by another client; try again")
-        self._open[connection] = True
-        return True
-
-    def received(self, connection: _Connection) -> None:
-        """Keep a connection until it ends: its request is there."""
-        if connection in self._open:
-            self._open[connection] = False
-
-    def free(self, connection: _Connection) -> None:
-        """Give the place of a connection back."""
-        self._open.pop(connection, None)
+    def _set(self, name: str, seconds: float, call: Any) -> None:  # noqa: ANN401
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = self.loop.call_later(seconds, call)

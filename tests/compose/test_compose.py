@@ -9,9 +9,7 @@ from helpers.served import client, serving
 from helpers.tiny import task, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.utils.errors import InputWarning
 
 
@@ -59,8 +57,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert load_pack(pack).load("new").digest == written.digest
     said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
                    "--max-tokens", 4, "-q")[1]  # fmt: skip
-    mixed = Adapters(BaseModel(str(paths.model)), load_pack(pack))
-    with serving(load_pack(pack), mixed) as server, client(server) as api:
+    with serving(load_pack(pack), paths.model) as server, client(server) as api:
         messages = [{"role": "user", "content": "What is new?"}]
         found = api.chat.completions.create(
             model="new", messages=messages, max_tokens=4, temperature=0

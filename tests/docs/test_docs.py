@@ -198,7 +198,6 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.write import write_pack
-    from d2c_mlx.serve.adapters import Adapters
     from d2c_mlx.serve.service import PackService
     from d2c_mlx.web.server import PackServer
 
@@ -220,7 +219,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
         greedy(base.model, base.tokenizer, prompt, 64), skip_special_tokens=True
     )
     (code,) = blocks("docs/how-to/serve.md", "python")
-    service = PackService(pack, Adapters(BaseModel(), pack))
+    service = PackService(pack, BaseModel())
     server = PackServer(("127.0.0.1", 0), service)
     thread = Thread(target=server.run)
     thread.start()

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.service import Limits
 from helpers.adapters import ADAPTERS
 from helpers.served import client, post, raw, serving
 
@@ -20,8 +19,8 @@ NO_END = {"0": -10_000, "1": -10_000, "2": -10_000}
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, model_path):
-    """Twelve adapters as directories, made of three; one that is broken, and a link outside."""
+def library(tmp_path_factory):
+    """Twelve adapters as directories, made of three; one that is broken, and links."""
     root = tmp_path_factory.mktemp("library")
     for i in range(12):
         one = ADAPTERS[i % 3]
@@ -30,16 +29,19 @@ def library(tmp_path_factory, model_path):
         replace(one, modules=modules).save(root / f"a{i}", 2)
     (root / "broken").mkdir()
     (root / "broken" / "adapters.safetensors").write_bytes(b"x")
-    (root / "outside").symlink_to(model_path)
+    outside = tmp_path_factory.mktemp("outside") / "adapter"
+    read(root, "a3").save(outside, 2)
+    (root / "linked").symlink_to(outside)
+    (root / "itself").symlink_to(root / "itself")
     return root
 
 
 @contextmanager
-def changing(pack, library, memory=None, base=None, **options):
+def changing(pack, library, model, memory=None, **options):
     """A server of its own, whose adapters may change, and `do(path, body)`, which asks for that."""
-    adapters = Adapters(base or BaseModel(str(options.pop("model"))), pack, memory)
     options = {"token": TOKEN, "changes": True, "directory": library, **options}
-    with serving(pack, adapters, **options) as server:
+    limits = Limits(adapter_nbytes=memory)
+    with serving(pack, model, limits=limits, **options) as server:
 
         def do(path, body):
             method = b"GET " if body is None else None
@@ -49,7 +51,6 @@ def changing(pack, library, memory=None, base=None, **options):
             head, said = reply.split(b"\r\n\r\n", 1)
             return int(head.split()[1]), said.decode()
 
-        server.adapters = adapters
         yield server, do
 
 

@@ -17,10 +17,9 @@ from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.front import Access
+from d2c_mlx.web.routes import Access
 from d2c_mlx.web.server import PackServer
 from helpers.adapters import ABOUT, ADAPTERS
 from helpers.tiny import task, tiny_model
@@ -29,36 +28,46 @@ NAMES = [one.name for one in ADAPTERS]
 WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("serve") / "model")
 
 
-@pytest.fixture(scope="module", params=["plain", "compact"])
-def pack(request, model_path, tmp_path_factory):
-    """Three adapters of other ranks and modules; the compact one leaves a task to the base."""
+@pytest.fixture(scope="session")
+def packs(model_path, tmp_path_factory):
+    """Three adapters of other ranks and modules, plain; compact, with a task left to the base."""
     root = tmp_path_factory.mktemp("pack")
     base = BaseModel(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    if request.param == "plain":
-        pack = write_pack(root / "pack", ADAPTERS, Manifest(**about))
-    else:
-        levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
-        stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
-        serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
-        pack = write_compact_pack(root / "pack", stored, serves, Manifest(**about))
-    for name in pack.tasks:
+    levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
+    stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
+    serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
+    packs = {
+        "plain": write_pack(root / "plain", ADAPTERS, Manifest(**about)),
+        "compact": write_compact_pack(root / "compact", stored, serves, Manifest(**about)),
+    }
+    for name in serves:
         task(root / "tasks", name)
-    probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]
-    return save_router(pack, fit_router(base.model, probes))
+    for kind, pack in packs.items():
+        probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]
+        packs[kind] = save_router(pack, fit_router(base.model, probes))
+    return packs
 
 
-@pytest.fixture(scope="module")
-def mixed(pack, model_path):
-    return Adapters(BaseModel(str(model_path)), pack)
+@pytest.fixture(scope="session")
+def pack(packs):
+    """The compact one, which most tests ask."""
+    return packs["compact"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def server(pack, model_path):
+    """For tests that leave it as it was."""
+    with serving(pack, model_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def answer(pack, model_path):
     """`answer(task or adapter, prompt, n)`: greedy tokens of stock mlx-lm with its LoRA layers."""
     model, tokenizer = stock_load(str(model_path))
@@ -66,6 +75,7 @@ def answer(pack, model_path):
     known = {}
 
     def ask(name, prompt, n):
+        """Of the compact pack's adapter, unless an adapter is given."""
         one = pack.load(name) if isinstance(name, str) else name
         key = one and one.digest, tuple(prompt), n
         if key not in known:
@@ -78,8 +88,10 @@ def answer(pack, model_path):
 
 
 @contextmanager
-def serving(pack, adapters, router=None, limits=None, directory=None, **access):
-    service = PackService(pack, adapters, router or load_router(pack), limits, directory)
+def serving(pack, model, router=None, limits=None, directory=None, **access):
+    """A server of a pack on a model's directory, or on a base model that nobody uses any more."""
+    base = model if isinstance(model, BaseModel) else BaseModel(str(model))
+    service = PackService(pack, base, router or load_router(pack), limits, directory)
     server = PackServer(("127.0.0.1", 0), service, Access(**access))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -160,9 +172,15 @@ def raw(server, content, wait=True):
 
 def post(body, path="/v1/completions", **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"Content_Length": str(len(content)), **headers}
+    lines = {"Host": "localhost", "Content_Length": str(len(content)), **headers}
     head = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in lines.items())
     return f"POST {path} HTTP/1.0\r\n{head}\r\n".encode() + content
+
+
+def get(path, *lines, method="GET"):
+    """The bytes of a request without a body."""
+    head = "".join(f"{line}\r\n" for line in ("Host: localhost", *lines))
+    return f"{method} {path} HTTP/1.0\r\n{head}\r\n".encode()
 
 
 GOOD = {"model": "wide", "prompt": "the fox", "max_tokens": 4}

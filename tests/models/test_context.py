@@ -17,7 +17,6 @@ from d2c_mlx.models.examples import context_length
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
-from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.utils.errors import TaskError
 
 TEXT = {
@@ -76,7 +75,7 @@ def test_requests_beyond_it_are_refused(path, tmp_path):
     pack = write_pack(
         tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], Manifest(**about)
     )
-    with serving(pack, Adapters(base, pack), object()) as server:
+    with serving(pack, base, object()) as server:
         reply = raw(server, post({"model": "a", "prompt": LONG, "max_tokens": 4}))
         assert b" 400 " in reply and b"context of 64" in reply
         assert b" 200 " in raw(server, post({"model": "a", "prompt": "the fox", "max_tokens": 4}))

@@ -1,6 +1,6 @@
 """Fixtures for tests of a pack at work."""
 
 from helpers.loading import library
-from helpers.served import answer, mixed, model_path, pack
+from helpers.served import answer, model_path, pack, packs, server
 
-__all__ = ["answer", "library", "mixed", "model_path", "pack"]
+__all__ = ["answer", "library", "model_path", "pack", "packs", "server"]

@@ -30,14 +30,11 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 
-# One kind of pack suffices.
-pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
-
 
 @pytest.fixture(scope="module")
 def shared(pack, library, model_path):
     """A server for tests that leave it as it was."""
-    with changing(pack, library, model=model_path) as found:
+    with changing(pack, library, model_path) as found:
         yield found
 
 
@@ -68,37 +65,38 @@ def test_an_adapter_is_loaded_asked_and_unloaded(shared, library, answer):
 
 
 def failed(status, kind, message):
-    return status, json.dumps({"error": {"message": message, "type": kind, "param": None,
-                                         "code": status}})  # fmt: skip
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return status, json.dumps({"error": error}, separators=(",", ":"))
 
 
 def test_what_may_not_be_loaded(shared, library):
     server, do = shared
     nothing = failed(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
     assert do(PATHS[0], {"lora_name": "x"}) == nothing == do(PATHS[0], {"lora_path": "a1"})
-    for path in ("..", "../x", "/etc", "outside", str(library), "a1/../../model"):
+    for path in ("..", "../x", "/etc", ".", str(library), "a1/../../model"):
         status, said = do(PATHS[0], {"lora_name": "x", "lora_path": path})
         assert status in (400, 404) and ("expected a path inside" in said or "No adapter" in said)
         assert status == 400 or not (library / path).exists()
-    for path in ("org/name", "a99", "\0", "x" * 5000):
+    for path in ("org/name", "a99", "\0", "x" * 5000, "itself"):
         status, said = do(PATHS[0], {"lora_name": "x", "lora_path": path})
         assert status == 404 and "Loading lora x failed: No adapter found for" in said
     status, said = do(PATHS[0], {"lora_name": "x", "lora_path": "broken"})
     assert status == 500 and "InternalServerError" in said and "broken" in said
-    for name in ("model", "auto"):
-        assert do(PATHS[0], {"lora_name": name, "lora_path": "a1"})[0] == 400
+    # The names that packs refuse, and those of other models (issue 72).
+    for name in ("model", "auto", "a\nb", "\x1b[31m", ".hidden", "a/b", "x" * 500_000):
+        assert do(PATHS[0], {"lora_name": name, "lora_path": "a1"})[0] == 400, name[:9]
     for body in ([1], {"lora_name": 1}, {"lora_name": "x", "lora_path": "a1", "pinned": "yes"},
                  {"lora_name": "x", "lora_path": "a1", "is_3d_lora_weight": True}):  # fmt: skip
         assert do(PATHS[0], body)[0] == 400
-    assert "x" not in server.adapters.names
+    assert "x" not in server.service.adapters.names
 
 
-def test_changes_are_off_and_behind_the_token(pack, mixed, library):
-    with serving(pack, mixed, token=TOKEN, directory=library) as server:
+def test_changes_are_off_and_behind_the_token(pack, model_path, library):
+    with serving(pack, model_path, token=TOKEN, directory=library) as server:
         for path in PATHS:
             reply = raw(server, post({}, path, Authorization=f"Bearer {TOKEN}"))
             assert b" 404 " in reply and b"--allow-changes" in reply
-    with serving(pack, mixed, token=TOKEN, changes=True, directory=library) as server:
+    with serving(pack, model_path, token=TOKEN, changes=True, directory=library) as server:
         assert all(b" 401 " in raw(server, post({}, path)) for path in PATHS)
     refused = CliRunner().invoke(cli, ["serve", str(pack.path), "--allow-changes"])
     assert refused.exit_code == 2 and "give --token" in refused.output
@@ -113,10 +111,13 @@ def test_a_request_loads_what_is_in_the_directory(shared, library, answer):
     with client(server, TOKEN) as api:
         with pytest.raises(openai.BadRequestError, match="'broken' was found but could not be lo"):
             api.completions.create(**GOOD | {"model": "broken"})
-        for name in ("a99", "../a1", "outside", ".", "a1/", "\0"):
+        for name in ("a99", "../a1", "itself", ".", "a1/", "\0", "x" * 9999, "a\n"):
             with pytest.raises(openai.NotFoundError, match="expected one of"):
                 api.completions.create(**GOOD | {"model": name})
-    assert do(PATHS[1], {"lora_name": "a5"})[0] == 200
+        assert do(PATHS[1], {"lora_name": "a5"})[0] == 200
+        # The directory's owner made the link, as the hub's cache is made of links.
+        assert ask(server, "linked") == text(answer, read(library, "a3"), "the fox", N)
+    assert do(PATHS[1], {"lora_name": "linked"})[0] == 200
 
 
 def begin(server, name, n):
@@ -141,7 +142,7 @@ def test_what_runs_keeps_its_adapter(shared, library):
     (stream, _), unloaded = begin(server, "mine", 400), []
     thread = threading.Thread(target=lambda: unloaded.append(do(PATHS[1], {"lora_name": "mine"})))
     thread.start()
-    counts_when(server, lambda _: "mine" not in server.adapters.names)
+    counts_when(server, lambda _: "mine" not in server.service.adapters.names)
     with client(server, TOKEN) as api, pytest.raises(openai.NotFoundError):
         api.completions.create(**GOOD | {"model": "mine"})
     assert not unloaded
@@ -158,13 +159,13 @@ def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answ
     both = compress(ADAPTERS[0], dict.fromkeys(ADAPTERS[0].modules, [(2, 8)]))
     serves = {"one": 0, "two": 0, "bare": None}
     pack = write_compact_pack(tmp_path / "pack", [both], serves, about)
-    with changing(pack, None, base=base) as (server, do), ThreadPoolExecutor(1) as pool:
+    with changing(pack, None, base) as (server, do), ThreadPoolExecutor(1) as pool:
 
         def unload(name):
             """While a request by this name runs; the counts after it."""
             stream, _ = begin(server, name, 400)
             done = pool.submit(do, PATHS[1], {"lora_name": name})
-            counts_when(server, lambda _: name not in server.adapters.names)
+            counts_when(server, lambda _: name not in server.service.adapters.names)
             if name == "two":
                 assert ask(server, "one") == text(answer, pack.load("one"), "the fox", N)
             assert not done.done()
@@ -191,7 +192,7 @@ def test_a_pack_that_is_replaced_is_reloaded_without_losing_a_request(
     pack = write_pack(tmp_path / "pack", old, about)
     names = [one.name for one in old]
     was = {name: text(answer, pack.load(name), "the fox", N) for name in names}
-    with changing(load_pack(pack.path), None, memory, base) as (server, do):
+    with changing(load_pack(pack.path), None, base, memory) as (server, do):
         stop = threading.Event()
 
         def go(name):
@@ -240,15 +241,8 @@ def test_scales_of_a_request_and_of_all(shared, library, answer):
     # Without a scale that counts it is the base.
     for none in ([], [{"id": mine, "scale": 0}]):
         assert ask(server, "mine", lora=none) == text(answer, None, "the fox", N)
-    for bad, words in (
-        ([{"id": mine, "scale": 1}, {"id": wide, "scale": 1}], "a row has one"),
-        ([{"id": 10**9, "scale": 1}], "an id of GET"),
-        ({"id": 1}, "a list of"),
-        ([{"id": mine, "scale": 1e9}], "a list of"),
-        ([{"id": mine}], "a list"),
-    ):
-        with pytest.raises(openai.BadRequestError, match=words):
-            ask(server, "mine", lora=bad)
+    with pytest.raises(openai.BadRequestError, match="a row has one"):
+        ask(server, "mine", lora=[{"id": mine, "scale": 1}, {"id": wide, "scale": 1}])
     assert do(PATHS[3], [{"id": mine, "scale": 0.5}]) == (200, '{"success":true}')
     assert (
         ask(server, "mine") == scaled(0.5) != ask(server, "mine", lora=[{"id": mine, "scale": 1}])

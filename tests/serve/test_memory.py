@@ -5,34 +5,41 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import openai
 import pytest
+from helpers.adapters import ABOUT, Q, adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import client, counted, counts_at, counts_when, evictions, idle, prompt_of, text
 
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve import scheduler
 from d2c_mlx.serve.adapters import Adapters, Entry
+from d2c_mlx.serve.metrics import Metrics
+from d2c_mlx.serve.mixed_batch import Prefixes, ranks_of
 
-# One kind of pack suffices.
-pytestmark = pytest.mark.parametrize("pack", ["compact"], indirect=True)
+
+def of_their_own(pack, model_path, memory=1):
+    base = BaseModel(str(model_path))
+    return Adapters(base, pack, memory, Metrics("model"), Prefixes(0))
 
 
 def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
     """Each answer is its own adapter's, whoever had to leave; pinned ones stay."""
     rng = random.Random(0)
-    base = BaseModel(str(model_path))
-    factors = Adapters(base, pack, 1).model.factors(read(library, "a0"))
+    factors = of_their_own(pack, model_path).model.factors(read(library, "a0"))
     room = 9 * sum(x.nbytes for pair in factors.values() for x in pair)
     names = [*(f"a{i}" for i in range(12)), *pack.tasks, "model"]
     asked = [(rng.choice(names), prompt_of(rng, 3)) for _ in range(40)]
-    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+    with changing(pack, library, model_path, room) as (server, do):
         pin = {"lora_name": "kept", "lora_path": "a0", "pinned": True}
         assert do(PATHS[0], pin)[0] == 200
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda job: ask(server, *job), asked))
-        kept = server.adapters.names["kept"].slot
-        assert server.adapters.model.nbytes <= room and kept
+        kept = server.service.adapters.names["kept"].seat
+        assert server.service.adapters.model.nbytes <= room and kept
         assert evictions(server) > 9
         codes = [do(PATHS[0], pin | {"lora_name": f"p{i}"})[0] for i in range(9)]
         # One slot stays for others.
@@ -46,9 +53,9 @@ def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
 
 def test_no_room_beside_what_is_pinned(pack, library, model_path):
     """Which a wider adapter takes from others: who asks for it does not wait for ever."""
-    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a1"))
+    factors = of_their_own(pack, model_path).model.factors(read(library, "a1"))
     room = 6 * sum(x.nbytes for pair in factors.values() for x in pair)
-    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+    with changing(pack, library, model_path, room) as (server, do):
         for i in (1, 4):
             pin = {"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True}
             assert do(PATHS[0], pin)[0] == 200
@@ -62,9 +69,9 @@ def test_no_room_beside_what_is_pinned(pack, library, model_path):
 def test_a_pinned_adapter_is_loaded_anew_where_memory_has_one_place_more(
     pack, library, model_path, answer
 ):
-    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a1"))
+    factors = of_their_own(pack, model_path).model.factors(read(library, "a1"))
     room = 4 * sum(x.nbytes for pair in factors.values() for x in pair)
-    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+    with changing(pack, library, model_path, room) as (server, do):
         pins = [{"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True} for i in (1, 4, 7)]
         assert [do(PATHS[0], pin)[0] for pin in pins] == [200, 200, 400]
         ask(server, "a10")
@@ -72,52 +79,69 @@ def test_a_pinned_adapter_is_loaded_anew_where_memory_has_one_place_more(
         assert do(PATHS[0], anew)[0] == 200
         assert ask(server, "p1") == text(answer, read(library, "a7"), "the fox", N)
         assert ask(server, "a10") == text(answer, read(library, "a10"), "the fox", N)
-        names = server.adapters.names
-        assert all(names[name].slot for name in ("p1", "p4", "a10"))
-        assert server.adapters.model.nbytes <= room and do(PATHS[0], pins[2])[0] == 400
+        names = server.service.adapters.names
+        assert all(names[name].seat for name in ("p1", "p4", "a10"))
+        assert server.service.adapters.model.nbytes <= room and do(PATHS[0], pins[2])[0] == 400
 
 
 def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
     """Memory has room for two of it, and for many others."""
-    found = Adapters(BaseModel(str(model_path)), pack, 1)
-    wide, *others = (found.model.factors(read(library, f"a{i}")) for i in (0, 1, 4, 7, 10))
-    each = [sum(x.nbytes for pair in one.values() for x in pair) for one in (wide, others[0])]
-    found.memory = 3 * each[0]
-    most = found.most_in_memory(others[0])
-    assert most > 2 == found.most_in_memory(wide)
-    found.add("wide", Entry(library, lambda: None), wide)
-    assert found.names["wide"].slot and found.most_in_memory(others[0]) == 2
-    found.remove("wide").result()
-    assert found.most_in_memory(others[0]) == most
-    for i, one in enumerate(others):
-        found.add(str(i), Entry(library, lambda: None), one)
+    adapters = of_their_own(pack, model_path)
+    wide, *others = (adapters.model.factors(read(library, f"a{i}")) for i in (0, 1, 4, 7, 10))
+    each = [sum(x.nbytes for pair in f.values() for x in pair) for f in (wide, others[0])]
+    adapters.memory = 3 * each[0]
+    adapters.add("wide", Entry("wide", library, lambda: None), wide)
+    assert adapters.names["wide"].seat and adapters.nbytes_with(ranks_of(others[0])) == 3 * each[0]
+    adapters.remove("wide").result()
+    assert adapters.model.nbytes == 0
+    for i, factors in enumerate(others):
+        adapters.add(str(i), Entry(str(i), library, lambda: None), factors)
     # The base has a slot, too.
-    assert found.model.nbytes == 5 * each[1]
-    found.add("wide", Entry(library, lambda: None), wide)
-    assert not found.names["wide"].slot and found.place(found.names["wide"], wide)
-    assert [bool(found.names[str(i)].slot) for i in range(4)] == [False, False, False, True]
-    assert found.model.nbytes == found.memory
+    assert adapters.model.nbytes == 5 * each[1]
+    entry = Entry("wide", library, lambda: None)
+    adapters.add("wide", entry, wide)
+    assert entry.seat is None and adapters._place(entry, wide)
+    assert [bool(adapters.names[str(i)].seat) for i in range(4)] == [False, False, False, True]
+    assert adapters.model.nbytes == adapters.memory
+
+
+def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
+    """One wide adapter among many of rank 1 took its rank for all of them (issue 72)."""
+    base = BaseModel(str(model_path))
+    adapters = [adapter_of(f"t{i}", [(0, Q)], 1, 1.0, i) for i in range(59)]
+    adapters.append(adapter_of("wide", [(0, Q)], 500, 1.0, 99))
+    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
+    pack = write_pack(tmp_path / "pack", adapters, Manifest(**about))
+    whole = 61 * 500 * 64 * base.compute_dtype.size
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    few = of_their_own(pack, model_path, whole - 1)
+    assert few.model.nbytes == 0 and mx.get_peak_memory() - before < whole / 2
+    assert of_their_own(pack, model_path, whole).model.nbytes == whole
 
 
 def test_a_pinned_adapter_makes_way_for_a_wider_one(pack, library, model_path, answer):
     """It came last, into a slot that there is not beside the wider one."""
-    factors = Adapters(BaseModel(str(model_path)), pack, 1).model.factors(read(library, "a0"))
+    factors = of_their_own(pack, model_path).model.factors(read(library, "a0"))
     room = 3 * sum(x.nbytes for pair in factors.values() for x in pair)
     prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
-    with changing(pack, library, room, BaseModel(str(model_path))) as (server, do):
+    with changing(pack, library, model_path, room) as (server, do):
         ask(server, "a1")
         ask(server, "a4")
         pin = {"lora_name": "kept", "lora_path": "a7", "pinned": True}
-        assert do(PATHS[0], pin)[0] == 200 and server.adapters.names["kept"].slot == 3
+        assert do(PATHS[0], pin)[0] == 200 and server.service.adapters.names["kept"].seat.slot == 3
         for prompt in prompts[:2]:
             ask(server, "kept", prompt)
         # Not while a request runs with it.
         with ThreadPoolExecutor(1) as pool:
             long = pool.submit(ask, server, "kept", n=200, logit_bias=NO_END)
-            counts_when(server, lambda _: server.adapters.names["kept"].rows)
+            counts_when(server, lambda _: server.service.adapters.names["kept"].rows)
             assert ask(server, "a0") == text(answer, read(library, "a0"), "the fox", N)
             assert long.result() == ask(server, "kept", n=200, logit_bias=NO_END)
-        assert server.adapters.names["kept"].slot == 1 and server.adapters.model.nbytes <= room
+        assert (
+            server.service.adapters.names["kept"].seat.slot == 1
+            and server.service.adapters.model.nbytes <= room
+        )
         with client(server, TOKEN) as api:
             found = api.completions.create(model="kept", prompt=prompts[2], max_tokens=N)
         assert found.choices[0].text == text(answer, read(library, "a7"), prompts[2], N)
@@ -127,7 +151,7 @@ def test_a_pinned_adapter_makes_way_for_a_wider_one(pack, library, model_path, a
 @pytest.mark.slow
 def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
     """Memory has room for one adapter, and others ask for it all the time."""
-    with changing(pack, library, 1, BaseModel(str(model_path))) as (server, _):
+    with changing(pack, library, model_path, 1) as (server, _):
         stop = threading.Event()
 
         def insist(i):
@@ -151,15 +175,15 @@ def test_an_adapter_that_is_loaded_anew_while_several_wait_for_its_room(
     """The first that waits holds up all others; it must not wait for one of those."""
     monkeypatch.setattr(scheduler, "_PASSED_SECONDS", 0.0)
     with ThreadPoolExecutor(3) as pool, changing(
-        pack, library, 1, BaseModel(str(model_path))
+        pack, library, model_path, 1
     ) as (server, do):  # fmt: skip
         assert do(PATHS[0], {"lora_name": "asked", "lora_path": "a3"})[0] == 200
-        found = server.adapters
+        found = server.service.adapters
         long = pool.submit(ask, server, "wide", n=400, logit_bias=NO_END)
         counts_at(server, "d2c_mlx_first_token_seconds_count", 1)
         others = [pool.submit(ask, server, "asked") for _ in range(2)]
         entry = found.names["asked"]
-        counts_when(server, lambda _: entry.users == 2 and found.lacks_room(entry))
+        counts_when(server, lambda _: entry.users.total() == 2 and found.lacks_room(entry))
         anew = {"lora_name": "asked", "lora_path": "a7", "load_inplace": True}
         assert do(PATHS[0], anew)[0] == 200 and not long.done()
         expected = text(answer, read(library, "a7"), "the fox", N)
@@ -170,7 +194,7 @@ def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, mo
     """New weights under an old name, by a load in place, and in a file that is read again."""
     shutil.copytree(library, tmp_path / "own", symlinks=True)
     prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
-    with changing(pack, tmp_path / "own", 1, BaseModel(str(model_path))) as (server, do):
+    with changing(pack, tmp_path / "own", model_path, 1) as (server, do):
 
         def shared(name, adapter):
             """Whether each prompt found something."""

@@ -1,23 +1,38 @@
 """Batches whose rows have adapters of their own, beside stock mlx-lm."""
 
+import copy
 import random
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from helpers.served import NAMES
 from mlx_lm import load as stock_load
 from mlx_lm.generate import BatchGenerator, StopSequences
 
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.stock import switch
-from d2c_mlx.serve.mixed_batch import RowAdapters
+from d2c_mlx.serve.adapters import Adapters
+from d2c_mlx.serve.metrics import Metrics
+from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters, Seat
 
 
-def cache(mixed, name, scale=1.0):
-    return mixed.model.cache(0 if name is None else mixed.names[name].slot, scale)
+@pytest.fixture(scope="module", params=["plain", "compact"])
+def mixed(request, packs, model_path):
+    """All adapters of a pack in memory."""
+    base, metrics = BaseModel(str(model_path)), Metrics("model")
+    pack = packs[request.param]
+    return Adapters(base, pack, 1 << 30, metrics, Prefixes(0)), pack
 
 
-def test_a_batch_of_all_adapters_gives_each_rows_own_logits(pack, mixed, model_path):
+def cache(adapters, name, scale=1.0):
+    seat = adapters.model.base_seat if name is None else adapters.names[name].seat
+    return adapters.model.cache(seat, scale)
+
+
+def test_a_batch_of_all_adapters_gives_each_rows_own_logits(mixed, model_path):
     """Beside stock mlx-lm with one adapter at a time, and rows in any order."""
+    mixed, pack = mixed
     model, _ = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     rows = [None, *pack.tasks, NAMES[0], None]
@@ -33,9 +48,9 @@ def test_a_batch_of_all_adapters_gives_each_rows_own_logits(pack, mixed, model_p
         np.testing.assert_allclose(alone[0], found[i], atol=2e-5)
 
 
-def test_adapters_stay_with_their_rows_while_others_come_and_go(pack, mixed, answer):
+def test_adapters_stay_with_their_rows_while_others_come_and_go(mixed, answer):
     """mlx-lm's batch generator, rows of other lengths that are added, end and are removed."""
-    rng = random.Random(3)
+    (mixed, pack), rng = mixed, random.Random(3)
     batch = BatchGenerator(mixed.model, completion_batch_size=5, prefill_batch_size=2,
                            prefill_step_size=4)  # fmt: skip
     asked, found, removed = {}, {}, set()
@@ -59,15 +74,16 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(pack, mixed, ans
                 removed.add(uid)
     assert len(removed) < len(found) == 12
     for uid, (name, prompt, n, tokens) in found.items():
-        expected = answer(name, prompt, n)
+        expected = answer(name and pack.load(name), prompt, n)
         # `greedy` stops at an end token, the batch here does not.
         stop = len(tokens) if uid in removed else len(expected)
         assert tuple(tokens[:stop]) == expected[:stop]
 
 
 def test_row_adapters_are_whatever_mlx_lm_does_to_a_cache():
-    one, two, *more = [(slot, slot / 2) for slot in range(6)]
+    one, two, *more = [(Seat(slot), slot / 2) for slot in range(6)]
     rows = RowAdapters.merge([RowAdapters([two]), RowAdapters([one]), RowAdapters(more[:1])])
     rows.extend(RowAdapters(more[1:]))
     rows.filter([4, 0, 2])
+    assert copy.deepcopy(rows).rows == rows.rows
     assert rows.rows == [more[2], two, more[0]] and rows.extract(1).rows == [two]

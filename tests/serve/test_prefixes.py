@@ -5,8 +5,6 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers.adapters import ABOUT, ADAPTERS, Q, adapter_of
 from helpers.served import client, counted, prompt_of, serving, text
 from helpers.tiny import tiny_model
@@ -16,14 +14,12 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.jobs import Limits
+from d2c_mlx.serve.service import Limits
 
 RNG = random.Random(0)
 SHARED, *OTHERS = (prompt_of(RNG, 76) for _ in range(4))
 TAILS = [prompt_of(RNG, n) for n in (5, 9, 2)]
 ALL = ("model", *(one.name for one in ADAPTERS))
-one_kind = pytest.mark.parametrize("pack", ["compact"], indirect=True)
 
 
 def ask(server, model, prompt, n=6, **options):
@@ -43,19 +39,19 @@ def n_shared(answer):
 
 
 @pytest.fixture(scope="module")
-def server(pack, mixed):
-    with serving(pack, mixed) as running:
+def server(pack, model_path):
+    """Of its own: the metrics of all requests are compared."""
+    with serving(pack, model_path) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def whole(pack, mixed, server):
+def whole(pack, model_path, server):
     """A server that processes every prompt whole."""
-    with serving(pack, mixed, limits=Limits(prefix_nbytes=0)) as running:
+    with serving(pack, model_path, limits=Limits(prefix_nbytes=0)) as running:
         yield running
 
 
-@one_kind
 def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
     """Of stock mlx-lm; adapters take turns, so another's beginning would show."""
     kept, answers = [], set()
@@ -83,22 +79,21 @@ def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
         assert last.usage.prompt_tokens_details.cached_tokens == 0
 
 
-@one_kind
 def test_another_scale_is_another_adapter(server, whole, n_shared):
-    lora = [{"id": server.service.adapters.names["wide"].id, "scale": 0.25}]
+    lora, other = ([{"id": one.service.adapters.names["wide"].id, "scale": 0.25}]
+                   for one in (server, whole))  # fmt: skip
     kept = []
     for tail in TAILS:
         prompt = SHARED + " " + tail
         ask(server, "wide", prompt)
         found, logprobs, n = ask(server, "wide", prompt, lora=lora)
-        expected = ask(whole, "wide", prompt, lora=lora)
+        expected = ask(whole, "wide", prompt, lora=other)
         assert found == expected[0]
         np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
         kept.append(n)
     assert kept == [0, 0, n_shared]
 
 
-@one_kind
 def test_penalties_look_back_into_it(server, whole, n_shared):
     penalties = {"repetition_penalty": 3.0, "repetition_context_size": 200}
     for tail in TAILS:
@@ -108,17 +103,16 @@ def test_penalties_look_back_into_it(server, whole, n_shared):
     assert found[0] != ask(whole, "late", SHARED + " " + tail)[0]
 
 
-@one_kind
-def test_what_was_used_longest_ago_gives_way(pack, mixed, n_shared):
+def test_what_was_used_longest_ago_gives_way(pack, model_path, n_shared):
     """Memory has room for two."""
-    with serving(pack, mixed) as server:
+    with serving(pack, model_path) as server:
         for tail in TAILS[:2]:
             ask(server, "wide", SHARED + " " + tail)
         each = counted(server)["d2c_mlx_prefix_bytes"]
-    args = mixed.model.base.model.args
+    args = server.service.adapters.model.base.model.args
     width = args.hidden_size // args.num_attention_heads * args.num_key_value_heads
     assert each == n_shared * args.num_hidden_layers * 2 * width * 4
-    with serving(pack, mixed, limits=Limits(prefix_nbytes=int(2.2 * each))) as server:
+    with serving(pack, model_path, limits=Limits(prefix_nbytes=int(2.2 * each))) as server:
 
         def tokens(beginning, *tails):
             return [ask(server, "wide", f"{beginning} {tail}")[2] > 0 for tail in tails]
@@ -130,19 +124,11 @@ def test_what_was_used_longest_ago_gives_way(pack, mixed, n_shared):
         assert tokens(third, *TAILS) == [False, False, True]
         assert counted(server)["d2c_mlx_prefix_bytes"] <= 2.2 * each
         assert tokens(first, "y") == [True] and tokens(second, "y") == [False]
-    with serving(pack, mixed, limits=Limits(prefix_nbytes=int(each / 2))) as server:
+    with serving(pack, model_path, limits=Limits(prefix_nbytes=int(each / 2))) as server:
         # A shorter one that fits.
         kept = [ask(server, "wide", f"{SHARED} {tail}")[2] for tail in (*TAILS, "x")]
         assert kept[:3] == [0] * 3 and 0 < kept[3] <= n_shared / 2
         assert 0 < counted(server)["d2c_mlx_prefix_bytes"] <= each / 2
-
-
-@one_kind
-@pytest.mark.parametrize("option", ["--prefix-memory", "--adapter-memory"])
-def test_what_is_no_size_is_refused(pack, option):
-    refused = CliRunner().invoke(cli, ["serve", str(pack.path), option, "5%"])
-    words = f"{option}: found '5%', expected a size such as 500MB"
-    assert refused.exit_code == 2 and words in refused.output
 
 
 @pytest.mark.parametrize(("kind", "config"), [
@@ -167,7 +153,7 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
         return greedy(model, tokenizer, tokens, n)
 
     answer.tokenizer = tokenizer
-    with serving(pack, Adapters(base, pack)) as server:
+    with serving(pack, base) as server:
         for tail in TAILS:
             for name in ("model", "own"):
                 found, _, n_kept = ask(server, name, SHARED + " " + tail)

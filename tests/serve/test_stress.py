@@ -12,16 +12,18 @@ from benchmarks.serving.clients import TOKENS, jobs_of, measure
 from benchmarks.serving.servers import OURS, server
 from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.jobs import Limits
+from d2c_mlx.serve.service import Limits
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize("pack", ["plain"], indirect=True),
-]
+pytestmark = pytest.mark.slow
 
 
-def test_the_right_adapter_in_every_answer_and_nothing_left(pack, model_path, tmp_path, request):
+@pytest.fixture
+def plain(packs):
+    return packs["plain"]
+
+
+@pytest.mark.parametrize("n", [50, pytest.param(2500, marks=pytest.mark.soak)])
+def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, tmp_path, n):
     """Loads, first uses, reloads, clients that leave and garbage at once, beyond memory."""
     adapters = {one.name: one for one in ADAPTERS}
     for one in ADAPTERS:
@@ -30,13 +32,11 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(pack, model_path, tm
         adapters[f"file-{one.name}"].save(tmp_path / f"file-{one.name}", 2)
     # Raises if two cannot be told apart: one that is mixed up might not show.
     answers = answers_of(BaseModel(str(model_path)), adapters)
-    found = Adapters(BaseModel(str(model_path)), pack, 100_000)
-    limits = Limits(batch=4, queue=8, seconds=2)
+    limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=100_000)
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "changes": True, "directory": tmp_path, "limits": limits}
-    with serving(pack, found, **options) as server:
+    with serving(plain, model_path, **options) as server:
         stress = Stress(server.address, answers, [one.name for one in ADAPTERS], files)
-        n = request.config.getoption("--requests") // 2
         before = 0
         for half in range(2):
             outcomes = stress.run(range(half * n, (half + 1) * n), 8)
@@ -46,29 +46,30 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(pack, model_path, tm
             grown, before = mx.get_active_memory() - before, mx.get_active_memory()
         assert grown < 2e6 and evictions(server)
         assert any(n for key, n in counted(server).items() if "prefix_cache_hits_total" in key)
+        found = server.service.adapters
         assert not [name for name in found.names if name.startswith("own-")]
-        assert all(not one.users and not one.rows for one in found.names.values())
+        assert all(not one.users.total() and not one.rows for one in found.names.values())
         assert not any("own-" in key for key in counted(server))
 
 
-def test_an_answer_of_another_adapter_is_wrong(pack, model_path):
-    base, other_base = BaseModel(str(model_path)), BaseModel(str(model_path))
+def test_an_answer_of_another_adapter_is_wrong(plain, model_path):
+    other_base = BaseModel(str(model_path))
     answers = answers_of(other_base, {one.name: one for one in ADAPTERS})
     first, other, *_ = answers
-    with serving(pack, Adapters(base, pack), token=TOKEN) as server:
+    with serving(plain, model_path, token=TOKEN) as server:
         stress = Stress(server.address, answers, [first], [])
         assert stress.ask(first, first) == stress.ask(other, other) == "right"
         assert stress.ask(first, other) == "wrong"
 
 
-def test_every_client_gets_its_tokens_and_loads_are_counted(pack, model_path):
-    found = Adapters(BaseModel(str(model_path)), pack, 1)
+def test_every_client_gets_its_tokens_and_loads_are_counted(plain, model_path):
     tests = {one.name: [{"messages": [{"role": "user", "content": "fox"}, {}]}] for one in ADAPTERS}
     jobs = jobs_of(tests, 12, 0)
-    ends = dict.fromkeys(map(str, found.model.base.tokenizer.eos_token_ids), -100)
+    base = BaseModel(str(model_path))
+    ends = dict.fromkeys(map(str, base.tokenizer.eos_token_ids), -100)
     bodies = [{"model": task, "messages": said, "max_tokens": TOKENS, "logit_bias": ends}
               for task, said in jobs]  # fmt: skip
-    with serving(pack, found) as server:
+    with serving(plain, base, limits=Limits(adapter_nbytes=1)) as server:
         row = measure(server.address, psutil.Process(), bodies, 4)
     assert (row["requests"], row["tokens"]) == (12, 12 * TOKENS)
     assert len(row["first_token_s"]) == 12 and row["cpu_seconds"] > 0
@@ -77,8 +78,8 @@ def test_every_client_gets_its_tokens_and_loads_are_counted(pack, model_path):
     assert row["evictions"] >= row["loads"] - 1
 
 
-def test_streams_end_within_the_limit_after_sigterm(pack, model_path):
-    command = [*OURS, pack.path, "--model", model_path, "--token", TOKEN]
+def test_streams_end_within_the_limit_after_sigterm(plain, model_path):
+    command = [*OURS, plain.path, "--model", model_path, "--token", TOKEN]
     with server(command) as (address, process):
         held = resources(process)
         stop = stopped(address, process, [one.name for one in ADAPTERS])

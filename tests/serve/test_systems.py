@@ -20,7 +20,6 @@ from d2c_mlx.packs.update import opened, remove_tasks
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.serve.router import load_router
 
@@ -76,7 +75,7 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     pack = load_pack(made)
     base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": ASKED}]
-    with serving(pack, Adapters(base, pack)) as server:
+    with serving(pack, str(paths.model)) as server:
         api = client(server)
 
         def reply(model, *before, **options):
@@ -185,9 +184,8 @@ def test_a_server_routes_as_the_rows_were(spoken):
     paths, pack = spoken
     route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
     pack = load_pack(pack.path)
-    base = BaseModel(str(paths.model))
     asked = [{"role": "user", "content": "Who is it? Answer 2"}]
-    with serving(pack, Adapters(base, pack)) as server:
+    with serving(pack, str(paths.model)) as server:
         api = client(server)
         for system in ([], [{"role": "system", "content": ""}]):
             messages = [*system, *asked]

@@ -1,5 +1,5 @@
 """Fixtures for tests of the server."""
 
-from helpers.served import answer, mixed, model_path, pack
+from helpers.served import answer, model_path, pack, packs, server
 
-__all__ = ["answer", "mixed", "model_path", "pack"]
+__all__ = ["answer", "model_path", "pack", "packs", "server"]

@@ -10,12 +10,9 @@ from d2c_mlx_cli.main import cli
 from helpers.browser import axe_finds, tabbed
 from helpers.served import counts_at, idle, serving, text
 
-from d2c_mlx.serve.jobs import Limits
+from d2c_mlx.serve.service import Limits
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize("pack", ["plain"], indirect=True),
-]
+pytestmark = pytest.mark.slow
 PROMPT = "the quick brown fox"
 FACTS = re.compile(r"(\d+) tokens?(, [\d.]+ tokens/s)?, first after [\d.]+ s(, cut off .+)?")
 
@@ -28,8 +25,8 @@ def get(server, path="/", **headers):
 
 
 @pytest.fixture(scope="module")
-def server(pack, mixed):
-    with serving(pack, mixed, limits=Limits(max_tokens=24)) as one:
+def server(pack, model_path):
+    with serving(pack, model_path, limits=Limits(max_tokens=24)) as one:
         yield one
 
 
@@ -89,8 +86,9 @@ def test_what_was_routed_and_how_sure(server, opened):
     page = opened(server)
     page.locator("#send:enabled").wait_for()
     names = page.locator("#first option").all_inner_texts()
-    assert names == ["auto (routed)", "late", "other", "wide", "model (base model)"]
-    assert page.locator("#base").inner_text() == "3 tasks on model"
+    tasks = [*server.service.pack.tasks]
+    assert names == ["auto (routed)", *tasks, "model (base model)"]
+    assert page.locator("#base").inner_text() == f"{len(tasks)} tasks on model"
     (card,) = ask(page, "auto")
     words = card.locator("p").first.inner_text()
     name = card.locator("h3").inner_text()
@@ -120,8 +118,8 @@ def test_earlier_turns_are_sent_if_asked_for(server, opened):
     assert len(bodies[3]["messages"]) == 1 and page.locator(".turn").count() == 1
 
 
-def test_stop(pack, mixed, opened):
-    with serving(pack, mixed) as talkative:
+def test_stop(pack, model_path, opened):
+    with serving(pack, model_path) as talkative:
         page = opened(talkative)
         page.select_option("#second", "wide")
         for how in ("click", "Escape"):
@@ -157,8 +155,8 @@ def test_what_the_server_refuses_is_said(server, opened):
     assert opened.wrong.pop().startswith("Failed to load resource")
 
 
-def test_the_token_is_typed_into_the_page(pack, mixed, opened):
-    with serving(pack, mixed, token="secret") as locked:
+def test_the_token_is_typed_into_the_page(pack, model_path, opened):
+    with serving(pack, model_path, token="secret") as locked:
         page = opened(locked)
         for typed in ("wrong", "secret"):
             page.locator("#key").wait_for()
@@ -178,18 +176,18 @@ def test_the_token_is_typed_into_the_page(pack, mixed, opened):
         opened.wrong.clear()
 
 
-def test_headers_and_who_may_open_it(server, pack, mixed):
+def test_headers_and_who_may_open_it(server, pack, model_path):
     status, headers, page = get(server)
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'; connect-src 'self';" in policy and "unsafe" not in policy
     assert not re.search(r"https?:", page)
-    assert get(server, Host="evil.example")[0] == 421
+    assert get(server, Host="evil.example")[0] == 400
     # A request of the page itself has its origin; pages of other ports are others.
     host, port = server.address
     assert get(server, "/v1/models", Origin=f"http://{host}:{port}")[0] == 200
     assert get(server, "/v1/models", Origin=f"http://{host}:{port + 1}")[0] == 403
-    with serving(pack, mixed, page=False) as bare:
+    with serving(pack, model_path, page=False) as bare:
         assert get(bare)[0] == 404
         host, port = bare.address
         assert get(bare, "/v1/models", Origin=f"http://{host}:{port}")[0] == 403

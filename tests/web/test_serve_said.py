@@ -1,35 +1,37 @@
 """What a model says goes to the client whole: ends of text, calls of tools, and failures."""
 
+import importlib
 import json
 import os
+import pkgutil
 import resource
 
 import mlx.core as mx
+import mlx_lm.tool_parsers
 import numpy as np
 import pytest
 from helpers.adapters import ABOUT, ADAPTERS
-from helpers.served import GOOD, client, post, raw, serving
-from helpers.tiny import CHAT_TEMPLATE, task, tiny_model, tiny_tokenizer
+from helpers.served import GOOD, client, get, post, raw, serving
+from helpers.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.router import fit_router, load_router, save_router
-from d2c_mlx.serve.text import Encoder
+from d2c_mlx.serve.router import load_router
+from d2c_mlx.serve.text import Answer, Encoder, read_tool_calls
 
 BOS = "<|endoftext|>"
+NO_CALLS = ("[1]", '"x"', "{}", "[]", '{"name": 1}', "nonsense", "null")
 # Said whole, as one token each, and then the answer ends.
 SAID = [
     "5 <", "a < b <tool_cal", "<tool_call>", "see <#b",
     '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
-    *(f"<tool_call>{one}</tool_call>" for one in (
-        '{"name": "f"}', "[1]", '"x"', "{}", "[]", '{"name": 1}', "nonsense", "null",
-        '[{"name": "f"}, {"name": "g"}]')),
+    *(f"<tool_call>{call}</tool_call>" for call in
+      ('{"name": "f"}', '[{"name": "f"}, {"name": "g"}]', *NO_CALLS)),
     "before <tool_call>[1]</tool_call>",
 ]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
 def speaking_model(directory):
@@ -42,7 +44,7 @@ def speaking_model(directory):
     )
     tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE + "{# <tool_call> tool_call.name #}"
     first = len(tokenizer)
-    assert tokenizer.add_tokens([one.replace(" ", "Ġ") for one in SAID]) == len(SAID)
+    assert tokenizer.add_tokens([text.replace(" ", "Ġ") for text in SAID]) == len(SAID)
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config["vocab_size"] = len(tokenizer)
@@ -62,191 +64,141 @@ def speaking_model(directory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A pack with a router, and it on that model."""
+def speaker(tmp_path_factory):
     root = tmp_path_factory.mktemp("said")
     base = BaseModel(str(speaking_model(root / "model")))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    pack = write_pack(root / "pack", ADAPTERS, Manifest(**about))
-    for name in pack.tasks:
-        task(root / "tasks", name)
-    probes = [base.encode(n, load_task(root / "tasks" / n).probe) for n in pack.tasks]
-    pack = save_router(pack, fit_router(base.model, probes))
-    return pack, Adapters(base, pack)
-
-
-@pytest.fixture(scope="module")
-def server(made):
-    with serving(*made) as running:
+    with serving(write_pack(root / "pack", ADAPTERS, Manifest(**about)), base) as running:
         yield running
 
 
 def say(server, text, stream=False, **options):
-    """The answer's text, reason, calls of tools and usage, as OpenAI's client reads them."""
+    """The answer's text, reason, calls of tools, usage and logprobs, as OpenAI's client reads."""
     token = server.service.encoder.tokenizer.convert_tokens_to_ids(text.replace(" ", "Ġ"))
     body = {"model": "model", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9,
             "logit_bias": {str(token): 100}, "stream": stream, **options}  # fmt: skip
     with client(server) as api:
         if not stream:
             reply = api.chat.completions.create(**body)
-            (one,) = reply.choices
-            calls = one.message.tool_calls or []
-            n_logprobs = len(one.logprobs.content) if one.logprobs else 0
-            return (one.message.content or "", one.finish_reason,
+            (choice,) = reply.choices
+            calls = choice.message.tool_calls or []
+            n_logprobs = len(choice.logprobs.content) if choice.logprobs else 0
+            return (choice.message.content or "", choice.finish_reason,
                     [(c.function.name, c.function.arguments) for c in calls],
                     reply.usage.completion_tokens, n_logprobs)  # fmt: skip
         *parts, last = api.chat.completions.create(**body, stream_options={"include_usage": True})
-    choices = [one.choices[0] for one in parts]
-    calls = [c for one in choices for c in one.delta.tool_calls or []]
-    return ("".join(one.delta.content or "" for one in choices), choices[-1].finish_reason,
+    choices = [part.choices[0] for part in parts]
+    calls = [c for choice in choices for c in choice.delta.tool_calls or []]
+    return ("".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason,
             [(c.function.name, c.function.arguments) for c in calls],
             last.usage.completion_tokens,
-            sum(len(one.logprobs.content) for one in choices if one.logprobs))  # fmt: skip
+            sum(len(choice.logprobs.content) for choice in choices if choice.logprobs))  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_end_that_may_begin_a_marker_is_said(server, stream):
+def test_ends_of_text_and_calls_of_tools(speaker, stream):
+    """An end that may begin a marker is said; what is no call is text."""
     for text in SAID[:2]:
         # The text and the end of the answer.
-        assert say(server, text, stream) == (text, "stop", [], 2, 0)
+        assert say(speaker, text, stream) == (text, "stop", [], 2, 0)
         logprobs = {"extra_body": {"logprobs": True}}
-        assert say(server, text, stream, **logprobs) == (text, "stop", [], 2, 2)
-        assert say(server, text, stream, max_tokens=1) == (text, "length", [], 1, 0)
-    assert say(server, "see <#b", stream, stop="#") == ("see <", "stop", [], 1, 0)
+        assert say(speaker, text, stream, **logprobs) == (text, "stop", [], 2, 2)
+        assert say(speaker, text, stream, max_tokens=1) == (text, "length", [], 1, 0)
+    assert say(speaker, "see <#b", stream, stop="#") == ("see <", "stop", [], 1, 0)
+    calls = {
+        '{"name": "f", "arguments": {"x": 1}}': [("f", '{"x": 1}')],
+        '{"name": "f"}': [("f", "{}")],
+        '[{"name": "f"}, {"name": "g"}]': [("f", "{}"), ("g", "{}")],
+    }
+    for text, expected in calls.items():
+        answer = say(speaker, f"<tool_call>{text}</tool_call>", stream)
+        assert answer[:3] == ("", "tool_calls", expected)
+    for text in NO_CALLS:
+        answer = say(speaker, f"<tool_call>{text}</tool_call>", stream)
+        assert answer[:3] == (text, "stop", []), text
+    before = say(speaker, "before <tool_call>[1]</tool_call>", stream)
+    assert before[:3] == ("before [1]", "stop", [])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_calls_of_tools(server, stream):
-    def said(text):
-        return say(server, f"<tool_call>{text}</tool_call>", stream)[:3]
-
-    call = '{"name": "f", "arguments": {"x": 1}}'
-    assert said(call) == ("", "tool_calls", [("f", '{"x": 1}')])
-    assert said('{"name": "f"}') == ("", "tool_calls", [("f", "{}")])
-    two = '[{"name": "f"}, {"name": "g"}]'
-    assert said(two) == ("", "tool_calls", [("f", "{}"), ("g", "{}")])
-    # What is none is text.
-    for text in ("[1]", '"x"', "{}", "[]", '{"name": 1}', "nonsense", "null"):
-        assert said(text) == (text, "stop", []), text
-    assert say(server, "before <tool_call>[1]</tool_call>", stream)[:3] == (
-        "before [1]", "stop", [])  # fmt: skip
-
-
-def test_no_tools_are_shown_where_none_is_to_be_called(server):
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    tokenizer = server.service.encoder.tokenizer
-    seen = []
-    for options in ({}, {"tools": tools}, {"tools": tools, "tool_choice": "none"},
-                    {"tools": tools, "tool_choice": "auto"}):  # fmt: skip
-        messages = [{"role": "user", "content": "x"}]
-        template = "{{ tools }}" + tokenizer.chat_template
-        kept, tokenizer._tokenizer.chat_template = tokenizer.chat_template, template
-        try:
-            with client(server) as api:
-                reply = api.chat.completions.create(model="model", messages=messages, max_tokens=1,
-                                                    **options)  # fmt: skip
-        finally:
-            tokenizer._tokenizer.chat_template = kept
-        seen.append(reply.usage.prompt_tokens)
-    assert seen[0] == seen[2] < seen[1] == seen[3]
-
-
-def test_a_prompt_with_the_first_token_does_not_get_it_twice(server):
-    """As `mlx_lm.generate` reads a prompt that the template has made."""
-    tokenizer = server.service.encoder.tokenizer
+def test_what_a_prompt_becomes(speaker, monkeypatch):
+    """A first token that the template gave is not doubled; no tools where none is to be called."""
+    tokenizer = speaker.service.encoder.tokenizer
     messages = [{"role": "user", "content": "the fox"}]
-    made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ready = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    assert made.startswith(BOS) and ids[0] == 0 != ids[1]
-    with client(server) as api:
-        for prompt, n in ((made, len(ids)), ("the fox", len(tokenizer.encode("the fox")))):
+    assert ready.startswith(BOS) and ids[0] == 0 != ids[1]
+    with client(speaker) as api:
+        for prompt, n in ((ready, len(ids)), ("the fox", len(tokenizer.encode("the fox")))):
             reply = api.completions.create(model="model", prompt=prompt, max_tokens=1)
             assert reply.usage.prompt_tokens == n
+        template = "{{ tools }}" + tokenizer.chat_template
+        monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+        n_tokens = [
+            api.chat.completions.create(model="model", messages=messages, max_tokens=1,
+                                        **options).usage.prompt_tokens
+            for options in ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"},
+                            {"tools": TOOLS, "tool_choice": "auto"})
+        ]  # fmt: skip
+    assert n_tokens[0] == n_tokens[2] < n_tokens[1] == n_tokens[3]
 
 
-def error_of(reply, status):
+def message_of(reply, status):
     head, body = reply.split(b"\r\n\r\n", 1)
     assert head.split()[1] == str(status).encode(), reply
-    assert b"content-type: application/json" in head.lower()
     return json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_router_that_fails_is_said_with_a_status(made, stream):
-    router = load_router(made[0])
-    router.directions.resize((len(router.tasks), 3), refcheck=False)
-    with serving(*made, router) as server:
-        reply = raw(server, post({**GOOD, "model": "auto", "stream": stream}))
-        assert error_of(reply, 500) == "the request could not be started"
+def test_a_reply_that_fails_is_told(server, pack, model_path, monkeypatch, stream):
+    """Before anything was sent, as a reply with a status; later, in the stream."""
 
-
-def test_a_reply_that_fails_is_said(made, monkeypatch):
-    """Before anything was sent, as a reply; later, in the stream."""
-
-    def broken(*_arguments):
+    def broken(*_arguments, **_options):
         raise ZeroDivisionError
 
-    with serving(*made) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(Encoder, "logprobs", broken)
-            reply = raw(server, post(GOOD | {"logprobs": True}))
-            assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"
-            reply = raw(server, post(GOOD | {"logprobs": True, "stream": True}))
-            assert (
-                b" 200 " in reply and reply.count(b"HTTP/1.1") == 1 and b'data: {"error"' in reply
-            )
-            patch.setattr(Encoder, "encode", broken)
-            for stream in (False, True):
-                reply = raw(server, post(GOOD | {"stream": stream}))
-                assert error_of(reply, 500) == "the reply failed (ZeroDivisionError)"
-        assert b" 200 " in raw(server, post(GOOD))
+    body, failed = GOOD | {"stream": stream}, "the reply failed (ZeroDivisionError)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Answer, "take", broken)
+        reply = raw(server, post(body))
+        if stream:
+            assert b" 200 " in reply and reply.count(b"HTTP/1.1") == 1
+            assert b'data: {"error"' in reply
+        else:
+            assert message_of(reply, 500) == failed
+        patch.setattr(Encoder, "encode", broken)
+        assert message_of(raw(server, post(body)), 500) == failed
+    template = "{{ 1 / zero }}"
+    tokenizer = server.service.encoder.tokenizer
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+    chat = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2,
+            "chat_template_kwargs": {"zero": 0}, "stream": stream}  # fmt: skip
+    path = "/v1/chat/completions"
+    assert "ZeroDivisionError: division by zero" in message_of(raw(server, post(chat, path)), 400)
+    chat["chat_template_kwargs"] = {"zero": 1, "documents": []}
+    assert b" 200 " in raw(server, post(chat, path)) and b" 200 " in raw(server, post(body))
+    router = load_router(pack)
+    router.directions.resize((len(router.tasks), 3), refcheck=False)
+    with serving(pack, model_path, router) as other:
+        reply = raw(other, post({**body, "model": "auto"}))
+        assert message_of(reply, 500) == "the request could not be started"
 
 
-def test_what_http_itself_refuses_is_json(server):
-    for method in ("PUT", "DELETE", "PATCH", "TRACE"):
-        reply = raw(server, f"{method} /v1/models HTTP/1.0\r\n\r\n".encode())
-        words = f"{method}: not supported, expected GET, HEAD, POST or OPTIONS"
-        assert error_of(reply, 501) == words
-    many = b"".join(b"X-%d: 1\r\n" % i for i in range(200))
-    assert error_of(raw(server, b"GET /health HTTP/1.0\r\n" + many + b"\r\n"), 431)
-    assert error_of(raw(server, b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"), 414)
-    assert "Bad request" in error_of(raw(server, b"a b c d\r\n\r\n"), 400)
-
-
-def test_head_is_get_without_a_body(server, made):
-    def heads(server, path, *lines):
-        """What comes to HEAD, and to GET; but for the time."""
-        rest = b"".join(line + b"\r\n" for line in lines) + b"\r\n"
-        ask = (b"%s %s HTTP/1.0\r\n%s" % (method, path, rest) for method in (b"HEAD", b"GET"))
-        found = [raw(server, one).split(b"\r\n\r\n", 1) for one in ask]
-        (head, nothing), (other, body) = found
+def test_head_is_get_without_a_body(server):
+    def status(path):
+        """Of HEAD, after a look that GET says the same; but for the time."""
+        (head, nothing), (other, body) = (
+            raw(server, get(path, method=method)).split(b"\r\n\r\n", 1)
+            for method in ("HEAD", "GET")
+        )
         assert nothing == b"" != body
-        assert [line for line in head.split(b"\r\n") if not line.startswith(b"date:")] == [
-            line for line in other.split(b"\r\n") if not line.startswith(b"date:")
-        ]
+        heads = [[line for line in lines.split(b"\r\n") if not line.startswith(b"date:")]
+                 for lines in (head, other)]  # fmt: skip
+        assert heads[0] == heads[1]
         return int(head.split()[1])
 
-    for path in (b"/", b"/health", b"/health/live", b"/v1/models", b"/v1/models/wide",
-                 b"/lora-adapters"):  # fmt: skip
-        assert heads(server, path) == 200
-    for path in (b"/nothing", b"/v1/models/nobody", b"/v1/completions"):
-        assert heads(server, path) == 404
-    assert raw(server, b"HEAD /metrics HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
-    with serving(*made, token="s3cret") as server:
-        assert heads(server, b"/") == 200 and heads(server, b"/health") == 401
-        assert heads(server, b"/health", b"Authorization: Bearer s3cret") == 200
-
-
-def test_queries_are_passed_over_and_schemes_are_of_any_case(made):
-    with serving(*made, token="s3cret") as server:
-        for scheme in ("Bearer", "bearer", "BEARER"):
-            reply = raw(server, post(GOOD, "/v1/completions?api-version=1",
-                                     Authorization=f"{scheme} s3cret"))  # fmt: skip
-            assert b" 200 " in reply
-        key = b"Authorization: bearer s3cret\r\n\r\n"
-        assert b" 200 " in raw(server, b"GET /v1/models?x=1 HTTP/1.0\r\n" + key)
-        assert b" 404 " in raw(server, b"GET /nothing?x=/v1/models HTTP/1.0\r\n" + key)
-        assert b" 401 " in raw(server, post(GOOD, Authorization="bearer S3CRET"))
+    for path in ("/", "/health", "/health/live", "/v1/models", "/v1/models/wide", "/lora-adapters"):
+        assert status(path) == 200
+    for path in ("/nothing?x=/v1/models", "/v1/models/nobody", "/v1/completions"):
+        assert status(path) == 404
 
 
 def test_many_open_files(server):
@@ -261,6 +213,37 @@ def test_many_open_files(server):
         body = {"model": "wide", "prompt": "x", "max_tokens": 400, "logit_bias": {"40": 100}}
         assert b" 200 " in raw(server, post(body))
     finally:
-        for one in files:
-            os.close(one)
+        for file in files:
+            os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+JUNK = [
+    "", "x", "[1]", '"x"', "{}", "null", '{"name": 1}', "f", "f()", "f(", "f(x)", "f(x=y)",
+    "[f(a)]", "f(1, x=2)", "<function=f>", "<function=f></function>", "call:f{", "call:f{x:1}",
+    "f:0", "functions.f:0<|tool_call_argument_begin|>{",
+    "functions.f:0<|tool_call_argument_begin|>[1]",
+    '{"name": "f"}', '[{"name": "f"}, 1]', '<invoke name="f">', "[TOOL_CALLS]f[ARGS]{", "\ud800",
+]  # fmt: skip
+PARSERS = [module.name for module in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__)]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_call_has_a_name_and_arguments_or_is_none(name):
+    """With all of mlx-lm's parsers."""
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call
+    for text in JUNK:
+        for tools in (None, TOOLS, [{}]):
+            try:
+                calls = read_tool_calls(parser, text, tools)
+            except ValueError:
+                continue
+            assert calls and all(isinstance(call["name"], str) for call in calls)
+            assert all("arguments" in call for call in calls)
+
+
+def test_what_is_logged_of_a_call_has_nothing_of_its_text():
+    for text in ("secret", '["secret"]', '{"secret": "secret"}'):
+        with pytest.raises(ValueError) as caught:
+            read_tool_calls(lambda text, _tools: json.loads(text), text, None)
+        assert "secret" not in str(caught.value)

@@ -1,0 +1,366 @@
+"""`serve` with clients that say what is wrong, leave, or are too many."""
+
+import gc
+import json
+import random
+import socket
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import mlx.core as mx
+import openai
+import psutil
+import pytest
+from helpers.served import (
+    GOOD,
+    client,
+    counted,
+    counts_at,
+    get,
+    idle,
+    post,
+    prompt_of,
+    raw,
+    serving,
+    text,
+)
+from mlx_lm.generate import make_stop_sequences
+from mlx_lm.sample_utils import make_sampler
+
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.serve.mixed_batch import MixedModel
+from d2c_mlx.serve.requests import RequestError, read_request
+from d2c_mlx.serve.scheduler import Job
+from d2c_mlx.serve.service import Limits
+
+CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x"}}
+# Fields that would be ignored -> values that mean nothing, and pass.
+IGNORED = {
+    "parallel_tool_calls": (False, [True]), "reasoning_effort": ("low", []),
+    "ignore_eos": (True, [False]), "min_tokens": (5, [0]), "num_draft_tokens": (3, [0]),
+    "continue_final_message": (True, [False]), "repeat_penalty": (1.1, [1, 1.0]),
+    "mirostat": (2, [0]), "tfs_z": (0.5, [1]), "num_predict": (5, []), "think": (True, []),
+    "adapters": ("/tmp/x", []), "best_of": (True, [1]),
+}  # fmt: skip
+# Fields of a text and of a chat, each with values that are refused (400) by its name.
+FIELDS = {
+    **{name: [2**63] for name in ("top_k", "presence_penalty", "frequency_penalty",
+                                  "repetition_context_size")},
+    "temperature": [2**63, 101, True, -1, "hot"], "repetition_penalty": [2**63, 1e-300],
+    "top_p": [1e-60], "min_p": [1.1], "presence_context_size": [10**7],
+    "xtc_probability": [2], "xtc_threshold": [0.6], "seed": [2**63],
+    "logit_bias": [{"5": None}, {"5": [1]}, {"5": 1e9}, {"5": True}, {"1_0": 1}, {"-1": 1},
+                   {"9" * 5000: 1}, [1], {"100000": 1}, {"x": 1}],
+    "max_tokens": [10**6, 0, True], "n": [0, 17], "top_logprobs": [2, 21], "model": [1],
+    "response_format": [{"type": "xml"}, {"type": "json_schema"}, 5],
+    "stop": [[1], ["x"] * 17, [""]], "stream_options": [1], "prompt": [["x"], "", 1],
+    "lora": [{"id": 1}, [{"id": 1, "scale": 1e9}], [{"id": 1}], [{"id": 10**9, "scale": 1}]],
+    **{name: [value] for name, (value, _) in IGNORED.items()},
+}  # fmt: skip
+CHAT_FIELDS = {
+    "messages": [[], "x", [{"role": "user"}], [{"role": "user", "content": [IMAGE]}], [1],
+                 [{"role": "user", "content": 5}]],
+    "tool_choice": ["required", TOOLS[0], True, {}],
+    "chat_template_kwargs": [
+        {"tokenize": False}, {"return_tensors": "np"}, {"tools": []}, {"padding": True},
+        {"truncation": True, "max_length": 1}, {"add_generation_prompt": False}, {"self": 1},
+        {"return_dict": True}, {"continue_final_message": True}, {"tokenizer_kwargs": {"text": 1}},
+        {"chat_template": "{{ 1/0 }}"},
+        {"chat_template": 2 * "{% for i in range(6000) %}" + 2 * "{% endfor %}"}],
+}  # fmt: skip
+CHUNKED = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+           b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
+# Request, field at fault, status.
+BAD = [
+    *((post(GOOD | {name: value}), name, 400) for name, values in FIELDS.items()
+      for value in values),
+    *((post(CHAT | {name: value}, "/v1/chat/completions"), name, 400)
+      for name, values in CHAT_FIELDS.items() for value in values),
+    (post(CHAT | {"chat_template_kwargs": {"messages": 1}}, "/v1/chat/completions"),
+     "messages", 400),
+    (post(GOOD | {"seed": 1, "temperature": 1, "xtc_probability": 0.5}), "seed", 400),
+    *((post(content), None, 400) for content in
+      (b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 90_000, [1], b"")),
+    (post({"prompt": "x"}), "model", 400),
+    *((post(GOOD | {"model": name}), "model", 404) for name in ("nobody", "../../etc/passwd", "")),
+    (post(GOOD | {"prompt": "the fox " * 400}), None, 400),
+    (post(GOOD | {"prompt": "the fox " * 2000}), "prompt", 400),
+    (post(GOOD | {"max_tokens": 400, "prompt": "the fox " * 100}), None, 400),
+    (post(GOOD, "/v1/embeddings"), None, 404), (post(GOOD, "/api/chat"), None, 404),
+    (get("/etc/passwd"), None, 404), (get("/v1/models/nobody"), "model", 404),
+    (get("/v1/models", method="PUT"), None, 404),
+    (CHUNKED + b"493e0\r\n" + b" " * 300_000 + b"\r\n0\r\n\r\n", None, 413),
+    (post(b" " * 300_000), None, 413), (post(b"x", Content_Length="9" * 12), None, 413),
+    (post(GOOD, Origin="http://evil.example"), None, 403),
+    (get("/v1/models", "Origin: null"), None, 403),
+]  # fmt: skip
+
+
+def error_of(reply):
+    """Status, field and message of a refusal."""
+    head, body = reply.split(b"\r\n\r\n", 1)
+    assert b"application/json" in head, reply
+    error = json.loads(body)["error"]
+    return int(head.split()[1]), error["param"], error["message"]
+
+
+@pytest.fixture(scope="module")
+def small(pack, model_path):
+    with serving(pack, model_path, limits=Limits(body_nbytes=200_000, seconds=2)) as running:
+        yield running
+
+
+def test_what_is_wrong_is_told_in_json_and_the_server_goes_on(small, answer, capfd):
+    for content, field, status in BAD:
+        assert error_of(raw(small, content))[:2] == (status, field), content[:200]
+    # What HTTP itself refuses.
+    for content in (b"\x00\x01 garbage\r\n\r\n", post(GOOD, Content_Length="-1"),
+                    b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"):  # fmt: skip
+        assert b" 400 " in raw(small, content)
+    with client(small) as api:
+        with pytest.raises(openai.NotFoundError, match="expected one of"):
+            api.completions.create(model="nobody", prompt="x")
+        reply = api.completions.create(**GOOD)
+        assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
+    idle(small)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_values_that_mean_nothing_pass():
+    def read(**fields):
+        return read_request(json.dumps(CHAT | fields).encode(), True)
+
+    for name, (_, harmless) in IGNORED.items():
+        for value in (*harmless, None):
+            read(**{name: value})
+    assert read(tools=TOOLS, tool_choice=None).tool_choice == "auto"
+    with pytest.raises(RequestError):
+        read(best_of=1.5)
+
+
+def nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def chain(n):
+    parts = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
+    return {"$defs": {**parts, f"d{n}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+def patterns(n):
+    return {"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(n)]}
+
+
+def with_schema(schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return post(GOOD | {"response_format": form})
+
+
+def test_a_schema_has_bounds_and_ends_no_process(small):
+    """3,000 references were a segmentation fault, 30 patterns took 2 GB in 20 s (issue 72)."""
+    words = {"properties": {"a": {"enum": ["x" * 99_000]}}}
+    for schema in (chain(3000), nested(100), patterns(60), patterns(30), {"type": "nothing"},
+                   {"$ref": "#/nowhere"}, words):  # fmt: skip
+        started = time.monotonic()
+        assert error_of(raw(small, with_schema(schema)))[:2] == (400, "response_format")
+        assert time.monotonic() - started < 20
+    for schema in (chain(400), nested(20), patterns(2)):
+        assert b" 200 " in raw(small, with_schema(schema)), schema
+
+
+def test_the_compilation_of_a_schema_ends_with_its_client(small):
+    def children():
+        return {child for child in psutil.Process().children() if child.is_running()}
+
+    before = children()
+    with socket.create_connection(small.address) as connection:
+        connection.sendall(with_schema(patterns(32)))
+        while not children() - before:
+            time.sleep(0.01)
+    started = time.monotonic()
+    while children() - before:
+        assert time.monotonic() - started < 2
+        time.sleep(0.01)
+
+
+def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
+    """They were tokenized whole, and the event loop waited for the tokenizer (issue 72)."""
+    long = post(GOOD | {"prompt": "ab " * 30_000})
+    slow, stopped = [], threading.Event()
+
+    def encode(*_arguments, **_options):
+        slow.append(1)
+        stopped.wait(5)
+        return [1]
+
+    tokenizer = small.service.encoder.tokenizer
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(tokenizer._tokenizer, "encode", encode)
+        assert all(error_of(raw(small, long))[1] == "prompt" for _ in range(3)) and not slow
+        waiting = [pool.submit(raw, small, post(GOOD)) for _ in range(2)]
+        while not slow:
+            time.sleep(0.01)
+        started = time.monotonic()
+        assert b" 200 " in raw(small, get("/health")) and time.monotonic() - started < 2
+        stopped.set()
+        assert all(b" 200 " in reply.result() for reply in waiting)
+
+
+def test_who_leaves_frees_the_place(pack, model_path):
+    """Streams and whole replies, and one that never sends all of its body."""
+    long = {"model": "wide", "prompt": "the", "max_tokens": 500,
+            "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
+    tokens, gone = "d2c_mlx_answer_tokens_total", "d2c_mlx_vanished_total"
+    limits = Limits(batch=2, queue=2, seconds=1)
+    with serving(pack, model_path, limits=limits) as server:
+        for stream in (True, False):
+            before = counted(server)
+            with socket.create_connection(server.address) as connection:
+                connection.sendall(post(long | {"stream": stream}))
+                counts_at(server, tokens, before[tokens] + 3)
+            idle(server)
+            after = counts_at(server, gone, before[gone] + 1)
+            assert after[gone] == before[gone] + 1
+            assert 3 <= after[tokens] - before[tokens] < 500
+        raw(server, post(GOOD)[:-4], wait=False)
+        assert b" 408 " in raw(server, post(GOOD)[:-4]) and b" 408 " in raw(server, b"")
+
+
+@pytest.mark.slow
+def test_more_than_may_wait_are_refused_at_once(pack, model_path):
+    long = {"model": "wide", "prompt": "the", "max_tokens": 300,
+            "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
+    with serving(pack, model_path, limits=Limits(batch=1, queue=1)) as server:
+        with ThreadPoolExecutor(6) as pool:
+            replies = list(pool.map(lambda _: raw(server, post(long)), range(6)))
+        codes = sorted(reply.split()[1] for reply in replies)
+        assert codes[-1] == b"503" and b"200" in codes
+        body = next(x for x in replies if b" 503 " in x).split(b"\r\n\r\n", 1)[1]
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        assert error_of(raw(server, post(GOOD | {"n": 3})))[:2] == (400, "n")
+
+
+def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, answer, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise MemoryError
+
+    wired, limit = [], 0
+
+    def wire(nbytes):
+        nonlocal limit
+        wired.append(nbytes)
+        limit, before = nbytes, limit
+        return before
+
+    # As on Metal: whoever generates wires memory, and sets it back when it ends.
+    info = {**mx.device_info(), "max_recommended_working_set_size": 1 << 30}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", wire)
+    with serving(pack, model_path) as server, client(server) as api:
+        with monkeypatch.context() as patch:
+            patch.setattr(MixedModel, "__call__", broken)
+            with pytest.raises(openai.InternalServerError, match="MemoryError"):
+                api.completions.create(**GOOD)
+            with pytest.raises(openai.APIError, match="MemoryError"):
+                list(api.completions.create(**GOOD, stream=True))
+        reply = api.completions.create(**GOOD)
+        assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
+        assert urllib.request.urlopen(server.url.replace("v1", "health")).status == 200
+        assert limit == 1 << 30
+    assert limit == 0 and wired[-2:] == [1 << 30, 0]
+
+
+def test_sampling_goes_on_after_a_failure(server, answer):
+    """A sampler that fails while MLX traces it leaves the thread without random numbers."""
+    with client(server) as api:
+        for _ in range(2):
+            ids, events = answer.tokenizer.encode("the fox"), Queue()
+            job = Job(ids, "wide", 4, events.put, make_stop_sequences(answer.tokenizer),
+                      make_sampler(0.7, top_k=10**6))  # fmt: skip
+            server.service.scheduler.submit(job)
+            while not isinstance(last := events.get(timeout=60), RuntimeError):
+                assert last is not None
+            assert "ValueError" in str(last)
+            for options in ({}, {"top_p": 0.9}, {"top_k": 3}, {"xtc_probability": 0.5}):
+                reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
+                assert reply.usage.completion_tokens
+        idle(server)
+
+
+def test_options_of_sampling_at_their_limits(server, answer):
+    """As mlx-lm means them, and none fails the batch."""
+    expected = text(answer, "wide", "the fox", 4)
+    with client(server) as api:
+
+        def ask(**options):
+            return api.completions.create(**GOOD, extra_body=options).choices[0].text
+
+        assert ask(temperature=1e-45) == ask(temperature=0, seed=2**63 - 1) == expected
+        # Beyond the vocabulary is all of it.
+        assert len({ask(temperature=5, top_k=10**6) for _ in range(6)}) > 1
+        assert ask(temperature=5, top_k=1) == ask(temperature=5, top_p=1e-6) == expected
+        for name, most in (("presence", 2), ("frequency", -2), ("repetition", 100)):
+            for window in (0, 1, 1_000_000):
+                size = {f"{name}_context_size": window}
+                assert ask(temperature=100, **{f"{name}_penalty": most}, **size) is not None
+        only = answer.tokenizer.encode("x")[0]
+        assert ask(logit_bias={str(only): 10_000}) == "xxxx"
+        others = [i for i in range(server.service.vocabulary) if i != only]
+        assert ask(logit_bias={str(i): -10_000.0 for i in others}, temperature=1) == "xxxx"
+
+
+def memory(server):
+    """Bytes that MLX holds once no request is open and all garbage is collected."""
+    idle(server)
+    gc.collect()
+    return mx.get_active_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, pytest.param(5000, marks=pytest.mark.soak)])
+def test_thousands_of_requests_good_and_bad(pack, model_path, answer, n):
+    """Twice `n`: no wrong adapter ever, nothing left open, memory as before."""
+    rng = random.Random(1)
+    prompts = [prompt_of(rng) for _ in range(8)]
+    expected = {(name, p): text(answer, name, p, 6) for name in pack.tasks for p in prompts}
+    # Else an adapter that is mixed up might not show.
+    assert len({expected[name, prompts[0]] for name in pack.tasks}) == len(pack.tasks)
+
+    def ask(i):
+        dice = random.Random(i)
+        name, prompt = dice.choice(list(pack.tasks)), dice.choice(prompts)
+        body = {"model": name, "prompt": prompt, "max_tokens": 6, "stream": dice.random() < 0.5}
+        kind = dice.random()
+        if kind < 0.15:
+            content, _, status = dice.choice(BAD)
+            return raw(server, content).split()[1] in (str(status).encode(), b"503")
+        if kind < 0.25:
+            return raw(server, post(body)[: dice.randrange(1, 150)], wait=False) == b""
+        if kind < 0.35:
+            return raw(server, post(body | {"max_tokens": 60}), wait=False) == b""
+        while (reply := raw(server, post(body))).split()[1] == b"503":
+            time.sleep(0.02)
+        head, content = reply.decode().split("\r\n\r\n", 1)
+        if not body["stream"]:
+            return json.loads(content)["choices"][0]["text"] == expected[name, prompt]
+        lines = [x[6:] for x in content.splitlines() if x.startswith("data: {")]
+        return "".join(json.loads(x)["choices"][0]["text"] for x in lines) == expected[name, prompt]
+
+    limits = Limits(batch=4, queue=8, body_nbytes=200_000, seconds=2)
+    base = BaseModel(str(model_path))
+    with serving(pack, base, limits=limits) as server, ThreadPoolExecutor(12) as pool:
+        assert [i for i, good in enumerate(pool.map(ask, range(n))) if not good] == []
+        before, threads = memory(server), threading.active_count()
+        resident = psutil.Process().memory_info().rss
+        assert all(pool.map(ask, range(n, 2 * n)))
+        assert abs(memory(server) - before) < 2e6
+        assert psutil.Process().memory_info().rss < 1.05 * resident + 2e7
+        assert threading.active_count() <= threads + 12
