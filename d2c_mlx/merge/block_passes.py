@@ -36,14 +36,14 @@ class Part:
             first one.
         prefix: the same of the tokens that all rows begin with, `(1, n, hidden)`; None if they are
             in `hidden`.
-        known: outputs of modules of the next block, by path, which no pass computes again.
+        outputs: outputs of modules of the next block, by path, which no pass computes again.
     """
 
     task: int
     batch: TokenBatch
     hidden: mx.array
     prefix: mx.array | None = None
-    known: Mapping[str, mx.array] = field(default_factory=dict)
+    outputs: Mapping[str, mx.array] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -102,32 +102,33 @@ class BlockPasses:
         self.base.attach(adapter)
         prefix, states = self._prefix(parts, block, last)
 
-        def one(part: Part) -> Seen:
-            seen: dict[str, mx.array] = {}
-            said: dict[str, mx.array] = {}
+        def run(part: Part) -> Seen:
+            inputs: dict[str, mx.array] = {}
+            outputs: dict[str, mx.array] = {}
             here, after = self.here, part
-            here.inputs, here.outputs, here.known, here.stop_after = seen, said, part.known, last
+            here.inputs, here.outputs, here.known = inputs, outputs, part.outputs
+            here.stop_after = last
             with suppress(StopForward):
                 hidden = run_blocks(self.base.model, part.hidden, states, block, block + 1)
                 mx.eval(hidden)
                 after = Part(part.task, part.batch, hidden, prefix)
-            inputs, outputs = (
-                part.batch.kept_by_module({path: x for path, x in some.items() if path in paths})
-                for some in (seen, said)
+            kept_inputs, kept_outputs = (
+                part.batch.kept_by_module({path: x for path, x in of.items() if path in paths})
+                for of in (inputs, outputs)
             )
-            keep = inputs if last and self.keep else ()
-            whole = {path: (seen[path], said[path]) for path in keep}
-            return Seen(after, inputs, outputs, whole)
+            keep = kept_inputs if last and self.keep else ()
+            whole = {path: (inputs[path], outputs[path]) for path in keep}
+            return Seen(after, kept_inputs, kept_outputs, whole)
 
-        found = dict(self.workers.run(lambda some: [one(part) for part in some], parts))
-        return [found[i] for i in range(len(parts))]
+        seen = dict(self.workers.run(lambda batch: [run(part) for part in batch], parts))
+        return [seen[i] for i in range(len(parts))]
 
     def through(
         self, parts: Sequence[Part], blocks: Sequence[int], adapter: Adapter | None = None
     ) -> list[Part]:
         """The parts after some blocks."""
         for block in blocks:
-            parts = [one.after for one in self.see(parts, block, adapter, ())]
+            parts = [seen.after for seen in self.see(parts, block, adapter, ())]
         return list(parts)
 
     def _prefix(
@@ -156,16 +157,15 @@ class BlockPasses:
         """
         if not self.keep:
             return list(parts)
-        dtype = self.base.compute_dtype
-        factors = {path: (one.a.astype(dtype), one.b.astype(dtype))
-                   for path, one in modules.items()}  # fmt: skip
-        found = []
-        for part, one in zip(parts, seen):
-            known = {path: one.whole[path][1] + (one.whole[path][0] @ a) @ b
-                     for path, (a, b) in factors.items()}  # fmt: skip
-            found.append(replace(part, known={**part.known, **known}))
-        mx.eval([part.known for part in found])
-        return found
+        dtype, adapted = self.base.compute_dtype, []
+        for part, of_part in zip(parts, seen):
+            outputs = dict(part.outputs)
+            for path, lora in modules.items():
+                x, y = of_part.whole[path]
+                outputs[path] = y + (x @ lora.a.astype(dtype)) @ lora.b.astype(dtype)
+            adapted.append(replace(part, outputs=outputs))
+        mx.eval([part.outputs for part in adapted])
+        return adapted
 
 
 def parts_of(base: BaseModel, sets: Sequence[ExampleSet], most: int | None) -> list[Part]:
@@ -178,12 +178,12 @@ def parts_of(base: BaseModel, sets: Sequence[ExampleSet], most: int | None) -> l
         sets: the rows of each task.
         most: tokens of each set that are kept, evenly spaced; None keeps all.
     """
-    rows = tuple(row for one in sets for row in one.examples)
+    rows = tuple(row for examples in sets for row in examples.examples)
     shared = shared_prefix(ExampleSet("all", rows), least=1)
     n = len(shared) if len(shared) >= _PREFIX and prefix_is_exact(base.model) else 0
     prefix = mx.array([shared]) if n else None
     return [
         Part(i, batch.without_first(n), mx.array(batch.tokens[:, n:]), prefix)
-        for i, one in enumerate(sets)
-        for batch in token_batches(one, most, len(shared), _BATCH)
+        for i, examples in enumerate(sets)
+        for batch in token_batches(examples, most, len(shared), _BATCH)
     ]

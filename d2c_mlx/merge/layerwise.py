@@ -15,10 +15,9 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +41,7 @@ __all__ = ["LayerwiseOptions", "check_blocks", "merge_layerwise"]
 # times as much.
 _LARGE = 1 << 25
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
-_KNOWN = 1 << 28
+_KEPT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,12 @@ def merge_layerwise(
     paths = sorted({path for adapter in adapters for path in adapter.modules})
     with capture_modules(base.model, paths) as here:
         parts = parts_of(base, sets, options.most)
-        passes = BlockPasses(base, workers or Workers(1), here, _has_room(base, paths, parts))
+        widths: dict[int, int] = {}  # of all outputs of a block's modules
+        for path in paths:
+            block = block_index(path)
+            widths[block] = widths.get(block, 0) + base.module_shapes[path][1]
+        keep = 4 * max(widths.values()) * sum(part.n_tokens for part in parts) <= _KEPT
+        passes = BlockPasses(base, workers or Workers(1), here, keep)
         merging = _Merging(passes, adapters, options, rank, parts)
         merging.run()
     base.attach(None)
@@ -133,40 +137,41 @@ class _Merging:
 
     def run(self) -> None:
         """Fit all modules, from the first block to the last."""
-        blocks = _paths_of_blocks(self.adapters)
+        blocks: dict[int, list[str]] = {}
+        for path in sorted({path for adapter in self.adapters for path in adapter.modules}):
+            blocks.setdefault(block_index(path), []).append(path)
         # Below the first block that a member changes, all members equal the base model.
         self.parts = own = self.passes.through(self.parts, range(min(blocks)))
         for block in range(min(blocks), max(blocks) + 1):
             paths = blocks.get(block, [])
             taught, groups = self.teach(own, block, paths)
             for group in groups:
-                fitted = self.fitted(paths)
+                fitted = _only(Adapter("merge", self.modules), paths)
                 seen = self.passes.see(self.parts, block, fitted, group, group[-1])
-                found = self.fit(group, seen, taught)
-                self.parts = self.passes.adapted(self.parts, seen, found)
-                self.modules |= found
+                updates = self.fit(group, seen, taught)
+                self.parts = self.passes.adapted(self.parts, seen, updates)
+                self.modules |= updates
                 for part in taught:
                     for path in group:
                         del part.outputs[path]
-            self.parts = self.passes.through(self.parts, [block], self.fitted(paths))
-            own = [one.after for one in taught]
-
-    def fitted(self, paths: Sequence[str]) -> Adapter | None:
-        """The modules of `paths` that are fitted."""
-        return _some(Adapter("merge", self.modules), paths)
+            merge = _only(Adapter("merge", self.modules), paths)
+            self.parts = self.passes.through(self.parts, [block], merge)
+            own = [part.after for part in taught]
 
     def teach(
         self, own: Sequence[Part], block: int, paths: Sequence[str]
     ) -> tuple[list[Seen], list[list[str]]]:
         """Run a block under the members; groups of its modules with the same input, as they run."""
         taught: list[Seen] = []
-        groups: list[list[str]] = []
+        together: dict[int, list[str]] = {}
         for i, adapter in enumerate(self.adapters):
-            some = [part for part in own if part.task == i]
-            seen = self.passes.see(some, block, _some(adapter, paths), paths)
-            groups = groups or list(_by_input(seen[0]))
-            taught += [replace(one, inputs={}) for one in seen]
-        return taught, groups
+            parts = [part for part in own if part.task == i]
+            seen = self.passes.see(parts, block, _only(adapter, paths), paths)
+            if i == 0:
+                for path, x in seen[0].inputs.items():
+                    together.setdefault(id(x), []).append(path)
+            taught += [replace(part, inputs={}) for part in seen]
+        return taught, list(together.values())
 
     def fit(
         self, paths: Sequence[str], seen: Sequence[Seen], taught: Sequence[Seen]
@@ -178,72 +183,45 @@ class _Merging:
             seen: for every part, the block without these modules.
             taught: for every part, the block under its own member, which gives the targets.
         """
-        o, by_task = self.options, partial(_by_task, [part.task for part in self.parts])
-        inputs = by_task(one.inputs[paths[0]] for one in seen)
+        o, shapes = self.options, self.passes.base.module_shapes
 
-        def solve(path: str, factors: Sequence[Factors]) -> Factors:
-            wanted = by_task(one.outputs[path] for one in taught)
-            bare = by_task(one.outputs[path] for one in seen)
+        def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
+            """Join the arrays of the parts of each task."""
+            joined: dict[int, list[np.ndarray]] = {}
+            for part, x in zip(self.parts, arrays):
+                joined.setdefault(part.task, []).append(x)
+            return [np.concatenate(joined[task]) for task in sorted(joined)]
+
+        def factors(adapter: Adapter, path: str) -> Factors:
+            """Without columns where the adapter lacks the module."""
+            if path in adapter.modules:
+                return adapter.modules[path].factors()
+            width, out = shapes[path]
+            return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+
+        def solve(path: str, members: Sequence[Factors]) -> Factors:
+            targets = by_task(part.outputs[path] for part in taught)
+            bare = by_task(part.outputs[path] for part in seen)
             lacking = [
-                o.strength * (y - (said + (x @ a) @ b))
-                for y, said, x, (a, b) in zip(wanted, bare, inputs, factors)
+                o.strength * (target - (output + (x @ a) @ b))
+                for target, output, x, (a, b) in zip(targets, bare, inputs, members)
             ]
-            return matched(factors, grams, lacking, self.rank)
+            return matched(members, grams, lacking, self.rank)
 
-        shapes = [self.passes.base.module_shapes[path] for path in paths]
-        large = any(4 * math.prod(shape) > _LARGE for shape in shapes)
+        inputs = by_task(part.inputs[paths[0]] for part in seen)
+        large = any(4 * math.prod(shapes[path]) > _LARGE for path in paths)
         if large:  # The solver needs room, of which MLX keeps some for its next pass.
             give_back_memory()
         # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of
         # its own, which stays.
-        updates = [[self._factors(one, path) for one in self.adapters] for path in paths]
+        updates = [[factors(adapter, path) for adapter in self.adapters] for path in paths]
         with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
             grams = Grams(inputs)
-            found = list(pool.map(solve, paths, updates))
-        return {path: LoRA(mx.array(a), mx.array(o.scale * b))
-                for path, (a, b) in zip(paths, found)}  # fmt: skip
-
-    def _factors(self, adapter: Adapter, path: str) -> Factors:
-        """An adapter's factors of a module; without columns where the adapter lacks it."""
-        if path in adapter.modules:
-            return adapter.modules[path].factors()
-        width, out = self.passes.base.module_shapes[path]
-        return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+            solved = zip(paths, pool.map(solve, paths, updates))
+            return {path: LoRA(mx.array(a), mx.array(o.scale * b)) for path, (a, b) in solved}
 
 
-def _has_room(base: BaseModel, paths: Sequence[str], parts: Sequence[Part]) -> bool:
-    """True if there is room for all outputs of a block's modules."""
-    widths: dict[int, int] = {}
-    for path in paths:
-        block = block_index(path)
-        widths[block] = widths.get(block, 0) + base.module_shapes[path][1]
-    return 4 * max(widths.values()) * sum(part.n_tokens for part in parts) <= _KNOWN
-
-
-def _by_task(places: Sequence[int], arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Join the arrays of each task, given the task of every array."""
-    found: dict[int, list[np.ndarray]] = {}
-    for task, x in zip(places, arrays):
-        found.setdefault(task, []).append(x)
-    return [np.concatenate(found[task]) for task in sorted(found)]
-
-
-def _paths_of_blocks(adapters: Sequence[Adapter]) -> dict[int, list[str]]:
-    blocks: dict[int, list[str]] = {}
-    for path in sorted({path for adapter in adapters for path in adapter.modules}):
-        blocks.setdefault(block_index(path), []).append(path)
-    return blocks
-
-
-def _some(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
+def _only(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
     """The adapter with these modules alone; None if it has none of them."""
     modules = {path: adapter.modules[path] for path in paths if path in adapter.modules}
     return replace(adapter, modules=modules) if modules else None
-
-
-def _by_input(seen: Seen) -> Iterator[list[str]]:
-    """Yield groups of modules with the same input, in the order in which they run."""
-    together: dict[int, list[str]] = {}
-    for path, x in seen.inputs.items():
-        together.setdefault(id(x), []).append(path)
-    yield from together.values()

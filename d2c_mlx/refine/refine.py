@@ -22,7 +22,7 @@ from d2c_mlx.evaluate.distill import Distiller, TeacherRow
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
-from d2c_mlx.refine.students import Form, Student, student_of
+from d2c_mlx.refine.students import Form, Student, plain, student_of
 from d2c_mlx.utils.blas import all_cores
 from d2c_mlx.utils.progress import Progress
 
@@ -30,6 +30,8 @@ __all__ = ["Member", "RefineOptions", "Refined", "refine"]
 
 # A divergence, over the gain, that is lower by less is so by rounding.
 _CLOSER = 1e-4
+# Teacher rows of one task: those of the calibration rows, and of its adapter's own answers.
+_Kinds = list[list[TeacherRow]]
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,6 @@ class Refined(Generic[Form]):
     after: float
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of one task by kind: the calibration rows, and those with its adapter's own answers."""
-
-    gain: float
-    kinds: list[list[TeacherRow]]
-
-
 def refine(
     base: BaseModel,
     adapter: Form,
@@ -121,21 +115,31 @@ def refine(
     if isinstance(adapter, Adapter) and len(members) == 1:
         return Refined(adapter, 0.0, 0.0)
     model, student = Distiller(base), student_of(adapter, base.dtype)
+    gains = [member.gain for member in members]
     with all_cores():
         tasks = []
-        for one in members:
-            kinds = [model.teacher_rows(one.adapter, some) for some in (one.probe, one.own) if some]
-            tasks.append(_Rows(one.gain, kinds))
-        before = _divergence(model, student.plain(adapter), tasks)
-        trained = _train(model, student, tasks, options or RefineOptions(), progress or Progress())
-        after = _divergence(model, student.plain(trained), tasks)
+        for member in members:
+            sets = [rows for rows in (member.probe, member.own) if rows]
+            tasks.append([model.teacher_rows(member.adapter, rows) for rows in sets])
+
+        def divergence(form: Form) -> float:
+            """Mean over the tasks of the divergence per target, over the gain."""
+            student, each = plain(form, base.dtype), zip(tasks, gains)
+            return float(np.mean([model.divergence(student, rows[0]) / n for rows, n in each]))
+
+        before = divergence(adapter)
+        trained = _train(
+            model, student, tasks, gains, options or RefineOptions(), progress or Progress()
+        )
+        after = divergence(trained)
     return Refined(trained if after < before - _CLOSER else adapter, before, after)
 
 
 def _train(
     model: Distiller,
     student: Student[Form],
-    tasks: Sequence[_Rows],
+    tasks: Sequence[_Kinds],
+    gains: Sequence[float],
     o: RefineOptions,
     progress: Progress,
 ) -> Form:
@@ -143,42 +147,29 @@ def _train(
 
     The student is attached.
     """
-    orders = [[turns(some, o.rows, (o.seed, i, j)) for j, some in enumerate(task.kinds)]
-             for i, task in enumerate(tasks)]  # fmt: skip
-    cost = _mean_cost(tasks, o.rows)
-    progress.expect(o.steps * cost)
+    orders = []
+    cost = 0.0
+    for i, kinds in enumerate(tasks):
+        orders.append([turns(rows, o.rows, (o.seed, i, j)) for j, rows in enumerate(kinds)])
+        for rows in kinds:
+            n_tokens = sum(len(row.example.tokens) for row in rows)
+            cost += min(o.rows, len(rows)) * n_tokens / len(rows)
+    progress.expect(o.steps * round(cost))
 
     def gradient(parameters: Parameters) -> Parameters:
-        rows = [[row for turn in pair for row in next(turn)] for pair in orders]
-        by_factor = model.gradient(student.factors(parameters), *_weighted(rows, tasks))
+        """That of the mean over the tasks of divergence / gain."""
+        step, weights = [], []
+        for order, gain in zip(orders, gains):
+            rows = [row for turn in order for row in next(turn)]
+            n_targets = sum(row.example.n_targets for row in rows)
+            step += rows
+            weights += [(0.0, 1 / (len(tasks) * gain * n_targets))] * len(rows)
+        by_factor = model.gradient(student.factors(parameters), step, weights)
         return pull_back(student.factors, parameters, by_factor)
 
     average, rate = student.start, student.rate if o.rate is None else o.rate
-    for step, parameters in enumerate(descend(average, gradient, o.steps, rate), 1):
-        average = averaged(average, parameters, step)
+    for number, parameters in enumerate(descend(average, gradient, o.steps, rate), 1):
+        average = averaged(average, parameters, number)
         mx.eval(average)
-        progress.advance(cost)
-    return student.made(average)
-
-
-def _mean_cost(tasks: Sequence[_Rows], n: int) -> int:
-    """The mean number of tokens of a step."""
-    sizes = [[len(row.example.tokens) for row in some] for one in tasks for some in one.kinds]
-    return round(sum(min(n, len(some)) * sum(some) / len(some) for some in sizes))
-
-
-def _weighted(
-    rows: Sequence[Sequence[TeacherRow]], tasks: Sequence[_Rows]
-) -> tuple[list[TeacherRow], list[tuple[float, float]]]:
-    """Rows, and weights of their targets that give the mean over tasks of divergence / gain."""
-    weights = []
-    for some, task in zip(rows, tasks):
-        n_targets = sum(row.example.n_targets for row in some)
-        weights += [(0.0, 1 / (len(tasks) * task.gain * n_targets))] * len(some)
-    return [row for some in rows for row in some], weights
-
-
-def _divergence(model: Distiller, adapter: Adapter, tasks: Sequence[_Rows]) -> float:
-    """Mean over the tasks of the divergence per target of their calibration rows, over the gain."""
-    found = [model.divergence(adapter, task.kinds[0]) / task.gain for task in tasks]
-    return float(np.mean(found))
+        progress.advance(round(cost))
+    return student.form(average)

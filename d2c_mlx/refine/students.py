@@ -10,8 +10,9 @@ https://arxiv.org/abs/2407.11062.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,30 +22,39 @@ from d2c_mlx.compress.compressed import Compressed, Level, Quantized, unpack_cod
 from d2c_mlx.evaluate.distill import Factors
 from d2c_mlx.refine.steps import Parameters
 
-__all__ = ["Form", "Student", "student_of"]
+__all__ = ["Form", "Student", "plain", "student_of"]
 
 Form = TypeVar("Form", Adapter, Compressed)
 
+# Learning rates of a merge, and of a stored form, for which it is the best of four on three tasks:
+# benchmarks/notes/2026-11-29-refining.md.
+_MERGE_RATE, _STORED_RATE = 5e-4, 2e-3
 
-class Student(Protocol[Form]):
+
+@dataclass(frozen=True)
+class Student(Generic[Form]):
     """An adapter in the form in which it is trained and stored.
 
     Attributes:
         start: parameters at the beginning.
         rate: learning rate that suits them.
+        factors: makes factors of parameters, by operations of MLX.
+        form: makes the adapter of parameters as a pack holds it.
     """
 
     start: Parameters
     rate: float
+    factors: Callable[[Parameters], Factors]
+    form: Callable[[Parameters], Form]
 
-    def factors(self, parameters: Parameters) -> Factors:
-        """The factors, made by operations of MLX."""
 
-    def made(self, parameters: Parameters) -> Form:
-        """The adapter as a pack holds it."""
-
-    def plain(self, form: Form) -> Adapter:
-        """The adapter to evaluate."""
+def plain(form: Adapter | Compressed, dtype: mx.Dtype) -> Adapter:
+    """The adapter to evaluate."""
+    if isinstance(form, Adapter):
+        return form
+    adapter = form.adapter(dtype)
+    assert adapter, f"{form.name}: a stored form has modules"
+    return adapter
 
 
 def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
@@ -54,125 +64,88 @@ def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
         form: a merge, or an adapter as a plan stores it.
         dtype: 16-bit dtype of the base model, in which a merge is packed.
     """
-    return _Merge(form, dtype) if isinstance(form, Adapter) else _Stored(form, dtype)
+    return _merge(form, dtype) if isinstance(form, Adapter) else _stored(form, dtype)
 
 
-def _balance(adapter: Adapter, path: str) -> float:
+def _balance(lora: LoRA) -> float:
     """The ratio by which `a` is multiplied and `b` divided, so that both have one norm.
 
     Adam moves both by the same amount.
     """
-    norms = [float(np.linalg.norm(x)) for x in adapter.modules[path].factors()]
+    norms = [float(np.linalg.norm(x)) for x in lora.factors()]
     return math.sqrt(norms[1] / norms[0]) if min(norms) > 0 else 1.0
 
 
-class _Merge:
-    """A plain adapter, whose factors are trained."""
+def _merge(merge: Adapter, dtype: mx.Dtype) -> Student[Adapter]:
+    start: Factors = {}
+    for path, lora in sorted(merge.modules.items()):
+        a, b = lora.factors()
+        ratio = _balance(lora)
+        start[path] = mx.array(a * ratio)[None], mx.array(b / ratio)[None]
 
-    rate = 5e-4
+    def form(parameters: Factors) -> Adapter:
+        pairs = parameters.items()
+        halves = {path: LoRA(a[0].astype(dtype), b[0].astype(dtype)) for path, (a, b) in pairs}
+        return replace(merge, modules=halves)
 
-    def __init__(self, form: Adapter, dtype: mx.Dtype) -> None:
-        self._form, self._dtype = form, dtype
-        self.start: Factors = {}
-        for path in sorted(form.modules):
-            a, b = form.modules[path].factors()
-            ratio = _balance(form, path)
-            self.start[path] = mx.array(a * ratio)[None], mx.array(b / ratio)[None]
-
-    def factors(self, parameters: Factors) -> Factors:
-        return parameters
-
-    def made(self, parameters: Factors) -> Adapter:
-        modules = {
-            path: LoRA(a[0].astype(self._dtype), b[0].astype(self._dtype))
-            for path, (a, b) in parameters.items()
-        }
-        return replace(self._form, modules=modules)
-
-    def plain(self, form: Adapter) -> Adapter:
-        return form
+    return Student(start, _MERGE_RATE, lambda parameters: parameters, form)
 
 
-@dataclass(frozen=True)
+def _stored(stored: Compressed, dtype: mx.Dtype) -> Student[Compressed]:
+    """Train scales and biases, and numbers that are in 16 bit; codes stay."""
+    exact = plain(stored, dtype).modules
+    parts, start = {}, {}
+    for path, levels in stored.modules.items():
+        ratio = _balance(exact[path])
+        parts[path] = [(_Part(level.a, ratio), _Part(level.b, 1 / ratio)) for level in levels]
+        start[path] = [(a.start(), b.start()) for a, b in parts[path]]
+
+    def factors(parameters: Parameters) -> Factors:
+        made: Factors = {}
+        for path, levels in parts.items():
+            pairs = list(zip(levels, parameters[path]))
+            a = mx.concatenate([part.rows(numbers) for (part, _), (numbers, _) in pairs])
+            b = mx.concatenate([part.rows(numbers) for (_, part), (_, numbers) in pairs])
+            made[path] = a.T[None], b[None]
+        return made
+
+    def form(parameters: Parameters) -> Compressed:
+        modules = {}
+        for path, levels in parts.items():
+            pairs = zip(levels, parameters[path])
+            modules[path] = tuple(Level(a.form(x), b.form(y)) for (a, b), (x, y) in pairs)
+        return replace(stored, modules=modules)
+
+    return Student(start, _STORED_RATE, factors, form)
+
+
 class _Part:
-    """One factor of a level: rows whose codes stay.
+    """One factor of a level, times a ratio: rows whose codes stay."""
 
-    Attributes:
-        stored: the factor as it is stored.
-        codes: `(rows, groups, group_size)` uint8; None at 16 bits.
-    """
+    def __init__(self, stored: Quantized, ratio: float) -> None:
+        self._stored, self._ratio = stored, ratio
+        self._codes = None  # numbers in 16 bit have none
+        if stored.bits != 16:
+            codes = unpack_codes(stored.weight, stored.bits)  # uint8
+            self._codes = mx.array(codes.reshape(len(codes), -1, stored.group_size))
 
-    stored: Quantized
-    codes: mx.array | None
-
-    @classmethod
-    def of(cls, stored: Quantized) -> _Part:
-        if stored.bits == 16:
-            return cls(stored, None)
-        codes = unpack_codes(stored.weight, stored.bits)
-        return cls(stored, mx.array(codes.reshape(len(codes), -1, stored.group_size)))
-
-    def start(self, ratio: float) -> tuple[mx.array, ...]:
+    def start(self) -> tuple[mx.array, ...]:
         """The parameters in float32: scales and biases of the groups, or 16-bit numbers."""
-        one = self.stored
-        some = [one.weight] if self.codes is None else [one.scales, one.biases]
-        return tuple(mx.array(x.astype(np.float32) * ratio) for x in some)
+        stored = self._stored
+        numbers = [stored.weight] if self._codes is None else [stored.scales, stored.biases]
+        return tuple(mx.array(x.astype(np.float32) * self._ratio) for x in numbers)
 
     def rows(self, numbers: tuple[mx.array, ...]) -> mx.array:
         """The factor `(rows, width)`."""
-        if self.codes is None:
+        if self._codes is None:
             return numbers[0]
         scales, biases = (x[..., None] for x in numbers)
-        values = scales * self.codes.astype(mx.float32) + biases
-        return values.reshape(len(values), -1)[:, : self.stored.width]
+        values = scales * self._codes.astype(mx.float32) + biases
+        return values.reshape(len(values), -1)[:, : self._stored.width]
 
-    def made(self, numbers: tuple[mx.array, ...], ratio: float) -> Quantized:
-        """The factor with these numbers, over `ratio`, in float16."""
-        halves = [np.array((x / ratio).astype(mx.float16)) for x in numbers]
-        if self.codes is None:
-            return replace(self.stored, weight=halves[0])
-        return replace(self.stored, scales=halves[0], biases=halves[1])
-
-
-class _Stored:
-    """An adapter in low bits: scales and biases are trained, and numbers that are in 16 bit."""
-
-    # The best of four on three tasks: benchmarks/notes/2026-11-29-refining.md.
-    rate = 2e-3
-
-    def __init__(self, form: Compressed, dtype: mx.Dtype) -> None:
-        self._form, self._dtype = form, dtype
-        self._parts = {
-            path: [(_Part.of(level.a), _Part.of(level.b)) for level in levels]
-            for path, levels in form.modules.items()
-        }
-        exact = self.plain(form)
-        self._ratios = {path: _balance(exact, path) for path in form.modules}
-        self.start: Parameters = {
-            path: [(a.start(ratio), b.start(1 / ratio)) for a, b in self._parts[path]]
-            for path, ratio in self._ratios.items()
-        }
-
-    def factors(self, parameters: Parameters) -> Factors:
-        found = {}
-        for path, parts in self._parts.items():
-            pairs = list(zip(parts, parameters[path]))
-            a = mx.concatenate([part.rows(numbers) for (part, _), (numbers, _) in pairs])
-            b = mx.concatenate([part.rows(numbers) for (_, part), (_, numbers) in pairs])
-            found[path] = a.T[None], b[None]
-        return found
-
-    def made(self, parameters: Parameters) -> Compressed:
-        modules = {
-            path: tuple(
-                Level(a.made(of_a, ratio), b.made(of_b, 1 / ratio))
-                for (a, b), (of_a, of_b) in zip(self._parts[path], parameters[path])
-            )
-            for path, ratio in self._ratios.items()
-        }
-        return replace(self._form, modules=modules)
-
-    def plain(self, form: Compressed) -> Adapter:
-        found = form.adapter(self._dtype)
-        assert found, f"{form.name}: a stored form has modules"
-        return found
+    def form(self, numbers: tuple[mx.array, ...]) -> Quantized:
+        """The factor with these numbers, over the ratio, in float16."""
+        halves = [np.array((x / self._ratio).astype(mx.float16)) for x in numbers]
+        if self._codes is None:
+            return replace(self._stored, weight=halves[0])
+        return replace(self._stored, scales=halves[0], biases=halves[1])

@@ -164,7 +164,7 @@ def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
 ):
     """Also where modules are fitted one after the other, and no output is kept."""
     monkeypatch.setattr(layerwise, "_LARGE", room)
-    monkeypatch.setattr(layerwise, "_KNOWN", room)
+    monkeypatch.setattr(layerwise, "_KEPT", room)
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
     made = merge_layerwise(base, adapters, sets, LayerwiseOptions(scale, strength, rank))

@@ -18,7 +18,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
 from d2c_mlx.refine.steps import pull_back
-from d2c_mlx.refine.students import student_of
+from d2c_mlx.refine.students import plain, student_of
 
 FAST = RefineOptions(steps=40, rate=2e-2)
 # Several levels in one module, and numbers in 16 bit.
@@ -99,7 +99,7 @@ def test_the_start_is_what_is_stored(base, form):
 
 def test_what_is_made_of_the_start_is_the_same_form(base, form):
     student = student_of(form, base.dtype)
-    made = student.made(student.start)
+    made = student.form(student.start)
     assert numbers_of(made) == numbers_of(form)
     assert (made.name, made.group_size, made.nbytes) == (form.name, form.group_size, form.nbytes)
 
@@ -111,7 +111,7 @@ def along(t, x, step):
 def test_gradients_of_scales_and_biases_against_finite_differences(base, members, form):
     student, model = student_of(form, base.dtype), Distiller(base)
     rows = model.teacher_rows(members[1].adapter, members[1].probe)
-    base.attach(student.plain(form))
+    base.attach(plain(form, base.dtype))
     weights = [(0.0, 1.0)] * len(rows)
     each = mx.array(np.repeat(weights, [r.example.n_targets for r in rows], axis=0), mx.float32)
     by_factor = model.gradient(student.factors(student.start), rows, weights)
