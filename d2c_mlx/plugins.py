@@ -123,12 +123,12 @@ def plugins(group: str) -> list[Plugin]:
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
     """Plug-ins of the packages on `path`, which is `sys.path` and the key of the cache."""
-    found = [
+    entries = [
         Plugin(group, entry.name, entry.value, entry.dist.name, entry.dist.version)
         for entry in metadata.entry_points(group=group)
         if entry.dist
     ]
-    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.package)))
+    return tuple(sorted(entries, key=lambda plugin: (plugin.name, plugin.package)))
 
 
 def names(group: str) -> list[str]:

@@ -73,7 +73,7 @@ def lorahub_factors(task, rows, choice):
 def routed_factors(task, rows, choice):
     """Multi-head routing as published."""
     skills = by_loss(task, rows)[:8]
-    routed = task.made("route_factors", skills, rows,
+    routed = task.fit("route_factors", skills, rows,
                        lambda trainer: train_routing(trainer, skills, rows, route_factors),
                        0.1)  # fmt: skip
     return scaled(task.mixed([routed], np.ones(1)), choice)

@@ -24,7 +24,6 @@ from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compose.cross_validation import (
-    Score,
     as_good,
     choose,
     cross_validate,
@@ -229,6 +228,10 @@ def compose_adapter(
     adapter = METHODS[chosen].make(task, join(folds), choice)
     base = adapter.base or task.library[0].base
     adapter = replace(adapter, name=task.name, base=base, origin=None)
+    candidates = {}
+    for name, score in scores.items():
+        ahead, error = difference(score, scores[chosen])
+        candidates[name] = {"loss": score.loss, "ahead": ahead, "error": error}
     references = [name for name in ("base", "best", "fresh") if name in scores and name != chosen]
     facts = {
         "task": task.name,
@@ -236,15 +239,10 @@ def compose_adapter(
         "choice": task.library[int(choice)].name if METHODS[chosen].choices is None else choice,
         "rows": len(rows.examples),
         "library": [member.name for member in task.library],
-        "candidates": {name: _candidate(score, scores[chosen]) for name, score in scores.items()},
+        "candidates": candidates,
         "as_good": [name for name in references if as_good(scores[name], scores[chosen])],
     }
     return adapter.uniform(task.base.dtype), facts
-
-
-def _candidate(score: Score, chosen: Score) -> dict[str, float]:
-    ahead, error = difference(score, chosen)
-    return {"loss": score.loss, "ahead": ahead, "error": error}
 
 
 def _compared(task: NewTask, method: str) -> dict[str, Method]:

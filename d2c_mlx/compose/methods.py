@@ -155,7 +155,7 @@ def _mean_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 def _routed(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     skills = by_loss(task, rows)[:_N_SKILLS]
-    routed = task.made(
+    routed = task.fit(
         "route", skills, rows, lambda trainer: train_routing(trainer, skills, rows), _ROUTING_RATE
     )
     return scaled(task.mixed([routed], np.ones(1)), choice)
@@ -164,12 +164,12 @@ def _routed(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 def _calibrated(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     pair = by_loss(task, rows)[:2]
     merge = mix(pair, [choice] * len(pair), task.rank)
-    return task.made("calibrate", [merge], rows, lambda trainer: calibrate(trainer, merge, rows))
+    return task.fit("calibrate", [merge], rows, lambda trainer: calibrate(trainer, merge, rows))
 
 
 def _adamix(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     start = task.start
-    mean = task.made("adamix", [start], rows, lambda trainer: train_adamix(trainer, start, rows))
+    mean = task.fit("adamix", [start], rows, lambda trainer: train_adamix(trainer, start, rows))
     return scaled(mean, choice)
 
 

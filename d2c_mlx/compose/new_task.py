@@ -67,13 +67,13 @@ class Kept:
                 self._mine[key] = read_adapter(self._directory / key)
                 os.utime(self._directory / key)
                 return self._mine[key]
-        self._mine[key] = made = make()
+        self._mine[key] = adapter = make()
         if self._directory:
             with write_dir(self._directory / key) as directory:
-                made.save(directory, n_layers)
+                adapter.save(directory, n_layers)
             with contextlib.suppress(OSError):  # Another process may remove the same.
                 self._trim(self._directory)
-        return made
+        return adapter
 
     def _trim(self, directory: Path) -> None:
         total = 0
@@ -141,9 +141,9 @@ class NewTask:
 
     def trained(self, start: Adapter, rows: ExampleSet) -> Adapter:
         """An adapter trained on rows from `start` on; the same arguments train once."""
-        return self.made("lora", [start], rows, lambda trainer: trainer.lora(start, rows))
+        return self.fit("lora", [start], rows, lambda trainer: trainer.lora(start, rows))
 
-    def made(
+    def fit(
         self,
         how: str,
         of: Sequence[Adapter],

@@ -32,7 +32,7 @@ class TrainOptions:
 
     Attributes:
         steps: number of steps.
-        rate: highest learning rate of Adam, see `steps.schedule`.
+        rate: highest learning rate of Adam, see `steps.descend`.
         rows: rows of a step.
         seed: seed of the order of the rows.
     """

@@ -12,23 +12,13 @@ from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.evaluate.distill import Factors, TeacherRow
 
-__all__ = ["Parameters", "averaged", "descend", "pull_back", "schedule", "turns"]
+__all__ = ["Parameters", "averaged", "descend", "pull_back", "turns"]
 
 # Arrays in dicts and tuples: what is trained.
 Parameters = Any
 
 # Least weight of a step in the average; the first steps count alike.
 _NEWEST = 0.1
-
-
-def schedule(steps: int, rate: float) -> Callable[[mx.array], mx.array]:
-    """Learning rates that rise to `rate` over a tenth of the steps, then fall as a cosine."""
-    warm = steps // 10
-    falling = optim.cosine_decay(rate, max(1, steps - warm))
-    if not warm:
-        return falling
-    rising = optim.linear_schedule(rate / warm, rate, warm)
-    return optim.join_schedules([rising, falling], [warm])
 
 
 def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
@@ -46,11 +36,19 @@ def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[l
 def descend(
     parameters: Parameters, gradient: Callable[[Parameters], Parameters], steps: int, rate: float
 ) -> Iterator[Parameters]:
-    """Yield the parameters after each step of Adam, whose highest learning rate is `rate`."""
-    optimizer = optim.Adam(schedule(steps, rate), betas=[0.9, 0.99], bias_correction=True)
+    """Yield the parameters after each step of Adam.
+
+    Its learning rate rises to `rate` over a tenth of the steps, then falls as a cosine.
+    """
+    warm = steps // 10
+    schedule = optim.cosine_decay(rate, max(1, steps - warm))
+    if warm:
+        rising = optim.linear_schedule(rate / warm, rate, warm)
+        schedule = optim.join_schedules([rising, schedule], [warm])
+    optimizer = optim.Adam(schedule, betas=[0.9, 0.99], bias_correction=True)
     for _ in range(steps):
-        found, _ = optim.clip_grad_norm(gradient(parameters), 1.0)
-        parameters = optimizer.apply_gradients(found, parameters)
+        clipped, _ = optim.clip_grad_norm(gradient(parameters), 1.0)
+        parameters = optimizer.apply_gradients(clipped, parameters)
         mx.eval(parameters, optimizer.state)
         yield parameters
 

@@ -101,13 +101,13 @@ def _stored(stored: Compressed, dtype: mx.Dtype) -> Student[Compressed]:
         start[path] = [(a.start(), b.start()) for a, b in parts[path]]
 
     def factors(parameters: Parameters) -> Factors:
-        made: Factors = {}
+        made_of: Factors = {}
         for path, levels in parts.items():
             pairs = list(zip(levels, parameters[path]))
             a = mx.concatenate([part.rows(numbers) for (part, _), (numbers, _) in pairs])
             b = mx.concatenate([part.rows(numbers) for (_, part), (_, numbers) in pairs])
-            made[path] = a.T[None], b[None]
-        return made
+            made_of[path] = a.T[None], b[None]
+        return made_of
 
     def form(parameters: Parameters) -> Compressed:
         modules = {}
