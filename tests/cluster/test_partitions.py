@@ -6,7 +6,7 @@ from helpers.planted import planted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2c_mlx.cluster.partition import canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import canonical, kmeans, random_partition
 
 
 def test_canonical():
@@ -37,15 +37,6 @@ def test_random_partition(sizes, seed):
     assert (found.method, found.seed, found.labels) == ("random", seed, canonical(found.labels))
 
 
-def test_random_partition_depends_on_the_seed():
-    assert len({random_partition(8, 3, seed).labels for seed in range(20)}) > 15
-
-
-def test_merge_all():
-    assert merge_all(3).groups == [(0, 1, 2)]
-    assert merge_all(3).n_clusters == 1
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_recovers_planted_features(seed):
     problem, hidden = planted((5, 2, 4), seed)
@@ -64,7 +55,3 @@ def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
     if n_clusters > 1:
         # Refilling must not mix what K-Means told apart.
         assert all(len({i // 3 for i in group}) == 1 for group in found.groups)
-
-
-def test_kmeans_with_equal_rows_is_silent():
-    kmeans(np.repeat(np.eye(2), 3, axis=0), 4)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from helpers.loras import dense
 from helpers.tiny import HIDDEN, INTERMEDIATE, library
 from mlx.utils import tree_flatten
 
@@ -10,7 +9,6 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 
@@ -84,24 +82,3 @@ def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
         input_activations(base, adapter, [examples], [Q])
     names = [type(module).__name__ for _, module in base.model.named_modules()]
     assert "_CapturedModule" not in names
-
-
-def test_regmean_keeps_outputs_on_its_inputs_better_than_the_mean(tiny):
-    base, adapters, sets = tiny
-    paths = list(adapters[0].modules)
-    seen = [input_activations(base, one, [some], paths)[0] for one, some in zip(adapters, sets)]
-    activations = {path: [one[path] for one in seen] for path in paths}
-    merged = merge_adapters(adapters, "regmean", rank=8, activations=activations)
-    mean = merge_adapters(adapters, "linear", rank=8)
-
-    def lost(one):
-        return sum(
-            np.sum((x @ (dense(one.modules[path]) - dense(adapter.modules[path])).T) ** 2)
-            for path in paths
-            for adapter, x in zip(adapters, activations[path])
-        )
-
-    assert lost(merged) < lost(mean)
-    swapped = {path: xs[::-1] for path, xs in activations.items()}
-    again = merge_adapters(adapters[::-1], "regmean", rank=8, activations=swapped)
-    assert again.digest == merged.digest

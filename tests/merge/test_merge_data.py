@@ -19,7 +19,6 @@ from helpers.loras import (
     dense_grams,
     dims,
     inputs_of,
-    lora_of,
     mixed_ranks,
     seeds,
     truncated,
@@ -27,7 +26,6 @@ from helpers.loras import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.regmean import Grams, regmean
 
@@ -44,33 +42,6 @@ def test_wudi_is_the_least_squares_solution(shape, n, seed):
     assume(not ((s > 1e-6) & (s < 1e-3)).any())  # What float32 factors hardly hold.
     expected = np.linalg.lstsq(left, right, rcond=1e-5)[0].T
     assert_merges(adapters, "wudi", expected, 1e-3)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_wudi_against_gradient_descent(seed):
-    """From the sum of the tasks, as the paper starts; with momentum, and no solver."""
-    rng = np.random.default_rng(seed)
-    adapters = [Adapter(f"t{i}", {P: lora_of(rng, (14, 12), 2, 1.0 + i)}) for i in range(4)]
-    tasks = np.stack(deltas(adapters))
-    norms = (tasks**2).sum(axis=(1, 2), keepdims=True)
-
-    def loss(x):
-        return (((x - tasks) @ tasks.transpose(0, 2, 1)) ** 2 / norms).sum()
-
-    t = before = tasks.sum(axis=0)
-    curvature = 2 * sum(np.linalg.norm(x, 2) ** 2 / norm.item() for x, norm in zip(tasks, norms))
-    for i in range(4000):
-        ahead = t + i / (i + 3) * (t - before)
-        gradient = (2 * (ahead - tasks) @ tasks.transpose(0, 2, 1) @ tasks / norms).sum(axis=0)
-        before, t = t, ahead - gradient / curvature
-    assert_merges(adapters, "wudi", t, 1e-4)
-    assert loss(t) < loss(tasks.sum(axis=0)) and loss(t) < loss(tasks.mean(axis=0))
-
-
-def test_wudi_of_a_zero_update_and_of_orthogonal_ones():
-    one, two = np.zeros((2, 4, 4))
-    one[0, 1], two[2, 3] = 2.0, -5.0
-    assert wudi(as_space(np.stack([one, two, 0 * one]))) == pytest.approx(one + two)
 
 
 @pytest.mark.parametrize("angle", [1.0, 1e-2, 1e-4])
@@ -122,20 +93,6 @@ def test_regmean_options(shape, off_diagonal, ridge, n_tokens, seed):
     found = (a @ b).T
     tasks = [(a @ b).T for a, b in factors]
     assert found == pytest.approx(dense_regmean(tasks, inputs, off_diagonal, ridge), abs=1e-7)
-
-
-def test_regmean_minimises_what_tasks_lose_on_their_inputs():
-    rng = np.random.default_rng(0)
-    factors = [(rng.normal(size=(6, 2)), rng.normal(size=(2, 5))) for _ in range(3)]
-    inputs = [rng.normal(size=(9, 6)) * rng.uniform(0.1, 3, size=6) for _ in range(3)]
-    a, b = regmean(factors, Grams(inputs, 1.0, 1e-12), 6)
-    found = a @ b
-
-    def loss(weight):
-        return sum(np.sum((x @ (weight - a @ b)) ** 2) for x, (a, b) in zip(inputs, factors))
-
-    for _ in range(20):
-        assert loss(found) < loss(found + 1e-3 * rng.normal(size=found.shape))
 
 
 def test_regmean_without_data_is_the_mean():

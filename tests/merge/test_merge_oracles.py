@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from d2c_mlx_methods.entrywise import dare_linear, dare_ties, emr
-from d2c_mlx_methods.spectral import ctm, iso_c, iso_cts, knots, pico
+from d2c_mlx_methods.spectral import iso_c, iso_cts, pico
 from helpers.loras import (
     NUMERIC,
     P,
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import to_core
-from d2c_mlx.merge.entrywise import linear, ties
+from d2c_mlx.merge.entrywise import ties
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.merge.spectral import tsv
 
@@ -97,14 +97,6 @@ def test_entries_one_by_one(shape, density, seed):
     assert np.array_equal(cores, before)
 
 
-def test_ties_by_hand():
-    cores = np.array([[[4.0, -1.0, 2.0, 0.1]], [[-1.0, -3.0, 2.5, 0.2]], [[6.0, 5.0, 0.3, -0.4]]])
-    # Half of each is kept: [4, ., 2, .], [., -3, 2.5, .], [6, 5, ., .]. Column 1: +5 outweighs -3.
-    assert ties(cores, 0.5) == pytest.approx(np.array([[5.0, 5.0, 2.25, 0.0]]))
-    # Sums of exactly zero elect no sign.
-    assert ties(np.array([[[3.0]], [[-3.0]]]), 1.0).tolist() == [[0.0]]
-
-
 @settings(NUMERIC, max_examples=20)
 @given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5]), seeds)
 def test_entries_in_an_own_core_space(shape, n, density, seed):
@@ -120,14 +112,6 @@ def test_entries_in_an_own_core_space(shape, n, density, seed):
         "emr": loop_elect(cores, lambda x: max(x, key=abs)),
     }.items():
         assert_merges(adapters, method, q_b @ core @ q_a.T, density=density, seed=seed)
-
-
-def test_dare_is_the_mean_in_expectation():
-    cores = np.random.default_rng(0).normal(size=(3, 4, 5))
-    total = sum(dare_linear(cores, 0.3, seed) for seed in range(4000)) / 4000
-    # The variance of one draw is x^2 (1 / density - 1).
-    error = 4 * np.sqrt((cores**2).sum(axis=0) * (1 / 0.3 - 1) / 9 / 4000)
-    assert (abs(total - cores.mean(axis=0)) < error).all()
 
 
 @pytest.mark.parametrize("method", ["ties", "dare-ties", "emr", "knots", "pico", "ctm"])
@@ -200,16 +184,6 @@ def test_iso_cts(shape, n, rank, seed):
     assert_close(dense(found.modules[P]), expected, np.linalg.norm(expected), 1e-3)
 
 
-def test_iso_cts_has_directions_that_iso_c_has_not():
-    rng = np.random.default_rng(0)
-    cores = as_space(rng.normal(size=(2, 12, 12)))
-    assert np.linalg.norm(iso_cts(cores, 10) - iso_c(cores, 10)) > 1
-    assert iso_cts(cores, 2) == pytest.approx(iso_c(cores, 2))
-    for merged in (iso_cts(cores, 10), iso_c(cores, 10)):
-        s = np.linalg.svd(merged, compute_uv=False)
-        assert s[:10] == pytest.approx(s[0]) and s[10:] == pytest.approx(0)
-
-
 @settings(NUMERIC, max_examples=30)
 @given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5, 1.0]), st.booleans(), seeds)
 def test_knots(shape, n, density, same_outputs, seed):
@@ -278,23 +252,6 @@ def test_ctm(shape, n, rank, density, seed):
     assert_merges(adapters, "ctm", expected, 1e-3, rank=rank, density=density)
 
 
-def test_what_ctm_shares_holds_more_of_the_tasks_than_the_directions_of_their_mean():
-    rng = np.random.default_rng(0)
-    common = rng.normal(size=(20, 3)), rng.normal(size=(3, 18))
-    tasks = np.stack([common[0] @ rng.normal(size=(3, 3)) @ common[1]
-                      + 0.1 * rng.normal(size=(20, 18)) for _ in range(4)])  # fmt: skip
-    factors = [(x.T, np.eye(20)) for x in tasks]
-    space = to_core(factors)
-    merged = space.q_b @ ctm(space, 3, 1.0) @ space.q_a.T
-    u, _, vt = svd(merged, 3)
-    mean_u, _, mean_vt = svd(tasks.mean(axis=0), 3)
-
-    def held(u, vt):
-        return np.linalg.norm(u.T @ tasks @ vt.T)
-
-    assert np.linalg.matrix_rank(merged) == 3 and held(u, vt) >= held(mean_u, mean_vt)
-
-
 @pytest.mark.parametrize("merge", [tsv, iso_c, iso_cts, lambda space, _: pico(space)])
 def test_tasks_without_the_module_take_no_directions(merge):
     rng = np.random.default_rng(0)
@@ -303,16 +260,6 @@ def test_tasks_without_the_module_take_no_directions(merge):
     alone, among = to_core(factors), to_core([factors[0], empty, empty, factors[1], empty])
     found, expected = (x.q_b @ merge(x, 14) @ x.q_a.T for x in (among, alone))
     assert np.allclose(found, expected, atol=1e-9) and abs(found).max() > 0.1
-
-
-def test_knots_with_a_mean_inside_is_linear():
-    space = to_core([(x, x.T) for x in np.random.default_rng(0).normal(size=(3, 9, 2))])
-    updates = space.updates
-    u = np.linalg.svd(np.concatenate(updates, axis=1), full_matrices=False)[0]
-    inside = u @ (u.T @ updates).mean(axis=0)
-    assert inside == pytest.approx(linear(space, np.full(3, 1 / 3)))
-    # One task alone: TIES at density 1 changes nothing.
-    assert knots(as_space(updates[:1]), 1.0) == pytest.approx(updates[0])
 
 
 def test_a_polar_factor_of_parallel_vectors_is_no_noise():

@@ -87,12 +87,3 @@ def test_linear_is_peft_svd(tmp_path):
     model.add_weighted_adapter(NAMES, WEIGHTS, "svd", combination_type="svd", svd_rank=5)
     merged = merge_adapters(adapters, "linear", weights=WEIGHTS, rank=5)
     assert_peft(merged, delta_weights(model, "svd"), 1e-4)
-
-
-def test_one_adapter(tmp_path):
-    model = peft_model((4, 2, 5), MIXED)
-    one = ours(model, tmp_path)[0]
-    model.add_weighted_adapter(NAMES[:1], [1.0], "alone", combination_type="cat")
-    theirs = delta_weights(model, "alone")
-    for method in ("linear", "ties", "tsv", "concat", "factor-linear"):
-        assert_peft(merge_adapters([one], method), theirs)

@@ -214,21 +214,6 @@ def test_weights_follow_their_adapters():
     assert_same(twice, adapters[0].modules, 2.0)
 
 
-@pytest.mark.parametrize("rank", [1, 6], ids=["rank 1", "rank of the smaller side"])
-@pytest.mark.parametrize("method", PROMISES)
-def test_every_method_at_the_ends_of_the_rank(method, rank):
-    rng = np.random.default_rng(0)
-    adapters = [Adapter(name, {P: lora_of(rng, (9, 6), rank, 2.0)}) for name in "ab"]
-    merged = merge_by(adapters, method, density=1.0, rank=rank)
-    lora = merged.uniform(mx.float16).modules[P]
-    assert lora.rank == (2 * rank if PROMISES[method].keeps_all_columns else rank)
-    size = np.linalg.norm(dense_mean(adapters, P, (9, 6)))
-    assert np.isfinite(dense(lora)).all() and 0.1 * size < np.linalg.norm(dense(lora)) < 10 * size
-    promise = PROMISES[method]
-    if promise.exact and (rank == 6 or promise.keeps_all_columns):
-        assert_close(dense(lora), dense_mean(adapters, P, (9, 6)), size, 2e-3)
-
-
 @pytest.mark.parametrize("method", PROMISES)
 def test_merges_of_factors_beyond_float16_are_stored(method):
     """1e6 beside 1e-4, with the largest scale that is tried: no infinity, and the same update."""

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.tiny import log_probabilities, refinable
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
@@ -128,15 +128,6 @@ def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, 
     cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
     assert cosine > 0.999
     assert np.linalg.norm(rounded) == pytest.approx(small * np.linalg.norm(exact), rel=0.02)
-
-
-def test_batches_of_one_row_give_the_same_gradient(base, members, merged, monkeypatch):
-    model, rows, factors = _student(base, merged, members[0])
-    weights = [(0.1 * i, 1.0) for i in range(len(rows))]
-    whole = model.gradient(factors, rows, weights)
-    monkeypatch.setattr("d2c_mlx.evaluate.distill._BATCH", 1)
-    apart = model.gradient(factors, rows, weights)
-    tree_map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), whole, apart)
 
 
 def test_the_average_has_the_first_steps_alike_and_then_the_latest_in_the_main():
