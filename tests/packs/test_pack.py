@@ -200,10 +200,3 @@ def test_plain_adapters_of_a_plain_pack_are_its_files(tmp_path, plain):
     assert export(plain, "mlx", tmp_path / "out") == {"one": "cluster-0", "two": "cluster-1"}
     for name in ("cluster-0", "cluster-1"):
         assert hash_tree(tmp_path / "out" / name) == hash_tree(plain.path / name)
-
-
-def test_an_export_never_replaces_the_pack(changeable):
-    for output, whose in ((changeable.path, "your"), (changeable.path.parent, "the")):
-        with pytest.raises(PackError, match=f"would replace {whose} pack"):
-            export(changeable, "mlx", output)
-    assert load_pack(changeable.path) == changeable
