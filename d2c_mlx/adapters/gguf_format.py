@@ -18,18 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import numpy as np
-from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFType,
-    GGUFWriter,
-    Keys,
-    get_tensor_name_map,
-)
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, dequantize
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
 from d2c_mlx.adapters.checks import pair_problems
@@ -102,12 +94,6 @@ class Factor:
     def plain(numbers: np.ndarray) -> Factor:
         """A factor that is not quantized; the numbers are float16 or float32."""
         return Factor(_FLOATS[numbers.dtype], np.ascontiguousarray(numbers))
-
-    @property
-    def width(self) -> int:
-        """Numbers in a row."""
-        n, nbytes = GGML_QUANT_SIZES[self.kind]
-        return self.data.shape[1] * self.data.dtype.itemsize * n // nbytes
 
     def values(self) -> np.ndarray:
         """The numbers that a reader gets, `(rows, width)`: float32 if they are quantized."""
@@ -209,10 +195,11 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
     return GgufAdapter(adapter.name, modules, alpha, adapter.base)
 
 
-def gguf_names(architecture: str, n_layers: int, modules: Iterable[str]) -> dict[str, str | None]:
-    """Module path -> its name in a GGUF, None where it has none."""
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(kind, n_layers)
+def gguf_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str | None]:
+    """Module path of the model that a config describes -> its name in a GGUF, None without one."""
+    architecture, _ = ARCHITECTURES[config["model_type"]]
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, int(config["num_hidden_layers"]))
     return {module: names.get_name(module) for module in modules}
 
 
@@ -239,7 +226,7 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
         AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
             another base model.
     """
-    metadata, tensors = _read_tensors(path)
+    architecture, alpha, tensors = _read_tensors(path)
     model_type = (config or {}).get("model_type")
     expected = ARCHITECTURES.get(str(model_type), (None, False))[0]
     if config is None or expected is None:
@@ -248,17 +235,12 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
             f" are not known here; expected one of {', '.join(ARCHITECTURES)}: give the adapter as"
             " PEFT or MLX"
         )
-    architecture = metadata.get(Keys.General.ARCHITECTURE)
     if architecture != expected:
         raise AdapterError(
             f"{path}: general.architecture is {architecture!r}, expected {expected!r}: the adapter"
             " is of another base model"
         )
-    alpha = metadata.get(Keys.Adapter.LORA_ALPHA)
-    if not isinstance(alpha, float | int | None) or not 0 <= (alpha or 0) < float("inf"):
-        raise AdapterError(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a number")
-    check_finite(tensors, path)
-    names = gguf_names(expected, int(config["num_hidden_layers"]), modules)
+    names = gguf_names(config, modules)
     paths = {name: module for module, name in names.items() if name is not None}
     pairs: dict[str, dict[str, mx.array]] = {}
     unknown = []
@@ -293,17 +275,22 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
     return Adapter(path.stem, loras)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Metadata and tensors of a LoRA, in memory."""
-    keys = (Keys.General.TYPE, Keys.General.ARCHITECTURE, Keys.Adapter.TYPE,
-            Keys.Adapter.LORA_ALPHA, Keys.Adapter.ALORA_INVOCATION_TOKENS)  # fmt: skip
+def _read_tensors(path: Path) -> tuple[object, float | None, dict[str, mx.array]]:
+    """Architecture, alpha and tensors of a LoRA, in memory."""
     try:
         reader = open_gguf(path)
-        metadata = {key: field.contents() for key in keys if (field := reader.get_field(key))}
+        metadata = {key: field.contents() for key, field in reader.fields.items()
+                    if key.startswith(("general.", "adapter."))}  # fmt: skip
+        alpha = metadata.get(Keys.Adapter.LORA_ALPHA)
+        good_alpha = isinstance(alpha, float | int | None) and 0 <= (alpha or 0) < float("inf")
         tensors, problems = {}, []
-        for key, value in ((Keys.General.TYPE, GGUFType.ADAPTER), (Keys.Adapter.TYPE, "lora")):
-            if metadata.get(key) != value:
-                problems.append(f"{path}: {key} is {metadata.get(key)!r}, expected {value!r}")
+        for key, good, expected in (
+            (Keys.General.TYPE, metadata.get(Keys.General.TYPE) == GGUFType.ADAPTER, "'adapter'"),
+            (Keys.Adapter.TYPE, metadata.get(Keys.Adapter.TYPE) == "lora", "'lora'"),
+            (Keys.Adapter.LORA_ALPHA, good_alpha, "a number"),
+        ):
+            if not good:
+                problems.append(f"{path}: {key} is {metadata.get(key)!r}, expected {expected}")
         unknown = [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]
         if unknown:
             problems.append(
@@ -316,8 +303,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             problems.append(f"{path}: an aLoRA, which acts only after its invocation tokens")
         for tensor in [] if problems else reader.tensors:
             x = mx.array(Factor(tensor.tensor_type, np.array(tensor.data)).values())
-            in_bfloat16 = tensor.tensor_type == GGMLQuantizationType.BF16
-            tensors[tensor.name] = x.view(mx.bfloat16) if in_bfloat16 else x
+            is_bfloat16 = tensor.tensor_type == GGMLQuantizationType.BF16
+            tensors[tensor.name] = x.view(mx.bfloat16) if is_bfloat16 else x
     except GGUF_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterError(
@@ -325,7 +312,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         ) from None
     if problems:
         raise AdapterError(problems)
-    return metadata, tensors
+    check_finite(tensors, path)
+    return metadata.get(Keys.General.ARCHITECTURE), alpha, tensors
 
 
 def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, Any]) -> None:
@@ -351,8 +339,7 @@ def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, A
     writer.add_name(adapter.name)
     for module, (a, b) in sorted(adapter.modules.items()):
         n, rows = _heads(config, module), b.data
-        if n:
-            # The inverse of what `gguf_import.py` does to the rows of the base.
+        if n:  # The inverse of what `gguf_import.py` does to the rows of the base.
             rows = rows.reshape(n, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         for leaf, kind, data in (("lora_a", a.kind, a.data), ("lora_b", b.kind, rows)):
             writer.add_tensor(f"{names[module]}.weight.{leaf}", data, raw_dtype=kind)
@@ -373,12 +360,11 @@ def export_names(modules: Iterable[str], config: Mapping[str, Any], who: str) ->
     Raises:
         AdapterError: modules that have none.
     """
-    architecture, _ = ARCHITECTURES[config["model_type"]]
-    names = gguf_names(architecture, int(config["num_hidden_layers"]), modules)
+    names = gguf_names(config, modules)
     unknown = [module for module, name in names.items() if name is None]
     if unknown:
         raise AdapterError(
-            f"{who}: {len(unknown)} modules have no name in a GGUF of {architecture!r}"
+            f"{who}: {len(unknown)} modules have no name in a GGUF of {config['model_type']!r}"
             f" (first: {min(unknown)}); llama.cpp could not place them"
         )
     return {module: str(name) for module, name in names.items()}
@@ -392,7 +378,7 @@ def gguf_nbytes(
     Args:
         name: the adapter's.
         tensors: name in the GGUF, bytes of `lora_a` and of `lora_b`, of every module.
-        config: as for `save_gguf`.
+        config: the base model's.
     """
     texts = {
         Keys.General.ARCHITECTURE: ARCHITECTURES[config["model_type"]][0],

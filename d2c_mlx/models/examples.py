@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -157,18 +157,37 @@ def encode(
     """
     examples: list[Example] = []
     problems: list[str] = []
+    # Reason -> places: without a chat template every row fails, for one.
     failed: dict[str, list[str]] = {}
     for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
         try:
-            examples.append(_example(tokenizer, row))
+            example = _example(tokenizer, row)
         except _UNTOKENIZED as error:
             failed.setdefault(_reason(error), []).append(place)
             continue
-        problems += _of_wrong_length(examples[-1], place, context)
-    problems += _not_tokenized(tokenizer, failed)
+        examples.append(example)
+        n = len(example.tokens)
+        if example.n_targets < 1:
+            problems.append(
+                f"{place} has no target token: found {n:,} tokens, expected more than the"
+                f" {example.first_target:,} that are given; complete the row or remove it"
+            )
+        elif context and n > context:
+            problems.append(
+                f"{place} has {n:,} tokens, more than the model's context of {context:,}; shorten"
+                " it"
+            )
+    remedy = "change it as the model's chat template asks"
+    if not tokenizer.chat_template:
+        remedy = "the model has no chat template: put a chat_template.jinja beside its weights"
+    for reason, (first, *more) in failed.items():
+        others = f", nor {len(more)} rows more" if more else ""
+        problems.append(
+            f"{first}: mlx-lm cannot tokenize it{others} ({reason}); {remedy}, or use rows of text"
+        )
     if problems:
         raise TaskError(problems)
-    if any(one.prompt is not None for one in examples):
+    if any(example.prompt is not None for example in examples):
         warn(
             "tasks: the model's chat template ends a prompt with tokens that no finished"
             " conversation has, so mlx-lm's trainer, and losses here, leave out as many tokens of"
@@ -215,37 +234,8 @@ def _example(
     options = SimpleNamespace(mask_prompt=row_format(row) != ("text",))
     tokens, offset = create_dataset([row], tokenizer, options).process(row)
     asked = _prompt_of(tokenizer, row)
-    one = Example(tuple(map(int, tokens)), int(offset))
-    return one if asked == one.prompt_tokens else replace(one, prompt=asked)
-
-
-def _of_wrong_length(one: Example, place: str, context: int | None) -> Iterable[str]:
-    if one.n_targets < 1:
-        yield (
-            f"{place} has no target token: found {len(one.tokens):,} tokens, expected more than"
-            f" the {one.first_target:,} that are given; complete the row or remove it"
-        )
-    elif context and len(one.tokens) > context:
-        yield (
-            f"{place} has {len(one.tokens):,} tokens, more than the model's context of"
-            f" {context:,}; shorten it"
-        )
-
-
-def _not_tokenized(
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    failed: dict[str, list[str]],
-) -> list[str]:
-    """A line for every reason: without a chat template every row fails, for one."""
-    remedy = (
-        "change it as the model's chat template asks" if tokenizer.chat_template
-        else "the model has no chat template: put a chat_template.jinja beside its weights"
-    )  # fmt: skip
-    return [
-        f"{first}: mlx-lm cannot tokenize it{f', nor {len(more)} rows more' if more else ''}"
-        f" ({reason}); {remedy}, or use rows of text"
-        for reason, (first, *more) in failed.items()
-    ]
+    example = Example(tuple(map(int, tokens)), int(offset))
+    return example if asked == example.prompt_tokens else replace(example, prompt=asked)
 
 
 def _prompt_of(

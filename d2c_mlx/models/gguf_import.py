@@ -157,7 +157,7 @@ def _parameters(
         if not (name.startswith("lm_head.") and config["tie_word_embeddings"])
     }
     modules = sorted({name.rpartition(".")[0] for name in shapes})
-    names = gguf_names(ARCHITECTURES[config["model_type"]][0], config["num_hidden_layers"], modules)
+    names = gguf_names(config, modules)
     # Newer files of LFM2 call its last norm as others do.
     also = {"model.embedding_norm": "output_norm"}
     places, missing = {}, []

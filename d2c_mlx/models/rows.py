@@ -28,8 +28,8 @@ def prompt_key(row: Row) -> str:
     messages = [{"role": "user", "content": row.get("prompt", "")}]
     if keys == ("messages",):
         messages = row["messages"] if is_prompt(row) else row["messages"][:-1]
-    said = [(one["role"], one["content"].strip()) for one in messages]
-    return json.dumps([one for one in said if one[1]], ensure_ascii=False)
+    texts = [(message["role"], message["content"].strip()) for message in messages]
+    return json.dumps([(role, text) for role, text in texts if text], ensure_ascii=False)
 
 
 def is_prompt(row: Row) -> bool:
