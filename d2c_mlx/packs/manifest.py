@@ -171,7 +171,7 @@ class Manifest(_Part):
         about: dict[str, Any] = {"base": self.base}
         if self.storage != "plain":
             about["dtype"] = str(self.dtype).split(".")[-1]
-        if self.gguf:
+        if self.storage == "gguf" and self.gguf:
             about["gguf"] = self.gguf.model_dump(mode="json")
         about["budget"] = {"text": self.budget, "nbytes": self.max_bytes}
         content = {
@@ -271,10 +271,9 @@ def _parse(content: Mapping[str, Any]) -> tuple[Manifest | None, dict[tuple[str,
         for details in error.errors(include_url=False):
             # Deeper parts are alternatives of a type, or fields of one file.
             place = tuple(map(str, details["loc"][: 1 if details["loc"][0] == "gguf" else 2]))
-            found = "missing" if details["type"] == "missing" else _shown(details["input"])
-            wrong.setdefault(
-                place, f"found {found}: {details['msg'].removeprefix('Value error, ')}"
-            )
+            value = "missing" if details["type"] == "missing" else _shown(details["input"])
+            words = details["msg"].removeprefix("Value error, ")
+            wrong.setdefault(place, f"found {value}: {words}")
     needed = {"plain": [], "compact": ["dtype"], "gguf": ["dtype", "gguf"]}[storage]
     for key in (*needed, "tasks", "files"):
         if content.get(key) in (None, {}):
@@ -304,7 +303,8 @@ def _target_problem(storage: Storage, adapter: object, files: Mapping[str, Any])
         good = adapter is None or type(adapter) is int
         return None if good else "expected the position of an adapter or null"
     if storage == "gguf":
-        good = adapter is None or (adapter in files and str(adapter)[-5:] == ".gguf")
+        listed = isinstance(adapter, str) and adapter in files and adapter.endswith(".gguf")
+        good = adapter is None or listed
         return None if good else "expected a .gguf among its files or null"
     if not isinstance(adapter, str) or not _is_inside(adapter, 1):
         return "no directory of a pack"

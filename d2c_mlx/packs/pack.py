@@ -156,7 +156,7 @@ class Pack:
         name = str(adapter)
         with self.reading(self.files_of(name)):
             places = self.manifest.gguf
-            if places is None:
+            if self.storage == "plain" or places is None:
                 return read_adapter(self.path / name)
             plain = read_gguf(self.path / name, places.paths(), places.model_dump())
             return replace(plain.uniform(self.manifest.dtype), base=self.manifest.model)

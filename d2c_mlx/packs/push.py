@@ -201,7 +201,7 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
     """Map tasks that share an adapter to how it was made and its scale, by the run directory."""
     run = pack.path.resolve().parent
     path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
-    made: dict[frozenset[str], tuple[str, object]] = {}
+    methods: dict[frozenset[str], tuple[str, object]] = {}
     try:
         content = _json(path) if path.is_file() else []
         refined: set[frozenset[str]] = set()
@@ -210,7 +210,7 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
         for entry in content["units"] if isinstance(content, dict) else content:
             tasks = frozenset(entry.get("members") or entry["tasks"])
             how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
-            made[tasks] = (how + ", refined" * (tasks in refined), entry["scale"])
+            methods[tasks] = (how + ", refined" * (tasks in refined), entry["scale"])
             if type(entry["scale"]) not in (int, float):
                 raise TypeError
     except (AttributeError, KeyError, TypeError):
@@ -220,7 +220,7 @@ def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str,
     read = record.get("read") if isinstance(record, dict) else None
     path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
     same = isinstance(read, dict) and path.is_file() and read.get(path.name) == hash_file(path)
-    return made if same else {}
+    return methods if same else {}
 
 
 def read_bench(pack: Pack, path: Path | None) -> Json | None:

@@ -9,11 +9,12 @@ from helpers.compact import SERVES
 from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS, tiny_model
 
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.resolve import config_digest
-from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.manifest import GgufPlaces, Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,17 @@ def compact(tmp_path_factory, about):
         compress(one, dict.fromkeys(one.modules, ())),
     ]
     return write_compact_pack(tmp_path_factory.mktemp("compact") / "pack", adapters, SERVES, about)
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory, model, about):
+    """A file per adapter, and a task of the base."""
+    root, config = tmp_path_factory.mktemp("gguf"), json.loads((model / "config.json").read_text())
+    for name in ("one", "two"):
+        save_gguf(adapter_of(name), root / f"{name}.gguf", config)
+    facts = about.model_copy(update={"gguf": GgufPlaces.of(config, list(ALL))})
+    files = [root / "one.gguf", root / "two.gguf"]
+    return write_gguf_pack(root / "pack", files, {"one": 0, "two": 1, "none": None}, facts)
 
 
 @pytest.fixture(params=["plain", "compact"])

@@ -72,16 +72,36 @@ OF_COMPACT = [
 ]  # fmt: skip
 
 
+PLACES = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}
+OF_GGUF = [
+    ({"dtype": ...}, "dtype"), ({"base": {"model": "m", "config_sha256": ""}}, "base.n_layers"),
+    ({"tasks": {"a": "cluster-0"}}, "tasks.a"), ({"tasks": {"a": "../a.gguf"}}, "tasks.a"),
+    ({"tasks": {"a": 0}}, "tasks.a"), ({"gguf": ...}, "gguf"), ({"gguf": 3}, "gguf"),
+    ({"gguf": {**PLACES, "modules": 3}}, "gguf"),
+    ({"gguf": {**PLACES, "num_hidden_layers": 0, "modules": []}}, "gguf"),
+    ({"gguf": {**PLACES, "num_hidden_layers": 1 << 40, "modules": ["a"]}}, "gguf"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("storage", "change", "at_fault"),
     [
         *(("plain", *row) for row in HOSTILE + PLAIN),
         *(("compact", *row) for row in HOSTILE[7:] + OF_COMPACT),
+        *(("gguf", *row) for row in HOSTILE[7:] + OF_GGUF),
     ],
 )
 def test_a_field_that_is_wrong_is_named(request, copy_of, storage, change, at_fault):
     named = fields(copy_of(request.getfixturevalue(storage), **change))
     assert named == set(at_fault.split()) or named == {at_fault}
+
+
+def test_what_another_storage_says_does_not_count(copy_of, plain, gguf):
+    places = gguf.manifest.to_json()["gguf"]
+    pack = load_pack(copy_of(plain, gguf=places, dtype="float32"))
+    assert pack.load("one").digest == plain.load("one").digest
+    assert load_pack(gguf.path) == gguf and gguf.load("none") is None
+    assert gguf.load("one").digest == plain.load("one").uniform().digest
 
 
 def test_all_problems_of_a_manifest_at_once(copy_of, plain):
