@@ -125,11 +125,11 @@ class Scorer:
         Use it where few sets would leave cores idle. Jobs, result and errors are those of `losses`.
         """
         parts = [[part for examples in sets for part in examples.parts] for _, sets in jobs]
-        by_part = self.losses([(adapter, some) for (adapter, _), some in zip(jobs, parts)])
+        by_part = self.losses([(adapter, sets) for (adapter, _), sets in zip(jobs, parts)])
         result = []
-        for (_, sets), some, losses in zip(jobs, parts, by_part):
+        for (_, sets), pieces, losses in zip(jobs, parts, by_part):
             starts = np.cumsum([0, *(len(examples.parts) for examples in sets)])[:-1]
-            n = np.array([part.n_targets for part in some])
+            n = np.array([part.n_targets for part in pieces])
             result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
         return result
 

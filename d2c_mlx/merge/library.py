@@ -163,14 +163,14 @@ def measure_losses(library: Library) -> LossTable:
     adapters, rows = library.adapters, library.calibration
     strengths = sorted(STRENGTHS)
     jobs: list[Job] = [(None, rows)]
-    jobs += [(adapter, [one]) for adapter, one in zip(adapters, rows)]
+    jobs += [(adapter, [own]) for adapter, own in zip(adapters, rows)]
 
     def weaker(module: Adapter, strength: float) -> Adapter:
         return scaled(module, strength).uniform(library.base.dtype)
 
     for strength in strengths:
         change = partial(weaker, strength=strength)
-        jobs += [(adapter.changed(change), [one]) for adapter, one in zip(adapters, rows)]
+        jobs += [(adapter.changed(change), [own]) for adapter, own in zip(adapters, rows)]
     # Most adapters have one set, which would leave cores idle.
     base, *losses = library.scorer.losses_in_parts(jobs)
     individual, *faded = np.array(losses).reshape(-1, len(rows))

@@ -138,8 +138,9 @@ def with_answers(rows: TaskRows, directory: Path) -> TaskRows:
     def read(name: str, asked: bool) -> tuple[Row, ...]:
         # Of prompts beside other rows no answer may have ended.
         path = directory / name
-        some = asked and path.is_file() and path.stat().st_size
-        return tuple(read_rows(path, "run again").values()) if some else ()
+        if not asked or not path.is_file() or not path.stat().st_size:
+            return ()
+        return tuple(read_rows(path, "run again").values())
 
     answered = read("probe.jsonl", bool(rows.prompts))
     judging = read("test.jsonl", bool(rows.test_prompts))
@@ -173,10 +174,10 @@ def load_tasks(
             f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl, and d2c-mlx init"
             " DIR writes what is missing"
         )
-    known = list(names)
+    names = list(names)
     try:
         return gather(
-            partial(_load_named, directory / name, known, tests, prompts) for name in known
+            partial(_load_named, directory / name, names, tests, prompts) for name in names
         )
     except InputError as error:
         raise TaskError(_together(error.problems)) from None
@@ -198,8 +199,8 @@ def _together(problems: Iterable[str]) -> list[str]:
 
 def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
     """Sorted folders with rows that are no task of `names`, such as one with a misspelt name."""
-    found = {path.parent.name for path in directory.glob("*/*.jsonl") if path.parent.name[0] != "."}
-    return sorted(found - set(names))
+    folders = {path.parent.name for path in directory.glob("*/*.jsonl")}
+    return sorted(name for name in folders - set(names) if name[0] != ".")
 
 
 def _load_named(directory: Path, names: Sequence[str], tests: bool, prompts: bool) -> TaskRows:
@@ -209,7 +210,8 @@ def _load_named(directory: Path, names: Sequence[str], tests: bool, prompts: boo
         return load_task(directory, tests, prompts)
     name = directory.name
     # One that is more like another adapter's name is not proposed for this one.
-    close = [one for one in spare if difflib.get_close_matches(one, names, 1, 0.5) == [name]]
+    close = [other for other in spare
+             if difflib.get_close_matches(other, names, 1, 0.5) == [name]]  # fmt: skip
     listed = ", ".join(spare[:_MOST_LISTED]) + (", ..." if len(spare) > _MOST_LISTED else "")
     raise TaskError(
         f"{directory}: missing; found {listed}, which no adapter is called. Rename the folder, or"
@@ -282,14 +284,15 @@ def common_system(tasks: Iterable[TaskRows]) -> str | None:
     """The system message that all calibration rows of all tasks begin with; None if they differ."""
     first = [row["messages"][0] if row_format(row) == ("messages",) else {}
              for task in tasks for row in task.probe or task.prompts]  # fmt: skip
-    said = {one.get("content") if one.get("role") == "system" else None for one in first}
-    return said.pop() if len(said) == 1 else None
+    systems = {message.get("content") if message.get("role") == "system" else None
+               for message in first}  # fmt: skip
+    return systems.pop() if len(systems) == 1 else None
 
 
 def systems_of(tasks: Iterable[TaskRows]) -> dict[str, str]:
-    """TaskRows -> its `common_system`, without tasks that have none."""
-    found = {task.name: common_system([task]) for task in tasks}
-    return {name: system for name, system in found.items() if system is not None}
+    """Task -> its `common_system`, without tasks that have none."""
+    systems = {task.name: common_system([task]) for task in tasks}
+    return {name: system for name, system in systems.items() if system is not None}
 
 
 def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
@@ -303,9 +306,9 @@ def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> l
     Raises:
         TaskError: the problems of all rows.
     """
-    return gather(partial(encode, one.name, one.probe[:n], one.probe_places) for one in tasks)
+    return gather(partial(encode, task.name, task.probe[:n], task.probe_places) for task in tasks)
 
 
 def encode_tests(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
     """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
-    return gather(partial(encode, one.name, one.test[:n], one.test_places) for one in tasks)
+    return gather(partial(encode, task.name, task.test[:n], task.test_places) for task in tasks)

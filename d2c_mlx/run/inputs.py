@@ -274,8 +274,8 @@ def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...
             f"clusters: {path}: expected clusters.json of a run, or a JSON list of lists of names"
         ) from None
     listed = Counter(name for cluster in clusters for name in cluster)
-    problems, known = [], set(names)
-    if wrong := sorted(name for name, n in listed.items() if name not in known or n > 1):
+    problems = []
+    if wrong := sorted(name for name, n in listed.items() if name not in names or n > 1):
         problems.append(f"clusters: {path}: {', '.join(wrong)}: no adapter, or there twice")
     if missing := [name for name in names if name not in listed]:
         problems.append(f"clusters: {path}: {', '.join(missing)}: in no cluster")
@@ -293,8 +293,8 @@ def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...
 def _clusters(content: Any) -> list[list[str]]:  # noqa: ANN401  as JSON gave it
     if isinstance(content, dict):
         labels = content["methods"]["d2c"][0]["labels"]
-        found: dict[int, list[str]] = {}
+        clusters: dict[int, list[str]] = {}
         for name, label in zip(content["adapters"], labels, strict=True):
-            found.setdefault(label, []).append(str(name))
-        return list(found.values())
+            clusters.setdefault(label, []).append(str(name))
+        return list(clusters.values())
     return [[str(name) for name in cluster] for cluster in content if cluster]

@@ -192,15 +192,15 @@ class Run:
         Raises:
             ConfigError: the run has no such stage.
         """
-        wanted, finish = stages_of(self.config, until), json_or_none(self._record("finish"))
+        names, finish = stages_of(self.config, until), json_or_none(self._record("finish"))
         if not isinstance(finish, dict) or not isinstance(finish.get("stages"), list):
             return False
-        if not set(wanted) <= set(finish["stages"]) or finish.get("inputs") != self._snapshot():
+        if not set(names) <= set(finish["stages"]) or finish.get("inputs") != self._snapshot():
             return False
-        last = max(STAGES.index("merge" if name == "plan" else name) for name in wanted)
+        last = max(STAGES.index("merge" if name == "plan" else name) for name in names)
         ran = [name for name in finish.get("ran", ()) if STAGES.index(name) <= last]
         outputs = [_read_record(self._record(name))["outputs"] for name in ran]
-        return all(made and self._untouched(made) for made in outputs)
+        return all(files and self._untouched(files) for files in outputs)
 
     def remember(self, until: str) -> None:
         """Record that all stages up to `until` are done, for `finished`."""
@@ -265,16 +265,15 @@ class Run:
                 of the user's, which would be lost.
         """
         path, record = self.path("pack"), _read_record(self._record("pack"))
-        made = [digest for digest in (record["outputs"].get("pack"), record.get("expected"))
-                if digest]  # fmt: skip
+        digests = {record["outputs"].get("pack"), record.get("expected")} - {None}
         files = [file.relative_to(path).as_posix() for file in visible_files(path)]
-        if not files or hash_tree(path) in made:
+        if not files or hash_tree(path) in digests:
             return
         try:
             load_pack(path)
             damaged = False
         except InputError:
-            ours = bool(made) and all(map(_PACKED.fullmatch, files))
+            ours = bool(digests) and all(map(_PACKED.fullmatch, files))
             damaged = ours and not _is_of_another_version(path)
         if not damaged:
             raise PackError(

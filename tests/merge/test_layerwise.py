@@ -249,7 +249,7 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
         budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
     )  # fmt: skip
-    assert Run(config).inputs.names == ["a", "b"]
+    assert Run(config).inputs.library.names == ["a", "b"]
     monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
     with pytest.raises(InputError, match="take regmean"):
         _ = Run(config).inputs

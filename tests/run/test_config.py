@@ -1,153 +1,49 @@
+"""Options from YAML and command line: what is read, and which fields are at fault."""
+
 import time
 
 import pytest
 import yaml
 
-from d2c_mlx.run.config import RunConfig, load_config
+from d2c_mlx.run.config import RunConfig, load_config, stages_of
 from d2c_mlx.utils.errors import ConfigError, InputWarning
 
 NEEDED = {"adapters": "loras", "tasks": "tasks", "output": "out"}
-REQUIRED = ("adapters", "output")
 
 
 def write(tmp_path, text):
     path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
 def problems(path, overrides):
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
+    assert caught.value.exit_code == 2
     return caught.value.problems
 
 
-def test_overrides_over_yaml_over_defaults(tmp_path):
-    path = write(tmp_path, "adapters: a\ntasks: t\noutput: o\nseed: 7\nmerge_rank: 5\n")
-    config = load_config(path, {"seed": 8, "output": "other"})
-    assert config == RunConfig(
-        adapters="a",
-        tasks="t",
-        output="other",
-        seed=8,
-        merge_rank=5,
-    )
-
-
-def test_without_a_file():
-    assert load_config(None, NEEDED) == RunConfig(**NEEDED)
-
-
-def test_an_empty_file_is_no_option(tmp_path):
-    assert load_config(write(tmp_path, "# nothing\n"), NEEDED) == RunConfig(**NEEDED)
-
-
-def test_to_dict_reads_back_from_yaml(tmp_path):
-    config = RunConfig(**NEEDED, budget="3", baselines=("kmeans",), model="m", seed=0)
-    assert load_config(write(tmp_path, yaml.safe_dump(config.to_dict())), {}) == config
-
-
-@pytest.mark.parametrize("given", ["[kmeans, random]", '"kmeans,random"', '" kmeans , random ,"'])
-def test_baselines_are_a_list_or_a_comma_string(tmp_path, given):
-    found = load_config(write(tmp_path, f"baselines: {given}"), NEEDED).baselines
-    assert found == ("kmeans", "random")
-
-
 @pytest.mark.parametrize(
-    "text, budget", [("3", "3"), ("3.0", "3.0"), ('"5MB"', "5MB"), ("25%",) * 2]
-)
-def test_budget_may_be_a_yaml_number(tmp_path, text, budget):
-    assert load_config(write(tmp_path, f"budget: {text}"), NEEDED).budget.text == budget
-
-
-def test_null_where_none_is_a_value(tmp_path):
-    config = load_config(write(tmp_path, "merge_rank: null\nmodel:\n"), NEEDED)
-    assert config.merge_rank is None and config.model is None
-
-
-def test_all_wrong_keys_and_types_at_once(tmp_path):
-    text = "badget: 3\nseed: zero\nmerge_rank: wide\nbaselines: 3\ntest_examples: 1.5\nmodel: 4\n"
-    path = write(tmp_path, text)
-    found = problems(path, {"probe_examples": "few", "zzz": 1})
-    assert len(found) == 8 + len(REQUIRED)
-    text = "\n".join(found)
-    for part in (
-        f"{path}: badget: unknown key; did you mean 'budget'?",
-        f"{path}: seed: found 'zero', ",
-        f"{path}: merge_rank: found 'wide', ",
-        f"{path}: baselines: found 3, ",
-        f"{path}: test_examples: found 1.5, ",
-        f"{path}: model: found 4, ",
-        "probe_examples: found 'few', ",
-        "zzz: unknown key; known: adapters, ",
-    ):
-        assert part in text
-
-
-def test_all_values_out_of_range_at_once():
-    wrong = {
-        "merge_method": "dare", "merge_rank": 0, "search": "best",
-        "baselines": ("auto",), "seed": -1,
-        "probe_examples": 0, "test_examples": -1, "budget": "much",
-    }  # fmt: skip
-    found = problems(None, wrong)
-    for name in (*REQUIRED, *wrong):
-        (line,) = (line for line in found if line.startswith(f"{name}: "))
-        assert name in REQUIRED or repr(wrong[name]) in line
-    assert len(found) == len(REQUIRED) + len(wrong)
-
-
-@pytest.mark.parametrize("name", ["probe_examples", "merge_rank"])
-def test_nan_is_no_number(tmp_path, name):
-    path = write(tmp_path, f"{name}: .nan")
-    (line,) = problems(path, NEEDED)
-    assert line.startswith(f"{path}: {name}: found nan, ")
-
-
-@pytest.mark.parametrize("budget", ["0", "-3", "12.5", "five", "10XB", "", "1,000KB", "5 %%"])
-def test_unreadable_budget(budget):
-    (line,) = problems(None, {**NEEDED, "budget": budget})
-    assert line.startswith("budget: ") and repr(budget) in line and "12.5%" in line
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"- a\n- b\n", b"a: [1\n", b"just text", b"seed: 1\nseed\n", b"model: \xff\xfe\n", b"a: \x00"],
-)
-def test_a_file_that_is_no_mapping(tmp_path, content):
-    path = tmp_path / "config.yaml"
-    path.write_bytes(content)
-    (line,) = problems(path, NEEDED)
-    assert str(path) in line
-
-
-def test_a_file_that_is_missing_or_a_directory(tmp_path):
-    for path in (tmp_path / "missing.yaml", tmp_path):
-        (line,) = problems(path, NEEDED)
-        assert str(path) in line
-
-
-@pytest.mark.parametrize(
-    "name, value",
+    ("text", "given", "expected"),
     [
-        ("seed", 2**32),
-        ("merge_rank", 10**12),
+        ("# nothing\n", {}, {}),
+        ("seed: 7\nmerge_rank: 5\n", {"seed": 8}, {"seed": 8, "merge_rank": 5}),
+        ("baselines: [kmeans, random]", {}, {"baselines": ("kmeans", "random")}),
+        ('baselines: " kmeans , random ,"', {}, {"baselines": ("kmeans", "random")}),
+        ("baselines: [&some random, *some]", {}, {"baselines": ("random", "random")}),
+        ("budget: 3", {}, {"budget": "3"}),
+        ("budget: 3.0", {}, {"budget": "3.0"}),
+        ("budget: 25%", {}, {"budget": "25%"}),
+        ("merge_rank: null\nmodel:\n", {}, {}),
+        ("clusters: c.json\nbudget: 2", {"clusters": "", "budget": "3%"}, {"budget": "3%"}),
+        ("", {"seed": 2**32 - 1}, {"seed": 2**32 - 1}),
     ],
 )
-def test_numbers_beyond_any_use_are_refused_at_once(name, value):
-    (line,) = problems(None, {**NEEDED, name: value})
-    assert line.startswith(f"{name}: found {value!r}, ")
-
-
-def test_the_largest_numbers_that_are_good():
-    config = load_config(
-        None,
-        {
-            **NEEDED,
-            "seed": 2**32 - 1,
-        },
-    )
-    assert config.seed == 2**32 - 1
+def test_options_over_yaml_over_defaults(tmp_path, text, given, expected):
+    config = load_config(write(tmp_path, text), {**NEEDED, **given})
+    assert config == RunConfig(**NEEDED, **expected)
+    assert load_config(write(tmp_path, yaml.safe_dump(config.to_dict())), {}) == config
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -156,8 +52,59 @@ def test_a_long_list_of_adapters_reads_back(tmp_path, listed):
     paths = [f"/Volumes/work/projects/assistant/training/2026-11/loras/{i:04}" for i in range(1500)]
     config = RunConfig(**{**NEEDED, "adapters": tuple(paths) if listed else ",".join(paths)})
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    assert len(text) > 90_000
-    assert load_config(write(tmp_path, text), {}) == config
+    assert len(text) > 90_000 and load_config(write(tmp_path, text), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        *(({"budget": text}, "budget") for text in ("0", "-3", "five", "10XB", "", "1,000KB")),
+        ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": "zero"}, "seed"),
+        ({"merge_rank": 0}, "merge_rank"), ({"merge_rank": 10**12}, "merge_rank"),
+        ({"merge_rank": float("nan")}, "merge_rank"), ({"probe_examples": 0}, "probe_examples"),
+        ({"test_examples": -1}, "test_examples"), ({"test_examples": 1.5}, "test_examples"),
+        ({"baselines": ("auto",)}, "baselines"), ({"baselines": 3}, "baselines"),
+        ({"merge_method": "dare"}, "merge_method"), ({"search": "best"}, "search"),
+        ({"format": "zip"}, "format"), ({"model": 4}, "model"), ({"output": "x" * 5000}, "output"),
+        ({"adapters": ""}, "adapters"), ({"skip_bad": "maybe"}, "skip_bad"),
+        # At odds with another option.
+        ({"budget": "2", "format": "gguf"}, "format"), ({"clusters": "c.json"}, "clusters"),
+        ({"refine": True, "format": "gguf"}, "refine"), ({"tasks": None, "refine": True}, "refine"),
+        ({"tasks": None, "merge_method": "layerwise"}, "merge_method"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_field_and_file(tmp_path, wrong, field):
+    (line,) = problems(None, {**NEEDED, **wrong})
+    assert line.startswith(f"{field}: ")
+    (told,) = problems(write(tmp_path, yaml.safe_dump({**NEEDED, **wrong})), {})
+    assert told.startswith(f"{tmp_path / 'config.yaml'}: {field}: ")
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    path = write(tmp_path, "badget: 3\nseed: zero\nbaselines: 3\nmodel: 4\nrefine: true\n")
+    told = problems(path, {"probe_examples": "few", "zzz": 1})
+    fields = [line.removeprefix(f"{path}: ").split(":")[0] for line in told]
+    assert sorted(fields) == sorted(
+        ["badget", "zzz", "adapters", "output", "seed", "baselines", "model", "probe_examples",
+         "refine"]
+    )  # fmt: skip
+    assert any("did you mean 'budget'" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"- a\n- b\n", b"a: [1\n", b"just text", b"seed: 1\nseed\n", b"model: \xff\xfe\n", b"a: \x00"],
+)
+def test_a_file_that_is_no_mapping(tmp_path, content):
+    path = write(tmp_path, content)
+    (line,) = problems(path, NEEDED)
+    assert str(path) in line
+
+
+def test_a_file_that_is_missing_or_a_directory(tmp_path):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        (line,) = problems(path, NEEDED)
+        assert str(path) in line
 
 
 MANY = 300_000
@@ -181,11 +128,6 @@ HOSTILE = {
 }
 
 
-def test_a_name_that_no_file_system_takes(tmp_path):
-    (line,) = problems(write(tmp_path, ""), {**NEEDED, "output": "x" * 5000})
-    assert "output: File name too long, expected a directory or a new name" in line
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
@@ -196,48 +138,30 @@ def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
     assert str(path) in line and HOSTILE[text] in line
 
 
-def test_aliases_and_levels_within_reason_are_read(tmp_path):
-    path = write(tmp_path, "baselines: [&some random, *some]\n")
-    assert load_config(path, NEEDED).baselines == ("random", "random")
-
-
-SLOTS, BYTES = {**NEEDED, "budget": "2"}, {**NEEDED, "budget": "25%"}
-
-
 @pytest.mark.parametrize(
-    "common, asked, without",
+    ("options", "name", "without"),
     [
-        (BYTES, {"search": "paper"}, "a number of adapters as the budget"),
-        ({**SLOTS, "merge_method": "concat"}, {"merge_rank": 9}, "a merge method that keeps to a"),
+        ({"budget": "25%", "search": "paper"}, "search", "a number of adapters as the budget"),
+        ({"budget": "2", "merge_method": "concat", "merge_rank": 9}, "merge_rank", "keeps to a"),
+        ({"tasks": None, "test_examples": 2}, "test_examples", "rows, --tasks"),
     ],
 )
-def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, common, asked, without):
-    ((name, value),) = asked.items()
-    with pytest.warns(InputWarning) as warned:
-        assert getattr(load_config(None, common | asked), name) == value
-    (line,) = (str(one.message) for one in warned)
-    assert line.startswith(f"{name}: {value!r} does nothing without ") and without in line
-    # A file may be for runs of both kinds, and a default changes nothing.
-    path = write(tmp_path, yaml.safe_dump(asked))
-    assert getattr(load_config(path, common), name) == value
-    assert load_config(None, {**common, name: getattr(RunConfig(**NEEDED), name)})
-    good = {"refine": True, "budget": "2"}
-    good |= {"merge_method": "ties"} if name == "merge_rank" else {}
-    assert getattr(load_config(None, common | asked | good), name) == value
+def test_what_does_nothing_is_said_if_it_was_asked_for(tmp_path, options, name, without):
+    with pytest.warns(InputWarning, match=f"{name}: .* does nothing without .*{without}"):
+        load_config(None, {**NEEDED, **options})
+    # A file may be for runs of both kinds.
+    text = yaml.safe_dump({name: options.pop(name)})
+    load_config(write(tmp_path, text), {**NEEDED, **options})
 
 
-def test_a_value_is_told_with_the_file_that_has_it(tmp_path):
-    path = write(tmp_path, "seed: -1\nmerge_rank: 0\n")
-    assert problems(path, {**NEEDED, "probe_examples": 0, "merge_rank": 2}) == [
-        f"{path}: seed: found -1, input should be greater than or equal to 0",
-        "probe_examples: found 0, input should be greater than or equal to 1",
-    ]
-
-
-def test_values_at_odds_are_told_with_all_others():
-    wrong = {**NEEDED, "refine": True, "format": "gguf", "merge_rank": 0, "merge_method": "best"}
-    fields = [line.split(":")[0] for line in problems(None, wrong)]
-    assert fields == ["merge_method", "merge_rank", "refine"]
+def test_a_run_has_the_stages_of_its_options():
+    config = RunConfig(**NEEDED, budget="2")
+    assert stages_of(config, "merge") == ["convert", "answer", "probe", "cluster", "merge"]
+    planned = config.replace(budget="3%", tasks=None)
+    assert stages_of(planned) == ["convert", "plan", "pack", "bench", "report"]
+    for other, until in ((config, "plan"), (config, "refine"), (planned, "probe"), (planned, "x")):
+        with pytest.raises(ConfigError, match=f"until: found '{until}'"):
+            stages_of(other, until)
 
 
 def test_replacing_a_value_checks_it():
