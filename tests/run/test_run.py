@@ -85,10 +85,10 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget):
 
 def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
     monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "16GB")
-    before = read_inputs(config).engine.memory_limit
+    before = read_inputs(config).library.scorer.engine.memory_limit
     assert before == 16_000_000_000 - outside_mlx()
     ballast = np.ones(75_000_000)
-    assert read_inputs(config).engine.memory_limit <= before - (256 << 20)
+    assert read_inputs(config).library.scorer.engine.memory_limit <= before - (256 << 20)
     assert _resident_by_ps() > ballast.nbytes
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from helpers.tiny import library
@@ -154,18 +153,6 @@ def test_answers_are_counted_with_an_interval():
     poor = [{**row, "individual": "?", "pack": "?"}] * 100
     said = answered({"answers": {"a": poor}, "metrics": metrics})
     assert said.endswith("0 of the base model; chrF 12.3, 12.3, 12.3.")
-
-
-def test_a_plan_with_room_for_all_copies_all(config, command):
-    """The stage by itself, too; it says so."""
-    with pytest.warns(InputWarning, match=r"120% has room for all adapters \(3\)"):
-        code, out, _ = command("run", "--adapters", config.adapters, "--tasks", config.tasks,
-                               "--model", config.model, "--output", config.output,
-                               "--until", "plan", "--budget", "120%")  # fmt: skip
-    output = Path(config.output)
-    assert (code, out) == (0, f"{output}: done until plan\n")
-    assert len(json.loads((output / "merges.json").read_text())) == 3
-    assert not (output / "plan.json").exists()
 
 
 def test_a_budget_with_room_for_all_copies_all(config):
