@@ -181,8 +181,7 @@ def serve(
     from d2c_mlx.serve.metrics import log_requests_to
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.service import Limits, PackService
-    from d2c_mlx.web.routes import LOOPBACK, Access
-    from d2c_mlx.web.server import PackServer
+    from d2c_mlx.web.server import LOOPBACK, Access, PackServer
 
     source = load_pack(pack)
     base = BaseModel(str(source.base_directory(model)))

@@ -133,7 +133,7 @@ def _states(
     model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[int]
 ) -> dict[tuple[int, str], np.ndarray]:
     """(Number of blocks, pooling) -> states `(n, hidden)`, in one pass; `places` ascend."""
-    found: dict[tuple[int, str], dict[int, np.ndarray]] = {}
+    states: dict[tuple[int, str], dict[int, np.ndarray]] = {}
     for batch in batches_by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
         lengths = np.array([len(prompts[i]) for i in batch])
         tokens = np.zeros((len(batch), lengths.max()), np.int32)
@@ -148,11 +148,11 @@ def _states(
         x, done = mx.array(tokens), 0
         for n_blocks in places:
             x, done = run_blocks(model, x, first=done, stop=n_blocks), n_blocks
-            for pooling, some in weights.items():
-                share = mx.array(some / some.sum(axis=1, keepdims=True), mx.float32)[:, None]
+            for pooling, chosen in weights.items():
+                share = mx.array(chosen / chosen.sum(axis=1, keepdims=True), mx.float32)[:, None]
                 pooled = np.array((share @ x.astype(mx.float32))[:, 0])
-                found.setdefault((n_blocks, pooling), {}).update(zip(batch, pooled))
-    return {key: np.stack([x[i] for i in range(len(prompts))]) for key, x in found.items()}
+                states.setdefault((n_blocks, pooling), {}).update(zip(batch, pooled))
+    return {key: np.stack([x[i] for i in range(len(prompts))]) for key, x in states.items()}
 
 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
@@ -166,29 +166,28 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
     Raises:
         TaskError: tasks with fewer prompts, or prompts without a token.
     """
-    few = [one.task for one in probes if len(one.examples) < 2]
-    empty = [one.task for one in probes if any(not row.prompt_tokens for row in one.examples)]
-    if few or empty:
-        raise TaskError(
-            [f"task {name!r}: found one probe prompt, expected two or more" for name in few]
-            + [f"task {name!r}: a probe row has no prompt, which rows of text never have; expected"
-               " prompt and completion, or messages" for name in empty]
-        )  # fmt: skip
+    problems = []
+    for probe in probes:
+        if len(probe.examples) < 2:
+            problems.append(f"task {probe.task!r}: found one probe prompt, expected two or more")
+        elif any(not row.prompt_tokens for row in probe.examples):
+            words = "a probe row has no prompt; expected prompt and completion, or messages"
+            problems.append(f"task {probe.task!r}: {words}")
+    if problems:
+        raise TaskError(problems)
     n = len(model.layers)
     places = sorted({max(1, n // 4), n // 2 + 1, max(1, 3 * n // 4)})
     each = {
-        one.task: _states(model, [row.prompt_tokens for row in one.examples], places)
-        for one in probes
+        probe.task: _states(model, [row.prompt_tokens for row in probe.examples], places)
+        for probe in probes
     }
-    tried = [
-        router_from_states({task: x[place, pooling] for task, x in each.items()}, place,
-                           pooling, scaled)
-        for place in sorted(places, key=lambda place: place != n // 2 + 1)
-        for pooling in ("last", "mean")
-        for scaled in (False, True)
-    ]  # fmt: skip
+    routers = []
+    for place in sorted(places, key=lambda place: place != n // 2 + 1):
+        for pooling in ("last", "mean"):
+            states = {task: x[place, pooling] for task, x in each.items()}
+            routers += [router_from_states(states, place, pooling, yes) for yes in (False, True)]
     # The first of those that are as good: the one that served 24 tasks of SmolLM2 best.
-    return replace(max(tried, key=lambda one: one.accuracy), system=system)
+    return replace(max(routers, key=lambda router: router.accuracy), system=system)
 
 
 def router_from_states(
@@ -222,11 +221,9 @@ def router_from_states(
             own.append(float(cosines[k]))
             right.append(int(cosines.argmax()) == k)
     low, high = np.quantile(own, (0.25, 0.75))
-    usual = [one for one in own if one >= low - 3 * (high - low)]
-    return Router(
-        tuple(states), centre, directions, min(usual), n_blocks, pooling, spread,
-        float(np.mean(right)),
-    )  # fmt: skip
+    threshold = min(cosine for cosine in own if cosine >= low - 3 * (high - low))
+    accuracy = float(np.mean(right))
+    return Router(tuple(states), centre, directions, threshold, n_blocks, pooling, spread, accuracy)
 
 
 def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pack:
@@ -249,9 +246,9 @@ def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pac
         raise PackError(f"{pack.path}: no task {', '.join(map(repr, unknown))}")
 
     def write(path: Path) -> None:
-        about = {"tasks": list(router.tasks), "threshold": router.threshold,
-                 "n_blocks": router.n_blocks, "pooling": router.pooling,
-                 "accuracy": router.accuracy, "system": router.system}  # fmt: skip
+        about: dict[str, Any] = {"tasks": list(router.tasks), "threshold": router.threshold}
+        about |= {"n_blocks": router.n_blocks, "pooling": router.pooling}
+        about |= {"accuracy": router.accuracy, "system": router.system}
         # A channel of a state can exceed the range of float16; one of a unit vector cannot.
         tensors: dict[str, np.ndarray] = {
             "centre": router.centre.astype(np.float32),
@@ -277,15 +274,12 @@ def load_router(pack: Pack) -> Router | None:
     try:
         with pack.reading([ROUTER]), open_tensors(path, PackError) as file:
             about: Any = parse_json(file.metadata["router"])
-            tensors = {
-                name: file.handle.get_tensor(name).astype(np.float32) for name in file.handle.keys()
-            }
+            read = file.handle.get_tensor
+            tensors = {name: read(name).astype(np.float32) for name in file.handle.keys()}
         centre, directions, spread = tensors["centre"], tensors["directions"], tensors.get("spread")
-        router = Router(
-            tuple(about["tasks"]), centre, directions, float(about["threshold"]),
-            int(about["n_blocks"]), about.get("pooling", "last"), spread,
-            float(about.get("accuracy", 1)), about.get("system"),
-        )  # fmt: skip
+        about |= {"tasks": tuple(about["tasks"]), "threshold": float(about["threshold"])}
+        about |= {"n_blocks": int(about["n_blocks"]), "accuracy": float(about["accuracy"])}
+        router = Router(**about, centre=centre, directions=directions, spread=spread)
         good = directions.shape == (len(router.tasks), *centre.shape) and centre.ndim == 1
         good &= bool(np.isfinite(directions).all() and np.isfinite(centre).all())
         good &= router.pooling in ("last", "mean")

@@ -287,11 +287,8 @@ class PackService:
         if self.directory not in path.parents:
             words = f"lora_path: found {text[:200]!r}, expected a path inside the server's"
             raise _refused(f"{words} --adapter-dir")
-        try:
-            if not path.exists():
-                raise missing
-        except (OSError, ValueError):
-            raise missing from None
+        if not text.isprintable() or not os.path.exists(path):
+            raise missing
 
         def load() -> None:
             try:
@@ -368,11 +365,8 @@ class PackService:
             router = load_router(new)
         except InputError as error:
             raise RequestError(409, f"{error.problems[0]}; the pack before is served") from None
-        bases = [
-            (pack.manifest.model, pack.manifest.config_hash, pack.manifest.weights_hash)
-            for pack in (old, new)
-        ]
-        if bases[0] != bases[1]:
+        was, now = old.manifest, new.manifest
+        if (was.config_hash, was.weights_hash) != (now.config_hash, now.weights_hash):
             raise RequestError(409, f"{new.path}: is of another base model; start the server again")
         entries = self.adapters.entries_of(new)
 

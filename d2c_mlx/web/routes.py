@@ -1,11 +1,10 @@
-"""The addresses of the server, each with its answer, and who may ask."""
+"""The addresses of the server, each with its answer."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import hashlib
-import hmac
 import json
 import logging
 import re
@@ -13,24 +12,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d2c_mlx.serve.metrics import log_request
 from d2c_mlx.serve.requests import (
     ChatRequest,
     LoadRequest,
@@ -45,161 +34,38 @@ from d2c_mlx.serve.scheduler import STARTED, Job
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.serve.text import Answer, Piece
 
-__all__ = ["LOOPBACK", "Access", "application"]
+__all__ = ["addresses"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# Names by which this machine's own clients ask.
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 # Of a body that is too large, so many bytes are read, for so long.
 _MAX_DROPPED, _DROP_SECONDS = 32_000_000, 1.0
 
 
-@dataclass(frozen=True)
-class Access:
-    """Rules for the clients that may use a server.
+def addresses(page: bool, changes: bool) -> list[tuple[str, str, Callable[..., Any]]]:
+    """Method, path and answer of every address: a function of the service and a request."""
 
-    Attributes:
-        token: that requests bring as `Authorization: Bearer`; None asks for none.
-        origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
-        hosts: names by which clients may ask, without ports; "*" is any.
-        page: `/` is a chat page, which asks for the token itself.
-        changes: adapters may be loaded and unloaded, by whoever has the token.
-    """
-
-    token: str | None = None
-    origins: Sequence[str] = ()
-    hosts: Sequence[str] = LOOPBACK
-    page: bool = True
-    changes: bool = False
-
-    def check(self, headers: Headers, needs_token: bool) -> None:
-        """Check that a request with these headers may ask; raises RequestError (401 or 403)."""
-        # A page that the user happens to visit must not use the model; ours is of this host.
-        origin, host = headers.get("Origin"), headers.get("Host")
-        own = [f"{scheme}://{host}" for scheme in ("http", "https")] if self.page else []
-        if origin is not None and origin not in (*own, *self.origins) and "*" not in self.origins:
-            origin = ascii(origin[:80])
-            raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
-        # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
-        given = headers.get("Authorization", "").encode("latin-1")
-        given = given[7:] if given[:7].lower() == b"bearer " else given
-        token = (self.token or "").encode()
-        if needs_token and self.token is not None and not hmac.compare_digest(given, token):
-            raise RequestError(401, "Authorization: expected Bearer and this server's token")
-
-
-def application(service: PackService, access: Access) -> ASGIApp:
-    """The application that serves a pack to those who may ask."""
-
-    def route(method: str, path: str, answer: Callable[..., Any]) -> Route:
-        return Route(path, partial(answer, service), methods=[method])
-
-    def change(path: str, answer: Callable[..., Any]) -> Route:
-        return route("POST", path, answer if access.changes and access.token else _no_changes)
+    def change(path: str, answer: Callable[..., Any]) -> tuple[str, str, Callable[..., Any]]:
+        return "POST", path, answer if changes else _no_changes
 
     chat, text = partial(_complete, chat=True), partial(_complete, chat=False)
-    routes = [
-        route("GET", "/health", _ready),
-        route("GET", "/health/ready", _ready),
-        route("GET", "/health/live", _live),
-        route("GET", "/metrics", _metrics),
-        route("GET", "/v1/models", _models),
-        route("GET", "/v1/models/{name:path}", _model),
-        route("GET", "/lora-adapters", _adapters),
+    return [
+        ("GET", "/health", _ready),
+        ("GET", "/health/ready", _ready),
+        ("GET", "/health/live", partial(_ready, alive=True)),
+        ("GET", "/metrics", _metrics),
+        ("GET", "/v1/models", _models),
+        ("GET", "/v1/models/{name:path}", _model),
+        ("GET", "/lora-adapters", _adapters),
         change("/lora-adapters", _scale),
         change("/v1/load_lora_adapter", _load),
         change("/v1/unload_lora_adapter", _unload),
         change("/v1/reload", _reload),
-        route("POST", "/v1/embeddings", _no_embeddings),
-        route("POST", "/v1/chat/completions", chat),
-        route("POST", "/chat/completions", chat),
-        route("POST", "/v1/completions", text),
+        ("POST", "/v1/chat/completions", chat),
+        ("POST", "/chat/completions", chat),
+        ("POST", "/v1/completions", text),
+        *([("GET", "/", _page)] if page else []),
     ]
-    if access.page:
-        routes.append(route("GET", "/", _page))
-    cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
-    cors |= {"allow_origins": list(access.origins), "expose_headers": ["X-D2C-Route"]}
-    middleware = [
-        Middleware(_Front, service=service),
-        Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False),
-        Middleware(CORSMiddleware, **cors),
-        Middleware(_Guard, access=access),
-    ]
-    handlers: dict[Any, Any] = {
-        RequestError: _refuse,
-        HTTPException: _no_address,
-        ClientDisconnect: partial(_gone, service),
-        Exception: _failed,
-    }
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
-
-
-class _Front:
-    """Counts and logs every request."""
-
-    def __init__(self, app: ASGIApp, service: PackService) -> None:
-        self._app, self._metrics = app, service.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, began = 500, time.perf_counter()
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        finally:
-            self._metrics.replies.labels(str(status)).inc()
-            reply = scope["state"].get("reply")
-            log_request(
-                method=scope["method"][:16],
-                path=scope["path"][:80],
-                status=status,
-                seconds=round(time.perf_counter() - began, 4),
-                **(reply.facts() if reply else {}),
-            )
-
-
-class _Guard:
-    """Refuses those who may not ask."""
-
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_page = self._access.page and scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
-        try:
-            self._access.check(Headers(scope=scope), needs_token=not is_page)
-        except RequestError as error:
-            await _refuse(None, error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-
-def _refuse(_request: Request | None, error: RequestError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 503 else None
-    return JSONResponse(error.body, error.status, headers)
-
-
-def _no_address(request: Request, _error: HTTPException) -> Response:
-    there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
-    words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
-    return _refuse(request, RequestError(404, words))
-
-
-def _gone(service: PackService, _request: Request, _error: ClientDisconnect) -> Response:
-    service.metrics.disconnected.inc()
-    return Response(status_code=499)
-
-
-def _failed(request: Request, error: Exception) -> Response:
-    """A model's words, or its template, may be anything."""
-    _log.error("a reply failed", exc_info=error)
-    return _refuse(request, RequestError(500, f"the reply failed ({type(error).__name__})"))
 
 
 async def _page(_service: PackService, _request: Request) -> Response:
@@ -214,24 +80,13 @@ async def _page(_service: PackService, _request: Request) -> Response:
         f" 'none'; frame-ancestors 'none'; style-src 'sha256-{own[b'style']}'; script-src"
         f" 'sha256-{own[b'script']}'"
     )
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
     return Response(page, headers=headers, media_type="text/html")
 
 
-async def _ready(service: PackService, _request: Request) -> Response:
-    return _state(service.scheduler.accepts)
-
-
-async def _live(service: PackService, _request: Request) -> Response:
-    return _state(service.scheduler.alive)
-
-
-def _state(good: bool) -> Response:
+async def _ready(service: PackService, _request: Request, alive: bool = False) -> Response:
+    good = service.scheduler.alive if alive else service.scheduler.accepts
     return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
 
 
@@ -260,15 +115,11 @@ def _describe(service: PackService, name: str) -> dict[str, Any]:
 async def _adapters(service: PackService, _request: Request) -> Response:
     """llama.cpp's list; the first task of an adapter stands for all."""
     entries = {entry: name for name, entry in reversed([*service.adapters.names.items()])}
-    return JSONResponse([
-        {"id": entry.id, "path": str(entry.path), "scale": entry.scale, "task_name": name,
-         "prompt_prefix": ""}
-        for entry, name in sorted(entries.items(), key=lambda item: item[0].id)
-    ])  # fmt: skip
-
-
-async def _no_embeddings(_service: PackService, _request: Request) -> Response:
-    raise RequestError(404, "/v1/embeddings: no such address; a pack's model makes no embeddings")
+    rows = []
+    for entry, name in sorted(entries.items(), key=lambda item: item[0].id):
+        row = {"id": entry.id, "path": str(entry.path), "scale": entry.scale}
+        rows.append({**row, "task_name": name, "prompt_prefix": ""})
+    return JSONResponse(rows)
 
 
 async def _no_changes(_service: PackService, request: Request) -> Response:
@@ -330,9 +181,6 @@ async def _complete(service: PackService, request: Request, chat: bool) -> Respo
             return JSONResponse(content, headers=reply.route())
     except RuntimeError as error:
         raise RequestError(500, str(error)) from None
-    finally:
-        if not asked.stream or not reply.started:
-            reply.cancel()
     headers = {"Cache-Control": "no-cache", **reply.route()}
     return StreamingResponse(reply.stream(), headers=headers, media_type="text/event-stream")
 
@@ -357,17 +205,13 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class _Reply:
-    """The reply to a request, as its jobs run.
-
-    Attributes:
-        started: one of them is in the batch.
-    """
+    """The reply to a request, as its jobs run; whoever made it cancels it at the end."""
 
     def __init__(self, service: PackService, request: ChatRequest | TextRequest) -> None:
         self._service, self._request = service, request
         self._chat = isinstance(request, ChatRequest)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
-        self._created, self.started = int(time.time()), False
+        self._created = int(time.time())
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._jobs: list[Job] = []
         self._answers: list[Answer] = []
@@ -390,7 +234,6 @@ class _Reply:
         self._jobs, self._answers = jobs, [service.answer(request, job.prompt) for job in jobs]
         while (await self._next())[1] != STARTED:
             pass
-        self.started = True
 
     def cancel(self) -> None:
         """End the jobs, as their client has left or has its answer."""
@@ -435,7 +278,6 @@ class _Reply:
                 error = RuntimeError(f"the reply failed ({type(error).__name__})")
             yield _data(RequestError(500, str(error)).body)
         finally:
-            self.cancel()
             if not ended:
                 self._service.metrics.disconnected.inc()
 
@@ -450,14 +292,10 @@ class _Reply:
         if self._chat:
             kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         takes = self._chat, asked.stream, asked.logprobs
-        event = {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._service.metrics.name(job.task),
-            "choices": [{"index": i, **self._answers[i].take(*takes)} for i in indices],
-            "system_fingerprint": "d2c-mlx",
-        }
+        choices = [{"index": i, **self._answers[i].take(*takes)} for i in indices]
+        event = {"id": self._id, "object": kind, "created": self._created, "choices": choices}
+        event["model"] = self._service.metrics.name(job.task)
+        event["system_fingerprint"] = "d2c-mlx"
         if with_usage:
             n_prompt, n_answer = len(job.prompt), sum(x.n_tokens for x in self._answers)
             event["usage"] = {

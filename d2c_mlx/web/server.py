@@ -9,20 +9,40 @@ has no deadline for a request; it is here.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
+import logging
 import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Event, Thread
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from d2c_mlx.serve.metrics import log_request
 from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.routes import Access, application
+from d2c_mlx.web.routes import addresses
 
-__all__ = ["PackServer"]
+__all__ = ["LOOPBACK", "Access", "PackServer"]
+
+_log = logging.getLogger(__name__)
+# Names by which this machine's own clients ask.
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 # Most bytes of the request line and headers.
 _HEAD_NBYTES = 65_536
@@ -30,6 +50,40 @@ _HEAD_NBYTES = 65_536
 _REPLY_SECONDS = 5
 # In which a client that was refused may read why.
 _LINGER_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Rules for the clients that may use a server.
+
+    Attributes:
+        token: that requests bring as `Authorization: Bearer`; None asks for none.
+        origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
+        hosts: names by which clients may ask, without ports; "*" is any.
+        page: `/` is a chat page, which asks for the token itself.
+        changes: adapters may be loaded and unloaded, by whoever has the token.
+    """
+
+    token: str | None = None
+    origins: Sequence[str] = ()
+    hosts: Sequence[str] = LOOPBACK
+    page: bool = True
+    changes: bool = False
+
+    def check(self, headers: Headers, needs_token: bool) -> None:
+        """Check that a request with these headers may ask; raises RequestError (401 or 403)."""
+        # A page that the user happens to visit must not use the model; ours is of this host.
+        origin, host = headers.get("Origin"), headers.get("Host")
+        own = [f"{scheme}://{host}" for scheme in ("http", "https")] if self.page else []
+        if origin is not None and origin not in (*own, *self.origins) and "*" not in self.origins:
+            origin = ascii(origin[:80])
+            raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
+        # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
+        given = headers.get("Authorization", "").encode("latin-1")
+        given = given[7:] if given[:7].lower() == b"bearer " else given
+        token = (self.token or "").encode()
+        if needs_token and self.token is not None and not hmac.compare_digest(given, token):
+            raise RequestError(401, "Authorization: expected Bearer and this server's token")
 
 
 class PackServer:
@@ -66,7 +120,7 @@ class PackServer:
         n_connections = limits.batch + limits.queue + limits.spare
         protocol: Any = partial(_Connection, limits.seconds, n_connections)
         config = uvicorn.Config(
-            application(service, access or Access()),
+            _application(service, access or Access()),
             http=protocol,
             loop="asyncio",
             ws="none",
@@ -184,3 +238,80 @@ class _Connection(H11Protocol):
         if name in self._timers:
             self._timers[name].cancel()
         self._timers[name] = self.loop.call_later(seconds, call)
+
+
+def _application(service: PackService, access: Access) -> ASGIApp:
+    """The application that serves a pack to those who may ask."""
+
+    def route(method: str, path: str, answer: Callable[..., Any]) -> Route:
+        async def checked(request: Request) -> Response:
+            access.check(request.headers, needs_token=path != "/")
+            return await answer(service, request)
+
+        return Route(path, checked, methods=[method])
+
+    changes = access.changes and access.token is not None
+    routes = [route(*address) for address in addresses(access.page, changes)]
+    cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
+    cors |= {"allow_origins": list(access.origins), "expose_headers": ["X-D2C-Route"]}
+    middleware = [
+        Middleware(_Front, service=service),
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False),
+        Middleware(CORSMiddleware, **cors),
+    ]
+    handlers: dict[Any, Any] = {
+        RequestError: _refuse,
+        HTTPException: _no_address,
+        ClientDisconnect: partial(_gone, service),
+        Exception: _failed,
+    }
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+class _Front:
+    """Counts and logs every request."""
+
+    def __init__(self, app: ASGIApp, service: PackService) -> None:
+        self._app, self._metrics = app, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, began = 500, time.perf_counter()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            self._metrics.replies.labels(str(status)).inc()
+            reply = scope["state"].get("reply")
+            if reply:
+                reply.cancel()
+            facts = {"method": scope["method"][:16], "path": scope["path"][:80], "status": status}
+            facts["seconds"] = round(time.perf_counter() - began, 4)
+            log_request(**facts, **(reply.facts() if reply else {}))
+
+
+def _refuse(_request: Request, error: RequestError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+def _no_address(request: Request, _error: HTTPException) -> Response:
+    there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
+    words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
+    return _refuse(request, RequestError(404, words))
+
+
+def _gone(service: PackService, _request: Request, _error: ClientDisconnect) -> Response:
+    service.metrics.disconnected.inc()
+    return Response(status_code=499)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    """A model's words, or its template, may be anything."""
+    _log.error("a reply failed", exc_info=error)
+    return _refuse(request, RequestError(500, f"the reply failed ({type(error).__name__})"))

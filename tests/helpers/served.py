@@ -19,8 +19,7 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.routes import Access
-from d2c_mlx.web.server import PackServer
+from d2c_mlx.web.server import Access, PackServer
 from helpers.adapters import ABOUT, ADAPTERS
 from helpers.tiny import task, tiny_model
 

@@ -91,7 +91,8 @@ def test_who_is_slow_goes_when_all_places_are_taken(pack, model_path):
         assert b" 408 " in read_all(slow[1])
         counts_at(server, "d2c_mlx_open", 2)
         more = [connect(endless) for _ in range(2)]
-        assert all(b" 503 " in read_all(connection) for connection in more)
+        # One may make place for the other while its request still comes.
+        assert all(read_all(other).split()[1] in (b"503", b"408") for other in more)
         assert streams[0].recv(12) == b"HTTP/1.1 200"
 
 
