@@ -118,8 +118,8 @@ def test_earlier_turns_are_sent_if_asked_for(server, opened):
     assert len(bodies[3]["messages"]) == 1 and page.locator(".turn").count() == 1
 
 
-def test_stop(pack, model_path, opened):
-    with serving(pack, model_path) as talkative:
+def test_stop(packs, model_path, opened):
+    with serving(packs["plain"], model_path) as talkative:
         page = opened(talkative)
         page.select_option("#second", "wide")
         for how in ("click", "Escape"):
