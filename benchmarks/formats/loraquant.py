@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.file_layout import header_bytes, make_index
+from d2c_mlx.compress.compact_file import header_bytes, make_index
 from d2c_mlx.compress.quantize import Components, svd_components
 
 GROUP, STEPS, RATE = 128, 100, 1e-3

@@ -17,8 +17,7 @@ from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.quality.families import ALONE, chosen, shared_basis, shared_private
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig

@@ -18,9 +18,8 @@ from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
 from d2c_mlx.cluster.search import estimated_partition
 from d2c_mlx.compress.candidates import Candidate, fitting
-from d2c_mlx.compress.compact_file import index_of, read_compact
+from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.file_layout import COMPACT, compact_nbytes
 from d2c_mlx.compress.forms import Forms
 from d2c_mlx.compress.plan import plan
 from d2c_mlx.compress.quantize import svd_components

@@ -14,8 +14,7 @@ from d2c_mlx.adapters.similarity import gram, similarity
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.cluster.search import search_by_estimates
-from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.merge.merging import merge, problem_of
 from d2c_mlx.merge.methods import merge_adapters
 

@@ -22,8 +22,7 @@ from benchmarks.quality.bytes import judge
 from benchmarks.quality.families import chosen
 from benchmarks.quality.without_rows import N_PROMPTS, write_prompts
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.compact_file import index_of
-from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import refine

@@ -1,46 +1,162 @@
-"""Writing and reading many low-bit adapters in one safetensors file.
+"""Many low-bit adapters in one safetensors file: its layout, its exact size, writing and reading.
 
 A safetensors header takes about 100 bytes per tensor. For the 240 factors of one adapter that is
-more than its numbers at 2 bit. So rows are stacked over adapters, modules and factors, one tensor
-per bit width and row width. `file_layout.py` defines the layout, docs/reference/formats.md
-explains it.
+more than its numbers at 2 bit. So factors are rows, the columns of `a` (width `in`) and the rows of
+`b` (width `out`), ordered by adapter, module, `a` before `b`, component. All of the same bits and
+width are one tensor:
+
+- `<bits>bit.<width>.weight`: uint32 `(rows, ceil(width / group) * group * bits / 32)`, codes from
+  the lowest bit up; at 16 bits float16 `(rows, width)`.
+- `<bits>bit.<width>.scales` and `.biases`: float16 `(rows, ceil(width / group))`; none at 16 bits.
+- `counts`: uint8 `(adapters, modules, bits)`, components of a module at these bits.
+
+The metadata holds `format`, `version` and `index`, a JSON object: `base`, `names`, `bits` (last
+axis of `counts`), `group_size`, and `modules` (middle axis), folded as
+`["model.layers.*.self_attn.q_proj", in, out, "0-15,17"]`. A number is `scale * code + bias` in
+float32, rounded to float16; codes beyond the width are padding. dW^T is the sum of a times b.
+docs/reference/formats.md explains it.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 
 from d2c_mlx.adapters.tensor_file import TensorFile, open_tensors
-from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed, Level, Quantized
-from d2c_mlx.compress.file_layout import (
-    DTYPES,
-    FIELDS,
-    FORMAT,
-    VERSION,
-    Index,
-    expand_modules,
-    header_bytes,
-    make_index,
-    tensor_name,
+from d2c_mlx.compress.compressed import (
+    BITS,
+    GROUP_SIZES,
+    Compressed,
+    Level,
+    Quantized,
+    packed_columns,
 )
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["index_of", "read_compact", "read_index", "write_compact"]
+__all__ = ["BLOCK", "COMPACT", "MAX_COUNT", "Index", "compact_nbytes", "estimate_header_nbytes",
+           "expand_modules", "header_bytes", "index_of", "make_index", "read_compact", "read_index",
+           "write_compact"]  # fmt: skip
 
+COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
+# The number of a block in a module's path.
+BLOCK = re.compile(r"\.[0-9]+\.")
+_LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U32": np.dtype("<u4"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")
+}  # fmt: skip
+_FIELDS = ("weight", "scales", "biases")
+# Most components of a module at the same bits: one byte counts them.
+MAX_COUNT = 255
+# Most characters of a module's path, numbers of a row, and modules of a model.
+_MOST_PATH, _MOST_WIDTH, _MOST_MODULES = 256, 1 << 24, 1 << 16
 # Most numbers of one factor in 16 bit; a vocabulary of 262,144 at rank 1,024 has as many.
 _MOST_NUMBERS = 1 << 28
 
 
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Everything in a compact file except the rows: which adapter's rows are where.
+
+    Attributes:
+        names: the adapters' names.
+        base: the base model's name.
+        modules: `(path, in, out)` of every module that some adapter has, in the file's order.
+        bits: bit widths that some module uses, falling.
+        group_size: numbers that share a scale and a bias, in all rows.
+        counts: uint8 `(n_adapters, n_modules, n_bits)`, components at each bit width.
+    """
+
+    names: tuple[str, ...]
+    base: str | None
+    modules: tuple[tuple[str, int, int], ...]
+    bits: tuple[int, ...]
+    group_size: int
+    counts: np.ndarray
+
+    def rows(self) -> dict[tuple[int, int], np.ndarray]:
+        """(bits, row width) -> number of rows of every adapter, `(n_adapters,)`."""
+        shapes = np.array([shape for _, *shape in self.modules], np.int64).reshape(-1, 2)
+        widths, places = np.unique(shapes, return_inverse=True)
+        # (width, adapter, bits), in one pass over the modules whatever their number of widths.
+        rows = np.zeros((len(widths), len(self.counts), len(self.bits)), np.int64)
+        for place in places.reshape(-1, 2).T:
+            np.add.at(rows, place, self.counts.swapaxes(0, 1))
+        by_kind = {
+            (self.bits[level], int(widths[w])): rows[w, :, level]
+            for w, level in np.argwhere(rows.any(axis=1))
+        }
+        return dict(sorted(by_kind.items(), reverse=True))
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name -> (safetensors dtype, shape), in the file's order: wide types first."""
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("U8", self.counts.shape)}
+        for (bits, width), rows in self.rows().items():
+            words, groups = packed_columns(width, bits, self.group_size)
+            kind, n, place = "F16" if bits == 16 else "U32", int(rows.sum()), f"{bits}bit.{width}"
+            tensors[f"{place}.weight"] = kind, (n, words)
+            if groups:
+                tensors |= {f"{place}.{field}": ("F16", (n, groups)) for field in _FIELDS[1:]}
+        return dict(sorted(tensors.items(), key=lambda item: list(_DTYPES).index(item[1][0])))
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Tensor name -> its first byte after the header, and the next one's."""
+        places, stop = {}, 0
+        for name, (dtype, shape) in self.tensors().items():
+            start, stop = stop, stop + int(np.prod(shape, dtype=np.int64)) * _DTYPES[dtype].itemsize
+            places[name] = start, stop
+        return places
+
+
+def make_index(
+    names: Sequence[str],
+    base: str | None,
+    counts: Sequence[Mapping[str, Mapping[int, int]]],
+    shapes: Mapping[str, tuple[int, int]],
+    group_size: int,
+) -> Index:
+    """Make an index from counts of components alone, to ask `compact_nbytes` for a size.
+
+    Use `index_of` for adapters that are quantized already.
+
+    Args:
+        names: the adapters' names.
+        base: the base model's name.
+        counts: per adapter, module path -> bits -> number of components, 0 or more.
+        shapes: module path -> (in, out), of at least those modules.
+        group_size: one of `GROUP_SIZES`.
+
+    Raises:
+        PackError: more than 255 components of a module at the same bits.
+    """
+    paths = {path for adapter in counts for path, levels in adapter.items() if any(levels.values())}
+    modules = sorted(
+        ((path, *shapes[path]) for path in paths),
+        key=lambda module: (_split(module[0])[0], module[1:], _split(module[0])[1]),
+    )
+    used = {b for adapter in counts for levels in adapter.values() for b, n in levels.items() if n}
+    bits = sorted(used, reverse=True)
+    table = np.array(
+        [[[adapter.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules]
+         for adapter in counts],
+        np.int64,
+    ).reshape(len(counts), len(modules), len(bits))  # fmt: skip
+    most = int(np.max(table, initial=0))
+    if most > MAX_COUNT:
+        raise PackError(f"{most} components of one module at the same bits; {MAX_COUNT} fit")
+    counted = table.astype(np.uint8)
+    return Index(tuple(names), base, tuple(modules), tuple(bits), group_size, counted)
+
+
 def index_of(adapters: Sequence[Compressed]) -> Index:
     """Make the index of quantized adapters, as `write_compact` writes it.
-
-    Use it with `compact_nbytes` to know a file's size; `make_index` needs only counts.
 
     Raises:
         PackError: the adapters differ in shapes or group sizes.
@@ -57,19 +173,100 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
                 )
         if adapter.modules:
             sizes.add(adapter.group_size)
-        bits = {
-            path: {one.bits: one.rank for one in some} for path, some in adapter.modules.items()
-        }
-        counts.append(bits)
+        counts.append({path: {level.bits: level.rank for level in levels}
+                       for path, levels in adapter.modules.items()})  # fmt: skip
         names.append(adapter.name)
         bases.append(adapter.base)
     if len(sizes) > 1:
-        raise PackError(
-            f"group sizes {sorted(sizes)}: one pack has one; quantize all adapters alike"
-        )
-    base = next((one for one in bases if one), None)
-    size = sizes.pop() if sizes else GROUP_SIZES[1]
-    return make_index(names, base, counts, shapes, size)
+        raise PackError(f"group sizes {sorted(sizes)}, expected one; quantize all adapters alike")
+    base = next(filter(None, bases), None)
+    return make_index(names, base, counts, shapes, sizes.pop() if sizes else GROUP_SIZES[1])
+
+
+def compact_nbytes(index: Index) -> int:
+    """Exact size in bytes of the file that this index describes, header included."""
+    return len(header_bytes(index)) + max(stop for _, stop in index.places().values())
+
+
+def estimate_header_nbytes(
+    names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
+) -> int:
+    """Estimate from above the bytes of a header, for a pack of these adapters, merged or not.
+
+    Use it before counts are known; `compact_nbytes` is exact. Arguments are those of `make_index`.
+    The estimate is the header of a pack of all adapters and their merge at 4, 3 and 2 bits. Nearly
+    every pack stays below it.
+    """
+    full = [{path: {4: 1, 3: 1, 2: 1} for path in shapes}] * (len(names) + 1)
+    index = make_index([*names, "+".join(names)], base, full, shapes, group_size)
+    # Numbers in the real header may have a few digits more.
+    return len(header_bytes(index)) + 512
+
+
+def header_bytes(index: Index) -> bytes:
+    """The beginning of the file: length and JSON header, padded to a multiple of 8 bytes.
+
+    It is written here because the safetensors package does not fix the order of metadata, and the
+    same adapters must give the same bytes.
+    """
+    runs: list[list[Any]] = []  # pattern, in, out, and spans of layers
+    for path, width, out in index.modules:
+        pattern, layer = _split(path)
+        if not runs or runs[-1][:3] != [pattern, width, out]:
+            runs.append([pattern, width, out, []])
+        spans = runs[-1][3]
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    for run in runs:
+        words = [f"{low}-{high}" if high > low else f"{low}" for low, high in run[3] if low >= 0]
+        run[3] = ",".join(words)
+    about = {name: getattr(index, name) for name in ("base", "names", "bits", "group_size")}
+    about["modules"] = runs
+    metadata, places = {"format": FORMAT, "version": VERSION, "index": _dump(about)}, index.places()
+    content: dict[str, Any] = {"__metadata__": metadata}
+    for name, (dtype, shape) in index.tensors().items():
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": places[name]}
+    text = _dump(content).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _split(path: str) -> tuple[str, int]:
+    """`model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, 3); -1 without a layer."""
+    match = _LAYER.fullmatch(path)
+    return (f"{match[1]}*{match[3]}", int(match[2])) if match else (path, -1)
+
+
+def expand_modules(runs: Sequence[Sequence[Any]], most: int) -> tuple[tuple[str, int, int], ...]:
+    """`(path, in, out)` of every module, from the patterns in a header.
+
+    Args:
+        runs: lists of `[pattern, in, out, layers]`, with layers such as "0-15,17".
+        most: number of modules that the file's counts have room for.
+
+    Raises:
+        ValueError: more than `most` modules, malformed patterns, or paths and widths that no model
+            has: a pattern of many stars would become thousands of long paths.
+    """
+    modules: list[tuple[str, int, int]] = []
+    for pattern, width, out, spans in runs:
+        if len(pattern) > _MOST_PATH or not 0 < min(width, out) <= max(width, out) <= _MOST_WIDTH:
+            raise ValueError("a path or a width beyond those of any model")
+        for span in spans.split(","):
+            low, _, high = span.partition("-")
+            layers = range(int(low), int(high or low) + 1) if span else (-1,)
+            if len(layers) > min(most, _MOST_MODULES) - len(modules):
+                raise ValueError(f"more than {most} modules")
+            for layer in layers:
+                path = pattern if layer < 0 else pattern.replace("*", str(layer))
+                modules.append((path, int(width), int(out)))
+    return tuple(modules)
 
 
 def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
@@ -84,12 +281,10 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
         PackError: as `index_of`.
     """
     index = index_of(adapters)
-    header = header_bytes(index)
+    header, ends = header_bytes(index), index.places()
+    dtypes = {name: _DTYPES[kind] for name, (kind, _) in index.tensors().items()}
     # Where the next rows of each tensor go: one adapter after the other, so one is in memory.
-    dtypes, places, end = {}, {}, len(header)
-    for name, (kind, shape) in index.tensors().items():
-        dtypes[name], places[name] = np.dtype(DTYPES[kind]), end
-        end += math.prod(shape) * dtypes[name].itemsize
+    places = {name: len(header) + start for name, (start, _) in ends.items()}
     with open(path, "wb") as file:
 
         def add(name: str, rows: np.ndarray) -> None:
@@ -97,24 +292,19 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
             places[name] += file.write(rows.astype(dtypes[name]).tobytes())
 
         file.write(header)
-        file.truncate(end)
+        file.truncate(len(header) + max(stop for _, stop in ends.values()))
         add("counts", index.counts)
         for adapter in adapters:
-            for name, parts in _rows_of(adapter, index).items():
+            levels = (level for module, *_ in index.modules
+                      for level in adapter.modules.get(module, ()))  # fmt: skip
+            rows: dict[str, list[np.ndarray]] = {}
+            for factor in (factor for level in levels for factor in (level.a, level.b)):
+                for field in _FIELDS[: 1 if factor.bits == 16 else 3]:
+                    name = f"{factor.bits}bit.{factor.width}.{field}"
+                    rows.setdefault(name, []).append(getattr(factor, field))
+            for name, parts in rows.items():
                 add(name, np.concatenate(parts))
     return index
-
-
-def _rows_of(adapter: Compressed, index: Index) -> dict[str, list[np.ndarray]]:
-    """Tensor name -> the adapter's rows, in the file's order."""
-    found: dict[str, list[np.ndarray]] = {}
-    for module, *_ in index.modules:
-        for level in adapter.modules.get(module, ()):
-            for factor in (level.a, level.b):
-                for field in FIELDS[: 1 if factor.bits == 16 else 3]:
-                    name = tensor_name(factor.bits, factor.width, field)
-                    found.setdefault(name, []).append(getattr(factor, field))
-    return found
 
 
 def read_index(path: Path) -> Index:
@@ -128,45 +318,35 @@ def read_index(path: Path) -> Index:
 
 
 def _index(path: Path, file: TensorFile) -> Index:
-    about = file.metadata
-    found = about.get("format"), about.get("version")
-    if found != (FORMAT, VERSION):
+    form, version = file.metadata.get("format"), file.metadata.get("version")
+    if (form, version) != (FORMAT, VERSION):
         raise PackError(
-            f"{path}: format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version"
-            f" {VERSION}; read it with the d2c-mlx that wrote it"
+            f"{path}: format {form!r} version {version!r}, expected {FORMAT!r} version {VERSION};"
+            " read it with the d2c-mlx that wrote it"
         )
     try:
-        said = parse_json(about["index"])
+        about = parse_json(file.metadata["index"])
         counts = file.handle.get_tensor("counts")
-        index = Index(
-            tuple(said["names"]),
-            said["base"],
-            expand_modules(said["modules"], counts.shape[1]),
-            tuple(said["bits"]),
-            said["group_size"],
-            counts,
-        )
-        size = len(index.names), len(index.modules), len(index.bits)
-        same = index.counts.dtype == np.uint8 and index.counts.shape == size
-        same &= [*index.bits] == [bits for bits in BITS if bits in index.bits]
-        same &= index.group_size in GROUP_SIZES
-        if same and file.header == index.tensors():
-            _check_size(path, index)
-            return index
+        modules = expand_modules(about["modules"], counts.shape[1])
+        names, bits = tuple(about["names"]), tuple(about["bits"])
+        index = Index(names, about["base"], modules, bits, about["group_size"], counts)
+        good = counts.dtype == np.uint8 and counts.shape == (len(names), len(modules), len(bits))
+        good &= [*bits] == [width for width in BITS if width in bits]
+        good &= index.group_size in GROUP_SIZES
+        good = good and file.header == index.tensors()
     except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
-        pass
-    raise PackError(f"{path}: its tensors are not those that its index lists; write the pack again")
-
-
-def _check_size(path: Path, index: Index) -> None:
-    """Refuse a plain adapter of gigabytes: a few wide rows, padded to another module's rank."""
-    rank = int(np.max(index.counts.sum(axis=2, dtype=np.int64), initial=0))
-    widest = max((max(sides) for _, *sides in index.modules), default=0)
+        good = False
+    if not good:
+        raise PackError(f"{path}: its tensors are not those of its index; write the pack again")
+    # A plain adapter would have gigabytes: a few wide rows, padded to another module's rank.
+    rank = int(np.max(counts.sum(axis=2, dtype=np.int64), initial=0))
+    widest = max((max(sides) for _, *sides in modules), default=0)
     if rank * widest > _MOST_NUMBERS:
         raise PackError(
             f"{path}: found rank {rank} and a module of {widest} features, expected at most"
             f" {_MOST_NUMBERS:,} numbers in a factor; no model has that"
         )
+    return index
 
 
 def read_compact(path: Path, adapter: int) -> Compressed:
@@ -193,23 +373,15 @@ def read_compact(path: Path, adapter: int) -> Compressed:
             start = int(rows[:adapter].sum())
             stop = start + int(rows[adapter])
             stacks[bits, width] = [
-                file.handle.get_slice(tensor_name(bits, width, field))[start:stop]
-                for field in FIELDS[: 1 if bits == 16 else 3]
+                file.handle.get_slice(f"{bits}bit.{width}.{field}")[start:stop]
+                for field in _FIELDS[: 1 if bits == 16 else 3]
             ]
-    return Compressed(
-        index.names[adapter], _cut(path, index, adapter, stacks), index.group_size, index.base
-    )
-
-
-def _cut(
-    path: Path, index: Index, adapter: int, stacks: Mapping[tuple[int, int], list[np.ndarray]]
-) -> dict[str, tuple[Level, ...]]:
-    """Cut the rows of one adapter into the levels of its modules."""
     if not all(np.isfinite(x).all() for stack in stacks.values() for x in stack if x.dtype != "u4"):
         raise PackError(f"{path}: adapter {adapter} holds NaN or infinity; write the pack again")
     taken = dict.fromkeys(stacks, 0)
 
     def take(n: int, bits: int, width: int) -> Quantized:
+        """The next n rows of a stack."""
         start = taken[bits, width]
         taken[bits, width] = stop = start + n
         weight, *rest = (x[start:stop] for x in stacks[bits, width])
@@ -223,4 +395,4 @@ def _cut(
             modules[module] = tuple(
                 Level(take(n, bits, width), take(n, bits, out)) for n, bits in levels
             )
-    return modules
+    return Compressed(index.names[adapter], modules, index.group_size, index.base)

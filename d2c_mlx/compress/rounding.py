@@ -26,6 +26,64 @@ GPTQResult = tuple[list[Quantized], np.ndarray]
 _SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 3: (0.9, 0.75), 2: (0.9, 0.7)}
 
 
+def round_to_nearest(
+    rows: Sequence[np.ndarray], levels: Sequence[Levels], group_size: int
+) -> list[list[Quantized]]:
+    """Round many modules with MLX's own `quantize`; scales and biases become float16 after it.
+
+    The fastest rounding; `gptq_round` takes longer and leaves less error.
+
+    Args:
+        rows: `(n, width)` of every module.
+        levels: bit allocation of every module, n components in all.
+        group_size: one of `GROUP_SIZES`.
+
+    Returns:
+        For every module one `Quantized` per level.
+    """
+    parts, bits_of = [], []
+    for module, given in zip(rows, levels):
+        parts += np.split(module, np.cumsum([n for n, _ in given])[:-1])
+        bits_of += [bits for _, bits in given]
+    rounded: dict[int, Quantized] = {}
+    kinds = indices_by_key((bits, part.shape[1]) for part, bits in zip(parts, bits_of))
+    for (bits, width), members in kinds.items():
+        same = np.concatenate([parts[i] for i in members])
+        if bits == 16:
+            whole = _as_float16(same, group_size)
+        else:
+            codes = mx.quantize(mx.array(_pad_to_groups(same, group_size)), group_size, bits)
+            weight, scales, biases = (np.array(x) for x in codes)
+            scales, biases = scales.astype(np.float16), biases.astype(np.float16)
+            whole = Quantized(weight, scales, biases, bits, group_size, width)
+        stop = 0
+        for i in members:
+            start, stop = stop, stop + len(parts[i])
+            rounded[i] = whole.take_rows(start, stop)
+    each = iter(range(len(parts)))
+    return [[rounded[next(each)] for _ in given] for given in levels]
+
+
+def hartley_rotation(levels: Levels) -> np.ndarray:
+    """`(n, n)` orthogonal matrix that mixes the components within each level.
+
+    Each block is a Hartley matrix, whose entries are all of about one size, so after it the rows of
+    a level have one size too; components at 16 bits are left alone.
+    """
+    from scipy.linalg import block_diag
+
+    blocks = []
+    for n, bits in levels:
+        angle = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
+        blocks.append(np.eye(n) if bits == 16 else (np.cos(angle) + np.sin(angle)) / np.sqrt(n))
+    return block_diag(*blocks)
+
+
+def ridge(gram: np.ndarray) -> np.ndarray:
+    """The matrix that makes a Gram matrix regular where rounding left zero or equal rows."""
+    return (1e-9 * np.trace(gram) + 1e-30) * np.eye(len(gram))
+
+
 def gptq_round(
     rows: Sequence[np.ndarray],
     grams: Sequence[np.ndarray],
@@ -35,15 +93,15 @@ def gptq_round(
 ) -> list[GPTQResult]:
     """Round the rows of many modules, each row's error compensated by those not yet rounded.
 
-    Use it for rows that overlap (after `affine.hartley_rotation`, say): orthogonal rows cannot
-    compensate each other, and then `affine.round_to_nearest` is as good and faster.
+    Use it for rows that overlap (after `hartley_rotation`, say): orthogonal rows cannot compensate
+    each other, and then `round_to_nearest` is as good and faster.
 
     Args:
         rows: `(n, width)` of every module, the exact minimum of the error.
         grams: `(n, n)` Gram matrix of the other factor's rows, the metric in which rows replace
             each other.
         levels: bit allocation of every module, n components in all.
-        group_size: one of `affine.GROUP_SIZES`.
+        group_size: one of `GROUP_SIZES`.
         symmetric: every bias is -2**(bits - 1) times its scale, as in GGUF's Q4_0 and Q8_0.
 
     Returns:
@@ -51,19 +109,14 @@ def gptq_round(
 
     Source: https://arxiv.org/abs/2210.17323.
     """
-    found: dict[int, GPTQResult] = {}
+    rounded: dict[int, GPTQResult] = {}
     # Modules of one width are rounded together: one by one they take three times as long.
-    for members in indices_by_key(one.shape[1] for one in rows).values():
+    for members in indices_by_key(module.shape[1] for module in rows).values():
         # The most rows first, so that the modules still active at a step are the first ones.
         members.sort(key=lambda i: -len(rows[i]))
         modules = [(rows[i], grams[i], levels[i]) for i in members]
-        found |= dict(zip(members, _round_same_width(modules, group_size, symmetric)))
-    return [found[i] for i in range(len(rows))]
-
-
-def ridge(gram: np.ndarray) -> np.ndarray:
-    """The matrix that makes a Gram matrix regular where rounding left zero or equal rows."""
-    return (1e-9 * np.trace(gram) + 1e-30) * np.eye(len(gram))
+        rounded |= dict(zip(members, _round_same_width(modules, group_size, symmetric)))
+    return [rounded[i] for i in range(len(rows))]
 
 
 def _round_same_width(
@@ -97,25 +150,21 @@ def _round_same_width(
             later = metric[:active, k + 1 :]
             carry = np.linalg.solve(later[:, :, k + 1 :], later[:, :, k : k + 1])
             left[:active, k + 1 :] += carry * (now - values[:active, k])[:, None]
-    found = []
-    for i, (rows, _, levels) in enumerate(modules):
-        mine = [x[i, len(rows) - 1 :: -1] for x in (values, codes, scales, biases)]
-        found.append((_by_level(mine, levels, group_size), mine[0].astype(np.float64)))
-    return found
-
-
-def _by_level(stored: Sequence[np.ndarray], levels: Levels, group_size: int) -> list[Quantized]:
-    """Cut one module's rows into its levels: their numbers, codes, scales and biases."""
-    parts, stop = [], 0
-    for n, bits in levels:
-        start, stop = stop, stop + n
-        rows, codes, scales, biases = (x[start:stop] for x in stored)
-        if bits == 16:
-            parts.append(as_float16(rows, group_size))
-        else:
-            weight = pack_codes(np.ascontiguousarray(codes), bits)
-            parts.append(Quantized(weight, scales, biases, bits, group_size, rows.shape[1]))
-    return parts
+    results = []
+    for i, (_, _, levels) in enumerate(modules):
+        parts, stop = [], sum(count for count, _ in levels)
+        numbers = values[i, stop - 1 :: -1] if stop else values[i, :0]
+        for count, b in levels:  # Row `stop - 1` is the first that is left, as they are reversed.
+            start, stop = stop, stop - count
+            kept = slice(start - 1, stop - 1 if stop else None, -1)
+            if b == 16:
+                parts.append(_as_float16(values[i, kept], group_size))
+            else:
+                weight = _pack_codes(np.ascontiguousarray(codes[i, kept]), b)
+                stored = weight, scales[i, kept], biases[i, kept]
+                parts.append(Quantized(*stored, b, group_size, width))
+        results.append((parts, numbers.astype(np.float64)))
+    return results
 
 
 def _fit_codes(
@@ -128,7 +177,7 @@ def _fit_codes(
         float16 values `(rows, width)` that they stand for.
     """
     n, width = rows.shape
-    groups = pad_to_groups(rows, group_size).reshape(-1, group_size)
+    groups = _pad_to_groups(rows, group_size).reshape(-1, group_size)
     shares = np.array(_SHRINK[bits], np.float32)[:, None]
     if symmetric:
         # The largest number gets code 0: that side has one code more.
@@ -141,7 +190,10 @@ def _fit_codes(
         low, high = groups.min(axis=1), groups.max(axis=1)
         cut = (1 - shares) / 2 * (high - low)
         first = _encode(groups, (high - low - 2 * cut) / (2**bits - 1), low + cut, bits)
-        second = _encode(groups, *_refit(groups, first[0]), bits)
+        # Scales and biases by least squares, the codes given.
+        mean = first[0].mean(axis=-1)
+        scale = _slope(first[0] - mean[..., None], groups)
+        second = _encode(groups, scale, groups.mean(axis=-1) - scale * mean, bits)
     codes, scales, biases, values = (np.concatenate(x) for x in zip(first, second))
     rest = groups - values
     best = np.einsum("cij,cij->ci", rest, rest).argmin(axis=0), np.arange(len(groups))
@@ -167,90 +219,27 @@ def _encode(
     return codes, scale, bias, codes * wide + offset
 
 
-def _refit(groups: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and biases `(c, groups)` by least squares, the codes given."""
-    mean = codes.mean(axis=-1)
-    centred = codes - mean[..., None]
-    scale = _slope(centred, groups)
-    return scale, groups.mean(axis=-1) - scale * mean
-
-
 def _slope(centred: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The factor `(c, groups)` of centred codes that is closest to the numbers."""
     spread = np.einsum("cij,cij->ci", centred, centred)
     return np.einsum("cij,ij->ci", centred, groups) / np.where(spread == 0, 1, spread)
 
 
-def round_to_nearest(
-    rows: Sequence[np.ndarray], levels: Sequence[Levels], group_size: int
-) -> list[list[Quantized]]:
-    """Round many modules with MLX's own `quantize`; scales and biases become float16 after it.
-
-    The fastest rounding; `gptq.gptq_round` takes longer and leaves less error.
-
-    Args:
-        rows: `(n, width)` of every module.
-        levels: bit allocation of every module, n components in all.
-        group_size: one of `GROUP_SIZES`.
-
-    Returns:
-        For every module one `Quantized` per level.
-    """
-    parts = [(part, bits) for pair in zip(rows, levels) for part, bits in _split_levels(*pair)]
-    kinds = indices_by_key((bits, part.shape[1]) for part, bits in parts)
-    found: dict[int, Quantized] = {}
-    for (bits, width), members in kinds.items():
-        same = np.concatenate([parts[i][0] for i in members])
-        if bits == 16:
-            whole = as_float16(same, group_size)
-        else:
-            codes = mx.quantize(mx.array(pad_to_groups(same, group_size)), group_size, bits)
-            weight, scales, biases = (np.array(x) for x in codes)
-            scales, biases = scales.astype(np.float16), biases.astype(np.float16)
-            whole = Quantized(weight, scales, biases, bits, group_size, width)
-        stop = 0
-        for i in members:
-            start, stop = stop, stop + len(parts[i][0])
-            found[i] = whole.take_rows(start, stop)
-    each = iter(range(len(parts)))
-    return [[found[next(each)] for _ in module] for module in levels]
-
-
-def _split_levels(rows: np.ndarray, levels: Levels) -> list[tuple[np.ndarray, int]]:
-    ends = np.cumsum([n for n, _ in levels])[:-1]
-    return [(part, bits) for part, (_, bits) in zip(np.split(rows, ends), levels)]
-
-
-def hartley_rotation(levels: Levels) -> np.ndarray:
-    """`(n, n)` orthogonal matrix that mixes the components within each level.
-
-    Each block is a Hartley matrix, whose entries are all of about one size, so after it the rows of
-    a level have one size too; components at 16 bits are left alone.
-    """
-    blocks = []
-    for n, bits in levels:
-        angle = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
-        blocks.append(np.eye(n) if bits == 16 else (np.cos(angle) + np.sin(angle)) / np.sqrt(n))
-    from scipy.linalg import block_diag
-
-    return block_diag(*blocks)
-
-
-def as_float16(rows: np.ndarray, group_size: int) -> Quantized:
+def _as_float16(rows: np.ndarray, group_size: int) -> Quantized:
     """Rows at 16 bits, which have no groups; `group_size` is kept for the file's index."""
     none = np.zeros((len(rows), 0), np.float16)
     return Quantized(rows.astype(np.float16), none, none, 16, group_size, rows.shape[1])
 
 
-def pad_to_groups(rows: np.ndarray, group_size: int) -> np.ndarray:
+def _pad_to_groups(rows: np.ndarray, group_size: int) -> np.ndarray:
     """Rows in float32, padded with zeros at the end to whole groups."""
     return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+def _pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack uint8 codes `(rows, n)` into uint32 words `(rows, n * bits / 32)`, the lowest bit first.
 
-    Use it for codes that `mx.quantize` did not choose: MLX packs inside that function only.
+    `mx.quantize` packs only codes that it chose itself.
     """
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")

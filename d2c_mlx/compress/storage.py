@@ -18,15 +18,15 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.compress.budget import Budget
-from d2c_mlx.compress.compact_file import write_compact
-from d2c_mlx.compress.compressed import Compressed, Levels, packed_columns
-from d2c_mlx.compress.file_layout import (
+from d2c_mlx.compress.compact_file import (
     COMPACT,
     MAX_COUNT,
     compact_nbytes,
     estimate_header_nbytes,
     make_index,
+    write_compact,
 )
+from d2c_mlx.compress.compressed import Compressed, Levels, packed_columns
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.models.base_model import BaseModel

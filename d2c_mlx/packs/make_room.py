@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compress.compact_file import index_of
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.compress.compressed import Compressed, dequantize
-from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import allocate, compact_store, worth
 from d2c_mlx.evaluate.attribution import module_gains

@@ -10,7 +10,7 @@ import mlx.core as mx
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
-from d2c_mlx.compress.file_layout import BLOCK, COMPACT
+from d2c_mlx.compress.compact_file import BLOCK, COMPACT
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.parsing import parse_json

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.compress.compact_file import index_of, read_compact, read_index, write_compact
+from d2c_mlx.compress.compact_file import (
+    compact_nbytes,
+    expand_modules,
+    index_of,
+    make_index,
+    read_compact,
+    read_index,
+    write_compact,
+)
 from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed
-from d2c_mlx.compress.file_layout import compact_nbytes, expand_modules, make_index
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.utils.errors import PackError
 

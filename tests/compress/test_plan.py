@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.compress.candidates import Candidate, choose
-from d2c_mlx.compress.file_layout import MAX_COUNT
+from d2c_mlx.compress.compact_file import MAX_COUNT
 from d2c_mlx.compress.storage import _BYTES, LOST, allocate
 from d2c_mlx.utils.errors import BudgetError
 

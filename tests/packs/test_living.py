@@ -14,8 +14,7 @@ from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, LAYERS, TARGETS
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.compact_file import index_of, read_compact
-from d2c_mlx.compress.file_layout import compact_nbytes
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.packs.add import add_adapter

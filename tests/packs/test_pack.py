@@ -14,9 +14,8 @@ from helpers.tiny import ALL, LAYERS, library
 from mlx_lm import load as stock_load
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compress.compact_file import read_index
+from d2c_mlx.compress.compact_file import compact_nbytes, read_index
 from d2c_mlx.compress.compressed import BITS
-from d2c_mlx.compress.file_layout import compact_nbytes
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.base_model import BaseModel

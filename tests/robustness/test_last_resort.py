@@ -14,8 +14,7 @@ from helpers.tiny import ALL, LAYERS, library, peft_adapter
 
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compress.compact_file import read_index
-from d2c_mlx.compress.file_layout import Index, expand_modules
+from d2c_mlx.compress.compact_file import Index, expand_modules, read_index
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
@@ -151,7 +150,7 @@ def test_an_index_that_would_fill_the_memory(tmp_path, modules, shape):
                   format="d2c-mlx-compact", version="1", index=json.dumps(about))  # fmt: skip
     with open(path, "ab") as file:
         file.write(bytes(n))
-    with pytest.raises(PackError, match="its tensors are not those that its index lists"):
+    with pytest.raises(PackError, match="its tensors are not those of its index"):
         read_index(path)
 
 
