@@ -4,6 +4,10 @@ Under `mlx.launch -n 2 -- d2c-mlx run ...` every process runs the same command. 
 adapters and tasks and writes files; adapters, token ids and losses travel through `mx.distributed`
 (ring on Ethernet, JACCL over Thunderbolt), so another rank reads no file but the base model's. A
 loss has the same bits on any rank of the same kind of machine, hence the same pack.
+
+A message is a JSON header and float32 arrays, which hold any 16-bit value exactly. There are
+collectives only, so no rank can take work from another. After a rank has died the ring backend
+raises an error, or nothing: it returns what was in memory, and hangs later. Hence the checksums.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -23,30 +28,43 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import safetensors.numpy
 
+from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.messages import (
-    Group,
-    RankError,
-    gather,
-    pack_pieces,
-    receive,
-    send,
-    unpack_pieces,
-)
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import D2CError
 
-__all__ = ["Ranks", "launched_group", "leading_rank", "local_ranks", "run_worker", "share_out"]
+__all__ = [
+    "Group",
+    "RankError",
+    "Ranks",
+    "gather",
+    "launched_group",
+    "leading_rank",
+    "local_ranks",
+    "pack_pieces",
+    "run_worker",
+    "send",
+    "share_out",
+    "unpack_pieces",
+]
+
+Group = mx.distributed.Group
 
 # Numbers of messages: what was in memory before is no answer.
 _MESSAGES = itertools.count()
 # Most bytes of the adapters of a round: all of a message is in memory, several times for a moment.
 _MAX_BYTES = 1 << 30
+_AGAIN = "the same command continues where it stopped"
+
+
+class RankError(D2CError):
+    """Another rank has died; no further message may be sent."""
 
 
 def launched_group() -> Group | None:
@@ -68,18 +86,18 @@ def _watch(rank: int) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def end() -> None:
-        while (one := os.read(heard, 1))[0] != signal.SIGTERM:
+        while (number := os.read(reader, 1))[0] != signal.SIGTERM:
             if before >= 0:
-                os.write(before, one)
-        text = f"error: rank {rank} was ended, as mlx.launch does when another rank has failed; the"
-        os.write(2, f"{text} same command continues where it stopped\n".encode())
+                os.write(before, number)
+        text = f"error: rank {rank} was ended, as mlx.launch does when another rank has failed;"
+        os.write(2, f"{text} {_AGAIN}\n".encode())
         os._exit(1)
 
-    before = signal.set_wakeup_fd(told)
+    before = signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
     # Python resets handlers while it exits, but for ignored signals: the exit code is ours then.
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
@@ -137,14 +155,14 @@ class Ranks:
                 otherwise.
         """
         self._engine, self._group = engine, group
-        self._speed = np.full(group.size(), np.nan)  # tokens per second, NaN: not measured
+        self._speed = np.full(group.size(), np.nan)  # tokens per second; NaN is not measured
         hello = {
             "model": engine.base.spec,
             "fingerprint": engine.base.fingerprint,
             "arithmetic": arithmetic(),
             "memory_limit": engine.memory_limit,
         }
-        plans = self._ask(hello, lambda: _plan(engine))
+        plans = self._ask(hello, lambda: [engine.batch_limit, engine.fold])
         # Every rank evaluates as the one with the least memory must: the plan decides bits.
         plan = [min(column) for column in zip(*plans)]
         _follow(engine, plan)
@@ -160,30 +178,30 @@ class Ranks:
         start, size = 0, self._group.size()
         while start < len(pieces):
             stop = _end(pieces, start, size)
-            cut = share_out(tokens[start:stop], _weights(self._speed))
-            some = pieces[start:stop]
-            header, floats = pack_pieces(some, cut)
-            rows = self._ask(header, partial(_evaluate, self._engine, some, cut[0]), floats)
-            work = [sum(tokens[start + i] for i in mine) for mine in cut]
-            self._speed = _measured(self._speed, work, [row[0] for row in rows])
-            for mine, (_, *sums) in zip(cut, rows):
-                yield from zip((start + i for i in mine), sums)
+            shares = share_out(tokens[start:stop], self._speed)
+            header, arrays = pack_pieces(pieces[start:stop], shares)
+            own = partial(_evaluate, self._engine, pieces[start:stop], shares[0])
+            rows = self._ask(header, own, arrays)
+            work = [sum(tokens[start + i] for i in share) for share in shares]
+            self._speed = _next_speed(self._speed, work, [row[0] for row in rows])
+            for share, (_, *sums) in zip(shares, rows):
+                yield from zip((start + i for i in share), sums)
             start = stop
 
     def _ask(
         self,
         header: dict[str, Any],
-        mine: Callable[[], list[float]],
-        floats: np.ndarray | None = None,
+        own: Callable[[], list[float]],
+        arrays: dict[str, np.ndarray] | None = None,
     ) -> list[list[float]]:
         """Send a request, do this rank's part of it, and return every rank's numbers."""
         n = next(_MESSAGES)
-        send(self._group, {**header, "n": n}, floats)
-        answers = gather(self._group, _answer(mine), n)
-        errors = [f"rank {i}: {one['error']}" for i, one in enumerate(answers) if "error" in one]
+        send(self._group, {**header, "n": n}, arrays)
+        answers = gather(self._group, _answer(own), n)
+        errors = [f"rank {i}: {x['error']}" for i, x in enumerate(answers) if "error" in x]
         if errors:
             raise D2CError("\n".join(errors))
-        return [one["row"] for one in answers]
+        return [answer["row"] for answer in answers]
 
 
 def run_worker(group: Group) -> None:
@@ -193,20 +211,53 @@ def run_worker(group: Group) -> None:
     """
     engines: list[Engine] = []
 
-    def part(header: dict[str, Any], floats: np.ndarray) -> list[float]:
+    def part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[float]:
         if "model" in header:
-            engines.append(_engine(header))
-            return _plan(engines[0])
+            engines.append(_same_engine(header))
+            return [engines[0].batch_limit, engines[0].fold]
         if "plan" in header:
             _follow(engines[0], header["plan"])
             return []
-        return _evaluate(engines[0], unpack_pieces(header, floats), header["shares"][group.rank()])
+        return _evaluate(engines[0], unpack_pieces(header, arrays), header["shares"][group.rank()])
 
     while True:
-        header, floats = receive(group)
+        header, arrays = _receive(group)
         if "stop" in header:
             return
-        gather(group, _answer(partial(part, header, floats)), header["n"])
+        gather(group, _answer(partial(part, header, arrays)), header["n"])
+
+
+def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
+    try:
+        return {"row": part()}
+    except D2CError as error:
+        return {"error": str(error)}
+    except Exception as error:  # of a rank, in whose place rank 0 says it
+        return {"error": " ".join(f"{type(error).__name__} {error}".split())}
+
+
+def _same_engine(hello: dict[str, Any]) -> Engine:
+    """An engine whose losses have the bits of rank 0's."""
+    ours, theirs = arithmetic(), hello["arithmetic"]
+    different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    if different:
+        each = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
+        raise D2CError(f"{', '.join(each)}; losses would have other bits, so make them equal")
+    base = BaseModel(hello["model"])
+    if base.fingerprint != hello["fingerprint"]:
+        raise D2CError(f"{base.path} is not the base model that rank 0 has")
+    return Engine(base, hello["memory_limit"], local_ranks())
+
+
+def _follow(engine: Engine, plan: Sequence[float]) -> None:
+    engine.batch_limit, engine.fold = int(plan[0]), bool(plan[1])
+
+
+def _evaluate(engine: Engine, pieces: Sequence[Piece], share: Sequence[int]) -> list[float]:
+    """Seconds, then the NLL sums of the pieces at `share`."""
+    started = time.perf_counter()
+    sums = dict(engine.run([pieces[i] for i in share]))
+    return [time.perf_counter() - started, *(sums[i] for i in range(len(share)))]
 
 
 def _end(pieces: Sequence[Piece], start: int, size: int, most: int = _MAX_BYTES) -> int:
@@ -225,61 +276,20 @@ def _end(pieces: Sequence[Piece], start: int, size: int, most: int = _MAX_BYTES)
     return stop
 
 
-def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
-    try:
-        return {"row": part()}
-    except D2CError as error:
-        return {"error": str(error)}
-    except Exception as error:  # of a rank, in whose place rank 0 says it
-        return {"error": " ".join(f"{type(error).__name__} {error}".split())}
+def _next_speed(speed: np.ndarray, work: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
+    """Speeds to share work by, after a round in which each rank did `work` tokens in `seconds`.
 
-
-def _engine(hello: dict[str, Any]) -> Engine:
-    ours, theirs = arithmetic(), hello["arithmetic"]
-    different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    if different:
-        said = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
-        raise D2CError(f"{', '.join(said)}; losses would have other bits, so make them equal")
-    base = BaseModel(hello["model"])
-    if base.fingerprint != hello["fingerprint"]:
-        raise D2CError(f"{base.path} is not the base model that rank 0 has")
-    return Engine(base, hello["memory_limit"], local_ranks())
-
-
-def _plan(engine: Engine) -> list[float]:
-    """Limits of this rank's memory: bytes of a batch, and whether adapters are folded."""
-    return [engine.batch_limit, engine.fold]
-
-
-def _follow(engine: Engine, plan: Sequence[float]) -> None:
-    engine.batch_limit, engine.fold = int(plan[0]), bool(plan[1])
-
-
-def _evaluate(engine: Engine, pieces: Sequence[Piece], mine: Sequence[int]) -> list[float]:
-    """Seconds, then the NLL sums of the pieces at `mine`."""
-    started = time.perf_counter()
-    found = dict(engine.run([pieces[i] for i in mine]))
-    return [time.perf_counter() - started, *(found[i] for i in range(len(mine)))]
-
-
-def _measured(speed: np.ndarray, work: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
-    """Speeds in tokens per second after a round, `work` in tokens of every rank.
-
-    An idle rank's speed grows a little: where pieces are few, even the least share may be no whole
-    piece, and one slow round would leave the rank idle for ever.
+    A rank that had no work gets a little more each time: where pieces are few, even the least share
+    may be no whole piece, and one slow round would leave the rank idle for ever. One that never had
+    any counts as the mean of the others.
     """
-    done = np.asarray(work)
-    found = np.where(done > 0, done / np.maximum(seconds, 1e-9), speed)
-    return np.where(done > 0, found, found + np.nanmax(found) / 200)
-
-
-def _weights(speed: np.ndarray) -> np.ndarray:
-    """Speeds to share work by, none NaN or near 0: an idle rank would never be measured again."""
-    unknown = np.isnan(speed)
-    if unknown.all():
-        return np.ones(len(speed))
-    filled = np.where(unknown, speed[~unknown].mean(), speed)
-    return np.maximum(filled, filled.max() / 10)
+    done = np.asarray(work) > 0
+    if not done.any():
+        return speed
+    measured = np.where(done, work / np.maximum(seconds, 1e-9), speed)
+    grown = np.where(np.isnan(speed), measured[done].mean(), speed + measured[done].max() / 200)
+    speed = np.where(done, measured, grown)
+    return np.maximum(speed, speed.max() / 10)
 
 
 def share_out(tokens: Sequence[int], speed: np.ndarray) -> list[list[int]]:
@@ -287,9 +297,141 @@ def share_out(tokens: Sequence[int], speed: np.ndarray) -> list[list[int]]:
 
     Args:
         tokens: of every piece.
-        speed: of every rank, in any unit.
+        speed: of every rank, in any unit; all alike where none is measured.
     """
+    speed = np.ones(len(speed)) if np.isnan(speed).all() else speed
     ends = np.cumsum(tokens)
     middles = (ends - np.asarray(tokens) / 2) / ends[-1]
     ranks = np.searchsorted(np.cumsum(speed) / np.sum(speed), middles)
     return [np.flatnonzero(ranks == rank).tolist() for rank in range(len(speed))]
+
+
+def pack_pieces(
+    pieces: Sequence[Piece], shares: list[list[int]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Pieces as a message; each adapter and each set goes once.
+
+    Args:
+        pieces: pairs of an adapter (None: the bare base model) and an example set.
+        shares: indices of the pieces that each rank evaluates.
+
+    Returns:
+        The header, and the factors and teacher targets, all float32.
+    """
+    adapters = {adapter.digest: adapter for adapter, _ in pieces if adapter}
+    sets = {examples.digest: examples for _, examples in pieces}
+    arrays = {}
+    for i, adapter in enumerate(adapters.values()):
+        for path, lora in adapter.modules.items():
+            arrays[f"a {i} {path}"] = np.array(lora.a.astype(mx.float32))
+            arrays[f"b {i} {path}"] = np.array(lora.b.astype(mx.float32))
+    for i, examples in enumerate(sets.values()):
+        arrays |= {f"{i} {j}": targets for j, targets in enumerate(examples.teacher_targets)}
+    header = {
+        "shares": shares,
+        "pieces": [
+            (adapter and list(adapters).index(adapter.digest), list(sets).index(examples.digest))
+            for adapter, examples in pieces
+        ],
+        "adapters": [
+            {path: lora.scale for path, lora in adapter.modules.items()}
+            for adapter in adapters.values()
+        ],
+        "sets": [
+            (examples.task, examples.teacher, [(x.tokens, x.offset) for x in examples.examples])
+            for examples in sets.values()
+        ],
+    }
+    return header, arrays
+
+
+def unpack_pieces(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Piece]:
+    """The pieces that `pack_pieces` packed; adapters lose their names."""
+    adapters, sets = [], []
+    for i, scales in enumerate(header["adapters"]):
+        factors = {
+            path: (mx.array(arrays[f"a {i} {path}"]), mx.array(arrays[f"b {i} {path}"]))
+            for path in scales
+        }
+        adapters.append(Adapter("", {p: LoRA(*factors[p], scales[p]) for p in scales}))
+    for i, (task, teacher, rows) in enumerate(header["sets"]):
+        examples = tuple(Example(tuple(tokens), offset) for tokens, offset in rows)
+        targets = tuple(arrays[f"{i} {j}"] for j in range(len(rows))) if teacher else ()
+        sets.append(ExampleSet(task, examples, teacher=teacher, teacher_targets=targets))
+    return [(None if i is None else adapters[i], sets[j]) for i, j in header["pieces"]]
+
+
+def send(group: Group, header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
+    """Send a message from rank 0 to all others, which receive it meanwhile.
+
+    The others add zeros to its bits: a sum of unsigned integers is exact on every backend.
+    """
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 4)
+    # Transposed arrays would be written in the order of their memory.
+    tensors = {name: np.ascontiguousarray(x) for name, x in (arrays or {}).items()}
+    tensors["header"] = np.frombuffer(text, np.uint8)
+    content = safetensors.numpy.save(tensors)
+    length = _length(len(content))
+    sums = [zlib.crc32(length.tobytes()), zlib.crc32(content)]
+    _sum(group, np.append(length, np.array(sums, np.uint32)))
+    _sum(group, np.frombuffer(content, np.uint32))
+
+
+def _length(nbytes: int) -> np.ndarray:
+    """A length as two 32-bit words, since a message may be longer than one word counts."""
+    return np.array([nbytes], np.uint64).view(np.uint32)
+
+
+def _receive(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The message that rank 0 sends; raises RankError if it did not arrive."""
+    head = _sum(group, np.zeros(4, np.uint32))
+    if zlib.crc32(head[:2].tobytes()) != head[2]:
+        raise RankError("no message from rank 0 arrived: a rank has ended, see what it said")
+    (nbytes,) = head[:2].view(np.uint64).tolist()
+    content = _sum(group, np.zeros(nbytes // 4, np.uint32)).tobytes()
+    if zlib.crc32(content) != head[3]:
+        raise RankError("half a message of rank 0 arrived: a rank has ended, see what it said")
+    arrays = safetensors.numpy.load(content)
+    return json.loads(arrays.pop("header").tobytes()), arrays
+
+
+def _sum(group: Group, x: np.ndarray) -> np.ndarray:
+    return _arrived(lambda: mx.distributed.all_sum(mx.array(x), group=group))
+
+
+def _arrived(ask: Callable[[], mx.array]) -> np.ndarray:
+    """The result of a collective; raises RankError where the backend notices a lost rank."""
+    try:
+        return np.array(ask())
+    except RuntimeError as error:
+        raise RankError(f"a rank has ended, see what it said ({error}); {_AGAIN}") from None
+
+
+def gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Every rank's answer to message `n`, in order of rank; JSON keeps every bit of a float64.
+
+    Raises:
+        RankError: a rank did not answer.
+    """
+
+    def seal(text: bytes) -> bytes:
+        """Four bytes by which a text about this message is told from what was in memory before."""
+        return zlib.crc32(text, n).to_bytes(4, "little")
+
+    def from_all(text: bytes) -> list[bytes]:
+        """The texts of all ranks, of one length."""
+        sent = mx.array(np.frombuffer(seal(text) + text, np.uint8))[None]
+        texts = _arrived(lambda: mx.distributed.all_gather(sent, group=group))
+        rows = [row.tobytes() for row in texts]
+        gone = [str(i) for i, row in enumerate(rows) if row[:4] != seal(row[4:])]
+        if gone:
+            raise RankError(
+                f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; {_AGAIN}"
+            )
+        return [row[4:] for row in rows]
+
+    text = json.dumps(answer).encode()
+    # A length is checked before there is memory for it.
+    longest = max(map(int, from_all(b"%016d" % len(text))))
+    return [json.loads(row) for row in from_all(text.ljust(longest))]

@@ -11,8 +11,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distributed import (
     _end,
     _follow,
-    _measured,
-    _weights,
+    _next_speed,
     launched_group,
     local_ranks,
     share_out,
@@ -35,13 +34,13 @@ def test_a_rank_that_has_cut_batches_already_cuts_as_the_one_with_the_least_memo
 
 def test_ranks_share_by_what_is_known_of_their_speed():
     nan = np.nan
-    for speed, expected in (
-        ([nan, nan], [1, 1]),
-        ([3000, nan], [3000, 3000]),
-        ([3000, nan, 1000], [3000, 2000, 1000]),
-        ([3000, 10, nan], [3000, 300, 1505]),
+    for work, expected in (
+        ([3000, 0], [3000, 3000]),
+        ([3000, 0, 1000], [3000, 2000, 1000]),
+        ([3000, 10, 0], [3000, 300, 1505]),
     ):
-        assert _weights(np.array(speed)).tolist() == expected
+        speed = _next_speed(np.full(len(work), nan), work, np.ones(len(work)))
+        assert speed.tolist() == expected
 
 
 @pytest.mark.parametrize("size", [350, 13000])
@@ -50,9 +49,9 @@ def test_a_rank_that_was_slow_once_is_tried_again(size):
     tokens = [size] * max(2, 12288 // size)
     speed, rounds = np.array([3000.0, 10.0]), []
     for _ in range(80):
-        work = [size * len(mine) for mine in share_out(tokens, _weights(speed))]
+        work = [size * len(share) for share in share_out(tokens, speed)]
         # A rank without work has no speed that could be measured.
-        speed = _measured(speed, work, [n / 3000 or 1e-5 for n in work])
+        speed = _next_speed(speed, work, [n / 3000 or 1e-5 for n in work])
         rounds.append(work)
     assert abs(rounds[-1][0] - rounds[-1][1]) <= size
     assert speed.tolist() == [3000, 3000]
@@ -72,11 +71,6 @@ def test_a_round_ends_before_its_adapters_are_too_large():
     # One that is larger than a round may be is a round of its own.
     ends = [_end(pieces, start, 2, most=39) for start in range(8)]
     assert ends == [3, 2, 3, 4, 5, 7, 7, 8]
-
-
-def test_ranks_that_never_had_work_stay_unknown():
-    speed = _measured(np.full(3, np.nan), [0, 600, 0], [0.0, 0.2, 0.0])
-    assert np.isnan(speed[[0, 2]]).all() and speed[1] == pytest.approx(3000)
 
 
 def test_alone_there_is_no_group(monkeypatch, tmp_path):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.evaluate.messages import (
+from d2c_mlx.evaluate import distributed
+from d2c_mlx.evaluate.distributed import (
     RankError,
-    _join_lengths,
-    _split_lengths,
+    _length,
     gather,
     pack_pieces,
     send,
@@ -46,16 +46,28 @@ def test_what_was_in_memory_before_is_no_answer(monkeypatch):
 
 def test_a_message_may_have_more_than_four_gigabytes():
     group = mx.distributed.init()
-    sent = mx.array(_split_lengths(7, 5_000_000_000))
-    assert _join_lengths(np.array(mx.distributed.all_sum(sent, group=group))) == [7, 5_000_000_000]
+    sent = mx.array(_length(5_000_000_000))
+    received = np.array(mx.distributed.all_sum(sent, group=group))
+    assert received.view(np.uint64).tolist() == [5_000_000_000]
+
+
+def sent_and_received(header, arrays, monkeypatch):
+    """A message through collectives of which rank 0's arrays are kept, and given to a receiver."""
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "_sum", lambda group, x: kept.append(x))
+        send(None, header, arrays)
+        patch.setattr(distributed, "_sum", lambda group, x: kept.pop(0))
+        return distributed._receive(None)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-def test_pieces_arrive_as_they_left(dtype):
+def test_pieces_arrive_as_they_left(dtype, monkeypatch):
     mx.random.seed(0)
     loras = {
         f"model.layers.{i}.q_proj": LoRA(
-            mx.random.normal((6, i + 1)).astype(dtype), mx.random.normal((i + 1, 4)).astype(dtype),
+            mx.random.normal((i + 1, 6)).astype(dtype).T,
+            mx.random.normal((i + 1, 4)).astype(dtype),
             0.3 + i,
         )
         for i in range(3)
@@ -66,9 +78,10 @@ def test_pieces_arrive_as_they_left(dtype):
         "b", (Example((7, 8), 1), Example((7, 8, 9), 1)), (), "t", (said[:1], said[1:])
     )
     pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
-    header, floats = pack_pieces(pieces, [[0], [1, 2]])
+    header, arrays = pack_pieces(pieces, [[0], [1, 2]])
+    header, arrays = sent_and_received(header, arrays, monkeypatch)
     assert len(header["adapters"]) == 1  # equal content travels once
-    back = unpack_pieces(header, floats)
+    back = unpack_pieces(header, arrays)
     assert [one for _, one in back] == [sets[0], sets[1], sets[0]]
     assert [x.tolist() for x in back[1][1].teacher_targets] == [
         said[:1].tolist(),
