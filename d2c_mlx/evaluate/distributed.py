@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,25 +35,21 @@ from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.device import arithmetic
-from d2c_mlx.utils.environment import RANK_VARIABLES
+from d2c_mlx.utils.environment import RANK_VARIABLES, local_ranks
 from d2c_mlx.utils.errors import D2CError
 
 __all__ = [
     "Group",
     "RankError",
     "Ranks",
-    "gather",
     "launched_group",
     "leading_rank",
-    "local_ranks",
-    "pack_pieces",
     "run_worker",
-    "send",
     "share_out",
-    "unpack_pieces",
 ]
 
 Group = mx.distributed.Group
+Arrays = dict[str, np.ndarray]
 
 # Numbers of messages: what was in memory before is no answer.
 _MESSAGES = itertools.count()
@@ -104,16 +99,6 @@ def _watch(rank: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def local_ranks() -> int:
-    """Number of ranks of an `mlx.launch` on this machine, which share its cores and memory."""
-    path, rank = os.environ.get("MLX_HOSTFILE", ""), int(os.environ.get("MLX_RANK", 0))
-    try:
-        hosts = [addresses[0].rsplit(":", 1)[0] for addresses in json.loads(Path(path).read_text())]
-        return max(1, hosts.count(hosts[rank]))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return 1  # not the ring backend
-
-
 @contextmanager
 def leading_rank() -> Iterator[Group | None]:
     """Wrap a run on rank 0: when it ends, by an error too, the other ranks are told to leave.
@@ -131,10 +116,10 @@ def leading_rank() -> Iterator[Group | None]:
         raise
     except D2CError:
         if group:
-            send(group, {"stop": True})
+            _send(group, {"stop": True})
         raise
     if group:
-        send(group, {"stop": True})
+        _send(group, {"stop": True})
 
 
 class Ranks:
@@ -165,7 +150,7 @@ class Ranks:
         plans = self._ask(hello, lambda: [engine.batch_limit, engine.fold])
         # Every rank evaluates as the one with the least memory must: the plan decides bits.
         plan = [min(column) for column in zip(*plans)]
-        _follow(engine, plan)
+        engine.follow(*plan)
         self._ask({"plan": plan}, lambda: [])
 
     def fingerprint(self, examples: ExampleSet) -> str:
@@ -179,7 +164,7 @@ class Ranks:
         while start < len(pieces):
             stop = _end(pieces, start, size)
             shares = share_out(tokens[start:stop], self._speed)
-            header, arrays = pack_pieces(pieces[start:stop], shares)
+            header, arrays = _pack_pieces(pieces[start:stop], shares)
             own = partial(_evaluate, self._engine, pieces[start:stop], shares[0])
             rows = self._ask(header, own, arrays)
             work = [sum(tokens[start + i] for i in share) for share in shares]
@@ -189,15 +174,12 @@ class Ranks:
             start = stop
 
     def _ask(
-        self,
-        header: dict[str, Any],
-        own: Callable[[], list[float]],
-        arrays: dict[str, np.ndarray] | None = None,
+        self, header: dict[str, Any], own: Callable[[], list[float]], arrays: Arrays | None = None
     ) -> list[list[float]]:
         """Send a request, do this rank's part of it, and return every rank's numbers."""
         n = next(_MESSAGES)
-        send(self._group, {**header, "n": n}, arrays)
-        answers = gather(self._group, _answer(own), n)
+        _send(self._group, {**header, "n": n}, arrays)
+        answers = _gather(self._group, _answer(own), n)
         errors = [f"rank {i}: {x['error']}" for i, x in enumerate(answers) if "error" in x]
         if errors:
             raise D2CError("\n".join(errors))
@@ -211,29 +193,28 @@ def run_worker(group: Group) -> None:
     """
     engines: list[Engine] = []
 
-    def part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[float]:
+    def part(header: dict[str, Any], arrays: Arrays) -> list[float]:
         if "model" in header:
             engines.append(_same_engine(header))
             return [engines[0].batch_limit, engines[0].fold]
         if "plan" in header:
-            _follow(engines[0], header["plan"])
+            engines[0].follow(*header["plan"])
             return []
-        return _evaluate(engines[0], unpack_pieces(header, arrays), header["shares"][group.rank()])
+        return _evaluate(engines[0], _unpack_pieces(header, arrays), header["shares"][group.rank()])
 
     while True:
         header, arrays = _receive(group)
         if "stop" in header:
             return
-        gather(group, _answer(partial(part, header, arrays)), header["n"])
+        _gather(group, _answer(partial(part, header, arrays)), header["n"])
 
 
 def _answer(part: Callable[[], list[float]]) -> dict[str, Any]:
     try:
         return {"row": part()}
-    except D2CError as error:
-        return {"error": str(error)}
     except Exception as error:  # of a rank, in whose place rank 0 says it
-        return {"error": " ".join(f"{type(error).__name__} {error}".split())}
+        text = error if isinstance(error, D2CError) else f"{type(error).__name__} {error}"
+        return {"error": " ".join(str(text).split())}
 
 
 def _same_engine(hello: dict[str, Any]) -> Engine:
@@ -247,10 +228,6 @@ def _same_engine(hello: dict[str, Any]) -> Engine:
     if base.fingerprint != hello["fingerprint"]:
         raise D2CError(f"{base.path} is not the base model that rank 0 has")
     return Engine(base, hello["memory_limit"], local_ranks())
-
-
-def _follow(engine: Engine, plan: Sequence[float]) -> None:
-    engine.batch_limit, engine.fold = int(plan[0]), bool(plan[1])
 
 
 def _evaluate(engine: Engine, pieces: Sequence[Piece], share: Sequence[int]) -> list[float]:
@@ -306,18 +283,8 @@ def share_out(tokens: Sequence[int], speed: np.ndarray) -> list[list[int]]:
     return [np.flatnonzero(ranks == rank).tolist() for rank in range(len(speed))]
 
 
-def pack_pieces(
-    pieces: Sequence[Piece], shares: list[list[int]]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Pieces as a message; each adapter and each set goes once.
-
-    Args:
-        pieces: pairs of an adapter (None: the bare base model) and an example set.
-        shares: indices of the pieces that each rank evaluates.
-
-    Returns:
-        The header, and the factors and teacher targets, all float32.
-    """
+def _pack_pieces(pieces: Sequence[Piece], shares: list[list[int]]) -> tuple[dict[str, Any], Arrays]:
+    """Pieces, and the share of each rank, as a header and arrays; equal ones go once."""
     adapters = {adapter.digest: adapter for adapter, _ in pieces if adapter}
     sets = {examples.digest: examples for _, examples in pieces}
     arrays = {}
@@ -345,8 +312,8 @@ def pack_pieces(
     return header, arrays
 
 
-def unpack_pieces(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[Piece]:
-    """The pieces that `pack_pieces` packed; adapters lose their names."""
+def _unpack_pieces(header: dict[str, Any], arrays: Arrays) -> list[Piece]:
+    """The pieces that `_pack_pieces` packed; adapters lose their names."""
     adapters, sets = [], []
     for i, scales in enumerate(header["adapters"]):
         factors = {
@@ -361,7 +328,7 @@ def unpack_pieces(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> list
     return [(None if i is None else adapters[i], sets[j]) for i, j in header["pieces"]]
 
 
-def send(group: Group, header: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
+def _send(group: Group, header: dict[str, Any], arrays: Arrays | None = None) -> None:
     """Send a message from rank 0 to all others, which receive it meanwhile.
 
     The others add zeros to its bits: a sum of unsigned integers is exact on every backend.
@@ -383,7 +350,7 @@ def _length(nbytes: int) -> np.ndarray:
     return np.array([nbytes], np.uint64).view(np.uint32)
 
 
-def _receive(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _receive(group: Group) -> tuple[dict[str, Any], Arrays]:
     """The message that rank 0 sends; raises RankError if it did not arrive."""
     head = _sum(group, np.zeros(4, np.uint32))
     if zlib.crc32(head[:2].tobytes()) != head[2]:
@@ -408,7 +375,7 @@ def _arrived(ask: Callable[[], mx.array]) -> np.ndarray:
         raise RankError(f"a rank has ended, see what it said ({error}); {_AGAIN}") from None
 
 
-def gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
+def _gather(group: Group, answer: dict[str, Any], n: int) -> list[dict[str, Any]]:
     """Every rank's answer to message `n`, in order of rank; JSON keeps every bit of a float64.
 
     Raises:

@@ -15,16 +15,17 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.evaluate.batches import (
-    Batch,
-    BatchCost,
+    batch_cost,
     pad_inputs,
     shared_prefix,
     split_rows,
+    target_places,
 )
 from d2c_mlx.evaluate.workers import ByteCache, Piece, make_workers
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
+    KeysValues,
     find_head,
     full_logits,
     head_in_float32,
@@ -82,15 +83,13 @@ class Engine:
         self._fast = on_cpu()
         use_fast_exponentials(base.model, self._fast)
         self.workers = make_workers(n_processes)
-        head = find_head(base.model)
+        self._head = head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._head = head
         self._prefix = prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
         self._batches: dict[tuple[str, int], list[list[int]]] = {}
         self._rows: dict[tuple[str, str], np.ndarray] = {}
-        _, vocabulary = base.dimensions
-        self._n_logits = max(1, (1 << 24) // vocabulary)
+        self._n_logits = max(1, (1 << 24) // base.dimensions[1])
         self.memory_limit = memory_limit or evaluation_memory(n_processes)
         self.free = max(0, self.memory_limit - mx.get_active_memory())
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
@@ -110,6 +109,10 @@ class Engine:
         self.batch_limit = free * 3 // 5 // self.workers.n
         return free // 5
 
+    def follow(self, batch_limit: float, fold: float) -> None:
+        """Evaluate as another rank must, whose memory allows less: its limits decide bits."""
+        self.batch_limit, self.fold = int(batch_limit), bool(fold)
+
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
 
@@ -128,10 +131,10 @@ class Engine:
         Raises:
             ConfigError: the longest row does not fit.
         """
-        longest = sorted(sets, key=lambda one: -max(len(row.tokens) for row in one.examples))
+        longest = sorted(sets, key=lambda rows: -max(len(row.tokens) for row in rows.examples))
         try:
-            for one in longest:
-                self.batches(one)
+            for rows in longest:
+                self.batches(rows)
         except ConfigError:
             if not self.fold:
                 raise
@@ -150,7 +153,7 @@ class Engine:
             n_prefix = len(self._prefix_of(examples))
             # The last token predicts nothing.
             lengths = [len(row.tokens) - n_prefix - 1 for row in examples.examples]
-            cost = BatchCost.of(self.base, self._n_logits if self._head else None)
+            cost = batch_cost(self.base, self._n_logits if self._head else None)
             cut = split_rows(lengths, n_prefix, cost, self.batch_limit)
             if cut is None:
                 lacking = cost(1, max(lengths), n_prefix) - self.batch_limit
@@ -184,10 +187,11 @@ class Engine:
 
         What `run` has just measured costs nothing. Only for sets without a teacher.
         """
-        known = {key: self._rows[key] for key in map(_key, pieces) if key in self._rows}
-        for _ in self.run([one for one in pieces if _key(one) not in known]):
+        # Kept here, because `_remember` drops the oldest.
+        before = {key: self._rows[key] for key in map(_key, pieces) if key in self._rows}
+        for _ in self.run([piece for piece in pieces if _key(piece) not in before]):
             pass
-        return [known[key] if key in known else self._rows[key] for key in map(_key, pieces)]
+        return [before[key] if key in before else self._rows[key] for key in map(_key, pieces)]
 
     def _remember(self, piece: Piece, nll: np.ndarray) -> None:
         """Keep the sums of a piece's rows, given `(n_targets,)` NLL in the order of its batches."""
@@ -217,8 +221,8 @@ class Engine:
             last: arrays to wait for, updated: batches run one after the other, so that only one
                 is in memory.
         """
-        prefix, batches = self._prefix_of(examples), self.batches(examples)
-        first = self._first_block()
+        prefix, first = self._prefix_of(examples), self._first_block()
+        batches = self.batches(examples)
         rows = [[examples.examples[i] for i in batch] for batch in batches]
         inputs = [mx.array(pad_inputs(batch, len(prefix))) for batch in rows]
         start = mx.array([prefix]) if prefix else None
@@ -228,12 +232,12 @@ class Engine:
         if start is not None:
             _, states = run_prefix(self.base.model, wait_for(start, last), first)
         parts = []
-        for batch, some, x in zip(batches, rows, inputs):
-            x = wait_for(x, last)
+        for batch, batch_rows, x in zip(batches, rows, inputs):
             teacher = [examples.teacher_targets[i] for i in batch] if examples.teacher else []
-            nll = self._batch_nll(Batch(some, teacher, x, len(prefix), states, first))
-            last[:] = [nll]
-            parts.append(nll)
+            places, targets = target_places(batch_rows, len(prefix))
+            x = wait_for(x, last)
+            parts.append(self._batch_nll(x, states, first, places, targets, teacher))
+            last[:] = parts[-1:]
         return mx.concatenate(parts)
 
     def _first_block(self) -> int:
@@ -269,28 +273,41 @@ class Engine:
             self._kept.put(key, kept, sum(x.nbytes for x in kept))
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
-    def _batch_nll(self, batch: Batch) -> mx.array:
-        """`(n_targets,)` NLL of the batch's targets.
+    def _batch_nll(
+        self,
+        x: mx.array,
+        states: list[KeysValues] | None,
+        first: int,
+        places: tuple[mx.array, mx.array],
+        targets: mx.array,
+        teacher: Sequence[np.ndarray],
+    ) -> mx.array:
+        """`(n_targets,)` NLL of a batch's targets.
 
         With teacher targets KL(teacher || student) instead, see `distill.TeacherRow`.
+
+        Args:
+            x: token ids after the prefix, or hidden states before block `first`.
+            states: keys and values of the prefix, for every block from `first` on.
+            first: index of the first block to run.
+            places: rows and columns of `x` that predict a target.
+            targets: the targets' token ids.
+            teacher: see `ExampleSet.teacher_targets`; empty without a teacher.
         """
-        rows, columns, targets = batch.target_places()
-        head = self.float32_head if batch.teacher_targets else self._head
+        head = self.float32_head if teacher else self._head
         if head is None:
-            logits = full_logits(self.base.model, batch.x, batch.states)[rows, columns]
+            logits = full_logits(self.base.model, x, states)[places]
             normaliser, gold = target_scores(logits, targets, self._fast)
             return normaliser - gold
-        hidden = run_blocks(self.base.model, batch.x, batch.states, batch.first)[rows, columns]
-        means = None
-        if batch.teacher_targets:
-            means = mx.array(np.concatenate(batch.teacher_targets))
+        hidden = run_blocks(self.base.model, x, states, first)[places]
+        means = mx.array(np.concatenate(teacher)) if teacher else None
         parts: list[mx.array] = []
         for i in range(0, len(targets), self._n_logits):
             place = slice(i, i + self._n_logits)
-            some = wait_for(hidden[place], parts[-1:])
-            normaliser, gold = target_scores(head(some), targets[place], self._fast)
+            chunk = wait_for(hidden[place], parts[-1:])
+            normaliser, gold = target_scores(head(chunk), targets[place], self._fast)
             if means is not None:
-                gold = (means[place, :-1] * some).sum(axis=-1) - means[place, -1]
+                gold = (means[place, :-1] * chunk).sum(axis=-1) - means[place, -1]
             parts.append(normaliser - gold)
         return mx.concatenate(parts)
 

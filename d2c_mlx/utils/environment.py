@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "RANK_VARIABLES",
     "VERSION",
     "cache_directory",
+    "local_ranks",
     "require_extra",
     "share_one_heap",
 ]
@@ -69,3 +71,13 @@ def share_one_heap() -> bool:
     if change is None or "MALLOC_ARENA_MAX" in os.environ:
         return False
     return bool(change(_ARENA_MAX, 1))
+
+
+def local_ranks() -> int:
+    """Number of ranks of an `mlx.launch` on this machine, which share its cores and memory."""
+    path, rank = os.environ.get("MLX_HOSTFILE", ""), int(os.environ.get("MLX_RANK", 0))
+    try:
+        hosts = [addresses[0].rsplit(":", 1)[0] for addresses in json.loads(Path(path).read_text())]
+        return max(1, hosts.count(hosts[rank]))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return 1  # not the ring backend

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distributed import (
     _end,
-    _follow,
     _next_speed,
     launched_group,
-    local_ranks,
     share_out,
 )
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.utils.environment import local_ranks
 
 
 def test_a_rank_that_has_cut_batches_already_cuts_as_the_one_with_the_least_memory(tmp_path):
@@ -27,7 +26,7 @@ def test_a_rank_that_has_cut_batches_already_cuts_as_the_one_with_the_least_memo
     first, other = Engine(base), Engine(base)
     alone = first.batches(examples)
     for engine in (first, other):
-        _follow(engine, [1_000_000, first.fold])
+        engine.follow(1_000_000, first.fold)
     assert len(alone) < len(first.batches(examples)) == len(other.batches(examples))
     assert first.fingerprint(examples) == other.fingerprint(examples)
 

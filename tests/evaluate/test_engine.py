@@ -11,7 +11,7 @@ from helpers.losses import losses_of, plain_loss
 from helpers.tiny import divergence, library, peft_adapter, tiny_model
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.evaluate.batches import BatchCost, shared_prefix
+from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
@@ -130,7 +130,7 @@ def test_a_taught_set_is_known_by_its_teacher(tiny):
 def test_small_batches_equal_the_plain_loop(tiny, rows):
     base, adapters, sets = tiny
     engine = Engine(base)
-    engine.batch_limit = BatchCost.of(base, engine._n_logits)(rows, 40, 0)
+    engine.batch_limit = batch_cost(base, engine._n_logits)(rows, 40, 0)
     assert_equals_plain(base, engine, adapters, sets)
     largest = max(len(batch) for one in sets for batch in engine.batches(one))
     assert largest == min(rows, 4)
@@ -304,7 +304,7 @@ def test_the_fingerprint_follows_what_changes_bits(tiny):
     assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
     assert same != engine_without(base, ["fold"]).fingerprint(sets[0])
     plain_engine._batches.clear()
-    plain_engine.batch_limit = BatchCost.of(base, plain_engine._n_logits)(1, 40, 0)
+    plain_engine.batch_limit = batch_cost(base, plain_engine._n_logits)(1, 40, 0)
     assert same != plain_engine.fingerprint(sets[0])
 
 

@@ -8,11 +8,11 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate import distributed
 from d2c_mlx.evaluate.distributed import (
     RankError,
+    _gather,
     _length,
-    gather,
-    pack_pieces,
-    send,
-    unpack_pieces,
+    _pack_pieces,
+    _send,
+    _unpack_pieces,
 )
 from d2c_mlx.models.examples import Example, ExampleSet
 
@@ -27,21 +27,21 @@ def test_a_lost_connection_is_told_as_a_rank_that_has_ended(monkeypatch, name):
 
     monkeypatch.setattr(mx.distributed, name, lost)
     with pytest.raises(RankError, match="a rank has ended.*lost.*the same command continues"):
-        send(group, {"n": 1}) if name == "all_sum" else gather(group, {"row": []}, 1)
+        _send(group, {"n": 1}) if name == "all_sum" else _gather(group, {"row": []}, 1)
 
 
 def test_what_was_in_memory_before_is_no_answer(monkeypatch):
     """As the ring backend gives it for a rank that has ended: nothing, or an earlier answer."""
     group, stored = mx.distributed.init(), []
-    assert gather(group, {"row": [0.1]}, 3) == [{"row": [0.1]}]
+    assert _gather(group, {"row": [0.1]}, 3) == [{"row": [0.1]}]
     monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: stored.append(x) or x)
-    gather(group, {"row": [0.1]}, 4)
+    _gather(group, {"row": [0.1]}, 4)
     for left in (stored[0], mx.zeros_like(stored[0]), 255 * mx.ones_like(stored[0])):
         monkeypatch.setattr(
             mx.distributed, "all_gather", lambda x, group, left=left: mx.concatenate([x, left])
         )
         with pytest.raises(RankError, match="^no answer of rank 1: a rank has ended"):
-            gather(group, {"row": [0.1]}, 5)
+            _gather(group, {"row": [0.1]}, 5)
 
 
 def test_a_message_may_have_more_than_four_gigabytes():
@@ -56,7 +56,7 @@ def sent_and_received(header, arrays, monkeypatch):
     kept = []
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "_sum", lambda group, x: kept.append(x))
-        send(None, header, arrays)
+        _send(None, header, arrays)
         patch.setattr(distributed, "_sum", lambda group, x: kept.pop(0))
         return distributed._receive(None)
 
@@ -78,10 +78,10 @@ def test_pieces_arrive_as_they_left(dtype, monkeypatch):
         "b", (Example((7, 8), 1), Example((7, 8, 9), 1)), (), "t", (said[:1], said[1:])
     )
     pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
-    header, arrays = pack_pieces(pieces, [[0], [1, 2]])
+    header, arrays = _pack_pieces(pieces, [[0], [1, 2]])
     header, arrays = sent_and_received(header, arrays, monkeypatch)
     assert len(header["adapters"]) == 1  # equal content travels once
-    back = unpack_pieces(header, arrays)
+    back = _unpack_pieces(header, arrays)
     assert [one for _, one in back] == [sets[0], sets[1], sets[0]]
     assert [x.tolist() for x in back[1][1].teacher_targets] == [
         said[:1].tolist(),

@@ -5,13 +5,16 @@ import sys
 
 import pytest
 
-from d2c_mlx.evaluate.batches import BatchCost, shared_prefix, split_rows
+from d2c_mlx.evaluate.batches import shared_prefix, split_rows
 from d2c_mlx.evaluate.workers import ByteCache, Workers, split_chunks
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
 def test_rows_are_cut_where_padding_would_cost_more():
-    cost = BatchCost(4, 10, 10, 2, 2, 100, 64)
+
+    def cost(rows, width, n_prefix):
+        return rows * (width + n_prefix)
+
     assert split_rows([50, 10, 50, 10], 0, cost, 1 << 30) == [[1, 3], [0, 2]]
     assert split_rows([12, 10, 11, 10], 0, cost, 1 << 30) == [[1, 3, 2, 0]]
     assert split_rows([10] * 4, 0, cost, cost(2, 10, 0)) == [[0, 1], [2, 3]]
