@@ -30,8 +30,6 @@ from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = ["Plan", "plan", "serves_of"]
 
-# A summed regret below this is rounding.
-_ROUNDING = 1e-6
 # The default merge loses this share of the estimated regret, which is RegMean's.
 _BETTER = 0.6
 # Budgets of the frontier, as multiples of the given one.
@@ -78,76 +76,61 @@ def plan(
     Args:
         library: the measured library.
         capacity: sizes of its adapters, and bytes of the budget.
-        output: an empty directory, which gets the chosen forms, see `Storage.write`.
+        output: an empty directory, which gets the chosen forms, see `CompactStorage.write`.
         options: how merges are made.
         room: bytes for rows, without the header; None takes those of the capacity's budget.
 
     Raises:
         BudgetError: no choice serves every task.
     """
-    room, options = room or capacity.room, options or MergeOptions()
-    taught = library.by_teacher
-    fading = library.fading if library.tasks else taught.fading
-    estimates, ratio, k = MergeEstimates(fading, library.similarity), _BETTER, len(library.names)
+    room, k = room or capacity.room, len(library.names)
     with tempfile.TemporaryDirectory(prefix="d2c-mlx-") as spool:
         forms = Forms(library, capacity, room, Path(spool))
         for i, adapter in enumerate(library.adapters):
             forms.add((i,), adapter)
         chosen = forms.settle()
         while k := k // 2:
-            best = sum(candidate.regret for candidate in chosen)
-            merges, ratio = _merges(taught, options, estimates, k, best, ratio)
+            best = sum(form.regret for form in chosen)
+            merges = _merges(library, options or MergeOptions(), k, best)
             if not merges:
                 break
             for members, (adapter, regret) in sorted(merges.items()):
                 forms.add(members, adapter, regret)
             chosen = forms.settle()
         chosen = forms.tune(chosen)
-        stored = [candidate for candidate in chosen if candidate.adapter]
+        stored = [form for form in chosen if form.adapter]
         capacity.storage.write(output, OnDemand(lambda j: stored[j].load(), len(stored)))
-        return Plan(tuple(chosen), _content(library, capacity, forms.candidates(), chosen, room))
+        content = _content(library, capacity, forms.candidates(), chosen, room)
+        return Plan(tuple(chosen), content)
 
 
 def _merges(
-    taught: Library,
-    options: MergeOptions,
-    estimates: MergeEstimates,
-    k: int,
-    best: float,
-    ratio: float,
-) -> tuple[dict[Members, tuple[Adapter, float]], float]:
-    """Merge the clusters of a partition into k, unless it loses more than the best plan.
+    library: Library, options: MergeOptions, k: int, best: float
+) -> dict[Members, tuple[Adapter, float]]:
+    """Merge the clusters of a partition into k: members -> merge and summed regret.
 
-    Args:
-        taught: the library, judged by what its task adapters predict.
-        options: how to merge.
-        estimates: of what merges lose.
-        k: number of clusters.
-        best: summed regret of the best plan so far.
-        ratio: the last partition's cost, relative to its estimate, which corrects that of this one.
-
-    Returns:
-        Members -> merge and summed regret, none if they lose more than `best`; and the next ratio.
+    There are none if together they lose at least `best`, measured or estimated.
     """
+    taught = library.by_teacher
+    estimates = MergeEstimates((library if library.tasks else taught).fading, library.similarity)
     groups = groups_of(estimated_partition(estimates, k))
     costs = {group: float(estimates.of(group).sum()) for group in groups if len(group) > 1}
     # A bad estimate saves merging.
-    if ratio * sum(costs.values()) >= best:
-        return {}, ratio
+    if _BETTER * sum(costs.values()) >= best:
+        return {}
     merges: dict[Members, tuple[Adapter, float]] = {}
     total = 0.0
     # The worst first: one cluster may be enough to reject the whole partition.
     for members in sorted(costs, key=costs.__getitem__, reverse=True):
-        if total < best:
-            merged = merge(taught, members, options)
-            regret = merged.regret * len(members)
-            if not math.isfinite(regret):  # Its scale was given, so nothing was measured yet.
-                regret = float(taught.regrets(merged.adapter, members).sum())
-            merges[members] = merged.adapter, regret
-            total += regret
-    estimated = sum(costs[members] for members in merges)
-    ratio = max(0.0, total) / estimated if estimated > _ROUNDING else _BETTER
-    return (merges if total < best else {}), ratio
+        merged = merge(taught, members, options)
+        regret = merged.regret * len(members)
+        if not math.isfinite(regret):  # Its scale was given, so nothing was measured yet.
+            regret = float(taught.regrets(merged.adapter, members).sum())
+        merges[members] = merged.adapter, regret
+        total += regret
+        if total >= best:
+            return {}
+    return merges
 
 
 def _content(
