@@ -30,7 +30,7 @@ from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_json, write_text
 from d2c_mlx.utils.parsing import json_or_none
-from d2c_mlx.utils.progress import say
+from d2c_mlx.utils.progress import Progress, say
 
 __all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
 
@@ -173,7 +173,9 @@ class Comparison:
     def _inputs_of(self, source: str, config: RunConfig) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
         if source not in self._inputs:
-            self._inputs[source] = read_inputs(config.replace(clusters=None))
+            self._inputs[source] = read_inputs(
+                config.replace(clusters=None), Progress(not self.quiet)
+            )
         return self._inputs[source].of(config)
 
     def seconds(self) -> float:

@@ -42,14 +42,7 @@ from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unus
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
 from d2c_mlx.run.overwrite import mark_run
-from d2c_mlx.run.packing import (
-    manifest_of,
-    pack_merges,
-    pack_plan,
-    refine_key,
-    refine_merges,
-    refine_plan,
-)
+from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan, refine_all, refine_key
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import remove_dir, write_dir, write_json, write_text
@@ -230,12 +223,11 @@ def merge(run: Run, library: Library) -> Library:
 
 def refine(run: Run, library: Library) -> Library:
     """Train what was merged or planned to match its members -> `refined/`."""
-    train = refine_plan if run.planned else refine_merges
     reads = ["adapters", "losses.json", *_chosen(run)]
     with run.stage("refine", key=refine_key(run.config, library), reads=reads,
                    writes=["refined", "refines.json"]) as todo:  # fmt: skip
         if todo:
-            train(run, library)
+            refine_all(run, library)
     # Only after the stage is recorded: a half-removed directory would be taken for done.
     if not run.dry:
         remove_dir(run.path("refining"))

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.plan import serves_of
@@ -22,17 +22,23 @@ from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
-from d2c_mlx.refine.students import Form
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
-from d2c_mlx.utils.files import fingerprint, hash_file, write_dir, write_json
+from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
 from d2c_mlx.utils.sequences import OnDemand
 
-__all__ = ["manifest_of", "members_of", "pack_merges", "pack_plan", "refine_key", "refine_merges",
-           "refine_plan", "stored_forms"]  # fmt: skip
+__all__ = [
+    "manifest_of",
+    "members_of",
+    "pack_merges",
+    "pack_plan",
+    "refine_all",
+    "refine_key",
+    "stored_forms",
+]  # fmt: skip
 
 Ready = Callable[[Path], None]
 
@@ -98,88 +104,73 @@ def members_of(library: Library, names: Sequence[str]) -> list[Member]:
     return members
 
 
-def refine_merges(run: Run, library: Library) -> None:
-    """Refine every merge -> `refined/<k>/`, `refines.json`."""
+def refine_all(run: Run, library: Library) -> None:
+    """Train every merge, or stored form of a plan -> `refined/`, `refines.json`.
 
-    def save(directory: Path, adapter: Adapter) -> None:
-        adapter.save(directory / "adapter", library.base.n_layers)
-
-    parts = []
-    for k, entry in enumerate(run.read("merges.json")):
-        merged = read_adapter(run.path("merged") / str(k))
-        parts.append(_refined(run, library, entry["members"], merged.digest, merged, save))
+    Each takes minutes, so it is kept in `refining/` once it is done, in a directory named by a hash
+    of all that it depends on.
+    """
+    forms: Sequence[Any]
+    if run.planned:
+        members = [unit["tasks"] for unit in run.read("plan.json")["units"]]
+        forms, source = stored_forms(run, "planned"), hash_file(run.path("planned") / COMPACT)
+    else:
+        members = [entry["members"] for entry in run.read("merges.json")]
+        forms = [stored(run.path(f"merged/{k}")) for k in range(len(members))]
+        source = hash_tree(run.path("merged"))
+    key, parts = refine_key(run.config, library), []
+    for k, (names, form) in enumerate(zip(members, forms)):
+        parts.append(run.path("refining") / fingerprint([key, names, source, k])[:32])
+        if not parts[-1].exists():
+            _refine_one(run, library, names, form, parts[-1])
     with write_dir(run.path("refined")) as directory:
-        for k, part in enumerate(parts):
-            shutil.copytree(part / "adapter", directory / str(k))
+        if run.planned:
+            kept = OnDemand(lambda k: read_compact(parts[k] / COMPACT, 0), len(parts))
+            run.capacity.storage.write(directory, kept)
+        else:
+            for k, part in enumerate(parts):
+                shutil.copytree(part / "adapter", directory / str(k))
         mark(directory, "run")
-    _remember(run, parts)
+    facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
+    write_json(run.path("refines.json"), facts)
 
 
-def refine_plan(run: Run, library: Library) -> None:
-    """Refine every adapter of a plan, as it is stored -> `refined/`, `refines.json`."""
-
-    def save(directory: Path, form: Compressed) -> None:
-        write_compact(directory / COMPACT, [form])
-
-    parts, planned = [], hash_file(run.path("planned") / COMPACT)
-    units, forms = run.read("plan.json")["units"], stored_forms(run, "planned")
-    for k, (unit, form) in enumerate(zip(units, forms)):
-        parts.append(_refined(run, library, unit["tasks"], [planned, k], form, save))
-    refined = OnDemand(lambda k: read_compact(parts[k] / COMPACT, 0), len(parts))
-    with write_dir(run.path("refined")) as directory:
-        run.capacity.storage.write(directory, refined)
-        mark(directory, "run")
-    _remember(run, parts)
-
-
-def _refined(
+def _refine_one(
     run: Run,
     library: Library,
     names: Sequence[str],
-    source: object,
-    adapter: Form,
-    save: Callable[[Path, Form], None],
-) -> Path:
-    """Refine one adapter, unless that is done already: it takes minutes.
+    form: Any,  # noqa: ANN401  of one of two kinds
+    part: Path,
+) -> None:
+    """Train one adapter -> `part/`, with `refine.json`.
+
+    That has its members, whether it was refined, divergence before and after (null if training
+    overflowed) and seconds.
 
     Args:
         run: the run.
         library: its measured library.
-        names: tasks that it serves.
-        source: a JSON value that tells the adapter from others.
-        adapter: a merge, or an adapter as it is stored.
-        save: writes the result into a directory.
-
-    Returns:
-        A directory in `refining/`, named by a hash of all that it depends on, with what `save`
-        wrote and `refine.json`: members, whether it was refined, divergence before and after
-        (null if training overflowed), seconds.
+        names: tasks that the adapter serves.
+        form: the adapter, merged or as it is stored.
+        part: the directory.
     """
-    members = members_of(library, names)
-    contents = [[member.adapter.digest, member.gain] for member in members]
-    key = fingerprint([refine_key(run.config, library), list(names), contents, source])
-    part = run.path("refining") / key[:32]
-    if part.exists():
-        return part
     started, options = time.monotonic(), RefineOptions(seed=run.config.seed)
-    refined = refine(library.base, adapter, members, options, library.scorer.progress)
+    members, progress = members_of(library, names), library.scorer.progress
+    refined = refine(library.base, form, members, options, progress)
     finite = math.isfinite(refined.after)
     if not finite:
         warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
              " adapter is left as it was")  # fmt: skip
-    facts = {
-        "members": list(names),
-        "refined": refined.adapter is not adapter,
-        "divergence": {"before": refined.before, "after": refined.after if finite else None},
-        "seconds": round(time.monotonic() - started, 2),
-    }
     with write_dir(part) as directory:
-        save(directory, refined.adapter)
+        if isinstance(refined.adapter, Adapter):
+            refined.adapter.save(directory / "adapter", library.base.n_layers)
+        else:
+            write_compact(directory / COMPACT, [refined.adapter])
+        facts = {
+            "members": list(names),
+            "refined": refined.adapter is not form,
+            "divergence": {"before": refined.before, "after": refined.after if finite else None},
+            "seconds": round(time.monotonic() - started, 2),
+        }
         write_json(directory / "refine.json", facts)
         mark(directory, "run")
-    return part
-
-
-def _remember(run: Run, parts: Sequence[Path]) -> None:
-    facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
-    write_json(run.path("refines.json"), facts)

@@ -53,7 +53,6 @@ class Run:
     Attributes:
         config: options of the run.
         output: the directory, which may not exist yet.
-        progress: shows how far a stage is.
         dry: True if no stage does anything.
         left: in a dry run, the stages so far that are not done.
     """
@@ -76,7 +75,7 @@ class Run:
             dry: only find out which stages have something to do.
         """
         self.config, self.output = config, Path(config.output)
-        self.progress, self._group = Progress(not quiet), group
+        self._quiet, self._group = quiet, group
         self.dry, self.left = dry, list[str]()
         if inputs:
             self.inputs = inputs
@@ -94,7 +93,7 @@ class Run:
         """Everything that the run is given, read and checked once; raises as `read_inputs`."""
         from d2c_mlx.run.inputs import read_inputs
 
-        return read_inputs(self.config, self.progress, self._group)
+        return read_inputs(self.config, Progress(not self._quiet), self._group)
 
     @cached_property
     def library(self) -> Library:
@@ -169,7 +168,7 @@ class Run:
         started, scorer = time.monotonic(), self.inputs.library.scorer
         before = scorer.counts
         mx.reset_peak_memory()
-        with self.progress.section(name):
+        with scorer.progress.section(name):
             yield True
         outputs = {file: hash_tree(self.output / file) for file in writes}
         about = {
