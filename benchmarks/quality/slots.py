@@ -45,8 +45,7 @@ RUNS = {
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
 # adapters, K-Means and a random partition; the search by moves, and its clusters; refining by the
-# rows' answers besides the divergence, and with a step chosen by rows that were held back; the best
-# of seven merge methods, and a scale that is given.
+# rows' answers besides the divergence, and with a step chosen by rows that were held back.
 PAST = (
     "paper, linear",
     "paper, ties",
@@ -54,8 +53,6 @@ PAST = (
     "estimates: refined, cross entropy",
     "estimates: refined with prompts, cross entropy",
     "estimates: refined, held back",
-    "estimates: auto",
-    "estimates: scale 1",
 )
 # How clusters are merged another way: by each method, plug-ins included.
 MERGES = {name: {"merge_method": name} for name in (*METHODS, *names(MERGE_METHODS))}

@@ -120,8 +120,8 @@ def test_answers_in_batches_are_those_one_by_one(session, n_workers):
         session.library.base.attach(adapter)
         for one in session.library.held_out:
             for example, text in zip(one.examples, found[one.task]):
-                tokens = session.library.base.answer(
-                    example.tokens[: example.offset], 2 * example.n_targets + 16
+                (tokens,) = session.library.base.answers(
+                    [example.tokens[: example.offset]], [2 * example.n_targets + 16]
                 )
                 alone = session.library.base.tokenizer.decode(
                     tokens, skip_special_tokens=True
