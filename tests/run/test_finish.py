@@ -117,5 +117,5 @@ def test_a_run_that_copied_all_adapters_is_finished_and_goes_on_as_it_was_asked(
     session.path("merges.json").unlink()
     assert not is_finished(session)
     code, _, err = command("run", "--output", config.output, "--budget", "70%")
-    assert code == 0 and "will be replaced: budget: '120%', now '70%'\n" in err
+    assert code == 0, err
     assert load_pack(session.path("pack")).storage == "compact"

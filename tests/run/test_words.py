@@ -11,7 +11,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.report.words import answered, next_commands, refined, verdict
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.run import Run
-from d2c_mlx.utils.errors import ConfigError, InputWarning
+from d2c_mlx.utils.errors import InputError, InputWarning
 
 TASK = {"excess": 0.02, "retention": 0.98, "loss": 1.0}
 BENCH = {
@@ -122,7 +122,7 @@ def test_given_clusters_are_merged_by_any_method(config, tmp_path):
         "labels"
     ] == [0, 1, 0]
     given.write_text(json.dumps([["a"], ["a", "d"], ["b"]]))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         run(copied.replace(seed=1), quiet=True)
     assert [line.split(": ", 2)[2] for line in error.value.problems] == [
         "a, d: no adapter, or there twice",
