@@ -150,8 +150,8 @@ def pair_problems(
                 f"{path}: {module}: {leaves[0]} has rank {a.shape[1]}, {leaves[1]} {b.shape[0]}"
             )
     if magnitudes is not None:
-        expected = {module: pair[leaves[1]].shape[1:] for module, pair in pairs.items()
-                    if leaves[1] in pair}  # fmt: skip
+        whole = {module: pair for module, pair in pairs.items() if leaves[1] in pair}
+        expected = {module: pair[leaves[1]].shape[1:] for module, pair in whole.items()}
         shapes = {module: m.shape for module, m in magnitudes.items()}
         modules = sorted(pairs.keys() | shapes.keys())
         wrong = [m for m in modules if m not in shapes or shapes[m] != expected.get(m)]

@@ -116,8 +116,8 @@ def _rules(
 ) -> list[tuple[str, bool, str]]:
     """The file that a rule is about, whether it is kept, and what is wrong if not."""
     shapes = {name: shape for name, (_, shape) in header.items()}
-    places = {name: match for name in sorted(shapes)
-              if len(shapes[name]) == 2 and (match := _TENSOR.fullmatch(name))}  # fmt: skip
+    flat = [name for name in sorted(shapes) if len(shapes[name]) == 2]
+    places = {name: match for name in flat if (match := _TENSOR.fullmatch(name))}
     outside = shapes.keys() - places.keys()
     modules = {name.rpartition(".")[0] for name in places}
     half = [m for m in modules if not {f"{m}.lora_a", f"{m}.lora_b"} <= shapes.keys()]
@@ -126,10 +126,10 @@ def _rules(
     last = max((int(place["block"]) for place in places.values()), default=0)
     inside = sorted({place["key"] for place in places.values()})
     kind, n_layers = config.get("fine_tune_type"), config.get("num_layers")
-    stated = config.get("lora_parameters")
-    numbers: list[Any]
-    rank, keys, *numbers = (stated.get(name) if isinstance(stated, dict) else None
-                            for name in ("rank", "keys", "scale", "dropout"))  # fmt: skip
+    stated: Any = config.get("lora_parameters")
+    stated = stated if isinstance(stated, dict) else {}
+    rank, keys = stated.get("rank"), stated.get("keys")
+    numbers = stated.get("scale"), stated.get("dropout")
     ranks = {name: shapes[name][place["leaf"] == "lora_a"] for name, place in places.items()}
     wrong = next((name for name, r in ranks.items() if type(rank) is not int or r != rank), None)
     listed = keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else []

@@ -163,8 +163,8 @@ def read_peft(
     if held:
         warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
     scaled = _scaled_modules(pairs, config, where)
-    adapter = Adapter(directory.name, {names[path]: lora for path, lora in scaled.items()},
-                      base_name(config))  # fmt: skip
+    modules = {names[path]: lora for path, lora in scaled.items()}
+    adapter = Adapter(directory.name, modules, base_name(config))
     if base is None or not as_dora:
         return adapter
     return base.to_lora(adapter, {names[path]: x for path, x in magnitudes.items()})
@@ -180,8 +180,10 @@ def _text_names(
     (new,), (old,) = here, there
     # Embeddings and norms are beside the blocks; a LoRA there is refused by its own name.
     begins = {**dict.fromkeys(whole, "."), **dict.fromkeys(paths, ".layers.")}
-    return {path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
-            for path, begin in begins.items()}  # fmt: skip
+    return {
+        path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
+        for path, begin in begins.items()
+    }
 
 
 def _unknown(

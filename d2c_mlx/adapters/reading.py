@@ -133,13 +133,14 @@ def _read_adapter_bias(file: Path) -> Adapter:
                 f"{file}: {name} has shape {tuple(x.shape)}; expected only <layer>{vector} (out,)"
                 f" and <layer>{scorer} (1, in)"
             )
+    modules = {}
     for layer, parts in sorted(layers.items()):
-        problems += [f"{file}: {layer}{leaf} is missing; save both tensors of every layer"
-                     for leaf in (vector, scorer) if leaf not in parts]  # fmt: skip
+        for leaf in {vector, scorer} - parts.keys():
+            problems.append(f"{file}: {layer}{leaf} is missing; save both tensors of every layer")
+        if len(parts) == 2:
+            modules[f"{layer}.down_proj"] = LoRA(parts[scorer][:, None], parts[vector][None])
     if problems:
         raise AdapterError(problems)
-    modules = {f"{layer}.down_proj": LoRA(parts[scorer][:, None], parts[vector][None])
-               for layer, parts in sorted(layers.items())}  # fmt: skip
     return Adapter(file.parent.name, modules)
 
 

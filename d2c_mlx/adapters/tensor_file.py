@@ -101,9 +101,10 @@ def open_tensors(
             if len(entries) > _MOST_TENSORS:
                 raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
             header = {name: (x["dtype"], tuple(x["shape"])) for name, x in entries.items()}
-            begin = 8 + nbytes
-            places = {name: (begin + x["data_offsets"][0], begin + x["data_offsets"][1])
-                      for name, x in entries.items()}  # fmt: skip
+            places = {}
+            for name, x in entries.items():
+                start, stop = x["data_offsets"]
+                places[name] = 8 + nbytes + start, 8 + nbytes + stop
             yield TensorFile(header, places, handle.metadata() or {}, handle)
     except (SafetensorError, OSError, _HeaderError) as caught:
         first = str(caught).splitlines()[0]

@@ -42,7 +42,7 @@ def module_gains(
     the gains add up to `NLL(base) - NLL(adapter)`. A planner weighs bytes by them.
 
     Args:
-        base: the base model; `adapter` stays attached to it.
+        base: the base model.
         adapter: the adapter of the examples' task.
         examples: rows on which the loss is measured.
         points: scales between 0 and 1 whose derivatives are averaged.
@@ -64,17 +64,16 @@ def module_gains(
     known = {path: cache.get(key) for path, key in keys.items()} if cache else {}
     if known and None not in known.values():
         return {path: gain for path, gain in known.items() if gain is not None}
-    gains = _integrated(base, adapter, examples, points)
+    with base.attached(adapter):
+        gains = _integrated(base, examples, points)
     if cache:
         for path, key in keys.items():
             cache.put(key, gains[path])
     return gains
 
 
-def _integrated(
-    base: BaseModel, adapter: Adapter, examples: ExampleSet, points: Sequence[float]
-) -> dict[str, float]:
-    base.attach(adapter)
+def _integrated(base: BaseModel, examples: ExampleSet, points: Sequence[float]) -> dict[str, float]:
+    """The gains of the modules of the attached adapter."""
     head = find_head(base.model)
     factors = base.attached_factors
     fast = on_cpu()

@@ -90,7 +90,7 @@ def input_activations(
     `capture_modules` is the general tool, for outputs too and for passes of one's own.
 
     Args:
-        base: the base model; `adapter` stays attached to it.
+        base: the base model.
         adapter: None for the bare base model.
         sets: the examples; prompts and targets both count.
         paths: modules, keys of `base.module_shapes`.
@@ -102,8 +102,7 @@ def input_activations(
     """
     batches = [(i, batch) for i, one in enumerate(sets) for batch in token_batches(one, most)]
     found: list[list[tuple[TokenBatch, ModuleInputs]]] = [[] for _ in sets]
-    base.attach(adapter)
-    with capture_modules(base.model, paths) as capture:
+    with base.attached(adapter), capture_modules(base.model, paths) as capture:
 
         def body(some: Sequence[TokenBatch]) -> list[ModuleInputs]:
             return [_run(base, capture, batch) for batch in some]

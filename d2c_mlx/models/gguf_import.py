@@ -73,9 +73,10 @@ def convert_gguf(path: Path, directory: Path) -> None:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         what = (
-            "its metadata or tensors are not those of a model of its architecture" if opened
+            "its metadata or tensors are not those of a model of its architecture"
+            if opened
             else "truncated, or not readable as GGUF; download it again"
-        )  # fmt: skip
+        )
         raise ModelError(f"{path}: {what} ({reason})") from None
 
 

@@ -65,7 +65,7 @@ def answer_prompts(
     """Let adapters answer the prompts of their tasks, greedily, each into files of its rows.
 
     Args:
-        base: their base model; the last adapter stays attached.
+        base: their base model.
         adapters: one per task, in the same order.
         tasks: rows, of which those without an answer are asked.
         directory: the folder of the answers.
@@ -75,11 +75,11 @@ def answer_prompts(
     """
     failed, left_out, n_all = [], 0, 0
     for adapter, task in zip(adapters, tasks):
-        base.attach(adapter)
         for name, prompts in (("probe", task.prompts), ("test", task.test_prompts)):
             if not prompts:
                 continue
-            rows = _answered(base, task.name, prompts)
+            with base.attached(adapter):
+                rows = _answered(base, task.name, prompts)
             left_out, n_all = left_out + len(prompts) - len(rows), n_all + len(prompts)
             if not rows and not (name == "probe" and task.probe):
                 failed.append(f"{task.name}/{name}.jsonl")

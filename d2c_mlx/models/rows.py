@@ -91,8 +91,9 @@ def read_rows(path: Path, hint: str, prompts: bool = False) -> dict[int, Row]:
             f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE};"
             " docs/reference/topics.md tells ways to get them"
         )
-    formats = {row_format(answered_row(row, "?") if is_prompt(row) else row)
-               for row in rows.values()}  # fmt: skip
+    formats = {
+        row_format(answered_row(row, "?") if is_prompt(row) else row) for row in rows.values()
+    }
     if len(formats) > 1:
         raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
     return rows

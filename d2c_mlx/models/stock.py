@@ -78,8 +78,10 @@ def _check_files(directory: Path) -> None:
             if not file.is_file():
                 problems.append(f"{file}: is no regular file, expected one of a model")
             elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
-                problems.append(f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are"
-                                " read; download it again")  # fmt: skip
+                problems.append(
+                    f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are"
+                    " read; download it again"
+                )
     if problems:
         raise ModelError(problems)
 
